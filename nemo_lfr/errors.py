@@ -1,0 +1,29 @@
+"""Errors a user can cause. Each text names what came, what was expected and what to do."""
+
+
+class NemoLfrError(ValueError):
+    """Base of every error that this package raises for bad input."""
+
+
+class AudioError(NemoLfrError):
+    """A waveform, or an audio file, that cannot be encoded."""
+
+
+class TokensError(NemoLfrError):
+    """Tokens that this codec cannot decode."""
+
+
+class TokenFileError(NemoLfrError):
+    """A token file that is damaged, unknown, or made for another codec."""
+
+
+class CheckpointError(NemoLfrError):
+    """A checkpoint that cannot be read, or does not hold the codec that its config describes."""
+
+
+class ConfigError(NemoLfrError):
+    """A model config with a missing, unknown or contradictory value."""
+
+
+class MissingExtraError(NemoLfrError, ImportError):
+    """A part of the package needs an optional dependency that is not installed."""

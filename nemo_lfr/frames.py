@@ -1,0 +1,62 @@
+"""Length arithmetic: samples, frames and bits. Nothing else in the package divides lengths."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+def num_frames(num_samples: int, samples_per_frame: int) -> int:
+    """Frames that cover `num_samples`; the last one may be partly silence."""
+    return -(-num_samples // samples_per_frame)
+
+
+def bits_per_frame(levels: Sequence[int], num_codebooks: int) -> float:
+    """Information in one frame: num_codebooks * log2(product of levels), in bits."""
+    return num_codebooks * math.log2(math.prod(levels))
+
+
+def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
+    """Bytes that hold any frame as one mixed-radix number: 11 for 8 x 2016."""
+    return ((math.prod(levels) ** num_codebooks - 1).bit_length() + 7) // 8
+
+
+@dataclass(frozen=True)
+class Context:
+    """Frames before and after a frame that its output depends on."""
+
+    past: int
+    future: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames [start, stop) to compute so that frames [keep_start, keep_stop) come out exactly."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def kept(self) -> slice:
+        """The exact frames, counted from the window's first."""
+        return slice(self.keep_start - self.start, self.keep_stop - self.start)
+
+
+def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
+    """Cover `total` frames with chunks of `chunk` frames, each computed with its context.
+
+    Only the first and the last window touch the true ends, so only they see the network's own edge padding.
+    A last chunk that would be no longer than the future context joins the one before it.
+    """
+    begin = 0
+    while begin < total:
+        end = begin + chunk
+        if end + context.future >= total:
+            end = total
+        yield Window(max(0, begin - context.past), min(total, end + context.future), begin, end)
+        begin = end

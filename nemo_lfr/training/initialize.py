@@ -1,0 +1,51 @@
+"""Initialisation from data: without it FSQ sees an almost constant encoder and stays at one code for 1,000 steps."""
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+
+
+@torch.no_grad()
+def initialize_from_data(
+    encoder: HiFiGANEncoder,
+    quantizer: nn.Module,
+    decoder: HiFiGANDecoder,
+    audio: torch.Tensor,
+    encoded_spread: float = 0.9,
+    output_spread: float = 0.1,
+) -> None:
+    """Rescale every convolution, in the order of the data path, so that `audio` leaves it at unit scale.
+
+    Args:
+        encoder, quantizer, decoder: parts built without weight norm; the first and the last are changed in place.
+        audio: a batch of speech, [B, T_audio] of whole frames.
+        encoded_spread: standard deviation of each encoded dimension, which is also centred.
+        output_spread: standard deviation of the waveform before the output activation.
+    """
+
+    def rescale(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
+        conv = module.conv
+        assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)
+        if module is encoder.post_conv:
+            mean = output.mean(dim=(0, 2))
+            scale = encoded_spread / output.std(dim=(0, 2)).clamp_min(1e-8)
+            conv.weight.mul_(scale[:, None, None])
+            conv.bias.sub_(mean).mul_(scale)
+            return (output - mean[:, None]) * scale[:, None]
+        spread = output_spread if module is decoder.post_conv else 1.0
+        factor = spread / output.std().clamp_min(1e-8)
+        conv.weight.mul_(factor)
+        conv.bias.mul_(factor)
+        return output * factor
+
+    parts = [module for part in (encoder, decoder) for module in part.modules()]
+    hooks = [part.register_forward_hook(rescale) for part in parts if isinstance(part, Conv1d | ConvTranspose1d)]
+    try:
+        codes, _ = quantizer(encoder.encode_frames(audio))
+        decoder.decode_frames(codes)
+    finally:
+        for hook in hooks:
+            hook.remove()
