@@ -21,6 +21,7 @@ import torch
 from pystoi import stoi
 from torch import nn
 
+from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
@@ -30,7 +31,7 @@ from nemo_lfr.training.losses import SpectralLoss
 SAMPLE_RATE = 22050
 SAMPLES_PER_FRAME = 1024
 WINDOWS, MEL_DIMS = (128, 256, 512, 1024, 2048), (20, 40, 80, 80, 160)
-LOSS_WEIGHTS = {"stft": 5.0, "mel": 2.0, "log_mel": 1.0}
+LOSS_WEIGHTS = {"stft": 5.0, "mel": 2.0, "log_mel": 1.0, "spread": 2.0}
 
 
 class Generator(nn.Module):
@@ -44,10 +45,21 @@ class Generator(nn.Module):
         self.vector_quantizer = GroupFiniteScalarQuantizer(8, (8, 7, 6, 6))
         self.audio_decoder = HiFiGANDecoder(32, (8, 8, 4, 2, 2), decoder_channels, weight_norm=False)
 
-    def forward(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio [B, T * samples_per_frame] -> reconstruction, tokens [C, B, T]."""
-        codes, tokens = self.vector_quantizer(self.audio_encoder.encode_frames(audio))
-        return self.audio_decoder.decode_frames(codes).float(), tokens
+    def forward(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Audio [B, T * samples_per_frame] -> reconstruction, encoded [B, D, T], tokens [C, B, T]."""
+        encoded = self.audio_encoder.encode_frames(audio).float()
+        codes, tokens = self.vector_quantizer(encoded)
+        return self.audio_decoder.decode_frames(codes).float(), encoded, tokens
+
+
+def spread_loss(encoded: torch.Tensor) -> torch.Tensor:
+    """Keep each encoded dimension [B, D, T] centred and at least 0.8 wide.
+
+    Early on the codes are noise to the decoder, which is rewarded for an encoder that stops varying: without this
+    term every codebook is down to one token after 50 steps.
+    """
+    spread = encoded.std(dim=(0, 2))
+    return (0.8 - spread).clamp_min(0).mean() + encoded.mean(dim=(0, 2)).square().mean()
 
 
 def read_manifest(path: Path) -> list[np.ndarray]:
@@ -83,7 +95,7 @@ def evaluate(model: Generator, clips: list[np.ndarray], loss: SpectralLoss, devi
         audio = torch.zeros(1, frames * SAMPLES_PER_FRAME)
         audio[0, : len(clip)] = torch.from_numpy(clip.astype(np.float32) / 32768)
         audio = audio.to(device)
-        output, _ = model(audio)
+        output, _, _ = model(audio)
         scores = {name: value.item() for name, value in loss(audio, output).items()}
         scores["estoi"] = stoi(audio[0].cpu().numpy(), output[0].cpu().numpy(), SAMPLE_RATE, extended=True)
         for name, value in scores.items():
@@ -106,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=24, help="length of a segment")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--encoder-channels", type=int, default=12)
     parser.add_argument("--decoder-channels", type=int, default=192)
     parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
@@ -177,8 +189,8 @@ def main() -> None:
             progress = step / args.steps
             group["lr"] = args.lr * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * (1 - progress))
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            output, tokens = model(batch)
-        terms = loss_fn(batch, output)
+            output, encoded, tokens = model(batch)
+        terms = loss_fn(batch, output) | {"spread": spread_loss(encoded)}
         total = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -207,9 +219,44 @@ def main() -> None:
 
 def export(model: Generator, path: Path) -> None:
     """Write fp16 weights as a `.nemo` that NeMo 3.0 opens too."""
-    from nemo_lfr.checkpoint import write_checkpoint
-
-    raise NotImplementedError(path, write_checkpoint, model)
+    state = {
+        f"{name}.{key}": value.half() if value.is_floating_point() else value
+        for name, part in model.named_children()
+        for key, value in split_weight_norm(part).items()
+    }
+    config = {
+        "sample_rate": SAMPLE_RATE,
+        "samples_per_frame": SAMPLES_PER_FRAME,
+        "audio_encoder": {
+            "_target_": "nemo_lfr.codec.encoder.HiFiGANEncoder",
+            "encoded_dim": 32,
+            "down_sample_rates": [2, 2, 4, 8, 8],
+            "base_channels": model.audio_encoder.pre_conv.conv.out_channels,
+            "resblock_dilation_sizes": [1],
+            "activation": "lrelu",
+        },
+        "vector_quantizer": {
+            "_target_": "nemo_lfr.codec.quantizer.GroupFiniteScalarQuantizer",
+            "num_groups": 8,
+            "num_levels_per_group": [8, 7, 6, 6],
+        },
+        "audio_decoder": {
+            "_target_": "nemo_lfr.codec.decoder.HiFiGANDecoder",
+            "input_dim": 32,
+            "up_sample_rates": [8, 8, 4, 2, 2],
+            "base_channels": model.audio_decoder.pre_conv.conv.out_channels,
+            "activation": "lrelu",
+            "output_activation": "tanh",
+        },
+        # NeMo's constructor wants losses even for inference; these are the released config's.
+        "discriminator": None,
+        "generator_loss": {"_target_": "nemo.collections.tts.losses.audio_codec_loss.GeneratorSquaredLoss"},
+        "discriminator_loss": {"_target_": "nemo.collections.tts.losses.audio_codec_loss.DiscriminatorSquaredLoss"},
+        "loss_resolutions": [[512, 128, 512], [1024, 256, 1024], [2048, 512, 2048]],
+        "mel_loss_dims": [80, 160, 320],
+        "commit_loss_scale": 0.0,
+    }
+    write_checkpoint(path, config, state)
 
 
 if __name__ == "__main__":

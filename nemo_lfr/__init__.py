@@ -1,1 +1,67 @@
-"""Speech tokens at 21.5 frames a second: NVIDIA's Low Frame-rate Speech Codec, fast and offline."""
+"""Speech tokens at 21.5 frames a second: NVIDIA's Low Frame-rate Speech Codec, fast and offline.
+
+    codec = nemo_lfr.load()
+    tokens, tokens_len = codec.encode(audio, sample_rate=16000)
+    audio, audio_len = codec.decode(tokens, tokens_len)
+
+Names load on first use: importing the package imports neither torch nor NeMo.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+    from nemo_lfr.errors import (
+        AudioError,
+        CheckpointError,
+        ConfigError,
+        MissingExtraError,
+        NemoLfrError,
+        TokenFileError,
+        TokensError,
+    )
+    from nemo_lfr.model import AudioCodecModel, LFRCodecModel, accelerate
+    from nemo_lfr.pretrained import load
+
+_PLACES = {
+    "Codec": "codec.codec",
+    "load": "pretrained",
+    "AudioCodecModel": "model",
+    "LFRCodecModel": "model",
+    "accelerate": "model",
+    "NemoLfrError": "errors",
+    "AudioError": "errors",
+    "TokensError": "errors",
+    "TokenFileError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "MissingExtraError": "errors",
+}
+__all__ = [
+    "AudioCodecModel",
+    "AudioError",
+    "CheckpointError",
+    "Codec",
+    "ConfigError",
+    "LFRCodecModel",
+    "MissingExtraError",
+    "NemoLfrError",
+    "TokenFileError",
+    "TokensError",
+    "__version__",
+    "accelerate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'nemo_lfr' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"nemo_lfr.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,132 @@
+"""Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import soundfile
+import soxr
+
+from nemo_lfr.errors import AudioError, NemoLfrError
+
+BLOCK_SECONDS = 10
+
+
+def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Resample float32 samples [T] with soxr's highest quality.
+
+    Raises:
+        AudioError: if a rate is not a positive number of Hz.
+    """
+    if from_rate <= 0:
+        raise AudioError(f"sample_rate {from_rate} is not a rate in Hz.")
+    return soxr.resample(wave, from_rate, to_rate, quality="VHQ").astype(np.float32)
+
+
+class AudioReader:
+    """An audio file as mono float32 blocks at `sample_rate`.
+
+    Raises:
+        AudioError: if the file is missing, is not audio, or holds NaN.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int) -> None:
+        self.path = Path(path)
+        self.sample_rate = sample_rate
+        self.samples_read = 0
+        if not self.path.is_file():
+            raise AudioError(f"{path}: no such file.")
+        try:
+            self._file = soundfile.SoundFile(self.path)
+        except (soundfile.LibsndfileError, TypeError) as error:
+            raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
+        self.native_rate: int = self._file.samplerate
+        self.channels: int = self._file.channels
+
+    def __enter__(self) -> "AudioReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def duration(self) -> float:
+        """Seconds, as the file's header says."""
+        return self._file.frames / self.native_rate
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Consecutive samples [any]; `samples_read` counts them."""
+        stream = None
+        if self.native_rate != self.sample_rate:
+            stream = soxr.ResampleStream(self.native_rate, self.sample_rate, 1, dtype="float32", quality="VHQ")
+        while True:
+            try:
+                block = self._file.read(BLOCK_SECONDS * self.native_rate, dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError as error:
+                raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
+            wave = block.mean(axis=1)
+            if not np.isfinite(wave).all():
+                raise AudioError(f"{self.path}: holds NaN or infinite samples; clean it first.")
+            last = len(block) == 0
+            if stream is not None:
+                wave = stream.resample_chunk(wave, last=last)
+            if len(wave):
+                self.samples_read += len(wave)
+                yield wave
+            if last:
+                return
+
+
+class AudioWriter:
+    """16-bit mono audio written aside and renamed into place; the format follows the file's suffix.
+
+    Raises:
+        NemoLfrError: if the file exists and `overwrite` is not set, or its format is unknown.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        refuse_overwrite(self.path, overwrite)
+        kind = self.path.suffix[1:].upper()
+        if kind not in soundfile.available_formats():
+            raise NemoLfrError(f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
+        self._raw = os.fdopen(handle, "w+b")
+        self._file = soundfile.SoundFile(self._raw, "w", sample_rate, 1, format=kind)
+
+    def __enter__(self) -> "AudioWriter":
+        return self
+
+    def write(self, wave: np.ndarray) -> None:
+        self._file.write(wave)
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._file.close()
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        self._raw.close()
+        if kind is None:
+            os.chmod(self._aside, 0o666 & ~_umask())
+            os.replace(self._aside, self.path)
+        else:
+            os.unlink(self._aside)
+
+
+def refuse_overwrite(path: Path, overwrite: bool) -> None:
+    """Raise unless `path` is free or may be replaced."""
+    if path.exists() and not overwrite:
+        raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return str(error).rpartition(": ")[2].rstrip(".")

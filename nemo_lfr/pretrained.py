@@ -1,0 +1,113 @@
+"""Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
+
+import logging
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from nemo_lfr.codec.codec import PRECISIONS, Codec
+from nemo_lfr.errors import CheckpointError, NemoLfrError
+
+logger = logging.getLogger(__name__)
+
+LFR = "nvidia/low-frame-rate-speech-codec-22khz"
+# Names that a card or a tutorial uses, and the Hub repository each stands for.
+ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
+LICENCES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
+
+
+def embedded_checkpoint() -> Path:
+    """The small codec inside the package."""
+    return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
+
+
+def find_checkpoint(source: str | os.PathLike[str] | None) -> Path:
+    """A local `.nemo` for a path, a Hub id or a known name; `None` is the embedded codec.
+
+    Raises:
+        CheckpointError: if it is neither a file nor a repository that can be reached or is cached.
+    """
+    if source is None:
+        return embedded_checkpoint()
+    text = os.fspath(source)
+    repository = ALIASES.get(text, text)
+    path = Path(text)
+    if path.exists() or path.suffix == ".nemo" or repository.count("/") != 1:
+        if not path.is_file():
+            raise CheckpointError(f"{text}: no such file, and not a Hub id such as {LFR}.")
+        return path
+    return _download(repository)
+
+
+def _download(repository: str) -> Path:
+    """The repository's `.nemo`, from the Hub's cache if it is there."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = repository.partition("/")[2] + ".nemo"  # NVIDIA's habit, and what NeMo's from_pretrained asks for
+    try:
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+        if repository in LICENCES:
+            logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
+        try:
+            return Path(hf_hub_download(repository, name))
+        except EntryNotFoundError:
+            found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
+            if len(found) != 1:
+                raise CheckpointError(f"{repository}: holds {len(found)} .nemo files, expected one: {found}.") from None
+            return Path(hf_hub_download(repository, found[0]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{repository}: cannot be had from the Hub and is not in its cache ({reason}); check the name and the "
+            "network, or give the path of a downloaded .nemo."
+        ) from error
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or a GPU if there is one.
+
+    Raises:
+        NemoLfrError: if the device is unknown or not there.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def load(
+    source: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+) -> Codec:
+    """Load a codec for inference.
+
+    Args:
+        source: path of a `.nemo`, a Hub id, or None for the small codec inside the package.
+        device: where to run; a GPU if there is one, else the CPU.
+        precision: "fp32", "bf16" or "fp16"; see `Codec`.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be found or read.
+        NemoLfrError: for an unknown device or precision.
+    """
+    from nemo_lfr.checkpoint import read_checkpoint
+
+    if precision not in PRECISIONS:
+        raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
+    chosen = choose_device(device)
+    parts, _ = read_checkpoint(find_checkpoint(source))
+    for part in parts.named().values():
+        part.to(chosen)
+    name = "the embedded codec" if source is None else os.fspath(source)
+    return Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision=precision, name=name)

@@ -1,0 +1,1 @@
+"""Tokens at rest."""

@@ -1,0 +1,282 @@
+"""The `.lfr` token file: one recording, written as a stream of blocks.
+
+All integers are little-endian; each CRC is CRC-32 (zlib's) of the bytes of its own section before it.
+
+    header   4 bytes   magic, "LFRT"
+             1 byte    version, 1
+             4 bytes   length H of the metadata, at most 65536
+             H bytes   metadata, a JSON object in UTF-8 (below)
+             4 bytes   CRC of all of the above
+    block    4 bytes   number of frames N, 1 to 65536
+             N * F     frames, each one number as `packing.py` says; F bytes hold any frame (11 for 8 x 2016)
+             4 bytes   CRC of the block so far
+    ...      further blocks
+    end      4 bytes   0
+             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, more than one frame less
+             4 bytes   CRC of the end so far
+
+Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
+`fingerprint` (of the codec's weights), `precision`, `written_by`.
+
+A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
+codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
+"""
+
+import json
+import math
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_lfr import __version__, frames
+from nemo_lfr.audio import refuse_overwrite
+from nemo_lfr.errors import TokenFileError, TokensError
+from nemo_lfr.tokens.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+MAGIC, VERSION = b"LFRT", 1
+MAX_METADATA_BYTES = 65536
+MAX_BLOCK_FRAMES = 65536
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a reader must know to decode, and what it may want to know."""
+
+    sample_rate: int
+    samples_per_frame: int
+    levels: tuple[int, ...]
+    num_codebooks: int
+    fingerprint: str = ""
+    precision: str = "fp32"
+    written_by: str = f"nemo_lfr {__version__}"
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def bytes_per_frame(self) -> int:
+        return frames.bytes_per_frame(self.levels, self.num_codebooks)
+
+    @classmethod
+    def of(cls, codec: "Codec") -> "Metadata":
+        return cls(
+            codec.sample_rate,
+            codec.samples_per_frame,
+            codec.levels,
+            codec.num_codebooks,
+            codec.fingerprint,
+            codec.precision,
+        )
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> "Metadata":
+        """Raises ValueError, TypeError or KeyError for anything but what `of` makes."""
+        values = json.loads(raw)
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        known["levels"] = tuple(known["levels"])
+        metadata = cls(**known)
+        for name, low, high in (
+            ("sample_rate", 1, 1_000_000),
+            ("samples_per_frame", 1, 1_000_000),
+            ("num_codebooks", 1, 256),
+        ):
+            value = getattr(metadata, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}")
+        if not 1 <= len(metadata.levels) <= 16 or not all(
+            type(level) is int and 2 <= level <= 4096 for level in metadata.levels
+        ):
+            raise ValueError(f"levels are {metadata.levels!r}")
+        if metadata.codebook_size > 2**31:
+            raise ValueError(f"a codebook of {metadata.codebook_size} entries")
+        return metadata
+
+
+class TokenWriter:
+    """Writes a token file aside and renames it into place when it is whole."""
+
+    def __init__(self, path: str | os.PathLike[str], metadata: Metadata, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        refuse_overwrite(self.path, overwrite)
+        self.metadata = metadata
+        self.frames_written = 0
+        self._num_samples: int | None = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115: closed in __exit__
+            dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part", delete=False
+        )
+        text = json.dumps(asdict(metadata)).encode()
+        self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
+
+    @classmethod
+    def for_codec(cls, path: str | os.PathLike[str], codec: "Codec", overwrite: bool = False) -> "TokenWriter":
+        return cls(path, Metadata.of(codec), overwrite)
+
+    def _section(self, data: bytes) -> None:
+        self._file.write(data + struct.pack("<I", zlib.crc32(data)))
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append frames, [C, T]."""
+        for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
+            block = tokens[:, start : start + MAX_BLOCK_FRAMES]
+            packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
+            self._section(struct.pack("<I", block.shape[1]) + packed)
+            self.frames_written += block.shape[1]
+
+    def finish(self, num_samples: int) -> None:
+        """Say how many samples the frames stand for; without it the file is not kept."""
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
+            raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
+        self._num_samples = num_samples
+        self._section(struct.pack("<IQ", 0, num_samples))
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None and self._num_samples is not None:
+            os.chmod(self._file.name, 0o644)
+            os.replace(self._file.name, self.path)
+        else:
+            os.unlink(self._file.name)
+
+
+class TokenReader:
+    """Reads a token file; every section is checked before it is used.
+
+    Attributes:
+        metadata: the header's.
+        num_frames: frames in the file, counted on opening.
+        num_samples: samples that were encoded.
+
+    Raises:
+        TokenFileError: naming the file, what is wrong with it, and what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "rb")  # noqa: SIM115: closed in __exit__
+        except OSError as error:
+            raise TokenFileError(f"{path}: {error.strerror or error}.") from error
+        try:
+            self.metadata = self._read_header()
+            self._data_start = self._file.tell()
+            self.num_frames, self.num_samples = self._read_outline()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "TokenReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _fail(self, reason: str) -> TokenFileError:
+        return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.")
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) != size:
+            raise self._fail("it ends too early")
+        return data
+
+    def _check(self, section: bytes, what: str) -> None:
+        if struct.unpack("<I", self._take(4))[0] != zlib.crc32(section):
+            raise self._fail(f"the checksum of {what} is wrong")
+
+    def _read_header(self) -> Metadata:
+        head = self._file.read(9)
+        if head[:4] != MAGIC:
+            raise TokenFileError(f"{self.path}: not a .lfr token file.")
+        if len(head) < 9:
+            raise self._fail("it ends too early")
+        version, length = struct.unpack("<BI", head[4:])
+        if version != VERSION:
+            raise TokenFileError(
+                f"{self.path}: format version {version}; this nemo_lfr reads version {VERSION}, a newer one may read it."
+            )
+        if length > MAX_METADATA_BYTES:
+            raise self._fail(f"its metadata claims {length} bytes")
+        text = self._take(length)
+        self._check(head + text, "the header")
+        try:
+            return Metadata.from_json(text)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise TokenFileError(f"{self.path}: its metadata is invalid ({error}).") from error
+
+    def _read_outline(self) -> tuple[int, int]:
+        """Walk the block lengths to the end section."""
+        total = 0
+        size = os.fstat(self._file.fileno()).st_size
+        while True:
+            raw = self._take(4)
+            count = struct.unpack("<I", raw)[0]
+            if count == 0:
+                break
+            if count > MAX_BLOCK_FRAMES:
+                raise self._fail(f"a block claims {count} frames")
+            total += count
+            self._file.seek(count * self.metadata.bytes_per_frame + 4, os.SEEK_CUR)
+            if self._file.tell() > size:
+                raise self._fail("it ends too early")
+        rest = self._take(8)
+        self._check(raw + rest, "the end")
+        if self._file.read(1):
+            raise self._fail("there are bytes after its end")
+        num_samples = struct.unpack("<Q", rest)[0]
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != total:
+            raise self._fail(f"{num_samples} samples do not make its {total} frames")
+        return total, num_samples
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Tokens [C, T] as int32, block by block, from the start."""
+        meta = self.metadata
+        self._file.seek(self._data_start)
+        while True:
+            raw = self._take(4)
+            count = struct.unpack("<I", raw)[0]
+            if count == 0:
+                return
+            packed = self._take(count * meta.bytes_per_frame)
+            self._check(raw + packed, "a block")
+            try:
+                yield unpack(packed, meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
+            except TokensError as error:
+                raise self._fail(str(error).rstrip(".")) from error
+
+    def read(self) -> np.ndarray:
+        """All tokens, [C, T]."""
+        empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
+        return np.concatenate([empty, *self.blocks()], axis=1)
+
+    def check_codec(self, codec: "Codec") -> None:
+        """Raise unless these tokens mean the same to `codec`.
+
+        Raises:
+            TokenFileError: if the layout or the weights differ.
+        """
+        mine: dict[str, Any] = asdict(self.metadata)
+        theirs: dict[str, Any] = asdict(Metadata.of(codec))
+        for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
+            if mine[name] and mine[name] != theirs[name]:
+                raise TokenFileError(
+                    f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
+                    "give the checkpoint that encoded it with --model."
+                )
