@@ -253,6 +253,8 @@ def read_config(path: str | os.PathLike[str]) -> DictConfig:
 
 # --- the weights
 
+_GAIN, _DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+
 
 @dataclass(frozen=True)
 class _Tensor:
@@ -379,7 +381,7 @@ def _plain_keys(weights: _Weights, prefix: str) -> dict[str, tuple[str, ...]]:
             continue
         own = key.removeprefix(prefix + ".")
         for gain, direction in (
-            (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
+            (_GAIN, _DIRECTION),
             (".weight_g", ".weight_v"),
         ):
             if own.endswith(gain):
@@ -393,52 +395,91 @@ def _plain_keys(weights: _Weights, prefix: str) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _load_part(weights: _Weights, prefix: str, part: nn.Module) -> None:
-    """Fill a part built with plain weights. Strict: every key, shape and number is judged."""
+def _load_part(weights: _Weights, prefix: str, part: nn.Module, strict: bool = True) -> None:
+    """Fill a part, built with weight norm or without. Every key, shape and number is judged.
+
+    `strict=False` leaves a missing weight as it is and ignores an unknown one; a wrong one is an error still.
+    """
     path = weights.path
-    sources, expected = _plain_keys(weights, prefix), part.state_dict()
+    own, sources = part.state_dict(), _plain_keys(weights, prefix)
+    # The part's weights under their plain names, whichever way it was built.
+    expected = {key.replace(_DIRECTION, ".weight"): value for key, value in own.items() if not key.endswith(_GAIN)}
     missing = sorted(
         key for key in expected if key not in sources or any(name not in weights.entries for name in sources[key])
     )
     unexpected = sorted(sources.keys() - expected.keys())
-    if missing:
+    if missing and strict:
         raise CheckpointError(
             f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; "
             "the config and the weights do not belong together, or the file is incomplete."
         )
-    if unexpected:
+    if unexpected and strict:
         raise CheckpointError(
             f"{path}: {prefix} has {len(unexpected)} weights that its config does not describe, first {unexpected[:5]}."
         )
     state = {}
     for key, want in expected.items():
-        tensors = [weights.tensor(name) for name in sources[key]]
-        for name, tensor in zip(sources[key], tensors, strict=True):
-            if tensor.is_floating_point() != want.is_floating_point() or tensor.is_complex():
-                raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected {want.dtype}.")
-        if len(tensors) == 2:
-            gain, direction = (tensor.float() for tensor in tensors)
-            if gain.shape != (want.shape[0], *[1] * (want.dim() - 1)):
-                raise CheckpointError(f"{path}: {sources[key][0]} has shape {list(gain.shape)}.")
-            if direction.shape != want.shape:
+        if key in missing:
+            continue
+        values = [_judged(weights, name, want) for name in sources[key]]
+        gain_shape = (want.shape[0], *[1] * (want.dim() - 1))
+        for name, value, shape in zip(
+            reversed(sources[key]), reversed(values), (tuple(want.shape), gain_shape), strict=False
+        ):
+            if tuple(value.shape) != shape:
                 raise CheckpointError(
-                    f"{path}: {sources[key][1]} has shape {list(direction.shape)}, the config asks for "
-                    f"{list(want.shape)}."
+                    f"{path}: {name} has shape {list(value.shape)}, the config asks for {list(shape)}."
                 )
-            value = torch._weight_norm(direction, gain, 0)
-        else:
-            value = tensors[0].to(want.dtype)
-        if value.shape != want.shape:
-            raise CheckpointError(
-                f"{path}: {prefix}.{key} has shape {list(value.shape)}, the config asks for {list(want.shape)}."
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"{path}: {prefix}.{key} holds NaN or infinite numbers.")
         # FSQ's buffers follow from the config; other numbers there would give other tokens.
-        if not want.is_floating_point() and not torch.equal(value, want):
-            raise CheckpointError(f"{path}: {prefix}.{key} is {value.flatten().tolist()}, the config says otherwise.")
-        state[key] = value
-    part.load_state_dict(state, assign=True)
+        if not want.is_floating_point() and not torch.equal(values[0], want):
+            raise CheckpointError(f"{path}: {prefix}.{key} is {values[0].flatten().tolist()}, the config says otherwise.")
+        stem = key.removesuffix(".weight")
+        if stem + _GAIN in own:
+            direction = values[-1]
+            state[stem + _GAIN] = values[0] if len(values) == 2 else _norm(direction)
+            state[stem + _DIRECTION] = direction
+        else:
+            state[key] = torch._weight_norm(values[1], values[0], 0) if len(values) == 2 else values[0]
+            if not bool(torch.isfinite(state[key]).all()):
+                raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+    part.load_state_dict(state, assign=True, strict=strict)
+
+
+def _judged(weights: _Weights, name: str, want: torch.Tensor) -> torch.Tensor:
+    """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
+    value = weights.tensor(name)
+    if value.is_floating_point() != want.is_floating_point() or value.is_complex():
+        raise CheckpointError(f"{weights.path}: {name} is {value.dtype}, expected {want.dtype}.")
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{weights.path}: {name} holds NaN or infinite numbers.")
+    return value.to(want.dtype)
+
+
+def _norm(weight: torch.Tensor) -> torch.Tensor:
+    """The gain of weight norm: the norm of each slice along the first dimension, kept broadcastable."""
+    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def load_parts(
+    path: str | os.PathLike[str], parts: Mapping[str, nn.Module], strict: bool = True, others: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Fill parts, by their names in the checkpoint, and read what else lies under a prefix.
+
+    Args:
+        path: the `.nemo`.
+        parts: modules with the right shapes, with weight norm or without.
+        strict: every weight of each part must be there, and no other under its name.
+        others: prefix of further tensors to return as they are.
+
+    Raises:
+        CheckpointError: naming the file and the key, what was wrong, and what to do.
+    """
+    path = Path(path)
+    with _open_members(path) as members:
+        weights = _Weights.open(path, members.weights)
+        for name, part in parts.items():
+            _load_part(weights, name, part, strict)
+        return {key: weights.tensor(key) for key in weights.entries if others and key.startswith(others)}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
@@ -483,9 +524,8 @@ def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for key, value in part.state_dict().items():
         if key.endswith(".conv.weight"):
-            stem = key.removesuffix("weight") + "parametrizations.weight.original"
-            state[stem + "0"] = value.flatten(1).norm(dim=1).reshape(-1, *[1] * (value.dim() - 1))
-            state[stem + "1"] = value
+            stem = key.removesuffix(".weight")
+            state[stem + _GAIN], state[stem + _DIRECTION] = _norm(value), value
         else:
             state[key] = value
     return state

@@ -1,5 +1,6 @@
 """Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
 
+import contextlib
 import logging
 import os
 from importlib.resources import files
@@ -23,8 +24,12 @@ def embedded_checkpoint() -> Path:
     return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
 
 
-def find_checkpoint(source: str | os.PathLike[str] | None) -> Path:
+def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
     """A local `.nemo` for a path, a Hub id or a known name; `None` is the embedded codec.
+
+    Args:
+        source: what to look for.
+        refresh: download again what the Hub's cache already has.
 
     Raises:
         CheckpointError: if it is neither a file nor a repository that can be reached or is cached.
@@ -38,24 +43,23 @@ def find_checkpoint(source: str | os.PathLike[str] | None) -> Path:
         if not path.is_file():
             raise CheckpointError(f"{text}: no such file, and not a Hub id such as {LFR}.")
         return path
-    return _download(repository)
+    return _download(repository, refresh)
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, refresh: bool) -> Path:
     """The repository's `.nemo`, from the Hub's cache if it is there."""
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = repository.partition("/")[2] + ".nemo"  # NVIDIA's habit, and what NeMo's from_pretrained asks for
     try:
-        try:
-            return Path(hf_hub_download(repository, name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            pass
+        if not refresh:
+            with contextlib.suppress(LocalEntryNotFoundError):
+                return Path(hf_hub_download(repository, name, local_files_only=True))
         if repository in LICENCES:
             logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
         try:
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(repository, name, force_download=refresh))
         except EntryNotFoundError:
             found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
             if len(found) != 1:

@@ -120,7 +120,7 @@ class Codec:
 
     # Tensors.
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(
         self,
         audio: torch.Tensor | np.ndarray,
@@ -157,7 +157,7 @@ class Codec:
             self._scatter(tokens, rows, windows, self._encode_frames(batch))
         return tokens, torch.tensor(totals, device=self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(
         self,
         tokens: torch.Tensor | np.ndarray,
@@ -193,7 +193,7 @@ class Codec:
 
     # Streams: one recording of any length, in bounded memory.
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Encode one recording block by block.
 
@@ -210,7 +210,7 @@ class Codec:
             tokens = self._encode_frames(F.pad(clip, (0, padding))[None])[0]
             yield tokens[:, window.kept].cpu().numpy()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         for piece, window in _rolling(blocks, 1, self.chunk_frames, self.decoder.context):
