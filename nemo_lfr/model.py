@@ -24,7 +24,6 @@ from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
 try:
     from lightning.pytorch import Trainer
     from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
-    from nemo.collections.tts.parts.utils.helpers import get_batch_size  # noqa: F401  (fails early on a partial install)
     from nemo.core.classes import common
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
@@ -42,6 +41,10 @@ if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
 _WAVLM = ".slm_model.ssl_model."
 _DISCRIMINATOR = "discriminator."
 _IDENTITY = {"_target_": "torch.nn.Identity"}
+_SMALLEST_QUANTIZER = {
+    "_target_": "nemo.collections.tts.modules.audio_codec_modules.FiniteScalarQuantizer",
+    "num_levels": [2],
+}
 
 
 class LFRCodecModel(NeMoAudioCodecModel):
@@ -76,11 +79,10 @@ class LFRCodecModel(NeMoAudioCodecModel):
         with open_dict(lean):
             lean.audio_encoder, lean.audio_decoder = dict(_IDENTITY), dict(_IDENTITY)
             lean.discriminator = None
-            del lean["vector_quantizer"]
+            lean.commit_loss_scale = 0.0
+            lean.vector_quantizer = dict(_SMALLEST_QUANTIZER)
         super().__init__(cfg=lean, trainer=trainer)
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
-        self.vector_quantizer_has_commit_loss = False
-        self.commit_loss_scale = 0.0
         self._unbuilt_discriminator: dict[str, torch.Tensor] = {}
         self.cfg = cfg
 
@@ -125,7 +127,7 @@ class LFRCodecModel(NeMoAudioCodecModel):
         return self.codec.decode(tokens, tokens_len, audio_len)
 
     def _resampled(self, audio: Any, audio_len: Any, sample_rate: int) -> tuple[torch.Tensor, torch.Tensor]:
-        from nemo.collections.tts.modules.audio_codec_modules import resample_batch
+        from nemo.collections.tts.parts.utils.tts_dataset_utils import resample_batch
 
         return resample_batch(
             audio=torch.as_tensor(audio),

@@ -114,7 +114,7 @@ class TokenWriter:
         self.frames_written = 0
         self._num_samples: int | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115: closed in __exit__
+        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
             dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part", delete=False
         )
         text = json.dumps(asdict(metadata)).encode()
@@ -171,7 +171,7 @@ class TokenReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = open(self.path, "rb")  # noqa: SIM115: closed in __exit__
+            self._file = open(self.path, "rb")  # noqa: SIM115  closed in __exit__
         except OSError as error:
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:

@@ -1,0 +1,204 @@
+"""The codec against the installed stock NeMo: same tokens, same audio, on every path there is, in both directions.
+
+Stock NeMo, restored by its own reader, is the reference; one utterance alone, as DESIGN says. The rule for tokens: all
+equal but floating ties, where stock's own value before rounding lies within 1e-4 of a rounding edge.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
+
+import nemo_lfr
+from nemo_lfr.pretrained import embedded_checkpoint
+from tests.nemo_models import config, speech_like, stock_model, write_nemo
+
+TIE = 1e-4
+# Audio is compared with full scale; sums in another order differ by some ulps through 100 layers.
+AUDIO_TOLERANCE = 1e-5
+LENGTHS = (30_000, 12_288, 4_500)
+
+
+@pytest.fixture(scope="session", params=["lfr", "nano", "embedded", pytest.param("full size", marks=pytest.mark.slow)])
+def reference(request, tmp_path_factory):
+    """A checkpoint, stock NeMo on it, and what stock makes of some utterances."""
+    if request.param == "embedded":
+        path = embedded_checkpoint()
+    else:
+        folder = tmp_path_factory.mktemp("parity")
+        sizes = {"encoder_channels": 48, "decoder_channels": 1024} if request.param == "full size" else {}
+        kind = "nano" if request.param == "nano" else "lfr"
+        path = write_nemo(folder / "model.nemo", config(kind, **sizes))
+    stock = stock_model(path)
+    clips = [speech_like(length, seed) for seed, length in enumerate(LENGTHS)]
+    expected = [stock_round_trip(stock, clip) for clip in clips]
+    return SimpleNamespace(path=path, stock=stock, clips=clips, expected=expected)
+
+
+@torch.no_grad()
+def stock_round_trip(stock, clip):
+    """Tokens, distance of each codebook's nearest value to a rounding edge, and audio of one utterance alone."""
+    length = torch.tensor([len(clip)])
+    encoded, frames = stock.encode_audio(audio=clip[None], audio_len=length)
+    tokens = stock.quantize(encoded=encoded, encoded_len=frames)
+    audio, _ = stock.decode(tokens=tokens, tokens_len=frames)
+    groups = encoded.chunk(stock.num_codebooks, dim=1)
+    margins = [
+        ((fsq.compress(group, frames) - 0.5).round() + 0.5 - fsq.compress(group, frames)).abs().amin(dim=1)
+        for group, fsq in zip(groups, stock.vector_quantizer.fsqs, strict=True)
+    ]
+    return SimpleNamespace(tokens=tokens[0], margins=torch.stack(margins, dim=1)[0], audio=audio[0])
+
+
+# Each path takes the checkpoint and the clips, and gives (tokens [C, T], audio [T_audio]) of each clip.
+
+
+def light_alone(reference):
+    codec = nemo_lfr.load(reference.path, device="cpu")
+    for clip in reference.clips:
+        tokens, _ = codec.encode(clip)
+        yield tokens[0], codec.decode(tokens)[0][0]
+
+
+def light_batch(reference):
+    codec = nemo_lfr.load(reference.path, device="cpu")
+    tokens, tokens_len = codec.encode(*noise_padded(reference.clips))
+    audio, audio_len = codec.decode(tokens, tokens_len)
+    yield from split(tokens, tokens_len, audio, audio_len)
+
+
+def light_chunks(reference):
+    codec = nemo_lfr.load(reference.path, device="cpu")
+    codec.chunk_frames = 5
+    for clip in reference.clips:
+        tokens, _ = codec.encode(clip)
+        yield tokens[0], codec.decode(tokens)[0][0]
+
+
+def light_blocks(reference):
+    codec = nemo_lfr.load(reference.path, device="cpu")
+    codec.chunk_frames = 7
+    for clip in reference.clips:
+        tokens = np.concatenate(list(codec.encode_blocks(np.array_split(clip.numpy(), 5))), axis=1)
+        audio = np.concatenate(list(codec.decode_blocks(np.array_split(tokens, 3, axis=1))))
+        yield torch.from_numpy(tokens), torch.from_numpy(audio)
+
+
+def nemo_alone(reference):
+    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
+    for clip in reference.clips:
+        tokens, tokens_len = model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
+        audio, _ = model.decode(tokens=tokens, tokens_len=tokens_len)
+        yield tokens[0], audio[0]
+
+
+def nemo_batch(reference):
+    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
+    audio, audio_len = noise_padded(reference.clips)
+    tokens, tokens_len = model.encode(audio, audio_len)
+    audio, audio_len = model.decode(tokens, tokens_len)
+    yield from split(tokens, tokens_len, audio, audio_len)
+
+
+def nemo_in_steps(reference):
+    """The four steps that NeMo's inference tutorial shows, on a ragged batch."""
+    model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
+    audio, audio_len = noise_padded(reference.clips)
+    with torch.no_grad():
+        encoded, encoded_len = model.encode_audio(audio=audio, audio_len=audio_len)
+        tokens = model.quantize(encoded=encoded, encoded_len=encoded_len)
+        dequantized = model.dequantize(tokens=tokens, tokens_len=encoded_len)
+        audio, audio_len = model.decode_audio(inputs=dequantized, input_len=encoded_len)
+    yield from split(tokens, encoded_len, audio, audio_len)
+
+
+def accelerated(reference):
+    model = nemo_lfr.accelerate(stock_model(reference.path))
+    audio, audio_len = noise_padded(reference.clips)
+    tokens, tokens_len = model.encode(audio=audio, audio_len=audio_len)
+    audio, audio_len = model.decode(tokens=tokens, tokens_len=tokens_len)
+    yield from split(tokens, tokens_len, audio, audio_len)
+
+
+PATHS = [light_alone, light_batch, light_chunks, light_blocks, nemo_alone, nemo_batch, nemo_in_steps, accelerated]
+
+
+def noise_padded(clips):
+    audio = torch.randn(len(clips), max(map(len, clips)), generator=torch.Generator().manual_seed(0))
+    for row, clip in zip(audio, clips, strict=True):
+        row[: len(clip)] = clip
+    return audio, torch.tensor([len(clip) for clip in clips])
+
+
+def split(tokens, tokens_len, audio, audio_len):
+    for row in range(len(tokens)):
+        yield tokens[row, :, : tokens_len[row]], audio[row, : audio_len[row]]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+def test_every_path_gives_stock_tokens_and_audio(reference, path):
+    for (tokens, audio), expected in zip(path(reference), reference.expected, strict=True):
+        assert tokens.shape == expected.tokens.shape
+        different = tokens != expected.tokens
+        not_ties = different & (expected.margins > TIE)
+        assert not not_ties.any(), f"{int(different.sum())} of {different.numel()} tokens differ"
+        if not different.any():
+            assert audio.shape == expected.audio.shape
+            assert (audio - expected.audio).abs().max() < AUDIO_TOLERANCE
+
+
+def test_the_reference_uses_the_whole_range_of_tokens(reference):
+    # Equal tokens prove little where the encoder hardly varies: every codebook must see many entries.
+    tokens = torch.cat([expected.tokens for expected in reference.expected], dim=1)
+    frames = tokens.shape[1]
+    assert min(codebook.unique().numel() for codebook in tokens) > 0.6 * frames
+
+
+def test_what_we_save_opens_in_a_process_that_has_only_stock(reference, tmp_path):
+    saved = tmp_path / "saved.nemo"
+    nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
+    np.save(tmp_path / "clip.npy", reference.clips[0].numpy())
+    script = """
+import json, sys, numpy, torch
+from nemo.collections.tts.models import AudioCodecModel
+model = AudioCodecModel.restore_from(sys.argv[1], map_location="cpu").eval()
+clip = torch.from_numpy(numpy.load(sys.argv[2]))
+with torch.no_grad():
+    tokens, _ = model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
+assert "nemo_lfr" not in sys.modules
+print(json.dumps(tokens[0].tolist()))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script, saved, tmp_path / "clip.npy"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    tokens = torch.tensor(json.loads(run.stdout.strip().splitlines()[-1]))
+    assert torch.equal(tokens, reference.expected[0].tokens.long())
+
+
+def test_the_cards_snippet_runs_as_printed(reference):
+    """The card's snippet ends with `.cpu().numpy()`, which fails on stock because its output requires grad."""
+    model = nemo_lfr.AudioCodecModel.restore_from(str(reference.path), map_location="cpu")
+    audio_tensor = reference.clips[0].unsqueeze(dim=0)
+    audio_len = torch.tensor([audio_tensor[0].shape[0]])
+    encoded_tokens, encoded_len = model.encode(audio=audio_tensor, audio_len=audio_len)
+    reconstructed_audio, _ = model.decode(tokens=encoded_tokens, tokens_len=encoded_len)
+    output_audio = reconstructed_audio.cpu().numpy()
+    assert output_audio.shape == (1, 30 * 1024)
+
+
+def test_files_written_by_ours_are_named_by_nemo_only(reference, tmp_path):
+    from nemo_lfr.checkpoint import read_config
+
+    saved = tmp_path / "saved.nemo"
+    nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
+    text = str(read_config(saved))
+    assert "nemo_lfr" not in text
+    assert [entry.name for entry in Path(tmp_path).iterdir()] == ["saved.nemo"]
