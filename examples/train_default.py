@@ -208,8 +208,9 @@ def main() -> None:
             logging.info("step %d  %s  grad %.2f  tokens per codebook %d-%d  %.2f s/step",
                          step, losses, norm, min(used), max(used), seconds / 50)  # fmt: skip
             seconds = 0.0
-        if step % args.eval_every == 0 or step == args.steps:
+        if step % 100 == 0 or step == args.steps:
             save()
+        if step % args.eval_every == 0 or step == args.steps:
             scores = evaluate(average, valid, loss_fn, args.device)
             line = {"step": step, "minutes": round((time.monotonic() - started) / 60, 1)} | scores
             with open(args.out / "curve.jsonl", "a") as curve:

@@ -8,12 +8,14 @@ what it loads is found by the zip's checksums.
 
 import contextlib
 import io
+import lzma
 import math
 import os
 import pickle
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -222,8 +224,9 @@ def _open_members(path: Path) -> Iterator[_Members]:
             raise CheckpointError(f"{path}: no such file.") from None
         except IsADirectoryError:
             raise CheckpointError(f"{path}: is a folder; give the .nemo file in it.") from None
-        except (tarfile.TarError, EOFError, zipfile.BadZipFile, OSError) as error:
-            raise CheckpointError(f"{path}: damaged or not a .nemo archive ({error}); download it again.") from error
+        except (tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
+            reason = "not a tar file" if "could not be opened" in str(error) else error
+            raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
 
 
 def _parse_config(path: Path, raw: bytes) -> DictConfig:

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and more still on a shared machine
+
 import torch.nn.functional as F
 
 from nemo_lfr.checkpoint import build_parts

@@ -117,7 +117,7 @@ class TokenWriter:
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
             dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part", delete=False
         )
-        text = json.dumps(asdict(metadata)).encode()
+        text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
         self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
 
     @classmethod

@@ -1,0 +1,5 @@
+"""python -m nemo_lfr"""
+
+from nemo_lfr.cli import main
+
+main()

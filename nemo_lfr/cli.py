@@ -1,0 +1,370 @@
+"""The command line: `nemo-lfr demo | encode | decode | info`.
+
+A thin layer: paths are checked before a model is loaded, results go to stdout, everything else to stderr, and a user's
+mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
+"""
+
+import glob
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemo_lfr import __version__
+from nemo_lfr.errors import NemoLfrError
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf", ".m4a"}
+TOKEN_SUFFIX = ".lfr"
+# Files up to this long may be encoded together; longer ones stream through bounded memory.
+BATCH_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input file and where its result goes."""
+
+    source: Path
+    target: Path
+
+
+def plan_jobs(inputs: Sequence[str], out: Path | None, suffixes: set[str], new_suffix: str) -> list[Job]:
+    """Expand files, folders and globs into jobs; a folder's sub-folders are mirrored under `out`.
+
+    Raises:
+        NemoLfrError: if an input is missing or empty, or two inputs would write one file.
+    """
+    jobs: list[Job] = []
+    for text in inputs:
+        matches = [Path(text)] if Path(text).exists() else [Path(match) for match in glob.glob(text, recursive=True)]
+        if not matches:
+            raise NemoLfrError(f"{text}: no such file or folder.")
+        for path in sorted(matches):
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+                if not files and len(matches) == 1:
+                    raise NemoLfrError(f"{path}: no {' or '.join(sorted(suffixes))} file in this folder.")
+                jobs += [Job(file, ((out or path) / file.relative_to(path)).with_suffix(new_suffix)) for file in files]
+            else:
+                jobs.append(Job(path, ((out or path.parent) / path.name).with_suffix(new_suffix)))
+    targets: dict[Path, Path] = {}
+    for job in dict.fromkeys(jobs):
+        if job.target in targets:
+            raise NemoLfrError(f"{targets[job.target]} and {job.source} would both be written to {job.target}.")
+        if job.target == job.source:
+            raise NemoLfrError(f"{job.source} would be replaced by its own result; give --out.")
+        targets[job.target] = job.source
+    return list(dict.fromkeys(jobs))
+
+
+def check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
+    """Refuse before any work if a result exists."""
+    from nemo_lfr.audio import refuse_overwrite
+
+    for job in jobs:
+        refuse_overwrite(job.target, overwrite)
+
+
+def note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
+    from nemo_lfr.pretrained import LFR, load
+
+    if model is None:
+        note(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
+    return load(model, device, precision)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal; elsewhere each finished file is a line of its own."""
+    if not sys.stderr.isatty():
+        yield note
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("files", total=total)
+
+        def advance(text: str) -> None:
+            bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            bar.advance(task)
+
+        yield advance
+
+
+def run_jobs(
+    jobs: Sequence[Job], work: Callable[[list[Job]], Iterator[dict[str, Any]]], batch_size: int, as_json: bool
+) -> None:
+    """Do all jobs; a bad file is reported at the end and does not stop the others.
+
+    `work` takes some jobs and yields a result for each, in order. When a batch fails it is tried again job by job.
+    """
+    results: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    with progress(len(jobs)) as advance:
+        for start in range(0, len(jobs), batch_size):
+            batch = list(jobs[start : start + batch_size])
+            for group in _attempts(batch, work, failures):
+                for result in group:
+                    results.append(result)
+                    advance(_line(result))
+    if as_json:
+        click.echo(json.dumps({"files": results, "failures": failures}, indent=2))
+    else:
+        for result in results:
+            click.echo(result["output"])
+    if failures and len(jobs) == 1:
+        _fail(failures[0]["error"])
+    for failure in failures:
+        note(f"nemo-lfr: failed: {failure['error']}")
+    if failures:
+        note(f"nemo-lfr: {len(failures)} of {len(jobs)} files failed.")
+        sys.exit(1)
+
+
+def _attempts(
+    batch: list[Job], work: Callable[[list[Job]], Iterator[dict[str, Any]]], failures: list[dict[str, str]]
+) -> Iterator[list[dict[str, Any]]]:
+    try:
+        yield list(work(batch))
+    except (NemoLfrError, OSError) as error:
+        if len(batch) > 1:
+            for job in batch:
+                yield from _attempts([job], work, failures)
+        else:
+            text = str(error) if isinstance(error, NemoLfrError) else f"{batch[0].target}: {error.strerror or error}."
+            failures.append({"input": str(batch[0].source), "error": text})
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['input']} -> {result['output']}  {result['duration']:.2f} s  {result['bytes']} bytes  "
+        f"{result['bit_rate'] / 1000:.2f} kbit/s  {result['real_time_factor']:.1f}x real time"
+    )
+
+
+def _result(job: Job, codec: "Codec", num_samples: int, token_file: Path, seconds: float) -> dict[str, Any]:
+    duration = num_samples / codec.sample_rate
+    size = token_file.stat().st_size
+    return {
+        "input": str(job.source),
+        "output": str(job.target),
+        "duration": round(duration, 4),
+        "samples": num_samples,
+        "bytes": size,
+        "bit_rate": round(8 * size / duration, 1) if duration else 0.0,
+        "real_time_factor": round(duration / max(seconds, 1e-9), 2),
+    }
+
+
+def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[dict[str, Any]]:
+    """Short files as one batch, long ones as streams."""
+    import numpy as np
+
+    from nemo_lfr.audio import AudioReader
+    from nemo_lfr.tokens.format import TokenWriter
+
+    started = time.perf_counter()
+    clips: dict[Job, Any] = {}
+    for job in jobs:
+        with AudioReader(job.source, codec.sample_rate) as reader:
+            if reader.channels > 1:
+                note(f"{job.source}: {reader.channels} channels mixed to mono")
+            if len(jobs) > 1 and reader.duration <= BATCH_SECONDS:
+                clips[job] = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+    tokens: dict[Job, Any] = {}
+    if clips:
+        audio = np.zeros((len(clips), max(map(len, clips.values()))), np.float32)
+        for row, clip in zip(audio, clips.values(), strict=True):
+            row[: len(clip)] = clip
+        batch, lengths = codec.encode(audio, [len(clip) for clip in clips.values()])
+        for job, row, length in zip(clips, batch.cpu().numpy(), lengths.tolist(), strict=True):
+            tokens[job] = row[:, :length]
+    for job in jobs:
+        if job in tokens:
+            with TokenWriter.for_codec(job.target, codec, overwrite) as writer:
+                writer.write(tokens[job])
+                writer.finish(len(clips[job]))
+            num_samples = len(clips[job])
+        else:
+            num_samples = codec.encode_file(job.source, job.target, overwrite=overwrite)
+        yield _result(job, codec, num_samples, job.target, (time.perf_counter() - started) / len(jobs))
+
+
+def decode_job(job: Job, codec: "Codec", overwrite: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    num_samples = codec.decode_file(job.source, job.target, overwrite=overwrite)
+    return _result(job, codec, num_samples, job.source, time.perf_counter() - started)
+
+
+def describe(text: str | None) -> dict[str, Any]:
+    """What a token file, a checkpoint, a Hub id or (None) the embedded codec is."""
+    if text is not None and text.endswith(TOKEN_SUFFIX):
+        from nemo_lfr.tokens.format import TokenReader
+
+        with TokenReader(text) as reader:
+            meta = reader.metadata
+            duration = reader.num_samples / meta.sample_rate
+            return {
+                "file": text,
+                "duration": round(duration, 4),
+                "samples": reader.num_samples,
+                "frames": reader.num_frames,
+                "bytes": os.path.getsize(text),
+                "bit rate": round(8 * os.path.getsize(text) / duration, 1) if duration else 0.0,
+                "sample rate": meta.sample_rate,
+                "samples per frame": meta.samples_per_frame,
+                "codebooks": meta.num_codebooks,
+                "levels": list(meta.levels),
+                "codec fingerprint": meta.fingerprint,
+                "precision": meta.precision,
+                "written by": meta.written_by,
+            }
+    from nemo_lfr.pretrained import find_checkpoint, load
+
+    codec = load(text, "cpu")
+    path = find_checkpoint(text)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (codec.encoder, codec.decoder)]
+    return {
+        "checkpoint": codec.name,
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sample rate": codec.sample_rate,
+        "samples per frame": codec.samples_per_frame,
+        "frame rate": round(codec.frame_rate, 3),
+        "codebooks": codec.num_codebooks,
+        "codebook size": codec.codebook_size,
+        "levels": list(codec.levels),
+        "bit rate": round(codec.bit_rate, 1),
+        "encoder parameters": sizes[0],
+        "decoder parameters": sizes[1],
+        "encoder context frames": [codec.encoder.context.past, codec.encoder.context.future],
+        "decoder context frames": [codec.decoder.context.past, codec.decoder.context.future],
+        "fingerprint": codec.fingerprint,
+    }
+
+
+def print_table(values: dict[str, Any]) -> None:
+    """Two columns on stdout."""
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        click.echo(f"{key:<{width}}  {shown}")
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
+        click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
+        click.option("--model", help="A .nemo file or a Hub id; the codec inside the package if not given."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nemo-lfr")
+def app() -> None:
+    """Speech to 21.5 frames of tokens a second, and back."""
+
+
+@app.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the token files; beside the input if not given.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@model_options
+def encode(inputs: tuple[str, ...], out: Path | None, batch_size: int, overwrite: bool, **options: Any) -> None:
+    """Encode audio files, folders or globs into .lfr token files."""
+    jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX)
+    check_targets(jobs, overwrite)
+    codec = open_codec(options["model"], options["device"], options["precision"])
+    run_jobs(jobs, lambda batch: encode_jobs(batch, codec, overwrite), batch_size, options["as_json"])
+
+
+@app.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the audio; beside the input if not given.")
+@click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@model_options
+def decode(inputs: tuple[str, ...], out: Path | None, kind: str, overwrite: bool, **options: Any) -> None:
+    """Decode .lfr token files, folders or globs into audio of the original length."""
+    jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}")
+    check_targets(jobs, overwrite)
+    codec = open_codec(options["model"], options["device"], options["precision"])
+    run_jobs(jobs, lambda batch: iter([decode_job(job, codec, overwrite) for job in batch]), 1, options["as_json"])
+
+
+@app.command()
+@click.argument("files", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(files: tuple[str, ...], as_json: bool) -> None:
+    """Describe token files, checkpoints or Hub ids; the codec inside the package if none is given."""
+    described = [describe(file) for file in files or (None,)]
+    if as_json:
+        click.echo(json.dumps(described if len(described) > 1 else described[0], indent=2))
+        return
+    for position, values in enumerate(described):
+        if position:
+            click.echo()
+        print_table(values)
+
+
+@app.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo_output"), show_default=True)
+@model_options
+def demo(out: Path, **options: Any) -> None:
+    """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
+    from nemo_lfr.demo import run
+
+    values = run(out, open_codec(options["model"], options["device"], options["precision"]))
+    if options["as_json"]:
+        click.echo(json.dumps(values, indent=2))
+    else:
+        print_table(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console entry point: every user's mistake is one line on stderr."""
+    try:
+        app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        note(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        note("nemo-lfr: interrupted.")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except NemoLfrError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+
+
+def _fail(text: str) -> None:
+    note(f"nemo-lfr: error: {' '.join(text.split())}")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`nemo-lfr demo`: a speech clip there and back, with what it costs and how much is lost."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.errors import NemoLfrError
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+MISSING = 'not measured: pip install "nemo-lfr[demo]"'
+
+
+def demo_clip() -> Path:
+    """The recording inside the package; weights/README.md says whose it is."""
+    return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
+
+
+def run(out: Path, codec: "Codec") -> dict[str, Any]:
+    """Write original.wav, speech.lfr, decoded.wav and spectrograms.png into `out`, replacing older ones.
+
+    Returns:
+        What was written, sizes, times and quality, by name, ready to print.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    original, tokens, decoded, picture = (
+        out / name for name in ("original.wav", "speech.lfr", "decoded.wav", "spectrograms.png")
+    )
+    audio, rate = soundfile.read(demo_clip(), dtype="float32")
+    if rate != codec.sample_rate:
+        raise NemoLfrError(f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode.")
+    soundfile.write(original, audio, rate)
+    codec.decode(codec.encode(audio[:rate])[0])  # the first call sets up threads and kernels
+    started = time.perf_counter()
+    codec.encode_file(original, tokens, overwrite=True)
+    encoded = time.perf_counter()
+    codec.decode_file(tokens, decoded, overwrite=True)
+    finished = time.perf_counter()
+    output, _ = soundfile.read(decoded, dtype="float32")
+    duration, size = len(audio) / rate, tokens.stat().st_size
+    return {
+        "codec": repr(codec),
+        "original": f"{original}  ({duration:.2f} s, {2 * len(audio)} bytes of 16-bit samples)",
+        "tokens": f"{tokens}  ({size} bytes, {2 * len(audio) / size:.0f} times smaller)",
+        "decoded": str(decoded),
+        "picture": draw(audio, output, rate, 8 * size / duration, picture),
+        "bit rate": f"{8 * size / duration:.0f} bit/s in the file, of which {codec.bit_rate:.0f} are tokens",
+        "encoding": f"{encoded - started:.2f} s, {duration / (encoded - started):.1f} times real time",
+        "decoding": f"{finished - encoded:.2f} s, {duration / (finished - encoded):.1f} times real time",
+    } | quality(audio, output, rate)
+
+
+def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508), of zero-mean signals."""
+    reference, estimate = reference - reference.mean(), estimate - estimate.mean()
+    target = reference * (estimate @ reference) / max(float(reference @ reference), 1e-12)
+    return 10 * float(np.log10(max(float(target @ target), 1e-12) / max(float((target - estimate) @ (target - estimate)), 1e-12)))
+
+
+def quality(audio: np.ndarray, output: np.ndarray, rate: int) -> dict[str, str]:
+    """ESTOI (1 is best), PESQ-WB (up to 4.64) and SI-SDR; a metric whose package is missing says so."""
+    from nemo_lfr.audio import resample
+
+    figures = {"ESTOI": MISSING, "PESQ-WB": MISSING, "SI-SDR": f"{si_sdr(audio, output):.2f} dB"}
+    try:
+        from pystoi import stoi
+
+        figures["ESTOI"] = f"{stoi(audio, output, rate, extended=True):.3f}"
+    except ImportError:
+        pass
+    try:
+        from pesq import PesqError, pesq
+
+        try:
+            figures["PESQ-WB"] = f"{pesq(16000, resample(audio, rate, 16000), resample(output, rate, 16000), 'wb'):.2f}"
+        except PesqError as error:
+            figures["PESQ-WB"] = f"not defined for this pair ({error})"
+    except ImportError:
+        pass
+    return figures
+
+
+def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path: Path) -> str:
+    """Both spectrograms, one above the other on one colour scale; returns the path, or why there is no picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return MISSING.replace("measured", "drawn")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, wave, title in zip(
+        axes, (audio, output), ("original", f"decoded from {bit_rate / 1000:.2f} kbit/s"), strict=True
+    ):
+        *_, image = axis.specgram(
+            wave + 1e-6, NFFT=1024, Fs=rate, noverlap=768, mode="magnitude", scale="dB", vmin=-110, vmax=-30
+        )
+        axis.set_title(title, loc="left")
+        axis.set_ylabel("frequency (kHz)")
+        axis.set_yticks(range(0, rate // 2, 2000), [str(kilo) for kilo in range(0, rate // 2000, 2)])
+    axes[1].set_xlabel("time (s)")
+    figure.colorbar(image, ax=axes, label="magnitude (dB)")
+    figure.savefig(path, dpi=110)
+    return str(path)
