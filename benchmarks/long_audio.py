@@ -53,8 +53,9 @@ def main() -> None:
         decoded = time.perf_counter()
         assert soundfile.info(back).frames == samples
         print(
-            f"{samples / 22050 / 60:.0f} min: encoded in {encoded - started:.0f} s, decoded in {decoded - encoded:.0f} s, "
-            f"{tokens.stat().st_size} bytes, peak {peak_mib() - before} MiB above the model's {before} MiB"
+            f"{samples / 22050 / 60:.0f} min: encoded in {encoded - started:.0f} s, "
+            f"decoded in {decoded - encoded:.0f} s, {tokens.stat().st_size} bytes, "
+            f"peak {peak_mib() - before} MiB above the model's {before} MiB"
         )
         short = Path(folder, "short.wav")
         write_speech(short, 120)

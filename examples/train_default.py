@@ -133,9 +133,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     state = torch.load(state_path, map_location="cpu", weights_only=True) if state_path.exists() else None
-    encoder_channels, decoder_channels = (
-        state["channels"] if state else (args.encoder_channels, args.decoder_channels)
-    )
+    encoder_channels, decoder_channels = state["channels"] if state else (args.encoder_channels, args.decoder_channels)
     model = Generator(encoder_channels, decoder_channels)
     if args.export:
         if state is None:

@@ -92,7 +92,9 @@ class AudioWriter:
         refuse_overwrite(self.path, overwrite)
         kind = self.path.suffix[1:].upper()
         if kind not in soundfile.available_formats():
-            raise NemoLfrError(f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac.")
+            raise NemoLfrError(
+                f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac."
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
         self._raw = os.fdopen(handle, "w+b")

@@ -1,9 +1,9 @@
 """`.nemo` files in and out: NeMo's names and our classes, read in place, never executed.
 
-A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`; the latter is a zip that holds a pickle of names and
-one record of raw numbers per tensor. `read_checkpoint` reads those members where they lie, runs a pickle interpreter
-that knows tensors and dictionaries and nothing else, and loads only the parts that it is asked for; a wrong byte in
-what it loads is found by the zip's checksums.
+A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`; the latter is a zip that holds a pickle of names
+and one record of raw numbers per tensor. `read_checkpoint` reads those members where they lie, runs a pickle
+interpreter that knows tensors and dictionaries and nothing else, and loads only the parts that it is asked for; a
+wrong byte in what it loads is found by the zip's checksums.
 """
 
 import contextlib
@@ -339,7 +339,9 @@ class _Weights:
             if len(pickles) != 1 or len(set(archive.namelist())) != len(archive.namelist()):
                 raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} is not a single PyTorch archive.")
             if pickles[0].file_size > MAX_PICKLE_BYTES:
-                raise CheckpointError(f"{path}: the pickle in {WEIGHTS_MEMBER} is larger than {MAX_PICKLE_BYTES} bytes.")
+                raise CheckpointError(
+                    f"{path}: the pickle in {WEIGHTS_MEMBER} is larger than {MAX_PICKLE_BYTES} bytes."
+                )
             state = _WeightsUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
         except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} is refused: {error}.") from error
@@ -418,7 +420,7 @@ def _load_part(weights: _Weights, prefix: str, part: nn.Module, strict: bool = T
         )
     if unexpected and strict:
         raise CheckpointError(
-            f"{path}: {prefix} has {len(unexpected)} weights that its config does not describe, first {unexpected[:5]}."
+            f"{path}: {prefix} has {len(unexpected)} weights that its config does not know, first {unexpected[:5]}."
         )
     state = {}
     for key, want in expected.items():
@@ -435,7 +437,9 @@ def _load_part(weights: _Weights, prefix: str, part: nn.Module, strict: bool = T
                 )
         # FSQ's buffers follow from the config; other numbers there would give other tokens.
         if not want.is_floating_point() and not torch.equal(values[0], want):
-            raise CheckpointError(f"{path}: {prefix}.{key} is {values[0].flatten().tolist()}, the config says otherwise.")
+            raise CheckpointError(
+                f"{path}: {prefix}.{key} is {values[0].flatten().tolist()}, the config says otherwise."
+            )
         stem = key.removesuffix(".weight")
         if stem + _GAIN in own:
             direction = values[-1]

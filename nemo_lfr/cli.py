@@ -285,7 +285,9 @@ def app() -> None:
 
 @app.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the token files; beside the input if not given.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the token files; beside the input if not given."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @model_options

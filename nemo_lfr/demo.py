@@ -33,7 +33,9 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
     )
     audio, rate = soundfile.read(demo_clip(), dtype="float32")
     if rate != codec.sample_rate:
-        raise NemoLfrError(f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode.")
+        raise NemoLfrError(
+            f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode."
+        )
     soundfile.write(original, audio, rate)
     codec.decode(codec.encode(audio[:rate])[0])  # the first call sets up threads and kernels
     started = time.perf_counter()
@@ -59,7 +61,9 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508), of zero-mean signals."""
     reference, estimate = reference - reference.mean(), estimate - estimate.mean()
     target = reference * (estimate @ reference) / max(float(reference @ reference), 1e-12)
-    return 10 * float(np.log10(max(float(target @ target), 1e-12) / max(float((target - estimate) @ (target - estimate)), 1e-12)))
+    return 10 * float(
+        np.log10(max(float(target @ target), 1e-12) / max(float((target - estimate) @ (target - estimate)), 1e-12))
+    )
 
 
 def quality(audio: np.ndarray, output: np.ndarray, rate: int) -> dict[str, str]:
@@ -77,7 +81,9 @@ def quality(audio: np.ndarray, output: np.ndarray, rate: int) -> dict[str, str]:
         from pesq import PesqError, pesq
 
         try:
-            figures["PESQ-WB"] = f"{pesq(16000, resample(audio, rate, 16000), resample(output, rate, 16000), 'wb'):.2f}"
+            figures["PESQ-WB"] = (
+                f"{pesq(16000, resample(audio, rate, 16000), resample(output, rate, 16000), 'wb'):.2f}"
+            )
         except PesqError as error:
             figures["PESQ-WB"] = f"not defined for this pair ({error})"
     except ImportError:

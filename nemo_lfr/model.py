@@ -86,6 +86,8 @@ class LFRCodecModel(NeMoAudioCodecModel):
         self._unbuilt_discriminator: dict[str, torch.Tensor] = {}
         self.cfg = cfg
 
+    discriminator: torch.nn.Module | None
+
     # Inference.
 
     @property
@@ -395,4 +397,6 @@ def _override_config(source: Any) -> DictConfig:
     """A config given instead of the file's; one with a `model` section means that section."""
     config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    if not isinstance(config, DictConfig):
+        raise ConfigError("the config given is a list, not a mapping.")
     return config.model if "model" in config else config

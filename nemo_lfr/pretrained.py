@@ -63,7 +63,9 @@ def _download(repository: str, refresh: bool) -> Path:
         except EntryNotFoundError:
             found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
             if len(found) != 1:
-                raise CheckpointError(f"{repository}: holds {len(found)} .nemo files, expected one: {found}.") from None
+                raise CheckpointError(
+                    f"{repository}: holds {len(found)} .nemo files, expected one: {found}."
+                ) from None
             return Path(hf_hub_download(repository, found[0]))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

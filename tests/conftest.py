@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and more still on a shared machine
-
 import torch.nn.functional as F
 
-from nemo_lfr.checkpoint import build_parts
+from nemo_lfr.checkpoint import Parts, build_parts
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.training.initialize import initialize_from_data
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and more still on a shared machine
 
 RATE = 22050
 MODULES = "nemo.collections.tts.modules.audio_codec_modules."
@@ -121,7 +120,21 @@ def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
         initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, torch.from_numpy(audio))
     for part in parts.named().values():
         part.eval().requires_grad_(False)
+    _centre_output(parts, torch.from_numpy(audio))
     return Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)
+
+
+@torch.no_grad()
+def _centre_output(parts: Parts, audio: torch.Tensor) -> None:
+    """Audio of about zero mean and 0.2 rms before the output activation; a saturated one would equal anything."""
+    codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
+    before: list[torch.Tensor] = []
+    conv = parts.decoder.post_conv
+    with conv.register_forward_hook(lambda module, inputs, output: before.append(output)):
+        parts.decoder.decode_frames(codes)
+    factor = 0.2 / before[0].std()
+    conv.conv.bias.sub_(before[0].mean()).mul_(factor)
+    conv.conv.weight.mul_(factor)
 
 
 cached_codec = functools.cache(build_codec)
@@ -171,6 +184,21 @@ def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expect
     ties = int(differ.sum())
     assert ties <= 1 + got.numel() // 500
     return ties
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models run fastest on one thread, and much faster where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_unless_slow(request: pytest.FixtureRequest):
+    if request.node.get_closest_marker("slow") is None:
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(scope="session")

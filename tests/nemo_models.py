@@ -25,9 +25,7 @@ def speech_like(num_samples: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy((0.1 * wave / wave.std()).astype(np.float32))
 
 
-def config(
-    kind: str = "lfr", encoder_channels: int = 6, decoder_channels: int = 64, **changes: Any
-) -> dict[str, Any]:
+def config(kind: str = "lfr", encoder_channels: int = 6, decoder_channels: int = 64, **changes: Any) -> dict[str, Any]:
     """A model config under NeMo's names: "lfr" as released, or "nano" with NanoCodec's causal decoder."""
     encoder = {
         "_target_": MODULES + "HiFiGANEncoder",

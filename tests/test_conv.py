@@ -21,7 +21,7 @@ def test_polyphase_upsampling_equals_conv_transpose1d(stride, causal):
     cut = 0 if causal else (stride + 1) // 2
     expected = full[..., cut : cut + 9 * stride]
     torch.testing.assert_close(layer(hidden), expected, **EXACT)
-    if not causal:
+    if not causal and stride > 1:  # torch wants output_padding < stride
         builtin = F.conv_transpose1d(
             hidden, layer.conv.weight, layer.conv.bias, stride, padding=cut, output_padding=stride % 2
         )
@@ -39,7 +39,9 @@ def test_grouped_upsampling_equals_conv_transpose1d(stride, groups):
 
 
 @pytest.mark.parametrize("pad_mode", ["reflect", "zeros", "replicate"])
-@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(7, 1, 1), (11, 1, 5), (3, 1, 3), (4, 2, 1), (6, 3, 1), (16, 8, 1)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(7, 1, 1), (11, 1, 5), (3, 1, 3), (4, 2, 1), (6, 3, 1), (16, 8, 1)]
+)
 def test_symmetric_convolution_equals_conv1d_on_padded_input(kernel, stride, dilation, pad_mode):
     torch.manual_seed(kernel)
     layer = Conv1d(3, 5, kernel, stride=stride, dilation=dilation, pad_mode=pad_mode, weight_norm=False).double()
@@ -73,7 +75,7 @@ def test_memory_layout_does_not_change_values(layer):
     torch.testing.assert_close(layer.double()(reordered), layer(hidden), **EXACT)
 
 
-@pytest.mark.parametrize("layer", [Conv1d(3, 4, 7), Conv1d(3, 4, 7, dilation=3), Conv1d(3, 4, 8, stride=4)])
+@pytest.mark.parametrize("layer", [Conv1d(3, 4, 7), Conv1d(3, 4, 7, dilation=3), Conv1d(3, 4, 11)])
 def test_min_length_is_the_shortest_input_that_can_be_reflected(layer):
     layer(torch.zeros(1, 3, layer.min_length))
     with pytest.raises(RuntimeError, match="[Pp]adding"):

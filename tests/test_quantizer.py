@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TIE
 
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from tests.conftest import TIE
 
 LEVELS = [[8, 7, 6, 6], [9, 8, 8, 7], [2, 3], [5]]
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tests.conftest import build_codec, codec_config, synthesize
 
 from nemo_lfr.checkpoint import build_parts
 from nemo_lfr.training.initialize import initialize_from_data
+from tests.conftest import build_codec, codec_config, synthesize
 
 pytest.importorskip("librosa", reason="spectral losses need the [train] extra")
-from nemo_lfr.training.losses import SpectralLoss  # noqa: E402
+from nemo_lfr.training.losses import SpectralLoss
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,12 @@ def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_
     initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, audio, encoded_spread=0.9)
     with torch.no_grad():
         encoded = parts.encoder.encode_frames(audio)
-        codes, tokens = parts.quantizer(encoded)
-        decoded = parts.decoder.decode_frames(codes)
+        _, tokens = parts.quantizer(encoded)
     # Both are set on this very batch, so only float32 sums over 240 frames separate them.
     torch.testing.assert_close(encoded.std(dim=(0, 2)), torch.full((32,), 0.9), rtol=0, atol=1e-3)
     torch.testing.assert_close(encoded.mean(dim=(0, 2)), torch.zeros(32), rtol=0, atol=1e-3)
     # 240 frames in 2016 entries of which a spread of 0.9 reaches most; a collapsed FSQ gives 1.
     assert min(len(codebook.unique()) for codebook in tokens) >= 100
-    # 0.1 before tanh, which hardly changes it.
-    assert 0.08 < decoded.std() < 0.11
 
 
 def test_initialisation_leaves_no_hook_behind():

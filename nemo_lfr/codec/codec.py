@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,7 +144,10 @@ class Codec:
         """
         waves, lengths = check_audio(audio, audio_len)
         if sample_rate is not None and sample_rate != self.sample_rate:
-            clips = [resample(wave[:n].cpu().numpy(), sample_rate, self.sample_rate) for wave, n in zip(waves, lengths)]
+            clips = [
+                resample(wave[:n].cpu().numpy(), sample_rate, self.sample_rate)
+                for wave, n in zip(waves, lengths, strict=True)
+            ]
             lengths = [len(clip) for clip in clips]
             waves = torch.zeros(len(clips), max(lengths))
             for wave, clip in zip(waves, clips, strict=True):
@@ -183,7 +185,9 @@ class Codec:
             wanted = _lengths(audio_len, len(totals), None, "audio_len", TokensError)
             for row, (want, whole) in enumerate(zip(wanted, samples, strict=True)):
                 if frames.num_frames(want, self.samples_per_frame) * self.samples_per_frame != whole:
-                    raise TokensError(f"audio_len[{row}] is {want} samples, but its {totals[row]} frames hold {whole}.")
+                    raise TokensError(
+                        f"audio_len[{row}] is {want} samples, but its {totals[row]} frames hold {whole}."
+                    )
             samples = wanted
         audio = torch.zeros(len(totals), max(samples), device=self.device)
         frame = self.samples_per_frame

@@ -107,6 +107,7 @@ class ConvTranspose1d(nn.Module):
                 hidden.unsqueeze(2), taps.permute(3, 1, 0, 2).flatten(0, 1).unsqueeze(2), padding=(0, 1)
             )  # [B, stride * H_out, 1, T + 1]
             full = phases.squeeze(2).unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)
+            assert conv.bias is not None
             full = full + conv.bias[:, None]
         else:
             full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)

@@ -113,10 +113,12 @@ class HiFiGANEncoder(nn.Module):
     def min_frames(self) -> int:
         """Fewest frames whose edges can be reflected: 4 for the released config. Shorter audio ends in silence."""
         rate, needed = self.samples_per_frame, 1
-        for stage, down in zip(self.res_layers, self.down_sample_conv_layers, strict=True):
+        for stage, down, down_rate in zip(
+            self.res_layers, self.down_sample_conv_layers, self.down_sample_rates, strict=True
+        ):
             longest = max(module.min_length for module in [*stage.modules(), down] if isinstance(module, Conv1d))
             needed = max(needed, num_frames(longest, rate))
-            rate //= down.conv.stride[0]
+            rate //= down_rate
         return max(needed, self.post_conv.min_length, num_frames(self.pre_conv.min_length, self.samples_per_frame))
 
     def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:

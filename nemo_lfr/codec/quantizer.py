@@ -1,8 +1,8 @@
 """Encoded -> codes -> tokens, and back: finite scalar quantization (Mentzer et al., arXiv 2309.15505).
 
-Each dimension is squashed to an odd or even number of levels and rounded; the levels of a group of dimensions, read as
-a mixed-radix number with the first dimension as the lowest digit, are one token. The arithmetic and the state-dict keys
-are those of NeMo's classes of the same names; it always runs in fp32, because tokens depend on it.
+Each dimension is squashed to an odd or even number of levels and rounded; the levels of a group of dimensions, read
+as a mixed-radix number with the first dimension as the lowest digit, are one token. The arithmetic and the state-dict
+keys are those of NeMo's classes of the same names; it always runs in fp32, because tokens depend on it.
 """
 
 import math
@@ -166,5 +166,7 @@ class GroupFiniteScalarQuantizer(nn.Module):
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Codes of tokens: [C, B, T] -> [B, D, T]."""
         batch, frames = indices.shape[1:]
-        codes = self.fsqs[0].decode(indices.transpose(0, 1).reshape(1, -1, frames))
+        quantizer = self.fsqs[0]
+        assert isinstance(quantizer, FiniteScalarQuantizer)
+        codes = quantizer.decode(indices.transpose(0, 1).reshape(1, -1, frames))
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)

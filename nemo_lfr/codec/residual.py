@@ -13,7 +13,14 @@ class ResidualBlock(nn.Module):
     """activation, dilated convolution, activation, convolution; added to the input."""
 
     def __init__(
-        self, channels: int, kernel_size: int, dilation: int, activation: str, causal: bool, pad_mode: str, weight_norm: bool
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int,
+        activation: str,
+        causal: bool,
+        pad_mode: str,
+        weight_norm: bool,
     ) -> None:
         super().__init__()
         self.input_activation = CodecActivation(activation, channels)

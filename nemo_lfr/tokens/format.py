@@ -12,7 +12,8 @@ All integers are little-endian; each CRC is CRC-32 (zlib's) of the bytes of its 
              4 bytes   CRC of the block so far
     ...      further blocks
     end      4 bytes   0
-             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, more than one frame less
+             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, and more than the
+                       frames but one hold
              4 bytes   CRC of the end so far
 
 Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
@@ -210,7 +211,7 @@ class TokenReader:
         version, length = struct.unpack("<BI", head[4:])
         if version != VERSION:
             raise TokenFileError(
-                f"{self.path}: format version {version}; this nemo_lfr reads version {VERSION}, a newer one may read it."
+                f"{self.path}: format version {version}; this nemo_lfr reads version {VERSION}; install a newer one."
             )
         if length > MAX_METADATA_BYTES:
             raise self._fail(f"its metadata claims {length} bytes")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-import librosa
 import torch
+from librosa.filters import mel as mel_filters
 from torch import nn
 
 
@@ -25,7 +25,7 @@ class SpectralLoss(nn.Module):
         self.resolutions = tuple(resolutions)
         self.floor = floor
         for window, num_mels in zip(resolutions, mel_dims, strict=True):
-            mel = librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=num_mels, norm=None)
+            mel = mel_filters(sr=sample_rate, n_fft=window, n_mels=num_mels, norm=None)
             self.register_buffer(f"mel_{window}", torch.from_numpy(mel), persistent=False)
             self.register_buffer(f"window_{window}", torch.hann_window(window, periodic=False), persistent=False)
 
@@ -52,7 +52,8 @@ class SpectralLoss(nn.Module):
             mel_gen = mel @ gen
             totals["stft"] = totals["stft"] + (gen.log1p() - real.log1p()).abs().mean()
             totals["mel"] = totals["mel"] + (mel_gen.log1p() - mel_real.log1p()).abs().mean()
-            totals["log_mel"] = totals["log_mel"] + (
-                mel_gen.clamp_min(self.floor).log() - mel_real.clamp_min(self.floor).log()
-            ).abs().mean()
+            totals["log_mel"] = (
+                totals["log_mel"]
+                + (mel_gen.clamp_min(self.floor).log() - mel_real.clamp_min(self.floor).log()).abs().mean()
+            )
         return {name: total / len(self.resolutions) for name, total in totals.items()}
