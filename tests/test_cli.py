@@ -1,0 +1,152 @@
+"""The command line as a user types it: exit codes, what goes to stdout, what is left on disk."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr import cli
+from nemo_lfr.tokens.format import TokenReader
+from tests.nemo_models import speech_like
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of one command in this process."""
+    code = 0
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """speech/a.wav (22.05 kHz), speech/deep/b.flac (48 kHz stereo), speech/notes.txt."""
+    root = tmp_path / "speech"
+    (root / "deep").mkdir(parents=True)
+    soundfile.write(root / "a.wav", speech_like(12_345).numpy(), 22050)
+    wave = speech_like(24_000, seed=1).numpy()
+    soundfile.write(root / "deep" / "b.flac", np.stack([wave, -0.5 * wave], axis=1), 48000)
+    (root / "notes.txt").write_text("not audio")
+    return root
+
+
+def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsys, folder, tmp_path):
+    tokens, audio = tmp_path / "tokens", tmp_path / "audio"
+    code, out, err = run(capsys, "encode", folder, "--out", tokens)
+    assert code == 0
+    assert out.split() == [str(tokens / "a.lfr"), str(tokens / "deep" / "b.lfr")]
+    assert "2 channels mixed to mono" in err
+    assert "the small codec inside nemo_lfr" in err
+    assert run(capsys, "decode", tokens, "--out", audio)[0] == 0
+    assert soundfile.info(audio / "a.wav").frames == 12_345
+    assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
+
+
+def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
+    for size in (1, 8):
+        run(capsys, "encode", folder, "--out", tmp_path / str(size), "--batch-size", size)
+    for name in ("a.lfr", "deep/b.lfr"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "8" / name).read_bytes()
+
+
+def test_quoted_globs_reach_into_sub_folders(capsys, folder, tmp_path):
+    code, out, _ = run(capsys, "encode", f"{folder}/**/*.flac", "--out", tmp_path / "tokens")
+    assert code == 0
+    assert out.strip() == str(tmp_path / "tokens" / "b.lfr")
+
+
+def test_without_out_the_result_lies_beside_its_input(capsys, folder):
+    assert run(capsys, "encode", folder / "a.wav")[0] == 0
+    assert (folder / "a.lfr").is_file()
+
+
+def test_existing_results_are_refused_before_any_work_and_replaced_on_request(capsys, folder, tmp_path):
+    out = tmp_path / "tokens"
+    out.mkdir()
+    (out / "a.lfr").write_bytes(b"old")
+    code, _, err = run(capsys, "encode", folder, "--out", out)
+    assert code == 2
+    assert err.count("\n") == 1 and "a.lfr exists; pass --overwrite" in err
+    assert not (out / "deep").exists()
+    assert run(capsys, "encode", folder, "--out", out, "--overwrite")[0] == 0
+    with TokenReader(out / "a.lfr") as reader:
+        assert reader.num_samples == 12_345
+
+
+def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
+    (folder / "broken.wav").write_bytes(b"RIFF nonsense")
+    code, out, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert [entry["samples"] for entry in result["files"]] == [12_345, 11_025]
+    assert "broken.wav" in result["failures"][0]["error"]
+    assert "1 of 3 files failed" in err
+    left = sorted(path.name for path in (tmp_path / "tokens").rglob("*") if path.is_file())
+    assert left == ["a.lfr", "b.lfr"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["encode", "nowhere.wav"], "nowhere.wav: no such file or folder"),
+        (["encode"], "Missing argument"),
+        (["frobnicate"], "frobnicate"),
+        (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
+        (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
+        (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a tar file"),
+        (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
+        (["decode", "{folder}/notes.txt", "--out", "{folder}/x"], "not a .lfr token file"),
+        (["decode", "{folder}"], "no .lfr file in this folder"),
+        (["info", "{folder}/notes.txt"], "not a tar file"),
+        (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, folder, monkeypatch, arguments, text):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if not line.startswith("using the small codec")]
+    assert line.startswith("nemo-lfr: error: ")
+    assert text in line
+
+
+def test_info_describes_token_files_and_the_embedded_codec(capsys, folder):
+    run(capsys, "encode", folder / "a.wav")
+    code, out, _ = run(capsys, "info", folder / "a.lfr", "--json")
+    described = json.loads(out)
+    assert code == 0
+    assert (described["samples"], described["frames"], described["levels"]) == (12_345, 13, [8, 7, 6, 6])
+    described = json.loads(run(capsys, "info", "--json")[1])
+    assert (described["codebooks"], described["codebook size"], described["samples per frame"]) == (8, 2016, 1024)
+
+
+def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
+    code, out, _ = run(capsys, "demo", "--out", tmp_path)
+    assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "original.wav",
+        "speech.lfr",
+        "decoded.wav",
+        "spectrograms.png",
+    }
+    for word in ("bit rate", "times real time", "ESTOI", "PESQ-WB", "SI-SDR"):
+        assert word in out
+    assert soundfile.info(tmp_path / "original.wav").frames == soundfile.info(tmp_path / "decoded.wav").frames
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys, nemo_lfr.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'soundfile', 'rich', 'nemo', 'omegaconf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
