@@ -42,7 +42,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "audio_decoder": {
             "_target_": MODULES + "CausalHiFiGANDecoder",
             "activation": "half_snake",
-            "base_channels": 64,
             "input_dim": 52,
             "n_groups_equal_to_out_channels": True,
             "output_activation": "clamp",
@@ -96,7 +95,7 @@ def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
             "_target_": MODULES + "HiFiGANDecoder",
             "input_dim": 32,
             "up_sample_rates": [8, 8, 4, 2, 2],
-            "base_channels": 32,
+            "base_channels": 64,
             "activation": "lrelu",
             "output_activation": "tanh",
         },
@@ -126,13 +125,13 @@ def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
 
 @torch.no_grad()
 def _centre_output(parts: Parts, audio: torch.Tensor) -> None:
-    """Audio of about zero mean and 0.2 rms before the output activation; a saturated one would equal anything."""
+    """Audio of zero mean and 0.1 rms, as speech has, before the output activation; a saturated one would equal anything."""
     codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
     before: list[torch.Tensor] = []
     conv = parts.decoder.post_conv
     with conv.register_forward_hook(lambda module, inputs, output: before.append(output)):
         parts.decoder.decode_frames(codes)
-    factor = 0.2 / before[0].std()
+    factor = 0.1 / before[0].std()
     conv.conv.bias.sub_(before[0].mean()).mul_(factor)
     conv.conv.weight.mul_(factor)
 

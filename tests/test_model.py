@@ -1,9 +1,14 @@
 """NeMo's door: construction, restoring, state, the Hub, training hooks."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
@@ -15,7 +20,10 @@ from omegaconf import OmegaConf
 import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from tests.hub_server import HubServer
 from tests.nemo_models import MODULES, config, speech_like, stock_model, to_config, write_nemo
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +267,44 @@ def test_the_config_of_the_caller_is_not_changed():
     before = copy.deepcopy(values)
     AudioCodecModel(values)
     assert values == before
+
+
+CARD = """
+import json, sys
+import librosa
+import torch
+from nemo_lfr import AudioCodecModel  # on the card: from nemo.collections.tts.models import AudioCodecModel
+model_name = "nvidia/low-frame-rate-speech-codec-22khz"
+path_to_input_audio = sys.argv[1]
+nemo_codec_model = AudioCodecModel.from_pretrained(model_name).eval()
+audio, _ = librosa.load(path_to_input_audio, sr=nemo_codec_model.sample_rate)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+audio_tensor = torch.from_numpy(audio).unsqueeze(dim=0).to(device)
+audio_len = torch.tensor([audio_tensor[0].shape[0]]).to(device)
+with torch.no_grad():
+    encoded_tokens, encoded_len = nemo_codec_model.encode(audio=audio_tensor, audio_len=audio_len)
+    reconstructed_audio, _ = nemo_codec_model.decode(tokens=encoded_tokens, tokens_len=encoded_len)
+output_audio = reconstructed_audio.cpu().numpy()
+print(json.dumps(encoded_tokens.tolist()))
+"""
+
+
+def test_the_cards_snippet_runs_from_the_hub_cold_then_cached_then_offline(nemo_file, tmp_path):
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, speech_like(12_000).numpy(), 22050, subtype="FLOAT")
+    name = "nvidia/low-frame-rate-speech-codec-22khz"
+    expected, _ = nemo_lfr.load(nemo_file, device="cpu").encode(speech_like(12_000))
+    with HubServer({name: {"low-frame-rate-speech-codec-22khz.nemo": nemo_file}}) as hub:
+        cold, cached, offline = (
+            hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT), **more)
+            for more in ({}, {}, {"HF_HUB_OFFLINE": "1"})
+        )
+        for environment, downloads in ((cold, True), (cached, False), (offline, False)):
+            hub.requests.clear()
+            run = subprocess.run(
+                [sys.executable, "-c", CARD, clip], env=environment, capture_output=True, text=True, cwd=tmp_path
+            )
+            assert run.returncode == 0, run.stderr[-2000:]
+            assert json.loads(run.stdout.strip().splitlines()[-1]) == expected.tolist()
+            assert any(request.startswith("GET") for request in hub.requests) == downloads
+            assert ("non-commercial" in run.stderr + run.stdout) == downloads

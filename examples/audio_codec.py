@@ -1,0 +1,33 @@
+"""Train or fine-tune the codec through NeMo: the script of NeMo's audio codec tutorial, on this package's modules.
+
+    python examples/audio_codec.py max_epochs=100 weighted_sampling_steps_per_epoch=1000 batch_size=16 \\
+        log_dir=logs exp_manager.exp_dir=runs \\
+        +train_ds_meta.mine.manifest_path=train.json +train_ds_meta.mine.audio_dir=audio/ \\
+        +val_ds_meta.mine.manifest_path=valid.json +val_ds_meta.mine.audio_dir=audio/ \\
+        +log_ds_meta.mine.manifest_path=log.json +log_ds_meta.mine.audio_dir=audio/
+
+Fine-tune with `+init_from_nemo_model=codec.nemo`. On a CPU add `trainer.accelerator=cpu trainer.devices=1
+trainer.strategy=auto`. `--config-name` chooses another file of `conf/`.
+"""
+
+import lightning.pytorch as pl
+from nemo.core.config import hydra_runner
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_lfr import AudioCodecModel
+
+
+@hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
+def main(cfg: DictConfig) -> None:
+    logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
+    trainer = pl.Trainer(**cfg.trainer)
+    exp_manager(trainer, cfg.get("exp_manager"))
+    model = AudioCodecModel(cfg=cfg.model, trainer=trainer)
+    model.maybe_init_from_pretrained_checkpoint(cfg=cfg)
+    trainer.fit(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+import json
+import struct
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nemo_lfr.errors import NemoLfrError, TokenFileError, TokensError
+from nemo_lfr.tokens.format import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenWriter
+from tests.conftest import build_codec, cached_codec
+
+RELEASED = Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
+
+
+def random_tokens(metadata: Metadata, frames: int, seed: int = 0) -> np.ndarray:
+    shape = (metadata.num_codebooks, frames)
+    return np.random.default_rng(seed).integers(0, metadata.codebook_size, shape, dtype=np.int32)
+
+
+def write(path, metadata, blocks, num_samples):
+    with TokenWriter(path, metadata, overwrite=True) as writer:
+        for block in blocks:
+            writer.write(block)
+        writer.finish(num_samples)
+    return path
+
+
+def read(path):
+    with TokenReader(path) as reader:
+        return reader.read(), reader.num_samples, reader.metadata
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.integers(2, 10), min_size=1, max_size=5),
+    st.integers(1, 13),
+    st.lists(st.integers(0, 20), max_size=4),
+    st.integers(1, 2048),
+    st.data(),
+)
+def test_tokens_of_any_layout_in_any_blocks_survive_a_file(tmp_path, levels, codebooks, sizes, frame, data):
+    metadata = Metadata(16000, frame, tuple(levels), codebooks, "00ff")
+    total = sum(sizes)
+    tokens = random_tokens(metadata, total)
+    samples = data.draw(st.integers((total - 1) * frame + 1, total * frame)) if total else 0
+    path = write(
+        tmp_path / "a.lfr", metadata, np.split(tokens, np.cumsum(sizes)[:-1], axis=1) if sizes else [], samples
+    )
+    got, num_samples, got_metadata = read(path)
+    assert np.array_equal(got, tokens) and got.dtype == np.int32
+    assert (num_samples, got_metadata) == (samples, metadata)
+
+
+def test_the_file_is_laid_out_as_its_specification_says(tmp_path):
+    tokens = random_tokens(RELEASED, 3)
+    raw = write(tmp_path / "a.lfr", RELEASED, [tokens], 3000).read_bytes()
+    magic, version, length = struct.unpack_from("<4sBI", raw)
+    assert (magic, version) == (b"LFRT", 1)
+    assert json.loads(raw[9 : 9 + length])["levels"] == [8, 7, 6, 6]
+    at = 9 + length
+    assert struct.unpack_from("<I", raw, at)[0] == zlib.crc32(raw[:at])
+    block = raw[at + 4 : at + 8 + 33]
+    assert struct.unpack_from("<I", block)[0] == 3
+    assert int.from_bytes(block[4:15], "little") == sum(int(t) * 2016**i for i, t in enumerate(tokens[:, 0]))
+    assert struct.unpack_from("<I", raw, at + 41)[0] == zlib.crc32(block)
+    assert struct.unpack_from("<IQ", raw, at + 45) == (0, 3000)
+    assert len(raw) == at + 45 + 16
+
+
+def test_a_block_longer_than_the_format_allows_is_written_as_several(tmp_path):
+    metadata = replace(RELEASED, levels=(2,), num_codebooks=1, samples_per_frame=1)
+    tokens = random_tokens(metadata, MAX_BLOCK_FRAMES + 5)
+    path = write(tmp_path / "a.lfr", metadata, [tokens], MAX_BLOCK_FRAMES + 5)
+    with TokenReader(path) as reader:
+        assert [block.shape[1] for block in reader.blocks()] == [MAX_BLOCK_FRAMES, 5]
+        assert np.array_equal(reader.read(), tokens)
+
+
+def outcome(path):
+    try:
+        return read(path)
+    except TokenFileError as error:
+        assert str(path) in str(error)
+        return None
+
+
+def test_any_changed_byte_is_found(tmp_path):
+    raw = write(
+        tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)], 3000
+    ).read_bytes()
+    for position in range(len(raw)):
+        for change in (0x01, 0x80, 0xFF):
+            damaged = bytearray(raw)
+            damaged[position] ^= change
+            (tmp_path / "b.lfr").write_bytes(damaged)
+            assert outcome(tmp_path / "b.lfr") is None, f"byte {position} ^ {change} went unseen"
+
+
+def test_any_truncation_and_anything_appended_is_found(tmp_path):
+    raw = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000).read_bytes()
+    for cut in [raw[:size] for size in range(len(raw))] + [raw + b"\0", raw + raw]:
+        (tmp_path / "b.lfr").write_bytes(cut)
+        assert outcome(tmp_path / "b.lfr") is None, f"{len(cut)} of {len(raw)} bytes went unseen"
+
+
+def header(version=1, **changes) -> bytes:
+    values = {"sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8} | changes
+    text = json.dumps(values).encode()
+    raw = b"LFRT" + struct.pack("<BI", version, len(text)) + text
+    return raw + struct.pack("<I", zlib.crc32(raw))
+
+
+END = struct.pack("<IQ", 0, 0)
+END += struct.pack("<I", zlib.crc32(END))
+
+
+def test_a_newer_version_is_refused_with_both_versions(tmp_path):
+    (tmp_path / "a.lfr").write_bytes(header(version=2) + END)
+    with pytest.raises(TokenFileError, match=r"a\.lfr: format version 2.*reads version 1"):
+        TokenReader(tmp_path / "a.lfr")
+
+
+def test_a_file_of_unknown_fields_and_no_fingerprint_is_read(tmp_path):
+    (tmp_path / "a.lfr").write_bytes(header(speaker="x") + END)
+    assert read(tmp_path / "a.lfr")[1] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"levels": []},
+        {"levels": 8},
+        {"levels": [1, 2]},
+        {"levels": [8.0, 7]},
+        {"levels": [4096] * 8},
+        {"levels": None},
+        {"num_codebooks": 0},
+        {"num_codebooks": 10**9},
+        {"num_codebooks": "8"},
+        {"sample_rate": -1},
+        {"sample_rate": True},
+        {"samples_per_frame": 0},
+    ],
+)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path, changes):
+    (tmp_path / "a.lfr").write_bytes(header(**changes) + END)
+    with pytest.raises(TokenFileError, match=r"a\.lfr: its metadata is invalid"):
+        TokenReader(tmp_path / "a.lfr")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"5", b"{", b"\xff\xfe", b"{}", b"[" * 3000, b'"levels"', b"null"])
+def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
+    raw = b"LFRT" + struct.pack("<BI", 1, len(text)) + text
+    (tmp_path / "a.lfr").write_bytes(raw + struct.pack("<I", zlib.crc32(raw)) + END)
+    with pytest.raises(TokenFileError, match=r"a\.lfr: its metadata is invalid"):
+        TokenReader(tmp_path / "a.lfr")
+
+
+@pytest.mark.parametrize("raw", [b"", b"RIFF0000WAVE", b"LFR", b"LFRT", b"LFRT\x01\xff\xff\xff\xff"])
+def test_what_is_no_token_file_is_refused(tmp_path, raw):
+    (tmp_path / "a.lfr").write_bytes(raw)
+    assert outcome(tmp_path / "a.lfr") is None
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert outcome(tmp_path / "none.lfr") is None
+    assert outcome(tmp_path) is None
+
+
+def test_a_writer_that_fails_or_is_not_finished_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(random_tokens(RELEASED, 2))
+        raise RuntimeError
+    with pytest.raises(TokensError, match="2016"), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(np.full((8, 2), 2016))
+    with pytest.raises(TokensError, match="3000 samples do not make 2 frames"):
+        with TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+            writer.write(random_tokens(RELEASED, 2))
+            writer.finish(3000)
+    with TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(random_tokens(RELEASED, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_replacement_leaves_the_old_file(tmp_path):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), TokenWriter(path, RELEASED, overwrite=True):
+        raise RuntimeError
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
+    with pytest.raises(NemoLfrError, match=r"a\.lfr exists.*overwrite"):
+        TokenWriter(path, RELEASED)
+    assert list(tmp_path.iterdir()) == [path]
+    write(path, RELEASED, [], 0)
+    assert read(path)[1] == 0
+
+
+def test_missing_folders_of_the_target_are_made(tmp_path):
+    write(tmp_path / "a" / "b" / "c.lfr", RELEASED, [], 0)
+    assert read(tmp_path / "a" / "b" / "c.lfr")[2] == RELEASED
+
+
+def test_tokens_of_another_codec_are_refused(tmp_path):
+    codec = cached_codec("symmetric")
+    other = build_codec("symmetric", audio_encoder={"base_channels": 6})
+    path = write(tmp_path / "a.lfr", Metadata.of(codec), [random_tokens(RELEASED, 2)], 2048)
+    with TokenReader(path) as reader:
+        reader.check_codec(codec)
+        with pytest.raises(TokenFileError, match=f"fingerprint {codec.fingerprint}.*{other.fingerprint}.*--model"):
+            reader.check_codec(other)
+        with pytest.raises(TokenFileError, match="num_codebooks 8.*4"):
+            reader.check_codec(cached_codec("causal"))
+    with pytest.raises(TokenFileError, match="fingerprint"):
+        other.decode_file(path, tmp_path / "out.wav")
+    assert list(tmp_path.iterdir()) == [path]

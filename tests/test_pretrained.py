@@ -1,0 +1,181 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nemo_lfr
+from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.pretrained import ALIASES, LFR, choose_device, embedded_checkpoint, find_checkpoint
+from tests.conftest import Codec, cached_codec, codec_config, synthesize
+from tests.hub_server import HubServer
+
+ROOT = Path(nemo_lfr.__file__).parents[1]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """huggingface_hub reads its environment on import, so its constant is changed too; the cache is empty."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def save(codec: Codec, path: Path, kind: str = "symmetric") -> Path:
+    parts = {"audio_encoder": codec.encoder, "vector_quantizer": codec.quantizer, "audio_decoder": codec.decoder}
+    state = {f"{name}.{key}": value for name, part in parts.items() for key, value in split_weight_norm(part).items()}
+    write_checkpoint(path, codec_config(kind), state)
+    return path
+
+
+def test_the_embedded_codec_has_the_released_layout():
+    codec = nemo_lfr.load(device="cpu")
+    # The model card: 22.05 kHz, 21.5 frames/s, 8 codebooks of 2016 entries, 1.89 kbps.
+    assert (codec.sample_rate, codec.samples_per_frame, codec.num_codebooks, codec.codebook_size) == (
+        22050,
+        1024,
+        8,
+        2016,
+    )
+    assert codec.levels == (8, 7, 6, 6)
+    assert codec.bit_rate == pytest.approx(1891, abs=1)
+    assert embedded_checkpoint().stat().st_size < 25e6
+
+
+def test_the_embedded_codec_encodes_and_decodes_speech():
+    codec = nemo_lfr.load(device="cpu")
+    wave = synthesize(1)
+    tokens, tokens_len = codec.encode(wave)
+    audio, audio_len = codec.decode(tokens, tokens_len, [len(wave)])
+    assert tokens.shape == (1, 8, 22) and audio_len.tolist() == [22050]
+    assert min(len(codebook.unique()) for codebook in tokens[0]) > 5
+    assert audio.abs().max() > 0.01 and torch.isfinite(audio).all()
+
+
+def test_a_path_loads_the_file_under_it(tmp_path):
+    codec = cached_codec("symmetric")
+    path = save(codec, tmp_path / "my.nemo")
+    wave = synthesize(0.5)
+    for source in (path, str(path)):
+        loaded = nemo_lfr.load(source, device="cpu")
+        assert torch.equal(loaded.encode(wave)[0], codec.encode(wave)[0])
+        assert "my.nemo" in repr(loaded)
+
+
+def test_the_alias_of_the_card_is_the_hub_id():
+    assert ALIASES["audio_codec_low_frame_rate_22khz"] == LFR == "nvidia/low-frame-rate-speech-codec-22khz"
+
+
+@pytest.mark.parametrize("source", ["missing.nemo", "sub/missing.nemo", "nonsense", "a/b/c", "/no/such/file", ""])
+def test_a_missing_file_is_named_with_what_to_give_instead(offline, source):
+    with pytest.raises(CheckpointError, match="no such file, and not a Hub id such as nvidia/"):
+        nemo_lfr.load(source)
+
+
+@pytest.mark.parametrize("source", ["nobody/no-such-codec", "a b/c d", "audio_codec_low_frame_rate_22khz", "../x"])
+def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, source):
+    with pytest.raises(CheckpointError, match="network|no such file") as caught:
+        nemo_lfr.load(source)
+    assert ALIASES.get(source, source) in str(caught.value)
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        nemo_lfr.load(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(NemoLfrError, match=device):
+        nemo_lfr.load(device=device)
+
+
+def test_no_device_means_a_gpu_or_else_the_cpu():
+    assert choose_device(None) == choose_device("auto") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_an_unknown_precision_is_named_before_anything_is_read():
+    with pytest.raises(NemoLfrError, match="int4.*bf16"):
+        nemo_lfr.load("missing.nemo", precision="int4")
+
+
+# --- the Hub
+
+CLIENT = """
+import json, sys, logging
+import numpy as np
+logging.basicConfig(stream=sys.stderr)
+import nemo_lfr
+try:
+    codec = nemo_lfr.load(sys.argv[1], device="cpu")
+except nemo_lfr.CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    tokens, _ = codec.encode(np.load(sys.argv[2]))
+    print(json.dumps({"tokens": tokens.tolist()}))
+"""
+
+
+def client(source: str, wave: Path, environment: dict[str, str]) -> tuple[dict, str]:
+    """What a fresh process makes of `nemo_lfr.load(source)`, and its log."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, source, wave],
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_hub_id_loads_cold_then_from_the_cache_then_offline(tmp_path):
+    codec = cached_codec("symmetric")
+    path, wave = save(codec, tmp_path / "tiny.nemo"), synthesize(0.5)
+    np.save(tmp_path / "wave.npy", wave)
+    expected = {"tokens": codec.encode(wave)[0].tolist()}
+    with HubServer({LFR: {"low-frame-rate-speech-codec-22khz.nemo": path}}) as hub:
+        environment = hub.environment(tmp_path / "home")
+        answer, log = client(LFR, tmp_path / "wave.npy", environment)
+        assert answer == expected
+        assert "non-commercial" in log  # the weights' licence, said at the first download
+        asked = len(hub.requests)
+        assert f"GET /{LFR}/resolve/main/low-frame-rate-speech-codec-22khz.nemo" in hub.requests
+
+        answer, log = client("audio_codec_low_frame_rate_22khz", tmp_path / "wave.npy", environment)
+        assert answer == expected
+        assert "non-commercial" not in log and len(hub.requests) == asked
+    # The server is gone.
+    answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HUB_OFFLINE": "1"})
+    assert answer == expected
+    answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HOME": str(tmp_path / "other")})
+    assert LFR in answer["error"] and "path of a downloaded .nemo" in answer["error"]
+
+
+def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
+    codec = cached_codec("symmetric")
+    path, wave = save(codec, tmp_path / "tiny.nemo"), synthesize(0.3)
+    np.save(tmp_path / "wave.npy", wave)
+    repositories = {"me/one": {"README.md": path, "codec.nemo": path}, "me/two": {"a.nemo": path, "b.nemo": path}}
+    with HubServer(repositories) as hub:
+        environment = hub.environment(tmp_path / "home")
+        assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
+        assert "2 .nemo files" in client("me/two", tmp_path / "wave.npy", environment)[0]["error"]
+        error = client("me/none", tmp_path / "wave.npy", environment)[0]["error"]
+        assert "me/none" in error and "check the name" in error
+
+
+def test_finding_a_local_file_asks_nobody(tmp_path, monkeypatch):
+    (tmp_path / "here.nemo").touch()
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("here.nemo") == Path("here.nemo")
+    os.makedirs("nvidia")
+    (tmp_path / "nvidia" / "local").touch()
+    assert find_checkpoint("nvidia/local") == Path("nvidia/local")
