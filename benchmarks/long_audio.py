@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nemo_lfr
 from nemo_lfr.tokens.format import TokenReader
-from tests.nemo_models import speech_like
+from tests.models import speech_like
 
 
 def peak_mib() -> int:

@@ -58,14 +58,12 @@ def main() -> None:
     sys.path.insert(0, str(root))
     import numpy as np
 
-    from tests.nemo_models import config, speech_like, write_nemo
+    from tests.models import FULL_SIZE, codec_config, speech_like, write_nemo
 
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder, "clip.npy")
         np.save(clip, speech_like(22050).numpy())
-        checkpoint = args.checkpoint or write_nemo(
-            Path(folder, "full.nemo"), config(encoder_channels=48, decoder_channels=1024)
-        )
+        checkpoint = args.checkpoint or write_nemo(Path(folder, "full.nemo"), codec_config(**FULL_SIZE))
         rows: dict[str, list[tuple[float, str, int]]] = {"nemo_lfr": [], "stock NeMo": []}
         for round_number in range(args.runs + 1):  # the first round warms the disk cache
             for (_, results), script in zip(rows.items(), (LIGHT, STOCK), strict=True):

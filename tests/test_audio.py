@@ -5,7 +5,7 @@ import soxr
 
 from nemo_lfr.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
 from nemo_lfr.errors import AudioError, NemoLfrError
-from tests.conftest import synthesize
+from tests.models import synthesize
 
 
 def read(path, rate=22050):

@@ -10,7 +10,7 @@ import soundfile
 
 from nemo_lfr import cli
 from nemo_lfr.tokens.format import TokenReader
-from tests.nemo_models import speech_like
+from tests.models import speech_like
 
 
 def run(capsys, *arguments):

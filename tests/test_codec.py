@@ -10,17 +10,8 @@ from nemo_lfr.checkpoint import build_part, build_parts
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
-from tests.conftest import (
-    KINDS,
-    assert_same_tokens,
-    build_codec,
-    cached_codec,
-    codec_config,
-    reference_decode,
-    reference_encode,
-    same_parts,
-    synthesize,
-)
+from tests.models import KINDS, build_codec, cached_codec, codec_config, same_parts, synthesize
+from tests.reference import assert_same_tokens, reference_decode, reference_encode
 
 # The order of float32 sums changes with the batch and the window; audio is below 1, and DESIGN allows 1e-5.
 AUDIO = {"rtol": 0, "atol": 1e-5}
@@ -105,10 +96,10 @@ def test_min_frames_is_the_shortest_input_that_the_network_can_pad(codec):
         assert encoder.encode_frames(torch.zeros(1, encoder.min_frames * frame)).shape[-1] == encoder.min_frames
         assert decoder.decode_frames(torch.zeros(1, dim, decoder.min_frames)).shape[-1] == decoder.min_frames * frame
         if encoder.min_frames > 1:
-            with pytest.raises(RuntimeError, match="[Pp]adding"):
+            with pytest.raises(RuntimeError, match=r"[Pp]adding"):
                 encoder.encode_frames(torch.zeros(1, (encoder.min_frames - 1) * frame))
         if decoder.min_frames > 1:
-            with pytest.raises(RuntimeError, match="[Pp]adding"):
+            with pytest.raises(RuntimeError, match=r"[Pp]adding"):
                 decoder.decode_frames(torch.zeros(1, dim, decoder.min_frames - 1))
 
 
@@ -264,13 +255,13 @@ def test_blocks_of_any_size_encode_and_decode_as_one_piece(kind, length, edges, 
 
 
 def test_a_stream_yields_before_its_end_and_holds_a_bounded_past(small):
-    seen = 0
-
+    seen = -1
     block = synthesize(0.25)
 
     def blocks():
         nonlocal seen
-        for seen in range(100):
+        for _ in range(100):
+            seen += 1
             yield block
 
     codec = same_parts(small, chunk_frames=16)
@@ -469,7 +460,7 @@ def test_bf16_gives_nearly_the_same_audio_and_most_of_the_tokens(small):
 
 
 def test_an_unknown_precision_is_refused(small):
-    with pytest.raises(NemoLfrError, match="int8.*fp32"):
+    with pytest.raises(NemoLfrError, match=r"int8.*fp32"):
         same_parts(small, precision="int8")
 
 

@@ -78,7 +78,7 @@ def test_memory_layout_does_not_change_values(layer):
 @pytest.mark.parametrize("layer", [Conv1d(3, 4, 7), Conv1d(3, 4, 7, dilation=3), Conv1d(3, 4, 11)])
 def test_min_length_is_the_shortest_input_that_can_be_reflected(layer):
     layer(torch.zeros(1, 3, layer.min_length))
-    with pytest.raises(RuntimeError, match="[Pp]adding"):
+    with pytest.raises(RuntimeError, match=r"[Pp]adding"):
         layer(torch.zeros(1, 3, layer.min_length - 1))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_lfr.frames import Context, bits_per_frame, bytes_per_frame, num_frames, plan_windows
-from tests.conftest import KINDS, cached_codec
+from tests.models import KINDS, cached_codec
 
 
 @given(st.integers(0, 10**12), st.integers(1, 5000))

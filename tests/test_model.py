@@ -21,14 +21,14 @@ import nemo_lfr
 from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from tests.hub_server import HubServer
-from tests.nemo_models import MODULES, config, speech_like, stock_model, to_config, write_nemo
+from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def nemo_file(tmp_path_factory):
-    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", config())
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +55,15 @@ def slm_config(wavlm_folder):
             "initial_channel": 4,
         },
     ]
-    return config(discriminator={"_target_": MODULES + "Discriminator", "discriminators": discriminators})
+    return codec_config(discriminator={"_target_": MODULES + "Discriminator", "discriminators": discriminators})
 
 
 @pytest.fixture(scope="module")
 def trained_file(tmp_path_factory, wavlm_folder):
     """A file as stock 3.0 saves it after training: discriminators and, by mistake, WavLM inside."""
     folder = tmp_path_factory.mktemp("stock")
-    tiny = write_nemo(folder / "tiny.nemo", config())
-    model = StockModel(to_config(slm_config(wavlm_folder)))
+    tiny = write_nemo(folder / "tiny.nemo", codec_config())
+    model = StockModel(OmegaConf.create(slm_config(wavlm_folder)))
     model.load_state_dict(stock_model(tiny).state_dict())
     path = folder / "trained.nemo"
     model.save_to(str(path))
@@ -112,11 +112,11 @@ def test_building_the_discriminator_gives_it_the_weights_of_the_file(trained_fil
 
 
 def test_a_nemo_with_our_targets_builds_in_stock_once_ours_is_imported():
-    values = config()
+    values = codec_config()
     values["audio_encoder"]["_target_"] = "nemo_lfr.codec.encoder.HiFiGANEncoder"
     values["audio_decoder"]["_target_"] = "nemo_lfr.codec.decoder.HiFiGANDecoder"
     values["vector_quantizer"]["_target_"] = "nemo_lfr.codec.quantizer.GroupFiniteScalarQuantizer"
-    model = StockModel(to_config(values)).eval()
+    model = StockModel(OmegaConf.create(values)).eval()
     with torch.no_grad():
         tokens, _ = model.encode(audio=speech_like(8192)[None], audio_len=torch.tensor([8192]))
     assert tokens.shape == (1, 8, 8)
@@ -140,7 +140,7 @@ def test_strict_names_the_missing_weight_and_not_strict_loads_the_rest(nemo_file
     state = AudioCodecModel.restore_from(nemo_file).state_dict()
     key = "audio_encoder.pre_conv.conv.bias"
     del state[key]
-    model = AudioCodecModel(to_config(config()))
+    model = AudioCodecModel(OmegaConf.create(codec_config()))
     with pytest.raises(CheckpointError, match=key):
         model.load_state_dict(state)
     result = model.load_state_dict(state, strict=False)
@@ -162,7 +162,7 @@ def test_a_failed_restore_leaves_nemos_state_clean(nemo_file, tmp_path):
 @pytest.mark.parametrize("key", ["semantic_codec_path", "use_scl_loss"])
 def test_configs_that_would_open_paths_or_the_network_are_refused(key):
     with pytest.raises(ConfigError, match=key):
-        AudioCodecModel(to_config(config(**{key: "somewhere"})))
+        AudioCodecModel(OmegaConf.create(codec_config(**{key: "somewhere"})))
 
 
 def test_the_cards_alias_is_listed_with_its_hub_location():
@@ -263,7 +263,7 @@ def test_save_to_leaves_the_old_file_when_it_fails(nemo_file, tmp_path, monkeypa
 
 
 def test_the_config_of_the_caller_is_not_changed():
-    values = to_config(config())
+    values = OmegaConf.create(codec_config())
     before = copy.deepcopy(values)
     AudioCodecModel(values)
     assert values == before

@@ -10,10 +10,11 @@ import torch
 
 import nemo_lfr
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from nemo_lfr.pretrained import ALIASES, LFR, choose_device, embedded_checkpoint, find_checkpoint
-from tests.conftest import Codec, cached_codec, codec_config, synthesize
 from tests.hub_server import HubServer
+from tests.models import cached_codec, codec_config, synthesize
 
 ROOT = Path(nemo_lfr.__file__).parents[1]
 
@@ -81,7 +82,7 @@ def test_a_missing_file_is_named_with_what_to_give_instead(offline, source):
 
 @pytest.mark.parametrize("source", ["nobody/no-such-codec", "a b/c d", "audio_codec_low_frame_rate_22khz", "../x"])
 def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, source):
-    with pytest.raises(CheckpointError, match="network|no such file") as caught:
+    with pytest.raises(CheckpointError, match=r"network|no such file") as caught:
         nemo_lfr.load(source)
     assert ALIASES.get(source, source) in str(caught.value)
 
@@ -102,7 +103,7 @@ def test_no_device_means_a_gpu_or_else_the_cpu():
 
 
 def test_an_unknown_precision_is_named_before_anything_is_read():
-    with pytest.raises(NemoLfrError, match="int4.*bf16"):
+    with pytest.raises(NemoLfrError, match=r"int4.*bf16"):
         nemo_lfr.load("missing.nemo", precision="int4")
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from tests.conftest import TIE
+from tests.reference import TIE
 
 LEVELS = [[8, 7, 6, 6], [9, 8, 8, 7], [2, 3], [5]]
 

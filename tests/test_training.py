@@ -3,7 +3,7 @@ import torch
 
 from nemo_lfr.checkpoint import build_parts
 from nemo_lfr.training.initialize import initialize_from_data
-from tests.conftest import build_codec, codec_config, synthesize
+from tests.models import build_codec, codec_config, synthesize
 
 pytest.importorskip("librosa", reason="spectral losses need the [train] extra")
 from nemo_lfr.training.losses import SpectralLoss

@@ -1,0 +1,54 @@
+"""The definition of right tokens and audio: one clip, alone, in one piece; and the judge of differing tokens."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nemo_lfr.codec.codec import Codec
+
+# How far from a rounding edge floating-point order can matter: values are about 1, float32 keeps 7 digits, and a
+# few hundred sums lie between audio and tokens.
+TIE = 1e-4
+
+
+@torch.no_grad()
+def reference_encode(codec: Codec, clip: np.ndarray) -> torch.Tensor:
+    """Tokens [C, T] of one clip by its definition: one piece, alone, completed with zeros."""
+    return codec.quantizer.encode(_encoded(codec, clip))[:, 0, : -(-len(clip) // codec.samples_per_frame)]
+
+
+@torch.no_grad()
+def reference_decode(codec: Codec, tokens: torch.Tensor) -> torch.Tensor:
+    """Audio of tokens [C, T] in one piece, alone."""
+    inputs = codec.quantizer.decode(tokens[:, None])
+    padding = max(0, codec.decoder.min_frames - tokens.shape[1])
+    return codec.decoder.decode_frames(F.pad(inputs, (0, padding)))[0, : tokens.shape[1] * codec.samples_per_frame]
+
+
+def _encoded(codec: Codec, clip: np.ndarray) -> torch.Tensor:
+    frames = max(math.ceil(len(clip) / codec.samples_per_frame), codec.encoder.min_frames)
+    audio = np.zeros(frames * codec.samples_per_frame, dtype=np.float32)
+    audio[: len(clip)] = clip
+    return codec.encoder.encode_frames(torch.from_numpy(audio)[None])
+
+
+@torch.no_grad()
+def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expected: torch.Tensor | None = None) -> int:
+    """Tokens [C, T] must be equal but for ties, values within `TIE` of a rounding edge; returns the ties' number."""
+    if expected is None:
+        expected = reference_encode(codec, clip)
+    assert got.shape == expected.shape
+    differ = got.cpu() != expected.cpu()
+    if not differ.any():
+        return 0
+    fsq = getattr(codec.quantizer, "fsqs", [codec.quantizer])[0]
+    encoded = _encoded(codec, clip).reshape(codec.num_codebooks, len(codec.levels), -1)
+    to_edge = ((fsq.compress(encoded) % 1) - 0.5).abs().amin(dim=1)[:, : got.shape[1]]
+    wrong = differ & (to_edge > TIE)
+    assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} tokens differ and are no ties: {wrong.nonzero()[:5]}"
+    # Ties are rare by their nature; many of them would be a difference in disguise.
+    ties = int(differ.sum())
+    assert ties <= 1 + got.numel() // 500
+    return ties
