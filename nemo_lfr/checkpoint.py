@@ -3,15 +3,18 @@
 A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`; the latter is a zip that holds a pickle of names
 and one record of raw numbers per tensor. `read_checkpoint` reads those members where they lie, runs a pickle
 interpreter that knows tensors and dictionaries and nothing else, and loads only the parts that it is asked for; a
-wrong byte in what it loads is found by the zip's checksums.
+wrong byte in what it loads is found by the zip's checksums. A plain tar is memory-mapped, so that a gigabyte of
+discriminators beside the codec costs nothing.
 """
 
 import contextlib
 import io
 import lzma
 import math
+import mmap
 import os
 import pickle
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -39,6 +42,7 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 64 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
+MAX_COMPRESSED_WEIGHTS_BYTES = 2 << 30  # unpacked into memory
 MAX_MEMBERS = 64
 
 PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
@@ -183,7 +187,7 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts
 @dataclass
 class _Members:
     config: bytes
-    weights: IO[bytes]
+    weights: memoryview
 
 
 @contextlib.contextmanager
@@ -208,18 +212,18 @@ def _open_members(path: Path) -> Iterator[_Members]:
                     continue
                 if name in found:
                     raise CheckpointError(f"{path}: {name} is there twice; which one is meant cannot be known.")
-                if not member.isreg():
+                if not member.isreg() or member.issparse():
                     raise CheckpointError(f"{path}: {name} is not a plain file.")
-                limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else MAX_WEIGHTS_BYTES
+                plain = archive.fileobj is file
+                most = MAX_WEIGHTS_BYTES if plain else MAX_COMPRESSED_WEIGHTS_BYTES
+                limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else most
                 if member.size > limit:
                     raise CheckpointError(f"{path}: {name} claims {member.size} bytes, more than {limit}.")
                 found[name] = member
             for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
                 if name not in found:
                     raise CheckpointError(f"{path}: no {name} in the archive; it is not a .nemo checkpoint.")
-            config, weights = (archive.extractfile(found[name]) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER))
-            assert config is not None and weights is not None
-            yield _Members(config.read(), weights)
+            yield _Members(_contents(archive, found[CONFIG_MEMBER]), _view(archive, found[WEIGHTS_MEMBER], file))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file.") from None
         except IsADirectoryError:
@@ -227,6 +231,27 @@ def _open_members(path: Path) -> Iterator[_Members]:
         except (tarfile.TarError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError) as error:
             reason = "not a tar file" if "could not be opened" in str(error) else error
             raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
+
+
+def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    contents = file.read()
+    if len(contents) != member.size:
+        raise EOFError(f"{member.name} ends after {len(contents)} of {member.size} bytes")
+    return contents
+
+
+def _view(archive: tarfile.TarFile, member: tarfile.TarInfo, file: IO[bytes]) -> memoryview:
+    """A member's bytes: mapped where they lie in a plain tar, else unpacked into memory."""
+    if archive.fileobj is not file:
+        return memoryview(bytearray(_contents(archive, member)))
+    begin, end = member.offset_data, member.offset_data + member.size
+    available = os.fstat(file.fileno()).st_size
+    if end > available:
+        raise EOFError(f"{member.name} ends after {available - begin} of {member.size} bytes")
+    # Private pages: tensors made of them may be written to, and nothing reaches the file.
+    return memoryview(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY))[begin:end]
 
 
 def _parse_config(path: Path, raw: bytes) -> DictConfig:
@@ -316,27 +341,61 @@ class _WeightsUnpickler(pickle.Unpickler):
         return str(record), dtype, items
 
 
+class _ViewFile(io.RawIOBase):
+    """A memoryview as a file, for `zipfile`, without a copy."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._view)}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the first byte")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._view[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
+
+
 @dataclass
 class _Weights:
     """The tensors of a checkpoint by name, read one at a time."""
 
     path: Path
-    zip: zipfile.ZipFile
+    view: memoryview
+    records: dict[str, zipfile.ZipInfo]
     root: str
     entries: dict[str, _Tensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, file: IO[bytes]) -> "_Weights":
-        if file.read(4) != b"PK\x03\x04":
+    def open(cls, path: Path, view: memoryview) -> "_Weights":
+        if view[:4] != b"PK\x03\x04":
             raise CheckpointError(
                 f"{path}: {WEIGHTS_MEMBER} is not a PyTorch zip file; files from before PyTorch 1.6 are pickles "
                 "that could run code when read, and are refused."
             )
-        file.seek(0)
         try:
-            archive = zipfile.ZipFile(file)
-            pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
-            if len(pickles) != 1 or len(set(archive.namelist())) != len(archive.namelist()):
+            archive = zipfile.ZipFile(_ViewFile(view))
+            records = {info.filename: info for info in archive.infolist()}
+            pickles = [info for name, info in records.items() if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or len(records) != len(archive.namelist()):
                 raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} is not a single PyTorch archive.")
             if pickles[0].file_size > MAX_PICKLE_BYTES:
                 raise CheckpointError(
@@ -354,24 +413,38 @@ class _Weights:
         if not isinstance(state, dict) or not state:
             raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} holds no state dict.")
         entries = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, _Tensor)}
-        return cls(path, archive, pickles[0].filename.removesuffix("data.pkl"), entries)
+        return cls(path, view, records, pickles[0].filename.removesuffix("data.pkl"), entries)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Read one tensor; its checksum is verified on the way."""
+        """One tensor, its checksum verified. It lies in the mapped file: copy what outlives the reading."""
         entry = self.entries[key]
-        name = f"{self.root}data/{entry.record}"
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
         try:
-            info = self.zip.getinfo(name)
-            if math.prod(entry.shape) and (last + 1) * entry.dtype.itemsize > info.file_size:
-                raise CheckpointError(f"{self.path}: {key} has shape {list(entry.shape)}, but its record is shorter.")
-            raw = bytearray(self.zip.read(info))
-        except (KeyError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raw = self._record(f"{self.root}data/{entry.record}")
+        except (KeyError, struct.error, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self.path}: the numbers of {key} are damaged ({error}).") from error
-        if not raw:
+        if not math.prod(entry.shape):
             return torch.empty(entry.shape, dtype=entry.dtype)
-        flat = torch.frombuffer(raw, dtype=entry.dtype)
+        if (last + 1) * entry.dtype.itemsize > len(raw):
+            raise CheckpointError(f"{self.path}: {key} has shape {list(entry.shape)}, but its record is shorter.")
+        flat = torch.frombuffer(raw, dtype=entry.dtype, count=len(raw) // entry.dtype.itemsize)
         return flat.as_strided(entry.shape, entry.stride, entry.offset)
+
+    def _record(self, name: str) -> memoryview:
+        """The bytes of a stored record of the zip, where they lie."""
+        info = self.records[name]
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self.view, info.header_offset)
+        begin = info.header_offset + _LOCAL_HEADER.size
+        stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 0x1
+        if signature != b"PK\x03\x04" or self.view[begin : begin + name_length] != info.orig_filename.encode():
+            raise zipfile.BadZipFile(f"the zip's directory and record {name} disagree")
+        if not stored or info.file_size != info.compress_size:
+            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch never does")
+        begin += name_length + extra_length
+        raw = self.view[begin : begin + info.file_size]
+        if len(raw) != info.file_size or zlib.crc32(raw) != info.CRC:
+            raise zipfile.BadZipFile(f"wrong checksum of record {name}")
+        return raw
 
 
 def _plain_keys(weights: _Weights, prefix: str) -> dict[str, tuple[str, ...]]:
@@ -443,10 +516,10 @@ def _load_part(weights: _Weights, prefix: str, part: nn.Module, strict: bool = T
         stem = key.removesuffix(".weight")
         if stem + _GAIN in own:
             direction = values[-1]
-            state[stem + _GAIN] = values[0] if len(values) == 2 else _norm(direction)
-            state[stem + _DIRECTION] = direction
+            state[stem + _GAIN] = values[0].clone() if len(values) == 2 else _norm(direction)
+            state[stem + _DIRECTION] = direction.clone()
         else:
-            state[key] = torch._weight_norm(values[1], values[0], 0) if len(values) == 2 else values[0]
+            state[key] = torch._weight_norm(values[1], values[0], 0) if len(values) == 2 else values[0].clone()
             if not _is_finite(state[key]):
                 raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
     part.load_state_dict(state, assign=True, strict=strict)
@@ -491,7 +564,7 @@ def load_parts(
         weights = _Weights.open(path, members.weights)
         for name, part in parts.items():
             _load_part(weights, name, part, strict)
-        return {key: weights.tensor(key) for key in weights.entries if others and key.startswith(others)}
+        return {key: weights.tensor(key).clone() for key in weights.entries if others and key.startswith(others)}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:

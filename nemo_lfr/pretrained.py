@@ -49,7 +49,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 def _download(repository: str, refresh: bool) -> Path:
     """The repository's `.nemo`, from the Hub's cache if it is there."""
     from huggingface_hub import hf_hub_download, list_repo_files
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     name = repository.partition("/")[2] + ".nemo"  # NVIDIA's habit, and what NeMo's from_pretrained asks for
     try:
@@ -60,6 +60,8 @@ def _download(repository: str, refresh: bool) -> Path:
             logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
         try:
             return Path(hf_hub_download(repository, name, force_download=refresh))
+        except LocalEntryNotFoundError:  # the network is not there; it is a kind of EntryNotFoundError
+            raise
         except EntryNotFoundError:
             found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
             if len(found) != 1:
@@ -67,7 +69,9 @@ def _download(repository: str, refresh: bool) -> Path:
                     f"{repository}: holds {len(found)} .nemo files, expected one: {found}."
                 ) from None
             return Path(hf_hub_download(repository, found[0]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the Hub's transport raises: requests, httpx, ... by version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{repository}: cannot be had from the Hub and is not in its cache ({reason}); check the name and the "

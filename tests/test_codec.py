@@ -138,7 +138,6 @@ def test_tokens_decode_alike_in_a_ragged_batch_with_any_padding_and_alone(codec)
     assert audio.abs().max() <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="Codec.decode completes short utterances with token 0, not with zeros")
 @pytest.mark.parametrize("kind", ["symmetric", "two_stages", "single"])
 def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_every_path(kind):
     codec = cached_codec(kind)
@@ -504,7 +503,6 @@ def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
     assert audio.std() > 0.02 and (audio.abs() > 0.999).float().mean() < 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="check_audio hands a read-only array to torch, which warns")
 def test_using_a_codec_warns_of_nothing(small):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -192,7 +192,8 @@ class Codec:
         audio = torch.zeros(len(totals), max(samples), device=self.device)
         frame = self.samples_per_frame
         for rows, windows, batch in self._batches(tokens, totals, totals, 1, self.decoder):
-            self._scatter(audio, rows, windows, self._decode_frames(batch), frame, samples)
+            results = self._decode_frames(batch, [window.num_frames for window in windows])
+            self._scatter(audio, rows, windows, results, frame, samples)
         return audio, torch.tensor(samples, device=self.device)
 
     # Streams: one recording of any length, in bounded memory.
@@ -218,9 +219,9 @@ class Codec:
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         for piece, window in _rolling(blocks, 1, self.chunk_frames, self.decoder.context):
-            tokens, _ = self._check_tokens(piece, None)
+            tokens, num_frames = self._check_tokens(piece, None)
             tokens = F.pad(tokens, (0, max(0, self.decoder.min_frames - window.num_frames)))
-            audio = self._decode_frames(tokens)[0]
+            audio = self._decode_frames(tokens, num_frames)[0]
             kept = window.kept
             frame = self.samples_per_frame
             yield audio[kept.start * frame : kept.stop * frame].float().cpu().numpy()
@@ -272,9 +273,11 @@ class Codec:
             encoded = self.encoder.encode_frames(audio)
         return self.quantizer.encode(encoded.float()).transpose(0, 1)
 
-    def _decode_frames(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[b, C, T] -> audio [b, T * samples_per_frame]."""
-        codes = self.quantizer.decode(tokens.transpose(0, 1))
+    def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        """[b, C, T], of which `num_frames` are meant, the rest being silence -> audio [b, T * samples_per_frame]."""
+        silence = min(num_frames) < tokens.shape[-1]
+        length = torch.tensor(num_frames, device=tokens.device) if silence else None
+        codes = self.quantizer.decode(tokens.transpose(0, 1), length)
         with self._autocast():
             return self.decoder.decode_frames(codes).float()
 
@@ -362,6 +365,8 @@ def check_audio(audio: Any, audio_len: Any) -> tuple[torch.Tensor, list[int]]:
     Raises:
         AudioError: naming what came and what was expected.
     """
+    if isinstance(audio, np.ndarray) and not audio.flags.writeable:  # torch warns of such memory
+        audio = audio.copy()
     audio = torch.as_tensor(audio)
     if audio.dtype == torch.int16:
         audio = audio.float() / 32768
