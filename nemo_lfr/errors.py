@@ -27,3 +27,10 @@ class ConfigError(NemoLfrError):
 
 class MissingExtraError(NemoLfrError, ImportError):
     """A part of the package needs an optional dependency that is not installed."""
+
+
+def clip(text: object, length: int = 80) -> str:
+    """A stranger's text, short enough for a message and on one line."""
+    text = str(text)
+    printable = "".join(char if char.isprintable() else "?" for char in text[:length])
+    return printable + ("..." if len(text) > length else "")

@@ -10,13 +10,23 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_lfr.checkpoint import NEMO_MODEL, PARTS, build_parts, load_parts, nemo_config, read_config
+from nemo_lfr.checkpoint import (
+    NEMO_MODEL,
+    PARTS,
+    Parts,
+    build_parts,
+    codec_values,
+    load_parts,
+    nemo_config,
+    read_config,
+)
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, ConfigError, MissingExtraError
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
@@ -40,6 +50,8 @@ if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
 # WavLM inside the SLM discriminator: frozen, public, 380 MB. NeMo 3.0 saves it by mistake; we never do.
 _WAVLM = ".slm_model.ssl_model."
 _DISCRIMINATOR = "discriminator."
+# Parts that `restore_from` has read, for the constructor it calls: nothing is initialised only to be overwritten.
+_READ_PARTS: ContextVar[Parts | None] = ContextVar("parts", default=None)
 _IDENTITY = {"_target_": "torch.nn.Identity"}
 _SMALLEST_QUANTIZER = {
     "_target_": "nemo.collections.tts.modules.audio_codec_modules.FiniteScalarQuantizer",
@@ -67,8 +79,8 @@ class LFRCodecModel(NeMoAudioCodecModel):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
-        values = _codec_values(cfg)
-        parts = build_parts(values)
+        values = _checked_values(cfg)
+        parts = _READ_PARTS.get() or build_parts(values)
         cfg = copy.deepcopy(cfg)
         with open_dict(cfg):
             cfg.target = NEMO_MODEL
@@ -243,6 +255,9 @@ class LFRCodecModel(NeMoAudioCodecModel):
         config = read_config(path) if override_config_path is None else _override_config(override_config_path)
         if return_config:
             return config
+        others = _DISCRIMINATOR if config.get("discriminator") else None
+        parts, rest = load_parts(path, config, strict=strict, others=others)
+        read_parts = _READ_PARTS.set(parts)
         try:
             # While this is set, NeMo does not open the training data that the config names.
             cls._set_model_restore_state(is_being_restored=True)
@@ -251,9 +266,7 @@ class LFRCodecModel(NeMoAudioCodecModel):
             raise CheckpointError(f"{path}: {error}") from error
         finally:
             cls._set_model_restore_state(is_being_restored=False)
-        others = _DISCRIMINATOR if config.get("discriminator") else None
-        parts = {name: getattr(model, name) for name in PARTS}
-        rest = load_parts(path, parts, strict=strict, others=others)
+            _READ_PARTS.reset(read_parts)
         model._unbuilt_discriminator = {key: value for key, value in rest.items() if _WAVLM not in key}
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector
@@ -351,7 +364,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     """
     if isinstance(model, LFRCodecModel):
         return model
-    parts = build_parts(_codec_values(model.cfg))
+    parts = build_parts(_checked_values(model.cfg))
     reference = next(model.audio_decoder.parameters())
     for name, part in parts.named().items():
         stock = getattr(model, name)
@@ -375,22 +388,12 @@ def _stock(cls: type[LFRCodecModel], name: str) -> Any:
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 
 
-def _codec_values(cfg: DictConfig) -> dict[str, Any]:
-    """The plain values of the config that the three parts are built from.
-
-    Raises:
-        ConfigError: for what another codec family needs.
-    """
-    for key in ("semantic_codec", "semantic_codec_path", "use_scl_loss", "use_slm_loss"):
+def _checked_values(cfg: DictConfig) -> dict[str, Any]:
+    """`codec_values` of a config whose losses neither open a file nor ask the network."""
+    for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):
-            raise ConfigError(f"{key} is set; nemo_lfr does not build codecs with it. Use NeMo's own AudioCodecModel.")
-    values = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(values, dict)
-    for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
-        if key in values:
-            item = cfg[key]
-            values[key] = OmegaConf.to_container(item, resolve=True) if OmegaConf.is_config(item) else item
-    return {str(key): value for key, value in values.items()}
+            raise ConfigError(f"{key} is set; nemo_lfr does not train codecs with it. Use NeMo's own AudioCodecModel.")
+    return codec_values(cfg)
 
 
 def _override_config(source: Any) -> DictConfig:

@@ -22,6 +22,7 @@ from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from tests.hub_server import HubServer
 from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
+from tests.test_checkpoint import HOSTILE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,6 +157,17 @@ def test_a_failed_restore_leaves_nemos_state_clean(nemo_file, tmp_path):
     values.audio_encoder.bogus = 1
     with pytest.raises(CheckpointError, match="bogus"):
         AudioCodecModel.restore_from(nemo_file, override_config_path=values)
+    assert AppState().is_model_being_restored is False
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_hostile_file_is_refused_at_nemos_door_too(case, tmp_path):
+    make, match = HOSTILE[case]
+    path = tmp_path / "stranger.nemo"
+    path.write_bytes(make())
+    with pytest.raises(CheckpointError, match=match):
+        AudioCodecModel.restore_from(path, map_location="cpu")
     assert AppState().is_model_being_restored is False
 
 

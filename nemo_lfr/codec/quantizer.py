@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from nemo_lfr.errors import ConfigError
+
 
 def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
     """Zero what lies after each example's length: values [B, ..., T], length [B]."""
@@ -26,6 +28,9 @@ class FiniteScalarQuantizer(nn.Module):
     Args:
         num_levels: levels of each dimension, each at least 2.
         eps: the squashed range stops this share short of the outermost levels.
+
+    Raises:
+        ConfigError: for fewer levels, or more codes than an int32 token can tell.
     """
 
     num_levels: torch.Tensor
@@ -34,6 +39,10 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, num_levels: Sequence[int], eps: float = 1e-3) -> None:
         super().__init__()
         levels = [int(level) for level in num_levels]
+        if min(levels) < 2 or math.prod(levels) > 2**31 - 1:
+            raise ConfigError(
+                f"levels {levels} do not make a codebook; each must be at least 2, their product < 2^31."
+            )
         bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)
         self.eps = eps

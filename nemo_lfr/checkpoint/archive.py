@@ -1,0 +1,145 @@
+"""tar -> the two members of a `.nemo`, without extracting anything."""
+
+import bz2
+import gzip
+import lzma
+import mmap
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from nemo_lfr.errors import CheckpointError
+
+CONFIG_MEMBER = "model_config.yaml"
+WEIGHTS_MEMBER = "model_weights.ckpt"
+# Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.
+MAX_MEMBERS = 64
+MAX_CONFIG_BYTES = 1 << 20
+MAX_WEIGHTS_BYTES = 8 << 30
+MAX_READ = 4 << 20
+# Weights hardly compress; what unpacks to more than this many times its size is a bomb.
+MAX_EXPANSION = 20
+
+_DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+
+
+@dataclass(frozen=True)
+class Members:
+    """The contents of a `.nemo`."""
+
+    config: bytes
+    weights: memoryview
+
+
+def read_members(path: Path) -> Members:
+    """The config and the weights of a `.nemo`; other members are not looked at.
+
+    In a plain tar the weights are memory-mapped, so that a gigabyte of discriminators beside the codec costs nothing.
+
+    Raises:
+        CheckpointError: naming the file, the member, what was wrong, and what to do.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read_members(path, file)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder; give the .nemo file in it.") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: may not be read by this user.") from None
+    except Exception as error:  # damaged headers make tarfile and the decompressors fail in many ways
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
+
+
+def _read_members(path: Path, file: IO[bytes]) -> Members:
+    head = file.read(64)
+    file.seek(0)
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty; download it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`.")
+    if head.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path}: this is a web page, not a checkpoint; download the file itself.")
+    unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
+    size = os.fstat(file.fileno()).st_size
+    stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)
+    found = _find_members(path, stream)
+    config = _contents(stream, found[CONFIG_MEMBER])
+    weights = found[WEIGHTS_MEMBER]
+    if unpack is not None:
+        return Members(bytes(config), memoryview(_contents(stream, weights)))
+    begin, end = weights.offset_data, weights.offset_data + weights.size
+    if end > size:
+        raise EOFError(f"{WEIGHTS_MEMBER} ends after {max(0, size - begin)} of {weights.size} bytes")
+    # Private pages: tensors made of them may be written to, and nothing reaches the file.
+    return Members(bytes(config), memoryview(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY))[begin:end])
+
+
+def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
+    found: dict[str, tarfile.TarInfo] = {}
+    with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+        for count, member in enumerate(archive, start=1):
+            if count > MAX_MEMBERS:
+                raise CheckpointError(f"{path}: more than {MAX_MEMBERS} members; a .nemo has two.")
+            name = member.name.removeprefix("./")
+            if name not in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+                continue
+            if name in found:
+                raise CheckpointError(f"{path}: {name} is there twice; which one is meant cannot be known.")
+            if not member.isreg() or member.issparse():
+                raise CheckpointError(f"{path}: {name} is not a plain file.")
+            limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else MAX_WEIGHTS_BYTES
+            if not 0 <= member.size <= limit:
+                raise CheckpointError(f"{path}: {name} claims {member.size} bytes, more than {limit}.")
+            found[name] = member
+    for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+        if name not in found:
+            raise CheckpointError(f"{path}: no {name} in the archive; it is not a .nemo checkpoint.")
+    return found
+
+
+def _contents(stream: "_Bounded", member: tarfile.TarInfo) -> bytearray:
+    contents = bytearray()
+    stream.seek(member.offset_data)
+    while len(contents) < member.size:
+        piece = stream.read(min(1 << 20, member.size - len(contents)))
+        if not piece:
+            raise EOFError(f"{member.name} ends after {len(contents)} of {member.size} bytes")
+        contents += piece
+    return contents
+
+
+class _Bounded:
+    """A file that gives little at once, since tarfile reads a header's claimed size whole, and unpacks no bomb."""
+
+    def __init__(self, file: Any, limit: int | None) -> None:
+        self._file = file
+        self._limit = limit
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int) -> None:
+        self._judge(offset)
+        self._file.seek(offset)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_READ:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        self._judge(self.tell() + size)
+        return bytes(self._file.read(size))
+
+    def _judge(self, position: int) -> None:
+        if self._limit is not None and position > self._limit:
+            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, which no checkpoint does")

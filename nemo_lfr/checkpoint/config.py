@@ -1,0 +1,235 @@
+"""YAML -> plain values -> our modules; a config can name the classes of this codec family and nothing else."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.errors import ConfigError, clip
+
+PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
+NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
+_NEMO_MODULES = "nemo.collections.tts.modules.audio_codec_modules."
+
+# NeMo's class -> (ours, what NeMo's name means beyond ours, defaults that differ from ours).
+NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
+    _NEMO_MODULES + "HiFiGANEncoder": (HiFiGANEncoder, {}, {}),
+    _NEMO_MODULES + "CausalHiFiGANEncoder": (HiFiGANEncoder, {"causal": True}, {"pad_mode": "zeros"}),
+    _NEMO_MODULES + "HiFiGANDecoder": (HiFiGANDecoder, {}, {}),
+    _NEMO_MODULES + "CausalHiFiGANDecoder": (
+        HiFiGANDecoder,
+        {"causal": True},
+        {"pad_mode": "zeros", "n_groups_equal_to_out_channels": True},
+    ),
+    _NEMO_MODULES + "FiniteScalarQuantizer": (FiniteScalarQuantizer, {}, {}),
+    _NEMO_MODULES + "GroupFiniteScalarQuantizer": (GroupFiniteScalarQuantizer, {}, {}),
+}
+_OUR_CLASSES = {f"{ours.__module__}.{ours.__name__}": ours for ours, _, _ in NEMO_CLASSES.values()}
+
+
+# Bounds on what a config may make us build: the released codec has 112.7 M parameters in lists of at most 5 items.
+MAX_CONFIG_EVENTS = 20_000
+MAX_CONFIG_DEPTH = 32
+MAX_SIZE = 16384
+MAX_LIST = 32
+MAX_GROUPS = 256
+MAX_PARAMETERS = 2_000_000_000
+
+# What NeMo registers with OmegaConf; OmegaConf's own would read the environment of whoever opens the file.
+_RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
+
+
+@dataclass
+class Parts:
+    """The three modules of a codec, and what its config says of the audio."""
+
+    encoder: HiFiGANEncoder
+    quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer
+    decoder: HiFiGANDecoder
+    sample_rate: int
+
+    def named(self) -> dict[str, nn.Module]:
+        """The modules under their names in a checkpoint."""
+        return dict(zip(PARTS, (self.encoder, self.quantizer, self.decoder), strict=True))
+
+
+def parse_config(text: str) -> DictConfig:
+    """A model config from YAML, unresolved.
+
+    Raises:
+        ConfigError: if it is not a mapping, is built to explode, or asks for a resolver that reads the environment.
+    """
+    try:
+        _check_yaml(text)
+        config = OmegaConf.create(text)
+        if not isinstance(config, DictConfig):
+            raise ConfigError("it is a list, not a mapping.")
+        for value in _strings(OmegaConf.to_container(config, resolve=False)):
+            if "${" in value and ":" in _RESOLVERS.sub("", value):
+                raise ConfigError(f"{clip(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
+        return config
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"it is not a valid config: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_yaml(text: str) -> None:
+    """Nesting and aliases are refused before they are followed: nine lines of aliases make a billion nodes."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError("it uses YAML aliases, which NeMo never writes.")
+        if count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
+            raise ConfigError("it is larger or deeper than any model config.")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def codec_values(config: DictConfig) -> dict[str, Any]:
+    """The keys of a model config that encoding and decoding depend on, as plain values.
+
+    Raises:
+        ConfigError: for what cannot be resolved, or another codec family's keys.
+    """
+    for key in ("semantic_codec", "semantic_codec_path"):
+        if config.get(key):
+            raise ConfigError(f"{key} is set; nemo_lfr does not build codecs with it. Use NeMo's own AudioCodecModel.")
+    values: dict[str, Any] = {}
+    for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
+        try:
+            if key in config:
+                item = config[key]
+                values[key] = OmegaConf.to_container(item, resolve=True) if OmegaConf.is_config(item) else item
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise ConfigError(f"{key} cannot be resolved: {' '.join(str(error).split())[:200]}") from error
+    return values
+
+
+def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
+    """Our class for a config's `_target_`, the keywords it implies, and its own defaults.
+
+    Raises:
+        ConfigError: if the name is not one of this codec family's.
+    """
+    if target in NEMO_CLASSES:
+        return NEMO_CLASSES[target]
+    if target in _OUR_CLASSES:
+        return _OUR_CLASSES[target], {}, {}
+    known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_CLASSES))
+    raise ConfigError(f"_target_ {target!r} is not part of this codec family; known: {known}.")
+
+
+def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of one part's config under NeMo's class name, so that a NeMo without this package can build it."""
+    config = dict(config)
+    target = str(config["_target_"])
+    if target in NEMO_CLASSES:
+        return config
+    ours, _, _ = our_target(target)
+    causal = bool(config.pop("causal", False))
+    for name, (candidate, implied, _) in NEMO_CLASSES.items():
+        if candidate is ours and implied.get("causal", False) == causal:
+            config["_target_"] = name
+            return config
+    raise ConfigError(f"{target} has no counterpart in NeMo.")
+
+
+def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Module:
+    """Build the encoder, quantizer or decoder that one section of a model config describes.
+
+    Args:
+        config: `_target_` (NeMo's name or ours) and the constructor's arguments.
+        weight_norm: False builds plain weights, for inference.
+
+    Raises:
+        ConfigError: for an unknown name or argument, or a value of the wrong type.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"is {clip(config)}, not a mapping with a _target_.")
+    arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    ours, implied, defaults = our_target(str(config.get("_target_", "")))
+    if ours in (HiFiGANEncoder, HiFiGANDecoder):
+        implied = implied | {"weight_norm": weight_norm}
+    arguments = defaults | arguments | implied
+    _check_sizes(arguments)
+    try:
+        if torch.get_default_device().type != "meta":
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in ours(**arguments).parameters())
+            if size > MAX_PARAMETERS:
+                raise ConfigError(f"{size} parameters are more than the {MAX_PARAMETERS} that are allowed.")
+        return ours(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:  # values of any type reach the constructors
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{ours.__name__} cannot be built from {clip(arguments, 300)}: {reason}") from error
+
+
+def _check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Refuse sizes that would make a constructor allocate or loop without bound."""
+    for key, value in arguments.items():
+        if isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_LIST:
+            raise ConfigError(f"{key} has {len(value)} items; between 1 and {MAX_LIST} are allowed.")
+        # Every number is a size, but for FSQ's eps.
+        least, most = (0, 1) if key == "eps" else (1, MAX_GROUPS if key == "num_groups" else MAX_SIZE)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, bool) or item is None or isinstance(item, str):
+                continue
+            if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
+                raise ConfigError(f"{key} is {clip(value)}; whole numbers from {least} to {most} are allowed.")
+
+
+def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts:
+    """Build the three parts of a model config and check that they fit together.
+
+    Raises:
+        ConfigError: naming the key, what it holds and what it must agree with.
+    """
+    for key in ("sample_rate", "samples_per_frame", *PARTS):
+        if config.get(key) is None:
+            raise ConfigError(f"the config has no {key!r}; it is not a codec of this family.")
+    sections = {}
+    for name in PARTS:
+        try:
+            sections[name] = build_part(config[name], weight_norm=weight_norm)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    encoder, quantizer, decoder = (sections[name] for name in PARTS)
+    if not (
+        isinstance(encoder, HiFiGANEncoder)
+        and isinstance(quantizer, FiniteScalarQuantizer | GroupFiniteScalarQuantizer)
+        and isinstance(decoder, HiFiGANDecoder)
+    ):
+        raise ConfigError(f"the parts {list(PARTS)} are {[type(part).__name__ for part in sections.values()]}.")
+    sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
+    if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
+        raise ConfigError(f"sample_rate {sample_rate!r} is not a rate in Hz between 1000 and 192000.")
+    if config.get("output_sample_rate", sample_rate) != sample_rate:
+        raise ConfigError("codecs whose output_sample_rate differs from sample_rate are not supported.")
+    for part in (encoder, decoder):
+        if part.samples_per_frame != samples_per_frame:
+            raise ConfigError(
+                f"the rates of {type(part).__name__} multiply to {part.samples_per_frame}, but samples_per_frame is "
+                f"{samples_per_frame}; make the two agree."
+            )
+    if encoder.encoded_dim != quantizer.codebook_dim:
+        raise ConfigError(f"encoded_dim {encoder.encoded_dim} differs from the quantizer's {quantizer.codebook_dim}.")
+    return Parts(encoder, quantizer, decoder, sample_rate)

@@ -1,0 +1,194 @@
+"""`.nemo` -> modules: every key, shape and number of the codec is judged."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, Members, read_members
+from nemo_lfr.checkpoint.config import Parts, build_part, build_parts, codec_values, parse_config
+from nemo_lfr.checkpoint.tensors import Tensors
+from nemo_lfr.errors import CheckpointError, ConfigError, clip
+
+# Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
+GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+_SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
+
+
+def read_config(path: str | os.PathLike[str]) -> DictConfig:
+    """The model config inside a `.nemo`, unresolved.
+
+    Raises:
+        CheckpointError: if the file is not a readable `.nemo`.
+    """
+    path = Path(path)
+    return _parse_config(path, read_members(path))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
+    """Load a codec for inference: parts with plain fp32 weights, in eval mode, and the whole config.
+
+    Discriminators, WavLM and loss buffers, which differ between NeMo versions, are neither read nor judged.
+
+    Raises:
+        CheckpointError: naming the file and the member or key, what was wrong, and what to do.
+    """
+    path = Path(path)
+    members = read_members(path)
+    config = _parse_config(path, members)
+    parts = _empty_parts(path, config, weight_norm=False)
+    tensors = Tensors(path, members.weights)
+    for name, part in parts.named().items():
+        _load_part(tensors, name, part, strict=True)
+        part.eval().requires_grad_(False)
+    return parts, config
+
+
+def load_parts(
+    path: str | os.PathLike[str],
+    config: DictConfig | None = None,
+    *,
+    strict: bool = True,
+    others: str | None = None,
+) -> tuple[Parts, dict[str, torch.Tensor]]:
+    """Load a codec for training: parts with weight norm, and what else lies under a prefix.
+
+    Args:
+        path: the `.nemo`.
+        config: the model config, if it is not to be the file's.
+        strict: every weight of each part must be there, and no other under its name; else what is missing is
+            initialised and what is unknown ignored.
+        others: prefix of further tensors to return as they are.
+
+    Raises:
+        CheckpointError: naming the file and the key, what was wrong, and what to do.
+    """
+    path = Path(path)
+    members = read_members(path)
+    config = _parse_config(path, members) if config is None else config
+    parts = _empty_parts(path, config, weight_norm=True, meta=strict)
+    tensors = Tensors(path, members.weights)
+    for name, part in parts.named().items():
+        _load_part(tensors, name, part, strict)
+    return parts, {key: tensors[key].clone() for key in tensors.entries if others and key.startswith(others)}
+
+
+def _parse_config(path: Path, members: Members) -> DictConfig:
+    try:
+        return parse_config(members.config.decode())
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {CONFIG_MEMBER} is refused: {error}") from error
+
+
+def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> Parts:
+    """Parts that are about to be filled: on the meta device, so that nothing is allocated or initialised."""
+    try:
+        values = codec_values(config)
+        with torch.device("meta" if meta else "cpu"):
+            parts = build_parts(values, weight_norm=weight_norm)
+        # Its buffers hold the levels, which come from the config.
+        with torch.device("cpu"):
+            parts.quantizer = build_part(values["vector_quantizer"])  # type: ignore[assignment]
+        return parts
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {CONFIG_MEMBER}: {error}") from error
+
+
+def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The part's keys under their plain names, each with the checkpoint's keys that it comes from."""
+    keys = {key.removeprefix(prefix + ".") for key in tensors.entries if key.startswith(prefix + ".")}
+    for own in keys:
+        for gain, direction in _SPELLINGS:
+            if own.endswith(gain) and own.removesuffix(gain) + direction in keys:
+                stem = own.removesuffix(gain)
+                yield stem + ".weight", (f"{prefix}.{own}", f"{prefix}.{stem}{direction}")
+                break
+            if own.endswith(direction) and own.removesuffix(direction) + gain in keys:
+                break
+        else:
+            yield own, (f"{prefix}.{own}",)
+
+
+def _load_part(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> None:
+    """Fill a part, built with weight norm or without. Every key, shape and number is judged.
+
+    `strict=False` leaves a missing weight as it is and ignores an unknown one; a wrong one is an error still.
+    """
+    path, own = tensors.path, part.state_dict()
+    # The part's weights under their plain names, whichever way it was built.
+    expected = {key.replace(DIRECTION, ".weight"): value for key, value in own.items() if not key.endswith(GAIN)}
+    sources: dict[str, tuple[str, ...]] = {}
+    for key, names in _sources(tensors, prefix):
+        if key in sources:
+            raise CheckpointError(f"{path}: {clip(prefix + '.' + key)} is there in two spellings; keep one.")
+        sources[key] = names
+    missing = sorted(expected.keys() - sources.keys())
+    unexpected = sorted(sources.keys() - expected.keys())
+    if missing and strict:
+        raise CheckpointError(
+            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; "
+            "the config and the weights do not belong together, or the file is incomplete."
+        )
+    if unexpected and strict:
+        raise CheckpointError(
+            f"{path}: {prefix} has {len(unexpected)} weights that its config does not know, first "
+            f"{[clip(key) for key in unexpected[:5]]}."
+        )
+    state = {}
+    for key, want in expected.items():
+        if key in missing:
+            continue
+        *gains, direction = (
+            _judged(tensors, name, want, shape)
+            for name, shape in zip(sources[key], _shapes(want, len(sources[key])), strict=True)
+        )
+        # FSQ's buffers follow from the config; other numbers there would give other tokens.
+        if not want.is_floating_point() and not torch.equal(direction, want):
+            raise CheckpointError(
+                f"{path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
+            )
+        stem = key.removesuffix(".weight")
+        if stem + GAIN in own:
+            state[stem + GAIN] = gains[0].clone() if gains else gain_of(direction)
+            state[stem + DIRECTION] = direction.clone()
+        elif gains:
+            state[key] = torch._weight_norm(direction, gains[0], 0)
+            if not _is_finite(state[key]):
+                raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+        else:
+            state[key] = direction.clone()
+    part.load_state_dict(state, assign=True, strict=strict)
+
+
+def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:
+    """Shapes of a weight's sources: itself, or gain and direction."""
+    shape = tuple(want.shape)
+    return [shape] if count == 1 else [(shape[0], *[1] * (len(shape) - 1)), shape]
+
+
+def _judged(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
+    entry = tensors.entries[name]
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{tensors.path}: {name} has shape {clip(list(entry.shape))}, the config asks for {list(shape)}."
+        )
+    if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
+        raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
+    value = tensors[name].to(want.dtype)
+    if not _is_finite(value):
+        raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")
+    return value
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether every number is finite; a sum, which NaN and infinity survive, is six times faster to look at."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def gain_of(weight: torch.Tensor) -> torch.Tensor:
+    """The gain of weight norm: the norm of each slice along the first dimension, kept broadcastable."""
+    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))

@@ -1,0 +1,236 @@
+"""zip and pickle -> tensors by name; nothing in the pickle is called.
+
+`torch.load(weights_only=True)` guards against code too, but an environment variable turns that off, it checks no
+checksum, and it reads every tensor of the file.
+"""
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_lfr.checkpoint.archive import WEIGHTS_MEMBER
+from nemo_lfr.errors import CheckpointError, clip
+
+# The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
+MAX_PICKLE_BYTES = 4 << 20
+MAX_PICKLE_OPCODES = 400_000
+MAX_DIRECTORY_BYTES = 2 << 20
+MAX_DIMENSIONS = 16
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+# What `torch.save` writes for state dicts. Others make containers of 200 bytes from one byte of file.
+_OPCODES = frozenset(
+    """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS
+    TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NEWTRUE NEWFALSE NONE BINPUT
+    LONG_BINPUT BINGET LONG_BINGET""".split()  # noqa: SIM905  a list of 30 strings reads worse
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies; nothing of it is read until it is asked for."""
+
+    record: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _RebuildTensor:
+    # Without attributes, so that a pickle cannot change it: BUILD would set a function's defaults.
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Entry:
+        record, dtype = storage
+        sizes = tuple(shape), tuple(stride)
+        counts = [offset, *sizes[0], *sizes[1]]
+        if not all(type(count) is int and 0 <= count < 1 << 62 for count in counts):
+            raise pickle.UnpicklingError("a tensor's shape is not a list of sizes")
+        if len(sizes[0]) != len(sizes[1]) or len(sizes[0]) > MAX_DIMENSIONS:
+            raise pickle.UnpicklingError("a tensor's shape and strides disagree")
+        return Entry(record, dtype, offset, *sizes)
+
+
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, tensor: Any, *_: Any) -> Any:
+        return tensor
+
+
+_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    **{("torch", name): dtype for name, dtype in _STORAGE_DTYPES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows dictionaries and tensors; any other name in the pickle is refused before anything of it is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise pickle.UnpicklingError(f"it names {clip(module)}.{clip(name)}, which no state dict needs")
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, record, *_ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str):
+            raise pickle.UnpicklingError("it refers to something that is not a tensor's storage")
+        return record, dtype
+
+
+def _unpickle(raw: bytes) -> Any:
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(raw), start=1):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which no state dict needs")
+        # The interpreter makes room for every index below the one that is used.
+        if count > MAX_PICKLE_OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
+            raise pickle.UnpicklingError("its pickle is larger than any state dict's")
+    return _Unpickler(io.BytesIO(raw)).load()
+
+
+class Tensors:
+    """The tensors of a checkpoint by name, read one at a time.
+
+    Args:
+        path: for messages.
+        view: the weights member.
+
+    Raises:
+        CheckpointError: if it is not a PyTorch zip file of a state dict, or asks for more than that.
+    """
+
+    def __init__(self, path: Path, view: memoryview) -> None:
+        if view[:4] != b"PK\x03\x04":
+            raise CheckpointError(
+                f"{path}: {WEIGHTS_MEMBER} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
+                "PyTorch 1.6, which could run code when read."
+            )
+        self.path = path
+        self._view = view
+        try:
+            archive = zipfile.ZipFile(_ViewFile(view))
+            self._records = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in self._records if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
+                raise zipfile.BadZipFile("it is not one PyTorch archive")
+            self._root = pickles[0].removesuffix("data.pkl")
+            if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
+                raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
+            state = _unpickle(bytes(self._record(pickles[0])))
+        except Exception as error:  # a pickle can make its interpreter fail in any way it likes
+            reason = clip(str(error) or type(error).__name__, 200)
+            raise CheckpointError(
+                f"{path}: {WEIGHTS_MEMBER} is damaged or refused ({reason}); download it again."
+            ) from error
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        if not isinstance(state, dict) or not state:
+            raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} holds no state dict.")
+        self.entries: Mapping[str, Entry] = {
+            key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Entry)
+        }
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """One tensor, its checksum verified. It lies in the mapped file: copy what outlives the reading."""
+        entry = self.entries[key]
+        try:
+            raw = self._record(f"{self._root}data/{entry.record}")
+        except Exception as error:
+            reason = clip(str(error) or type(error).__name__, 200)
+            raise CheckpointError(
+                f"{self.path}: the numbers of {clip(key)} are damaged ({reason}); download it again."
+            ) from error
+        available = len(raw) // entry.dtype.itemsize
+        numel = math.prod(entry.shape)
+        if not numel:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
+        if last >= available or numel > available:
+            raise CheckpointError(
+                f"{self.path}: {clip(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
+            )
+        flat = torch.frombuffer(raw, dtype=entry.dtype, count=available)
+        return flat.as_strided(entry.shape, entry.stride, entry.offset)
+
+    def _record(self, name: str) -> memoryview:
+        """The bytes of a stored record of the zip, where they lie."""
+        if name not in self._records:
+            raise zipfile.BadZipFile(f"there is no record {name}")
+        info = self._records[name]
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._view, info.header_offset)
+        begin = info.header_offset + _LOCAL_HEADER.size
+        if signature != b"PK\x03\x04" or self._view[begin : begin + name_length] != info.orig_filename.encode():
+            raise zipfile.BadZipFile(f"the zip's directory and record {name} disagree")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+        if not stored or info.flag_bits & 0x1:
+            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch never does")
+        begin += name_length + extra_length
+        raw = self._view[begin : begin + info.file_size]
+        if len(raw) != info.file_size or zlib.crc32(raw) != info.CRC:
+            raise zipfile.BadZipFile(f"wrong checksum of record {name}")
+        return raw
+
+
+class _ViewFile(io.RawIOBase):
+    """A memoryview as a file, from which `zipfile` reads no more than a sensible directory."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._view)}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the first byte")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._view) if size < 0 else self._position + size
+        piece = self._view[self._position : end]
+        if len(piece) > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile("its directory is larger than any state dict's")
+        self._position += len(piece)
+        return bytes(piece)

@@ -1,0 +1,62 @@
+"""Modules -> a `.nemo` that stock NeMo opens."""
+
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
+from nemo_lfr.checkpoint.reader import DIRECTION, GAIN, gain_of
+
+
+def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of a part built with plain weights, spelled as NeMo's weight-normed convolutions."""
+    state = {}
+    for key, value in part.state_dict().items():
+        if key.endswith(".conv.weight"):
+            stem = key.removesuffix(".weight")
+            state[stem + GAIN], state[stem + DIRECTION] = gain_of(value), value
+        else:
+            state[key] = value
+    return state
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a `.nemo` aside and rename it into place, so that `path` is never half a file.
+
+    Args:
+        path: where to write.
+        config: the model config; its parts are named by NeMo's classes, so that any NeMo 3.0 opens the file.
+        state_dict: tensors by NeMo's keys.
+    """
+    path = Path(path)
+    config = dict(config) | {"target": NEMO_MODEL}
+    config |= {name: nemo_config(config[name]) for name in PARTS}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        members = {name: Path(folder, name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER)}
+        OmegaConf.save(OmegaConf.create(config), members[CONFIG_MEMBER])
+        torch.save(dict(state_dict), members[WEIGHTS_MEMBER])
+        aside = Path(folder, "model.nemo")
+        with open(aside, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as archive:
+                for name, member in members.items():
+                    archive.add(member, arcname=name, filter=_anonymous)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The same weights give the same bytes, whoever wrote them."""
+    info.uid = info.gid = info.mtime = 0
+    info.uname = info.gname = ""
+    return info
