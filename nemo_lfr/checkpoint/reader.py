@@ -152,14 +152,18 @@ def _load_part(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> 
             )
         stem = key.removesuffix(".weight")
         if stem + GAIN in own:
-            state[stem + GAIN] = gains[0].clone() if gains else gain_of(direction)
+            norm = gain_of(direction)
+            sound = bool(norm.all())
+            state[stem + GAIN] = gains[0].clone() if gains else norm
             state[stem + DIRECTION] = direction.clone()
         elif gains:
             state[key] = torch._weight_norm(direction, gains[0], 0)
-            if not _is_finite(state[key]):
-                raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+            sound = _is_finite(state[key])
         else:
+            sound = True
             state[key] = direction.clone()
+        if not sound:
+            raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
     part.load_state_dict(state, assign=True, strict=strict)
 
 
