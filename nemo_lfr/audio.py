@@ -1,5 +1,6 @@
 """Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,17 +14,35 @@ import soxr
 from nemo_lfr.errors import AudioError, NemoLfrError
 
 BLOCK_SECONDS = 10
+MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
+# Floating-point recordings overshoot 1 a little; 16-bit numbers that were not divided go far beyond.
+MAX_PEAK = 64.0
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Resample float32 samples [T] with soxr's highest quality.
 
     Raises:
-        AudioError: if a rate is not a positive number of Hz.
+        AudioError: if a rate is not a number of Hz that audio has.
     """
-    if from_rate <= 0:
-        raise AudioError(f"sample_rate {from_rate} is not a rate in Hz.")
+    check_rate(from_rate)
     return soxr.resample(wave, from_rate, to_rate, quality="VHQ").astype(np.float32)
+
+
+def check_rate(rate: object) -> None:
+    """Raise AudioError unless `rate` is a number of Hz that audio has."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not MIN_RATE <= rate <= MAX_RATE:
+        raise AudioError(f"sample_rate {rate!r} is not a number of Hz between {MIN_RATE} and {MAX_RATE}.")
+
+
+def check_peak(peak: float, what: str) -> None:
+    """Raise AudioError for a peak of samples that no microphone gives, naming `what` they are."""
+    if not math.isfinite(peak):
+        raise AudioError(f"{what} holds NaN or infinite samples; clean it first.")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{what} reaches {peak:.6g}, but audio lies in [-1, 1]; if these are 16-bit numbers, divide by 32768."
+        )
 
 
 class AudioReader:
@@ -68,8 +87,7 @@ class AudioReader:
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
             wave = block.mean(axis=1)
-            if not np.isfinite(wave).all():
-                raise AudioError(f"{self.path}: holds NaN or infinite samples; clean it first.")
+            check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
             last = len(block) == 0
             if stream is not None:
                 wave = stream.resample_chunk(wave, last=last)
@@ -96,9 +114,14 @@ class AudioWriter:
                 f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
+        handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part")
         self._raw = os.fdopen(handle, "w+b")
-        self._file = soundfile.SoundFile(self._raw, "w", sample_rate, 1, format=kind)
+        try:
+            self._file = soundfile.SoundFile(self._raw, "w", sample_rate, 1, format=kind)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            self._raw.close()
+            os.unlink(self._aside)
+            raise AudioError(f"{path}: cannot be written as {kind} at {sample_rate} Hz ({_reason(error)}).") from error
 
     def __enter__(self) -> "AudioWriter":
         return self
@@ -107,15 +130,17 @@ class AudioWriter:
         self._file.write(wave)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._file.close()
-        self._raw.flush()
-        os.fsync(self._raw.fileno())
-        self._raw.close()
-        if kind is None:
-            os.chmod(self._aside, 0o666 & ~_umask())
-            os.replace(self._aside, self.path)
-        else:
-            os.unlink(self._aside)
+        aside = Path(self._aside)
+        try:
+            with self._raw:
+                self._file.close()
+                self._raw.flush()
+                os.fsync(self._raw.fileno())
+            if kind is None:
+                aside.chmod(0o666 & ~umask())
+                aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
@@ -124,7 +149,8 @@ def refuse_overwrite(path: Path, overwrite: bool) -> None:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's mask, which files made by `tempfile` do not follow."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

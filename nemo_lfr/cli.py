@@ -7,7 +7,9 @@ mistake is one line and exit code 2. Heavy imports wait until a command needs th
 import glob
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +74,33 @@ def check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
 
     for job in jobs:
         refuse_overwrite(job.target, overwrite)
+
+
+@contextmanager
+def piped(inputs: Sequence[str], out: Path | None, suffix: str, new_suffix: str) -> Iterator[Job]:
+    """A job between stdin or a file and stdout, through temporary files: headers need the length first.
+
+    Raises:
+        NemoLfrError: for any other use of "-", or a terminal in the place of a pipe.
+    """
+    if out is not None or len(inputs) > 2 or inputs[-1] != "-":
+        raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
+    if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
+        raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
+    with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
+        source = Path(inputs[0])
+        if inputs[0] == "-":
+            source = Path(folder, f"stdin{suffix}")
+            with open(source, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        job = Job(source, Path(folder, f"stdout{new_suffix}"))
+        try:
+            yield job
+        except NemoLfrError as error:
+            raise NemoLfrError(str(error).replace(str(source), "stdin") if inputs[0] == "-" else str(error)) from error
+        with open(job.target, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 def note(text: str) -> None:
@@ -205,9 +234,9 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
         yield _result(job, codec, num_samples, job.target, (time.perf_counter() - started) / len(jobs))
 
 
-def decode_job(job: Job, codec: "Codec", overwrite: bool) -> dict[str, Any]:
+def decode_job(job: Job, codec: "Codec", **options: Any) -> dict[str, Any]:
     started = time.perf_counter()
-    num_samples = codec.decode_file(job.source, job.target, overwrite=overwrite)
+    num_samples = codec.decode_file(job.source, job.target, **options)
     return _result(job, codec, num_samples, job.source, time.perf_counter() - started)
 
 
@@ -292,7 +321,16 @@ def app() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @model_options
 def encode(inputs: tuple[str, ...], out: Path | None, batch_size: int, overwrite: bool, **options: Any) -> None:
-    """Encode audio files, folders or globs into .lfr token files."""
+    """Encode audio files, folders or globs into .lfr token files.
+
+    `encode -` reads an audio file from stdin and writes a token file to stdout; `encode FILE -` writes that file's
+    there.
+    """
+    if "-" in inputs:
+        with piped(inputs, out, ".wav", TOKEN_SUFFIX) as job:
+            codec = open_codec(options["model"], options["device"], options["precision"])
+            codec.encode_file(job.source, job.target)
+        return
     jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX)
     check_targets(jobs, overwrite)
     codec = open_codec(options["model"], options["device"], options["precision"])
@@ -303,14 +341,40 @@ def encode(inputs: tuple[str, ...], out: Path | None, batch_size: int, overwrite
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the audio; beside the input if not given.")
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
+@click.option("--start", type=click.FloatRange(min=0), default=0.0, help="Second to start at.")
+@click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
+@click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @model_options
-def decode(inputs: tuple[str, ...], out: Path | None, kind: str, overwrite: bool, **options: Any) -> None:
-    """Decode .lfr token files, folders or globs into audio of the original length."""
+def decode(
+    inputs: tuple[str, ...],
+    out: Path | None,
+    kind: str,
+    start: float,
+    duration: float | None,
+    recover: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Decode .lfr token files, folders or globs into audio of the original length.
+
+    `decode - ` reads a token file from stdin and writes audio to stdout; `decode FILE -` writes that file's there.
+    """
+    wanted = {"start": start, "duration": duration, "recover": recover}
+    if "-" in inputs:
+        with piped(inputs, out, TOKEN_SUFFIX, f".{kind}") as job:
+            codec = open_codec(options["model"], options["device"], options["precision"])
+            decode_job(job, codec, **wanted)
+        return
     jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}")
     check_targets(jobs, overwrite)
     codec = open_codec(options["model"], options["device"], options["precision"])
-    run_jobs(jobs, lambda batch: iter([decode_job(job, codec, overwrite) for job in batch]), 1, options["as_json"])
+    run_jobs(
+        jobs,
+        lambda batch: iter([decode_job(job, codec, overwrite=overwrite, **wanted) for job in batch]),
+        1,
+        options["as_json"],
+    )
 
 
 @app.command()

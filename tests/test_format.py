@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from nemo_lfr.errors import NemoLfrError, TokenFileError, TokensError
 from nemo_lfr.tokens.format import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenWriter
+from tests.crash import ROOT, killed_at_random_moments, on_a_full_disk
 from tests.models import build_codec, cached_codec
 
 RELEASED = Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
@@ -220,3 +222,143 @@ def test_tokens_of_another_codec_are_refused(tmp_path):
     with pytest.raises(TokenFileError, match="fingerprint"):
         other.decode_file(path, tmp_path / "out.wav")
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- the document
+
+
+def test_the_documents_example_is_what_is_written(tmp_path):
+    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    dump = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{8}  ((?:[0-9a-f]{2} ){15}[0-9a-f]{2})", text, re.MULTILINE)))
+    tokens = np.array([[token, 2015] for token in range(1, 9)])
+    tokens[7, 1] = 0
+    metadata = replace(RELEASED, fingerprint="00112233aabbccdd", written_by="nemo_lfr 0.1.0")
+    assert write(tmp_path / "a.lfr", metadata, [tokens], 1500).read_bytes() == dump
+    for position, described in re.findall(r"^\| 0x([0-9a-f]{2}) \| `([0-9a-f ]+)`", text, re.MULTILINE):
+        assert dump[int(position, 16) :].startswith(bytes.fromhex(described)), position
+
+
+# --- parts of a file
+
+
+def test_any_span_of_frames_is_read_from_its_blocks_alone(tmp_path):
+    sizes = [3, 1, 7, 2]
+    tokens = random_tokens(RELEASED, sum(sizes))
+    path = write(tmp_path / "a.lfr", RELEASED, np.split(tokens, np.cumsum(sizes)[:-1], axis=1), sum(sizes) * 1024)
+    with TokenReader(path) as reader:
+        for start in range(14):
+            for stop in range(start, 14):
+                assert np.array_equal(reader.read(start, stop), tokens[:, start:stop]), (start, stop)
+    # A damaged block before the span is not looked at.
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"}") + 12] ^= 1
+    path.write_bytes(raw)
+    with TokenReader(path) as reader:
+        assert np.array_equal(reader.read(4, 13), tokens[:, 4:])
+        with pytest.raises(TokenFileError, match="the block at frame 0"):
+            reader.read(2, 13)
+
+
+@pytest.mark.parametrize(
+    ("start", "duration", "span"),
+    [
+        (0, None, (0, 3000)),
+        (0.1, None, (2205, 3000)),
+        (0.05, 0.02, (1102, 1543)),
+        (0, 99, (0, 3000)),
+        (0.05, 0, (1102,) * 2),
+    ],
+)
+def test_seconds_are_samples_within_the_recording(tmp_path, start, duration, span):
+    with TokenReader(write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)) as reader:
+        assert reader.samples_between(start, duration) == span
+
+
+@pytest.mark.parametrize(
+    ("start", "duration"), [(-1, None), (0.2, None), (0, -1), (float("nan"), 1), (0, float("nan")), (0, float("inf"))]
+)
+def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)
+    message = r"a\.lfr: start .* not a part of its 0\.136 s"
+    with TokenReader(path) as reader, pytest.raises(TokenFileError, match=message):
+        reader.samples_between(start, duration)
+
+
+# --- what a crash leaves
+
+
+def test_what_is_whole_of_a_cut_file_can_be_recovered(tmp_path):
+    blocks = [random_tokens(RELEASED, size, size) for size in (2, 3, 1)]
+    whole = write(tmp_path / "a.lfr", RELEASED, blocks, 6 * 1024).read_bytes()
+    first = whole.index(b"}") + 5
+    ends = list(np.cumsum([first] + [8 + 11 * block.shape[1] for block in blocks]))
+    tokens = np.concatenate(blocks, axis=1)
+    for size in range(len(whole)):
+        (tmp_path / "b.part").write_bytes(whole[:size])
+        if size < first:
+            with pytest.raises(TokenFileError, match=r"b\.part"):
+                TokenReader(tmp_path / "b.part", recover=True)
+            continue
+        with TokenReader(tmp_path / "b.part", recover=True) as reader:
+            frames = [0, 2, 5, 6][sum(end <= size for end in ends) - 1]
+            assert reader.num_frames == frames and reader.num_samples == frames * 1024 and not reader.complete
+            assert np.array_equal(reader.read(), tokens[:, :frames])
+    with TokenReader(tmp_path / "a.lfr", recover=True) as reader:
+        assert reader.complete and reader.num_samples == 6 * 1024
+
+
+def test_recovering_stops_at_the_first_damaged_block(tmp_path):
+    blocks = [random_tokens(RELEASED, size, size) for size in (2, 3, 1)]
+    path = write(tmp_path / "a.lfr", RELEASED, blocks, 6 * 1024)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"}") + 5 + 30 + 10] ^= 4  # in the second block
+    path.write_bytes(raw)
+    with TokenReader(path) as reader, pytest.raises(TokenFileError, match=r"frame 2 is wrong.*--recover"):
+        reader.read()
+    with TokenReader(path, recover=True) as reader:
+        assert np.array_equal(reader.read(), blocks[0]) and not reader.complete
+
+
+WRITER = """
+import itertools, sys
+import numpy as np
+from nemo_lfr.tokens.format import Metadata, TokenWriter
+metadata = Metadata(22050, 1024, (8, 7, 6, 6), 8)
+for _ in itertools.count():
+    with TokenWriter(sys.argv[1], metadata, overwrite=True) as writer:
+        for block in range(40):
+            writer.write(np.full((8, 16), block))
+            print(".", end="", flush=True)
+        writer.finish(640 * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_moment_leaves_the_old_file_and_a_part_that_reads(tmp_path):
+    path = tmp_path / "a.lfr"
+    blocks = [np.full((8, 16), block) for block in range(40)]
+    tokens = np.concatenate(blocks, axis=1)
+    write(path, RELEASED, blocks, 640 * 1024)
+    recovered = set()
+    for _ in killed_at_random_moments(WRITER, path, within=0.02):
+        assert np.array_equal(read(path)[0], tokens)
+        parts = list(tmp_path.glob("a.lfr.*.part"))
+        assert len(parts) <= 1 and len(list(tmp_path.iterdir())) == 1 + len(parts)
+        for part in parts:
+            if part.stat().st_size > 200:
+                with TokenReader(part, recover=True) as reader:
+                    assert np.array_equal(reader.read(), tokens[:, : reader.num_frames])
+                    recovered.add(reader.num_frames)
+            part.unlink()
+    assert len(recovered) > 3, "the kills never met a file half written"
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)
+    before = path.read_bytes()
+    script = f"""
+from tests.test_format import RELEASED, random_tokens, write
+write({str(path)!r}, RELEASED, [random_tokens(RELEASED, 16)] * 100, 1600 * 1024)
+"""
+    assert "File too large" in on_a_full_disk(script, free=4000)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

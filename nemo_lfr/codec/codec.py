@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr import frames
-from nemo_lfr.audio import AudioReader, AudioWriter, resample
+from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, resample
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -143,6 +143,8 @@ class Codec:
             AudioError: for another shape, type or length, or a NaN.
         """
         waves, lengths = check_audio(audio, audio_len)
+        if sample_rate is not None:
+            check_rate(sample_rate)
         if sample_rate is not None and sample_rate != self.sample_rate:
             clips = [
                 resample(wave[:n].cpu().numpy(), sample_rate, self.sample_rate)
@@ -243,23 +245,47 @@ class Codec:
             writer.finish(reader.samples_read)
             return reader.samples_read
 
-    def decode_file(self, source: str | PathLike[str], target: str | PathLike[str], *, overwrite: bool = False) -> int:
-        """Decode a token file into an audio file of the original length; returns the samples written.
+    def decode_file(
+        self,
+        source: str | PathLike[str],
+        target: str | PathLike[str],
+        *,
+        start: float = 0.0,
+        duration: float | None = None,
+        overwrite: bool = False,
+        recover: bool = False,
+    ) -> int:
+        """Decode a token file, or a part of it, into an audio file; returns the samples written.
+
+        Args:
+            source: the `.lfr` file.
+            target: the audio file.
+            start: second to start at; only the frames that are needed are read.
+            duration: seconds; up to the original end if not given. The part is sample for sample that of the whole.
+            overwrite: replace `target`.
+            recover: take what is whole of a damaged `source`.
 
         Raises:
-            TokenFileError: if `source` is damaged or another codec's.
+            TokenFileError: if `source` is damaged or another codec's, or `start` lies after its end.
             NemoLfrError: if `target` exists and `overwrite` is not set.
         """
         from nemo_lfr.tokens.format import TokenReader
 
-        with TokenReader(source) as reader:
+        with TokenReader(source, recover) as reader:
             reader.check_codec(self)
+            first, last = reader.samples_between(start, duration)
+            frame, context = self.samples_per_frame, self.decoder.context
+            begin = max(0, first // frame - context.past)
+            end = min(reader.num_frames, frames.num_frames(last, frame) + context.future)
+            skip = first - begin * frame
             with AudioWriter(target, self.sample_rate, overwrite=overwrite) as writer:
-                left = reader.num_samples
-                for audio in self.decode_blocks(reader.blocks()):
-                    writer.write(audio[:left])
-                    left -= min(left, len(audio))
-        return reader.num_samples
+                left = last - first
+                for audio in self.decode_blocks(reader.blocks(begin, end)):
+                    piece = audio[skip : skip + left]
+                    skip = max(0, skip - len(audio))
+                    writer.write(piece)
+                    left -= len(piece)
+        return last - first
 
     # One window each.
 
@@ -379,8 +405,8 @@ def check_audio(audio: Any, audio_len: Any) -> tuple[torch.Tensor, list[int]]:
     lengths = _lengths(audio_len, audio.shape[0], audio.shape[1], "audio_len", AudioError)
     audio = audio.detach().float()
     for row, length in enumerate(lengths):
-        if not bool(torch.isfinite(audio[row, :length]).all()):
-            raise AudioError(f"clip {row} holds NaN or infinite samples; clean it first.")
+        peak = float(audio[row, :length].abs().max()) if length else 0.0
+        check_peak(peak, f"clip {row}")
     return audio, lengths
 
 

@@ -21,6 +21,11 @@ Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_c
 
 A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
 codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
+Block lengths alone lead from one block to the next, so that a reader finds any second without reading what is before.
+
+Files are written aside, as `NAME.????????.part`, and renamed when they are whole. Each block reaches the file system
+as it is written: after a crash the `.part` file can be read with `recover=True` up to its last whole block.
+`docs/FORMAT.md` shows a file byte by byte.
 """
 
 import json
@@ -38,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lfr import __version__, frames
-from nemo_lfr.audio import refuse_overwrite
+from nemo_lfr.audio import refuse_overwrite, umask
 from nemo_lfr.errors import TokenFileError, TokensError
 from nemo_lfr.tokens.packing import pack, unpack
 
@@ -106,7 +111,16 @@ class Metadata:
 
 
 class TokenWriter:
-    """Writes a token file aside and renames it into place when it is whole."""
+    """Writes a token file aside and renames it into place when it is whole.
+
+    Args:
+        path: the file; missing folders are made.
+        metadata: what the tokens are.
+        overwrite: replace a file that exists.
+
+    Raises:
+        NemoLfrError: if the file exists and `overwrite` is not set.
+    """
 
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata, overwrite: bool = False) -> None:
         self.path = Path(path)
@@ -116,7 +130,7 @@ class TokenWriter:
         self._num_samples: int | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
-            dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part", delete=False
+            dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part", delete=False
         )
         text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
         self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
@@ -127,6 +141,7 @@ class TokenWriter:
 
     def _section(self, data: bytes) -> None:
         self._file.write(data + struct.pack("<I", zlib.crc32(data)))
+        self._file.flush()  # a killed process keeps what was written
 
     def __enter__(self) -> "TokenWriter":
         return self
@@ -147,41 +162,70 @@ class TokenWriter:
         self._section(struct.pack("<IQ", 0, num_samples))
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None and self._num_samples is not None:
-            os.chmod(self._file.name, 0o644)
-            os.replace(self._file.name, self.path)
-        else:
-            os.unlink(self._file.name)
+        aside = Path(self._file.name)
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            if kind is None and self._num_samples is not None:
+                aside.chmod(0o666 & ~umask())
+                aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where `count` frames from frame `first` on lie."""
+
+    first: int
+    count: int
+    position: int
 
 
 class TokenReader:
     """Reads a token file; every section is checked before it is used.
 
+    Args:
+        path: the file.
+        recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
+
     Attributes:
         metadata: the header's.
         num_frames: frames in the file, counted on opening.
-        num_samples: samples that were encoded.
+        num_samples: samples that were encoded; of a recovered file, what its frames hold.
+        complete: whether the end section was there.
 
     Raises:
         TokenFileError: naming the file, what is wrong with it, and what to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
         self.path = Path(path)
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115  closed in __exit__
         except OSError as error:
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:
+            self._header_is_sound = False
             self.metadata = self._read_header()
-            self._data_start = self._file.tell()
-            self.num_frames, self.num_samples = self._read_outline()
+            self._header_is_sound = True
+            self._blocks: list[_Block] = []
+            self.complete = True
+            try:
+                self.num_samples = self._read_outline(check=recover)
+            except TokenFileError:
+                if not recover:
+                    raise
+                self.complete = False
+                self.num_samples = self.num_frames * self.metadata.samples_per_frame
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def num_frames(self) -> int:
+        return self._blocks[-1].first + self._blocks[-1].count if self._blocks else 0
 
     def __enter__(self) -> "TokenReader":
         return self
@@ -190,7 +234,8 @@ class TokenReader:
         self._file.close()
 
     def _fail(self, reason: str) -> TokenFileError:
-        return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.")
+        hint = " What is whole can be read with --recover (recover=True)." if self._header_is_sound else ""
+        return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.{hint}")
 
     def _take(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -222,50 +267,72 @@ class TokenReader:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({error}).") from error
 
-    def _read_outline(self) -> tuple[int, int]:
-        """Walk the block lengths to the end section."""
-        total = 0
+    def _read_outline(self, check: bool) -> int:
+        """Note where each block lies, on the way to the end section; returns the samples that it tells."""
         size = os.fstat(self._file.fileno()).st_size
         while True:
+            position = self._file.tell()
             raw = self._take(4)
             count = struct.unpack("<I", raw)[0]
             if count == 0:
                 break
             if count > MAX_BLOCK_FRAMES:
                 raise self._fail(f"a block claims {count} frames")
-            total += count
+            block = _Block(self.num_frames, count, position)
             self._file.seek(count * self.metadata.bytes_per_frame + 4, os.SEEK_CUR)
             if self._file.tell() > size:
                 raise self._fail("it ends too early")
+            if check:
+                self._read_block(block)
+            self._blocks.append(block)
         rest = self._take(8)
         self._check(raw + rest, "the end")
         if self._file.read(1):
             raise self._fail("there are bytes after its end")
-        num_samples = struct.unpack("<Q", rest)[0]
-        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != total:
-            raise self._fail(f"{num_samples} samples do not make its {total} frames")
-        return total, num_samples
+        num_samples: int = struct.unpack("<Q", rest)[0]
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.num_frames:
+            raise self._fail(f"{num_samples} samples do not make its {self.num_frames} frames")
+        return num_samples
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Tokens [C, T] as int32, block by block, from the start."""
+    def _read_block(self, block: "_Block") -> np.ndarray:
+        """Tokens [C, T] of one block, its checksum verified."""
         meta = self.metadata
-        self._file.seek(self._data_start)
-        while True:
-            raw = self._take(4)
-            count = struct.unpack("<I", raw)[0]
-            if count == 0:
-                return
-            packed = self._take(count * meta.bytes_per_frame)
-            self._check(raw + packed, "a block")
-            try:
-                yield unpack(packed, meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
-            except TokensError as error:
-                raise self._fail(str(error).rstrip(".")) from error
+        self._file.seek(block.position)
+        section = self._take(4 + block.count * meta.bytes_per_frame)
+        self._check(section, f"the block at frame {block.first}")
+        try:
+            return unpack(section[4:], meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
+        except TokensError as error:
+            raise self._fail(str(error).rstrip(".")) from error
 
-    def read(self) -> np.ndarray:
-        """All tokens, [C, T]."""
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
+        stop = self.num_frames if stop is None else stop
+        for block in self._blocks:
+            if block.first < stop and start < block.first + block.count:
+                tokens = self._read_block(block)
+                yield tokens[:, max(0, start - block.first) : stop - block.first]
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [C, T] of frames [start, stop): all of them if not given."""
         empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
-        return np.concatenate([empty, *self.blocks()], axis=1)
+        return np.concatenate([empty, *self.blocks(start, stop)], axis=1)
+
+    def samples_between(self, start: float, duration: float | None) -> tuple[int, int]:
+        """Seconds to samples [first, last), cut at the end of the recording.
+
+        Raises:
+            TokenFileError: if there is nothing there.
+        """
+        rate = self.metadata.sample_rate
+        seconds = self.num_samples / rate
+        if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):
+            raise TokenFileError(
+                f"{self.path}: start {start!r} and duration {duration!r} are not a part of its {seconds:.3f} s."
+            )
+        first = round(start * rate)
+        last = self.num_samples if duration is None else min(self.num_samples, first + round(duration * rate))
+        return first, last
 
     def check_codec(self, codec: "Codec") -> None:
         """Raise unless these tokens mean the same to `codec`.
