@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,19 +58,34 @@ class AudioReader:
         self.sample_rate = sample_rate
         self.samples_read = 0
         if not self.path.is_file():
-            raise AudioError(f"{path}: no such file.")
+            raise AudioError(f"{path}: {'is a folder' if self.path.is_dir() else 'no such file'}.")
         try:
             self._file = soundfile.SoundFile(self.path)
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
         self.native_rate: int = self._file.samplerate
         self.channels: int = self._file.channels
+        try:
+            check_rate(self.native_rate)
+            self._check_whole()
+        except AudioError as error:
+            self._file.close()
+            raise AudioError(f"{path}: {error}") from None
 
     def __enter__(self) -> "AudioReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _check_whole(self) -> None:
+        """Refuse a file that holds less than its header promises, which libsndfile only notes in its log.
+
+        Lengths of 2 GiB and more are what programs write that do not know the length.
+        """
+        for promised, there in re.findall(r"(\d+) \(should be (\d+)\)", self._file.extra_info):
+            if int(there) < int(promised) < 0x7FFF0000:
+                raise AudioError(f"was cut short: its header promises {promised} bytes, {there} are there.")
 
     @property
     def duration(self) -> float:

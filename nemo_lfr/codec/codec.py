@@ -17,7 +17,7 @@ from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, res
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -357,7 +357,7 @@ class Codec:
             out[row, ..., start:stop] = result[..., first : first + stop - start]
 
     def _check_tokens(self, tokens: Any, tokens_len: Any) -> tuple[torch.Tensor, list[int]]:
-        tokens = torch.as_tensor(tokens)
+        tokens = _tensor(tokens, "tokens", TokensError)
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TokensError(f"tokens are {tokens.dtype}; pass integers.")
         if tokens.dim() == 2:
@@ -391,9 +391,7 @@ def check_audio(audio: Any, audio_len: Any) -> tuple[torch.Tensor, list[int]]:
     Raises:
         AudioError: naming what came and what was expected.
     """
-    if isinstance(audio, np.ndarray) and not audio.flags.writeable:  # torch warns of such memory
-        audio = audio.copy()
-    audio = torch.as_tensor(audio)
+    audio = _tensor(audio, "audio", AudioError)
     if audio.dtype == torch.int16:
         audio = audio.float() / 32768
     elif not audio.is_floating_point():
@@ -410,12 +408,30 @@ def check_audio(audio: Any, audio_len: Any) -> tuple[torch.Tensor, list[int]]:
     return audio, lengths
 
 
+def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
+    """What a caller passed, as a plain tensor.
+
+    Raises:
+        NemoLfrError: of the type given, if it is no array of numbers.
+    """
+    if isinstance(value, np.ndarray) and not value.flags.writeable:  # torch warns of such memory
+        value = value.copy()
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
+        what = " ".join(str(reason).split())
+        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
+    return tensor
+
+
 def _lengths(lengths: Any, batch: int, limit: int | None, name: str, error: type[NemoLfrError]) -> list[int]:
     """Lengths as Python integers in [0, limit], one per example."""
     if lengths is None:
         assert limit is not None
         return [limit] * batch
-    values = torch.as_tensor(lengths)
+    values = _tensor(lengths, name, error)
     if values.is_floating_point() or values.dtype == torch.bool or values.shape != (batch,):
         raise error(f"{name} is {values.dtype} {list(values.shape)}; expected integers of shape [{batch}].")
     checked = [int(value) for value in values.tolist()]
