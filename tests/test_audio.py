@@ -92,7 +92,7 @@ def test_what_is_no_audio_is_refused_by_name(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["none.wav", "."])
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
-    with pytest.raises(AudioError, match="no such file"):
+    with pytest.raises(AudioError, match=r"no such file|is a folder"):
         AudioReader(tmp_path / name, 22050)
 
 

@@ -279,6 +279,12 @@ def pickled_in_zip(data: bytes, records: dict[str, bytes] | None = None) -> byte
     return buffer.getvalue()
 
 
+def data_pickle(contents: bytes) -> bytes:
+    """The pickle inside a PyTorch archive."""
+    with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
 def tensor_pickle(
     shape: tuple, stride: tuple, offset: int = 0, key: str = KEY, storage: str = "FloatStorage"
 ) -> bytes:

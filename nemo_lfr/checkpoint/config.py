@@ -77,10 +77,11 @@ def parse_config(text: str) -> DictConfig:
             if "${" in value and ":" in _RESOLVERS.sub("", value):
                 raise ConfigError(f"{clip(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
         return config
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"it is not a valid config: {' '.join(str(error).split())[:200]}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # OmegaConf asserts, and PyYAML's constructors raise whatever Python does
+        reason = " ".join(str(error).split())[:200] or "not a mapping"
+        raise ConfigError(f"it is not a valid config: {reason}") from error
 
 
 def _check_yaml(text: str) -> None:

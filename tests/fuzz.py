@@ -1,0 +1,158 @@
+"""Coverage-guided fuzzing of the two readers with atheris (libFuzzer).
+
+    python -m tests.fuzz lfr    -max_total_time=1800
+    python -m tests.fuzz nemo   -max_total_time=1800
+
+Whatever the bytes, a reader may raise its documented exception and nothing else. Checksums would keep the fuzzer
+outside, so `lfr` also reads its input with the checksums made right, and `pickle` and `config` put theirs into a sound
+`.nemo`. What is found goes to `tests/findings/`, which `test_fuzz.py` replays. Options are libFuzzer's; a folder given
+first keeps the corpus.
+"""
+
+import os
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+FINDINGS = Path(__file__).resolve().parent / "findings"
+# One file in memory, overwritten for each input.
+SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir(), f"nemo-lfr-fuzz-{os.getpid()}")
+
+
+def with_right_checksums(data: bytes) -> bytes:
+    """A `.lfr` file whose every section that can be found has its CRC made right."""
+    from nemo_lfr.tokens.format import Metadata
+
+    def seal(begin: int, end: int) -> bool:
+        if end + 4 > len(fixed):
+            return False
+        fixed[end : end + 4] = struct.pack("<I", zlib.crc32(fixed[begin:end]))
+        return True
+
+    fixed = bytearray(data)
+    if len(data) < 9:
+        return data
+    position = 9 + struct.unpack_from("<I", data, 5)[0]
+    try:
+        frame = Metadata.from_json(data[9:position]).bytes_per_frame
+    except Exception:
+        frame = 1
+    whole = seal(0, position)
+    position += 4
+    while whole and position + 4 <= len(fixed):
+        (count,) = struct.unpack_from("<I", fixed, position)
+        end = position + (4 + count * frame if count else 12)
+        whole = seal(position, end) and count > 0
+        position = end + 4
+    return bytes(fixed)
+
+
+def read_lfr(data: bytes) -> None:
+    """Both ways of reading: strict, and recovering, which takes less for granted."""
+    from nemo_lfr.errors import TokenFileError
+    from nemo_lfr.tokens.format import TokenReader
+
+    for contents in {data, with_right_checksums(data)}:
+        SCRATCH.write_bytes(contents)
+        for recover in (False, True):
+            try:
+                with TokenReader(SCRATCH, recover) as reader:
+                    tokens = reader.read()
+                    assert tokens.shape == (reader.metadata.num_codebooks, reader.num_frames)
+                    assert not tokens.size or 0 <= tokens.min() <= tokens.max() < reader.metadata.codebook_size
+            except TokenFileError as error:
+                assert str(SCRATCH) in str(error)
+
+
+def read_nemo(data: bytes) -> None:
+    """The light door's reader; what it accepts must be finite."""
+    from nemo_lfr.checkpoint import read_checkpoint
+    from nemo_lfr.errors import CheckpointError
+
+    SCRATCH.write_bytes(data)
+    try:
+        parts, _ = read_checkpoint(SCRATCH)
+        for part in parts.named().values():
+            assert all(parameter.isfinite().all() for parameter in part.parameters())
+    except CheckpointError as error:
+        assert str(error).startswith(str(SCRATCH))
+
+
+def read_pickle(data: bytes) -> None:
+    """The input is the weights' pickle, in a zip and a tar that are sound."""
+    from tests.test_checkpoint import pickled_in_zip, with_weights
+
+    read_nemo(with_weights(pickled_in_zip(data, {"0": bytes(64)})))
+
+
+def read_config(data: bytes) -> None:
+    """The input is `model_config.yaml`."""
+    from tests.test_checkpoint import with_config
+
+    read_nemo(with_config(data))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "lfr": read_lfr,
+    "nemo": read_nemo,
+    "pickle": read_pickle,
+    "config": read_config,
+}
+
+
+def seeds(name: str) -> list[bytes]:
+    """Small files to start from: sound ones, and for `.nemo` the rows of the hostile table."""
+    if name == "lfr":
+        return lfr_seeds()
+    from tests import test_checkpoint as table
+
+    if name == "pickle":
+        return [table.tensor_pickle((2, 3), (3, 1)), table.data_pickle(table.WEIGHTS_BYTES)]
+    if name == "config":
+        return [table.CONFIG_BYTES, b"a: &x [1, 2]\nb: *x\n", b"target: ${oc.env:HOME}\n"]
+    made = [table.GOOD_TAR, *(make() for make in table.SPELLINGS.values())]
+    made += [make() for make, _ in table.HOSTILE.values()]
+    return [contents for contents in made if len(contents) < 200_000]
+
+
+def lfr_seeds() -> list[bytes]:
+    import numpy as np
+
+    from nemo_lfr.tokens.format import Metadata, TokenWriter
+
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        for samples_per_frame, levels, num_codebooks in ((1024, (8, 7, 6, 6), 8), (1, (2,), 1), (16, (4, 3), 13)):
+            path = Path(folder, f"{num_codebooks}.lfr")
+            with TokenWriter(path, Metadata(22050, samples_per_frame, levels, num_codebooks)) as writer:
+                writer.write(np.ones((num_codebooks, 3), np.int64))
+                writer.write(np.zeros((num_codebooks, 1), np.int64))
+                writer.finish(4 * samples_per_frame)
+            made.append(path.read_bytes())
+    return made
+
+
+def main() -> None:
+    import atheris
+
+    name, options = sys.argv[1], sys.argv[2:]
+    with atheris.instrument_imports(include=["nemo_lfr.checkpoint", "nemo_lfr.tokens", "tarfile", "zipfile"]):
+        import nemo_lfr.checkpoint
+        import nemo_lfr.tokens.format  # noqa: F401
+    FINDINGS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not (options and not options[0].startswith("-")):
+            options.insert(0, folder)
+        Path(options[0]).mkdir(exist_ok=True)
+        for number, contents in enumerate(seeds(name)):
+            Path(options[0], f"seed-{number}").write_bytes(contents)
+        limits = ["-max_len=200000", "-timeout=20", "-rss_limit_mb=6000", f"-artifact_prefix={FINDINGS}/{name}-"]
+        atheris.Setup([sys.argv[0], options[0], *limits, *options[1:]], TARGETS[name])
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
