@@ -300,7 +300,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
         click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
         click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
-        click.option("--model", help="A .nemo file or a Hub id; the codec inside the package if not given."),
+        click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given."),
     ):
         command = option(command)
     return command

@@ -9,11 +9,10 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.metrics import MISSING, NotMeasured, measure
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
-
-MISSING = 'not measured: pip install "nemo-lfr[demo]"'
 
 
 def demo_clip() -> Path:
@@ -54,41 +53,10 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
         "bit rate": f"{8 * size / duration:.0f} bit/s in the file, of which {codec.bit_rate:.0f} are tokens",
         "encoding": f"{encoded - started:.2f} s, {duration / (encoded - started):.1f} times real time",
         "decoding": f"{finished - encoded:.2f} s, {duration / (finished - encoded):.1f} times real time",
-    } | quality(audio, output, rate)
-
-
-def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508), of zero-mean signals."""
-    reference, estimate = reference - reference.mean(), estimate - estimate.mean()
-    target = reference * (estimate @ reference) / max(float(reference @ reference), 1e-12)
-    return 10 * float(
-        np.log10(max(float(target @ target), 1e-12) / max(float((target - estimate) @ (target - estimate)), 1e-12))
-    )
-
-
-def quality(audio: np.ndarray, output: np.ndarray, rate: int) -> dict[str, str]:
-    """ESTOI (1 is best), PESQ-WB (up to 4.64) and SI-SDR; a metric whose package is missing says so."""
-    from nemo_lfr.audio import resample
-
-    figures = {"ESTOI": MISSING, "PESQ-WB": MISSING, "SI-SDR": f"{si_sdr(audio, output):.2f} dB"}
-    try:
-        from pystoi import stoi
-
-        figures["ESTOI"] = f"{stoi(audio, output, rate, extended=True):.3f}"
-    except ImportError:
-        pass
-    try:
-        from pesq import PesqError, pesq
-
-        try:
-            figures["PESQ-WB"] = (
-                f"{pesq(16000, resample(audio, rate, 16000), resample(output, rate, 16000), 'wb'):.2f}"
-            )
-        except PesqError as error:
-            figures["PESQ-WB"] = f"not defined for this pair ({error})"
-    except ImportError:
-        pass
-    return figures
+    } | {
+        name: value if isinstance(value, NotMeasured) else f"{value:.3f}"
+        for name, value in measure(audio, output, rate).items()
+    }
 
 
 def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path: Path) -> str:

@@ -103,7 +103,7 @@ def load(
     """Load a codec for inference.
 
     Args:
-        source: path of a `.nemo`, a Hub id, or None for the small codec inside the package.
+        source: path of a `.nemo` or of Lightning's `.ckpt`, a Hub id, or None for the small codec inside the package.
         device: where to run; a GPU if there is one, else the CPU.
         precision: "fp32", "bf16" or "fp16"; see `Codec`.
 

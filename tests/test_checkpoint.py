@@ -161,6 +161,12 @@ def as_module(state):
     return values
 
 
+def lightning(values: Any, **more: Any) -> bytes:
+    """A training checkpoint, as Lightning and NeMo write it, of the good weights."""
+    parameters = OmegaConf.create({"cfg": values}) if isinstance(values, dict) else values
+    return zip_of({"epoch": 3, "state_dict": as_module(STATE), "hyper_parameters": parameters} | more)
+
+
 SPELLINGS: dict[str, Callable[[], bytes]] = {
     "NeMo 2.0": lambda: with_weights(nemo_2_0(STATE)),
     "NeMo 2.4": lambda: with_weights(STATE),
@@ -190,6 +196,12 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
         config(vector_quantizer___target_="nemo_lfr.codec.quantizer.GroupFiniteScalarQuantizer")
     ),
     "interpolation": lambda: with_config(config(samples_per_frame="${frame}", frame=15)),
+    "training checkpoint": lambda: lightning(
+        config(samples_per_frame="${frame}", frame=15),
+        optimizer_states=[torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]).state_dict()],
+        callbacks={"ModelCheckpoint": {"dirpath": Path("/tmp"), "best": torch.tensor(1.0), "time": time.gmtime(0)}},
+    ),
+    "training checkpoint that would run code": lambda: lightning(config(), callbacks=Payload()),
     "NeMo's own resolver": lambda: with_config(config(optim={"steps": "${multiply:2,3}"})),
 }
 
@@ -388,6 +400,20 @@ def at_record(offset: int) -> int:
     return weights + WEIGHTS_BYTES.index(b"/data/", info.header_offset) + 200 + offset
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+def shared(depth: int) -> dict[str, Any]:
+    """A list of a list ... each twice; or one of itself."""
+    value: list[Any] = []
+    if not depth:
+        value.append(value)
+    for _ in range(depth):
+        value = [value, value]
+    return {"a": value}
+
+
 def build_opcode() -> bytes:
     """A pickle that sets attributes of the function which rebuilds tensors."""
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x04\0\0\0evilK\x01sb."
@@ -413,7 +439,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "zeros": (lambda: bytes(10240), "no model_config.yaml"),
     "Git LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "web page": (lambda: b"\n<!DOCTYPE html><html>Not Found</html>", "web page"),
-    "zip instead of tar": (lambda: WEIGHTS_BYTES, "not a .nemo"),
+    "zip instead of tar": (lambda: WEIGHTS_BYTES, "no hyper_parameters"),
     "empty tar": (lambda: tar_of([]), "no model_config.yaml"),
     "tar in a tar": (lambda: tar_of([("model.nemo", GOOD_TAR)]), "no model_config.yaml"),
     # Truncated or damaged tars.
@@ -606,6 +632,21 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle of itself": (lambda: with_weights(pickled_in_zip(b"\x80\x02]q\0h\0a.")), "no state dict"),
     "pickle of strange storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02(K\x01K\x02K\x03tQ.")), "storage"),
     "pickle of no storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02NQ.")), "damaged or refused"),
+    # Training checkpoints.
+    "ckpt without a config": (lambda: lightning(None), "no hyper_parameters"),
+    "ckpt whose config is an object": (lambda: lightning(Payload()), "no hyper_parameters"),
+    "ckpt of a class": (lambda: pickled_in_zip(b"\x80\x02cos\nsystem\n."), "no state dict"),
+    "ckpt that calls": (lambda: pickled_in_zip(b"\x80\x02cos\nsystem\n(X\x0d\0\0\0touch escapedtR."), "no state dict"),
+    "ckpt that changes a class": (lambda: pickled_in_zip(b"\x80\x02cos\nsystem\n}b."), "damaged or refused"),
+    "ckpt of protocol 4": (lambda: pickled_in_zip(pickle.dumps(Payload(), 4)), "FRAME|SHORT_BIN"),
+    "ckpt with the environment": (lambda: lightning(config(name="${oc.env:HOME}")), "resolver"),
+    "ckpt whose config is deep": (lambda: lightning(None, hyper_parameters=nested(40)), "deeper"),
+    "ckpt whose config explodes": (lambda: lightning(None, hyper_parameters=shared(30)), "larger"),
+    "ckpt whose config holds itself": (lambda: lightning(None, hyper_parameters=shared(0)), "deeper"),
+    "ckpt of another model": (lambda: lightning({"encoder": {"_target_": "os.system"}}), "no 'sample_rate'"),
+    "ckpt of another config": (lambda: lightning(config(audio_encoder__encoded_dim=31)), "encoded_dim"),
+    "ckpt cut short": (lambda: lightning(config())[:-3000], "damaged or refused"),
+    "ckpt with a flipped bit": (lambda: flipped(lightning(config()), 40_000), "checksum"),
     # Tensors that are not what they say.
     "shape of 2^40 with stride 0": (lambda: one_tensor((BIG,), (0,)), "lacks|shape"),
     "shape of the right size with stride 0": (lambda: one_tensor((2, 1, 7), (0, 0, 0)), "lacks|shape"),

@@ -89,12 +89,12 @@ def outcome(path):
         return None
 
 
-def test_any_changed_byte_is_found(tmp_path):
+def test_any_flipped_bit_is_found(tmp_path):
     raw = write(
         tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)], 3000
     ).read_bytes()
     for position in range(len(raw)):
-        for change in (0x01, 0x80, 0xFF):
+        for change in (1 << bit for bit in range(8)):
             damaged = bytearray(raw)
             damaged[position] ^= change
             (tmp_path / "b.lfr").write_bytes(damaged)

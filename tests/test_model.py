@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
 
+import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
@@ -70,6 +71,23 @@ def trained_file(tmp_path_factory, wavlm_folder):
     model.save_to(str(path))
     assert any(".ssl_model." in key for key in model.state_dict()), "stock has stopped saving WavLM: update the text"
     return path
+
+
+def test_a_training_checkpoint_opens_at_both_doors(tmp_path, trained_file):
+    """As Lightning writes it from stock NeMo: no code of it runs, and the tokens are the model's."""
+    stock = StockModel.restore_from(str(trained_file), map_location="cpu").eval()
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(stock)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    audio = speech_like(5000)
+    with torch.no_grad():
+        expected, _ = stock.encode(audio=audio[None], audio_len=torch.tensor([5000]))
+    light, _ = nemo_lfr.load(path, "cpu").encode(audio)
+    assert torch.equal(light, expected.int())
+    model = AudioCodecModel.restore_from(path, map_location="cpu")
+    tokens, _ = model.encode(audio=audio[None], audio_len=torch.tensor([5000]))
+    assert torch.equal(tokens, expected)
 
 
 def test_the_parts_are_the_light_doors_modules(nemo_file):

@@ -6,6 +6,7 @@ and one record of raw numbers per tensor. A stranger may have written it, so eve
     archive.py   tar -> the two members, where they lie
     config.py    YAML -> plain values -> our modules; nothing else is ever built
     tensors.py   zip and pickle -> tensors; nothing in the pickle is called
+    lightning.py the config of a training checkpoint (`.ckpt`), which is the zip alone
     reader.py    tensors -> modules; every key, shape and number is judged
     writer.py    the way back
 """

@@ -15,6 +15,7 @@ from nemo_lfr.errors import CheckpointError
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
+ZIP_MAGIC = b"PK\x03\x04"
 # Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
 MAX_CONFIG_BYTES = 1 << 20
@@ -32,14 +33,14 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 
 @dataclass(frozen=True)
 class Members:
-    """The contents of a `.nemo`."""
+    """The contents of a `.nemo`; a training checkpoint is all weights, and its config lies within."""
 
-    config: bytes
+    config: bytes | None
     weights: memoryview
 
 
 def read_members(path: Path) -> Members:
-    """The config and the weights of a `.nemo`; other members are not looked at.
+    """The config and the weights of a `.nemo` or a training checkpoint; other members are not looked at.
 
     In a plain tar the weights are memory-mapped, so that a gigabyte of discriminators beside the codec costs nothing.
 
@@ -71,6 +72,8 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
         raise CheckpointError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`.")
     if head.lstrip().startswith(b"<"):
         raise CheckpointError(f"{path}: this is a web page, not a checkpoint; download the file itself.")
+    if head.startswith(ZIP_MAGIC):
+        return Members(None, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
     size = os.fstat(file.fileno()).st_size
     stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)

@@ -1,4 +1,4 @@
-"""`.nemo` -> modules: every key, shape and number of the codec is judged."""
+"""`.nemo` or `.ckpt` -> modules: every key, shape and number of the codec is judged."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from torch import nn
 
 from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, Members, read_members
 from nemo_lfr.checkpoint.config import Parts, build_part, build_parts, codec_values, parse_config
+from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, clip
 
@@ -19,7 +20,7 @@ _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
 
 def read_config(path: str | os.PathLike[str]) -> DictConfig:
-    """The model config inside a `.nemo`, unresolved.
+    """The model config inside a `.nemo` or a training checkpoint, unresolved.
 
     Raises:
         CheckpointError: if the file is not a readable `.nemo`.
@@ -40,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
     members = read_members(path)
     config = _parse_config(path, members)
     parts = _empty_parts(path, config, weight_norm=False)
-    tensors = Tensors(path, members.weights)
+    tensors = _tensors(path, members)
     for name, part in parts.named().items():
         _load_part(tensors, name, part, strict=True)
         part.eval().requires_grad_(False)
@@ -57,7 +58,7 @@ def load_parts(
     """Load a codec for training: parts with weight norm, and what else lies under a prefix.
 
     Args:
-        path: the `.nemo`.
+        path: the `.nemo`, or Lightning's `.ckpt`.
         config: the model config, if it is not to be the file's.
         strict: every weight of each part must be there, and no other under its name; else what is missing is
             initialised and what is unknown ignored.
@@ -70,17 +71,25 @@ def load_parts(
     members = read_members(path)
     config = _parse_config(path, members) if config is None else config
     parts = _empty_parts(path, config, weight_norm=True, meta=strict)
-    tensors = Tensors(path, members.weights)
+    tensors = _tensors(path, members)
     for name, part in parts.named().items():
         _load_part(tensors, name, part, strict)
     return parts, {key: tensors[key].clone() for key in tensors.entries if others and key.startswith(others)}
 
 
+def _tensors(path: Path, members: Members) -> Tensors:
+    return Tensors(path, members.weights, training=members.config is None)
+
+
 def _parse_config(path: Path, members: Members) -> DictConfig:
     try:
+        if members.config is None:
+            return parse_config(config_text(_tensors(path, members).contents))
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: {CONFIG_MEMBER} is refused: {error}") from error
+        raise CheckpointError(
+            f"{path}: {CONFIG_MEMBER if members.config else 'config'} is refused: {error}"
+        ) from error
 
 
 def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> Parts:

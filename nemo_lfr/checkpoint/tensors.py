@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from nemo_lfr.checkpoint.archive import WEIGHTS_MEMBER
+from nemo_lfr.checkpoint.archive import WEIGHTS_MEMBER, ZIP_MAGIC
+from nemo_lfr.checkpoint.lightning import Inert
 from nemo_lfr.errors import CheckpointError, clip
 
 # The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
@@ -52,6 +53,7 @@ _OPCODES = frozenset(
     TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NEWTRUE NEWFALSE NONE BINPUT
     LONG_BINPUT BINGET LONG_BINGET""".split()  # noqa: SIM905  a list of 30 strings reads worse
 )
+_TRAINING_OPCODES = _OPCODES | {"NEWOBJ"}
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,20 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries and tensors; any other name in the pickle is refused before anything of it is called."""
+    """Knows dictionaries and tensors.
+
+    Any other name in a `.nemo`'s pickle is refused before anything of it is called; in a training checkpoint, which
+    is full of them, it stands for `Inert`.
+    """
+
+    def __init__(self, raw: bytes, training: bool) -> None:
+        super().__init__(io.BytesIO(raw))
+        self._training = training
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
+            if self._training:
+                return Inert
             raise pickle.UnpicklingError(f"it names {clip(module)}.{clip(name)}, which no state dict needs")
         return _NAMES[module, name]
 
@@ -111,14 +123,15 @@ class _Unpickler(pickle.Unpickler):
         return record, dtype
 
 
-def _unpickle(raw: bytes) -> Any:
+def _unpickle(raw: bytes, training: bool) -> Any:
+    allowed = _TRAINING_OPCODES if training else _OPCODES
     for count, (opcode, argument, _) in enumerate(pickletools.genops(raw), start=1):
-        if opcode.name not in _OPCODES:
+        if opcode.name not in allowed:
             raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which no state dict needs")
         # The interpreter makes room for every index below the one that is used.
         if count > MAX_PICKLE_OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
             raise pickle.UnpicklingError("its pickle is larger than any state dict's")
-    return _Unpickler(io.BytesIO(raw)).load()
+    return _Unpickler(raw, training).load()
 
 
 class Tensors:
@@ -126,16 +139,22 @@ class Tensors:
 
     Args:
         path: for messages.
-        view: the weights member.
+        view: the weights member, or the whole of a training checkpoint.
+        training: whether it is one.
+
+    Attributes:
+        entries: where each tensor lies.
+        contents: the whole of what was pickled.
 
     Raises:
         CheckpointError: if it is not a PyTorch zip file of a state dict, or asks for more than that.
     """
 
-    def __init__(self, path: Path, view: memoryview) -> None:
-        if view[:4] != b"PK\x03\x04":
+    def __init__(self, path: Path, view: memoryview, training: bool = False) -> None:
+        what = f"{path}: it" if training else f"{path}: {WEIGHTS_MEMBER}"
+        if view[:4] != ZIP_MAGIC:
             raise CheckpointError(
-                f"{path}: {WEIGHTS_MEMBER} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
+                f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
                 "PyTorch 1.6, which could run code when read."
             )
         self.path = path
@@ -149,16 +168,14 @@ class Tensors:
             self._root = pickles[0].removesuffix("data.pkl")
             if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
-            state = _unpickle(bytes(self._record(pickles[0])))
+            self.contents = state = _unpickle(bytes(self._record(pickles[0])), training)
         except Exception as error:  # a pickle can make its interpreter fail in any way it likes
             reason = clip(str(error) or type(error).__name__, 200)
-            raise CheckpointError(
-                f"{path}: {WEIGHTS_MEMBER} is damaged or refused ({reason}); download it again."
-            ) from error
+            raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         if not isinstance(state, dict) or not state:
-            raise CheckpointError(f"{path}: {WEIGHTS_MEMBER} holds no state dict.")
+            raise CheckpointError(f"{what} holds no state dict.")
         self.entries: Mapping[str, Entry] = {
             key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Entry)
         }
@@ -192,7 +209,7 @@ class Tensors:
         info = self._records[name]
         signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._view, info.header_offset)
         begin = info.header_offset + _LOCAL_HEADER.size
-        if signature != b"PK\x03\x04" or self._view[begin : begin + name_length] != info.orig_filename.encode():
+        if signature != ZIP_MAGIC or self._view[begin : begin + name_length] != info.orig_filename.encode():
             raise zipfile.BadZipFile(f"the zip's directory and record {name} disagree")
         stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not stored or info.flag_bits & 0x1:

@@ -1,0 +1,85 @@
+"""Does each guard of the readers have a test that needs it? Takes them away one by one and runs the tests.
+
+    python -m tests.mutate
+
+Prints, for each guard, the tests that fail without it; exits with 1 if there are none.
+"""
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.crash import ROOT
+
+# (file, what stands there, what stands there without the guard)
+GUARDS = [
+    ("checkpoint/archive.py", "if name in found:", "if False:"),
+    ("checkpoint/archive.py", "if not member.isreg() or member.issparse():", "if False:"),
+    ("checkpoint/archive.py", "if count > MAX_MEMBERS:", "if False:"),
+    ("checkpoint/archive.py", "if not 0 <= member.size <= limit:", "if False:"),
+    ("checkpoint/archive.py", "if not 0 <= size <= MAX_READ:", "if False:"),
+    ("checkpoint/archive.py", "if self._limit is not None and position > self._limit:", "if False:"),
+    ("checkpoint/config.py", "if isinstance(event, yaml.AliasEvent):", "if False:"),
+    ("checkpoint/config.py", "if count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:", "if False:"),
+    ("checkpoint/config.py", 'if "${" in value and ":" in _RESOLVERS.sub("", value):', "if False:"),
+    ("checkpoint/config.py", "if encoder.encoded_dim != quantizer.codebook_dim:", "if False:"),
+    ("checkpoint/tensors.py", "if (module, name) not in _NAMES:", "if False:"),
+    ("checkpoint/tensors.py", "if opcode.name not in _OPCODES:", "if False:"),
+    ("checkpoint/tensors.py", " or zlib.crc32(raw) != info.CRC:", ":"),
+    ("checkpoint/tensors.py", "if last >= available or numel > available:", "if False:"),
+    ("checkpoint/tensors.py", "if len(piece) > MAX_DIRECTORY_BYTES:", "if False:"),
+    ("checkpoint/reader.py", "if missing and strict:", "if False:"),
+    ("checkpoint/reader.py", "if unexpected and strict:", "if False:"),
+    ("checkpoint/reader.py", "if entry.shape != shape:", "if False:"),
+    ("checkpoint/reader.py", "if not _is_finite(value):", "if False:"),
+    ("checkpoint/reader.py", "if not want.is_floating_point() and not torch.equal(direction, want):", "if False:"),
+    ("tokens/format.py", "if version != VERSION:", "if False:"),
+    ("tokens/format.py", 'if struct.unpack("<I", self._take(4))[0] != zlib.crc32(section):', "if not self._take(4):"),
+    ("tokens/format.py", "if self._file.read(1):", "if False:"),
+    ("tokens/format.py", "if count > MAX_BLOCK_FRAMES:", "if False:"),
+    ("tokens/format.py", "if length > MAX_METADATA_BYTES:", "if False:"),
+]
+
+
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+
+
+def failures_without(name: str, guard: str, replacement: str) -> list[str]:
+    """Names of the tests that fail once the guard is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("nemo_lfr", "tests", "docs", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, Path(folder, part))
+        source = Path(folder, "nemo_lfr", name)
+        text = source.read_text()
+        if text.count(guard) != 1:
+            raise SystemExit(f"{name} holds {guard!r} {text.count(guard)} times, expected once.")
+        source.write_text(text.replace(guard, replacement))
+        test = "tests/test_format.py" if name.startswith("tokens/") else "tests/test_checkpoint.py"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-m", "not slow", test]
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, cwd=folder, timeout=120, preexec_fn=limit_memory
+            )
+        except subprocess.TimeoutExpired:
+            return ["(it hangs)"]
+        return re.findall(r"^FAILED (.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
+
+
+def main() -> None:
+    unguarded = 0
+    for name, guard, replacement in GUARDS:
+        failed = failures_without(name, guard, replacement)
+        unguarded += not failed
+        print(f"{name}: without `{guard}` fails: {failed[0] if failed else 'NOTHING'}", flush=True)
+    print(f"{len(GUARDS) - unguarded} of {len(GUARDS)} guards are needed by a test.")
+    sys.exit(unguarded > 0)
+
+
+if __name__ == "__main__":
+    main()
