@@ -1,5 +1,6 @@
 """Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
 
+import contextlib
 import math
 import os
 import re
@@ -7,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -132,8 +134,9 @@ class AudioWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part")
         self._raw = os.fdopen(handle, "w+b")
+        self._sink = _Sink(self._raw)
         try:
-            self._file = soundfile.SoundFile(self._raw, "w", sample_rate, 1, format=kind)
+            self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             self._raw.close()
             os.unlink(self._aside)
@@ -143,13 +146,17 @@ class AudioWriter:
         return self
 
     def write(self, wave: np.ndarray) -> None:
-        self._file.write(wave)
+        """Append samples [T]; raises OSError if the disk is full."""
+        with contextlib.suppress(AssertionError, soundfile.LibsndfileError):  # soundfile's words for a failed callback
+            self._file.write(wave)
+        self._sink.check(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         aside = Path(self._aside)
         try:
             with self._raw:
                 self._file.close()
+                self._sink.check(self.path)
                 self._raw.flush()
                 os.fsync(self._raw.fileno())
             if kind is None:
@@ -157,6 +164,26 @@ class AudioWriter:
                 aside.replace(self.path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+class _Sink:
+    """A file that remembers why it could not be written, since libsndfile's callbacks swallow exceptions."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._error: OSError | None = None
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = self._error or error
+            return 0
+
+    def check(self, path: Path) -> None:
+        if self._error is not None:
+            raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:

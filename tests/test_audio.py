@@ -5,6 +5,7 @@ import soxr
 
 from nemo_lfr.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
 from nemo_lfr.errors import AudioError, NemoLfrError
+from tests.crash import on_a_full_disk
 from tests.models import synthesize
 
 
@@ -188,3 +189,19 @@ def test_a_format_that_refuses_its_settings_leaves_nothing(tmp_path):
 def test_soxr_is_asked_for_its_best_quality():
     wave = synthesize(0.5)
     assert np.array_equal(resample(wave, 16000, 22050), soxr.resample(wave, 16000, 22050, quality="VHQ"))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+@pytest.mark.parametrize("free", [10, 4000])
+def test_a_full_disk_leaves_the_old_audio_and_nothing_else(tmp_path, name, free):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    script = f"""
+import numpy
+from nemo_lfr.audio import AudioWriter
+with AudioWriter({str(path)!r}, 22050, overwrite=True) as writer:
+    for _ in range(4):
+        writer.write(0.3 * numpy.random.default_rng(0).standard_normal(10000, dtype=numpy.float32))
+"""
+    assert f"File too large: {str(path)!r}" in on_a_full_disk(script, free)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

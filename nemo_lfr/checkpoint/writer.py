@@ -14,6 +14,7 @@ from torch import nn
 from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, WEIGHTS_MEMBER
 from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
 from nemo_lfr.checkpoint.reader import DIRECTION, GAIN, gain_of
+from nemo_lfr.errors import CheckpointError
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -37,10 +38,21 @@ def write_checkpoint(
         path: where to write.
         config: the model config; its parts are named by NeMo's classes, so that any NeMo 3.0 opens the file.
         state_dict: tensors by NeMo's keys.
+
+    Raises:
+        CheckpointError: if it cannot be written, as on a full disk; what was there is still there.
     """
     path = Path(path)
     config = dict(config) | {"target": NEMO_MODEL}
     config |= {name: nemo_config(config[name]) for name in PARTS}
+    try:
+        _write_aside(path, config, state_dict)
+    except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors for a full disk
+        reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+        raise CheckpointError(f"{path}: cannot be written ({reason}).") from error
+
+
+def _write_aside(path: Path, config: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         members = {name: Path(folder, name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER)}
         OmegaConf.save(OmegaConf.create(config), members[CONFIG_MEMBER])
