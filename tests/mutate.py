@@ -28,7 +28,7 @@ GUARDS = [
     ("checkpoint/config.py", 'if "${" in value and ":" in _RESOLVERS.sub("", value):', "if False:"),
     ("checkpoint/config.py", "if encoder.encoded_dim != quantizer.codebook_dim:", "if False:"),
     ("checkpoint/tensors.py", "if (module, name) not in _NAMES:", "if False:"),
-    ("checkpoint/tensors.py", "if opcode.name not in _OPCODES:", "if False:"),
+    ("checkpoint/tensors.py", "if opcode.name not in allowed:", "if False:"),
     ("checkpoint/tensors.py", " or zlib.crc32(raw) != info.CRC:", ":"),
     ("checkpoint/tensors.py", "if last >= available or numel > available:", "if False:"),
     ("checkpoint/tensors.py", "if len(piece) > MAX_DIRECTORY_BYTES:", "if False:"),
