@@ -668,7 +668,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_weights(
             b"PK\x03\x04" + bytes(16 << 20) + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 9, 9, 16 << 20, 4, 0)
         ),
-        "directory",
+        "directory is larger",
     ),
     "compressed records": (lambda: with_weights(rezipped(compressed_records)), "compressed"),
     "two pickles": (lambda: with_weights(rezipped(two_pickles)), "not one PyTorch archive"),

@@ -119,6 +119,18 @@ END = struct.pack("<IQ", 0, 0)
 END += struct.pack("<I", zlib.crc32(END))
 
 
+def test_metadata_of_too_many_bytes_are_refused_before_they_are_read(tmp_path):
+    (tmp_path / "a.lfr").write_bytes(b"LFRT" + struct.pack("<BI", 1, 65537) + bytes(100))
+    with pytest.raises(TokenFileError, match="its metadata claims 65537 bytes"):
+        TokenReader(tmp_path / "a.lfr")
+
+
+def test_a_block_of_too_many_frames_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "a.lfr").write_bytes(header() + struct.pack("<I", 65537) + bytes(100))
+    with pytest.raises(TokenFileError, match="a block claims 65537 frames"):
+        TokenReader(tmp_path / "a.lfr")
+
+
 def test_a_newer_version_is_refused_with_both_versions(tmp_path):
     (tmp_path / "a.lfr").write_bytes(header(version=2) + END)
     with pytest.raises(TokenFileError, match=r"a\.lfr: format version 2.*reads version 1"):

@@ -1,59 +1,197 @@
-"""Spectral reconstruction losses."""
+"""The codec's losses: every term is a function of two signals or of discriminators' outputs, by name.
 
-from collections.abc import Sequence
+Reconstruction terms are NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss`
+(equal to 1e-5), from one STFT of each signal per resolution. A term's mean is taken over each example's own length.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from librosa.filters import mel as mel_filters
 from torch import nn
 
+from nemo_lfr.training.spectra import Spectra
 
-class SpectralLoss(nn.Module):
-    """L1 distances between spectrograms at several resolutions, from one STFT of each signal per resolution.
+Scores = Sequence[torch.Tensor]
+FeatureMaps = Sequence[Sequence[torch.Tensor]]
+
+
+class ReconstructionLoss(nn.Module):
+    """Distances between a recording and its reconstruction.
 
     Args:
         sample_rate: Hz.
-        resolutions: window lengths in samples; the hop is a quarter of each.
+        resolutions: (n_fft, hop, window) in samples.
         mel_dims: mel bands at each resolution.
-        floor: magnitude under which the `log_mel` term sees silence. log(x + 1), the measure that NeMo's codec
-            trains on, is nearly linear at speech levels and hardly sees quiet phones; this term does.
+        mel_guard, stft_guard: added before the logarithm. At NeMo's 1.0 the measure depends on level and hardly sees
+            quiet phones.
+        floor: magnitude under which the "log_mel" term, a measure of our own, sees silence.
     """
 
+    TERMS = ("mel_l1", "mel_l2", "stft", "log_mel", "time_domain", "si_sdr")
+
     def __init__(
-        self, sample_rate: int, resolutions: Sequence[int], mel_dims: Sequence[int], floor: float = 1e-3
+        self,
+        sample_rate: int,
+        resolutions: Sequence[Sequence[int]],
+        mel_dims: Sequence[int],
+        mel_guard: float = 1.0,
+        stft_guard: float = 1.0,
+        floor: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.resolutions = tuple(resolutions)
-        self.floor = floor
-        for window, num_mels in zip(resolutions, mel_dims, strict=True):
-            mel = mel_filters(sr=sample_rate, n_fft=window, n_mels=num_mels, norm=None)
-            self.register_buffer(f"mel_{window}", torch.from_numpy(mel), persistent=False)
-            self.register_buffer(f"window_{window}", torch.hann_window(window, periodic=False), persistent=False)
+        self.resolutions = [tuple(resolution) for resolution in resolutions]
+        self.mel_guard, self.stft_guard, self.floor = mel_guard, stft_guard, floor
+        for index, ((n_fft, _, _), num_mels) in enumerate(zip(self.resolutions, mel_dims, strict=True)):
+            filters = torch.from_numpy(mel_filters(sr=sample_rate, n_fft=n_fft, n_mels=num_mels, norm=None))
+            self.register_buffer(f"mel_{index}", filters, persistent=False)
 
-    def _magnitude(self, audio: torch.Tensor, window: int) -> torch.Tensor:
-        spectrum = torch.stft(
-            audio, window, window // 4, window=self.get_buffer(f"window_{window}"), return_complex=True
-        )
-        # 1e-5 keeps the square root's gradient finite at silence, as in NeMo's STFTLoss.
-        return torch.sqrt(torch.view_as_real(spectrum).square().sum(-1) + 1e-5)  # [B, bins, frames]
+    def forward(
+        self,
+        real: Spectra,
+        gen: Spectra,
+        audio_len: torch.Tensor | None = None,
+        terms: Collection[str] = ("mel_l1", "stft"),
+    ) -> dict[str, torch.Tensor]:
+        """The terms asked for, each a scalar.
 
-    def forward(self, audio_real: torch.Tensor, audio_gen: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean distances over the resolutions, for audio [B, T_audio].
-
-        Returns:
-            "stft" and "mel" on log(x + 1), "log_mel" on log(max(x, floor)); each a scalar.
+        Args:
+            real, gen: audio [B, T_audio] and its reconstruction.
+            audio_len: samples of each example [B]; all of them if not given.
+            terms: names out of `TERMS`. "si_sdr" is negative, so that less is better.
         """
-        totals = {name: audio_gen.new_zeros(()) for name in ("stft", "mel", "log_mel")}
-        for window in self.resolutions:
-            mel = self.get_buffer(f"mel_{window}")
+        totals: dict[str, torch.Tensor] = {}
+        for index, resolution in enumerate(self.resolutions):
+            for name, value in self._spectral(real, gen, audio_len, index, resolution, terms).items():
+                totals[name] = totals.get(name, 0) + value / len(self.resolutions)
+        if "time_domain" in terms:
+            totals["time_domain"] = _mean((gen.audio - real.audio).abs().unsqueeze(1), audio_len)
+        if "si_sdr" in terms:
+            totals["si_sdr"] = -si_sdr(real.audio, gen.audio, audio_len)
+        return {name: totals[name] for name in terms}
+
+    def _spectral(
+        self,
+        real: Spectra,
+        gen: Spectra,
+        audio_len: torch.Tensor | None,
+        index: int,
+        resolution: tuple[int, ...],
+        terms: Collection[str],
+    ) -> dict[str, torch.Tensor]:
+        hop = resolution[1]
+        values = {}
+        if {"mel_l1", "mel_l2", "log_mel"} & set(terms):
+            filters = self.get_buffer(f"mel_{index}")
             with torch.no_grad():
-                real = self._magnitude(audio_real, window)
-                mel_real = mel @ real
-            gen = self._magnitude(audio_gen, window)
-            mel_gen = mel @ gen
-            totals["stft"] = totals["stft"] + (gen.log1p() - real.log1p()).abs().mean()
-            totals["mel"] = totals["mel"] + (mel_gen.log1p() - mel_real.log1p()).abs().mean()
-            totals["log_mel"] = (
-                totals["log_mel"]
-                + (mel_gen.clamp_min(self.floor).log() - mel_real.clamp_min(self.floor).log()).abs().mean()
+                mel_real = real.mel(resolution, filters)
+            mel_gen = gen.mel(resolution, filters)
+            frames = _frames(audio_len, mel_gen, hop, 0)  # NeMo's mel features leave the last frame out
+            if {"mel_l1", "mel_l2"} & set(terms):
+                difference = (mel_gen + self.mel_guard).log() - (mel_real + self.mel_guard).log()
+                values["mel_l1"] = _mean(difference.abs(), frames)
+                if "mel_l2" in terms:
+                    values["mel_l2"] = _mean(difference.square(), frames)
+            if "log_mel" in terms:
+                difference = mel_gen.clamp_min(self.floor).log() - mel_real.clamp_min(self.floor).log()
+                values["log_mel"] = _mean(difference.abs(), frames)
+        if "stft" in terms:
+            with torch.no_grad():
+                log_real = (real.magnitude(resolution) + self.stft_guard).log()
+            log_gen = (gen.magnitude(resolution) + self.stft_guard).log()
+            values["stft"] = _mean((log_gen - log_real).abs(), _frames(audio_len, log_gen, hop, 1))
+        return values
+
+
+def _frames(audio_len: torch.Tensor | None, spectrum: torch.Tensor, hop: int, extra: int) -> torch.Tensor:
+    """Frames of each example that count, [B]."""
+    if audio_len is None:
+        return torch.full((spectrum.shape[0],), spectrum.shape[-1] - 1 + extra, device=spectrum.device)
+    return audio_len // hop + extra
+
+
+def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Mean of [B, D, T] over D, over each example's length, then over the examples."""
+    if lengths is None:
+        return values.mean(dim=1).mean(dim=1).mean()
+    valid = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    return ((values.mean(dim=1) * valid).sum(dim=1) / lengths.clamp_min(1)).mean()
+
+
+def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean scale-invariant signal-to-distortion ratio in dB of audio [B, T_audio], as NeMo's `SISDRLoss` has it."""
+    real, gen, eps = real.float(), gen.float(), 1e-8
+    if audio_len is None:
+        audio_len = torch.full((real.shape[0],), real.shape[-1], device=real.device)
+    valid = torch.arange(real.shape[-1], device=real.device) < audio_len[:, None]
+    count = audio_len[:, None]
+    target = (real - real.sum(-1, keepdim=True) / count) * valid
+    estimate = (gen - gen.sum(-1, keepdim=True) / count) * valid
+    scale = ((estimate * target).sum(-1, keepdim=True) + eps) / (target.square().sum(-1, keepdim=True) + eps)
+    target = scale * target
+    ratio = (target.square().sum(-1) + eps) / ((target - estimate).square().sum(-1) + eps)
+    return 10 * ratio.log10().mean()
+
+
+def _average(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def generator_squared(gen: Scores) -> torch.Tensor:
+    """Least-squares GAN: generated audio should score 1."""
+    return _average([(1 - score).square().mean() for score in gen])
+
+
+def generator_hinged(gen: Scores) -> torch.Tensor:
+    return _average([F.relu(1 - score).mean() for score in gen])
+
+
+def discriminator_squared(real: Scores, gen: Scores) -> torch.Tensor:
+    """Least-squares GAN: real audio should score 1, generated audio 0."""
+    return _average([((1 - r).square().mean() + g.square().mean()) / 2 for r, g in zip(real, gen, strict=True)])
+
+
+def discriminator_hinged(real: Scores, gen: Scores) -> torch.Tensor:
+    return _average([(F.relu(1 - r).mean() + F.relu(1 + g).mean()) / 2 for r, g in zip(real, gen, strict=True)])
+
+
+def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
+    """Mean absolute difference of the discriminators' layers (HiFi-GAN), each discriminator counting alike."""
+    return _average(
+        [
+            _average([(r - g).abs().mean() for r, g in zip(layers_real, layers_gen, strict=True)])
+            for layers_real, layers_gen in zip(real, gen, strict=True)
+        ]
+    )
+
+
+def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
+    """`feature_matching` relative to each feature's size, by its last dimension (EnCodec, arXiv 2210.13438)."""
+    return _average(
+        [
+            _average(
+                [
+                    ((r - g).abs().mean(-1) / (r.abs().mean(-1) + guard)).mean()
+                    for r, g in zip(layers_real, layers_gen, strict=True)
+                ]
             )
-        return {name: total / len(self.resolutions) for name, total in totals.items()}
+            for layers_real, layers_gen in zip(real, gen, strict=True)
+        ]
+    )
+
+
+_NEMO_LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
+# NeMo's classes that a config may name.
+GENERATOR_LOSSES: dict[str, Callable[[Scores], torch.Tensor]] = {
+    _NEMO_LOSSES + "GeneratorSquaredLoss": generator_squared,
+    _NEMO_LOSSES + "GeneratorHingedLoss": generator_hinged,
+}
+DISCRIMINATOR_LOSSES: dict[str, Callable[[Scores, Scores], torch.Tensor]] = {
+    _NEMO_LOSSES + "DiscriminatorSquaredLoss": discriminator_squared,
+    _NEMO_LOSSES + "DiscriminatorHingedLoss": discriminator_hinged,
+}
+FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = {
+    "relative": relative_feature_matching,
+    "absolute": feature_matching,
+}

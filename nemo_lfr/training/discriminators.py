@@ -1,0 +1,274 @@
+"""Discriminators: multi-period, multi-resolution complex STFT, WavLM ("SLM"), and their union.
+
+Each looks at audio through a `view` (periods, spectra, WavLM's layers), which holds nothing to learn, and judges the
+view. A training step takes every view once: of real audio without a graph, of generated audio with one, which the
+discriminators' own update detaches. State-dict keys are those of NeMo's classes of the same names.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.training.spectra import Spectra
+from nemo_lfr.training.wavlm import WavLM
+
+Views = list[torch.Tensor]
+Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores, feature maps; one of each per network
+
+
+class Conv2d(nn.Module):
+    """A weight-normed convolution that keeps the size but for its stride, reflecting at the edges."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__()
+        padding = ((kernel_size[0] - 1) * dilation[0] // 2, (kernel_size[1] - 1) * dilation[1] // 2)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode="reflect")
+        self.conv = weight_norm(conv)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.conv(hidden)
+
+
+class _Network(nn.Module):
+    """Convolutions with leaky ReLUs, whose outputs are the feature maps, and one that gives the score."""
+
+    def __init__(self, conv_layers: Sequence[Conv2d], conv_post: Conv2d, lrelu_slope: float) -> None:
+        super().__init__()
+        self.lrelu_slope = lrelu_slope
+        self.conv_layers = nn.ModuleList(conv_layers)
+        self.conv_post = conv_post
+
+    def forward(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """View [B, C, H, W] -> score [B, W, H] and feature maps [B, C, H, W]."""
+        feature_maps = []
+        hidden = view
+        for conv in self.conv_layers:
+            hidden = F.leaky_relu(conv(hidden), self.lrelu_slope)
+            feature_maps.append(hidden)
+        score = self.conv_post(hidden)
+        feature_maps.append(score)
+        return score.squeeze(1).transpose(1, 2), feature_maps
+
+
+class AudioDiscriminator(nn.Module):
+    """One or more networks that tell real audio from generated."""
+
+    @property
+    def num_networks(self) -> int:
+        """Views that it takes, and scores that it gives."""
+        raise NotImplementedError
+
+    def views(self, audio: Spectra) -> Views:
+        """What each network looks at."""
+        raise NotImplementedError
+
+    def judge(self, views: Views) -> Verdict:
+        """Scores and feature maps of each network."""
+        raise NotImplementedError
+
+    def forward(
+        self, audio_real: torch.Tensor, audio_gen: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+        """Audio [B, T_audio], twice, to scores and feature maps in NeMo's order: real, gen, real, gen."""
+        scores_real, maps_real = self.judge(self.views(Spectra(audio_real)))
+        scores_gen, maps_gen = self.judge(self.views(Spectra(audio_gen)))
+        return scores_real, scores_gen, maps_real, maps_gen
+
+
+class PeriodDiscriminator(_Network):
+    """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646)."""
+
+    def __init__(self, period: int, lrelu_slope: float = 0.1) -> None:
+        channels = [(1, 32), (32, 128), (128, 512), (512, 1024)]
+        layers = [Conv2d(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in channels]
+        layers.append(Conv2d(1024, 1024, kernel_size=(5, 1)))
+        super().__init__(layers, Conv2d(1024, 1, kernel_size=(3, 1)), lrelu_slope)
+        self.period = period
+
+    def view(self, audio: torch.Tensor) -> torch.Tensor:
+        """Audio [B, T_audio] -> [B, 1, T_audio / period, period]."""
+        missing = -audio.shape[-1] % self.period
+        return F.pad(audio.unsqueeze(1), (0, missing), "reflect").unflatten(2, (-1, self.period))
+
+
+class _Networks(AudioDiscriminator):
+    """One network for each view."""
+
+    discriminators: nn.ModuleList
+
+    @property
+    def num_networks(self) -> int:
+        return len(self.discriminators)
+
+    def judge(self, views: Views) -> Verdict:
+        verdicts = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
+        return [score for score, _ in verdicts], [maps for _, maps in verdicts]
+
+
+class MultiPeriodDiscriminator(_Networks):
+    """One network for each of some prime periods."""
+
+    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), lrelu_slope: float = 0.1) -> None:
+        super().__init__()
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, lrelu_slope) for period in periods)
+
+    def views(self, audio: Spectra) -> Views:
+        return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
+
+
+class DiscriminatorSTFT(_Network):
+    """Looks at real and imaginary part of an STFT (EnCodec, arXiv 2210.13438)."""
+
+    def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1) -> None:
+        layers = [Conv2d(2, 32, kernel_size=(3, 9))]
+        layers += [Conv2d(32, 32, kernel_size=(3, 9), stride=(1, 2), dilation=(step, 1)) for step in (1, 2, 4)]
+        layers.append(Conv2d(32, 32, kernel_size=(3, 3)))
+        super().__init__(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope)
+        self.resolution = tuple(resolution)
+        # Always a Hann window: `Spectra` has its own. It is here because NeMo's checkpoints hold it.
+        self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
+
+    def view(self, audio: Spectra) -> torch.Tensor:
+        """[B, 2, frames, bins], of unit energy; in memory real and imaginary parts alternate, as channels-last."""
+        stft = audio.stft(self.resolution).transpose(1, 2) * self.resolution[0] ** -0.5
+        return torch.view_as_real(stft).permute(0, 3, 1, 2)
+
+
+class MultiResolutionDiscriminatorSTFT(_Networks):
+    """One network for each resolution (n_fft, hop, window)."""
+
+    def __init__(self, resolutions: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.discriminators = nn.ModuleList(DiscriminatorSTFT(resolution) for resolution in resolutions)
+
+    def views(self, audio: Spectra) -> Views:
+        return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
+
+
+class SLMDiscriminator(AudioDiscriminator):
+    """Looks at all hidden states of a frozen WavLM (StyleTTS 2, arXiv 2306.07691; arXiv 2409.12117).
+
+    Args:
+        slm_model_name: Hub id, or a folder with the model.
+        slm_sr: its sample rate in Hz.
+        input_sr: of the audio.
+        slm_hidden: its hidden size.
+        slm_layers: hidden states: its layers, and the input of the first.
+        initial_channel: width of the head.
+        use_spectral_norm: spectral instead of weight norm.
+    """
+
+    def __init__(
+        self,
+        slm_model_name: str = "microsoft/wavlm-base-plus",
+        slm_sr: int = 16000,
+        input_sr: int = 22050,
+        slm_hidden: int = 768,
+        slm_layers: int = 13,
+        initial_channel: int = 64,
+        use_spectral_norm: bool = False,
+    ) -> None:
+        from nemo.collections.audio.parts.utils.transforms import Resample
+
+        super().__init__()
+        self.resample = Resample(orig_freq=input_sr, new_freq=slm_sr)
+        norm = nn.utils.spectral_norm if use_spectral_norm else weight_norm
+        self.slm = WavLM(slm_model_name, slm_hidden, slm_layers)
+        width = initial_channel
+        self.pre = norm(nn.Conv1d(slm_hidden * slm_layers, width, 1))
+        self.convs = nn.ModuleList(
+            norm(nn.Conv1d(inputs, outputs, 5, padding=2))
+            for inputs, outputs in ((width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width))
+        )
+        self.conv_post = norm(nn.Conv1d(4 * width, 1, 3, padding=1))
+
+    @property
+    def num_networks(self) -> int:
+        return 1
+
+    def views(self, audio: Spectra) -> Views:
+        return [self.slm(self.resample(audio.audio))]
+
+    def judge(self, views: Views) -> Verdict:
+        hidden = self.pre(views[0])
+        feature_maps = []
+        for conv in self.convs:
+            hidden = F.leaky_relu(conv(hidden), 0.1)
+            feature_maps.append(hidden.unsqueeze(-1))
+        return [self.conv_post(hidden)], [feature_maps]
+
+
+class Discriminator(AudioDiscriminator):
+    """All of the given discriminators as one."""
+
+    def __init__(self, discriminators: Sequence[AudioDiscriminator]) -> None:
+        super().__init__()
+        self.discriminators = nn.ModuleList(discriminators)
+
+    def _each(self) -> Iterable[AudioDiscriminator]:
+        return cast(Iterable[AudioDiscriminator], self.discriminators)
+
+    @property
+    def num_networks(self) -> int:
+        return sum(discriminator.num_networks for discriminator in self._each())
+
+    def views(self, audio: Spectra) -> Views:
+        return [view for discriminator in self._each() for view in discriminator.views(audio)]
+
+    def judge(self, views: Views) -> Verdict:
+        scores: list[torch.Tensor] = []
+        feature_maps: list[list[torch.Tensor]] = []
+        rest = iter(views)
+        for discriminator in self._each():
+            own = discriminator.judge([next(rest) for _ in range(discriminator.num_networks)])
+            scores += own[0]
+            feature_maps += own[1]
+        return scores, feature_maps
+
+
+_NEMO = "nemo.collections.tts.modules."
+# NeMo's class -> ours.
+NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
+    _NEMO + "audio_codec_modules.Discriminator": Discriminator,
+    _NEMO + "audio_codec_modules.MultiPeriodDiscriminator": MultiPeriodDiscriminator,
+    _NEMO + "audio_codec_modules.SLMDiscriminator": SLMDiscriminator,
+    _NEMO + "encodec_modules.MultiResolutionDiscriminatorSTFT": MultiResolutionDiscriminatorSTFT,
+}
+
+
+_OUR_DISCRIMINATORS = {f"{ours.__module__}.{ours.__name__}": ours for ours in NEMO_DISCRIMINATORS.values()}
+
+
+def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
+    """Build the discriminators of a model config's `discriminator` section.
+
+    Args:
+        config: `_target_`, NeMo's name or ours, and the constructor's arguments.
+
+    Raises:
+        ConfigError: for an unknown name or argument.
+    """
+    arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    target = str(config.get("_target_", ""))
+    ours = NEMO_DISCRIMINATORS.get(target) or _OUR_DISCRIMINATORS.get(target)
+    if ours is None:
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_DISCRIMINATORS))
+        raise ConfigError(f"discriminator: _target_ {clip(target)!r} is unknown; known: {known}.")
+    if ours is Discriminator:
+        arguments["discriminators"] = [build_discriminator(section) for section in arguments["discriminators"]]
+    try:
+        return ours(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"discriminator: {ours.__name__} cannot be built: {error}") from error

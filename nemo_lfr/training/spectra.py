@@ -1,0 +1,72 @@
+"""Audio of one batch and its STFTs, each computed once however many losses and discriminators look at it."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+
+@lru_cache(maxsize=64)
+def hann(length: int, device: torch.device) -> torch.Tensor:
+    return torch.hann_window(length, periodic=False, device=device)
+
+
+class Spectra:
+    """Short-time spectra of audio [B, T_audio], always in fp32.
+
+    A resolution is (n_fft, hop, window) in samples; frames are centred, the signal is reflected at both ends.
+    """
+
+    def __init__(self, audio: torch.Tensor) -> None:
+        self.audio = audio
+        self._stfts: dict[tuple[int, ...], torch.Tensor] = {}
+        self._magnitudes: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def stft(self, resolution: Sequence[int]) -> torch.Tensor:
+        """Complex STFT, [B, bins, frames]."""
+        key = tuple(resolution)
+        if key not in self._stfts:
+            self._stfts[key] = self._transform(self.audio, key, center=True)
+        return self._stfts[key]
+
+    def magnitude(self, resolution: Sequence[int]) -> torch.Tensor:
+        """sqrt(|STFT|^2 + 1e-5), [B, bins, frames]; the constant keeps its gradient finite at silence, as in NeMo."""
+        key = tuple(resolution)
+        if key not in self._magnitudes:
+            self._magnitudes[key] = _magnitude(self.stft(key))
+        return self._magnitudes[key]
+
+    def mel(self, resolution: Sequence[int], filters: torch.Tensor) -> torch.Tensor:
+        """Mel magnitudes [B, num_mels, frames] for filters [num_mels, bins].
+
+        NeMo's mel features see zeros beyond the signal's ends, its STFT loss a reflection: only the frames that touch
+        an end are computed twice.
+        """
+        n_fft, hop, _ = key = tuple(resolution)
+        half, samples = n_fft // 2, self.audio.shape[-1]
+        count = samples // hop + 1
+        first, last = -(-half // hop), (samples - half) // hop + 1  # frames [first, last) lie within the signal
+        if last <= first:
+            padded = F.pad(self.audio, (half, half))
+            return filters @ _magnitude(self._transform(padded, key, center=False))
+        left = F.pad(self.audio[:, : (first - 1) * hop + half], (half, 0))
+        right = F.pad(self.audio[:, last * hop - half :], (0, (count - 1) * hop + half - samples))
+        edges = [
+            filters @ _magnitude(self._transform(edge, key, center=False)) if frames else None
+            for edge, frames in ((left, first), (right, count - last))
+        ]
+        middle = filters @ self.magnitude(key)[..., first:last]
+        return torch.cat([part for part in (edges[0], middle, edges[1]) if part is not None], dim=-1)
+
+    @staticmethod
+    def _transform(audio: torch.Tensor, key: tuple[int, ...], center: bool) -> torch.Tensor:
+        n_fft, hop, window = key
+        with torch.autocast(audio.device.type, enabled=False):
+            return torch.stft(
+                audio.float(), n_fft, hop, window, hann(window, audio.device), center=center, return_complex=True
+            )
+
+
+def _magnitude(stft: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(torch.view_as_real(stft).square().sum(-1) + 1e-5)

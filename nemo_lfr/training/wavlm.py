@@ -1,0 +1,103 @@
+"""A frozen WavLM (arXiv 2110.13900) that a discriminator looks through."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr.errors import ConfigError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+
+class WavLM:
+    """All hidden states of a pretrained model, which is loaded when they are first asked for.
+
+    It is no `nn.Module`, so that nothing saves it, trains it, or puts it into training mode, where it would drop
+    layers and mask its input.
+
+    Args:
+        name: Hub id, or a folder with the model.
+        hidden: its hidden size.
+        layers: its hidden states: the layers, and the input of the first.
+
+    Attributes:
+        fallback: gives the weights out of a checkpoint that carries them (NeMo 3.0's do), for when `name` cannot be
+            had.
+    """
+
+    def __init__(self, name: str, hidden: int, layers: int) -> None:
+        self.name, self.hidden, self.layers = name, hidden, layers
+        self.fallback: Callable[[], Mapping[str, torch.Tensor]] | None = None
+        self._model: nn.Module | None = None
+
+    def __call__(self, audio: torch.Tensor) -> torch.Tensor:
+        """Audio [B, T_audio] at the model's rate -> [B, layers * hidden, frames]; gradients reach the audio."""
+        if self._model is None:
+            self._model = self._load().eval().requires_grad_(False)
+        model = self._model.to(audio.device)
+        states = model(audio, output_hidden_states=True).hidden_states
+        return torch.cat(states, dim=-1).transpose(1, 2)
+
+    def _load(self) -> nn.Module:
+        try:
+            from transformers import AutoModel
+        except ImportError as error:
+            raise MissingExtraError(
+                'the SLM discriminator needs transformers: pip install "nemo-lfr[nemo]", or leave it out.'
+            ) from error
+        try:
+            model = AutoModel.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            weights = self.fallback() if self.fallback is not None else {}
+            if not weights:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ConfigError(
+                    f"the SLM discriminator's model {self.name!r} is neither a folder nor to be had from the Hub "
+                    f"({reason}); set slm_model_name to a downloaded copy, or leave this discriminator out."
+                ) from error
+            logger.warning("%s cannot be had; using the copy inside the checkpoint.", self.name)
+            model = build_wavlm(weights, self.layers - 1)
+        config: Any = model.config
+        if (config.hidden_size, config.num_hidden_layers + 1) != (self.hidden, self.layers):
+            raise ConfigError(
+                f"slm_hidden {self.hidden} and slm_layers {self.layers} do not fit {self.name!r}, which has "
+                f"{config.hidden_size} and {config.num_hidden_layers + 1}."
+            )
+        return model
+
+
+def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
+    """A WavLM of the base kind (layer norm after each block) around bare weights, whose shapes tell its sizes.
+
+    Raises:
+        ConfigError: if the weights are not one.
+    """
+    from transformers import WavLMConfig, WavLMModel
+
+    try:
+        first = "encoder.layers.0."
+        convs = [weights[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(7)]
+        position = next(
+            value
+            for key, value in weights.items()
+            if key.startswith("encoder.pos_conv_embed.conv") and value.dim() == 3 and value.shape[1] > 1
+        )
+        config = WavLMConfig(
+            hidden_size=weights["encoder.layer_norm.weight"].shape[0],
+            num_hidden_layers=layers,
+            num_attention_heads=weights[first + "attention.rel_attn_embed.weight"].shape[1],
+            num_buckets=weights[first + "attention.rel_attn_embed.weight"].shape[0],
+            intermediate_size=weights[first + "feed_forward.intermediate_dense.weight"].shape[0],
+            conv_dim=[weight.shape[0] for weight in convs],
+            conv_kernel=[weight.shape[2] for weight in convs],
+            num_conv_pos_embeddings=position.shape[2],
+            num_conv_pos_embedding_groups=weights["encoder.layer_norm.weight"].shape[0] // position.shape[1],
+        )
+        model = WavLMModel(config)
+        model.load_state_dict(dict(weights))
+    except (KeyError, StopIteration, RuntimeError, ValueError) as error:
+        raise ConfigError(f"the WavLM inside the checkpoint cannot be used: {str(error)[:200]}") from error
+    return model
