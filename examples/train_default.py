@@ -26,12 +26,15 @@ from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.training.initialize import initialize_from_data
-from nemo_lfr.training.losses import SpectralLoss
+from nemo_lfr.training.losses import ReconstructionLoss
+from nemo_lfr.training.spectra import Spectra
 
 SAMPLE_RATE = 22050
 SAMPLES_PER_FRAME = 1024
-WINDOWS, MEL_DIMS = (128, 256, 512, 1024, 2048), (20, 40, 80, 80, 160)
-LOSS_WEIGHTS = {"stft": 5.0, "mel": 2.0, "log_mel": 1.0, "spread": 2.0}
+RESOLUTIONS = [(window, window // 4, window) for window in (128, 256, 512, 1024, 2048)]
+MEL_DIMS = (20, 40, 80, 80, 160)
+LOSS_WEIGHTS = {"stft": 5.0, "mel_l1": 2.0, "log_mel": 1.0, "spread": 2.0}
+TERMS = ("stft", "mel_l1", "log_mel")
 
 
 class Generator(nn.Module):
@@ -87,7 +90,7 @@ def draw_batch(clips: list[np.ndarray], weights: np.ndarray, size: int, length: 
 
 
 @torch.no_grad()
-def evaluate(model: Generator, clips: list[np.ndarray], loss: SpectralLoss, device: str) -> dict[str, float]:
+def evaluate(model: Generator, clips: list[np.ndarray], loss: ReconstructionLoss, device: str) -> dict[str, float]:
     """Mean ESTOI and spectral distances over whole clips, in fp32."""
     sums: dict[str, float] = {}
     for clip in clips:
@@ -96,7 +99,7 @@ def evaluate(model: Generator, clips: list[np.ndarray], loss: SpectralLoss, devi
         audio[0, : len(clip)] = torch.from_numpy(clip.astype(np.float32) / 32768)
         audio = audio.to(device)
         output, _, _ = model(audio)
-        scores = {name: value.item() for name, value in loss(audio, output).items()}
+        scores = {name: value.item() for name, value in loss(Spectra(audio), Spectra(output), None, TERMS).items()}
         scores["estoi"] = stoi(audio[0].cpu().numpy(), output[0].cpu().numpy(), SAMPLE_RATE, extended=True)
         for name, value in scores.items():
             sums[name] = sums.get(name, 0.0) + value / len(clips)
@@ -146,7 +149,7 @@ def main() -> None:
     durations = np.array([len(clip) for clip in clips], dtype=np.float64)
     weights = durations / durations.sum()
     length = args.frames * SAMPLES_PER_FRAME
-    loss_fn = SpectralLoss(SAMPLE_RATE, WINDOWS, MEL_DIMS).to(args.device)
+    loss_fn = ReconstructionLoss(SAMPLE_RATE, RESOLUTIONS, MEL_DIMS).to(args.device)
 
     if state is None:
         first = draw_batch(clips, weights, 32, length, np.random.default_rng(args.seed))
@@ -188,7 +191,7 @@ def main() -> None:
             group["lr"] = args.lr * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * (1 - progress))
         with torch.autocast(args.device, dtype=torch.bfloat16):
             output, encoded, tokens = model(batch)
-        terms = loss_fn(batch, output) | {"spread": spread_loss(encoded)}
+        terms = loss_fn(Spectra(batch), Spectra(output), None, TERMS) | {"spread": spread_loss(encoded)}
         total = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
         optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -7,12 +7,13 @@ What it saves names NeMo's classes only, so that a NeMo without this package ope
 """
 
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,6 +31,15 @@ from nemo_lfr.checkpoint import (
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, ConfigError, MissingExtraError
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
+from nemo_lfr.training.discriminators import (
+    AudioDiscriminator,
+    SLMDiscriminator,
+    Views,
+    build_discriminator,
+    frozen,
+)
+from nemo_lfr.training.losses import CodecLosses
+from nemo_lfr.training.spectra import Spectra
 
 try:
     from lightning.pytorch import Trainer
@@ -96,9 +106,11 @@ class LFRCodecModel(NeMoAudioCodecModel):
         super().__init__(cfg=lean, trainer=trainer)
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
         self._unbuilt_discriminator: dict[str, torch.Tensor] = {}
+        self._losses: CodecLosses | None = None
+        self._restored_from: Path | None = None
         self.cfg = cfg
 
-    discriminator: torch.nn.Module | None
+    discriminator: AudioDiscriminator | None
 
     # Inference.
 
@@ -168,14 +180,85 @@ class LFRCodecModel(NeMoAudioCodecModel):
     def build_discriminator(self) -> None:
         """Build the discriminators of the config, with the weights that came with the checkpoint.
 
-        Lightning's `fit` calls this; the SLM discriminator loads WavLM here.
+        Lightning's `fit` calls this. WavLM is loaded by the first step that looks through it.
+
+        Raises:
+            ConfigError: for a discriminator that is not of this codec family.
         """
         if self.discriminator is not None or not self.cfg.get("discriminator"):
             return
-        self.discriminator = common.safe_instantiate(self.cfg.discriminator).to(self.device)
+        config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
+        self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
+        if self._restored_from is not None:
+            for module in self.discriminator.modules():
+                if isinstance(module, SLMDiscriminator):
+                    module.slm.fallback = functools.partial(_wavlm_weights, self._restored_from)
         if self._unbuilt_discriminator:
             state, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
             self.load_state_dict(self.state_dict() | state)
+
+    @property
+    def losses(self) -> CodecLosses:
+        """The terms of the config, built when training or validation first needs them."""
+        if self._losses is None:
+            config = OmegaConf.to_container(self.cfg, resolve=True)
+            self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
+        return self._losses
+
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """One update of the discriminators, when it is their turn, and one of the generator.
+
+        The updates are NeMo's. Real audio is looked at once and without a graph, generated audio once; while the
+        generator learns, the discriminators are frozen.
+        """
+        optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
+        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        real, gen = Spectra(audio), Spectra(audio_gen)
+        metrics = {
+            "global_step": self.global_step,
+            "lr": optim_gen.param_groups[0]["lr"],
+            "batch_duration": audio_len.sum() / self.sample_rate,
+        }
+        if self.discriminator is not None:
+            with torch.no_grad():
+                views_real = self.discriminator.views(real)
+            views_gen = self.discriminator.views(gen)
+            if self.should_update_disc(batch_idx):
+                metrics["d_loss"] = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
+                others[0].zero_grad()
+                self.manual_backward(metrics["d_loss"])
+                self._step_optimizer(others[0], self.disc_params, name="discriminator")
+        terms = self.losses.terms(real, gen, audio_len)
+        if self.discriminator is not None:
+            with frozen(self.discriminator):
+                with torch.no_grad():
+                    _, maps_real = self.discriminator.judge(views_real)
+                scores_gen, maps_gen = self.discriminator.judge(views_gen)
+            terms |= self.losses.adversarial_terms(scores_gen, maps_real, maps_gen)
+        optim_gen.zero_grad()
+        self.manual_backward(self.losses.total(terms))
+        self._step_optimizer(optim_gen, self.gen_params, name="generator")
+        self.update_lr()
+        metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(metrics, on_step=True)
+        if "mel_l1" in terms:
+            self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
+
+    def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
+        """What the discriminators minimise; both kinds of audio in one pass, so that weights are normed once."""
+        assert self.discriminator is not None
+        scores, _ = self.discriminator.judge([torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)])
+        halves = [score.chunk(2) for score in scores]
+        return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
+
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """NeMo's validation losses, from one STFT of each signal per resolution."""
+        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
+        terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
+        metrics = {f"val_loss_{name}": value for name, value in terms.items()}
+        metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
+        self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
 
     # State.
 
@@ -268,6 +351,7 @@ class LFRCodecModel(NeMoAudioCodecModel):
             cls._set_model_restore_state(is_being_restored=False)
             _READ_PARTS.reset(read_parts)
         model._unbuilt_discriminator = {key: value for key, value in rest.items() if _WAVLM not in key}
+        model._restored_from = path
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector
         logging.info("%s restored from %s", cls.__name__, path)
@@ -376,6 +460,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     if type(model) is NeMoAudioCodecModel:
         model.__class__ = LFRCodecModel
         model._unbuilt_discriminator = {}
+        model._losses = None
+        model._restored_from = None
     return model
 
 
@@ -386,6 +472,12 @@ def _stock(cls: type[LFRCodecModel], name: str) -> Any:
     `save_hyperparameters` mistakes it for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
+
+
+def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The WavLM inside a file that NeMo 3.0 saved, if it is there."""
+    _, rest = load_parts(path, others=_DISCRIMINATOR)
+    return {key.partition(_WAVLM)[2]: value for key, value in rest.items() if _WAVLM in key}
 
 
 def _checked_values(cfg: DictConfig) -> dict[str, Any]:

@@ -1,44 +1,131 @@
+"""Losses, spectra and initialisation; `test_training_with_nemo.py` compares whole steps with stock."""
+
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nemo_lfr.checkpoint import build_parts
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.training.initialize import initialize_from_data
+from nemo_lfr.training.spectra import Spectra
 from tests.models import build_codec, codec_config, synthesize
 
 pytest.importorskip("librosa", reason="spectral losses need the [train] extra")
-from nemo_lfr.training.losses import SpectralLoss
+from nemo_lfr.training import losses
+from nemo_lfr.training.losses import CodecLosses, ReconstructionLoss
+
+TERMS = ReconstructionLoss.TERMS
 
 
 @pytest.fixture(scope="module")
 def loss():
-    return SpectralLoss(22050, [256, 1024], [20, 80])
+    return ReconstructionLoss(22050, [(256, 64, 256), (1024, 256, 1024)], [20, 80])
 
 
-def test_spectral_losses_of_equal_signals_are_zero(loss):
-    audio = torch.from_numpy(synthesize(0.5))[None]
-    assert {name: float(value) for name, value in loss(audio, audio).items()} == {"stft": 0, "mel": 0, "log_mel": 0}
+def speech(seconds: float = 0.5, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(synthesize(seconds, seed))[None]
 
 
-def test_spectral_losses_of_different_signals_are_positive_and_differentiable(loss):
-    real = torch.from_numpy(synthesize(0.5, 0))[None]
-    gen = torch.from_numpy(synthesize(0.5, 1))[None].requires_grad_()
-    for name, value in loss(real, gen).items():
-        assert value > 0, name
-        (gradient,) = torch.autograd.grad(value, gen, retain_graph=True)
-        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
+def distances(loss, real, gen, *args):
+    return loss(Spectra(real), Spectra(gen), *args)
 
 
-def test_spectral_losses_have_finite_gradients_at_silence(loss):
+@pytest.mark.parametrize("samples", [1024, 1000, 700, 513, 24576])
+@pytest.mark.parametrize("resolution", [(32, 8, 32), (256, 64, 200), (512, 100, 512), (1024, 256, 1024)])
+def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
+    """As one STFT with zero padding has them; `Spectra` computes only the edges anew."""
+    n_fft, hop, window = resolution
+    audio, filters = speech(1.2)[:, :samples], torch.rand(7, n_fft // 2 + 1)
+    stft = torch.stft(
+        audio, n_fft, hop, window, torch.hann_window(window, periodic=False), pad_mode="constant", return_complex=True
+    )
+    expected = filters @ torch.sqrt(stft.real**2 + stft.imag**2 + 1e-5)
+    torch.testing.assert_close(Spectra(audio).mel(resolution, filters), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_stft_is_computed_once(loss, monkeypatch):
+    lengths = []
+    stft = torch.stft
+    monkeypatch.setattr(
+        torch, "stft", lambda audio, *args, **kw: (lengths.append(audio.shape[-1]), stft(audio, *args, **kw))[1]
+    )
+    real, gen = Spectra(speech()), Spectra(speech(seed=1))
+    for _ in range(2):
+        loss(real, gen, None, TERMS)
+        real.stft((1024, 256, 1024))
+    assert lengths.count(speech().shape[-1]) == 4  # two signals, two resolutions; edges are shorter
+
+
+def test_losses_of_equal_signals_are_zero(loss):
+    values = distances(loss, speech(), speech(), None, TERMS)
+    assert all(values[name] == 0 for name in TERMS if name != "si_sdr") and values["si_sdr"] < -80
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_losses_of_different_signals_are_differentiable(loss, term):
+    gen = speech(seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(distances(loss, speech(), gen, None, [term])[term], gen)
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_losses_have_finite_gradients_at_silence(loss):
     gen = torch.zeros(1, 8192, requires_grad=True)
-    sum(loss(torch.from_numpy(synthesize(0.5))[None, :8192], gen).values()).backward()
-    assert torch.isfinite(gen.grad).all()
+    terms = distances(loss, speech()[:, :8192], gen, None, TERMS)
+    sum(terms.values()).backward()
+    assert gen.grad is not None and torch.isfinite(gen.grad).all()
 
 
 def test_a_closer_signal_costs_less(loss):
-    real = torch.from_numpy(synthesize(0.5))[None]
+    noise = torch.randn(speech().shape, generator=torch.Generator().manual_seed(0))
+    near, far = (distances(loss, speech(), speech() + size * noise, None, TERMS) for size in (0.001, 0.1))
+    assert all(near[name] < far[name] for name in TERMS)
+
+
+def test_what_lies_after_a_clips_end_does_not_count(loss):
+    real, gen = F.pad(speech(), (0, 4000)), F.pad(speech(seed=1), (0, 4000))
+    noisy = gen.clone()
+    noisy[:, speech().shape[-1] + 1100 :] = 1  # further than the longest window reaches
+    length = torch.tensor([speech().shape[-1]])
+    first, second = (distances(loss, real, other, length, TERMS) for other in (gen, noisy))
+    assert all(torch.equal(first[name], second[name]) for name in TERMS)
+
+
+def test_si_sdr_is_the_known_figure():
+    real = speech()
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    near, far = loss(real, real + 0.001 * noise), loss(real, real + 0.1 * noise)
-    assert all(near[name] < far[name] for name in near)
+    noise -= noise.mean()
+    real = real - real.mean()
+    noise -= real * (noise @ real.T) / (real @ real.T)  # orthogonal: the ratio is that of the energies
+    expected = 10 * math.log10(float(real.square().sum() / (0.01 * noise).square().sum()))
+    assert losses.si_sdr(real, 3 * (real + 0.01 * noise)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_adversarial_losses_are_their_formulas():
+    real, gen = [torch.tensor([1.5, 0.5])], [torch.tensor([0.0, 3.0])]
+    assert losses.generator_squared(gen) == pytest.approx((1 + 4) / 2)
+    assert losses.generator_hinged(gen) == pytest.approx(0.5)
+    assert losses.discriminator_squared(real, gen) == pytest.approx((0.25 + 4.5) / 2)
+    assert losses.discriminator_hinged(real, gen) == pytest.approx((0.25 + 2.5) / 2)
+    assert losses.feature_matching([real], [gen]) == pytest.approx(2.0)
+    assert losses.relative_feature_matching([real], [gen], guard=0) == pytest.approx(2.0)
+
+
+def test_terms_without_weight_are_not_computed():
+    values = codec_config(mel_loss_l1_scale=0.0, stft_loss_scale=2.0, time_domain_loss_scale=3.0)
+    terms = CodecLosses(values).terms(Spectra(speech()), Spectra(speech(seed=1)), None)
+    assert terms.keys() == {"stft", "time_domain"}
+    total = CodecLosses(values).total(terms)
+    assert total == pytest.approx(2 * float(terms["stft"]) + 3 * float(terms["time_domain"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("generator_loss", {"_target_": "os.system"}), ("feature_loss_type", "other")]
+)
+def test_unknown_losses_are_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=key):
+        CodecLosses(codec_config() | {key: value})
 
 
 def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks():

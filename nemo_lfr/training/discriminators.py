@@ -5,7 +5,8 @@ view. A training step takes every view once: of real audio without a graph, of g
 discriminators' own update detaches. State-dict keys are those of NeMo's classes of the same names.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -236,6 +237,19 @@ class Discriminator(AudioDiscriminator):
             scores += own[0]
             feature_maps += own[1]
         return scores, feature_maps
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within, what is computed sends gradients through the module, but none to its parameters."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 _NEMO = "nemo.collections.tts.modules."

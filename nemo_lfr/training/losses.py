@@ -4,17 +4,20 @@ Reconstruction terms are NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLo
 (equal to 1e-5), from one STFT of each signal per resolution. A term's mean is taken over each example's own length.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from librosa.filters import mel as mel_filters
 from torch import nn
 
+from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.training.spectra import Spectra
 
 Scores = Sequence[torch.Tensor]
 FeatureMaps = Sequence[Sequence[torch.Tensor]]
+_Loss = TypeVar("_Loss")
 
 
 class ReconstructionLoss(nn.Module):
@@ -125,9 +128,9 @@ def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None
     if audio_len is None:
         audio_len = torch.full((real.shape[0],), real.shape[-1], device=real.device)
     valid = torch.arange(real.shape[-1], device=real.device) < audio_len[:, None]
-    count = audio_len[:, None]
-    target = (real - real.sum(-1, keepdim=True) / count) * valid
-    estimate = (gen - gen.sum(-1, keepdim=True) / count) * valid
+    target, estimate = (
+        (signal - (signal * valid).sum(-1, keepdim=True) / audio_len[:, None]) * valid for signal in (real, gen)
+    )
     scale = ((estimate * target).sum(-1, keepdim=True) + eps) / (target.square().sum(-1, keepdim=True) + eps)
     target = scale * target
     ratio = (target.square().sum(-1) + eps) / ((target - estimate).square().sum(-1) + eps)
@@ -195,3 +198,70 @@ FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = 
     "relative": relative_feature_matching,
     "absolute": feature_matching,
 }
+# Reconstruction term -> the config key of its weight, and NeMo's default.
+WEIGHTS = {
+    "mel_l1": ("mel_loss_l1_scale", 1.0),
+    "mel_l2": ("mel_loss_l2_scale", 1.0),
+    "stft": ("stft_loss_scale", 0.0),
+    "log_mel": ("log_mel_loss_scale", 0.0),  # ours
+    "time_domain": ("time_domain_loss_scale", 1.0),
+    "si_sdr": ("si_sdr_loss_scale", 0.0),
+}
+
+
+class CodecLosses(nn.Module):
+    """All that a codec's training minimises: named terms and their weights, from a model config with NeMo's keys.
+
+    Attributes:
+        reconstruction: the distances between signals.
+        weights: of every term that counts.
+        generator, discriminator, feature: the adversarial terms.
+
+    Raises:
+        ConfigError: for a loss that is not one of NeMo's.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.reconstruction = ReconstructionLoss(
+            config["sample_rate"],
+            config["loss_resolutions"],
+            config["mel_loss_dims"],
+            config.get("mel_loss_log_guard", 1.0),
+            config.get("stft_loss_log_guard", 1.0),
+        )
+        self.weights = {term: float(config.get(key, default)) for term, (key, default) in WEIGHTS.items()}
+        self.weights["gen"] = float(config.get("gen_loss_scale", 1.0))
+        self.weights["feature"] = float(config.get("feature_loss_scale", 1.0))
+        self.weights = {term: weight for term, weight in self.weights.items() if weight}
+        self.generator = _chosen(GENERATOR_LOSSES, "generator_loss", config["generator_loss"]["_target_"])
+        self.discriminator = _chosen(
+            DISCRIMINATOR_LOSSES, "discriminator_loss", config["discriminator_loss"]["_target_"]
+        )
+        self.feature = _chosen(FEATURE_LOSSES, "feature_loss_type", config.get("feature_loss_type", "relative"))
+
+    def terms(self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The reconstruction terms that count."""
+        wanted = [term for term in ReconstructionLoss.TERMS if term in self.weights]
+        return self.reconstruction(real, gen, audio_len, wanted)
+
+    def adversarial_terms(
+        self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps
+    ) -> dict[str, torch.Tensor]:
+        """The generator's terms of what the discriminators say."""
+        terms = {}
+        if "gen" in self.weights:
+            terms["gen"] = self.generator(scores_gen)
+        if "feature" in self.weights:
+            terms["feature"] = self.feature(maps_real, maps_gen)
+        return terms
+
+    def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum that the generator minimises."""
+        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+
+
+def _chosen(table: Mapping[str, _Loss], key: str, name: str) -> _Loss:
+    if name not in table:
+        raise ConfigError(f"{key} {clip(name)!r} is unknown; known: {', '.join(table)}.")
+    return table[name]

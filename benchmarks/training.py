@@ -1,0 +1,147 @@
+"""A training step of the released codec, ours beside stock NeMo's, and the losses of both.
+
+    python benchmarks/training.py [--batch-size 1] [--frames 24] [--rounds 3] [--device cuda] [--precision bf16-mixed]
+
+Full size: 112.7 M parameters of generator, 5 STFT and 5 period discriminators, WavLM base (random weights) as the SLM
+discriminator, which learn every second step. The two models have the same weights and take turns, two steps each; the
+first round is not counted, but its losses are compared. WavLM is in evaluation mode in both (stock leaves it in
+training mode, where it masks its input at random).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lightning.pytorch as pl
+import torch
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from omegaconf import OmegaConf
+
+from nemo_lfr import AudioCodecModel
+from tests.models import FULL_SIZE, speech_like
+from tests.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
+
+STEPS = 2  # of which the discriminators learn in one
+
+
+def released_config(wavlm: str) -> dict[str, Any]:
+    slm = {"_target_": MODULES + "SLMDiscriminator", "slm_model_name": wavlm, "slm_sr": 16000, "input_sr": 22050}
+    period = {"_target_": MODULES + "MultiPeriodDiscriminator"}
+    resolutions = [[size, size // 4, size] for size in (32, 64, 128, 256, 512, 1024, 2048)]
+    return training_config(
+        [ALL_STFT, period, slm],
+        disc_update_period=2,
+        loss_resolutions=resolutions,
+        mel_loss_dims=[5, 10, 20, 40, 80, 160, 320],
+        generator_loss={"_target_": LOSSES + "GeneratorSquaredLoss"},
+        **FULL_SIZE,
+    )
+
+
+class Evaluating(pl.Callback):
+    def on_train_batch_start(self, trainer, model, *_):
+        for module in model.modules():
+            if type(module).__name__ == "WavLMModel":
+                module.eval()
+
+
+class Turn:
+    """One model with its trainer, which takes `STEPS` steps at a time."""
+
+    def __init__(self, model: pl.LightningModule, batch: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+        self.model, self.device = model, args.device
+        self.losses: list[dict[str, float]] = []
+        turn = self
+
+        class Record(pl.Callback):
+            def on_train_batch_end(self, trainer, *_):
+                turn.losses.append({key: float(value) for key, value in trainer.logged_metrics.items()})
+
+        self.trainer = pl.Trainer(
+            accelerator="gpu" if args.device == "cuda" else "cpu",
+            devices=1,
+            precision=args.precision,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            callbacks=[Evaluating(), Record()],
+        )
+        self.loader = torch.utils.data.DataLoader([batch] * STEPS, batch_size=None)
+
+    def take(self) -> float:
+        """Seconds per step."""
+        epochs = self.trainer.fit_loop.max_epochs
+        started = time.perf_counter()
+        self.trainer.fit(self.model, train_dataloaders=self.loader)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.trainer.fit_loop.max_epochs = (epochs or 0) + 1
+        return (time.perf_counter() - started) / STEPS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="32-true", help="of ours; stock runs in fp32")
+    args = parser.parse_args()
+    from transformers import WavLMConfig, WavLMModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        WavLMModel(WavLMConfig()).save_pretrained(folder)
+        config = OmegaConf.create(released_config(folder))
+        stock = StockModel(config)
+        ours = AudioCodecModel(config)
+        ours.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
+        samples = args.frames * 1024
+        audio = torch.stack([speech_like(samples + 100, seed)[:samples] for seed in range(args.batch_size)])
+        batch = {"audio": audio, "audio_lens": torch.full((args.batch_size,), samples)}
+        plain = argparse.Namespace(device=args.device, precision="32-true")
+        turns = {"stock NeMo": Turn(stock, batch, plain), "nemo_lfr": Turn(ours, batch, args)}
+        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(args.rounds + 1):
+            for name, turn in turns.items():
+                taken = turn.take()
+                if number:
+                    seconds[name].append(taken)
+                print(f"round {number}  {name:12} {taken:7.2f} s a step", file=sys.stderr, flush=True)
+    expected, mine = (turn.losses[0] for turn in turns.values())
+    names = sorted(key for key in expected if "loss" in key)
+    differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
+    ratios = [theirs / own for theirs, own in zip(*seconds.values(), strict=True)]
+    for name, values in seconds.items():
+        print(f"{name:12} {statistics.median(values):6.2f} s a step  ({min(values):.2f} to {max(values):.2f})")
+    print("largest relative difference of a loss in the first step:", f"{max(differences.values()):.1e}", differences)
+    print(
+        json.dumps(
+            {
+                "ratio": round(statistics.geometric_mean(ratios), 2),
+                "from": round(min(ratios), 2),
+                "to": round(max(ratios), 2),
+                "batch": [args.batch_size, samples],
+                "threads": torch.get_num_threads(),
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

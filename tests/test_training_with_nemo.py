@@ -1,0 +1,228 @@
+"""A training step against stock NeMo's: same weights, same batch, same losses, same updates."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
+
+import lightning.pytorch as pl
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from omegaconf import OmegaConf
+
+from nemo_lfr import AudioCodecModel, ConfigError
+from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
+
+ENCODEC = "nemo.collections.tts.modules.encodec_modules."
+STFT = {
+    "_target_": ENCODEC + "MultiResolutionDiscriminatorSTFT",
+    "resolutions": [[256, 64, 256], [1024, 256, 1024]],
+}
+ALL_STFT = STFT | {"resolutions": [[size, size // 4, size] for size in (128, 256, 512, 1024, 2048)]}
+PERIOD = {"_target_": MODULES + "MultiPeriodDiscriminator", "periods": [2, 5]}
+
+
+@pytest.fixture(scope="session")
+def wavlm(tmp_path_factory):
+    """A small but real WavLM in a folder, as `slm_model_name` may name one, and the discriminator's config."""
+    from transformers import WavLMConfig, WavLMModel
+
+    folder = tmp_path_factory.mktemp("wavlm")
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, conv_dim=[16] * 7
+    )
+    torch.manual_seed(5)
+    WavLMModel(WavLMConfig(num_conv_pos_embedding_groups=4, **sizes)).save_pretrained(folder)
+    return {
+        "_target_": MODULES + "SLMDiscriminator",
+        "slm_model_name": str(folder),
+        "slm_sr": 16000,
+        "input_sr": RATE,
+        "slm_hidden": 32,
+        "slm_layers": 4,
+        "initial_channel": 8,
+    }
+
+
+def training_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    union = {"_target_": MODULES + "Discriminator", "discriminators": discriminators}
+    return codec_config(
+        discriminator=union if discriminators else None,
+        optim={"_target_": "torch.optim.SGD", "lr": 1e-3},
+        **changes,
+    )
+
+
+def batch(size: int = 2, frames: int = 12) -> dict[str, torch.Tensor]:
+    audio = torch.stack([speech_like(frames * 1024 + 7, seed)[: frames * 1024] for seed in range(size)])
+    return {"audio": audio, "audio_lens": torch.full((size,), frames * 1024)}
+
+
+class Recorder(pl.Callback):
+    """What each step logs, and the gradients of each update.
+
+    It takes WavLM out of training mode, where stock leaves it, masking its input at random.
+    """
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer, model, *_):
+        for module in model.modules():
+            if type(module).__name__ == "WavLMModel":
+                module.eval()
+
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        named = {key: value.grad for key, value in model.named_parameters() if id(value) in own}
+        self.gradients.append({key: grad.clone() for key, grad in named.items() if grad is not None})
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append({key: float(value) for key, value in trainer.logged_metrics.items()})
+
+
+def train(model, batches) -> Recorder:
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder],
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))
+    return recorder
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "generator alone": {"use": []},
+    "multi-period": {"use": ["period"]},
+    "multi-resolution STFT": {"use": ["stft"]},
+    "WavLM": {"use": ["slm"]},
+    "all three, discriminators every second step": {"use": ["stft", "period", "slm"], "disc_update_period": 2},
+    "hinged, relative features": {
+        "use": ["stft", "period"],
+        "feature_loss_type": "relative",
+        "generator_loss": {"_target_": LOSSES + "GeneratorHingedLoss"},
+        "discriminator_loss": {"_target_": LOSSES + "DiscriminatorHingedLoss"},
+    },
+    "every reconstruction term": {
+        "use": [],
+        "mel_loss_l2_scale": 0.7,
+        "time_domain_loss_scale": 3.0,
+        "si_sdr_loss_scale": 0.1,
+        "mel_loss_log_guard": 1e-2,
+        "stft_loss_log_guard": 1e-2,
+        "loss_resolutions": [[size, size // 4, size] for size in (32, 64, 128, 256, 512, 1024, 2048)],
+        "mel_loss_dims": [5, 10, 20, 40, 80, 160, 320],
+    },
+    "nothing but the discriminators' opinion": {
+        "use": ["stft"], "mel_loss_l1_scale": 0.0, "stft_loss_scale": 0.0, "gen_loss_scale": 2.0,
+    },
+    "full size": {"use": ["all stft", "all periods", "slm"], "disc_update_period": 2, **FULL_SIZE},
+}  # fmt: skip
+
+
+def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Stock's model and ours with the same weights."""
+    start = StockModel.restore_from(str(write_nemo(tmp_path / "a.nemo", config)), map_location="cpu")
+    torch.manual_seed(3)
+    stock = StockModel(OmegaConf.create(config))
+    stock.load_state_dict(start.state_dict())
+    ours = AudioCodecModel(OmegaConf.create(config))
+    ours.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
+    return stock, ours
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "full size" else ()) for c in CASES])
+def test_steps_are_stock_steps(tmp_path, wavlm, case):
+    changes = dict(CASES[case])
+    known = {"stft": STFT, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
+    known["all periods"] = {"_target_": MODULES + "MultiPeriodDiscriminator"}
+    config = training_config([known[name] for name in changes.pop("use")], **changes)
+    stock, ours = models(tmp_path, config)
+    expected, mine = (train(model, [batch(frames=8)] * 2) for model in (stock, ours))
+    for step, (theirs, own) in enumerate(zip(expected.logged, mine.logged, strict=True)):
+        names = {key for key in theirs if "loss" in key}
+        assert names == {key for key in own if "loss" in key} and len(names) >= 2
+        for name in sorted(names):
+            # After an update the weights differ by rounding, and the losses by what it does to them.
+            assert own[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 1e-4, abs=1e-7), name
+    assert len(expected.gradients) == len(mine.gradients)
+    # The first batch's updates: discriminators, if there are any, and generator.
+    for theirs, own in list(zip(expected.gradients, mine.gradients, strict=True))[
+        : 2 if config["discriminator"] else 1
+    ]:
+        assert theirs.keys() == own.keys()
+        for part in {key.partition(".")[0] for key in theirs}:
+            keys = [key for key in theirs if key.startswith(part + ".")]
+            gradient = torch.cat([theirs[key].flatten() for key in keys])
+            difference = gradient - torch.cat([own[key].flatten() for key in keys])
+            assert difference.norm() < 1e-4 * gradient.norm(), part
+
+
+def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
+    config = training_config([])
+    stock, ours = models(tmp_path, config)
+    audio = batch(3, 20)["audio"]
+    lengths = torch.tensor([20 * 1024, 15 * 1024 - 300, 9000])
+    for row, length in zip(audio, lengths, strict=True):
+        row[length:] = 0
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    batches = [{"audio": audio[i : i + 1], "audio_lens": lengths[i : i + 1]} for i in range(3)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    (expected,) = trainer.validate(stock, loader, verbose=False)
+    (mine,) = trainer.validate(ours, loader, verbose=False)
+    assert expected.keys() == mine.keys()
+    assert mine == pytest.approx(expected, rel=1e-5)
+
+
+def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(tmp_path, wavlm):
+    config = training_config([wavlm])
+    model = AudioCodecModel(OmegaConf.create(config))
+    model.build_discriminator()
+    slm = model.discriminator.discriminators[0].slm
+    assert slm._model is None
+    train(model, [batch(frames=8)])
+    assert not slm._model.training and not any(p.requires_grad for p in slm._model.parameters())
+    assert all("ssl_model" not in key and "slm_model" not in key for key in model.state_dict())
+
+
+def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_nowhere(tmp_path, wavlm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stock = StockModel(OmegaConf.create(training_config([wavlm])))
+    path = tmp_path / "trained.nemo"
+    stock.cfg.discriminator.discriminators[0].slm_model_name = "nobody/no-such-model"
+    stock.save_to(str(path))
+    model = AudioCodecModel.restore_from(path, map_location="cpu")
+    model.build_discriminator()
+    audio = batch()["audio"]
+    with torch.no_grad():
+        expected, *_ = stock.eval().discriminator(audio_real=audio, audio_gen=audio)
+        scores, *_ = model.discriminator(audio_real=audio, audio_gen=audio)
+    torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_wavlm_that_is_nowhere_is_named_when_the_first_step_needs_it(wavlm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
+    model = AudioCodecModel(OmegaConf.create(config))
+    with pytest.raises(ConfigError, match=r"nobody/no-such-model.*slm_model_name"):
+        train(model, [batch()])
+
+
+def test_wavlm_of_another_size_is_refused(wavlm):
+    model = AudioCodecModel(OmegaConf.create(training_config([wavlm | {"slm_layers": 13}])))
+    with pytest.raises(ConfigError, match="slm_layers 13 do not fit"):
+        train(model, [batch()])
+
+
+def test_an_unknown_discriminator_is_refused_by_name():
+    model = AudioCodecModel(OmegaConf.create(training_config([{"_target_": "os.system"}])))
+    with pytest.raises(ConfigError, match=r"os\.system.*MultiPeriodDiscriminator"):
+        model.build_discriminator()
