@@ -226,6 +226,9 @@ def export(model: Generator, path: Path) -> None:
         for name, part in model.named_children()
         for key, value in split_weight_norm(part).items()
     }
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise SystemExit(f"{key} does not fit into fp16; train longer, or with another --seed.")
     config = {
         "sample_rate": SAMPLE_RATE,
         "samples_per_frame": SAMPLES_PER_FRAME,

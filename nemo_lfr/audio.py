@@ -94,6 +94,23 @@ class AudioReader:
         """Seconds, as the file's header says."""
         return self._file.frames / self.native_rate
 
+    def segment(self, start: float, duration: float) -> np.ndarray:
+        """The samples [any] from second `start` on, for `duration` seconds or up to the end.
+
+        Raises:
+            AudioError: if it is damaged, or not finite.
+        """
+        try:
+            self._file.seek(min(int(start * self.native_rate), self._file.frames))
+            block = self._file.read(math.ceil(duration * self.native_rate), dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
+        wave = block.mean(axis=1)
+        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
+        if self.native_rate != self.sample_rate and len(wave):
+            wave = resample(wave, self.native_rate, self.sample_rate)
+        return wave
+
     def blocks(self) -> Iterator[np.ndarray]:
         """Consecutive samples [any]; `samples_read` counts them."""
         stream = None

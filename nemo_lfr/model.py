@@ -7,13 +7,12 @@ What it saves names NeMo's classes only, so that a NeMo without this package ope
 """
 
 import copy
-import functools
 import os
 import tempfile
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -31,15 +30,6 @@ from nemo_lfr.checkpoint import (
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, ConfigError, MissingExtraError
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
-from nemo_lfr.training.discriminators import (
-    AudioDiscriminator,
-    SLMDiscriminator,
-    Views,
-    build_discriminator,
-    frozen,
-)
-from nemo_lfr.training.losses import CodecLosses
-from nemo_lfr.training.spectra import Spectra
 
 try:
     from lightning.pytorch import Trainer
@@ -47,6 +37,8 @@ try:
     from nemo.core.classes import common
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
+
+    from nemo_lfr.training.steps import DISCRIMINATOR, WAVLM, TrainingSteps
 except ImportError as error:
     raise MissingExtraError(
         f'NeMo\'s door needs NeMo, which cannot be imported ({error}); run: pip install "nemo-lfr[nemo]". '
@@ -57,9 +49,6 @@ except ImportError as error:
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 
-# WavLM inside the SLM discriminator: frozen, public, 380 MB. NeMo 3.0 saves it by mistake; we never do.
-_WAVLM = ".slm_model.ssl_model."
-_DISCRIMINATOR = "discriminator."
 # Parts that `restore_from` has read, for the constructor it calls: nothing is initialised only to be overwritten.
 _READ_PARTS: ContextVar[Parts | None] = ContextVar("parts", default=None)
 _IDENTITY = {"_target_": "torch.nn.Identity"}
@@ -69,15 +58,12 @@ _SMALLEST_QUANTIZER = {
 }
 
 
-class LFRCodecModel(NeMoAudioCodecModel):
+class LFRCodecModel(TrainingSteps):
     """Drop-in for NeMo's `AudioCodecModel`, for the codecs whose parts are HiFi-GAN encoders, decoders and FSQ.
 
     `encode`, `decode` and `forward` run without a graph, take positional arguments, move their inputs to the model,
     take audio of any length, and give each utterance the tokens it has alone. `encode_audio`, `quantize`,
     `dequantize` and `decode_audio` are NeMo's and keep the graph.
-
-    The discriminators are built when training starts (`setup("fit")`), not before: restoring needs neither WavLM nor
-    the network. Until then their weights are carried along, so that saving loses nothing.
 
     Args:
         cfg: a model config; its parts may be named by NeMo's classes or by ours.
@@ -105,12 +91,10 @@ class LFRCodecModel(NeMoAudioCodecModel):
             lean.vector_quantizer = dict(_SMALLEST_QUANTIZER)
         super().__init__(cfg=lean, trainer=trainer)
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
-        self._unbuilt_discriminator: dict[str, torch.Tensor] = {}
-        self._losses: CodecLosses | None = None
-        self._restored_from: Path | None = None
+        self._unbuilt_discriminator = {}
+        self._losses = None
+        self._restored_from = None
         self.cfg = cfg
-
-    discriminator: AudioDiscriminator | None
 
     # Inference.
 
@@ -170,102 +154,12 @@ class LFRCodecModel(NeMoAudioCodecModel):
         audio = audio.masked_fill(positions >= audio_len[:, None], 0)
         return super().pad_audio(audio, audio_len, samples_per_frame)
 
-    # Training.
-
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        if stage in (None, "fit"):
-            self.build_discriminator()
-
-    def build_discriminator(self) -> None:
-        """Build the discriminators of the config, with the weights that came with the checkpoint.
-
-        Lightning's `fit` calls this. WavLM is loaded by the first step that looks through it.
-
-        Raises:
-            ConfigError: for a discriminator that is not of this codec family.
-        """
-        if self.discriminator is not None or not self.cfg.get("discriminator"):
-            return
-        config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
-        self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
-        if self._restored_from is not None:
-            for module in self.discriminator.modules():
-                if isinstance(module, SLMDiscriminator):
-                    module.slm.fallback = functools.partial(_wavlm_weights, self._restored_from)
-        if self._unbuilt_discriminator:
-            state, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
-            self.load_state_dict(self.state_dict() | state)
-
-    @property
-    def losses(self) -> CodecLosses:
-        """The terms of the config, built when training or validation first needs them."""
-        if self._losses is None:
-            config = OmegaConf.to_container(self.cfg, resolve=True)
-            self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
-        return self._losses
-
-    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """One update of the discriminators, when it is their turn, and one of the generator.
-
-        The updates are NeMo's. Real audio is looked at once and without a graph, generated audio once; while the
-        generator learns, the discriminators are frozen.
-        """
-        optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
-        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
-        real, gen = Spectra(audio), Spectra(audio_gen)
-        metrics = {
-            "global_step": self.global_step,
-            "lr": optim_gen.param_groups[0]["lr"],
-            "batch_duration": audio_len.sum() / self.sample_rate,
-        }
-        if self.discriminator is not None:
-            with torch.no_grad():
-                views_real = self.discriminator.views(real)
-            views_gen = self.discriminator.views(gen)
-            if self.should_update_disc(batch_idx):
-                metrics["d_loss"] = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
-                others[0].zero_grad()
-                self.manual_backward(metrics["d_loss"])
-                self._step_optimizer(others[0], self.disc_params, name="discriminator")
-        terms = self.losses.terms(real, gen, audio_len)
-        if self.discriminator is not None:
-            with frozen(self.discriminator):
-                with torch.no_grad():
-                    _, maps_real = self.discriminator.judge(views_real)
-                scores_gen, maps_gen = self.discriminator.judge(views_gen)
-            terms |= self.losses.adversarial_terms(scores_gen, maps_real, maps_gen)
-        optim_gen.zero_grad()
-        self.manual_backward(self.losses.total(terms))
-        self._step_optimizer(optim_gen, self.gen_params, name="generator")
-        self.update_lr()
-        metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(metrics, on_step=True)
-        if "mel_l1" in terms:
-            self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
-
-    def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
-        """What the discriminators minimise; both kinds of audio in one pass, so that weights are normed once."""
-        assert self.discriminator is not None
-        scores, _ = self.discriminator.judge([torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)])
-        halves = [score.chunk(2) for score in scores]
-        return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
-
-    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """NeMo's validation losses, from one STFT of each signal per resolution."""
-        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
-        names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
-        terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
-        metrics = {f"val_loss_{name}": value for name, value in terms.items()}
-        metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
-        self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
-
     # State.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Everything but WavLM; discriminators that are not built yet included."""
         state = super().state_dict(*args, **kwargs)
-        for key in [key for key in state if key.startswith(_DISCRIMINATOR) and _WAVLM in key]:
+        for key in [key for key in state if key.startswith(DISCRIMINATOR) and WAVLM in key]:
             del state[key]
         state.update(self._unbuilt_discriminator)
         return state
@@ -279,9 +173,9 @@ class LFRCodecModel(NeMoAudioCodecModel):
         Raises:
             CheckpointError: if `strict`, and the codec's weights are incomplete or others.
         """
-        state = {key: value for key, value in state_dict.items() if _WAVLM not in key}
+        state = {key: value for key, value in state_dict.items() if WAVLM not in key}
         if self.discriminator is None:
-            discriminator = {key: value for key, value in state.items() if key.startswith(_DISCRIMINATOR)}
+            discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
             self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
             state = {key: value for key, value in state.items() if key not in discriminator}
         result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
@@ -338,7 +232,7 @@ class LFRCodecModel(NeMoAudioCodecModel):
         config = read_config(path) if override_config_path is None else _override_config(override_config_path)
         if return_config:
             return config
-        others = _DISCRIMINATOR if config.get("discriminator") else None
+        others = DISCRIMINATOR if config.get("discriminator") else None
         parts, rest = load_parts(path, config, strict=strict, others=others)
         read_parts = _READ_PARTS.set(parts)
         try:
@@ -350,7 +244,7 @@ class LFRCodecModel(NeMoAudioCodecModel):
         finally:
             cls._set_model_restore_state(is_being_restored=False)
             _READ_PARTS.reset(read_parts)
-        model._unbuilt_discriminator = {key: value for key, value in rest.items() if _WAVLM not in key}
+        model._unbuilt_discriminator = {key: value for key, value in rest.items() if WAVLM not in key}
         model._restored_from = path
         if save_restore_connector is not None:
             model._save_restore_connector = save_restore_connector
@@ -423,7 +317,12 @@ class LFRCodecModel(NeMoAudioCodecModel):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
             aside = Path(folder, path.name)
-            super().save_to(str(aside), *args, **kwargs)
+            config = self.cfg
+            try:
+                self.cfg = _without_folders(config)
+                super().save_to(str(aside), *args, **kwargs)
+            finally:
+                self.cfg = config
             if aside.exists():  # ranks other than 0 write nothing
                 with open(aside, "rb+") as file:
                     os.fsync(file.fileno())
@@ -459,7 +358,10 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         setattr(model, name, part)
     if type(model) is NeMoAudioCodecModel:
         model.__class__ = LFRCodecModel
-        model._unbuilt_discriminator = {}
+        # Training builds ours; until then its weights are carried along.
+        state = {} if model.discriminator is None else model.discriminator.state_dict(prefix=DISCRIMINATOR)
+        model._unbuilt_discriminator = {key: value for key, value in state.items() if WAVLM not in key}
+        model.discriminator = None
         model._losses = None
         model._restored_from = None
     return model
@@ -474,18 +376,30 @@ def _stock(cls: type[LFRCodecModel], name: str) -> Any:
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 
 
-def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The WavLM inside a file that NeMo 3.0 saved, if it is there."""
-    _, rest = load_parts(path, others=_DISCRIMINATOR)
-    return {key.partition(_WAVLM)[2]: value for key, value in rest.items() if _WAVLM in key}
-
-
 def _checked_values(cfg: DictConfig) -> dict[str, Any]:
     """`codec_values` of a config whose losses neither open a file nor ask the network."""
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):
             raise ConfigError(f"{key} is set; nemo_lfr does not train codecs with it. Use NeMo's own AudioCodecModel.")
     return codec_values(cfg)
+
+
+def _without_folders(config: DictConfig) -> DictConfig:
+    """A copy whose data sections name files without the folders of the machine that trained."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shortened(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shortened(item) for item in value]
+        return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    config = copy.deepcopy(config)
+    with open_dict(config):
+        for section in ("train_ds", "validation_ds", "test_ds", "log_config"):
+            if config.get(section) is not None:
+                config[section] = shortened(OmegaConf.to_container(config[section], resolve=False))
+    return config
 
 
 def _override_config(source: Any) -> DictConfig:

@@ -1,0 +1,174 @@
+"""Segments of speech from NeMo manifests, of any format, rate and channels; broken files are named and passed by.
+
+NeMo's `VocoderDataset` reads float files as silence, makes a batch of a thousand channels from stereo, and stops at
+the first file that it cannot read.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch.utils.data import Dataset, RandomSampler, Sampler, WeightedRandomSampler
+
+from nemo_lfr.audio import AudioReader, check_rate
+from nemo_lfr.errors import AudioError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One line of a manifest."""
+
+    dataset: str
+    path: Path
+    name: Path  # relative to the dataset's audio_dir
+    offset: float  # seconds
+    duration: float
+
+
+def read_manifest(path: str | os.PathLike[str], audio_dir: str | os.PathLike[str], dataset: str) -> list[Recording]:
+    """The recordings of a NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+
+    A duration that is missing is read from the file's header.
+
+    Raises:
+        ConfigError: naming the manifest and the line.
+    """
+    recordings = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the manifest cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name = Path(entry["audio_filepath"])
+            full = name if name.is_absolute() else Path(audio_dir, name)
+            duration = entry.get("duration")
+            if duration is None:
+                duration = soundfile.info(str(full)).duration
+            recordings.append(Recording(dataset, full, name, float(entry.get("offset") or 0), float(duration)))
+        except soundfile.LibsndfileError as error:
+            logger.warning("%s, line %d: passed by: %s", path, number, error)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path}, line {number}: not a line of a NeMo manifest: {error!r}") from error
+    return recordings
+
+
+class CodecDataset(Dataset):
+    """Recordings, or random segments of them, as float32 at one rate.
+
+    Args:
+        dataset_meta: name -> manifest_path, audio_dir and sample_weight.
+        sample_rate: Hz.
+        n_samples: length of a segment; whole recordings if not given.
+        weighted_sampling_steps_per_epoch: draw so many batches by the datasets' weights; else one shuffled pass.
+        min_duration, max_duration: seconds; recordings outside are left out.
+        trunc_duration: seconds of a recording that are read at most.
+        volume_norm: scale to a peak of 0.95, as NeMo does.
+
+    Raises:
+        ConfigError: for a manifest that cannot be read, or no recording at all.
+    """
+
+    def __init__(
+        self,
+        dataset_meta: Mapping[str, Mapping[str, Any]],
+        sample_rate: int,
+        n_samples: int | None = None,
+        weighted_sampling_steps_per_epoch: int | None = None,
+        min_duration: float | None = None,
+        max_duration: float | None = None,
+        trunc_duration: float | None = None,
+        volume_norm: bool = False,
+    ) -> None:
+        check_rate(sample_rate)
+        self.sample_rate, self.n_samples, self.trunc_duration = sample_rate, n_samples, trunc_duration
+        self.volume_norm = volume_norm
+        self.steps_per_epoch = weighted_sampling_steps_per_epoch
+        self.recordings: list[Recording] = []
+        self.weights: list[float] = []
+        self._bad: set[Path] = set()
+        for name, meta in dataset_meta.items():
+            found = read_manifest(meta["manifest_path"], meta["audio_dir"], name)
+            kept = [
+                recording
+                for recording in found
+                if (min_duration or 0) <= recording.duration <= (max_duration or float("inf"))
+            ]
+            hours = sum(recording.duration for recording in kept) / 3600
+            logger.info("%s: %d of %d recordings, %.2f hours", name, len(kept), len(found), hours)
+            self.recordings += kept
+            self.weights += [float(meta.get("sample_weight", 1.0))] * len(kept)
+        if not self.recordings:
+            raise ConfigError(f"the manifests of {sorted(dataset_meta)} hold no recording of the wanted duration.")
+
+    def get_sampler(self, batch_size: int, world_size: int) -> Sampler | None:
+        """How an epoch is drawn; Lightning shares it out when there are several processes."""
+        if self.steps_per_epoch:
+            count = self.steps_per_epoch * batch_size * world_size
+            return WeightedRandomSampler(self.weights, count, replacement=True)
+        return RandomSampler(self) if self.n_samples else None
+
+    def __len__(self) -> int:
+        return len(self.recordings)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for step in range(len(self.recordings)):
+            recording = self.recordings[(index + step) % len(self.recordings)]
+            try:
+                audio = self._read(recording)
+            except AudioError as error:
+                if recording.path not in self._bad:
+                    self._bad.add(recording.path)
+                    logger.warning("passed by, the next recording is taken: %s", error)
+                continue
+            return {
+                "dataset_name": recording.dataset,
+                "audio_filepath": recording.name,
+                "audio": torch.from_numpy(audio),
+                "audio_len": len(audio),
+            }
+        raise AudioError("no recording of the manifests can be read; the warnings above say why.")
+
+    def _read(self, recording: Recording) -> np.ndarray:
+        duration = min(recording.duration, self.trunc_duration or float("inf"))
+        start = recording.offset
+        if self.n_samples is not None:
+            spare = duration - self.n_samples / self.sample_rate
+            if spare > 0:
+                start += float(torch.rand(())) * spare
+            # Resampling needs a little more than it gives.
+            duration = min(duration, self.n_samples / self.sample_rate + 0.01)
+        with AudioReader(recording.path, self.sample_rate) as reader:
+            audio = reader.segment(start, duration)[: self.n_samples]
+        if not len(audio):
+            raise AudioError(f"{recording.path}: holds no samples at {start:.3f} s.")
+        if self.volume_norm:
+            audio = audio * np.float32(0.95 / max(float(np.abs(audio).max()), 1e-5))
+        return audio
+
+    @staticmethod
+    def collate_fn(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Examples as a batch with NeMo's keys; audio [B, T_audio] is padded with zeros."""
+        audio = torch.nn.utils.rnn.pad_sequence([example["audio"] for example in examples], batch_first=True)
+        return {
+            "dataset_names": [example["dataset_name"] for example in examples],
+            "audio_filepaths": [example["audio_filepath"] for example in examples],
+            "audio": audio,
+            "audio_lens": torch.tensor([example["audio_len"] for example in examples], dtype=torch.int32),
+        }

@@ -1,0 +1,167 @@
+"""How `LFRCodecModel` learns: NeMo's updates in fewer steps of arithmetic."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_lfr.checkpoint import load_parts
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.training.data import NEMO_DATASET, CodecDataset
+from nemo_lfr.training.discriminators import (
+    AudioDiscriminator,
+    SLMDiscriminator,
+    Views,
+    build_discriminator,
+    frozen,
+)
+from nemo_lfr.training.losses import CodecLosses
+from nemo_lfr.training.spectra import Spectra
+
+DISCRIMINATOR = "discriminator."
+# WavLM inside the SLM discriminator: frozen, public, 380 MB. NeMo 3.0 saves it by mistake; we never do.
+WAVLM = ".slm_model.ssl_model."
+
+
+class TrainingSteps(NeMoAudioCodecModel):
+    """The hooks that Lightning calls to train and validate; `nemo_lfr.model` adds the rest.
+
+    The discriminators are built when training starts (`setup("fit")`), not before: restoring needs neither WavLM nor
+    the network. Until then their weights are carried along, so that saving loses nothing.
+    """
+
+    discriminator: AudioDiscriminator | None
+    _unbuilt_discriminator: dict[str, torch.Tensor]
+    _losses: CodecLosses | None
+    _restored_from: Path | None
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage in (None, "fit"):
+            self.build_discriminator()
+
+    def build_discriminator(self) -> None:
+        """Build the discriminators of the config, with the weights that came with the checkpoint.
+
+        Lightning's `fit` calls this. WavLM is loaded by the first step that looks through it.
+
+        Raises:
+            ConfigError: for a discriminator that is not of this codec family.
+        """
+        if self.discriminator is not None or not self.cfg.get("discriminator"):
+            return
+        config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
+        self.discriminator = build_discriminator(cast(dict[str, Any], config)).to(self.device)
+        if self._restored_from is not None:
+            for module in self.discriminator.modules():
+                if isinstance(module, SLMDiscriminator):
+                    module.slm.fallback = functools.partial(_wavlm_weights, self._restored_from)
+        if self._unbuilt_discriminator:
+            state, self._unbuilt_discriminator = self._unbuilt_discriminator, {}
+            self.load_state_dict(self.state_dict() | state)
+
+    @property
+    def losses(self) -> CodecLosses:
+        """The terms of the config, built when training or validation first needs them."""
+        if self._losses is None:
+            config = OmegaConf.to_container(self.cfg, resolve=True)
+            self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
+        return self._losses
+
+    @property
+    def max_steps(self) -> int:
+        """Steps of the learning-rate schedule; `steps_per_epoch: null` is one pass over the data, as configs say."""
+        config = self._cfg
+        if config.get("max_steps") is None and config.get("steps_per_epoch") is None and config.get("max_epochs"):
+            return int(config.max_epochs) * len(self._train_dl)
+        return super().max_steps
+
+    def get_dataset(self, cfg: DictConfig) -> Any:
+        """NeMo's loader, with our dataset in the place of its `VocoderDataset`."""
+        if cfg.dataset.get("_target_") not in (NEMO_DATASET, f"{CodecDataset.__module__}.{CodecDataset.__name__}"):
+            return super().get_dataset(cfg)
+        arguments = cast(dict[str, Any], OmegaConf.to_container(cfg.dataset, resolve=True))
+        del arguments["_target_"]
+        if arguments.get("feature_processors") or arguments.get("resample_rate"):
+            return super().get_dataset(cfg)
+        try:
+            dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})
+        except TypeError as error:
+            raise ConfigError(f"dataset: {error}") from error
+        loader = dict(cfg.dataloader_params)
+        sampler = dataset.get_sampler(loader["batch_size"], self.trainer.world_size if self._trainer else 1)
+        return torch.utils.data.DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)
+
+    def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
+        """NeMo's `init_from_*` keys; `init_from_ptl_ckpt`, which stock cannot read, is read as any checkpoint."""
+        path = cfg.get("init_from_ptl_ckpt")
+        if isinstance(path, str):
+            with open_dict(cfg):
+                del cfg.init_from_ptl_ckpt
+                cfg.init_from_nemo_model = path
+        super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
+
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """One update of the discriminators, when it is their turn, and one of the generator.
+
+        The updates are NeMo's. Real audio is looked at once and without a graph, generated audio once; while the
+        generator learns, the discriminators are frozen.
+        """
+        optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
+        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        real, gen = Spectra(audio), Spectra(audio_gen)
+        metrics = {
+            "global_step": self.global_step,
+            "lr": optim_gen.param_groups[0]["lr"],
+            "batch_duration": audio_len.sum() / self.sample_rate,
+        }
+        if self.discriminator is not None:
+            with torch.no_grad():
+                views_real = self.discriminator.views(real)
+            views_gen = self.discriminator.views(gen)
+            if self.should_update_disc(batch_idx):
+                metrics["d_loss"] = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
+                others[0].zero_grad()
+                self.manual_backward(metrics["d_loss"])
+                self._step_optimizer(others[0], self.disc_params, name="discriminator")
+        terms = self.losses.terms(real, gen, audio_len)
+        if self.discriminator is not None:
+            with frozen(self.discriminator):
+                with torch.no_grad():
+                    _, maps_real = self.discriminator.judge(views_real)
+                scores_gen, maps_gen = self.discriminator.judge(views_gen)
+            terms |= self.losses.adversarial_terms(scores_gen, maps_real, maps_gen)
+        optim_gen.zero_grad()
+        self.manual_backward(self.losses.total(terms))
+        self._step_optimizer(optim_gen, self.gen_params, name="generator")
+        self.update_lr()
+        metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(metrics, on_step=True)
+        if "mel_l1" in terms:
+            self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
+
+    def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
+        """What the discriminators minimise; both kinds of audio in one pass, so that weights are normed once."""
+        assert self.discriminator is not None
+        scores, _ = self.discriminator.judge([torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)])
+        halves = [score.chunk(2) for score in scores]
+        return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
+
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        """NeMo's validation losses, from one STFT of each signal per resolution."""
+        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
+        terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
+        metrics = {f"val_loss_{name}": value for name, value in terms.items()}
+        metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
+        self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
+
+
+def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The WavLM inside a file that NeMo 3.0 saved, if it is there."""
+    _, rest = load_parts(path, others=DISCRIMINATOR)
+    return {key.partition(WAVLM)[2]: value for key, value in rest.items() if WAVLM in key}

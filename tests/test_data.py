@@ -1,0 +1,151 @@
+"""Training data: every row of what stock reads wrongly or stops at, and how an epoch is drawn."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.training.data import CodecDataset, read_manifest
+from tests.models import RATE, synthesize
+
+
+def corpus(
+    folder: Path, files: dict[str, bytes | np.ndarray], rate: int = RATE, subtype: str = "PCM_16", **entry
+) -> dict:
+    """Files and their manifest, as `dataset_meta` wants them."""
+    lines = []
+    for name, contents in files.items():
+        if isinstance(contents, bytes):
+            (folder / name).write_bytes(contents)
+            duration = 1.0
+        else:
+            soundfile.write(folder / name, contents, rate, subtype=subtype)
+            duration = len(contents) / rate
+        lines.append(json.dumps({"audio_filepath": name, "duration": duration} | entry))
+    (folder / "manifest.json").write_text("\n".join(lines) + "\n")
+    return {"mine": {"manifest_path": str(folder / "manifest.json"), "audio_dir": str(folder)}}
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
+def test_every_encoding_is_read_as_what_it_says(tmp_path, subtype):
+    """Stock reads floating-point files as silence."""
+    wave = synthesize(1)
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave}, subtype=subtype), RATE)
+    assert example["audio"].dtype == torch.float32 and example["audio_len"] == len(wave)
+    assert np.abs(example["audio"].numpy() - wave).max() < (0.02 if subtype == "ULAW" else 1e-4)
+
+
+def test_channels_are_mixed_and_other_rates_resampled(tmp_path):
+    wave = synthesize(1)
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": np.stack([wave, 0 * wave], axis=1)}), RATE)
+    assert np.abs(example["audio"].numpy() - wave / 2).max() < 1e-4
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave}, rate=16000), RATE)
+    assert example["audio_len"] == pytest.approx(len(wave) * RATE / 16000, abs=2)
+
+
+def test_segments_are_drawn_anywhere_and_are_exactly_as_long_as_asked(tmp_path):
+    wave = np.linspace(-0.5, 0.5, 3 * RATE).astype(np.float32)  # a sample tells where it is
+    dataset = CodecDataset(corpus(tmp_path, {"a.flac": wave}), RATE, n_samples=8192)
+    torch.manual_seed(0)
+    starts = []
+    for _ in range(50):
+        audio = dataset[0]["audio"].numpy()
+        assert len(audio) == 8192
+        start = round(float(audio[0] + 0.5) * (len(wave) - 1))
+        assert np.abs(audio - wave[start : start + 8192]).max() < 1e-4
+        starts.append(start)
+    assert min(starts) < 0.1 * len(wave) and max(starts) > 0.8 * (len(wave) - 8192)
+
+
+def test_offsets_truncation_and_clips_shorter_than_a_segment(tmp_path):
+    wave = np.linspace(-0.5, 0.5, 2 * RATE).astype(np.float32)
+    meta = corpus(tmp_path, {"a.wav": wave}, offset=1.0)
+    (example,) = CodecDataset(meta, RATE, trunc_duration=0.25)
+    assert np.abs(example["audio"].numpy() - wave[RATE : RATE + 5513]).max() < 1e-4
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave[:500]}), RATE, n_samples=8192)
+    assert example["audio_len"] == 500
+
+
+BROKEN = {
+    "corrupt": b"RIFF" + bytes(100),
+    "of no bytes": b"",
+    "of text": b"hello",
+    "without samples": np.zeros(0, np.float32),
+    "of NaN": np.full(RATE, np.nan, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "missing", "cut short"])
+def test_a_broken_file_is_named_once_and_another_taken(tmp_path, caplog, kind):
+    """Stock stops, or trains on half a file in silence."""
+    good = synthesize(1)
+    meta = corpus(tmp_path, {"bad.wav": BROKEN.get(kind, good), "good.wav": good}, subtype="FLOAT", duration=1.0)
+    if kind == "missing":
+        (tmp_path / "bad.wav").unlink()
+    if kind == "cut short":
+        (tmp_path / "bad.wav").write_bytes((tmp_path / "bad.wav").read_bytes()[:-9000])
+    dataset = CodecDataset(meta, RATE)
+    for _ in range(3):
+        assert dataset[0]["audio_filepath"] == Path("good.wav")
+    assert caplog.text.count("bad.wav") == 1
+
+
+def test_a_corpus_of_broken_files_is_an_error_not_an_endless_search(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {"a.wav": b"x", "b.wav": b"y"}), RATE)
+    with pytest.raises(AudioError, match="no recording of the manifests can be read"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"audio_filepath": "a.wav", "duration": 1}\n{"audio', "line 2"),
+        ('{"duration": 1}', "line 1.*audio_filepath"),
+        ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1"),
+        ("[1, 2]", "line 1"),
+        ("", "hold no recording"),
+        ('{"audio_filepath": "a.wav", "duration": 0.1}', "hold no recording"),
+    ],
+)
+def test_a_bad_manifest_is_refused_with_the_line(tmp_path, text, match):
+    (tmp_path / "m.json").write_text(text)
+    meta = {"mine": {"manifest_path": str(tmp_path / "m.json"), "audio_dir": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=match):
+        CodecDataset(meta, RATE, min_duration=0.4)
+    with pytest.raises(ConfigError, match=r"none\.json"):
+        read_manifest(tmp_path / "none.json", tmp_path, "mine")
+
+
+def test_a_missing_duration_is_read_from_the_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", synthesize(1.5), RATE)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n\n{"audio_filepath": "gone.wav"}\n')
+    (recording,) = read_manifest(tmp_path / "m.json", tmp_path, "mine")
+    assert recording.duration == pytest.approx(1.5, abs=1e-3)
+
+
+def test_batches_have_nemos_keys_and_end_in_zeros(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {"a.wav": synthesize(0.5), "b.wav": synthesize(1)}), RATE)
+    batch = dataset.collate_fn([dataset[0], dataset[1]])
+    assert batch["audio"].shape == (2, RATE) and batch["audio_lens"].tolist() == [RATE // 2, RATE]
+    assert not batch["audio"][0, RATE // 2 :].any()
+    assert batch["dataset_names"] == ["mine", "mine"]
+
+
+def test_an_epoch_is_one_shuffled_pass_or_so_many_steps_by_weight(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    files = {f"{i}.wav": synthesize(0.5) for i in range(4)}
+    (tmp_path / "other").mkdir()
+    meta = corpus(tmp_path, files) | {"rare": corpus(tmp_path / "other", files)["mine"] | {"sample_weight": 0.0}}
+    dataset = CodecDataset(meta, RATE, n_samples=1024)
+    order = list(dataset.get_sampler(2, 1))
+    assert sorted(order) == list(range(8)) and order != sorted(order)
+    dataset = CodecDataset(meta, RATE, n_samples=1024, weighted_sampling_steps_per_epoch=50)
+    drawn = list(dataset.get_sampler(2, 1))
+    assert len(drawn) == 100 and set(drawn) == set(range(4))
+    assert CodecDataset(meta, RATE).get_sampler(2, 1) is None
+    assert "rare: 4 of 4 recordings" in caplog.text

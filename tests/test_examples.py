@@ -1,0 +1,89 @@
+"""The scripts of `examples/`, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.checkpoint import read_config
+from nemo_lfr.pretrained import load
+from tests.crash import ROOT
+from tests.models import RATE, synthesize
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Ten recordings and a manifest, in a folder whose name can be told from any other."""
+    folder = tmp_path_factory.mktemp("corpus-of-this-machine")
+    lines = []
+    for number in range(10):
+        soundfile.write(folder / f"{number}.wav", synthesize(1.2, number), RATE, subtype="FLOAT")
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.2}))
+    (folder / "manifest.json").write_text("\n".join(lines))
+    return folder
+
+
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    command = [sys.executable, ROOT / "examples" / script, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def train(corpus: Path, out: Path, *overrides: str) -> Path:
+    """NeMo's tutorial command with the debug config; returns the folder of checkpoints."""
+    meta = [
+        f"+{kind}_ds_meta.mine.{key}={value}"
+        for kind in ("train", "val", "log")
+        for key, value in (("manifest_path", corpus / "manifest.json"), ("audio_dir", corpus))
+    ]
+    config = "--config-name=audio_codec_low_frame_rate_22050_debug"
+    run(
+        "audio_codec.py", config, "max_epochs=1", f"log_dir={out / 'logs'}", f"exp_manager.exp_dir={out}", *meta,
+        *overrides, cwd=out,
+    )  # fmt: skip
+    return out / "AudioCodec" / "checkpoints"
+
+
+def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, tmp_path):
+    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+    checkpoints = train(corpus, tmp_path)
+    saved = checkpoints / "AudioCodec.nemo"
+    tokens, _ = load(saved, "cpu").encode(synthesize(1))
+    assert tokens.shape == (1, 8, 22)
+    assert list((tmp_path / "logs").rglob("*_audio_out.wav"))
+    with tarfile.open(saved) as archive:
+        text = archive.extractfile("./model_config.yaml" if "./model_config.yaml" in archive.getnames() else
+                                   "model_config.yaml").read().decode()  # fmt: skip
+    assert str(corpus) not in text and str(tmp_path) not in text
+    assert read_config(saved).train_ds.dataset.dataset_meta.mine.manifest_path == "manifest.json"
+    (last,) = checkpoints.glob("*last.ckpt")
+    assert torch.equal(load(last, "cpu").encode(synthesize(1))[0], tokens)
+    for key, start in (("init_from_nemo_model", saved), ("init_from_ptl_ckpt", last)):
+        # Without a step, what is saved is what it started from.
+        again = tmp_path / key
+        again.mkdir()
+        found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0") / "AudioCodec.nemo"
+        assert torch.equal(load(found, "cpu").encode(synthesize(1))[0], tokens), key
+
+
+def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path):
+    manifest = corpus / "manifest.json"
+    common = ["--train", manifest, "--valid", manifest, "--out", tmp_path / "run", "--batch-size", 2, "--frames", 8]
+    small = ["--encoder-channels", 8, "--decoder-channels", 64, "--eval-every", 2, "--eval-clips", 2]
+    run("train_default.py", *common, *small, "--steps", 2, cwd=tmp_path)
+    output = run("train_default.py", *common, *small, "--steps", 4, cwd=tmp_path)
+    assert "continuing from step 2" in output
+    curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in curve] == [2, 4]
+    run("train_default.py", "--out", tmp_path / "run", "--export", tmp_path / "small.nemo", cwd=tmp_path)
+    assert load(tmp_path / "small.nemo", "cpu").encode(synthesize(1))[0].shape == (1, 8, 22)
