@@ -16,15 +16,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from pystoi import stoi
 from torch import nn
 
+from nemo_lfr.audio import AudioReader
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
+from nemo_lfr.training.data import read_manifest as read_recordings
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import ReconstructionLoss
 from nemo_lfr.training.spectra import Spectra
@@ -67,13 +68,11 @@ def spread_loss(encoded: torch.Tensor) -> torch.Tensor:
 
 def read_manifest(path: Path) -> list[np.ndarray]:
     """Every utterance of a manifest as int16 samples."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
     clips = []
-    for entry in entries:
-        samples, rate = soundfile.read(path.parent / entry["audio_filepath"], dtype="int16")
-        if rate != SAMPLE_RATE or samples.ndim != 1:
-            raise SystemExit(f"{entry['audio_filepath']}: expected mono at {SAMPLE_RATE} Hz, got {rate} Hz.")
-        clips.append(samples)
+    for recording in read_recordings(path, path.parent, path.name):
+        with AudioReader(recording.path, SAMPLE_RATE) as reader:
+            audio = np.concatenate(list(reader.blocks()))
+        clips.append((audio.clip(-1, 1) * 32767).round().astype(np.int16))
     return clips
 
 
