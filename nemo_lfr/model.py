@@ -93,6 +93,7 @@ class LFRCodecModel(TrainingSteps):
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
         self._unbuilt_discriminator = {}
         self._losses = None
+        self._average = None
         self._restored_from = None
         self.cfg = cfg
 
@@ -320,7 +321,8 @@ class LFRCodecModel(TrainingSteps):
             config = self.cfg
             try:
                 self.cfg = _without_folders(config)
-                super().save_to(str(aside), *args, **kwargs)
+                with self.averaged():
+                    super().save_to(str(aside), *args, **kwargs)
             finally:
                 self.cfg = config
             if aside.exists():  # ranks other than 0 write nothing
@@ -363,6 +365,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         model._unbuilt_discriminator = {key: value for key, value in state.items() if WAVLM not in key}
         model.discriminator = None
         model._losses = None
+        model._average = None
         model._restored_from = None
     return model
 

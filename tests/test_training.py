@@ -128,8 +128,9 @@ def test_unknown_losses_are_refused_by_name(key, value):
         CodecLosses(codec_config() | {key: value})
 
 
-def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks():
-    parts = build_parts(codec_config(), weight_norm=False)
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
+    parts = build_parts(codec_config(), weight_norm=weight_norm)
     audio = torch.stack([torch.from_numpy(synthesize(1.86, seed)[: 40 * 1024]) for seed in range(6)])
     initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, audio, encoded_spread=0.9)
     with torch.no_grad():

@@ -47,11 +47,8 @@ def wavlm(tmp_path_factory):
 
 def training_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     union = {"_target_": MODULES + "Discriminator", "discriminators": discriminators}
-    return codec_config(
-        discriminator=union if discriminators else None,
-        optim={"_target_": "torch.optim.SGD", "lr": 1e-3},
-        **changes,
-    )
+    optim = {"_target_": "torch.optim.SGD", "lr": 1e-3}
+    return codec_config(**{"discriminator": union if discriminators else None, "optim": optim} | changes)
 
 
 def batch(size: int = 2, frames: int = 12) -> dict[str, torch.Tensor]:
@@ -226,3 +223,64 @@ def test_an_unknown_discriminator_is_refused_by_name():
     model = AudioCodecModel(OmegaConf.create(training_config([{"_target_": "os.system"}])))
     with pytest.raises(ConfigError, match=r"os\.system.*MultiPeriodDiscriminator"):
         model.build_discriminator()
+
+
+def generator_weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model._generator.parameters()])
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
+    config = training_config([], accumulate_grad_batches=2)
+    whole, parts = batch(4, 8), [batch(4, 8), batch(4, 8)]
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 4)), strict=True):
+        part.update(audio=part["audio"][rows], audio_lens=part["audio_lens"][rows])
+    _, model = models(tmp_path, config)
+    recorder = train(model, parts)
+    _, large = models(tmp_path, config | {"accumulate_grad_batches": 1})
+    expected = train(large, [whole])
+    (own,), (theirs,) = recorder.gradients, expected.gradients
+    for key, gradient in theirs.items():
+        assert (own[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+
+
+def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
+    config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
+    _, model = models(tmp_path, config)
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 3, batch_size=None)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    before = generator_weights(model)
+    trainer.fit(model, batches, batches)
+    last, average = generator_weights(model), torch.cat([value.flatten() for value in model._average.weights])
+    # Between where it began and where it ended, and the first is not the second.
+    assert 0 < (average - before).norm() < (last - before).norm()
+    validated = float(trainer.callback_metrics["val_loss"])
+    model.save_to(tmp_path / "saved.nemo")
+    assert torch.equal(generator_weights(model), last)
+    saved = AudioCodecModel.restore_from(tmp_path / "saved.nemo", map_location="cpu")
+    torch.testing.assert_close(generator_weights(saved), average)
+    plain = AudioCodecModel(OmegaConf.create(config | {"ema_decay": None}))
+    plain.load_state_dict(saved.state_dict())
+    (metrics,) = trainer.validate(plain, batches, verbose=False)
+    assert metrics["val_loss"] == pytest.approx(validated, rel=1e-5)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    _, resumed = models(tmp_path, config)
+    resumed.on_load_checkpoint(checkpoint)
+    torch.testing.assert_close(torch.cat([value.flatten() for value in resumed._average.weights]), average)
+
+
+def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
+    torch.manual_seed(0)
+    spread = {}
+    for wanted in (False, True):
+        values = training_config([], initialize_from_data=wanted, optim={"_target_": "torch.optim.SGD", "lr": 0.0})
+        model = AudioCodecModel(OmegaConf.create(values))
+        loader = torch.utils.data.DataLoader([batch(4, 12)] * 2, batch_size=None)
+        model._train_dl = loader
+        train(model, [batch(4, 12)] * 2)
+        with torch.no_grad():
+            encoded = model.audio_encoder.encode_frames(batch(4, 12)["audio"])
+        spread[wanted] = float(encoded.std(dim=(0, 2)).mean())
+    assert spread[False] < 0.2 and spread[True] == pytest.approx(0.9, abs=0.05)

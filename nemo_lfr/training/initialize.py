@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from nemo_lfr.checkpoint.reader import GAIN
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
@@ -20,7 +21,7 @@ def initialize_from_data(
     """Rescale every convolution, in the order of the data path, so that `audio` leaves it at unit scale.
 
     Args:
-        encoder, quantizer, decoder: parts built without weight norm; the first and the last are changed in place.
+        encoder, quantizer, decoder: the first and the last are changed in place.
         audio: a batch of speech, [B, T_audio] of whole frames.
         encoded_spread: standard deviation of each encoded dimension, which is also centred.
         output_spread: standard deviation of the waveform before the output activation.
@@ -32,12 +33,12 @@ def initialize_from_data(
         if module is encoder.post_conv:
             mean = output.mean(dim=(0, 2))
             scale = encoded_spread / output.std(dim=(0, 2)).clamp_min(1e-8)
-            conv.weight.mul_(scale[:, None, None])
+            _multiply_weight(conv, scale[:, None, None])
             conv.bias.sub_(mean).mul_(scale)
             return (output - mean[:, None]) * scale[:, None]
         spread = output_spread if module is decoder.post_conv else 1.0
         factor = spread / output.std().clamp_min(1e-8)
-        conv.weight.mul_(factor)
+        _multiply_weight(conv, factor)
         conv.bias.mul_(factor)
         return output * factor
 
@@ -49,3 +50,9 @@ def initialize_from_data(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _multiply_weight(conv: nn.Conv1d | nn.ConvTranspose1d, factor: torch.Tensor) -> None:
+    """Scale a convolution's weight, or under weight norm its gain; a factor may have one value per output channel."""
+    gain = dict(conv.named_parameters()).get(GAIN.removeprefix("."))
+    (conv.weight if gain is None else gain).mul_(factor)

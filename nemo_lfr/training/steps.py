@@ -1,11 +1,14 @@
 """How `LFRCodecModel` learns: NeMo's updates in fewer steps of arithmetic."""
 
 import functools
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -19,8 +22,11 @@ from nemo_lfr.training.discriminators import (
     build_discriminator,
     frozen,
 )
+from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 from nemo_lfr.training.spectra import Spectra
+
+logger = logging.getLogger(__name__)
 
 DISCRIMINATOR = "discriminator."
 # WavLM inside the SLM discriminator: frozen, public, 380 MB. NeMo 3.0 saves it by mistake; we never do.
@@ -37,6 +43,7 @@ class TrainingSteps(NeMoAudioCodecModel):
     discriminator: AudioDiscriminator | None
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
+    _average: "Average | None"
     _restored_from: Path | None
 
     def setup(self, stage: str | None = None) -> None:
@@ -105,12 +112,45 @@ class TrainingSteps(NeMoAudioCodecModel):
                 cfg.init_from_nemo_model = path
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.cfg.get("initialize_from_data") and self.global_step == 0:
+            self.initialize_from_data()
+        if self.cfg.get("ema_decay"):
+            self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
+
+    @property
+    def _generator(self) -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([self.audio_encoder, self.audio_decoder])
+
+    def initialize_from_data(self, num_segments: int = 32) -> None:
+        """Scale the generator's random weights by what speech makes of them; see `training.initialize`.
+
+        Every process draws its own segments and takes the first one's weights.
+        """
+        audio: list[torch.Tensor] = []
+        for batch in self._train_dl:
+            audio += [*batch["audio"]]
+            if len(audio) >= num_segments:
+                break
+        frames = max(segment.shape[-1] for segment in audio) // self.samples_per_frame
+        length = max(frames, self.audio_encoder.min_frames, self.audio_decoder.min_frames) * self.samples_per_frame
+        batch = torch.stack([F.pad(segment, (0, max(0, length - len(segment))))[:length] for segment in audio])
+        initialize_from_data(self.audio_encoder, self.vector_quantizer, self.audio_decoder, batch.to(self.device))
+        for parameter in self._generator.parameters():
+            parameter.data = self.trainer.strategy.broadcast(parameter.data)
+        logger.info("weights scaled by %d segments of the training speech", len(audio))
+
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """One update of the discriminators, when it is their turn, and one of the generator.
 
         The updates are NeMo's. Real audio is looked at once and without a graph, generated audio once; while the
-        generator learns, the discriminators are frozen.
+        generator learns, the discriminators are frozen. With `accumulate_grad_batches` in the model's config, that
+        many batches make an update.
         """
+        every = self.cfg.get("accumulate_grad_batches") or 1
+        first = batch_idx % every == 0
+        last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
         optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
         audio, audio_len, audio_gen, *_ = self._process_batch(batch)
         real, gen = Spectra(audio), Spectra(audio_gen)
@@ -123,11 +163,14 @@ class TrainingSteps(NeMoAudioCodecModel):
             with torch.no_grad():
                 views_real = self.discriminator.views(real)
             views_gen = self.discriminator.views(gen)
-            if self.should_update_disc(batch_idx):
-                metrics["d_loss"] = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
-                others[0].zero_grad()
-                self.manual_backward(metrics["d_loss"])
-                self._step_optimizer(others[0], self.disc_params, name="discriminator")
+            if self.should_update_disc(batch_idx // every):
+                loss = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
+                metrics["d_loss"] = loss.detach()
+                if first:
+                    others[0].zero_grad()
+                self.manual_backward(loss / every)
+                if last:
+                    self._step_optimizer(others[0], self.disc_params, name="discriminator")
         terms = self.losses.terms(real, gen, audio_len)
         if self.discriminator is not None:
             with frozen(self.discriminator):
@@ -135,10 +178,14 @@ class TrainingSteps(NeMoAudioCodecModel):
                     _, maps_real = self.discriminator.judge(views_real)
                 scores_gen, maps_gen = self.discriminator.judge(views_gen)
             terms |= self.losses.adversarial_terms(scores_gen, maps_real, maps_gen)
-        optim_gen.zero_grad()
-        self.manual_backward(self.losses.total(terms))
-        self._step_optimizer(optim_gen, self.gen_params, name="generator")
-        self.update_lr()
+        if first:
+            optim_gen.zero_grad()
+        self.manual_backward(self.losses.total(terms) / every)
+        if last:
+            self._step_optimizer(optim_gen, self.gen_params, name="generator")
+            if self._average is not None:
+                self._average.update(self._generator)
+            self.update_lr()
         metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
         self.log_dict(metrics, on_step=True)
         if "mel_l1" in terms:
@@ -159,6 +206,68 @@ class TrainingSteps(NeMoAudioCodecModel):
         metrics = {f"val_loss_{name}": value for name, value in terms.items()}
         metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
+
+    # The running average of the weights, when the config has an `ema_decay`: validated, exported and resumed.
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the generator's weights are their running average, if there is one."""
+        if self._average is None:
+            yield
+            return
+        self._average.swap(self._generator)
+        try:
+            yield
+        finally:
+            self._average.swap(self._generator)
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._average is not None:
+            self._average.swap(self._generator)
+
+    def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
+        # Not `on_validation_end`: checkpoints are written there, before a module's own hook.
+        result = super().on_validation_epoch_end(*args, **kwargs)
+        if self._average is not None:
+            self._average.swap(self._generator)
+        return result
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._average is not None:
+            checkpoint["average"] = self._average.weights
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "average" in checkpoint and self.cfg.get("ema_decay"):
+            self._average = Average(self._generator, float(self.cfg.ema_decay))
+            self._average.weights = [value.to(self.device) for value in checkpoint["average"]]
+
+
+class Average:
+    """Exponential moving average of a module's parameters.
+
+    Args:
+        module: whose parameters to follow.
+        decay: share of the old average that each update keeps; less in the first steps, which it would outweigh.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        self.count += 1
+        decay = min(self.decay, self.count / (self.count + 50))
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
+
+    def swap(self, module: torch.nn.Module) -> None:
+        """Exchange the average and the module's own values; again, and they are back."""
+        for index, parameter in enumerate(module.parameters()):
+            parameter.data, self.weights[index] = self.weights[index], parameter.data
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
