@@ -1,5 +1,8 @@
 """A training step against stock NeMo's: same weights, same batch, same losses, same updates."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockMode
 from omegaconf import OmegaConf
 
 from nemo_lfr import AudioCodecModel, ConfigError
+from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
 
 ENCODEC = "nemo.collections.tts.modules.encodec_modules."
@@ -284,3 +288,54 @@ def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
             encoded = model.audio_encoder.encode_frames(batch(4, 12)["audio"])
         spread[wanted] = float(encoded.std(dim=(0, 2)).mean())
     assert spread[False] < 0.2 and spread[True] == pytest.approx(0.9, abs=0.05)
+
+
+DISTRIBUTED = """
+import sys
+import torch, lightning.pytorch as pl
+from omegaconf import OmegaConf
+from nemo_lfr import AudioCodecModel
+from tests.test_training_with_nemo import batch
+
+processes, config, out = int(sys.argv[1]), OmegaConf.load(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+model = AudioCodecModel(config)
+rows = batch(4, 8)
+split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
+trainer = pl.Trainer(
+    accelerator="cpu", devices=processes, max_epochs=2, logger=False, enable_checkpointing=False,
+    strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto", enable_progress_bar=False,
+    enable_model_summary=False,
+)
+loader = lambda: torch.utils.data.DataLoader(split, batch_size=None)
+trainer.fit(model, loader(), loader())
+if trainer.is_global_zero:
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+    torch.save({"state": model.state_dict(), "metrics": metrics}, out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_from_the_doubled_batch(tmp_path):
+    optim = {"_target_": "torch.optim.SGD", "lr": 1e-2}
+    OmegaConf.save(OmegaConf.create(training_config([STFT, PERIOD], optim=optim)), tmp_path / "config.yaml")
+    (tmp_path / "train.py").write_text(DISTRIBUTED)
+    results = []
+    for processes in (1, 2):
+        command = [sys.executable, "train.py", str(processes), "config.yaml", f"{processes}.pt"]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        results.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    one, two = results
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    torch.manual_seed(0)
+    start = AudioCodecModel(OmegaConf.load(tmp_path / "config.yaml"))
+    start.build_discriminator()
+    before = start.state_dict()
+    for part in ("audio_encoder", "audio_decoder", "discriminator"):
+        keys = [key for key in before if key.startswith(part + ".") and before[key].is_floating_point()]
+        moved = torch.cat([(one["state"][key] - before[key]).flatten() for key in keys])
+        differs = torch.cat([(one["state"][key] - two["state"][key]).flatten() for key in keys])
+        assert 0 < differs.norm() < 0.01 * moved.norm() or differs.norm() == 0 < moved.norm(), part
