@@ -7,7 +7,8 @@
         +log_ds_meta.mine.manifest_path=log.json +log_ds_meta.mine.audio_dir=audio/
 
 Fine-tune with `+init_from_nemo_model=codec.nemo`. On a CPU add `trainer.accelerator=cpu trainer.devices=1
-trainer.strategy=auto`. `--config-name` chooses another file of `conf/`.
+trainer.strategy=auto`. `--config-name` chooses another file of `conf/`, `+seed=1` other random weights. The same command
+again continues from the last epoch that was saved.
 """
 
 import lightning.pytorch as pl
@@ -22,6 +23,8 @@ from nemo_lfr import AudioCodecModel
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
+    # With it, and an epoch's draws following from its number, a run that is killed and started again ends the same.
+    pl.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = pl.Trainer(**cfg.trainer)
     exp_manager(trainer, cfg.get("exp_manager"))
     model = AudioCodecModel(cfg=cfg.model, trainer=trainer)

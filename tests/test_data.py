@@ -142,10 +142,25 @@ def test_an_epoch_is_one_shuffled_pass_or_so_many_steps_by_weight(tmp_path, capl
     (tmp_path / "other").mkdir()
     meta = corpus(tmp_path, files) | {"rare": corpus(tmp_path / "other", files)["mine"] | {"sample_weight": 0.0}}
     dataset = CodecDataset(meta, RATE, n_samples=1024)
-    order = list(dataset.get_sampler(2, 1))
+    sampler = dataset.get_sampler(2, 1)
+    order = [index for index, _ in sampler]
     assert sorted(order) == list(range(8)) and order != sorted(order)
     dataset = CodecDataset(meta, RATE, n_samples=1024, weighted_sampling_steps_per_epoch=50)
-    drawn = list(dataset.get_sampler(2, 1))
+    drawn = [index for index, _ in dataset.get_sampler(2, 1)]
     assert len(drawn) == 100 and set(drawn) == set(range(4))
     assert CodecDataset(meta, RATE).get_sampler(2, 1) is None
     assert "rare: 4 of 4 recordings" in caplog.text
+
+
+def test_what_an_epoch_draws_follows_from_its_number_and_is_shared_out(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(7)}), RATE, n_samples=1024)
+    whole, again = dataset.get_sampler(2, 1), dataset.get_sampler(2, 1)
+    first = list(whole)
+    torch.rand(5)
+    assert list(again) == first
+    whole.set_epoch(1)
+    assert list(whole) != first
+    shares = [list(dataset.get_sampler(2, 2, rank)) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [len(dataset.get_sampler(2, 2, 0))] * 2 == [3, 3]
+    assert {*shares[0], *shares[1]} < set(first) and not {*shares[0]} & {*shares[1]}
+    assert torch.equal(dataset[first[0]]["audio"], dataset[first[0]]["audio"])

@@ -7,7 +7,7 @@ the first file that it cannot read.
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from torch.utils.data import Dataset, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from nemo_lfr.audio import AudioReader, check_rate
 from nemo_lfr.errors import AudioError, ConfigError
@@ -115,23 +115,26 @@ class CodecDataset(Dataset):
         if not self.recordings:
             raise ConfigError(f"the manifests of {sorted(dataset_meta)} hold no recording of the wanted duration.")
 
-    def get_sampler(self, batch_size: int, world_size: int) -> Sampler | None:
-        """How an epoch is drawn; Lightning shares it out when there are several processes."""
-        if self.steps_per_epoch:
-            count = self.steps_per_epoch * batch_size * world_size
-            return WeightedRandomSampler(self.weights, count, replacement=True)
-        return RandomSampler(self) if self.n_samples else None
+    def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
+        """How an epoch of segments is drawn, and this process's share of it; whole recordings come in order."""
+        if not self.n_samples:
+            return None
+        weights = torch.tensor(self.weights, dtype=torch.float64) if self.steps_per_epoch else None
+        count = self.steps_per_epoch * batch_size * world_size if self.steps_per_epoch else len(self)
+        return SegmentSampler(self, count, weights, world_size, rank)
 
     def __len__(self) -> int:
         return len(self.recordings)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, draw: "int | tuple[int, float]") -> dict[str, Any]:
+        """A recording, or of `(index, place)` the segment that starts at this share of what can be skipped."""
+        index, place = draw if isinstance(draw, tuple) else (draw, None)
         if not 0 <= index < len(self):
             raise IndexError(index)
         for step in range(len(self.recordings)):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
-                audio = self._read(recording)
+                audio = self._read(recording, place)
             except AudioError as error:
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
@@ -145,13 +148,13 @@ class CodecDataset(Dataset):
             }
         raise AudioError("no recording of the manifests can be read; the warnings above say why.")
 
-    def _read(self, recording: Recording) -> np.ndarray:
+    def _read(self, recording: Recording, place: float | None) -> np.ndarray:
         duration = min(recording.duration, self.trunc_duration or float("inf"))
         start = recording.offset
         if self.n_samples is not None:
             spare = duration - self.n_samples / self.sample_rate
             if spare > 0:
-                start += float(torch.rand(())) * spare
+                start += (float(torch.rand(())) if place is None else place) * spare
             # Resampling needs a little more than it gives.
             duration = min(duration, self.n_samples / self.sample_rate + 0.01)
         with AudioReader(recording.path, self.sample_rate) as reader:
@@ -172,3 +175,44 @@ class CodecDataset(Dataset):
             "audio": audio,
             "audio_lens": torch.tensor([example["audio_len"] for example in examples], dtype=torch.int32),
         }
+
+
+class SegmentSampler(DistributedSampler):
+    """Draws recordings and where their segments start, from the epoch's number alone.
+
+    A run that was killed and started again at an epoch draws what it would have drawn, whatever the number of worker
+    processes. It is a `DistributedSampler`, so that Lightning leaves it as it is and tells it the epoch.
+
+    Args:
+        dataset: how many recordings there are.
+        count: draws in an epoch, of all processes together.
+        weights: of each recording, drawn with replacement; else one shuffled pass.
+        world_size, rank: processes, and which one this is.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        dataset: CodecDataset,
+        count: int,
+        weights: torch.Tensor | None,
+        world_size: int,
+        rank: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.count, self.weights = count, weights
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.weights is not None:
+            indices = torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
+        else:
+            indices = torch.randperm(self.count, generator=generator)
+        places = torch.rand(self.count, generator=generator)
+        own = slice(self.rank, len(self) * self.num_replicas, self.num_replicas)
+        return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
+
+    def __len__(self) -> int:
+        """This process's draws: the same number for each."""
+        return self.count // self.num_replicas

@@ -100,7 +100,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         except TypeError as error:
             raise ConfigError(f"dataset: {error}") from error
         loader = dict(cfg.dataloader_params)
-        sampler = dataset.get_sampler(loader["batch_size"], self.trainer.world_size if self._trainer else 1)
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
+        sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
         return torch.utils.data.DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
