@@ -7,8 +7,8 @@
         +log_ds_meta.mine.manifest_path=log.json +log_ds_meta.mine.audio_dir=audio/
 
 Fine-tune with `+init_from_nemo_model=codec.nemo`. On a CPU add `trainer.accelerator=cpu trainer.devices=1
-trainer.strategy=auto`. `--config-name` chooses another file of `conf/`, `+seed=1` other random weights. The same command
-again continues from the last epoch that was saved.
+trainer.strategy=auto`. `--config-name` chooses another file of `conf/`, `+seed=1` other random weights. The same
+command again continues from the last epoch that was saved.
 """
 
 import lightning.pytorch as pl

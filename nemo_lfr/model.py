@@ -94,6 +94,7 @@ class LFRCodecModel(TrainingSteps):
         self._unbuilt_discriminator = {}
         self._losses = None
         self._average = None
+        self._is_random = _READ_PARTS.get() is None
         self._restored_from = None
         self.cfg = cfg
 
@@ -174,6 +175,7 @@ class LFRCodecModel(TrainingSteps):
         Raises:
             CheckpointError: if `strict`, and the codec's weights are incomplete or others.
         """
+        self._is_random = False
         state = {key: value for key, value in state_dict.items() if WAVLM not in key}
         if self.discriminator is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
@@ -366,6 +368,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         model.discriminator = None
         model._losses = None
         model._average = None
+        model._is_random = False
         model._restored_from = None
     return model
 

@@ -12,7 +12,7 @@ pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip instal
 
 import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
 from tests.crash import ROOT
@@ -24,6 +24,11 @@ STFT = {
     "resolutions": [[256, 64, 256], [1024, 256, 1024]],
 }
 ALL_STFT = STFT | {"resolutions": [[size, size // 4, size] for size in (128, 256, 512, 1024, 2048)]}
+BANDS = {
+    "_target_": MODULES + "MultiResolutionDiscriminatorSTFT",
+    "resolutions": [[256, 64, 256], [1024, 256, 1024]],
+    "stft_bands": [[0.0, 0.25], [0.25, 1.0]],
+}
 PERIOD = {"_target_": MODULES + "MultiPeriodDiscriminator", "periods": [2, 5]}
 
 
@@ -104,6 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
     "generator alone": {"use": []},
     "multi-period": {"use": ["period"]},
     "multi-resolution STFT": {"use": ["stft"]},
+    "bands of STFTs, as NanoCodec": {"use": ["bands"]},
     "WavLM": {"use": ["slm"]},
     "all three, discriminators every second step": {"use": ["stft", "period", "slm"], "disc_update_period": 2},
     "hinged, relative features": {
@@ -143,7 +149,7 @@ def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "full size" else ()) for c in CASES])
 def test_steps_are_stock_steps(tmp_path, wavlm, case):
     changes = dict(CASES[case])
-    known = {"stft": STFT, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
+    known = {"stft": STFT, "bands": BANDS, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
     known["all periods"] = {"_target_": MODULES + "MultiPeriodDiscriminator"}
     config = training_config([known[name] for name in changes.pop("use")], **changes)
     stock, ours = models(tmp_path, config)
@@ -273,6 +279,20 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     _, resumed = models(tmp_path, config)
     resumed.on_load_checkpoint(checkpoint)
     torch.testing.assert_close(torch.cat([value.flatten() for value in resumed._average.weights]), average)
+    assert resumed._average.count == model._average.count == 3
+
+
+def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused(tmp_path):
+    optim = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    _, model = models(tmp_path, training_config([], initialize_from_data=True, optim=optim))
+    before = generator_weights(model)
+    train(model, [batch()])
+    assert torch.equal(generator_weights(model), before)
+    stock_only = AudioCodecModel(OmegaConf.create(training_config([])))
+    with open_dict(stock_only.cfg):
+        stock_only.cfg.mmd_loss = {"_target_": LOSSES + "MMDCodebookLoss"}
+    with pytest.raises(ConfigError, match="mmd_loss"):
+        train(stock_only, [batch()])
 
 
 def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):

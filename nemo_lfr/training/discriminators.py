@@ -129,6 +129,12 @@ class MultiPeriodDiscriminator(_Networks):
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
 
 
+def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
+    """[B, 2, frames, bins], of unit energy; in memory real and imaginary parts alternate, as channels-last."""
+    stft = audio.stft(resolution).transpose(1, 2) * resolution[0] ** -0.5
+    return torch.view_as_real(stft).permute(0, 3, 1, 2)
+
+
 class DiscriminatorSTFT(_Network):
     """Looks at real and imaginary part of an STFT (EnCodec, arXiv 2210.13438)."""
 
@@ -142,9 +148,7 @@ class DiscriminatorSTFT(_Network):
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
 
     def view(self, audio: Spectra) -> torch.Tensor:
-        """[B, 2, frames, bins], of unit energy; in memory real and imaginary parts alternate, as channels-last."""
-        stft = audio.stft(self.resolution).transpose(1, 2) * self.resolution[0] ** -0.5
-        return torch.view_as_real(stft).permute(0, 3, 1, 2)
+        return stft_view(audio, self.resolution)
 
 
 class MultiResolutionDiscriminatorSTFT(_Networks):
@@ -156,6 +160,36 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
 
     def views(self, audio: Spectra) -> Views:
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
+
+
+class MultiBandDiscriminatorSTFT(_Networks):
+    """One network for each band of one STFT (DAC, arXiv 2306.06546), as NanoCodec is trained with.
+
+    Args:
+        resolution: (n_fft, hop, window) in samples.
+        stft_bands: begin and end of each band as shares of the bins.
+    """
+
+    def __init__(self, resolution: Sequence[int], stft_bands: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.resolution = tuple(resolution)
+        self.register_buffer(
+            "window", torch.hann_window(self.resolution[2], periodic=False)
+        )  # as in DiscriminatorSTFT
+        bins = self.resolution[0] // 2 + 1
+        self.bands = [slice(int(low * bins), int(high * bins)) for low, high in stft_bands]
+        self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
+
+    def views(self, audio: Spectra) -> Views:
+        view = stft_view(audio, self.resolution)
+        return [view[..., band] for band in self.bands]
+
+
+def _band_network() -> _Network:
+    layers = [Conv2d(2, 32, kernel_size=(3, 9))]
+    layers += [Conv2d(32, 32, kernel_size=(3, 9), stride=(1, 2)) for _ in range(3)]
+    layers.append(Conv2d(32, 32, kernel_size=(3, 3)))
+    return _Network(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope=0.1)
 
 
 class SLMDiscriminator(AudioDiscriminator):
@@ -239,6 +273,13 @@ class Discriminator(AudioDiscriminator):
         return scores, feature_maps
 
 
+class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
+    """One `MultiBandDiscriminatorSTFT` for each resolution; NeMo's second `MultiResolutionDiscriminatorSTFT`."""
+
+    def __init__(self, resolutions: Sequence[Sequence[int]], stft_bands: Sequence[Sequence[float]]) -> None:
+        super().__init__([MultiBandDiscriminatorSTFT(resolution, stft_bands) for resolution in resolutions])
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Within, what is computed sends gradients through the module, but none to its parameters."""
@@ -258,6 +299,7 @@ NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "audio_codec_modules.Discriminator": Discriminator,
     _NEMO + "audio_codec_modules.MultiPeriodDiscriminator": MultiPeriodDiscriminator,
     _NEMO + "audio_codec_modules.SLMDiscriminator": SLMDiscriminator,
+    _NEMO + "audio_codec_modules.MultiResolutionDiscriminatorSTFT": MultiBandMultiResolutionDiscriminatorSTFT,
     _NEMO + "encodec_modules.MultiResolutionDiscriminatorSTFT": MultiResolutionDiscriminatorSTFT,
 }
 

@@ -44,11 +44,17 @@ class TrainingSteps(NeMoAudioCodecModel):
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _average: "Average | None"
+    _is_random: bool  # no weights have been loaded
     _restored_from: Path | None
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         if stage in (None, "fit"):
+            for key in ("mmd_loss", "mmd_time_loss"):
+                if self.cfg.get(key):
+                    raise ConfigError(
+                        f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
+                    )
             self.build_discriminator()
 
     def build_discriminator(self) -> None:
@@ -115,7 +121,7 @@ class TrainingSteps(NeMoAudioCodecModel):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.cfg.get("initialize_from_data") and self.global_step == 0:
+        if self.cfg.get("initialize_from_data") and self._is_random:
             self.initialize_from_data()
         if self.cfg.get("ema_decay"):
             self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
@@ -138,8 +144,9 @@ class TrainingSteps(NeMoAudioCodecModel):
         length = max(frames, self.audio_encoder.min_frames, self.audio_decoder.min_frames) * self.samples_per_frame
         batch = torch.stack([F.pad(segment, (0, max(0, length - len(segment))))[:length] for segment in audio])
         initialize_from_data(self.audio_encoder, self.vector_quantizer, self.audio_decoder, batch.to(self.device))
-        for parameter in self._generator.parameters():
-            parameter.data = self.trainer.strategy.broadcast(parameter.data)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in self._generator.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
         logger.info("weights scaled by %d segments of the training speech", len(audio))
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
@@ -237,13 +244,14 @@ class TrainingSteps(NeMoAudioCodecModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self._average is not None:
-            checkpoint["average"] = self._average.weights
+            checkpoint["average"] = {"count": self._average.count, "weights": self._average.weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "average" in checkpoint and self.cfg.get("ema_decay"):
             self._average = Average(self._generator, float(self.cfg.ema_decay))
-            self._average.weights = [value.to(self.device) for value in checkpoint["average"]]
+            self._average.count = checkpoint["average"]["count"]
+            self._average.weights = [value.to(self.device) for value in checkpoint["average"]["weights"]]
 
 
 class Average:
