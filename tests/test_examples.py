@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -31,26 +32,35 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
+def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen:
     command = [sys.executable, ROOT / "examples" / script, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HYDRA_FULL_ERROR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, env=environment
+    )
 
 
-def train(corpus: Path, out: Path, *overrides: str) -> Path:
-    """NeMo's tutorial command with the debug config; returns the folder of checkpoints."""
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    process = start(script, *arguments, cwd=cwd)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def tutorial(corpus: Path, out: Path, *overrides: str) -> list[str]:
+    """Arguments of NeMo's tutorial command with the debug config."""
     meta = [
         f"+{kind}_ds_meta.mine.{key}={value}"
         for kind in ("train", "val", "log")
         for key, value in (("manifest_path", corpus / "manifest.json"), ("audio_dir", corpus))
     ]
     config = "--config-name=audio_codec_low_frame_rate_22050_debug"
-    run(
-        "audio_codec.py", config, "max_epochs=1", f"log_dir={out / 'logs'}", f"exp_manager.exp_dir={out}", *meta,
-        *overrides, cwd=out,
-    )  # fmt: skip
+    return [config, "max_epochs=1", f"log_dir={out / 'logs'}", f"exp_manager.exp_dir={out}", *meta, *overrides]
+
+
+def train(corpus: Path, out: Path, *overrides: str) -> Path:
+    """Run it; returns the folder of checkpoints."""
+    run("audio_codec.py", *tutorial(corpus, out, *overrides), cwd=out)
     return out / "AudioCodec" / "checkpoints"
 
 
@@ -74,6 +84,28 @@ def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(
         again.mkdir()
         found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0") / "AudioCodec.nemo"
         assert torch.equal(load(found, "cpu").encode(synthesize(1))[0], tokens), key
+
+
+def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(corpus, tmp_path):
+    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+    ends = []
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        out.mkdir()
+        if name == "killed":
+            process = start("audio_codec.py", *tutorial(corpus, out, "max_epochs=2"), cwd=out)
+            while process.poll() is None and not list(out.rglob("*epoch=0.ckpt")):
+                time.sleep(0.05)
+            time.sleep(0.5)  # amid the second epoch
+            process.kill()
+            process.communicate()
+        checkpoints = train(corpus, out, "max_epochs=2")
+        (last,) = checkpoints.glob("*epoch=2-last.ckpt")
+        ends.append(torch.load(last, map_location="cpu", weights_only=False))
+    whole, killed = ends
+    assert whole["global_step"] == killed["global_step"]
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, killed["state_dict"][key]), key
 
 
 def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path):

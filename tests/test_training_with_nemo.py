@@ -105,6 +105,7 @@ def train(model, batches) -> Recorder:
     return recorder
 
 
+FULL = "full size"
 CASES: dict[str, dict[str, Any]] = {
     "generator alone": {"use": []},
     "multi-period": {"use": ["period"]},
@@ -131,7 +132,12 @@ CASES: dict[str, dict[str, Any]] = {
     "nothing but the discriminators' opinion": {
         "use": ["stft"], "mel_loss_l1_scale": 0.0, "stft_loss_scale": 0.0, "gen_loss_scale": 2.0,
     },
-    "full size": {"use": ["all stft", "all periods", "slm"], "disc_update_period": 2, **FULL_SIZE},
+    FULL: {"use": ["all stft", "all periods", "slm"], "disc_update_period": 2, **FULL_SIZE},
+    FULL + ", smooth activation": {
+        "use": [],
+        "audio_encoder": FULL_SIZE["audio_encoder"] | {"activation": "elu"},
+        "audio_decoder": FULL_SIZE["audio_decoder"] | {"activation": "elu"},
+    },
 }  # fmt: skip
 
 
@@ -146,7 +152,7 @@ def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
     return stock, ours
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "full size" else ()) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if FULL in c else ()) for c in CASES])
 def test_steps_are_stock_steps(tmp_path, wavlm, case):
     changes = dict(CASES[case])
     known = {"stft": STFT, "bands": BANDS, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
@@ -161,6 +167,9 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
             # After an update the weights differ by rounding, and the losses by what it does to them.
             assert own[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 1e-4, abs=1e-7), name
     assert len(expected.gradients) == len(mine.gradients)
+    # Among the millions of activations of the full size some lie so near zero that rounding turns the side of their
+    # leaky ReLU, and with it their slope: one in a million moves the gradient by a thousandth. A smooth one shows it.
+    tolerance = 5e-3 if case == FULL else 1e-4
     # The first batch's updates: discriminators, if there are any, and generator.
     for theirs, own in list(zip(expected.gradients, mine.gradients, strict=True))[
         : 2 if config["discriminator"] else 1
@@ -170,7 +179,7 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
             keys = [key for key in theirs if key.startswith(part + ".")]
             gradient = torch.cat([theirs[key].flatten() for key in keys])
             difference = gradient - torch.cat([own[key].flatten() for key in keys])
-            assert difference.norm() < 1e-4 * gradient.norm(), part
+            assert difference.norm() < tolerance * gradient.norm(), part
 
 
 def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
