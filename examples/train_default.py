@@ -4,6 +4,7 @@
 
 Manifests are NeMo's: JSON lines with `audio_filepath` (relative to the manifest) and `duration`. The run saves its
 whole state every few minutes and continues from it when the command is given again; `--device cuda` uses a GPU.
+Discriminators join at step `--adversarial-from`, when the spectra are roughly right.
 Each evaluation appends a line to OUT/curve.jsonl; `--export FILE` writes the averaged weights as a `.nemo` and stops.
 """
 
@@ -26,15 +27,21 @@ from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.training.data import read_manifest as read_recordings
+from nemo_lfr.training.discriminators import (
+    Discriminator,
+    MultiPeriodDiscriminator,
+    MultiResolutionDiscriminatorSTFT,
+    frozen,
+)
 from nemo_lfr.training.initialize import initialize_from_data
-from nemo_lfr.training.losses import ReconstructionLoss
+from nemo_lfr.training.losses import ReconstructionLoss, discriminator_squared, feature_matching, generator_squared
 from nemo_lfr.training.spectra import Spectra
 
 SAMPLE_RATE = 22050
 SAMPLES_PER_FRAME = 1024
 RESOLUTIONS = [(window, window // 4, window) for window in (128, 256, 512, 1024, 2048)]
 MEL_DIMS = (20, 40, 80, 80, 160)
-LOSS_WEIGHTS = {"stft": 5.0, "mel_l1": 2.0, "log_mel": 1.0, "spread": 2.0}
+LOSS_WEIGHTS = {"stft": 5.0, "mel_l1": 2.0, "log_mel": 1.0, "spread": 2.0, "gen": 0.25, "feature": 0.5}
 TERMS = ("stft", "mel_l1", "log_mel")
 
 
@@ -64,6 +71,39 @@ def spread_loss(encoded: torch.Tensor) -> torch.Tensor:
     """
     spread = encoded.std(dim=(0, 2))
     return (0.8 - spread).clamp_min(0).mean() + encoded.mean(dim=(0, 2)).square().mean()
+
+
+class Adversary:
+    """Discriminators narrower than the released codec's, and their optimiser."""
+
+    def __init__(self, lr: float, device: str) -> None:
+        resolutions = [(window, window // 4, window) for window in (512, 1024, 2048)]
+        periods = MultiPeriodDiscriminator(channels=8)
+        self.module = Discriminator([MultiResolutionDiscriminatorSTFT(resolutions), periods]).to(device)
+        self.device = device
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=lr, betas=(0.8, 0.99), weight_decay=1e-3)
+
+    def step(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
+        """One update of the discriminators; returns the generator's terms."""
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            with torch.no_grad():
+                views_real = self.module.views(real)
+            views_gen = self.module.views(gen)
+            scores_real, _ = self.module.judge(views_real)
+            scores_gen, _ = self.module.judge([view.detach() for view in views_gen])
+            loss = discriminator_squared(scores_real, scores_gen)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            with frozen(self.module):
+                with torch.no_grad():
+                    _, maps_real = self.module.judge(views_real)
+                scores_gen, maps_gen = self.module.judge(views_gen)
+            return {
+                "gen": generator_squared(scores_gen),
+                "feature": feature_matching(maps_real, maps_gen),
+                "discriminator": loss.detach(),
+            }
 
 
 def read_manifest(path: Path) -> list[np.ndarray]:
@@ -112,15 +152,26 @@ def write_aside(path: Path, write) -> None:
     os.replace(aside, path)
 
 
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Falls to a thirtieth over the steps without discriminators, and again over those with them."""
+    if step < args.adversarial_from:
+        progress = step / min(args.adversarial_from, args.steps)
+        return args.lr * min(1.0, (step + 1) / 100) * (1 - 0.97 * progress)
+    progress = (step - args.adversarial_from) / (args.steps - args.adversarial_from)
+    return args.adversarial_lr * (1 - 0.97 * progress)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, help="manifest of the training speech")
     parser.add_argument("--valid", type=Path, help="manifest of the held-out speech")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--adversarial-from", type=int, default=12_500, help="step at which discriminators join")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=24, help="length of a segment")
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--adversarial-lr", type=float, default=2e-4, help="of both sides, once there are two")
     parser.add_argument("--encoder-channels", type=int, default=12)
     parser.add_argument("--decoder-channels", type=int, default=192)
     parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
@@ -156,12 +207,16 @@ def main() -> None:
     model.to(args.device)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
-    step = 0
+    adversary, step = None, 0
     if state is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+        if state.get("discriminator"):
+            adversary = Adversary(args.adversarial_lr, args.device)
+            adversary.module.load_state_dict(state["discriminator"])
+            adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
         logging.info("continuing from step %d", step)
 
     def save() -> None:
@@ -174,6 +229,8 @@ def main() -> None:
                     "model": model.state_dict(),
                     "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(),
+                    "discriminator": adversary and adversary.module.state_dict(),
+                    "discriminator_optimizer": adversary and adversary.optimizer.state_dict(),
                 },
                 path,
             ),
@@ -185,13 +242,18 @@ def main() -> None:
         # A step's batch depends on the seed and the step alone, so a continued run sees the same data.
         batch = draw_batch(clips, weights, args.batch_size, length, np.random.default_rng([args.seed, step]))
         batch = batch.to(args.device)
-        for group in optimizer.param_groups:
-            progress = step / args.steps
-            group["lr"] = args.lr * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * (1 - progress))
+        if step >= args.adversarial_from and adversary is None:
+            adversary = Adversary(args.adversarial_lr, args.device)
+        for optim in [optimizer, adversary.optimizer] if adversary else [optimizer]:
+            for group in optim.param_groups:
+                group["lr"] = learning_rate(step, args)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             output, encoded, tokens = model(batch)
-        terms = loss_fn(Spectra(batch), Spectra(output), None, TERMS) | {"spread": spread_loss(encoded)}
-        total = sum(LOSS_WEIGHTS[name] * term for name, term in terms.items())
+        real, gen = Spectra(batch), Spectra(output)
+        terms = loss_fn(real, gen, None, TERMS) | {"spread": spread_loss(encoded)}
+        if adversary is not None:
+            terms |= adversary.step(real, gen)
+        total = sum(LOSS_WEIGHTS.get(name, 0) * term for name, term in terms.items())
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)

@@ -1,4 +1,4 @@
-"""The command line: `nemo-lfr demo | encode | decode | info`.
+"""The command line: `nemo-lfr demo | encode | decode | info | prepare`.
 
 A thin layer: paths are checked before a model is loaded, results go to stdout, everything else to stderr, and a user's
 mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr import __version__
+from nemo_lfr.corpora import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.errors import NemoLfrError
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf", ".m4a"}
 TOKEN_SUFFIX = ".lfr"
 # Files up to this long may be encoded together; longer ones stream through bounded memory.
 BATCH_SECONDS = 60
@@ -117,9 +117,9 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec"
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; elsewhere each finished file is a line of its own."""
+    """A bar on a terminal; its value is called for each finished file, and prints what there is to say of it."""
     if not sys.stderr.isatty():
-        yield note
+        yield lambda text: note(text) if text else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -129,7 +129,8 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("files", total=total)
 
         def advance(text: str) -> None:
-            bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            if text:
+                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             bar.advance(task)
 
         yield advance
@@ -401,6 +402,33 @@ def demo(out: Path, **options: Any) -> None:
 
     values = run(out, open_codec(options["model"], options["device"], options["precision"]))
     if options["as_json"]:
+        click.echo(json.dumps(values, indent=2))
+    else:
+        print_table(values)
+
+
+@app.command()
+@click.argument("kind", type=click.Choice(list(LAYOUTS)))
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the manifests.")
+@click.option(
+    "--valid-share",
+    type=click.FloatRange(0, 1),
+    default=0.02,
+    show_default=True,
+    help="Of the speakers, held out where the corpus has no validation set.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files opened at a time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, as_json: bool) -> None:
+    """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
+
+    A run that was interrupted goes on where it was. Files that cannot be used are listed in failures.jsonl.
+    """
+    from nemo_lfr.training.prepare import prepare
+
+    values = prepare(kind, corpus, out, valid_share=valid_share, jobs=jobs, progress=progress)
+    if as_json:
         click.echo(json.dumps(values, indent=2))
     else:
         print_table(values)

@@ -94,9 +94,26 @@ class LFRCodecModel(TrainingSteps):
         self._unbuilt_discriminator = {}
         self._losses = None
         self._average = None
+        self._codebook_use = None
         self._is_random = _READ_PARTS.get() is None
         self._restored_from = None
         self.cfg = cfg
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LFRCodecModel":
+        """A model of its own, without a trainer, that reads the same data.
+
+        NeMo hangs a proxy that cannot be copied around each instance's `training_step`; the copy has the plain method.
+        """
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        for key, value in vars(self).items():
+            if key in ("_train_dl", "_validation_dl", "_test_dl"):
+                other.__dict__[key] = value
+            elif key in ("_trainer", "_fabric"):
+                other.__dict__[key] = None
+            elif key != "training_step":
+                other.__dict__[key] = copy.deepcopy(value, memo)
+        return other
 
     # Inference.
 
@@ -368,6 +385,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         model.discriminator = None
         model._losses = None
         model._average = None
+        model._codebook_use = None
         model._is_random = False
         model._restored_from = None
     return model

@@ -112,10 +112,13 @@ def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path)
     manifest = corpus / "manifest.json"
     common = ["--train", manifest, "--valid", manifest, "--out", tmp_path / "run", "--batch-size", 2, "--frames", 8]
     small = ["--encoder-channels", 8, "--decoder-channels", 64, "--eval-every", 2, "--eval-clips", 2]
+    small += ["--adversarial-from", 3]
     run("train_default.py", *common, *small, "--steps", 2, cwd=tmp_path)
     output = run("train_default.py", *common, *small, "--steps", 4, cwd=tmp_path)
     assert "continuing from step 2" in output
     curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
     assert [point["step"] for point in curve] == [2, 4]
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 4 and state["discriminator_optimizer"]["state"]
     run("train_default.py", "--out", tmp_path / "run", "--export", tmp_path / "small.nemo", cwd=tmp_path)
     assert load(tmp_path / "small.nemo", "cpu").encode(synthesize(1))[0].shape == (1, 8, 22)

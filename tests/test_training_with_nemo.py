@@ -1,5 +1,6 @@
 """A training step against stock NeMo's: same weights, same batch, same losses, same updates."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockMode
 from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
+from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
 
@@ -368,3 +370,82 @@ def test_two_processes_learn_what_one_does_from_the_doubled_batch(tmp_path):
         moved = torch.cat([(one["state"][key] - before[key]).flatten() for key in keys])
         differs = torch.cat([(one["state"][key] - two["state"][key]).flatten() for key in keys])
         assert 0 < differs.norm() < 0.01 * moved.norm() or differs.norm() == 0 < moved.norm(), part
+
+
+def fitted(tmp_path, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
+    """Our model after two steps and a validation."""
+    config = training_config([STFT], optim={"_target_": "torch.optim.SGD", "lr": 1e-3})
+    _, model = models(tmp_path, config)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **trainer_options,
+    )  # fmt: skip
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
+    trainer.fit(model, batches, batches)
+    return model, trainer
+
+
+def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path):
+    """Stock: `copy.deepcopy` fails on a proxy, `load_from_checkpoint(strict=False)` on None."""
+    model, trainer = fitted(tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    before = generator_weights(model)
+    for other in (
+        copy.deepcopy(model),
+        AudioCodecModel.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu"),
+        AudioCodecModel.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", strict=False),
+    ):
+        assert torch.equal(generator_weights(other), before)
+        next(other.audio_encoder.parameters()).data.zero_()
+        assert torch.equal(generator_weights(model), before)
+
+
+def test_bf16_mixed_learns_what_fp32_does_and_quantizes_in_fp32(tmp_path, monkeypatch):
+    codes = []
+    index = GroupFiniteScalarQuantizer.index
+    monkeypatch.setattr(
+        GroupFiniteScalarQuantizer, "index", lambda self, values: codes.append(values) or index(self, values)
+    )
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        _, trainer = fitted(tmp_path, precision=precision)
+        losses[precision] = float(trainer.callback_metrics["val_loss"])
+    assert codes[-1].dtype == torch.float32 and torch.allclose((codes[-1] * 12).round(), codes[-1] * 12)
+    assert losses["bf16-mixed"] != losses["32-true"]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
+
+
+def test_what_a_person_watches_is_logged(tmp_path):
+    model, trainer = fitted(tmp_path)
+    metrics = trainer.callback_metrics
+    assert metrics["samples_per_second"] > 0
+    audio = batch(frames=8)["audio"]
+    tokens, _ = model.encode(audio, torch.tensor([8 * 1024] * 2))
+    entries = [codebook.unique(return_counts=True)[1] / 16 for codebook in tokens.transpose(0, 1).flatten(1)]
+    expected = torch.stack([torch.special.entr(share).sum().exp() for share in entries]).mean()
+    assert float(metrics["val_perplexity"]) == pytest.approx(float(expected), rel=1e-4)
+    assert 0 < metrics["val_levels_used"] <= 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    _, model = models(tmp_path, training_config([STFT], skip_nan_gradients=True))
+    bad = batch(frames=8)
+    bad["audio"][0, 100] = float("nan")
+    before = generator_weights(model)
+    train(model, [bad])
+    assert torch.equal(generator_weights(model), before)
+    train(model, [batch(frames=8)])
+    after = generator_weights(model)
+    assert after.isfinite().all() and not torch.equal(after, before)
+
+
+def test_compiled_parts_learn_the_same(tmp_path):
+    recorders = []
+    for compiler in (None, "aot_eager"):  # the default, "inductor", runs a C++ compiler for minutes
+        _, model = models(tmp_path, training_config([], compile=compiler))
+        recorders.append(train(model, [batch(frames=8)]))
+        assert (compiler is not None) == (model.audio_encoder._compiled_call_impl is not None)
+    plain, compiled = recorders
+    assert compiled.logged[0]["g_loss_mel_l1"] == pytest.approx(plain.logged[0]["g_loss_mel_l1"], rel=1e-5)
+    for key, gradient in plain.gradients[0].items():
+        assert (compiled.gradients[0][key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, key

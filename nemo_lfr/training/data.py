@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import soundfile
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nemo_lfr.audio import AudioReader, check_rate
 from nemo_lfr.errors import AudioError, ConfigError
@@ -216,3 +217,31 @@ class SegmentSampler(DistributedSampler):
     def __len__(self) -> int:
         """This process's draws: the same number for each."""
         return self.count // self.num_replicas
+
+
+def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader | None:
+    """The loader of a data section whose dataset is NeMo's `VocoderDataset`, or ours by name.
+
+    Args:
+        config: the section, with `dataset` and `dataloader_params`.
+        world_size, rank: processes, and which one this is.
+
+    Returns:
+        None for another dataset, or one that does more than read audio: NeMo's own loader is for these.
+
+    Raises:
+        ConfigError: for an argument that the dataset does not know.
+    """
+    arguments = cast(dict[str, Any], OmegaConf.to_container(config.dataset, resolve=True))
+    ours = f"{CodecDataset.__module__}.{CodecDataset.__name__}"
+    if arguments.pop("_target_", None) not in (NEMO_DATASET, ours):
+        return None
+    if arguments.get("feature_processors") or arguments.get("resample_rate"):
+        return None
+    try:
+        dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})
+    except TypeError as error:
+        raise ConfigError(f"dataset: {error}") from error
+    loader = dict(config.dataloader_params)
+    sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
+    return DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)

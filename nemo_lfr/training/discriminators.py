@@ -7,6 +7,7 @@ discriminators' own update detaches. State-dict keys are those of NeMo's classes
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -89,13 +90,13 @@ class AudioDiscriminator(nn.Module):
 
 
 class PeriodDiscriminator(_Network):
-    """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646)."""
+    """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646); `channels` of the first layer, 32 in NeMo."""
 
-    def __init__(self, period: int, lrelu_slope: float = 0.1) -> None:
-        channels = [(1, 32), (32, 128), (128, 512), (512, 1024)]
-        layers = [Conv2d(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in channels]
-        layers.append(Conv2d(1024, 1024, kernel_size=(5, 1)))
-        super().__init__(layers, Conv2d(1024, 1, kernel_size=(3, 1)), lrelu_slope)
+    def __init__(self, period: int, lrelu_slope: float = 0.1, channels: int = 32) -> None:
+        widths = [1, channels, 4 * channels, 16 * channels, 32 * channels]
+        layers = [Conv2d(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in pairwise(widths)]
+        layers.append(Conv2d(widths[-1], widths[-1], kernel_size=(5, 1)))
+        super().__init__(layers, Conv2d(widths[-1], 1, kernel_size=(3, 1)), lrelu_slope)
         self.period = period
 
     def view(self, audio: torch.Tensor) -> torch.Tensor:
@@ -121,9 +122,12 @@ class _Networks(AudioDiscriminator):
 class MultiPeriodDiscriminator(_Networks):
     """One network for each of some prime periods."""
 
-    def __init__(self, periods: Sequence[int] = (2, 3, 5, 7, 11), lrelu_slope: float = 0.1) -> None:
+    def __init__(
+        self, periods: Sequence[int] = (2, 3, 5, 7, 11), lrelu_slope: float = 0.1, channels: int = 32
+    ) -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, lrelu_slope) for period in periods)
+        networks = [PeriodDiscriminator(period, lrelu_slope, channels) for period in periods]
+        self.discriminators = nn.ModuleList(networks)
 
     def views(self, audio: Spectra) -> Views:
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]

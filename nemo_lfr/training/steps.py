@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
-from nemo_lfr.training.data import NEMO_DATASET, CodecDataset
+from nemo_lfr.evaluation.codebooks import CodebookUse
+from nemo_lfr.training.cuts import cut_loader, uses_lhotse
+from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import (
     AudioDiscriminator,
     SLMDiscriminator,
@@ -44,6 +47,8 @@ class TrainingSteps(NeMoAudioCodecModel):
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _average: "Average | None"
+    _codebook_use: CodebookUse | None  # of the validation that is under way
+    _step_began: float
     _is_random: bool  # no weights have been loaded
     _restored_from: Path | None
 
@@ -90,25 +95,28 @@ class TrainingSteps(NeMoAudioCodecModel):
         """Steps of the learning-rate schedule; `steps_per_epoch: null` is one pass over the data, as configs say."""
         config = self._cfg
         if config.get("max_steps") is None and config.get("steps_per_epoch") is None and config.get("max_epochs"):
-            return int(config.max_epochs) * len(self._train_dl)
+            try:
+                return int(config.max_epochs) * len(self._train_dl)
+            except TypeError as error:
+                raise ConfigError(
+                    "steps_per_epoch must be set: the training data has no end (Lhotse), so no epoch."
+                ) from error
         return super().max_steps
 
     def get_dataset(self, cfg: DictConfig) -> Any:
         """NeMo's loader, with our dataset in the place of its `VocoderDataset`."""
-        if cfg.dataset.get("_target_") not in (NEMO_DATASET, f"{CodecDataset.__module__}.{CodecDataset.__name__}"):
-            return super().get_dataset(cfg)
-        arguments = cast(dict[str, Any], OmegaConf.to_container(cfg.dataset, resolve=True))
-        del arguments["_target_"]
-        if arguments.get("feature_processors") or arguments.get("resample_rate"):
-            return super().get_dataset(cfg)
-        try:
-            dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})
-        except TypeError as error:
-            raise ConfigError(f"dataset: {error}") from error
-        loader = dict(cfg.dataloader_params)
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
-        sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
-        return torch.utils.data.DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)
+        return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
+
+    def _get_lhotse_dataloader(self, cfg: DictConfig) -> Any:
+        return cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size)
+
+    def setup_validation_data(self, cfg: DictConfig) -> None:
+        """Manifests or, beyond NeMo, Lhotse cuts."""
+        if uses_lhotse(cfg):
+            self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
+        else:
+            super().setup_validation_data(cfg)
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """NeMo's `init_from_*` keys; `init_from_ptl_ckpt`, which stock cannot read, is read as any checkpoint."""
@@ -123,6 +131,10 @@ class TrainingSteps(NeMoAudioCodecModel):
         super().on_train_start()
         if self.cfg.get("initialize_from_data") and self._is_random:
             self.initialize_from_data()
+        self._step_began = time.perf_counter()
+        if compiler := self.cfg.get("compile"):
+            for part in (self.audio_encoder, self.audio_decoder):
+                part.compile(backend="inductor" if compiler is True else compiler)
         if self.cfg.get("ema_decay"):
             self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
 
@@ -195,6 +207,9 @@ class TrainingSteps(NeMoAudioCodecModel):
                 self._average.update(self._generator)
             self.update_lr()
         metrics |= {f"g_loss_{name}": value.detach() for name, value in terms.items()}
+        now = time.perf_counter()
+        metrics["samples_per_second"] = audio.numel() / (now - self._step_began)
+        self._step_began = now
         self.log_dict(metrics, on_step=True)
         if "mel_l1" in terms:
             self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
@@ -208,7 +223,12 @@ class TrainingSteps(NeMoAudioCodecModel):
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """NeMo's validation losses, from one STFT of each signal per resolution."""
-        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        audio, audio_len, audio_gen, _, codes, *_ = self._process_batch(batch)
+        if self._codebook_use is None:
+            self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)
+        self._codebook_use.update(
+            self.vector_quantizer.index(codes).transpose(0, 1), audio_len // self.samples_per_frame
+        )
         names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
         terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
         metrics = {f"val_loss_{name}": value for name, value in terms.items()}
@@ -237,6 +257,11 @@ class TrainingSteps(NeMoAudioCodecModel):
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
         # Not `on_validation_end`: checkpoints are written there, before a module's own hook.
         result = super().on_validation_epoch_end(*args, **kwargs)
+        if (use := self._codebook_use) is not None:
+            self._codebook_use = None
+            counts = self.all_gather(use.counts)
+            use.counts = counts.sum(dim=0) if counts.dim() > use.counts.dim() else counts
+            self.log_dict({"val_perplexity": use.perplexity().mean(), "val_levels_used": use.levels_used()})
         if self._average is not None:
             self._average.swap(self._generator)
         return result

@@ -1,0 +1,137 @@
+"""`nemo-lfr prepare`: a downloaded corpus into NeMo manifests to train and validate on."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.corpora import LAYOUTS, SPLITS, Utterance, hold_out
+from nemo_lfr.errors import AudioError, NemoLfrError
+
+Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
+FAILURES = "failures.jsonl"
+# What has been opened so far: a run that was cut off goes on from here.
+JOURNAL = ".opened.jsonl"
+
+
+@contextmanager
+def silent(total: int) -> Iterator[Callable[[str], None]]:
+    yield lambda text: None
+
+
+def prepare(
+    kind: str,
+    corpus: Path,
+    out: Path,
+    *,
+    valid_share: float = 0.02,
+    jobs: int = 4,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write OUT/train.json, valid.json and test.json, as far as there are such, and failures.jsonl.
+
+    A line has `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` where the
+    corpus has them. Files that cannot be opened, or were cut short, are listed with the reason.
+
+    Args:
+        kind: one of `LAYOUTS`.
+        corpus: the unpacked archive; audio stays where it is.
+        out: folder for the manifests.
+        valid_share: of the speakers, to hold out where the corpus has no validation set.
+        jobs: files opened at a time.
+        progress: gives, for the number of files that are to be opened, a context whose value is called after each,
+            with what there is to say of it.
+
+    Returns:
+        Counts and hours by split, failures and paths, ready to print.
+
+    Raises:
+        NemoLfrError: if the corpus has no utterance of this layout.
+    """
+    if not corpus.is_dir():
+        raise NemoLfrError(f"{corpus}: no such folder.")
+    utterances = list(LAYOUTS[kind](corpus))
+    if not utterances:
+        raise NemoLfrError(f"{corpus}: no utterance of {kind} here; expected: {LAYOUTS[kind].__doc__}")
+    if any(utterance.split is None for utterance in utterances):
+        utterances = hold_out(utterances, valid_share)
+    out.mkdir(parents=True, exist_ok=True)
+    found = _open_all(utterances, corpus, out / JOURNAL, jobs, progress)
+    result: dict[str, Any] = {}
+    for split in SPLITS:
+        own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
+        if own:
+            path = _write(out / f"{split}.json", own)
+            hours = sum(entry["duration"] for entry in own) / 3600
+            speakers = len({entry["speaker"] for entry in own})
+            result[split] = f"{path}  ({len(own)} utterances, {speakers} speakers, {hours:.2f} hours)"
+    failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
+    if failures:
+        result["failures"] = f"{_write(out / FAILURES, failures)}  ({len(failures)})"
+    if not set(result) & set(SPLITS):
+        raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
+    (out / JOURNAL).unlink()
+    result["audio_dir"] = str(corpus)
+    return result
+
+
+def _open_all(
+    utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
+) -> dict[str, float | str]:
+    """Duration of each file in seconds, or why it cannot be used."""
+    found: dict[str, float | str] = {}
+    if journal.exists():
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                path, value = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was cut off
+            found[path] = value
+    missing = [path for utterance in utterances if (path := str(utterance.path)) not in found]
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        open(journal, "a", encoding="utf-8") as log,
+        progress(len(missing)) as advance,
+    ):
+        log.write("\n")  # ends a line that was cut off
+        for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
+            found[path] = value
+            log.write(json.dumps([path, value]) + "\n")
+            log.flush()
+            advance(f"{path}: {value}" if isinstance(value, str) else "")
+    return found
+
+
+def _duration(path: Path) -> float | str:
+    try:
+        with AudioReader(path, 22050) as reader:
+            if reader.duration <= 0:
+                return "holds no samples"
+            return round(reader.duration, 4)
+    except (AudioError, OSError) as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _entry(utterance: Utterance, found: dict[str, float | str]) -> dict[str, Any] | None:
+    duration = found[str(utterance.path)]
+    if isinstance(duration, str):
+        return None
+    return {
+        "audio_filepath": str(utterance.path),
+        "duration": duration,
+        "speaker": utterance.speaker,
+    } | utterance.labels
+
+
+def _write(path: Path, entries: list[dict[str, Any]]) -> Path:
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path

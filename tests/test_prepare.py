@@ -1,0 +1,169 @@
+"""`nemo-lfr prepare`: miniature archives in their published layouts, broken files, interruption."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.cli import main
+from nemo_lfr.corpora import LAYOUTS, Utterance, hold_out
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.training import prepare as module
+from nemo_lfr.training.data import read_manifest
+from nemo_lfr.training.prepare import prepare
+from tests.models import RATE, synthesize
+
+
+def audio(path: Path, seconds: float = 0.5) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, synthesize(seconds), RATE)
+
+
+def text(path: Path, contents: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(contents, encoding="utf-8")
+
+
+def librispeech(root: Path) -> None:
+    for part, speaker in (("train-clean-100", "19"), ("dev-clean", "84"), ("test-other", "367")):
+        chapter = root / "LibriSpeech" / part / speaker / "1"
+        text(chapter / f"{speaker}-1.trans.txt", f"{speaker}-1-0000 HELLO THERE\n{speaker}-1-0001 AGAIN\n")
+        for number in range(2):
+            audio(chapter / f"{speaker}-1-000{number}.flac")
+
+
+def mls(root: Path) -> None:
+    for split, speaker, kind in (("train", "10", ".flac"), ("dev", "11", ".opus"), ("test", "12", ".flac")):
+        folder = root / "mls_german" / split
+        text(folder / "transcripts.txt", f"{speaker}_7_000000\tguten tag\n")
+        path = folder / "audio" / speaker / "7" / f"{speaker}_7_000000{kind}"
+        path.parent.mkdir(parents=True)
+        if kind == ".opus":
+            soundfile.write(path, synthesize(0.5), 24000, format="OGG", subtype="OPUS")
+        else:
+            audio(path)
+
+
+def commonvoice(root: Path) -> None:
+    language = root / "cv-corpus-17.0" / "pl"
+    for split in ("train", "dev", "test"):
+        rows = ["client_id\tpath\tsentence\tup_votes\tlocale", f'{split}er\t{split}.mp3\tpowiedział "tak\t2\tpl']
+        text(language / f"{split}.tsv", "\n".join(rows) + "\n")
+        audio(language / "clips" / f"{split}.mp3")
+
+
+def vctk(root: Path) -> None:
+    for speaker in (f"p{number}" for number in range(225, 265)):
+        audio(root / "wav48_silence_trimmed" / speaker / f"{speaker}_001_mic1.flac", 0.1)
+        audio(root / "wav48_silence_trimmed" / speaker / f"{speaker}_001_mic2.flac", 0.1)
+        text(root / "txt" / speaker / f"{speaker}_001.txt", "Please call Stella.\n")
+
+
+def folder(root: Path) -> None:
+    for index in range(60):
+        audio(root / f"{index}.wav", 0.1)
+    text(root / "3.txt", "drei")
+
+
+MAKE = {"librispeech": librispeech, "mls": mls, "commonvoice": commonvoice, "vctk": vctk, "folder": folder}
+
+
+def manifest(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_published_layout_becomes_manifests_that_training_reads(tmp_path, kind):
+    MAKE[kind](tmp_path / "corpus")
+    prepare(kind, tmp_path / "corpus", tmp_path / "out", valid_share=0.1)
+    entries = {split: manifest(tmp_path / "out" / f"{split}.json") for split in ("train", "valid")}
+    expected = {"librispeech": 2, "mls": 1, "commonvoice": 1}
+    if kind in expected:
+        entries["test"] = manifest(tmp_path / "out" / "test.json")
+        assert {split: len(own) for split, own in entries.items()} == dict.fromkeys(entries, expected[kind])
+    else:
+        total = len(entries["train"]) + len(entries["valid"])
+        assert total == (40 if kind == "vctk" else 60) and 0 < len(entries["valid"]) < 0.3 * total
+    if kind != "folder":
+        speakers = [{entry["speaker"] for entry in own} for own in entries.values()]
+        assert not set.intersection(*speakers) and all(entry["text"] for own in entries.values() for entry in own)
+        languages = {"mls": "german", "commonvoice": "pl"}
+        assert {entry["lang"] for entry in entries["train"]} == {languages.get(kind, "en")}
+    for split, own in entries.items():
+        recordings = read_manifest(tmp_path / "out" / f"{split}.json", tmp_path / "corpus", kind)
+        assert [recording.duration for recording in recordings] == [entry["duration"] for entry in own]
+        for recording in recordings:
+            assert soundfile.info(recording.path).duration == pytest.approx(recording.duration, abs=1e-3)
+    assert not (tmp_path / "out" / "failures.jsonl").exists()
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}
+
+
+def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
+    librispeech(tmp_path / "corpus")
+    chapter = tmp_path / "corpus" / "LibriSpeech" / "train-clean-100" / "19" / "1"
+    (chapter / "19-1-0000.flac").write_bytes(b"fLaC")
+    (tmp_path / "corpus" / "LibriSpeech" / "dev-clean" / "84" / "1" / "84-1-0001.flac").unlink()
+    result = prepare("librispeech", tmp_path / "corpus", tmp_path / "out")
+    failures = {
+        Path(entry["audio_filepath"]).name: entry["reason"] for entry in manifest(tmp_path / "out/failures.jsonl")
+    }
+    assert failures.keys() == {"19-1-0000.flac", "84-1-0001.flac"}
+    assert "not an audio file" in failures["19-1-0000.flac"] and "no such file" in failures["84-1-0001.flac"]
+    assert [len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid", "test")] == [1, 1, 2]
+    assert "(2)" in result["failures"]
+
+
+def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
+    folder(tmp_path / "corpus")
+    opened = []
+    duration = module._duration
+
+    def interrupted(path: Path) -> float | str:
+        if len(opened) == 20:
+            raise KeyboardInterrupt
+        opened.append(path)
+        return duration(path)
+
+    monkeypatch.setattr(module, "_duration", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out" / "train.json").exists()
+    with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
+        journal.write('["7.wa')  # what a kill leaves
+    monkeypatch.setattr(module, "_duration", lambda path: opened.append(path) or duration(path))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+    assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
+    total = sum(len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid"))
+    assert total == 60
+
+
+def test_who_is_held_out_does_not_change_when_a_corpus_grows():
+    many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
+    held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}
+    assert 30 < len(held) < 70
+    fewer = hold_out(many[:600], 0.1)
+    assert {utterance.speaker for utterance in fewer if utterance.split == "valid"} == held & set(map(str, range(300)))
+    given = Utterance(Path("a.wav"), "a", "test")
+    assert hold_out([given], 1.0) == [given]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
+    with pytest.raises(NemoLfrError, match=f"no utterance of {kind} here"):
+        prepare(kind, tmp_path, tmp_path / "out")
+    with pytest.raises(NemoLfrError, match="no such folder"):
+        prepare(kind, tmp_path / "none", tmp_path / "out")
+
+
+def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
+    folder(tmp_path / "corpus")
+    (tmp_path / "corpus" / "bad.wav").write_bytes(b"no")
+    main(["prepare", "folder", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--json"])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["audio_dir"] == str(tmp_path / "corpus")
+    assert "bad.wav: not an audio file" in output.err and output.err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert "no utterance of folder here" in error and error.count("\n") == 1
