@@ -34,7 +34,13 @@ from nemo_lfr.training.discriminators import (
     frozen,
 )
 from nemo_lfr.training.initialize import initialize_from_data
-from nemo_lfr.training.losses import ReconstructionLoss, discriminator_squared, feature_matching, generator_squared
+from nemo_lfr.training.losses import (
+    ReconstructionLoss,
+    discriminator_squared,
+    feature_matching,
+    generator_squared,
+    spread,
+)
 from nemo_lfr.training.spectra import Spectra
 
 SAMPLE_RATE = 22050
@@ -61,16 +67,6 @@ class Generator(nn.Module):
         encoded = self.audio_encoder.encode_frames(audio).float()
         codes, tokens = self.vector_quantizer(encoded)
         return self.audio_decoder.decode_frames(codes).float(), encoded, tokens
-
-
-def spread_loss(encoded: torch.Tensor) -> torch.Tensor:
-    """Keep each encoded dimension [B, D, T] centred and at least 0.8 wide.
-
-    Early on the codes are noise to the decoder, which is rewarded for an encoder that stops varying: without this
-    term every codebook is down to one token after 50 steps.
-    """
-    spread = encoded.std(dim=(0, 2))
-    return (0.8 - spread).clamp_min(0).mean() + encoded.mean(dim=(0, 2)).square().mean()
 
 
 class Adversary:
@@ -250,7 +246,7 @@ def main() -> None:
         with torch.autocast(args.device, dtype=torch.bfloat16):
             output, encoded, tokens = model(batch)
         real, gen = Spectra(batch), Spectra(output)
-        terms = loss_fn(real, gen, None, TERMS) | {"spread": spread_loss(encoded)}
+        terms = loss_fn(real, gen, None, TERMS) | {"spread": spread(encoded)}
         if adversary is not None:
             terms |= adversary.step(real, gen)
         total = sum(LOSS_WEIGHTS.get(name, 0) * term for name, term in terms.items())

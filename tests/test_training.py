@@ -114,7 +114,7 @@ def test_adversarial_losses_are_their_formulas():
 
 def test_terms_without_weight_are_not_computed():
     values = codec_config(mel_loss_l1_scale=0.0, stft_loss_scale=2.0, time_domain_loss_scale=3.0)
-    terms = CodecLosses(values).terms(Spectra(speech()), Spectra(speech(seed=1)), None)
+    terms = CodecLosses(values).terms(Spectra(speech()), Spectra(speech(seed=1)), None, torch.zeros(1, 32, 8))
     assert terms.keys() == {"stft", "time_domain"}
     total = CodecLosses(values).total(terms)
     assert total == pytest.approx(2 * float(terms["stft"]) + 3 * float(terms["time_domain"]))
@@ -147,3 +147,11 @@ def test_initialisation_leaves_no_hook_behind():
     codec = build_codec()
     for part in (codec.encoder, codec.decoder):
         assert not any(module._forward_hooks for module in part.modules())
+
+
+def test_spread_costs_a_dimension_that_stands_still_or_off_centre():
+    wide = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0))
+    wide = (wide - wide.mean(dim=(0, 2), keepdim=True)) / wide.std(dim=(0, 2), keepdim=True)
+    assert losses.spread(wide) == pytest.approx(0, abs=1e-5)
+    assert losses.spread(wide * 0.3) == pytest.approx(0.5, abs=1e-5)
+    assert losses.spread(wide + 2) == pytest.approx(4, abs=1e-4)

@@ -101,15 +101,11 @@ class FiniteScalarQuantizer(nn.Module):
         with torch.autocast(inputs.device.type, enabled=False):
             compressed = self.compress(inputs.float())
             rounded = compressed + (compressed.round() - compressed).detach()
-            codes = rounded / (self.num_levels // 2)
-        tokens = self.index(codes.detach()).squeeze(0)
+            middle = self.num_levels // 2
+            codes = rounded / middle
+            digits = rounded.detach().round().to(torch.int32) + middle
+        tokens = (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
         return _mask(codes, input_len), _mask(tokens, input_len).unsqueeze(0)
-
-    def index(self, codes: torch.Tensor) -> torch.Tensor:
-        """Tokens of codes: [B, D, T] -> [1, B, T]."""
-        middle = self.num_levels // 2
-        digits = (codes * middle).round().to(torch.int32) + middle
-        return (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32).unsqueeze(0)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of encoded frames: [B, D, T] -> [1, B, T]."""
@@ -171,12 +167,6 @@ class GroupFiniteScalarQuantizer(nn.Module):
         codes = codes.reshape(inputs.shape)
         tokens = tokens.reshape(inputs.shape[0], self.num_groups, -1)
         return _mask(codes, input_len), _mask(tokens, input_len).transpose(0, 1)
-
-    def index(self, codes: torch.Tensor) -> torch.Tensor:
-        """Tokens of codes: [B, D, T] -> [C, B, T]."""
-        quantizer = self.fsqs[0]
-        assert isinstance(quantizer, FiniteScalarQuantizer)
-        return quantizer.index(self._fold(codes)).reshape(codes.shape[0], self.num_groups, -1).transpose(0, 1)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of encoded frames: [B, D, T] -> [C, B, T]."""

@@ -13,10 +13,7 @@ RESOLUTION = (1024, 256, 1024)
 
 
 class SpectrogramGenerator(ArtifactGenerator):
-    """Spectrograms in dB of each clip of `log_ds`: the originals once, the reconstructions each time.
-
-    Name it in `model.log_config.generators`.
-    """
+    """Spectrograms in dB of each clip of `log_config`: the originals once, the reconstructions each time."""
 
     def generate_artifacts(
         self, model: LightningModule, batch_dict: dict[str, Any], initial_log: bool = False

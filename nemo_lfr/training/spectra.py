@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=64)
 def hann(length: int, device: torch.device) -> torch.Tensor:
-    return torch.hann_window(length, periodic=False, device=device)
+    with torch.inference_mode(False):  # validation may come first; what it caches must serve training too
+        return torch.hann_window(length, periodic=False, device=device)
 
 
 class Spectra:

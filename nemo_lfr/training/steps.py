@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.evaluation.codebooks import CodebookUse
+from nemo_lfr.training.artifacts import SpectrogramGenerator
 from nemo_lfr.training.cuts import cut_loader, uses_lhotse
 from nemo_lfr.training.data import manifest_loader
 from nemo_lfr.training.discriminators import (
@@ -87,7 +89,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         """The terms of the config, built when training or validation first needs them."""
         if self._losses is None:
             config = OmegaConf.to_container(self.cfg, resolve=True)
-            self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
+            with torch.inference_mode(False):  # validation may be first to need it
+                self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
         return self._losses
 
     @property
@@ -117,6 +120,13 @@ class TrainingSteps(NeMoAudioCodecModel):
             self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
         else:
             super().setup_validation_data(cfg)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too."""
+        callbacks = super().configure_callbacks()
+        if callbacks and self.log_config.get("log_spectrograms"):
+            callbacks[0].generators.append(SpectrogramGenerator())
+        return callbacks
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """NeMo's `init_from_*` keys; `init_from_ptl_ckpt`, which stock cannot read, is read as any checkpoint."""
@@ -161,6 +171,27 @@ class TrainingSteps(NeMoAudioCodecModel):
                 torch.distributed.broadcast(parameter.data, 0)
         logger.info("weights scaled by %d segments of the training speech", len(audio))
 
+    def reconstruct(
+        self, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Through the codec and back, with a graph.
+
+        Args:
+            batch: `audio` [B, T_audio] and `audio_lens` [B].
+
+        Returns:
+            Audio padded to whole frames, its lengths, the reconstruction [B, T_audio], the encoder's output [B, D, T]
+            and the tokens [B, C, T].
+        """
+        audio, audio_len = self.pad_audio(
+            audio=batch["audio"], audio_len=batch["audio_lens"], samples_per_frame=self.samples_per_frame
+        )
+        encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len)
+        noisy = encoded if self.encoder_noise is None else self.encoder_noise(encoded)
+        codes, tokens = self.vector_quantizer(inputs=noisy, input_len=encoded_len)
+        audio_gen, _ = self.audio_decoder(inputs=codes, input_len=encoded_len)
+        return audio, audio_len, audio_gen, encoded, tokens.transpose(0, 1)
+
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """One update of the discriminators, when it is their turn, and one of the generator.
 
@@ -172,7 +203,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         first = batch_idx % every == 0
         last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
         optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
-        audio, audio_len, audio_gen, *_ = self._process_batch(batch)
+        audio, audio_len, audio_gen, encoded, _ = self.reconstruct(batch)
         real, gen = Spectra(audio), Spectra(audio_gen)
         metrics = {
             "global_step": self.global_step,
@@ -191,7 +222,7 @@ class TrainingSteps(NeMoAudioCodecModel):
                 self.manual_backward(loss / every)
                 if last:
                     self._step_optimizer(others[0], self.disc_params, name="discriminator")
-        terms = self.losses.terms(real, gen, audio_len)
+        terms = self.losses.terms(real, gen, audio_len, encoded)
         if self.discriminator is not None:
             with frozen(self.discriminator):
                 with torch.no_grad():
@@ -223,12 +254,10 @@ class TrainingSteps(NeMoAudioCodecModel):
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """NeMo's validation losses, from one STFT of each signal per resolution."""
-        audio, audio_len, audio_gen, _, codes, *_ = self._process_batch(batch)
+        audio, audio_len, audio_gen, _, tokens = self.reconstruct(batch)
         if self._codebook_use is None:
             self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)
-        self._codebook_use.update(
-            self.vector_quantizer.index(codes).transpose(0, 1), audio_len // self.samples_per_frame
-        )
+        self._codebook_use.update(tokens, audio_len // self.samples_per_frame)
         names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
         terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
         metrics = {f"val_loss_{name}": value for name, value in terms.items()}

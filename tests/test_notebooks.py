@@ -1,0 +1,39 @@
+"""The tutorials run from the first cell to the last, and show what they say they show."""
+
+import shutil
+import sys
+
+import pytest
+
+pytest.importorskip("nemo", reason="the tutorials use NeMo's door: pip install 'nemo-lfr[nemo]'")
+
+import nbformat
+from nbclient import NotebookClient
+
+from tests.crash import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("name", "pictures", "players"), [("Inference", 4, 2), ("Training", 3, 2)])
+def test_a_tutorial_runs(tmp_path, monkeypatch, name, pictures, players):
+    for folder in ("examples", "conf"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("codec_tutorial"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The kernel is this Python, whatever kernels the machine knows by name.
+    kernels = tmp_path / "jupyter" / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    command = '["' + sys.executable + '", "-m", "ipykernel_launcher", "-f", "{connection_file}"]'
+    (kernels / "kernel.json").write_text(f'{{"argv": {command}, "display_name": "here", "language": "python"}}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = nbformat.read(tmp_path / "examples" / f"Audio_Codec_{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "examples")}})
+    client.execute()  # raises for a cell that fails
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in data for data in shown) == pictures
+    assert sum("<audio" in data.get("text/html", "") for data in shown) == players
+    assert not [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"
+    ]
