@@ -64,6 +64,16 @@ def train(corpus: Path, out: Path, *overrides: str) -> Path:
     return out / "AudioCodec" / "checkpoints"
 
 
+@pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
+def test_a_configs_trainer_is_one_for_this_machine(config):
+    """With a GPU or without: stock's configs ask for GPUs and end where there are none."""
+    pl = pytest.importorskip("lightning.pytorch", reason="needs NeMo's Lightning: pip install 'nemo-lfr[nemo]'")
+    hydra = pytest.importorskip("hydra", reason="needs NeMo's Hydra: pip install 'nemo-lfr[nemo]'")
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        trainer = pl.Trainer(**hydra.compose(config, ["max_epochs=1"]).trainer)
+    assert trainer.num_devices == (max(torch.cuda.device_count(), 1) if "debug" not in config else 1)
+
+
 def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, tmp_path):
     pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
     checkpoints = train(corpus, tmp_path)

@@ -319,6 +319,20 @@ output_audio = reconstructed_audio.cpu().numpy()
 print(json.dumps(encoded_tokens.tolist()))
 """
 
+START = """
+import sys
+from omegaconf import OmegaConf
+from nemo_lfr import AudioCodecModel
+import torch
+source = AudioCodecModel.restore_from(sys.argv[1], map_location="cpu")
+model = AudioCodecModel(source.cfg)
+differ = lambda: [key for key, value in source.state_dict().items() if not torch.equal(value, model.state_dict()[key])]
+assert differ()
+name = "nvidia/low-frame-rate-speech-codec-22khz"
+model.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_pretrained_model": name}))
+assert not differ()
+"""
+
 
 def test_the_cards_snippet_runs_from_the_hub_cold_then_cached_then_offline(nemo_file, tmp_path):
     clip = tmp_path / "clip.wav"
@@ -339,3 +353,8 @@ def test_the_cards_snippet_runs_from_the_hub_cold_then_cached_then_offline(nemo_
             assert json.loads(run.stdout.strip().splitlines()[-1]) == expected.tolist()
             assert any(request.startswith("GET") for request in hub.requests) == downloads
             assert ("non-commercial" in run.stderr + run.stdout) == downloads
+        # A new model starts from the same download by its name, as NeMo's configs may ask.
+        run = subprocess.run(
+            [sys.executable, "-c", START, nemo_file], env=offline, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
