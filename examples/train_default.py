@@ -26,7 +26,7 @@ from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
-from nemo_lfr.training.data import read_manifest as read_recordings
+from nemo_lfr.manifests import read_manifest as read_recordings
 from nemo_lfr.training.discriminators import (
     Discriminator,
     MultiPeriodDiscriminator,

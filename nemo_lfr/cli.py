@@ -1,4 +1,4 @@
-"""The command line: `nemo-lfr demo | encode | decode | info | prepare`.
+"""The command line: `nemo-lfr demo | encode | decode | info | prepare | evaluate`.
 
 A thin layer: paths are checked before a model is loaded, results go to stdout, everything else to stderr, and a user's
 mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
@@ -22,6 +22,7 @@ import click
 from nemo_lfr import __version__
 from nemo_lfr.corpora import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.command import evaluate
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -432,6 +433,9 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, a
         click.echo(json.dumps(values, indent=2))
     else:
         print_table(values)
+
+
+app.add_command(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.evaluation.metrics import MISSING, NotMeasured, measure
+from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure, missing
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -54,8 +54,8 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
         "encoding": f"{encoded - started:.2f} s, {duration / (encoded - started):.1f} times real time",
         "decoding": f"{finished - encoded:.2f} s, {duration / (finished - encoded):.1f} times real time",
     } | {
-        name: value if isinstance(value, NotMeasured) else f"{value:.3f}"
-        for name, value in measure(audio, output, rate).items()
+        name: value if isinstance(value, NotMeasured) else f"{value:.3f} {METRICS[name].unit}".rstrip()
+        for name, value in measure(Signal(audio, rate), Signal(output, rate), QUICK).items()
     }
 
 
@@ -64,7 +64,7 @@ def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return MISSING.replace("measured", "drawn")
+        return missing("matplotlib").replace("measured", "drawn")
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, wave, title in zip(

@@ -186,14 +186,21 @@ class LFRCodecModel(TrainingSteps):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights of any NeMo version.
 
-        `strict` judges the encoder, quantizer and decoder; what NeMo versions differ in (discriminators, WavLM, loss
-        buffers) is loaded where it fits.
+        `strict` judges the encoder, quantizer and decoder; what NeMo versions and configs differ in (discriminators,
+        WavLM, windows and filters of the losses) is loaded where it fits.
 
         Raises:
-            CheckpointError: if `strict`, and the codec's weights are incomplete or others.
+            CheckpointError: if weights of the codec have other shapes; if `strict`, and they are incomplete or others.
         """
         self._is_random = False
-        state = {key: value for key, value in state_dict.items() if WAVLM not in key}
+        shapes = {key: value.shape for key, value in super(NeMoAudioCodecModel, self).state_dict().items()}
+        other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
+        if judged := [key for key in other if key.partition(".")[0] in PARTS]:
+            raise CheckpointError(
+                f"the state dict is of another codec: {len(judged)} weights have other shapes, first {judged[0]}: "
+                f"{list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
+            )
+        state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if self.discriminator is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
             self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}

@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 from nemo_lfr.errors import AudioError, ConfigError
-from nemo_lfr.training.data import CodecDataset, read_manifest
+from nemo_lfr.manifests import read_manifest
+from nemo_lfr.training.data import CodecDataset
 from tests.models import RATE, synthesize
 
 

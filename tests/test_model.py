@@ -235,6 +235,19 @@ def test_training_forward_equals_stock(nemo_file):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums in another order
 
 
+def test_weights_load_beside_other_loss_resolutions_and_not_into_another_codec(nemo_file):
+    source = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    values = OmegaConf.to_container(source.cfg, resolve=True)
+    values |= {"loss_resolutions": [[128, 32, 128], [512, 128, 512]], "mel_loss_dims": [10, 40]}
+    model = AudioCodecModel(OmegaConf.create(values))
+    model.load_state_dict(source.state_dict())
+    audio, length = speech_like(5000)[None], torch.tensor([5000])
+    assert torch.equal(model.encode(audio, length)[0], source.encode(audio, length)[0])
+    values["audio_encoder"]["base_channels"] *= 2
+    with pytest.raises(CheckpointError, match=r"of another codec: .* instead of "):
+        AudioCodecModel(OmegaConf.create(values)).load_state_dict(source.state_dict(), strict=False)
+
+
 def test_accelerate_changes_a_stock_model_in_place_and_keeps_its_mode(nemo_file):
     model = stock_model(nemo_file)
     assert nemo_lfr.accelerate(model) is model

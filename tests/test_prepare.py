@@ -9,8 +9,8 @@ import soundfile
 from nemo_lfr.cli import main
 from nemo_lfr.corpora import LAYOUTS, Utterance, hold_out
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.manifests import read_manifest
 from nemo_lfr.training import prepare as module
-from nemo_lfr.training.data import read_manifest
 from nemo_lfr.training.prepare import prepare
 from tests.models import RATE, synthesize
 

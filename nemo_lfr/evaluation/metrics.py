@@ -1,59 +1,261 @@
 """Figures for one pair of recordings: the original and what a codec made of it.
 
-The metrics are other packages' (extra `demo`); one whose package is missing gives a `NotMeasured` that says so.
+PESQ, STOI and pitch are other packages' (extra `evaluate`). Where there is no figure, there is a `NotMeasured` that
+says why; nothing stands in for it.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+
+from nemo_lfr.audio import check_peak, check_rate, resample
+from nemo_lfr.errors import AudioError
+
+# Of the mel and STFT distance: (FFT size, hop, window) in samples and mel bands, those of the codec's training config.
+RESOLUTIONS = tuple((size, size // 4, size) for size in (32, 64, 128, 256, 512, 1024, 2048))
+MEL_DIMS = (5, 10, 20, 40, 80, 160, 320)
+# Quieter than the last bit of 24: there is nothing to compare with.
+SILENCE = 2.0**-23
+# P.862 is made for 8 to 20 s; its reference code keeps tables of fixed size.
+PESQ_SECONDS = 60
+PITCH_HOP = 320  # 20 ms at 16 kHz
 
 
 class NotMeasured(str):
     """Stands in a table where a figure would, and says why there is none."""
 
 
-MISSING = NotMeasured('not measured: pip install "nemo-lfr[demo]"')
+class Undefined(NotMeasured):
+    """A metric that has no value for this very pair, whoever measures it."""
 
 
-def si_sdr(reference: np.ndarray, output: np.ndarray, rate: int) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., arXiv 1811.02508), of zero-mean signals."""
-    reference, output = reference - reference.mean(), output - output.mean()
-    target = reference * (output @ reference) / max(float(reference @ reference), 1e-12)
-    noise = target - output
-    return 10 * float(np.log10(max(float(target @ target), 1e-12) / max(float(noise @ noise), 1e-12)))
+def missing(package: str) -> NotMeasured:
+    """What stands for a metric whose package is not installed."""
+    return NotMeasured(f'not measured: needs {package}: pip install "nemo-lfr[evaluate]"')
 
 
-def estoi(reference: np.ndarray, output: np.ndarray, rate: int) -> float | NotMeasured:
-    """Extended short-time objective intelligibility (Jensen and Taal 2016): 1 is best."""
+class Signal:
+    """Mono audio [T] at `rate` Hz, and what several metrics want to know of it, each computed once.
+
+    Raises:
+        AudioError: if it is empty, not one-dimensional, NaN or beyond any level.
+    """
+
+    def __init__(self, wave: np.ndarray, rate: int) -> None:
+        check_rate(rate)
+        if wave.ndim != 1 or not len(wave):
+            raise AudioError(f"audio of shape {wave.shape}: expected samples [T], at least one.")
+        check_peak(float(np.abs(wave).max()), "the audio")
+        self.wave, self.rate = wave.astype(np.float32), rate
+
+    @property
+    def silent(self) -> bool:
+        return float(np.abs(self.wave).max()) < SILENCE
+
+    @cached_property
+    def at_16k(self) -> np.ndarray:
+        return resample(self.wave, self.rate, 16000)
+
+    @cached_property
+    def spectra(self) -> Any:
+        import torch
+
+        from nemo_lfr.training.spectra import Spectra
+
+        return Spectra(torch.from_numpy(self.wave)[None])
+
+    @cached_property
+    def pitch(self) -> tuple[np.ndarray, np.ndarray]:
+        """F0 in Hz and whether it is voiced, each [frames]; pYIN (Mauch and Dixon 2014) from 60 to 500 Hz."""
+        import librosa
+
+        f0, voiced, _ = librosa.pyin(self.at_16k, fmin=60, fmax=500, sr=16000, frame_length=1024, hop_length=PITCH_HOP)
+        return f0, voiced
+
+
+Value = float | NotMeasured
+
+
+def si_sdr(original: Signal, output: Signal) -> Value:
+    from nemo_lfr.training.losses import si_sdr
+
+    return _not_of_silence(original) or float(si_sdr(original.spectra.audio, output.spectra.audio))
+
+
+def mel_distance(original: Signal, output: Signal) -> Value:
+    return _reconstruction(original, output, "mel_l1")
+
+
+def stft_distance(original: Signal, output: Signal) -> Value:
+    return _reconstruction(original, output, "stft")
+
+
+@lru_cache(maxsize=4)
+def _reconstruction_loss(rate: int) -> Any:
+    from nemo_lfr.training.losses import ReconstructionLoss
+
+    return ReconstructionLoss(rate, RESOLUTIONS, MEL_DIMS)
+
+
+def _reconstruction(original: Signal, output: Signal, term: str) -> Value:
+    import torch
+
+    shortest = max(size for size, *_ in RESOLUTIONS) // 2 + 1
+    if len(original.wave) < shortest:
+        return Undefined(f"shorter than {shortest} samples")
+    with torch.no_grad():
+        return float(_reconstruction_loss(original.rate)(original.spectra, output.spectra, terms=[term])[term])
+
+
+def pesq_wb(original: Signal, output: Signal) -> Value:
+    from pesq import PesqError, pesq
+
+    if (silent := _not_of_silence(original)) is not None:
+        return silent
+    if len(original.wave) > PESQ_SECONDS * original.rate:
+        return Undefined(f"longer than {PESQ_SECONDS} s")
     try:
-        from pystoi import stoi
-    except ImportError:
-        return MISSING
-    return float(stoi(reference, output, rate, extended=True))
-
-
-def pesq_wb(reference: np.ndarray, output: np.ndarray, rate: int) -> float | NotMeasured:
-    """Wide-band PESQ (ITU-T P.862.2) at 16 kHz: up to 4.64."""
-    try:
-        from pesq import PesqError, pesq
-    except ImportError:
-        return MISSING
-    from nemo_lfr.audio import resample
-
-    try:
-        return float(pesq(16000, resample(reference, rate, 16000), resample(output, rate, 16000), "wb"))
+        return float(pesq(16000, original.at_16k, output.at_16k, "wb"))
     except PesqError as error:
-        return NotMeasured(f"not defined for this pair ({error})")
+        text = error.args[0] if error.args else error
+        return Undefined(text.decode() if isinstance(text, bytes) else str(text))
+    except ValueError:  # its C code's way to say that no level could be found
+        return Undefined("no speech in the output")
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray, int], Any]] = {
-    "ESTOI": estoi,
-    "PESQ-WB": pesq_wb,
-    "SI-SDR (dB)": si_sdr,
+def stoi(original: Signal, output: Signal) -> Value:
+    return _intelligibility(original, output, extended=False)
+
+
+def estoi(original: Signal, output: Signal) -> Value:
+    return _intelligibility(original, output, extended=True)
+
+
+def _intelligibility(original: Signal, output: Signal, extended: bool) -> Value:
+    from pystoi import stoi
+
+    if (silent := _not_of_silence(original)) is not None:
+        return silent
+    with warnings.catch_warnings():
+        # pystoi's way to say that 30 frames of speech are not there; it returns 1e-5 then.
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            return float(stoi(original.wave, output.wave, original.rate, extended=extended))
+        except (RuntimeWarning, ValueError):
+            return Undefined("too little speech for one 384 ms segment")
+
+
+def f0_error(original: Signal, output: Signal) -> Value:
+    (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
+    both = voiced & voiced_output
+    if not both.any():
+        return Undefined("no frame is voiced in both")
+    return float(np.sqrt(np.mean((1200 * np.log2(f0_output[both] / f0[both])) ** 2)))
+
+
+def voicing_error(original: Signal, output: Signal) -> Value:
+    return 100 * float(np.mean(original.pitch[1] != output.pitch[1]))
+
+
+def lag(original: Signal, output: Signal) -> Value:
+    """Where the envelopes' correlation peaks, in ms within 100: positive if the output is late."""
+    from scipy.ndimage import uniform_filter1d
+    from scipy.signal import correlate
+
+    if original.silent or output.silent:
+        return Undefined("silent")
+    hop, reach = original.rate // 1000, 100
+    first, second = (
+        envelope - envelope.mean()
+        for envelope in (np.sqrt(uniform_filter1d(s.wave**2, 8 * hop)[::hop].clip(0)) for s in (original, output))
+    )
+    correlation = correlate(second, first, mode="full")
+    centre = len(first) - 1
+    around = correlation[max(centre - reach, 0) : centre + reach + 1]
+    return float(1000 * hop / original.rate * (int(around.argmax()) - min(reach, centre)))
+
+
+def _not_of_silence(original: Signal) -> Undefined | None:
+    return Undefined("the original is silent") if original.silent else None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a figure is.
+
+    Attributes:
+        unit: for the head of a table.
+        better: "higher" or "lower", if either.
+        definition: in a sentence, printed with the figures.
+        package: that it needs.
+        function: of original and output, `Signal`s of one rate and length; None for one that a model judges.
+    """
+
+    unit: str
+    better: str | None
+    definition: str
+    package: str = ""
+    function: Callable[[Signal, Signal], Value] | None = None
+    digits: int = 3
+
+
+_LOG = (
+    "mean absolute difference of log(x + 1), over windows of 32 to 2,048 samples; depends on level: "
+    "a quieter recording scores better"
+)
+METRICS: dict[str, Metric] = {
+    "PESQ-WB": Metric("MOS", "higher", "ITU-T P.862.2 at 16 kHz, at most 4.64 (package pesq).", "pesq", pesq_wb, 2),
+    "ESTOI": Metric("", "higher", "Extended STOI, Jensen and Taal 2016, at most 1 (package pystoi).", "pystoi", estoi),
+    "STOI": Metric("", "higher", "Taal et al. 2011, at most 1 (package pystoi).", "pystoi", stoi),
+    "SI-SDR": Metric(
+        "dB",
+        "higher",
+        "Scale-invariant SDR of zero-mean signals (Le Roux et al. 2019) as NeMo's SISDRLoss has it. Sample by sample: "
+        "a shift of one sample lowers it, a gain does not; identical signals reach about 100 dB.",
+        "",
+        si_sdr,
+        2,
+    ),
+    "mel distance": Metric(
+        "", "lower", f"NeMo's MultiResolutionMelLoss: mel magnitudes, {_LOG}.", "librosa", mel_distance, 4
+    ),
+    "STFT distance": Metric(
+        "", "lower", f"NeMo's MultiResolutionSTFTLoss: magnitudes, {_LOG}.", "librosa", stft_distance, 4
+    ),
+    "F0 error": Metric(
+        "cents", "lower", "RMS difference of pitch where both are voiced (pYIN, 20 ms).", "librosa", f0_error, 1
+    ),
+    "voicing error": Metric(
+        "%", "lower", "Frames that are voiced in one and not in the other (pYIN, 20 ms).", "librosa", voicing_error, 1
+    ),
+    "lag": Metric("ms", None, "Of the output's envelope behind the original's, after compensation.", "scipy", lag, 1),
 }
+# What the demo shows and the quick check of a training run: seconds, not minutes.
+QUICK = ("ESTOI", "PESQ-WB", "SI-SDR")
 
 
-def measure(reference: np.ndarray, output: np.ndarray, rate: int) -> dict[str, float | NotMeasured]:
-    """Every metric of two recordings [T] of equal length at `rate` Hz."""
-    return {name: metric(reference, output, rate) for name, metric in METRICS.items()}
+def measure(original: Signal, output: Signal, names: Collection[str] = tuple(METRICS)) -> dict[str, Value]:
+    """The metrics asked for, of two recordings of equal rate and length.
+
+    Raises:
+        AudioError: if rate or length differ.
+    """
+    if original.rate != output.rate or len(original.wave) != len(output.wave):
+        raise AudioError(
+            f"{len(original.wave)} samples at {original.rate} Hz cannot be compared with {len(output.wave)} at "
+            f"{output.rate} Hz."
+        )
+    values: dict[str, Value] = {}
+    for name in names:
+        metric = METRICS[name]
+        assert metric.function is not None
+        try:
+            value = metric.function(original, output)
+        except ImportError as error:
+            value = missing(error.name or metric.package)
+        values[name] = value if isinstance(value, NotMeasured) or np.isfinite(value) else Undefined("not a number")
+    return values

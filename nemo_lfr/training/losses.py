@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from librosa.filters import mel as mel_filters
 from torch import nn
 
 from nemo_lfr.errors import ConfigError, clip
@@ -43,6 +42,8 @@ class ReconstructionLoss(nn.Module):
         stft_guard: float = 1.0,
         floor: float = 1e-3,
     ) -> None:
+        from librosa.filters import mel as mel_filters  # slow to import, and not needed for SI-SDR alone
+
         super().__init__()
         self.resolutions = [tuple(resolution) for resolution in resolutions]
         self.mel_guard, self.stft_guard, self.floor = mel_guard, stft_guard, floor

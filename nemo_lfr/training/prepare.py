@@ -11,6 +11,7 @@ from typing import Any
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.corpora import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.journal import Journal
 
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 FAILURES = "failures.jsonl"
@@ -83,26 +84,14 @@ def _open_all(
     utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
 ) -> dict[str, float | str]:
     """Duration of each file in seconds, or why it cannot be used."""
-    found: dict[str, float | str] = {}
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                path, value = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the run was cut off
-            found[path] = value
-    missing = [path for utterance in utterances if (path := str(utterance.path)) not in found]
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        open(journal, "a", encoding="utf-8") as log,
-        progress(len(missing)) as advance,
-    ):
-        log.write("\n")  # ends a line that was cut off
-        for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
-            found[path] = value
-            log.write(json.dumps([path, value]) + "\n")
-            log.flush()
-            advance(f"{path}: {value}" if isinstance(value, str) else "")
+    with Journal(journal) as log:
+        found: dict[str, float | str] = dict(log)
+        missing = [path for utterance in utterances if (path := str(utterance.path)) not in found]
+        with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
+            for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
+                found[path] = value
+                log.add([path, value])
+                advance(f"{path}: {value}" if isinstance(value, str) else "")
     return found
 
 

@@ -1,0 +1,229 @@
+"""An evaluation as one page that needs no network, as Markdown and as CSV."""
+
+import base64
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr import __version__
+from nemo_lfr.errors import MissingExtraError
+from nemo_lfr.evaluation import tables
+from nemo_lfr.evaluation.judges import ALL_METRICS
+from nemo_lfr.evaluation.metrics import NotMeasured
+from nemo_lfr.evaluation.peers import read
+from nemo_lfr.evaluation.run import Evaluation
+
+EXAMPLE_SECONDS = 10.0
+PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
+
+
+def check_packages() -> None:
+    """Raise MissingExtraError before any work, if the page could not be made."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f'the report needs {error.name}: pip install "nemo-lfr[evaluate]"') from error
+
+
+def write_report(
+    evaluation: Evaluation,
+    out: Path,
+    *,
+    title: str,
+    command: str,
+    by: Sequence[str] = (),
+    examples: int = 4,
+    card: Mapping[str, float] | None = None,
+) -> list[Path]:
+    """Write report.html, report.md, summary.csv and recordings.csv into `out`; returns their paths.
+
+    Args:
+        title: of the page.
+        command: that was typed.
+        by: keys of the manifest to give tables by, such as "lang".
+        examples: recordings to show and play, spread over the selection.
+        card: figures of NVIDIA's card for the same set, by metric.
+    """
+    from jinja2 import Environment
+
+    keys = list(evaluation.recordings)
+    quality = tables.quality(evaluation, keys, card=card)
+    more = [tables.cost(evaluation)]
+    if use := tables.codebooks(evaluation):
+        more.append(use)
+    for label in by:
+        more += tables.groups(evaluation, label)
+    seconds = sum(recording.duration for recording in evaluation.recordings.values())
+    subtitle = f"{len(keys)} recordings, {seconds / 60:.1f} minutes, compared at {evaluation.rate} Hz."
+    common: dict[str, Any] = {
+        "title": title,
+        "subtitle": subtitle,
+        "quality": quality,
+        "tables": more,
+        "gaps": tables.gaps(evaluation),
+        "definitions": tables.definitions(evaluation),
+        "command": command,
+        "versions": versions(),
+    }
+    template = (files("nemo_lfr.evaluation") / "report.html.jinja").read_text(encoding="utf-8")
+    page = (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
+    )
+    return [
+        tables.write(out / "report.html", page),
+        tables.write(out / "report.md", markdown(**common)),
+        tables.write(out / "summary.csv", tables.summary(evaluation)),
+        tables.write(out / "recordings.csv", tables.per_recording(evaluation)),
+    ]
+
+
+def markdown(
+    title: str,
+    subtitle: str,
+    quality: tables.Table,
+    tables: Sequence[tables.Table],
+    gaps: Sequence[str],
+    definitions: Sequence[tuple[str, str]],
+    command: str,
+    versions: str,
+) -> str:
+    parts = [f"# {title}", f"{subtitle} Means with 95 % bootstrap intervals over recordings.", quality.markdown()]
+    parts += [table.markdown() for table in tables]
+    if gaps:
+        parts.append("### Without a figure\n\n" + "\n".join(f"- {line}" for line in gaps))
+    parts.append("### What the figures are\n\n" + "\n".join(f"- **{name}**: {text}" for name, text in definitions))
+    parts.append(f"### How it was made\n\n```\n{command}\n```\n\n{versions}")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def versions() -> str:
+    found = [f"nemo-lfr {__version__}", f"Python {platform.python_version()}"]
+    for package in ("torch", "numpy", "pesq", "pystoi", "librosa", "jiwer", "transformers", "nemo_toolkit"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found) + f"; {platform.processor() or platform.machine()}"
+
+
+def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
+    from matplotlib.figure import Figure
+
+    found = {result.name: tables.means(result, keys) for result in evaluation.results}
+    names = [name for name in PLOTTED if any(name in own for own in found.values())]
+    if not names:
+        return []
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    colours = {result.name: f"C{index}" for index, result in enumerate(evaluation.results)}
+    rate, spread = (Figure(figsize=(4.3 * columns, 3.2 * rows), layout="constrained") for _ in range(2))
+    axes = rate.subplots(rows, columns, squeeze=False).flatten()
+    boxes = spread.subplots(rows, columns, squeeze=False).flatten()
+    for name, axis, box in zip(names, axes, boxes, strict=False):
+        metric = ALL_METRICS[name]
+        label = f"{name}{f' ({metric.unit})' if metric.unit else ''}, {metric.better} is better"
+        lossy = [result for result in evaluation.results if name in found[result.name] and result.name != "original"]
+        for result in lossy:
+            mean = found[result.name][name]
+            errors = [[mean.value - mean.low], [mean.high - mean.value]]
+            axis.errorbar(
+                tables.kilobits(result, keys), mean.value, errors, fmt="o", capsize=3, color=colours[result.name],
+                label=result.name,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        rates = sorted({round(tables.kilobits(result, keys), 1) for result in lossy})
+        axis.set_xticks(rates, [f"{value:g}" for value in rates], minor=False)
+        axis.minorticks_off()
+        axis.set_xlabel("kbit/s")
+        values = [
+            [
+                value
+                for own in result.values.values()
+                if not isinstance(value := own.get(name, NotMeasured()), NotMeasured)
+            ]
+            for result in lossy
+        ]
+        drawn = box.boxplot(values, orientation="horizontal", patch_artist=True, widths=0.6, showfliers=True)
+        for patch, result in zip(drawn["boxes"], lossy, strict=True):
+            patch.set_facecolor(colours[result.name])
+            patch.set_alpha(0.6)
+        box.set_yticks(range(1, len(lossy) + 1), [result.name for result in lossy])
+        box.invert_yaxis()
+        for drawing in (axis, box):
+            drawing.set_title(label, fontsize=10, loc="left")
+            drawing.grid(alpha=0.3)
+            drawing.spines[["top", "right"]].set_visible(False)
+    for figure_axes in (axes, boxes):
+        for unused in figure_axes[len(names) :]:
+            unused.remove()
+    handles = {
+        text: handle
+        for axis in axes[: len(names)]
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    rate.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return [
+        {"title": "Quality against bit rate", "data": _png(rate)},
+        {"title": "Distribution over recordings", "data": _png(spread)},
+    ]
+
+
+def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
+    whole = [key for key in keys if all(key in result.sent for result in evaluation.results)]
+    chosen = (
+        [whole[int((index + 0.5) * len(whole) / count)] for index in range(min(count, len(whole)))] if whole else []
+    )
+    shown = []
+    for key in dict.fromkeys(chosen):
+        recording = evaluation.recordings[key]
+        length = min(recording.duration, EXAMPLE_SECONDS)
+        original = read(recording.path, evaluation.rate, recording.offset, length)
+        items = [{"name": "original", **_play(original, evaluation.rate)}]
+        for result in evaluation.results:
+            if result.name != "original":
+                output, _ = soundfile.read(result.audio(key), dtype="float32", frames=len(original))
+                items.append({"name": result.name, **_play(output, evaluation.rate)})
+        title = " · ".join(
+            str(part)
+            for part in (recording.name, recording.labels.get("lang"), recording.labels.get("speaker"))
+            if part
+        )
+        shown.append({"title": title, "text": recording.labels.get("text"), "played": items})
+    return shown
+
+
+def _play(wave: np.ndarray, rate: int) -> dict[str, str]:
+    """A spectrogram and a player's source, as data URIs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 2.2), layout="constrained")
+    axis = figure.subplots()
+    axis.specgram(
+        wave + 1e-6, NFFT=512, Fs=rate, noverlap=384, mode="magnitude", scale="dB", vmin=-105, vmax=-30, cmap="magma"
+    )
+    axis.set_yticks(range(0, rate // 2, 2000), [str(kilo) for kilo in range(0, rate // 2000, 2)])
+    axis.tick_params(labelsize=7)
+    axis.set_ylabel("kHz", fontsize=7)
+    audio = io.BytesIO()
+    soundfile.write(audio, wave.clip(-1, 1), rate, format="FLAC", subtype="PCM_16")
+    return {"picture": _png(figure), "audio": _uri("audio/flac", audio.getvalue())}
+
+
+def _png(figure: Any) -> str:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return _uri("image/png", picture.getvalue())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,277 @@
+"""Recordings through several codecs, and every metric of what came out; `nemo-lfr evaluate` without its report.
+
+OUT/codecs/NAME-IDENTITY/ holds what each codec made: KEY.wav (float), KEY.npy (tokens), and two journals, `sent.jsonl`
+and `metrics.jsonl`. A run that was interrupted, or is given more codecs or recordings, does what is missing.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.judges import Judge, open_judges
+from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
+from nemo_lfr.evaluation.peers import Peer, fit, open_codec, read
+from nemo_lfr.journal import Journal
+from nemo_lfr.manifests import Recording
+
+Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
+
+
+@dataclass
+class Result:
+    """What one codec made of the recordings.
+
+    Attributes:
+        sent: by recording's key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds.
+        values: by recording's key: the metrics.
+        failures: by recording's key: why there is nothing.
+    """
+
+    name: str
+    delay: float
+    levels: tuple[int, ...]
+    folder: Path
+    sent: dict[str, dict[str, float]] = field(default_factory=dict)
+    values: dict[str, dict[str, Value]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def audio(self, key: str) -> Path:
+        return self.folder / f"{key}.wav"
+
+    def tokens(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+
+@dataclass
+class Evaluation:
+    """Results of all codecs on one choice of recordings.
+
+    Attributes:
+        absent: for each metric that could not be had, why.
+        judges: for each metric that a model gave, which.
+    """
+
+    recordings: dict[str, Recording]
+    rate: int
+    results: list[Result]
+    absent: dict[str, NotMeasured]
+    judges: dict[str, str]
+
+
+def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dict[str, Recording]:
+    """At most `limit` recordings, drawn by `seed`, in the manifest's order; by a key that is one in the manifest."""
+    indices = range(len(recordings))
+    if limit is not None and limit < len(recordings):
+        indices = sorted(random.Random(seed).sample(indices, limit))  # type: ignore[assignment]
+    return {f"{index:05d}-{re.sub('[^A-Za-z0-9._-]', '_', recordings[index].name.stem)[:60]}": recordings[index]
+            for index in indices}  # fmt: skip
+
+
+def evaluate(
+    recordings: dict[str, Recording],
+    codecs: Sequence[str],
+    out: Path,
+    *,
+    rate: int = 22050,
+    device: str | None = None,
+    jobs: int = 1,
+    asr: str | None = None,
+    speaker_model: str | None = None,
+    progress: Progress,
+) -> Evaluation:
+    """Send every recording through every codec, and measure.
+
+    Args:
+        recordings: as `choose` gives them.
+        codecs: each as `open_codec` takes it.
+        out: folder for what the codecs make, and for the journals.
+        rate: Hz of the comparison; codecs of other rates are resampled.
+        device: for models.
+        jobs: processes for the metrics. Codecs run one recording at a time, with all threads, so that times are fair.
+        asr, speaker_model: see `judges`.
+        progress: as in `nemo_lfr.training.prepare.prepare`.
+
+    Raises:
+        NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.
+    """
+    peers = [open_codec(text, device) for text in dict.fromkeys(codecs)]
+    _claim(out, recordings, rate)
+    judges, absent = open_judges(device or "cpu", asr, speaker_model)
+    results = []
+    with progress(len(peers) * len(recordings)) as advance:
+        for peer in peers:
+            digest = hashlib.sha256(peer.identity.encode()).hexdigest()[:8]
+            name = re.sub("[^A-Za-z0-9.]+", "-", peer.name).strip("-")[-60:]
+            result = Result(peer.name, peer.delay, peer.levels, out / "codecs" / f"{name}-{digest}")
+            result.folder.mkdir(parents=True, exist_ok=True)
+            _send_all(peer, recordings, rate, result, advance)
+            results.append(result)
+    _measure_all(recordings, results, rate, jobs, progress)
+    for judge in judges:
+        _judge_all(judge, recordings, results, rate, progress)
+    return Evaluation(
+        recordings, rate, results, absent, {metric: judge.name for judge in judges for metric in judge.metrics}
+    )
+
+
+def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
+    """Refuse a folder whose keys mean other recordings."""
+    out.mkdir(parents=True, exist_ok=True)
+    claims = out / "recordings.json"
+    mine = {key: [str(item.path.resolve()), item.offset, item.duration, rate] for key, item in recordings.items()}
+    known = json.loads(claims.read_text(encoding="utf-8")) if claims.exists() else {}
+    if any(known.get(key, value) != value for key, value in mine.items()):
+        raise NemoLfrError(
+            f"{out}: holds an evaluation of other recordings, or at another rate; choose another --out."
+        )
+    aside = claims.with_suffix(".part")
+    aside.write_text(json.dumps(known | mine, ensure_ascii=False, indent=0), encoding="utf-8")
+    os.replace(aside, claims)
+
+
+def _send_all(
+    peer: Peer, recordings: dict[str, Recording], rate: int, result: Result, advance: Callable[[str], None]
+) -> None:
+    with Journal(result.folder / "sent.jsonl") as journal:
+        known = {key: entry for key, entry in journal if key in recordings}
+        warm = False
+        for key, recording in recordings.items():
+            if key not in known or not result.audio(key).exists():
+                try:
+                    audio = read(recording.path, rate, recording.offset, recording.duration)
+                    if not len(audio):
+                        raise NemoLfrError(f"{recording.path}: holds no samples at {recording.offset:g} s.")
+                    if not warm:  # the first call sets up threads and kernels
+                        peer.send(audio[:rate], rate)
+                        warm = True
+                    known[key] = _send(peer, audio, rate, result, key)
+                    journal.add([key, known[key]])
+                except NemoLfrError as error:
+                    result.failures[key] = str(error)
+                    advance(f"{result.name}: {recording.name}: {error}")
+                    continue
+            advance("")
+    result.sent = {key: known[key] for key in recordings if key in known and key not in result.failures}
+
+
+def _send(peer: Peer, audio: np.ndarray, rate: int, result: Result, key: str) -> dict[str, float]:
+    done = peer.send(audio, rate)
+    Signal(done.audio, rate)  # refuses NaN before it is written
+    if done.tokens is not None:
+        np.save(result.tokens(key), done.tokens.astype(np.int32))
+    aside = result.audio(key).with_suffix(".part")
+    soundfile.write(aside, done.audio, rate, subtype="FLOAT", format="WAV")
+    os.replace(aside, result.audio(key))
+    return {
+        "seconds": len(audio) / rate,
+        "num_bytes": done.num_bytes,
+        "file_bytes": done.file_bytes,
+        "encode_seconds": done.encode_seconds,
+        "decode_seconds": done.decode_seconds,
+    }
+
+
+def _measure_all(
+    recordings: dict[str, Recording], results: Sequence[Result], rate: int, jobs: int, progress: Progress
+) -> None:
+    tasks = []
+    for key, recording in recordings.items():
+        wanted = []
+        for number, result in enumerate(results):
+            _recall(result)
+            names = [name for name in METRICS if key in result.sent and name not in result.values.get(key, {})]
+            if names:
+                wanted.append((number, result.audio(key), names))
+        if wanted:
+            tasks.append((key, recording, rate, wanted))
+    with ExitStack() as stack, progress(len(tasks)) as advance:
+        journals = [stack.enter_context(Journal(result.folder / "metrics.jsonl")) for result in results]
+        for key, found in _in_parallel(tasks, jobs):
+            for number, values in found:
+                _note(results[number], journals[number], key, values)
+            advance("")
+
+
+def _recall(result: Result) -> None:
+    """Take from the journal what was measured before."""
+    if result.values or not (result.folder / "metrics.jsonl").exists():
+        return
+    with Journal(result.folder / "metrics.jsonl") as journal:
+        for key, values in journal:
+            own = result.values.setdefault(key, {})
+            own.update({name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()})
+
+
+def _note(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
+    """Keep figures; one that a missing package left out is asked for again next time."""
+    result.values.setdefault(key, {}).update(values)
+    final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}
+    journal.add([key, final])
+
+
+Task = tuple[str, Recording, int, list[tuple[int, Path, list[str]]]]
+Found = tuple[str, list[tuple[int, dict[str, Value]]]]
+
+
+def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
+    if jobs == 1 or len(tasks) < 2:
+        yield from map(_measure, tasks)
+        return
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn"), _one_thread)
+    try:
+        for future in as_completed([pool.submit(_measure, task) for task in tasks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _measure(task: Task) -> Found:
+    """All codecs' outputs for one recording: what the metrics want to know of the original is computed once."""
+    key, recording, rate, wanted = task
+    original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
+    return key, [(number, measure(original, _output(path, original), names)) for number, path, names in wanted]
+
+
+def _output(path: Path, original: Signal) -> Signal:
+    audio, rate = soundfile.read(path, dtype="float32")
+    return Signal(fit(audio, len(original.wave)), rate)
+
+
+def _judge_all(
+    judge: Judge, recordings: dict[str, Recording], results: Iterable[Result], rate: int, progress: Progress
+) -> None:
+    for result in results:
+        # Another model's figures are another metric's.
+        with Journal(result.folder / f"{hashlib.sha256(judge.name.encode()).hexdigest()[:8]}.jsonl") as journal:
+            known: dict[str, dict[str, Any]] = dict(journal)
+            missing = [key for key in result.sent if key not in known]
+            with progress(len(missing)) as advance:
+                for key in missing:
+                    recording = recordings[key]
+                    original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
+                    known[key] = judge.measure(original, _output(result.audio(key), original), recording.labels)
+                    journal.add([key, known[key]])
+                    advance("")
+        for key in result.sent:
+            result.values.setdefault(key, {}).update(
+                {name: Undefined(value) if isinstance(value, str) else value for name, value in known[key].items()}
+            )

@@ -1,0 +1,239 @@
+"""Means, intervals and codebook use of an evaluation, as rows of text for every format of the report."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_lfr.evaluation.judges import ALL_METRICS
+from nemo_lfr.evaluation.metrics import NotMeasured
+from nemo_lfr.evaluation.run import Evaluation, Result
+
+RESAMPLES = 10_000
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of `count` recordings, with the 95 % percentile-bootstrap interval over recordings."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean":
+        draws = np.random.default_rng(0).choice(np.asarray(values, float), (RESAMPLES, len(values))).mean(axis=1)
+        low, high = np.quantile(draws, (0.025, 0.975))
+        return cls(float(np.mean(values)), float(low), float(high), len(values))
+
+    def text(self, digits: int) -> str:
+        if self.count == 1:
+            return f"{self.value:.{digits}f}"
+        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        cells = (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+        )
+        return "\n".join(([f"### {self.title}", ""] if self.title else []) + list(cells)) + "\n"
+
+
+def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
+    """Of each metric that has a figure for at least one of these recordings."""
+    columns: dict[str, list[float]] = {}
+    for key in keys:
+        for name, value in result.values.get(key, {}).items():
+            if not isinstance(value, NotMeasured):
+                columns.setdefault(name, []).append(value)
+    return {name: Mean.of(values) for name, values in columns.items()}
+
+
+def quality(
+    evaluation: Evaluation, keys: Sequence[str], title: str = "", card: Mapping[str, float] | None = None
+) -> Table:
+    """One row a codec: what it costs, then each metric that any codec has."""
+    found = [means(result, keys) for result in evaluation.results]
+    names = [name for name in ALL_METRICS if any(name in own for own in found)]
+    units = (ALL_METRICS[name].unit for name in names)
+    arrows = ({"higher": " ↑", "lower": " ↓", None: ""}[ALL_METRICS[name].better] for name in names)
+    head = ["codec", "kbit/s", "n"] + [
+        f"{name}{f' ({unit})' if unit else ''}{arrow}" for name, unit, arrow in zip(names, units, arrows, strict=True)
+    ]
+    rows = []
+    for result, own in zip(evaluation.results, found, strict=True):
+        count = sum(key in result.sent for key in keys)
+        cells = [_cell(own.get(name), ALL_METRICS[name].digits, count) for name in names]
+        rows.append([result.name, _kilobits(result, keys, "num_bytes"), str(count), *cells])
+    if card:
+        cells = [f"{card[name]:g}" if name in card else NONE for name in names]
+        rows.append(["NVIDIA's card, released weights", "1.89", NONE, *cells])
+    return Table(title, head, rows)
+
+
+def _cell(mean: Mean | None, digits: int, count: int) -> str:
+    if mean is None:
+        return NONE
+    return mean.text(digits) + (f", n={mean.count}" if mean.count != count else "")
+
+
+def cost(evaluation: Evaluation) -> Table:
+    """One row a codec: bytes, delay and speed."""
+    rows = []
+    for result in evaluation.results:
+        seconds, encode, decode = (
+            sum(sent[name] for sent in result.sent.values())
+            for name in ("seconds", "encode_seconds", "decode_seconds")
+        )
+        rows.append(
+            [
+                result.name,
+                _kilobits(result, result.sent, "num_bytes"),
+                _kilobits(result, result.sent, "file_bytes"),
+                f"{1000 * result.delay:g}",
+                f"{seconds / encode:.1f}" if encode else NONE,
+                f"{seconds / decode:.1f}" if decode else NONE,
+            ]
+        )
+    head = [
+        "codec",
+        "kbit/s",
+        "kbit/s of its files",
+        "delay taken out (ms)",
+        "encodes x real time",
+        "decodes x real time",
+    ]
+    return Table("Cost", head, rows)
+
+
+def codebooks(evaluation: Evaluation) -> Table | None:
+    """One row a codec that has tokens: how much of each codebook it uses."""
+    import torch
+
+    from nemo_lfr.evaluation.codebooks import CodebookUse
+
+    rows = []
+    for result in evaluation.results:
+        paths = [path for key in result.sent if (path := result.tokens(key)).exists()]
+        if not result.levels or not paths:
+            continue
+        use: CodebookUse | None = None
+        for path in paths:
+            tokens = torch.from_numpy(np.load(path))[None]
+            use = use or CodebookUse(tokens.shape[1], result.levels)
+            use.update(tokens, torch.tensor([tokens.shape[2]]))
+        assert use is not None
+        entropy = use.perplexity().log2()
+        size = math.prod(result.levels)
+        rows.append(
+            [
+                result.name,
+                f"{len(entropy)} x {size}",
+                f"{100 * float((use.counts > 0).float().mean()):.1f}",
+                f"{math.log2(size):.2f}",
+                " ".join(f"{value:.2f}" for value in entropy.tolist()),
+            ]
+        )
+    head = ["codec", "codebooks", "entries used (%)", "bits of an entry", "entropy of each codebook (bits)"]
+    return Table("Codebooks", head, rows) if rows else None
+
+
+def groups(evaluation: Evaluation, label: str) -> list[Table]:
+    """The quality table for each value of a key of the manifest."""
+    by_value: dict[str, list[str]] = {}
+    for key, recording in evaluation.recordings.items():
+        by_value.setdefault(str(recording.labels.get(label, "(none)")), []).append(key)
+    return [quality(evaluation, keys, f"{label}: {value}") for value, keys in sorted(by_value.items())]
+
+
+def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Of every metric: what it is, by which model, or why it is not there."""
+    measured = {name for result in evaluation.results for own in result.values.values() for name in own}
+    lines = []
+    for name, metric in ALL_METRICS.items():
+        text = metric.definition
+        if name in evaluation.judges:
+            text += f" Model: {evaluation.judges[name]}."
+        elif name in evaluation.absent or name not in measured:
+            text += f" {str(evaluation.absent.get(name, 'not measured')).capitalize()}."
+        lines.append((name, text))
+    return lines
+
+
+def gaps(evaluation: Evaluation) -> list[str]:
+    """What has no figure: recordings that failed, and pairs for which a metric is not defined, by reason."""
+    lines = [
+        f"{result.name}: {evaluation.recordings[key].name}: {why}"
+        for result in evaluation.results
+        for key, why in result.failures.items()
+    ]
+    reasons: dict[tuple[str, str, str], int] = {}
+    for result in evaluation.results:
+        for own in result.values.values():
+            for name, value in own.items():
+                if isinstance(value, NotMeasured):
+                    reasons[result.name, name, value] = reasons.get((result.name, name, value), 0) + 1
+    return lines + [f"{codec}: {name} of {count} recordings: {why}" for (codec, name, why), count in reasons.items()]
+
+
+def per_recording(evaluation: Evaluation) -> str:
+    """CSV with a line for each codec and recording; an empty cell where there is no figure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *ALL_METRICS])
+    for result in evaluation.results:
+        for key, sent in result.sent.items():
+            recording, own = evaluation.recordings[key], result.values.get(key, {})
+            cells = (
+                "" if isinstance(value := own.get(name, NotMeasured()), NotMeasured) else value for name in ALL_METRICS
+            )
+            costs = (sent["seconds"], sent["num_bytes"], sent["file_bytes"])
+            writer.writerow([result.name, recording.name, recording.offset, *costs, *cells])
+    return text.getvalue()
+
+
+def summary(evaluation: Evaluation) -> str:
+    """CSV with a line for each codec: its mean figures with their intervals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}{suffix}" for name in ALL_METRICS for suffix in ("", " low", " high", " n")]
+    writer.writerow(["codec", "kbit/s", "file kbit/s", "delay (s)", *columns])
+    keys = list(evaluation.recordings)
+    for result in evaluation.results:
+        own = means(result, keys)
+        cells: list[object] = []
+        for name in ALL_METRICS:
+            mean = own.get(name)
+            cells += [mean.value, mean.low, mean.high, mean.count] if mean else ["", "", "", 0]
+        rates = [_kilobits(result, keys, kind) for kind in ("num_bytes", "file_bytes")]
+        writer.writerow([result.name, *rates, result.delay, *cells])
+    return text.getvalue()
+
+
+def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> float:
+    own = [result.sent[key] for key in keys if key in result.sent]
+    return sum(sent[kind] for sent in own) * 8 / 1000 / max(sum(sent["seconds"] for sent in own), 1e-9)
+
+
+def _kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
+    return f"{kilobits(result, keys, kind):.2f}" if result.sent else NONE
+
+
+def write(path: Path, text: str) -> Path:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+    return path

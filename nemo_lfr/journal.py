@@ -1,0 +1,38 @@
+"""What a long job has done so far, so that it goes on from there when it is started again."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Journal:
+    """JSON lines, each on disk before `add` returns; a line that was cut off with its job is passed by."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> "Journal":
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._file.write("\n")  # ends a line that was cut off
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def add(self, entry: Any) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())

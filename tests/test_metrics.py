@@ -1,0 +1,152 @@
+"""Figures of one pair against NeMo's and the libraries' own, and what they say of awkward pairs."""
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.errors import AudioError
+from nemo_lfr.evaluation import metrics
+from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, measure
+from tests.models import RATE, synthesize
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return synthesize(3.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pair(speech):
+    rng = np.random.default_rng(0)
+    return Signal(speech, RATE), Signal(0.7 * speech + 0.02 * rng.standard_normal(len(speech)), RATE)
+
+
+def test_distances_and_si_sdr_are_nemos(pair):
+    pytest.importorskip("nemo", reason="NeMo's losses are the reference: pip install 'nemo-lfr[nemo]'")
+    from nemo.collections.tts.losses.audio_codec_loss import (
+        MultiResolutionMelLoss,
+        MultiResolutionSTFTLoss,
+        SISDRLoss,
+    )
+
+    resolutions = [list(resolution) for resolution in metrics.RESOLUTIONS]
+    mel = MultiResolutionMelLoss(RATE, resolutions, list(metrics.MEL_DIMS), log_guard=1.0)
+    stft = MultiResolutionSTFTLoss(resolutions, log_guard=1.0)
+    real, gen = (torch.from_numpy(signal.wave)[None] for signal in pair)
+    length = torch.tensor([real.shape[1]])
+    arguments = {"audio_real": real, "audio_gen": gen, "audio_len": length}
+    expected = {
+        "mel distance": mel(**arguments)[0].item(),
+        "STFT distance": stft(**arguments).item(),
+        "SI-SDR": -SISDRLoss()(**arguments).item(),
+    }
+    assert measure(*pair, expected) == pytest.approx(expected, rel=1e-5)
+
+
+def test_si_sdr_is_torchmetrics(pair):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.audio", reason="comes with NeMo")
+    real, gen = (torch.from_numpy(signal.wave) for signal in pair)
+    expected = torchmetrics.scale_invariant_signal_distortion_ratio(gen, real, zero_mean=True).item()
+    assert measure(*pair, ["SI-SDR"])["SI-SDR"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_pesq_and_stoi_are_their_libraries(pair):
+    from pesq import pesq
+    from pystoi import stoi
+
+    original, output = pair
+    expected = {
+        "PESQ-WB": pesq(16000, original.at_16k, output.at_16k, "wb"),
+        "STOI": stoi(original.wave, output.wave, RATE),
+        "ESTOI": stoi(original.wave, output.wave, RATE, extended=True),
+    }
+    assert measure(*pair, expected) == pytest.approx(expected, rel=1e-9)
+
+
+def test_identical_recordings_score_as_identical(speech):
+    values = measure(Signal(speech, RATE), Signal(speech.copy(), RATE))
+    assert values.keys() == METRICS.keys()
+    assert values["PESQ-WB"] == pytest.approx(4.64, abs=0.005)
+    assert values["STOI"] == pytest.approx(1) and values["ESTOI"] == pytest.approx(1)
+    assert values["SI-SDR"] > 90
+    for name in ("mel distance", "STFT distance", "F0 error", "voicing error", "lag"):
+        assert values[name] == 0
+
+
+def test_one_sample_late_costs_si_sdr_only(speech):
+    values = measure(Signal(speech[1:], RATE), Signal(speech[:-1], RATE))
+    assert values["SI-SDR"] < 40
+    assert values["PESQ-WB"] > 4.3 and values["ESTOI"] > 0.99 and values["lag"] == 0
+    assert values["mel distance"] < 0.01
+
+
+def test_a_gain_costs_the_distances_only(speech):
+    values = measure(Signal(speech, RATE), Signal(0.5 * speech, RATE))
+    assert values["SI-SDR"] > 90 and values["PESQ-WB"] > 4.6 and values["ESTOI"] == pytest.approx(1)
+    assert values["F0 error"] == 0
+    assert values["mel distance"] > 0.01 and values["STFT distance"] > 0.01
+
+
+@pytest.mark.parametrize("milliseconds", [20, -35])
+def test_the_lag_is_found(speech, milliseconds):
+    shift = milliseconds * RATE // 1000
+    late = np.roll(speech, shift)
+    assert measure(Signal(speech, RATE), Signal(late, RATE), ["lag"])["lag"] == pytest.approx(milliseconds, abs=0.6)
+
+
+def test_pitch_is_that_of_the_tone():
+    time = np.arange(2 * RATE) / RATE
+    low, high = (sum(np.sin(2 * np.pi * f0 * n * time) / n for n in range(1, 8)) / 4 for f0 in (110.0, 123.47))
+    values = measure(Signal(low, RATE), Signal(high, RATE), ("F0 error", "voicing error"))
+    assert values["F0 error"] == pytest.approx(200, abs=15)  # a whole tone
+    assert values["voicing error"] < 5
+
+
+def test_a_silent_original_has_no_figure_but_distances(speech):
+    values = measure(Signal(np.zeros_like(speech), RATE), Signal(speech, RATE))
+    for name in ("PESQ-WB", "STOI", "ESTOI", "SI-SDR", "F0 error", "lag"):
+        assert isinstance(values[name], Undefined) and "not measured" not in values[name], name
+    assert values["mel distance"] > 0 and values["STFT distance"] > 0
+
+
+def test_a_silent_output_is_bad_rather_than_undefined(speech):
+    values = measure(Signal(speech, RATE), Signal(np.zeros_like(speech), RATE))
+    assert values["SI-SDR"] < -30
+    assert values["mel distance"] > 0.01
+    assert isinstance(values["ESTOI"], NotMeasured) or values["ESTOI"] < 0.1
+
+
+@pytest.mark.parametrize("samples", [1, 100, 1024, 3000])
+def test_a_clip_that_is_too_short_says_so_and_never_fails(speech, samples):
+    clip = Signal(speech[5000 : 5000 + samples], RATE)
+    values = measure(clip, clip)
+    assert isinstance(values["PESQ-WB"], Undefined) and isinstance(values["ESTOI"], Undefined)
+    assert isinstance(values["mel distance"], Undefined) == (samples < 1025)
+
+
+@pytest.mark.parametrize(
+    ("wave", "text"),
+    [
+        (np.array([0.1, np.nan]), "NaN"),
+        (np.array([0.1, np.inf]), "infinite"),
+        (np.zeros(0), "at least one"),
+        (np.zeros((2, 5)), "samples \\[T\\]"),
+        (np.full(5, 20000.0), "divide by 32768"),
+    ],
+)
+def test_what_is_no_audio_is_refused(wave, text):
+    with pytest.raises(AudioError, match=text):
+        Signal(wave, RATE)
+
+
+def test_recordings_of_other_length_or_rate_are_refused(speech):
+    for other in (Signal(speech[:-1], RATE), Signal(speech, 16000)):
+        with pytest.raises(AudioError, match="cannot be compared"):
+            measure(Signal(speech, RATE), other)
+
+
+def test_a_missing_package_is_named_and_stops_nothing(pair, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pesq", None)
+    values = measure(*pair, ("PESQ-WB", "STOI"))
+    assert "pesq" in values["PESQ-WB"] and "pip install" in values["PESQ-WB"]
+    assert not isinstance(values["PESQ-WB"], Undefined) and isinstance(values["STOI"], float)
