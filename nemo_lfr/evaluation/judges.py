@@ -102,8 +102,9 @@ class Verifier(Judge):
         self._embed = _nemo_speaker(source, device) if _is_nemo(source) else _transformers_speaker(source, device)
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
-        first, second = self._embed(original.at_16k), self._embed(output.at_16k)
-        return {SIMILARITY: float(first @ second / max(float(np.linalg.norm(first) * np.linalg.norm(second)), 1e-12))}
+        first, second = (self._embed(signal.at_16k).astype(np.float64) for signal in (original, output))
+        norms = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+        return {SIMILARITY: float(first @ second) / max(norms, 1e-300)}
 
 
 def open_judges(
@@ -162,7 +163,7 @@ def _transformers_asr(source: str, device: str) -> Callable[[np.ndarray, str | N
     from transformers import pipeline
 
     run = pipeline("automatic-speech-recognition", model=source, device=device)
-    languages = getattr(run.model.generation_config, "lang_to_id", None) or {}
+    languages = getattr(getattr(run.model, "generation_config", None), "lang_to_id", None) or {}
     codes = {token.strip("<|>") for token in languages}
 
     def transcribe(wave: np.ndarray, language: str | None) -> str:

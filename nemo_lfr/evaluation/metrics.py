@@ -83,6 +83,8 @@ Value = float | NotMeasured
 def si_sdr(original: Signal, output: Signal) -> Value:
     from nemo_lfr.training.losses import si_sdr
 
+    if output.silent:
+        return Undefined("the output is silent")  # NeMo's formula has 0 dB for it
     return _not_of_silence(original) or float(si_sdr(original.spectra.audio, output.spectra.audio))
 
 

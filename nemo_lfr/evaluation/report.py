@@ -119,21 +119,22 @@ def versions() -> str:
 def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
     from matplotlib.figure import Figure
 
-    found = {result.name: tables.means(result, keys) for result in evaluation.results}
+    shown = [result for result in evaluation.results if result.name != "original"]
+    found = {result.name: tables.means(result, keys) for result in shown}
     names = [name for name in PLOTTED if any(name in own for own in found.values())]
     if not names:
         return []
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    colours = {result.name: f"C{index}" for index, result in enumerate(evaluation.results)}
+    colours = {result.name: f"C{index}" for index, result in enumerate(shown)}
     rate, spread = (Figure(figsize=(4.3 * columns, 3.2 * rows), layout="constrained") for _ in range(2))
     axes = rate.subplots(rows, columns, squeeze=False).flatten()
     boxes = spread.subplots(rows, columns, squeeze=False).flatten()
     for name, axis, box in zip(names, axes, boxes, strict=False):
         metric = ALL_METRICS[name]
         label = f"{name}{f' ({metric.unit})' if metric.unit else ''}, {metric.better} is better"
-        lossy = [result for result in evaluation.results if name in found[result.name] and result.name != "original"]
-        for result in lossy:
+        own = [result for result in shown if name in found[result.name]]
+        for result in own:
             mean = found[result.name][name]
             errors = [[mean.value - mean.low], [mean.high - mean.value]]
             axis.errorbar(
@@ -141,23 +142,23 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
                 label=result.name,
             )  # fmt: skip
         axis.set_xscale("log")
-        rates = sorted({round(tables.kilobits(result, keys), 1) for result in lossy})
+        rates = sorted({round(tables.kilobits(result, keys), 1) for result in own})
         axis.set_xticks(rates, [f"{value:g}" for value in rates], minor=False)
         axis.minorticks_off()
         axis.set_xlabel("kbit/s")
-        values = [
+        spreads = [
             [
                 value
-                for own in result.values.values()
-                if not isinstance(value := own.get(name, NotMeasured()), NotMeasured)
+                for values in result.values.values()
+                if not isinstance(value := values.get(name, NotMeasured()), NotMeasured)
             ]
-            for result in lossy
+            for result in own
         ]
-        drawn = box.boxplot(values, orientation="horizontal", patch_artist=True, widths=0.6, showfliers=True)
-        for patch, result in zip(drawn["boxes"], lossy, strict=True):
+        drawn = box.boxplot(spreads, orientation="horizontal", patch_artist=True, widths=0.6, showfliers=True)
+        for patch, result in zip(drawn["boxes"], own, strict=True):
             patch.set_facecolor(colours[result.name])
             patch.set_alpha(0.6)
-        box.set_yticks(range(1, len(lossy) + 1), [result.name for result in lossy])
+        box.set_yticks(range(1, len(own) + 1), [result.name for result in own])
         box.invert_yaxis()
         for drawing in (axis, box):
             drawing.set_title(label, fontsize=10, loc="left")

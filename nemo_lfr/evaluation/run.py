@@ -108,6 +108,9 @@ def evaluate(
         NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.
     """
     peers = [open_codec(text, device) for text in dict.fromkeys(codecs)]
+    for position, peer in enumerate(peers):
+        if (same := sum(other.name.partition(" #")[0] == peer.name for other in peers[:position])) > 0:
+            peer.name += f" #{same + 1}"
     _claim(out, recordings, rate)
     judges, absent = open_judges(device or "cpu", asr, speaker_model)
     results = []
@@ -191,7 +194,7 @@ def _measure_all(
     for key, recording in recordings.items():
         wanted = []
         for number, result in enumerate(results):
-            _recall(result)
+            _recall(result, recordings)
             names = [name for name in METRICS if key in result.sent and name not in result.values.get(key, {})]
             if names:
                 wanted.append((number, result.audio(key), names))
@@ -205,13 +208,13 @@ def _measure_all(
             advance("")
 
 
-def _recall(result: Result) -> None:
-    """Take from the journal what was measured before."""
+def _recall(result: Result, recordings: dict[str, Recording]) -> None:
+    """Take from the journal what was measured of these recordings before."""
     if result.values or not (result.folder / "metrics.jsonl").exists():
         return
     with Journal(result.folder / "metrics.jsonl") as journal:
         for key, values in journal:
-            own = result.values.setdefault(key, {})
+            own = result.values.setdefault(key, {}) if key in recordings else {}
             own.update({name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()})
 
 

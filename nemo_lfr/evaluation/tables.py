@@ -67,7 +67,7 @@ def quality(
 ) -> Table:
     """One row a codec: what it costs, then each metric that any codec has."""
     found = [means(result, keys) for result in evaluation.results]
-    names = [name for name in ALL_METRICS if any(name in own for own in found)]
+    names = [name for name in ALL_METRICS if name in (card or {}) or any(name in own for own in found)]
     units = (ALL_METRICS[name].unit for name in names)
     arrows = ({"higher": " ↑", "lower": " ↓", None: ""}[ALL_METRICS[name].better] for name in names)
     head = ["codec", "kbit/s", "n"] + [

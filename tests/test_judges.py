@@ -1,0 +1,94 @@
+"""Metrics that need somebody's trained model: small random ones of the real classes, and none at all."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the models of --asr and --speaker-model: comes with NeMo")
+
+from nemo_lfr.evaluation.judges import JUDGED, Recognizer, Verifier, open_judges
+from nemo_lfr.evaluation.metrics import Signal, Undefined
+from tests.models import RATE, synthesize
+
+
+@pytest.fixture(scope="module")
+def pair():
+    speech = synthesize(2.0, seed=3)
+    noise = np.random.default_rng(0).standard_normal(len(speech)).astype(np.float32)
+    return Signal(speech, RATE), Signal(0.1 * noise, RATE)
+
+
+@pytest.fixture(scope="module")
+def wav2vec(tmp_path_factory):
+    """A recognizer that says what a random network says."""
+    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+    folder = tmp_path_factory.mktemp("wav2vec")
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<unk>", "|", *"abcdefgh"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), bos_token=None, eos_token=None, pad_token="<pad>", word_delimiter_token="|"
+    )
+    torch.manual_seed(1)
+    config = Wav2Vec2Config(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,) * 7, num_conv_pos_embedding_groups=2, num_conv_pos_embeddings=16, pad_token_id=0,
+    )  # fmt: skip
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def xvector(tmp_path_factory):
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    folder = tmp_path_factory.mktemp("xvector")
+    torch.manual_seed(2)
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, conv_dim=(8,) * 7,
+        num_conv_pos_embedding_groups=2, num_conv_pos_embeddings=16, tdnn_dim=(16,) * 5, xvector_output_dim=8,
+    )  # fmt: skip
+    WavLMForXVector(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(folder)
+    return str(folder)
+
+
+def test_error_rates_are_those_of_what_the_model_heard(pair, wav2vec):
+    import jiwer
+    from transformers import pipeline
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    wave = pair[1].at_16k
+    heard = pipeline("automatic-speech-recognition", model=wav2vec)({"raw": wave, "sampling_rate": 16000})["text"]
+    assert heard.strip(), "the random recognizer must say something for this test"
+    values = Recognizer(wav2vec, "cpu").measure(*pair, {"text": "A bad, BAD face."})
+    said, heard = "a bad bad face", BasicTextNormalizer()(heard).strip()
+    assert values == {"CER": 100 * jiwer.cer(said, heard), "WER": 100 * jiwer.wer(said, heard)}
+    perfect = Recognizer(wav2vec, "cpu").measure(*pair, {"text": heard.upper() + "!"})
+    assert perfect == {"CER": 0, "WER": 0}
+
+
+def test_a_recording_without_text_has_no_error_rate(pair, wav2vec):
+    values = Recognizer(wav2vec, "cpu").measure(*pair, {})
+    assert set(values) == {"CER", "WER"} and all(isinstance(value, Undefined) for value in values.values())
+
+
+def test_a_speaker_is_most_similar_to_itself(pair, xvector):
+    judge = Verifier(xvector, "cpu")
+    (same,) = judge.measure(pair[0], pair[0], {}).values()
+    (other,) = judge.measure(*pair, {}).values()
+    assert same == pytest.approx(1, abs=1e-5)
+    assert other < same
+
+
+def test_models_that_are_not_there_are_said_so_and_fail_nothing(tmp_path):
+    judges, absent = open_judges("cpu", asr=str(tmp_path / "none"), speaker_model=str(tmp_path / "none.nemo"))
+    assert not judges and set(absent) == set(JUDGED)
+    assert all(reason.startswith("not measured: ") and len(reason) > 20 for reason in absent.values())
+    _, absent = open_judges("cpu")
+    assert absent["CER"] == "not measured: no --asr given"
+    assert absent["speaker similarity"] == "not measured: no --speaker-model given"

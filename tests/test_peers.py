@@ -1,0 +1,170 @@
+"""Codecs behind one interface: real programs, real model code, real byte counts."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.metrics import Signal, measure
+from nemo_lfr.evaluation.peers import Transmission, fit, ogg_payload, open_codec
+from nemo_lfr.pretrained import embedded_checkpoint, load
+from tests.models import RATE, synthesize
+
+opus_tools = pytest.mark.skipif(not shutil.which("opusenc"), reason="needs Debian's opus-tools")
+codec2 = pytest.mark.skipif(not shutil.which("c2enc"), reason="needs Debian's codec2")
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return synthesize(3.0, seed=3)
+
+
+def check(sent: Transmission, length: int) -> None:
+    assert sent.audio.shape == (length,) and sent.audio.dtype == np.float32
+    assert np.isfinite(sent.audio).all() and np.abs(sent.audio).max() > 0.01
+    assert sent.num_bytes > 0 and sent.encode_seconds > 0 and sent.decode_seconds > 0
+
+
+def test_ours_sends_what_the_codec_makes(speech):
+    codec = load(device="cpu")
+    sent = open_codec("lfr", "cpu").send(speech, RATE)
+    check(sent, len(speech))
+    tokens, tokens_len = codec.encode(speech)
+    assert np.array_equal(sent.tokens, tokens[0].numpy())
+    output, _ = codec.decode(tokens, tokens_len, audio_len=[len(speech)])
+    assert np.allclose(sent.audio, output[0].numpy(), atol=1e-6)
+    assert sent.num_bytes * 8 == pytest.approx(8 * math.log2(2016) * tokens.shape[2])
+    assert sent.num_bytes < sent.file_bytes < sent.num_bytes + 800
+
+
+def test_stock_nemo_sends_what_ours_does(speech):
+    pytest.importorskip("nemo", reason="stock NeMo is a peer: pip install 'nemo-lfr[nemo]'")
+    path = embedded_checkpoint()
+    stock, ours = open_codec(f"nemo:{path}", "cpu").send(speech, RATE), open_codec(str(path), "cpu").send(speech, RATE)
+    check(stock, len(speech))
+    assert np.array_equal(stock.tokens, ours.tokens)
+    assert np.allclose(stock.audio, ours.audio, atol=1e-5)
+
+
+def test_a_recording_of_another_rate_comes_back_at_its_own():
+    wave = synthesize(2.0, seed=1)[: 2 * 16000]
+    check(open_codec("lfr", "cpu").send(wave, 16000), 32000)
+
+
+@opus_tools
+def test_opus_is_in_time_better_at_a_higher_rate_and_counted_without_its_container(speech):
+    found = []
+    for kilobits in (8, 24):
+        peer = open_codec(f"opus:{kilobits}")
+        sent = peer.send(speech, RATE)
+        check(sent, len(speech))
+        assert 0.5 * kilobits < sent.num_bytes * 8 / 1000 / 3 < 1.5 * kilobits
+        assert sent.num_bytes < sent.file_bytes < sent.num_bytes + 2000
+        values = measure(Signal(speech, RATE), Signal(sent.audio, RATE), ("SI-SDR", "lag", "mel distance"))
+        assert abs(values["lag"]) <= 1
+        found.append(values["mel distance"])
+    assert found[1] < found[0]
+
+
+@codec2
+@pytest.mark.parametrize(("mode", "bits"), [("3200", 3200), ("1300", 1300), ("700C", 700)])
+def test_codec2_has_its_delay_taken_out_and_its_bytes_counted(speech, mode, bits):
+    peer = open_codec(f"codec2:{mode}")
+    sent = peer.send(speech, RATE)
+    check(sent, len(speech))
+    assert peer.delay > 0
+    assert sent.num_bytes * 8 / 3 == pytest.approx(bits, rel=0.15)  # 700C sends 28 bits in 4 bytes
+    assert abs(measure(Signal(speech, RATE), Signal(sent.audio, RATE), ["lag"])["lag"]) <= 8
+
+
+def tiny(kind: str, folder) -> None:
+    """A small model of a peer's own code with random weights, in a folder."""
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "encodec":
+        config = transformers.EncodecConfig(
+            num_filters=4,
+            hidden_size=16,
+            codebook_dim=16,
+            codebook_size=64,
+            num_lstm_layers=1,
+            target_bandwidths=[1.5, 3.0],
+        )
+        transformers.EncodecModel(config).save_pretrained(folder)
+    elif kind == "dac":
+        config = transformers.DacConfig(
+            encoder_hidden_size=8, decoder_hidden_size=32, n_codebooks=4, codebook_size=64, codebook_dim=4,
+            downsampling_ratios=[2, 4], upsampling_ratios=[4, 2], sampling_rate=24000,
+        )  # fmt: skip
+        transformers.DacModel(config).save_pretrained(folder)
+    else:
+        config = transformers.MimiConfig(
+            hidden_size=16, num_filters=4, codebook_size=64, codebook_dim=8, vector_quantization_hidden_dimension=8,
+            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=32,
+            upsample_groups=16, num_quantizers=8,
+        )  # fmt: skip
+        transformers.MimiModel(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "setting", "codebooks"), [("encodec", "3", None), ("dac", "2", 2), ("mimi", "4", 4)])
+def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, setting, codebooks):
+    pytest.importorskip("transformers", reason="comes with NeMo")
+    tiny(kind, tmp_path)
+    peer = open_codec(f"{kind}:{setting}:{tmp_path}", "cpu")
+    sent = peer.send(speech, RATE)
+    assert sent.audio.shape == speech.shape and np.isfinite(sent.audio).all()
+    assert codebooks is None or len(sent.tokens) == codebooks
+    assert sent.num_bytes == pytest.approx(sent.tokens.size * 6 / 8)
+    assert peer.levels == (64,) and sent.tokens.max() < 64
+
+
+def test_weights_that_are_not_there_are_named_and_not_fetched(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="comes with NeMo")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(NemoLfrError, match=r"mimi: no weights in .*; fetch them first: hf download"):
+        open_codec(f"mimi:8:{tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mp3:64", "unknown; use lfr"),
+        ("opus", "give a number of kbit/s from 6 to 256"),
+        ("opus:fast", "give a number"),
+        ("codec2:9600", "unknown mode; use one of 3200"),
+        ("original:x", "no options"),
+        ("none.nemo", "no such file"),
+        ("nemo:none.nemo", "no such file"),
+    ],
+)
+def test_what_is_no_codec_is_refused_in_a_sentence(text, words):
+    with pytest.raises(NemoLfrError, match=words):
+        open_codec(text, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("program", "text", "package"), [("opusenc", "opus:8", "opus-tools"), ("c2enc", "codec2:3200", "codec2")]
+)
+def test_a_program_that_is_not_installed_is_named_with_its_package(monkeypatch, program, text, package):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(NemoLfrError, match=f"{program} is not installed.*apt install {package}"):
+        open_codec(text)
+
+
+def test_ogg_pages_without_their_headers_are_counted():
+    def page(*packets: int) -> bytes:
+        lacing = b"".join(b"\xff" * (size // 255) + bytes([size % 255]) for size in packets)
+        return b"OggS" + bytes(22) + bytes([len(lacing)]) + lacing + bytes(sum(packets))
+
+    assert ogg_payload(page(19) + page(300) + page(10, 255, 600) + page(1)) == 866
+    with pytest.raises(NemoLfrError, match="Ogg"):
+        ogg_payload(page(19) + b"RIFF" + bytes(40))
+
+
+def test_outputs_are_cut_or_filled_to_length():
+    assert fit(np.ones(5), 3).tolist() == [1, 1, 1]
+    assert fit(np.ones(2), 4).tolist() == [1, 1, 0, 0]
