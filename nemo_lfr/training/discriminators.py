@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.codec.conv import convolve
 from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.training.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
@@ -41,14 +40,7 @@ class Conv2d(nn.Module):
         self.conv = weight_norm(conv)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        conv = self.conv
-        if conv.kernel_size[1] > 1:
-            return conv(hidden)
-        # Every column for itself, in one dimension: the codec's own convolution knows how.
-        columns = hidden.permute(0, 3, 1, 2).flatten(0, 1)  # [B * W, C, H]
-        padded = F.pad(columns, (conv.padding[0],) * 2, "reflect")
-        out = convolve(padded, conv.weight.squeeze(3), conv.bias, conv.stride[0], conv.dilation[0])
-        return out.unflatten(0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
+        return self.conv(hidden)
 
 
 class _Network(nn.Module):
