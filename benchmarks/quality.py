@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nemo_lfr
 from nemo_lfr.audio import AudioReader
-from nemo_lfr.evaluation.metrics import measure
+from nemo_lfr.evaluation.metrics import QUICK, Signal, measure
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
             audio = np.concatenate(list(reader.blocks()))
         tokens, tokens_len = codec.encode(audio)
         output, _ = codec.decode(tokens, tokens_len, audio_len=[len(audio)])
-        for name, value in measure(audio, output[0].numpy(), codec.sample_rate).items():
+        pair = (Signal(wave, codec.sample_rate) for wave in (audio, output[0].numpy()))
+        for name, value in measure(*pair, QUICK).items():
             if isinstance(value, float):
                 columns.setdefault(name, []).append(value)
     print(f"{codec!r}, {len(entries)} recordings of {args.manifest}")
