@@ -1,11 +1,15 @@
-"""What a long job has done so far, so that it goes on from there when it is started again."""
+"""What a long job has done so far, so that it goes on from there when it is started again, and how it is watched."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+# For a number of items, a context whose value is called after each one, with what there is to say of it.
+Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 class Journal:
@@ -36,3 +40,14 @@ class Journal:
         self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace a file at once, or not at all; returns its path."""
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path

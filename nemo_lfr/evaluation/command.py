@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from nemo_lfr.errors import NemoLfrError
-
-CODECS = "lfr, lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:N, mimi:N, original"
+from nemo_lfr.evaluation import CODECS
 
 
 @click.command()

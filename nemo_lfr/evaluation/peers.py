@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import soundfile
 
 from nemo_lfr.audio import AudioReader, resample
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.evaluation import CODECS
 
 
 @dataclass
@@ -87,7 +89,7 @@ class LFR(Peer):
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
         from nemo_lfr.tokens.format import TokenWriter
 
-        own = resample(audio, rate, self.codec.sample_rate) if rate != self.codec.sample_rate else audio
+        own = resampled(audio, rate, self.codec.sample_rate)
         started = time.perf_counter()
         tokens = self.codec.encode(own)[0][0].cpu().numpy()
         encoded = time.perf_counter()
@@ -258,18 +260,11 @@ KINDS: dict[str, Callable[[str, str | None], Peer]] = {
     "nemo": StockNeMo,
     "opus": Opus,
     "codec2": Codec2,
-} | {
-    kind: lambda options, device, kind=kind: Transformers(kind, options, device)  # type: ignore[misc]
-    for kind in TRANSFORMERS
-}
-USAGE = (
-    "lfr (the embedded codec), lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:CODEBOOKS, "
-    "mimi:CODEBOOKS, original"
-)
+} | {kind: partial(Transformers, kind) for kind in TRANSFORMERS}
 
 
 def open_codec(text: str, device: str | None = None) -> Peer:
-    """The codec that `text` names; `USAGE` has the forms, and a bare `.nemo` file or Hub id is one of ours.
+    """The codec that `text` names; `CODECS` has the forms, and a bare `.nemo` file or Hub id is one of ours.
 
     Raises:
         NemoLfrError: if it is unknown, or what it needs is not there.
@@ -279,7 +274,7 @@ def open_codec(text: str, device: str | None = None) -> Peer:
         return KINDS[kind](options, device)
     if text.endswith((".nemo", ".ckpt")) or "/" in text:
         return LFR(text, device)
-    raise NemoLfrError(f"--codec {text}: unknown; use {USAGE}.")
+    raise NemoLfrError(f"--codec {text}: unknown; use {CODECS}.")
 
 
 def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:

@@ -19,6 +19,7 @@ from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.peers import read
 from nemo_lfr.evaluation.run import Evaluation
+from nemo_lfr.journal import write_text
 
 EXAMPLE_SECONDS = 10.0
 PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
@@ -80,10 +81,10 @@ def write_report(
         .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
     )
     return [
-        tables.write(out / "report.html", page),
-        tables.write(out / "report.md", markdown(**common)),
-        tables.write(out / "summary.csv", tables.summary(evaluation)),
-        tables.write(out / "recordings.csv", tables.per_recording(evaluation)),
+        write_text(out / "report.html", page),
+        write_text(out / "report.md", markdown(**common)),
+        write_text(out / "summary.csv", tables.summary(evaluation)),
+        write_text(out / "recordings.csv", tables.per_recording(evaluation)),
     ]
 
 

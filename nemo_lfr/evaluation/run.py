@@ -9,9 +9,10 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,10 +25,9 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, fit, open_codec, read
-from nemo_lfr.journal import Journal
+from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.manifests import Recording
-
-Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
+from nemo_lfr.pretrained import choose_device
 
 
 @dataclass
@@ -102,23 +102,23 @@ def evaluate(
         device: for models.
         jobs: processes for the metrics. Codecs run one recording at a time, with all threads, so that times are fair.
         asr, speaker_model: see `judges`.
-        progress: as in `nemo_lfr.training.prepare.prepare`.
+        progress: see `nemo_lfr.journal`.
 
     Raises:
         NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.
     """
     peers = [open_codec(text, device) for text in dict.fromkeys(codecs)]
-    for position, peer in enumerate(peers):
-        if (same := sum(other.name.partition(" #")[0] == peer.name for other in peers[:position])) > 0:
-            peer.name += f" #{same + 1}"
     _claim(out, recordings, rate)
-    judges, absent = open_judges(device or "cpu", asr, speaker_model)
-    results = []
+    judges, absent = open_judges(str(choose_device(device)), asr, speaker_model)
+    results: list[Result] = []
+    names: Counter[str] = Counter()
     with progress(len(peers) * len(recordings)) as advance:
         for peer in peers:
             digest = hashlib.sha256(peer.identity.encode()).hexdigest()[:8]
             name = re.sub("[^A-Za-z0-9.]+", "-", peer.name).strip("-")[-60:]
-            result = Result(peer.name, peer.delay, peer.levels, out / "codecs" / f"{name}-{digest}")
+            names[peer.name] += 1  # two files may have one name
+            shown = f"{peer.name} #{names[peer.name]}" if names[peer.name] > 1 else peer.name
+            result = Result(shown, peer.delay, peer.levels, out / "codecs" / f"{name}-{digest}")
             result.folder.mkdir(parents=True, exist_ok=True)
             _send_all(peer, recordings, rate, result, advance)
             results.append(result)
@@ -140,9 +140,7 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
         raise NemoLfrError(
             f"{out}: holds an evaluation of other recordings, or at another rate; choose another --out."
         )
-    aside = claims.with_suffix(".part")
-    aside.write_text(json.dumps(known | mine, ensure_ascii=False, indent=0), encoding="utf-8")
-    os.replace(aside, claims)
+    write_text(claims, json.dumps(known | mine, ensure_ascii=False, indent=0))
 
 
 def _send_all(
@@ -190,11 +188,12 @@ def _send(peer: Peer, audio: np.ndarray, rate: int, result: Result, key: str) ->
 def _measure_all(
     recordings: dict[str, Recording], results: Sequence[Result], rate: int, jobs: int, progress: Progress
 ) -> None:
+    for result in results:
+        _recall(result, recordings)
     tasks = []
     for key, recording in recordings.items():
         wanted = []
         for number, result in enumerate(results):
-            _recall(result, recordings)
             names = [name for name in METRICS if key in result.sent and name not in result.values.get(key, {})]
             if names:
                 wanted.append((number, result.audio(key), names))
@@ -210,12 +209,14 @@ def _measure_all(
 
 def _recall(result: Result, recordings: dict[str, Recording]) -> None:
     """Take from the journal what was measured of these recordings before."""
-    if result.values or not (result.folder / "metrics.jsonl").exists():
-        return
     with Journal(result.folder / "metrics.jsonl") as journal:
         for key, values in journal:
-            own = result.values.setdefault(key, {}) if key in recordings else {}
-            own.update({name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()})
+            if key in recordings:
+                result.values.setdefault(key, {}).update(_from_json(values))
+
+
+def _from_json(values: dict[str, Any]) -> dict[str, Value]:
+    return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _note(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
@@ -275,6 +276,4 @@ def _judge_all(
                     journal.add([key, known[key]])
                     advance("")
         for key in result.sent:
-            result.values.setdefault(key, {}).update(
-                {name: Undefined(value) if isinstance(value, str) else value for name, value in known[key].items()}
-            )
+            result.values.setdefault(key, {}).update(_from_json(known[key]))

@@ -5,7 +5,6 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -230,10 +229,3 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
 
 def _kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
     return f"{kilobits(result, keys, kind):.2f}" if result.sent else NONE
-
-
-def write(path: Path, text: str) -> Path:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-    return path

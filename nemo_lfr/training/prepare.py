@@ -1,19 +1,17 @@
 """`nemo-lfr prepare`: a downloaded corpus into NeMo manifests to train and validate on."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.corpora import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import AudioError, NemoLfrError
-from nemo_lfr.journal import Journal
+from nemo_lfr.journal import Journal, Progress, write_text
 
-Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 FAILURES = "failures.jsonl"
 # What has been opened so far: a run that was cut off goes on from here.
 JOURNAL = ".opened.jsonl"
@@ -117,10 +115,4 @@ def _entry(utterance: Utterance, found: dict[str, float | str]) -> dict[str, Any
 
 
 def _write(path: Path, entries: list[dict[str, Any]]) -> Path:
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    return path
+    return write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
