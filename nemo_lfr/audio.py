@@ -1,6 +1,7 @@
 """Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -51,18 +52,23 @@ def check_peak(peak: float, what: str) -> None:
 class AudioReader:
     """An audio file as mono float32 blocks at `sample_rate`.
 
+    Args:
+        path: the file.
+        sample_rate: Hz of what is read.
+        data: the file's bytes where it lies in a container; `path` is then a name for messages.
+
     Raises:
         AudioError: if the file is missing, is not audio, or holds NaN.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sample_rate: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, data: bytes | None = None) -> None:
         self.path = Path(path)
         self.sample_rate = sample_rate
         self.samples_read = 0
-        if not self.path.is_file():
+        if data is None and not self.path.is_file():
             raise AudioError(f"{path}: {'is a folder' if self.path.is_dir() else 'no such file'}.")
         try:
-            self._file = soundfile.SoundFile(self.path)
+            self._file = soundfile.SoundFile(self.path if data is None else io.BytesIO(data))
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
         self.native_rate: int = self._file.samplerate

@@ -1,4 +1,4 @@
-"""The command line: `nemo-lfr demo | encode | decode | info | prepare | evaluate`.
+"""The command line: `nemo-lfr demo | encode | decode | info | prepare | tokenize | detokenize | evaluate`.
 
 A thin layer: paths are checked before a model is loaded, results go to stdout, everything else to stderr, and a user's
 mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
@@ -21,6 +21,7 @@ import click
 
 from nemo_lfr import __version__
 from nemo_lfr.corpora import AUDIO_SUFFIXES, LAYOUTS
+from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
 
@@ -435,6 +436,8 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, a
         print_table(values)
 
 
+app.add_command(tokenize)
+app.add_command(detokenize)
 app.add_command(evaluate)
 
 

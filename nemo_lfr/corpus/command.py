@@ -1,0 +1,153 @@
+"""`nemo-lfr tokenize` and `nemo-lfr detokenize`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemo_lfr.errors import NemoLfrError
+
+FORMATS = ("shar", "manifest", "parquet", "lfr")
+
+
+@click.command()
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tokens.")
+@click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
+@click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--pad",
+    type=click.Choice(["encode", "magpie"]),
+    default="encode",
+    show_default=True,
+    help="magpie: a whole frame of silence after clips that fill their frames, as NeMo's Magpie datasets have it.",
+)
+@click.option("--context", is_flag=True, help="Tokenise the context audio that the corpus names, too.")
+@click.option(
+    "--audio-dir", type=click.Path(path_type=Path), help="Of a manifest's relative paths; else its own folder."
+)
+@click.option("--dataset", help="Name of the corpus in Magpie's speaker labels; that of the input if not given.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips of a shard.")
+@click.option("--max-duration", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes or actors; one a GPU or core if not given.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each worker on a CPU.")
+@click.option("--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Of audio, in each worker.")
+@click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
+@click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
+@click.option("--json", "as_json", is_flag=True, help="Print what tokens.json holds.")
+def tokenize(
+    corpus: Path,
+    out: Path,
+    kind: str,
+    audio_dir: Path | None,
+    dataset: str | None,
+    workers: int | None,
+    device: str | None,
+    ray: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Tokenise a corpus: a NeMo manifest, Lhotse cuts or Shar, Parquet, a saved Hugging Face dataset, or a folder.
+
+    The same command again goes on where it was interrupted. Clips that cannot be tokenised are listed in
+    failures.jsonl; the exit code is then 1.
+    """
+    from nemo_lfr.corpus.run import tokenize
+    from nemo_lfr.corpus.shard import Job
+
+    job = Job(
+        str(corpus),
+        str(out),
+        kind,
+        audio_dir=None if audio_dir is None else str(audio_dir),
+        dataset=dataset or corpus.resolve().name.partition(".")[0],
+        **options,
+    )
+    with watching() as watch:
+        done = tokenize(job, workers=workers, device=device, ray=ray, watch=watch)
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    else:
+        click.echo(out)
+    text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
+    click.echo(f"{text}; {done['failures']} failed, see {out}/failures.jsonl" if done["failures"] else text, err=True)
+    if done["failures"]:
+        sys.exit(1)
+
+
+@contextmanager
+def watching() -> Iterator[Callable[[Any], None]]:
+    """A bar on a terminal, a line each half minute elsewhere; its value is called with the totals after each shard."""
+    started = time.monotonic()
+
+    def said(totals: Any) -> str:
+        hours = totals.samples / totals.sample_rate / 3600
+        speed = totals.computed_samples / totals.sample_rate / max(time.monotonic() - started, 1e-9)
+        return f"{totals.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(totals.failures)} failed"
+
+    if not sys.stderr.isatty():
+        last = started
+
+        def note(totals: Any) -> None:
+            nonlocal last
+            if time.monotonic() - last > 30:
+                last = time.monotonic()
+                click.echo(f"nemo-lfr: {totals.done} of {totals.shards} shards: {said(totals)}", err=True)
+
+        yield note
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda totals: bar.update(task, total=totals.shards, completed=totals.done, description=said(totals))
+
+
+@click.command()
+@click.argument("tokens", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the audio.")
+@click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
+@click.option("--model", help="The codec that made the tokens; the one inside the package if not given.")
+@click.option("--device", help="cpu, cuda ...; a GPU if there is one.")
+@click.option("--limit", type=click.IntRange(min=1), help="Utterances; all if not given.")
+@click.option("--overwrite", is_flag=True, help="Decode again what is there.")
+def detokenize(
+    tokens: Path, out: Path, kind: str, model: str | None, device: str | None, limit: int | None, overwrite: bool
+) -> None:
+    """Decode a folder that `tokenize` wrote into audio files; those that are there already are passed by."""
+    from itertools import islice
+
+    from nemo_lfr.audio import AudioWriter
+    from nemo_lfr.corpus.dataset import TokenDataset
+    from nemo_lfr.pretrained import load
+
+    dataset = TokenDataset(tokens)
+    codec = load(model, device)
+    made = dataset.metadata["codec"]
+    if codec.fingerprint != made["fingerprint"]:
+        raise NemoLfrError(
+            f"{tokens}: made by another codec ({made['model']}, fingerprint {made['fingerprint']}), not {codec.name} "
+            f"({codec.fingerprint}); pass it as --model."
+        )
+    for utterance in islice(dataset, limit):
+        path = out / f"{utterance.id}.{kind}"
+        if overwrite or not path.exists():
+            audio, _ = codec.decode(utterance.tokens)
+            with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:
+                writer.write(audio[0, : utterance.num_samples].cpu().numpy())
+        click.echo(path)

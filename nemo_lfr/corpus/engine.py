@@ -1,0 +1,168 @@
+"""Where shards are computed: in this process, in processes of this machine, or on a Ray cluster.
+
+Each engine takes the shards to do and yields their marks as they come. A worker that dies takes its shard with it,
+which is handed to another one; a shard that keeps killing its workers stops the run.
+"""
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+from nemo_lfr.corpus.inputs import Part, require
+from nemo_lfr.corpus.shard import Job, Mark, Worker
+from nemo_lfr.errors import NemoLfrError
+
+# How often a shard may lose its worker before it is taken for the cause.
+MAX_DEATHS = 20
+# Shards that wait in a worker's queue, so that it never waits for the driver.
+QUEUED = 2
+Task = tuple[int, Part]
+
+
+def run_here(job: Job, tasks: Sequence[Task], device: str) -> Iterator[Mark]:
+    """In this process, one after the other."""
+    worker = Worker(job, device)
+    for index, part in tasks:
+        yield Mark(**worker.run(index, part))
+
+
+_worker: Worker
+
+
+def _start(job: Job, devices: "SimpleQueue[str]") -> None:
+    global _worker
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    _worker = Worker(job, devices.get())
+
+
+def _die_with(parent: int) -> None:
+    """A driver that was killed leaves no workers behind."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _run(index: int, part: Part) -> dict[str, Any]:
+    return _worker.run(index, part)
+
+
+def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequence[str]) -> Iterator[Mark]:
+    """In processes of this machine, which take the devices in turn.
+
+    Raises:
+        NemoLfrError: if a shard's workers die again and again.
+    """
+    left = dict(tasks)
+    deaths: Counter[int] = Counter()
+    context = get_context("spawn")
+    while left:
+        turns: SimpleQueue[str] = context.SimpleQueue()
+        for number in range(workers):
+            turns.put(devices[number % len(devices)])
+        pool = ProcessPoolExecutor(workers, context, _start, (job, turns))
+        running: dict[Future[dict[str, Any]], int] = {}
+        waiting = deque(left)
+        try:
+            while running or waiting:
+                while waiting and len(running) < QUEUED * workers:
+                    index = waiting.popleft()
+                    running[pool.submit(_run, index, left[index])] = index
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index = running[future]
+                    mark = Mark(**future.result())
+                    del running[future], left[index]
+                    yield mark
+        except BrokenProcessPool:
+            # Which worker died is not known: the shards at the head of the queue were being computed.
+            for index in list(running.values())[:workers]:
+                _count_death(deaths, index)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _count_death(deaths: Counter[int], index: int) -> None:
+    deaths[index] += 1
+    if deaths[index] > MAX_DEATHS:
+        raise NemoLfrError(
+            f"shard {index}: its worker died {deaths[index]} times; a file in it may crash the audio library, or the "
+            "machine may lack memory. Fewer --workers or a smaller --shard-size helps to find out."
+        )
+
+
+def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, device: str | None) -> Iterator[Mark]:
+    """On a Ray cluster, with one actor for each GPU, or for each `job.threads` cores.
+
+    Args:
+        job: what to do; its paths must lead to the same files on every node.
+        tasks: shards to compute.
+        address: "local" starts a Ray here; "auto" takes the one that runs here, or starts one; else "HOST:PORT".
+        workers: actors; as many as the cluster has room for if not given.
+        device: "cuda" takes a GPU for each actor, "cpu" none; None takes GPUs where the cluster has some.
+
+    Raises:
+        NemoLfrError: if the cluster cannot be reached, or a shard's workers die again and again.
+    """
+    ray = require("ray", "ray")
+    if not ray.is_initialized():
+        _connect(ray, address)
+    resources = ray.cluster_resources()
+    gpu = bool(resources.get("GPU")) if device is None else device.startswith("cuda")
+    cores = job.threads + (job.readers if gpu else 0)
+    room = int(resources.get("GPU", 0)) if gpu else int(resources.get("CPU", 1)) // cores
+    count = min(workers or max(1, room), len(tasks))
+    # Lost work is given out again by us, which counts how often; Ray only starts the actor anew.
+    make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
+    actors = [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
+    left, waiting = dict(tasks), deque(dict(tasks))
+    deaths: Counter[int] = Counter()
+    running: dict[Any, tuple[int, Any]] = {}
+    try:
+        for actor in actors * QUEUED:
+            if waiting:
+                index = waiting.popleft()
+                running[actor.run.remote(index, left[index])] = (index, actor)
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            index, actor = running.pop(done)
+            try:
+                mark = Mark(**ray.get(done))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError:
+                _count_death(deaths, index)
+                waiting.append(index)
+                time.sleep(0.1)  # the actor is being started anew
+            else:
+                del left[index]
+                yield mark
+            if waiting:
+                index = waiting.popleft()
+                running[actor.run.remote(index, left[index])] = (index, actor)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _connect(ray: Any, address: str) -> None:
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
+    try:
+        if address == "auto":
+            try:
+                ray.init("auto", logging_level="error", log_to_driver=False)
+                return
+            except ConnectionError:
+                address = "local"
+        if address == "local":
+            ray.init("local", **options)
+        else:
+            ray.init(address, logging_level="error", log_to_driver=False)
+    except Exception as error:  # of whichever of Ray's transports
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({reason}).") from error

@@ -1,0 +1,521 @@
+"""What a corpus may come as, cut into parts that any worker can read by itself.
+
+NeMo manifest, folder of audio, Lhotse cuts or Shar, Parquet or a saved Hugging Face dataset. Planning reads no audio;
+a part is a few numbers, from which a worker finds its clips again. A clip's audio is opened only when it is asked for,
+so that one that cannot be read is that clip's failure alone.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.audio import AudioReader, check_peak, resample
+from nemo_lfr.corpora import folder
+from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
+
+# (sample rate in Hz, longest seconds) -> samples [T_audio], float32.
+Source = Callable[[int, float], np.ndarray]
+# Which clips of the corpus make one shard; plain JSON.
+Part = dict[str, Any]
+
+# A manifest's duration is rounded; a file that differs by more is not the one it describes.
+DURATION_SLACK = 0.1  # seconds, and a fiftieth
+# Rows of a table whose audio is held at a time.
+ROWS = 16
+# Lhotse's storage of what lies in a Shar.
+IN_SHAR = ("memory", "shar", "memory_raw")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One utterance of a corpus.
+
+    Attributes:
+        id: unique in the corpus, and usable as a relative path without suffix.
+        origin: where it is, for a person.
+        audio: reads it; raises AudioError.
+        context: reads the audio that a TTS model is conditioned on; None if there is none.
+        labels: what the input says of it ("text", "speaker", "lang", "audio_filepath" ...).
+        cut: the Lhotse cut it was, as a dict.
+        path: the audio file it was, or was a part of.
+    """
+
+    id: str
+    origin: str
+    audio: Source
+    context: Source | None = None
+    labels: dict[str, Any] = field(default_factory=dict)
+    cut: dict[str, Any] | None = None
+    path: Path | None = None
+
+
+class Corpus(ABC):
+    """Clips in a fixed order."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Changes when the list of clips does: a run is not resumed with another one."""
+
+    @abstractmethod
+    def parts(self, size: int) -> list[Part]:
+        """Cut the corpus into parts of `size` clips, the last one smaller."""
+
+    @abstractmethod
+    def read(self, part: Part) -> Iterator[Clip]:
+        """The clips of a part, in order. A line that is none is a clip whose audio raises."""
+
+
+class Manifest(Corpus):
+    """A NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+
+    Args:
+        path: the file.
+        audio_dir: what relative paths are relative to; the manifest's folder if not given.
+
+    Raises:
+        ConfigError: if it cannot be read, or its first line is none of a manifest.
+    """
+
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
+        self.path = path
+        self.audio_dir = audio_dir or path.parent
+        try:
+            with open(path, "rb") as file:
+                first = next((line for line in file if line.strip()), b"")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        try:
+            json.loads(first)["audio_filepath"]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path}: not a NeMo manifest: its first line is {clip(first.decode(errors='replace'))!r}, expected "
+                '{"audio_filepath": ...}.'
+            ) from None
+
+    @property
+    def identity(self) -> str:
+        return digest(self.path)[:16]
+
+    def parts(self, size: int) -> list[Part]:
+        """Byte ranges; names that occur again get a number, counted over the whole manifest."""
+        parts: list[Part] = []
+        seen: Counter[str] = Counter()
+        count = size
+        repeats: dict[str, int] = {}
+        with open(self.path, "rb") as file:
+            while line := file.readline():
+                if not line.strip():
+                    continue
+                if count == size:
+                    repeats, count = {}, 0
+                    parts.append({"start": file.tell() - len(line), "count": 0, "repeats": repeats})
+                name = _name(line)
+                seen[name] += 1
+                if seen[name] > 1:
+                    repeats[str(count)] = seen[name]
+                count += 1
+                parts[-1]["count"] = count
+        return parts
+
+    def read(self, part: Part) -> Iterator[Clip]:
+        with open(self.path, "rb") as file:
+            file.seek(part["start"])
+            lines = islice((line for line in file if line.strip()), part["count"])
+            for number, line in enumerate(lines):
+                again = part["repeats"].get(str(number))
+                name = _name(line) + (f"~{again}" if again else "")
+                try:
+                    yield self._clip(name, json.loads(line))
+                except (ValueError, TypeError, KeyError) as error:
+                    origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
+                    yield Clip(name, origin, partial(_raise, f"{origin}: not a line of a manifest: {error!r}."))
+
+    def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
+        path = self.audio_dir / labels["audio_filepath"]
+        offset, duration = float(labels.get("offset") or 0), labels.get("duration")
+        context = None
+        if labels.get("context_audio_filepath"):
+            other = labels.get("context_audio_duration")
+            context = partial(
+                read_file, self.audio_dir / labels["context_audio_filepath"], 0.0, float(other) if other else None
+            )
+        audio = partial(read_file, path, offset, None if duration is None else float(duration))
+        return Clip(name, str(path), audio, context, labels, path=path)
+
+
+def list_folder(root: Path, manifest: Path) -> Manifest:
+    """A folder of audio as a manifest, which is written.
+
+    Raises:
+        NemoLfrError: if there is no audio in it.
+    """
+    from nemo_lfr.journal import write_text
+
+    lines = [
+        json.dumps(
+            {"audio_filepath": str(clip.path), **clip.labels} | ({"speaker": clip.speaker} if clip.speaker else {}),
+            ensure_ascii=False,
+        )
+        for clip in folder(root)
+    ]
+    if not lines:
+        raise NemoLfrError(f"{root}: no audio file in this folder.")
+    write_text(manifest, "\n".join(lines) + "\n")
+    return Manifest(manifest, root)
+
+
+class Cuts(Corpus):
+    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.lhotse = require("lhotse", "corpus")
+        self.path = path
+
+    @property
+    def identity(self) -> str:
+        return digest(self.path)[:16]
+
+    def parts(self, size: int) -> list[Part]:
+        total = _count_unique(self.lhotse, [self.path])
+        return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
+
+    def read(self, part: Part) -> Iterator[Clip]:
+        cuts = self.lhotse.CutSet.from_jsonl_lazy(self.path)
+        for cut in islice(cuts, part["start"], part["start"] + part["count"]):
+            yield cut_to_clip(cut, str(self.path))
+
+
+class Shar(Corpus):
+    """Lhotse Shar: a folder with `cuts.*.jsonl.gz` and the other fields beside, or one folder for each field.
+
+    An input shard is an output shard, whatever size is asked for, so that the two can be read side by side.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.lhotse = require("lhotse", "corpus")
+        self.path = path
+        self.fields: dict[str, list[Path]] = {}
+        for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
+            flat = file.parent == path
+            name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
+            if re.search(r"\.\d+\.(jsonl(\.gz)?|tar(\.gz)?)$", file.name):
+                self.fields.setdefault(name, []).append(file)
+        counts = {name: len(files) for name, files in self.fields.items()}
+        if len(set(counts.values())) != 1:
+            raise ConfigError(f"{path}: not a whole Lhotse Shar: its fields have {counts} shards.")
+
+    @property
+    def identity(self) -> str:
+        names = {name: [(str(file), file.stat().st_size) for file in files] for name, files in self.fields.items()}
+        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
+
+    def parts(self, size: int) -> list[Part]:
+        _count_unique(self.lhotse, self.fields["cuts"])
+        return [{"shard": index} for index in range(len(self.fields["cuts"]))]
+
+    def read(self, part: Part) -> Iterator[Clip]:
+        fields = {name: [str(files[part["shard"]])] for name, files in self.fields.items()}
+        for cut in self.lhotse.CutSet.from_shar(fields=fields):
+            yield cut_to_clip(cut, fields["cuts"][0])
+
+
+class Table(Corpus):
+    """Rows with an audio column, of bytes or paths: Parquet, or what Hugging Face `datasets` saved.
+
+    Args:
+        path: file or folder.
+        files: that hold the rows.
+        columns: their names.
+
+    Raises:
+        ConfigError: if there is no audio column.
+    """
+
+    AUDIO = ("audio", "target_audio", "audio_filepath", "path", "file")
+
+    def __init__(self, path: Path, files: list[Path], columns: list[str]) -> None:
+        self.path, self.files = path, files
+        column = next((name for name in self.AUDIO if name in columns), None)
+        if column is None:
+            raise ConfigError(f"{path}: no audio column; expected one of {', '.join(self.AUDIO)}, found {columns}.")
+        self.column = column
+
+    @property
+    def identity(self) -> str:
+        sizes = [(file.name, file.stat().st_size) for file in self.files]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+    def _clip(self, number: int, row: dict[str, Any]) -> Clip:
+        audio = row.pop(self.column)
+        context = row.pop("context_audio", None)
+        name = f"{number:08d}" if row.get("id") is None else _safe(f"{row['id']}-{number:08d}")
+        labels = {key: value for key, value in row.items() if isinstance(value, str | int | float | bool)}
+        origin = f"{self.path}, row {number}"
+        return Clip(name, origin, self._source(audio, origin), context and self._source(context, origin), labels)
+
+    def _source(self, audio: Any, origin: str) -> Source:
+        if isinstance(audio, dict) and audio.get("bytes"):
+            return partial(read_bytes, audio["bytes"], origin)
+        path = audio.get("path") if isinstance(audio, dict) else audio
+        if not isinstance(path, str):
+            return partial(_raise, f"{origin}: its column {self.column!r} holds neither bytes nor a path.")
+        base = self.path if self.path.is_dir() else self.path.parent
+        return partial(read_file, base / path, 0.0, None)
+
+
+class Parquet(Table):
+    """A Parquet file, or a folder of them; a part is whole row groups of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.parquet = require("pyarrow.parquet", "corpus")
+        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        super().__init__(path, files, self._open(files[0]).schema_arrow.names)
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return self.parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: not a Parquet file ({clip(error, 200)}).") from error
+
+    def parts(self, size: int) -> list[Part]:
+        parts: list[Part] = []
+        number = 0
+        for file in range(len(self.files)):
+            metadata = self._open(self.files[file]).metadata
+            count = size
+            for group in range(metadata.num_row_groups):
+                if count >= size:
+                    parts.append({"file": file, "groups": [], "start": number})
+                    count = 0
+                parts[-1]["groups"].append(group)
+                count += metadata.row_group(group).num_rows
+                number += metadata.row_group(group).num_rows
+        return parts
+
+    def read(self, part: Part) -> Iterator[Clip]:
+        table = self._open(self.files[part["file"]])
+        number = part["start"]
+        for rows in table.iter_batches(ROWS, row_groups=part["groups"]):
+            for row in rows.to_pylist():
+                yield self._clip(number, row)
+                number += 1
+
+
+class SavedDataset(Table):
+    """A dataset that Hugging Face `datasets` saved with `save_to_disk`."""
+
+    def __init__(self, path: Path) -> None:
+        datasets = require("datasets", "corpus")
+        try:
+            self.rows = datasets.load_from_disk(str(path))
+            columns = self.rows.column_names
+        except Exception as error:  # of whichever of its many readers
+            raise ConfigError(
+                f"{path}: not a dataset that datasets.load_from_disk reads ({clip(error, 200)})."
+            ) from error
+        if isinstance(columns, dict):
+            raise ConfigError(f"{path}: holds the splits {sorted(columns)}; give the folder of one.")
+        super().__init__(path, sorted(path.glob("*.arrow")), columns)
+        self.rows = self.rows.with_format("arrow")
+
+    def parts(self, size: int) -> list[Part]:
+        total = len(self.rows)
+        return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
+
+    def read(self, part: Part) -> Iterator[Clip]:
+        stop = part["start"] + part["count"]
+        for start in range(part["start"], stop, ROWS):
+            for number, row in enumerate(self.rows[start : min(start + ROWS, stop)].to_pylist(), start):
+                yield self._clip(number, row)
+
+
+def open_corpus(path: Path, audio_dir: Path | None, listing: Path) -> Corpus:
+    """The corpus at `path`, by what is there.
+
+    Args:
+        path: file or folder.
+        audio_dir: of a manifest.
+        listing: where a folder's list of files is written, and read again.
+
+    Raises:
+        NemoLfrError: if it is nothing that can be read.
+    """
+    if not path.exists():
+        raise NemoLfrError(f"{path}: no such file or folder.")
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return Parquet(path)
+        if path.name.endswith((".jsonl.gz", ".jsonl")) and _first_has_cut(path):
+            return Cuts(path)
+        return Manifest(path, audio_dir)
+    if list(path.glob("cuts.*.jsonl*")) or list(path.glob("cuts/cuts.*.jsonl*")):
+        return Shar(path)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return SavedDataset(path)
+    if any(path.rglob("*.parquet")):
+        return Parquet(path)
+    return Manifest(listing, path) if listing.exists() else list_folder(path, listing)
+
+
+def read_file(
+    path: Path, offset: float, duration: float | None, sample_rate: int, longest: float = math.inf
+) -> np.ndarray:
+    """A file, or the part of it that a manifest names.
+
+    Raises:
+        AudioError: if it cannot be read, holds less than the manifest says, or lasts more than `longest` seconds.
+    """
+    with AudioReader(path, sample_rate) as reader:
+        slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
+        if duration is not None and offset + duration > reader.duration + slack:
+            raise AudioError(
+                f"{path}: holds {reader.duration:.2f} s, but its manifest says {offset + duration:.2f} s are there."
+            )
+        _check_length(reader.duration - offset if duration is None else duration, longest, str(path))
+        if offset or (duration is not None and duration < reader.duration - slack):
+            return reader.segment(offset, reader.duration - offset if duration is None else duration)
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+
+
+def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
+    """An audio file that lies in a table; raises as `read_file` does."""
+    with AudioReader(name, sample_rate, data) as reader:
+        _check_length(reader.duration, longest, name)
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+
+
+def read_cut(cut: Any, sample_rate: int, longest: float = math.inf) -> np.ndarray:
+    """A Lhotse cut or recording, mixed to mono; raises as `read_file` does."""
+    _check_length(cut.duration, longest, f"cut {cut.id}")
+    try:
+        audio = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
+    except Exception as error:  # of whichever of Lhotse's many backends
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AudioError(f"cut {cut.id}: {clip(reason, 200)}") from error
+    check_peak(float(np.abs(audio).max(initial=0.0)), f"cut {cut.id}")
+    rate = int(cut.sampling_rate)
+    return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
+
+
+def cut_to_clip(cut: Any, origin: str) -> Clip:
+    """A Lhotse cut; its `target_audio` is taken if it has one, as NeMo's loaders do."""
+    said = cut.supervisions[0] if cut.supervisions else None
+    labels = {"text": said.text, "speaker": said.speaker, "lang": said.language} if said else {}
+    labels |= {key: value for key, value in (cut.custom or {}).items() if isinstance(value, str | int | float | bool)}
+    target = cut.target_audio if cut.has_custom("target_audio") else cut
+    context = partial(read_cut, cut.context_audio) if cut.has_custom("context_audio") else None
+    manifest = cut.to_dict()
+    # Audio that lies in a Shar stays there: a cut without it is what the tokens' own cuts file holds.
+    for place in (manifest, manifest.get("custom") or {}):
+        for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
+            del place[key]
+    return Clip(
+        _safe(cut.id),
+        f"{origin}, cut {cut.id}",
+        partial(read_cut, target),
+        context,
+        {key: value for key, value in labels.items() if value is not None},
+        manifest,
+    )
+
+
+def require(module: str, extra: str) -> Any:
+    """An optional dependency.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtraError(f"{package} is not installed; pip install 'nemo-lfr[{extra}]'.") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _count_unique(lhotse: Any, paths: Sequence[Path]) -> int:
+    """Cuts in some files of them.
+
+    Raises:
+        ConfigError: if two have one id, or a file is none of cuts.
+    """
+    seen: set[str] = set()
+    for path in paths:
+        try:
+            for cut in lhotse.CutSet.from_jsonl_lazy(path):
+                if (name := _safe(cut.id)) in seen:
+                    raise ConfigError(f"{path}: two cuts have the id {clip(cut.id)!r}; make them unique.")
+                seen.add(name)
+        except ConfigError:
+            raise
+        except Exception as error:  # of whichever of Lhotse's many readers
+            raise ConfigError(f"{path}: not a file of Lhotse cuts ({clip(error, 200)}).") from error
+    return len(seen)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a manifest's value is a recording or array whose bytes lie in a Shar."""
+    if not isinstance(value, dict):
+        return False
+    sources = value.get("sources") or [value.get("array") or value]
+    return any(
+        source.get("type", source.get("storage_type")) in ("memory", "shar", "memory_raw") for source in sources
+    )
+
+
+def _first_has_cut(path: Path) -> bool:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return path.suffix == ".gz"
+    return isinstance(first, dict) and "audio_filepath" not in first
+
+
+def _name(line: bytes) -> str:
+    """A clip's name from its line: the path without suffix, and the offset where there is one."""
+    try:
+        labels = json.loads(line)
+        name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
+        offset = float(labels.get("offset") or 0)
+        return _safe(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "line-" + hashlib.sha256(line).hexdigest()[:12]
+
+
+def _safe(name: str) -> str:
+    """A relative path that stays below its folder, of characters that every file system and tar takes."""
+    kept: Sequence[str] = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
+    return "/".join(re.sub(r'[\x00-\x1f\x7f<>:"|?*\\]', "_", part)[-180:] for part in kept) or "_"
+
+
+def _check_length(duration: float, longest: float, name: str) -> None:
+    if duration > longest:
+        raise AudioError(f"{name}: lasts {duration:.1f} s, more than the {longest:g} s that are allowed.")
+
+
+def _raise(text: str, sample_rate: int, longest: float) -> np.ndarray:
+    raise AudioError(text)

@@ -1,0 +1,232 @@
+"""A whole corpus: planned, claimed, computed by an engine, summed up; and gone on with when it was interrupted."""
+
+import fcntl
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr import __version__
+from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
+from nemo_lfr.corpus.inputs import Corpus
+from nemo_lfr.corpus.shard import PADS, Job, Mark
+from nemo_lfr.corpus.sinks import SINKS, STATE, finish
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.journal import write_text
+from nemo_lfr.pretrained import choose_device
+
+METADATA = "tokens.json"
+# What must be the same for the shards of one output; the rest of a job may change between runs.
+FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset")
+
+
+@dataclass
+class Totals:
+    """What is there so far."""
+
+    shards: int
+    sample_rate: int
+    done: int = 0
+    clips: int = 0
+    samples: int = 0
+    frames: int = 0
+    computed_samples: int = 0  # in this run
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, mark: Mark, computed: bool) -> None:
+        self.done += 1
+        self.clips += mark.clips
+        self.samples += mark.samples
+        self.frames += mark.frames
+        self.computed_samples += mark.samples if computed else 0
+        self.failures += mark.failures
+
+
+def tokenize(
+    job: Job,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    ray: str | None = None,
+    watch: Callable[[Totals], None] = lambda totals: None,
+) -> dict[str, Any]:
+    """Tokenise a corpus into `job.out`; what is there already of the same job is kept.
+
+    Args:
+        job: corpus, output and options.
+        workers: processes, or Ray actors; one for each GPU or for each `job.threads` cores if not given.
+        device: "cpu", "cuda"; a GPU if there is one.
+        ray: where Ray runs: "local", "auto" or an address; processes of this machine if not given.
+        watch: called after every shard.
+
+    Returns:
+        What `tokens.json` holds: the codec, the layout, counts and hours.
+
+    Raises:
+        NemoLfrError: for a corpus or a codec that cannot be had, or an output that holds another job's tokens.
+        AudioError: with `job.strict`, for the first clip that fails.
+    """
+    for value, known, name in ((job.kind, SINKS, "format"), (job.pad, PADS, "pad")):
+        if value not in known:
+            raise NemoLfrError(f"{name} {value!r} is unknown; use one of {list(known)}.")
+    job, out = _absolute(job), Path(job.out).resolve()
+    if out.exists() and not (out / STATE).exists() and (others := [found.name for found in out.iterdir()]):
+        raise NemoLfrError(
+            f"{job.out}: holds other files ({others[0]}), and no run to go on with; choose another --out."
+        )
+    codec = _describe(job)
+    job.state.mkdir(parents=True, exist_ok=True)
+    with _alone(job.state / "lock"):
+        corpus = job.open()
+        parts = _claim(job, corpus, codec)
+        shutil.rmtree(job.state / "staging", ignore_errors=True)
+        totals = Totals(len(parts), codec["sample_rate"])
+        marks: dict[int, Mark] = {}
+        for index in range(len(parts)):
+            if mark := Mark.find(out, index):
+                marks[index] = mark
+                totals.add(mark, computed=False)
+        watch(totals)
+        tasks = [(index, part) for index, part in enumerate(parts) if index not in marks]
+        for mark in _compute(job, tasks, workers, device, ray):
+            if Mark.find(out, mark.index) is None:
+                raise NemoLfrError(
+                    f"{out}: shard {mark.index} was computed on another machine and cannot be seen here; --out must "
+                    "be on a file system that all machines share."
+                )
+            marks[mark.index] = mark
+            totals.add(mark, computed=True)
+            watch(totals)
+        finish(job.kind, out, len(parts), job.context)
+        return _sum_up(job, out, codec, [marks[index] for index in range(len(parts))])
+
+
+def _absolute(job: Job) -> Job:
+    """The same job for a worker in another folder."""
+    paths = {"source": job.source, "out": job.out, "audio_dir": job.audio_dir, "model": job.model}
+    local: dict[str, Any] = {
+        name: str(Path(path).resolve())
+        for name, path in paths.items()
+        if path and (name != "model" or Path(path).exists())
+    }
+    return replace(job, **local)
+
+
+def _compute(
+    job: Job, tasks: list[tuple[int, Any]], workers: int | None, device: str | None, ray: str | None
+) -> Iterator[Mark]:
+    if not tasks:
+        return iter(())
+    if ray is not None:
+        return run_ray(job, tasks, ray, workers, device)
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        import torch
+
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    else:
+        devices = [str(chosen)]
+    count = workers or (len(devices) if chosen.type == "cuda" else max(1, _cores() // job.threads))
+    if min(count, len(tasks)) == 1:
+        return run_here(job, tasks, devices[0])
+    return run_processes(job, tasks, min(count, len(tasks)), devices)
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    """What the tokens are."""
+    from nemo_lfr.pretrained import load
+    from nemo_lfr.tokens.format import Metadata
+
+    metadata = asdict(Metadata.of(load(job.model, "cpu", job.precision)))
+    metadata.pop("written_by")
+    return metadata | {"levels": list(metadata["levels"])}
+
+
+def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
+    """The parts of the corpus: planned now, or by the run that is gone on with.
+
+    Raises:
+        NemoLfrError: if the output holds something else.
+    """
+    path = job.state / "job.json"
+    given = asdict(job)
+    mine = {key: given[key] for key in FIXED} | {"corpus": corpus.identity, "codec": codec}
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        parts = known.pop("parts")
+        if differ := sorted(key for key in mine if known.get(key) != mine[key]):
+            said = "; ".join(f"{key} {known.get(key)!r}, now {mine[key]!r}" for key in differ)
+            raise NemoLfrError(f"{job.out}: holds tokens of another job ({said}); choose another --out.")
+        return parts
+    parts = corpus.parts(job.shard_size)
+    write_text(path, json.dumps(mine | {"parts": parts}))
+    return parts
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise NemoLfrError(
+                f"{path.parent.parent}: another run is writing there; wait for it, or stop it."
+            ) from error
+        yield
+
+
+def _sum_up(job: Job, out: Path, codec: dict[str, Any], marks: list[Mark]) -> dict[str, Any]:
+    """Write what was failed on and what is there; the tokens are complete once `tokens.json` is."""
+    failures = [failure for mark in marks for failure in mark.failures]
+    lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
+    write_text(out / "failures.jsonl", lines)
+    samples = sum(mark.samples for mark in marks)
+    summary = {
+        "format": job.kind,
+        "codec": codec | {"model": job.model or "the embedded codec"},
+        "pad": job.pad,
+        "context": job.context,
+        "source": job.source,
+        "shards": len(marks),
+        "clips": sum(mark.clips for mark in marks),
+        "failures": len(failures),
+        "frames": sum(mark.frames for mark in marks),
+        "hours": round(samples / codec["sample_rate"] / 3600, 4),
+        "nemo_lfr": __version__,
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "command": command(job),
+    }
+    write_text(out / METADATA, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def command(job: Job) -> str:
+    """The command line that makes these tokens again."""
+    words = ["nemo-lfr tokenize", job.source, "--out", job.out, "--format", job.kind]
+    for name, value, default in (
+        ("--model", job.model, None),
+        ("--precision", job.precision, "fp32"),
+        ("--pad", job.pad, "encode"),
+        ("--shard-size", job.shard_size, Job.shard_size),
+        ("--max-duration", job.max_duration, Job.max_duration),
+    ):
+        if value != default:
+            words += [name, str(value)]
+    return " ".join([*words, *(["--context"] if job.context else [])])
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,231 @@
+"""One shard: the clips of a part in, files of tokens out. A pure function of the part, the codec and the options.
+
+A shard is computed in a folder of its own, its files are put on disk and renamed into place, and last comes its mark:
+a JSON file with what the shard holds and the hash of every file. A shard whose mark is there is whole; without one it
+is computed again, to the same bytes.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
+from nemo_lfr.corpus.sinks import SINKS, STATE
+from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.journal import write_text
+from nemo_lfr.tokens.format import Metadata
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+# Audio that is encoded together, and held at a time.
+BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
+PADS = ("encode", "magpie")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A corpus to tokenise: all that a worker on any machine needs to know.
+
+    Attributes:
+        source: the corpus, as `open_corpus` takes it.
+        out: folder of the tokens; many machines must all see it.
+        kind: of `SINKS`.
+        model: checkpoint or Hub id; None for the embedded codec.
+        precision: of the codec.
+        pad: "encode" completes a last partial frame, as `AudioCodecModel.encode` does; "magpie" adds a whole frame of
+            silence to clips that need none, as NeMo's Magpie datasets do where they encode audio themselves.
+        context: tokenise contexts too.
+        shard_size: clips of a shard.
+        max_duration: seconds; longer clips are failures.
+        audio_dir: of a manifest.
+        dataset: name of the corpus.
+        strict: stop at the first clip that fails.
+        threads: of one worker on a CPU.
+        readers: threads that decode and resample audio ahead of the codec.
+    """
+
+    source: str
+    out: str
+    kind: str
+    model: str | None = None
+    precision: str = "fp32"
+    pad: str = "encode"
+    context: bool = False
+    shard_size: int = 256
+    max_duration: float = 3600.0
+    audio_dir: str | None = None
+    dataset: str = "corpus"
+    strict: bool = False
+    threads: int = 1
+    readers: int = 1
+
+    @property
+    def state(self) -> Path:
+        return Path(self.out, STATE)
+
+    def open(self) -> Corpus:
+        audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
+        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json")
+
+
+@dataclass
+class Mark:
+    """What a finished shard holds."""
+
+    index: int
+    clips: int = 0
+    samples: int = 0
+    frames: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # path below the output -> SHA-256
+
+    @staticmethod
+    def path(out: Path, index: int) -> Path:
+        return out / STATE / "done" / f"{index:06d}.json"
+
+    @classmethod
+    def find(cls, out: Path, index: int) -> "Mark | None":
+        """The mark of a shard whose files are all there."""
+        try:
+            mark = cls(**json.loads(cls.path(out, index).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return mark if all((out / name).is_file() for name in mark.files) else None
+
+    def write(self, out: Path) -> None:
+        self.path(out, self.index).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path(out, self.index), json.dumps(asdict(self), ensure_ascii=False))
+
+
+def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: int) -> Mark:
+    """Compute a shard and put it in place.
+
+    Raises:
+        AudioError: with `job.strict`, for a clip that cannot be tokenised.
+        OSError: if its files cannot be written.
+    """
+    out = Path(job.out).resolve()
+    mark = Mark(index)
+    staging = job.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
+    staging.mkdir(parents=True)
+    try:
+        sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context)
+        for clip, tokens, num_samples, context in _tokenize(job, codec, corpus.read(part), mark):
+            sink.write(clip, tokens, num_samples, context)
+            mark.clips += 1
+            mark.samples += num_samples
+            mark.frames += tokens.shape[1]
+        sink.close()
+        for path in sorted(file for file in staging.rglob("*") if file.is_file()):
+            name = str(path.relative_to(staging))
+            mark.files[name] = digest(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, out / name)
+        mark.write(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return mark
+
+
+def _tokenize(
+    job: Job, codec: "Codec", clips: Iterator[Clip], mark: Mark
+) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
+    """Clips with their tokens, in order; those that fail go to the mark instead."""
+    limit = BATCH_SECONDS.get(codec.device.type, BATCH_SECONDS["cpu"]) * codec.sample_rate
+    batch: list[tuple[Clip, list[np.ndarray]]] = []
+    held = 0
+    with ThreadPoolExecutor(job.readers) as readers:
+        for clip, waves in _ahead(readers, job, codec.sample_rate, clips):
+            try:
+                batch.append((clip, waves.result()))
+                held += sum(map(len, batch[-1][1]))
+            except (NemoLfrError, OSError) as error:
+                if job.strict:
+                    raise
+                mark.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
+            if held >= limit:
+                yield from _encode(job, codec, batch)
+                batch, held = [], 0
+        yield from _encode(job, codec, batch)
+
+
+def _ahead(
+    readers: ThreadPoolExecutor, job: Job, sample_rate: int, clips: Iterator[Clip]
+) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
+    """Clips whose audio is being read, a few ahead of the one that is asked for."""
+    waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
+    for clip in clips:
+        waiting.append((clip, readers.submit(_read, clip, job, sample_rate)))
+        if len(waiting) > 4 * job.readers:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
+    """A clip's samples, and its context's where that is asked for and there."""
+    sources: list[Source] = [clip.audio]
+    if job.context and clip.context is not None:
+        sources.append(clip.context)
+    waves = []
+    for source, what in zip(sources, ("", "its context "), strict=False):
+        wave = source(sample_rate, job.max_duration)
+        if not len(wave):
+            raise AudioError(f"{clip.origin}: {what}holds no samples.")
+        if not wave.any():
+            raise AudioError(f"{clip.origin}: {what}is silent: every sample is zero.")
+        waves.append(wave)
+    return waves
+
+
+def _encode(
+    job: Job, codec: "Codec", batch: list[tuple[Clip, list[np.ndarray]]]
+) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
+    waves = [wave for _, waves in batch for wave in waves]
+    if not waves:
+        return
+    frame = codec.samples_per_frame
+    lengths = [len(wave) + (frame if job.pad == "magpie" and len(wave) % frame == 0 else 0) for wave in waves]
+    audio = np.zeros((len(waves), max(lengths)), np.float32)
+    for row, wave in zip(audio, waves, strict=True):
+        row[: len(wave)] = wave
+    tokens, num_frames = codec.encode(audio, lengths)
+    rows = zip(tokens.cpu().numpy(), num_frames.tolist(), lengths, strict=True)
+    results = iter([(row[:, :total], length) for row, total, length in rows])
+    for clip, (_, *context) in batch:
+        row, num_samples = next(results)
+        yield clip, row, num_samples, next(results)[0] if context else None
+
+
+class Worker:
+    """A process that tokenises shards: one codec, and the corpus it reads.
+
+    Args:
+        job: what to do.
+        device: where the codec runs.
+    """
+
+    def __init__(self, job: Job, device: str | None = None) -> None:
+        import torch
+
+        from nemo_lfr.pretrained import load
+
+        self.job = job
+        self.codec = load(job.model, device, job.precision)
+        if self.codec.device.type == "cpu":
+            torch.set_num_threads(job.threads)
+        self.corpus = job.open()
+
+    def run(self, index: int, part: Part) -> dict[str, Any]:
+        """Compute a shard; what its mark says, as JSON."""
+        return asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))

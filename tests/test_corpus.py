@@ -1,0 +1,602 @@
+"""A corpus to tokens and back: any input, any layout, any engine, whatever dies on the way."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.cli import main
+from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.corpus.run import tokenize
+from nemo_lfr.corpus.shard import Job
+from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
+from nemo_lfr.pretrained import load
+from tests.models import RATE, codec_config, synthesize, write_nemo
+
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("NEMO_LFR_KILLS", "6"))
+# Samples of each clip: around frames of 1,024, and shorter than the network sees.
+LENGTHS = [9000, 1, 1024, 4096, 5000, 20480, 12_345, 7000, 3071, 6144, 30_000]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny codec of the released layout."""
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
+
+
+@pytest.fixture(scope="module")
+def clips() -> dict[str, np.ndarray]:
+    return {f"s{n % 3}/clip{n}": synthesize(2, seed=n)[:length] for n, length in enumerate(LENGTHS)}
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory, clips) -> Path:
+    """The clips as 16-bit files below three speakers' folders, and their manifest."""
+    root = tmp_path_factory.mktemp("audio")
+    lines = []
+    for number, (name, wave) in enumerate(clips.items()):
+        path = root / f"{name}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, wave, RATE)
+        other = f"s{number % 3}/clip{number % 3}.wav"
+        lines.append(
+            {
+                "audio_filepath": f"{name}.wav",
+                "duration": len(wave) / RATE,
+                "text": f"clip number {number}",
+                "speaker": f"| Language:en Dataset:made Speaker:s{number % 3} |",
+                "context_audio_filepath": other,
+                "context_audio_duration": LENGTHS[number % 3] / RATE,
+                "normalized_text": f"clip number {number}",
+            }
+        )
+    (root / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(model, audio, clips) -> dict[str, torch.Tensor]:
+    """Tokens of each file alone."""
+    codec = load(model, "cpu")
+    waves = {name: soundfile.read(audio / f"{name}.wav", dtype="float32")[0] for name in clips}
+    return {name: codec.encode(wave)[0][0].long() for name, wave in waves.items()}
+
+
+def job(source: Path, out: Path, model: Path, kind: str = "shar", **options) -> Job:
+    return Job(str(source), str(out), kind, model=str(model), shard_size=options.pop("shard_size", 4), **options)
+
+
+def files_of(out: Path) -> dict[str, str]:
+    """Hash of every file that a user reads; the manifest's absolute paths and the command are left out."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and ".tokenize" not in path.parts:
+            data = path.read_bytes().replace(str(out.resolve()).encode(), b"OUT").replace(str(out).encode(), b"OUT")
+            found[str(path.relative_to(out))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def read(out: Path) -> dict[str, torch.Tensor]:
+    utterances = list(TokenDataset(out))
+    assert len({utterance.id for utterance in utterances}) == len(utterances)
+    return {utterance.id: utterance.tokens for utterance in utterances}
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tokens in expected.items():
+        assert torch.equal(got[name], tokens), name
+
+
+@pytest.mark.parametrize("kind", list(SINKS))
+def test_every_layout_gives_back_the_tokens_of_each_clip_alone(kind, audio, model, expected, clips, tmp_path):
+    done = tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind), device="cpu", workers=1)
+    assert (done["clips"], done["shards"], done["failures"]) == (11, 3, 0)
+    assert_equal(read(tmp_path / "out"), expected)
+    dataset = TokenDataset(tmp_path / "out")
+    assert (len(dataset), dataset.num_codebooks, dataset.codebook_size) == (11, 8, 2016)
+    for utterance in dataset:
+        assert utterance.num_samples == len(clips[utterance.id])
+        assert utterance.labels["text"] == f"clip number {utterance.id.partition('clip')[2]}"
+
+
+@pytest.mark.parametrize("kind", ["shar", "manifest", "parquet"])
+def test_contexts_are_kept_beside_their_clips(kind, audio, model, expected, tmp_path):
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind, context=True), device="cpu", workers=1)
+    for utterance in TokenDataset(tmp_path / "out"):
+        number = int(utterance.id.partition("clip")[2]) % 3
+        assert torch.equal(utterance.context, expected[f"s{number}/clip{number}"])
+
+
+def test_magpies_padding_adds_a_frame_to_clips_that_fill_theirs(audio, model, expected, clips, tmp_path):
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", pad="magpie"), device="cpu", workers=1)
+    codec = load(model, "cpu")
+    for name, tokens in read(tmp_path / "out").items():
+        full = len(clips[name]) % 1024 == 0
+        assert tokens.shape[1] == expected[name].shape[1] + full
+        wave = soundfile.read(audio / f"{name}.wav", dtype="float32")[0]
+        assert torch.equal(tokens, codec.encode(np.pad(wave, (0, 1024 * full)))[0][0].long())
+
+
+# Inputs.
+
+
+def test_every_kind_of_corpus_gives_the_same_tokens(audio, model, expected, clips, tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from lhotse import CutSet, Recording, SupervisionSegment
+    from lhotse.cut import MonoCut
+    from lhotse.shar import SharWriter
+
+    cuts = []
+    for name in clips:
+        recording = Recording.from_file(audio / f"{name}.wav", recording_id=name)
+        said = SupervisionSegment(name, name, 0, recording.duration, text="a", speaker="b", language="en")
+        cuts.append(MonoCut(name, 0, recording.duration, 0, [said], recording=recording))
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    with SharWriter(str(tmp_path / "shar"), fields={"recording": "flac"}, shard_size=4) as writer:
+        (tmp_path / "shar").mkdir()
+        for cut in cuts:
+            writer.write(cut)
+    rows = [{"audio": {"bytes": (audio / f"{name}.wav").read_bytes(), "path": None}, "id": name} for name in clips]
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:6]), tmp_path / "rows" / "a.parquet", row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(rows[6:]), tmp_path / "rows" / "b.parquet")
+    paths = [{"audio": str(audio / f"{name}.wav"), "id": name} for name in clips]
+    datasets.Dataset.from_list(paths).save_to_disk(tmp_path / "saved")
+    for source in (audio, tmp_path / "cuts.jsonl.gz", tmp_path / "shar", tmp_path / "rows", tmp_path / "saved"):
+        out = tmp_path / f"out-{source.name}"
+        done = tokenize(job(source, out, model, "shar"), device="cpu", workers=1)
+        assert done["failures"] == 0, (out / "failures.jsonl").read_text()
+        got = {name.rpartition("-")[0] or name: tokens for name, tokens in read(out).items()}
+        assert_equal(got, expected)
+
+
+def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, model, tmp_path):
+    name = "s2/clip5.wav"
+    lines = [
+        {"audio_filepath": name, "offset": 0.25, "duration": 0.5},
+        {"audio_filepath": name, "duration": 20480 / RATE},
+        {"audio_filepath": name, "duration": 20480 / RATE},
+        {"audio_filepath": name, "duration": 0.5},
+    ]
+    (audio / "parts.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenize(job(audio / "parts.json", tmp_path, model, "lfr", shard_size=3), device="cpu", workers=1)
+    codec, wave = load(model, "cpu"), soundfile.read(audio / name, dtype="float32")[0]
+    first, half = int(0.25 * RATE), 11025
+    assert_equal(
+        read(tmp_path),
+        {
+            "s2/clip5-00000250": codec.encode(wave[first : first + half])[0][0].long(),
+            "s2/clip5": codec.encode(wave)[0][0].long(),
+            "s2/clip5~2": codec.encode(wave)[0][0].long(),
+            "s2/clip5~3": codec.encode(wave[:half])[0][0].long(),
+        },
+    )
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd.wav", "../../up.wav", "a\0b:c|d.wav", ".."])
+def test_no_name_leaves_the_output(name, tmp_path):
+    (tmp_path / "m.json").write_text(json.dumps({"audio_filepath": name}) + "\n")
+    corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
+    (clip,) = corpus.read(corpus.parts(5)[0])
+    target = (tmp_path / clip.id).resolve()
+    assert tmp_path in target.parents and "\0" not in clip.id and ":" not in clip.id
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.write_text("hello\n"), "not a NeMo manifest"),
+        (lambda path: path.write_text(""), "not a NeMo manifest"),
+        (lambda path: path.write_bytes(b"\xff\xfe\0"), "not a NeMo manifest"),
+        (lambda path: path.mkdir(), "no audio file in this folder"),
+    ],
+)
+def test_what_is_no_corpus_is_refused_in_one_sentence(make, reason, model, tmp_path):
+    make(tmp_path / "corpus.json")
+    with pytest.raises(NemoLfrError, match=reason):
+        tokenize(job(tmp_path / "corpus.json", tmp_path / "out", model), device="cpu")
+
+
+def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
+    for name in ("a.parquet", "a.jsonl.gz"):
+        with pytest.raises(ConfigError, match=name):
+            open_corpus(tmp_path / name, None, tmp_path / "unused").parts(3)
+
+
+# Runs.
+
+
+def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
+    for workers in (1, 3):
+        job_ = job(audio / "manifest.json", tmp_path / str(workers), model, "parquet", shard_size=2)
+        tokenize(job_, workers=workers, device="cpu")
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
+
+
+@pytest.mark.parametrize("kind", list(SINKS))
+def test_a_run_goes_on_with_what_is_whole(kind, audio, model, tmp_path):
+    job_ = job(audio / "manifest.json", tmp_path / "out", model, kind)
+    tokenize(job_, device="cpu", workers=1)
+    before, times = files_of(tmp_path / "out"), {}
+    marks = sorted((tmp_path / "out" / ".tokenize" / "done").iterdir())
+    lost = json.loads(marks[1].read_text())["files"]
+    (tmp_path / "out" / next(iter(lost))).unlink()
+    times = {path: path.stat().st_mtime_ns for path in marks}
+    tokenize(job_, device="cpu", workers=1)
+    assert files_of(tmp_path / "out") == before
+    changed = [path for path in marks if path.stat().st_mtime_ns != times[path]]
+    assert changed == [marks[1]]
+
+
+def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
+    job_ = job(audio / "manifest.json", tmp_path / "out", model)
+    tokenize(job_, device="cpu", workers=1)
+    before = files_of(tmp_path / "out")
+    for change in ({"pad": "magpie"}, {"kind": "lfr"}, {"precision": "bf16"}, {"shard_size": 5}, {"model": None}):
+        with pytest.raises(NemoLfrError, match="holds tokens of another job"):
+            tokenize(replace(job_, **change), device="cpu", workers=1)
+    with pytest.raises(NemoLfrError, match="holds tokens of another job"):
+        tokenize(replace(job_, source=str(audio)), device="cpu", workers=1)
+    assert files_of(tmp_path / "out") == before
+    with pytest.raises(NemoLfrError, match="holds other files"):
+        tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
+
+
+# Bad data.
+
+
+def bad_files(root: Path) -> dict[str, str]:
+    """Files that cannot be tokenised, and words of the reason."""
+    wave = synthesize(0.5)
+    soundfile.write(root / "good.wav", wave, RATE)
+    good = (root / "good.wav").read_bytes()
+    flac = root / "whole.flac"
+    soundfile.write(flac, wave, RATE)
+    whole = flac.read_bytes()
+    flac.unlink()
+    content: dict[str, tuple[bytes, str]] = {
+        "empty.wav": (b"", "not an audio file"),
+        "text.wav": (b"hello, world\n" * 50, "not an audio file"),
+        "zeros.wav": (bytes(5000), "not an audio file"),
+        "html.mp3": (b"<html><body>404</body></html>", "not an audio file"),
+        "header.wav": (good[:44], "cut short"),
+        "half-header.wav": (good[:20], "not an audio file"),
+        "cut.wav": (good[: len(good) // 2], "cut short"),
+        "cut.flac": (whole[: len(whole) // 2], "damaged audio"),
+        "half-header.flac": (whole[:30], "not an audio file"),
+        "noise.flac": (whole[:100] + bytes(range(256)) * 20, ""),
+        "noise.mp3": (np.random.default_rng(0).bytes(3000), "not an audio file"),
+        "png.ogg": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not an audio file"),
+        "rate0.wav": (good[:24] + struct.pack("<I", 0) + good[28:], ""),
+        "channels0.wav": (good[:22] + struct.pack("<H", 0) + good[24:], ""),
+        "bits0.wav": (good[:34] + struct.pack("<H", 0) + good[36:], ""),
+        "codec99.wav": (good[:20] + struct.pack("<H", 99) + good[22:], ""),
+        "json.wav": (b'{"audio": 1}', "not an audio file"),
+        "pickle.wav": (b"\x80\x04\x95\x10\x00\x00\x00", "not an audio file"),
+    }
+    reasons = {}
+    for name, (data, reason) in content.items():
+        (root / name).write_bytes(data)
+        reasons[name] = reason
+    waves = {
+        "nan.wav": (np.full(4000, np.nan, np.float32), "NaN"),
+        "inf.wav": (np.full(4000, np.inf, np.float32), "NaN or infinite"),
+        "loud.wav": (30_000 * wave / np.abs(wave).max(), "16-bit"),
+        "silent.wav": (np.zeros(4000, np.float32), "silent"),
+        "no-samples.wav": (np.zeros(0, np.float32), "no samples"),
+        "long.wav": (np.tile(wave, 9), "more than the 3 s"),
+    }
+    for name, (samples, reason) in waves.items():
+        soundfile.write(root / name, samples, RATE, subtype="FLOAT")
+        reasons[name] = reason
+    (root / "folder.wav").mkdir()
+    (root / "loop.wav").symlink_to(root / "loop.wav")
+    (root / "dangling.wav").symlink_to(root / "nowhere")
+    reasons |= {
+        "folder.wav": "is a folder",
+        "loop.wav": "",
+        "dangling.wav": "no such file",
+        "missing.wav": "no such file",
+    }
+    return reasons
+
+
+def odd_files(root: Path) -> list[str]:
+    """Files that are unusual, and fine."""
+    wave = synthesize(0.5)
+    soundfile.write(root / "float.wav", 1.2 * wave / np.abs(wave).max(), RATE, subtype="FLOAT")
+    soundfile.write(root / "double.wav", wave, RATE, subtype="DOUBLE")
+    soundfile.write(root / "stereo.wav", np.stack([wave, wave], 1), RATE)
+    soundfile.write(root / "odd-rate.wav", wave, 11_127)
+    soundfile.write(root / "u8.wav", wave, RATE, subtype="PCM_U8")
+    soundfile.write(root / "24 bit.flac", wave, 48_000, subtype="PCM_24")
+    soundfile.write(root / "one-sample.wav", wave[500:501], RATE)
+    soundfile.write(root / "ünïcode 語.wav", wave, RATE)
+    return [path.name for path in root.iterdir()]
+
+
+def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, tmp_path, capsys):
+    root = tmp_path / "audio"
+    root.mkdir()
+    odd = odd_files(root)
+    reasons = bad_files(root)
+    assert len(reasons) >= 25
+    names = [*odd, "good.wav", *reasons]
+    random.Random(0).shuffle(names)
+    lines = [json.dumps({"audio_filepath": name}) for name in names]
+    # Lines that are none, and one whose file holds less than it says.
+    lines[3:3] = [
+        "not json",
+        '{"no": 1}',
+        '{"audio_filepath": 7}',
+        "[]",
+        '{"audio_filepath": "good.wav", "duration": 9}',
+    ]
+    lines[:0] = [json.dumps({"audio_filepath": "good.wav", "offset": 0.1, "duration": 0.2})]
+    (tmp_path / "manifest.json").write_text("\n".join(lines) + "\n")
+    options = ["--format", "lfr", "--audio-dir", root, "--model", model, "--device", "cpu", "--shard-size", 7]
+    options += ["--max-duration", 3, "--workers", 1]
+    with pytest.raises(SystemExit) as exit_:
+        main(["tokenize", *map(str, [tmp_path / "manifest.json", "--out", tmp_path / "out", *options])])
+    assert exit_.value.code == 1
+    failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    said = {failure["input"]: failure["error"] for failure in failures}
+    assert len(said) == len(failures) == len(reasons) + 5
+    for name, reason in reasons.items():
+        assert reason in said[str(root / name)], name
+    made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}
+    # The line that says too much of good.wav came first and had its name.
+    assert made == {f"{Path(name).stem}.lfr" for name in odd} | {"good~2.lfr", "good-00000100.lfr"}
+    assert f"{len(failures)} failed" in capsys.readouterr().err
+    with pytest.raises(AudioError):
+        tokenize(
+            replace(
+                job(tmp_path / "manifest.json", tmp_path / "strict", model, "lfr"), audio_dir=str(root), strict=True
+            ),
+            device="cpu",
+            workers=1,
+        )
+    assert not (tmp_path / "strict" / "tokens.json").exists()
+
+
+def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
+    lines = (audio / "manifest.json").read_text().splitlines()
+    (audio / "holes.json").write_text(
+        "\n".join([*lines[:2], *['{"audio_filepath": "x.wav"}'] * 2, *lines[2:4]]) + "\n"
+    )
+    for kind in SINKS:
+        done = tokenize(job(audio / "holes.json", tmp_path / kind, model, kind, shard_size=2), device="cpu", workers=1)
+        assert (done["clips"], done["failures"], done["shards"]) == (4, 2, 3)
+        assert len(read(tmp_path / kind)) == 4
+
+
+# Processes that die, and Ray.
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """A manifest of many short clips, some of which are not there."""
+    root = tmp_path_factory.mktemp("many")
+    lines = []
+    for number in range(240):
+        if number % 37:
+            soundfile.write(root / f"{number}.wav", synthesize(0.2 + 0.01 * (number % 30), seed=number), RATE)
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "text": str(number)}))
+    (root / "manifest.json").write_text("\n".join(lines) + "\n")
+    return root / "manifest.json"
+
+
+def start(source: Path, out: Path, model: Path, *options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nemo_lfr", "tokenize", source, "--out", out, "--model", model, "--device", "cpu"]
+    command += ["--format", "parquet", "--shard-size", 6, *options]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def below(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [grandchild for child in children for grandchild in below(child)]
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def assert_no_half_files(out: Path) -> None:
+    import pyarrow.parquet as pq
+
+    for path in out.glob("data/*"):
+        assert path.suffix == ".parquet"
+        pq.read_table(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_killed_workers_and_drivers_lose_and_double_nothing(many, model, tmp_path):
+    tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    kills = drivers = 0
+    while True:
+        driver = start(many, out, model, "--workers", 2)
+        while driver.poll() is None:
+            time.sleep(rng.uniform(0.0, 3.0))
+            if kills < KILLS and driver.poll() is None:
+                workers = below(driver.pid)
+                victim = rng.choice([driver.pid, *workers, *workers])
+                kill(victim)
+                kills += 1
+                drivers += victim == driver.pid
+            assert_no_half_files(out)
+        if driver.returncode == 1:  # finished, with the clips that are not there
+            break
+        assert driver.returncode == -signal.SIGKILL
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert not list((out / ".tokenize" / "staging").glob("*")) and kills > 0
+    print(f"{kills} kills, {drivers} of them of the driver")
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, model, tmp_path):
+    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    rng = random.Random(0)
+    killed = []
+
+    def watch(totals):
+        if len(killed) < 3 and totals.done:
+            actors = [pid for pid in below(os.getpid()) if b"ray::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            if actors:
+                killed.append(rng.choice(actors))
+                kill(killed[-1])
+
+    try:
+        done = tokenize(
+            job(many, tmp_path / "ray", model, "parquet", shard_size=6), ray="local", workers=2, watch=watch
+        )
+    finally:
+        ray.shutdown()
+    assert killed and (done["clips"], done["failures"]) == (233, 7)
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "whole")
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    with pytest.raises(NemoLfrError, match="no Ray cluster can be reached"):
+        tokenize(job(audio / "manifest.json", tmp_path / "out", model), ray="nowhere:bad")
+
+
+# What reads the tokens.
+
+
+@pytest.fixture(scope="module")
+def characters():
+    """A text tokenizer's config, as NeMo's TTS datasets want it."""
+    pytest.importorskip("nemo", reason="pip install 'nemo-lfr[nemo]'")
+    from omegaconf import OmegaConf
+
+    module = "nemo.collections.common.tokenizers.text_to_speech.tts_tokenizers."
+    return OmegaConf.create({"english_phoneme": {"_target_": f"{module}EnglishCharsTokenizer"}})
+
+
+@pytest.mark.slow
+def test_nemos_lhotse_dataset_reads_the_shar(audio, model, expected, characters, tmp_path):
+    from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+    from nemo.collections.tts.data.text_to_speech_dataset_lhotse import MagpieTTSLhotseDataset
+    from omegaconf import OmegaConf
+
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, context=True), device="cpu", workers=1)
+    section = OmegaConf.load(tmp_path / "out" / "input_cfg.yaml")
+    for entry in section:
+        entry.tags = {"tokenizer_names": ["english_phoneme"]}
+    cuts, _ = read_cutset_from_config(OmegaConf.create({"input_cfg": section, "force_finite": True}))
+    cuts = sorted(cuts, key=lambda cut: cut.id)
+    dataset = MagpieTTSLhotseDataset(
+        sample_rate=RATE,
+        codec_model_samples_per_frame=1024,
+        num_audio_codebooks=8,
+        load_cached_codes_if_available=True,
+        tokenizer_config=characters,
+        load_16khz_audio=False,
+        context_duration_min=0.1,
+        context_duration_max=0.1,
+    )
+    batch = dataset[cuts]
+    assert [cut.id for cut in cuts] == sorted(expected)
+    for cut, codes, length in zip(cuts, batch["audio_codes"], batch["audio_codes_lens"], strict=True):
+        assert torch.equal(codes[:, :length].long(), expected[cut.id]), cut.id
+    assert batch["context_audio_codes"].shape[:2] == (11, 8)
+
+
+@pytest.mark.slow
+def test_nemos_manifest_dataset_reads_the_manifest(audio, model, expected, characters, tmp_path):
+    from nemo.collections.tts.data.text_to_speech_dataset import MagpieTTSDataset
+    from nemo.collections.tts.data.text_to_speech_dataset_lhotse import setup_tokenizers
+
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, "manifest", context=True), device="cpu", workers=1)
+    dataset = MagpieTTSDataset(
+        dataset_meta={"made": {"manifest_path": tmp_path / "out" / "manifest.json", "audio_dir": audio}},
+        sample_rate=RATE,
+        codec_model_samples_per_frame=1024,
+        bos_id=1,
+        eos_id=2,
+        num_audio_codebooks=8,
+        load_16khz_audio=False,
+        context_duration_min=0.1,
+        context_duration_max=0.1,
+    )
+    dataset.text_tokenizer = setup_tokenizers(characters)
+    found = {}
+    for number in range(len(dataset)):
+        example = dataset[number]
+        found[Path(example["audio_filepath"]).with_suffix("").as_posix()] = example["audio_codes"].long()
+        assert example["context_audio_codes"].shape[0] == 8
+    assert_equal(found, expected)
+
+
+def test_loader_workers_and_ranks_read_every_utterance_once(audio, model, expected, tmp_path):
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", shard_size=2), device="cpu", workers=1)
+    seen: list[str] = []
+    for rank in range(2):
+        dataset = TokenDataset(tmp_path / "out", shuffle=True, rank=rank, world_size=2, buffer_size=3)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
+        seen += [utterance.id for utterance in loader]
+    assert sorted(seen) == sorted(expected)
+    dataset = TokenDataset(tmp_path / "out", shuffle=True)
+    first, second = ([utterance.id for utterance in dataset] for _ in range(2))
+    assert sorted(first) == sorted(second) and first != second
+    assert first == [utterance.id for utterance in TokenDataset(tmp_path / "out", shuffle=True)]
+
+
+def test_a_folder_that_holds_no_finished_tokens_is_refused(tmp_path):
+    with pytest.raises(NemoLfrError, match=r"no tokens\.json"):
+        TokenDataset(tmp_path)
+    (tmp_path / "tokens.json").write_text("{}")
+    with pytest.raises(NemoLfrError, match="cannot be read"):
+        TokenDataset(tmp_path)
+
+
+@pytest.mark.parametrize("kind", list(SINKS))
+def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, clips, tmp_path, capsys):
+    tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind), device="cpu", workers=1)
+    arguments = ["detokenize", tmp_path / "out", "--out", tmp_path / "back", "--model", model, "--device", "cpu"]
+    main([*map(str, arguments)])
+    codec = load(model, "cpu")
+    for utterance in TokenDataset(tmp_path / "out"):
+        got, rate = soundfile.read(tmp_path / "back" / f"{utterance.id}.wav", dtype="int16")
+        assert (len(got), rate) == (len(clips[utterance.id]), RATE)
+        alone = codec.decode(utterance.tokens)[0][0, : len(got)].numpy()
+        assert np.abs(got - np.clip(np.round(alone * 32768), -32768, 32767)).max() <= 1
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments[:-4])])  # the embedded codec did not make them
+    assert exit_.value.code == 2 and "made by another codec" in capsys.readouterr().err
