@@ -33,6 +33,7 @@ pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("NEMO_LFR_KILLS", "6"))
+CLIPS = int(os.environ.get("NEMO_LFR_CLIPS", "240"))
 # Samples of each clip: around frames of 1,024, and shorter than the network sees.
 LENGTHS = [9000, 1, 1024, 4096, 5000, 20480, 12_345, 7000, 3071, 6144, 30_000]
 
@@ -403,7 +404,7 @@ def many(tmp_path_factory) -> Path:
     """A manifest of many short clips, some of which are not there."""
     root = tmp_path_factory.mktemp("many")
     lines = []
-    for number in range(240):
+    for number in range(CLIPS):
         if number % 37:
             soundfile.write(root / f"{number}.wav", synthesize(0.2 + 0.01 * (number % 30), seed=number), RATE)
         lines.append(json.dumps({"audio_filepath": f"{number}.wav", "text": str(number)}))
@@ -449,7 +450,7 @@ def test_killed_workers_and_drivers_lose_and_double_nothing(many, model, tmp_pat
     while True:
         driver = start(many, out, model, "--workers", 2)
         while driver.poll() is None:
-            time.sleep(rng.uniform(0.0, 3.0))
+            time.sleep(rng.uniform(0.0, 6.0))
             if kills < KILLS and driver.poll() is None:
                 workers = below(driver.pid)
                 victim = rng.choice([driver.pid, *workers, *workers])
@@ -486,7 +487,7 @@ def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, mo
         )
     finally:
         ray.shutdown()
-    assert killed and (done["clips"], done["failures"]) == (233, 7)
+    assert killed and done["clips"] + done["failures"] == CLIPS and done["failures"] == len(range(0, CLIPS, 37))
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "whole")
 
 

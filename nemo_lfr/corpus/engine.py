@@ -5,6 +5,7 @@ which is handed to another one; a shard that keeps killing its workers stops the
 """
 
 import os
+import shutil
 import threading
 import time
 from collections import Counter, deque
@@ -80,15 +81,18 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
                     del running[future], left[index]
                     yield mark
         except BrokenProcessPool:
-            # Which worker died is not known: the shards at the head of the queue were being computed.
-            for index in list(running.values())[:workers]:
-                _count_death(deaths, index)
+            pool.shutdown(wait=True, cancel_futures=True)
+            for index in running.values():
+                _bury(job, index, deaths)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _count_death(deaths: Counter[int], index: int) -> None:
-    deaths[index] += 1
+def _bury(job: Job, index: int, deaths: Counter[int]) -> None:
+    """Remove what a dead worker had begun of a shard, and count it."""
+    for folder in job.state.glob(f"staging/{index:06d}.*"):
+        shutil.rmtree(folder, ignore_errors=True)
+        deaths[index] += 1
     if deaths[index] > MAX_DEATHS:
         raise NemoLfrError(
             f"shard {index}: its worker died {deaths[index]} times; a file in it may crash the audio library, or the "
@@ -136,7 +140,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError:
-                _count_death(deaths, index)
+                _bury(job, index, deaths)
                 waiting.append(index)
                 time.sleep(0.1)  # the actor is being started anew
             else:
