@@ -491,6 +491,33 @@ def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, mo
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_two_nodes_of_a_cluster_give_the_same_bytes_though_one_is_lost(many, model, tmp_path):
+    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    from ray.cluster_utils import Cluster
+
+    tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+    lost = []
+
+    def watch(totals):
+        if totals.done >= 4 and not lost:
+            cluster.remove_node(other, allow_graceful=False)
+            lost.append(other)
+            cluster.add_node(num_cpus=1)
+
+    try:
+        tokenize(
+            job(many, tmp_path / "ray", model, "parquet", shard_size=6), ray=cluster.address, workers=2, watch=watch
+        )
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert lost
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "whole")
+
+
 def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
     pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
     with pytest.raises(NemoLfrError, match="no Ray cluster can be reached"):

@@ -1,0 +1,198 @@
+"""A corpus to tokens beside a loop over stock NeMo's encode; Ray beside plain processes; memory over the run.
+
+    python benchmarks/tokenize.py [--model FILE.nemo] [--clips 160] [--plot docs/tokenize_memory.png]
+
+Stock's loop is that of its users: load a file with NeMo's own reader, call `encode`, keep the tokens, on as many
+threads as the machine has; one clip at a time, and in padded batches of 8. It must give the tokens that we write, clip
+by clip (a stock batch does not: its tokens depend on their neighbours). Ours is `nemo-lfr tokenize` with one worker of
+one thread for each core. Rates leave out what both spend on loading. Rounds take turns; medians and ratios are of them.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: Python's own `tokenize` has our name
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.corpus.run import Totals, tokenize
+from nemo_lfr.corpus.shard import Job
+from nemo_lfr.pretrained import find_checkpoint
+from tests.models import RATE, stock_model, synthesize
+
+SHARD = 4
+
+
+def write_corpus(root: Path, seconds: list[float]) -> Path:
+    """Clips of these lengths and their manifest."""
+    lines = []
+    for number, length in enumerate(seconds):
+        soundfile.write(root / f"{number}.wav", synthesize(length, seed=number), RATE)
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": length}))
+    manifest = root / f"{len(seconds)}-{seconds[0]:.3f}.json"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
+def stock_loop(model: Any, manifest: Path, batch_size: int) -> tuple[float, list[torch.Tensor]]:
+    """Seconds for the corpus, and the tokens of each clip."""
+    from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
+
+    paths = [manifest.parent / json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
+    found = []
+    started = time.perf_counter()
+    with torch.no_grad():
+        for start in range(0, len(paths), batch_size):
+            clips = [
+                torch.from_numpy(AudioSegment.from_file(str(path), target_sr=RATE).samples)
+                for path in paths[start : start + batch_size]
+            ]
+            lengths = torch.tensor([len(clip) for clip in clips])
+            audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+            tokens, frames = model.encode(audio=audio, audio_len=lengths)
+            found += [row[:, :total] for row, total in zip(tokens, frames.tolist(), strict=True)]
+    return time.perf_counter() - started, found
+
+
+def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | None = None) -> float:
+    """Seconds of audio a second, from the first shard of each worker to the last shard of all."""
+    times: list[tuple[float, int]] = []
+
+    def watch(totals: Totals) -> None:
+        times.append((time.perf_counter(), totals.samples))
+
+    job = Job(str(manifest), str(out), "lfr", model=model, shard_size=SHARD)
+    tokenize(job, workers=workers, device="cpu", ray=ray, watch=watch)
+    (begin, before), (end, after) = times[workers], times[-1]
+    return (after - before) / RATE / (end - begin)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def memory_over_a_run(manifest: Path, out: Path, model: str | None) -> list[tuple[float, float]]:
+    """(seconds, MiB in memory) of a process that tokenises by itself."""
+    page, samples = os.sysconf("SC_PAGE_SIZE"), []
+    done = threading.Event()
+    started = time.perf_counter()
+
+    def sample() -> None:
+        while not done.wait(0.5):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            samples.append((time.perf_counter() - started, pages * page / 2**20))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    ours(manifest, out, model, 1)
+    done.set()
+    watcher.join()
+    return samples
+
+
+def plot(samples: list[tuple[float, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 2.5), layout="constrained")
+    axes.plot(*zip(*samples, strict=True))
+    axes.set(xlabel="seconds", ylabel="MiB in memory", ylim=(0, None), title="nemo-lfr tokenize, one worker")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a .nemo; the embedded codec if not given")
+    parser.add_argument("--clips", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--parts", default="memory,stock,ray", help="of the benchmark")
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        ragged = write_corpus(root, [round(float(length), 3) for length in rng.uniform(1, 15, args.clips)])
+        outs = iter(root / f"out{number}" for number in range(1000))
+        if "memory" in args.parts:
+            samples = memory_over_a_run(ragged, next(outs), args.model)
+            half = [mib for _, mib in samples[len(samples) // 2 :]]
+            print(f"memory in the second half of the run: {min(half):.0f} to {max(half):.0f} MiB")
+            if args.plot:
+                plot(samples, args.plot)
+        if "stock" in args.parts:
+            compare_with_stock(ragged, outs.__next__, args.model, args.rounds, cores)
+        if "ray" in args.parts:
+            even = write_corpus(root, [10.0] * (args.clips // 2))
+            compare_with_ray(even, outs.__next__, args.model, args.rounds)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB, {cores} cores")
+
+
+def compare_with_stock(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int) -> None:
+    torch.set_num_threads(cores)
+    stock = stock_model(find_checkpoint(model)).eval()
+    seconds = sum(json.loads(line)["duration"] for line in manifest.read_text().splitlines())
+    stock_loop(stock, manifest, 8)  # warm
+    alone, batched, own = [], [], []
+    for _ in range(rounds):
+        folder = out()
+        own.append(ours(manifest, folder, model, cores))
+        torch.set_num_threads(cores)
+        took, tokens = stock_loop(stock, manifest, 1)
+        alone.append(seconds / took)
+        batched.append(seconds / stock_loop(stock, manifest, 8)[0])
+    differing = total = 0
+    for utterance in TokenDataset(folder):
+        expected = tokens[int(utterance.id)]
+        assert utterance.tokens.shape == expected.shape
+        differing += int((utterance.tokens != expected).sum())
+        total += expected.numel()
+    print("\n| | seconds of audio a second |\n| --- | --- |")
+    for name, values in (
+        (f"`nemo-lfr tokenize`, {cores} workers of one thread", own),
+        (f"stock's loop, one clip at a time, {cores} threads", alone),
+        (f"stock's loop, batches of 8, {cores} threads", batched),
+    ):
+        print(f"| {name} | {spread(values)} |")
+    for name, values in (("one clip at a time", alone), ("batches of 8", batched)):
+        ratios = [mine / theirs for mine, theirs in zip(own, values, strict=True)]
+        print(f"| ratio to stock, {name} | {spread(ratios)} |")
+    print(f"\n{differing} of {total} tokens differ from stock's, clip by clip")
+
+
+def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int) -> None:
+    import ray
+
+    ray.init("local", include_dashboard=False, logging_level="error", log_to_driver=False)
+    rates: dict[str, list[float]] = {"in this process": [], "one Ray worker": [], "two Ray workers": []}
+    for _ in range(rounds):
+        rates["in this process"].append(ours(manifest, out(), model, 1))
+        rates["one Ray worker"].append(ours(manifest, out(), model, 1, "local"))
+        rates["two Ray workers"].append(ours(manifest, out(), model, 2, "local"))
+    ray.shutdown()
+    print("\n| one thread each, clips of 10 s | seconds of audio a second |\n| --- | --- |")
+    for name, values in rates.items():
+        print(f"| {name} | {spread(values)} |")
+    bare, one, two = rates.values()
+    print(f"| one Ray worker / in this process | {spread([a / b for a, b in zip(one, bare, strict=True)])} |")
+    print(f"| two Ray workers / one | {spread([a / b for a, b in zip(two, one, strict=True)])} |")
+
+
+if __name__ == "__main__":
+    main()
