@@ -5,13 +5,14 @@
 Stock's loop is that of its users: load a file with NeMo's own reader, call `encode`, keep the tokens, on as many
 threads as the machine has; one clip at a time, and in padded batches of 8. It must give the tokens that we write, clip
 by clip (a stock batch does not: its tokens depend on their neighbours). Ours is `nemo-lfr tokenize` with one worker of
-one thread for each core. Rates leave out what both spend on loading. Rounds take turns; medians and ratios are of them.
+one thread for each core. Rates leave out what both spend on loading. Rounds take turns; medians are of them.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: Python's own `tokenize` has our name
+sys.path.pop(0)  # this folder: Python's own `tokenize` has our name
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import json
