@@ -4,6 +4,7 @@ Each engine takes the shards to do and yields their marks as they come. A worker
 which is handed to another one; a shard that keeps killing its workers stops the run.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -139,7 +140,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
                 mark = Mark(**ray.get(done))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except ray.exceptions.RayError:
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
                 _bury(job, index, deaths)
                 waiting.append(index)
                 time.sleep(0.1)  # the actor is being started anew
@@ -149,9 +150,17 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
             if waiting:
                 index = waiting.popleft()
                 running[actor.run.remote(index, left[index])] = (index, actor)
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        said = _first_line(error)
+        raise NemoLfrError(f"the Ray cluster was lost ({said}); the same command goes on from here.") from error
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
+            for actor in actors:
+                ray.kill(actor)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -168,5 +177,4 @@ def _connect(ray: Any, address: str) -> None:
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # of whichever of Ray's transports
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({reason}).") from error
+        raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({_first_line(error)}).") from error

@@ -1,0 +1,112 @@
+"""A small language model on tokens, from a folder that `nemo-lfr tokenize` wrote to a recording of what it makes up.
+
+    nemo-lfr tokenize speech/ --out tokens/
+    python examples/train_language_model.py tokens/ --seconds 60 --out sample.wav
+
+A causal transformer reads frames, each the sum of its codebooks' embeddings, and predicts all tokens of the next frame
+at once, one codebook's independent of another's: the simplest thing that shows how tokens are read. A minute on a CPU
+learns how often tokens are said, not what is said.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_lfr import load
+from nemo_lfr.corpus.dataset import TokenDataset
+
+FRAMES = 64  # of a training segment: 3 seconds
+
+
+class FrameModel(nn.Module):
+    """Tokens [B, T, C] -> scores of the next frame's tokens [B, T, C, codebook_size].
+
+    Args:
+        num_codebooks: C.
+        codebook_size: entries of one codebook.
+        width: hidden channels.
+        layers: of the transformer.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int, width: int = 128, layers: int = 3) -> None:
+        super().__init__()
+        self.shape = num_codebooks, codebook_size
+        self.embedding = nn.Embedding(num_codebooks * codebook_size, width)
+        self.position = nn.Embedding(FRAMES, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, num_codebooks * codebook_size)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        num_codebooks, codebook_size = self.shape
+        offsets = torch.arange(num_codebooks) * codebook_size
+        hidden = self.embedding(tokens + offsets).sum(2) + self.position.weight[: tokens.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        return self.head(self.layers(hidden, mask=mask, is_causal=True)).unflatten(2, self.shape)
+
+    @torch.no_grad()
+    def sample(self, start: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Go on from frames [1, T, C] for `num_frames` more."""
+        tokens = start
+        for _ in range(num_frames):
+            scores = self(tokens[:, -FRAMES:])[:, -1]  # [1, C, codebook_size]
+            frame = torch.multinomial(scores[0].softmax(-1), 1).T
+            tokens = torch.cat([tokens, frame[None]], dim=1)
+        return tokens
+
+
+def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
+    """Batches [B, FRAMES + 1, C] without end; utterances follow each other, as text does."""
+    held = torch.zeros(0, dataset.num_codebooks, dtype=torch.int64)
+    size = batch_size * (FRAMES + 1)
+    while True:
+        for utterance in dataset:
+            held = torch.cat([held, utterance.tokens.T])
+            while len(held) >= size:
+                yield held[:size].view(batch_size, FRAMES + 1, -1)
+                held = held[size:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", help="a folder that nemo-lfr tokenize wrote")
+    parser.add_argument("--seconds", type=float, default=60, help="of training")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--model", help="the codec that made the tokens; the embedded one if not given")
+    parser.add_argument("--out", default="sample.wav")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    dataset = TokenDataset(args.tokens, shuffle=True)
+    if not len(dataset):
+        raise SystemExit(f"{args.tokens}: holds no utterance to learn from.")
+    model = FrameModel(dataset.num_codebooks, dataset.codebook_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    print(f"a guess costs {math.log(dataset.codebook_size):.2f} nats a token")
+    started = time.monotonic()
+    for step, batch in enumerate(segments(dataset, args.batch_size)):
+        scores = model(batch[:, :-1])
+        loss = F.cross_entropy(scores.flatten(0, 2), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"step {step}: {loss.item():.3f} nats a token", flush=True)
+        if time.monotonic() - started > args.seconds:
+            break
+    made = model.sample(batch[:1, :8], num_frames=64)
+    codec = load(args.model)
+    audio, _ = codec.decode(made.transpose(1, 2))
+    soundfile.write(args.out, audio[0].cpu().numpy(), codec.sample_rate)
+    print(f"{args.out}: {audio.shape[1] / codec.sample_rate:.1f} s, the first {8 / codec.frame_rate:.1f} s given")
+
+
+if __name__ == "__main__":
+    main()
