@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr import __version__
-from nemo_lfr.corpora import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.corpus.command import detokenize, tokenize
+from nemo_lfr.corpus.layouts import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
 

@@ -132,3 +132,16 @@ def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path)
     assert state["step"] == 4 and state["discriminator_optimizer"]["state"]
     run("train_default.py", "--out", tmp_path / "run", "--export", tmp_path / "small.nemo", cwd=tmp_path)
     assert load(tmp_path / "small.nemo", "cpu").encode(synthesize(1))[0].shape == (1, 8, 22)
+
+
+def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_lfr", "tokenize", corpus / "manifest.json", "--out", tmp_path / "tokens"],
+        cwd=ROOT,
+    )
+    assert done.returncode == 0
+    said = run("train_language_model.py", tmp_path / "tokens", "--seconds", 15, cwd=tmp_path)
+    losses = [float(line.split()[2]) for line in said.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] - 0.5, said
+    audio, rate = soundfile.read(tmp_path / "sample.wav")
+    assert rate == RATE and len(audio) == 72 * 1024 and audio.std() > 1e-3

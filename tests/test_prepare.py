@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli import main
-from nemo_lfr.corpora import LAYOUTS, Utterance, hold_out
+from nemo_lfr.corpus.layouts import LAYOUTS, Utterance, hold_out
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.manifests import read_manifest
 from nemo_lfr.training import prepare as module

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.audio import AudioReader, check_peak, resample
-from nemo_lfr.corpora import folder
+from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
 
 # (sample rate in Hz, longest seconds) -> samples [T_audio], float32.

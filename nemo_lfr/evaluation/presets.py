@@ -11,7 +11,7 @@ from pathlib import Path
 
 import soundfile
 
-from nemo_lfr.corpora import mls
+from nemo_lfr.corpus.layouts import mls
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.manifests import Recording
 

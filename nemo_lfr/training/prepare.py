@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.audio import AudioReader
-from nemo_lfr.corpora import LAYOUTS, SPLITS, Utterance, hold_out
+from nemo_lfr.corpus.layouts import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.journal import Journal, Progress, write_text
 
