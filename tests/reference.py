@@ -50,5 +50,5 @@ def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expect
     assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} tokens differ and are no ties: {wrong.nonzero()[:5]}"
     # Ties are rare by their nature; many of them would be a difference in disguise.
     ties = int(differ.sum())
-    assert ties <= 1 + got.numel() // 500
+    assert ties <= 2 + got.numel() // 500
     return ties

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
+
+if TYPE_CHECKING:
+    from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -227,6 +230,26 @@ class Codec:
             kept = window.kept
             frame = self.samples_per_frame
             yield audio[kept.start * frame : kept.stop * frame].float().cpu().numpy()
+
+    def stream_encoder(self, lookahead: int | None = None) -> "StreamEncoder":
+        """A stream that takes one recording's samples as they come and gives its tokens.
+
+        Args:
+            lookahead: frames that a token may wait for; None for all that it depends on (`encoder.context.future`),
+                with which the tokens are those of `encode`.
+
+        Raises:
+            NemoLfrError: if it is no number of frames.
+        """
+        from nemo_lfr.streaming import StreamEncoder
+
+        return StreamEncoder(self, lookahead)
+
+    def stream_decoder(self, lookahead: int | None = None) -> "StreamDecoder":
+        """A stream that takes one recording's tokens as they come and gives its audio; see `stream_encoder`."""
+        from nemo_lfr.streaming import StreamDecoder
+
+        return StreamDecoder(self, lookahead)
 
     # Files.
 

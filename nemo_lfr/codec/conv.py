@@ -85,10 +85,18 @@ class Conv1d(nn.Module):
         """Shortest input that the padding can be taken from."""
         return max(self.pad) + 1 if self.pad_mode == "reflect" else 1
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def pad_ends(self, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
+        """[B, H, T] with this layer's padding where the signal begins, and where it ends."""
+        before, after = self.pad[0] * first, self.pad[1] * last
+        return F.pad(hidden.unsqueeze(2), (before, after, 0, 0), mode=self.pad_mode).squeeze(2)
+
+    def convolve(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, H_in, T] -> [B, H_out, (T - span) // stride + 1], nothing padded."""
         conv = self.conv
-        padded = F.pad(hidden.unsqueeze(2), (*self.pad, 0, 0), mode=self.pad_mode).squeeze(2)  # [B, H, T + pad]
         return convolve(padded, conv.weight, conv.bias, conv.stride[0], conv.dilation[0])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.convolve(self.pad_ends(hidden))
 
 
 class ConvTranspose1d(nn.Module):
@@ -112,20 +120,26 @@ class ConvTranspose1d(nn.Module):
         conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups)
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def overlap(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What lies between the first and the last input: [B, H_in, T] -> [B, H_out, (T - 1) * stride].
+
+        Output sample t * stride + r sees inputs t and t - 1 alone.
+        """
         conv = self.conv
-        stride, groups, length = conv.stride[0], conv.groups, hidden.shape[-1]
-        # [B, H_out, (T + 1) * stride]
+        stride, groups = conv.stride[0], conv.groups
         if groups == 1:
-            # Output sample t * stride + r sees inputs t and t - 1 alone: a 2-tap convolution to `stride` phases of
-            # every channel, whose channels-last memory already is the interleaved signal.
+            # A 2-tap convolution to `stride` phases of every channel, whose channels-last memory already is the
+            # interleaved signal.
             taps = conv.weight.unflatten(2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
-            # [B, stride * H_out, T + 1]
-            phases = convolve(F.pad(hidden, (1, 1)), taps.permute(3, 1, 0, 2).flatten(0, 1), None)
+            # [B, stride * H_out, T - 1]
+            phases = convolve(hidden, taps.permute(3, 1, 0, 2).flatten(0, 1), None)
             full = phases.unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)
             assert conv.bias is not None
-            full = full + conv.bias[:, None]
-        else:
-            full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)
-            full = channels_last(full)
+            return full + conv.bias[:, None]
+        full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)
+        return channels_last(full[..., stride:-stride])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        stride, length = self.conv.stride[0], hidden.shape[-1]
+        full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
         return full[..., self.first_sample : self.first_sample + length * stride]

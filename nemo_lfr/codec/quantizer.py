@@ -157,7 +157,7 @@ class GroupFiniteScalarQuantizer(nn.Module):
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
         """Groups as extra examples: all codebooks share their levels, so one quantizer does them in one pass."""
-        return values.reshape(-1, len(self.levels), values.shape[-1])
+        return values.unflatten(1, (-1, len(self.levels))).flatten(0, 1)
 
     def forward(
         self, inputs: torch.Tensor, input_len: torch.Tensor | None = None
@@ -165,7 +165,7 @@ class GroupFiniteScalarQuantizer(nn.Module):
         """Quantize, with a straight-through gradient: [B, D, T] -> codes [B, D, T] and tokens [C, B, T]."""
         codes, tokens = self.fsqs[0](self._fold(inputs))
         codes = codes.reshape(inputs.shape)
-        tokens = tokens.reshape(inputs.shape[0], self.num_groups, -1)
+        tokens = tokens.reshape(inputs.shape[0], self.num_groups, inputs.shape[2])
         return _mask(codes, input_len), _mask(tokens, input_len).transpose(0, 1)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
@@ -177,5 +177,5 @@ class GroupFiniteScalarQuantizer(nn.Module):
         batch, frames = indices.shape[1:]
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
-        codes = quantizer.decode(indices.transpose(0, 1).reshape(1, -1, frames))
+        codes = quantizer.decode(indices.transpose(0, 1).flatten(0, 1)[None])
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)

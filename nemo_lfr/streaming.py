@@ -1,0 +1,371 @@
+"""Encode and decode piece by piece, as the audio or the tokens come in.
+
+Every layer keeps the inputs that its next output still needs, so that each sample is convolved once and the results
+are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they depend on
+is there: 6 frames later to encode and 13 to decode with the released config, at once where a part is causal.
+`lookahead` shortens that at a price: a frame is then computed as if the recording ended a little later.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one layer keeps: the inputs [B, H, n] that it still needs, and whether it has given an output yet."""
+
+    items: torch.Tensor
+    begun: bool = False
+
+
+# The state of a whole part, by layer. Tensors in it are replaced, never changed, so that a copy is a snapshot.
+State = dict[Hashable, Held]
+
+
+class Flow:
+    """One piece on its way through a part: reads the state that the piece before has left, and writes the next.
+
+    Args:
+        state: changed in place.
+        last: the recording ends with this piece.
+    """
+
+    def __init__(self, state: State, last: bool) -> None:
+        self.state, self.last = state, last
+
+    def _join(self, key: Hashable, new: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        held = self.state.get(key)
+        return (new, False) if held is None else (torch.cat([held.items, new], dim=2), held.begun)
+
+    def conv(self, layer: Conv1d, new: torch.Tensor) -> torch.Tensor:
+        """[B, H_in, n] -> as many outputs as their inputs are there for."""
+        hidden, begun = self._join(layer, new)
+        stride = layer.conv.stride[0]
+        span = (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
+        if not begun and (self.last or hidden.shape[2] >= layer.min_length):
+            begun = hidden.shape[2] > 0
+            hidden = layer.pad_ends(hidden, last=False) if begun else hidden
+        if begun and self.last:
+            hidden = layer.pad_ends(hidden, first=False)
+        num_outputs = (hidden.shape[2] - span) // stride + 1 if begun and hidden.shape[2] >= span else 0
+        self.state[layer] = Held(hidden[:, :, num_outputs * stride :], begun)
+        if not num_outputs:
+            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
+        return layer.convolve(hidden[:, :, : (num_outputs - 1) * stride + span])
+
+    def upsample(self, layer: ConvTranspose1d, new: torch.Tensor) -> torch.Tensor:
+        """[B, H_in, n] -> what lies between the inputs there are, which the next one cannot change any more."""
+        hidden, begun = self._join(layer, new)
+        if not begun:
+            if not hidden.shape[2]:
+                return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
+            hidden = F.pad(hidden, (1, 0))
+        if self.last:
+            hidden = F.pad(hidden, (0, 1))
+        self.state[layer] = Held(hidden[:, :, -1:], True)
+        if hidden.shape[2] < 2:
+            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
+        out = layer.overlap(hidden)
+        # The first and the last `stride` samples together are cut to `stride`: `first_sample` before, the rest after.
+        stop = out.shape[2] - (layer.conv.stride[0] - layer.first_sample) * self.last
+        return out[:, :, layer.first_sample * (not begun) : stop]
+
+    def residual(self, block: ResidualBlock, new: torch.Tensor) -> torch.Tensor:
+        """The input waits for what is added to it."""
+        hidden = self.conv(block.input_conv, block.input_activation(new))
+        added = self.conv(block.skip_conv, block.skip_activation(hidden))
+        return self._meet(block, [new, added])
+
+    def residuals(self, layer: ResidualLayer, new: torch.Tensor) -> torch.Tensor:
+        """The mean of the branches, which waits for the slowest."""
+        branches = []
+        for branch in layer.res_blocks:
+            hidden = new
+            for block in cast(nn.ModuleList, branch.res_blocks):
+                hidden = self.residual(cast(ResidualBlock, block), hidden)
+            branches.append(hidden)
+        return self._meet(layer, branches) / len(branches)
+
+    def _meet(self, key: Hashable, sides: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum of what every side has; the rest waits."""
+        joined = [self._join((key, number), side)[0] for number, side in enumerate(sides)]
+        ready = min(side.shape[2] for side in joined)
+        for number, side in enumerate(joined):
+            self.state[key, number] = Held(side[:, :, ready:])
+        total = joined[0][:, :, :ready]
+        for side in joined[1:]:
+            total = total + side[:, :, :ready]
+        return total
+
+    def encode(self, encoder: HiFiGANEncoder, audio: torch.Tensor) -> torch.Tensor:
+        """Samples [B, n] -> encoded frames [B, D, k]; as `HiFiGANEncoder.encode_frames` on all pieces together."""
+        hidden = self.conv(encoder.pre_conv, audio.unsqueeze(1))
+        for layer, activation, down_sample in zip(
+            encoder.res_layers, encoder.activations, encoder.down_sample_conv_layers, strict=True
+        ):
+            hidden = activation(self.residuals(cast(ResidualLayer, layer), hidden))
+            hidden = self.conv(cast(Conv1d, down_sample), hidden)
+        return self.conv(encoder.post_conv, encoder.post_activation(hidden))
+
+    def decode(self, decoder: HiFiGANDecoder, inputs: torch.Tensor) -> torch.Tensor:
+        """Dequantized frames [B, D, k] -> samples [B, n]; as `HiFiGANDecoder.decode_frames` on all together."""
+        hidden = self.conv(decoder.pre_conv, inputs)
+        for activation, up_sample, layer in zip(
+            decoder.activations, decoder.up_sample_conv_layers, decoder.res_layers, strict=True
+        ):
+            hidden = self.upsample(cast(ConvTranspose1d, up_sample), activation(hidden))
+            hidden = self.residuals(cast(ResidualLayer, layer), hidden)
+        return decoder.out_activation(self.conv(decoder.post_conv, decoder.post_activation(hidden))).squeeze(1)
+
+
+class _Stream:
+    """What both directions share: frames in, results out, in order and once.
+
+    Args:
+        codec: whose parts compute; a codec serves any number of streams.
+        lookahead: frames that a result may wait for; None for all that it depends on.
+    """
+
+    def __init__(
+        self, codec: "Codec", context: int, min_frames: int, items: tuple[int, int], lookahead: int | None
+    ) -> None:
+        if lookahead is not None and (isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0):
+            raise NemoLfrError(f"lookahead {lookahead!r} is not a number of frames; use 0 to {context}, or None.")
+        self.codec = codec
+        self.delay_frames = context if lookahead is None else min(lookahead, context)
+        self._exact = self.delay_frames == context
+        self._min_frames = min_frames
+        self._items_in, self._items_out = items  # of a frame
+        self._state: State = {}
+        self._num_in = 0  # frames
+        self._num_computed = 0  # items of the output whose whole future was there
+        self._num_out = 0  # items of the output that were given out
+        self._finished = False
+
+    @property
+    def latency_ms(self) -> float:
+        """Milliseconds from a frame's last sample to its result, the time to compute it left out."""
+        return 1000 * self.delay_frames / self.codec.frame_rate
+
+    def _check_open(self) -> None:
+        if self._finished:
+            raise NemoLfrError("this stream was flushed; start another one.")
+
+
+class StreamEncoder(_Stream):
+    """Audio of one recording in, tokens out. Made by `Codec.stream_encoder`."""
+
+    def __init__(self, codec: "Codec", lookahead: int | None = None) -> None:
+        encoder = codec.encoder
+        items = codec.samples_per_frame, 1
+        super().__init__(codec, encoder.context.future, encoder.min_frames, items, lookahead)
+        self._rest = np.zeros(0, np.float32)  # samples of a frame that is not whole
+        self.num_samples = 0
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """Take samples [n] at the codec's rate, floating point in [-1, 1] or int16, n >= 0; tokens [C, k] as int32.
+
+        Raises:
+            AudioError: for another shape or type, or a NaN.
+            NemoLfrError: after `flush`.
+        """
+        return push_encoders([self], [samples])[0]
+
+    def flush(self) -> np.ndarray:
+        """The recording ends: the tokens [C, k] that are left. A partial frame is completed with silence."""
+        self._check_open()
+        self._finished = True
+        frame = self.codec.samples_per_frame
+        total = -(-self.num_samples // frame)
+        padded = max(total, self._min_frames if total else 0) * frame
+        audio = np.pad(self._rest, (0, padded - self._num_in * frame - len(self._rest)))
+        self._num_in = total
+        if not total:
+            return np.zeros((self.codec.num_codebooks, 0), np.int32)
+        given = self._num_out
+        return _advance_encoders([self], [torch.from_numpy(audio)[None]], last=True)[0][:, : total - given]
+
+    def _take(self, samples: np.ndarray) -> torch.Tensor:
+        """The whole frames [1, k * samples_per_frame] that are there with these samples."""
+        from nemo_lfr.codec.codec import check_audio
+
+        self._check_open()
+        if np.ndim(samples) != 1:
+            raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
+        if not len(samples):
+            return torch.zeros(1, 0)
+        audio = check_audio(samples, None)[0][0].cpu().numpy()
+        self.num_samples += len(audio)
+        audio = np.concatenate([self._rest, audio])
+        whole = len(audio) // self.codec.samples_per_frame * self.codec.samples_per_frame
+        self._rest = audio[whole:]
+        self._num_in += whole // self.codec.samples_per_frame
+        return torch.from_numpy(audio[None, :whole])
+
+
+class StreamDecoder(_Stream):
+    """Tokens of one recording in, audio out. Made by `Codec.stream_decoder`."""
+
+    def __init__(self, codec: "Codec", lookahead: int | None = None) -> None:
+        decoder = codec.decoder
+        items = 1, codec.samples_per_frame
+        super().__init__(codec, decoder.context.future, decoder.min_frames, items, lookahead)
+
+    @property
+    def _dim(self) -> int:
+        """D, the dimensions of a dequantized frame."""
+        return self.codec.num_codebooks * len(self.codec.levels)
+
+    def push(self, tokens: np.ndarray) -> np.ndarray:
+        """Take tokens [C, k], k >= 0; audio [n] as float32, whole frames.
+
+        Raises:
+            TokensError: for another shape or type, or a token outside the codebook.
+            NemoLfrError: after `flush`.
+        """
+        return push_decoders([self], [tokens])[0]
+
+    def flush(self, num_samples: int | None = None) -> np.ndarray:
+        """The recording ends: the audio [n] that is left.
+
+        Args:
+            num_samples: of the recording that was encoded, to which the audio is cut; whole frames if not given. A
+                causal decoder has given the last frame's samples already: cut them yourself.
+
+        Raises:
+            TokensError: if the frames do not make so many samples.
+        """
+        self._check_open()
+        frame = self.codec.samples_per_frame
+        if num_samples is not None and -(-num_samples // frame) != self._num_in:
+            raise TokensError(f"num_samples is {num_samples}, but {self._num_in} frames were pushed.")
+        self._finished = True
+        if not self._num_in:
+            return np.zeros(0, np.float32)
+        silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in))
+        total = self._num_in * frame if num_samples is None else num_samples
+        given = self._num_out
+        return _advance_decoders([self], [silence], last=True)[0][: max(0, total - given)]
+
+    def _take(self, tokens: np.ndarray) -> torch.Tensor:
+        """Dequantized frames [1, D, k]."""
+        self._check_open()
+        if np.ndim(tokens) != 2:
+            raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
+        checked, _ = self.codec._check_tokens(tokens, None)
+        self._num_in += checked.shape[2]
+        return self.codec.quantizer.decode(checked.transpose(0, 1))
+
+
+@torch.no_grad()
+def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Push to many streams of one codec at once; those in one phase are computed as one batch.
+
+    Args:
+        streams: each once.
+        samples: for each stream, [n].
+
+    Returns:
+        For each stream, tokens [C, k]: those of `StreamEncoder.push`.
+    """
+    return _advance_encoders(streams, [stream._take(new) for stream, new in zip(streams, samples, strict=True)])
+
+
+@torch.no_grad()
+def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """As `push_encoders`: for each stream tokens [C, k] in and audio [n] out."""
+    return _advance_decoders(streams, [stream._take(new) for stream, new in zip(streams, tokens, strict=True)])
+
+
+@torch.no_grad()
+def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
+    codec = streams[0].codec
+
+    def compute(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
+        with codec._autocast():
+            encoded = Flow(state, last).encode(codec.encoder, audio.to(codec.device))
+        return codec.quantizer.encode(encoded.float()).transpose(0, 1)  # [B, C, k]
+
+    return _advance(streams, inputs, last, compute)
+
+
+@torch.no_grad()
+def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
+    codec = streams[0].codec
+
+    def compute(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
+        with codec._autocast():
+            return Flow(state, last).decode(codec.decoder, dequantized.to(codec.device)).float()  # [B, n]
+
+    return _advance(streams, inputs, last, compute)
+
+
+def _advance(
+    streams: Sequence[_Stream],
+    inputs: list[torch.Tensor],
+    last: bool,
+    compute: Callable[[State, torch.Tensor, bool], torch.Tensor],
+) -> list[np.ndarray]:
+    """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
+    results = _together([stream._state for stream in streams], inputs, last, compute)
+    computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
+    early = [number for number, stream in enumerate(streams) if not (stream._exact or last) and inputs[number].numel()]
+    if early:
+        # As if the recordings ended here: of that, the frames that are due.
+        states = [copy.copy(streams[number]._state) for number in early]
+        ends = []
+        for number in early:
+            missing = max(0, streams[number]._min_frames - streams[number]._num_in) * streams[number]._items_in
+            ends.append(inputs[number].new_zeros(*inputs[number].shape[:-1], missing))
+        for number, rest in zip(early, _together(states, ends, True, compute), strict=True):
+            results[number] = torch.cat([results[number], rest], dim=-1)
+    given = []
+    for stream, result, whole in zip(streams, results, computed, strict=True):
+        due = whole if stream._exact else (stream._num_in - stream.delay_frames) * stream._items_out
+        stop = max(whole, due, stream._num_out)
+        given.append(result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy())
+        stream._num_computed, stream._num_out = whole, stop
+    return given
+
+
+def _together(
+    states: Sequence[State],
+    inputs: Sequence[torch.Tensor],
+    last: bool,
+    compute: Callable[[State, torch.Tensor, bool], torch.Tensor],
+) -> list[torch.Tensor]:
+    """`compute` for each state and input; those of one shape as one batch."""
+    groups: dict[Hashable, list[int]] = {}
+    for number, (state, new) in enumerate(zip(states, inputs, strict=True)):
+        shape = tuple((key, held.items.shape[2], held.begun) for key, held in state.items())
+        groups.setdefault((shape, new.shape[-1]), []).append(number)
+    results: list[torch.Tensor] = [torch.empty(0)] * len(states)
+    for numbers in groups.values():
+        first = states[numbers[0]]
+        both = {
+            key: Held(torch.cat([states[number][key].items for number in numbers]), held.begun)
+            for key, held in first.items()
+        }
+        result = compute(both, torch.cat([inputs[number] for number in numbers]), last)
+        for row, number in enumerate(numbers):
+            states[number].update(
+                {key: Held(held.items[row : row + 1].clone(), held.begun) for key, held in both.items()}
+            )
+            results[number] = result[row]
+    return results

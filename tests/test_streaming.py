@@ -1,0 +1,205 @@
+"""Streams give what the whole recording gives, however it is cut."""
+
+import os
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.pretrained import load
+from nemo_lfr.streaming import push_decoders, push_encoders
+from tests.models import KINDS, cached_codec, synthesize
+from tests.reference import assert_same_tokens
+
+CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "12"))
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Codec:
+    return load(None, "cpu")
+
+
+def pieces(rng: np.random.Generator, total: int, longest: int) -> list[int]:
+    """Lengths that add up to `total`: empty, single, of a frame, prime, long."""
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        kind = rng.integers(6)
+        fixed = (0, 1, 1024, 997)[kind] if kind < 4 else int(rng.integers(1, longest))
+        lengths.append(min(fixed, total - sum(lengths)))
+    return lengths
+
+
+def encode(codec: Codec, wave: np.ndarray, lengths: list[int], lookahead: int | None = None) -> torch.Tensor:
+    stream = codec.stream_encoder(lookahead)
+    edges = np.cumsum([0, *lengths])
+    found = [stream.push(wave[start:stop]) for start, stop in pairwise(edges)]
+    return torch.from_numpy(np.concatenate([*found, stream.flush()], axis=1))
+
+
+def decode(codec: Codec, tokens: np.ndarray, lengths: list[int], num_samples: int | None = None) -> np.ndarray:
+    stream = codec.stream_decoder()
+    edges = np.cumsum([0, *lengths])
+    found = [stream.push(tokens[:, start:stop]) for start, stop in pairwise(edges)]
+    return np.concatenate([*found, stream.flush(num_samples)])
+
+
+def assert_streams_as_whole(codec: Codec, wave: np.ndarray, rng: np.random.Generator) -> int:
+    """One random way to cut a recording, both directions; returns the ties."""
+    tokens = codec.encode(wave)[0][0]
+    ties = assert_same_tokens(codec, wave, encode(codec, wave, pieces(rng, len(wave), 9000)), tokens)
+    audio = codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()
+    got = decode(codec, tokens.numpy(), pieces(rng, tokens.shape[1], 9), len(wave))
+    if codec.decoder.causal:  # the last frame's samples are out before their number is known
+        got = got[: len(wave)]
+    assert got.shape == audio.shape and got.dtype == np.float32
+    assert np.abs(got - audio).max(initial=0) < 1e-5
+    return ties
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_streams_equal_the_whole_recording_for_any_pieces(kind):
+    codec = cached_codec(kind)
+    rng = np.random.default_rng(0)
+    for number in range(CHUNKINGS):
+        assert_streams_as_whole(codec, synthesize(4, seed=number)[: int(rng.integers(30_000, 80_000))], rng)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "length", [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024]
+)
+def test_short_recordings_stream_as_whole(kind, length):
+    codec = cached_codec(kind)
+    rng = np.random.default_rng(length)
+    assert_streams_as_whole(codec, synthesize(1, seed=length)[:length], rng)
+
+
+@pytest.mark.slow
+def test_the_embedded_codec_streams_as_whole(embedded):
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        assert_streams_as_whole(embedded, synthesize(3, seed=number), rng)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_frame_comes_out_as_soon_as_its_future_is_there(kind):
+    codec = cached_codec(kind)
+    wave = synthesize(3)
+    encoder = codec.stream_encoder()
+    assert encoder.delay_frames == codec.encoder.context.future
+    frame = codec.samples_per_frame
+    assert encoder.latency_ms == pytest.approx(1000 * encoder.delay_frames * frame / 22050)
+    given = 0
+    for number in range(1, 50):
+        given += encoder.push(wave[(number - 1) * frame : number * frame]).shape[1]
+        assert given == max(0, number - encoder.delay_frames), number
+    decoder = codec.stream_decoder()
+    tokens = codec.encode(wave)[0][0].numpy()
+    samples = 0
+    for number in range(1, 50):
+        samples += len(decoder.push(tokens[:, number - 1 : number]))
+        assert samples >= frame * (number - codec.decoder.context.future)
+        assert samples <= frame * number
+
+
+def test_what_a_stream_keeps_does_not_grow(embedded):
+    encoder, decoder = embedded.stream_encoder(), embedded.stream_decoder()
+    sizes = []
+    wave = synthesize(2)
+    for _ in range(8):
+        decoder.push(encoder.push(wave))
+        sizes.append([sum(held.items.numel() for held in stream._state.values()) for stream in (encoder, decoder)])
+    assert sizes[2] == sizes[-1]
+    stored = [held.items.untyped_storage().nbytes() for held in encoder._state.values()]
+    assert sum(stored) == 4 * sizes[-1][0]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind):
+    codec = cached_codec(kind)
+    wave = synthesize(2)
+    whole = codec.encode(wave)[0][0]
+    context, frame = codec.encoder.context.future, codec.samples_per_frame
+    assert torch.equal(encode(codec, wave, [3000] * 15, context), encode(codec, wave, [3000] * 15))
+    for lookahead in range(context):
+        stream = codec.stream_encoder(lookahead)
+        found = []
+        for number in range(1, 44):
+            found.append(stream.push(wave[(number - 1) * frame : number * frame]))
+            assert sum(part.shape[1] for part in found) == max(0, number - lookahead)
+        found.append(stream.push(wave[43 * frame :]))
+        found.append(stream.flush())
+        tokens = np.concatenate(found, axis=1)
+        assert tokens.shape == whole.shape
+        # The end of the recording is its end with any lookahead.
+        assert np.array_equal(tokens[:, -1], whole[:, -1].numpy()) or lookahead < 1
+    decoder = codec.stream_decoder(0)
+    audio = [decoder.push(whole[:, number : number + 1].numpy()) for number in range(whole.shape[1])]
+    assert all(len(part) == frame for part in audio) and len(decoder.flush()) == 0
+
+
+def test_streams_pushed_together_equal_each_alone():
+    codec = cached_codec("symmetric")
+    rng = np.random.default_rng(3)
+    waves = [synthesize(2, seed=number) for number in range(6)]
+    streams = [codec.stream_encoder() for _ in waves]
+    decoders = [codec.stream_decoder(0 if number % 2 else None) for number in range(6)]
+    places = [0] * 6
+    tokens: list[list[np.ndarray]] = [[] for _ in waves]
+    audio: list[list[np.ndarray]] = [[] for _ in waves]
+    while min(places) < 40_000:
+        sizes = [int(rng.choice([441, 1024, 2048, 0])) for _ in waves]
+        new = push_encoders(streams, [wave[at : at + n] for wave, at, n in zip(waves, places, sizes, strict=True)])
+        places = [min(at + size, len(waves[0])) for at, size in zip(places, sizes, strict=True)]
+        for held, part in zip(tokens, new, strict=True):
+            held.append(part)
+        for held, part in zip(audio, push_decoders(decoders, new), strict=True):
+            held.append(part)
+    for number, (wave, at) in enumerate(zip(waves, places, strict=True)):
+        found = np.concatenate([*tokens[number], streams[number].flush()], axis=1)
+        alone = codec.encode(wave[:at])[0][0]
+        assert_same_tokens(codec, wave[:at], torch.from_numpy(found), alone)
+        if decoders[number].delay_frames:
+            heard = np.concatenate(audio[number])
+            before = np.concatenate(tokens[number], axis=1)
+            assert np.abs(heard - decode(codec, before, [before.shape[1]])[: len(heard)]).max() < 1e-5
+
+
+def test_what_does_not_belong_is_refused():
+    codec = cached_codec("symmetric")
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    for bad in (np.zeros((2, 5), np.float32), np.array(1.0), np.array(["a"]), np.full(5, np.nan), np.full(5, 1e4)):
+        with pytest.raises(AudioError):
+            encoder.push(bad)
+    for wrong in (
+        np.zeros(8, int),
+        np.zeros((7, 2), int),
+        np.zeros((8, 2)),
+        np.full((8, 2), 2016),
+        np.full((8, 1), -1),
+    ):
+        with pytest.raises(TokensError):
+            decoder.push(wrong)
+    assert encoder.flush().shape == (8, 0) and len(decoder.flush()) == 0
+    with pytest.raises(NemoLfrError, match="flushed"):
+        encoder.push(np.zeros(5, np.float32))
+    with pytest.raises(NemoLfrError, match="flushed"):
+        decoder.flush()
+    with pytest.raises(TokensError, match="1 frames were pushed"):
+        other = codec.stream_decoder()
+        other.push(np.zeros((8, 1), int))
+        other.flush(5000)
+    for lookahead in (-1, 1.5, True, "2"):
+        with pytest.raises(NemoLfrError, match="lookahead"):
+            codec.stream_encoder(lookahead)
+
+
+def test_integers_and_lists_of_samples_are_audio_too():
+    codec = cached_codec("symmetric")
+    wave = (synthesize(1) * 32767).astype(np.int16)
+    stream = codec.stream_encoder()
+    found = np.concatenate([stream.push(wave), stream.flush()], axis=1)
+    assert np.array_equal(found, codec.encode(wave)[0][0].numpy())
