@@ -20,6 +20,7 @@ import soundfile
 import torch
 
 from nemo_lfr.cli import main
+from nemo_lfr.corpus.command import FORMATS
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.inputs import open_corpus
 from nemo_lfr.corpus.run import tokenize
@@ -233,6 +234,10 @@ def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
 # Runs.
 
 
+def test_the_command_line_knows_every_format():
+    assert tuple(SINKS) == FORMATS
+
+
 def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
     for workers in (1, 3):
         job_ = job(audio / "manifest.json", tmp_path / str(workers), model, "parquet", shard_size=2)
@@ -267,6 +272,30 @@ def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     assert files_of(tmp_path / "out") == before
     with pytest.raises(NemoLfrError, match="holds other files"):
         tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
+
+
+def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "out" / ".tokenize").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "out" / ".tokenize" / "lock"),
+        pytest.raises(NemoLfrError, match="another run is writing"),
+    ):
+        tokenize(job(audio / "manifest.json", tmp_path / "out", model), device="cpu", workers=1)
+
+
+def test_workers_that_always_die_stop_the_run(audio, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_lfr.corpus.engine.MAX_DEATHS", 1)
+    # A worker needs the checkpoint; the driver has read it before.
+    doomed = tmp_path / "doomed.nemo"
+    shutil.copy(model, doomed)
+
+    def watch(totals):
+        doomed.unlink()
+
+    with pytest.raises(NemoLfrError, match="workers died 2 times and finished no shard"):
+        tokenize(job(audio / "manifest.json", tmp_path / "out", doomed), device="cpu", workers=2, watch=watch)
 
 
 # Bad data.

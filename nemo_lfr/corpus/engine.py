@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -21,7 +21,7 @@ from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.shard import Job, Mark, Worker
 from nemo_lfr.errors import NemoLfrError
 
-# How often a shard may lose its worker before it is taken for the cause.
+# How often a shard may lose its worker before it is taken for the cause, and workers may die before any shard is done.
 MAX_DEATHS = 20
 # Shards that wait in a worker's queue, so that it never waits for the driver.
 QUEUED = 2
@@ -62,7 +62,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
         NemoLfrError: if a shard's workers die again and again.
     """
     left = dict(tasks)
-    deaths: Counter[int] = Counter()
+    deaths = Deaths(job)
     context = get_context("spawn")
     while left:
         turns: SimpleQueue[str] = context.SimpleQueue()
@@ -80,25 +80,44 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
                     index = running[future]
                     mark = Mark(**future.result())
                     del running[future], left[index]
+                    deaths.since_mark = 0
                     yield mark
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
-            for index in running.values():
-                _bury(job, index, deaths)
+            deaths.count(running.values(), error)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _bury(job: Job, index: int, deaths: Counter[int]) -> None:
-    """Remove what a dead worker had begun of a shard, and count it."""
-    for folder in job.state.glob(f"staging/{index:06d}.*"):
-        shutil.rmtree(folder, ignore_errors=True)
-        deaths[index] += 1
-    if deaths[index] > MAX_DEATHS:
-        raise NemoLfrError(
-            f"shard {index}: its worker died {deaths[index]} times; a file in it may crash the audio library, or the "
-            "machine may lack memory. Fewer --workers or a smaller --shard-size helps to find out."
-        )
+class Deaths:
+    """How often workers died, and over which shards."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.since_mark = 0
+        self._of_shard: Counter[int] = Counter()
+
+    def count(self, indices: Iterable[int], error: Exception) -> None:
+        """Remove what dead workers had begun of their shards.
+
+        Raises:
+            NemoLfrError: if that happens again and again.
+        """
+        self.since_mark += 1
+        for index in indices:
+            for folder in self.job.state.glob(f"staging/{index:06d}.*"):
+                shutil.rmtree(folder, ignore_errors=True)
+                self._of_shard[index] += 1
+            if self._of_shard[index] > MAX_DEATHS:
+                raise NemoLfrError(
+                    f"shard {index}: its worker died {MAX_DEATHS + 1} times; a file in it may crash the audio "
+                    "library. A smaller --shard-size helps to find out which."
+                ) from error
+        if self.since_mark > MAX_DEATHS:
+            raise NemoLfrError(
+                f"workers died {self.since_mark} times and finished no shard ({_first_line(error)}); the machine may "
+                "lack memory: try fewer --workers."
+            ) from error
 
 
 def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, device: str | None) -> Iterator[Mark]:
@@ -115,7 +134,8 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
         NemoLfrError: if the cluster cannot be reached, or a shard's workers die again and again.
     """
     ray = require("ray", "ray")
-    if not ray.is_initialized():
+    started = not ray.is_initialized()
+    if started:
         _connect(ray, address)
     resources = ray.cluster_resources()
     gpu = bool(resources.get("GPU")) if device is None else device.startswith("cuda")
@@ -126,7 +146,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
     actors = [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
     left, waiting = dict(tasks), deque(dict(tasks))
-    deaths: Counter[int] = Counter()
+    deaths = Deaths(job)
     running: dict[Any, tuple[int, Any]] = {}
     try:
         for actor in actors * QUEUED:
@@ -140,12 +160,13 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
                 mark = Mark(**ray.get(done))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
-                _bury(job, index, deaths)
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                deaths.count([index], error)
                 waiting.append(index)
                 time.sleep(0.1)  # the actor is being started anew
             else:
                 del left[index]
+                deaths.since_mark = 0
                 yield mark
             if waiting:
                 index = waiting.popleft()
@@ -157,6 +178,8 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
         with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
             for actor in actors:
                 ray.kill(actor)
+        if started:
+            ray.shutdown()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """A whole corpus: planned, claimed, computed by an engine, summed up; and gone on with when it was interrupted."""
 
-import fcntl
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nemo_lfr import __version__
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
@@ -137,8 +139,6 @@ def _compute(
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -175,14 +175,15 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise NemoLfrError(
-                f"{path.parent.parent}: another run is writing there; wait for it, or stop it."
-            ) from error
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise NemoLfrError(f"{path.parent.parent}: another run is writing there; wait for it, or stop it.") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _sum_up(job: Job, out: Path, codec: dict[str, Any], marks: list[Mark]) -> dict[str, Any]:

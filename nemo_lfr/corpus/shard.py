@@ -211,8 +211,7 @@ def _encode(
 
 def _release_memory() -> None:
     """Give back what was freed: clips of a thousand lengths leave glibc's heap in pieces that it would keep."""
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(libc, "malloc_trim"):
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
