@@ -494,7 +494,8 @@ def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model,
                     kills += 1
                     drivers += victim == driver.pid
                 assert_no_half_files(out)
-        assert driver.returncode == 1  # finished, with the clips that are not there
+        # Finished, with the clips that are not there; or killed after its last rename.
+        assert driver.returncode in (1, -signal.SIGKILL)
         assert files_of(out) == files_of(tmp_path / "whole")
         assert not list((out / ".tokenize" / "staging").glob("*"))
     print(f"{kills} kills, {drivers} of them of the driver")

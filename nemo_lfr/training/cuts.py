@@ -86,7 +86,7 @@ def cut_loader(
         config: the section.
         sample_rate: Hz.
         global_rank, world_size: which process this is, and how many there are.
-        validation: one pass in order over whole cuts, instead of shuffled segments without end.
+        validation: one pass over whole cuts in an order that stays, instead of shuffled segments without end.
 
     Raises:
         ConfigError: for a key that is not known or lacks.
@@ -112,6 +112,7 @@ def cut_loader(
     if validation:
         loader.force_finite = True
         loader.shuffle = False
+        loader.shard_seed = 0  # NeMo shuffles the shards of a Shar folder even so
     else:
         loader.min_duration = arguments["segment_duration"]
     return get_lhotse_dataloader_from_config(
