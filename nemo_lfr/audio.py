@@ -21,6 +21,8 @@ BLOCK_SECONDS = 10
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 # Floating-point recordings overshoot 1 a little; 16-bit numbers that were not divided go far beyond.
 MAX_PEAK = 64.0
+# What programs write as the length of a WAV file before they know it is this or more.
+UNKNOWN_BYTES = 0x7FFF0000
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -55,20 +57,22 @@ class AudioReader:
     Args:
         path: the file.
         sample_rate: Hz of what is read.
-        data: the file's bytes where it lies in a container; `path` is then a name for messages.
+        data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
+            this reader then owns; `path` is then a name for messages.
 
     Raises:
         AudioError: if the file is missing, is not audio, or holds NaN.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sample_rate: int, data: bytes | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, data: bytes | int | None = None) -> None:
         self.path = Path(path)
         self.sample_rate = sample_rate
         self.samples_read = 0
         if data is None and not self.path.is_file():
             raise AudioError(f"{path}: {'is a folder' if self.path.is_dir() else 'no such file'}.")
         try:
-            self._file = soundfile.SoundFile(self.path if data is None else io.BytesIO(data))
+            source = self.path if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
+            self._file = soundfile.SoundFile(source)
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
         self.native_rate: int = self._file.samplerate
@@ -87,12 +91,9 @@ class AudioReader:
         self._file.close()
 
     def _check_whole(self) -> None:
-        """Refuse a file that holds less than its header promises, which libsndfile only notes in its log.
-
-        Lengths of 2 GiB and more are what programs write that do not know the length.
-        """
+        """Refuse a file that holds less than its header promises, which libsndfile only notes in its log."""
         for promised, there in re.findall(r"(\d+) \(should be (\d+)\)", self._file.extra_info):
-            if int(there) < int(promised) < 0x7FFF0000:
+            if int(there) < int(promised) < UNKNOWN_BYTES:
                 raise AudioError(f"was cut short: its header promises {promised} bytes, {there} are there.")
 
     @property
@@ -117,19 +118,27 @@ class AudioReader:
             wave = resample(wave, self.native_rate, self.sample_rate)
         return wave
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Consecutive samples [any]; `samples_read` counts them."""
+    def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
+        """Consecutive samples [any], read `seconds` at a time; `samples_read` counts them."""
         stream = None
         if self.native_rate != self.sample_rate:
             stream = soxr.ResampleStream(self.native_rate, self.sample_rate, 1, dtype="float32", quality="VHQ")
+        size, num_read = max(1, round(seconds * self.native_rate)), 0
         while True:
             try:
-                block = self._file.read(BLOCK_SECONDS * self.native_rate, dtype="float32", always_2d=True)
+                block = self._file.read(size, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
             wave = block.mean(axis=1)
             check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
             last = len(block) == 0
+            num_read += len(block)
+            if (
+                last
+                and not self._file.seekable()
+                and num_read < self._file.frames < UNKNOWN_BYTES // (8 * self.channels)
+            ):
+                raise AudioError(f"{self.path}: was cut short after {num_read} of {self._file.frames} samples.")
             if stream is not None:
                 wave = stream.resample_chunk(wave, last=last)
             if len(wave):

@@ -78,28 +78,28 @@ def check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
         refuse_overwrite(job.target, overwrite)
 
 
-@contextmanager
-def piped(inputs: Sequence[str], out: Path | None, suffix: str, new_suffix: str) -> Iterator[Job]:
-    """A job between stdin or a file and stdout, through temporary files: headers need the length first.
-
-    Raises:
-        NemoLfrError: for any other use of "-", or a terminal in the place of a pipe.
-    """
+def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
+    """Raise for a use of "-" that is no pipe: anything but from stdin or a file to stdout, or a terminal at an end."""
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
         raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
         raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
+
+
+@contextmanager
+def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[Job]:
+    """A job between stdin or a file and stdout, through temporary files: for what needs to be there as a whole."""
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
-        source = Path(inputs[0])
-        if inputs[0] == "-":
-            source = Path(folder, f"stdin{suffix}")
-            with open(source, "wb") as file:
+        path = Path(source)
+        if source == "-":
+            path = Path(folder, f"stdin{suffix}")
+            with open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-        job = Job(source, Path(folder, f"stdout{new_suffix}"))
+        job = Job(path, Path(folder, f"stdout{new_suffix}"))
         try:
             yield job
         except NemoLfrError as error:
-            raise NemoLfrError(str(error).replace(str(source), "stdin") if inputs[0] == "-" else str(error)) from error
+            raise NemoLfrError(str(error).replace(str(path), "stdin") if source == "-" else str(error)) from error
         with open(job.target, "rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
@@ -309,6 +309,13 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+lookahead_option = click.option(
+    "--lookahead",
+    type=click.IntRange(min=0),
+    help="Frames that a result from a pipe may wait for; all that it depends on if not given.",
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nemo-lfr")
 def app() -> None:
@@ -322,18 +329,37 @@ def app() -> None:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option(
+    "--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames at a time from a pipe."
+)
+@lookahead_option
 @model_options
-def encode(inputs: tuple[str, ...], out: Path | None, batch_size: int, overwrite: bool, **options: Any) -> None:
+def encode(
+    inputs: tuple[str, ...],
+    out: Path | None,
+    batch_size: int,
+    overwrite: bool,
+    block: int,
+    lookahead: int | None,
+    **options: Any,
+) -> None:
     """Encode audio files, folders or globs into .lfr token files.
 
-    `encode -` reads an audio file from stdin and writes a token file to stdout; `encode FILE -` writes that file's
-    there.
+    `encode - -` reads audio from stdin and writes a token file to stdout, of WAV while it comes in; `encode FILE -`
+    writes that file's there.
     """
     if "-" in inputs:
-        with piped(inputs, out, ".wav", TOKEN_SUFFIX) as job:
-            codec = open_codec(options["model"], options["device"], options["precision"])
-            codec.encode_file(job.source, job.target)
+        from nemo_lfr.pipes import encode_pipe
+
+        check_pipe(inputs, out)
+        codec = open_codec(options["model"], options["device"], options["precision"])
+        source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
+        reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead)  # type: ignore[arg-type]
+        if reader.channels > 1:
+            note(f"{reader.path}: {reader.channels} channels mixed to mono")
         return
+    if lookahead is not None:
+        raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
     jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX)
     check_targets(jobs, overwrite)
     codec = open_codec(options["model"], options["device"], options["precision"])
@@ -348,6 +374,7 @@ def encode(inputs: tuple[str, ...], out: Path | None, batch_size: int, overwrite
 @click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
 @click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@lookahead_option
 @model_options
 def decode(
     inputs: tuple[str, ...],
@@ -357,18 +384,32 @@ def decode(
     duration: float | None,
     recover: bool,
     overwrite: bool,
+    lookahead: int | None,
     **options: Any,
 ) -> None:
     """Decode .lfr token files, folders or globs into audio of the original length.
 
-    `decode - ` reads a token file from stdin and writes audio to stdout; `decode FILE -` writes that file's there.
+    `decode - -` reads a token file from stdin and writes audio to stdout, WAV while it comes in; `decode FILE -`
+    writes that file's there.
     """
     wanted = {"start": start, "duration": duration, "recover": recover}
     if "-" in inputs:
-        with piped(inputs, out, TOKEN_SUFFIX, f".{kind}") as job:
+        check_pipe(inputs, out)
+        streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
+        if lookahead is not None and not streams:
+            raise NemoLfrError("--lookahead is for a whole token file from stdin to WAV on stdout.")
+        if streams:
+            from nemo_lfr.pipes import decode_pipe
+
+            codec = open_codec(options["model"], options["device"], options["precision"])
+            decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead)  # type: ignore[arg-type]
+            return
+        with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as job:
             codec = open_codec(options["model"], options["device"], options["precision"])
             decode_job(job, codec, **wanted)
         return
+    if lookahead is not None:
+        raise NemoLfrError("--lookahead is for pipes; files are decoded with all that follows in them.")
     jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}")
     check_targets(jobs, overwrite)
     codec = open_codec(options["model"], options["device"], options["precision"])

@@ -149,7 +149,7 @@ class _Stream:
             raise NemoLfrError(f"lookahead {lookahead!r} is not a number of frames; use 0 to {context}, or None.")
         self.codec = codec
         self.delay_frames = context if lookahead is None else min(lookahead, context)
-        self._exact = self.delay_frames == context
+        self.exact = self.delay_frames == context
         self._min_frames = min_frames
         self._items_in, self._items_out = items  # of a frame
         self._state: State = {}
@@ -325,7 +325,7 @@ def _advance(
     """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
     results = _together([stream._state for stream in streams], inputs, last, compute)
     computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
-    early = [number for number, stream in enumerate(streams) if not (stream._exact or last) and inputs[number].numel()]
+    early = [number for number, stream in enumerate(streams) if not (stream.exact or last) and inputs[number].numel()]
     if early:
         # As if the recordings ended here: of that, the frames that are due.
         states = [copy.copy(streams[number]._state) for number in early]
@@ -337,7 +337,7 @@ def _advance(
             results[number] = torch.cat([results[number], rest], dim=-1)
     given = []
     for stream, result, whole in zip(streams, results, computed, strict=True):
-        due = whole if stream._exact else (stream._num_in - stream.delay_frames) * stream._items_out
+        due = whole if stream.exact else (stream._num_in - stream.delay_frames) * stream._items_out
         stop = max(whole, due, stream._num_out)
         given.append(result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy())
         stream._num_computed, stream._num_out = whole, stop

@@ -1,6 +1,5 @@
 """The command line as a user types it: exit codes, what goes to stdout, what is left on disk."""
 
-import io
 import json
 import subprocess
 import sys
@@ -155,32 +154,6 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def piped(*arguments, stdin=b""):
-    return subprocess.run([sys.executable, "-m", "nemo_lfr", *map(str, arguments)], input=stdin, capture_output=True)
-
-
-def test_pipes_give_what_files_give(capsys, folder):
-    run(capsys, "encode", folder / "a.wav")
-    run(capsys, "decode", folder / "a.lfr", "--out", folder / "back")
-    encoded = piped("encode", "-", stdin=(folder / "a.wav").read_bytes())
-    assert encoded.returncode == 0, encoded.stderr
-    assert encoded.stdout == (folder / "a.lfr").read_bytes()
-    decoded = piped("decode", "-", "-", stdin=encoded.stdout)
-    from_pipe, _ = soundfile.read(io.BytesIO(decoded.stdout), dtype="int16")
-    from_file, _ = soundfile.read(folder / "back" / "a.wav", dtype="int16")
-    # Another process may align its memory otherwise, and so sum in another order: one step of 16 bits at most.
-    assert len(from_pipe) == len(from_file) and np.abs(from_pipe.astype(int) - from_file).max() <= 1
-    assert piped("encode", folder / "a.wav", "-").stdout == encoded.stdout
-
-
-def test_a_pipe_of_something_else_is_one_line(folder):
-    done = piped("encode", "-", stdin=b"not audio")
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.splitlines()[-1].startswith(b"nemo-lfr: error: stdin: not an audio file")
-    done = piped("decode", "-", stdin=b"")
-    assert done.returncode == 2 and b"stdin: not a .lfr token file" in done.stderr
 
 
 def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):

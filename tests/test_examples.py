@@ -145,3 +145,14 @@ def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
     assert losses[-1] < losses[0] - 0.5, said
     audio, rate = soundfile.read(tmp_path / "sample.wav")
     assert rate == RATE and len(audio) == 72 * 1024 and audio.std() > 1e-3
+
+
+def test_what_is_spoken_is_heard_through_the_codec(tmp_path):
+    wave = synthesize(3)
+    soundfile.write(tmp_path / "in.wav", wave, RATE)
+    said = run("microphone_to_speaker.py", "--input", "in.wav", "--output", "out.wav", cwd=tmp_path)
+    assert "65 frames of 8 tokens" in said
+    codec = load(None, "cpu")
+    expected = codec.decode(codec.encode(soundfile.read(tmp_path / "in.wav", dtype="float32")[0])[0])[0][0].numpy()
+    heard, _ = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    assert heard.shape == expected.shape and abs(heard - expected).max() < 1e-3

@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,7 +110,41 @@ class Metadata:
         return metadata
 
 
-class TokenWriter:
+class TokenStream:
+    """Writes the sections of a token file to an open binary file, each as soon as it is there.
+
+    Args:
+        file: a file or a pipe.
+        metadata: what the tokens are.
+    """
+
+    def __init__(self, file: IO[bytes], metadata: Metadata) -> None:
+        self._file = file
+        self.metadata = metadata
+        self.frames_written = 0
+        text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
+        self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
+
+    def _section(self, data: bytes) -> None:
+        self._file.write(data + struct.pack("<I", zlib.crc32(data)))
+        self._file.flush()  # a killed process keeps what was written
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append frames, [C, T]."""
+        for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
+            block = tokens[:, start : start + MAX_BLOCK_FRAMES]
+            packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
+            self._section(struct.pack("<I", block.shape[1]) + packed)
+            self.frames_written += block.shape[1]
+
+    def finish(self, num_samples: int) -> None:
+        """Say how many samples the frames stand for; without it a file is not whole."""
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
+            raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
+        self._section(struct.pack("<IQ", 0, num_samples))
+
+
+class TokenWriter(TokenStream):
     """Writes a token file aside and renames it into place when it is whole.
 
     Args:
@@ -125,49 +159,31 @@ class TokenWriter:
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata, overwrite: bool = False) -> None:
         self.path = Path(path)
         refuse_overwrite(self.path, overwrite)
-        self.metadata = metadata
-        self.frames_written = 0
-        self._num_samples: int | None = None
+        self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
+        self._aside = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
             dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part", delete=False
         )
-        text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
-        self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
+        super().__init__(self._aside, metadata)  # type: ignore[arg-type]
 
     @classmethod
     def for_codec(cls, path: str | os.PathLike[str], codec: "Codec", overwrite: bool = False) -> "TokenWriter":
         return cls(path, Metadata.of(codec), overwrite)
 
-    def _section(self, data: bytes) -> None:
-        self._file.write(data + struct.pack("<I", zlib.crc32(data)))
-        self._file.flush()  # a killed process keeps what was written
-
     def __enter__(self) -> "TokenWriter":
         return self
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Append frames, [C, T]."""
-        for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
-            block = tokens[:, start : start + MAX_BLOCK_FRAMES]
-            packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
-            self._section(struct.pack("<I", block.shape[1]) + packed)
-            self.frames_written += block.shape[1]
-
     def finish(self, num_samples: int) -> None:
-        """Say how many samples the frames stand for; without it the file is not kept."""
-        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
-            raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
-        self._num_samples = num_samples
-        self._section(struct.pack("<IQ", 0, num_samples))
+        super().finish(num_samples)
+        self._finished = True
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        aside = Path(self._file.name)
+        aside = Path(self._aside.name)
         try:
-            with self._file:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            if kind is None and self._num_samples is not None:
+            with self._aside as file:
+                file.flush()
+                os.fsync(file.fileno())
+            if kind is None and self._finished:
                 aside.chmod(0o666 & ~umask())
                 aside.replace(self.path)
         finally:
@@ -183,55 +199,23 @@ class _Block:
     position: int
 
 
-class TokenReader:
-    """Reads a token file; every section is checked before it is used.
+class _Sections:
+    """The sections of a token file, read one after the other and checked.
 
     Args:
-        path: the file.
-        recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
+        file: open for reading.
+        name: for messages.
 
     Attributes:
         metadata: the header's.
-        num_frames: frames in the file, counted on opening.
-        num_samples: samples that were encoded; of a recovered file, what its frames hold.
-        complete: whether the end section was there.
-
-    Raises:
-        TokenFileError: naming the file, what is wrong with it, and what to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
-        self.path = Path(path)
-        try:
-            self._file = open(self.path, "rb")  # noqa: SIM115  closed in __exit__
-        except OSError as error:
-            raise TokenFileError(f"{path}: {error.strerror or error}.") from error
-        try:
-            self._header_is_sound = False
-            self.metadata = self._read_header()
-            self._header_is_sound = True
-            self._blocks: list[_Block] = []
-            self.complete = True
-            try:
-                self.num_samples = self._read_outline(check=recover)
-            except TokenFileError:
-                if not recover:
-                    raise
-                self.complete = False
-                self.num_samples = self.num_frames * self.metadata.samples_per_frame
-        except BaseException:
-            self._file.close()
-            raise
-
-    @property
-    def num_frames(self) -> int:
-        return self._blocks[-1].first + self._blocks[-1].count if self._blocks else 0
-
-    def __enter__(self) -> "TokenReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, file: IO[bytes], name: str | os.PathLike[str]) -> None:
+        self._file = file
+        self.path = Path(name)
+        self._header_is_sound = False
+        self.metadata = self._read_header()
+        self._header_is_sound = True
 
     def _fail(self, reason: str) -> TokenFileError:
         hint = " What is whole can be read with --recover (recover=True)." if self._header_is_sound else ""
@@ -267,17 +251,130 @@ class TokenReader:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({error}).") from error
 
+    def _read_count(self) -> int:
+        """Frames of the section that begins here; 0 is the end's."""
+        count: int = struct.unpack("<I", self._take(4))[0]
+        if count > MAX_BLOCK_FRAMES:
+            raise self._fail(f"a block claims {count} frames")
+        return count
+
+    def _read_tokens(self, count: int, first: int) -> np.ndarray:
+        """Tokens [C, count] of the block from frame `first` on, behind its count; its checksum verified."""
+        meta = self.metadata
+        packed = self._take(count * meta.bytes_per_frame)
+        self._check(struct.pack("<I", count) + packed, f"the block at frame {first}")
+        try:
+            return unpack(packed, meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
+        except TokensError as error:
+            raise self._fail(str(error).rstrip(".")) from error
+
+    def _read_end(self, num_frames: int) -> int:
+        """The samples that the end section tells, behind its zero."""
+        rest = self._take(8)
+        self._check(bytes(4) + rest, "the end")
+        if self._file.read(1):
+            raise self._fail("there are bytes after its end")
+        num_samples: int = struct.unpack("<Q", rest)[0]
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
+            raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
+        return num_samples
+
+    def check_codec(self, codec: "Codec") -> None:
+        """Raise unless these tokens mean the same to `codec`.
+
+        Raises:
+            TokenFileError: if the layout or the weights differ.
+        """
+        mine: dict[str, Any] = asdict(self.metadata)
+        theirs: dict[str, Any] = asdict(Metadata.of(codec))
+        for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
+            if mine[name] and mine[name] != theirs[name]:
+                raise TokenFileError(
+                    f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
+                    "give the checkpoint that encoded it with --model."
+                )
+
+
+class TokenStreamReader(_Sections):
+    """Reads a token file from first to last, as it comes through a pipe.
+
+    Args:
+        file: open for reading; nothing is sought in it.
+        name: for messages.
+
+    Attributes:
+        num_samples: samples that were encoded, once `blocks` has come to the end.
+
+    Raises:
+        TokenFileError: as `TokenReader` does.
+    """
+
+    num_samples: int | None = None
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Tokens [C, T] as int32, each block as it comes in."""
+        num_frames = 0
+        while count := self._read_count():
+            yield self._read_tokens(count, num_frames)
+            num_frames += count
+        self.num_samples = self._read_end(num_frames)
+
+
+class TokenReader(_Sections):
+    """Reads a token file; every section is checked before it is used.
+
+    Args:
+        path: the file.
+        recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
+
+    Attributes:
+        metadata: the header's.
+        num_frames: frames in the file, counted on opening.
+        num_samples: samples that were encoded; of a recovered file, what its frames hold.
+        complete: whether the end section was there.
+
+    Raises:
+        TokenFileError: naming the file, what is wrong with it, and what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
+        try:
+            file = open(path, "rb")  # noqa: SIM115  closed in __exit__
+        except OSError as error:
+            raise TokenFileError(f"{path}: {error.strerror or error}.") from error
+        try:
+            super().__init__(file, path)
+            self._blocks: list[_Block] = []
+            self.complete = True
+            try:
+                self.num_samples = self._read_outline(check=recover)
+            except TokenFileError:
+                if not recover:
+                    raise
+                self.complete = False
+                self.num_samples = self.num_frames * self.metadata.samples_per_frame
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def num_frames(self) -> int:
+        return self._blocks[-1].first + self._blocks[-1].count if self._blocks else 0
+
+    def __enter__(self) -> "TokenReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def _read_outline(self, check: bool) -> int:
         """Note where each block lies, on the way to the end section; returns the samples that it tells."""
         size = os.fstat(self._file.fileno()).st_size
         while True:
             position = self._file.tell()
-            raw = self._take(4)
-            count = struct.unpack("<I", raw)[0]
+            count = self._read_count()
             if count == 0:
-                break
-            if count > MAX_BLOCK_FRAMES:
-                raise self._fail(f"a block claims {count} frames")
+                return self._read_end(self.num_frames)
             block = _Block(self.num_frames, count, position)
             self._file.seek(count * self.metadata.bytes_per_frame + 4, os.SEEK_CUR)
             if self._file.tell() > size:
@@ -285,25 +382,11 @@ class TokenReader:
             if check:
                 self._read_block(block)
             self._blocks.append(block)
-        rest = self._take(8)
-        self._check(raw + rest, "the end")
-        if self._file.read(1):
-            raise self._fail("there are bytes after its end")
-        num_samples: int = struct.unpack("<Q", rest)[0]
-        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.num_frames:
-            raise self._fail(f"{num_samples} samples do not make its {self.num_frames} frames")
-        return num_samples
 
     def _read_block(self, block: "_Block") -> np.ndarray:
         """Tokens [C, T] of one block, its checksum verified."""
-        meta = self.metadata
         self._file.seek(block.position)
-        section = self._take(4 + block.count * meta.bytes_per_frame)
-        self._check(section, f"the block at frame {block.first}")
-        try:
-            return unpack(section[4:], meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
-        except TokensError as error:
-            raise self._fail(str(error).rstrip(".")) from error
+        return self._read_tokens(self._read_count(), block.first)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
@@ -333,18 +416,3 @@ class TokenReader:
         first = round(start * rate)
         last = self.num_samples if duration is None else min(self.num_samples, first + round(duration * rate))
         return first, last
-
-    def check_codec(self, codec: "Codec") -> None:
-        """Raise unless these tokens mean the same to `codec`.
-
-        Raises:
-            TokenFileError: if the layout or the weights differ.
-        """
-        mine: dict[str, Any] = asdict(self.metadata)
-        theirs: dict[str, Any] = asdict(Metadata.of(codec))
-        for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
-            if mine[name] and mine[name] != theirs[name]:
-                raise TokenFileError(
-                    f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
-                    "give the checkpoint that encoded it with --model."
-                )

@@ -1,0 +1,179 @@
+"""Streams beside the whole recording: that they agree, what they cost, and what a shorter lookahead loses.
+
+    python benchmarks/streaming.py [MANIFEST] [--model FILE.nemo] [--chunkings 200] [--threads 1]
+
+MANIFEST names recordings of speech; the one inside the package is used if it is not given. Every recording is streamed
+in pieces of random lengths (none, one sample, a frame, primes, up to 0.4 s) through the codec and through one with
+NanoCodec's causal decoder and random weights: tokens must be equal but for ties, audio within 1e-5. Then streams are
+timed: how long a push of 20, 80 and 320 ms takes, with one stream and with 16 of them pushed together; their real-time
+factor is seconds of audio a second, of all streams. The last table is of `lookahead`: tokens that differ from those
+with the whole future, and how far the decoded audio is from that with the whole future.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.demo import demo_clip
+from nemo_lfr.evaluation.metrics import Signal, measure
+from nemo_lfr.manifests import read_manifest
+from nemo_lfr.pretrained import load
+from nemo_lfr.streaming import push_decoders, push_encoders
+from tests.models import codec_config, write_nemo
+from tests.reference import assert_same_tokens
+
+PUSHES_MS = (20, 80, 320)
+STREAMS = (1, 16)
+WARM_UP = 4
+QUALITY = ("ESTOI", "mel distance")
+
+
+def read(path: Path, rate: int) -> np.ndarray:
+    with AudioReader(path, rate) as reader:
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+
+
+def cut(rng: np.random.Generator, total: int, frame: int, longest: int) -> list[tuple[int, int]]:
+    """Random pieces [start, stop) of `total` items."""
+    edges = [0]
+    while edges[-1] < total:
+        kind = int(rng.integers(6))
+        length = (0, 1, frame, 997)[kind] if kind < 4 else int(rng.integers(1, longest))
+        edges.append(min(total, edges[-1] + length))
+    return list(pairwise(edges))
+
+
+def encode(codec: Codec, wave: np.ndarray, pieces: list[tuple[int, int]], lookahead: int | None = None) -> np.ndarray:
+    stream = codec.stream_encoder(lookahead)
+    return np.concatenate([*(stream.push(wave[a:b]) for a, b in pieces), stream.flush()], axis=1)
+
+
+def decode(
+    codec: Codec, tokens: np.ndarray, pieces: list[tuple[int, int]], lookahead: int | None = None
+) -> np.ndarray:
+    stream = codec.stream_decoder(lookahead)
+    return np.concatenate([*(stream.push(tokens[:, a:b]) for a, b in pieces), stream.flush()])
+
+
+def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> str:
+    """`chunkings` random ways to cut the recordings, both directions."""
+    rng = np.random.default_rng(seed)
+    ties, worst, frames = 0, 0.0, 0
+    for number in range(chunkings):
+        wave = waves[number % len(waves)]
+        start = int(rng.integers(0, max(1, len(wave) - 4 * codec.sample_rate)))
+        wave = wave[start : start + int(rng.integers(1, 4 * codec.sample_rate))]
+        expected = codec.encode(wave)[0][0]
+        found = encode(codec, wave, cut(rng, len(wave), codec.samples_per_frame, 9000))
+        ties += assert_same_tokens(codec, wave, torch.from_numpy(found), expected)
+        audio = codec.decode(expected)[0][0].numpy()
+        heard = decode(codec, expected.numpy(), cut(rng, expected.shape[1], 2, 9))
+        assert heard.shape == audio.shape
+        worst = max(worst, float(np.abs(heard - audio).max(initial=0)))
+        frames += expected.shape[1]
+    assert worst < 1e-5, worst
+    return f"{chunkings} chunkings of {frames} frames: {ties} ties, audio within {worst:.1e}"
+
+
+def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tuple[list[float], list[float]]:
+    """Seconds of each push of `push_ms` to `count` streams together: encoders, decoders."""
+    size = codec.sample_rate * push_ms // 1000
+    encoders = [codec.stream_encoder() for _ in range(count)]
+    decoders = [codec.stream_decoder() for _ in range(count)]
+    took: tuple[list[float], list[float]] = ([], [])
+    # Streams are at different places, as those of a server's users are.
+    waves = [np.roll(wave, 977 * number) for number in range(count)]
+    for start in range(0, len(wave) - size + 1, size):
+        begin = time.perf_counter()
+        tokens = push_encoders(encoders, [wave[start : start + size] for wave in waves])
+        middle = time.perf_counter()
+        push_decoders(decoders, tokens)
+        took[0].append(middle - begin)
+        took[1].append(time.perf_counter() - middle)
+    return took
+
+
+def speed(codec: Codec, wave: np.ndarray) -> None:
+    print("\n| streams | push | encode: median, 95 % | decode: median, 95 % | x real time: encode, decode, both |")
+    print("| --- | --- | --- | --- | --- |")
+    for count in STREAMS:
+        clip = np.tile(wave, 3)[: codec.sample_rate * (20 if count == 1 else 8)]
+        for push_ms in PUSHES_MS:
+            time_pushes(codec, clip[: codec.sample_rate * 4], push_ms, count)
+            sides = time_pushes(codec, clip, push_ms, count)
+            cells, factors = [], []
+            for took in sides:
+                took = took[WARM_UP:]
+                cells.append(f"{1e3 * statistics.median(took):.1f} ms, {1e3 * np.quantile(took, 0.95):.1f} ms")
+                factors.append(count * push_ms * len(took) / 1e3 / sum(took))
+            both = 1 / sum(1 / factor for factor in factors)
+            print(
+                f"| {count} | {push_ms} ms | {cells[0]} | {cells[1]} | "
+                f"{factors[0]:.1f}, {factors[1]:.1f}, {both:.1f} |",
+                flush=True,
+            )
+
+
+def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
+    """What waiting for less than all loses."""
+    frame_ms = 1000 / codec.frame_rate
+    print("\n| frames of lookahead | delay | tokens as with all |")
+    print("| --- | --- | --- |")
+    exact = [codec.encode(wave)[0][0].numpy() for wave in waves]
+    steps = [[(a, a + 1024) for a in range(0, len(wave), 1024)] for wave in waves]
+    for frames in range(codec.encoder.context.future + 1):
+        found = [encode(codec, wave, pieces, frames) for wave, pieces in zip(waves, steps, strict=True)]
+        same = sum(int((a == b).sum()) for a, b in zip(found, exact, strict=True)) / sum(a.size for a in exact)
+        print(f"| {frames} | {frames * frame_ms:.0f} ms | {100 * same:.1f} % |", flush=True)
+    print("\n| frames of lookahead | delay | SNR to the audio with all | ESTOI, mel distance to the original |")
+    print("| --- | --- | --- | --- |")
+    wholes = [codec.decode(tokens)[0][0].numpy() for tokens in exact]
+    for frames in range(codec.decoder.context.future + 1):
+        heard = [decode(codec, a, [(n, n + 1) for n in range(a.shape[1])], frames) for a in exact]
+        error = sum(float(((a - b) ** 2).sum()) for a, b in zip(heard, wholes, strict=True))
+        power = sum(float((b**2).sum()) for b in wholes)
+        snr = f"{10 * np.log10(power / error):.1f} dB" if error > 1e-9 * power else "equal"
+        quality = [
+            measure(Signal(wave, codec.sample_rate), Signal(audio[: len(wave)], codec.sample_rate), QUALITY)
+            for wave, audio in zip(waves, heard, strict=True)
+        ]
+        values = [statistics.mean(float(each[name]) for each in quality) for name in QUALITY]
+        print(f"| {frames} | {frames * frame_ms:.0f} ms | {snr} | {values[0]:.3f}, {values[1]:.4f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", nargs="?", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--chunkings", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clips", type=int, default=10, help="recordings of the lookahead tables")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    codec = load(arguments.model, "cpu")
+    paths = [demo_clip()]
+    if arguments.manifest is not None:
+        paths = [Path(line.path) for line in read_manifest(arguments.manifest, arguments.manifest.parent)]
+    waves = [read(path, codec.sample_rate) for path in paths]
+    print(codec)
+    print(check(codec, waves, arguments.chunkings, 0))
+    with tempfile.TemporaryDirectory() as folder:
+        nano = load(write_nemo(Path(folder, "nano.nemo"), codec_config("nano")), "cpu")
+        print(check(nano, waves, arguments.chunkings, 1), "with the causal decoder, random weights")
+    speed(codec, np.concatenate(waves[:10]))
+    lookahead(codec, waves[:: max(1, len(waves) // arguments.clips)][: arguments.clips])
+
+
+if __name__ == "__main__":
+    main()

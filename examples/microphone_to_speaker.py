@@ -1,0 +1,139 @@
+"""Talk into the microphone and hear yourself through the codec, with the tokens between the two counted.
+
+    pip install 'nemo-lfr[live]'
+    python examples/microphone_to_speaker.py                          the default devices, until Ctrl-C
+    python examples/microphone_to_speaker.py --list                   which devices there are
+    python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    files instead of devices
+
+Use headphones. What is heard lags by what the codec waits for (`--lookahead`, both ways), a block, and the devices'
+own buffers. An output that runs dry is filled with silence and counted.
+"""
+
+import argparse
+import queue
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import nemo_lfr
+from nemo_lfr.audio import AudioReader, AudioWriter
+from nemo_lfr.codec.codec import Codec
+
+
+class Speaker:
+    """Plays what is written, as it comes."""
+
+    def __init__(self, rate: int, device: str | None, block: int) -> None:
+        import sounddevice
+
+        self._audio = np.zeros(0, np.float32)
+        self._waiting: queue.Queue[np.ndarray] = queue.Queue()
+        self.dry = 0  # samples of silence
+        self._stream = sounddevice.OutputStream(
+            samplerate=rate, channels=1, blocksize=block, device=device, callback=self._fill
+        )
+        self._stream.start()
+
+    def write(self, audio: np.ndarray) -> None:
+        self._waiting.put(audio)
+
+    def finish(self) -> None:
+        """Wait until all is played."""
+        while len(self._audio) or not self._waiting.empty():
+            time.sleep(0.05)
+        self._stream.stop()
+
+    def _fill(self, out: np.ndarray, num_samples: int, *_: object) -> None:
+        while len(self._audio) < num_samples and not self._waiting.empty():
+            self._audio = np.concatenate([self._audio, self._waiting.get()])
+        now, self._audio = self._audio[:num_samples], self._audio[num_samples:]
+        out[:, 0] = np.pad(now, (0, num_samples - len(now)))
+        self.dry += num_samples - len(now)
+
+
+def microphone(rate: int, device: str | None, block: int) -> Iterator[np.ndarray]:
+    """Blocks of samples as they are spoken."""
+    import sounddevice
+
+    heard: queue.Queue[np.ndarray] = queue.Queue()
+    with sounddevice.InputStream(
+        samplerate=rate,
+        channels=1,
+        blocksize=block,
+        device=device,
+        callback=lambda samples, *_: heard.put(samples[:, 0].copy()),
+    ):
+        while True:
+            yield heard.get()
+
+
+def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWriter", lookahead: int | None) -> None:
+    """Encode and decode block by block until the input ends or Ctrl-C."""
+    encoder, decoder = codec.stream_encoder(lookahead), codec.stream_decoder(lookahead)
+    computing, frames = 0.0, 0
+    try:
+        for samples in blocks:
+            begin = time.perf_counter()
+            tokens = encoder.push(samples)
+            audio = decoder.push(tokens)
+            computing += time.perf_counter() - begin
+            frames += tokens.shape[1]
+            output.write(audio)
+            if sys.stderr.isatty():
+                seconds = encoder.num_samples / codec.sample_rate
+                print(
+                    f"\r{seconds:6.1f} s  {frames} frames  {seconds / computing:.1f}x real time",
+                    end="",
+                    file=sys.stderr,
+                )
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    output.write(decoder.push(encoder.flush()))
+    output.write(decoder.flush())
+    delay = encoder.latency_ms + decoder.latency_ms
+    print(f"{frames} frames of {codec.num_codebooks} tokens; the codec's own delay was {delay:.0f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", help="an audio file, or a device's name; the default microphone if not given")
+    parser.add_argument("--output", help="an audio file, or a device's name; the default speaker if not given")
+    parser.add_argument("--model", help="as of nemo_lfr.load")
+    parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument("--lookahead", type=int, help="frames to wait for, each way; all that matter if not given")
+    parser.add_argument("--block", type=int, default=1024, help="samples at a time")
+    parser.add_argument("--list", action="store_true", help="print the devices")
+    arguments = parser.parse_args()
+    files = [Path(name) if name and Path(name).suffix else None for name in (arguments.input, arguments.output)]
+    if arguments.list or None in files:
+        try:
+            import sounddevice
+        except (ImportError, OSError) as error:
+            sys.exit(f"devices need sounddevice and PortAudio: pip install 'nemo-lfr[live]' ({error})")
+        if arguments.list:
+            print(sounddevice.query_devices())
+            return
+    codec = nemo_lfr.load(arguments.model, arguments.device)
+    source, target = files
+    try:
+        if source is None:
+            blocks = microphone(codec.sample_rate, arguments.input, arguments.block)
+        else:
+            blocks = AudioReader(source, codec.sample_rate).blocks(arguments.block / codec.sample_rate)
+        if target is not None:
+            with AudioWriter(target, codec.sample_rate, overwrite=True) as writer:
+                talk(codec, blocks, writer, arguments.lookahead)
+        else:
+            speaker = Speaker(codec.sample_rate, arguments.output, arguments.block)
+            talk(codec, blocks, speaker, arguments.lookahead)
+            speaker.finish()
+            print(f"{speaker.dry} samples of silence where nothing was ready")
+    except nemo_lfr.NemoLfrError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

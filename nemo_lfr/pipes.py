@@ -1,0 +1,144 @@
+"""stdin and stdout: audio in and tokens out, or back, while the other side of the pipe still writes or reads."""
+
+import io
+import os
+import shutil
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.tokens.format import Metadata, TokenStream, TokenStreamReader
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+UNKNOWN_BYTES = 0xFFFFFFFF  # as the length of a WAV file that is still being written
+
+
+def encode_pipe(
+    codec: "Codec", source: Path | io.BufferedReader, sink: IO[bytes], block: int, lookahead: int | None = None
+) -> AudioReader:
+    """Encode a recording while it comes in; returns its reader, closed.
+
+    Args:
+        codec: encodes.
+        source: an audio file, or stdin: WAV is encoded as it comes, other formats once they have come.
+        sink: the token file, written block by block.
+        block: frames taken at a time. More make less work, fewer wait less.
+        lookahead: see `Codec.stream_encoder`.
+
+    Raises:
+        AudioError: if it is not audio, or damaged; what `sink` got is then no whole token file.
+    """
+    stream = codec.stream_encoder(lookahead)
+    metadata = Metadata.of(codec)
+    if not stream.exact:
+        metadata = replace(metadata, precision=f"{metadata.precision}, lookahead {stream.delay_frames}")
+    with _open_audio(source, codec.sample_rate) as reader:
+        tokens_out = TokenStream(sink, metadata)
+        for samples in reader.blocks(block / codec.frame_rate):
+            tokens_out.write(stream.push(samples))
+        tokens_out.write(stream.flush())
+        tokens_out.finish(reader.samples_read)
+    return reader
+
+
+def decode_pipe(codec: "Codec", source: io.BufferedReader, sink: IO[bytes], lookahead: int | None = None) -> None:
+    """Decode a token file while it comes in, to WAV of 16 bits.
+
+    Its header tells an unknown length, as all programs do that write WAV into a pipe; where `sink` is a file, the
+    length is put right at the end.
+
+    Args:
+        codec: decodes.
+        source: the token file, read block by block.
+        sink: the audio.
+        lookahead: see `Codec.stream_decoder`.
+
+    Raises:
+        TokenFileError: if the token file is damaged or another codec's.
+    """
+    reader = TokenStreamReader(source, "stdin")
+    reader.check_codec(codec)
+    stream = codec.stream_decoder(lookahead)
+    start = _position(sink)
+    sink.write(_wav_header(codec.sample_rate, None))
+    num_samples = 0
+    waiting = np.zeros(0, np.float32)  # the last frame, which the recording may end in
+
+    def write(audio: np.ndarray) -> None:
+        nonlocal num_samples
+        sink.write(np.rint(audio.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        sink.flush()
+        num_samples += len(audio)
+
+    for tokens in reader.blocks():
+        audio = np.concatenate([waiting, stream.push(tokens)])
+        keep = min(len(audio), 0 if stream.delay_frames else codec.samples_per_frame)
+        write(audio[: len(audio) - keep])
+        waiting = audio[len(audio) - keep :]
+    assert reader.num_samples is not None
+    audio = np.concatenate([waiting, stream.flush(reader.num_samples)])
+    write(audio[: reader.num_samples - num_samples])
+    if start is not None:
+        sink.seek(start)
+        sink.write(_wav_header(codec.sample_rate, num_samples))
+        sink.seek(0, os.SEEK_END)
+
+
+@contextmanager
+def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[AudioReader]:
+    if isinstance(source, Path):
+        with AudioReader(source, sample_rate) as reader:
+            yield reader
+        return
+    head = source.read(4)
+    if head == b"RIFF":
+        # libsndfile reads WAV from a descriptor without seeking; what was looked at goes through a pipe again.
+        out, into = os.pipe()
+
+        def feed() -> None:
+            with suppress(BrokenPipeError), os.fdopen(into, "wb", buffering=0) as pipe:
+                piece = head
+                while piece:
+                    pipe.write(piece)
+                    piece = source.read1(65536)
+
+        threading.Thread(target=feed, daemon=True).start()
+        with AudioReader("stdin", sample_rate, data=out) as reader:
+            yield reader
+        return
+    with tempfile.NamedTemporaryFile(prefix="nemo-lfr-") as file:
+        file.write(head)
+        shutil.copyfileobj(source, file)
+        file.seek(0)
+        with AudioReader("stdin", sample_rate, data=os.dup(file.fileno())) as reader:
+            yield reader
+
+
+def _position(sink: IO[bytes]) -> int | None:
+    """Where a file that is written here can be written again; None of a pipe, or of a file that is appended to."""
+    with suppress(OSError, ImportError):
+        import fcntl
+
+        if not fcntl.fcntl(sink.fileno(), fcntl.F_GETFL) & os.O_APPEND:
+            return sink.tell()
+    return None
+
+
+def _wav_header(sample_rate: int, num_samples: int | None) -> bytes:
+    """Of 16-bit mono PCM."""
+    size = UNKNOWN_BYTES if num_samples is None else 2 * num_samples
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", min(size + 36, UNKNOWN_BYTES), b"WAVE", b"fmt ", 16),
+        *(1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", min(size, UNKNOWN_BYTES)),
+    )
