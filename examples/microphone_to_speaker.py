@@ -91,8 +91,10 @@ def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWri
                 )
     except KeyboardInterrupt:
         print(file=sys.stderr)
-    output.write(decoder.push(encoder.flush()))
+    rest = encoder.flush()
+    output.write(decoder.push(rest))
     output.write(decoder.flush())
+    frames += rest.shape[1]
     delay = encoder.latency_ms + decoder.latency_ms
     print(f"{frames} frames of {codec.num_codebooks} tokens; the codec's own delay was {delay:.0f} ms")
 

@@ -164,7 +164,7 @@ class TokenWriter(TokenStream):
         self._aside = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
             dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part", delete=False
         )
-        super().__init__(self._aside, metadata)  # type: ignore[arg-type]
+        super().__init__(self._aside, metadata)
 
     @classmethod
     def for_codec(cls, path: str | os.PathLike[str], codec: "Codec", overwrite: bool = False) -> "TokenWriter":
