@@ -13,7 +13,6 @@ from typing import IO
 
 import numpy as np
 import soundfile
-import soxr
 
 from nemo_lfr.errors import AudioError, NemoLfrError
 
@@ -32,6 +31,8 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
         AudioError: if a rate is not a number of Hz that audio has.
     """
     check_rate(from_rate)
+    import soxr
+
     return soxr.resample(wave, from_rate, to_rate, quality="VHQ").astype(np.float32)
 
 
@@ -122,6 +123,8 @@ class AudioReader:
         """Consecutive samples [any], read `seconds` at a time; `samples_read` counts them."""
         stream = None
         if self.native_rate != self.sample_rate:
+            import soxr
+
             stream = soxr.ResampleStream(self.native_rate, self.sample_rate, 1, dtype="float32", quality="VHQ")
         size, num_read = max(1, round(seconds * self.native_rate)), 0
         while True:

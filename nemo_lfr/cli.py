@@ -1,4 +1,4 @@
-"""The command line: `nemo-lfr demo | encode | decode | info | prepare | tokenize | detokenize | evaluate`.
+"""The command line: `nemo-lfr demo | encode | decode | info | prepare | tokenize | detokenize | evaluate | export`.
 
 A thin layer: paths are checked before a model is loaded, results go to stdout, everything else to stderr, and a user's
 mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
@@ -26,6 +26,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
 
 if TYPE_CHECKING:
+    from nemo_lfr.codec.base import BaseCodec
     from nemo_lfr.codec.codec import Codec
 
 TOKEN_SUFFIX = ".lfr"
@@ -208,6 +209,7 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
     import numpy as np
 
     from nemo_lfr.audio import AudioReader
+    from nemo_lfr.codec.base import to_numpy
     from nemo_lfr.tokens.format import TokenWriter
 
     started = time.perf_counter()
@@ -224,7 +226,7 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
         for row, clip in zip(audio, clips.values(), strict=True):
             row[: len(clip)] = clip
         batch, lengths = codec.encode(audio, [len(clip) for clip in clips.values()])
-        for job, row, length in zip(clips, batch.cpu().numpy(), lengths.tolist(), strict=True):
+        for job, row, length in zip(clips, to_numpy(batch), lengths.tolist(), strict=True):
             tokens[job] = row[:, :length]
     for job in jobs:
         if job in tokens:
@@ -266,15 +268,24 @@ def describe(text: str | None) -> dict[str, Any]:
                 "precision": meta.precision,
                 "written by": meta.written_by,
             }
-    from nemo_lfr.pretrained import find_checkpoint, load
+    from nemo_lfr.pretrained import find_checkpoint, is_exported, load
 
     codec = load(text, "cpu")
+    if is_exported(text):
+        return {"ONNX files": codec.name} | _layout(codec)
     path = find_checkpoint(text)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (codec.encoder, codec.decoder)]
     return {
         "checkpoint": codec.name,
         "file": str(path),
         "bytes": path.stat().st_size,
+        "encoder parameters": sizes[0],
+        "decoder parameters": sizes[1],
+    } | _layout(codec)
+
+
+def _layout(codec: "BaseCodec[Any]") -> dict[str, Any]:
+    return {
         "sample rate": codec.sample_rate,
         "samples per frame": codec.samples_per_frame,
         "frame rate": round(codec.frame_rate, 3),
@@ -282,8 +293,6 @@ def describe(text: str | None) -> dict[str, Any]:
         "codebook size": codec.codebook_size,
         "levels": list(codec.levels),
         "bit rate": round(codec.bit_rate, 1),
-        "encoder parameters": sizes[0],
-        "decoder parameters": sizes[1],
         "encoder context frames": [codec.encoder.context.past, codec.encoder.context.future],
         "decoder context frames": [codec.decoder.context.past, codec.decoder.context.future],
         "fingerprint": codec.fingerprint,
@@ -303,7 +312,10 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
         click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
         click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
-        click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given."),
+        click.option(
+            "--model",
+            help="A .nemo or .ckpt file, a folder of ONNX files, or a Hub id; the codec in the package if missing.",
+        ),
     ):
         command = option(command)
     return command
@@ -475,6 +487,25 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, a
         click.echo(json.dumps(values, indent=2))
     else:
         print_table(values)
+
+
+@app.group()
+def export() -> None:
+    """Write a codec for another runtime."""
+
+
+@export.command("onnx")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for encoder.onnx and decoder.onnx."
+)
+@click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> None:
+    """Write encoder.onnx and decoder.onnx, for any length and batch; use the folder as --model of other commands."""
+    from nemo_lfr.onnx.export import export_onnx
+
+    for path in export_onnx(open_codec(model, "cpu", "fp32"), out, overwrite=overwrite):
+        click.echo(path)
 
 
 app.add_command(tokenize)

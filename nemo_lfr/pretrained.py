@@ -5,11 +5,16 @@ import logging
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
 
-import torch
-
-from nemo_lfr.codec.codec import PRECISIONS, Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.onnx import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_lfr.codec.codec import Codec
+    from nemo_lfr.onnx.codec import OnnxCodec
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +84,14 @@ def _download(repository: str, refresh: bool) -> Path:
         ) from error
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, or a GPU if there is one.
 
     Raises:
         NemoLfrError: if the device is unknown or not there.
     """
+    import torch
+
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -95,23 +102,71 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def is_exported(source: str | os.PathLike[str] | None) -> bool:
+    """Whether `source` is a folder of ONNX files."""
+    return source is not None and any(Path(source, name).is_file() for name in (ENCODER, DECODER))
+
+
+@overload
+def load(
+    source: str | os.PathLike[str] | None = ...,
+    device: "str | torch.device | None" = ...,
+    precision: str = ...,
+    *,
+    backend: Literal["torch"] | None = ...,
+) -> "Codec": ...
+
+
+@overload
+def load(
+    source: str | os.PathLike[str] | None = ...,
+    device: "str | torch.device | None" = ...,
+    precision: str = ...,
+    *,
+    backend: Literal["onnx"],
+) -> "OnnxCodec": ...
+
+
 def load(
     source: str | os.PathLike[str] | None = None,
-    device: str | torch.device | None = None,
+    device: "str | torch.device | None" = None,
     precision: str = "fp32",
-) -> Codec:
+    *,
+    backend: str | None = None,
+) -> "Codec | OnnxCodec":
     """Load a codec for inference.
 
     Args:
-        source: path of a `.nemo` or of Lightning's `.ckpt`, a Hub id, or None for the small codec inside the package.
+        source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
+            for the small codec inside the package.
         device: where to run; a GPU if there is one, else the CPU.
         precision: "fp32", "bf16" or "fp16"; see `Codec`.
+        backend: "torch" or "onnx"; what `source` is for, if not given. With "onnx", torch is not imported.
 
     Raises:
         CheckpointError: if the checkpoint cannot be found or read.
-        NemoLfrError: for an unknown device or precision.
+        NemoLfrError: for an unknown device, precision or backend.
+        MissingExtraError: for ONNX files where ONNX Runtime is not installed.
     """
+    exported = is_exported(source)
+    if backend not in (None, "torch", "onnx"):
+        raise NemoLfrError(f"backend {backend!r} is unknown; use 'torch' or 'onnx'.")
+    if backend == "onnx" and not exported:
+        raise NemoLfrError(
+            f"backend 'onnx' runs a folder with {ENCODER} and {DECODER}, which {source} is not; write one with "
+            "nemo-lfr export onnx --out FOLDER."
+        )
+    if backend == "torch" and exported:
+        raise NemoLfrError(f"{source}: a folder of ONNX files; backend 'torch' needs the checkpoint they are from.")
+    if exported:
+        from nemo_lfr.onnx.codec import OnnxCodec
+
+        assert source is not None
+        if precision != "fp32":
+            raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
+        return OnnxCodec(source, None if device is None else str(device))
     from nemo_lfr.checkpoint import read_checkpoint
+    from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")

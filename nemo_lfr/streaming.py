@@ -203,14 +203,12 @@ class StreamEncoder(_Stream):
 
     def _take(self, samples: np.ndarray) -> torch.Tensor:
         """The whole frames [1, k * samples_per_frame] that are there with these samples."""
-        from nemo_lfr.codec.codec import check_audio
-
         self._check_open()
         if np.ndim(samples) != 1:
             raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
         if not len(samples):
             return torch.zeros(1, 0)
-        audio = check_audio(samples, None)[0][0].cpu().numpy()
+        audio = self.codec._check_audio(samples, None)[0][0].cpu().numpy()
         self.num_samples += len(audio)
         audio = np.concatenate([self._rest, audio])
         whole = len(audio) // self.codec.samples_per_frame * self.codec.samples_per_frame

@@ -19,6 +19,8 @@ PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"
 
 def channels_last(hidden: torch.Tensor) -> torch.Tensor:
     """The same [B, H, T] values with H innermost in memory."""
+    if torch.compiler.is_exporting():
+        return hidden
     return hidden.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
 
 
@@ -30,8 +32,10 @@ def convolve(
     In the deep layers of a short clip the weights are larger than the signal, and what counts is to move them once:
     channels-last kernels copy them into another layout on every call, and far beyond that oneDNN's convolutions are up
     to 8 times slower than a matrix product (1,536 outputs of 768 x 16 weights for 24 frames). Training keeps to
-    convolutions, whose sums are stock's.
+    convolutions, whose sums are stock's; an exported graph leaves the way to who runs it.
     """
+    if torch.compiler.is_exporting():
+        return F.conv1d(hidden, weight, bias, stride=stride, dilation=dilation)
     inference = hidden.device.type == "cpu" and not torch.is_grad_enabled()
     outweighs = weight.numel() / max(hidden.numel(), 1) if inference else 0.0
     if outweighs >= 16:
@@ -88,6 +92,8 @@ class Conv1d(nn.Module):
     def pad_ends(self, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
         """[B, H, T] with this layer's padding where the signal begins, and where it ends."""
         before, after = self.pad[0] * first, self.pad[1] * last
+        if torch.compiler.is_exporting():
+            return F.pad(hidden, (before, after), mode=self.pad_mode)
         return F.pad(hidden.unsqueeze(2), (before, after, 0, 0), mode=self.pad_mode).squeeze(2)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:
@@ -127,6 +133,10 @@ class ConvTranspose1d(nn.Module):
         """
         conv = self.conv
         stride, groups = conv.stride[0], conv.groups
+        if torch.compiler.is_exporting():
+            return F.conv_transpose1d(hidden, conv.weight, conv.bias, stride=stride, groups=groups)[
+                ..., stride:-stride
+            ]
         if groups == 1:
             # A 2-tap convolution to `stride` phases of every channel, whose channels-last memory already is the
             # interleaved signal.

@@ -133,6 +133,7 @@ def detokenize(
     from itertools import islice
 
     from nemo_lfr.audio import AudioWriter
+    from nemo_lfr.codec.base import to_numpy
     from nemo_lfr.corpus.dataset import TokenDataset
     from nemo_lfr.pretrained import load
 
@@ -149,5 +150,5 @@ def detokenize(
         if overwrite or not path.exists():
             audio, _ = codec.decode(utterance.tokens)
             with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:
-                writer.write(audio[0, : utterance.num_samples].cpu().numpy())
+                writer.write(to_numpy(audio[0, : utterance.num_samples]))
         click.echo(path)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.errors import AudioError, NemoLfrError
@@ -143,7 +144,7 @@ def _tokenize(
     job: Job, codec: "Codec", clips: Iterator[Clip], mark: Mark
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     """Clips with their tokens, in order; those that fail go to the mark instead."""
-    limit = BATCH_SECONDS.get(codec.device.type, BATCH_SECONDS["cpu"]) * codec.sample_rate
+    limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
     batch: list[tuple[Clip, list[np.ndarray]]] = []
     held = 0
     with ThreadPoolExecutor(job.readers) as readers:
@@ -201,7 +202,7 @@ def _encode(
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
     tokens, num_frames = codec.encode(audio, lengths)
-    rows = zip(tokens.cpu().numpy(), num_frames.tolist(), lengths, strict=True)
+    rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])
     _release_memory()
     for clip, (_, *context) in batch:
@@ -233,7 +234,7 @@ class Worker:
 
         self.job = job
         self.codec = load(job.model, device, job.precision)
-        if self.codec.device.type == "cpu":
+        if str(self.codec.device) == "cpu":
             torch.set_num_threads(job.threads)
         self.corpus = job.open()
 

@@ -87,13 +87,14 @@ class LFR(Peer):
         self.identity, self.levels = self.codec.fingerprint, self.codec.levels
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        from nemo_lfr.codec.base import to_numpy
         from nemo_lfr.tokens.format import TokenWriter
 
         own = resampled(audio, rate, self.codec.sample_rate)
         started = time.perf_counter()
-        tokens = self.codec.encode(own)[0][0].cpu().numpy()
+        tokens = to_numpy(self.codec.encode(own)[0][0])
         encoded = time.perf_counter()
-        output = self.codec.decode(tokens)[0][0].cpu().numpy()
+        output = to_numpy(self.codec.decode(tokens)[0][0])
         decoded = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "tokens.lfr")

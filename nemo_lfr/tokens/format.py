@@ -48,7 +48,7 @@ from nemo_lfr.errors import TokenFileError, TokensError
 from nemo_lfr.tokens.packing import pack, unpack
 
 if TYPE_CHECKING:
-    from nemo_lfr.codec.codec import Codec
+    from nemo_lfr.codec.base import BaseCodec
 
 MAGIC, VERSION = b"LFRT", 1
 MAX_METADATA_BYTES = 65536
@@ -76,7 +76,7 @@ class Metadata:
         return frames.bytes_per_frame(self.levels, self.num_codebooks)
 
     @classmethod
-    def of(cls, codec: "Codec") -> "Metadata":
+    def of(cls, codec: "BaseCodec[Any]") -> "Metadata":
         return cls(
             codec.sample_rate,
             codec.samples_per_frame,
@@ -167,7 +167,9 @@ class TokenWriter(TokenStream):
         super().__init__(self._aside, metadata)
 
     @classmethod
-    def for_codec(cls, path: str | os.PathLike[str], codec: "Codec", overwrite: bool = False) -> "TokenWriter":
+    def for_codec(
+        cls, path: str | os.PathLike[str], codec: "BaseCodec[Any]", overwrite: bool = False
+    ) -> "TokenWriter":
         return cls(path, Metadata.of(codec), overwrite)
 
     def __enter__(self) -> "TokenWriter":
@@ -279,7 +281,7 @@ class _Sections:
             raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
         return num_samples
 
-    def check_codec(self, codec: "Codec") -> None:
+    def check_codec(self, codec: "BaseCodec[Any]") -> None:
         """Raise unless these tokens mean the same to `codec`.
 
         Raises:

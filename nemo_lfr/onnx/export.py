@@ -1,0 +1,146 @@
+"""A codec as encoder.onnx (audio -> tokens, FSQ inside) and decoder.onnx (tokens -> audio), any batch and length."""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr import __version__
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.onnx import DECODER, ENCODER, METADATA, VERSION
+
+OPSET = 20
+
+
+class _Encoder(nn.Module):
+    """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = codec.encoder, codec.quantizer
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.encode(self.encoder.encode_frames(audio)).transpose(0, 1)
+
+
+class _Decoder(nn.Module):
+    """Tokens [B, C, T] as int64, silent after `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.quantizer, self.decoder = codec.quantizer, codec.decoder
+
+    def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
+        return self.decoder.decode_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+
+
+def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    """Write encoder.onnx and decoder.onnx into `folder`; each is written aside, checked and renamed.
+
+    Inputs and outputs are those of the two modules above. A length under `min_frames` has to be completed with
+    silence, and a batch is of one length; `nemo_lfr.load(folder)` does both. The metadata of both files holds, as JSON
+    under "nemo_lfr": version, sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, written_by, and for
+    "encoder" and "decoder" the frames of context before and after, and the fewest frames.
+
+    Args:
+        codec: fp32, on any device.
+        folder: made if it is missing.
+        overwrite: replace files that exist.
+
+    Raises:
+        MissingExtraError: if onnx or onnxscript is not installed.
+        NemoLfrError: if a file exists and `overwrite` is not set, or the codec is not fp32.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise MissingExtraError("exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'") from error
+    if codec.precision != "fp32":
+        raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
+    targets = [Path(folder, name) for name in (ENCODER, DECODER)]
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch", min=1)
+    frame, device = codec.samples_per_frame, codec.device
+    count = max(codec.encoder.min_frames, codec.decoder.min_frames, 2) + 2
+    encode_frames = torch.export.Dim("frames", min=codec.encoder.min_frames)
+    decode_frames = torch.export.Dim("frames", min=codec.decoder.min_frames)
+    audio = torch.zeros(2, count * frame, device=device)
+    tokens = torch.zeros(2, codec.num_codebooks, count, dtype=torch.int64, device=device)
+    tokens_len = torch.full((2,), count, device=device)
+    jobs: list[tuple[nn.Module, tuple[torch.Tensor, ...], tuple[Any, ...], list[str], str]] = [
+        (_Encoder(codec), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
+        (
+            _Decoder(codec),
+            (tokens, tokens_len),
+            ({0: batch, 2: decode_frames}, {0: batch}),
+            ["tokens", "tokens_len"],
+            "audio",
+        ),
+    ]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+        for target, (module, example, shapes, inputs, output) in zip(targets, jobs, strict=True):
+            with torch.no_grad(), warnings.catch_warnings(), _quiet():
+                warnings.simplefilter("ignore")
+                program = torch.onnx.export(
+                    module.eval(),
+                    example,
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    input_names=inputs,
+                    output_names=[output],
+                    opset_version=OPSET,
+                    external_data=False,
+                    verbose=False,
+                )
+            assert program is not None
+            model = program.model_proto
+            model.metadata_props.add(key=METADATA, value=json.dumps(metadata(codec)))
+            path = Path(aside, target.name)
+            with open(path, "wb") as file:
+                file.write(model.SerializeToString())
+                file.flush()
+                os.fsync(file.fileno())
+            onnx.checker.check_model(str(path), full_check=True)
+        for target in targets:
+            Path(aside, target.name).replace(target)
+    return targets
+
+
+def metadata(codec: Codec) -> dict[str, Any]:
+    """What both files say of the codec."""
+    return {
+        "version": VERSION,
+        "sample_rate": codec.sample_rate,
+        "samples_per_frame": codec.samples_per_frame,
+        "levels": list(codec.levels),
+        "num_codebooks": codec.num_codebooks,
+        "fingerprint": codec.fingerprint,
+        "written_by": f"nemo_lfr {__version__}",
+    } | {
+        name: {"past": part.context.past, "future": part.context.future, "min_frames": part.min_frames}
+        for name, part in (("encoder", codec.encoder), ("decoder", codec.decoder))
+    }
+
+
+class _quiet:
+    """Torch's exporter logs what it registers, which is nothing to a user."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("torch.onnx")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
