@@ -24,6 +24,7 @@ from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.corpus.layouts import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
+from nemo_lfr.heap import keep_heap
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
@@ -113,6 +114,7 @@ def note(text: str) -> None:
 def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
     from nemo_lfr.pretrained import LFR, load
 
+    keep_heap()
     if model is None:
         note(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
     return load(model, device, precision)

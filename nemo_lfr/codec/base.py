@@ -15,8 +15,9 @@ from nemo_lfr import frames
 from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, resample
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 
-# Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time.
-CHUNK_FRAMES = 128
+# Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time. With their context
+# chunks of the released config are 144 frames wide to encode and 158 to decode.
+CHUNK_FRAMES = 132
 BATCH_FRAMES = 160
 
 
@@ -84,6 +85,11 @@ class BaseCodec(ABC, Generic[Array]):
     def stream_decoder(self, lookahead: int | None = None) -> Any:
         return self.stream_encoder(lookahead)
 
+    @property
+    def width_step(self) -> int:
+        """Windows are computed in memory of a multiple of so many frames."""
+        return 1
+
     # The backend's arrays.
 
     @abstractmethod
@@ -99,12 +105,15 @@ class BaseCodec(ABC, Generic[Array]):
         """The same values as `dtype`, on the codec's device."""
 
     @abstractmethod
-    def _encode_frames(self, audio: Any) -> Any:
-        """[b, T * samples_per_frame] -> tokens [b, C, T]."""
+    def _encode_frames(self, audio: Any, num_frames: list[int]) -> Any:
+        """Audio [b, T * samples_per_frame], of which `num_frames` are meant and zeros follow -> tokens [b, C, T].
+
+        What comes out after `num_frames` means nothing.
+        """
 
     @abstractmethod
     def _decode_frames(self, tokens: Any, num_frames: list[int]) -> Any:
-        """[b, C, T], of which `num_frames` are meant, the rest being silence -> audio [b, T * samples_per_frame]."""
+        """Tokens [b, C, T], of which `num_frames` are meant -> audio [b, T * samples_per_frame]."""
 
     def __repr__(self) -> str:
         return (
@@ -161,7 +170,8 @@ class BaseCodec(ABC, Generic[Array]):
         totals = [frames.num_frames(length, self.samples_per_frame) for length in lengths]
         tokens = self._zeros((len(totals), self.num_codebooks, max(totals)), "int32")
         for rows, windows, batch in self._batches(waves, lengths, totals, self.samples_per_frame, self.encoder):
-            self._scatter(tokens, rows, windows, self._encode_frames(batch))
+            results = self._encode_frames(batch, [window.num_frames for window in windows])
+            self._scatter(tokens, rows, windows, results)
         return tokens, self._integers(totals)
 
     def decode(
@@ -213,15 +223,15 @@ class BaseCodec(ABC, Generic[Array]):
         """
         frame = self.samples_per_frame
         for wave, window in _rolling(blocks, frame, self.chunk_frames, self.encoder.context):
-            padding = max(window.num_frames, self.encoder.min_frames) * frame - len(wave)
+            padding = self._width(window.num_frames, self.encoder) * frame - len(wave)
             clip = self._cast(self._array(np.pad(wave, (0, padding)), "audio", AudioError), "float32")
-            yield to_numpy(self._encode_frames(clip[None])[0][:, window.kept])
+            yield to_numpy(self._encode_frames(clip[None], [window.num_frames])[0][:, window.kept])
 
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         frame = self.samples_per_frame
         for piece, window in _rolling(blocks, 1, self.chunk_frames, self.decoder.context):
-            missing = max(0, self.decoder.min_frames - window.num_frames)
+            missing = self._width(window.num_frames, self.decoder) - window.num_frames
             tokens, _ = self._check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
             audio = self._decode_frames(tokens, [window.num_frames])[0]
             yield to_numpy(audio[window.kept.start * frame : window.kept.stop * frame])
@@ -295,7 +305,7 @@ class BaseCodec(ABC, Generic[Array]):
         items_per_frame: int,
         part: Part,
     ) -> Iterator[tuple[list[int], list[frames.Window], Any]]:
-        """Cut every row into windows and stack those of one length, zero-padded to whole and enough frames.
+        """Cut every row into windows and stack those of one width, zero-padded to whole and enough frames.
 
         Yields:
             Row and window of each example, and the batch [b, ..., T * items_per_frame].
@@ -303,11 +313,13 @@ class BaseCodec(ABC, Generic[Array]):
         jobs: dict[int, list[tuple[int, frames.Window]]] = {}
         for row, total in enumerate(totals):
             for window in frames.plan_windows(total, self.chunk_frames, part.context):
-                jobs.setdefault(max(window.num_frames, part.min_frames), []).append((row, window))
+                jobs.setdefault(self._width(window.num_frames, part), []).append((row, window))
         for size, group in jobs.items():
-            step = max(1, self.batch_frames // size)
-            for begin in range(0, len(group), step):
-                part_group = group[begin : begin + step]
+            # Batches of 1, 2, 4 ... examples: few shapes, for which kernels are at hand.
+            while group:
+                count = min(len(group), max(1, self.batch_frames // size))
+                count = 1 << (count.bit_length() - 1)
+                part_group, group = group[:count], group[count:]
                 dtype = str(inputs.dtype).removeprefix("torch.")
                 batch = self._zeros((len(part_group), *inputs.shape[1:-1], size * items_per_frame), dtype)
                 for example, (row, window) in zip(batch, part_group, strict=True):
@@ -316,6 +328,10 @@ class BaseCodec(ABC, Generic[Array]):
                     example[..., : piece.shape[-1]] = piece
                 rows, windows = zip(*part_group, strict=True)
                 yield list(rows), list(windows), batch
+
+    def _width(self, num_frames: int, part: Part) -> int:
+        """Frames of memory that a window is computed in."""
+        return -(-max(num_frames, part.min_frames) // self.width_step) * self.width_step
 
     @staticmethod
     def _scatter(

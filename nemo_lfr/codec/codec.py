@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nemo_lfr.codec import inference
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
@@ -77,6 +78,11 @@ class Codec(BaseCodec[torch.Tensor]):
         return BATCH_FRAMES if self.device.type == "cpu" else GPU_BATCH_FRAMES
 
     @property
+    def width_step(self) -> int:
+        # oneDNN compiles kernels for every shape that it meets, which takes a third as long as to encode a sentence.
+        return 8 if self.device.type == "cpu" else 1
+
+    @property
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
@@ -128,20 +134,26 @@ class Codec(BaseCodec[torch.Tensor]):
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     @torch.no_grad()
-    def _encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
-        """[b, T * samples_per_frame] -> tokens [b, C, T]."""
+    def _encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
         with self._autocast():
-            encoded = self.encoder.encode_frames(audio)
+            encoded = inference.encode_frames(self.encoder, audio, ends)
         return self.quantizer.encode(encoded.float()).transpose(0, 1)
 
     @torch.no_grad()
     def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
-        """[b, C, T], of which `num_frames` are meant, the rest being silence -> audio [b, T * samples_per_frame]."""
         silence = min(num_frames) < tokens.shape[-1]
         length = torch.tensor(num_frames, device=tokens.device) if silence else None
         codes = self.quantizer.decode(tokens.transpose(0, 1), length)
+        ends = _ends(num_frames, tokens.shape[2], self.decoder.min_frames)
         with self._autocast():
-            return self.decoder.decode_frames(codes).float()
+            return inference.decode_frames(self.decoder, codes, ends).float()
+
+
+def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
+    """Where each example of a batch ends, its silence up to `min_frames` included; None if that is everywhere."""
+    ends = [max(count, min_frames) for count in num_frames]
+    return None if min(ends) == width else ends
 
 
 def plain_state(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ a JSON file with what the shard holds and the hash of every file. A shard whose 
 is computed again, to the same bytes.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.heap import keep_heap, release_heap
 from nemo_lfr.journal import write_text
 from nemo_lfr.tokens.format import Metadata
 
@@ -204,16 +204,9 @@ def _encode(
     tokens, num_frames = codec.encode(audio, lengths)
     rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])
-    _release_memory()
     for clip, (_, *context) in batch:
         row, num_samples = next(results)
         yield clip, row, num_samples, next(results)[0] if context else None
-
-
-def _release_memory() -> None:
-    """Give back what was freed: clips of a thousand lengths leave glibc's heap in pieces that it would keep."""
-    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 class Worker:
@@ -225,12 +218,11 @@ class Worker:
     """
 
     def __init__(self, job: Job, device: str | None = None) -> None:
-        # oneDNN keeps kernels of 1,024 shapes, which are never met again where every clip has its own length: with 128
-        # a worker is as fast, and with the heap given back its memory does not grow (else beyond 1.3 GB).
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         import torch
 
         from nemo_lfr.pretrained import load
+
+        keep_heap()
 
         self.job = job
         self.codec = load(job.model, device, job.precision)
@@ -240,4 +232,6 @@ class Worker:
 
     def run(self, index: int, part: Part) -> dict[str, Any]:
         """Compute a shard; what its mark says, as JSON."""
-        return asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
+        mark = asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
+        release_heap()
+        return mark

@@ -137,7 +137,7 @@ class OnnxCodec(BaseCodec[np.ndarray]):
     def _cast(self, array: np.ndarray, dtype: str) -> np.ndarray:
         return array.astype(dtype, copy=False)
 
-    def _encode_frames(self, audio: np.ndarray) -> np.ndarray:
+    def _encode_frames(self, audio: np.ndarray, num_frames: list[int]) -> np.ndarray:
         return self._session(ENCODER).run(None, {"audio": audio})[0]
 
     def _decode_frames(self, tokens: np.ndarray, num_frames: list[int]) -> np.ndarray:

@@ -1,0 +1,110 @@
+"""ONNX Runtime beside PyTorch: the same tokens and audio, speed and memory.
+
+    python benchmarks/onnx_runtime.py [MANIFEST] [--model FILE.nemo] [--threads 1] [--rounds 5]
+
+MANIFEST names recordings of speech, all of which are encoded by both: tokens must be equal but for ties, audio within
+1e-4. Then both take turns on recordings of 1, 10 and 60 s; medians, and their ratio. Memory is the peak of a fresh
+process that encodes and decodes 60 s.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SECONDS = (1, 10, 60)
+ALONE = """
+import resource, sys
+import numpy as np
+import nemo_lfr
+codec = nemo_lfr.load(sys.argv[1] or None, "cpu")
+wave = np.random.default_rng(0).standard_normal(60 * codec.sample_rate).astype(np.float32) / 10
+codec.decode(codec.encode(wave[: 3 * codec.sample_rate])[0])
+codec.decode(codec.encode(wave)[0])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def median_of(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", nargs="?", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from benchmarks.streaming import read
+    from nemo_lfr.demo import demo_clip
+    from nemo_lfr.heap import keep_heap
+    from nemo_lfr.manifests import read_manifest
+    from nemo_lfr.onnx.export import export_onnx
+    from nemo_lfr.pretrained import load
+    from tests.reference import assert_same_tokens
+
+    torch.set_num_threads(arguments.threads)
+    keep_heap()
+    codec = load(arguments.model, "cpu")
+    paths = [demo_clip()]
+    if arguments.manifest is not None:
+        paths = [line.path for line in read_manifest(arguments.manifest, arguments.manifest.parent)]
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(codec, folder)
+        exported = load(folder, "cpu", backend="onnx")
+        ties, worst, total, last = 0, 0.0, 0, np.zeros(0, np.float32)
+        for path in paths:
+            wave = read(path, codec.sample_rate)
+            tokens, found = codec.encode(wave)[0], exported.encode(wave)[0]
+            ties += assert_same_tokens(codec, wave, torch.from_numpy(found[0]), tokens[0])
+            audio, heard = codec.decode(tokens)[0].numpy(), exported.decode(tokens.numpy())[0]
+            worst = max(worst, float(np.abs(audio - heard).max()))
+            total += found.size
+            last = np.concatenate([last, wave])
+        assert worst < 1e-4, worst
+        print(f"{len(paths)} recordings, {total} tokens: {ties} ties; audio within {worst:.1e}")
+        print(f"\n| {arguments.threads} threads | PyTorch | ONNX Runtime | ratio |\n| --- | --- | --- | --- |")
+        for seconds in SECONDS:
+            wave = np.resize(last, seconds * codec.sample_rate)
+            tokens = codec.encode(wave)[0].numpy()
+            for name, ways in (
+                ("encode", (lambda: codec.encode(wave), lambda: exported.encode(wave))),
+                ("decode", (lambda: codec.decode(tokens), lambda: exported.decode(tokens))),
+            ):
+                times = [[median_of(way) for way in ways] for _ in range(arguments.rounds + 1)][1:]
+                ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+                ratios = [one / other for one, other in times]
+                spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                print(f"| {name} {seconds} s | {ours:.3f} s | {theirs:.3f} s | {spread} |", flush=True)
+        peaks = [
+            subprocess.run(
+                [sys.executable, "-c", ALONE, source],
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[-1]
+            for source in (arguments.model or "", folder)
+        ]
+        print(f"| peak memory, 60 s | {peaks[0]} MiB | {peaks[1]} MiB | |")
+    print(f"\ntorch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
+
+
+if __name__ == "__main__":
+    main()
