@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,8 +85,8 @@ def main() -> None:
             wave = np.resize(last, seconds * codec.sample_rate)
             tokens = codec.encode(wave)[0].numpy()
             for name, ways in (
-                ("encode", (lambda: codec.encode(wave), lambda: exported.encode(wave))),
-                ("decode", (lambda: codec.decode(tokens), lambda: exported.decode(tokens))),
+                ("encode", (partial(codec.encode, wave), partial(exported.encode, wave))),
+                ("decode", (partial(codec.decode, tokens), partial(exported.decode, tokens))),
             ):
                 times = [[median_of(way) for way in ways] for _ in range(arguments.rounds + 1)][1:]
                 ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))

@@ -1,4 +1,4 @@
-"""The lean arithmetic of inference gives what the modules give, and each example of a wide batch what it gives alone."""
+"""The lean arithmetic of inference gives what the modules give, and each example of a batch what it gives alone."""
 
 import pytest
 import torch

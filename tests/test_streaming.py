@@ -14,7 +14,7 @@ from nemo_lfr.streaming import push_decoders, push_encoders
 from tests.models import KINDS, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
-CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "12"))
+CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "6"))
 
 
 @pytest.fixture(scope="module")

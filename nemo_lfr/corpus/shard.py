@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Audio that is encoded together, and held at a time.
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
+# Shards after which a worker gives back its heap.
+RELEASE_EVERY = 16
 PADS = ("encode", "magpie")
 
 
@@ -229,9 +231,12 @@ class Worker:
         if str(self.codec.device) == "cpu":
             torch.set_num_threads(job.threads)
         self.corpus = job.open()
+        self._computed = 0
 
     def run(self, index: int, part: Part) -> dict[str, Any]:
         """Compute a shard; what its mark says, as JSON."""
         mark = asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
-        release_heap()
+        self._computed += 1
+        if self._computed % RELEASE_EVERY == 0:
+            release_heap()
         return mark
