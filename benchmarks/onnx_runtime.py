@@ -10,11 +10,8 @@ process that encodes and decodes 60 s.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +30,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def median_of(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", nargs="?", type=Path)
@@ -52,6 +43,7 @@ def main() -> None:
     import onnxruntime
     import torch
 
+    from benchmarks.measure import alone, in_turns, machine, ratios, spread
     from benchmarks.streaming import read
     from nemo_lfr.demo import demo_clip
     from nemo_lfr.heap import keep_heap
@@ -88,23 +80,12 @@ def main() -> None:
                 ("encode", (partial(codec.encode, wave), partial(exported.encode, wave))),
                 ("decode", (partial(codec.decode, tokens), partial(exported.decode, tokens))),
             ):
-                times = [[median_of(way) for way in ways] for _ in range(arguments.rounds + 1)][1:]
-                ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
-                ratios = [one / other for one, other in times]
-                spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                print(f"| {name} {seconds} s | {ours:.3f} s | {theirs:.3f} s | {spread} |", flush=True)
-        peaks = [
-            subprocess.run(
-                [sys.executable, "-c", ALONE, source],
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[-1]
-            for source in (arguments.model or "", folder)
-        ]
+                ours, theirs = in_turns(dict(zip(("ours", "theirs"), ways, strict=True)), arguments.rounds).values()
+                times = f"{statistics.median(ours):.3f} s | {statistics.median(theirs):.3f} s"
+                print(f"| {name} {seconds} s | {times} | {spread(ratios(ours, theirs))} |", flush=True)
+        peaks = [alone(ALONE, source)[-1] for source in (arguments.model or "", folder)]
         print(f"| peak memory, 60 s | {peaks[0]} MiB | {peaks[1]} MiB | |")
-    print(f"\ntorch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
+    print(f"\n{machine()}, onnxruntime {onnxruntime.__version__}")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
     python benchmarks/startup.py [--checkpoint FILE.nemo] [--runs 5]
 
-Each run is a fresh process that imports, loads a checkpoint without discriminators, and encodes one second; the two
-kinds take turns. Tokens must be equal. Without --checkpoint, a full-size one with random weights is written first.
+Each run is a fresh process that imports, loads a checkpoint and encodes one second; the kinds take turns, and tokens
+must be equal. Without --checkpoint full-size ones with random weights are written first: one without discriminators,
+and one with those of the released checkpoint, WavLM in a local folder among them. `nemo-lfr --help` is timed too.
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from benchmarks.measure import alone, in_turns, machine, ratios, spread
+from tests.models import FULL_SIZE, codec_config, speech_like, write_nemo
 
 LIGHT = """
 import sys, numpy, nemo_lfr
@@ -35,17 +40,27 @@ import resource, zlib
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 print(zlib.crc32(tokens.int().numpy().tobytes()), memory)
 """
+HELP = """
+import sys
+from nemo_lfr.cli import main
+sys.argv = ["nemo-lfr", "--help"]
+main()
+"""
 
 
-def run(script: str, checkpoint: Path, clip: Path) -> tuple[float, str, int]:
-    """Seconds of the whole process, a checksum of its tokens, peak memory in MiB."""
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", script + REPORT, checkpoint, clip], capture_output=True, text=True, check=True
-    )
-    seconds = time.perf_counter() - started
-    checksum, memory = done.stdout.strip().splitlines()[-1].split()
-    return seconds, checksum, int(memory)
+def write_released(folder: Path) -> Path:
+    """A checkpoint with the released one's discriminators, written by stock."""
+    from nemo.collections.tts.models.audio_codec import AudioCodecModel
+    from omegaconf import OmegaConf
+    from transformers import WavLMConfig, WavLMModel
+
+    from benchmarks.training import released_config
+
+    torch.manual_seed(0)
+    WavLMModel(WavLMConfig()).save_pretrained(folder / "wavlm")
+    model = AudioCodecModel(OmegaConf.create(released_config(str(folder / "wavlm"))))
+    model.save_to(str(folder / "released.nemo"))
+    return folder / "released.nemo"
 
 
 def main() -> None:
@@ -53,33 +68,38 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent
-    os.environ["PYTHONPATH"] = str(root)
-    sys.path.insert(0, str(root))
-    import numpy as np
-
-    from tests.models import FULL_SIZE, codec_config, speech_like, write_nemo
-
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder, "clip.npy")
         np.save(clip, speech_like(22050).numpy())
-        checkpoint = args.checkpoint or write_nemo(Path(folder, "full.nemo"), codec_config(**FULL_SIZE))
-        rows: dict[str, list[tuple[float, str, int]]] = {"nemo_lfr": [], "stock NeMo": []}
-        for round_number in range(args.runs + 1):  # the first round warms the disk cache
-            for (_, results), script in zip(rows.items(), (LIGHT, STOCK), strict=True):
-                result = run(script, checkpoint, clip)
-                if round_number:
-                    results.append(result)
-    if len({checksum for results in rows.values() for _, checksum, _ in results}) != 1:
-        raise SystemExit("the tokens differ")
-    medians = {name: statistics.median(seconds for seconds, _, _ in results) for name, results in rows.items()}
-    for name, results in rows.items():
-        times = [seconds for seconds, _, _ in results]
-        print(
-            f"{name:12} median {medians[name]:6.2f} s  ({min(times):.2f} to {max(times):.2f})  "
-            f"peak memory {max(memory for _, _, memory in results)} MiB"
-        )
-    print(json.dumps({"ratio": round(medians["stock NeMo"] / medians["nemo_lfr"], 2), "machine": platform.machine()}))
+        checkpoints = {"as given": args.checkpoint}
+        if args.checkpoint is None:
+            checkpoints = {
+                "without discriminators": write_nemo(Path(folder, "full.nemo"), codec_config(**FULL_SIZE)),
+                "with all of them": write_released(Path(folder)),
+            }
+        print(f"{machine()}\n\n| | seconds | peak memory |\n| --- | --- | --- |")
+        for title, checkpoint in checkpoints.items():
+            reports: dict[str, list[list[str]]] = {"stock NeMo": [], "nemo_lfr": []}
+            scripts = {"stock NeMo": STOCK, "nemo_lfr": LIGHT}
+
+            def run(
+                name: str,
+                checkpoint: Path = checkpoint,
+                scripts: dict[str, str] = scripts,
+                reports: dict[str, list[list[str]]] = reports,
+            ) -> None:
+                reports[name].append(alone(scripts[name] + REPORT, checkpoint, clip))
+
+            took = in_turns({name: partial(run, name) for name in scripts}, args.runs)
+            if len({checksum for lines in reports.values() for checksum, _ in lines}) != 1:
+                raise SystemExit("the tokens differ")
+            for name, values in took.items():
+                memory = max(int(mib) for _, mib in reports[name])
+                print(f"| {name}, a checkpoint {title} | {spread(values)} | {memory} MiB |")
+            print(f"| ratio | {spread(ratios(*took.values()), 1)} | |", flush=True)
+        took = in_turns({"help": partial(alone, HELP)}, args.runs)
+        print(f"| `nemo-lfr --help` | {spread(took['help'])} | |")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
+from benchmarks.measure import machine
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.demo import demo_clip
@@ -167,6 +168,7 @@ def main() -> None:
         paths = [Path(line.path) for line in read_manifest(arguments.manifest, arguments.manifest.parent)]
     waves = [read(path, codec.sample_rate) for path in paths]
     print(codec)
+    print(f"{machine()}, {arguments.threads} threads")
     print(check(codec, waves, arguments.chunkings, 0))
     with tempfile.TemporaryDirectory() as folder:
         nano = load(write_nemo(Path(folder, "nano.nemo"), codec_config("nano")), "cpu")

@@ -9,10 +9,7 @@ training mode, where it masks its input at random).
 """
 
 import argparse
-import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +24,7 @@ import torch
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from omegaconf import OmegaConf
 
+from benchmarks.measure import machine, ratios, spread
 from nemo_lfr import AudioCodecModel
 from tests.models import FULL_SIZE, speech_like
 from tests.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
@@ -124,23 +122,12 @@ def main() -> None:
     expected, mine = (turn.losses[0] for turn in turns.values())
     names = sorted(key for key in expected if "loss" in key)
     differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
-    ratios = [theirs / own for theirs, own in zip(*seconds.values(), strict=True)]
+    faster = ratios(*seconds.values())
     for name, values in seconds.items():
-        print(f"{name:12} {statistics.median(values):6.2f} s a step  ({min(values):.2f} to {max(values):.2f})")
+        print(f"{name:12} {spread(values)} s a step")
     print("largest relative difference of a loss in the first step:", f"{max(differences.values()):.1e}", differences)
-    print(
-        json.dumps(
-            {
-                "ratio": round(statistics.geometric_mean(ratios), 2),
-                "from": round(min(ratios), 2),
-                "to": round(max(ratios), 2),
-                "batch": [args.batch_size, samples],
-                "threads": torch.get_num_threads(),
-                "machine": platform.processor() or platform.machine(),
-                "torch": torch.__version__,
-            }
-        )
-    )
+    print(f"{spread(faster)} times as fast, batch of {args.batch_size} x {samples} samples")
+    print(f"{machine()}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError
 from nemo_lfr.onnx import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def load(
     Raises:
         CheckpointError: if the checkpoint cannot be found or read.
         NemoLfrError: for an unknown device, precision or backend.
-        MissingExtraError: for ONNX files where ONNX Runtime is not installed.
+        MissingExtraError: where PyTorch, or for ONNX files ONNX Runtime, is not installed.
     """
     exported = is_exported(source)
     if backend not in (None, "torch", "onnx"):
@@ -165,6 +165,13 @@ def load(
         if precision != "fp32":
             raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
         return OnnxCodec(source, None if device is None else str(device))
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
+            "`nemo-lfr export onnx` can be used."
+        ) from error
     from nemo_lfr.checkpoint import read_checkpoint
     from nemo_lfr.codec.codec import PRECISIONS, Codec
 

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from nemo_lfr import cli
+from nemo_lfr.codec.base import CHUNK_FRAMES
 from nemo_lfr.tokens.format import TokenReader
 from tests.models import speech_like
 
@@ -177,4 +178,4 @@ def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys,
     code, _, err = run(capsys, "decode", cut)
     assert code == 2 and "cut.lfr: it ends too early" in err and "--recover" in err
     assert run(capsys, "decode", cut, "--recover")[0] == 0
-    assert soundfile.info(tmp_path / "cut.wav").frames == 128 * 1024  # the first block
+    assert soundfile.info(tmp_path / "cut.wav").frames == CHUNK_FRAMES * 1024  # the first block

@@ -1,6 +1,6 @@
 """A corpus to tokens beside a loop over stock NeMo's encode; Ray beside plain processes; memory over the run.
 
-    python benchmarks/tokenize.py [--model FILE.nemo] [--clips 160] [--plot docs/tokenize_memory.png]
+    python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/tokenize_memory.png]
 
 Stock's loop is that of its users: load a file with NeMo's own reader, call `encode`, keep the tokens, on as many
 threads as the machine has; one clip at a time, and in padded batches of 8. It must give the tokens that we write, clip
@@ -11,14 +11,11 @@ one thread for each core. Rates leave out what both spend on loading. Rounds tak
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: Python's own `tokenize` has our name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import json
 import os
-import resource
-import statistics
 import tempfile
 import threading
 import time
@@ -29,6 +26,7 @@ import numpy as np
 import soundfile
 import torch
 
+from benchmarks.measure import machine, ratios, spread
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.run import Totals, tokenize
 from nemo_lfr.corpus.shard import Job
@@ -80,10 +78,6 @@ def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | 
     tokenize(job, workers=workers, device="cpu", ray=ray, watch=watch)
     (begin, before), (end, after) = times[workers], times[-1]
     return (after - before) / RATE / (end - begin)
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def memory_over_a_run(manifest: Path, out: Path, model: str | None) -> list[tuple[float, float]]:
@@ -142,7 +136,7 @@ def main() -> None:
         if "ray" in args.parts:
             even = write_corpus(root, [10.0] * (args.clips // 2))
             compare_with_ray(even, outs.__next__, args.model, args.rounds)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB, {cores} cores")
+    print(f"\n{machine()}")
 
 
 def compare_with_stock(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int) -> None:
@@ -172,8 +166,7 @@ def compare_with_stock(manifest: Path, out: Callable[[], Path], model: str | Non
     ):
         print(f"| {name} | {spread(values)} |")
     for name, values in (("one clip at a time", alone), ("batches of 8", batched)):
-        ratios = [mine / theirs for mine, theirs in zip(own, values, strict=True)]
-        print(f"| ratio to stock, {name} | {spread(ratios)} |")
+        print(f"| ratio to stock, {name} | {spread(ratios(own, values))} |")
     print(f"\n{differing} of {total} tokens differ from stock's, clip by clip")
 
 
@@ -191,8 +184,8 @@ def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None,
     for name, values in rates.items():
         print(f"| {name} | {spread(values)} |")
     bare, one, two = rates.values()
-    print(f"| one Ray worker / in this process | {spread([a / b for a, b in zip(one, bare, strict=True)])} |")
-    print(f"| two Ray workers / one | {spread([a / b for a, b in zip(two, one, strict=True)])} |")
+    print(f"| one Ray worker / in this process | {spread(ratios(one, bare))} |")
+    print(f"| two Ray workers / one | {spread(ratios(two, one))} |")
 
 
 if __name__ == "__main__":
