@@ -1,6 +1,7 @@
 """Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
 
 import contextlib
+import functools
 import logging
 import os
 from importlib.resources import files
@@ -136,6 +137,9 @@ def load(
 ) -> "Codec | OnnxCodec":
     """Load a codec for inference.
 
+    The checkpoint's keys and shapes are judged at once; the numbers of the encoder and of the decoder are read when
+    each is first needed, and raise CheckpointError then if they are damaged.
+
     Args:
         source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
             for the small codec inside the package.
@@ -172,14 +176,21 @@ def load(
             "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
             "`nemo-lfr export onnx` can be used."
         ) from error
-    from nemo_lfr.checkpoint import read_checkpoint
+    from nemo_lfr.checkpoint import Checkpoint
     from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
     chosen = choose_device(device)
-    parts, _ = read_checkpoint(find_checkpoint(source))
-    for part in parts.named().values():
-        part.to(chosen)
-    name = "the embedded codec" if source is None else os.fspath(source)
-    return Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision=precision, name=name)
+    checkpoint = Checkpoint(find_checkpoint(source))
+    parts = checkpoint.parts
+    return Codec(
+        parts.encoder,
+        parts.quantizer.to(chosen),
+        parts.decoder,
+        parts.sample_rate,
+        precision=precision,
+        name="the embedded codec" if source is None else os.fspath(source),
+        device=chosen,
+        fill=functools.partial(checkpoint.fill, device=chosen),
+    )

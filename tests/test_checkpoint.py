@@ -30,6 +30,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import nemo_lfr
 from nemo_lfr.checkpoint import (
     build_parts,
     load_parts,
@@ -764,6 +765,39 @@ def test_checksums_are_checked_before_numbers_are_used(nemo):
         assert zlib.crc32(GOOD_TAR[begin : begin + info.file_size]) == info.CRC
         with pytest.raises(CheckpointError, match="wrong checksum"):
             read_checkpoint(nemo(flipped(GOOD_TAR, begin + info.file_size // 2)))
+
+
+def test_a_part_is_read_when_it_is_first_used(nemo):
+    """Damage in the decoder does not keep anyone from encoding, and is named by who decodes."""
+    decoder = [value for key, value in STATE.items() if key.startswith("audio_decoder.")]
+    longest = max(decoder, key=torch.numel).contiguous().numpy().tobytes()
+    damaged = nemo_lfr.load(nemo(flipped(GOOD_TAR, GOOD_TAR.index(longest))), device="cpu")
+    tokens, _ = damaged.encode(synthesize(0.5))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"audio_decoder.* damaged .*wrong checksum"):
+            damaged.decode(tokens)
+    whole = nemo_lfr.load(nemo(GOOD_TAR), device="cpu")
+    assert torch.equal(tokens, whole.encode(synthesize(0.5))[0])
+
+
+def test_a_file_that_shrinks_before_it_is_read_is_an_error_and_no_crash(nemo):
+    path = nemo(GOOD_TAR)
+    codec = nemo_lfr.load(path, device="cpu")
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cut short while it was open"):
+        codec.encode(synthesize(0.5))
+
+
+def test_a_copied_codec_no_longer_needs_its_file(nemo):
+    path = nemo(GOOD_TAR)
+    codec = nemo_lfr.load(path, device="cpu")
+    copies = [copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))]
+    expected = codec.encode(synthesize(0.5))[0]
+    path.unlink()
+    for other in copies:
+        tokens, _ = other.encode(synthesize(0.5))
+        assert torch.equal(tokens, expected)
+        assert other.fingerprint == codec.fingerprint
 
 
 def test_a_config_that_is_not_changed_is_the_same_object_to_build(nemo):

@@ -21,13 +21,14 @@ from nemo_lfr.checkpoint.config import (
     codec_values,
     nemo_config,
 )
-from nemo_lfr.checkpoint.reader import load_parts, read_checkpoint, read_config
+from nemo_lfr.checkpoint.reader import Checkpoint, load_parts, read_checkpoint, read_config
 from nemo_lfr.checkpoint.writer import split_weight_norm, write_checkpoint
 
 __all__ = [
     "NEMO_CLASSES",
     "NEMO_MODEL",
     "PARTS",
+    "Checkpoint",
     "Parts",
     "build_part",
     "build_parts",

@@ -38,6 +38,22 @@ class Members:
     config: bytes | None
     weights: memoryview
 
+    def check_length(self, path: Path) -> None:
+        """That the file has not become shorter since it was mapped: to read beyond its end would kill the process.
+
+        Raises:
+            CheckpointError: if it has.
+        """
+        mapped = self.weights.obj
+        if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            raise CheckpointError(f"{path}: was cut short while it was open; load it again.")
+
+    def forget_pages(self) -> None:
+        """Give back the memory of what was read; reading it again costs time only."""
+        mapped = self.weights.obj
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
 
 def read_members(path: Path) -> Members:
     """The config and the weights of a `.nemo` or a training checkpoint; other members are not looked at.

@@ -1,6 +1,7 @@
 """`.nemo` or `.ckpt` -> modules: every key, shape and number of the codec is judged."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,23 +30,58 @@ def read_config(path: str | os.PathLike[str]) -> DictConfig:
     return _parse_config(path, read_members(path))
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
-    """Load a codec for inference: parts with plain fp32 weights, in eval mode, and the whole config.
+class Checkpoint:
+    """A codec for inference, opened: every key and shape is judged, the numbers are read when they are asked for.
 
     Discriminators, WavLM and loss buffers, which differ between NeMo versions, are neither read nor judged.
+
+    Args:
+        path: the `.nemo`, or Lightning's `.ckpt`.
+
+    Attributes:
+        config: the whole model config.
+        parts: in eval mode; encoder and decoder have plain fp32 weights on the meta device until `fill`.
 
     Raises:
         CheckpointError: naming the file and the member or key, what was wrong, and what to do.
     """
-    path = Path(path)
-    members = read_members(path)
-    config = _parse_config(path, members)
-    parts = _empty_parts(path, config, weight_norm=False)
-    tensors = _tensors(path, members)
-    for name, part in parts.named().items():
-        _load_part(tensors, name, part, strict=True)
-        part.eval().requires_grad_(False)
-    return parts, config
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self._members = read_members(path)
+        self.config = _parse_config(path, self._members)
+        self.parts = _empty_parts(path, self.config, weight_norm=False)
+        self._tensors = _tensors(path, self._members)
+        self._sources = {
+            name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
+        }
+        self._lock = threading.Lock()
+        for part in self.parts.named().values():
+            part.eval().requires_grad_(False)
+        self.fill("vector_quantizer")
+
+    def fill(self, name: str, device: str | torch.device = "cpu") -> None:
+        """Read the numbers of a part, unless that has been done.
+
+        Raises:
+            CheckpointError: if they are damaged, or the file has become shorter meanwhile.
+        """
+        with self._lock:
+            if name in self._sources:
+                self._members.check_length(self._tensors.path)
+                part = self.parts.named()[name]
+                _fill(self._tensors, name, part, self._sources[name], strict=True)
+                part.requires_grad_(False).to(device)
+                self._members.forget_pages()
+                del self._sources[name]
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
+    """Load a codec for inference as `Checkpoint` does, with all numbers."""
+    checkpoint = Checkpoint(path)
+    for name in checkpoint.parts.named():
+        checkpoint.fill(name)
+    return checkpoint.parts, checkpoint.config
 
 
 def load_parts(
@@ -73,7 +109,7 @@ def load_parts(
     parts = _empty_parts(path, config, weight_norm=True, meta=strict)
     tensors = _tensors(path, members)
     for name, part in parts.named().items():
-        _load_part(tensors, name, part, strict)
+        _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
     return parts, {key: tensors[key].clone() for key in tensors.entries if others and key.startswith(others)}
 
 
@@ -121,14 +157,12 @@ def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ..
             yield own, (f"{prefix}.{own}",)
 
 
-def _load_part(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> None:
-    """Fill a part, built with weight norm or without. Every key, shape and number is judged.
+def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict[str, tuple[str, ...]]:
+    """Each weight of a part under its plain name, with the tensors that it comes from, which have the right shapes.
 
-    `strict=False` leaves a missing weight as it is and ignores an unknown one; a wrong one is an error still.
+    `strict=False` leaves out a missing weight and ignores an unknown one; a wrong one is an error still.
     """
-    path, own = tensors.path, part.state_dict()
-    # The part's weights under their plain names, whichever way it was built.
-    expected = {key.replace(DIRECTION, ".weight"): value for key, value in own.items() if not key.endswith(GAIN)}
+    path, expected = tensors.path, _expected(part)
     sources: dict[str, tuple[str, ...]] = {}
     for key, names in _sources(tensors, prefix):
         if key in sources:
@@ -146,14 +180,26 @@ def _load_part(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> 
             f"{path}: {prefix} has {len(unexpected)} weights that its config does not know, first "
             f"{[clip(key) for key in unexpected[:5]]}."
         )
+    matched = {key: sources[key] for key in expected if key in sources}
+    for key, names in matched.items():
+        for name, shape in zip(names, _shapes(expected[key], len(names)), strict=True):
+            _check_entry(tensors, name, expected[key], shape)
+    return matched
+
+
+def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
+    """The part's weights under their plain names, whichever way it was built."""
+    state = part.state_dict()
+    return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
+
+
+def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
+    """Fill a part, built with weight norm or without. Every number is judged."""
+    path, own, expected = tensors.path, part.state_dict(), _expected(part)
     state = {}
-    for key, want in expected.items():
-        if key in missing:
-            continue
-        *gains, direction = (
-            _judged(tensors, name, want, shape)
-            for name, shape in zip(sources[key], _shapes(want, len(sources[key])), strict=True)
-        )
+    for key, names in sources.items():
+        want = expected[key]
+        *gains, direction = (_finite(tensors, name, want) for name in names)
         # FSQ's buffers follow from the config; other numbers there would give other tokens.
         if not want.is_floating_point() and not torch.equal(direction, want):
             raise CheckpointError(
@@ -182,8 +228,7 @@ def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:
     return [shape] if count == 1 else [(shape[0], *[1] * (len(shape) - 1)), shape]
 
 
-def _judged(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
+def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[int, ...]) -> None:
     entry = tensors.entries[name]
     if entry.shape != shape:
         raise CheckpointError(
@@ -191,6 +236,10 @@ def _judged(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[int, .
         )
     if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
         raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
+
+
+def _finite(tensors: Tensors, name: str, want: torch.Tensor) -> torch.Tensor:
+    """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
     value = tensors[name].to(want.dtype)
     if not _is_finite(value):
         raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")

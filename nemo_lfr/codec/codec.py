@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Codec(BaseCodec[torch.Tensor]):
             a few tokens in a hundred. FSQ is fp32 always.
         name: where the weights came from, for messages.
         chunk_frames: frames of one chunk of long audio; the result does not depend on it.
+        device: where the parts are, or will be once they are read.
+        fill: reads the numbers of "audio_encoder" or "audio_decoder", which have been on the meta device until then.
 
     Raises:
         NemoLfrError: for an unknown precision.
@@ -52,18 +54,39 @@ class Codec(BaseCodec[torch.Tensor]):
         precision: str = "fp32",
         name: str = "codec",
         chunk_frames: int = CHUNK_FRAMES,
+        device: torch.device | None = None,
+        fill: Callable[[str], None] | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
-        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self._encoder, self.quantizer, self._decoder = encoder, quantizer, decoder
+        self._device, self._fill = device, fill
         self.sample_rate = sample_rate
         self.precision = precision
         self.name = name
         self.chunk_frames = chunk_frames
 
+    @functools.cached_property
+    def encoder(self) -> HiFiGANEncoder:
+        """Audio -> encoded frames; its numbers are read when it is first asked for."""
+        if self._fill is not None:
+            self._fill("audio_encoder")
+        return self._encoder
+
+    @functools.cached_property
+    def decoder(self) -> HiFiGANDecoder:
+        """Dequantized frames -> audio; its numbers are read when it is first asked for."""
+        if self._fill is not None:
+            self._fill("audio_decoder")
+        return self._decoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in this process or another, has all numbers."""
+        return self.__dict__ | {"encoder": self.encoder, "decoder": self.decoder, "_fill": None}
+
     @property
     def samples_per_frame(self) -> int:
-        return self.encoder.samples_per_frame
+        return self._encoder.samples_per_frame
 
     @property
     def num_codebooks(self) -> int:
@@ -84,7 +107,7 @@ class Codec(BaseCodec[torch.Tensor]):
 
     @property
     def device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
+        return self._device or next(self._decoder.parameters()).device
 
     @functools.cached_property
     def fingerprint(self) -> str:
