@@ -471,6 +471,27 @@ def assert_no_half_files(out: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
+    root = tmp_path / "audio"
+    root.mkdir()
+    reasons = bad_files(root)
+    names = [root / name for name in reasons]
+    lines = [json.loads(line) for line in many.read_text().splitlines()]
+    names += [many.parent / line["audio_filepath"] for line in lines]
+    random.Random(0).shuffle(names)
+    (tmp_path / "all.json").write_text("".join(json.dumps({"audio_filepath": str(name)}) + "\n" for name in names))
+    gone = {str(name) for name in names if name.parent == many.parent and not name.exists()}
+    assert gone
+    driver = start(tmp_path / "all.json", tmp_path / "out", model, "--workers", 2, "--max-duration", 3)
+    assert driver.wait() == 1
+    failed = [json.loads(line)["input"] for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert len(failed) == len(set(failed))
+    assert set(failed) == gone | {str(root / name) for name in reasons}
+    assert len(read(tmp_path / "out")) == len(names) - len(failed)
+    print(f"{len(names)} clips, {len(failed)} of them bad, of {len(reasons)} kinds")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("engine", [(), ("--ray", "local")], ids=["processes", "ray"])
 def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model, tmp_path):
