@@ -121,6 +121,18 @@ class TrainingSteps(NeMoAudioCodecModel):
         else:
             super().setup_validation_data(cfg)
 
+    def configure_optimizers(self) -> Any:
+        """NeMo's; on a CPU Adam passes over each weight once ("fused"), unless the config says how it should."""
+        configured = super().configure_optimizers()
+        # One optimizer, several, or lists of optimizers and of schedules.
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        for optimizer in several[0] if isinstance(several[0], list) else several:
+            if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
+                for group in optimizer.param_groups:
+                    if group["fused"] is None and not group["foreach"]:
+                        group["fused"] = True
+        return configured
+
     def configure_callbacks(self) -> list[Callback]:
         """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too."""
         callbacks = super().configure_callbacks()
