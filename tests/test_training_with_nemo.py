@@ -261,6 +261,33 @@ def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
+def test_what_training_saved_is_validated_where_its_logged_clips_are_not(tmp_path):
+    generators = [{"_target_": "nemo.collections.tts.parts.utils.callbacks.AudioCodecArtifactGenerator"}]
+    nemo = "nemo.collections.tts."
+    log = {
+        "log_dir": str(tmp_path),
+        "log_epochs": [1],
+        "epoch_frequency": 1,
+        "log_tensorboard": False,
+        "log_wandb": False,
+        "generators": [{"_target_": nemo + "parts.utils.callbacks.AudioCodecArtifactGenerator"}],
+        "dataset": {
+            "_target_": nemo + "data.vocoder_dataset.VocoderDataset",
+            "dataset_meta": {"mine": {"manifest_path": "gone.json", "audio_dir": "gone"}},
+            "sample_rate": RATE,
+        },
+        "dataloader_params": {"batch_size": 1},
+    }
+    model = AudioCodecModel(OmegaConf.create(training_config([], log_config=log)))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (metrics,) = trainer.validate(
+        model, torch.utils.data.DataLoader([batch(frames=8)], batch_size=None), verbose=False
+    )
+    assert metrics["val_loss"] > 0
+    with pytest.raises(ConfigError, match=r"gone\.json"):
+        train(model, [batch(frames=8)])
+
+
 def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(tmp_path, wavlm):
     config = training_config([wavlm])
     model = AudioCodecModel(OmegaConf.create(config))

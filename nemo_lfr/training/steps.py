@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -134,7 +135,12 @@ class TrainingSteps(NeMoAudioCodecModel):
         return configured
 
     def configure_callbacks(self) -> list[Callback]:
-        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too."""
+        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too.
+
+        It reads the clips at once, so only to train: a file that training saved does not say where they were.
+        """
+        if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
+            return []
         callbacks = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
