@@ -262,7 +262,6 @@ def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path
 
 
 def test_what_training_saved_is_validated_where_its_logged_clips_are_not(tmp_path):
-    generators = [{"_target_": "nemo.collections.tts.parts.utils.callbacks.AudioCodecArtifactGenerator"}]
     nemo = "nemo.collections.tts."
     log = {
         "log_dir": str(tmp_path),
