@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nemo_lfr.codec import graphs, inference
+from nemo_lfr.codec import inference
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
@@ -18,6 +18,7 @@ from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQua
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
+    from nemo_lfr.codec.graphs import Engine
     from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,6 +163,11 @@ class Codec(BaseCodec[torch.Tensor]):
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
+        from nemo_lfr.codec import graphs
+
+        return graphs.engine(part, self.quantizer, self.precision, self.device)
+
     def _grouped(self, jobs: dict[int, list[Any]]) -> Iterable[tuple[int, list[Any]]]:
         if self.device.type != "cuda":
             return jobs.items()
@@ -183,8 +189,7 @@ class Codec(BaseCodec[torch.Tensor]):
     @torch.no_grad()
     def _encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
         if self.device.type == "cuda":
-            run = graphs.engine(self.encoder, self.quantizer, self.precision, self.device)
-            return run(audio, num_frames, audio.shape[1] // self.samples_per_frame)
+            return self._engine(self.encoder)(audio, num_frames, audio.shape[1] // self.samples_per_frame)
         ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
         with self._autocast():
             encoded = inference.encode_frames(self.encoder, audio, ends)
@@ -193,8 +198,7 @@ class Codec(BaseCodec[torch.Tensor]):
     @torch.no_grad()
     def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
         if self.device.type == "cuda":
-            run = graphs.engine(self.decoder, self.quantizer, self.precision, self.device)
-            return run(tokens, num_frames, tokens.shape[2])
+            return self._engine(self.decoder)(tokens, num_frames, tokens.shape[2])
         silence = min(num_frames) < tokens.shape[-1]
         length = torch.tensor(num_frames, device=tokens.device) if silence else None
         codes = self.quantizer.decode(tokens.transpose(0, 1), length)

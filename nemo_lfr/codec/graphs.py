@@ -1,4 +1,4 @@
-"""The codec on a GPU: plans per part and precision, and CUDA graphs of small batches, where launching is what takes time.
+"""The codec on a GPU: a plan per part and precision, and CUDA graphs of small batches, which launching holds up.
 
 A graph is captured the second time that a batch of one shape is met, and serves clips of all lengths that fit it. All
 that is derived here is dropped as soon as a part's numbers change or move.
@@ -127,22 +127,24 @@ class Engine:
         quantizer: held; its buffers never change.
         precision: one of `PRECISIONS`.
         device: of both.
+        capture: of graphs; CUDA's if not given.
     """
 
     def __init__(
-        self, part: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
+        self,
+        part: HiFiGANEncoder | HiFiGANDecoder,
+        quantizer: Quantizer,
+        precision: str,
+        device: torch.device,
+        capture: Capture | None = None,
     ) -> None:
         self.plan = Plan(part, PRECISIONS[precision], find_kernels(device))
         self.quantizer = quantizer
+        self.graphs = GraphCache(capture or CudaCapture())
         self._min_frames = part.min_frames
-        self._graphs = GraphCache(CudaCapture())
+        self._function = self._encode if isinstance(part, HiFiGANEncoder) else self._decode
         self._lock = threading.Lock()
         self._finished: torch.cuda.Event | None = None
-        self._function = self._encode if isinstance(part, HiFiGANEncoder) else self._decode
-
-    @property
-    def plan(self) -> Plan:
-        return self.plan
 
     def __call__(self, inputs: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
         """Audio [B, width * samples_per_frame] -> tokens [B, C, width], or those back into audio.
@@ -152,18 +154,24 @@ class Engine:
             num_frames: at least 1.
             width: frames of memory, at least `min_frames`.
         """
-        # One at a time, on whatever streams callers are: all graphs work in the same memory.
-        with self._lock, torch.cuda.device(inputs.device), _plain_mode(self.plan.precision.tf32):
+        with self._lock, self._turn(inputs.device), _plain_mode(inputs.device.type, self.plan.precision.tf32):
+            frames = torch.tensor(num_frames, device=inputs.device)
+            if len(num_frames) * width > GRAPH_FRAMES:
+                return self._function(inputs, frames)
+            return self.graphs.run(width, self._function, inputs, frames)
+
+    @contextmanager
+    def _turn(self, device: torch.device) -> Iterator[None]:
+        """All graphs work in the same memory: one follows the other, on whatever streams the callers are."""
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             if self._finished is not None:
                 stream.wait_event(self._finished)
-            frames = torch.tensor(num_frames, device=inputs.device)
-            if len(num_frames) * width > GRAPH_FRAMES:
-                result = self._function(inputs, frames)
-            else:
-                result = self._graphs.run(width, self._function, inputs, frames)
+            yield
             self._finished = stream.record_event()
-        return result
 
     def _encode(self, audio: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
         encoded = self.plan(audio.unsqueeze(2), num_frames.clamp(min=self._min_frames))
@@ -199,13 +207,13 @@ def engine(
 
 
 @contextmanager
-def _plain_mode(tf32: bool) -> Iterator[None]:
+def _plain_mode(device: str, tf32: bool) -> Iterator[None]:
     """The arithmetic that was asked for, whatever autocast, inference mode and TF32 the caller has around it."""
     cudnn = torch.backends.cudnn
     with (
         torch.inference_mode(False),  # what is kept from here must serve outside of it too
         torch.no_grad(),
-        torch.autocast("cuda", enabled=False),
+        torch.autocast(device, enabled=False),
         cudnn.flags(
             enabled=cudnn.enabled,
             benchmark=cudnn.benchmark,

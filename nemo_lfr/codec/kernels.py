@@ -139,9 +139,8 @@ def _convolution(
         sums += tl.load(residual + example * residual_step + place, mask=kept, other=0.0).to(tl.float32)
     if has_total:
         sums += tl.load(total + example * out_size + place, mask=kept, other=0.0).to(tl.float32)
-    sums = _activated(
-        sums * scale, channel[None, :] % period, alpha_after, num_snake_after, kind_after, slope_after, ""
-    )
+    channel = channel[None, :] % period
+    sums = _activated(sums * scale, channel, alpha_after, num_snake_after, kind_after, slope_after, "")
     tl.store(out + example * out_size + place, sums.to(out.dtype.element_ty), mask=kept)
 
 
