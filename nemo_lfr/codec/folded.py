@@ -116,14 +116,14 @@ class Layer:
         conv = module.conv
         weight, bias = conv.weight.detach(), conv.bias
         assert bias is not None
-        bias = bias.detach().float()
+        bias = bias.detach().to(torch.float32, copy=True)
         dot = "tf32" if precision.tf32 else "ieee"
         stride = conv.stride[0]
         if isinstance(module, Conv1d):
             plane = _plane(weight, precision.dtype)
             return cls(plane, bias, module.pad, module.pad_mode, stride, conv.dilation[0], dot=dot)
         if conv.groups > 1:
-            weight = weight.to(precision.dtype)
+            weight = weight.to(precision.dtype, copy=True)
             return cls(
                 weight, bias, (0, 0), "constant", up=stride, first=module.first_sample, groups=conv.groups, dot=dot
             )
