@@ -192,20 +192,17 @@ def _pointwise(
 
 
 def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
-    """Ways to cut up a layer that are worth a try."""
+    """Ways to cut up a layer that are worth a try; each costs a second of compiling when it is first met."""
     channels = max(16, min(128, triton.next_power_of_2(layer.outputs)))
     # A tile of a power of two that leaves no channel empty, where there is one of use.
     exact = math.gcd(layer.outputs, 128)
     if exact >= 64:
         channels = exact
     sums = max(16, min(64, triton.next_power_of_2(layer.num_sums)))
-    fewer = max(16, sums // 2)
     if layer.weight.dtype == torch.float32:  # twice the bytes in shared memory
-        return [Tile(128, channels, fewer, 4, 3), Tile(64, channels, fewer, 4, 3)]
-    ways = [Tile(128, channels, sums, 4, 3), Tile(64, channels, sums, 4, 4)]
-    if activation is not None and _pairs(layer.weight, activation):
-        return [way._replace(pairs=True) for way in ways] + ways[:1]
-    return [*ways, Tile(128, channels, fewer, 8, 4)]
+        sums = max(16, sums // 2)
+    pairs = bool(_pairs(layer.weight, activation))
+    return [Tile(128, channels, sums, 4, 3, pairs), Tile(64, channels, sums, 4, 4, pairs)]
 
 
 def fusable(layer: Layer, *activations: Activation | None) -> bool:
