@@ -1,6 +1,8 @@
 """Fused convolutions against their definition in plain PyTorch: on the GPU where there is one, else interpreted."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +201,43 @@ def test_a_whole_network_gives_the_same_by_every_way(monkeypatch, kind, way):
         assert (encoded[row, :length] - expected).abs().max() < close * (1 + expected.abs().max())
         expected = codec.decoder.decode_frames(codes[row : row + 1, :, :length])[0]
         assert (decoded[row, : length * rate, 0] - expected).abs().max() < close
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from nemo_lfr.codec.kernels import _convolution as kernel, leaky_pairs
+
+kind, pairs, precision = sys.argv[1], sys.argv[2], sys.argv[3]
+fixed = dict(
+    inputs=48, outputs=48, mode="reflect", kind="lrelu", slope=0.01, kind_after="none", slope_after=0.0,
+    has_residual=True, has_total=False, precision=precision, tile_time=128, tile_channels=64, tile_sums=32,
+    pairs=leaky_pairs(kind + "x2", 0x3C24) if pairs == "pairs" else "",
+)
+types = {name: "i32" for name in kernel.arg_names}
+types |= dict.fromkeys(("signal", "weight", "residual", "total", "out"), "*" + kind)
+types |= dict.fromkeys(("bias", "alpha", "alpha_after"), "*fp32") | {"ends": "*i64", "scale": "fp32"}
+types |= dict.fromkeys(fixed, "constexpr")
+source = ASTSource(kernel, types, {(kernel.arg_names.index(name),): value for name, value in fixed.items()})
+made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+assert made.asm["cubin"]
+print("wgmma" in made.asm["ptx"], "max.bf16x2" in made.asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, pairs, precision", [("bf16", "pairs", "ieee"), ("fp32", "single", "tf32")], ids=["bf16", "tf32"]
+)
+def test_kernels_compile_for_hopper_where_there_is_no_gpu(tmp_path, kind, pairs, precision):
+    """The interpreter knows neither tensor cores nor PTX."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, kind, pairs, precision], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True", str(pairs == "pairs")]
 
 
 def test_every_kind_of_the_family_is_covered():

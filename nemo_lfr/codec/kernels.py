@@ -369,7 +369,11 @@ def _pairs(signal: torch.Tensor, activation: Activation | None) -> str:
     name = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}.get(signal.dtype)
     if name is None:
         return ""
-    bits = int(torch.tensor(activation.slope, dtype=signal.dtype).view(torch.int16)) & 0xFFFF
+    return leaky_pairs(name, int(torch.tensor(activation.slope, dtype=signal.dtype).view(torch.int16)) & 0xFFFF)
+
+
+def leaky_pairs(name: str, bits: int) -> str:
+    """PTX of max(x, slope * x) for two numbers of type `name`; `bits` are the slope's in that type."""
     return (
         "{ .reg .b32 slope, scaled; "
         f"mov.b32 slope, 0x{bits:04x}{bits:04x}; mul.{name} scaled, $1, slope; max.{name} $0, $1, scaled; }}"
