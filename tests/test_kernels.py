@@ -207,11 +207,11 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nemo_lfr.codec.kernels import _convolution as kernel, leaky_pairs
+from nemo_lfr.codec.kernels import FREE as kernel_free, _convolution as kernel, leaky_pairs
 
 kind, pairs, precision = sys.argv[1], sys.argv[2], sys.argv[3]
 fixed = dict(
-    inputs=48, outputs=48, mode="reflect", kind="lrelu", slope=0.01, kind_after="none", slope_after=0.0,
+    inputs=48, outputs=48, run=16, mode="reflect", kind="lrelu", slope=0.01, kind_after="none", slope_after=0.0,
     has_residual=True, has_total=False, precision=precision, tile_time=128, tile_channels=64, tile_sums=32,
     pairs=leaky_pairs(kind + "x2", 0x3C24) if pairs == "pairs" else "",
 )
@@ -219,10 +219,20 @@ types = {name: "i32" for name in kernel.arg_names}
 types |= dict.fromkeys(("signal", "weight", "residual", "total", "out"), "*" + kind)
 types |= dict.fromkeys(("bias", "alpha", "alpha_after"), "*fp32") | {"ends": "*i64", "scale": "fp32"}
 types |= dict.fromkeys(fixed, "constexpr")
-source = ASTSource(kernel, types, {(kernel.arg_names.index(name),): value for name, value in fixed.items()})
+at = kernel.arg_names.index
+# As a launch finds them: pointers and sizes are multiples of 16.
+aligned = [name for name in types if types[name][0] == "*" and name not in kernel_free]
+aligned += ["out_size", "signal_step", "residual_step", "num_sums", "shift", "period"]
+source = ASTSource(
+    kernel,
+    types,
+    {(at(name),): value for name, value in fixed.items()},
+    {(at(name),): [["tt.divisibility", 16]] for name in aligned},
+)
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
 assert made.asm["cubin"]
-print("wgmma" in made.asm["ptx"], "max.bf16x2" in made.asm["ptx"])
+loop = made.asm["ttgir"].partition("scf.for")[2]
+print("wgmma" in made.asm["ptx"], "max.bf16x2" in made.asm["ptx"], loop.count("async_copy_global"))
 """
 
 
@@ -237,7 +247,8 @@ def test_kernels_compile_for_hopper_where_there_is_no_gpu(tmp_path, kind, pairs,
         [sys.executable, "-c", COMPILE, kind, pairs, precision], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["True", str(pairs == "pairs")]
+    # Tensor cores, a leaky ReLU of pairs, and signal and weight both fetched ahead.
+    assert done.stdout.split() == ["True", str(pairs == "pairs"), "2"]
 
 
 def test_every_kind_of_the_family_is_covered():

@@ -142,7 +142,7 @@ class Engine:
         self.quantizer = quantizer
         self.graphs = GraphCache(capture or CudaCapture())
         self._min_frames = part.min_frames
-        self._function = self._encode if isinstance(part, HiFiGANEncoder) else self._decode
+        self._encodes = isinstance(part, HiFiGANEncoder)
         self._lock = threading.Lock()
         self._finished: torch.cuda.Event | None = None
 
@@ -156,9 +156,10 @@ class Engine:
         """
         with self._lock, self._turn(inputs.device), _plain_mode(inputs.device.type, self.plan.precision.tf32):
             frames = torch.tensor(num_frames, device=inputs.device)
+            function = self._encode if self._encodes else self._decode
             if len(num_frames) * width > GRAPH_FRAMES:
-                return self._function(inputs, frames)
-            return self.graphs.run(width, self._function, inputs, frames)
+                return function(inputs, frames)
+            return self.graphs.run(width, function, inputs, frames)
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 def _inside(at, end, mode: tl.constexpr):
     """Row of a signal of `end` rows that stands at `at`, before, inside or after it; and whether it is no zero."""
     if mode == "reflect":
-        at = tl.abs(at)
+        at = tl.where(at < 0, -at, at)  # after tl.abs the compiler no longer sees what is aligned
         at = tl.where(at >= end, 2 * end - 2 - at, at)
     there = (at >= 0) & (at < end)
     if mode != "constant":
@@ -91,6 +91,7 @@ def _convolution(
     scale,
     inputs: tl.constexpr,
     outputs: tl.constexpr,
+    run: tl.constexpr,  # the largest power of two that divides `inputs` and `tile_sums`
     mode: tl.constexpr,
     kind: tl.constexpr,
     slope: tl.constexpr,
@@ -118,12 +119,16 @@ def _convolution(
     for first in range(0, num_sums, tile_sums):
         place = first + tl.arange(0, tile_sums)
         if inputs % tile_sums == 0:  # one tap at a time: a row a line
-            source = first % inputs + tl.arange(0, tile_sums)
+            # Without the hints loads wait for one another: the compiler cannot see that they are aligned.
+            source = tl.multiple_of(first % inputs, tile_sums) + tl.arange(0, tile_sums)
             at = (time * stride + (first // inputs) * dilation - before)[:, None]
+            row, there = _inside(at, end, mode)
         else:
-            source = place % inputs
+            source = tl.multiple_of(tl.max_contiguous(place % inputs, run), run)
             at = (time * stride - before)[:, None] + (place // inputs * dilation)[None, :]
-        row, there = _inside(at, end, mode)
+            row, there = _inside(at, end, mode)
+            row = tl.max_constancy(row, [1, run])
+            there = tl.max_constancy(there, [1, run])
         left = tl.load(signal + row * inputs + source[None, :], mask=there & (place < num_sums)[None, :], other=0.0)
         left = _activated(left, source[None, :], alpha, num_snake, kind, slope, pairs)
         right = tl.load(
@@ -277,6 +282,7 @@ def convolution(
         scale,
         inputs=layer.inputs,
         outputs=layer.outputs,
+        run=math.gcd(layer.inputs, tile.sums),
         mode=layer.mode,
         has_residual=residual is not None,
         has_total=total is not None,
