@@ -294,6 +294,15 @@ def test_windows_of_much_the_same_width_share_a_batch_on_a_gpu():
     assert list(codec._grouped({})) == []
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision):
+    codec = same_parts(cached_codec("two_stages"), precision=precision)
+    codec._device = torch.device("cuda")
+    with codec._autocast():
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_without_a_gpu_triton_is_not_asked_for():
     assert find_kernels(CPU) is None
 

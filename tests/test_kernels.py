@@ -30,6 +30,13 @@ CLOSE = {torch.float32: 2e-6, torch.float16: 4e-3}
 
 
 @pytest.fixture(autouse=True)
+def _exact_references():
+    """The library's fp32 is fp32 on a GPU too."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _counting_loops(monkeypatch):
     """Triton 3.6's interpreter makes loop counters of arrays by a conversion that NumPy 2.4 refuses."""
     from triton.runtime import interpreter

@@ -161,7 +161,13 @@ class Codec(BaseCodec[torch.Tensor]):
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        if dtype is not None:
+            return torch.autocast(self.device.type, dtype=dtype)
+        if self.device.type != "cuda":
+            return nullcontext()
+        from nemo_lfr.codec.graphs import convolutions  # of streams; all else runs there
+
+        return convolutions(tf32=self.precision == "tf32")
 
     def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
         from nemo_lfr.codec import graphs

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,16 +210,18 @@ def engine(
 @contextmanager
 def _plain_mode(device: str, tf32: bool) -> Iterator[None]:
     """The arithmetic that was asked for, whatever autocast, inference mode and TF32 the caller has around it."""
-    cudnn = torch.backends.cudnn
     with (
         torch.inference_mode(False),  # what is kept from here must serve outside of it too
         torch.no_grad(),
         torch.autocast(device, enabled=False),
-        cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=cudnn.benchmark,
-            deterministic=cudnn.deterministic,
-            allow_tf32=tf32,
-        ),
+        convolutions(tf32),
     ):
         yield
+
+
+def convolutions(tf32: bool) -> AbstractContextManager[None]:
+    """cuDNN's convolutions of fp32 numbers with TF32 or without; PyTorch allows it to begin with."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32
+    )

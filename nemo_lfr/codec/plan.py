@@ -308,7 +308,8 @@ def find_kernels(device: torch.device) -> ModuleType | None:
 
         signal = torch.randn(2, 40, 16, device=device)
         ends = torch.tensor([40, 33], device=device)
-        found = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
+        with torch.cuda.device(device):
+            found = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
         expected = torch.cat([signal[:, 1:4].flip(1), signal, signal[:, -4:-1].flip(1)], 1) * 2
         if not torch.equal(found[0], expected[0]):
             raise RuntimeError("its result is wrong")
