@@ -341,11 +341,11 @@ def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     codec = load(None, "cpu")
     paths = [demo_clip()]
     if folder is not None:
-        paths += sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))[:24]
+        paths += sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))[:16]
     clips = []
     for path in paths:
         with AudioReader(path, codec.sample_rate) as reader:
-            clips.append(torch.cat([torch.from_numpy(block.copy()) for block in reader.blocks()])[: 12 * RATE])
+            clips.append(torch.cat([torch.from_numpy(block.copy()) for block in reader.blocks()])[: 8 * RATE])
     return codec, clips
 
 
