@@ -48,16 +48,16 @@ except ImportError:
 else:
     HAS_SOUNDFILE = True
 
-from nemo_lfr.codec import folded
 from nemo_lfr.codec.activation import CodecActivation
-from nemo_lfr.codec.choice import Choices, gpu_seconds
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.folded import Activation, Layer, Precision
-from nemo_lfr.codec.graphs import CudaCapture, GraphCache
-from nemo_lfr.codec.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
+from nemo_lfr.codec.gpu import folded
+from nemo_lfr.codec.gpu.choice import Choices, gpu_seconds
+from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
+from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
+from nemo_lfr.codec.gpu.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 
 PACKED = ROOT / ".gpu_inputs.pt"

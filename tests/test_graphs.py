@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 
-from nemo_lfr.codec import graphs
-from nemo_lfr.codec.choice import Choices
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.codec.folded import stamp
-from nemo_lfr.codec.graphs import Captured, Engine, GraphCache, engine
-from nemo_lfr.codec.plan import PRECISIONS, Plan, find_kernels
+from nemo_lfr.codec.gpu import graphs
+from nemo_lfr.codec.gpu.choice import Choices
+from nemo_lfr.codec.gpu.folded import stamp
+from nemo_lfr.codec.gpu.graphs import Captured, Engine, GraphCache, engine
+from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
 from tests.models import KINDS, build_codec, cached_codec, same_parts, speech_like
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
 

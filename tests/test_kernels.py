@@ -13,12 +13,12 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA, and is
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from nemo_lfr.codec import folded, kernels, plan
 from nemo_lfr.codec.activation import CodecActivation
-from nemo_lfr.codec.choice import Choices
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.folded import Activation, Layer, Precision
-from nemo_lfr.codec.kernels import Tile
+from nemo_lfr.codec.gpu import folded, kernels, plan
+from nemo_lfr.codec.gpu.choice import Choices
+from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
+from nemo_lfr.codec.gpu.kernels import Tile
 from tests.models import KINDS, cached_codec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,7 +214,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nemo_lfr.codec.kernels import FREE as kernel_free, _convolution as kernel, leaky_pairs
+from nemo_lfr.codec.gpu.kernels import FREE as kernel_free, _convolution as kernel, leaky_pairs
 
 kind, pairs, precision = sys.argv[1], sys.argv[2], sys.argv[3]
 fixed = dict(

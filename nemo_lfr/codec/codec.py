@@ -18,7 +18,7 @@ from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQua
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
-    from nemo_lfr.codec.graphs import Engine
+    from nemo_lfr.codec.gpu.graphs import Engine
     from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -165,12 +165,12 @@ class Codec(BaseCodec[torch.Tensor]):
             return torch.autocast(self.device.type, dtype=dtype)
         if self.device.type != "cuda":
             return nullcontext()
-        from nemo_lfr.codec.graphs import convolutions  # of streams; all else runs there
+        from nemo_lfr.codec.gpu.graphs import convolutions  # of streams; all else runs there
 
         return convolutions(tf32=self.precision == "tf32")
 
     def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
-        from nemo_lfr.codec import graphs
+        from nemo_lfr.codec.gpu import graphs
 
         return graphs.engine(part, self.quantizer, self.precision, self.device)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nemo_lfr.codec.folded import Activation, Layer
+from nemo_lfr.codec.gpu.folded import Activation, Layer
 
 
 class Tile(NamedTuple):

@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import torch
 
-from nemo_lfr.codec import folded
 from nemo_lfr.codec.activation import CodecActivation
-from nemo_lfr.codec.choice import Choices, Way, gpu_seconds
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.folded import Activation, Layer, Precision
+from nemo_lfr.codec.gpu import folded
+from nemo_lfr.codec.gpu.choice import Choices, Way, gpu_seconds
+from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
 from nemo_lfr.errors import clip
 
@@ -81,7 +81,7 @@ class Plan:
     Args:
         part: copied, not held.
         precision: of all but the first and last layer.
-        kernels: `nemo_lfr.codec.kernels`, or None for plain PyTorch.
+        kernels: `nemo_lfr.codec.gpu.kernels`, or None for plain PyTorch.
         choices: of ways to run a layer.
     """
 
@@ -300,11 +300,11 @@ def _size(signal: torch.Tensor) -> tuple[int, Any]:
 
 @functools.cache
 def find_kernels(device: torch.device) -> ModuleType | None:
-    """`nemo_lfr.codec.kernels` where Triton compiles them for this device, and they give what PyTorch gives."""
+    """`nemo_lfr.codec.gpu.kernels` where Triton compiles them for this device, and they give what PyTorch gives."""
     if device.type != "cuda":
         return None
     try:
-        from nemo_lfr.codec import kernels
+        from nemo_lfr.codec.gpu import kernels
 
         signal = torch.randn(2, 40, 16, device=device)
         ends = torch.tensor([40, 33], device=device)

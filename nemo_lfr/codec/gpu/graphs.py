@@ -18,8 +18,8 @@ from torch import nn
 
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.folded import stamp
-from nemo_lfr.codec.plan import PRECISIONS, Plan, find_kernels
+from nemo_lfr.codec.gpu.folded import stamp
+from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.errors import clip
 
