@@ -142,6 +142,9 @@ def _padded(
             inner.copy_(cast(nn.Module, function)(hidden))
     if before:
         padded[:, :, :before] = _beyond(inner, 0, before, mode)
+    if lengths is not None:
+        # A tile of a convolution may reach beyond an example's own padding: NaN there would spread.
+        padded[:, :, before + length :].zero_()
     for row, end in zip(padded, lengths, strict=True) if lengths is not None and after else ():
         row[:, before + end : before + end + after] = _beyond(row[None, :, before:], end, after, mode)[0]
     if lengths is None and after:
