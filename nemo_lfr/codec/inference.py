@@ -69,7 +69,7 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: Len
 
 def _decode(decoder: HiFiGANDecoder, way: "_Way", inputs: torch.Tensor, num_frames: Lengths) -> torch.Tensor:
     rate = 1
-    hidden = way.cast(_conv(way, decoder.pre_conv, way.cast(inputs), num_frames))
+    hidden = way.cast(_conv(way, decoder.pre_conv, inputs, num_frames))
     for activation, up_sample, res_layer, up_rate in zip(
         decoder.activations, decoder.up_sample_conv_layers, decoder.res_layers, decoder.up_sample_rates, strict=True
     ):
@@ -206,17 +206,20 @@ def _first_convs(
     convs = [block.input_conv for block in firsts]
     if any(True for _ in firsts[0].input_activation.parameters()):
         yield from (
-            _conv(way, conv, hidden, lengths, block.input_activation) for conv, block in zip(convs, firsts, strict=True)
+            _conv(way, conv, hidden, lengths, block.input_activation)
+            for conv, block in zip(convs, firsts, strict=True)
         )
         return
     # The padding of a shorter kernel is the inner part of a longer one's.
     widest = max(conv.pad for conv in convs)
-    fast = all(way.is_fast(conv) and conv.conv.dilation[0] == 1 for conv in convs)
-    behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs)) if fast else 0
+    fast = [number for number, conv in enumerate(convs) if way.is_fast(conv) and conv.conv.dilation[0] == 1]
+    behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
     shared = _padded(hidden, widest, convs[0].pad_mode, lengths, firsts[0].input_activation, behind)
     starts = [widest[0] - conv.pad[0] for conv in convs]
-    if fast:
-        yield from (result[:, :, : hidden.shape[2]] for result in way.fast(convs, shared, starts))
-        return
-    for conv, start in zip(convs, starts, strict=True):
-        yield way.convolve(conv, shared[:, :, start : shared.shape[2] - widest[1] + conv.pad[1]])
+    results = way.fast([convs[number] for number in fast], shared, [starts[number] for number in fast]) if fast else []
+    done = dict(zip(fast, results, strict=True))
+    for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
+        if number in done:
+            yield done.pop(number)[:, :, : hidden.shape[2]]
+        else:
+            yield way.convolve(conv, shared[:, :, start : shared.shape[2] - widest[1] + conv.pad[1]])

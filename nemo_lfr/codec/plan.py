@@ -15,7 +15,7 @@ fp32 its rounding is 4 times that of a sum in order, 1e-6 of the output's rms.
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +26,10 @@ from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 
 # Fewest frames of a batch for which transformed weights, twice as large, pay.
 FAST_FRAMES = 48
-# Narrower layers are bound by memory, which the transforms read and write several times.
-FAST_CHANNELS = 64
+# Fewest products of channels and taps: below, the transforms cost more than they save (measured on Zen 4).
+FAST_SIZE = 1000
 # Numbers of one array of a block, per thread: 7 of these and what they give stay in the cache.
-BLOCK = 48 * 1024
+BLOCK = 192 * 1024
 TILE, POINTS = 4, 7
 # Pairs of points -a and a, each with the coefficients of the other two pairs: (x^2 - b^2)(x^2 - c^2); then infinity.
 PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
@@ -61,6 +61,8 @@ class Plan:
     def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._marks = _marks(part)
+        # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
+        self._ends = {part.pre_conv, part.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
         self._pieces: dict[nn.Module, list[torch.Tensor]] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
@@ -72,8 +74,7 @@ class Plan:
 
     def convolve(self, layer: Conv1d, padded: torch.Tensor) -> torch.Tensor:
         """`Conv1d.convolve`: [B, H_in, T] -> [B, H_out, (T - span) // stride + 1]."""
-        if min(layer.conv.in_channels, layer.conv.out_channels) < 8 or layer.conv.out_channels < 48:
-            # The ends of the network: audio, encoded frames.
+        if layer in self._ends:
             return _convolve(padded.float(), self._get(layer, torch.float32))
         return self._run(layer, padded)
 
@@ -92,9 +93,9 @@ class Plan:
         return (
             self.dtype == torch.float32
             and num_frames >= FAST_FRAMES
-            and min(conv.in_channels, conv.out_channels) >= FAST_CHANNELS
+            and min(conv.in_channels, conv.out_channels) * size >= FAST_SIZE
             and conv.stride[0] == 1
-            and 4 * POINTS * -(-size // TILE) < 3 * TILE * size
+            and size > 2
         )
 
     def fast(self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int]) -> list[torch.Tensor]:
@@ -116,10 +117,10 @@ class Plan:
         ahead = max(
             start // step + bank[0].shape[3] - 1 for start, bank in zip(starts, pieces, strict=True)
         )  # tiles that the outputs of one tile see beyond it
-        rows = padded.as_strided((tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1))
-        outputs = [
-            padded.new_empty((tiles, TILE, dilation * layer.conv.out_channels)) for layer in layers
-        ]
+        rows = padded.as_strided(
+            (tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1)
+        )
+        outputs = [padded.new_empty((tiles, TILE, dilation * layer.conv.out_channels)) for layer in layers]
         block = max(256, BLOCK * torch.get_num_threads() // channels) // dilation
         for first in range(0, tiles, block):
             size = min(block, tiles - first)
@@ -287,7 +288,7 @@ def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
 
 
 def _evaluate(rows: torch.Tensor) -> torch.Tensor:
-    """Tiles [n + 1, 4, W] -> the values at each point of seven samples, a tile and three of the next: [POINTS, n, W]."""
+    """Tiles [n + 1, 4, W] -> values at each point of a tile and three samples of the next: [POINTS, n, W]."""
     count = rows.shape[0] - 1
     sample = [rows[:count, number] for number in range(TILE)] + [rows[1:, number] for number in range(TILE - 1)]
     values = rows.new_empty((POINTS, count, rows.shape[2]))
