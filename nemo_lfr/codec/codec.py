@@ -14,6 +14,7 @@ from nemo_lfr.codec import inference
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.plan import has_bf16
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.errors import NemoLfrError, clip
 
@@ -48,7 +49,7 @@ class Codec(BaseCodec[torch.Tensor]):
         fill: reads the numbers of "audio_encoder" or "audio_decoder", which have been on the meta device until then.
 
     Raises:
-        NemoLfrError: for an unknown precision.
+        NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Codec(BaseCodec[torch.Tensor]):
         if precision not in PRECISIONS:
             raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
         self._encoder, self.quantizer, self._decoder = encoder, quantizer, decoder
+        if precision == "bf16" and (device or next(decoder.parameters()).device).type == "cpu" and not has_bf16():
+            raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
         self._device, self._fill = device, fill
         self.sample_rate = sample_rate
         self.precision = precision
