@@ -5,7 +5,8 @@
 Full size: 112.7 M parameters of generator, 5 STFT and 5 period discriminators, WavLM base (random weights) as the SLM
 discriminator, which learn every second step; Adam, as in the released config. The two models have the same weights,
 live in a process each and take turns, two steps each; the first round is not counted, but its losses are compared.
-WavLM is in evaluation mode in both (stock leaves it in training mode, where it masks its input at random).
+WavLM is in evaluation mode in both (stock leaves it in training mode, where it masks its input at random). What counts
+is the trainer's step: not its start, nor the loading of data.
 """
 
 import argparse
@@ -52,52 +53,37 @@ def released_config(wavlm: str) -> dict[str, Any]:
     )
 
 
-class Evaluating(pl.Callback):
-    def on_train_batch_start(self, trainer, model, *_):
+class Turns(pl.Callback):
+    """Takes `STEPS` steps whenever told to, and answers with the seconds a step; keeps the first step's losses.
+
+    WavLM is taken out of training mode, where stock leaves it.
+    """
+
+    def __init__(self, pipe: Connection, device: str) -> None:
+        self.pipe, self.device = pipe, device
+        self.losses: dict[str, float] = {}
+        self.started = 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, number: int) -> None:
         for module in model.modules():
             if type(module).__name__ == "WavLMModel":
                 module.eval()
+        if number % STEPS == 0:
+            self.pipe.recv()
+            self.started = time.perf_counter()
 
-
-class Turn:
-    """One model with its trainer, which takes `STEPS` steps at a time."""
-
-    def __init__(self, model: pl.LightningModule, batch: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
-        self.model, self.device = model, args.device
-        self.losses: list[dict[str, float]] = []
-        turn = self
-
-        class Record(pl.Callback):
-            def on_train_batch_end(self, trainer, *_):
-                turn.losses.append({key: float(value) for key, value in trainer.logged_metrics.items()})
-
-        self.trainer = pl.Trainer(
-            accelerator="gpu" if args.device == "cuda" else "cpu",
-            devices=1,
-            precision=args.precision,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=1,
-            callbacks=[Evaluating(), Record()],
-        )
-        self.loader = torch.utils.data.DataLoader([batch] * STEPS, batch_size=None)
-
-    def take(self) -> float:
-        """Seconds per step."""
-        epochs = self.trainer.fit_loop.max_epochs
-        started = time.perf_counter()
-        self.trainer.fit(self.model, train_dataloaders=self.loader)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.trainer.fit_loop.max_epochs = (epochs or 0) + 1
-        return (time.perf_counter() - started) / STEPS
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any, batch: Any, number: int
+    ) -> None:
+        if (number + 1) % STEPS == 0:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            self.pipe.send((time.perf_counter() - self.started) / STEPS)
+        self.losses = self.losses or {key: float(value) for key, value in trainer.logged_metrics.items()}
 
 
 def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Take steps whenever told to, answering with the seconds; at last with the first losses and the peak memory."""
+    """Train one of the two models in turns; at last send its first losses and the peak memory."""
     torch.manual_seed(0)
     config = OmegaConf.create(released_config(folder))
     weights = Path(folder, "weights.pt")
@@ -110,15 +96,27 @@ def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> 
     samples = args.frames * 1024
     audio = torch.stack([speech_like(samples + 100, seed)[:samples] for seed in range(args.batch_size)])
     batch = {"audio": audio, "audio_lens": torch.full((args.batch_size,), samples)}
-    turn = Turn(model, batch, argparse.Namespace(**vars(args) | ({"precision": "32-true"} if name == STOCK else {})))
+    turns = Turns(pipe, args.device)
+    trainer = pl.Trainer(
+        accelerator="gpu" if args.device == "cuda" else "cpu",
+        devices=1,
+        precision="32-true" if name == STOCK else args.precision,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=[turns],
+    )
     pipe.send("ready")
-    while pipe.recv():
-        pipe.send(turn.take())
+    batches = [batch] * (STEPS * (args.rounds + 1))
+    trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((turn.losses[0], peak / 2**30))
+    pipe.send((turns.losses, peak / 2**30))
 
 
 def main() -> None:
@@ -144,15 +142,12 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in pipes}
         for number in range(args.rounds + 1):
             for name, pipe in pipes.items():
-                pipe.send(True)
+                pipe.send("go")
                 taken = pipe.recv()
                 if number:
                     seconds[name].append(taken)
                 print(f"round {number}  {name:12} {taken:7.2f} s a step", file=sys.stderr, flush=True)
-        results = {}
-        for name, pipe in pipes.items():
-            pipe.send(False)
-            results[name] = pipe.recv()
+        results = {name: pipe.recv() for name, pipe in pipes.items()}
     (expected, _), (mine, _) = results.values()
     names = sorted(key for key in expected if "loss" in key)
     differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
