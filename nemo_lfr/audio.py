@@ -22,6 +22,8 @@ MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 MAX_PEAK = 64.0
 # What programs write as the length of a WAV file before they know it is this or more.
 UNKNOWN_BYTES = 0x7FFF0000
+# Numbers read at once, over all channels: a header that tells a million Hz and channels must not take the memory.
+MAX_BLOCK = 1 << 24
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
@@ -70,9 +72,9 @@ class AudioReader:
         self.sample_rate = sample_rate
         self.samples_read = 0
         if data is None and not self.path.is_file():
-            raise AudioError(f"{path}: {'is a folder' if self.path.is_dir() else 'no such file'}.")
+            raise AudioError(f"{path}: {_not_a_file(self.path)}.")
         try:
-            source = self.path if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
+            source = _name(self.path) if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
             self._file = soundfile.SoundFile(source)
         except (soundfile.LibsndfileError, TypeError) as error:
             raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
@@ -126,7 +128,7 @@ class AudioReader:
             import soxr
 
             stream = soxr.ResampleStream(self.native_rate, self.sample_rate, 1, dtype="float32", quality="VHQ")
-        size, num_read = max(1, round(seconds * self.native_rate)), 0
+        size, num_read = max(1, min(round(seconds * self.native_rate), MAX_BLOCK // self.channels)), 0
         while True:
             try:
                 block = self._file.read(size, dtype="float32", always_2d=True)
@@ -222,9 +224,17 @@ class _Sink:
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
-    """Raise unless `path` is free or may be replaced."""
+    """Raise unless `path` is free, or is a file that may be replaced."""
+    if path.is_dir():
+        raise NemoLfrError(f"{path} is a folder, where a file is to be written; choose another name.")
     if path.exists() and not overwrite:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+
+
+def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise if a result would replace what it is made from, by whatever name."""
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
 
 
 def umask() -> int:
@@ -232,6 +242,17 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _name(path: Path) -> Path | bytes:
+    """The path for libsndfile; its bytes where it may be one that Python cannot write as text."""
+    return path if os.name == "nt" else os.fsencode(path)
+
+
+def _not_a_file(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder"
+    return "is not a file; give a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"
 
 
 def _reason(error: Exception) -> str:

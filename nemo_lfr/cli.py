@@ -5,11 +5,14 @@ mistake is one line and exit code 2. Heavy imports wait until a command needs th
 """
 
 import glob
+import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,9 +54,10 @@ def plan_jobs(inputs: Sequence[str], out: Path | None, suffixes: set[str], new_s
     """
     jobs: list[Job] = []
     for text in inputs:
-        matches = [Path(text)] if Path(text).exists() else [Path(match) for match in glob.glob(text, recursive=True)]
+        exists = text and Path(text).exists()  # "" would be the current folder
+        matches = [Path(text)] if exists else [Path(match) for match in glob.glob(text, recursive=True)]
         if not matches:
-            raise NemoLfrError(f"{text}: no such file or folder.")
+            raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
         for path in sorted(matches):
             if path.is_dir():
                 files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
@@ -84,6 +88,8 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
     """Raise for a use of "-" that is no pipe: anything but from stdin or a file to stdout, or a terminal at an end."""
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
         raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
+    if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
+        raise NemoLfrError("-: stdin or stdout is closed; give it a pipe or a file.")
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
         raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
 
@@ -146,17 +152,17 @@ def run_jobs(
 ) -> None:
     """Do all jobs; a bad file is reported at the end and does not stop the others.
 
-    `work` takes some jobs and yields a result for each, in order. When a batch fails it is tried again job by job.
+    `work` takes some jobs and yields a result for each, in order, as soon as it is written. When a batch fails, what
+    is left of it is tried again job by job.
     """
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     with progress(len(jobs)) as advance:
         for start in range(0, len(jobs), batch_size):
             batch = list(jobs[start : start + batch_size])
-            for group in _attempts(batch, work, failures):
-                for result in group:
-                    results.append(result)
-                    advance(_line(result))
+            for result in _attempts(batch, work, failures):
+                results.append(result)
+                advance(_line(result))
     if as_json:
         click.echo(json.dumps({"files": results, "failures": failures}, indent=2))
     else:
@@ -173,12 +179,15 @@ def run_jobs(
 
 def _attempts(
     batch: list[Job], work: Callable[[list[Job]], Iterator[dict[str, Any]]], failures: list[dict[str, str]]
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[dict[str, Any]]:
+    done = 0
     try:
-        yield list(work(batch))
+        for result in work(batch):
+            done += 1
+            yield result
     except (NemoLfrError, OSError) as error:
         if len(batch) > 1:
-            for job in batch:
+            for job in batch[done:]:
                 yield from _attempts([job], work, failures)
         else:
             text = str(error) if isinstance(error, NemoLfrError) else f"{batch[0].target}: {error.strerror or error}."
@@ -339,7 +348,7 @@ def app() -> None:
 @app.command()
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the token files; beside the input if not given."
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the token files; beside the input if not given."
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
@@ -382,7 +391,7 @@ def encode(
 
 @app.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the audio; beside the input if not given.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the audio; beside the input if not given.")
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
 @click.option("--start", type=click.FloatRange(min=0), default=0.0, help="Second to start at.")
 @click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
@@ -451,7 +460,7 @@ def info(files: tuple[str, ...], as_json: bool) -> None:
 
 
 @app.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo_output"), show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"), show_default=True)
 @model_options
 def demo(out: Path, **options: Any) -> None:
     """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
@@ -467,7 +476,7 @@ def demo(out: Path, **options: Any) -> None:
 @app.command()
 @click.argument("kind", type=click.Choice(list(LAYOUTS)))
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the manifests.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the manifests.")
 @click.option(
     "--valid-share",
     type=click.FloatRange(0, 1),
@@ -498,7 +507,7 @@ def export() -> None:
 
 @export.command("onnx")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for encoder.onnx and decoder.onnx."
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for encoder.onnx and decoder.onnx."
 )
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
@@ -515,8 +524,44 @@ app.add_command(detokenize)
 app.add_command(evaluate)
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave no half-written file behind, as an interrupt does; `nohup` is kept."""
+
+    def stop(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _prepare_streams() -> None:
+    """Closed descriptors lead nowhere, rather than into the next file that is opened; any file name can be printed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point: every user's mistake is one line on stderr."""
+    _prepare_streams()
+    with _stopped_by_signals():
+        _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     try:
         app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -533,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NemoLfrError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+        _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror or error}.")
 
 
 def _fail(text: str) -> None:

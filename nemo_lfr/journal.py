@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+# A file's name need not be UTF-8; in JSON, the escape that this makes of a wrong byte reads back as that name.
+ANY_NAME = "backslashreplace"
 # For a number of items, a context whose value is called after each one, with what there is to say of it.
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
@@ -19,7 +21,7 @@ class Journal:
         self.path = path
 
     def __enter__(self) -> "Journal":
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         self._file.write("\n")  # ends a line that was cut off
         self._file.flush()
         return self
@@ -45,7 +47,7 @@ class Journal:
 def write_text(path: Path, text: str) -> Path:
     """Replace a file at once, or not at all; returns its path."""
     aside = path.with_name(path.name + ".part")
-    with open(aside, "w", encoding="utf-8") as file:
+    with open(aside, "w", encoding="utf-8", errors=ANY_NAME) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

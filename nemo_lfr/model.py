@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_lfr.audio import check_rate
 from nemo_lfr.checkpoint import (
     NEMO_MODEL,
     PARTS,
@@ -158,6 +159,7 @@ class LFRCodecModel(TrainingSteps):
     def _resampled(self, audio: Any, audio_len: Any, sample_rate: int) -> tuple[torch.Tensor, torch.Tensor]:
         from nemo.collections.tts.parts.utils.tts_dataset_utils import resample_batch
 
+        check_rate(sample_rate)
         return resample_batch(
             audio=torch.as_tensor(audio),
             audio_len=torch.as_tensor(audio_len),
@@ -371,10 +373,12 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         The same object.
 
     Raises:
-        ConfigError: if the model is not of this codec family.
+        ConfigError: if it is no such model, or not of this codec family.
     """
     if isinstance(model, LFRCodecModel):
         return model
+    if not isinstance(model, NeMoAudioCodecModel):
+        raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
     parts = build_parts(_checked_values(model.cfg))
     reference = next(model.audio_decoder.parameters())
     for name, part in parts.named().items():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 LFR = "nvidia/low-frame-rate-speech-codec-22khz"
 # Names that a card or a tutorial uses, and the Hub repository each stands for.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 LICENCES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 
 
@@ -45,7 +47,11 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     text = os.fspath(source)
     repository = ALIASES.get(text, text)
     path = Path(text)
-    if path.exists() or path.suffix == ".nemo" or repository.count("/") != 1:
+    if path.exists() or path.suffix in (".nemo", ".ckpt") or not HUB_ID.fullmatch(repository):
+        if text and path.is_dir():
+            raise CheckpointError(f"{text}: a folder without {ENCODER} and {DECODER}; give a .nemo or .ckpt file.")
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{text}: not a regular file; give a .nemo or .ckpt file.")
         if not path.is_file():
             raise CheckpointError(f"{text}: no such file, and not a Hub id such as {LFR}.")
         return path
@@ -99,7 +105,10 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all that it was built with
+        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    if chosen.type == "meta":
+        raise NemoLfrError("device 'meta' holds no numbers to compute with; use 'cpu' or 'cuda'.")
     return chosen
 
 

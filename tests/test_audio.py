@@ -1,3 +1,7 @@
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -205,3 +209,34 @@ with AudioWriter({str(path)!r}, 22050, overwrite=True) as writer:
 """
     assert f"File too large: {str(path)!r}" in on_a_full_disk(script, free)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_is_read_like_any_other(tmp_path):
+    wave = synthesize(0.1, 1)
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.wav"))
+    (tmp_path / "a.wav").rename(odd)
+    np.testing.assert_array_equal(read(odd), wave)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_told_from_a_missing_file_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(AudioError, match=r"a\.wav: is not a file; give a pipe to stdin"):
+        AudioReader(tmp_path / "a.wav", 22050)
+
+
+def test_a_block_of_any_length_takes_no_more_memory_than_the_audio(tmp_path):
+    wave = synthesize(0.1, 1)
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    with AudioReader(tmp_path / "a.wav", 22050) as reader:
+        (block,) = reader.blocks(seconds=1e12)  # as an array: 80 PiB
+    np.testing.assert_array_equal(block, wave)
+
+
+def test_a_folder_is_never_replaced_by_a_file(tmp_path):
+    (tmp_path / "a.wav").mkdir()
+    with pytest.raises(NemoLfrError, match=r"a\.wav is a folder"):
+        AudioWriter(tmp_path / "a.wav", 22050, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]

@@ -1,8 +1,11 @@
 """The command line as a user types it: exit codes, what goes to stdout, what is left on disk."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -97,6 +100,10 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
     [
         (["encode", "nowhere.wav"], "nowhere.wav: no such file or folder"),
         (["encode"], "Missing argument"),
+        (["encode", ""], "'': no such file or folder"),
+        (["encode", "{folder}/a.wav", "--out", "{folder}/a.wav"], "a.wav' is a file"),
+        (["tokenize", "{folder}", "--out", "{folder}/a.wav"], "a.wav' is a file"),
+        (["info", "{folder}"], "a folder without encoder.onnx and decoder.onnx"),
         (["frobnicate"], "frobnicate"),
         (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
@@ -179,3 +186,74 @@ def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys,
     assert code == 2 and "cut.lfr: it ends too early" in err and "--recover" in err
     assert run(capsys, "decode", cut, "--recover")[0] == 0
     assert soundfile.info(tmp_path / "cut.wav").frames == CHUNK_FRAMES * 1024  # the first block
+
+
+def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monkeypatch):
+    """a.wav and c.wav are encoded with b.flac, which breaks only where it is damaged, after a.lfr was written."""
+    monkeypatch.setattr(cli, "BATCH_SECONDS", 1)
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for name in ("a", "c"):
+        soundfile.write(folder / f"{name}.wav", speech_like(12_000).numpy(), 22050)
+    soundfile.write(folder / "b.flac", speech_like(100_000).numpy(), 22050)
+    data = bytearray((folder / "b.flac").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
+    (folder / "b.flac").write_bytes(data)
+    code, out, _ = run(capsys, "encode", folder, "--out", tmp_path / "tokens", "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert [entry["input"] for entry in result["failures"]] == [str(folder / "b.flac")]
+    assert [entry["output"] for entry in result["files"]] == [str(tmp_path / "tokens" / f"{x}.lfr") for x in "ac"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(folder, tmp_path):
+    odd = os.fsencode(folder) + b"/a\xff.wav"
+    os.rename(folder / "a.wav", odd)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_lfr", "encode", odd, "--out", tmp_path],
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 0
+    assert done.stdout == os.fsencode(tmp_path) + b"/a\xff.lfr\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a shell")
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        ("encode - - <&-", 2, "stdin or stdout is closed"),
+        ("decode {folder}/a.lfr - >&-", 2, "stdin or stdout is closed"),
+        ("encode {folder}/a.wav --out {folder}/x 2>&-", 0, ""),
+        ("encode {folder}/nowhere.wav 2>&-", 2, ""),
+    ],
+)
+def test_closed_descriptors_are_no_traceback(folder, line, code, text):
+    command = f"exec '{sys.executable}' -m nemo_lfr {line.format(folder=folder)}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code
+    assert text in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(3600 * 8000, np.int16), 8000)  # an hour
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom nemo_lfr.cli import main; "
+    command = [sys.executable, "-c", script + "main()", "encode", tmp_path / "a.wav", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*.part")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_signal_handlers_are_the_callers_again_afterwards(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    run(capsys, "--version")
+    assert signal.getsignal(signal.SIGTERM) is before

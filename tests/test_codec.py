@@ -289,6 +289,25 @@ def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
     assert small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr", overwrite=True) == samples
 
 
+def test_a_negative_length_is_told_without_a_limit_where_there_is_none(small):
+    with pytest.raises(TokensError, match=r"audio_len\[0\] is -1; it must not be negative\."):
+        small.decode(torch.zeros(1, small.num_codebooks, 2, dtype=torch.int64), audio_len=[-1])
+
+
+def test_a_file_is_not_replaced_by_its_own_result_even_if_asked(small, tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", synthesize(0.1, 2), 22050)
+    before = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "link.lfr").symlink_to("a.wav")
+    for target in (tmp_path / "a.wav", tmp_path / "link.lfr"):
+        with pytest.raises(NemoLfrError, match=r"a\.wav would be replaced by its own result"):
+            small.encode_file(tmp_path / "a.wav", target, overwrite=True)
+        with pytest.raises(NemoLfrError, match="would be replaced by its own result"):
+            small.decode_file(target, tmp_path / "a.wav", overwrite=True)
+    assert (tmp_path / "a.wav").read_bytes() == before
+
+
 def test_a_bad_recording_leaves_no_token_file(small, tmp_path):
     import soundfile
 

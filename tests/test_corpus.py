@@ -415,6 +415,19 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
     assert not (tmp_path / "strict" / "tokens.json").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+@pytest.mark.parametrize("kind", SINKS)
+def test_a_name_that_is_not_utf8_is_a_failure_of_its_own(kind, audio, model, tmp_path):
+    (tmp_path / "audio").mkdir()
+    clip = audio / "s0" / "clip0.wav"
+    shutil.copy(clip, tmp_path / "audio" / "good.wav")
+    shutil.copy(clip, os.fsencode(tmp_path / "audio") + b"/a\xff.wav")
+    done = tokenize(job(tmp_path / "audio", tmp_path / "out", model, kind), device="cpu", workers=1)
+    assert (done["clips"], done["failures"]) == (1, 1)
+    (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert "its name is not UTF-8" in json.loads(failure)["error"]
+
+
 def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
     lines = (audio / "manifest.json").read_text().splitlines()
     (audio / "holes.json").write_text(
@@ -489,6 +502,32 @@ def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
     assert set(failed) == gone | {str(root / name) for name in reasons}
     assert len(read(tmp_path / "out")) == len(names) - len(failed)
     print(f"{len(names)} clips, {len(failed)} of them bad, of {len(reasons)} kinds")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_theirs(name, many, model, tmp_path):
+    """A terminal interrupts the whole group; `kill` and schedulers end the driver alone, amid shards of minutes."""
+    entry = json.loads(many.read_text().splitlines()[1])
+    lines = [json.dumps(entry | {"audio_filepath": str(many.parent / entry["audio_filepath"])})] * 40_000
+    (tmp_path / "long.json").write_text("\n".join(lines))
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom nemo_lfr.cli import main; "
+    options = ["--model", model, "--workers", 2, "--shard-size", 20_000, "--device", "cpu", "--format", "parquet"]
+    command = [sys.executable, "-c", script + "main()", "tokenize", tmp_path / "long.json", "--out", tmp_path / "out"]
+    driver = subprocess.Popen(
+        [*map(str, [*command, *options])], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(list((tmp_path / "out" / ".tokenize").glob("staging/*"))) < 2:
+        assert driver.poll() is None
+        time.sleep(0.1)
+    workers = below(driver.pid)
+    number = getattr(signal, name)
+    os.killpg(driver.pid, number) if name == "SIGINT" else driver.send_signal(number)
+    _, said = driver.communicate(timeout=30)
+    assert driver.returncode == 128 + number
+    assert said.split("\n") == (["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else [""])
+    assert workers and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.slow

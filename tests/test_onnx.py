@@ -154,6 +154,11 @@ def test_what_is_there_is_not_replaced_unasked(capsys, embedded):
     assert code == 2 and "encoder.onnx exists; pass --overwrite" in err
 
 
+def test_what_was_exported_is_not_exported_again(capsys, embedded, tmp_path):
+    code, _, err = run(capsys, "export", "onnx", "--model", embedded, "--out", tmp_path / "again")
+    assert code == 2 and f"{embedded}: is exported already; give the checkpoint" in err
+
+
 def test_one_file_without_the_other_does_its_half(embedded, tmp_path):
     shutil.copy(embedded / "decoder.onnx", tmp_path)
     codec = nemo_lfr.load(tmp_path)

@@ -1,8 +1,11 @@
 """`nemo-lfr prepare`: miniature archives in their published layouts, broken files, interruption."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -112,6 +115,17 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
     assert "not an audio file" in failures["19-1-0000.flac"] and "no such file" in failures["84-1-0001.flac"]
     assert [len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid", "test")] == [1, 1, 2]
     assert "(2)" in result["failures"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    name = os.fsdecode(b"a\xff.wav")
+    with open(tmp_path / "corpus" / name, "wb") as file:
+        soundfile.write(file, np.zeros(100), 16_000, format="WAV")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    (recording,) = read_manifest(tmp_path / "out" / "train.json", tmp_path / "corpus")
+    assert recording.path == tmp_path / "corpus" / name
 
 
 def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):

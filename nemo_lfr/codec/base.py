@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from nemo_lfr import frames
-from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, resample
+from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, refuse_itself, resample
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 
 # Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time. With their context
@@ -243,10 +243,11 @@ class BaseCodec(ABC, Generic[Array]):
 
         Raises:
             AudioError: if `source` cannot be read.
-            NemoLfrError: if `target` exists and `overwrite` is not set.
+            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         from nemo_lfr.tokens.format import TokenWriter
 
+        refuse_itself(source, target)
         with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
             for tokens in self.encode_blocks(reader.blocks()):
                 writer.write(tokens)
@@ -275,10 +276,11 @@ class BaseCodec(ABC, Generic[Array]):
 
         Raises:
             TokenFileError: if `source` is damaged or another codec's, or `start` lies after its end.
-            NemoLfrError: if `target` exists and `overwrite` is not set.
+            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         from nemo_lfr.tokens.format import TokenReader
 
+        refuse_itself(source, target)
         with TokenReader(source, recover) as reader:
             reader.check_codec(self)
             first, last = reader.samples_between(start, duration)
@@ -410,7 +412,8 @@ class BaseCodec(ABC, Generic[Array]):
         checked = [int(value) for value in values.tolist()]
         for row, value in enumerate(checked):
             if value < 0 or (limit is not None and value > limit):
-                raise error(f"{name}[{row}] is {value}; it must lie between 0 and {limit}.")
+                wanted = "not be negative" if limit is None else f"lie between 0 and {limit}"
+                raise error(f"{name}[{row}] is {value}; it must {wanted}.")
         return checked
 
     def _resampled(self, waves: Any, lengths: list[int], sample_rate: int) -> tuple[Any, list[int]]:

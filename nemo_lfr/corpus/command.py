@@ -17,7 +17,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 
 @click.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tokens.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the tokens.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
@@ -120,7 +120,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
 
 @click.command()
 @click.argument("tokens", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the audio.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the audio.")
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
 @click.option("--model", help="The codec that made the tokens; the one inside the package if not given.")
 @click.option("--device", help="cpu, cuda ...; a GPU if there is one.")

@@ -5,8 +5,10 @@ which is handed to another one; a shard that keeps killing its workers stops the
 """
 
 import contextlib
+import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import Counter, deque
@@ -39,7 +41,9 @@ _worker: Worker
 
 
 def _start(job: Job, devices: "SimpleQueue[str]") -> None:
+    """What a process does first. An interrupt of the whole group of processes is the driver's to answer."""
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     _worker = Worker(job, devices.get())
 
@@ -64,6 +68,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
     left = dict(tasks)
     deaths = Deaths(job)
     context = get_context("spawn")
+    others = multiprocessing.active_children()
     while left:
         turns: SimpleQueue[str] = context.SimpleQueue()
         for number in range(workers):
@@ -85,6 +90,11 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
         except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
             deaths.count(running.values(), error)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # nobody waits for the shards in work
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

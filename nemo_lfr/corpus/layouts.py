@@ -110,7 +110,7 @@ def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
     result = []
     for utterance in utterances:
         name = utterance.speaker if len(speakers) > 1 else str(utterance.path)
-        split = "valid" if zlib.crc32(name.encode()) < share * 2**32 else "train"
+        split = "valid" if zlib.crc32(name.encode(errors="surrogateescape")) < share * 2**32 else "train"
         result.append(Utterance(utterance.path, utterance.speaker, utterance.split or split, utterance.labels))
     return result
 

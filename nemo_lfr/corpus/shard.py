@@ -181,6 +181,10 @@ def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
     sources: list[Source] = [clip.audio]
     if job.context and clip.context is not None:
         sources.append(clip.context)
+    try:
+        (clip.id + clip.origin).encode()
+    except UnicodeEncodeError:
+        raise AudioError(f"{clip.origin}: its name is not UTF-8, in which tokens are labelled; rename it.") from None
     waves = []
     for source, what in zip(sources, ("", "its context "), strict=False):
         wave = source(sample_rate, job.max_duration)

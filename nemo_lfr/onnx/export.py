@@ -64,6 +64,8 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise MissingExtraError("exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'") from error
+    if not isinstance(codec, Codec):
+        raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
     if codec.precision != "fp32":
         raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
     targets = [Path(folder, name) for name in (ENCODER, DECODER)]
