@@ -348,7 +348,9 @@ def app() -> None:
 @app.command()
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the token files; beside the input if not given."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the token files; beside the input if not given.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
@@ -391,7 +393,11 @@ def encode(
 
 @app.command()
 @click.argument("inputs", nargs=-1, required=True)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the audio; beside the input if not given.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the audio; beside the input if not given.",
+)
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
 @click.option("--start", type=click.FloatRange(min=0), default=0.0, help="Second to start at.")
 @click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
@@ -460,7 +466,9 @@ def info(files: tuple[str, ...], as_json: bool) -> None:
 
 
 @app.command()
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"), show_default=True)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"), show_default=True
+)
 @model_options
 def demo(out: Path, **options: Any) -> None:
     """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
@@ -476,7 +484,9 @@ def demo(out: Path, **options: Any) -> None:
 @app.command()
 @click.argument("kind", type=click.Choice(list(LAYOUTS)))
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the manifests.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the manifests."
+)
 @click.option(
     "--valid-share",
     type=click.FloatRange(0, 1),
@@ -507,7 +517,10 @@ def export() -> None:
 
 @export.command("onnx")
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for encoder.onnx and decoder.onnx."
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for encoder.onnx and decoder.onnx.",
 )
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")

@@ -19,7 +19,7 @@ from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError
+from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from tests.hub_server import HubServer
 from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
@@ -256,7 +256,7 @@ def test_accelerate_changes_a_stock_model_in_place_and_keeps_its_mode(nemo_file)
     assert nemo_lfr.accelerate(model) is model
 
 
-@pytest.mark.parametrize("what", [None, "codec.nemo", torch.nn.Identity(), nemo_lfr.AudioCodecModel])
+@pytest.mark.parametrize("what", [None, "codec.nemo", torch.nn.Identity(), AudioCodecModel])
 def test_accelerate_says_what_it_takes(what):
     with pytest.raises(ConfigError, match=f"{type(what).__name__} is no AudioCodecModel of NeMo's"):
         nemo_lfr.accelerate(what)
@@ -264,7 +264,7 @@ def test_accelerate_says_what_it_takes(what):
 
 @pytest.mark.parametrize("rate", [-5, "16000", float("nan")])
 def test_a_sample_rate_that_is_none_is_named(nemo_file, rate):
-    model = nemo_lfr.AudioCodecModel.restore_from(nemo_file)
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     with pytest.raises(AudioError, match=f"sample_rate {rate!r} is not a number of Hz"):
         model.encode(torch.zeros(1, 2000), torch.tensor([2000]), sample_rate=rate)
 

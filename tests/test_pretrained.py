@@ -74,7 +74,10 @@ def test_the_alias_of_the_card_is_the_hub_id():
     assert ALIASES["audio_codec_low_frame_rate_22khz"] == LFR == "nvidia/low-frame-rate-speech-codec-22khz"
 
 
-@pytest.mark.parametrize("source", ["missing.nemo", "sub/missing.nemo", "runs/last.ckpt", "./last", "nonsense", "a/b/c", "/no/such/file", ""])
+@pytest.mark.parametrize(
+    "source",
+    ["missing.nemo", "sub/missing.nemo", "runs/last.ckpt", "./last", "nonsense", "a/b/c", "/no/such/file", ""],
+)
 def test_a_missing_file_is_named_with_what_to_give_instead(offline, source):
     with pytest.raises(CheckpointError, match="no such file, and not a Hub id such as nvidia/"):
         nemo_lfr.load(source)

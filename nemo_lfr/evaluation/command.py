@@ -14,7 +14,12 @@ from nemo_lfr.evaluation import CODECS
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--codec", "codecs", multiple=True, help=f"May be given again and again: {CODECS}. Default: lfr.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the report and all audio.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for the report and all audio.",
+)
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
