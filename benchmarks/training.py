@@ -1,18 +1,22 @@
-"""A training step of the released codec, ours beside stock NeMo's, and the losses of both.
+"""A training step of the released codec, ours beside stock NeMo's: time, losses and memory of both.
 
     python benchmarks/training.py [--batch-size 1] [--frames 24] [--rounds 3] [--device cuda] [--precision bf16-mixed]
 
 Full size: 112.7 M parameters of generator, 5 STFT and 5 period discriminators, WavLM base (random weights) as the SLM
-discriminator, which learn every second step. The two models have the same weights and take turns, two steps each; the
-first round is not counted, but its losses are compared. WavLM is in evaluation mode in both (stock leaves it in
-training mode, where it masks its input at random).
+discriminator, which learn every second step; Adam, as in the released config. The two models have the same weights,
+live in a process each and take turns, two steps each; the first round is not counted, but its losses are compared.
+WavLM is in evaluation mode in both (stock leaves it in training mode, where it masks its input at random).
 """
 
 import argparse
+import multiprocessing
 import os
+import resource
+import statistics
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from nemo_lfr import AudioCodecModel
 from tests.models import FULL_SIZE, speech_like
 from tests.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
 
+STOCK, OURS = "stock NeMo", "nemo_lfr"
 STEPS = 2  # of which the discriminators learn in one
 
 
@@ -42,6 +47,7 @@ def released_config(wavlm: str) -> dict[str, Any]:
         loss_resolutions=resolutions,
         mel_loss_dims=[5, 10, 20, 40, 80, 160, 320],
         generator_loss={"_target_": LOSSES + "GeneratorSquaredLoss"},
+        optim={"_target_": "torch.optim.Adam", "lr": 2e-4, "betas": [0.8, 0.99]},
         **FULL_SIZE,
     )
 
@@ -90,6 +96,31 @@ class Turn:
         return (time.perf_counter() - started) / STEPS
 
 
+def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> None:
+    """Take steps whenever told to, answering with the seconds; at last with the first losses and the peak memory."""
+    torch.manual_seed(0)
+    config = OmegaConf.create(released_config(folder))
+    weights = Path(folder, "weights.pt")
+    if name == STOCK:
+        model = StockModel(config)
+        torch.save(model.state_dict(), weights)
+    else:
+        model = AudioCodecModel(config)
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    samples = args.frames * 1024
+    audio = torch.stack([speech_like(samples + 100, seed)[:samples] for seed in range(args.batch_size)])
+    batch = {"audio": audio, "audio_lens": torch.full((args.batch_size,), samples)}
+    turn = Turn(model, batch, argparse.Namespace(**vars(args) | ({"precision": "32-true"} if name == STOCK else {})))
+    pipe.send("ready")
+    while pipe.recv():
+        pipe.send(turn.take())
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pipe.send((turn.losses[0], peak / 2**30))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -100,33 +131,38 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import WavLMConfig, WavLMModel
 
+    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         WavLMModel(WavLMConfig()).save_pretrained(folder)
-        config = OmegaConf.create(released_config(folder))
-        stock = StockModel(config)
-        ours = AudioCodecModel(config)
-        ours.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
-        samples = args.frames * 1024
-        audio = torch.stack([speech_like(samples + 100, seed)[:samples] for seed in range(args.batch_size)])
-        batch = {"audio": audio, "audio_lens": torch.full((args.batch_size,), samples)}
-        plain = argparse.Namespace(device=args.device, precision="32-true")
-        turns = {"stock NeMo": Turn(stock, batch, plain), "nemo_lfr": Turn(ours, batch, args)}
-        seconds: dict[str, list[float]] = {name: [] for name in turns}
+        pipes: dict[str, Connection] = {}
+        for name in (STOCK, OURS):
+            pipes[name], end = context.Pipe()
+            context.Process(target=work, args=(name, folder, args, end), daemon=True).start()
+            end.close()
+            pipes[name].recv()
+        seconds: dict[str, list[float]] = {name: [] for name in pipes}
         for number in range(args.rounds + 1):
-            for name, turn in turns.items():
-                taken = turn.take()
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                taken = pipe.recv()
                 if number:
                     seconds[name].append(taken)
                 print(f"round {number}  {name:12} {taken:7.2f} s a step", file=sys.stderr, flush=True)
-    expected, mine = (turn.losses[0] for turn in turns.values())
+        results = {}
+        for name, pipe in pipes.items():
+            pipe.send(False)
+            results[name] = pipe.recv()
+    (expected, _), (mine, _) = results.values()
     names = sorted(key for key in expected if "loss" in key)
     differences = {name: abs(mine[name] - expected[name]) / max(abs(expected[name]), 1e-12) for name in names}
     faster = ratios(*seconds.values())
     for name, values in seconds.items():
-        print(f"{name:12} {spread(values)} s a step")
+        print(f"{name:12} {spread(values)} s a step, at most {results[name][1]:.2f} GiB")
     print("largest relative difference of a loss in the first step:", f"{max(differences.values()):.1e}", differences)
-    print(f"{spread(faster)} times as fast, batch of {args.batch_size} x {samples} samples")
+    mean = statistics.geometric_mean(faster)
+    size = f"batch of {args.batch_size} x {args.frames * 1024} samples"
+    print(f"{spread(faster)} times as fast, geometric mean {mean:.2f}, {size}")
     print(f"{machine()}, {torch.get_num_threads()} threads")
 
 

@@ -321,7 +321,9 @@ def print_table(values: dict[str, Any]) -> None:
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
-        click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True
+        ),
         click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
         click.option(
             "--model",

@@ -153,7 +153,7 @@ def load(
         source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
             for the small codec inside the package.
         device: where to run; a GPU if there is one, else the CPU.
-        precision: "fp32", "bf16" or "fp16"; see `Codec`.
+        precision: "fp32", "tf32", "bf16" or "fp16"; see `Codec`.
         backend: "torch" or "onnx"; what `source` is for, if not given. With "onnx", torch is not imported.
 
     Raises:

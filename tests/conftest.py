@@ -1,7 +1,13 @@
 """Fixtures, and one thread for tiny tensors."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its kernels run in Python.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nemo_lfr.codec.codec import Codec
 from tests.models import KINDS, build_codec, cached_codec, synthesize

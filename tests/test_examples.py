@@ -2,12 +2,15 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -92,30 +95,99 @@ def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(
         # Without a step, what is saved is what it started from.
         again = tmp_path / key
         again.mkdir()
-        found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0") / "AudioCodec.nemo"
+        # Validated every second epoch only, stock leaves nothing behind after one.
+        shorter = "trainer.check_val_every_n_epoch=2"
+        found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0", shorter) / "AudioCodec.nemo"
         assert torch.equal(load(found, "cpu").encode(synthesize(1))[0], tokens), key
 
 
-def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(corpus, tmp_path):
-    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
-    ends = []
-    for name in ("whole", "killed"):
-        out = tmp_path / name
+# NeMo takes longer to import than a debug training to run: a process has imported it once, and each life is its child.
+MOTHER = """
+import os, runpy, sys
+import torch
+import nemo_lfr.model
+torch.set_num_threads(1)
+sys.argv = sys.argv[1:]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)  # NeMo logs to stdout, which is for what the mother says
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Lives:
+    """The debug training in one folder, which may be killed and started again."""
+
+    def __init__(self, corpus: Path, out: Path, *overrides: str) -> None:
         out.mkdir()
-        if name == "killed":
-            process = start("audio_codec.py", *tutorial(corpus, out, "max_epochs=2"), cwd=out)
-            while process.poll() is None and not list(out.rglob("*epoch=0.ckpt")):
-                time.sleep(0.05)
-            time.sleep(0.5)  # amid the second epoch
-            process.kill()
-            process.communicate()
-        checkpoints = train(corpus, out, "max_epochs=2")
-        (last,) = checkpoints.glob("*epoch=2-last.ckpt")
-        ends.append(torch.load(last, map_location="cpu", weights_only=False))
-    whole, killed = ends
-    assert whole["global_step"] == killed["global_step"]
-    for key, value in whole["state_dict"].items():
-        assert torch.equal(value, killed["state_dict"][key]), key
+        self.checkpoints, self.said = out / "AudioCodec" / "checkpoints", out / "said.txt"
+        command = [ROOT / "examples" / "audio_codec.py", *tutorial(corpus, out, *overrides)]
+        self._mother = subprocess.Popen(
+            [sys.executable, "-c", MOTHER, *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said.open("w"),
+            text=True,
+            cwd=out,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+
+    def live(self, killed_after: float | None = None) -> bool:
+        """Train, to the end or for so many seconds; whether it came to the end."""
+        assert self._mother.stdin is not None and self._mother.stdout is not None
+        self._mother.stdin.write("live\n")
+        self._mother.stdin.flush()
+        child = int(self._mother.stdout.readline())
+        ended, _, _ = select.select([self._mother.stdout], [], [], killed_after)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+        status = int(self._mother.stdout.readline())
+        assert status in (0, signal.SIGKILL), self.said.read_text()[-3000:]
+        return status == 0
+
+    def end(self) -> dict[str, torch.Tensor]:
+        """What the last checkpoint holds."""
+        self._mother.communicate()
+        (last,) = self.checkpoints.glob("*-last.ckpt")
+        return torch.load(last, map_location="cpu", weights_only=False)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, tmp_path):
+    """NEMO_LFR_KILLS=20 kills it 20 times. Whenever it dies, what bears a checkpoint's final name is whole."""
+    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+    kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "3")), np.random.default_rng(0)
+    epochs = f"max_epochs={kills + 1}"
+    whole = Lives(corpus, tmp_path / "whole", epochs)
+    whole.live()  # the first life reads everything from the disk
+    began = time.perf_counter()
+    assert whole.live()  # nothing left to do: what starting takes
+    starts = time.perf_counter() - began
+    killed = Lives(corpus, tmp_path / "killed", epochs)
+    deaths, epoch_takes = 0, 1.0
+    while deaths < kills:
+        if killed.live(starts + rng.uniform(0, 2) * epoch_takes):
+            break
+        deaths += 1
+        files = [path for path in killed.checkpoints.glob("*") if path.suffix in (".ckpt", ".nemo")]
+        for path in files:
+            load(path, "cpu")
+        if not files:
+            epoch_takes *= 1.5  # a slower machine than thought
+    assert deaths == kills
+    killed.live()
+    expected, mine = whole.end(), killed.end()
+    assert mine["global_step"] == expected["global_step"]
+    assert mine["state_dict"].keys() == expected["state_dict"].keys()
+    for key, value in expected["state_dict"].items():
+        assert torch.equal(value, mine["state_dict"][key]), key
+    optimizers = zip(expected["optimizer_states"], mine["optimizer_states"], strict=True)
+    for theirs, own in optimizers:
+        for index, state in theirs["state"].items():
+            assert all(torch.equal(value, own["state"][index][name]) for name, value in state.items())
 
 
 def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path):

@@ -223,6 +223,70 @@ def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
     assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_path):
+    config = training_config([STFT, PERIOD])
+    start, _ = models(tmp_path, config)
+    start.save_to(str(tmp_path / "source.nemo"))
+    torch.manual_seed(9)
+    other = training_config([STFT, PERIOD], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
+    for values in (config, other):  # the losses are the new config's
+        model = AudioCodecModel(OmegaConf.create(values))
+        model.maybe_init_from_pretrained_checkpoint(
+            OmegaConf.create({"init_from_nemo_model": str(tmp_path / "source.nemo")})
+        )
+        model.build_discriminator()
+        expected = start.state_dict()
+        learned = [key for key, _ in start.named_parameters()]
+        assert any(key.startswith("discriminator.") for key in learned)
+        assert all(torch.equal(model.state_dict()[key], expected[key]) for key in learned)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+        stock = StockModel(OmegaConf.create(values | {"discriminator": None}))
+        stock.load_state_dict({key: expected[key] for key, _ in stock.named_parameters()}, strict=False)
+        (theirs,) = trainer.validate(stock, loader, verbose=False)
+        (mine,) = trainer.validate(model, loader, verbose=False)
+        assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path):
+    """To rounding, it is the same update."""
+    ends = []
+    for fused in (None, False):
+        optim = {"_target_": "torch.optim.Adam", "lr": 1e-3} | ({} if fused is None else {"fused": fused})
+        torch.manual_seed(0)
+        model = AudioCodecModel(OmegaConf.create(training_config([STFT], optim=optim)))
+        train(model, [batch(frames=8)] * 2)
+        assert all(group["fused"] is (fused is None) for o in model.optimizers() for group in o.param_groups)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_training_saved_is_validated_where_its_logged_clips_are_not(tmp_path):
+    nemo = "nemo.collections.tts."
+    log = {
+        "log_dir": str(tmp_path),
+        "log_epochs": [1],
+        "epoch_frequency": 1,
+        "log_tensorboard": False,
+        "log_wandb": False,
+        "generators": [{"_target_": nemo + "parts.utils.callbacks.AudioCodecArtifactGenerator"}],
+        "dataset": {
+            "_target_": nemo + "data.vocoder_dataset.VocoderDataset",
+            "dataset_meta": {"mine": {"manifest_path": "gone.json", "audio_dir": "gone"}},
+            "sample_rate": RATE,
+        },
+        "dataloader_params": {"batch_size": 1},
+    }
+    model = AudioCodecModel(OmegaConf.create(training_config([], log_config=log)))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (metrics,) = trainer.validate(
+        model, torch.utils.data.DataLoader([batch(frames=8)], batch_size=None), verbose=False
+    )
+    assert metrics["val_loss"] > 0
+    with pytest.raises(ConfigError, match=r"gone\.json"):
+        train(model, [batch(frames=8)])
+
+
 def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(tmp_path, wavlm):
     config = training_config([wavlm])
     model = AudioCodecModel(OmegaConf.create(config))

@@ -316,12 +316,13 @@ class BaseCodec(ABC, Generic[Array]):
         for row, total in enumerate(totals):
             for window in frames.plan_windows(total, self.chunk_frames, part.context):
                 jobs.setdefault(self._width(window.num_frames, part), []).append((row, window))
-        for size, group in jobs.items():
+        for size, group in self._grouped(jobs):
             # Batches of 1, 2, 4 ... examples: few shapes, for which kernels are at hand.
             while group:
                 count = min(len(group), max(1, self.batch_frames // size))
                 count = 1 << (count.bit_length() - 1)
                 part_group, group = group[:count], group[count:]
+                size = max(self._width(window.num_frames, part) for _, window in part_group)
                 dtype = str(inputs.dtype).removeprefix("torch.")
                 batch = self._zeros((len(part_group), *inputs.shape[1:-1], size * items_per_frame), dtype)
                 for example, (row, window) in zip(batch, part_group, strict=True):
@@ -330,6 +331,14 @@ class BaseCodec(ABC, Generic[Array]):
                     example[..., : piece.shape[-1]] = piece
                 rows, windows = zip(*part_group, strict=True)
                 yield list(rows), list(windows), batch
+
+    def _grouped(self, jobs: dict[int, list[Any]]) -> Iterable[tuple[int, list[Any]]]:
+        """Windows that may share a batch, with the most that one is wide, from those of each width."""
+        return jobs.items()
+
+    def _peaks(self, audio: Any, lengths: list[int]) -> list[float]:
+        """Largest magnitude of each clip [B, T_audio]; 0 of an empty one."""
+        return [float(abs(row[:length]).max()) if length else 0.0 for row, length in zip(audio, lengths, strict=True)]
 
     def _width(self, num_frames: int, part: Part) -> int:
         """Frames of memory that a window is computed in."""
@@ -372,8 +381,8 @@ class BaseCodec(ABC, Generic[Array]):
         if audio.ndim != 2 or not audio.shape[0]:
             raise AudioError(f"audio has shape {list(audio.shape)}; expected [T_audio] or [B, T_audio], mono.")
         lengths = self._lengths(audio_len, audio.shape[0], audio.shape[1], "audio_len", AudioError)
-        for row, length in enumerate(lengths):
-            check_peak(float(abs(audio[row, :length]).max()) if length else 0.0, f"clip {row}")
+        for row, peak in enumerate(self._peaks(audio, lengths)):
+            check_peak(peak, f"clip {row}")
         return audio, lengths
 
     def _check_tokens(self, tokens: Any, tokens_len: Any) -> tuple[Any, list[int]]:
@@ -393,6 +402,8 @@ class BaseCodec(ABC, Generic[Array]):
             )
         totals = self._lengths(tokens_len, tokens.shape[0], tokens.shape[2], "tokens_len", TokensError)
         tokens = self._cast(tokens, "int64")
+        if totals and tokens.shape[2] and int(tokens.min()) >= 0 and int(tokens.max()) < self.codebook_size:
+            return tokens, totals  # at once, as a GPU's answers are waited for
         for row, total in enumerate(totals):
             valid = tokens[row, :, :total]
             low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,20 @@ from nemo_lfr.codec import inference
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.plan import has_bf16
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
+    from nemo_lfr.codec.gpu.graphs import Engine
     from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# A GPU takes long windows and large batches, in few shapes: each costs a graph or cuDNN's search for a kernel.
 GPU_BATCH_FRAMES = 4096
+GPU_CHUNK_FRAMES = 512
+GPU_WIDTH_STEP = 16
 
 
 class Codec(BaseCodec[torch.Tensor]):
@@ -33,15 +38,18 @@ class Codec(BaseCodec[torch.Tensor]):
         quantizer: encoded frames <-> tokens.
         decoder: dequantized frames -> audio.
         sample_rate: Hz.
-        precision: "fp32", the tokens of record; "bf16" or "fp16" run the convolutions at that precision and change
-            a few tokens in a hundred. FSQ is fp32 always.
+        precision: "fp32", the tokens of record, without TF32 whatever PyTorch is set to; "tf32" lets a GPU's
+            convolutions drop 13 of 23 bits, as stock NeMo with PyTorch's defaults does (elsewhere it is "fp32");
+            "bf16" or "fp16" run the convolutions at that precision and change a few tokens in a hundred. FSQ is
+            fp32 always.
         name: where the weights came from, for messages.
-        chunk_frames: frames of one chunk of long audio; the result does not depend on it.
+        chunk_frames: frames of one chunk of long audio; the result does not depend on it. None for what suits the
+            device.
         device: where the parts are, or will be once they are read.
         fill: reads the numbers of "audio_encoder" or "audio_decoder", which have been on the meta device until then.
 
     Raises:
-        NemoLfrError: for an unknown precision.
+        NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
     """
 
     def __init__(
@@ -53,18 +61,20 @@ class Codec(BaseCodec[torch.Tensor]):
         *,
         precision: str = "fp32",
         name: str = "codec",
-        chunk_frames: int = CHUNK_FRAMES,
+        chunk_frames: int | None = None,
         device: torch.device | None = None,
         fill: Callable[[str], None] | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
         self._encoder, self.quantizer, self._decoder = encoder, quantizer, decoder
+        if precision == "bf16" and (device or next(decoder.parameters()).device).type == "cpu" and not has_bf16():
+            raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
         self._device, self._fill = device, fill
         self.sample_rate = sample_rate
         self.precision = precision
         self.name = name
-        self.chunk_frames = chunk_frames
+        self.chunk_frames = chunk_frames or (GPU_CHUNK_FRAMES if self.device.type == "cuda" else CHUNK_FRAMES)
 
     @functools.cached_property
     def encoder(self) -> HiFiGANEncoder:
@@ -103,7 +113,7 @@ class Codec(BaseCodec[torch.Tensor]):
     @property
     def width_step(self) -> int:
         # oneDNN compiles kernels for every shape that it meets, which takes a third as long as to encode a sentence.
-        return 8 if self.device.type == "cpu" else 1
+        return {"cpu": 8, "cuda": GPU_WIDTH_STEP}.get(self.device.type, 1)
 
     @property
     def device(self) -> torch.device:
@@ -154,10 +164,41 @@ class Codec(BaseCodec[torch.Tensor]):
 
     def _autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        if dtype is not None:
+            return torch.autocast(self.device.type, dtype=dtype)
+        if self.device.type != "cuda":
+            return nullcontext()
+        from nemo_lfr.codec.gpu.graphs import convolutions  # of streams; all else runs there
+
+        return convolutions(tf32=self.precision == "tf32")
+
+    def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
+        from nemo_lfr.codec.gpu import graphs
+
+        return graphs.engine(part, self.quantizer, self.precision, self.device)
+
+    def _grouped(self, jobs: dict[int, list[Any]]) -> Iterable[tuple[int, list[Any]]]:
+        if self.device.type != "cuda":
+            return jobs.items()
+        # Windows of much the same width share a batch, the widest first: a GPU wants few and large ones.
+        groups: dict[int, list[Any]] = {}
+        shared = 0
+        for width in sorted(jobs, reverse=True):
+            if 4 * width < 3 * shared or not shared:
+                shared = width
+            groups.setdefault(shared, []).extend(jobs[width])
+        return groups.items()
+
+    def _peaks(self, audio: torch.Tensor, lengths: list[int]) -> list[float]:
+        # Together, as a GPU's answer is waited for.
+        peaks = [row[:length].abs().max() for row, length in zip(audio, lengths, strict=True) if length]
+        found = iter(torch.stack(peaks).tolist() if peaks else [])
+        return [next(found) if length else 0.0 for length in lengths]
 
     @torch.no_grad()
     def _encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return self._engine(self.encoder)(audio, num_frames, audio.shape[1] // self.samples_per_frame)
         ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
         with self._autocast():
             encoded = inference.encode_frames(self.encoder, audio, ends)
@@ -165,6 +206,8 @@ class Codec(BaseCodec[torch.Tensor]):
 
     @torch.no_grad()
     def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return self._engine(self.decoder)(tokens, num_frames, tokens.shape[2])
         silence = min(num_frames) < tokens.shape[-1]
         length = torch.tensor(num_frames, device=tokens.device) if silence else None
         codes = self.quantizer.decode(tokens.transpose(0, 1), length)

@@ -6,6 +6,8 @@ signal than weights; see `convolve`.
 State-dict keys are those of NeMo's `Conv1dNorm`, `ConvTranspose1dNorm` and their causal twins.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,23 +32,35 @@ def convolve(
     """`F.conv1d` of [B, H_in, T] and [H_out, H_in, K], by whatever way a CPU is fastest at.
 
     In the deep layers of a short clip the weights are larger than the signal, and what counts is to move them once:
-    channels-last kernels copy them into another layout on every call, and far beyond that oneDNN's convolutions are up
-    to 8 times slower than a matrix product (1,536 outputs of 768 x 16 weights for 24 frames). Training keeps to
-    convolutions, whose sums are stock's; an exported graph leaves the way to who runs it.
+    channels-last kernels copy them, and in training their gradients, into another layout on every call, and far beyond
+    that oneDNN's convolutions are up to 8 times slower than a matrix product (1,536 outputs of 768 x 16 weights for 24
+    frames). An exported graph leaves the way to who runs it.
     """
     if torch.compiler.is_exporting():
         return F.conv1d(hidden, weight, bias, stride=stride, dilation=dilation)
-    inference = hidden.device.type == "cpu" and not torch.is_grad_enabled()
-    outweighs = weight.numel() / max(hidden.numel(), 1) if inference else 0.0
-    if outweighs >= 16:
-        span = (weight.shape[2] - 1) * dilation + 1
-        seen = hidden.transpose(1, 2).unfold(1, span, stride)[..., ::dilation]  # [B, T_out, H_in, K]
-        return F.linear(seen.flatten(2), weight.flatten(1), bias).transpose(1, 2)
+    outweighs = _outweighs(weight, hidden)
+    # A dilated product's gradient would be spread over the span's gaps first.
+    if outweighs >= (16 if not torch.is_grad_enabled() else 4 if dilation == 1 else math.inf):
+        return convolve_by_product(hidden, weight, bias, stride, dilation)
     plane = hidden.unsqueeze(2)
     layout = torch.contiguous_format if outweighs >= 1 else torch.channels_last
     return F.conv2d(
         plane.contiguous(memory_format=layout), weight.unsqueeze(2), bias, stride=(1, stride), dilation=(1, dilation)
     ).squeeze(2)
+
+
+def _outweighs(weight: torch.Tensor, hidden: torch.Tensor) -> float:
+    """Weights for each item of the signal, where it matters: on a CPU."""
+    return weight.numel() / max(hidden.numel(), 1) if hidden.device.type == "cpu" else 0.0
+
+
+def convolve_by_product(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1, dilation: int = 1
+) -> torch.Tensor:
+    """`F.conv1d` as one matrix product, for which the signal is copied once for every tap and the weights never."""
+    span = (weight.shape[2] - 1) * dilation + 1
+    seen = hidden.transpose(1, 2).unfold(1, span, stride)[..., ::dilation]  # [B, T_out, H_in, K]
+    return F.linear(seen.flatten(2), weight.flatten(1), bias).transpose(1, 2)
 
 
 class Conv1d(nn.Module):
@@ -137,6 +151,13 @@ class ConvTranspose1d(nn.Module):
             return F.conv_transpose1d(hidden, conv.weight, conv.bias, stride=stride, groups=groups)[
                 ..., stride:-stride
             ]
+        assert conv.bias is not None
+        if groups == 1 and torch.is_grad_enabled() and _outweighs(conv.weight, hidden) >= 4:
+            # One product with the weights where they lie: turned around for the way below, they and their gradients
+            # would be copied four times.
+            taps = (hidden.transpose(1, 2) @ conv.weight.flatten(1)).unflatten(2, (-1, 2, stride))
+            full = taps[:, 1:, :, 0] + taps[:, :-1, :, 1]  # [B, T - 1, H_out, stride]
+            return full.permute(0, 1, 3, 2).flatten(1, 2).transpose(1, 2) + conv.bias[:, None]
         if groups == 1:
             # A 2-tap convolution to `stride` phases of every channel, whose channels-last memory already is the
             # interleaved signal.
@@ -144,7 +165,6 @@ class ConvTranspose1d(nn.Module):
             # [B, stride * H_out, T - 1]
             phases = convolve(hidden, taps.permute(3, 1, 0, 2).flatten(0, 1), None)
             full = phases.unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)
-            assert conv.bias is not None
             return full + conv.bias[:, None]
         full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)
         return channels_last(full[..., stride:-stride])

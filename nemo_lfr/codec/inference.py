@@ -6,8 +6,9 @@ width: after each of them stands, at every layer, what the layer would have padd
 if it were alone. A few widths then serve clips of every length, and oneDNN has a kernel for them at hand.
 """
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.plan import plan_of, slack
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
 
 # Items of each example of a batch, at the rate of a layer; None if all of them are full.
@@ -35,7 +37,14 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: Leng
         Encoded frames [B, D, T]; what comes after a clip's own means nothing.
     """
     rate = encoder.samples_per_frame
-    hidden = _conv(encoder.pre_conv, audio.unsqueeze(1), _scaled(num_frames, rate))
+    way = _Way(encoder, audio.shape[0] * audio.shape[1] // rate)
+    with way.plain():
+        return _encode(encoder, way, audio, num_frames)
+
+
+def _encode(encoder: HiFiGANEncoder, way: "_Way", audio: torch.Tensor, num_frames: Lengths) -> torch.Tensor:
+    rate = encoder.samples_per_frame
+    hidden = way.cast(_conv(way, encoder.pre_conv, audio.unsqueeze(1), _scaled(num_frames, rate)))
     for res_layer, activation, down_sample, down_rate in zip(
         encoder.res_layers,
         encoder.activations,
@@ -44,26 +53,65 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: Leng
         strict=True,
     ):
         at = _scaled(num_frames, rate)
-        hidden = _residuals(cast(ResidualLayer, res_layer), hidden, at)
-        hidden = _conv(cast(Conv1d, down_sample), hidden, at, cast(CodecActivation, activation))
+        hidden = _residuals(way, cast(ResidualLayer, res_layer), hidden, at)
+        hidden = _conv(way, cast(Conv1d, down_sample), hidden, at, cast(CodecActivation, activation))
         rate //= down_rate
-    return _conv(encoder.post_conv, hidden, num_frames, encoder.post_activation)
+    return _conv(way, encoder.post_conv, hidden, num_frames, encoder.post_activation)
 
 
 @torch.no_grad()
 def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: Lengths = None) -> torch.Tensor:
     """`HiFiGANDecoder.decode_frames`: dequantized frames [B, D, T] -> [B, T * samples_per_frame]; as above."""
+    way = _Way(decoder, inputs.shape[0] * inputs.shape[2])
+    with way.plain():
+        return _decode(decoder, way, inputs, num_frames)
+
+
+def _decode(decoder: HiFiGANDecoder, way: "_Way", inputs: torch.Tensor, num_frames: Lengths) -> torch.Tensor:
     rate = 1
-    hidden = _conv(decoder.pre_conv, inputs, num_frames)
+    hidden = way.cast(_conv(way, decoder.pre_conv, inputs, num_frames))
     for activation, up_sample, res_layer, up_rate in zip(
         decoder.activations, decoder.up_sample_conv_layers, decoder.res_layers, decoder.up_sample_rates, strict=True
     ):
         at = _scaled(num_frames, rate)
-        hidden = _upsample(cast(ConvTranspose1d, up_sample), hidden, at, cast(CodecActivation, activation))
+        hidden = _upsample(way, cast(ConvTranspose1d, up_sample), hidden, at, cast(CodecActivation, activation))
         rate *= up_rate
-        hidden = _residuals(cast(ResidualLayer, res_layer), hidden, _scaled(num_frames, rate))
-    hidden = _conv(decoder.post_conv, hidden, _scaled(num_frames, rate), decoder.post_activation)
+        hidden = _residuals(way, cast(ResidualLayer, res_layer), hidden, _scaled(num_frames, rate))
+    hidden = _conv(way, decoder.post_conv, hidden, _scaled(num_frames, rate), decoder.post_activation)
     return decoder.out_activation(hidden).squeeze(1)
+
+
+class _Way:
+    """How convolutions are computed: by the part's plan, if it has one here, else by its modules.
+
+    `torch.autocast("cpu", torch.bfloat16)` around it asks for a plan in bf16.
+    """
+
+    def __init__(self, part: nn.Module, num_frames: int) -> None:
+        self._autocast = torch.is_autocast_enabled("cpu")
+        self._dtype = torch.get_autocast_dtype("cpu") if self._autocast else torch.float32
+        self._plan = plan_of(part, self._dtype)
+        self._num_frames = num_frames
+
+    def plain(self) -> AbstractContextManager[Any]:
+        """Autocast would cast what the plan has cast already."""
+        return torch.autocast("cpu", enabled=False) if self._plan and self._autocast else nullcontext()
+
+    def cast(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self._plan is None else hidden.to(self._dtype)
+
+    def convolve(self, layer: Conv1d, padded: torch.Tensor) -> torch.Tensor:
+        return layer.convolve(padded) if self._plan is None else self._plan.convolve(layer, padded)
+
+    def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
+        return layer.overlap(padded) if self._plan is None else self._plan.overlap(layer, padded)
+
+    def is_fast(self, layer: Conv1d) -> bool:
+        return self._plan is not None and self._plan.is_fast(layer, self._num_frames)
+
+    def fast(self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int]) -> list[torch.Tensor]:
+        assert self._plan is not None
+        return self._plan.fast(layers, padded, starts)
 
 
 def _scaled(lengths: Lengths, rate: int) -> Lengths:
@@ -76,15 +124,14 @@ def _padded(
     mode: str,
     lengths: Lengths,
     activation: CodecActivation | None = None,
+    behind: int = 0,
 ) -> torch.Tensor:
-    """The activated [B, H, T] between `pad` items of padding, channels-last."""
+    """The activated [B, H, T] between `pad` items of padding, channels-last; zeros for `behind` items after all."""
     (batch, channels, length), (before, after) = hidden.shape, pad
-    padded = torch.empty(
-        (batch, channels, 1, before + length + after),
-        dtype=hidden.dtype,
-        device=hidden.device,
-        memory_format=torch.channels_last,
-    ).squeeze(2)
+    width = before + length + after
+    rows = hidden.new_empty((batch * width + behind, channels))
+    rows[batch * width :].zero_()
+    padded = rows[: batch * width].view(batch, width, channels).transpose(1, 2)
     inner = padded[:, :, before : before + length]
     match activation and activation.activation:
         case None:
@@ -95,6 +142,9 @@ def _padded(
             inner.copy_(cast(nn.Module, function)(hidden))
     if before:
         padded[:, :, :before] = _beyond(inner, 0, before, mode)
+    if lengths is not None:
+        # A tile of a convolution may reach beyond an example's own padding: NaN there would spread.
+        padded[:, :, before + length :].zero_()
     for row, end in zip(padded, lengths, strict=True) if lengths is not None and after else ():
         row[:, before + end : before + end + after] = _beyond(row[None, :, before:], end, after, mode)[0]
     if lengths is None and after:
@@ -114,42 +164,62 @@ def _beyond(hidden: torch.Tensor, edge: int, count: int, mode: str) -> torch.Ten
 
 
 def _conv(
-    layer: Conv1d, hidden: torch.Tensor, lengths: Lengths, activation: CodecActivation | None = None
+    way: _Way, layer: Conv1d, hidden: torch.Tensor, lengths: Lengths, activation: CodecActivation | None = None
 ) -> torch.Tensor:
     """Activation, then convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
-    return layer.convolve(_padded(hidden, layer.pad, layer.pad_mode, lengths, activation))
+    if way.is_fast(layer):
+        behind = slack(layer.conv.dilation[0], layer.conv.kernel_size[0])
+        padded = _padded(hidden, layer.pad, layer.pad_mode, lengths, activation, behind)
+        return way.fast([layer], padded, [0])[0]
+    return way.convolve(layer, _padded(hidden, layer.pad, layer.pad_mode, lengths, activation))
 
 
 def _upsample(
-    layer: ConvTranspose1d, hidden: torch.Tensor, lengths: Lengths, activation: CodecActivation
+    way: _Way, layer: ConvTranspose1d, hidden: torch.Tensor, lengths: Lengths, activation: CodecActivation
 ) -> torch.Tensor:
     """Activation, then transposed convolution: [B, H_in, T] -> [B, H_out, T * stride]."""
     samples = hidden.shape[2] * layer.conv.stride[0]
-    full = layer.overlap(_padded(hidden, (1, 1), "constant", lengths, activation))
+    full = way.overlap(layer, _padded(hidden, (1, 1), "constant", lengths, activation))
     return full[:, :, layer.first_sample : layer.first_sample + samples]
 
 
-def _residuals(layer: ResidualLayer, hidden: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+def _residuals(way: _Way, layer: ResidualLayer, hidden: torch.Tensor, lengths: Lengths) -> torch.Tensor:
     """The mean of the branches."""
     branches = [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in layer.res_blocks]
-    firsts = [blocks[0] for blocks in branches]
-    widest = max(block.input_conv.pad for block in firsts)
-    mode = firsts[0].input_conv.pad_mode
-    shared = None
-    if not any(True for _ in firsts[0].input_activation.parameters()):
-        # The padding of a shorter kernel is the inner part of a longer one's.
-        shared = _padded(hidden, widest, mode, lengths, firsts[0].input_activation)
+    middles = _first_convs(way, [blocks[0] for blocks in branches], hidden, lengths)
     total: torch.Tensor | None = None
-    for blocks in branches:
+    for blocks, middle in zip(branches, middles, strict=True):
         result = hidden
         for block in blocks:
-            conv = block.input_conv
-            if shared is not None and block is blocks[0]:
-                before, after = (most - own for most, own in zip(widest, conv.pad, strict=True))
-                middle = conv.convolve(shared[:, :, before : shared.shape[2] - after])
-            else:
-                middle = _conv(conv, result, lengths, block.input_activation)
-            result = _conv(block.skip_conv, middle, lengths, block.skip_activation).add_(result)
+            if block is not blocks[0]:
+                middle = _conv(way, block.input_conv, result, lengths, block.input_activation)
+            result = _conv(way, block.skip_conv, middle, lengths, block.skip_activation).add_(result)
         total = result if total is None else total.add_(result)
     assert total is not None
     return total.div_(len(branches))
+
+
+def _first_convs(
+    way: _Way, firsts: list[ResidualBlock], hidden: torch.Tensor, lengths: Lengths
+) -> Iterator[torch.Tensor]:
+    """What the branches' first convolutions make of the same input."""
+    convs = [block.input_conv for block in firsts]
+    if any(True for _ in firsts[0].input_activation.parameters()):
+        yield from (
+            _conv(way, conv, hidden, lengths, block.input_activation)
+            for conv, block in zip(convs, firsts, strict=True)
+        )
+        return
+    # The padding of a shorter kernel is the inner part of a longer one's.
+    widest = max(conv.pad for conv in convs)
+    fast = [number for number, conv in enumerate(convs) if way.is_fast(conv) and conv.conv.dilation[0] == 1]
+    behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
+    shared = _padded(hidden, widest, convs[0].pad_mode, lengths, firsts[0].input_activation, behind)
+    starts = [widest[0] - conv.pad[0] for conv in convs]
+    results = way.fast([convs[number] for number in fast], shared, [starts[number] for number in fast]) if fast else []
+    done = dict(zip(fast, results, strict=True))
+    for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
+        if number in done:
+            yield done.pop(number)[:, :, : hidden.shape[2]]
+        else:
+            yield way.convolve(conv, shared[:, :, start : shared.shape[2] - widest[1] + conv.pad[1]])

@@ -81,7 +81,7 @@ class FiniteScalarQuantizer(nn.Module):
     def compress(self, encoded: torch.Tensor) -> torch.Tensor:
         """Squash [B, D, T] into the range of the levels, so that rounding gives one of them."""
         half_range = (self.num_levels - 1) / 2 * (1 - self.eps)
-        offset = torch.where(self.num_levels % 2 == 0, 0.5, 0)
+        offset = (self.num_levels % 2 == 0) * 0.5  # not torch.where: its scalars stand in a CUDA graph's way
         # tan, not atanh: released checkpoints were trained with it, and token ids depend on it.
         shift = (offset / half_range).tan()
         return half_range * (encoded + shift).tanh() - offset

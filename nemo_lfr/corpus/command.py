@@ -21,7 +21,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),

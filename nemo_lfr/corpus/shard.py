@@ -204,7 +204,7 @@ def _encode(
         return
     frame = codec.samples_per_frame
     lengths = [len(wave) + (frame if job.pad == "magpie" and len(wave) % frame == 0 else 0) for wave in waves]
-    audio = np.zeros((len(waves), max(lengths)), np.float32)
+    audio = _zeros(codec, len(waves), max(lengths))
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
     tokens, num_frames = codec.encode(audio, lengths)
@@ -213,6 +213,15 @@ def _encode(
     for clip, (_, *context) in batch:
         row, num_samples = next(results)
         yield clip, row, num_samples, next(results)[0] if context else None
+
+
+def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
+    """In memory that a GPU copies from by itself, without the processor's help, if the codec is on one."""
+    if codec.device.type != "cuda":
+        return np.zeros((rows, columns), np.float32)
+    import torch
+
+    return torch.zeros(rows, columns, pin_memory=True).numpy()
 
 
 class Worker:

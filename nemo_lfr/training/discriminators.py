@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from nemo_lfr.codec.conv import convolve_by_product
 from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.training.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
@@ -40,7 +41,15 @@ class Conv2d(nn.Module):
         self.conv = weight_norm(conv)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.conv(hidden)
+        conv = self.conv
+        if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
+            return conv(hidden)
+        # Columns never meet. As rows of a matrix product they keep a CPU at its peak, which convolutions over the
+        # deep layers' few rows do not, and the weights, larger than the signal there, are not copied.
+        columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
+        padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode="reflect").squeeze(2)
+        result = convolve_by_product(padded, conv.weight.squeeze(3), conv.bias, conv.stride[0], conv.dilation[0])
+        return result.unflatten(0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
 
 
 class _Network(nn.Module):

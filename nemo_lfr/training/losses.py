@@ -174,7 +174,7 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
     """Mean absolute difference of the discriminators' layers (HiFi-GAN), each discriminator counting alike."""
     return _average(
         [
-            _average([(r - g).abs().mean() for r, g in zip(layers_real, layers_gen, strict=True)])
+            _average([F.l1_loss(g, r) for r, g in zip(layers_real, layers_gen, strict=True)])
             for layers_real, layers_gen in zip(real, gen, strict=True)
         ]
     )

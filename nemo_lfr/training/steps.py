@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -121,8 +122,25 @@ class TrainingSteps(NeMoAudioCodecModel):
         else:
             super().setup_validation_data(cfg)
 
+    def configure_optimizers(self) -> Any:
+        """NeMo's; on a CPU Adam passes over each weight once ("fused"), unless the config says how it should."""
+        configured = super().configure_optimizers()
+        # One optimizer, several, or lists of optimizers and of schedules.
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        for optimizer in several[0] if isinstance(several[0], list) else several:
+            if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
+                for group in optimizer.param_groups:
+                    if group["fused"] is None and not group["foreach"]:
+                        group["fused"] = True
+        return configured
+
     def configure_callbacks(self) -> list[Callback]:
-        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too."""
+        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too.
+
+        It reads the clips at once, so only to train: a file that training saved does not say where they were.
+        """
+        if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
+            return []
         callbacks = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())

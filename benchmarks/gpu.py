@@ -1,0 +1,654 @@
+"""The codec on a GPU: checked, then timed beside stock's arithmetic, stage by stage, in under 8 minutes.
+
+    python benchmarks/gpu.py [--device cuda] [--minutes 8] [--parts peaks,kernels,speech,latency,stages,saturation]
+    python benchmarks/gpu.py --pack .gpu_inputs.pt [--speech FOLDER]
+
+Needs torch and numpy, and Triton for the fused kernels; no network, no NeMo. The full-size codec (112.7 M parameters)
+has random weights: time does not depend on them. "Stock" is stock's arithmetic in plain PyTorch: weight norm on every
+call, [B, H, T] convolutions over padded copies, a mask built after each of them, FSQ group by group; where NeMo is
+installed stock itself is timed too. Its fp32 has PyTorch's defaults, which is TF32 in cuDNN's
+convolutions.
+
+Agreement of tokens is measured on real speech with the embedded codec against fp32 on the CPU. Where soundfile or
+omegaconf are missing, --pack on a machine that has them writes the codec and speech into one file, which is used when
+it lies in the repository's root under the name above.
+
+Every part is guarded and prints as it goes; a failure is named, and the exit code says whether there was one.
+"""
+
+import argparse
+import copy
+import math
+import os
+import platform
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import soundfile  # noqa: F401
+except ImportError:
+    # The package imports it to read files, which nothing here does without it.
+    sys.modules["soundfile"] = types.ModuleType("soundfile")
+    HAS_SOUNDFILE = False
+else:
+    HAS_SOUNDFILE = True
+
+from nemo_lfr.codec.activation import CodecActivation
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.gpu import folded
+from nemo_lfr.codec.gpu.choice import Choices, gpu_seconds
+from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
+from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
+from nemo_lfr.codec.gpu.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
+from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
+
+PACKED = ROOT / ".gpu_inputs.pt"
+RATE, FRAME = 22050, 1024
+# Largest error of a fused convolution against its definition, relative to the largest result.
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TF32_CLOSE = 4e-3
+
+
+class Stock:
+    """Stock's arithmetic: what `AudioCodecModel.encode` and `decode` compute, operation by operation."""
+
+    def __init__(
+        self, encoder: HiFiGANEncoder, quantizer: GroupFiniteScalarQuantizer, decoder: HiFiGANDecoder
+    ) -> None:
+        self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+
+    @torch.no_grad()
+    def encode(self, audio: torch.Tensor, audio_len: torch.Tensor) -> torch.Tensor:
+        frames = torch.where(audio_len % FRAME == 0, audio_len / FRAME, torch.ceil(audio_len / FRAME))
+        length = FRAME * frames.int()
+        hidden = F.pad(audio, (0, int(length.max().item()) - audio.shape[1])).unsqueeze(1)
+        encoder = self.encoder
+        hidden = self._conv(encoder.pre_conv, hidden, length)
+        for residuals, activation, down, rate in zip(
+            encoder.res_layers,
+            encoder.activations,
+            encoder.down_sample_conv_layers,
+            encoder.down_sample_rates,
+            strict=True,
+        ):
+            hidden = activation(self._residuals(residuals, hidden, length))
+            length = (length // rate).long()
+            hidden = self._conv(down, hidden, length)
+        encoded = self._conv(encoder.post_conv, encoder.post_activation(hidden), length)
+        tokens = []
+        for group, fsq in zip(encoded.chunk(self.quantizer.num_groups, dim=1), self.quantizer.fsqs, strict=True):
+            scale = (fsq.num_levels - 1) / 2 * (1 - fsq.eps)
+            offset = torch.where(fsq.num_levels % 2 == 0, 0.5, 0)
+            shift = (offset / scale).tan()
+            compressed = scale * (group + shift).tanh() - offset
+            rounded = compressed + (torch.round(compressed) - compressed).detach()
+            middle = fsq.num_levels // 2
+            codes = rounded / middle
+            indices = torch.sum((middle * codes + middle) * fsq.dim_base_index, dim=1).to(torch.int32)
+            _ = self._masked(codes, length)
+            tokens.append(self._masked(indices, length).unsqueeze(0))
+        return torch.cat(tokens).transpose(0, 1)
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        decoder, length = self.decoder, tokens_len
+        codes = []
+        for group, fsq in zip(
+            tokens.transpose(0, 1).chunk(self.quantizer.num_groups), self.quantizer.fsqs, strict=True
+        ):
+            digits = (group.squeeze(0).unsqueeze(1) // fsq.dim_base_index) % fsq.num_levels
+            middle = fsq.num_levels // 2
+            codes.append(self._masked((digits - middle) / middle, length))
+        hidden = self._conv(decoder.pre_conv, torch.cat(codes, dim=1), length)
+        for activation, up, residuals, rate in zip(
+            decoder.activations,
+            decoder.up_sample_conv_layers,
+            decoder.res_layers,
+            decoder.up_sample_rates,
+            strict=True,
+        ):
+            length = length * rate
+            conv = up.conv
+            hidden = F.conv_transpose1d(activation(hidden), conv.weight, conv.bias, rate, (rate + 1) // 2, rate % 2)
+            hidden = self._residuals(residuals, self._masked(hidden, length), length)
+        hidden = self._conv(decoder.post_conv, decoder.post_activation(hidden), length)
+        return decoder.out_activation(hidden).squeeze(1)
+
+    def _residuals(self, layer: Any, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        results = []
+        for branch in layer.res_blocks:
+            result = hidden
+            for block in branch.res_blocks:
+                middle = self._conv(block.input_conv, block.input_activation(result), length)
+                result = result + self._conv(block.skip_conv, block.skip_activation(middle), length)
+            results.append(result)
+        return sum(results) / len(results)
+
+    def _conv(self, layer: Conv1d, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        conv = layer.conv
+        padded = F.pad(hidden, layer.pad, mode=layer.pad_mode)
+        result = F.conv1d(padded, conv.weight, conv.bias, stride=conv.stride, dilation=conv.dilation)
+        return self._masked(result, length)
+
+    @staticmethod
+    def _masked(values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        shape = (values.shape[0], *[1] * (values.dim() - 2), values.shape[-1])
+        mask = torch.ones(shape, dtype=length.dtype, device=length.device).cumsum(dim=-1)
+        return values * (mask <= length.reshape(-1, *[1] * (values.dim() - 1)))
+
+
+class Bench:
+    """What the parts share: the device, the clock, and what went wrong."""
+
+    def __init__(self, device: str, minutes: float, small: bool) -> None:
+        self.device = torch.device(device)
+        self.small = small
+        self.failures: list[str] = []
+        self._end = time.monotonic() + 60 * minutes
+        self.on_gpu = self.device.type == "cuda"
+        self.peak, self.bandwidth = float("nan"), float("nan")  # bf16 FLOP/s, bytes/s
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def part(self, name: str, needs: float, run: Callable[[], None]) -> None:
+        """Run a part that takes about `needs` seconds; what fails is printed, and the next one begins."""
+        print(f"\n## {name}\n", flush=True)
+        started = time.monotonic()
+        if self.left() < needs:
+            self.failures.append(name)
+            print(f"NOT RUN: it needs about {needs:.0f} s, of which {max(0.0, self.left()):.0f} are left", flush=True)
+            return
+        try:
+            run()
+        except Exception as error:
+            self.failures.append(name)
+            print(f"FAILED: {name}: {type(error).__name__}: {error}", flush=True)
+            traceback.print_exc(limit=-4, file=sys.stdout)
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        print(f"\n({name}: {time.monotonic() - started:.1f} s)", flush=True)
+
+    def seconds(self, way: Callable[[], Any], most: float = 4.0) -> list[float]:
+        """Seconds of a call, from its start until the device is done: up to 30 calls after two that do not count."""
+        took: list[float] = []
+        started = time.monotonic()
+        least = 3 if self.small else 5
+        while len(took) < 32 and (len(took) < least or (time.monotonic() - started < most and not self.small)):
+            self.wait()
+            begin = time.perf_counter()
+            way()
+            self.wait()
+            took.append(time.perf_counter() - begin)
+            if len(took) > 2 and time.monotonic() - started > 3 * most:
+                break
+        return took[2:]
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def full_size(bench: Bench) -> tuple[Codec, Stock]:
+    """The released architecture with random weights: for us and, with weight norm, as stock has it."""
+    torch.manual_seed(0)
+    small = bench.small
+    encoder = HiFiGANEncoder(32, (2, 2, 4, 8, 8), 4 if small else 48, resblock_dilation_sizes=(1,))
+    decoder = HiFiGANDecoder(32, (8, 8, 4, 2, 2), 64 if small else 1024, 7, 3)
+    quantizer = GroupFiniteScalarQuantizer(8, [8, 7, 6, 6])
+    parts = [part.to(bench.device).eval().requires_grad_(False) for part in (encoder, quantizer, decoder)]
+    return Codec(*parts, RATE), Stock(*parts)  # type: ignore[arg-type]
+
+
+def with_precision(codec: Codec, precision: str) -> Codec:
+    return Codec(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision)
+
+
+def clip(seconds: float, device: torch.device, batch: int = 1) -> torch.Tensor:
+    """Voiced-like noise [B, T_audio]."""
+    steps = torch.arange(round(seconds * RATE), device=device)
+    tone = sum(torch.sin(steps * (0.03 * harmonic)) / harmonic for harmonic in range(1, 8))
+    return 0.1 * tone + 0.03 * torch.randn(batch, len(steps), device=device)
+
+
+def peaks(bench: Bench) -> None:
+    """What this card reaches in this run."""
+    size = 512 if bench.small else 8192
+    rows = []
+    for name, dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.float16, False),
+        ("tf32", torch.float32, True),
+        ("fp32", torch.float32, False),
+    ):
+        left, right = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        rate = 2 * size**3 / min(bench.seconds(partial(torch.matmul, left, right), 2.0))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        rows.append(f"{name} {rate / 1e12:.0f}")
+        if name == "bf16":
+            bench.peak = rate
+    source = torch.empty(2 ** (22 if bench.small else 30), dtype=torch.int32, device=bench.device)
+    target = torch.empty_like(source)
+    bench.bandwidth = 2 * source.nbytes / min(bench.seconds(partial(target.copy_, source), 2.0))
+    print(f"products of {size} x {size}, TFLOP/s: {', '.join(rows)}")
+    print(f"copy: {bench.bandwidth / 1e12:.2f} TB/s read and written")
+
+
+@torch.no_grad()
+def check_kernels(bench: Bench) -> None:
+    """Fused convolutions on this device against their definition: every tile, in every type."""
+    kernels = find_kernels(bench.device)
+    if kernels is None:
+        print("no kernels on this device: everything below is plain PyTorch")
+        if bench.on_gpu:
+            raise RuntimeError("Triton's kernels cannot be used; the reason is logged above")
+        return
+    cases: list[tuple[str, Conv1d | ConvTranspose1d, str]] = [
+        ("48, 11 taps", Conv1d(48, 48, 11), "lrelu"),
+        ("32, dilation 5", Conv1d(32, 32, 7, dilation=5), "half_snake"),
+        ("96 to 192, stride 2", Conv1d(96, 192, 4, stride=2), "lrelu"),
+        ("128 to 64, up 2", ConvTranspose1d(128, 64, stride=2), "lrelu"),
+        ("1 to 48", Conv1d(1, 48, 7, pad_mode="replicate"), "none"),
+        ("32 to 1, causal", Conv1d(32, 1, 3, causal=True), "lrelu"),
+    ]
+    ends = torch.tensor([1500, 1018], device=bench.device)
+    tries: dict[str, Callable[[], str]] = {}
+    for title, module, name in cases:
+        module.to(bench.device)
+        for called, precision in PRECISIONS.items():
+            layer = Layer.of(module, precision)
+            signal = torch.randn(2, 1500, layer.inputs, device=bench.device).to(precision.dtype)
+            activation = None if name == "none" else CodecActivation(name, layer.inputs).to(bench.device)
+            before = None if activation is None else Activation.of(activation)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                exact = Layer.of(module, Precision(torch.float32))
+                expected = folded.convolution(exact, signal.float(), ends, activation=before)
+                others = [torch.randn_like(expected).to(precision.dtype) for _ in range(2)]
+                expected = (expected + others[0].float() + others[1].float()) / 3
+            for tile in kernels.tiles(layer, before):
+                run = partial(
+                    kernels.convolution,
+                    layer,
+                    signal,
+                    ends,
+                    tile,
+                    activation=before,
+                    residual=others[0],
+                    total=others[1],
+                    scale=1 / 3,
+                )
+                close = TF32_CLOSE if precision.tf32 else CLOSE[precision.dtype]
+                kept = (ends * layer.up // layer.stride).tolist()
+                tries[f"{title}, {called}, {tuple(tile)}"] = partial(_error_of, run, expected, kept, close)
+    bench.wait()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # compiling is what takes time
+        found = dict(zip(tries, pool.map(lambda way: way(), tries.values()), strict=True))
+    wrong = {what: error for what, error in found.items() if error}
+    print(f"{len(found) - len(wrong)} of {len(found)} fused convolutions equal their definition")
+    if wrong:
+        raise AssertionError("\n" + "\n".join(f"{what}: {error}" for what, error in wrong.items()))
+
+
+@torch.no_grad()
+def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: list[int], close: float) -> str:
+    """What is wrong with a result; empty if nothing is."""
+    try:
+        found = run()
+        errors = [
+            float((row[:end].float() - want[:end]).abs().max() / want[:end].abs().max())
+            for row, want, end in zip(found, expected, kept, strict=True)
+        ]
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return "" if max(errors) <= close else f"off by {max(errors):.2e}"
+
+
+def real_speech() -> tuple[Codec, list[torch.Tensor]]:
+    """The embedded codec and clips [T_audio] of speech, on the CPU."""
+    if PACKED.exists():
+        held = torch.load(PACKED, weights_only=False)
+        return Codec(*held["parts"], held["sample_rate"]), held["clips"]
+    return _load_speech(None)
+
+
+def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
+    if not HAS_SOUNDFILE:
+        raise RuntimeError(f"soundfile is not installed and there is no {PACKED.name}: write it elsewhere with --pack")
+    from nemo_lfr.audio import AudioReader
+    from nemo_lfr.demo import demo_clip
+    from nemo_lfr.pretrained import load
+
+    codec = load(None, "cpu")
+    paths = [demo_clip()]
+    if folder is not None:
+        paths += sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))[:16]
+    clips = []
+    for path in paths:
+        with AudioReader(path, codec.sample_rate) as reader:
+            clips.append(torch.cat([torch.from_numpy(block.copy()) for block in reader.blocks()])[: 8 * RATE])
+    return codec, clips
+
+
+@torch.no_grad()
+def speech(bench: Bench) -> None:
+    """Tokens of real speech at each precision, against fp32 on the CPU; and audio of the same tokens."""
+    codec, clips = real_speech()
+    lengths = [len(wave) for wave in clips]
+    batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    tokens, counts = codec.encode(batch, lengths)
+    audio = codec.decode(tokens, counts)[0]
+    valid = torch.arange(tokens.shape[2]) < counts[:, None]
+    total = int(valid.sum()) * codec.num_codebooks
+    moved = [part.to(bench.device) for part in (codec.encoder, codec.quantizer, codec.decoder)]
+    print(f"{len(clips)} clips, {sum(lengths) / RATE:.0f} s, {total} tokens\n")
+    print("| precision | equal tokens | SNR of the audio, dB |\n| --- | --- | --- |")
+    agreement: dict[str, float] = {}
+
+    def report(name: str, fast: Codec) -> None:
+        for _ in range(3):  # as it is, captured, replayed
+            found, heard = fast.encode(batch, lengths)[0].cpu(), fast.decode(tokens, counts)[0].cpu()
+        same = int(((found == tokens) & valid[:, None]).sum())
+        agreement[name] = same / total
+        noise = float((heard[:, : audio.shape[1]] - audio).square().sum())
+        ratio = 10 * math.log10(float(audio.square().sum()) / max(noise, 1e-30))
+        alone = [fast.encode(wave)[0][0].cpu() for wave in clips[:3]]
+        apart = sum(int((row[:, : one.shape[1]] != one).sum()) for row, one in zip(found, alone, strict=False))
+        print(
+            f"| {name} | {100 * same / total:.3f} % ({total - same} differ; alone {apart}) | {ratio:.1f} |", flush=True
+        )
+
+    try:
+        CHOICES.only = "library"
+        for precision in PRECISIONS:
+            report(precision, Codec(*moved, codec.sample_rate, precision=precision))
+    finally:
+        CHOICES.only = None
+    if bench.on_gpu:  # other parts have engines of their own
+        report("bf16, fused where faster", Codec(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
+    print("\nalone: tokens of the first clips that differ between the batch and each clip alone")
+    stock = Stock(*moved)
+    one = batch[:1, : lengths[0] // FRAME * FRAME].to(bench.device)
+    size = torch.tensor([one.shape[1]], device=bench.device)
+    expected = tokens[:1, :, : one.shape[1] // FRAME]
+    for name, context in stock_ways(bench).items():
+        with context():
+            found = stock.encode(one, size).cpu()
+        # Its last frames see other samples where the clip goes on.
+        same = (found == expected)[..., : max(1, expected.shape[2] - 7)].float()
+        print(f"stock's arithmetic, {name}, first clip: {100 * float(same.mean()):.2f} %")
+    if agreement["fp32"] < 0.9995:
+        raise AssertionError(f"fp32 gives {100 * agreement['fp32']:.3f} % of the CPU's tokens; only ties may differ")
+
+
+def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """Stock as users run it: PyTorch's defaults, and autocast."""
+    return {
+        "fp32 (TF32 convolutions)" if bench.on_gpu else "fp32": nullcontext,
+        "autocast bf16": lambda: torch.autocast(bench.device.type, dtype=torch.bfloat16),
+    }
+
+
+def nemo_stock(codec: Codec) -> Any:
+    """Stock's own model with these weights, or None where NeMo is not installed."""
+    try:
+        import nemo.collections.tts.models.audio_codec  # noqa: F401
+    except Exception as reason:
+        print(f"NeMo cannot be imported ({type(reason).__name__}): stock is its arithmetic in plain PyTorch.")
+        return None
+    import tempfile
+
+    from tests.models import FULL_SIZE, codec_config, stock_model, write_nemo
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = stock_model(write_nemo(Path(folder, "full.nemo"), codec_config(**FULL_SIZE)))
+    model.discriminator = None
+    return model.to(codec.device)
+
+
+def stock_calls(bench: Bench, codec: Codec, stock: Stock) -> dict[str, Any]:
+    """(encode, decode) by name."""
+    calls: dict[str, Any] = {"stock's arithmetic": (stock.encode, stock.decode)}
+    model = nemo_stock(codec) if bench.on_gpu else None
+    if model is not None:
+        calls["stock NeMo"] = (
+            torch.no_grad()(lambda audio, size: model.encode(audio=audio, audio_len=size)[0]),
+            torch.no_grad()(lambda tokens, size: model.decode(tokens=tokens, tokens_len=size)[0]),
+        )
+    return calls
+
+
+@torch.no_grad()
+def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
+    """One clip at a time, from tensors on the device to tensors on the device."""
+    for seconds in (0.5, 1.0) if bench.small else (1.0, 10.0):
+        audio = clip(seconds, bench.device)
+        audio_len = torch.tensor([audio.shape[1]], device=bench.device)
+        tokens, tokens_len = codec.encode(audio)
+        found = stock.encode(audio, audio_len)
+        same = 100 * float((found[..., : tokens.shape[2]] == tokens).float().mean())
+        print(f"\n1 x {seconds:g} s; fp32 gives {same:.2f} % of the tokens of stock's arithmetic as users run it\n")
+        print("| | encode, ms | decode, ms | both, times stock |\n| --- | --- | --- | --- |")
+        reference = float("nan")
+        for who, (encode, decode) in stock_calls(bench, codec, stock).items():
+            for name, context in stock_ways(bench).items():
+                with context():
+                    took = [
+                        median(bench.seconds(partial(encode, audio, audio_len), 3.0)),
+                        median(bench.seconds(partial(decode, tokens, tokens_len), 3.0)),
+                    ]
+                if name.startswith("fp32"):
+                    reference = sum(took)
+                print(_row(f"{who}, {name}", took, reference), flush=True)
+        for precision in ("bf16", "fp32", "fp16", "tf32"):
+            if bench.left() < 100 and precision in ("fp16", "tf32"):
+                print(f"{precision}: not measured, the time is short")
+                continue
+            fast = with_precision(codec, precision)
+            started = time.perf_counter()
+            fast.decode(fast.encode(audio)[0])
+            bench.wait()
+            first = time.perf_counter() - started
+            took = [
+                median(bench.seconds(partial(fast.encode, audio), 2.0)),
+                median(bench.seconds(partial(fast.decode, tokens), 2.0)),
+            ]
+            print(_row(f"nemo_lfr {precision} (first call {first:.1f} s)", took, reference), flush=True)
+
+
+def _row(name: str, took: list[float], reference: float) -> str:
+    cells = " | ".join(f"{1e3 * value:.3f}" for value in took)
+    return f"| {name} | {cells} | {reference / sum(took):.2f} |"
+
+
+@torch.no_grad()
+def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
+    """Seconds of audio a second at the batch that suits each best: 10 s clips."""
+    sizes = [1, 2] if bench.small else [8, 32, 96]
+    seconds = 1.0 if bench.small else 10.0
+    print("| | encode | decode | both |\n| --- | --- | --- | --- |")
+    best = 0.0
+
+    def measure(name: str, encode: Callable[..., Any], decode: Callable[..., Any]) -> float:
+        rates: list[dict[int, float]] = [{}, {}]
+        for size in sizes:
+            audio = clip(seconds, bench.device, size)
+            audio_len = torch.full((size,), audio.shape[1], device=bench.device)
+            count = -(-audio.shape[1] // FRAME)
+            tokens = torch.randint(2016, (size, 8, count), device=bench.device)
+            tokens_len = torch.full((size,), count, device=bench.device)
+            try:
+                for rate, way in (
+                    (rates[0], partial(encode, audio, audio_len)),
+                    (rates[1], partial(decode, tokens, tokens_len)),
+                ):
+                    rate[size] = size * seconds / median(bench.seconds(way, 1.5))
+            except torch.cuda.OutOfMemoryError:
+                print(f"{name}: a batch of {size} does not fit")
+                break
+            finally:
+                if bench.on_gpu:
+                    torch.cuda.empty_cache()
+        (at, fastest), (at_, fastest_) = (max(rate.items(), key=lambda item: item[1]) for rate in rates)
+        both = 1 / (1 / fastest + 1 / fastest_)
+        print(f"| {name} | {fastest:.0f} (batch {at}) | {fastest_:.0f} (batch {at_}) | {both:.0f} |", flush=True)
+        return both
+
+    for who, (encode, decode) in stock_calls(bench, codec, stock).items():
+        for name, context in stock_ways(bench).items():
+            with context():
+                best = max(best, measure(f"{who}, {name}", encode, decode))
+    for precision in ("bf16", "tf32", "fp32", "fp16"):
+        if bench.left() < 45:
+            print(f"{precision}: not measured, the time is short")
+            continue
+        fast = with_precision(codec, precision)
+        rate = measure(f"nemo_lfr {precision}", fast.encode, fast.decode)
+        print(f"  {precision}: {rate / best:.2f} times the best of stock's", flush=True)
+
+
+@torch.no_grad()
+def stages(bench: Bench, codec: Codec) -> None:
+    """Where a large bf16 batch spends its time, with and without the fused kernels; and their gain for one clip."""
+    kernels = find_kernels(bench.device)
+    batch, frames = (1, 32) if bench.small else (16, 224)
+    precision = PRECISIONS["bf16"]
+    ends = torch.full((batch,), frames, device=bench.device)
+    sides: dict[str, Any] = {
+        "encode": (codec.encoder, clip(frames * FRAME / RATE, bench.device, batch)[:, : frames * FRAME, None]),
+        "decode": (codec.decoder, torch.randn(batch, frames, 32, device=bench.device).tanh()),
+    }
+    for side, (part, signal) in sides.items():
+        plans = {"library": Plan(part, precision, kernels, Choices(gpu_seconds, only="library"))}
+        if kernels is not None and bench.on_gpu:
+            plans["chosen"] = Plan(part, precision, kernels, CHOICES)
+        last = list(plans)[-1]
+        print(
+            f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; bytes are one read and one write of "
+        )
+        print("each layer's signals, and its weights\n")
+        print("| stage | GFLOP | MB | " + " | ".join(f"{name}, ms" for name in plans), end="")
+        print(
+            f" | {last}: TFLOP/s, share of the peak | TB/s, share of a copy's |\n| --- "
+            + "| --- " * (4 + len(plans))
+            + "|"
+        )
+        sums = dict.fromkeys(plans, 0.0)
+        for number, step in enumerate(plans["library"].steps):
+            took = {}
+            for name, plan in plans.items():
+                own = plan.steps[number]
+                way = partial(own.run, signal, ends * own.rate)
+                way()
+                took[name] = gpu_seconds(way) if bench.on_gpu else median(bench.seconds(way, 0.5))
+                sums[name] += took[name]
+            signal, flops, size = step.run(signal, ends * step.rate), *work(step, signal)
+            cells = " | ".join(f"{1e3 * value:.3f}" for value in took.values())
+            rate, speed = flops / took[last], size / took[last]
+            print(
+                f"| {step.name} | {flops / 1e9:.1f} | {size / 1e6:.0f} | {cells} | {rate / 1e12:.0f}, "
+                f"{100 * rate / bench.peak:.0f} % | {speed / 1e12:.2f}, {100 * speed / bench.bandwidth:.0f} % |",
+                flush=True,
+            )
+        print("| all | | | " + " | ".join(f"{1e3 * value:.3f}" for value in sums.values()) + " | | |")
+        if len(plans) > 1:
+            print(f"\nfused kernels alone, {side}, large batch: {sums['library'] / sums['chosen']:.2f} times as fast")
+            one, frames_ = sides[side][1][:1].contiguous(), ends[:1]
+            single = {}
+            for name, plan in plans.items():
+                cache = GraphCache(CudaCapture())
+                single[name] = median(bench.seconds(partial(cache.run, 0, plan, one, frames_), 1.0))
+            print(f"fused kernels alone, {side}, one clip: {single['library'] / single['chosen']:.2f} times as fast")
+    for key, took in CHOICES.measured.items():
+        ways = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in took.items())
+        print(f"  {key}: {ways} us")
+
+
+def work(step: Step, out: torch.Tensor) -> tuple[float, float]:
+    """FLOPs, and bytes of each layer's input, output and weights, of a step that gave `out` [B, T_out, H_out]."""
+    batch, length, _ = out.shape
+    flops = size = 0.0
+    for layer in step.layers:
+        num_in = length * layer.stride // layer.up
+        flops += 2.0 * batch * layer.num_out(num_in) * layer.outputs * layer.num_sums
+        numbers = num_in * layer.inputs + length * layer.outputs // layer.up
+        size += out.element_size() * (batch * numbers + layer.weight.numel())
+    return flops, size
+
+
+def upload(bench: Bench) -> None:
+    """600 s of audio to the device, as a corpus's worker sends it."""
+    count = RATE * (6 if bench.small else 600)
+    ways = {"pageable": torch.zeros(count), "pinned": torch.zeros(count, pin_memory=bench.on_gpu)}
+    for name, audio in ways.items():
+        print(f"{name}: {1e3 * median(bench.seconds(partial(audio.to, bench.device), 1.0)):.2f} ms")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--parts", default="peaks,kernels,speech,latency,saturation,stages,upload")
+    parser.add_argument("--small", action="store_true", help="few channels and short clips: to try the script")
+    parser.add_argument("--pack", type=Path, help="write the embedded codec and speech, and stop")
+    parser.add_argument("--speech", type=Path, help="folder of recordings for --pack, beside the package's own")
+    args = parser.parse_args()
+    if args.pack:
+        codec, clips = _load_speech(args.speech)
+        parts = (codec.encoder, codec.quantizer, codec.decoder)
+        torch.save({"parts": parts, "sample_rate": codec.sample_rate, "clips": clips}, args.pack)
+        print(f"{args.pack}: {args.pack.stat().st_size / 2**20:.1f} MiB, {len(clips)} clips")
+        return 0
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"No CUDA device: torch {torch.__version__} sees none. --device cpu --small tries the script itself.")
+        return 2
+    bench = Bench(args.device, args.minutes, args.small)
+    card = torch.cuda.get_device_name(bench.device) if bench.on_gpu else platform.processor() or platform.machine()
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "none"
+    cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
+    print(f"{card}; torch {torch.__version__}, CUDA {cuda}, cuDNN {cudnn}, Triton {version}", end="; ")
+    print(f"Python {platform.python_version()}")
+    wanted = args.parts.split(",")
+    codec, stock = full_size(bench)
+    parts: dict[str, tuple[float, Callable[[], None]]] = {
+        "peaks": (10, lambda: peaks(bench)),
+        "kernels": (30, lambda: check_kernels(bench)),
+        "speech": (40, lambda: speech(bench)),
+        "latency": (40, lambda: latency(bench, codec, stock)),
+        "stages": (30, lambda: stages(bench, codec)),
+        "saturation": (40, lambda: saturation(bench, codec, stock)),
+        "upload": (5, lambda: upload(bench)),
+    }
+    for name, (needs, run) in parts.items():
+        if name in wanted:
+            bench.part(name, needs, run)
+    print("\n" + (f"FAILED: {', '.join(bench.failures)}" if bench.failures else "every part ran and agreed"))
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
