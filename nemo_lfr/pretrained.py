@@ -48,12 +48,12 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     repository = ALIASES.get(text, text)
     path = Path(text)
     if path.exists() or path.suffix in (".nemo", ".ckpt") or not HUB_ID.fullmatch(repository):
-        if text and path.is_dir():
+        if not text or not path.exists():  # Path("") would be the current folder
+            raise CheckpointError(f"{text or repr(text)}: no such file, and not a Hub id such as {LFR}.")
+        if path.is_dir():
             raise CheckpointError(f"{text}: a folder without {ENCODER} and {DECODER}; give a .nemo or .ckpt file.")
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{text}: not a regular file; give a .nemo or .ckpt file.")
         if not path.is_file():
-            raise CheckpointError(f"{text}: no such file, and not a Hub id such as {LFR}.")
+            raise CheckpointError(f"{text}: not a regular file; give a .nemo or .ckpt file.")
         return path
     return _download(repository, refresh)
 
