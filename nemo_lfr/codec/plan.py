@@ -5,13 +5,13 @@ Built when it is first needed, beside the module, whose parameters stay as they 
 - the weights of each convolution, weight norm folded, in the layout that oneDNN's kernel reads, so that no call
   computes or copies them; transposed convolutions are convolutions of two taps to all phases;
 - for wide layers in fp32, their Toom-Cook form: four outputs of four taps cost 7 products instead of 16 (below);
-- in bf16, which is opt-in: each shape of each layer is compared with fp32 when it is first met, and runs in fp32, with a
-  warning, where it is wrong. The layers that read or write audio, codes or encoded frames stay in fp32.
+- in bf16, which is opt-in: each shape of each layer is compared with fp32 when it is first met, and runs in fp32, with
+  a warning, where it is wrong. The layers that read or write audio, codes or encoded frames stay in fp32.
 
-Toom-Cook, also known as Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308): seven samples of the input are
-evaluated as a polynomial at 7 points, four taps of the kernel too; their products, transformed back, are four outputs.
-Longer kernels are sums of such pieces, four samples apart, so that pieces and branches share what was transformed. In
-fp32 its rounding is 4 times that of a sum in order, 1e-6 of the output's rms.
+Toom-Cook, also known as Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308): seven samples of the input
+are evaluated as a polynomial at 7 points, four taps of the kernel too; their products, transformed back, are four
+outputs. Longer kernels are sums of such pieces, four samples apart, so that pieces and branches share what was
+transformed. In fp32 its rounding is 4 times that of a sum in order, 1e-6 of the output's rms.
 """
 
 import warnings
