@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, channels_last
 from nemo_lfr.errors import ConfigError
+from nemo_lfr.training.discriminators import Conv2d
 
 # Sums of at most a few hundred products of about 1 in float64, in another order: 1e-12 leaves a factor of 50.
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -95,3 +96,61 @@ def test_half_snake_with_an_odd_number_of_channels_gives_the_smaller_half_to_sna
     # alpha starts at 1: x + sin(x)^2.
     torch.testing.assert_close(out[:, :2], hidden[:, :2] + hidden[:, :2].sin() ** 2)
     torch.testing.assert_close(out[:, 2:], F.leaky_relu(hidden[:, 2:]))
+
+
+def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    towards = torch.randn(output.shape, dtype=output.dtype, generator=generator)
+    return [output.detach(), *torch.autograd.grad((output * towards).sum(), inputs)]
+
+
+@pytest.fixture
+def products_only(monkeypatch):
+    """What training computes by matrix products asks no convolution of torch."""
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a convolution was asked for")
+
+    def within(function):
+        with monkeypatch.context() as patch:
+            for name in ("conv1d", "conv2d", "conv_transpose1d"):
+                patch.setattr(F, name, refused)
+            return function()
+
+    return within
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 1), (4, 2), (16, 8)])
+def test_a_deep_layer_in_training_is_a_product_with_the_convolutions_gradients(products_only, kernel, stride):
+    torch.manual_seed(kernel)
+    layer = Conv1d(24, 64, kernel, stride=stride, weight_norm=False).double()
+    hidden = channels_last(torch.randn(2, 24, 16, dtype=torch.float64)).requires_grad_()
+    inputs = (hidden, layer.conv.weight, layer.conv.bias)
+    own = gradients(products_only(lambda: layer(hidden)), *inputs)
+    padded = F.pad(hidden, layer.pad, mode="reflect")
+    expected = gradients(F.conv1d(padded, layer.conv.weight, layer.conv.bias, stride), *inputs)
+    for mine, theirs in zip(own, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 8])
+def test_deep_upsampling_in_training_is_a_product_with_the_convolutions_gradients(products_only, stride):
+    torch.manual_seed(stride)
+    layer = ConvTranspose1d(48, 24, stride=stride, causal=True, weight_norm=False).double()
+    hidden = torch.randn(2, 48, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (hidden, layer.conv.weight, layer.conv.bias)
+    own = gradients(products_only(lambda: layer(hidden)), *inputs)
+    full = F.conv_transpose1d(hidden, layer.conv.weight, layer.conv.bias, stride)[..., : 5 * stride]
+    for mine, theirs in zip(own, gradients(full, *inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(5, 3), (5, 1), (3, 1)])
+def test_a_period_discriminators_columns_are_a_product_with_the_convolutions_gradients(products_only, kernel, stride):
+    torch.manual_seed(kernel)
+    layer = Conv2d(6, 10, kernel_size=(kernel, 1), stride=(stride, 1)).double()
+    hidden = torch.randn(2, 6, 17, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (hidden, *layer.parameters())
+    own = gradients(products_only(lambda: layer(hidden)), *inputs)
+    for mine, theirs in zip(own, gradients(layer.conv(hidden), *inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
