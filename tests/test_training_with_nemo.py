@@ -69,11 +69,11 @@ def batch(size: int = 2, frames: int = 12, seed: int = 0) -> dict[str, torch.Ten
     return {"audio": audio, "audio_lens": torch.full((size,), frames * 1024)}
 
 
-def batch_without_ties(model, frames: int) -> dict[str, torch.Tensor]:
+def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Tensor]:
     """The first batch none of whose encoded values lies within 1e-3 of where its level changes: no rounding error of
     an encoder turns its tokens."""
-    for seed in range(0, 200, 2):
-        found = batch(frames=frames, seed=seed)
+    for seed in range(0, 100 * size, size):
+        found = batch(size, frames, seed)
         with torch.no_grad():
             encoded, _ = model.audio_encoder(audio=found["audio"], audio_len=found["audio_lens"])
             quantizer = FiniteScalarQuantizer(model.vector_quantizer.fsqs[0].num_levels.flatten().tolist())
@@ -338,11 +338,12 @@ def generator_weights(model) -> torch.Tensor:
 
 
 def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
-    config = training_config([], accumulate_grad_batches=2)
-    whole, parts = batch(4, 8), [batch(4, 8), batch(4, 8)]
-    for part, rows in zip(parts, (slice(0, 2), slice(2, 4)), strict=True):
-        part.update(audio=part["audio"][rows], audio_lens=part["audio_lens"][rows])
+    # Smooth, as other sums turn the side of a leaky ReLU here and there.
+    smooth = {part: {"activation": "elu"} for part in ("audio_encoder", "audio_decoder")}
+    config = training_config([], accumulate_grad_batches=2, **smooth)
     _, model = models(tmp_path, config)
+    whole = batch_without_ties(model, frames=8, size=4)
+    parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
     recorder = train(model, parts)
     _, large = models(tmp_path, config | {"accumulate_grad_batches": 1})
     expected = train(large, [whole])
