@@ -34,10 +34,20 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+# For scripts of `alone`: MiB that the process has held at most. What getrusage says begins at the size of the process
+# that started it.
+PEAK = """
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+"""
+
+
 def alone(script: str, *arguments: object) -> list[str]:
-    """The words of the last line that a Python script prints, run in a process of its own."""
+    """The words of the last line that a Python script prints, run in a process of its own; it may call `peak()`."""
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, "-c", PEAK + script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,

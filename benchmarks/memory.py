@@ -21,11 +21,8 @@ import soundfile
 from benchmarks.measure import alone, machine
 
 START = """
-import resource, sys, time
+import sys, time
 import numpy as np, soundfile
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 model, wave, tokens, audio, side = sys.argv[1:]
 clip = np.random.default_rng(0).standard_normal(44100).astype(np.float32) / 10

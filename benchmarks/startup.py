@@ -36,9 +36,8 @@ with torch.no_grad():
     tokens, _ = model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))
 """
 REPORT = """
-import resource, zlib
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-print(zlib.crc32(tokens.int().numpy().tobytes()), memory)
+import zlib
+print(zlib.crc32(tokens.int().numpy().tobytes()), round(peak()))
 """
 HELP = """
 import sys
