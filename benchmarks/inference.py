@@ -8,12 +8,15 @@ of 5 s, and 8 of 1 to 15 s, which stock computes as a padded batch. Before a cas
 stock's of each clip alone (equal but for ties) and its audio too (within 1e-4). bf16 has its share of equal tokens and
 the SNR of its audio printed instead. The other codecs have random weights too: time does not depend on them.
 
-The last table has the convolutions of the widest stages: their rate and its share of a large matrix product's.
+The last tables have the plan's convolutions by channels: their share of the time, the rate of the sums that they do (a
+few times fewer than the plain convolution's where they are Toom-Cook's), and its share of a large matrix product's.
 """
 
 import argparse
 import sys
 import tempfile
+import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import in_turns, machine, ratios, spread
 from nemo_lfr.codec.codec import Codec
@@ -157,31 +161,47 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
         print(f"| {who} | {cells[0]}, {cells[1]} | {cells[2]}, {cells[3]} |")
 
 
+class Convolutions(TorchDispatchMode):
+    """Seconds and multiply-adds of the plan's convolutions, by the channels of input and output; no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: defaultdict[tuple[int, int], float] = defaultdict(float)
+        self.sums: defaultdict[tuple[int, int], int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.mkldnn._convolution_pointwise.default:
+            channels, taps = args[0].shape[1], args[1].shape[3]
+            kind = channels, result.shape[1]
+            self.seconds[kind] += time.perf_counter() - started
+            self.sums[kind] += result.numel() * channels * taps
+        return result
+
+
 def stages(codec: Codec) -> None:
-    """Rate of the convolutions by their channels, beside a large matrix product's."""
+    """Rate of the convolutions by their channels, beside a large matrix product's; and what is none."""
     left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
     took = in_turns({"product": partial(torch.mm, left, right)}, 9)["product"]
     peak = 2 * 2048**3 / min(took) / 1e9
+    print(f"\nA product of 2048 x 2048 matrices: {peak:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     clip = synthesize(6.0)
     tokens = codec.encode(clip)[0]
-    for _ in range(2):  # the first compiles oneDNN's kernels
-        with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
-            codec.encode(clip)
-            codec.decode(tokens)
-    work: dict[tuple[int, int], list[float]] = {}
-    total = sum(event.self_cpu_time_total for event in profile.key_averages())
-    for event in profile.key_averages(group_by_input_shape=True):
-        if event.flops and len(event.input_shapes) > 1 and len(event.input_shapes[1]) >= 2:
-            outputs, inputs = event.input_shapes[1][:2]
-            sums = work.setdefault((outputs, inputs), [0.0, 0.0])
-            sums[0] += event.flops
-            sums[1] += event.cpu_time_total  # microseconds
-    print(f"\nA product of 2048 x 2048 matrices: {peak:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    print("\n| channels out, in | share of the time | GFLOP/s | of the product's |\n| --- | --- | --- | --- |")
-    for (outputs, inputs), (flops, micros) in sorted(work.items(), key=lambda item: -item[1][1])[:12]:
-        rate = flops / micros / 1e3
-        share = 100 * micros / total
-        print(f"| {outputs}, {inputs} | {share:.0f} % | {rate:.0f} | {100 * rate / peak:.0f} % |")
+    for side, way in (("encode", partial(codec.encode, clip)), ("decode", partial(codec.decode, tokens))):
+        way()  # compiles oneDNN's kernels
+        started = time.perf_counter()
+        with Convolutions() as found:
+            way()
+        total = time.perf_counter() - started
+        print(f"\n| {side}: channels in, out | share of the time | GFLOP/s | of the product's |")
+        print("| --- " * 4 + "|")
+        for (inputs, outputs), seconds in sorted(found.seconds.items(), key=lambda item: -item[1]):
+            if seconds > 0.01 * total:
+                rate = 2 * found.sums[inputs, outputs] / seconds / 1e9
+                share = 100 * seconds / total
+                print(f"| {inputs}, {outputs} | {share:.0f} % | {rate:.0f} | {100 * rate / peak:.0f} % |")
+        print(f"| all else | {100 * (1 - sum(found.seconds.values()) / total):.0f} % | | |")
 
 
 def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> None:

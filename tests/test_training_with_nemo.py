@@ -147,6 +147,7 @@ CASES: dict[str, dict[str, Any]] = {
         "loss_resolutions": [[size, size // 4, size] for size in (32, 64, 128, 256, 512, 1024, 2048)],
         "mel_loss_dims": [5, 10, 20, 40, 80, 160, 320],
     },
+    "gradients clipped": {"use": ["stft"], "clip_grad_norm": 0.01},
     "nothing but the discriminators' opinion": {
         "use": ["stft"], "mel_loss_l1_scale": 0.0, "stft_loss_scale": 0.0, "gen_loss_scale": 2.0,
     },
@@ -524,6 +525,15 @@ def test_what_a_person_watches_is_logged(tmp_path):
     expected = torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean()
     assert expected > 2 and metrics["val_perplexity"] == pytest.approx(float(expected), rel=1e-4)
     assert 0.1 < metrics["val_levels_used"] <= 1
+
+
+def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
+    _, model = models(tmp_path, training_config([STFT], clip_grad_norm=0.01))
+    recorder = train(model, [batch(frames=8)])
+    assert len(recorder.gradients) == 2  # of the discriminators and of the generator
+    for gradients in recorder.gradients:
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
