@@ -21,8 +21,14 @@ def frames_of(codec, count: int, seed: int) -> torch.Tensor:
     return codec.quantizer.decode(tokens)
 
 
+@pytest.fixture(params=[inference.PIECE, 1], ids=["whole", "pieces"])
+def piece(request, monkeypatch):
+    """Residual layers go through the signal at once, or in the smallest pieces."""
+    monkeypatch.setattr(inference, "PIECE", request.param)
+
+
 @torch.no_grad()
-def test_both_ways_give_what_the_modules_give(codec):
+def test_both_ways_give_what_the_modules_give(codec, piece):
     count = max(codec.encoder.min_frames, codec.decoder.min_frames) + 9
     audio = speech_like(2 * count * codec.samples_per_frame).reshape(2, -1)
     expected = codec.encoder.encode_frames(audio)
@@ -35,7 +41,7 @@ def test_both_ways_give_what_the_modules_give(codec):
 
 
 @torch.no_grad()
-def test_examples_of_other_lengths_in_one_memory_are_each_as_if_alone(codec):
+def test_examples_of_other_lengths_in_one_memory_are_each_as_if_alone(codec, piece):
     least = max(codec.encoder.min_frames, codec.decoder.min_frames)
     lengths = [least + 7, least, least + 3, least + 12]
     width, frame = least + 12, codec.samples_per_frame

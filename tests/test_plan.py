@@ -62,9 +62,11 @@ def test_layers_that_share_an_input_start_where_their_kernels_do():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("piece", [inference.PIECE, 1])
 @pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
-def test_the_fast_way_gives_what_the_modules_give(kind, monkeypatch):
+def test_the_fast_way_gives_what_the_modules_give(kind, piece, monkeypatch):
     monkeypatch.setattr(plan, "FAST_SIZE", 1)
+    monkeypatch.setattr(inference, "PIECE", piece)
     codec = cached_codec(kind)
     lengths = [20, 33, 31]
     audio, least = speech_like(3 * 33 * 1024).reshape(3, -1), 1e-5

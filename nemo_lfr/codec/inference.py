@@ -1,9 +1,11 @@
 """Encoder and decoder at inference: the modules' arithmetic and results, with fewer passes over memory.
 
-Activations are written straight into the padded input of the convolution that reads them, the branches of a residual
-layer share theirs, and sums are taken in place. The examples of a batch may end at different lengths in memory of one
-width: after each of them stands, at every layer, what the layer would have padded it with, so that each comes out as
-if it were alone. A few widths then serve clips of every length, and oneDNN has a kernel for them at hand.
+Activations and sums are taken by the convolutions before them or written straight into the padded input of those
+after, and the branches of a residual layer share theirs. Residual layers, which are most of the work, go through a
+long signal in pieces, which need little memory, with the context that a piece depends on at both sides. The examples
+of a batch may end at different lengths in memory of one width: after each of them stands, at every layer, what the
+layer would have padded it with, so that each comes out as if it were alone. A few widths then serve clips of every
+length, and oneDNN has a kernel for them at hand.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,8 @@ from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.plan import plan_of, slack
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
 
+# Numbers of one array of a piece of a residual layer's signal: a dozen of these are in use at a time.
+PIECE = 1024 * 1024
 # Items of each example of a batch, at the rate of a layer; None if all of them are full.
 Lengths = list[int] | None
 
@@ -100,8 +104,20 @@ class _Way:
     def cast(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self._plan is None else hidden.to(self._dtype)
 
-    def convolve(self, layer: Conv1d, padded: torch.Tensor) -> torch.Tensor:
-        return layer.convolve(padded) if self._plan is None else self._plan.convolve(layer, padded)
+    def convolve(
+        self,
+        layer: Conv1d,
+        padded: torch.Tensor,
+        activation: CodecActivation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The convolution, then `activation` of its output or the sum with `residual`."""
+        if self._plan is not None and (slope := _slope(activation)) is not None:
+            return self._plan.convolve(layer, padded, slope, residual)
+        result = layer.convolve(padded) if self._plan is None else self._plan.convolve(layer, padded)
+        if residual is not None:
+            return result.add_(residual)
+        return result if activation is None else activation(result)
 
     def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
         return layer.overlap(padded) if self._plan is None else self._plan.overlap(layer, padded)
@@ -109,9 +125,25 @@ class _Way:
     def is_fast(self, layer: Conv1d) -> bool:
         return self._plan is not None and self._plan.is_fast(layer, self._num_frames)
 
-    def fast(self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int]) -> list[torch.Tensor]:
+    def fast(
+        self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], activation: CodecActivation | None = None
+    ) -> list[torch.Tensor]:
         assert self._plan is not None
-        return self._plan.fast(layers, padded, starts)
+        slope = _slope(activation)
+        if slope is not None:
+            return self._plan.fast(layers, padded, starts, slope)
+        assert activation is not None
+        return [activation(result) for result in self._plan.fast(layers, padded, starts)]
+
+
+def _slope(activation: CodecActivation | None) -> float | None:
+    """Of a leaky ReLU; 1 for no activation, None for any other."""
+    match activation and activation.activation:
+        case None:
+            return 1.0
+        case nn.LeakyReLU(negative_slope=slope):
+            return float(slope)
+    return None
 
 
 def _scaled(lengths: Lengths, rate: int) -> Lengths:
@@ -164,14 +196,25 @@ def _beyond(hidden: torch.Tensor, edge: int, count: int, mode: str) -> torch.Ten
 
 
 def _conv(
-    way: _Way, layer: Conv1d, hidden: torch.Tensor, lengths: Lengths, activation: CodecActivation | None = None
+    way: _Way,
+    layer: Conv1d,
+    hidden: torch.Tensor,
+    lengths: Lengths,
+    before: CodecActivation | None = None,
+    after: CodecActivation | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activation, then convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
+    """Activation, convolution, then another activation or the sum with `residual`, which is not written to.
+
+    [B, H_in, T] -> [B, H_out, T // stride].
+    """
     if way.is_fast(layer):
         behind = slack(layer.conv.dilation[0], layer.conv.kernel_size[0])
-        padded = _padded(hidden, layer.pad, layer.pad_mode, lengths, activation, behind)
-        return way.fast([layer], padded, [0])[0]
-    return way.convolve(layer, _padded(hidden, layer.pad, layer.pad_mode, lengths, activation))
+        padded = _padded(hidden, layer.pad, layer.pad_mode, lengths, before, behind)
+        (result,) = way.fast([layer], padded, [0], after)
+        return result if residual is None else result.add_(residual)
+    padded = _padded(hidden, layer.pad, layer.pad_mode, lengths, before)
+    return way.convolve(layer, padded, after, residual)
 
 
 def _upsample(
@@ -184,16 +227,38 @@ def _upsample(
 
 
 def _residuals(way: _Way, layer: ResidualLayer, hidden: torch.Tensor, lengths: Lengths) -> torch.Tensor:
-    """The mean of the branches."""
+    """The mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
     branches = [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in layer.res_blocks]
+    batch, channels, length = hidden.shape
+    before, after = (
+        max(sum(block.input_conv.pad[side] + block.skip_conv.pad[side] for block in blocks) for blocks in branches)
+        for side in (0, 1)
+    )
+    piece = max(PIECE // (batch * channels), 8 * (before + after))
+    count = -(-length // piece)
+    if count < 2:
+        return _mean(way, branches, hidden, lengths)
+    piece = -(-length // count)
+    width = before + piece + after  # of all pieces, as kernels are made for a width
+    result = hidden.new_empty_strided(hidden.shape, (length * channels, 1, channels))
+    for first in range(0, length, piece):
+        start = min(max(first - before, 0), length - width)
+        # An example that ends before the piece has no part in it.
+        ends = lengths and [min(end - start, width) if end > first else width for end in lengths]
+        mean = _mean(way, branches, hidden[:, :, start : start + width], ends)
+        result[:, :, first : first + piece] = mean[:, :, first - start : first - start + piece]
+    return result
+
+
+def _mean(way: _Way, branches: list[list[ResidualBlock]], hidden: torch.Tensor, lengths: Lengths) -> torch.Tensor:
     middles = _first_convs(way, [blocks[0] for blocks in branches], hidden, lengths)
     total: torch.Tensor | None = None
     for blocks, middle in zip(branches, middles, strict=True):
         result = hidden
         for block in blocks:
             if block is not blocks[0]:
-                middle = _conv(way, block.input_conv, result, lengths, block.input_activation)
-            result = _conv(way, block.skip_conv, middle, lengths, block.skip_activation).add_(result)
+                middle = _conv(way, block.input_conv, result, lengths, block.input_activation, block.skip_activation)
+            result = _conv(way, block.skip_conv, middle, lengths, residual=result)
         total = result if total is None else total.add_(result)
     assert total is not None
     return total.div_(len(branches))
@@ -202,11 +267,11 @@ def _residuals(way: _Way, layer: ResidualLayer, hidden: torch.Tensor, lengths: L
 def _first_convs(
     way: _Way, firsts: list[ResidualBlock], hidden: torch.Tensor, lengths: Lengths
 ) -> Iterator[torch.Tensor]:
-    """What the branches' first convolutions make of the same input."""
+    """What the branches' first convolutions, and the activations after them, make of the same input."""
     convs = [block.input_conv for block in firsts]
     if any(True for _ in firsts[0].input_activation.parameters()):
         yield from (
-            _conv(way, conv, hidden, lengths, block.input_activation)
+            _conv(way, conv, hidden, lengths, block.input_activation, block.skip_activation)
             for conv, block in zip(convs, firsts, strict=True)
         )
         return
@@ -216,10 +281,15 @@ def _first_convs(
     behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
     shared = _padded(hidden, widest, convs[0].pad_mode, lengths, firsts[0].input_activation, behind)
     starts = [widest[0] - conv.pad[0] for conv in convs]
-    results = way.fast([convs[number] for number in fast], shared, [starts[number] for number in fast]) if fast else []
+    after = firsts[0].skip_activation  # of all, as it has no parameters either
+    results = (
+        way.fast([convs[number] for number in fast], shared, [starts[number] for number in fast], after)
+        if fast
+        else []
+    )
     done = dict(zip(fast, results, strict=True))
     for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
         if number in done:
             yield done.pop(number)[:, :, : hidden.shape[2]]
         else:
-            yield way.convolve(conv, shared[:, :, start : shared.shape[2] - widest[1] + conv.pad[1]])
+            yield way.convolve(conv, shared[:, :, start : shared.shape[2] - widest[1] + conv.pad[1]], after)

@@ -64,7 +64,7 @@ class Plan:
         # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
         self._ends = {part.pre_conv, part.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
-        self._pieces: dict[nn.Module, list[torch.Tensor]] = {}
+        self._banks: dict[nn.Module, torch.Tensor] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def is_of(self, part: nn.Module) -> bool:
@@ -72,11 +72,23 @@ class Plan:
         now = _marks(part)
         return now[0] == self._marks[0] and torch.equal(now[1], self._marks[1])
 
-    def convolve(self, layer: Conv1d, padded: torch.Tensor) -> torch.Tensor:
-        """`Conv1d.convolve`: [B, H_in, T] -> [B, H_out, (T - span) // stride + 1]."""
+    def convolve(
+        self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`Conv1d.convolve` and what comes after it, while the output is at hand.
+
+        Args:
+            layer: whose pads are there already.
+            padded: [B, H_in, T].
+            slope: of a leaky ReLU of the output; 1 is none.
+            residual: [B, H_out, T_out] to add, where there is no slope.
+
+        Returns:
+            [B, H_out, T_out], T_out = (T - span) // stride + 1.
+        """
         if layer in self._ends:
             return _convolve(padded.float(), self._get(layer, torch.float32))
-        return self._run(layer, padded)
+        return self._run(layer, padded, slope, residual)
 
     def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
         """`ConvTranspose1d.overlap`: [B, H_in, T] -> [B, H_out, (T - 1) * stride]."""
@@ -98,13 +110,16 @@ class Plan:
             and size > 2
         )
 
-    def fast(self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int]) -> list[torch.Tensor]:
+    def fast(
+        self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
+    ) -> list[torch.Tensor]:
         """Toom-Cook's way to convolve one input with several layers of one dilation.
 
         Args:
             layers: for which `is_fast`; their dilation is 1 where one of `starts` is not 0.
             padded: [B, H_in, T], channels innermost, in memory that goes on for `slack` rows of finite numbers.
             starts: of each layer, the first item of `padded` that its first output sees.
+            slope: of a leaky ReLU of the outputs; 1 is none.
 
         Returns:
             Of each layer [B, H_out, T - start - span + 1] at least.
@@ -113,9 +128,9 @@ class Plan:
         dilation = layers[0].conv.dilation[0]
         count, step = batch * width, TILE * dilation
         tiles = -(-count // step)
-        pieces = [self._transformed(layer) for layer in layers]
+        banks = [self._transformed(layer) for layer in layers]
         ahead = max(
-            start // step + bank[0].shape[3] - 1 for start, bank in zip(starts, pieces, strict=True)
+            start // step + bank.shape[1] - 1 for start, bank in zip(starts, banks, strict=True)
         )  # tiles that the outputs of one tile see beyond it
         rows = padded.as_strided(
             (tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1)
@@ -125,26 +140,17 @@ class Plan:
         for first in range(0, tiles, block):
             size = min(block, tiles - first)
             values = _evaluate(rows[first : first + size + ahead + 1])
-            for layer, start, bank, output in zip(layers, starts, pieces, outputs, strict=True):
-                skip, taps = start // step, bank[0].shape[3]
-                seen = values[:, skip : skip + size + taps - 1].view(POINTS, 1, 1, -1, channels).permute(0, 1, 4, 2, 3)
+            for layer, start, bank, output in zip(layers, starts, banks, outputs, strict=True):
+                skip = start // step
+                seen = values[:, skip : skip + size + bank.shape[1] - 1].view(POINTS, -1, channels)
                 products = [
-                    torch.ops.mkldnn._convolution_pointwise(
-                        seen[point],
-                        bank[point],
-                        layer.conv.bias if point == 2 else None,  # 1 ^ n = 1: it comes back in every output
-                        [0, 0],
-                        [1, 1],
-                        [1, dilation],
-                        1,
-                        "none",
-                        [],
-                        "",
-                    )
+                    # 1 ^ n = 1: the bias comes back in every output.
+                    _sum_of_products(seen[point], bank[point], layer.conv.bias if point == 2 else None, dilation)
                     for point in range(POINTS)
                 ]
-                flat = [product.permute(0, 2, 3, 1).reshape(size, -1) for product in products]
-                _interpolate(flat, output[first : first + size])
+                _interpolate([product.view(size, -1) for product in products], output[first : first + size])
+                if slope != 1.0:
+                    F.leaky_relu_(output[first : first + size], slope)
         return [
             output.as_strided(
                 (batch, layer.conv.out_channels, width - start - _span(layer) + 1),
@@ -154,15 +160,14 @@ class Plan:
             for layer, start, output in zip(layers, starts, outputs, strict=True)
         ]
 
-    def _transformed(self, layer: Conv1d) -> list[torch.Tensor]:
-        """Packed weights at each point, [H_out, H_in, 1, pieces]."""
-        if layer not in self._pieces:
+    def _transformed(self, layer: Conv1d) -> torch.Tensor:
+        """Weights at each point, [POINTS, pieces, H_out, H_in]."""
+        if layer not in self._banks:
             weight = layer.conv.weight.detach()
             weight = F.pad(weight, (0, -weight.shape[2] % TILE)).unflatten(2, (-1, TILE))
-            self._pieces[layer] = [
-                _pack((weight @ taps).unsqueeze(2), 1, layer.conv.dilation[0]) for taps in _kernel_transform(weight)
-            ]
-        return self._pieces[layer]
+            points = [weight @ taps for taps in _kernel_transform(weight)]  # [H_out, H_in, pieces] each
+            self._banks[layer] = torch.stack(points).permute(0, 3, 1, 2).contiguous()
+        return self._banks[layer]
 
     def _get(self, layer: Conv1d | ConvTranspose1d, dtype: torch.dtype) -> Packed:
         if layer not in self._packed:
@@ -173,14 +178,18 @@ class Plan:
             self._packed[layer] = Packed(packed, bias if bias is None else bias.to(dtype), stride, dilation)
         return self._packed[layer]
 
-    def _run(self, layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self,
+        layer: Conv1d | ConvTranspose1d,
+        padded: torch.Tensor,
+        slope: float = 1.0,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A convolution at the plan's precision, if that is right for this shape."""
-        result = _convolve(padded, self._get(layer, self.dtype))
-        if self.dtype == torch.float32:
-            return result
+        way = self._get(layer, self.dtype)
         shape = layer, padded.shape
-        if shape not in self._checked:
-            error = _error(layer, padded, result)
+        if self.dtype == torch.bfloat16 and shape not in self._checked:
+            error = _error(layer, padded, _convolve(padded, way))
             self._checked[shape] = error < WORST_BF16
             if not self._checked[shape]:
                 warnings.warn(
@@ -188,7 +197,10 @@ class Plan:
                     f"this machine (error {error:.2g} of its rms); it is computed in fp32, which is slower.",
                     stacklevel=2,
                 )
-        return result if self._checked[shape] else _exact(layer, padded).to(self.dtype)
+        if self.dtype == torch.float32 or self._checked[shape]:
+            return _convolve(padded, way, slope, residual)
+        result = F.leaky_relu(_exact(layer, padded), slope)
+        return (result if residual is None else result + residual).to(self.dtype)
 
 
 # The plans of each part by precision. A part's layers know nothing of it, so that it goes when nobody holds it.
@@ -252,12 +264,33 @@ def _span(layer: Conv1d) -> int:
     return (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
 
 
-def _convolve(padded: torch.Tensor, way: Packed) -> torch.Tensor:
+def _convolve(
+    padded: torch.Tensor, way: Packed, slope: float = 1.0, residual: torch.Tensor | None = None
+) -> torch.Tensor:
     plane = padded.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    stride, dilation = [1, way.stride], [1, way.dilation]
-    return torch.ops.mkldnn._convolution_pointwise(
-        plane, way.packed, way.bias, [0, 0], stride, dilation, 1, "none", [], ""
-    ).squeeze(2)
+    geometry = [0, 0], [1, way.stride], [1, way.dilation], 1
+    if residual is not None:
+        assert slope == 1.0
+        other = residual.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            plane, other, way.packed, way.bias, *geometry, "add", 1.0, None, [], None
+        ).squeeze(2)
+    after = ("none", [], "") if slope == 1.0 else ("leaky_relu", [slope], "")
+    return torch.ops.mkldnn._convolution_pointwise(plane, way.packed, way.bias, *geometry, *after).squeeze(2)
+
+
+def _sum_of_products(
+    seen: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, dilation: int
+) -> torch.Tensor:
+    """A convolution of [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
+
+    Not oneDNN's, which for some shapes packs the weights anew in every call, at a fifth of the rate.
+    """
+    count = seen.shape[0] - (len(weights) - 1) * dilation
+    result = F.linear(seen[:count], weights[0], bias)
+    for piece in range(1, len(weights)):
+        result.addmm_(seen[piece * dilation : piece * dilation + count], weights[piece].T)
+    return result
 
 
 def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
