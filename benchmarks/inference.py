@@ -162,7 +162,7 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 
 
 class Convolutions(TorchDispatchMode):
-    """Seconds and multiply-adds of the plan's convolutions, by the channels of input and output; no others."""
+    """Seconds and multiply-adds of the plan's convolutions and products, by the channels of input and output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,11 +172,21 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         started = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.mkldnn._convolution_pointwise.default:
-            channels, taps = args[0].shape[1], args[1].shape[3]
-            kind = channels, result.shape[1]
-            self.seconds[kind] += time.perf_counter() - started
-            self.sums[kind] += result.numel() * channels * taps
+        took = time.perf_counter() - started
+        match func:
+            case torch.ops.mkldnn._convolution_pointwise.default:
+                signal, taps = args[0], args[1].shape[3]
+            case torch.ops.mkldnn._convolution_pointwise.binary:
+                signal, taps = args[0], args[2].shape[3]
+            case torch.ops.aten.mm.default:
+                signal, taps = args[0], 1
+            case torch.ops.aten.addmm.default | torch.ops.aten.addmm_.default:
+                signal, taps = args[1], 1
+            case _:
+                return result
+        kind = signal.shape[1], result.shape[1]
+        self.seconds[kind] += took
+        self.sums[kind] += result.numel() * signal.shape[1] * taps
         return result
 
 

@@ -165,13 +165,13 @@ def _padded(
     rows[batch * width :].zero_()
     padded = rows[: batch * width].view(batch, width, channels).transpose(1, 2)
     inner = padded[:, :, before : before + length]
-    match activation and activation.activation:
-        case None:
+    match _slope(activation):
+        case 1.0:
             inner.copy_(hidden)
-        case nn.LeakyReLU(negative_slope=slope):
+        case None:
+            inner.copy_(cast(CodecActivation, activation)(hidden))
+        case slope:
             torch.ops.aten.leaky_relu.out(hidden, slope, out=inner)
-        case function:
-            inner.copy_(cast(nn.Module, function)(hidden))
     if before:
         padded[:, :, :before] = _beyond(inner, 0, before, mode)
     if lengths is not None:
@@ -230,10 +230,7 @@ def _residuals(way: _Way, layer: ResidualLayer, hidden: torch.Tensor, lengths: L
     """The mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
     branches = [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in layer.res_blocks]
     batch, channels, length = hidden.shape
-    before, after = (
-        max(sum(block.input_conv.pad[side] + block.skip_conv.pad[side] for block in blocks) for blocks in branches)
-        for side in (0, 1)
-    )
+    before, after = layer.context
     piece = max(PIECE // (batch * channels), 8 * (before + after))
     count = -(-length // piece)
     if count < 2:

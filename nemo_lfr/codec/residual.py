@@ -82,6 +82,7 @@ class ResidualLayer(nn.Module):
         weight_norm: bool,
     ) -> None:
         super().__init__()
+        self.context = residual_context(kernel_sizes, dilations, causal)
         self.res_blocks = nn.ModuleList(
             ResidualBranch(channels, kernel_size, dilations, activation, causal, pad_mode, weight_norm)
             for kernel_size in kernel_sizes
