@@ -6,11 +6,17 @@ anew: up to a third of the time. A process whose work this is keeps them instead
 
 import ctypes
 import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 # mallopt's parameters, and the highest threshold that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MMAP_THRESHOLD = 32 * 2**20
 TRIM_THRESHOLD = 2**30
+# Windows of a recording from one release to the next: each costs the mapping of a window's memory anew.
+WINDOWS = 8
+
+_Window = TypeVar("_Window")
 
 
 def keep_heap() -> None:
@@ -26,6 +32,17 @@ def release_heap() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def flat(windows: Iterable[_Window]) -> Iterator[_Window]:
+    """The same windows; what was freed is given back after some, so that a longer recording needs no more memory.
+
+    After the first two too: what the parts keep is allocated among the temporary memory of these.
+    """
+    for number, window in enumerate(windows):
+        yield window
+        if number < 2 or number % WINDOWS == 0:
+            release_heap()
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -112,6 +114,18 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
     return chosen
 
 
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Importing PyTorch makes objects that stay; to look for dead ones among them takes a seventh of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def is_exported(source: str | os.PathLike[str] | None) -> bool:
     """Whether `source` is a folder of ONNX files."""
     return source is not None and any(Path(source, name).is_file() for name in (ENCODER, DECODER))
@@ -178,15 +192,16 @@ def load(
         if precision != "fp32":
             raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
         return OnnxCodec(source, None if device is None else str(device))
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-            "`nemo-lfr export onnx` can be used."
-        ) from error
-    from nemo_lfr.checkpoint import Checkpoint
-    from nemo_lfr.codec.codec import PRECISIONS, Codec
+    with _collector_at_rest():
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
+                "`nemo-lfr export onnx` can be used."
+            ) from error
+        from nemo_lfr.checkpoint import Checkpoint
+        from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")

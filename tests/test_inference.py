@@ -73,6 +73,17 @@ def test_the_width_of_the_memory_changes_no_token(monkeypatch):
         audio_back = found
 
 
+def test_windows_of_a_recording_give_the_heap_back_now_and_then(monkeypatch):
+    released = []
+    monkeypatch.setattr(heap, "release_heap", lambda: released.append(True))
+    given = []
+    for number in heap.flat(range(20)):
+        given.append((number, len(released)))
+    assert [number for number, _ in given] == list(range(20))
+    assert given[:3] == [(0, 0), (1, 1), (2, 2)]
+    assert len(released) == 2 + 2  # of windows 0, 1, 8 and 16
+
+
 def test_the_heap_is_kept_and_given_back_where_there_is_one_to_ask(monkeypatch):
     heap.keep_heap()
     heap.release_heap()

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -48,6 +49,17 @@ def test_the_embedded_codec_has_the_released_layout():
     assert codec.levels == (8, 7, 6, 6)
     assert codec.bit_rate == pytest.approx(1891, abs=1)
     assert embedded_checkpoint().stat().st_size < 25e6
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(enabled):
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        nemo_lfr.load(device="cpu")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable() if before else gc.disable()
 
 
 def test_the_embedded_codec_encodes_and_decodes_speech():

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -195,30 +196,35 @@ def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
 
 def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
     """Fill a part, built with weight norm or without. Every number is judged."""
-    path, own, expected = tensors.path, part.state_dict(), _expected(part)
-    state = {}
-    for key, names in sources.items():
+    own, expected = part.state_dict(), _expected(part)
+
+    def read(key: str) -> dict[str, torch.Tensor]:
         want = expected[key]
-        *gains, direction = (_finite(tensors, name, want) for name in names)
+        *gains, direction = (_finite(tensors, name, want) for name in sources[key])
         # FSQ's buffers follow from the config; other numbers there would give other tokens.
         if not want.is_floating_point() and not torch.equal(direction, want):
             raise CheckpointError(
-                f"{path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
+                f"{tensors.path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
             )
         stem = key.removesuffix(".weight")
         if stem + GAIN in own:
             norm = gain_of(direction)
             sound = bool(norm.all())
-            state[stem + GAIN] = gains[0].clone() if gains else norm
-            state[stem + DIRECTION] = direction.clone()
+            found = {stem + GAIN: gains[0].clone() if gains else norm, stem + DIRECTION: direction.clone()}
         elif gains:
-            state[key] = torch._weight_norm(direction, gains[0], 0)
-            sound = _is_finite(state[key])
+            found = {key: torch._weight_norm(direction, gains[0], 0)}
+            sound = _is_finite(found[key])
         else:
-            sound = True
-            state[key] = direction.clone()
+            found, sound = {key: direction.clone()}, True
         if not sound:
-            raise CheckpointError(f"{path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+            raise CheckpointError(
+                f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros."
+            )
+        return found
+
+    # Checksums and norms read every byte, and neither holds the interpreter.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        state = {name: value for found in pool.map(read, sources) for name, value in found.items()}
     part.load_state_dict(state, assign=True, strict=strict)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from nemo_lfr import frames
 from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, refuse_itself, resample
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.heap import flat
 
 # Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time. With their context
 # chunks of the released config are 144 frames wide to encode and 158 to decode.
@@ -222,7 +223,7 @@ class BaseCodec(ABC, Generic[Array]):
             Tokens [C, T] as int32 in order; together, exactly those of the whole recording.
         """
         frame = self.samples_per_frame
-        for wave, window in _rolling(blocks, frame, self.chunk_frames, self.encoder.context):
+        for wave, window in flat(_rolling(blocks, frame, self.chunk_frames, self.encoder.context)):
             padding = self._width(window.num_frames, self.encoder) * frame - len(wave)
             clip = self._cast(self._array(np.pad(wave, (0, padding)), "audio", AudioError), "float32")
             yield to_numpy(self._encode_frames(clip[None], [window.num_frames])[0][:, window.kept])
@@ -230,7 +231,7 @@ class BaseCodec(ABC, Generic[Array]):
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         frame = self.samples_per_frame
-        for piece, window in _rolling(blocks, 1, self.chunk_frames, self.decoder.context):
+        for piece, window in flat(_rolling(blocks, 1, self.chunk_frames, self.decoder.context)):
             missing = self._width(window.num_frames, self.decoder) - window.num_frames
             tokens, _ = self._check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
             audio = self._decode_frames(tokens, [window.num_frames])[0]

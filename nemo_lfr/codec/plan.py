@@ -259,9 +259,7 @@ def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.contiguous(memory_format=torch.channels_last), [0, 0], [1, stride], [1, dilation], 1, shape
-    )
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], [1, stride], [1, dilation], 1, shape)
 
 
 def _span(layer: Conv1d) -> int:
