@@ -5,6 +5,7 @@
 Manifests are NeMo's: JSON lines with `audio_filepath` (relative to the manifest) and `duration`. The run saves its
 whole state every few minutes and continues from it when the command is given again; `--device cuda` uses a GPU.
 Discriminators join at step `--adversarial-from`, when the spectra are roughly right.
+Convolutions are trained by Muon (torch 2.9 or newer): with AdamW the same loss takes more than twice the steps.
 Each evaluation appends a line to OUT/curve.jsonl; `--export FILE` writes the averaged weights as a `.nemo` and stops.
 """
 
@@ -22,7 +23,7 @@ from pystoi import stoi
 from torch import nn
 
 from nemo_lfr.audio import AudioReader
-from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from nemo_lfr.checkpoint import read_checkpoint, split_weight_norm, write_checkpoint
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
@@ -69,6 +70,39 @@ class Generator(nn.Module):
         return self.audio_decoder.decode_frames(codes).float(), encoded, tokens
 
 
+class Optimizers:
+    """Muon for the weights of convolutions, a row for each output; AdamW, at a third of its rate, for the rest."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self.weights = [weight for weight in parameters if weight.dim() == 3 and min(weight.shape[:2]) > 1]
+        # In the same memory: Muon takes nothing but matrices.
+        self.matrices = [weight.detach().flatten(1) for weight in self.weights]
+        chosen = {id(weight) for weight in self.weights}
+        others = [parameter for parameter in parameters if id(parameter) not in chosen]
+        self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.adam = torch.optim.AdamW(others, lr=lr / 3, betas=(0.8, 0.99), weight_decay=1e-3)
+
+    def step(self, lr: float) -> None:
+        for matrix, weight in zip(self.matrices, self.weights, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        set_rate(self.muon, lr)
+        self.muon.step()
+        set_rate(self.adam, lr / 3)
+        self.adam.step()
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 class Adversary:
     """Discriminators narrower than the released codec's, and their optimiser."""
 
@@ -79,8 +113,9 @@ class Adversary:
         self.device = device
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=lr, betas=(0.8, 0.99), weight_decay=1e-3)
 
-    def step(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
+    def step(self, real: Spectra, gen: Spectra, lr: float) -> dict[str, torch.Tensor]:
         """One update of the discriminators; returns the generator's terms."""
+        set_rate(self.optimizer, lr)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             with torch.no_grad():
                 views_real = self.module.views(real)
@@ -166,8 +201,9 @@ def main() -> None:
     parser.add_argument("--adversarial-from", type=int, default=12_500, help="step at which discriminators join")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=24, help="length of a segment")
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--adversarial-lr", type=float, default=2e-4, help="of both sides, once there are two")
+    parser.add_argument("--init", type=Path, help="start with the weights of this .nemo of the same sizes")
     parser.add_argument("--encoder-channels", type=int, default=12)
     parser.add_argument("--decoder-channels", type=int, default=192)
     parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
@@ -197,12 +233,16 @@ def main() -> None:
     length = args.frames * SAMPLES_PER_FRAME
     loss_fn = ReconstructionLoss(SAMPLE_RATE, RESOLUTIONS, MEL_DIMS).to(args.device)
 
-    if state is None:
+    if state is None and args.init:
+        parts = read_checkpoint(args.init)[0]
+        model.audio_encoder.load_state_dict(parts.encoder.state_dict())
+        model.audio_decoder.load_state_dict(parts.decoder.state_dict())
+    elif state is None:
         first = draw_batch(clips, weights, 32, length, np.random.default_rng(args.seed))
         initialize_from_data(model.audio_encoder, model.vector_quantizer, model.audio_decoder, first)
     model.to(args.device)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    optimizer = Optimizers(list(model.parameters()), args.lr)
     adversary, step = None, 0
     if state is not None:
         model.load_state_dict(state["model"])
@@ -240,21 +280,19 @@ def main() -> None:
         batch = batch.to(args.device)
         if step >= args.adversarial_from and adversary is None:
             adversary = Adversary(args.adversarial_lr, args.device)
-        for optim in [optimizer, adversary.optimizer] if adversary else [optimizer]:
-            for group in optim.param_groups:
-                group["lr"] = learning_rate(step, args)
+        lr = learning_rate(step, args)
         with torch.autocast(args.device, dtype=torch.bfloat16):
             output, encoded, tokens = model(batch)
         real, gen = Spectra(batch), Spectra(output)
         terms = loss_fn(real, gen, None, TERMS) | {"spread": spread(encoded)}
         if adversary is not None:
-            terms |= adversary.step(real, gen)
+            terms |= adversary.step(real, gen, lr)
         total = sum(LOSS_WEIGHTS.get(name, 0) * term for name, term in terms.items())
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         if torch.isfinite(norm):
-            optimizer.step()
+            optimizer.step(lr)
         step += 1
         decay = min(0.999, step / (step + 50))
         with torch.no_grad():

@@ -166,7 +166,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     (folder / "1.wav").write_text("no audio")
     soundfile.write(folder / "2.wav", np.zeros(RATE), RATE)
     code, _, err = evaluate(capsys, folder, tmp_path / "out", "--codec", "lfr")
-    assert code == 0 and "1.wav: not an audio file" in err
+    assert code == 1 and "1.wav: not an audio file" in err
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"- nemo_lfr \(embedded\): 1\.wav: .*not an audio file", text)
     assert "PESQ-WB of 1 recordings: the original is silent" in text

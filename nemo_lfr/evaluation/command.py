@@ -58,7 +58,7 @@ def evaluate(
     """Measure codecs on the recordings of a NeMo manifest, and write a report.
 
     What was done is kept: the same command again goes on where it stopped, and another --codec or a larger --limit
-    adds to it.
+    adds to it. The exit code is 1 if a codec failed on a recording; the report names both.
     """
     from nemo_lfr.cli import note, progress
     from nemo_lfr.evaluation import report
@@ -98,3 +98,5 @@ def evaluate(
         evaluation, out, title=title, command=command, by=by, examples=examples, card=card
     ):
         click.echo(path)
+    if any(result.failures for result in evaluation.results):
+        sys.exit(1)
