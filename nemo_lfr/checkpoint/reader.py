@@ -19,6 +19,7 @@ from nemo_lfr.errors import CheckpointError, ConfigError, clip
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
+READERS = 4
 
 
 def read_config(path: str | os.PathLike[str]) -> DictConfig:
@@ -222,8 +223,8 @@ def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tup
             )
         return found
 
-    # Checksums and norms read every byte, and neither holds the interpreter.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    # Checksums and norms read every byte, and neither holds the interpreter. Each reader has torch's threads to itself.
+    with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
         state = {name: value for found in pool.map(read, sources) for name, value in found.items()}
     part.load_state_dict(state, assign=True, strict=strict)
 
