@@ -223,7 +223,7 @@ def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tup
             )
         return found
 
-    # Checksums and norms read every byte, and neither holds the interpreter. Each reader has torch's threads to itself.
+    # Checksums and norms read every byte, and neither holds the interpreter; each reader has a team of torch's.
     with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
         state = {name: value for found in pool.map(read, sources) for name, value in found.items()}
     part.load_state_dict(state, assign=True, strict=strict)
