@@ -9,14 +9,16 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from nemo_lfr.frames import Window
+
 # mallopt's parameters, and the highest threshold that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MMAP_THRESHOLD = 32 * 2**20
 TRIM_THRESHOLD = 2**30
-# Windows of a recording from one release to the next: each costs the mapping of a window's memory anew.
+# Windows from one release to the next: after each the memory of a window is mapped anew.
 WINDOWS = 8
 
-_Window = TypeVar("_Window")
+_Items = TypeVar("_Items")
 
 
 def keep_heap() -> None:
@@ -34,15 +36,17 @@ def release_heap() -> None:
         library.malloc_trim(0)
 
 
-def flat(windows: Iterable[_Window]) -> Iterator[_Window]:
-    """The same windows; what was freed is given back after some, so that a longer recording needs no more memory.
+def flat(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Window]]:
+    """The same windows of a recording, for a longer one to need no more memory than a short one.
 
-    After the first two too: what the parts keep is allocated among the temporary memory of these.
+    What was freed is given back now and then, and before a window of another width, whose blocks may not fit there.
     """
-    for number, window in enumerate(windows):
-        yield window
-        if number < 2 or number % WINDOWS == 0:
+    width = 0
+    for number, (items, window) in enumerate(windows):
+        if window.num_frames != width or number % WINDOWS == 0:
             release_heap()
+        width = window.num_frames
+        yield items, window
 
 
 def _glibc() -> ctypes.CDLL | None:

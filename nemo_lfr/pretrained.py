@@ -1,7 +1,6 @@
 """Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
 
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -216,5 +215,5 @@ def load(
         precision=precision,
         name="the embedded codec" if source is None else os.fspath(source),
         device=chosen,
-        fill=functools.partial(checkpoint.fill, device=chosen),
+        checkpoint=checkpoint,
     )

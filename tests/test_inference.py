@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_lfr import heap
+from nemo_lfr import frames, heap
 from nemo_lfr.codec import inference
 from tests.models import KINDS, cached_codec, speech_like
 
@@ -73,15 +73,16 @@ def test_the_width_of_the_memory_changes_no_token(monkeypatch):
         audio_back = found
 
 
-def test_windows_of_a_recording_give_the_heap_back_now_and_then(monkeypatch):
+def test_the_heap_is_given_back_between_windows_of_two_widths_and_now_and_then(monkeypatch):
     released = []
-    monkeypatch.setattr(heap, "release_heap", lambda: released.append(True))
-    given = []
-    for number in heap.flat(range(20)):
-        given.append((number, len(released)))
-    assert [number for number, _ in given] == list(range(20))
-    assert given[:3] == [(0, 0), (1, 1), (2, 2)]
-    assert len(released) == 2 + 2  # of windows 0, 1, 8 and 16
+    monkeypatch.setattr(heap, "release_heap", lambda: released.append(len(seen)))
+    widths = [138, *[144] * 16, 131]
+    windows = [(number, frames.Window(0, width, 0, width)) for number, width in enumerate(widths)]
+    seen = []
+    for window in heap.flat(windows):
+        seen.append(window)
+    assert seen == windows
+    assert released == [0, 1, 8, 16, 17]
 
 
 def test_the_heap_is_kept_and_given_back_where_there_is_one_to_ask(monkeypatch):

@@ -57,6 +57,7 @@ class Checkpoint:
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
         }
+        self._filled: set[str] = set()
         self._lock = threading.Lock()
         for part in self.parts.named().values():
             part.eval().requires_grad_(False)
@@ -69,13 +70,25 @@ class Checkpoint:
             CheckpointError: if they are damaged, or the file has become shorter meanwhile.
         """
         with self._lock:
-            if name in self._sources:
+            if name not in self._filled:
                 self._members.check_length(self._tensors.path)
                 part = self.parts.named()[name]
                 _fill(self._tensors, name, part, self._sources[name], strict=True)
                 part.requires_grad_(False).to(device)
                 self._members.forget_pages()
-                del self._sources[name]
+                self._filled.add(name)
+
+    def numbers(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that a part would be filled with, sorted by their names, one at a time: none is kept.
+
+        Raises:
+            CheckpointError: as `fill`.
+        """
+        expected = _expected(self.parts.named()[name])
+        for key, names in sorted(self._sources[name].items()):
+            self._members.check_length(self._tensors.path)
+            yield key, _read(self._tensors, name, key, names, expected[key])[key]
+            self._members.forget_pages()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
@@ -196,37 +209,41 @@ def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
-    """Fill a part, built with weight norm or without. Every number is judged."""
+    """Fill a part, built with weight norm or without."""
     own, expected = part.state_dict(), _expected(part)
 
     def read(key: str) -> dict[str, torch.Tensor]:
-        want = expected[key]
-        *gains, direction = (_finite(tensors, name, want) for name in sources[key])
-        # FSQ's buffers follow from the config; other numbers there would give other tokens.
-        if not want.is_floating_point() and not torch.equal(direction, want):
-            raise CheckpointError(
-                f"{tensors.path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
-            )
-        stem = key.removesuffix(".weight")
-        if stem + GAIN in own:
-            norm = gain_of(direction)
-            sound = bool(norm.all())
-            found = {stem + GAIN: gains[0].clone() if gains else norm, stem + DIRECTION: direction.clone()}
-        elif gains:
-            found = {key: torch._weight_norm(direction, gains[0], 0)}
-            sound = _is_finite(found[key])
-        else:
-            found, sound = {key: direction.clone()}, True
-        if not sound:
-            raise CheckpointError(
-                f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros."
-            )
-        return found
+        has_norm = key.removesuffix(".weight") + GAIN in own
+        return _read(tensors, prefix, key, sources[key], expected[key], has_norm)
 
     # Checksums and norms read every byte, and neither holds the interpreter; each reader has a team of torch's.
     with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
         state = {name: value for found in pool.map(read, sources) for name, value in found.items()}
     part.load_state_dict(state, assign=True, strict=strict)
+
+
+def _read(
+    tensors: Tensors, prefix: str, key: str, names: tuple[str, ...], want: torch.Tensor, has_norm: bool = False
+) -> dict[str, torch.Tensor]:
+    """One weight by its plain name, or its gain and direction; every number is judged."""
+    *gains, direction = (_finite(tensors, name, want) for name in names)
+    # FSQ's buffers follow from the config; other numbers there would give other tokens.
+    if not want.is_floating_point() and not torch.equal(direction, want):
+        raise CheckpointError(
+            f"{tensors.path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
+        )
+    if has_norm:
+        stem, norm = key.removesuffix(".weight"), gain_of(direction)
+        sound = bool(norm.all())
+        found = {stem + GAIN: gains[0].clone() if gains else norm, stem + DIRECTION: direction.clone()}
+    elif gains:
+        found = {key: torch._weight_norm(direction, gains[0], 0)}
+        sound = _is_finite(found[key])
+    else:
+        found, sound = {key: direction.clone()}, True
+    if not sound:
+        raise CheckpointError(f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+    return found
 
 
 def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQua
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
+    from nemo_lfr.checkpoint import Checkpoint
     from nemo_lfr.codec.gpu.graphs import Engine
     from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
@@ -46,7 +47,7 @@ class Codec(BaseCodec[torch.Tensor]):
         chunk_frames: frames of one chunk of long audio; the result does not depend on it. None for what suits the
             device.
         device: where the parts are, or will be once they are read.
-        fill: reads the numbers of "audio_encoder" or "audio_decoder", which have been on the meta device until then.
+        checkpoint: what to fill encoder and decoder from, when each is first asked for; they are there if not given.
 
     Raises:
         NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
@@ -63,14 +64,14 @@ class Codec(BaseCodec[torch.Tensor]):
         name: str = "codec",
         chunk_frames: int | None = None,
         device: torch.device | None = None,
-        fill: Callable[[str], None] | None = None,
+        checkpoint: "Checkpoint | None" = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
         self._encoder, self.quantizer, self._decoder = encoder, quantizer, decoder
         if precision == "bf16" and (device or next(decoder.parameters()).device).type == "cpu" and not has_bf16():
             raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
-        self._device, self._fill = device, fill
+        self._device, self._checkpoint = device, checkpoint
         self.sample_rate = sample_rate
         self.precision = precision
         self.name = name
@@ -79,20 +80,20 @@ class Codec(BaseCodec[torch.Tensor]):
     @functools.cached_property
     def encoder(self) -> HiFiGANEncoder:
         """Audio -> encoded frames; its numbers are read when it is first asked for."""
-        if self._fill is not None:
-            self._fill("audio_encoder")
+        if self._checkpoint is not None:
+            self._checkpoint.fill("audio_encoder", self.device)
         return self._encoder
 
     @functools.cached_property
     def decoder(self) -> HiFiGANDecoder:
         """Dequantized frames -> audio; its numbers are read when it is first asked for."""
-        if self._fill is not None:
-            self._fill("audio_decoder")
+        if self._checkpoint is not None:
+            self._checkpoint.fill("audio_decoder", self.device)
         return self._decoder
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in this process or another, has all numbers."""
-        return self.__dict__ | {"encoder": self.encoder, "decoder": self.decoder, "_fill": None}
+        return self.__dict__ | {"encoder": self.encoder, "decoder": self.decoder, "_checkpoint": None}
 
     @property
     def samples_per_frame(self) -> int:
@@ -123,11 +124,17 @@ class Codec(BaseCodec[torch.Tensor]):
     def fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over the encoder's and decoder's weights: which codec made these tokens."""
         digest = hashlib.sha256()
-        for part in (self.encoder, self.decoder):
-            for name, parameter in sorted(plain_state(part).items()):
+        for side in ("encoder", "decoder"):
+            for name, parameter in self._numbers(side):
                 digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+                digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+    def _numbers(self, side: str) -> Iterable[tuple[str, torch.Tensor]]:
+        """Weights of the encoder or the decoder by name; those that nobody has asked for are not kept."""
+        if self._checkpoint is not None and side not in self.__dict__:
+            return self._checkpoint.numbers(f"audio_{side}")
+        return sorted(plain_state(getattr(self, side)).items())
 
     # Streams.
 
