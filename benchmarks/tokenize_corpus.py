@@ -47,11 +47,14 @@ def write_corpus(root: Path, seconds: list[float]) -> Path:
     return manifest
 
 
-def stock_loop(model: Any, manifest: Path, batch_size: int) -> tuple[float, list[torch.Tensor]]:
-    """Seconds for the corpus, and the tokens of each clip."""
+def stock_loop(
+    model: Any, manifest: Path, batch_size: int, limit: int | None = None
+) -> tuple[float, list[torch.Tensor]]:
+    """Seconds for the corpus or its first clips, and the tokens of each clip."""
     from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
-    paths = [manifest.parent / json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
+    lines = manifest.read_text().splitlines()[:limit]
+    paths = [manifest.parent / json.loads(line)["audio_filepath"] for line in lines]
     found = []
     started = time.perf_counter()
     with torch.no_grad():
@@ -117,7 +120,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--parts", default="memory,stock,ray", help="of the benchmark")
+    parser.add_argument("--parts", default="memory,stock,batches,ray", help="of the benchmark")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     rng = np.random.default_rng(0)
@@ -132,26 +135,33 @@ def main() -> None:
             if args.plot:
                 plot(samples, args.plot)
         if "stock" in args.parts:
-            compare_with_stock(ragged, outs.__next__, args.model, args.rounds, cores)
+            batches = "batches" in args.parts
+            compare_with_stock(ragged, outs.__next__, args.model, args.rounds, cores, batches)
         if "ray" in args.parts:
             even = write_corpus(root, [10.0] * (args.clips // 2))
             compare_with_ray(even, outs.__next__, args.model, args.rounds)
     print(f"\n{machine()}")
 
 
-def compare_with_stock(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int) -> None:
+def compare_with_stock(
+    manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int, batches: bool
+) -> None:
     torch.set_num_threads(cores)
     stock = stock_model(find_checkpoint(model)).eval()
     seconds = sum(json.loads(line)["duration"] for line in manifest.read_text().splitlines())
-    stock_loop(stock, manifest, 8)  # warm
-    alone, batched, own = [], [], []
+    stock_loop(stock, manifest, 1, limit=4)  # warm
+    own: list[float] = []
+    loops: dict[str, list[float]] = {"one clip at a time": []}
+    if batches:
+        loops["batches of 8"] = []
     for _ in range(rounds):
         folder = out()
         own.append(ours(manifest, folder, model, cores))
         torch.set_num_threads(cores)
         took, tokens = stock_loop(stock, manifest, 1)
-        alone.append(seconds / took)
-        batched.append(seconds / stock_loop(stock, manifest, 8)[0])
+        loops["one clip at a time"].append(seconds / took)
+        if batches:
+            loops["batches of 8"].append(seconds / stock_loop(stock, manifest, 8)[0])
     differing = total = 0
     for utterance in TokenDataset(folder):
         expected = tokens[int(utterance.id)]
@@ -159,13 +169,9 @@ def compare_with_stock(manifest: Path, out: Callable[[], Path], model: str | Non
         differing += int((utterance.tokens != expected).sum())
         total += expected.numel()
     print("\n| | seconds of audio a second |\n| --- | --- |")
-    for name, values in (
-        (f"`nemo-lfr tokenize`, {cores} workers of one thread", own),
-        (f"stock's loop, one clip at a time, {cores} threads", alone),
-        (f"stock's loop, batches of 8, {cores} threads", batched),
-    ):
-        print(f"| {name} | {spread(values)} |")
-    for name, values in (("one clip at a time", alone), ("batches of 8", batched)):
+    print(f"| `nemo-lfr tokenize`, {cores} workers of one thread | {spread(own)} |")
+    for name, values in loops.items():
+        print(f"| stock's loop, {name}, {cores} threads | {spread(values)} |")
         print(f"| ratio to stock, {name} | {spread(ratios(own, values))} |")
     print(f"\n{differing} of {total} tokens differ from stock's, clip by clip")
 

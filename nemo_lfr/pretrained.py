@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -116,13 +117,18 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
 @contextlib.contextmanager
 def _collector_at_rest() -> Iterator[None]:
     """Importing PyTorch makes objects that stay; to look for dead ones among them takes a seventh of the time."""
-    was_enabled = gc.isenabled()
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        if not gc.get_freeze_count():
+            # Into the oldest generation, unseen: the next collection would go through all of them.
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
 
 
 def is_exported(source: str | os.PathLike[str] | None) -> bool:
@@ -191,16 +197,22 @@ def load(
         if precision != "fp32":
             raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
         return OnnxCodec(source, None if device is None else str(device))
-    with _collector_at_rest():
-        try:
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(
-                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-                "`nemo-lfr export onnx` can be used."
-            ) from error
-        from nemo_lfr.checkpoint import Checkpoint
-        from nemo_lfr.codec.codec import PRECISIONS, Codec
+    return _load_checkpoint(source, device, precision)
+
+
+@_collector_at_rest()
+def _load_checkpoint(
+    source: str | os.PathLike[str] | None, device: "str | torch.device | None", precision: str
+) -> "Codec":
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
+            "`nemo-lfr export onnx` can be used."
+        ) from error
+    from nemo_lfr.checkpoint import Checkpoint
+    from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
