@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--parts", default="memory,stock,batches,ray", help="of the benchmark")
+    parser.add_argument("--parts", default="memory,stock,batches,ray", help="batches only beside stock")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     rng = np.random.default_rng(0)
@@ -150,6 +150,8 @@ def compare_with_stock(
     stock = stock_model(find_checkpoint(model)).eval()
     seconds = sum(json.loads(line)["duration"] for line in manifest.read_text().splitlines())
     stock_loop(stock, manifest, 1, limit=4)  # warm
+    if batches:
+        stock_loop(stock, manifest, 8, limit=8)
     own: list[float] = []
     loops: dict[str, list[float]] = {"one clip at a time": []}
     if batches:

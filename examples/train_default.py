@@ -5,7 +5,7 @@
 Manifests are NeMo's: JSON lines with `audio_filepath` (relative to the manifest) and `duration`. The run saves its
 whole state every few minutes and continues from it when the command is given again; `--device cuda` uses a GPU.
 Discriminators join at step `--adversarial-from`, when the spectra are roughly right.
-Convolutions are trained by Muon (torch 2.9 or newer): with AdamW the same loss takes more than twice the steps.
+Convolutions are trained by Muon (torch 2.9 or newer): AdamW took twice the steps (docs/MODEL_CARD.md).
 Each evaluation appends a line to OUT/curve.jsonl; `--export FILE` writes the averaged weights as a `.nemo` and stops.
 """
 
@@ -71,12 +71,12 @@ class Generator(nn.Module):
 
 
 class Optimizers:
-    """Muon for the weights of convolutions, a row for each output; AdamW, at a third of its rate, for the rest."""
+    """Muon for weights of convolutions, flattened behind their first dimension; AdamW at a third of its rate else."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
         self.weights = [weight for weight in parameters if weight.dim() == 3 and min(weight.shape[:2]) > 1]
         # In the same memory: Muon takes nothing but matrices.
-        self.matrices = [weight.detach().flatten(1) for weight in self.weights]
+        self.matrices = [weight.detach().view(len(weight), -1) for weight in self.weights]
         chosen = {id(weight) for weight in self.weights}
         others = [parameter for parameter in parameters if id(parameter) not in chosen]
         self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -213,6 +213,8 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the averaged weights of OUT as this .nemo and stop")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if not args.export and not hasattr(torch.optim, "Muon"):
+        raise SystemExit(f"torch {torch.__version__} has no Muon; install 2.9 or newer.")
     args.out.mkdir(parents=True, exist_ok=True)
     state_path = args.out / "state.pt"
     torch.manual_seed(args.seed)

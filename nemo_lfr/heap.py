@@ -43,7 +43,7 @@ def flat(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Win
     """
     width = 0
     for number, (items, window) in enumerate(windows):
-        if window.num_frames != width or number % WINDOWS == 0:
+        if number and (window.num_frames != width or number % WINDOWS == 0):
             release_heap()
         width = window.num_frames
         yield items, window

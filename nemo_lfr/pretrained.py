@@ -197,22 +197,16 @@ def load(
         if precision != "fp32":
             raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
         return OnnxCodec(source, None if device is None else str(device))
-    return _load_checkpoint(source, device, precision)
-
-
-@_collector_at_rest()
-def _load_checkpoint(
-    source: str | os.PathLike[str] | None, device: "str | torch.device | None", precision: str
-) -> "Codec":
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-            "`nemo-lfr export onnx` can be used."
-        ) from error
-    from nemo_lfr.checkpoint import Checkpoint
-    from nemo_lfr.codec.codec import PRECISIONS, Codec
+    with _collector_at_rest():
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
+                "`nemo-lfr export onnx` can be used."
+            ) from error
+        from nemo_lfr.checkpoint import Checkpoint
+        from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")

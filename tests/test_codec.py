@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nemo_lfr
 from nemo_lfr.checkpoint import build_part, build_parts
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
@@ -443,6 +446,27 @@ def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
     assert len(first.fingerprint) == 16 and int(first.fingerprint, 16) >= 0
     wave = synthesize(0.4)[: 7 * 1024]
     assert_same_tokens(second, wave, first.encode(wave)[0][0])
+
+
+def test_a_fingerprint_keeps_no_weights_that_nobody_asked_for():
+    whole, encoding, fresh = (nemo_lfr.load(device="cpu") for _ in range(3))
+    expected = whole.encoder and whole.decoder and whole.fingerprint
+    assert encoding.encoder and encoding.fingerprint == fresh.fingerprint == expected
+    sides = [encoding._decoder, fresh._encoder, fresh._decoder]
+    assert all(parameter.is_meta for side in sides for parameter in side.parameters())
+
+
+def test_a_codec_is_first_used_after_the_main_thread_has_ended():
+    script = """
+import threading, time, numpy, nemo_lfr
+codec = nemo_lfr.load(device="cpu")
+def work():
+    threading.main_thread().join()
+    print(codec.encode(numpy.zeros(22050, "float32"))[0].shape[2])
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "22\n", done.stderr
 
 
 def test_fingerprints_of_different_weights_differ():

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from nemo_lfr.errors import CheckpointError, ConfigError, clip
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
+# Checksums and norms read every byte, and neither holds the interpreter. No more: each has a team of torch's threads.
 READERS = 4
 
 
@@ -216,9 +217,9 @@ def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tup
         has_norm = key.removesuffix(".weight") + GAIN in own
         return _read(tensors, prefix, key, sources[key], expected[key], has_norm)
 
-    # Checksums and norms read every byte, and neither holds the interpreter; each reader has a team of torch's.
-    with ThreadPoolExecutor(min(READERS, torch.get_num_threads())) as pool:
-        state = {name: value for found in pool.map(read, sources) for name, value in found.items()}
+    # Not an executor, which refuses work once the main thread has ended, though others may go on.
+    with ThreadPool(min(READERS, torch.get_num_threads(), max(1, len(sources)))) as pool:
+        state = {name: value for found in pool.imap(read, sources) for name, value in found.items()}
     part.load_state_dict(state, assign=True, strict=strict)
 
 

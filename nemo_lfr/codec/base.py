@@ -249,6 +249,7 @@ class BaseCodec(ABC, Generic[Array]):
         from nemo_lfr.tokens.format import TokenWriter
 
         refuse_itself(source, target)
+        _ = self.encoder.context  # read now, else the fingerprint would read it too
         with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
             for tokens in self.encode_blocks(reader.blocks()):
                 writer.write(tokens)
