@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -19,8 +18,6 @@ from nemo_lfr.errors import CheckpointError, ConfigError, clip
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
-# Checksums and norms read every byte, and neither holds the interpreter. No more: each has a team of torch's threads.
-READERS = 4
 
 
 def read_config(path: str | os.PathLike[str]) -> DictConfig:
@@ -213,13 +210,9 @@ def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tup
     """Fill a part, built with weight norm or without."""
     own, expected = part.state_dict(), _expected(part)
 
-    def read(key: str) -> dict[str, torch.Tensor]:
-        has_norm = key.removesuffix(".weight") + GAIN in own
-        return _read(tensors, prefix, key, sources[key], expected[key], has_norm)
-
-    # Not an executor, which refuses work once the main thread has ended, though others may go on.
-    with ThreadPool(min(READERS, torch.get_num_threads(), max(1, len(sources)))) as pool:
-        state = {name: value for found in pool.imap(read, sources) for name, value in found.items()}
+    state = {}
+    for key, names in sources.items():
+        state |= _read(tensors, prefix, key, names, expected[key], key.removesuffix(".weight") + GAIN in own)
     part.load_state_dict(state, assign=True, strict=strict)
 
 
