@@ -209,8 +209,7 @@ def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
 def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
     """Fill a part, built with weight norm or without."""
     own, expected = part.state_dict(), _expected(part)
-
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for key, names in sources.items():
         state |= _read(tensors, prefix, key, names, expected[key], key.removesuffix(".weight") + GAIN in own)
     part.load_state_dict(state, assign=True, strict=strict)
