@@ -1,6 +1,7 @@
 """The codec on a GPU: checked, then timed beside stock's arithmetic, stage by stage, in under 8 minutes.
 
     python benchmarks/gpu.py [--device cuda] [--minutes 8] [--parts peaks,kernels,speech,latency,stages,saturation]
+                             [--precisions bf16,fp32] [--batches 32] [--speech FOLDER]
     python benchmarks/gpu.py --pack .gpu_inputs.pt [--speech FOLDER]
 
 Needs torch and numpy, and Triton for the fused kernels; no network, no NeMo. The full-size codec (112.7 M parameters)
@@ -25,7 +26,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -158,9 +159,11 @@ class Stock:
 class Bench:
     """What the parts share: the device, the clock, and what went wrong."""
 
-    def __init__(self, device: str, minutes: float, small: bool) -> None:
+    def __init__(
+        self, device: str, minutes: float, small: bool, precisions: Sequence[str], batches: Sequence[int]
+    ) -> None:
         self.device = torch.device(device)
-        self.small = small
+        self.small, self.precisions, self.batches = small, precisions, batches
         self.failures: list[str] = []
         self._end = time.monotonic() + 60 * minutes
         self.on_gpu = self.device.type == "cuda"
@@ -323,12 +326,12 @@ def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: lis
     return "" if max(errors) <= close else f"off by {max(errors):.2e}"
 
 
-def real_speech() -> tuple[Codec, list[torch.Tensor]]:
+def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     """The embedded codec and clips [T_audio] of speech, on the CPU."""
     if PACKED.exists():
         held = torch.load(PACKED, weights_only=False)
         return Codec(*held["parts"], held["sample_rate"]), held["clips"]
-    return _load_speech(None)
+    return _load_speech(folder)
 
 
 def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
@@ -341,7 +344,7 @@ def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     codec = load(None, "cpu")
     paths = [demo_clip()]
     if folder is not None:
-        paths += sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav"))[:16]
+        paths += sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".wav", ".ogg"))[:16]
     clips = []
     for path in paths:
         with AudioReader(path, codec.sample_rate) as reader:
@@ -350,9 +353,9 @@ def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def speech(bench: Bench) -> None:
+def speech(bench: Bench, folder: Path | None) -> None:
     """Tokens of real speech at each precision, against fp32 on the CPU; and audio of the same tokens."""
-    codec, clips = real_speech()
+    codec, clips = real_speech(folder)
     lengths = [len(wave) for wave in clips]
     batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
     tokens, counts = codec.encode(batch, lengths)
@@ -453,14 +456,14 @@ def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
             for name, context in stock_ways(bench).items():
                 with context():
                     took = [
-                        median(bench.seconds(partial(encode, audio, audio_len), 3.0)),
-                        median(bench.seconds(partial(decode, tokens, tokens_len), 3.0)),
+                        median(bench.seconds(partial(encode, audio, audio_len), 1.5)),
+                        median(bench.seconds(partial(decode, tokens, tokens_len), 1.5)),
                     ]
                 if name.startswith("fp32"):
                     reference = sum(took)
                 print(_row(f"{who}, {name}", took, reference), flush=True)
-        for precision in ("bf16", "fp32", "fp16", "tf32"):
-            if bench.left() < 100 and precision in ("fp16", "tf32"):
+        for precision in bench.precisions:
+            if bench.left() < 15:
                 print(f"{precision}: not measured, the time is short")
                 continue
             fast = with_precision(codec, precision)
@@ -483,7 +486,7 @@ def _row(name: str, took: list[float], reference: float) -> str:
 @torch.no_grad()
 def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
     """Seconds of audio a second at the batch that suits each best: 10 s clips."""
-    sizes = [1, 2] if bench.small else [8, 32, 96]
+    sizes = [1, 2] if bench.small else bench.batches
     seconds = 1.0 if bench.small else 10.0
     print("| | encode | decode | both |\n| --- | --- | --- | --- |")
     best = 0.0
@@ -517,8 +520,8 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
         for name, context in stock_ways(bench).items():
             with context():
                 best = max(best, measure(f"{who}, {name}", encode, decode))
-    for precision in ("bf16", "tf32", "fp32", "fp16"):
-        if bench.left() < 45:
+    for precision in bench.precisions:
+        if bench.left() < 15:
             print(f"{precision}: not measured, the time is short")
             continue
         fast = with_precision(codec, precision)
@@ -608,9 +611,11 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--parts", default="peaks,kernels,speech,latency,saturation,stages,upload")
+    parser.add_argument("--precisions", default="bf16,fp32,fp16,tf32", help="of latency and saturation")
+    parser.add_argument("--batches", default="8,32,96", help="of saturation: clips of 10 s")
     parser.add_argument("--small", action="store_true", help="few channels and short clips: to try the script")
     parser.add_argument("--pack", type=Path, help="write the embedded codec and speech, and stop")
-    parser.add_argument("--speech", type=Path, help="folder of recordings for --pack, beside the package's own")
+    parser.add_argument("--speech", type=Path, help="folder of recordings, beside the package's own")
     args = parser.parse_args()
     if args.pack:
         codec, clips = _load_speech(args.speech)
@@ -621,7 +626,8 @@ def main() -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"No CUDA device: torch {torch.__version__} sees none. --device cpu --small tries the script itself.")
         return 2
-    bench = Bench(args.device, args.minutes, args.small)
+    batches = [int(batch) for batch in args.batches.split(",")]
+    bench = Bench(args.device, args.minutes, args.small, args.precisions.split(","), batches)
     card = torch.cuda.get_device_name(bench.device) if bench.on_gpu else platform.processor() or platform.machine()
     try:
         import triton
@@ -637,7 +643,7 @@ def main() -> int:
     parts: dict[str, tuple[float, Callable[[], None]]] = {
         "peaks": (10, lambda: peaks(bench)),
         "kernels": (30, lambda: check_kernels(bench)),
-        "speech": (40, lambda: speech(bench)),
+        "speech": (40, lambda: speech(bench, args.speech)),
         "latency": (40, lambda: latency(bench, codec, stock)),
         "stages": (30, lambda: stages(bench, codec)),
         "saturation": (40, lambda: saturation(bench, codec, stock)),

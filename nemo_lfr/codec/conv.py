@@ -26,8 +26,34 @@ def channels_last(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
 
 
+def extend(signal: torch.Tensor, before: int, after: int, dim: int, mode: str = "reflect") -> torch.Tensor:
+    """`F.pad` of one dimension by "reflect" or "replicate", one copy in the order of memory that the signal has.
+
+    On a GPU `F.pad` turns channels-last signals around first, which costs as much as the convolution behind it.
+    """
+    if not before and not after:
+        return signal
+    length = signal.shape[dim]
+    if mode == "reflect":
+        start = signal.narrow(dim, 1, before).flip(dim)
+        end = signal.narrow(dim, length - 1 - after, after).flip(dim)
+    else:
+        sizes = list(signal.shape)
+        sizes[dim] = -1
+        start, end = (
+            edge.expand(*sizes[:dim], count, *sizes[dim + 1 :])
+            for edge, count in ((signal.narrow(dim, 0, 1), before), (signal.narrow(dim, length - 1, 1), after))
+        )
+    return torch.cat([start, signal, end], dim)
+
+
 def convolve(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1, dilation: int = 1
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int = 0,
 ) -> torch.Tensor:
     """`F.conv1d` of [B, H_in, T] and [H_out, H_in, K], by whatever way a CPU is fastest at.
 
@@ -37,15 +63,20 @@ def convolve(
     frames). An exported graph leaves the way to who runs it.
     """
     if torch.compiler.is_exporting():
-        return F.conv1d(hidden, weight, bias, stride=stride, dilation=dilation)
+        return F.conv1d(hidden, weight, bias, stride=stride, padding=padding, dilation=dilation)
     outweighs = _outweighs(weight, hidden)
     # A dilated product's gradient would be spread over the span's gaps first.
     if outweighs >= (16 if not torch.is_grad_enabled() else 4 if dilation == 1 else math.inf):
-        return convolve_by_product(hidden, weight, bias, stride, dilation)
+        return convolve_by_product(F.pad(hidden, (padding, padding)), weight, bias, stride, dilation)
     plane = hidden.unsqueeze(2)
     layout = torch.contiguous_format if outweighs >= 1 else torch.channels_last
     return F.conv2d(
-        plane.contiguous(memory_format=layout), weight.unsqueeze(2), bias, stride=(1, stride), dilation=(1, dilation)
+        plane.contiguous(memory_format=layout),
+        weight.unsqueeze(2),
+        bias,
+        stride=(1, stride),
+        padding=(0, padding),
+        dilation=(1, dilation),
     ).squeeze(2)
 
 
@@ -108,6 +139,8 @@ class Conv1d(nn.Module):
         before, after = self.pad[0] * first, self.pad[1] * last
         if torch.compiler.is_exporting():
             return F.pad(hidden, (before, after), mode=self.pad_mode)
+        if hidden.is_cuda and self.pad_mode != "constant":
+            return extend(hidden.transpose(1, 2), before, after, 1, self.pad_mode).transpose(1, 2)
         return F.pad(hidden.unsqueeze(2), (before, after, 0, 0), mode=self.pad_mode).squeeze(2)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:
@@ -116,6 +149,9 @@ class Conv1d(nn.Module):
         return convolve(padded, conv.weight, conv.bias, conv.stride[0], conv.dilation[0])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
+            conv = self.conv
+            return convolve(hidden, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
         return self.convolve(self.pad_ends(hidden))
 
 

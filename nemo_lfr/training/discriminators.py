@@ -7,6 +7,7 @@ discriminators' own update detaches. State-dict keys are those of NeMo's classes
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.codec.conv import convolve_by_product
+from nemo_lfr.codec.conv import convolve_by_product, extend
 from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.training.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
@@ -25,7 +26,7 @@ Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores, feature
 
 
 class Conv2d(nn.Module):
-    """A weight-normed convolution that keeps the size but for its stride, reflecting at the edges."""
+    """A weight-normed convolution that keeps the size but for its stride; `pad_mode` is "reflect" or "zeros"."""
 
     def __init__(
         self,
@@ -34,14 +35,22 @@ class Conv2d(nn.Module):
         kernel_size: tuple[int, int],
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
+        pad_mode: str = "reflect",
     ) -> None:
         super().__init__()
         padding = ((kernel_size[0] - 1) * dilation[0] // 2, (kernel_size[1] - 1) * dilation[1] // 2)
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode="reflect")
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=pad_mode)
         self.conv = weight_norm(conv)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         conv = self.conv
+        if conv.padding_mode == "zeros":
+            return conv(hidden.contiguous(memory_format=torch.channels_last))
+        if hidden.is_cuda:
+            rows, columns = conv.padding
+            pixels = hidden.permute(0, 2, 3, 1)  # [B, H, W, C], contiguous in channels-last memory
+            padded = extend(extend(pixels, rows, rows, 1), columns, columns, 2).permute(0, 3, 1, 2)
+            return F.conv2d(padded, conv.weight, conv.bias, conv.stride, dilation=conv.dilation)
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
             return conv(hidden)
         # Columns never meet. As rows of a matrix product they keep a CPU at its peak, which convolutions over the
@@ -101,11 +110,12 @@ class AudioDiscriminator(nn.Module):
 class PeriodDiscriminator(_Network):
     """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646); `channels` of the first layer, 32 in NeMo."""
 
-    def __init__(self, period: int, lrelu_slope: float = 0.1, channels: int = 32) -> None:
+    def __init__(self, period: int, lrelu_slope: float = 0.1, channels: int = 32, pad_mode: str = "reflect") -> None:
         widths = [1, channels, 4 * channels, 16 * channels, 32 * channels]
-        layers = [Conv2d(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in pairwise(widths)]
-        layers.append(Conv2d(widths[-1], widths[-1], kernel_size=(5, 1)))
-        super().__init__(layers, Conv2d(widths[-1], 1, kernel_size=(3, 1)), lrelu_slope)
+        conv = partial(Conv2d, pad_mode=pad_mode)
+        layers = [conv(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in pairwise(widths)]
+        layers.append(conv(widths[-1], widths[-1], kernel_size=(5, 1)))
+        super().__init__(layers, conv(widths[-1], 1, kernel_size=(3, 1)), lrelu_slope)
         self.period = period
 
     def view(self, audio: torch.Tensor) -> torch.Tensor:
@@ -132,10 +142,14 @@ class MultiPeriodDiscriminator(_Networks):
     """One network for each of some prime periods."""
 
     def __init__(
-        self, periods: Sequence[int] = (2, 3, 5, 7, 11), lrelu_slope: float = 0.1, channels: int = 32
+        self,
+        periods: Sequence[int] = (2, 3, 5, 7, 11),
+        lrelu_slope: float = 0.1,
+        channels: int = 32,
+        pad_mode: str = "reflect",
     ) -> None:
         super().__init__()
-        networks = [PeriodDiscriminator(period, lrelu_slope, channels) for period in periods]
+        networks = [PeriodDiscriminator(period, lrelu_slope, channels, pad_mode) for period in periods]
         self.discriminators = nn.ModuleList(networks)
 
     def views(self, audio: Spectra) -> Views:
@@ -151,11 +165,12 @@ def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
 class DiscriminatorSTFT(_Network):
     """Looks at real and imaginary part of an STFT (EnCodec, arXiv 2210.13438)."""
 
-    def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1) -> None:
-        layers = [Conv2d(2, 32, kernel_size=(3, 9))]
-        layers += [Conv2d(32, 32, kernel_size=(3, 9), stride=(1, 2), dilation=(step, 1)) for step in (1, 2, 4)]
-        layers.append(Conv2d(32, 32, kernel_size=(3, 3)))
-        super().__init__(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope)
+    def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1, pad_mode: str = "reflect") -> None:
+        conv = partial(Conv2d, pad_mode=pad_mode)
+        layers = [conv(2, 32, kernel_size=(3, 9))]
+        layers += [conv(32, 32, kernel_size=(3, 9), stride=(1, 2), dilation=(step, 1)) for step in (1, 2, 4)]
+        layers.append(conv(32, 32, kernel_size=(3, 3)))
+        super().__init__(layers, conv(32, 1, kernel_size=(3, 3)), lrelu_slope)
         self.resolution = tuple(resolution)
         # Always a Hann window: `Spectra` has its own. It is here because NeMo's checkpoints hold it.
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
@@ -167,9 +182,11 @@ class DiscriminatorSTFT(_Network):
 class MultiResolutionDiscriminatorSTFT(_Networks):
     """One network for each resolution (n_fft, hop, window)."""
 
-    def __init__(self, resolutions: Sequence[Sequence[int]]) -> None:
+    def __init__(self, resolutions: Sequence[Sequence[int]], pad_mode: str = "reflect") -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(DiscriminatorSTFT(resolution) for resolution in resolutions)
+        self.discriminators = nn.ModuleList(
+            DiscriminatorSTFT(resolution, pad_mode=pad_mode) for resolution in resolutions
+        )
 
     def views(self, audio: Spectra) -> Views:
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
