@@ -564,7 +564,8 @@ def stages(bench: Bench, codec: Codec) -> None:
                 way()
                 took[name] = gpu_seconds(way) if bench.on_gpu else median(bench.seconds(way, 0.5))
                 sums[name] += took[name]
-            signal, flops, size = step.run(signal, ends * step.rate), *work(step, signal)
+            signal = step.run(signal, ends * step.rate)
+            flops, size = work(step, signal)
             cells = " | ".join(f"{1e3 * value:.3f}" for value in took.values())
             rate, speed = flops / took[last], size / took[last]
             print(

@@ -26,27 +26,6 @@ def channels_last(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
 
 
-def extend(signal: torch.Tensor, before: int, after: int, dim: int, mode: str = "reflect") -> torch.Tensor:
-    """`F.pad` of one dimension by "reflect" or "replicate", one copy in the order of memory that the signal has.
-
-    On a GPU `F.pad` turns channels-last signals around first, which costs as much as the convolution behind it.
-    """
-    if not before and not after:
-        return signal
-    length = signal.shape[dim]
-    if mode == "reflect":
-        start = signal.narrow(dim, 1, before).flip(dim)
-        end = signal.narrow(dim, length - 1 - after, after).flip(dim)
-    else:
-        sizes = list(signal.shape)
-        sizes[dim] = -1
-        start, end = (
-            edge.expand(*sizes[:dim], count, *sizes[dim + 1 :])
-            for edge, count in ((signal.narrow(dim, 0, 1), before), (signal.narrow(dim, length - 1, 1), after))
-        )
-    return torch.cat([start, signal, end], dim)
-
-
 def convolve(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -139,8 +118,6 @@ class Conv1d(nn.Module):
         before, after = self.pad[0] * first, self.pad[1] * last
         if torch.compiler.is_exporting():
             return F.pad(hidden, (before, after), mode=self.pad_mode)
-        if hidden.is_cuda and self.pad_mode != "constant":
-            return extend(hidden.transpose(1, 2), before, after, 1, self.pad_mode).transpose(1, 2)
         return F.pad(hidden.unsqueeze(2), (before, after, 0, 0), mode=self.pad_mode).squeeze(2)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.codec.conv import convolve_by_product, extend
+from nemo_lfr.codec.conv import convolve_by_product
 from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.training.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
@@ -46,11 +46,6 @@ class Conv2d(nn.Module):
         conv = self.conv
         if conv.padding_mode == "zeros":
             return conv(hidden.contiguous(memory_format=torch.channels_last))
-        if hidden.is_cuda:
-            rows, columns = conv.padding
-            pixels = hidden.permute(0, 2, 3, 1)  # [B, H, W, C], contiguous in channels-last memory
-            padded = extend(extend(pixels, rows, rows, 1), columns, columns, 2).permute(0, 3, 1, 2)
-            return F.conv2d(padded, conv.weight, conv.bias, conv.stride, dilation=conv.dilation)
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
             return conv(hidden)
         # Columns never meet. As rows of a matrix product they keep a CPU at its peak, which convolutions over the
