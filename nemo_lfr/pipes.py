@@ -106,7 +106,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         out, into = os.pipe()
 
         def feed() -> None:
-            with suppress(BrokenPipeError), os.fdopen(into, "wb", buffering=0) as pipe:
+            # Who reads may be done first: with the pipe, or with the source, which then is closed (ValueError).
+            with suppress(BrokenPipeError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
                 piece = head
                 while piece:
                     pipe.write(piece)
