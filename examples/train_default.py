@@ -63,7 +63,7 @@ class Generator(nn.Module):
     """Encoder, FSQ and decoder.
 
     Without weight norm, which doubles the cost of small convolutions on a CPU, and with zeros at the ends, which
-    convolutions add for nothing: reflections are two thirds of a training step's kernels on a GPU.
+    convolutions add for nothing, where reflections are copies of every layer's signal.
     """
 
     def __init__(self, encoder_channels: int, decoder_channels: int) -> None:
@@ -87,8 +87,8 @@ class Generator(nn.Module):
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """A convolution's [H_out, H_in, K] as [H_out, K * H_in]: the same memory if that is channels-last."""
-    return weight.transpose(1, 2).flatten(1)
+    """A convolution's [H_out, H_in, K] in channels-last memory as [H_out, K * H_in], in the same memory."""
+    return weight.transpose(1, 2).view(weight.shape[0], -1)
 
 
 class Muon:
@@ -180,7 +180,7 @@ class Adversary:
     def step(self, real: Spectra, gen: Spectra) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One update; the generator's terms, and their gradient at the audio, [B, T_audio].
 
-        Both sides learn from one look at each signal: looking again after the update would cost a third more.
+        Both sides learn from one look at each signal, the generator not from a second one after the update.
         """
         with torch.autocast(self.device, dtype=torch.bfloat16), parametrize.cached():
             with torch.no_grad():
@@ -431,8 +431,8 @@ def main() -> None:
         first = speech.cut(starts.to(args.device), gains.to(args.device)).cpu()
         initialize_from_data(model.audio_encoder, model.vector_quantizer, model.audio_decoder, first)
     model.to(args.device)
-    average = copy.deepcopy(model).requires_grad_(False)
     trainer = Trainer(model, speech, args.batch_size, args.device)
+    average = copy.deepcopy(model).requires_grad_(False)
     step, seconds = 0, 0.0  # trained
     if state is not None:
         model.load_state_dict(state["model"])
