@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 # Audio that is encoded together, and held at a time.
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
-# Shards after which a worker gives back its heap.
-RELEASE_EVERY = 4
 # Kernels that oneDNN keeps on a CPU, one for each layer and shape. By default it is 1,024, which the clips of a corpus
 # fill within minutes with half a megabyte each; with fewer it is as fast (measured).
 KERNELS = 384
@@ -211,6 +209,7 @@ def _encode(
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
     tokens, num_frames = codec.encode(audio, lengths)
+    release_heap()  # in pieces by now, as clips have many lengths
     rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])
     for clip, (_, *context) in batch:
@@ -248,12 +247,7 @@ class Worker:
         if str(self.codec.device) == "cpu":
             torch.set_num_threads(job.threads)
         self.corpus = job.open()
-        self._computed = 0
 
     def run(self, index: int, part: Part) -> dict[str, Any]:
         """Compute a shard; what its mark says, as JSON."""
-        mark = asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
-        self._computed += 1
-        if self._computed % RELEASE_EVERY == 0:
-            release_heap()
-        return mark
+        return asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
