@@ -328,7 +328,7 @@ def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: lis
 
 def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     """The embedded codec and clips [T_audio] of speech, on the CPU."""
-    if PACKED.exists():
+    if folder is None and PACKED.exists():
         held = torch.load(PACKED, weights_only=False)
         return Codec(*held["parts"], held["sample_rate"]), held["clips"]
     return _load_speech(folder)
@@ -463,7 +463,7 @@ def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
                     reference = sum(took)
                 print(_row(f"{who}, {name}", took, reference), flush=True)
         for precision in bench.precisions:
-            if bench.left() < 15:
+            if bench.left() < 45:
                 print(f"{precision}: not measured, the time is short")
                 continue
             fast = with_precision(codec, precision)
@@ -511,6 +511,8 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
             finally:
                 if bench.on_gpu:
                     torch.cuda.empty_cache()
+        if not all(rates):
+            return 0.0
         (at, fastest), (at_, fastest_) = (max(rate.items(), key=lambda item: item[1]) for rate in rates)
         both = 1 / (1 / fastest + 1 / fastest_)
         print(f"| {name} | {fastest:.0f} (batch {at}) | {fastest_:.0f} (batch {at_}) | {both:.0f} |", flush=True)
@@ -521,7 +523,7 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
             with context():
                 best = max(best, measure(f"{who}, {name}", encode, decode))
     for precision in bench.precisions:
-        if bench.left() < 15:
+        if bench.left() < 45:
             print(f"{precision}: not measured, the time is short")
             continue
         fast = with_precision(codec, precision)
@@ -624,6 +626,9 @@ def main() -> int:
         torch.save({"parts": parts, "sample_rate": codec.sample_rate, "clips": clips}, args.pack)
         print(f"{args.pack}: {args.pack.stat().st_size / 2**20:.1f} MiB, {len(clips)} clips")
         return 0
+    unknown = set(args.precisions.split(",")) - set(PRECISIONS)
+    if unknown:
+        parser.error(f"--precisions: {', '.join(sorted(unknown))} unknown; known: {', '.join(PRECISIONS)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"No CUDA device: torch {torch.__version__} sees none. --device cpu --small tries the script itself.")
         return 2

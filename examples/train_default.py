@@ -141,7 +141,7 @@ def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW
 class Speech:
     """Recordings in a device's memory, from which segments are cut there."""
 
-    def __init__(self, clips: list[np.ndarray], length: int, device: str) -> None:
+    def __init__(self, clips: list[np.ndarray], length: int, device: torch.device) -> None:
         durations = np.array([len(clip) for clip in clips])
         padded = [np.pad(clip, (0, max(0, length - len(clip)))) for clip in clips]
         self.starts = np.cumsum([0] + [len(clip) for clip in padded[:-1]])
@@ -168,7 +168,7 @@ class Speech:
 class Adversary:
     """Discriminators narrower than the released codec's, and their optimiser."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         resolutions = [(window, window // 4, window) for window in (512, 1024, 2048)]
         spectra = MultiResolutionDiscriminatorSTFT(resolutions, pad_mode="zeros")
         self.module = Discriminator([spectra, MultiPeriodDiscriminator(channels=16, pad_mode="zeros")]).to(device)
@@ -182,7 +182,7 @@ class Adversary:
 
         Both sides learn from one look at each signal, the generator not from a second one after the update.
         """
-        with torch.autocast(self.device, dtype=torch.bfloat16), parametrize.cached():
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
             with torch.no_grad():
                 views_real = self.module.views(real)
             views_gen = self.module.views(gen)
@@ -198,8 +198,9 @@ class Adversary:
             total = terms["gen"] + FEATURE_WEIGHT * terms["feature"]
             gradients = torch.autograd.grad(total, inputs, retain_graph=True)
             learned = torch.autograd.grad(loss, self.parameters)
+        self.lr.mul_(torch.stack(torch._foreach_norm(learned)).norm().isfinite())
         for parameter, grad in zip(self.parameters, learned, strict=True):
-            parameter.grad = grad
+            parameter.grad = grad.nan_to_num()
         self.optimizer.step()
         return terms, torch.autograd.grad(views_gen, gen.audio, gradients)[0]
 
@@ -213,7 +214,7 @@ class Trainer:
     know: at a full share from the start they undid in 300 steps what the spectra had taught (docs/MODEL_CARD.md).
     """
 
-    def __init__(self, model: Generator, speech: Speech, batch_size: int, device: str) -> None:
+    def __init__(self, model: Generator, speech: Speech, batch_size: int, device: torch.device) -> None:
         self.speech, self.device = speech, device
         self.loss = ReconstructionLoss(SAMPLE_RATE, RESOLUTIONS, MEL_DIMS).to(device)
         self.adversary: Adversary | None = None
@@ -250,7 +251,7 @@ class Trainer:
         self.share.fill_(share)
         if self.adversary is not None:
             self.adversary.lr.fill_(lr)
-        if self.device == "cpu":
+        if self.device.type == "cpu":
             return self._update()
         if self._graph is None and self._eager < 3:  # libraries choose their ways and take their memory first
             self._eager += 1
@@ -295,8 +296,11 @@ class Trainer:
         memory = [grad.transpose(1, 2).flatten() if grad.dim() == 3 else grad for grad in grads]
         flat = torch.cat(memory).float()
         norm = flat.norm()
-        flat *= torch.where(norm.isfinite(), (10 / (norm + 1e-6)).clamp_max(1), 0.0)
-        parts = list(flat.nan_to_num_().split(self.sizes))  # without finite gradients a step changes next to nothing
+        finite = norm.isfinite()  # otherwise the step moves nothing
+        self.lr.mul_(finite)
+        self.lr_other.mul_(finite)
+        flat *= torch.where(finite, (10 / (norm + 1e-6)).clamp_max(1), 0.0)
+        parts = list(flat.nan_to_num_().split(self.sizes))
         shaped = [
             part.view(weight.shape[0], weight.shape[2], -1) if weight.dim() == 3 else part
             for part, weight in zip(parts, self.parameters, strict=True)
@@ -326,8 +330,9 @@ class Trainer:
 
 
 def load_adamw(optimizer: torch.optim.AdamW, state: dict, lr: torch.Tensor) -> None:
-    """Its moments; its rate stays the tensor that it was made with."""
+    """Its moments; its rate stays the tensor that it was made with, wherever the state was made."""
     optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["capturable"] = lr.is_cuda
     optimizer.param_groups[0]["lr"] = lr
 
 
@@ -344,7 +349,9 @@ def read_manifest(path: Path) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def evaluate(model: Generator, clips: list[np.ndarray], loss: ReconstructionLoss, device: str) -> dict[str, float]:
+def evaluate(
+    model: Generator, clips: list[np.ndarray], loss: ReconstructionLoss, device: torch.device
+) -> dict[str, float]:
     """Mean ESTOI and spectral distances over whole clips, in fp32."""
     sums: dict[str, float] = {}
     for clip in clips:
@@ -368,15 +375,15 @@ def write_aside(path: Path, write) -> None:
     os.replace(aside, path)
 
 
-def schedule(step: int, progress: float, args: argparse.Namespace) -> tuple[float, float]:
+def schedule(step: int, progress: float, joined: bool, args: argparse.Namespace) -> tuple[float, float]:
     """Learning rate and the discriminators' share of the gradient, at a step and a progress of 0 to 1.
 
-    The rate falls to a tenth without discriminators, and with them, from its second start, to a thirtieth.
+    The rate falls to a tenth before the discriminators have joined, and then, from its second start, to a thirtieth.
     """
-    joined = args.adversarial_from
-    if progress < joined:
-        return args.lr * min(1.0, (step + 1) / 100) * (1 - 0.9 * progress / min(joined, 1.0)), 0.0
-    late = (progress - joined) / (1 - joined)
+    start = args.adversarial_from
+    if not joined:
+        return args.lr * min(1.0, (step + 1) / 100) * (1 - 0.9 * progress / start), 0.0
+    late = max(0.0, progress - start) / (1 - start) if start < 1 else 1.0
     return args.adversarial_lr * (1 - 0.97 * late), args.adversarial_share
 
 
@@ -387,13 +394,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training, all starts together")
-    parser.add_argument("--adversarial-from", type=float, default=0.3, help="share of the run before discriminators")
+    parser.add_argument("--adversarial-from", type=float, default=0.3, help="share of the run; 1 is never")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--frames", type=int, default=24, help="length of a segment")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--adversarial-lr", type=float, default=5e-4, help="of both sides, once there are two")
     parser.add_argument("--adversarial-share", type=float, default=1.0, help="of the gradient, the spectra's being 1")
-    parser.add_argument("--init", type=Path, help="start with the weights of this .nemo of the same sizes")
+    parser.add_argument("--init", type=Path, help="start with this .nemo's weights of the same sizes")
     parser.add_argument("--encoder-channels", type=int, default=16)
     parser.add_argument("--decoder-channels", type=int, default=256)
     parser.add_argument("--eval-every", type=int, default=500, help="steps between evaluations")
@@ -402,13 +409,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path, help="write the averaged weights of OUT as this .nemo and stop")
     args = parser.parse_args()
+    if not args.export and not (args.train and args.valid):
+        parser.error("give --train and --valid, or --export")
+    if not (0 <= args.adversarial_from <= 1 and args.minutes > 0):
+        parser.error("--adversarial-from is a share from 0 to 1, and --minutes more than 0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
     state_path = args.out / "state.pt"
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
     state = torch.load(state_path, map_location="cpu", weights_only=True) if state_path.exists() else None
+    if state is not None and "trainer" not in state:
+        raise SystemExit(f"{state_path} is of an older version of this script; train anew, in another --out.")
     encoder_channels, decoder_channels = state["channels"] if state else (args.encoder_channels, args.decoder_channels)
     model = Generator(encoder_channels, decoder_channels)
     if args.export:
@@ -419,7 +435,7 @@ def main() -> None:
         return
 
     length = args.frames * SAMPLES_PER_FRAME
-    speech = Speech([clip for manifest in args.train for clip in read_manifest(manifest)], length, args.device)
+    speech = Speech([clip for manifest in args.train for clip in read_manifest(manifest)], length, device)
     valid = read_manifest(args.valid)[: args.eval_clips]
     logging.info("%.2f hours of speech", len(speech.samples) / SAMPLE_RATE / 3600)
     if state is None and args.init:
@@ -428,10 +444,10 @@ def main() -> None:
         model.audio_decoder.load_state_dict(parts.decoder.state_dict())
     elif state is None:
         starts, gains = speech.draw(32, [args.seed])
-        first = speech.cut(starts.to(args.device), gains.to(args.device)).cpu()
+        first = speech.cut(starts.to(device), gains.to(device)).cpu()
         initialize_from_data(model.audio_encoder, model.vector_quantizer, model.audio_decoder, first)
-    model.to(args.device)
-    trainer = Trainer(model, speech, args.batch_size, args.device)
+    model.to(device)
+    trainer = Trainer(model, speech, args.batch_size, device)
     average = copy.deepcopy(model).requires_grad_(False)
     step, seconds = 0, 0.0  # trained
     if state is not None:
@@ -457,15 +473,18 @@ def main() -> None:
             ),
         )
 
-    saved = logged = time.monotonic()
-    done = False
-    while step < args.steps and not done:
+    def is_over() -> bool:
+        return step >= args.steps or seconds >= 60 * args.minutes
+
+    saved, logged, counted = time.monotonic(), time.monotonic(), step
+    while not is_over():
         begin = time.monotonic()
         progress = max(step / args.steps, seconds / 60 / args.minutes)
-        if progress >= args.adversarial_from and trainer.adversary is None:
+        if args.adversarial_from < 1 and progress >= args.adversarial_from and trainer.adversary is None:
             trainer.add_adversary()
+        joined = trainer.adversary is not None
         # A step's batch depends on the seed and the step alone, so a continued run sees the same data.
-        terms = trainer.step(*schedule(step, progress, args), [args.seed, step])
+        terms = trainer.step(*schedule(step, progress, joined, args), [args.seed, step])
         step += 1
         decay = min(0.999, step / (step + 50))
         with torch.no_grad():
@@ -475,20 +494,22 @@ def main() -> None:
             losses = " ".join(f"{name} {term.item():.3f}" for name, term in terms.items() if term.dim() == 0)
             now = time.monotonic()
             logging.info("step %d  %s  tokens per codebook %d-%d  %.3f s/step",
-                         step, losses, min(used), max(used), (now - logged) / 50)  # fmt: skip
-            logged = now
+                         step, losses, min(used), max(used), (now - logged) / (step - counted))  # fmt: skip
+            logged, counted = now, step
+        saves, evaluates = time.monotonic() - saved > 60, step % args.eval_every == 0
+        if device.type == "cuda" and (saves or evaluates):
+            torch.cuda.synchronize()  # what is queued belongs to the training's time
         seconds += time.monotonic() - begin
-        done = step == args.steps or seconds >= 60 * args.minutes
-        if done or time.monotonic() - saved > 60:
+        if saves or is_over():
             save()
             saved = time.monotonic()
-        if done or step % args.eval_every == 0:
-            scores = evaluate(average, valid, trainer.loss, args.device)
+        if evaluates or is_over():
+            scores = evaluate(average, valid, trainer.loss, device)
             line = {"step": step, "minutes": round(seconds / 60, 1)} | scores
             with open(args.out / "curve.jsonl", "a") as curve:
                 curve.write(json.dumps(line) + "\n")
             logging.info("valid %s", line)
-            logged = time.monotonic()
+            logged, counted = time.monotonic(), step
 
 
 def export(model: Generator, path: Path) -> None:

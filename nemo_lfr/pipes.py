@@ -106,12 +106,14 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         out, into = os.pipe()
 
         def feed() -> None:
-            # Who reads may be done first: with the pipe, or with the source, which then is closed (ValueError).
-            with suppress(BrokenPipeError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
+            with suppress(BrokenPipeError), os.fdopen(into, "wb", buffering=0) as pipe:
                 piece = head
                 while piece:
                     pipe.write(piece)
-                    piece = source.read1(65536)
+                    try:
+                        piece = source.read1(65536)
+                    except ValueError:  # closed, as who reads was done first
+                        return
 
         threading.Thread(target=feed, daemon=True).start()
         with AudioReader("stdin", sample_rate, data=out) as reader:

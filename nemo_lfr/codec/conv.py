@@ -34,7 +34,7 @@ def convolve(
     dilation: int = 1,
     padding: int = 0,
 ) -> torch.Tensor:
-    """`F.conv1d` of [B, H_in, T] and [H_out, H_in, K], by whatever way a CPU is fastest at.
+    """`F.conv1d` of [B, H_in, T], with `padding` zeros at both ends, and [H_out, H_in, K], by a CPU's fastest way.
 
     In the deep layers of a short clip the weights are larger than the signal, and what counts is to move them once:
     channels-last kernels copy them, and in training their gradients, into another layout on every call, and far beyond
@@ -46,7 +46,9 @@ def convolve(
     outweighs = _outweighs(weight, hidden)
     # A dilated product's gradient would be spread over the span's gaps first.
     if outweighs >= (16 if not torch.is_grad_enabled() else 4 if dilation == 1 else math.inf):
-        return convolve_by_product(F.pad(hidden, (padding, padding)), weight, bias, stride, dilation)
+        if padding:
+            hidden = F.pad(hidden.unsqueeze(2), (padding, padding, 0, 0)).squeeze(2)
+        return convolve_by_product(hidden, weight, bias, stride, dilation)
     plane = hidden.unsqueeze(2)
     layout = torch.contiguous_format if outweighs >= 1 else torch.channels_last
     return F.conv2d(

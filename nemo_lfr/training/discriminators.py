@@ -38,20 +38,22 @@ class Conv2d(nn.Module):
         pad_mode: str = "reflect",
     ) -> None:
         super().__init__()
+        if pad_mode not in ("reflect", "zeros"):
+            raise ConfigError(f"pad_mode {clip(str(pad_mode))!r} is unknown; use 'reflect' or 'zeros'.")
         padding = ((kernel_size[0] - 1) * dilation[0] // 2, (kernel_size[1] - 1) * dilation[1] // 2)
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=pad_mode)
         self.conv = weight_norm(conv)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         conv = self.conv
-        if conv.padding_mode == "zeros":
-            return conv(hidden.contiguous(memory_format=torch.channels_last))
+        zeros = conv.padding_mode == "zeros"
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
-            return conv(hidden)
+            return conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
         # Columns never meet. As rows of a matrix product they keep a CPU at its peak, which convolutions over the
         # deep layers' few rows do not, and the weights, larger than the signal there, are not copied.
         columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
-        padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode="reflect").squeeze(2)
+        mode = "constant" if zeros else "reflect"
+        padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
         result = convolve_by_product(padded, conv.weight.squeeze(3), conv.bias, conv.stride[0], conv.dilation[0])
         return result.unflatten(0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
 
