@@ -55,6 +55,15 @@ def test_symmetric_convolution_equals_conv1d_on_padded_input(kernel, stride, dil
     torch.testing.assert_close(layer(hidden), expected, **EXACT)
 
 
+@pytest.mark.parametrize("items", [2, 200])
+def test_zeros_at_the_ends_are_the_same_by_product_and_by_convolution(items):
+    torch.manual_seed(items)
+    layer = Conv1d(24, 40, 7, pad_mode="zeros", weight_norm=False).double()
+    hidden = torch.randn(1, 24, items, dtype=torch.float64)
+    expected = F.conv1d(F.pad(hidden, (3, 3)), layer.conv.weight, layer.conv.bias)
+    torch.testing.assert_close(layer(hidden), expected, **EXACT)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(7, 1, 1), (11, 1, 5), (4, 2, 1), (6, 3, 1)])
 def test_causal_convolution_sees_zeros_before_the_start_and_nothing_of_the_future(kernel, stride, dilation):
     torch.manual_seed(kernel)

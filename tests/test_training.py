@@ -14,6 +14,7 @@ from tests.models import build_codec, codec_config, synthesize
 
 pytest.importorskip("librosa", reason="spectral losses need the [train] extra")
 from nemo_lfr.training import losses
+from nemo_lfr.training.discriminators import Conv2d, MultiPeriodDiscriminator
 from nemo_lfr.training.losses import CodecLosses, ReconstructionLoss
 
 TERMS = ReconstructionLoss.TERMS
@@ -155,3 +156,20 @@ def test_spread_costs_a_dimension_that_stands_still_or_off_centre():
     assert losses.spread(wide) == pytest.approx(0, abs=1e-5)
     assert losses.spread(wide * 0.3) == pytest.approx(0.5, abs=1e-5)
     assert losses.spread(wide + 2) == pytest.approx(4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [((5, 1), (3, 1)), ((3, 9), (1, 2))])
+@pytest.mark.parametrize("pad_mode", ["reflect", "zeros"])
+def test_discriminators_convolutions_pad_as_they_say(kernel_size, stride, pad_mode):
+    torch.manual_seed(0)
+    layer = Conv2d(4, 6, kernel_size, stride, pad_mode=pad_mode).double()
+    view = torch.randn(2, 4, 21, 14, dtype=torch.float64)
+    rows, columns = layer.conv.padding
+    padded = F.pad(view, (columns, columns, rows, rows), mode={"zeros": "constant"}.get(pad_mode, pad_mode))
+    expected = F.conv2d(padded, layer.conv.weight, layer.conv.bias, stride)
+    torch.testing.assert_close(layer(view), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_discriminators_refuse_other_paddings():
+    with pytest.raises(ConfigError, match="circular"):
+        MultiPeriodDiscriminator(pad_mode="circular")
