@@ -211,7 +211,7 @@ class Trainer:
     What changes from step to step lies in tensors of fixed places: the segments, the rates and `share`, the size of
     the discriminators' gradient beside the spectra's, both taken at the audio. Balanced so, they need no weights tuned
     to each other (as in VQGAN, arXiv 2012.09841, and EnCodec, arXiv 2210.13438). It grows with what the discriminators
-    know: at a full share from the start they undid in 300 steps what the spectra had taught (docs/MODEL_CARD.md).
+    know: at a full share from the start they undid within 50 steps what the spectra had taught (docs/MODEL_CARD.md).
     """
 
     def __init__(self, model: Generator, speech: Speech, batch_size: int, device: torch.device) -> None:
