@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from nemo_lfr.training.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
 
 Views = list[torch.Tensor]
+PadMode = Literal["reflect", "zeros"]
 Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores, feature maps; one of each per network
 
 
@@ -35,7 +36,7 @@ class Conv2d(nn.Module):
         kernel_size: tuple[int, int],
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
-        pad_mode: str = "reflect",
+        pad_mode: PadMode = "reflect",
     ) -> None:
         super().__init__()
         if pad_mode not in ("reflect", "zeros"):
@@ -107,7 +108,9 @@ class AudioDiscriminator(nn.Module):
 class PeriodDiscriminator(_Network):
     """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646); `channels` of the first layer, 32 in NeMo."""
 
-    def __init__(self, period: int, lrelu_slope: float = 0.1, channels: int = 32, pad_mode: str = "reflect") -> None:
+    def __init__(
+        self, period: int, lrelu_slope: float = 0.1, channels: int = 32, pad_mode: PadMode = "reflect"
+    ) -> None:
         widths = [1, channels, 4 * channels, 16 * channels, 32 * channels]
         conv = partial(Conv2d, pad_mode=pad_mode)
         layers = [conv(*pair, kernel_size=(5, 1), stride=(3, 1)) for pair in pairwise(widths)]
@@ -143,7 +146,7 @@ class MultiPeriodDiscriminator(_Networks):
         periods: Sequence[int] = (2, 3, 5, 7, 11),
         lrelu_slope: float = 0.1,
         channels: int = 32,
-        pad_mode: str = "reflect",
+        pad_mode: PadMode = "reflect",
     ) -> None:
         super().__init__()
         networks = [PeriodDiscriminator(period, lrelu_slope, channels, pad_mode) for period in periods]
@@ -162,7 +165,7 @@ def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
 class DiscriminatorSTFT(_Network):
     """Looks at real and imaginary part of an STFT (EnCodec, arXiv 2210.13438)."""
 
-    def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1, pad_mode: str = "reflect") -> None:
+    def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1, pad_mode: PadMode = "reflect") -> None:
         conv = partial(Conv2d, pad_mode=pad_mode)
         layers = [conv(2, 32, kernel_size=(3, 9))]
         layers += [conv(32, 32, kernel_size=(3, 9), stride=(1, 2), dilation=(step, 1)) for step in (1, 2, 4)]
@@ -179,7 +182,7 @@ class DiscriminatorSTFT(_Network):
 class MultiResolutionDiscriminatorSTFT(_Networks):
     """One network for each resolution (n_fft, hop, window)."""
 
-    def __init__(self, resolutions: Sequence[Sequence[int]], pad_mode: str = "reflect") -> None:
+    def __init__(self, resolutions: Sequence[Sequence[int]], pad_mode: PadMode = "reflect") -> None:
         super().__init__()
         self.discriminators = nn.ModuleList(
             DiscriminatorSTFT(resolution, pad_mode=pad_mode) for resolution in resolutions
