@@ -54,9 +54,9 @@ SAMPLES_PER_FRAME = 1024
 RESOLUTIONS = [(window, window // 4, window) for window in (128, 256, 512, 1024, 2048)]
 MEL_DIMS = (20, 40, 80, 80, 160)
 LOSS_WEIGHTS = {"stft": 5.0, "mel_l1": 2.0, "log_mel": 1.0}
+TERMS = tuple(LOSS_WEIGHTS)
 SPREAD_WEIGHT = 2.0
 FEATURE_WEIGHT = 12.0  # beside the score's; HiFi-GAN's 2 for the sum of six layers
-TERMS = ("stft", "mel_l1", "log_mel")
 
 
 class Generator(nn.Module):
