@@ -29,7 +29,9 @@ class Mean:
     def of(cls, values: Sequence[float]) -> "Mean":
         draws = np.random.default_rng(0).choice(np.asarray(values, float), (RESAMPLES, len(values))).mean(axis=1)
         low, high = np.quantile(draws, (0.025, 0.975))
-        return cls(float(np.mean(values)), float(low), float(high), len(values))
+        mean = float(np.mean(values))
+        # Sums in another order may put it beyond an end by rounding; an error bar takes no negative length.
+        return cls(mean, min(mean, float(low)), max(mean, float(high)), len(values))
 
     def text(self, digits: int) -> str:
         if self.count == 1:
