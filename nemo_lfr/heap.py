@@ -5,6 +5,7 @@ anew: up to a third of the time. A process whose work this is keeps them instead
 """
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -17,7 +18,10 @@ MMAP_THRESHOLD = 32 * 2**20
 TRIM_THRESHOLD = 2**30
 # Windows from one release to the next: after each the memory of a window is mapped anew.
 WINDOWS = 8
+# Batches of a corpus likewise, whose many lengths leave the heap in more pieces than windows do.
+BATCHES = 4
 
+_batches = itertools.count(1)
 _Items = TypeVar("_Items")
 
 
@@ -34,6 +38,12 @@ def release_heap() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def after_batch() -> None:
+    """To call after each batch of a corpus: gives back what was freed, now and then."""
+    if next(_batches) % BATCHES == 0:
+        release_heap()
 
 
 def flat(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Window]]:

@@ -21,7 +21,7 @@ from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.errors import AudioError, NemoLfrError
-from nemo_lfr.heap import keep_heap, release_heap
+from nemo_lfr.heap import after_batch, keep_heap
 from nemo_lfr.journal import write_text
 from nemo_lfr.tokens.format import Metadata
 
@@ -209,7 +209,7 @@ def _encode(
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
     tokens, num_frames = codec.encode(audio, lengths)
-    release_heap()  # in pieces by now, as clips have many lengths
+    after_batch()
     rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])
     for clip, (_, *context) in batch:
