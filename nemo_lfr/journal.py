@@ -32,7 +32,7 @@ class Journal:
         self._file.close()
 
     def __iter__(self) -> Iterator[Any]:
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 yield json.loads(line)
             except ValueError:

@@ -38,7 +38,7 @@ def read_manifest(
     """
     recordings = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the manifest cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):

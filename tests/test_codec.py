@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -501,3 +503,30 @@ def test_using_a_codec_warns_of_nothing(small):
 def test_a_part_can_be_built_by_our_name_or_nemos():
     ours = {"_target_": "nemo_lfr.codec.encoder.HiFiGANEncoder", "encoded_dim": 4, "causal": True, "base_channels": 2}
     assert build_part(ours).context.future == 0
+
+
+FORKS = """
+import os, signal, sys
+import numpy as np, torch
+from tests.models import cached_codec, synthesize
+
+torch.set_num_threads(2)
+codec, audio = cached_codec("symmetric"), synthesize(3.0)
+stream = sys.argv[1] == "stream"
+encode = (lambda: codec.stream_encoder().push(audio)) if stream else (lambda: codec.encode(audio)[0].numpy())
+expected = encode()
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    equal = np.array_equal(encode(), expected)
+    os._exit(0 if equal and torch.get_num_threads() == 1 else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("way", ["whole", "stream"])
+def test_a_process_forked_from_one_that_had_computed_does_not_hang(way):
+    command = [sys.executable, "-c", FORKS, way]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("has one thread here") == 1

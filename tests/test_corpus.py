@@ -3,13 +3,16 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ import soundfile
 import torch
 
 from nemo_lfr.cli import main
+from nemo_lfr.corpus import shard
 from nemo_lfr.corpus.command import FORMATS
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.inputs import open_corpus
@@ -27,6 +31,7 @@ from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.shard import Job
 from nemo_lfr.corpus.sinks import SINKS
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
+from nemo_lfr.manifests import read_manifest
 from nemo_lfr.pretrained import load
 from tests.models import RATE, codec_config, synthesize, write_nemo
 
@@ -147,20 +152,11 @@ def test_every_kind_of_corpus_gives_the_same_tokens(audio, model, expected, clip
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from lhotse import CutSet, Recording, SupervisionSegment
-    from lhotse.cut import MonoCut
-    from lhotse.shar import SharWriter
+    from lhotse import CutSet
 
-    cuts = []
-    for name in clips:
-        recording = Recording.from_file(audio / f"{name}.wav", recording_id=name)
-        said = SupervisionSegment(name, name, 0, recording.duration, text="a", speaker="b", language="en")
-        cuts.append(MonoCut(name, 0, recording.duration, 0, [said], recording=recording))
+    cuts = lhotse_cuts(audio, list(clips))
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    with SharWriter(str(tmp_path / "shar"), fields={"recording": "flac"}, shard_size=4) as writer:
-        (tmp_path / "shar").mkdir()
-        for cut in cuts:
-            writer.write(cut)
+    write_shar(tmp_path / "shar", cuts)
     rows = [{"audio": {"bytes": (audio / f"{name}.wav").read_bytes(), "path": None}, "id": name} for name in clips]
     (tmp_path / "rows").mkdir()
     pq.write_table(pa.Table.from_pylist(rows[:6]), tmp_path / "rows" / "a.parquet", row_group_size=2)
@@ -182,6 +178,8 @@ def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, mo
         {"audio_filepath": name, "duration": 20480 / RATE},
         {"audio_filepath": name, "duration": 20480 / RATE},
         {"audio_filepath": name, "duration": 0.5},
+        {"audio_filepath": name, "offset": 0, "duration": 0.88},
+        {"audio_filepath": name, "duration": 0.88},
     ]
     (audio / "parts.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenize(job(audio / "parts.json", tmp_path, model, "lfr", shard_size=3), device="cpu", workers=1)
@@ -194,6 +192,8 @@ def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, mo
             "s2/clip5": codec.encode(wave)[0][0].long(),
             "s2/clip5~2": codec.encode(wave)[0][0].long(),
             "s2/clip5~3": codec.encode(wave[:half])[0][0].long(),
+            "s2/clip5~4": codec.encode(wave[: math.ceil(0.88 * RATE)])[0][0].long(),
+            "s2/clip5~5": codec.encode(wave)[0][0].long(),  # rounded
         },
     )
 
@@ -272,6 +272,63 @@ def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     assert files_of(tmp_path / "out") == before
     with pytest.raises(NemoLfrError, match="holds other files"):
         tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
+
+
+def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, model, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        shutil.copy(audio / "s0" / "clip0.wav", tmp_path / name / "train")
+    mine = job(tmp_path / "a" / "train", tmp_path / "out", model, "lfr", dataset="train")
+    tokenize(mine, device="cpu", workers=1)
+    before = files_of(tmp_path / "out")
+    assert tokenize(mine, device="cpu", workers=1)["clips"] == 1
+    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+        tokenize(replace(mine, source=str(tmp_path / "b" / "train")), device="cpu", workers=1)
+    shutil.copy(audio / "s1" / "clip1.wav", tmp_path / "a" / "train")
+    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+        tokenize(mine, device="cpu", workers=1)
+    assert files_of(tmp_path / "out") == before
+    manifest = job(audio / "manifest.json", tmp_path / "other", model, "lfr", audio_dir=str(audio))
+    tokenize(manifest, device="cpu", workers=1)
+    with pytest.raises(NemoLfrError, match="audio_dir"):
+        tokenize(replace(manifest, audio_dir=str(tmp_path)), device="cpu", workers=1)
+
+
+def test_the_command_in_the_metadata_makes_the_same_tokens_again(audio, model, tmp_path):
+    (tmp_path / "two words").mkdir()
+    shutil.copy(audio / "manifest.json", tmp_path / "two words")
+    source = tmp_path / "two words" / "manifest.json"
+    mine = job(source, tmp_path / "out", model, "parquet", audio_dir=str(audio), dataset="made")
+    done = tokenize(mine, device="cpu", workers=1)
+    before = files_of(tmp_path / "out")
+    main([*shlex.split(done["command"])[1:], "--device", "cpu", "--workers", "1"])
+    assert files_of(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out")
+    main([*shlex.split(done["command"])[1:], "--device", "cpu", "--workers", "1"])
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_long_clip_does_not_widen_the_batch_of_many_short_ones(model, tmp_path, monkeypatch):
+    lengths = [RATE // 10] * 40 + [20 * RATE] + [RATE // 10] * 40
+    for number, length in enumerate(lengths):
+        soundfile.write(tmp_path / f"{number:03d}.wav", synthesize(20, seed=1)[:length], RATE)
+    sizes = []
+    zeros = shard._zeros
+    monkeypatch.setattr(
+        shard, "_zeros", lambda codec, rows, columns: sizes.append(rows * columns) or zeros(codec, rows, columns)
+    )
+    done = tokenize(job(tmp_path, tmp_path / "out", model, "lfr", shard_size=100), device="cpu", workers=1)
+    assert (done["clips"], done["failures"]) == (len(lengths), 0)
+    assert max(sizes) <= 2 * shard.BATCH_SECONDS["cpu"] * RATE
+    wave = soundfile.read(tmp_path / "040.wav", dtype="float32")[0]
+    assert torch.equal(read(tmp_path / "out")["040"], load(model, "cpu").encode(wave)[0][0].long())
+
+
+def test_the_others_are_not_waited_for_when_a_shard_fails(audio, model, tmp_path):
+    (audio / "ends.json").write_text('{"audio_filepath": "x.wav"}\n' + (audio / "manifest.json").read_text() * 20)
+    with pytest.raises(AudioError, match=r"x\.wav"):
+        tokenize(job(audio / "ends.json", tmp_path / "out", model, strict=True), device="cpu", workers=2)
+    assert len(list((tmp_path / "out" / ".tokenize").glob("done/*"))) < 10
 
 
 def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
@@ -387,6 +444,11 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
         '{"audio_filepath": 7}',
         "[]",
         '{"audio_filepath": "good.wav", "duration": 9}',
+        '{"audio_filepath": "good.wav", "offset": NaN}',
+        '{"audio_filepath": "good.wav", "offset": Infinity}',
+        '{"audio_filepath": "good.wav", "offset": -1}',
+        '{"audio_filepath": "good.wav", "offset": 0.1, "text": "\\ud83d"}',
+        '{"audio_filepath": ' + "[" * 5000,
     ]
     lines[:0] = [json.dumps({"audio_filepath": "good.wav", "offset": 0.1, "duration": 0.2})]
     (tmp_path / "manifest.json").write_text("\n".join(lines) + "\n")
@@ -397,7 +459,7 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
     assert exit_.value.code == 1
     failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     said = {failure["input"]: failure["error"] for failure in failures}
-    assert len(said) == len(failures) == len(reasons) + 5
+    assert len({failure["id"] for failure in failures}) == len(failures) == len(reasons) + 10
     for name, reason in reasons.items():
         assert reason in said[str(root / name)], name
     made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}
@@ -426,6 +488,99 @@ def test_a_name_that_is_not_utf8_is_a_failure_of_its_own(kind, audio, model, tmp
     assert (done["clips"], done["failures"]) == (1, 1)
     (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     assert "its name is not UTF-8" in json.loads(failure)["error"]
+
+
+def lhotse_cuts(audio: Path, names: list[str]) -> list:
+    from lhotse import Recording, SupervisionSegment
+    from lhotse.cut import MonoCut
+
+    cuts = []
+    for name in names:
+        recording = Recording.from_file(audio / f"{name}.wav", recording_id=name)
+        said = SupervisionSegment(name, name, 0, recording.duration, text="a", speaker="b", language="en")
+        cuts.append(MonoCut(name, 0, recording.duration, 0, [said], recording=recording))
+    return cuts
+
+
+def write_shar(folder: Path, cuts: list, **fields: str) -> Path:
+    from lhotse.shar import SharWriter
+
+    folder.mkdir()
+    with SharWriter(str(folder), fields={"recording": "flac", **fields}, shard_size=4) as writer:
+        for cut in cuts:
+            writer.write(cut)
+    return folder
+
+
+def test_a_shars_other_fields_stay_behind(audio, model, expected, clips, tmp_path):
+    names = list(clips)[:5]
+    old = np.zeros((8, 3), np.int16)
+    cuts = [
+        cut.attach_tensor("target_codes", old, frame_shift=0.05, temporal_dim=-1) for cut in lhotse_cuts(audio, names)
+    ]
+    shar = write_shar(tmp_path / "shar", cuts, target_codes="numpy")
+    assert tokenize(job(shar, tmp_path / "out", model), device="cpu", workers=1)["failures"] == 0
+    assert_equal(read(tmp_path / "out"), {name: expected[name] for name in names})
+
+
+def test_cuts_of_a_tar_that_was_cut_short_are_failures(audio, model, expected, clips, tmp_path):
+    names = list(clips)[:8]
+    shar = write_shar(tmp_path / "shar", lhotse_cuts(audio, names))
+    first, second = sorted(shar.glob("recording.*.tar"))
+    os.truncate(first, first.stat().st_size // 2)  # within an item
+    with tarfile.open(second) as file:
+        os.truncate(second, file.getmembers()[2].offset)  # after the first clip
+    done = tokenize(job(shar, tmp_path / "out", model), device="cpu", workers=1)
+    assert done["clips"] + done["failures"] == 8 and done["failures"] >= 5
+    got = read(tmp_path / "out")
+    assert_equal(got, {name: expected[name] for name in got})
+    failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert {failure["id"] for failure in failures} == set(names) - got.keys()
+    assert all("cut short" in failure["error"] for failure in failures)
+
+
+def test_mixed_cuts_become_shar_and_those_without_audio_failures(audio, model, tmp_path):
+    from lhotse import CutSet
+
+    whole, bad = lhotse_cuts(audio, ["s0/clip0", "s1/clip1"])
+    bad.custom = {"target_audio": "a name"}
+    CutSet.from_cuts([whole.pad(duration=1.0), bad]).to_file(tmp_path / "cuts.jsonl.gz")
+    done = tokenize(job(tmp_path / "cuts.jsonl.gz", tmp_path / "out", model), device="cpu", workers=1)
+    assert (done["clips"], done["failures"]) == (1, 1)
+    (utterance,) = TokenDataset(tmp_path / "out")
+    assert utterance.num_samples == RATE and utterance.labels["text"] == "a"
+
+
+def test_labels_mean_the_same_afterwards(audio, model, tmp_path):
+    line = {"audio_filepath": "s0/clip0.wav", "text": None, "lang": "zh-CN", "speaker": "a\u2028b"}
+    line |= {"context_audio_codes_path": "old.pt", "target_audio_codes_path": "old.pt"}
+    (audio / "labels.json").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = {}
+    for kind in ("shar", "manifest", "parquet"):
+        tokenize(job(audio / "labels.json", tmp_path / kind, model, kind), device="cpu", workers=1)
+        (found[kind],) = TokenDataset(tmp_path / kind)
+        assert found[kind].context is None
+    assert found["shar"].labels["speaker"] == "| Language:zh_CN Dataset:corpus Speaker:a_b |"
+    assert "text" not in found["parquet"].labels and found["parquet"].labels["speaker"] == "a\u2028b"
+    assert "context_audio_codes_path" not in found["manifest"].labels
+    (recording,) = read_manifest(audio / "labels.json", audio)
+    assert recording.labels == line
+
+
+def test_a_table_may_hold_the_bytes_of_files_themselves(audio, model, expected, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"audio": (audio / "s0" / "clip0.wav").read_bytes(), "id": "clip"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    tokenize(job(tmp_path / "rows.parquet", tmp_path / "out", model), device="cpu", workers=1)
+    assert_equal(read(tmp_path / "out"), {"clip-00000000": expected["s0/clip0"]})
+
+
+def test_contexts_are_refused_where_they_have_no_place(audio, model, tmp_path):
+    with pytest.raises(NemoLfrError, match='"lfr" has no place for contexts'):
+        tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", context=True), device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
@@ -615,6 +770,19 @@ def test_two_nodes_of_a_cluster_give_the_same_bytes_though_one_is_lost(many, mod
         cluster.shutdown()
     assert lost
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model, tmp_path):
+    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+    mine = job(audio / "manifest.json", tmp_path / "out", model, shard_size=1)
+    try:
+        with pytest.raises(NemoLfrError, match="this machine has not the 2 cores of a worker"):
+            tokenize(replace(mine, threads=2), ray="local")
+        assert tokenize(mine, ray="local", workers=3)["clips"] == len(LENGTHS)
+    finally:
+        ray.shutdown()
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from omegaconf import OmegaConf
 
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.manifests import read_manifest
-from nemo_lfr.training.data import CodecDataset
+from nemo_lfr.training.data import CodecDataset, manifest_loader
 from tests.models import RATE, synthesize
 
 
@@ -165,3 +166,29 @@ def test_what_an_epoch_draws_follows_from_its_number_and_is_shared_out(tmp_path)
     assert [len(share) for share in shares] == [len(dataset.get_sampler(2, 2, 0))] * 2 == [3, 3]
     assert {*shares[0], *shares[1]} < set(first) and not {*shares[0]} & {*shares[1]}
     assert torch.equal(dataset[first[0]]["audio"], dataset[first[0]]["audio"])
+
+
+def test_ranks_that_begin_after_the_sampler_was_made_draw_their_own_shares(tmp_path, monkeypatch):
+    dataset = CodecDataset(corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(6)}), RATE, n_samples=1024)
+    sampler, second = dataset.get_sampler(2, 2, 0), list(dataset.get_sampler(2, 2, 1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert list(sampler) == second
+
+
+def test_a_loader_that_is_told_to_shuffle_does(tmp_path):
+    meta = corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(8)})
+    dataset = {"_target_": "nemo_lfr.training.data.CodecDataset", "dataset_meta": meta, "sample_rate": RATE}
+    for n_samples in (None, 1024):
+        section = {
+            "dataset": dataset | {"n_samples": n_samples},
+            "dataloader_params": {"batch_size": 4, "shuffle": True},
+        }
+        orders = set()
+        for _ in range(5):
+            loader = manifest_loader(OmegaConf.create(section), 1, 0)
+            assert loader is not None
+            if n_samples:
+                loader.sampler.set_epoch(len(orders))
+            orders.add(tuple(name for batch in loader for name in batch["audio_filepaths"]))
+        assert len(orders) > 1 and all(len(set(order)) == 8 for order in orders)

@@ -46,6 +46,14 @@ def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
     torch.testing.assert_close(Spectra(audio).mel(resolution, filters), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_mel_magnitudes_are_in_fp32_under_autocast():
+    """As in NeMo; in bf16 what is small beside the loss's guard would be lost."""
+    resolution, audio, filters = (256, 64, 256), speech(), torch.rand(7, 129)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Spectra(audio).mel(resolution, filters)
+    assert torch.equal(found, Spectra(audio).mel(resolution, filters))
+
+
 def test_each_stft_is_computed_once(loss, monkeypatch):
     lengths = []
     stft = torch.stft

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import tarfile
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.pretrained import embedded_checkpoint
 from nemo_lfr.training import spectra
+from nemo_lfr.training.steps import Average
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
 
@@ -107,7 +109,7 @@ class Recorder(pl.Callback):
         self.logged.append({key: float(value) for key, value in trainer.logged_metrics.items()})
 
 
-def train(model, batches) -> Recorder:
+def train(model, batches, validate=None, **options: Any) -> Recorder:
     recorder = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -118,8 +120,11 @@ def train(model, batches) -> Recorder:
         enable_model_summary=False,
         callbacks=[recorder],
         log_every_n_steps=1,
+        **options,
     )
-    trainer.fit(model, train_dataloaders=torch.utils.data.DataLoader(batches, batch_size=None))
+    if not isinstance(batches, torch.utils.data.DataLoader):
+        batches = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(model, batches, None if validate is None else torch.utils.data.DataLoader(validate, batch_size=None))
     return recorder
 
 
@@ -312,6 +317,23 @@ def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_no
         expected, *_ = stock.eval().discriminator(audio_real=audio, audio_gen=audio)
         scores, *_ = model.discriminator(audio_real=audio, audio_gen=audio)
     torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
+    config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
+    started = AudioCodecModel(OmegaConf.create(config))
+    started.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_nemo_model": str(path)}))
+    started.build_discriminator()
+    with torch.no_grad():
+        scores, *_ = started.discriminator(audio_real=audio, audio_gen=audio)
+    torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_saved_file_does_not_name_the_folder_of_wavlm(tmp_path, wavlm):
+    model = AudioCodecModel(OmegaConf.create(training_config([wavlm])))
+    model.save_to(tmp_path / "saved.nemo")
+    with tarfile.open(tmp_path / "saved.nemo") as file:
+        config = next(member for member in file if member.name.endswith("model_config.yaml"))
+        text = file.extractfile(config).read().decode()
+    folder = wavlm["slm_model_name"]
+    assert folder not in text and os.path.basename(folder) in text
 
 
 def test_wavlm_that_is_nowhere_is_named_when_the_first_step_needs_it(wavlm, monkeypatch):
@@ -351,6 +373,32 @@ def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
     (own,), (theirs,) = recorder.gradients, expected.gradients
     for key, gradient in theirs.items():
         assert (own[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+    # Nor does a validation between the two take the first one's gradients away.
+    _, model = models(tmp_path, config)
+    (again,) = train(model, parts, parts[:1], val_check_interval=1, num_sanity_val_steps=0).gradients
+    for key, gradient in own.items():
+        assert torch.equal(again[key], gradient), key
+
+
+def test_a_schedule_counts_updates_not_batches(tmp_path):
+    config = training_config([], accumulate_grad_batches=4, max_epochs=3, steps_per_epoch=10)
+    model = AudioCodecModel(OmegaConf.create(config))
+    assert model.max_steps == 9
+    with open_dict(model.cfg):
+        model.cfg.steps_per_epoch = None
+        model._train_dl = range(13)
+    assert model.max_steps == 12
+
+
+def test_the_average_goes_where_the_module_is():
+    module = torch.nn.Linear(2, 2)
+    average = Average(module, 0.9)  # as a checkpoint is read, before the module goes to its GPU
+    module.to("meta")
+    average.update(module)
+    average.swap(module)
+    assert (
+        {weight.device.type for weight in average.weights} == {"meta"} == {p.device.type for p in module.parameters()}
+    )
 
 
 def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
@@ -408,10 +456,32 @@ def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
             encoded = model.audio_encoder.encode_frames(batch(4, 12)["audio"])
         spread[wanted] = float(encoded.std(dim=(0, 2)).mean())
     assert spread[False] < 0.2 and spread[True] == pytest.approx(0.9, abs=0.05)
+    # A second `fit` goes on with what the first one made.
+    before = generator_weights(model)
+    model.audio_encoder.pre_conv.conv.bias.data += 1.0
+    moved = generator_weights(model)
+    train(model, [batch(4, 12)] * 2)
+    assert torch.equal(generator_weights(model), moved) and not torch.equal(moved, before)
+
+
+class Clips(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return {key: value[0] for key, value in batch(1, 8, row).items()}
+
+
+def test_initialisation_takes_no_batch_from_workers_that_persist():
+    model = AudioCodecModel(OmegaConf.create(training_config([], initialize_from_data=True)))
+    loader = torch.utils.data.DataLoader(Clips(), batch_size=2, num_workers=1, persistent_workers=True)
+    model._train_dl = loader
+    assert len(train(model, loader).logged) == 4
+    assert not model._is_random
 
 
 DISTRIBUTED = """
-import sys
+import os, sys
 import torch, lightning.pytorch as pl
 from omegaconf import OmegaConf
 from nemo_lfr import AudioCodecModel
@@ -420,6 +490,7 @@ from tests.test_training_with_nemo import batch
 processes, config, out = int(sys.argv[1]), OmegaConf.load(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
 model = AudioCodecModel(config)
+model._is_random = os.environ.get("LOCAL_RANK", "0") != "0"  # weights are read in the first process, for all
 rows = batch(4, 8)
 split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
 trainer = pl.Trainer(
@@ -438,7 +509,8 @@ if trainer.is_global_zero:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_from_the_doubled_batch(tmp_path):
     optim = {"_target_": "torch.optim.SGD", "lr": 1e-2}
-    OmegaConf.save(OmegaConf.create(training_config([STFT, PERIOD], optim=optim)), tmp_path / "config.yaml")
+    config = training_config([STFT, PERIOD], optim=optim, initialize_from_data=True)
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     (tmp_path / "train.py").write_text(DISTRIBUTED)
     results = []
     for processes in (1, 2):

@@ -382,6 +382,11 @@ class BaseCodec(ABC, Generic[Array]):
             audio = audio[None]
         if audio.ndim != 2 or not audio.shape[0]:
             raise AudioError(f"audio has shape {list(audio.shape)}; expected [T_audio] or [B, T_audio], mono.")
+        if audio.shape[0] > 1000 and audio.shape[1] <= 8:
+            raise AudioError(
+                f"audio has shape {list(audio.shape)}, as of {audio.shape[1]} channels side by side; pass one, "
+                "[T_audio], or several clips, [B, T_audio]."
+            )
         lengths = self._lengths(audio_len, audio.shape[0], audio.shape[1], "audio_len", AudioError)
         for row, peak in enumerate(self._peaks(audio, lengths)):
             check_peak(peak, f"clip {row}")

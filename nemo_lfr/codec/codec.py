@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+import logging
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from nemo_lfr.checkpoint import Checkpoint
     from nemo_lfr.codec.gpu.graphs import Engine
     from nemo_lfr.streaming import StreamDecoder, StreamEncoder
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,6 +165,7 @@ class Codec(BaseCodec[torch.Tensor]):
     # What the base asks for.
 
     def _array(self, value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
+        mind_fork()
         return _tensor(value, name, error)
 
     def _zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
@@ -170,6 +175,7 @@ class Codec(BaseCodec[torch.Tensor]):
         return array.detach().to(self.device, getattr(torch, dtype))
 
     def _autocast(self) -> Any:
+        mind_fork()  # streams come by here alone
         dtype = PRECISIONS[self.precision]
         if dtype is not None:
             return torch.autocast(self.device.type, dtype=dtype)
@@ -238,14 +244,33 @@ def plain_state(part: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+_computed_in: int | None = None  # process id
+
+
+def mind_fork() -> None:
+    """To call before computing: PyTorch's threads do not survive a fork, and a child would wait for them for ever."""
+    global _computed_in
+    if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning(
+            "this process was forked from one that had computed, so that PyTorch has one thread here; "
+            "start processes by 'spawn' to have all of them."
+        )
+    _computed_in = os.getpid()
+
+
 def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
     """What a caller passed, as a plain tensor.
 
     Raises:
         NemoLfrError: of the type given, if it is no array of numbers.
     """
-    if isinstance(value, np.ndarray) and not value.flags.writeable:  # torch warns of such memory
-        value = value.copy()
+    if isinstance(value, np.ndarray):
+        if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
+            raise error(f"{name} is an array of {value.dtype}; pass one of numbers.")
+        native = value.dtype.newbyteorder("=")
+        if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
+            value = value.astype(native, order="C")  # torch takes no such memory, or warns of it
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:

@@ -5,6 +5,8 @@ which is handed to another one; a shard that keeps killing its workers stops the
 """
 
 import contextlib
+import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -22,6 +24,8 @@ from typing import Any
 from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.shard import Job, Mark, Worker
 from nemo_lfr.errors import NemoLfrError
+
+logger = logging.getLogger(__name__)
 
 # How often a shard may lose its worker before it is taken for the cause, and workers may die before any shard is done.
 MAX_DEATHS = 20
@@ -90,7 +94,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
         except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
             deaths.count(running.values(), error)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # nobody waits for the shards in work
+        except BaseException:  # an interrupt, or a shard's error: nobody waits for the others in work
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.terminate()
@@ -150,21 +154,38 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     resources = ray.cluster_resources()
     gpu = bool(resources.get("GPU")) if device is None else device.startswith("cuda")
     cores = job.threads + (job.readers if gpu else 0)
-    room = int(resources.get("GPU", 0)) if gpu else int(resources.get("CPU", 1)) // cores
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
+    if not room:
+        needed = f"{cores} cores" + (" and a GPU" if gpu else "")
+        if address == "local":
+            raise NemoLfrError(f"--ray local: this machine has not the {needed} of a worker; ask for fewer --threads.")
+        logger.warning("no node of the Ray cluster has the %s of a worker; waiting for one that has.", needed)
     count = min(workers or max(1, room), len(tasks))
     # Lost work is given out again by us, which counts how often; Ray only starts the actor anew.
     make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
     actors = [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
     left, waiting = dict(tasks), deque(dict(tasks))
     deaths = Deaths(job)
+    # An actor gets shards once it is there: one that the cluster has no room for would keep them for ever.
+    starting = {actor.ready.remote(): actor for actor in actors}
     running: dict[Any, tuple[int, Any]] = {}
     try:
-        for actor in actors * QUEUED:
-            if waiting:
-                index = waiting.popleft()
-                running[actor.run.remote(index, left[index])] = (index, actor)
-        while running:
-            (done, *_), _ = ray.wait(list(running), num_returns=1)
+        while left:
+            (done, *_), _ = ray.wait([*running, *starting], num_returns=1)
+            if actor := starting.pop(done, None):
+                try:
+                    ray.get(done)
+                except ray.exceptions.RayActorError as error:
+                    deaths.count([], error)
+                    time.sleep(0.1)  # it is being started anew
+                    starting[actor.ready.remote()] = actor
+                else:
+                    fair = -(-len(waiting) // (len(starting) + 1))
+                    for _ in range(min(QUEUED, fair)):
+                        index = waiting.popleft()
+                        running[actor.run.remote(index, left[index])] = (index, actor)
+                continue
             index, actor = running.pop(done)
             try:
                 mark = Mark(**ray.get(done))
@@ -173,7 +194,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 deaths.count([index], error)
                 waiting.append(index)
-                time.sleep(0.1)  # the actor is being started anew
+                time.sleep(0.1)
             else:
                 del left[index]
                 deaths.since_mark = 0

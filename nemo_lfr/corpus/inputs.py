@@ -34,8 +34,8 @@ Part = dict[str, Any]
 DURATION_SLACK = 0.1  # seconds, and a fiftieth
 # Rows of a table whose audio is held at a time.
 ROWS = 16
-# Lhotse's storage of what lies in a Shar.
-IN_SHAR = ("memory", "shar", "memory_raw")
+# Durations of a manifest's cuts are rounded to this; one that ends so near to its file's end is the file.
+ROUNDED = 0.01  # seconds
 
 
 @dataclass(frozen=True)
@@ -139,24 +139,31 @@ class Manifest(Corpus):
                 name = _name(line) + (f"~{again}" if again else "")
                 try:
                     yield self._clip(name, json.loads(line))
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
                     origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
                     yield Clip(name, origin, partial(_raise, f"{origin}: not a line of a manifest: {error!r}."))
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
         path = self.audio_dir / labels["audio_filepath"]
-        offset, duration = float(labels.get("offset") or 0), labels.get("duration")
         context = None
         if labels.get("context_audio_filepath"):
-            other = labels.get("context_audio_duration")
-            context = partial(
-                read_file, self.audio_dir / labels["context_audio_filepath"], 0.0, float(other) if other else None
-            )
-        audio = partial(read_file, path, offset, None if duration is None else float(duration))
+            other = _seconds(labels, "context_audio_duration")
+            context = partial(read_file, self.audio_dir / labels["context_audio_filepath"], None, other or None)
+        audio = partial(read_file, path, _seconds(labels, "offset"), _seconds(labels, "duration"))
         return Clip(name, str(path), audio, context, labels, path=path)
 
 
-def list_folder(root: Path, manifest: Path) -> Manifest:
+class Folder(Manifest):
+    """A folder of audio, listed in a manifest."""
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")).hexdigest()[
+            :16
+        ]
+
+
+def list_folder(root: Path, manifest: Path) -> Folder:
     """A folder of audio as a manifest, which is written.
 
     Raises:
@@ -174,7 +181,7 @@ def list_folder(root: Path, manifest: Path) -> Manifest:
     if not lines:
         raise NemoLfrError(f"{root}: no audio file in this folder.")
     write_text(manifest, "\n".join(lines) + "\n")
-    return Manifest(manifest, root)
+    return Folder(manifest, root)
 
 
 class Cuts(Corpus):
@@ -228,8 +235,18 @@ class Shar(Corpus):
 
     def read(self, part: Part) -> Iterator[Clip]:
         fields = {name: [str(files[part["shard"]])] for name, files in self.fields.items()}
-        for cut in self.lhotse.CutSet.from_shar(fields=fields):
-            yield cut_to_clip(cut, fields["cuts"][0])
+        origin = fields["cuts"][0]
+        count, reason = 0, "it ends here"
+        try:
+            for cut in self.lhotse.CutSet.from_shar(fields=fields):
+                yield cut_to_clip(cut, origin)
+                count += 1
+        except Exception as error:  # of whichever of Lhotse's many readers
+            reason = clip(str(error), 200)
+        # Lhotse passes by in silence what a field has no items for.
+        for cut in islice(self.lhotse.CutSet.from_jsonl_lazy(origin), count, None):
+            said = f"{origin}, cut {cut.id}"
+            yield Clip(_safe(cut.id), said, partial(_raise, f"{said}: a tar of this shard is cut short ({reason})."))
 
 
 class Table(Corpus):
@@ -267,13 +284,14 @@ class Table(Corpus):
         return Clip(name, origin, self._source(audio, origin), context and self._source(context, origin), labels)
 
     def _source(self, audio: Any, origin: str) -> Source:
-        if isinstance(audio, dict) and audio.get("bytes"):
-            return partial(read_bytes, audio["bytes"], origin)
+        data = audio.get("bytes") if isinstance(audio, dict) else audio
+        if isinstance(data, bytes) and data:
+            return partial(read_bytes, data, origin)
         path = audio.get("path") if isinstance(audio, dict) else audio
         if not isinstance(path, str):
             return partial(_raise, f"{origin}: its column {self.column!r} holds neither bytes nor a path.")
         base = self.path if self.path.is_dir() else self.path.parent
-        return partial(read_file, base / path, 0.0, None)
+        return partial(read_file, base / path, None, None)
 
 
 class Parquet(Table):
@@ -318,7 +336,7 @@ class SavedDataset(Table):
     """A dataset that Hugging Face `datasets` saved with `save_to_disk`."""
 
     def __init__(self, path: Path) -> None:
-        datasets = require("datasets", "corpus")
+        datasets = require("datasets")
         try:
             self.rows = datasets.load_from_disk(str(path))
             columns = self.rows.column_names
@@ -342,13 +360,14 @@ class SavedDataset(Table):
                 yield self._clip(number, row)
 
 
-def open_corpus(path: Path, audio_dir: Path | None, listing: Path) -> Corpus:
+def open_corpus(path: Path, audio_dir: Path | None, listing: Path, anew: bool = True) -> Corpus:
     """The corpus at `path`, by what is there.
 
     Args:
         path: file or folder.
         audio_dir: of a manifest.
-        listing: where a folder's list of files is written, and read again.
+        listing: where a folder's list of files is written.
+        anew: list the folder now, not as the list that is there has it.
 
     Raises:
         NemoLfrError: if it is nothing that can be read.
@@ -367,25 +386,28 @@ def open_corpus(path: Path, audio_dir: Path | None, listing: Path) -> Corpus:
         return SavedDataset(path)
     if any(path.rglob("*.parquet")):
         return Parquet(path)
-    return Manifest(listing, path) if listing.exists() else list_folder(path, listing)
+    return list_folder(path, listing) if anew else Folder(listing, path)
 
 
 def read_file(
-    path: Path, offset: float, duration: float | None, sample_rate: int, longest: float = math.inf
+    path: Path, offset: float | None, duration: float | None, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
     """A file, or the part of it that a manifest names.
+
+    Without an offset it is the file's end that counts where the two differ by no more than rounding would have it.
 
     Raises:
         AudioError: if it cannot be read, holds less than the manifest says, or lasts more than `longest` seconds.
     """
     with AudioReader(path, sample_rate) as reader:
         slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
+        rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
         if duration is not None and offset + duration > reader.duration + slack:
             raise AudioError(
                 f"{path}: holds {reader.duration:.2f} s, but its manifest says {offset + duration:.2f} s are there."
             )
         _check_length(reader.duration - offset if duration is None else duration, longest, str(path))
-        if offset or (duration is not None and duration < reader.duration - slack):
+        if offset or (duration is not None and duration < reader.duration - rounded):
             return reader.segment(offset, reader.duration - offset if duration is None else duration)
         return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
 
@@ -399,12 +421,14 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf) -> np.ndarray:
     """A Lhotse cut or recording, mixed to mono; raises as `read_file` does."""
-    _check_length(cut.duration, longest, f"cut {cut.id}")
     try:
+        _check_length(cut.duration, longest, f"cut {cut.id}")
         audio = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
+    except AudioError:
+        raise
     except Exception as error:  # of whichever of Lhotse's many backends
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AudioError(f"cut {cut.id}: {clip(reason, 200)}") from error
+        raise AudioError(f"cut {getattr(cut, 'id', cut)}: {clip(reason, 200)}") from error
     check_peak(float(np.abs(audio).max(initial=0.0)), f"cut {cut.id}")
     rate = int(cut.sampling_rate)
     return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
@@ -428,12 +452,12 @@ def cut_to_clip(cut: Any, origin: str) -> Clip:
         partial(read_cut, target),
         context,
         {key: value for key, value in labels.items() if value is not None},
-        manifest,
+        manifest if manifest.get("type") in ("MonoCut", "MultiCut") else None,  # others have no supervisions
     )
 
 
-def require(module: str, extra: str) -> Any:
-    """An optional dependency.
+def require(module: str, extra: str = "") -> Any:
+    """An optional dependency, and the extra of this package that brings it, if one does.
 
     Raises:
         MissingExtraError: if it is not installed.
@@ -444,7 +468,8 @@ def require(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtraError(f"{package} is not installed; pip install 'nemo-lfr[{extra}]'.") from error
+        wanted = f"'nemo-lfr[{extra}]'" if extra else package
+        raise MissingExtraError(f"{package} is not installed; pip install {wanted}.") from error
 
 
 def digest(path: Path) -> str:
@@ -481,9 +506,8 @@ def _is_data(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     sources = value.get("sources") or [value.get("array") or value]
-    return any(
-        source.get("type", source.get("storage_type")) in ("memory", "shar", "memory_raw") for source in sources
-    )
+    kinds = [str(source.get("storage_type") or source.get("type")) for source in sources]
+    return any(kind == "shar" or kind.startswith("memory") for kind in kinds)
 
 
 def _first_has_cut(path: Path) -> bool:
@@ -502,8 +526,22 @@ def _name(line: bytes) -> str:
         name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
         offset = float(labels.get("offset") or 0)
         return _safe(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return "line-" + hashlib.sha256(line).hexdigest()[:12]
+
+
+def _seconds(labels: dict[str, Any], key: str) -> float | None:
+    """A manifest's number of seconds; None if it has none.
+
+    Raises:
+        ValueError: if it is negative or not finite; TypeError too.
+    """
+    if labels.get(key) is None:
+        return None
+    value = float(labels[key])
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{key} is {value}")
+    return value
 
 
 def _safe(name: str) -> str:

@@ -122,6 +122,6 @@ def _split(name: str) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise NemoLfrError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error

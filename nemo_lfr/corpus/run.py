@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from nemo_lfr.pretrained import choose_device
 
 METADATA = "tokens.json"
 # What must be the same for the shards of one output; the rest of a job may change between runs.
-FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset")
+FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset", "audio_dir")
 
 
 @dataclass
@@ -75,15 +76,17 @@ def tokenize(
     for value, known, name in ((job.kind, SINKS, "format"), (job.pad, PADS, "pad")):
         if value not in known:
             raise NemoLfrError(f"{name} {value!r} is unknown; use one of {list(known)}.")
+    if job.context and job.kind == "lfr":
+        raise NemoLfrError('format "lfr" has no place for contexts; use another, or leave --context out.')
     job, out = _absolute(job), Path(job.out).resolve()
     if out.exists() and not (out / STATE).exists() and (others := [found.name for found in out.iterdir()]):
         raise NemoLfrError(
             f"{job.out}: holds other files ({others[0]}), and no run to go on with; choose another --out."
         )
-    codec = _describe(job)
+    codec = _describe(job, on_cpu=ray is None and choose_device(device).type == "cpu")
     job.state.mkdir(parents=True, exist_ok=True)
     with _alone(job.state / "lock"):
-        corpus = job.open()
+        corpus = job.open(anew=True)
         parts = _claim(job, corpus, codec)
         shutil.rmtree(job.state / "staging", ignore_errors=True)
         totals = Totals(len(parts), codec["sample_rate"])
@@ -142,14 +145,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe(job: Job) -> dict[str, Any]:
-    """What the tokens are."""
+def _describe(job: Job, on_cpu: bool) -> dict[str, Any]:
+    """What the tokens are; the precision is the workers' matter where they run elsewhere."""
     from nemo_lfr.pretrained import load
     from nemo_lfr.tokens.format import Metadata
 
-    metadata = asdict(Metadata.of(load(job.model, "cpu", job.precision)))
+    metadata = asdict(Metadata.of(load(job.model, "cpu", job.precision if on_cpu else "fp32")))
     metadata.pop("written_by")
-    return metadata | {"levels": list(metadata["levels"])}
+    return metadata | {"levels": list(metadata["levels"]), "precision": job.precision}
 
 
 def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
@@ -165,7 +168,12 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
         known = json.loads(path.read_text(encoding="utf-8"))
         parts = known.pop("parts")
         if differ := sorted(key for key in mine if known.get(key) != mine[key]):
-            said = "; ".join(f"{key} {known.get(key)!r}, now {mine[key]!r}" for key in differ)
+            said = "; ".join(
+                "another corpus, or it has changed"
+                if key == "corpus"
+                else f"{key} {known.get(key)!r}, now {mine[key]!r}"
+                for key in differ
+            )
             raise NemoLfrError(f"{job.out}: holds tokens of another job ({said}); choose another --out.")
         return parts
     parts = corpus.parts(job.shard_size)
@@ -214,8 +222,9 @@ def _sum_up(job: Job, out: Path, codec: dict[str, Any], marks: list[Mark]) -> di
 
 def command(job: Job) -> str:
     """The command line that makes these tokens again."""
-    words = ["nemo-lfr tokenize", job.source, "--out", job.out, "--format", job.kind]
+    words = ["nemo-lfr", "tokenize", job.source, "--out", job.out, "--format", job.kind, "--dataset", job.dataset]
     for name, value, default in (
+        ("--audio-dir", job.audio_dir, None),
         ("--model", job.model, None),
         ("--precision", job.precision, "fp32"),
         ("--pad", job.pad, "encode"),
@@ -224,7 +233,7 @@ def command(job: Job) -> str:
     ):
         if value != default:
             words += [name, str(value)]
-    return " ".join([*words, *(["--context"] if job.context else [])])
+    return shlex.join([*words, *(["--context"] if job.context else [])])
 
 
 def _version(package: str) -> str:

@@ -77,9 +77,10 @@ class Job:
     def state(self) -> Path:
         return Path(self.out, STATE)
 
-    def open(self) -> Corpus:
+    def open(self, anew: bool = False) -> Corpus:
+        """The corpus; `anew`, a folder's files are listed again, as the driver of a run does before it has workers."""
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json")
+        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", anew)
 
 
 @dataclass
@@ -149,19 +150,25 @@ def _tokenize(
     """Clips with their tokens, in order; those that fail go to the mark instead."""
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
     batch: list[tuple[Clip, list[np.ndarray]]] = []
-    held = 0
+    rows = longest = held = 0
     with ThreadPoolExecutor(job.readers) as readers:
         for clip, waves in _ahead(readers, job, codec.sample_rate, clips):
             try:
-                batch.append((clip, waves.result()))
-                held += sum(map(len, batch[-1][1]))
+                new = waves.result()
             except (NemoLfrError, OSError) as error:
                 if job.strict:
                     raise
                 mark.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
+                continue
+            # A batch is as wide as its longest clip: a long one among many short ones would be mostly padding.
+            if batch and (rows + len(new)) * max(longest, *map(len, new)) > 2 * limit:
+                yield from _encode(job, codec, batch)
+                batch, rows, longest, held = [], 0, 0, 0
+            batch.append((clip, new))
+            rows, longest, held = rows + len(new), max(longest, *map(len, new)), held + sum(map(len, new))
             if held >= limit:
                 yield from _encode(job, codec, batch)
-                batch, held = [], 0
+                batch, rows, longest, held = [], 0, 0, 0
         yield from _encode(job, codec, batch)
 
 
@@ -186,6 +193,10 @@ def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
         raise AudioError(f"{clip.origin}: its name is not UTF-8, in which tokens are labelled; rename it.") from None
+    try:
+        json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise AudioError(f"{clip.origin}: a label of it holds half a character, as text cut in UTF-16 does.") from None
     waves = []
     for source, what in zip(sources, ("", "its context "), strict=False):
         wave = source(sample_rate, job.max_duration)
@@ -247,6 +258,9 @@ class Worker:
         if str(self.codec.device) == "cpu":
             torch.set_num_threads(job.threads)
         self.corpus = job.open()
+
+    def ready(self) -> None:
+        """Answers once the worker is there."""
 
     def run(self, index: int, part: Part) -> dict[str, Any]:
         """Compute a shard; what its mark says, as JSON."""

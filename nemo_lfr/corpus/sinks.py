@@ -29,7 +29,9 @@ from nemo_lfr.tokens.format import Metadata, TokenWriter
 
 STATE = ".tokenize"  # below the output: what a run needs to go on
 LINES = f"{STATE}/lines"  # of each shard, to be put together at the end
-SPEAKER = re.compile(r"\| Language:\w+ Dataset:\S+ Speaker:\S+ \|")  # what Magpie demands
+SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # what Magpie demands
+# Of an input that held another codec's tokens.
+OTHERS = ("target_audio_codes_path", "context_audio_codes_path")
 
 
 class Sink(ABC):
@@ -108,8 +110,9 @@ class SharSink(Sink):
         language = str(given.get("lang") or given.get("language") or "en")
         speaker = str(said.get("speaker") or given.get("speaker") or "unknown")
         if not SPEAKER.fullmatch(speaker):
-            words = (re.sub(r"\s+", "_", word) or "unknown" for word in (language, self.dataset, speaker))
-            speaker = "| Language:{} Dataset:{} Speaker:{} |".format(*words)
+            words = (re.sub(r"\s+", "_", word) or "unknown" for word in (self.dataset, speaker))
+            word = re.sub(r"\W", "_", language)  # of "zh-CN"
+            speaker = "| Language:{} Dataset:{} Speaker:{} |".format(word, *words)
         said |= {"text": str(said.get("text") or given.get("text") or ""), "language": language, "speaker": speaker}
         custom = {key: value for key, value in given.items() if key not in ("text", "speaker", "lang", "language")}
         said["custom"] = custom | (said.get("custom") or {})
@@ -151,7 +154,8 @@ class ManifestSink(Sink):
         self._lines: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
-        line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
+        labels = {key: value for key, value in clip.labels.items() if key not in OTHERS}
+        line = {**labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
         for name, value in (("target", tokens), ("context", context)):
             if value is not None:
                 path = f"{name}_codes/{clip.id}.pt"
@@ -193,7 +197,9 @@ class ParquetSink(Sink):
             row |= {f"context_layer_{number}": layer for number, layer in enumerate(context, start=1)}
         labels = dict(clip.labels)
         row |= {"id": clip.id, "encoded_len": tokens.shape[1], "num_samples": num_samples}
-        row |= {key: str(labels.pop(key)) if key in labels else None for key in ("text", "speaker")}
+        for key in ("text", "speaker"):
+            value = labels.pop(key, None)
+            row[key] = None if value is None else str(value)
         row["labels"] = json.dumps(labels, ensure_ascii=False)
         self._rows.append(row)
 

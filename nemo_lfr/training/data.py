@@ -166,7 +166,10 @@ class SegmentSampler(DistributedSampler):
         else:
             indices = torch.randperm(self.count, generator=generator)
         places = torch.rand(self.count, generator=generator)
-        own = slice(self.rank, len(self) * self.num_replicas, self.num_replicas)
+        # Strategies that fork or spawn build the sampler before there are ranks.
+        group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if group else self.rank
+        own = slice(rank, len(self) * self.num_replicas, self.num_replicas)
         return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
 
     def __len__(self) -> int:
@@ -199,4 +202,6 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         raise ConfigError(f"dataset: {error}") from error
     loader = dict(config.dataloader_params)
     sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
+    if sampler is not None:  # which shuffles
+        loader.pop("shuffle", None)
     return DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)

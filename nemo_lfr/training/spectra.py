@@ -44,7 +44,11 @@ class Spectra:
         NeMo's mel features see zeros beyond the signal's ends, its STFT loss a reflection: only the frames that touch
         an end are computed twice.
         """
-        n_fft, hop, _ = key = tuple(resolution)
+        with torch.autocast(self.audio.device.type, enabled=False):
+            return self._mel(tuple(resolution), filters)
+
+    def _mel(self, key: tuple[int, ...], filters: torch.Tensor) -> torch.Tensor:
+        n_fft, hop, _ = key
         half, samples = n_fft // 2, self.audio.shape[-1]
         count = samples // hop + 1
         first, last = -(-half // hop), (samples - half) // hop + 1  # frames [first, last) lie within the signal

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
@@ -98,14 +99,17 @@ class TrainingSteps(NeMoAudioCodecModel):
     def max_steps(self) -> int:
         """Steps of the learning-rate schedule; `steps_per_epoch: null` is one pass over the data, as configs say."""
         config = self._cfg
-        if config.get("max_steps") is None and config.get("steps_per_epoch") is None and config.get("max_epochs"):
+        if config.get("max_steps") is not None or not config.get("max_epochs"):
+            return super().max_steps
+        batches = config.get("steps_per_epoch")
+        if batches is None:
             try:
-                return int(config.max_epochs) * len(self._train_dl)
+                batches = len(self._train_dl)
             except TypeError as error:
                 raise ConfigError(
                     "steps_per_epoch must be set: the training data has no end (Lhotse), so no epoch."
                 ) from error
-        return super().max_steps
+        return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
 
     def get_dataset(self, cfg: DictConfig) -> Any:
         """NeMo's loader, with our dataset in the place of its `VocoderDataset`."""
@@ -153,12 +157,16 @@ class TrainingSteps(NeMoAudioCodecModel):
             with open_dict(cfg):
                 del cfg.init_from_ptl_ckpt
                 cfg.init_from_nemo_model = path
+        if isinstance(path := cfg.get("init_from_nemo_model"), str):
+            self._restored_from = Path(path)  # in every process, though NeMo reads it in the first one alone
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self.cfg.get("initialize_from_data") and self._is_random:
+        # Whether weights were loaded is known to the process that loaded them for all.
+        if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()
+        self._is_random = False
         self._step_began = time.perf_counter()
         if compiler := self.cfg.get("compile"):
             for part in (self.audio_encoder, self.audio_decoder):
@@ -176,8 +184,13 @@ class TrainingSteps(NeMoAudioCodecModel):
         Every process draws its own segments and takes the first one's weights.
         """
         audio: list[torch.Tensor] = []
-        for batch in self._train_dl:
-            audio += [*batch["audio"]]
+        loader = self._train_dl
+        batches: Iterator[Mapping[str, torch.Tensor]] = iter(loader)
+        if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
+            # Not by the loader's iterator: with persistent workers it is the one that training goes on with.
+            batches = (loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler)
+        for drawn in batches:
+            audio += [*drawn["audio"]]
             if len(audio) >= num_segments:
                 break
         frames = max(segment.shape[-1] for segment in audio) // self.samples_per_frame
@@ -210,6 +223,15 @@ class TrainingSteps(NeMoAudioCodecModel):
         audio_gen, _ = self.audio_decoder(inputs=codes, input_len=encoded_len)
         return audio, audio_len, audio_gen, encoded, tokens.transpose(0, 1)
 
+    @property
+    def _batches_per_update(self) -> int:
+        return int(self.cfg.get("accumulate_grad_batches") or 1)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Lightning's, but for batches whose gradients still wait for others of their update."""
+        if self._batches_per_update == 1:
+            super().on_validation_model_zero_grad()
+
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         """One update of the discriminators, when it is their turn, and one of the generator.
 
@@ -217,7 +239,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         generator learns, the discriminators are frozen. With `accumulate_grad_batches` in the model's config, that
         many batches make an update.
         """
-        every = self.cfg.get("accumulate_grad_batches") or 1
+        every = self._batches_per_update
         first = batch_idx % every == 0
         last = (batch_idx + 1) % every == 0 or self.trainer.is_last_batch
         optim_gen, *others = [self.optimizers()] if self.discriminator is None else self.optimizers()
@@ -323,7 +345,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         if "average" in checkpoint and self.cfg.get("ema_decay"):
             self._average = Average(self._generator, float(self.cfg.ema_decay))
             self._average.count = checkpoint["average"]["count"]
-            self._average.weights = [value.to(self.device) for value in checkpoint["average"]["weights"]]
+            self._average.weights = list(checkpoint["average"]["weights"])
 
 
 class Average:
@@ -343,12 +365,19 @@ class Average:
     def update(self, module: torch.nn.Module) -> None:
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 50))
+        self._move(module)
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
 
     def swap(self, module: torch.nn.Module) -> None:
         """Exchange the average and the module's own values; again, and they are back."""
+        self._move(module)
         for index, parameter in enumerate(module.parameters()):
             parameter.data, self.weights[index] = self.weights[index], parameter.data
+
+    def _move(self, module: torch.nn.Module) -> None:
+        """To where the module is by now: a checkpoint is read before it goes to its GPU."""
+        pairs = zip(self.weights, module.parameters(), strict=True)
+        self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
