@@ -696,7 +696,8 @@ def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model,
     """With Ray, its own processes (raylet, GCS ...) die too."""
     if engine:
         pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
-    tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
+    whole = job(many, tmp_path / "whole", model, "parquet", shard_size=6, dataset=many.stem)
+    tokenize(whole, device="cpu", workers=1)
     rng = random.Random(0)
     out = tmp_path / "killed"
     kills = drivers = 0
