@@ -336,8 +336,8 @@ def load_adamw(optimizer: torch.optim.AdamW, state: dict, lr: torch.Tensor) -> N
     optimizer.param_groups[0]["lr"] = lr
 
 
-def read_manifest(path: Path) -> list[np.ndarray]:
-    """Every utterance of a manifest as int16 samples."""
+def read_manifest(path: Path, audio_dir: Path | None) -> list[np.ndarray]:
+    """Every utterance of a manifest as int16 samples; paths are relative to `audio_dir`, else to its own folder."""
 
     def read(recording) -> np.ndarray:
         with AudioReader(recording.path, SAMPLE_RATE) as reader:
@@ -345,7 +345,7 @@ def read_manifest(path: Path) -> list[np.ndarray]:
         return (audio.clip(-1, 1) * 32767).round().astype(np.int16)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(read, read_recordings(path, path.parent, path.name)))
+        return list(pool.map(read, read_recordings(path, audio_dir or path.parent, path.name)))
 
 
 @torch.no_grad()
@@ -391,6 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, nargs="+", help="manifests of the training speech")
     parser.add_argument("--valid", type=Path, help="manifest of the held-out speech")
+    parser.add_argument("--audio-dir", type=Path, help="of the manifests' relative paths; else each one's own folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training, all starts together")
@@ -435,8 +436,8 @@ def main() -> None:
         return
 
     length = args.frames * SAMPLES_PER_FRAME
-    speech = Speech([clip for manifest in args.train for clip in read_manifest(manifest)], length, device)
-    valid = read_manifest(args.valid)[: args.eval_clips]
+    speech = Speech([clip for path in args.train for clip in read_manifest(path, args.audio_dir)], length, device)
+    valid = read_manifest(args.valid, args.audio_dir)[: args.eval_clips]
     logging.info("%.2f hours of speech", len(speech.samples) / SAMPLE_RATE / 3600)
     if state is None and args.init:
         parts = read_checkpoint(args.init)[0]

@@ -872,6 +872,13 @@ def test_loader_workers_and_ranks_read_every_utterance_once(audio, model, expect
     first, second = ([utterance.id for utterance in dataset] for _ in range(2))
     assert sorted(first) == sorted(second) and first != second
     assert first == [utterance.id for utterance in TokenDataset(tmp_path / "out", shuffle=True)]
+    orders = []
+    for persistent in (False, True):
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=persistent)
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            orders.append([utterance.id for utterance in loader])
+    assert orders == [first, second] * 2
 
 
 def test_a_folder_that_holds_no_finished_tokens_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import soundfile
 
 from nemo_lfr.cli import main
 from nemo_lfr.evaluation import peers, run
+from nemo_lfr.evaluation.judges import Judge
 from tests.models import RATE, synthesize
 from tests.test_cli import run as command
 
@@ -172,6 +173,65 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     assert re.search(r"- nemo_lfr \(embedded\): 1\.wav: .*not an audio file", text)
     assert "PESQ-WB of 1 recordings: the original is silent" in text
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
+
+
+def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_path, monkeypatch):
+    send = peers.LFR.send
+
+    def choosy(self, audio, rate):
+        if audio[100] == synthesize(1.5, 1)[100]:
+            raise RuntimeError("Padding size should be\nless")
+        return send(self, audio, rate)
+
+    monkeypatch.setattr(peers.LFR, "send", choosy)
+    code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr")
+    assert code == 1 and "1.wav: RuntimeError: Padding size should be less" in err and "Traceback" not in err
+    assert len(rows(tmp_path / "recordings.csv")) == 2
+
+
+def test_every_rate_has_its_pictures(capsys, corpus, tmp_path):
+    code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--rate", 44100, "--limit", 2, "--examples", 3)
+    assert code == 0, err
+    assert (tmp_path / "report.html").read_text().count("<audio") == 4
+
+
+def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
+    shutil.copy(corpus / "manifest.json", tmp_path / "manifest.json")
+    arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original"]
+    assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 2
+    code, _, err = command(capsys, "evaluate", tmp_path / "manifest.json", "--audio-dir", corpus, *arguments)
+    assert code == 0, err
+
+
+class Counting(Judge):
+    """Counts letters, and cannot do without them."""
+
+    name, metrics = "counter", ("CER",)
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def measure(self, original, output, labels):
+        self.asked.append(labels["text"])
+        if not labels["text"]:
+            raise IndexError("no letters")
+        return {"CER": float(len(labels["text"]))}
+
+
+def test_a_judge_is_asked_again_where_the_text_has_changed_or_it_had_failed(capsys, corpus, tmp_path, monkeypatch):
+    judge = Counting()
+    monkeypatch.setattr(run, "open_judges", lambda *_: ([judge], {}))
+    lines = [json.loads(line) for line in (corpus / "manifest.json").read_text().splitlines()]
+    found = []
+    for text in ("", "abc", "abc", "abcd"):
+        lines[0]["text"] = text
+        (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
+        arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original", "--audio-dir", corpus]
+        assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 0
+        found.append(rows(tmp_path / "out" / "recordings.csv")[0]["CER"])
+    assert found == ["", "3.0", "3.0", "4.0"]
+    assert [asked for asked in judge.asked if not asked.startswith("<b>")] == ["", "abc", "abcd"]
+    assert len(judge.asked) == 5
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,8 +193,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, t
 
 
 def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path):
-    manifest = corpus / "manifest.json"
+    manifest = shutil.copy(corpus / "manifest.json", tmp_path)
     common = ["--train", manifest, "--valid", manifest, "--out", tmp_path / "run", "--batch-size", 2, "--frames", 8]
+    common += ["--audio-dir", corpus]
     small = ["--encoder-channels", 8, "--decoder-channels", 64, "--eval-every", 2, "--eval-clips", 2]
     small += ["--adversarial-from", 0.5]
     run("train_default.py", *common, *small, "--steps", 2, cwd=tmp_path)
@@ -206,7 +208,7 @@ def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path)
     run("train_default.py", "--out", tmp_path / "run", "--export", tmp_path / "small.nemo", cwd=tmp_path)
     trained = load(tmp_path / "small.nemo", "cpu")
     assert trained.encode(synthesize(1))[0].shape == (1, 8, 22)
-    common[-5] = tmp_path / "again"
+    common[common.index("--out") + 1] = tmp_path / "again"
     run("train_default.py", *common, *small, "--init", tmp_path / "small.nemo", "--steps", 1, "--lr", 0, cwd=tmp_path)
     run("train_default.py", "--out", tmp_path / "again", "--export", tmp_path / "again.nemo", cwd=tmp_path)
     again = load(tmp_path / "again.nemo", "cpu").encoder.state_dict()

@@ -152,6 +152,57 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
     assert total == 60
 
 
+def test_what_failed_is_opened_again(tmp_path):
+    for index in range(2):
+        text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
+    with pytest.raises(NemoLfrError, match="none of 2 files can be opened"):
+        prepare("folder", tmp_path / "corpus", tmp_path / "out")
+    for index in range(2):
+        audio(tmp_path / "corpus" / f"{index}.wav")
+    result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
+    assert {"train", "valid"} < result.keys() and not (tmp_path / "out" / "failures.jsonl").exists()
+
+
+def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_path, monkeypatch):
+    for name, seconds in (("a", 0.5), ("b", 1.0)):
+        for index in range(3):
+            audio(tmp_path / name / f"{index}.wav", seconds)
+    monkeypatch.setattr(module, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare("folder", tmp_path / "a", tmp_path / "out")
+    monkeypatch.undo()
+    prepare("folder", tmp_path / "b", tmp_path / "out")
+    entries = [entry for split in ("train", "valid") for entry in manifest(tmp_path / "out" / f"{split}.json")]
+    assert [entry["duration"] for entry in entries] == [1.0] * 3
+
+
+def test_a_run_without_validation_removes_that_of_one_before(tmp_path):
+    folder(tmp_path / "corpus")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5)
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.json"]
+
+
+@pytest.mark.parametrize("speakers", [1, 2, 5, 10])
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.999])
+def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
+    few = [
+        Utterance(Path(f"{speaker}/{index}.wav"), f"s{speaker}") for speaker in range(speakers) for index in range(2)
+    ]
+    assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
+
+
+def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monkeypatch):
+    librispeech(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path / "corpus" / "LibriSpeech" / "dev-clean")
+    assert "valid" in prepare("librispeech", Path("."), tmp_path / "out")
+    text(tmp_path / "cv" / "pl" / "train.tsv", "client_id\tpath\nme\ta.mp3\n")
+    text(tmp_path / "mls" / "mls_polish" / "train" / "transcripts.txt", "name\ttext\n")
+    for kind in ("commonvoice", "mls"):
+        with pytest.raises(NemoLfrError, match=f"not {kind} as it is published .*expected: "):
+            prepare(kind, tmp_path / {"commonvoice": "cv"}.get(kind, kind), tmp_path / "out")
+
+
 def test_who_is_held_out_does_not_change_when_a_corpus_grows():
     many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
     held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}

@@ -38,7 +38,8 @@ class Utterance:
 class TokenDataset(IterableDataset):
     """The utterances of a folder that `nemo-lfr tokenize` wrote, in any of its formats.
 
-    Loader workers and the processes of a distributed training take different shards.
+    Loader workers and the processes of a distributed training take different shards. Where there are workers, call
+    `set_epoch` before each epoch, as with a `DistributedSampler`.
 
     Args:
         folder: the tokens.
@@ -73,7 +74,7 @@ class TokenDataset(IterableDataset):
             raise NemoLfrError(f"{folder}/{METADATA}: cannot be read: {error!r}.") from error
         self.shuffle, self.seed, self.buffer_size = shuffle, seed, buffer_size
         self.rank, self.world_size = rank, world_size
-        self._epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # a loader's workers see it too
 
     @property
     def num_codebooks(self) -> int:
@@ -85,15 +86,21 @@ class TokenDataset(IterableDataset):
         """Entries of one codebook."""
         return int(np.prod(self.metadata["codec"]["levels"]))
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; without it, each pass outside of loader workers has another."""
+        self._epoch.fill_(epoch)
+
     def __len__(self) -> int:
-        return self.metadata["clips"]
+        """Utterances; of one of several processes about as many."""
+        return -(-self.metadata["clips"] // self.world_size)
 
     def __iter__(self) -> Iterator[Utterance]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         shards = list(range(self.metadata["shards"]))
-        order = random.Random(f"{self.seed} {self._epoch}")
-        self._epoch += 1
+        order = random.Random(f"{self.seed} {int(self._epoch)}")
+        if worker is None:
+            self._epoch += 1
         if self.shuffle:
             order.shuffle(shards)
         mine = shards[self.rank * workers + number :: self.world_size * workers]

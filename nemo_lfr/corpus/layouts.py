@@ -7,7 +7,7 @@ utterances, and opening them is left to whoever can go on without one.
 import csv
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError
@@ -100,19 +100,32 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
 def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
     """Give those without a split one: whole speakers to "valid", or single files where there is but one speaker.
 
-    Who is held out follows from a hash of the name, so that a corpus that grows keeps its validation set.
+    Who is held out follows from a hash of the name, so that a corpus that grows keeps its validation set. Unless the
+    share is 0 or 1 there is at least one on each side.
 
     Args:
         utterances: with `split` None where one is wanted.
         share: of speakers, or files, to hold out.
     """
     speakers = {utterance.speaker for utterance in utterances}
-    result = []
-    for utterance in utterances:
-        name = utterance.speaker if len(speakers) > 1 else str(utterance.path)
-        split = "valid" if zlib.crc32(name.encode(errors="surrogateescape")) < share * 2**32 else "train"
-        result.append(Utterance(utterance.path, utterance.speaker, utterance.split or split, utterance.labels))
-    return result
+
+    def name(utterance: Utterance) -> str:
+        return utterance.speaker if len(speakers) > 1 else utterance.path.as_posix()
+
+    hashes = {
+        name(utterance): zlib.crc32(name(utterance).encode(errors="surrogateescape"))
+        for utterance in utterances
+        if utterance.split is None
+    }
+    order = sorted(hashes, key=hashes.__getitem__)
+    count = sum(value < share * 2**32 for value in hashes.values())
+    if 0 < share < 1 and len(order) > 1:  # a few names may all fall on one side
+        count = min(max(count, 1), len(order) - 1)
+    held = set(order[:count])
+    return [
+        replace(utterance, split=utterance.split or ("valid" if name(utterance) in held else "train"))
+        for utterance in utterances
+    ]
 
 
 def _split(name: str) -> str:

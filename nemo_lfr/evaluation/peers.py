@@ -191,8 +191,11 @@ class Codec2(Peer):
             encode = _timed("c2enc", self.mode, str(source), str(coded))
             decode = _timed("c2dec", self.mode, str(coded), str(decoded))
             output = np.fromfile(decoded, "<i2").astype(np.float32)[round(self.delay * 8000) :] / 32768
-            size = coded.stat().st_size * len(audio) / rate * 8000 / len(padded)
-            return Transmission(fit(resampled(output, 8000, rate), len(audio)), size, size, encode, decode)
+            # c2enc fills a frame's last byte.
+            bits = {"700C": 28 / 32, "1300": 52 / 56}.get(self.mode, 1.0)
+            file_bytes = coded.stat().st_size * len(audio) / rate * 8000 / len(padded)
+            size = file_bytes * bits
+            return Transmission(fit(resampled(output, 8000, rate), len(audio)), size, file_bytes, encode, decode)
 
 
 # Class, Hub id, and what the setting is.
@@ -224,6 +227,11 @@ class Transformers(Peer):
                 f"{kind}: no weights in {source or 'the Hub cache'}; fetch them first: hf download {source or hub}"
             ) from error
         self.model = model.eval().to(self.device)
+        known = getattr(model.config, "target_bandwidths", None)
+        if known and self.setting not in known:
+            raise NemoLfrError(
+                f"{kind}:{setting}: no bit rate of this model; use one of {', '.join(map(str, known))}."
+            )
         self.rate = int(model.config.sampling_rate)
         self.levels = (int(model.config.codebook_size),)
         self.name = f"{class_name.removesuffix('Model')} {setting} {unit}"

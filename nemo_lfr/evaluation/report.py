@@ -182,11 +182,9 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
 
 def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
     whole = [key for key in keys if all(key in result.sent for result in evaluation.results)]
-    chosen = (
-        [whole[int((index + 0.5) * len(whole) / count)] for index in range(min(count, len(whole)))] if whole else []
-    )
+    count = min(count, len(whole))
     shown = []
-    for key in dict.fromkeys(chosen):
+    for key in [whole[int((index + 0.5) * len(whole) / count)] for index in range(count)]:
         recording = evaluation.recordings[key]
         length = min(recording.duration, EXAMPLE_SECONDS)
         original = read(recording.path, evaluation.rate, recording.offset, length)
@@ -213,7 +211,8 @@ def _play(wave: np.ndarray, rate: int) -> dict[str, str]:
     axis.specgram(
         wave + 1e-6, NFFT=512, Fs=rate, noverlap=384, mode="magnitude", scale="dB", vmin=-105, vmax=-30, cmap="magma"
     )
-    axis.set_yticks(range(0, rate // 2, 2000), [str(kilo) for kilo in range(0, rate // 2000, 2)])
+    ticks = range(0, rate // 2, 2000)
+    axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
     axis.tick_params(labelsize=7)
     axis.set_ylabel("kHz", fontsize=7)
     audio = io.BytesIO()

@@ -134,7 +134,11 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
     """Refuse a folder whose keys mean other recordings."""
     out.mkdir(parents=True, exist_ok=True)
     claims = out / "recordings.json"
-    mine = {key: [str(item.path.resolve()), item.offset, item.duration, rate] for key, item in recordings.items()}
+    mine = {
+        key: [str(item.path.resolve()), item.offset, item.duration, rate]
+        for key, item in recordings.items()
+        if item.path.is_file()  # else nothing will be made of it
+    }
     known = json.loads(claims.read_text(encoding="utf-8")) if claims.exists() else {}
     if any(known.get(key, value) != value for key, value in mine.items()):
         raise NemoLfrError(
@@ -160,9 +164,9 @@ def _send_all(
                         warm = True
                     known[key] = _send(peer, audio, rate, result, key)
                     journal.add([key, known[key]])
-                except NemoLfrError as error:
-                    result.failures[key] = str(error)
-                    advance(f"{result.name}: {recording.name}: {error}")
+                except Exception as error:  # of whichever package the codec is from
+                    result.failures[key] = reason = _reason(error)
+                    advance(f"{result.name}: {recording.name}: {reason}")
                     continue
             advance("")
     result.sent = {key: known[key] for key in recordings if key in known and key not in result.failures}
@@ -234,7 +238,7 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
     if jobs == 1 or len(tasks) < 2:
         yield from map(_measure, tasks)
         return
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks), 61), get_context("spawn"), _one_thread)
     try:
         for future in as_completed([pool.submit(_measure, task) for task in tasks]):
             yield future.result()
@@ -264,16 +268,41 @@ def _judge_all(
     judge: Judge, recordings: dict[str, Recording], results: Iterable[Result], rate: int, progress: Progress
 ) -> None:
     for result in results:
-        # Another model's figures are another metric's.
-        with Journal(result.folder / f"{hashlib.sha256(judge.name.encode()).hexdigest()[:8]}.jsonl") as journal:
-            known: dict[str, dict[str, Any]] = dict(journal)
+        # Another model's figures are another metric's, and another transcript's another recording's.
+        with Journal(result.folder / f"{_identity(judge.name)}.jsonl") as journal:
+            known: dict[str, dict[str, Any]] = {
+                entry[0]: entry[1]
+                for entry in journal
+                if entry[0] in recordings and entry[2:] == [_labels(recordings[entry[0]])]
+            }
             missing = [key for key in result.sent if key not in known]
             with progress(len(missing)) as advance:
                 for key in missing:
                     recording = recordings[key]
                     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
-                    known[key] = judge.measure(original, _output(result.audio(key), original), recording.labels)
-                    journal.add([key, known[key]])
+                    try:
+                        known[key] = judge.measure(original, _output(result.audio(key), original), recording.labels)
+                        journal.add([key, known[key], _labels(recording)])
+                    except Exception as error:  # of somebody's model; asked for again next time
+                        known[key] = dict.fromkeys(judge.metrics, Undefined(f"not measured: {_reason(error)}"))
                     advance("")
         for key in result.sent:
             result.values.setdefault(key, {}).update(_from_json(known[key]))
+
+
+def _identity(model: str) -> str:
+    """A name for a judge's model, which a file that has changed does not keep."""
+    path = Path(model)
+    known = f"{model} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
+    return hashlib.sha256(known.encode()).hexdigest()[:8]
+
+
+def _labels(recording: Recording) -> str:
+    """What a judge reads of a recording's labels, as a short hash."""
+    read = [str(recording.labels.get(key)) for key in ("text", "lang")]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8]
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, NemoLfrError) else f"{type(error).__name__}: {said}"

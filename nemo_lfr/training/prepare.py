@@ -31,7 +31,9 @@ def prepare(
     jobs: int = 4,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write OUT/train.json, valid.json and test.json, as far as there are such, and failures.jsonl.
+    """Write OUT/train.json, valid.json and test.json, and failures.jsonl, as far as there are such.
+
+    Those of an earlier run that this one has nothing for are removed.
 
     A line has `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` where the
     corpus has them. Files that cannot be opened, or were cut short, are listed with the reason.
@@ -53,13 +55,17 @@ def prepare(
     """
     if not corpus.is_dir():
         raise NemoLfrError(f"{corpus}: no such folder.")
-    utterances = list(LAYOUTS[kind](corpus))
+    try:
+        utterances = list(LAYOUTS[kind](corpus.resolve()))
+    except (KeyError, TypeError, ValueError) as error:
+        expected = LAYOUTS[kind].__doc__
+        raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error!r}); expected: {expected}") from error
     if not utterances:
         raise NemoLfrError(f"{corpus}: no utterance of {kind} here; expected: {LAYOUTS[kind].__doc__}")
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
-    found = _open_all(utterances, corpus, out / JOURNAL, jobs, progress)
+    found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, progress)
     result: dict[str, Any] = {}
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
@@ -68,9 +74,13 @@ def prepare(
             hours = sum(entry["duration"] for entry in own) / 3600
             speakers = len({entry["speaker"] for entry in own})
             result[split] = f"{path}  ({len(own)} utterances, {speakers} speakers, {hours:.2f} hours)"
+        else:
+            (out / f"{split}.json").unlink(missing_ok=True)
     failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
     if failures:
         result["failures"] = f"{_write(out / FAILURES, failures)}  ({len(failures)})"
+    else:
+        (out / FAILURES).unlink(missing_ok=True)
     if not set(result) & set(SPLITS):
         raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
     (out / JOURNAL).unlink()
@@ -79,11 +89,19 @@ def prepare(
 
 
 def _open_all(
-    utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
+    kind: str, utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
 ) -> dict[str, float | str]:
     """Duration of each file in seconds, or why it cannot be used."""
+    mine = {"kind": kind, "corpus": str(corpus.resolve())}
     with Journal(journal) as log:
-        found: dict[str, float | str] = dict(log)
+        found: dict[str, float | str] = {}
+        ours = False
+        for entry in log:
+            if isinstance(entry, dict):
+                ours = entry == mine
+            elif ours and not isinstance(entry[1], str):  # what failed may have been mended
+                found[entry[0]] = entry[1]
+        log.add(mine)
         missing = [path for utterance in utterances if (path := str(utterance.path)) not in found]
         with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
             for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
