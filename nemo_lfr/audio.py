@@ -5,7 +5,7 @@ import io
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -140,8 +140,8 @@ class AudioReader:
             num_read += len(block)
             if (
                 last
-                and not self._file.seekable()
-                and num_read < self._file.frames < UNKNOWN_BYTES // (8 * self.channels)
+                and num_read < (0.99 if self._file.seekable() else 1.0) * self._file.frames
+                and self._file.frames < UNKNOWN_BYTES // (8 * self.channels)
             ):
                 raise AudioError(f"{self.path}: was cut short after {num_read} of {self._file.frames} samples.")
             if stream is not None:
@@ -169,14 +169,13 @@ class AudioWriter:
                 f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._aside = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part")
-        self._raw = os.fdopen(handle, "w+b")
+        self._raw = open_aside(self.path)
         self._sink = _Sink(self._raw)
         try:
             self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             self._raw.close()
-            os.unlink(self._aside)
+            os.unlink(self._raw.name)
             raise AudioError(f"{path}: cannot be written as {kind} at {sample_rate} Hz ({_reason(error)}).") from error
 
     def __enter__(self) -> "AudioWriter":
@@ -184,12 +183,15 @@ class AudioWriter:
 
     def write(self, wave: np.ndarray) -> None:
         """Append samples [T]; raises OSError if the disk is full."""
-        with contextlib.suppress(AssertionError, soundfile.LibsndfileError):  # soundfile's words for a failed callback
+        try:
             self._file.write(wave)
+        except (AssertionError, soundfile.LibsndfileError) as error:  # soundfile's words for a failed callback
+            self._sink.check(self.path)
+            raise AudioError(f"{self.path}: could not be written; what is there of it is removed.") from error
         self._sink.check(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        aside = Path(self._aside)
+        aside = Path(self._raw.name)
         try:
             with self._raw:
                 self._file.close()
@@ -197,7 +199,6 @@ class AudioWriter:
                 self._raw.flush()
                 os.fsync(self._raw.fileno())
             if kind is None:
-                aside.chmod(0o666 & ~umask())
                 aside.replace(self.path)
         finally:
             aside.unlink(missing_ok=True)
@@ -208,19 +209,21 @@ class _Sink:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
     def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except BaseException as error:  # an interrupt too, which would be lost here
             self._error = self._error or error
             return 0
 
     def check(self, path: Path) -> None:
-        if self._error is not None:
+        if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
+        if self._error is not None:
+            raise self._error
 
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
@@ -237,11 +240,11 @@ def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]
         raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
 
 
-def umask() -> int:
-    """The process's mask, which files made by `tempfile` do not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def open_aside(path: Path) -> IO[bytes]:
+    """A new file beside `path`, to be renamed to it, with the permissions of any new file, which `tempfile`'s lack."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return open(path.with_name(f"{path.name[:60]}.{secrets.token_hex(4)}.part"), "x+b")
 
 
 def _name(path: Path) -> Path | bytes:

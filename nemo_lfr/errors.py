@@ -31,6 +31,9 @@ class MissingExtraError(NemoLfrError, ImportError):
 
 def clip(text: object, length: int = 80) -> str:
     """A stranger's text, short enough for a message and on one line."""
-    text = str(text)
+    try:
+        text = str(text)
+    except ValueError:  # an integer of thousands of digits
+        text = type(text).__name__
     printable = "".join(char if char.isprintable() else "?" for char in text[:length])
     return printable + ("..." if len(text) > length else "")

@@ -6,9 +6,10 @@ import shutil
 import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -102,8 +103,14 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         return
     head = source.read(4)
     if head == b"RIFF":
+        head += source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
         # libsndfile reads WAV from a descriptor without seeking; what was looked at goes through a pipe again.
         out, into = os.pipe()
+        read: Callable[[int], bytes]
+        try:
+            read = partial(os.read, source.fileno())  # the buffered reader's lock must be free when the process ends
+        except OSError:  # no descriptor
+            read = source.read1
 
         def feed() -> None:
             with suppress(BrokenPipeError), os.fdopen(into, "wb", buffering=0) as pipe:
@@ -111,8 +118,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
                 while piece:
                     pipe.write(piece)
                     try:
-                        piece = source.read1(65536)
-                    except ValueError:  # closed, as who reads was done first
+                        piece = read(65536)
+                    except (OSError, ValueError):  # closed, as who reads was done first
                         return
 
         threading.Thread(target=feed, daemon=True).start()

@@ -152,6 +152,7 @@ class _Stream:
         self.exact = self.delay_frames == context
         self._min_frames = min_frames
         self._items_in, self._items_out = items  # of a frame
+        self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items taken at a time
         self._state: State = {}
         self._num_in = 0  # frames
         self._num_computed = 0  # items of the output whose whole future was there
@@ -201,14 +202,17 @@ class StreamEncoder(_Stream):
         given = self._num_out
         return _advance_encoders([self], [torch.from_numpy(audio)[None]], last=True)[0][:, : total - given]
 
-    def _take(self, samples: np.ndarray) -> torch.Tensor:
-        """The whole frames [1, k * samples_per_frame] that are there with these samples."""
+    def _check(self, samples: np.ndarray) -> np.ndarray:
+        """Samples [n] that can be taken."""
         self._check_open()
         if np.ndim(samples) != 1:
             raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
         if not len(samples):
-            return torch.zeros(1, 0)
-        audio = self.codec._check_audio(samples, None)[0][0].cpu().numpy()
+            return np.zeros(0, np.float32)
+        return self.codec._check_audio(samples, None)[0][0].cpu().numpy()
+
+    def _take(self, audio: np.ndarray) -> torch.Tensor:
+        """The whole frames [1, k * samples_per_frame] that are there with these samples [n]."""
         self.num_samples += len(audio)
         audio = np.concatenate([self._rest, audio])
         whole = len(audio) // self.codec.samples_per_frame * self.codec.samples_per_frame
@@ -261,14 +265,17 @@ class StreamDecoder(_Stream):
         given = self._num_out
         return _advance_decoders([self], [silence], last=True)[0][: max(0, total - given)]
 
-    def _take(self, tokens: np.ndarray) -> torch.Tensor:
-        """Dequantized frames [1, D, k]."""
+    def _check(self, tokens: np.ndarray) -> torch.Tensor:
+        """Tokens [C, k] that can be taken."""
         self._check_open()
         if np.ndim(tokens) != 2:
             raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
-        checked, _ = self.codec._check_tokens(tokens, None)
-        self._num_in += checked.shape[2]
-        return self.codec.quantizer.decode(checked.transpose(0, 1))
+        return self.codec._check_tokens(tokens, None)[0][0]
+
+    def _take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Dequantized frames [1, D, k] of tokens [C, k]."""
+        self._num_in += tokens.shape[1]
+        return self.codec.quantizer.decode(tokens[:, None])
 
 
 @torch.no_grad()
@@ -281,14 +288,35 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
 
     Returns:
         For each stream, tokens [C, k]: those of `StreamEncoder.push`.
+
+    Raises:
+        AudioError: as `StreamEncoder.push`, before any stream has taken anything; NemoLfrError too.
     """
-    return _advance_encoders(streams, [stream._take(new) for stream, new in zip(streams, samples, strict=True)])
+    return _push(streams, samples, _advance_encoders)
 
 
 @torch.no_grad()
 def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     """As `push_encoders`: for each stream tokens [C, k] in and audio [n] out."""
-    return _advance_decoders(streams, [stream._take(new) for stream, new in zip(streams, tokens, strict=True)])
+    return _push(streams, tokens, _advance_decoders)
+
+
+def _push(streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., list[np.ndarray]]) -> list[np.ndarray]:
+    """Check all inputs, then take them, in pieces that need no more memory than a chunk of a recording."""
+    if any(stream.codec is not streams[0].codec for stream in streams):
+        raise NemoLfrError("these streams are of several codecs; push to those of one at a time.")
+    checked = [stream._check(new) for stream, new in zip(streams, inputs, strict=True)]
+    if not streams:
+        return []
+    size = streams[0]._piece
+    longest = max(new.shape[-1] for new in checked)
+    results = [
+        advance(
+            streams, [stream._take(new[..., at : at + size]) for stream, new in zip(streams, checked, strict=True)]
+        )
+        for at in range(0, max(longest, 1), size)
+    ]
+    return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import soxr
 
+from nemo_lfr import audio
 from nemo_lfr.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
 from nemo_lfr.errors import AudioError, NemoLfrError
 from tests.crash import on_a_full_disk
@@ -128,6 +129,49 @@ def test_a_recording_cut_short_is_refused(tmp_path):
     (tmp_path / "b.flac").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(AudioError, match=r"b\.flac"):
         read(tmp_path / "b.flac")
+
+
+def test_an_mp3_cut_short_is_refused_and_a_whole_one_is_not(tmp_path):
+    for mode in ("CONSTANT", "VARIABLE"):
+        soundfile.write(tmp_path / "a.mp3", synthesize(5), 22050, format="MP3", bitrate_mode=mode)
+        assert len(read(tmp_path / "a.mp3")) == 5 * 22050
+        raw = (tmp_path / "a.mp3").read_bytes()
+        (tmp_path / "b.mp3").write_bytes(raw[: len(raw) // 2])
+        with pytest.raises(AudioError, match=r"b\.mp3.*cut short"):
+            read(tmp_path / "b.mp3")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full")])
+def test_what_happens_within_a_callback_of_libsndfile_is_not_lost(tmp_path, monkeypatch, error):
+    write, calls = audio._Sink.write, []
+
+    def struck(self, data):
+        calls.append(1)
+        if len(calls) == 4:
+            self._file = Struck()
+        return write(self, data)
+
+    class Struck:
+        def write(self, data):
+            raise error
+
+    monkeypatch.setattr(audio._Sink, "write", struck)
+    expected = type(error) if isinstance(error, Exception) else error
+    with pytest.raises(expected), AudioWriter(tmp_path / "a.wav", 22050) as writer:
+        for _ in range(20):
+            writer.write(synthesize(1.0))
+    assert len(calls) >= 4 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no umask")
+def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with AudioWriter(tmp_path / "a.wav", 22050) as writer:
+            writer.write(synthesize(0.1))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.wav").stat().st_mode & 0o777 == 0o640
 
 
 def test_duration_is_in_seconds_of_the_file(tmp_path):

@@ -415,6 +415,20 @@ def shared(depth: int) -> dict[str, Any]:
     return {"a": value}
 
 
+def doubling(both: Any, name: str = "${{x{}}}") -> dict[str, Any]:
+    """x1 ... x40, each of which names the one before it twice."""
+
+    def filled(value: Any, before: str) -> Any:
+        return [filled(item, before) for item in value] if isinstance(value, list) else value.format(before)
+
+    return {f"x{number}": filled(both, name.format(number - 1)) for number in range(1, 41)}
+
+
+def masked_dict() -> bytes:
+    """A pickled OrderedDict whose attributes `get` and `items` are numbers."""
+    return b"\x80\x02ccollections\nOrderedDict\n)R}(X\x03\0\0\0getK\x01X\x05\0\0\0itemsK\x01ub."
+
+
 def build_opcode() -> bytes:
     """A pickle that sets attributes of the function which rebuilds tensors."""
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x04\0\0\0evilK\x01sb."
@@ -515,6 +529,25 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "resolver that decodes": (lambda: with_config(config(name="${oc.decode:'1'}")), "resolver"),
     "interpolation of nothing": (lambda: with_config(config(sample_rate="${nothing}")), "sample_rate cannot be resolved"),
     "interpolation in a circle": (lambda: with_config(config(sample_rate="${sample_rate}")), "sample_rate"),
+    "interpolations that double": (lambda: with_config(config(x0=1, sample_rate="${x40}", **doubling("{0}{0}"))), "multiply"),
+    "sections that double": (
+        lambda: with_config(config(x0=1, sample_rate=22050, audio_encoder={"a": "${x40}"}, **doubling(["{0}", "{0}"]))),
+        "multiply",
+    ),
+    "relative interpolations that double": (
+        lambda: with_config(config(x0=1, sample_rate="${.x40}", **doubling("{0}{0}", "${{.x{}}}"))), "multiply",
+    ),
+    "interpolation that another one names": (lambda: with_config(config(x="y", sample_rate="${${x}}")), "by another"),
+    "interpolation of its own section": (
+        lambda: with_config(config(vector_quantizer={"a": "${vector_quantizer}"})), "leads back to itself",
+    ),
+    "sample rate of 6,000 digits": (
+        lambda: with_config(CONFIG_BYTES.replace(b"sample_rate: ", b"sample_rate: 0x" + b"f" * 6000, 1)), "sample_rate",
+    ),
+    "encoded_dim of 6,000 digits": (
+        lambda: with_config(CONFIG_BYTES.replace(b"encoded_dim: ", b"encoded_dim: 0x" + b"f" * 6000, 1)), "encoded_dim",
+    ),
+    "state dict with a number for a method": (lambda: pickled_in_zip(masked_dict()), "holds no state dict|no tensor|missing"),
     "semantic codec": (lambda: with_config(config(semantic_codec_path="/etc/passwd")), "semantic_codec_path"),
     **{
         f"no {key}": (lambda key=key: with_config(without(config(), key)), f"no '{key}'")

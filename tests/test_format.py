@@ -194,9 +194,43 @@ def test_a_writer_that_fails_or_is_not_finished_leaves_no_file(tmp_path):
     with pytest.raises(TokensError, match=message), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
         writer.write(random_tokens(RELEASED, 2))
         writer.finish(3000)
-    with TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+    with (
+        pytest.raises(TokensError, match="`finish` was not called"),
+        TokenWriter(tmp_path / "a.lfr", RELEASED) as writer,
+    ):
         writer.write(random_tokens(RELEASED, 2))
+    for shape in ((7, 2), (9, 2), (8,), (1, 8, 2)):
+        with (
+            pytest.raises(TokensError, match=r"expected \[8, T\]"),
+            TokenWriter(tmp_path / "a.lfr", RELEASED) as writer,
+        ):
+            writer.write(np.zeros(shape, np.int32))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_from_the_start_keeps_no_file(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "_section", full)
+    with pytest.raises(OSError, match="No space"):
+        TokenWriter(tmp_path / "a.lfr", RELEASED)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "precision", "written_by"])
+@pytest.mark.parametrize("value", ["\ud800", "\x1b]0;title\x07", "a\nfingerprint  forged", "x" * 201, 5, None, ["a"]])
+def test_strings_for_a_person_are_short_and_printable(tmp_path, key, value):
+    path = write(tmp_path / "a.lfr", replace(RELEASED, **{key: value}), [], 0)
+    with pytest.raises(TokenFileError, match=rf"a\.lfr: its metadata is invalid \({key} is") as caught:
+        TokenReader(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_a_duration_beyond_all_numbers_ends_with_the_recording(tmp_path):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
+    with TokenReader(path) as reader:
+        assert reader.samples_between(0.0, 1e306) == (0, 2048)
 
 
 def test_a_failed_replacement_leaves_the_old_file(tmp_path):

@@ -1,6 +1,7 @@
 """The exported codec: the same tokens and audio, for any length and batch, where there is no torch."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tests.models import KINDS, RATE, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
 onnx = pytest.importorskip("onnx", reason="pip install 'nemo-lfr[onnx]'")
-pytest.importorskip("onnxruntime", reason="pip install 'nemo-lfr[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'nemo-lfr[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install 'nemo-lfr[onnx]'")
 
 from nemo_lfr.onnx.codec import OnnxCodec  # noqa: E402
@@ -147,6 +148,22 @@ def test_the_command_line_runs_the_folder_as_a_model(capsys, embedded, tmp_path)
     assert "ONNX files" in run(capsys, "info", embedded)[1]
     code, _, err = run(capsys, "encode", tmp_path, "--model", embedded, "--precision", "bf16", "--overwrite")
     assert code == 2 and "ONNX files run in fp32" in err
+
+
+def test_each_codec_opens_each_of_its_files_once(embedded, monkeypatch):
+    opened = []
+    session = onnxruntime.InferenceSession
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *args, **more: opened.append(1) or session(*args, **more)
+    )
+    pair = [OnnxCodec(embedded), OnnxCodec(embedded)]
+    for _ in range(3):
+        for codec in pair:
+            codec.decode(codec.encode(synthesize(0.2))[0])
+    assert len(opened) == 4
+    copied = pickle.loads(pickle.dumps(pair[0]))
+    assert np.array_equal(copied.encode(synthesize(0.2))[0], pair[0].encode(synthesize(0.2))[0])
 
 
 def test_what_is_there_is_not_replaced_unasked(capsys, embedded):

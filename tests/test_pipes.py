@@ -57,6 +57,20 @@ def wav(wave, rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> b
     return file.getvalue()
 
 
+def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
+    """The thread that reads stdin must not hold what Python needs when it ends."""
+    encoder = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", "encode", "-", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0, text=False,
+    )  # fmt: skip
+    assert encoder.stdin is not None
+    encoder.stdin.write(b"RIFF" + bytes(200_000))
+    assert encoder.wait(60) == 2
+    said = encoder.stderr.read().decode()
+    encoder.stdin.close()
+    assert "stdin: not an audio file" in said.splitlines()[-1] and "Fatal" not in said
+
+
 def tokens_of(data: bytes) -> np.ndarray:
     reader = TokenStreamReader(io.BytesIO(data), "stdout")
     tokens = np.concatenate(list(reader.blocks()), axis=1)

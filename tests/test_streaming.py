@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_lfr import streaming
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.pretrained import load
@@ -195,6 +196,46 @@ def test_what_does_not_belong_is_refused():
     for lookahead in (-1, 1.5, True, "2"):
         with pytest.raises(NemoLfrError, match="lookahead"):
             codec.stream_encoder(lookahead)
+
+
+def test_bad_input_of_one_stream_takes_nothing_of_the_others():
+    codec, wave = cached_codec("symmetric"), synthesize(1.5)
+    good, bad = codec.stream_encoder(), codec.stream_encoder()
+    found = [good.push(wave[:5000])]
+    for _ in range(2):
+        with pytest.raises(AudioError):
+            push_encoders([good, bad], [wave[5000:9100], np.full(9, np.nan)])
+    found += [push_encoders([good, bad], [wave[5000:9100], wave[:9]])[0], good.push(wave[9100:]), good.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    tokens = np.concatenate(found, axis=1)
+    first, second = codec.stream_decoder(), codec.stream_decoder()
+    with pytest.raises(TokensError):
+        push_decoders([first, second], [tokens, np.full((8, 1), 2016)])
+    heard = np.concatenate([push_decoders([first, second], [tokens, tokens[:, :1]])[0], first.flush(len(wave))])
+    assert np.abs(heard - decode(codec, tokens, [tokens.shape[1]], len(wave))).max() < 1e-5
+    assert push_encoders([], []) == push_decoders([], []) == []
+    with pytest.raises(NemoLfrError, match="several codecs"):
+        push_encoders([good, cached_codec("causal").stream_encoder()], [wave, wave])
+
+
+def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(12)
+    sizes = []
+    together = streaming._together
+
+    def watched(states, inputs, *rest):
+        sizes.append(inputs[0].shape)
+        return together(states, inputs, *rest)
+
+    monkeypatch.setattr(streaming, "_together", watched)
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    tokens = np.concatenate([encoder.push(wave), encoder.flush()], axis=1)
+    assert_same_tokens(codec, wave, torch.from_numpy(tokens))
+    assert max(shape[1] for shape in sizes) <= 66 * 1024
+    sizes.clear()
+    heard = np.concatenate([decoder.push(tokens), decoder.flush(len(wave))])
+    assert max(shape[2] for shape in sizes) <= 66
+    assert np.abs(heard - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
 
 
 def test_integers_and_lists_of_samples_are_audio_too():

@@ -39,6 +39,7 @@ _OUR_CLASSES = {f"{ours.__module__}.{ours.__name__}": ours for ours, _, _ in NEM
 # Bounds on what a config may make us build: the released codec has 112.7 M parameters in lists of at most 5 items.
 MAX_CONFIG_EVENTS = 20_000
 MAX_CONFIG_DEPTH = 32
+MAX_RESOLVED = 1_000_000  # characters and nodes
 MAX_SIZE = 16384
 MAX_LIST = 32
 MAX_GROUPS = 256
@@ -46,6 +47,7 @@ MAX_PARAMETERS = 2_000_000_000
 
 # What NeMo registers with OmegaConf; OmegaConf's own would read the environment of whoever opens the file.
 _RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
+_REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
 
 @dataclass
@@ -113,14 +115,69 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
         if config.get(key):
             raise ConfigError(f"{key} is set; nemo_lfr does not build codecs with it. Use NeMo's own AudioCodecModel.")
     values: dict[str, Any] = {}
+    expansion = _Expansion(OmegaConf.to_container(config, resolve=False))
     for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
         try:
+            expansion.check(key)
             if key in config:
                 item = config[key]
                 values[key] = OmegaConf.to_container(item, resolve=True) if OmegaConf.is_config(item) else item
         except (OmegaConfBaseException, RecursionError) as error:
             raise ConfigError(f"{key} cannot be resolved: {' '.join(str(error).split())[:200]}") from error
     return values
+
+
+class _Expansion:
+    """How long a config's values become when their `${...}` are followed, without following each one again.
+
+    Thirty lines that name the line before twice would make a billion characters.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._sizes: dict[tuple[str, ...], int | None] = {}
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError where the value of a key would be larger than any config, or stand in itself."""
+        if self._size((key,)) > MAX_RESOLVED:
+            raise ConfigError(f"{key} cannot be resolved: its interpolations multiply beyond any model config.")
+
+    def _size(self, path: tuple[str, ...]) -> int:
+        if path in self._sizes:
+            if (known := self._sizes[path]) is None:
+                raise ConfigError(f"{path[0]} cannot be resolved: an interpolation leads back to itself.")
+            return known
+        self._sizes[path] = None
+        value = self._value(path)
+        size = 1
+        if isinstance(value, dict | list):
+            names = value if isinstance(value, dict) else range(len(value))
+            size += sum(self._size((*path, str(name))) for name in names)
+        elif isinstance(value, str):
+            size += len(value) + sum(self._size(self._target(path, name)) for name in _REFERENCE.findall(value))
+            if _REFERENCE.search(_REFERENCE.sub("", value)):
+                raise ConfigError(f"{path[0]} cannot be resolved: {clip(value)!r} names an interpolation by another.")
+        self._sizes[path] = size
+        return size
+
+    @staticmethod
+    def _target(path: tuple[str, ...], name: str) -> tuple[str, ...]:
+        """Where `${name}` in the value at `path` leads: from the root, or after dots from the value's own section."""
+        rest = name.strip().lstrip(".")
+        up = len(name.strip()) - len(rest)
+        base = path[: max(0, len(path) - up)] if up else ()
+        return (*base, *(part for part in re.split(r"[.\[\]]+", rest) if part))
+
+    def _value(self, path: tuple[str, ...]) -> Any:
+        value = self._config
+        for name in path:
+            if isinstance(value, dict):
+                value = next((item for key, item in value.items() if str(key) == name), None)
+            elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
+                value = value[int(name)]
+            else:
+                return None  # OmegaConf says so in its words
+        return value
 
 
 def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
@@ -222,14 +279,14 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts
         raise ConfigError(f"the parts {list(PARTS)} are {[type(part).__name__ for part in sections.values()]}.")
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
-        raise ConfigError(f"sample_rate {sample_rate!r} is not a rate in Hz between 1000 and 192000.")
+        raise ConfigError(f"sample_rate {clip(sample_rate)} is not a rate in Hz between 1000 and 192000.")
     if config.get("output_sample_rate", sample_rate) != sample_rate:
         raise ConfigError("codecs whose output_sample_rate differs from sample_rate are not supported.")
     for part in (encoder, decoder):
         if part.samples_per_frame != samples_per_frame:
             raise ConfigError(
                 f"the rates of {type(part).__name__} multiply to {part.samples_per_frame}, but samples_per_frame is "
-                f"{samples_per_frame}; make the two agree."
+                f"{clip(samples_per_frame)}; make the two agree."
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
         raise ConfigError(f"encoded_dim {encoder.encoded_dim} differs from the quantizer's {quantizer.codebook_dim}.")

@@ -41,7 +41,7 @@ def config_text(checkpoint: Any) -> str:
     Raises:
         ConfigError: if it has none, or one that is built to explode.
     """
-    parameters = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
     config = _Plain().of(parameters)
     if isinstance(config, dict) and isinstance(config.get("cfg"), dict):  # as NeMo keeps it
         config = config["cfg"]
@@ -62,9 +62,9 @@ class _Plain:
             raise ConfigError("its hyper_parameters are larger or deeper than any model config.")
         if isinstance(value, Inert):  # `_content` of DictConfig and ListConfig, `_val` of their leaves
             state = value.state if isinstance(value.state, dict) else {}
-            value = state.get("_content", state.get("_val"))
+            value = dict.get(state, "_content", dict.get(state, "_val"))
         if isinstance(value, dict):
-            return {str(key): self.of(item, depth + 1) for key, item in value.items()}
+            return {str(key): self.of(item, depth + 1) for key, item in dict.items(value)}
         if isinstance(value, list):
             return [self.of(item, depth + 1) for item in value]
         return value if isinstance(value, str | int | float | None) else None

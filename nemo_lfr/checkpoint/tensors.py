@@ -172,12 +172,13 @@ class Tensors:
         except Exception as error:  # a pickle can make its interpreter fail in any way it likes
             reason = clip(str(error) or type(error).__name__, 200)
             raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
+        # `dict`'s own methods: a pickle may put numbers in their place.
+        if isinstance(state, dict) and isinstance(dict.get(state, "state_dict"), dict):
+            state = dict.get(state, "state_dict")
         if not isinstance(state, dict) or not state:
             raise CheckpointError(f"{what} holds no state dict.")
         self.entries: Mapping[str, Entry] = {
-            key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Entry)
+            key: value for key, value in dict.items(state) if isinstance(key, str) and isinstance(value, Entry)
         }
 
     def __getitem__(self, key: str) -> torch.Tensor:

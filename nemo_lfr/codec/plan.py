@@ -216,10 +216,11 @@ def plan_of(part: nn.Module, dtype: torch.dtype) -> Plan | None:
     if part.training or not usable or dtype not in (torch.float32, torch.bfloat16):
         plans.clear()
         return None
-    if dtype not in plans or not plans[dtype].is_of(part):
+    plan = plans.get(dtype)
+    if plan is None or not plan.is_of(part):
         plans.clear()
-        plans[dtype] = Plan(part, dtype)
-    return plans[dtype]
+        plans[dtype] = plan = Plan(part, dtype)
+    return plan  # and not what is in the table, which another thread may have cleared
 
 
 def has_bf16() -> bool:

@@ -1,6 +1,5 @@
 """The exported codec behind the API of `Codec`, with numpy arrays and ONNX Runtime; torch is not imported."""
 
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -82,15 +81,25 @@ class OnnxCodec(BaseCodec[np.ndarray]):
             raise CheckpointError(f"{path}: not a file of nemo-lfr export onnx: its metadata is not ours.") from error
         return values
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  a codec lives as long as its sessions
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in this process or another, opens the files anew."""
+        return self.__dict__ | {"_sessions": {}}
+
     def _session(self, name: str) -> Any:
+        sessions: dict[str, Any] = self.__dict__.setdefault("_sessions", {})
+        if name not in sessions:
+            sessions[name] = self._open(name)
+        return sessions[name]
+
+    def _open(self, name: str) -> Any:
         import onnxruntime
 
         path = self._folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; nemo-lfr export onnx writes it.")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
         options.enable_mem_pattern = False  # lengths change
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
@@ -101,8 +110,8 @@ class OnnxCodec(BaseCodec[np.ndarray]):
         except Exception as error:  # onnxruntime's own classes, by version
             raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({clip(error, 200)}).") from error
         if (first := getattr(self, "_metadata", None)) is not None:
-            other = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA) or "{}")
-            if other.get("fingerprint") != first["fingerprint"]:
+            raw = session.get_modelmeta().custom_metadata_map.get(METADATA) or "{}"
+            if f'"{first["fingerprint"]}"' not in raw:
                 raise CheckpointError(f"{path}: of another codec than the other file in this folder; export again.")
         return session
 

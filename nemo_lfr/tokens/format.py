@@ -28,12 +28,14 @@ as it is written: after a crash the `.part` file can be read with `recover=True`
 `docs/FORMAT.md` shows a file byte by byte.
 """
 
+import contextlib
 import json
 import math
 import os
 import struct
-import tempfile
 import zlib
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +45,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lfr import __version__, frames
-from nemo_lfr.audio import refuse_overwrite, umask
-from nemo_lfr.errors import TokenFileError, TokensError
+from nemo_lfr.audio import open_aside, refuse_overwrite
+from nemo_lfr.errors import TokenFileError, TokensError, clip
 from nemo_lfr.tokens.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -105,6 +107,10 @@ class Metadata:
             type(level) is int and 2 <= level <= 4096 for level in metadata.levels
         ):
             raise ValueError(f"levels are {metadata.levels!r}")
+        for name in ("fingerprint", "precision", "written_by"):
+            value = getattr(metadata, name)
+            if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+                raise ValueError(f"{name} is {clip(repr(value))}")
         if metadata.codebook_size > 2**31:
             raise ValueError(f"a codebook of {metadata.codebook_size} entries")
         return metadata
@@ -130,7 +136,13 @@ class TokenStream:
         self._file.flush()  # a killed process keeps what was written
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append frames, [C, T]."""
+        """Append frames, [C, T].
+
+        Raises:
+            TokensError: for another number of codebooks.
+        """
+        if tokens.ndim != 2 or tokens.shape[0] != self.metadata.num_codebooks:
+            raise TokensError(f"tokens have shape {list(tokens.shape)}; expected [{self.metadata.num_codebooks}, T].")
         for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
             block = tokens[:, start : start + MAX_BLOCK_FRAMES]
             packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
@@ -161,10 +173,14 @@ class TokenWriter(TokenStream):
         refuse_overwrite(self.path, overwrite)
         self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = tempfile.NamedTemporaryFile(  # noqa: SIM115  closed in __exit__
-            dir=self.path.parent, prefix=f"{self.path.name[:60]}.", suffix=".part", delete=False
-        )
-        super().__init__(self._aside, metadata)
+        self._aside = open_aside(self.path)
+        try:
+            super().__init__(self._aside, metadata)
+        except BaseException:
+            os.unlink(self._aside.name)
+            with contextlib.suppress(OSError):  # of a full disk, again
+                self._aside.close()
+            raise
 
     @classmethod
     def for_codec(
@@ -185,20 +201,12 @@ class TokenWriter(TokenStream):
             with self._aside as file:
                 file.flush()
                 os.fsync(file.fileno())
-            if kind is None and self._finished:
-                aside.chmod(0o666 & ~umask())
+            if kind is None and not self._finished:
+                raise TokensError(f"{self.path}: `finish` was not called, so that the file is not whole.")
+            if kind is None:
                 aside.replace(self.path)
         finally:
             aside.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Where `count` frames from frame `first` on lie."""
-
-    first: int
-    count: int
-    position: int
 
 
 class _Sections:
@@ -251,7 +259,7 @@ class _Sections:
         try:
             return Metadata.from_json(text)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise TokenFileError(f"{self.path}: its metadata is invalid ({error}).") from error
+            raise TokenFileError(f"{self.path}: its metadata is invalid ({clip(error, 200)}).") from error
 
     def _read_count(self) -> int:
         """Frames of the section that begins here; 0 is the end's."""
@@ -346,7 +354,8 @@ class TokenReader(_Sections):
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:
             super().__init__(file, path)
-            self._blocks: list[_Block] = []
+            # Where each block lies, and its first frame; as numbers, since a long live recording has millions.
+            self._positions, self._firsts = array("Q"), array("Q", [0])
             self.complete = True
             try:
                 self.num_samples = self._read_outline(check=recover)
@@ -361,7 +370,7 @@ class TokenReader(_Sections):
 
     @property
     def num_frames(self) -> int:
-        return self._blocks[-1].first + self._blocks[-1].count if self._blocks else 0
+        return self._firsts[-1]
 
     def __enter__(self) -> "TokenReader":
         return self
@@ -377,26 +386,27 @@ class TokenReader(_Sections):
             count = self._read_count()
             if count == 0:
                 return self._read_end(self.num_frames)
-            block = _Block(self.num_frames, count, position)
             self._file.seek(count * self.metadata.bytes_per_frame + 4, os.SEEK_CUR)
             if self._file.tell() > size:
                 raise self._fail("it ends too early")
             if check:
-                self._read_block(block)
-            self._blocks.append(block)
+                self._read_block(position, self.num_frames)
+            self._positions.append(position)
+            self._firsts.append(self.num_frames + count)
 
-    def _read_block(self, block: "_Block") -> np.ndarray:
-        """Tokens [C, T] of one block, its checksum verified."""
-        self._file.seek(block.position)
-        return self._read_tokens(self._read_count(), block.first)
+    def _read_block(self, position: int, first: int) -> np.ndarray:
+        """Tokens [C, T] of the block at a position of the file, its checksum verified."""
+        self._file.seek(position)
+        return self._read_tokens(self._read_count(), first)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
         stop = self.num_frames if stop is None else stop
-        for block in self._blocks:
-            if block.first < stop and start < block.first + block.count:
-                tokens = self._read_block(block)
-                yield tokens[:, max(0, start - block.first) : stop - block.first]
+        number = max(0, bisect_right(self._firsts, start) - 1)
+        for position, first in zip(self._positions[number:], self._firsts[number:], strict=False):
+            if first >= stop:
+                return
+            yield self._read_block(position, first)[:, max(0, start - first) : stop - first]
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [C, T] of frames [start, stop): all of them if not given."""
@@ -416,5 +426,7 @@ class TokenReader(_Sections):
                 f"{self.path}: start {start!r} and duration {duration!r} are not a part of its {seconds:.3f} s."
             )
         first = round(start * rate)
-        last = self.num_samples if duration is None else min(self.num_samples, first + round(duration * rate))
+        last = self.num_samples
+        if duration is not None:
+            last = min(last, first + round(min(duration, seconds) * rate))
         return first, last
