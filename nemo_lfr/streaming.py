@@ -158,6 +158,7 @@ class _Stream:
         self._num_computed = 0  # items of the output whose whole future was there
         self._num_out = 0  # items of the output that were given out
         self._finished = False
+        self._goes_on = False  # more frames of this push are to come
 
     @property
     def latency_ms(self) -> float:
@@ -210,6 +211,10 @@ class StreamEncoder(_Stream):
         if not len(samples):
             return np.zeros(0, np.float32)
         return self.codec._check_audio(samples, None)[0][0].cpu().numpy()
+
+    def _has_frame(self, num_samples: int) -> bool:
+        """Whether so many samples more complete a frame."""
+        return len(self._rest) + num_samples >= self.codec.samples_per_frame
 
     def _take(self, audio: np.ndarray) -> torch.Tensor:
         """The whole frames [1, k * samples_per_frame] that are there with these samples [n]."""
@@ -272,6 +277,9 @@ class StreamDecoder(_Stream):
             raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
         return self.codec._check_tokens(tokens, None)[0][0]
 
+    def _has_frame(self, num_frames: int) -> bool:
+        return num_frames > 0
+
     def _take(self, tokens: torch.Tensor) -> torch.Tensor:
         """Dequantized frames [1, D, k] of tokens [C, k]."""
         self._num_in += tokens.shape[1]
@@ -310,12 +318,13 @@ def _push(streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., 
         return []
     size = streams[0]._piece
     longest = max(new.shape[-1] for new in checked)
-    results = [
-        advance(
-            streams, [stream._take(new[..., at : at + size]) for stream, new in zip(streams, checked, strict=True)]
-        )
-        for at in range(0, max(longest, 1), size)
-    ]
+    results = []
+    for at in range(0, max(longest, 1), size):
+        taken = []
+        for stream, new in zip(streams, checked, strict=True):
+            taken.append(stream._take(new[..., at : at + size]))
+            stream._goes_on = stream._has_frame(new.shape[-1] - at - size)
+        results.append(advance(streams, taken))
     return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
 
@@ -351,7 +360,11 @@ def _advance(
     """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
     results = _together([stream._state for stream in streams], inputs, last, compute)
     computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
-    early = [number for number, stream in enumerate(streams) if not (stream.exact or last) and inputs[number].numel()]
+    early = [
+        number
+        for number, stream in enumerate(streams)
+        if not (stream.exact or last or stream._goes_on) and inputs[number].numel()
+    ]
     if early:
         # As if the recordings ended here: of that, the frames that are due.
         states = [copy.copy(streams[number]._state) for number in early]
@@ -363,7 +376,7 @@ def _advance(
             results[number] = torch.cat([results[number], rest], dim=-1)
     given = []
     for stream, result, whole in zip(streams, results, computed, strict=True):
-        due = whole if stream.exact else (stream._num_in - stream.delay_frames) * stream._items_out
+        due = whole if stream.exact or stream._goes_on else (stream._num_in - stream.delay_frames) * stream._items_out
         stop = max(whole, due, stream._num_out)
         given.append(result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy())
         stream._num_computed, stream._num_out = whole, stop

@@ -537,6 +537,13 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "relative interpolations that double": (
         lambda: with_config(config(x0=1, sample_rate="${.x40}", **doubling("{0}{0}", "${{.x{}}}"))), "multiply",
     ),
+    "interpolations that double through a section": (
+        lambda: with_config(config(s={"x0": 1} | doubling("{0}{0}", "${{t.x{}}}"), t="${s}", sample_rate="${t.x40}")),
+        "leads through",
+    ),
+    "interpolations that double in another section": (
+        lambda: with_config(config(train_ds={"x0": 1} | doubling("{0}{0}", "${{.x{}}}"))), "multiply",
+    ),
     "interpolation that another one names": (lambda: with_config(config(x="y", sample_rate="${${x}}")), "by another"),
     "interpolation of its own section": (
         lambda: with_config(config(vector_quantizer={"a": "${vector_quantizer}"})), "leads back to itself",

@@ -447,6 +447,7 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
         '{"audio_filepath": "good.wav", "offset": NaN}',
         '{"audio_filepath": "good.wav", "offset": Infinity}',
         '{"audio_filepath": "good.wav", "offset": -1}',
+        '{"audio_filepath": "good.wav", "duration": 1' + "0" * 400 + "}",
         '{"audio_filepath": "good.wav", "offset": 0.1, "text": "\\ud83d"}',
         '{"audio_filepath": ' + "[" * 5000,
     ]
@@ -459,12 +460,12 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
     assert exit_.value.code == 1
     failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     said = {failure["input"]: failure["error"] for failure in failures}
-    assert len({failure["id"] for failure in failures}) == len(failures) == len(reasons) + 10
+    assert len({failure["id"] for failure in failures}) == len(failures) == len(reasons) + 11
     for name, reason in reasons.items():
         assert reason in said[str(root / name)], name
     made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}
-    # The line that says too much of good.wav came first and had its name.
-    assert made == {f"{Path(name).stem}.lfr" for name in odd} | {"good~2.lfr", "good-00000100.lfr"}
+    # The lines that say too much of good.wav came first and had its name.
+    assert made == {f"{Path(name).stem}.lfr" for name in odd} | {"good~3.lfr", "good-00000100.lfr"}
     assert f"{len(failures)} failed" in capsys.readouterr().err
     with pytest.raises(AudioError):
         tokenize(
@@ -779,8 +780,13 @@ def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model,
     ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
     mine = job(audio / "manifest.json", tmp_path / "out", model, shard_size=1)
     try:
-        with pytest.raises(NemoLfrError, match="this machine has not the 2 cores of a worker"):
+        with pytest.raises(NemoLfrError, match="this machine does not have the 2 cores of a worker"):
             tokenize(replace(mine, threads=2), ray="local")
+        with pytest.raises(NemoLfrError, match="cores and a GPU of a worker; ask for --device cpu"):
+            tokenize(mine, ray="local", device="cuda")
+        doomed = shutil.copy(model, tmp_path / "doomed.nemo")
+        with pytest.raises(NemoLfrError, match=r"a worker cannot start: .*doomed\.nemo"):
+            tokenize(replace(mine, model=str(doomed)), ray="local", watch=lambda totals: Path(doomed).unlink())
         assert tokenize(mine, ray="local", workers=3)["clips"] == len(LENGTHS)
     finally:
         ray.shutdown()

@@ -160,7 +160,8 @@ def test_what_failed_is_opened_again(tmp_path):
     for index in range(2):
         audio(tmp_path / "corpus" / f"{index}.wav")
     result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
-    assert {"train", "valid"} < result.keys() and not (tmp_path / "out" / "failures.jsonl").exists()
+    assert {"train", "valid"} < result.keys()
+    assert result["not of this run"] == str(tmp_path / "out" / "failures.jsonl")
 
 
 def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_path, monkeypatch):
@@ -176,11 +177,11 @@ def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_pat
     assert [entry["duration"] for entry in entries] == [1.0] * 3
 
 
-def test_a_run_without_validation_removes_that_of_one_before(tmp_path):
+def test_what_is_there_of_another_run_is_named(tmp_path):
     folder(tmp_path / "corpus")
-    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5)
-    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.json"]
+    assert "not of this run" not in prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5)
+    again = prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    assert again["not of this run"] == str(tmp_path / "out" / "valid.json")
 
 
 @pytest.mark.parametrize("speakers", [1, 2, 5, 10])

@@ -236,6 +236,11 @@ def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
     heard = np.concatenate([decoder.push(tokens), decoder.flush(len(wave))])
     assert max(shape[2] for shape in sizes) <= 66
     assert np.abs(heard - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
+    # With less lookahead too, only the end of what was pushed is as if the recording ended there.
+    encoder, decoder = codec.stream_encoder(0), codec.stream_decoder(0)
+    assert_same_tokens(codec, wave[: 250 * 1024], torch.from_numpy(encoder.push(wave[: 250 * 1024])))
+    heard = decoder.push(tokens[:, :250])
+    assert np.abs(heard - codec.decode(tokens[:, :250])[0][0].numpy()).max() < 1e-5
 
 
 def test_integers_and_lists_of_samples_are_audio_too():

@@ -75,9 +75,13 @@ def parse_config(text: str) -> DictConfig:
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
             raise ConfigError("it is a list, not a mapping.")
-        for value in _strings(OmegaConf.to_container(config, resolve=False)):
+        plain = OmegaConf.to_container(config, resolve=False)
+        for value in _strings(plain):
             if "${" in value and ":" in _RESOLVERS.sub("", value):
                 raise ConfigError(f"{clip(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
+        expansion = _Expansion(plain)
+        for key in config:
+            expansion.check(str(key))
         return config
     except ConfigError:
         raise
@@ -115,10 +119,8 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
         if config.get(key):
             raise ConfigError(f"{key} is set; nemo_lfr does not build codecs with it. Use NeMo's own AudioCodecModel.")
     values: dict[str, Any] = {}
-    expansion = _Expansion(OmegaConf.to_container(config, resolve=False))
     for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
         try:
-            expansion.check(key)
             if key in config:
                 item = config[key]
                 values[key] = OmegaConf.to_container(item, resolve=True) if OmegaConf.is_config(item) else item
@@ -130,7 +132,8 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
 class _Expansion:
     """How long a config's values become when their `${...}` are followed, without following each one again.
 
-    Thirty lines that name the line before twice would make a billion characters.
+    Thirty lines that name the line before twice would make a billion characters. Names that lead through another
+    interpolation are refused, as NeMo's configs have none.
     """
 
     def __init__(self, config: Any) -> None:
@@ -175,6 +178,8 @@ class _Expansion:
                 value = next((item for key, item in value.items() if str(key) == name), None)
             elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
                 value = value[int(name)]
+            elif isinstance(value, str) and "${" in value:
+                raise ConfigError(f"{path[0]} cannot be resolved: {'.'.join(path)} leads through {clip(value)!r}.")
             else:
                 return None  # OmegaConf says so in its words
         return value

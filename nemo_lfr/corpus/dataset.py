@@ -91,7 +91,7 @@ class TokenDataset(IterableDataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        """Utterances; of one of several processes about as many."""
+        """Utterances; of one of several processes, about its share."""
         return -(-self.metadata["clips"] // self.world_size)
 
     def __iter__(self) -> Iterator[Utterance]:

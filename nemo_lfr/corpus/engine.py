@@ -150,58 +150,57 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     ray = require("ray", "ray")
     started = not ray.is_initialized()
     if started:
-        _connect(ray, address)
-    resources = ray.cluster_resources()
-    gpu = bool(resources.get("GPU")) if device is None else device.startswith("cuda")
-    cores = job.threads + (job.readers if gpu else 0)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
-    if not room:
-        needed = f"{cores} cores" + (" and a GPU" if gpu else "")
-        if address == "local":
-            raise NemoLfrError(f"--ray local: this machine has not the {needed} of a worker; ask for fewer --threads.")
-        logger.warning("no node of the Ray cluster has the %s of a worker; waiting for one that has.", needed)
-    count = min(workers or max(1, room), len(tasks))
-    # Lost work is given out again by us, which counts how often; Ray only starts the actor anew.
-    make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
-    actors = [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
-    left, waiting = dict(tasks), deque(dict(tasks))
-    deaths = Deaths(job)
-    # An actor gets shards once it is there: one that the cluster has no room for would keep them for ever.
-    starting = {actor.ready.remote(): actor for actor in actors}
-    running: dict[Any, tuple[int, Any]] = {}
+        address = _connect(ray, address)
+    actors: list[Any] = []
     try:
+        gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
+        cores = job.threads + (job.readers if gpu else 0)
+        room = _room(ray, cores, gpu, address)
+        # Lost work is given out again by us, which counts how often; Ray only starts the actor anew.
+        make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
+        count = min(workers or max(1, room), len(tasks))
+        actors += [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
+        left, waiting = dict(tasks), deque(dict(tasks))
+        deaths = Deaths(job)
+        # An actor gets shards while it is there: one that the cluster has no room for would keep them for ever.
+        starting = {actor.ready.remote(): number for number, actor in enumerate(actors)}
+        ready: set[int] = set()
+        running: dict[Any, tuple[int, int]] = {}  # shard and actor
         while left:
             (done, *_), _ = ray.wait([*running, *starting], num_returns=1)
-            if actor := starting.pop(done, None):
-                try:
-                    ray.get(done)
-                except ray.exceptions.RayActorError as error:
-                    deaths.count([], error)
-                    time.sleep(0.1)  # it is being started anew
-                    starting[actor.ready.remote()] = actor
-                else:
-                    fair = -(-len(waiting) // (len(starting) + 1))
-                    for _ in range(min(QUEUED, fair)):
-                        index = waiting.popleft()
-                        running[actor.run.remote(index, left[index])] = (index, actor)
-                continue
-            index, actor = running.pop(done)
+            number = starting.pop(done, None)
+            index = None
+            if number is None:
+                index, number = running.pop(done)
             try:
-                mark = Mark(**ray.get(done))
+                found = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                deaths.count([index], error)
-                waiting.append(index)
-                time.sleep(0.1)
+                if getattr(error, "actor_init_failed", False):
+                    reason = str(error).strip().splitlines()[-1]
+                    raise NemoLfrError(f"a worker cannot start: {reason}") from error
+                deaths.count([] if index is None else [index], error)
+                if index is not None:
+                    waiting.append(index)
+                ready.discard(number)
+                if number not in starting.values():
+                    time.sleep(0.1)  # it is being started anew
+                    starting[actors[number].ready.remote()] = number
             else:
-                del left[index]
-                deaths.since_mark = 0
-                yield mark
-            if waiting:
-                index = waiting.popleft()
-                running[actor.run.remote(index, left[index])] = (index, actor)
+                ready.add(number)
+                if index is not None:
+                    del left[index]
+                    deaths.since_mark = 0
+                    yield Mark(**found)
+            loads = Counter(number for _, number in running.values())
+            # Everybody gets one before anybody gets two.
+            for depth in range(1 if starting else QUEUED):
+                for number in ready:
+                    if waiting and loads[number] <= depth:
+                        index = waiting.popleft()
+                        running[actors[number].run.remote(index, left[index])] = index, number
+                        loads[number] += 1
     except (ray.exceptions.RayError, ConnectionError) as error:
         said = _first_line(error)
         raise NemoLfrError(f"the Ray cluster was lost ({said}); the same command goes on from here.") from error
@@ -217,13 +216,31 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _connect(ray: Any, address: str) -> None:
+def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
+    """Workers that the cluster has room for as it is now; a cluster may grow, but this machine does not.
+
+    Raises:
+        NemoLfrError: if this machine is all there is, and has no room.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
+    if not room:
+        needed = f"{cores} cores" + (" and a GPU" if gpu else "")
+        if address == "local":
+            less = "--device cpu, or fewer --threads" if gpu else "fewer --threads"
+            raise NemoLfrError(f"--ray: this machine does not have the {needed} of a worker; ask for {less}.")
+        logger.warning("no node of the Ray cluster has the %s of a worker; waiting for one that has.", needed)
+    return room
+
+
+def _connect(ray: Any, address: str) -> str:
+    """Connect, and say to what: "local" if that is what "auto" became."""
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":
             try:
                 ray.init("auto", logging_level="error", log_to_driver=False)
-                return
+                return address
             except ConnectionError:
                 address = "local"
         if address == "local":
@@ -232,3 +249,4 @@ def _connect(ray: Any, address: str) -> None:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # of whichever of Ray's transports
         raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({_first_line(error)}).") from error
+    return address

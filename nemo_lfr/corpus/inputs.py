@@ -139,7 +139,7 @@ class Manifest(Corpus):
                 name = _name(line) + (f"~{again}" if again else "")
                 try:
                     yield self._clip(name, json.loads(line))
-                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                     origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
                     yield Clip(name, origin, partial(_raise, f"{origin}: not a line of a manifest: {error!r}."))
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from nemo_lfr import __version__
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
-from nemo_lfr.corpus.shard import PADS, Job, Mark
+from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.journal import write_text
@@ -73,7 +73,8 @@ def tokenize(
         NemoLfrError: for a corpus or a codec that cannot be had, or an output that holds another job's tokens.
         AudioError: with `job.strict`, for the first clip that fails.
     """
-    for value, known, name in ((job.kind, SINKS, "format"), (job.pad, PADS, "pad")):
+    known_values = ((job.kind, SINKS, "format"), (job.pad, PADS, "pad"), (job.precision, PRECISIONS, "precision"))
+    for value, known, name in known_values:
         if value not in known:
             raise NemoLfrError(f"{name} {value!r} is unknown; use one of {list(known)}.")
     if job.context and job.kind == "lfr":

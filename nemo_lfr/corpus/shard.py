@@ -34,6 +34,7 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 # fill within minutes with half a megabyte each; with fewer it is as fast (measured).
 KERNELS = 384
 PADS = ("encode", "magpie")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)

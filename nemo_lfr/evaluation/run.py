@@ -24,7 +24,7 @@ import soundfile
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
-from nemo_lfr.evaluation.peers import Peer, fit, open_codec, read
+from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
 from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.manifests import Recording
 from nemo_lfr.pretrained import choose_device
@@ -162,26 +162,27 @@ def _send_all(
                     if not warm:  # the first call sets up threads and kernels
                         peer.send(audio[:rate], rate)
                         warm = True
-                    known[key] = _send(peer, audio, rate, result, key)
-                    journal.add([key, known[key]])
+                    done = peer.send(audio, rate)
+                    Signal(done.audio, rate)  # refuses NaN before it is written
                 except Exception as error:  # of whichever package the codec is from
                     result.failures[key] = reason = _reason(error)
                     advance(f"{result.name}: {recording.name}: {reason}")
                     continue
+                known[key] = _keep(done, len(audio), rate, result, key)
+                journal.add([key, known[key]])
             advance("")
     result.sent = {key: known[key] for key in recordings if key in known and key not in result.failures}
 
 
-def _send(peer: Peer, audio: np.ndarray, rate: int, result: Result, key: str) -> dict[str, float]:
-    done = peer.send(audio, rate)
-    Signal(done.audio, rate)  # refuses NaN before it is written
+def _keep(done: Transmission, num_samples: int, rate: int, result: Result, key: str) -> dict[str, float]:
+    """Write what a codec made; what there is to say of it."""
     if done.tokens is not None:
         np.save(result.tokens(key), done.tokens.astype(np.int32))
     aside = result.audio(key).with_suffix(".part")
     soundfile.write(aside, done.audio, rate, subtype="FLOAT", format="WAV")
     os.replace(aside, result.audio(key))
     return {
-        "seconds": len(audio) / rate,
+        "seconds": num_samples / rate,
         "num_bytes": done.num_bytes,
         "file_bytes": done.file_bytes,
         "encode_seconds": done.encode_seconds,
@@ -282,16 +283,17 @@ def _judge_all(
                     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
                     try:
                         known[key] = judge.measure(original, _output(result.audio(key), original), recording.labels)
-                        journal.add([key, known[key], _labels(recording)])
                     except Exception as error:  # of somebody's model; asked for again next time
                         known[key] = dict.fromkeys(judge.metrics, Undefined(f"not measured: {_reason(error)}"))
+                    else:
+                        journal.add([key, known[key], _labels(recording)])
                     advance("")
         for key in result.sent:
             result.values.setdefault(key, {}).update(_from_json(known[key]))
 
 
 def _identity(model: str) -> str:
-    """A name for a judge's model, which a file that has changed does not keep."""
+    """A name for a judge's model; another one once the model's file has changed."""
     path = Path(model)
     known = f"{model} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
     return hashlib.sha256(known.encode()).hexdigest()[:8]

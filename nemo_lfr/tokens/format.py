@@ -177,9 +177,9 @@ class TokenWriter(TokenStream):
         try:
             super().__init__(self._aside, metadata)
         except BaseException:
-            os.unlink(self._aside.name)
             with contextlib.suppress(OSError):  # of a full disk, again
                 self._aside.close()
+            os.unlink(self._aside.name)
             raise
 
     @classmethod

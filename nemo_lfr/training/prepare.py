@@ -33,7 +33,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Write OUT/train.json, valid.json and test.json, and failures.jsonl, as far as there are such.
 
-    Those of an earlier run that this one has nothing for are removed.
+    One that is there already, and that this run has nothing for, is left and named in the result.
 
     A line has `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` where the
     corpus has them. Files that cannot be opened, or were cut short, are listed with the reason.
@@ -57,6 +57,8 @@ def prepare(
         raise NemoLfrError(f"{corpus}: no such folder.")
     try:
         utterances = list(LAYOUTS[kind](corpus.resolve()))
+    except NemoLfrError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         expected = LAYOUTS[kind].__doc__
         raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error!r}); expected: {expected}") from error
@@ -66,6 +68,10 @@ def prepare(
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, progress)
+    failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
+    if len(failures) == len(found):
+        _write(out / FAILURES, failures)
+        raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
     result: dict[str, Any] = {}
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
@@ -74,15 +80,11 @@ def prepare(
             hours = sum(entry["duration"] for entry in own) / 3600
             speakers = len({entry["speaker"] for entry in own})
             result[split] = f"{path}  ({len(own)} utterances, {speakers} speakers, {hours:.2f} hours)"
-        else:
-            (out / f"{split}.json").unlink(missing_ok=True)
-    failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
     if failures:
         result["failures"] = f"{_write(out / FAILURES, failures)}  ({len(failures)})"
-    else:
-        (out / FAILURES).unlink(missing_ok=True)
-    if not set(result) & set(SPLITS):
-        raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
+    names = {f"{split}.json": split for split in SPLITS} | {FAILURES: "failures"}
+    if others := [name for name, key in names.items() if key not in result and (out / name).exists()]:
+        result["not of this run"] = ", ".join(str(out / name) for name in others)
     (out / JOURNAL).unlink()
     result["audio_dir"] = str(corpus)
     return result

@@ -376,8 +376,9 @@ class Average:
 
     def _move(self, module: torch.nn.Module) -> None:
         """To where the module is by now: a checkpoint is read before it goes to its GPU."""
-        pairs = zip(self.weights, module.parameters(), strict=True)
-        self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
+        with torch.inference_mode(False):  # a validation may come first
+            pairs = zip(self.weights, module.parameters(), strict=True)
+            self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
