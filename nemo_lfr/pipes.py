@@ -2,7 +2,9 @@
 
 import io
 import os
+import select
 import shutil
+import signal
 import struct
 import tempfile
 import threading
@@ -106,25 +108,10 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         head += source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
         # libsndfile reads WAV from a descriptor without seeking; what was looked at goes through a pipe again.
         out, into = os.pipe()
-        read: Callable[[int], bytes]
-        try:
-            read = partial(os.read, source.fileno())  # the buffered reader's lock must be free when the process ends
-        except OSError:  # no descriptor
-            read = source.read1
-
-        def feed() -> None:
-            with suppress(BrokenPipeError), os.fdopen(into, "wb", buffering=0) as pipe:
-                piece = head
-                while piece:
-                    pipe.write(piece)
-                    try:
-                        piece = read(65536)
-                    except (OSError, ValueError):  # closed, as who reads was done first
-                        return
-
-        threading.Thread(target=feed, daemon=True).start()
-        with AudioReader("stdin", sample_rate, data=out) as reader:
-            yield reader
+        with _woken_by_signals() as wake:
+            threading.Thread(target=_feed, args=(head, source, into, wake), daemon=True).start()
+            with AudioReader("stdin", sample_rate, data=out) as reader:
+                yield reader
         return
     with tempfile.NamedTemporaryFile(prefix="nemo-lfr-") as file:
         file.write(head)
@@ -132,6 +119,44 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         file.seek(0)
         with AudioReader("stdin", sample_rate, data=os.dup(file.fileno())) as reader:
             yield reader
+
+
+def _feed(head: bytes, source: io.BufferedReader, into: int, wake: int | None) -> None:
+    """Write to a pipe what was read, and what comes, until that ends or `wake` can be read."""
+    read: Callable[[int], bytes]
+    try:
+        # Not by the buffered reader, whose lock must be free when the process ends.
+        descriptor = source.fileno()
+        read = partial(os.read, descriptor)
+    except OSError:  # it has none
+        wake, read = None, source.read1
+    # OSError, ValueError: closed, as who reads was done first.
+    with suppress(OSError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
+        piece = head
+        while piece:
+            pipe.write(piece)
+            if wake is not None and wake in select.select([descriptor, wake], [], [])[0]:
+                return
+            piece = read(65536)
+
+
+@contextmanager
+def _woken_by_signals() -> Iterator[int | None]:
+    """A descriptor that can be read once a signal has come, and at the end.
+
+    Python hears of a signal when the main thread comes back to it, but libsndfile, waiting in a pipe, waits on.
+    """
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        yield None
+        return
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    try:
+        yield out
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(into)  # which wakes who still waits; `out` stays open for them
 
 
 def _position(sink: IO[bytes]) -> int | None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -69,6 +70,22 @@ def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
     said = encoder.stderr.read().decode()
     encoder.stdin.close()
     assert "stdin: not an audio file" in said.splitlines()[-1] and "Fatal" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_waits_for_its_input_can_be_told_to_end(number):
+    encoder = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
+    )  # fmt: skip
+    assert encoder.stdin is not None and encoder.stdout is not None
+    encoder.stdin.write(wav(speech_like(40 * FRAME))[: 44 + 2 * 30 * FRAME])
+    encoder.stdout.read(500)
+    time.sleep(0.5)
+    encoder.send_signal(number)
+    assert encoder.wait(20) == 128 + number
+    encoder.stdin.close()
 
 
 def tokens_of(data: bytes) -> np.ndarray:
