@@ -28,6 +28,7 @@ from nemo_lfr.corpus.layouts import AUDIO_SUFFIXES, LAYOUTS
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
 from nemo_lfr.heap import keep_heap
+from nemo_lfr.terminal import note, progress
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
@@ -113,10 +114,6 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[Job]:
         sys.stdout.buffer.flush()
 
 
-def note(text: str) -> None:
-    click.echo(text, err=True)
-
-
 def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
     from nemo_lfr.pretrained import LFR, load
 
@@ -124,27 +121,6 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec"
     if model is None:
         note(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
     return load(model, device, precision)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; its value is called for each finished file, and prints what there is to say of it."""
-    if not sys.stderr.isatty():
-        yield lambda text: note(text) if text else None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("files", total=total)
-
-        def advance(text: str) -> None:
-            if text:
-                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-            bar.advance(task)
-
-        yield advance
 
 
 def run_jobs(

@@ -9,6 +9,7 @@ import click
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
+from nemo_lfr.terminal import note, progress
 
 
 @click.command()
@@ -60,7 +61,6 @@ def evaluate(
     What was done is kept: the same command again goes on where it stopped, and another --codec or a larger --limit
     adds to it. The exit code is 1 if a codec failed on a recording; the report names both.
     """
-    from nemo_lfr.cli import note, progress
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.presets import PRESETS
     from nemo_lfr.evaluation.run import choose, evaluate

@@ -1,0 +1,33 @@
+"""What commands say while they work: lines and bars on stderr, as stdout is for results."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+
+def note(text: str) -> None:
+    """One line."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal; its value is called for each finished file, and prints what there is to say of it."""
+    if not sys.stderr.isatty():
+        yield lambda text: note(text) if text else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("files", total=total)
+
+        def advance(text: str) -> None:
+            if text:
+                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            bar.advance(task)
+
+        yield advance
