@@ -420,7 +420,7 @@ def _checked_values(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _without_folders(config: DictConfig) -> DictConfig:
-    """A copy whose sections name files without the folders of the machine that trained."""
+    """A copy whose data sections name files without the folders of the machine that trained."""
 
     def shortened(value: Any) -> Any:
         if isinstance(value, dict):
@@ -431,7 +431,7 @@ def _without_folders(config: DictConfig) -> DictConfig:
 
     config = copy.deepcopy(config)
     with open_dict(config):
-        for section in ("train_ds", "validation_ds", "test_ds", "log_config", "discriminator"):
+        for section in ("train_ds", "validation_ds", "test_ds", "log_config"):
             if config.get(section) is not None:
                 config[section] = shortened(OmegaConf.to_container(config[section], resolve=False))
     return config

@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-import tarfile
 from typing import Any
 
 import pytest
@@ -324,16 +323,6 @@ def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_no
     with torch.no_grad():
         scores, *_ = started.discriminator(audio_real=audio, audio_gen=audio)
     torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
-
-
-def test_a_saved_file_does_not_name_the_folder_of_wavlm(tmp_path, wavlm):
-    model = AudioCodecModel(OmegaConf.create(training_config([wavlm])))
-    model.save_to(tmp_path / "saved.nemo")
-    with tarfile.open(tmp_path / "saved.nemo") as file:
-        config = next(member for member in file if member.name.endswith("model_config.yaml"))
-        text = file.extractfile(config).read().decode()
-    folder = wavlm["slm_model_name"]
-    assert folder not in text and os.path.basename(folder) in text
 
 
 def test_wavlm_that_is_nowhere_is_named_when_the_first_step_needs_it(wavlm, monkeypatch):
