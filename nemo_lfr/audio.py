@@ -138,6 +138,7 @@ class AudioReader:
             check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
             last = len(block) == 0
             num_read += len(block)
+            # In files it is MP3 whose header may promise more than is there; a hundredth is allowed for estimates.
             if (
                 last
                 and num_read < (0.99 if self._file.seekable() else 1.0) * self._file.frames

@@ -36,6 +36,10 @@ DURATION_SLACK = 0.1  # seconds, and a fiftieth
 ROWS = 16
 # Durations of a manifest's cuts are rounded to this; one that ends so near to its file's end is the file.
 ROUNDED = 0.01  # seconds
+# What a manifest's line raises that is none.
+NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+# Keys of a manifest that holds another codec's tokens already; they are not these tokens'.
+OTHER_TOKENS = ("target_audio_codes_path", "context_audio_codes_path")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Manifest(Corpus):
                 name = _name(line) + (f"~{again}" if again else "")
                 try:
                     yield self._clip(name, json.loads(line))
-                except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                except NOT_A_LINE as error:
                     origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
                     yield Clip(name, origin, partial(_raise, f"{origin}: not a line of a manifest: {error!r}."))
 
@@ -150,6 +154,7 @@ class Manifest(Corpus):
             other = _seconds(labels, "context_audio_duration")
             context = partial(read_file, self.audio_dir / labels["context_audio_filepath"], None, other or None)
         audio = partial(read_file, path, _seconds(labels, "offset"), _seconds(labels, "duration"))
+        labels = {key: value for key, value in labels.items() if key not in OTHER_TOKENS}
         return Clip(name, str(path), audio, context, labels, path=path)
 
 
@@ -158,9 +163,8 @@ class Folder(Manifest):
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256(f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")).hexdigest()[
-            :16
-        ]
+        folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
+        return hashlib.sha256(folder_and_files).hexdigest()[:16]
 
 
 def list_folder(root: Path, manifest: Path) -> Folder:
@@ -526,7 +530,7 @@ def _name(line: bytes) -> str:
         name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
         offset = float(labels.get("offset") or 0)
         return _safe(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except NOT_A_LINE:
         return "line-" + hashlib.sha256(line).hexdigest()[:12]
 
 

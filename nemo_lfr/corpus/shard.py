@@ -35,6 +35,8 @@ BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
 KERNELS = 384
 PADS = ("encode", "magpie")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+# A clip with its samples, and its context's where there is one.
+Loaded = tuple[Clip, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -150,27 +152,39 @@ def _tokenize(
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     """Clips with their tokens, in order; those that fail go to the mark instead."""
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
-    batch: list[tuple[Clip, list[np.ndarray]]] = []
-    rows = longest = held = 0
     with ThreadPoolExecutor(job.readers) as readers:
-        for clip, waves in _ahead(readers, job, codec.sample_rate, clips):
-            try:
-                new = waves.result()
-            except (NemoLfrError, OSError) as error:
-                if job.strict:
-                    raise
-                mark.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
-                continue
-            # A batch is as wide as its longest clip: a long one among many short ones would be mostly padding.
-            if batch and (rows + len(new)) * max(longest, *map(len, new)) > 2 * limit:
-                yield from _encode(job, codec, batch)
-                batch, rows, longest, held = [], 0, 0, 0
-            batch.append((clip, new))
-            rows, longest, held = rows + len(new), max(longest, *map(len, new)), held + sum(map(len, new))
-            if held >= limit:
-                yield from _encode(job, codec, batch)
-                batch, rows, longest, held = [], 0, 0, 0
-        yield from _encode(job, codec, batch)
+        read = _whole(job, _ahead(readers, job, codec.sample_rate, clips), mark)
+        for batch in _batches(read, limit):
+            yield from _encode(job, codec, batch)
+
+
+def _whole(job: Job, clips: Iterator[tuple[Clip, "Future[list[np.ndarray]]"]], mark: Mark) -> Iterator[Loaded]:
+    """Clips that could be read."""
+    for clip, waves in clips:
+        try:
+            yield clip, waves.result()
+        except (NemoLfrError, OSError) as error:
+            if job.strict:
+                raise
+            mark.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
+
+
+def _batches(clips: Iterator[Loaded], limit: float) -> Iterator[list[Loaded]]:
+    """Clips of about `limit` samples together, and of no more than twice that as wide as their longest one."""
+    batch: list[Loaded] = []
+    lengths: list[int] = []
+    for clip, waves in clips:
+        new = [len(wave) for wave in waves]
+        if batch and len(lengths + new) * max(lengths + new) > 2 * limit:
+            yield batch
+            batch, lengths = [], []
+        batch.append((clip, waves))
+        lengths += new
+        if sum(lengths) >= limit:
+            yield batch
+            batch, lengths = [], []
+    if batch:
+        yield batch
 
 
 def _ahead(
@@ -210,11 +224,9 @@ def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
 
 
 def _encode(
-    job: Job, codec: "Codec", batch: list[tuple[Clip, list[np.ndarray]]]
+    job: Job, codec: "Codec", batch: list[Loaded]
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     waves = [wave for _, waves in batch for wave in waves]
-    if not waves:
-        return
     frame = codec.samples_per_frame
     lengths = [len(wave) + (frame if job.pad == "magpie" and len(wave) % frame == 0 else 0) for wave in waves]
     audio = _zeros(codec, len(waves), max(lengths))

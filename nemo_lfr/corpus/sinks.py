@@ -30,8 +30,6 @@ from nemo_lfr.tokens.format import Metadata, TokenWriter
 STATE = ".tokenize"  # below the output: what a run needs to go on
 LINES = f"{STATE}/lines"  # of each shard, to be put together at the end
 SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # what Magpie demands
-# Of an input that held another codec's tokens.
-OTHERS = ("target_audio_codes_path", "context_audio_codes_path")
 
 
 class Sink(ABC):
@@ -154,8 +152,7 @@ class ManifestSink(Sink):
         self._lines: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
-        labels = {key: value for key, value in clip.labels.items() if key not in OTHERS}
-        line = {**labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
+        line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
         for name, value in (("target", tokens), ("context", context)):
             if value is not None:
                 path = f"{name}_codes/{clip.id}.pt"

@@ -69,7 +69,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, progress)
     failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
-    if len(failures) == len(found):
+    if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, failures)
         raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
     result: dict[str, Any] = {}

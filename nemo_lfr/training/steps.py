@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -185,7 +185,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         """
         audio: list[torch.Tensor] = []
         loader = self._train_dl
-        batches: Iterator[Mapping[str, torch.Tensor]] = iter(loader)
+        batches: Iterable[Mapping[str, torch.Tensor]] = loader
         if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
             # Not by the loader's iterator: with persistent workers it is the one that training goes on with.
             batches = (loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler)
