@@ -477,7 +477,8 @@ def demo(out: Path, **options: Any) -> None:
 def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, as_json: bool) -> None:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
 
-    A run that was interrupted goes on where it was. Files that cannot be used are listed in failures.jsonl.
+    A run that was interrupted goes on where it was. Files that cannot be used are listed in failures.jsonl; the
+    exit code is then 1.
     """
     from nemo_lfr.training.prepare import prepare
 
@@ -486,6 +487,8 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, a
         click.echo(json.dumps(values, indent=2))
     else:
         print_table(values)
+    if "failures" in values:
+        sys.exit(1)
 
 
 @app.group()

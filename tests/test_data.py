@@ -106,10 +106,10 @@ def test_a_corpus_of_broken_files_is_an_error_not_an_endless_search(tmp_path):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ('{"audio_filepath": "a.wav", "duration": 1}\n{"audio', "line 2"),
         ('{"duration": 1}', "line 1.*audio_filepath"),
         ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1"),
         ("[1, 2]", "line 1"),
+        ('{"audio_filepath": "a.wav"}\n[1, 2]', "line 1.*no such file.*1 more lines cannot be used"),
         ("", "hold no recording"),
         ('{"audio_filepath": "a.wav", "duration": 0.1}', "hold no recording"),
     ],

@@ -204,6 +204,93 @@ def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monk
             prepare(kind, tmp_path / {"commonvoice": "cv"}.get(kind, kind), tmp_path / "out")
 
 
+TRANSCRIPTS = {
+    "Latin-1": "caf\u00e9".encode("latin-1"),
+    "UTF-16": "\ufeffhello".encode("utf-16-le"),
+    "of NUL bytes": b"hel\0lo",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("kind", TRANSCRIPTS)
+def test_a_bad_transcript_costs_its_clip_alone(tmp_path, kind):
+    for name in "abc":
+        audio(tmp_path / "corpus" / f"{name}.wav", 0.1)
+        text(tmp_path / "corpus" / f"{name}.txt", f"text of {name}")
+    (tmp_path / "corpus" / "b.txt").unlink()
+    if (data := TRANSCRIPTS[kind]) is None:
+        (tmp_path / "corpus" / "b.txt").mkdir()
+    else:
+        (tmp_path / "corpus" / "b.txt").write_bytes(data)
+    (tmp_path / "corpus" / "c.txt").write_bytes(b"\xef\xbb\xbftext of c\r\n")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    entries = manifest(tmp_path / "out" / "train.json")
+    assert {entry["audio_filepath"]: entry["text"] for entry in entries} == {
+        "a.wav": "text of a",
+        "c.wav": "text of c",
+    }
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.wav" and failure["reason"].startswith("its transcript b.txt: ")
+
+
+ROWS = {
+    "too few fields": b"s2\n",
+    "too many fields": b"s2\tc2.mp3\thallo\tde\tmore\n",
+    "a long field": b"s2\tc2.mp3\t" + b"z" * 200_000 + b"\tde\n",
+    "NUL bytes": b"s2\tc2.mp3\tha\0llo\tde\n",
+    "Latin-1": "s2\tc2.mp3\tgr\u00fc\u00df\tde\n".encode("latin-1"),
+    "an absolute path": b"s2\t/c2.mp3\thallo\tde\n",
+    "a path that leads out": b"s2\t../../c2.mp3\thallo\tde\n",
+    "no path": b"s2\t\thallo\tde\n",
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_bad_row_of_common_voice_costs_its_clip_alone(tmp_path, kind):
+    language = tmp_path / "cv" / "de"
+    for number in (1, 3):
+        audio(language / "clips" / f"c{number}.mp3")
+    header = b"\xef\xbb\xbfclient_id\tpath\tsentence\tlocale\r\n"
+    rows = b's1\tc1.mp3\ter sagte "hallo\tde\r\n' + ROWS[kind] + b"s3\tc3.mp3\tdu\tde\r\n"
+    (language / "train.tsv").write_bytes(header + rows)
+    prepare("commonvoice", tmp_path / "cv", tmp_path / "out")
+    entries = manifest(tmp_path / "out" / "train.json")
+    assert [(entry["speaker"], entry["text"]) for entry in entries] == [("s1", 'er sagte "hallo'), ("s3", "du")]
+    assert {entry["lang"] for entry in entries} == {"de"}
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "de/train.tsv, line 3"
+
+
+def test_spontaneous_speech_is_common_voice_too(tmp_path):
+    language = tmp_path / "sps" / "en"
+    for name in ("a", "b", "c"):
+        audio(language / "audios" / f"{name}.mp3")
+    rows = ["s1\ta.mp3\thello\ten\ttrain", "s2\tb.mp3\t\ten\tdev", "s3\tc.mp3\tthere\ten\t"]
+    header = "client_id\taudio_file\ttranscription\tlanguage\tsplit"
+    text(language / "ss-corpus-en.tsv", "\n".join([header, *rows]) + "\n")
+    text(language / "ss-reported-audios-en.tsv", "reason\n")
+    prepare("commonvoice", tmp_path / "sps", tmp_path / "out", valid_share=0)
+    entries = [entry for split in ("train", "valid") for entry in manifest(tmp_path / "out" / f"{split}.json")]
+    assert [(entry["speaker"], entry.get("text")) for entry in entries] == [
+        ("s1", "hello"),
+        ("s3", "there"),
+        ("s2", None),
+    ]
+
+
+def test_a_bad_line_of_a_transcript_costs_its_clip_alone(tmp_path):
+    librispeech(tmp_path / "ls")
+    path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
+    path.write_bytes(b"19-1-0000 HELLO \xe9\n19-1-0001 AGAIN\n")
+    mls(tmp_path / "mls")
+    path = tmp_path / "mls" / "mls_german" / "train" / "transcripts.txt"
+    path.write_bytes(path.read_bytes() + b"nonsense\n10_7_000000\tgr\xfc\xdf\n")
+    for kind, bad in (("ls", 1), ("mls", 2)):
+        prepare({"ls": "librispeech"}.get(kind, kind), tmp_path / kind, tmp_path / f"{kind}-out")
+        assert len(manifest(tmp_path / f"{kind}-out" / "train.json")) == 1
+        assert len(manifest(tmp_path / f"{kind}-out" / "failures.jsonl")) == bad
+
+
 def test_who_is_held_out_does_not_change_when_a_corpus_grows():
     many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
     held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}
@@ -225,7 +312,8 @@ def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kin
 def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
     folder(tmp_path / "corpus")
     (tmp_path / "corpus" / "bad.wav").write_bytes(b"no")
-    main(["prepare", "folder", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--json"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", "folder", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--json"])
     output = capsys.readouterr()
     assert json.loads(output.out)["audio_dir"] == str(tmp_path / "corpus")
     assert "bad.wav: not an audio file" in output.err and output.err.count("\n") == 1

@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,8 @@ import numpy as np
 from nemo_lfr.audio import AudioReader, check_peak, resample
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
+from nemo_lfr.text import UTF16_MARKS, is_missing
 
 # (sample rate in Hz, longest seconds) -> samples [T_audio], float32.
 Source = Callable[[int, float], np.ndarray]
@@ -36,8 +38,8 @@ DURATION_SLACK = 0.1  # seconds, and a fiftieth
 ROWS = 16
 # Durations of a manifest's cuts are rounded to this; one that ends so near to its file's end is the file.
 ROUNDED = 0.01  # seconds
-# What a manifest's line raises that is none.
-NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+# Lines among which a manifest must have one that is whole.
+FIRST_LINES = 100
 # Keys of a manifest that holds another codec's tokens already; they are not these tokens'.
 OTHER_TOKENS = ("target_audio_codes_path", "context_audio_codes_path")
 
@@ -87,10 +89,10 @@ class Manifest(Corpus):
 
     Args:
         path: the file.
-        audio_dir: what relative paths are relative to; the manifest's folder if not given.
+        audio_dir: folder of relative paths; the manifest's own if not given. See `resolve_audio_path`.
 
     Raises:
-        ConfigError: if it cannot be read, or its first line is none of a manifest.
+        ConfigError: if it cannot be read, or none of its first lines is one of a manifest.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -98,16 +100,11 @@ class Manifest(Corpus):
         self.audio_dir = audio_dir or path.parent
         try:
             with open(path, "rb") as file:
-                first = next((line for line in file if line.strip()), b"")
+                lines = list(islice((line for line in file if line.strip()), FIRST_LINES))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-        try:
-            json.loads(first)["audio_filepath"]
-        except (ValueError, TypeError, KeyError):
-            raise ConfigError(
-                f"{path}: not a NeMo manifest: its first line is {clip(first.decode(errors='replace'))!r}, expected "
-                '{"audio_filepath": ...}.'
-            ) from None
+        if not any(_is_entry(line) for line in lines):
+            raise ConfigError(f"{path}: not a NeMo manifest: {_what_instead(lines)}.")
 
     @property
     def identity(self) -> str:
@@ -145,21 +142,28 @@ class Manifest(Corpus):
                     yield self._clip(name, json.loads(line))
                 except NOT_A_LINE as error:
                     origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
-                    yield Clip(name, origin, partial(_raise, f"{origin}: not a line of a manifest: {error!r}."))
+                    reason = f"{origin}: not a line of a manifest: {describe(error)}."
+                    yield Clip(name, origin, partial(_raise, reason))
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
-        path = self.audio_dir / labels["audio_filepath"]
+        path = resolve_audio_path(self.audio_dir, labels["audio_filepath"])
         context = None
         if labels.get("context_audio_filepath"):
-            other = _seconds(labels, "context_audio_duration")
-            context = partial(read_file, self.audio_dir / labels["context_audio_filepath"], None, other or None)
-        audio = partial(read_file, path, _seconds(labels, "offset"), _seconds(labels, "duration"))
-        labels = {key: value for key, value in labels.items() if key not in OTHER_TOKENS}
+            other = seconds(labels, "context_audio_duration")
+            context_path = resolve_audio_path(self.audio_dir, labels["context_audio_filepath"])
+            context = partial(read_file, context_path, None, other or None)
+        audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
+        labels = {key: value for key, value in labels.items() if key not in OTHER_TOKENS and not is_missing(value)}
         return Clip(name, str(path), audio, context, labels, path=path)
 
 
 class Folder(Manifest):
-    """A folder of audio, listed in a manifest."""
+    """A folder of audio, listed in a manifest of our own."""
+
+    def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
+        problem = labels.pop("problem", None)
+        found = super()._clip(name, labels)
+        return found if problem is None else replace(found, audio=partial(_raise, f"{found.origin}: {problem}."))
 
     @property
     def identity(self) -> str:
@@ -175,13 +179,12 @@ def list_folder(root: Path, manifest: Path) -> Folder:
     """
     from nemo_lfr.journal import write_text
 
-    lines = [
-        json.dumps(
-            {"audio_filepath": str(clip.path), **clip.labels} | ({"speaker": clip.speaker} if clip.speaker else {}),
-            ensure_ascii=False,
-        )
-        for clip in folder(root)
-    ]
+    lines = []
+    for found in folder(root):
+        entry = {"audio_filepath": str(found.path), **found.labels}
+        entry |= {"speaker": found.speaker} if found.speaker else {}
+        entry |= {"problem": found.problem} if found.problem else {}
+        lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
         raise NemoLfrError(f"{root}: no audio file in this folder.")
     write_text(manifest, "\n".join(lines) + "\n")
@@ -523,6 +526,24 @@ def _first_has_cut(path: Path) -> bool:
     return isinstance(first, dict) and "audio_filepath" not in first
 
 
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
+    except NOT_A_LINE:
+        return False
+
+
+def _what_instead(lines: Sequence[bytes]) -> str:
+    """Say what a file is that is no manifest."""
+    first = lines[0] if lines else b""
+    if first.startswith(UTF16_MARKS):
+        return "it is UTF-16 text; save it as UTF-8"
+    expected = 'expected {"audio_filepath": ...}'
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return f"it is one JSON list, {expected}, one object a line"
+    return f"its first line is {clip(first.decode(errors='replace'))!r}, {expected}"
+
+
 def _name(line: bytes) -> str:
     """A clip's name from its line: the path without suffix, and the offset where there is one."""
     try:
@@ -532,20 +553,6 @@ def _name(line: bytes) -> str:
         return _safe(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
     except NOT_A_LINE:
         return "line-" + hashlib.sha256(line).hexdigest()[:12]
-
-
-def _seconds(labels: dict[str, Any], key: str) -> float | None:
-    """A manifest's number of seconds; None if it has none.
-
-    Raises:
-        ValueError: if it is negative or not finite; TypeError too.
-    """
-    if labels.get(key) is None:
-        return None
-    value = float(labels[key])
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{key} is {value}")
-    return value
 
 
 def _safe(name: str) -> str:

@@ -4,16 +4,18 @@ Lhotse has recipes for the same archives, which stop at the first file that cann
 utterances, and opening them is left to whoever can go on without one.
 """
 
-import csv
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import clip
+from nemo_lfr.text import decode, read_lines
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf", ".m4a"}
 SPLITS = ("train", "valid", "test")
+# Longest field of a table, in characters; more is not a sentence but a quote or line end that is missing.
+MAX_FIELD = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,26 @@ class Utterance:
         speaker: as the corpus labels it.
         split: one of `SPLITS`; None where the corpus has none.
         labels: what else the corpus says of it: "lang", "text".
+        problem: why it cannot be used, such as a transcript that is not UTF-8; `path` is then where the problem is.
     """
 
     path: Path
     speaker: str
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
 
 
 def librispeech(corpus: Path) -> Iterator[Utterance]:
     """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
     for transcript in sorted(corpus.rglob("*.trans.txt")):
         part, speaker, _ = transcript.parent.parts[-3:]
-        for line in _lines(transcript):
-            name, _, text = line.partition(" ")
+        for name, text, problem in _transcripts(transcript, corpus, b" "):
+            if name is None:
+                yield Utterance(Path(text), speaker, _split(part), problem=problem)
+                continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
-            yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text})
+            yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
 
 
 def mls(corpus: Path) -> Iterator[Utterance]:
@@ -48,24 +54,62 @@ def mls(corpus: Path) -> Iterator[Utterance]:
     for transcript in sorted(corpus.rglob("transcripts.txt")):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
-        for line in _lines(transcript):
-            name, _, text = line.partition("\t")
-            speaker, book, _ = name.split("_")
-            stem = folder / "audio" / speaker / book / name
+        split = _split(folder.name)
+        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b"\t"), start=1):
+            if name is None:
+                yield Utterance(Path(text), "", split, problem=problem)
+                continue
+            words = name.split("_")
+            if len(words) != 3:
+                place = Path(f"{transcript.relative_to(corpus)}, line {number}")
+                yield Utterance(place, "", split, problem=f"{clip(name)!r} is not SPEAKER_BOOK_NUMBER")
+                continue
+            stem = folder / "audio" / words[0] / words[1] / name
             path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
             path = (path or stem.with_suffix(".flac")).relative_to(corpus)
-            yield Utterance(path, speaker, _split(folder.name), {"lang": language, "text": text})
+            yield Utterance(path, words[0], split, {"lang": language, "text": text}, problem)
 
 
 def commonvoice(corpus: Path) -> Iterator[Utterance]:
-    """Common Voice: LANGUAGE/{train,dev,test}.tsv and LANGUAGE/clips/*.mp3."""
+    """Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
+
+    Scripted Speech has the columns `client_id`, `path`, `sentence` and `locale`; Spontaneous Speech `client_id`,
+    `audio_file`, `transcription`, `language` and `split`. A row that does not fit its header is an utterance with a
+    problem.
+
+    Raises:
+        ValueError: if a table lacks one of these columns.
+    """
     for table in sorted(corpus.rglob("*.tsv")):
-        if table.stem in ("train", "dev", "test"):
-            with open(table, encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-                    labels = {"lang": row.get("locale") or table.parent.name, "text": row["sentence"]}
-                    path = (table.parent / "clips" / row["path"]).relative_to(corpus)
-                    yield Utterance(path, row["client_id"], _split(table.stem), labels)
+        spontaneous = table.name.startswith("ss-corpus-")
+        if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
+            continue
+        place = table.relative_to(corpus)
+        split = None if spontaneous else _split(table.stem)
+        try:
+            header, *rows = read_lines(table)
+            columns = decode(header).split("\t")
+        except (OSError, ValueError) as error:
+            yield Utterance(place, "", split, problem=_why(error))
+            continue
+        audio, text, folder = (
+            ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
+        )
+        if missing := sorted({"client_id", audio, text} - set(columns)):
+            raise ValueError(f"{place} lacks the columns {missing}; it has {columns}")
+        for number, line in enumerate(rows, start=2):
+            if not line.strip():
+                continue
+            try:
+                row = _row(line, columns)
+                path = _below(row[audio])
+            except ValueError as error:
+                yield Utterance(Path(f"{place}, line {number}"), "", split, problem=str(error))
+                continue
+            labels = {"lang": row.get("locale") or row.get("language") or table.parent.name}
+            labels |= {"text": row[text]} if row[text] or not spontaneous else {}
+            own = (_split(row["split"]) if row.get("split") else None) if spontaneous else split
+            yield Utterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
 
 
 def vctk(corpus: Path) -> Iterator[Utterance]:
@@ -74,8 +118,8 @@ def vctk(corpus: Path) -> Iterator[Utterance]:
     for path in sorted([*corpus.rglob(pattern), *corpus.rglob("wav48/*/*.wav")]):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
-        labels = {"lang": "en"} | ({"text": " ".join(_lines(text))} if text.exists() else {})
-        yield Utterance(path.relative_to(corpus), speaker, None, labels)
+        labels, problem = text_of(text)
+        yield Utterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
 
 
 def folder(corpus: Path) -> Iterator[Utterance]:
@@ -83,9 +127,8 @@ def folder(corpus: Path) -> Iterator[Utterance]:
     for path in sorted(corpus.rglob("*")):
         if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
             own = path.relative_to(corpus)
-            text = path.with_suffix(".txt")
-            labels = {"text": " ".join(_lines(text))} if text.exists() else {}
-            yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels)
+            labels, problem = text_of(path.with_suffix(".txt"))
+            yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
@@ -133,8 +176,57 @@ def _split(name: str) -> str:
     return "valid" if kind == "dev" else kind if kind in SPLITS else "train"
 
 
-def _lines(path: Path) -> list[str]:
+def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
+    """Read the text file beside a recording: its labels, and why it cannot be read, if it cannot."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise NemoLfrError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        if not transcript.exists():
+            return {}, None
+        lines = [decode(line) for line in read_lines(transcript)]
+    except (OSError, ValueError) as error:
+        return {}, f"its transcript {transcript.name}: {_why(error)}"
+    return {"text": " ".join(line for line in lines if line.strip())}, None
+
+
+def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
+    """Yield name, text and problem of each line; a file that cannot be read has no name, and its place for a text."""
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        yield None, str(path.relative_to(corpus)), _why(error)
+        return
+    for line in lines:
+        if not line.strip():
+            continue
+        name, _, text = line.partition(separator)
+        try:
+            yield decode(name), decode(text), None
+        except ValueError as error:
+            yield clip(name.decode(errors="replace")), "", f"its line of {path.name}: {error}"
+
+
+def _row(line: bytes, columns: list[str]) -> dict[str, str]:
+    """A line of a table by column. Fields are not quoted, so that a quote in a sentence means nothing.
+
+    Raises:
+        ValueError: if it is not UTF-8, has another number of fields, or one beyond `MAX_FIELD`.
+    """
+    fields = decode(line).split("\t")
+    if len(fields) != len(columns):
+        raise ValueError(f"a row of {len(fields)} fields, where the header has {len(columns)}: {clip(fields)}")
+    row = dict(zip(columns, fields, strict=True))
+    for name, value in row.items():
+        if len(value) > MAX_FIELD:
+            raise ValueError(f"its field {name!r} has {len(value)} characters, more than {MAX_FIELD}")
+    return row
+
+
+def _below(name: str) -> Path:
+    """A table's name of a file, which must lie in the folder of the clips."""
+    path = Path(name)
+    if not name.strip() or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{clip(name)!r} is not the name of a file in the folder of the clips")
+    return path
+
+
+def _why(error: Exception) -> str:
+    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

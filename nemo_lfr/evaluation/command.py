@@ -59,7 +59,8 @@ def evaluate(
     """Measure codecs on the recordings of a NeMo manifest, and write a report.
 
     What was done is kept: the same command again goes on where it stopped, and another --codec or a larger --limit
-    adds to it. The exit code is 1 if a codec failed on a recording; the report names both.
+    adds to it. The exit code is 1 if a codec failed on a recording, which the report names, or if a line of the
+    manifest could not be used.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.presets import PRESETS
@@ -67,6 +68,7 @@ def evaluate(
     from nemo_lfr.manifests import read_manifest
 
     report.check_packages()
+    bad_lines: list[str] = []
     title, card = f"Speech codecs on {source.stem}", None
     if preset:
         if not source.is_dir():
@@ -77,7 +79,9 @@ def evaluate(
     else:
         if not source.is_file():
             raise NemoLfrError(f"{source}: no such manifest; folders are turned into one by: nemo-lfr prepare folder")
-        found = read_manifest(source, audio_dir or source.parent)
+        found = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)
+        for problem in bad_lines:
+            note(f"nemo-lfr: {problem}")
     if not found:
         raise NemoLfrError(f"{source}: holds no recording.")
     evaluation = evaluate(
@@ -98,5 +102,5 @@ def evaluate(
         evaluation, out, title=title, command=command, by=by, examples=examples, card=card
     ):
         click.echo(path)
-    if any(result.failures for result in evaluation.results):
+    if bad_lines or any(result.failures for result in evaluation.results):
         sys.exit(1)

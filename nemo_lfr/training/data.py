@@ -27,7 +27,8 @@ class CodecDataset(Dataset):
     """Recordings, or random segments of them, as float32 at one rate.
 
     Args:
-        dataset_meta: name -> manifest_path, audio_dir and sample_weight.
+        dataset_meta: name -> manifest_path, audio_dir (the manifest's folder if not given) and sample_weight. A line
+            that cannot be used is logged once and left out.
         sample_rate: Hz.
         n_samples: length of a segment; whole recordings if not given.
         weighted_sampling_steps_per_epoch: draw so many batches by the datasets' weights; else one shuffled pass.
@@ -58,7 +59,7 @@ class CodecDataset(Dataset):
         self.weights: list[float] = []
         self._bad: set[Path] = set()
         for name, meta in dataset_meta.items():
-            found = read_manifest(meta["manifest_path"], meta["audio_dir"], name)
+            found = read_manifest(meta["manifest_path"], meta.get("audio_dir"), name)
             kept = [
                 recording
                 for recording in found
@@ -91,7 +92,7 @@ class CodecDataset(Dataset):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
                 audio = self._read(recording, place)
-            except AudioError as error:
+            except (AudioError, OSError) as error:
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
                     logger.warning("passed by, the next recording is taken: %s", error)

@@ -36,7 +36,8 @@ def prepare(
     One that is there already, and that this run has nothing for, is left and named in the result.
 
     A line has `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` where the
-    corpus has them. Files that cannot be opened, or were cut short, are listed with the reason.
+    corpus has them. Files that cannot be opened, or were cut short, are listed with the reason, and so are rows
+    and transcripts that cannot be read.
 
     Args:
         kind: one of `LAYOUTS`.
@@ -60,15 +61,21 @@ def prepare(
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        expected = LAYOUTS[kind].__doc__
-        raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error!r}); expected: {expected}") from error
+        raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error}); {_expected(kind)}") from error
+    if kind != "folder" and utterances and all(utterance.problem for utterance in utterances):
+        first = utterances[0]
+        raise NemoLfrError(
+            f"{corpus}: not {kind} as it is published ({first.path}: {first.problem}); {_expected(kind)}"
+        )
     if not utterances:
-        raise NemoLfrError(f"{corpus}: no utterance of {kind} here; expected: {LAYOUTS[kind].__doc__}")
+        raise NemoLfrError(f"{corpus}: no utterance of {kind} here; {_expected(kind)}")
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, progress)
-    failures = [{"audio_filepath": path, "reason": value} for path, value in found.items() if isinstance(value, str)]
+    problems = {str(utterance.path): utterance.problem for utterance in utterances if utterance.problem}
+    problems |= {path: value for path, value in found.items() if isinstance(value, str)}
+    failures = [{"audio_filepath": path, "reason": reason} for path, reason in problems.items()]
     if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, failures)
         raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
@@ -90,6 +97,10 @@ def prepare(
     return result
 
 
+def _expected(kind: str) -> str:
+    return f"expected: {(LAYOUTS[kind].__doc__ or kind).splitlines()[0]}"
+
+
 def _open_all(
     kind: str, utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
 ) -> dict[str, float | str]:
@@ -104,7 +115,8 @@ def _open_all(
             elif ours and not isinstance(entry[1], str):  # what failed may have been mended
                 found[entry[0]] = entry[1]
         log.add(mine)
-        missing = [path for utterance in utterances if (path := str(utterance.path)) not in found]
+        usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
+        missing = [path for path in usable if path not in found]
         with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
             for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
                 found[path] = value
@@ -124,8 +136,8 @@ def _duration(path: Path) -> float | str:
 
 
 def _entry(utterance: Utterance, found: dict[str, float | str]) -> dict[str, Any] | None:
-    duration = found[str(utterance.path)]
-    if isinstance(duration, str):
+    duration = found.get(str(utterance.path))
+    if utterance.problem or duration is None or isinstance(duration, str):
         return None
     return {
         "audio_filepath": str(utterance.path),

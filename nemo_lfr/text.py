@@ -1,0 +1,48 @@
+"""Text files of other people: UTF-8, with or without a byte order mark, read line by line."""
+
+import codecs
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decode(data: bytes) -> str:
+    """Decode UTF-8; a byte order mark, which Notepad and PowerShell write, is dropped.
+
+    Raises:
+        ValueError: if it is not UTF-8, saying what it looks like and what to do.
+    """
+    if data.startswith(UTF16_MARKS):
+        raise ValueError("UTF-16 text; save it as UTF-8")
+    if b"\0" in data:
+        raise ValueError("not text: it holds NUL bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file as bytes without their ends, for each to be decoded, and fail, on its own.
+
+    Only a line feed ends a line, as in JSON lines: a text may hold the other separators that Unicode knows.
+
+    Raises:
+        ValueError: if it is UTF-16, or no file but a folder or a pipe.
+        OSError: if it cannot be read.
+    """
+    kind = path.stat().st_mode
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, not a file")
+    data = path.read_bytes()
+    if data.startswith(UTF16_MARKS):
+        raise ValueError("UTF-16 text; save it as UTF-8")
+    return [line.removesuffix(b"\r") for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n")]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a label holds no value: None, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
