@@ -9,6 +9,7 @@ outside, so `lfr` also reads its input with the checksums made right, and `pickl
 first keeps the corpus.
 """
 
+import io
 import os
 import struct
 import sys
@@ -23,48 +24,74 @@ SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettem
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """A `.lfr` file whose every section that can be found has its CRC made right."""
+    """A `.lfr` file of either version whose every section that can be found has its CRC made right."""
     from nemo_lfr.tokens.format import Metadata
 
-    def seal(begin: int, end: int) -> bool:
+    def seal(begin: int, end: int) -> bytes:
+        """Put the CRC of [begin, end) at its end; returns it, or nothing if there is no room."""
         if end + 4 > len(fixed):
-            return False
+            return b""
         fixed[end : end + 4] = struct.pack("<I", zlib.crc32(fixed[begin:end]))
-        return True
+        return bytes(fixed[end : end + 4])
 
     fixed = bytearray(data)
-    if len(data) < 9:
+    if len(data) < 10:
         return data
-    position = 9 + struct.unpack_from("<I", data, 5)[0]
+    chained = data[4] != 1
+    begin = 10 if chained else 9
+    position = begin + struct.unpack_from("<I", data, begin - 4)[0]
     try:
-        frame = Metadata.from_json(data[9:position]).bytes_per_frame
+        frame = Metadata.from_json(data[begin:position]).bytes_per_frame
     except Exception:
         frame = 1
-    whole = seal(0, position)
+    checksum = seal(0, position)
+    outline = zlib.crc32(checksum)
     position += 4
-    while whole and position + 4 <= len(fixed):
+    while checksum and position + 4 <= len(fixed):
         (count,) = struct.unpack_from("<I", fixed, position)
-        end = position + (4 + count * frame if count else 12)
-        whole = seal(position, end) and count > 0
+        if not count:
+            if chained:
+                fixed[position + 12 : position + 16] = struct.pack("<I", outline)
+            seal(position, position + (16 if chained else 12))
+            break
+        end = position + 4 + count * frame
+        checksum = seal(position - 4 if chained else position, end)
+        outline = zlib.crc32(bytes(fixed[position : position + 4]) + checksum, outline)
         position = end + 4
     return bytes(fixed)
 
 
 def read_lfr(data: bytes) -> None:
-    """Both ways of reading: strict, and recovering, which takes less for granted."""
+    """Every way of reading: strict, recovering, which takes less for granted, and as a pipe.
+
+    A whole file gives the same by all of them.
+    """
+    import numpy as np
+
     from nemo_lfr.errors import TokenFileError
-    from nemo_lfr.tokens.format import TokenReader
+    from nemo_lfr.tokens.format import TokenReader, TokenStreamReader
 
     for contents in {data, with_right_checksums(data)}:
         SCRATCH.write_bytes(contents)
+        results = []
         for recover in (False, True):
             try:
                 with TokenReader(SCRATCH, recover) as reader:
                     tokens = reader.read()
                     assert tokens.shape == (reader.metadata.num_codebooks, reader.num_frames)
                     assert not tokens.size or 0 <= tokens.min() <= tokens.max() < reader.metadata.codebook_size
+                    if reader.complete:
+                        results.append((reader.num_samples, tokens))
             except TokenFileError as error:
                 assert str(SCRATCH) in str(error)
+        try:
+            stream = TokenStreamReader(io.BytesIO(contents), SCRATCH)
+            blocks = [np.zeros((stream.metadata.num_codebooks, 0)), *stream.blocks()]
+            results.append((stream.num_samples, np.concatenate(blocks, axis=1)))
+        except TokenFileError as error:
+            assert str(SCRATCH) in str(error)
+        assert len(results) in (0, 3)
+        assert all(samples == results[0][0] and np.array_equal(got, results[0][1]) for samples, got in results)
 
 
 def read_nemo(data: bytes) -> None:
@@ -119,19 +146,23 @@ def seeds(name: str) -> list[bytes]:
 
 
 def lfr_seeds() -> list[bytes]:
+    """Files of both versions; the hostile ones have their blocks in another order."""
     import numpy as np
 
-    from nemo_lfr.tokens.format import Metadata, TokenWriter
+    from nemo_lfr.tokens.format import Metadata
+    from tests.test_format import WRITERS, sections
 
     made = []
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.lfr")
         for samples_per_frame, levels, num_codebooks in ((1024, (8, 7, 6, 6), 8), (1, (2,), 1), (16, (4, 3), 13)):
-            path = Path(folder, f"{num_codebooks}.lfr")
-            with TokenWriter(path, Metadata(22050, samples_per_frame, levels, num_codebooks)) as writer:
-                writer.write(np.ones((num_codebooks, 3), np.int64))
-                writer.write(np.zeros((num_codebooks, 1), np.int64))
-                writer.finish(4 * samples_per_frame)
-            made.append(path.read_bytes())
+            for write in WRITERS.values():
+                blocks = [np.ones((num_codebooks, 3), np.int64), np.zeros((num_codebooks, 1), np.int64)]
+                write(path, Metadata(22050, samples_per_frame, levels, num_codebooks), blocks, 4 * samples_per_frame)
+                made.append(path.read_bytes())
+                if num_codebooks == 8:
+                    head, found, end = sections(path)
+                    made.append(head + found[1] + found[0] + end)
     return made
 
 

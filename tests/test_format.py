@@ -1,8 +1,10 @@
+import io
 import json
 import re
 import struct
+import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_lfr.errors import NemoLfrError, TokenFileError, TokensError
-from nemo_lfr.tokens.format import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenWriter
+from nemo_lfr.tokens.format import MAX_BLOCK_FRAMES, Metadata, TokenReader, TokenStreamReader, TokenWriter
+from nemo_lfr.tokens.packing import pack
 from tests.crash import ROOT, killed_at_random_moments, on_a_full_disk
 from tests.models import build_codec, cached_codec
 
@@ -30,6 +33,24 @@ def write(path, metadata, blocks, num_samples):
     return path
 
 
+def write_version_1(path, metadata, blocks, num_samples):
+    """As nemo_lfr wrote files before version 2, after the specification."""
+
+    def section(data: bytes) -> bytes:
+        return data + struct.pack("<I", zlib.crc32(data))
+
+    text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
+    raw = section(b"LFRT" + struct.pack("<BI", 1, len(text)) + text)
+    for block in blocks:
+        packed = pack(block, metadata.codebook_size, metadata.bytes_per_frame)
+        raw += section(struct.pack("<I", block.shape[1]) + packed)
+    path.write_bytes(raw + section(struct.pack("<IQ", 0, num_samples)))
+    return path
+
+
+WRITERS = {1: write_version_1, 2: write}
+
+
 def read(path):
     with TokenReader(path) as reader:
         return reader.read(), reader.num_samples, reader.metadata
@@ -43,33 +64,41 @@ def read(path):
     st.integers(1, 2048),
     st.data(),
 )
-def test_tokens_of_any_layout_in_any_blocks_survive_a_file(tmp_path, levels, codebooks, sizes, frame, data):
+def test_tokens_of_any_layout_in_any_blocks_survive_a_file_of_either_version(
+    tmp_path, levels, codebooks, sizes, frame, data
+):
     metadata = Metadata(16000, frame, tuple(levels), codebooks, "00ff")
     total = sum(sizes)
     tokens = random_tokens(metadata, total)
     samples = data.draw(st.integers((total - 1) * frame + 1, total * frame)) if total else 0
-    path = write(
-        tmp_path / "a.lfr", metadata, np.split(tokens, np.cumsum(sizes)[:-1], axis=1) if sizes else [], samples
-    )
-    got, num_samples, got_metadata = read(path)
-    assert np.array_equal(got, tokens) and got.dtype == np.int32
-    assert (num_samples, got_metadata) == (samples, metadata)
+    blocks = np.split(tokens, np.cumsum(sizes)[:-1], axis=1) if sizes else []
+    blocks = [block for block in blocks if block.size]
+    for writer in WRITERS.values():
+        got, num_samples, got_metadata = read(writer(tmp_path / "a.lfr", metadata, blocks, samples))
+        assert np.array_equal(got, tokens) and got.dtype == np.int32
+        assert (num_samples, got_metadata) == (samples, metadata)
 
 
 def test_the_file_is_laid_out_as_its_specification_says(tmp_path):
-    tokens = random_tokens(RELEASED, 3)
-    raw = write(tmp_path / "a.lfr", RELEASED, [tokens], 3000).read_bytes()
-    magic, version, length = struct.unpack_from("<4sBI", raw)
-    assert (magic, version) == (b"LFRT", 1)
-    assert json.loads(raw[9 : 9 + length])["levels"] == [8, 7, 6, 6]
-    at = 9 + length
+    tokens = random_tokens(RELEASED, 5)
+    raw = write(tmp_path / "a.lfr", RELEASED, [tokens[:, :3], tokens[:, 3:]], 5000).read_bytes()
+    magic, version, coding, length = struct.unpack_from("<4sBBI", raw)
+    assert (magic, version, coding) == (b"LFRT", 2, 0)
+    assert json.loads(raw[10 : 10 + length])["levels"] == [8, 7, 6, 6]
+    at = 10 + length
     assert struct.unpack_from("<I", raw, at)[0] == zlib.crc32(raw[:at])
-    block = raw[at + 4 : at + 8 + 33]
-    assert struct.unpack_from("<I", block)[0] == 3
-    assert int.from_bytes(block[4:15], "little") == sum(int(t) * 2016**i for i, t in enumerate(tokens[:, 0]))
-    assert struct.unpack_from("<I", raw, at + 41)[0] == zlib.crc32(block)
-    assert struct.unpack_from("<IQ", raw, at + 45) == (0, 3000)
-    assert len(raw) == at + 45 + 16
+    outline = raw[at : at + 4]
+    for count in (3, 2):
+        end = at + 8 + 11 * count
+        assert struct.unpack_from("<I", raw, at + 4)[0] == count
+        assert struct.unpack_from("<I", raw, end)[0] == zlib.crc32(raw[at:end])  # from the CRC field before it
+        outline += raw[at + 4 : at + 8] + raw[end : end + 4]
+        at = end
+    first = raw[-20 - 2 * 11 - 3 * 11 - 8 - 4 :][:11]
+    assert int.from_bytes(first, "little") == sum(int(t) * 2016**i for i, t in enumerate(tokens[:, 0]))
+    assert struct.unpack_from("<IQI", raw, at + 4) == (0, 5000, zlib.crc32(outline))
+    assert struct.unpack_from("<I", raw, at + 20)[0] == zlib.crc32(raw[at + 4 : at + 20])
+    assert len(raw) == at + 24
 
 
 def test_a_block_longer_than_the_format_allows_is_written_as_several(tmp_path):
@@ -89,10 +118,10 @@ def outcome(path):
         return None
 
 
-def test_any_flipped_bit_is_found(tmp_path):
-    raw = write(
-        tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)], 3000
-    ).read_bytes()
+@pytest.mark.parametrize("version", WRITERS)
+def test_any_flipped_bit_is_found(tmp_path, version):
+    blocks = [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)]
+    raw = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, 3000).read_bytes()
     for position in range(len(raw)):
         for change in (1 << bit for bit in range(8)):
             damaged = bytearray(raw)
@@ -101,26 +130,29 @@ def test_any_flipped_bit_is_found(tmp_path):
             assert outcome(tmp_path / "b.lfr") is None, f"byte {position} ^ {change} went unseen"
 
 
-def test_any_truncation_and_anything_appended_is_found(tmp_path):
-    raw = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000).read_bytes()
+@pytest.mark.parametrize("version", WRITERS)
+def test_any_truncation_and_anything_appended_is_found(tmp_path, version):
+    raw = WRITERS[version](tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000).read_bytes()
     for cut in [raw[:size] for size in range(len(raw))] + [raw + b"\0", raw + raw]:
         (tmp_path / "b.lfr").write_bytes(cut)
         assert outcome(tmp_path / "b.lfr") is None, f"{len(cut)} of {len(raw)} bytes went unseen"
 
 
-def header(version=1, **changes) -> bytes:
+def header(version=2, coding=0, **changes) -> bytes:
     values = {"sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8} | changes
     text = json.dumps(values).encode()
-    raw = b"LFRT" + struct.pack("<BI", version, len(text)) + text
+    raw = b"LFRT" + struct.pack("<BBI", version, coding, len(text)) + text
     return raw + struct.pack("<I", zlib.crc32(raw))
 
 
-END = struct.pack("<IQ", 0, 0)
-END += struct.pack("<I", zlib.crc32(END))
+def empty(header: bytes) -> bytes:
+    """A file of no frames."""
+    end = struct.pack("<IQI", 0, 0, zlib.crc32(header[-4:]))
+    return header + end + struct.pack("<I", zlib.crc32(end))
 
 
 def test_metadata_of_too_many_bytes_are_refused_before_they_are_read(tmp_path):
-    (tmp_path / "a.lfr").write_bytes(b"LFRT" + struct.pack("<BI", 1, 65537) + bytes(100))
+    (tmp_path / "a.lfr").write_bytes(b"LFRT" + struct.pack("<BBI", 2, 0, 65537) + bytes(100))
     with pytest.raises(TokenFileError, match="its metadata claims 65537 bytes"):
         TokenReader(tmp_path / "a.lfr")
 
@@ -132,13 +164,19 @@ def test_a_block_of_too_many_frames_is_refused_before_it_is_read(tmp_path):
 
 
 def test_a_newer_version_is_refused_with_both_versions(tmp_path):
-    (tmp_path / "a.lfr").write_bytes(header(version=2) + END)
-    with pytest.raises(TokenFileError, match=r"a\.lfr: format version 2.*reads version 1"):
+    (tmp_path / "a.lfr").write_bytes(empty(header(version=3)))
+    with pytest.raises(TokenFileError, match=r"a\.lfr: format version 3.*reads versions 1 and 2"):
         TokenReader(tmp_path / "a.lfr")
 
 
+def test_a_coding_of_a_newer_writer_is_refused(tmp_path):
+    (tmp_path / "a.lfr").write_bytes(empty(header(coding=1)))
+    with pytest.raises(TokenFileError, match=r"a\.lfr: its blocks have coding 1.*reads coding 0; install a newer"):
+        TokenReader(tmp_path / "a.lfr", recover=True)
+
+
 def test_a_file_of_unknown_fields_and_no_fingerprint_is_read(tmp_path):
-    (tmp_path / "a.lfr").write_bytes(header(speaker="x") + END)
+    (tmp_path / "a.lfr").write_bytes(empty(header(speaker="x")))
     assert read(tmp_path / "a.lfr")[1] == 0
 
 
@@ -160,20 +198,22 @@ def test_a_file_of_unknown_fields_and_no_fingerprint_is_read(tmp_path):
     ],
 )
 def test_metadata_that_makes_no_sense_is_refused(tmp_path, changes):
-    (tmp_path / "a.lfr").write_bytes(header(**changes) + END)
+    (tmp_path / "a.lfr").write_bytes(empty(header(**changes)))
     with pytest.raises(TokenFileError, match=r"a\.lfr: its metadata is invalid"):
         TokenReader(tmp_path / "a.lfr")
 
 
 @pytest.mark.parametrize("text", [b"[]", b"5", b"{", b"\xff\xfe", b"{}", b"[" * 3000, b'"levels"', b"null"])
 def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
-    raw = b"LFRT" + struct.pack("<BI", 1, len(text)) + text
-    (tmp_path / "a.lfr").write_bytes(raw + struct.pack("<I", zlib.crc32(raw)) + END)
+    raw = b"LFRT" + struct.pack("<BBI", 2, 0, len(text)) + text
+    (tmp_path / "a.lfr").write_bytes(empty(raw + struct.pack("<I", zlib.crc32(raw))))
     with pytest.raises(TokenFileError, match=r"a\.lfr: its metadata is invalid"):
         TokenReader(tmp_path / "a.lfr")
 
 
-@pytest.mark.parametrize("raw", [b"", b"RIFF0000WAVE", b"LFR", b"LFRT", b"LFRT\x01\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"RIFF0000WAVE", b"LFR", b"LFRT", b"LFRT\x01\xff\xff\xff\xff", b"LFRT\2\0\xff\xff"]
+)
 def test_what_is_no_token_file_is_refused(tmp_path, raw):
     (tmp_path / "a.lfr").write_bytes(raw)
     assert outcome(tmp_path / "a.lfr") is None
@@ -209,7 +249,7 @@ def test_a_writer_that_fails_or_is_not_finished_leaves_no_file(tmp_path):
 
 
 def test_a_disk_that_is_full_from_the_start_keeps_no_file(tmp_path, monkeypatch):
-    def full(self, data):
+    def full(self, data, before=b""):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(TokenWriter, "_section", full)
@@ -273,24 +313,213 @@ def test_tokens_of_another_codec_are_refused(tmp_path):
 # --- the document
 
 
-def test_the_documents_example_is_what_is_written(tmp_path):
-    text = (ROOT / "docs" / "FORMAT.md").read_text()
-    dump = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{8}  ((?:[0-9a-f]{2} ){15}[0-9a-f]{2})", text, re.MULTILINE)))
+EXAMPLE = replace(RELEASED, fingerprint="00112233aabbccdd", written_by="nemo_lfr 0.1.0")
+# The same file as nemo_lfr wrote it before version 2.
+EXAMPLE_VERSION_1 = bytes.fromhex("""
+4c465254 01 a5000000 7b2273616d706c655f72617465223a32323035302c2273616d706c65735f7065725f6672616d65223a313032342c226c65
+76656c73223a5b382c372c362c365d2c226e756d5f636f6465626f6f6b73223a382c2266696e6765727072696e74223a223030313132323333616162
+6263636464222c22707265636973696f6e223a2266703332222c227772697474656e5f6279223a226e656d6f5f6c667220302e312e30227d
+7ac37738 02000000 c11b8806d63428df60e500 fffffffff78d55eca81c00 fc5f082d 00000000 dc05000000000000 9b8a5f78
+""")
+
+
+def example_tokens() -> np.ndarray:
     tokens = np.array([[token, 2015] for token in range(1, 9)])
     tokens[7, 1] = 0
-    metadata = replace(RELEASED, fingerprint="00112233aabbccdd", written_by="nemo_lfr 0.1.0")
-    assert write(tmp_path / "a.lfr", metadata, [tokens], 1500).read_bytes() == dump
+    return tokens
+
+
+def test_the_documents_example_is_what_is_written(tmp_path):
+    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    dump = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{8}  ((?:[0-9a-f]{2} )+)", text, re.MULTILINE)))
+    assert write(tmp_path / "a.lfr", EXAMPLE, [example_tokens()], 1500).read_bytes() == dump
     for position, described in re.findall(r"^\| 0x([0-9a-f]{2}) \| `([0-9a-f ]+)`", text, re.MULTILINE):
         assert dump[int(position, 16) :].startswith(bytes.fromhex(described)), position
+
+
+def test_a_file_of_version_1_reads_as_it_did(tmp_path):
+    path = write_version_1(tmp_path / "a.lfr", EXAMPLE, [example_tokens()], 1500)
+    assert path.read_bytes() == EXAMPLE_VERSION_1
+    for recover in (False, True):
+        with TokenReader(path, recover) as reader:
+            assert (reader.version, reader.metadata, reader.num_samples, reader.complete) == (1, EXAMPLE, 1500, True)
+            assert np.array_equal(reader.read(), example_tokens())
+
+
+# --- blocks that are not where they were written
+
+
+def sections(path) -> tuple[bytes, list[bytes], bytes]:
+    """Header, blocks and end of a file."""
+    raw = path.read_bytes()
+    version = raw[4]
+    at = struct.unpack_from("<I", raw, 5 if version == 1 else 6)[0] + (13 if version == 1 else 14)
+    head, found = raw[:at], []
+    while count := struct.unpack_from("<I", raw, at)[0]:
+        found.append(raw[at : at + 8 + 11 * count])
+        at += len(found[-1])
+    return head, found, raw[at:]
+
+
+# Sections of two files of one codec with equal first blocks -> a third file, and the first frame that is wrong in it.
+FORGERIES = {
+    "neighbors swapped": (lambda a, b: (a[0], [a[1][0], a[1][2], a[1][1], a[1][3]], a[2]), 5),
+    "the ends swapped": (lambda a, b: (a[0], [a[1][3], *a[1][1:3], a[1][0]], a[2]), 0),
+    "order reversed": (lambda a, b: (a[0], a[1][::-1], a[2]), 0),
+    "one left out": (lambda a, b: (a[0], a[1][:1] + a[1][2:], a[2]), 5),
+    "the first left out": (lambda a, b: (a[0], a[1][1:], a[2]), 0),
+    "the last left out": (lambda a, b: (a[0], a[1][:-1], a[2]), 15),
+    "one repeated": (lambda a, b: (a[0], [*a[1][:2], a[1][1], *a[1][2:]], a[2]), 10),
+    "one over another": (lambda a, b: (a[0], [*a[1][:2], a[1][1], a[1][3]], a[2]), 10),
+    "one of another file at its own place": (lambda a, b: (a[0], [*a[1][:2], b[1][2], a[1][3]], a[2]), 10),
+    "the first of an unlike file": (lambda a, b: (a[0], [b[1][3], *a[1][1:]], a[2]), 0),
+    "the rest of another file": (lambda a, b: (a[0], a[1][:2] + b[1][2:], b[2]), 10),
+    "the rest of another file with its own end": (lambda a, b: (a[0], a[1][:2] + b[1][2:], a[2]), 10),
+    "all of another file under this header": (lambda a, b: (with_fingerprint(a[0]), *b[1:]), 0),
+    "the end of another file": (lambda a, b: (*a[:2], b[2]), 20),
+    "the end of a shorter file": (lambda a, b: (a[0], a[1][:2], short_end(a[0])), 10),
+}
+
+
+def with_fingerprint(head: bytes) -> bytes:
+    changed = head[:-4].replace(RELEASED.fingerprint.encode(), b"f" * 16)
+    return changed + struct.pack("<I", zlib.crc32(changed))
+
+
+def short_end(head: bytes) -> bytes:
+    end = struct.pack("<IQI", 0, 10 * 1024, zlib.crc32(head[-4:]))
+    return end + struct.pack("<I", zlib.crc32(end))
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_block_that_was_moved_or_belongs_to_another_file_is_found(tmp_path, forgery):
+    ours = [random_tokens(RELEASED, 5, seed) for seed in (0, 1, 2, 3)]
+    theirs = [random_tokens(RELEASED, 5, seed) for seed in (0, 11, 12, 13)]
+    paths = [write(tmp_path / name, RELEASED, blocks, 20 * 1024) for name, blocks in (("a", ours), ("b", theirs))]
+    assert sections(paths[0])[1][0] == sections(paths[1])[1][0]
+    forge, first_wrong = FORGERIES[forgery]
+    head, blocks, end = forge(*map(sections, paths))
+    path = tmp_path / "forged.lfr"
+    path.write_bytes(head + b"".join(blocks) + end)
+    # As a file: on opening, whatever would be read of it.
+    with pytest.raises(TokenFileError, match=r"forged\.lfr: its blocks are not the ones that were written"):
+        TokenReader(path)
+    # From a pipe, and recovered: nothing from the first wrong block on.
+    stream = TokenStreamReader(io.BytesIO(path.read_bytes()), path)
+    got = [np.zeros((8, 0))]
+    with pytest.raises(
+        TokenFileError, match=rf"the block at frame {first_wrong} is wrong|its blocks are not the ones"
+    ):
+        got.extend(stream.blocks())
+    assert np.array_equal(np.concatenate(got, axis=1), np.concatenate(ours, axis=1)[:, :first_wrong])
+    with TokenReader(path, recover=True) as reader:
+        assert not reader.complete
+        assert np.array_equal(reader.read(), np.concatenate(ours, axis=1)[:, :first_wrong])
+
+
+def test_equal_tokens_give_equal_bytes(tmp_path):
+    blocks = [random_tokens(RELEASED, size) for size in (5, 1, 40)]
+    first, second = (write(tmp_path / name, RELEASED, blocks, 46 * 1024).read_bytes() for name in "ab")
+    assert first == second
+
+
+# --- many blocks
+
+
+class CountedReads(io.FileIO):
+    """A file that counts what is asked of the operating system."""
+
+    calls = 0
+
+    def readinto(self, buffer) -> int:
+        CountedReads.calls += 1
+        return super().readinto(buffer)
+
+    def seek(self, *arguments) -> int:
+        CountedReads.calls += 1
+        return super().seek(*arguments)
+
+
+class CountedNumbers(list):
+    """Positions of blocks that count each one that is looked at or copied."""
+
+    touched = 0
+
+    def __getitem__(self, index):
+        got = super().__getitem__(index)
+        CountedNumbers.touched += len(got) if isinstance(index, slice) else 1
+        return got
+
+
+def work(path, use) -> tuple[int, int]:
+    """Python and C functions called, and system calls, for `use(path)`."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    CountedReads.calls = 0
+    sys.setprofile(count)
+    try:
+        use(path)
+    finally:
+        sys.setprofile(None)
+    return calls, CountedReads.calls
+
+
+def open_and_close(path, recover=False):
+    with TokenReader(path, recover):
+        pass
+
+
+def read_from_a_pipe(path):
+    with io.BufferedReader(CountedReads(path)) as file:
+        assert sum(block.shape[1] for block in TokenStreamReader(file, path).blocks()) > 0
+
+
+@pytest.mark.parametrize("version", WRITERS)
+@pytest.mark.parametrize(
+    "use",
+    [open_and_close, lambda path: open_and_close(path, recover=True), read, read_from_a_pipe],
+    ids=["open", "recover", "read", "pipe"],
+)
+def test_work_grows_with_the_number_of_blocks_and_no_faster(tmp_path, monkeypatch, version, use):
+    monkeypatch.setattr(
+        "nemo_lfr.tokens.format.open", lambda path, _: io.BufferedReader(CountedReads(path)), raising=False
+    )
+    counts = []
+    for size in (500, 2000):
+        blocks = [random_tokens(RELEASED, 1)] * size
+        counts.append(work(WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, size * 1024), use))
+    (calls, system_calls), (more_calls, more_system_calls) = counts
+    assert calls > 0 and more_calls < 4.4 * calls  # four times the blocks
+    assert system_calls > 0 and more_system_calls < 4.4 * system_calls + 4
+    assert more_calls < 80 * 2000
+
+
+def test_a_span_costs_the_same_however_many_blocks_there_are(tmp_path):
+    touched = []
+    for size in (500, 2000):
+        path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 1)] * size, size * 1024)
+        with TokenReader(path) as reader:
+            reader._firsts, reader._positions = CountedNumbers(reader._firsts), CountedNumbers(reader._positions)
+            CountedNumbers.touched = 0
+            for start in range(0, 500, 10):
+                assert reader.read(start, start + 2).shape == (8, 2)
+            touched.append(CountedNumbers.touched)
+    assert touched[1] <= touched[0] + 50 * 2  # two more steps of each binary search
 
 
 # --- parts of a file
 
 
-def test_any_span_of_frames_is_read_from_its_blocks_alone(tmp_path):
+@pytest.mark.parametrize("version", WRITERS)
+def test_any_span_of_frames_is_read_from_its_blocks_alone(tmp_path, version):
     sizes = [3, 1, 7, 2]
     tokens = random_tokens(RELEASED, sum(sizes))
-    path = write(tmp_path / "a.lfr", RELEASED, np.split(tokens, np.cumsum(sizes)[:-1], axis=1), sum(sizes) * 1024)
+    blocks = np.split(tokens, np.cumsum(sizes)[:-1], axis=1)
+    path = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, sum(sizes) * 1024)
     with TokenReader(path) as reader:
         for start in range(14):
             for stop in range(start, 14):
@@ -333,9 +562,10 @@ def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
 # --- what a crash leaves
 
 
-def test_what_is_whole_of_a_cut_file_can_be_recovered(tmp_path):
+@pytest.mark.parametrize("version", WRITERS)
+def test_what_is_whole_of_a_cut_file_can_be_recovered(tmp_path, version):
     blocks = [random_tokens(RELEASED, size, size) for size in (2, 3, 1)]
-    whole = write(tmp_path / "a.lfr", RELEASED, blocks, 6 * 1024).read_bytes()
+    whole = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, 6 * 1024).read_bytes()
     first = whole.index(b"}") + 5
     ends = list(np.cumsum([first] + [8 + 11 * block.shape[1] for block in blocks]))
     tokens = np.concatenate(blocks, axis=1)

@@ -1,27 +1,36 @@
 """The `.lfr` token file: one recording, written as a stream of blocks.
 
-All integers are little-endian; each CRC is CRC-32 (zlib's) of the bytes of its own section before it.
+All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
 
     header   4 bytes   magic, "LFRT"
-             1 byte    version, 1
+             1 byte    version, 2
+             1 byte    coding of the blocks' payload, 0: packed frames; a reader refuses a coding that it does not know
              4 bytes   length H of the metadata, at most 65536
              H bytes   metadata, a JSON object in UTF-8 (below)
-             4 bytes   CRC of all of the above
+             4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
-             N * F     frames, each one number as `packing.py` says; F bytes hold any frame (11 for 8 x 2016)
-             4 bytes   CRC of the block so far
+             N * F     payload: frames, each one number as `packing.py` says; F bytes hold any frame (11 for 8 x 2016)
+             4 bytes   CRC of the CRC field of the section before, followed by this block before this field
     ...      further blocks
     end      4 bytes   0
-             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, and more than the
-                       frames but one hold
-             4 bytes   CRC of the end so far
+             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, and more than one frame
+                       less holds
+             4 bytes   outline: CRC of the header's CRC field, then of N and the CRC field of each block, in order
+             4 bytes   CRC of the end before this field
 
 Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
 `fingerprint` (of the codec's weights), `precision`, `written_by`.
 
+Version 1 has no coding byte and no outline, and each of its CRCs covers its own section only.
+
 A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
 codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
 Block lengths alone lead from one block to the next, so that a reader finds any second without reading what is before.
+
+A block's CRC continues the one before it, which lies in the four bytes in front of the block. A block that was moved,
+repeated, left out or taken from another file therefore fails its check when blocks are read in order, as from a pipe
+or with `recover`. The outline finds the same when a file is opened, from the lengths and CRC fields alone, so that a
+span in the middle of such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
 
 Files are written aside, as `NAME.????????.part`, and renamed when they are whole. Each block reaches the file system
 as it is written: after a crash the `.part` file can be read with `recover=True` up to its last whole block.
@@ -52,7 +61,9 @@ from nemo_lfr.tokens.packing import pack, unpack
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
 
-MAGIC, VERSION = b"LFRT", 1
+MAGIC, VERSION = b"LFRT", 2
+READABLE_VERSIONS = (1, 2)
+CODING = 0  # packed frames
 MAX_METADATA_BYTES = 65536
 MAX_BLOCK_FRAMES = 65536
 
@@ -129,11 +140,15 @@ class TokenStream:
         self.metadata = metadata
         self.frames_written = 0
         text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
-        self._section(MAGIC + struct.pack("<BI", VERSION, len(text)) + text)
+        self._checksum = self._section(MAGIC + struct.pack("<BBI", VERSION, CODING, len(text)) + text)
+        self._outline = zlib.crc32(self._checksum)
 
-    def _section(self, data: bytes) -> None:
-        self._file.write(data + struct.pack("<I", zlib.crc32(data)))
+    def _section(self, data: bytes, before: bytes = b"") -> bytes:
+        """Write a section and its CRC, which also covers `before`; returns the CRC field."""
+        checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
+        self._file.write(data + checksum)
         self._file.flush()  # a killed process keeps what was written
+        return checksum
 
     def write(self, tokens: np.ndarray) -> None:
         """Append frames, [C, T].
@@ -146,14 +161,16 @@ class TokenStream:
         for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
             block = tokens[:, start : start + MAX_BLOCK_FRAMES]
             packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
-            self._section(struct.pack("<I", block.shape[1]) + packed)
+            count = struct.pack("<I", block.shape[1])
+            self._checksum = self._section(count + packed, before=self._checksum)
+            self._outline = zlib.crc32(count + self._checksum, self._outline)
             self.frames_written += block.shape[1]
 
     def finish(self, num_samples: int) -> None:
         """Say how many samples the frames stand for; without it a file is not whole."""
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
             raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
-        self._section(struct.pack("<IQ", 0, num_samples))
+        self._section(struct.pack("<IQI", 0, num_samples, self._outline))
 
 
 class TokenWriter(TokenStream):
@@ -218,13 +235,16 @@ class _Sections:
 
     Attributes:
         metadata: the header's.
+        version: of the format.
     """
 
     def __init__(self, file: IO[bytes], name: str | os.PathLike[str]) -> None:
         self._file = file
         self.path = Path(name)
         self._header_is_sound = False
-        self.metadata = self._read_header()
+        self._outline = 0
+        self.version, self.metadata = self._read_header()
+        self._bytes_per_frame = self.metadata.bytes_per_frame
         self._header_is_sound = True
 
     def _fail(self, reason: str) -> TokenFileError:
@@ -237,27 +257,40 @@ class _Sections:
             raise self._fail("it ends too early")
         return data
 
-    def _check(self, section: bytes, what: str) -> None:
-        if struct.unpack("<I", self._take(4))[0] != zlib.crc32(section):
+    def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
+        """Read the CRC field of a section, which also covers `before`, and compare; returns the field."""
+        checksum = self._take(4)
+        if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):
             raise self._fail(f"the checksum of {what} is wrong")
+        return checksum
 
-    def _read_header(self) -> Metadata:
-        head = self._file.read(9)
+    def _read_header(self) -> tuple[int, Metadata]:
+        head = self._file.read(5)
         if head[:4] != MAGIC:
             raise TokenFileError(f"{self.path}: not a .lfr token file.")
-        if len(head) < 9:
+        if len(head) < 5:
             raise self._fail("it ends too early")
-        version, length = struct.unpack("<BI", head[4:])
-        if version != VERSION:
+        version = head[4]
+        if version not in READABLE_VERSIONS:
             raise TokenFileError(
-                f"{self.path}: format version {version}; this nemo_lfr reads version {VERSION}; install a newer one."
+                f"{self.path}: format version {version}; this nemo_lfr reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer one."
             )
+        layout = "<I" if version == 1 else "<BI"
+        head += self._take(struct.calcsize(layout))
+        *coding, length = struct.unpack(layout, head[5:])
         if length > MAX_METADATA_BYTES:
             raise self._fail(f"its metadata claims {length} bytes")
         text = self._take(length)
-        self._check(head + text, "the header")
+        self._checksum = self._check(head + text, "the header")
+        if coding not in ([], [CODING]):
+            raise TokenFileError(
+                f"{self.path}: its blocks have coding {coding[0]}; this nemo_lfr reads coding {CODING}; "
+                "install a newer one."
+            )
+        self._outline = zlib.crc32(self._checksum)
         try:
-            return Metadata.from_json(text)
+            return version, Metadata.from_json(text)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({clip(error, 200)}).") from error
 
@@ -268,23 +301,40 @@ class _Sections:
             raise self._fail(f"a block claims {count} frames")
         return count
 
-    def _read_tokens(self, count: int, first: int) -> np.ndarray:
-        """Tokens [C, count] of the block from frame `first` on, behind its count; its checksum verified."""
+    def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, bytes]:
+        """Read a block behind its count.
+
+        Args:
+            count: its frames.
+            first: its first frame, for messages.
+            before: CRC field of the section in front of it.
+
+        Returns:
+            Tokens [C, count], and the block's CRC field, which agrees with them.
+        """
+        packed = self._take(count * self._bytes_per_frame)
+        section = struct.pack("<I", count) + packed
+        checksum = self._check(section, f"the block at frame {first}", before if self.version > 1 else b"")
         meta = self.metadata
-        packed = self._take(count * meta.bytes_per_frame)
-        self._check(struct.pack("<I", count) + packed, f"the block at frame {first}")
         try:
-            return unpack(packed, meta.codebook_size, meta.num_codebooks, meta.bytes_per_frame)
+            return unpack(packed, meta.codebook_size, meta.num_codebooks, self._bytes_per_frame), checksum
         except TokensError as error:
             raise self._fail(str(error).rstrip(".")) from error
 
+    def _pass_block(self, count: int, checksum: bytes) -> None:
+        """Add a block to the outline."""
+        self._checksum = checksum
+        self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
+
     def _read_end(self, num_frames: int) -> int:
         """The samples that the end section tells, behind its zero."""
-        rest = self._take(8)
+        rest = self._take(8 if self.version == 1 else 12)
         self._check(bytes(4) + rest, "the end")
         if self._file.read(1):
             raise self._fail("there are bytes after its end")
-        num_samples: int = struct.unpack("<Q", rest)[0]
+        if self.version > 1 and rest[8:] != struct.pack("<I", self._outline):
+            raise self._fail("its blocks are not the ones that were written, or in another order")
+        num_samples: int = struct.unpack("<Q", rest[:8])[0]
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
             raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
         return num_samples
@@ -325,7 +375,9 @@ class TokenStreamReader(_Sections):
         """Tokens [C, T] as int32, each block as it comes in."""
         num_frames = 0
         while count := self._read_count():
-            yield self._read_tokens(count, num_frames)
+            tokens, checksum = self._read_tokens(count, num_frames, self._checksum)
+            self._pass_block(count, checksum)
+            yield tokens
             num_frames += count
         self.num_samples = self._read_end(num_frames)
 
@@ -339,6 +391,7 @@ class TokenReader(_Sections):
 
     Attributes:
         metadata: the header's.
+        version: of the format.
         num_frames: frames in the file, counted on opening.
         num_samples: samples that were encoded; of a recovered file, what its frames hold.
         complete: whether the end section was there.
@@ -379,34 +432,38 @@ class TokenReader(_Sections):
         self._file.close()
 
     def _read_outline(self, check: bool) -> int:
-        """Note where each block lies, on the way to the end section; returns the samples that it tells."""
-        size = os.fstat(self._file.fileno()).st_size
-        while True:
-            position = self._file.tell()
-            count = self._read_count()
-            if count == 0:
-                return self._read_end(self.num_frames)
-            self._file.seek(count * self.metadata.bytes_per_frame + 4, os.SEEK_CUR)
-            if self._file.tell() > size:
-                raise self._fail("it ends too early")
+        """Note where each block lies, on the way to the end section; returns the samples that it tells.
+
+        Args:
+            check: read the blocks themselves too, and stop at the first that is damaged or out of place.
+        """
+        position = self._file.tell()
+        while count := self._read_count():
             if check:
-                self._read_block(position, self.num_frames)
+                _, checksum = self._read_tokens(count, self.num_frames, self._checksum)
+            else:
+                self._file.seek(count * self._bytes_per_frame, os.SEEK_CUR)
+                checksum = self._take(4)
+            self._pass_block(count, checksum)
             self._positions.append(position)
             self._firsts.append(self.num_frames + count)
+            position += 4 + count * self._bytes_per_frame + 4
+        return self._read_end(self.num_frames)
 
-    def _read_block(self, position: int, first: int) -> np.ndarray:
-        """Tokens [C, T] of the block at a position of the file, its checksum verified."""
-        self._file.seek(position)
-        return self._read_tokens(self._read_count(), first)
+    def _read_block(self, number: int) -> np.ndarray:
+        """Tokens [C, T] of a block, its checksum verified."""
+        self._file.seek(self._positions[number] - 4)
+        before = self._take(4)
+        return self._read_tokens(self._read_count(), self._firsts[number], before)[0]
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
         stop = self.num_frames if stop is None else stop
-        number = max(0, bisect_right(self._firsts, start) - 1)
-        for position, first in zip(self._positions[number:], self._firsts[number:], strict=False):
+        for number in range(max(0, bisect_right(self._firsts, start) - 1), len(self._positions)):
+            first = self._firsts[number]
             if first >= stop:
                 return
-            yield self._read_block(position, first)[:, max(0, start - first) : stop - first]
+            yield self._read_block(number)[:, max(0, start - first) : stop - first]
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [C, T] of frames [start, stop): all of them if not given."""

@@ -8,6 +8,8 @@ import numpy as np
 from nemo_lfr.errors import TokensError
 
 LIMB_BITS = 32
+# Up to so many frames Python's integers are faster than NumPy's calls: a live recording has a block for each frame.
+FEW_FRAMES = 16
 
 
 def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
@@ -18,6 +20,8 @@ def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
     """
     if tokens.size and (tokens.min() < 0 or tokens.max() >= codebook_size):
         raise TokensError(f"tokens reach from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
+    if tokens.shape[1] <= FEW_FRAMES:
+        return b"".join(_pack_frame(frame, codebook_size, num_bytes) for frame in tokens.T.astype(np.int64).tolist())
     num_limbs = -(-num_bytes * 8 // LIMB_BITS)
     limbs = np.zeros((tokens.shape[1], num_limbs), dtype=np.uint64)
     for codebook in tokens[::-1].astype(np.uint64):  # Horner: value = value * codebook_size + token
@@ -37,6 +41,12 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
     """
     if len(data) % num_bytes:
         raise TokensError(f"{len(data)} bytes are not whole frames of {num_bytes}.")
+    if len(data) <= FEW_FRAMES * num_bytes:
+        frames = [
+            _unpack_frame(data[at : at + num_bytes], codebook_size, num_codebooks)
+            for at in range(0, len(data), num_bytes)
+        ]
+        return np.array(frames, dtype=np.int32).reshape(len(frames), num_codebooks).T
     num_limbs = -(-num_bytes * 8 // LIMB_BITS)
     padded = np.zeros((len(data) // num_bytes, num_limbs * 4), dtype=np.uint8)
     padded[:, :num_bytes] = np.frombuffer(data, dtype=np.uint8).reshape(-1, num_bytes)
@@ -50,5 +60,27 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
             remainder = value % np.uint64(codebook_size)
         codebook[:] = remainder
     if limbs.any():
-        raise TokensError(f"a frame holds a number above {codebook_size}^{num_codebooks}.")
+        raise _too_large(codebook_size, num_codebooks)
     return tokens
+
+
+def _pack_frame(frame: list[int], codebook_size: int, num_bytes: int) -> bytes:
+    value = 0
+    for token in reversed(frame):
+        value = value * codebook_size + token
+    return value.to_bytes(num_bytes, "little")
+
+
+def _unpack_frame(data: bytes, codebook_size: int, num_codebooks: int) -> list[int]:
+    value = int.from_bytes(data, "little")
+    frame = []
+    for _ in range(num_codebooks):
+        value, token = divmod(value, codebook_size)
+        frame.append(token)
+    if value:
+        raise _too_large(codebook_size, num_codebooks)
+    return frame
+
+
+def _too_large(codebook_size: int, num_codebooks: int) -> TokensError:
+    return TokensError(f"a frame holds a number not below {codebook_size}^{num_codebooks}.")
