@@ -11,7 +11,6 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.audio import AudioReader, check_peak, resample
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
 from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
@@ -113,7 +113,7 @@ class Manifest(Corpus):
     def parts(self, size: int) -> list[Part]:
         """Byte ranges; names that occur again get a number, counted over the whole manifest."""
         parts: list[Part] = []
-        seen: Counter[str] = Counter()
+        ids = UniqueIds()
         count = size
         repeats: dict[str, int] = {}
         with open(self.path, "rb") as file:
@@ -123,10 +123,8 @@ class Manifest(Corpus):
                 if count == size:
                     repeats, count = {}, 0
                     parts.append({"start": file.tell() - len(line), "count": 0, "repeats": repeats})
-                name = _name(line)
-                seen[name] += 1
-                if seen[name] > 1:
-                    repeats[str(count)] = seen[name]
+                if (again := ids.number(_name(line))) > 1:
+                    repeats[str(count)] = again
                 count += 1
                 parts[-1]["count"] = count
         return parts
@@ -136,8 +134,7 @@ class Manifest(Corpus):
             file.seek(part["start"])
             lines = islice((line for line in file if line.strip()), part["count"])
             for number, line in enumerate(lines):
-                again = part["repeats"].get(str(number))
-                name = _name(line) + (f"~{again}" if again else "")
+                name = numbered_id(_name(line), _repeat(part, number))
                 try:
                     yield self._clip(name, json.loads(line))
                 except NOT_A_LINE as error:
@@ -203,13 +200,22 @@ class Cuts(Corpus):
         return digest(self.path)[:16]
 
     def parts(self, size: int) -> list[Part]:
-        total = _count_unique(self.lhotse, [self.path])
-        return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
+        total, repeats = _number_cuts(self.lhotse, self.path, UniqueIds())
+        return [
+            {
+                "start": start,
+                "count": min(size, total - start),
+                "repeats": {
+                    str(index - start): repeats[index] for index in range(start, start + size) if index in repeats
+                },
+            }
+            for start in range(0, total, size)
+        ]
 
     def read(self, part: Part) -> Iterator[Clip]:
         cuts = self.lhotse.CutSet.from_jsonl_lazy(self.path)
-        for cut in islice(cuts, part["start"], part["start"] + part["count"]):
-            yield cut_to_clip(cut, str(self.path))
+        for number, cut in enumerate(islice(cuts, part["start"], part["start"] + part["count"])):
+            yield cut_to_clip(cut, str(self.path), _repeat(part, number))
 
 
 class Shar(Corpus):
@@ -237,8 +243,12 @@ class Shar(Corpus):
         return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
     def parts(self, size: int) -> list[Part]:
-        _count_unique(self.lhotse, self.fields["cuts"])
-        return [{"shard": index} for index in range(len(self.fields["cuts"]))]
+        ids = UniqueIds()
+        repeats = [_number_cuts(self.lhotse, path, ids)[1] for path in self.fields["cuts"]]
+        return [
+            {"shard": shard, "repeats": {str(index): number for index, number in again.items()}}
+            for shard, again in enumerate(repeats)
+        ]
 
     def read(self, part: Part) -> Iterator[Clip]:
         fields = {name: [str(files[part["shard"]])] for name, files in self.fields.items()}
@@ -246,14 +256,15 @@ class Shar(Corpus):
         count, reason = 0, "it ends here"
         try:
             for cut in self.lhotse.CutSet.from_shar(fields=fields):
-                yield cut_to_clip(cut, origin)
+                yield cut_to_clip(cut, origin, _repeat(part, count))
                 count += 1
         except Exception as error:  # of whichever of Lhotse's many readers
             reason = clip(str(error), 200)
         # Lhotse passes by in silence what a field has no items for.
-        for cut in islice(self.lhotse.CutSet.from_jsonl_lazy(origin), count, None):
+        for number, cut in enumerate(islice(self.lhotse.CutSet.from_jsonl_lazy(origin), count, None), count):
             said = f"{origin}, cut {cut.id}"
-            yield Clip(_safe(cut.id), said, partial(_raise, f"{said}: a tar of this shard is cut short ({reason})."))
+            name = numbered_id(clean_id(str(cut.id)), _repeat(part, number))
+            yield Clip(name, said, partial(_raise, f"{said}: a tar of this shard is cut short ({reason})."))
 
 
 class Table(Corpus):
@@ -285,7 +296,7 @@ class Table(Corpus):
     def _clip(self, number: int, row: dict[str, Any]) -> Clip:
         audio = row.pop(self.column)
         context = row.pop("context_audio", None)
-        name = f"{number:08d}" if row.get("id") is None else _safe(f"{row['id']}-{number:08d}")
+        name = f"{number:08d}" if row.get("id") is None else clean_id(f"{row['id']}-{number:08d}")
         labels = {key: value for key, value in row.items() if isinstance(value, str | int | float | bool)}
         origin = f"{self.path}, row {number}"
         return Clip(name, origin, self._source(audio, origin), context and self._source(context, origin), labels)
@@ -441,8 +452,8 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf) -> np.ndarra
     return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
 
 
-def cut_to_clip(cut: Any, origin: str) -> Clip:
-    """A Lhotse cut; its `target_audio` is taken if it has one, as NeMo's loaders do."""
+def cut_to_clip(cut: Any, origin: str, number: int = 1) -> Clip:
+    """A Lhotse cut; its `target_audio` is taken if it has one, as NeMo's loaders do. `number` is `numbered_id`'s."""
     said = cut.supervisions[0] if cut.supervisions else None
     labels = {"text": said.text, "speaker": said.speaker, "lang": said.language} if said else {}
     labels |= {key: value for key, value in (cut.custom or {}).items() if isinstance(value, str | int | float | bool)}
@@ -454,7 +465,7 @@ def cut_to_clip(cut: Any, origin: str) -> Clip:
         for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
             del place[key]
     return Clip(
-        _safe(cut.id),
+        numbered_id(clean_id(str(cut.id)), number),
         f"{origin}, cut {cut.id}",
         partial(read_cut, target),
         context,
@@ -488,24 +499,26 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _count_unique(lhotse: Any, paths: Sequence[Path]) -> int:
-    """Cuts in some files of them.
+def _number_cuts(lhotse: Any, path: Path, ids: UniqueIds) -> tuple[int, dict[int, int]]:
+    """Count the cuts of a file, and number those whose id occurred before: index in the file -> number.
 
     Raises:
-        ConfigError: if two have one id, or a file is none of cuts.
+        ConfigError: if it is not a file of Lhotse cuts.
     """
-    seen: set[str] = set()
-    for path in paths:
-        try:
-            for cut in lhotse.CutSet.from_jsonl_lazy(path):
-                if (name := _safe(cut.id)) in seen:
-                    raise ConfigError(f"{path}: two cuts have the id {clip(cut.id)!r}; make them unique.")
-                seen.add(name)
-        except ConfigError:
-            raise
-        except Exception as error:  # of whichever of Lhotse's many readers
-            raise ConfigError(f"{path}: not a file of Lhotse cuts ({clip(error, 200)}).") from error
-    return len(seen)
+    count, repeats = 0, {}
+    try:
+        for cut in lhotse.CutSet.from_jsonl_lazy(path):
+            if (number := ids.number(clean_id(str(cut.id)))) > 1:
+                repeats[count] = number
+            count += 1
+    except Exception as error:  # of whichever of Lhotse's many readers
+        raise ConfigError(f"{path}: not a file of Lhotse cuts ({clip(error, 200)}).") from error
+    return count, repeats
+
+
+def _repeat(part: Part, index: int) -> int:
+    number: int = part.get("repeats", {}).get(str(index), 1)
+    return number
 
 
 def _is_data(value: Any) -> bool:
@@ -550,15 +563,9 @@ def _name(line: bytes) -> str:
         labels = json.loads(line)
         name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
         offset = float(labels.get("offset") or 0)
-        return _safe(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
+        return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
     except NOT_A_LINE:
         return "line-" + hashlib.sha256(line).hexdigest()[:12]
-
-
-def _safe(name: str) -> str:
-    """A relative path that stays below its folder, of characters that every file system and tar takes."""
-    kept: Sequence[str] = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
-    return "/".join(re.sub(r'[\x00-\x1f\x7f<>:"|?*\\]', "_", part)[-180:] for part in kept) or "_"
 
 
 def _check_length(duration: float, longest: float, name: str) -> None:
