@@ -17,19 +17,21 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_lfr.audio import check_rate
 from nemo_lfr.checkpoint import (
     NEMO_MODEL,
     PARTS,
     Parts,
+    build_part,
     build_parts,
     codec_values,
     load_parts,
     nemo_config,
     read_config,
 )
+from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as, unwrapped
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.errors import CheckpointError, ConfigError, MissingExtraError
+from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, clip
+from nemo_lfr.locate import locate_checkpoint
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
 
 try:
@@ -39,6 +41,7 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
 
+    from nemo_lfr import nemo_interface  # noqa: F401  gives the modules NeMo's types
     from nemo_lfr.training.steps import DISCRIMINATOR, WAVLM, TrainingSteps
 except ImportError as error:
     raise MissingExtraError(
@@ -100,20 +103,35 @@ class LFRCodecModel(TrainingSteps):
         self._restored_from = None
         self.cfg = cfg
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LFRCodecModel":
-        """A model of its own, without a trainer, that reads the same data.
+    # Copies have no trainer, and the plain `training_step`: NeMo hangs a proxy around each instance's, which can be
+    # neither copied nor pickled.
 
-        NeMo hangs a proxy that cannot be copied around each instance's `training_step`; the copy has the plain method.
-        """
+    def __copy__(self) -> "LFRCodecModel":
+        """Return a model with the same weights, in which modules can be replaced without changing this one."""
+        state = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
+        return self._with_state(state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LFRCodecModel":
+        """Return a model of its own that reads the same data."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
+        shared = ("_train_dl", "_validation_dl", "_test_dl")
         for key, value in vars(self).items():
-            if key in ("_train_dl", "_validation_dl", "_test_dl"):
-                other.__dict__[key] = value
-            elif key in ("_trainer", "_fabric"):
+            if key in ("_trainer", "_fabric"):
                 other.__dict__[key] = None
             elif key != "training_step":
-                other.__dict__[key] = copy.deepcopy(value, memo)
+                other.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what `pickle` and `torch.save` keep: everything but the trainer and the data."""
+        dropped = ("_trainer", "_fabric", "_train_dl", "_validation_dl", "_test_dl")
+        return {key: None if key in dropped else value for key, value in vars(self).items() if key != "training_step"}
+
+    def _with_state(self, state: dict[str, Any]) -> "LFRCodecModel":
+        other = type(self).__new__(type(self))
+        other.__dict__.update(state, _trainer=None, _fabric=None)
+        other.__dict__.pop("training_step", None)
         return other
 
     # Inference.
@@ -121,21 +139,21 @@ class LFRCodecModel(TrainingSteps):
     @property
     def codec(self) -> Codec:
         """The light door on this model's own modules."""
-        return Codec(self.audio_encoder, self.vector_quantizer, self.audio_decoder, self.sample_rate)
+        encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
+        return Codec(encoder, quantizer, decoder, self.sample_rate)  # type: ignore[arg-type]
 
     def encode(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Audio [B, T_audio] to tokens [B, C, T_encoded] and their lengths; see `Codec.encode`.
 
-        Other sample rates are resampled as NeMo does.
+        Other sample rates are resampled as `Codec.encode` does, with soxr: NeMo's own resampler takes minutes for
+        rates such as 22,049 Hz.
 
         Raises:
-            AudioError: for audio that cannot be encoded.
+            AudioError: for audio that cannot be encoded, or a sample rate that is no number of Hz.
         """
-        if sample_rate and sample_rate != self.sample_rate:
-            audio, audio_len = self._resampled(audio, audio_len, sample_rate)
-        return self.codec.encode(audio, audio_len)
+        return self.codec.encode(audio, audio_len, sample_rate)
 
     def decode(
         self, tokens: torch.Tensor, tokens_len: torch.Tensor, audio_len: torch.Tensor | None = None
@@ -150,22 +168,37 @@ class LFRCodecModel(TrainingSteps):
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode and decode: audio [B, T_audio] to its reconstruction, of the same length."""
-        if sample_rate and sample_rate != self.sample_rate:
+        """Encode and decode: audio [B, T_audio] to its reconstruction, of the same duration, at the codec's rate."""
+        codec = self.codec
+        audio, audio_len = codec.resample(audio, audio_len, sample_rate)
+        tokens, tokens_len = codec.encode(audio, audio_len)
+        return codec.decode(tokens, tokens_len, audio_len)
+
+    def encode_audio(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Audio [B, T_audio] to encoded frames [B, D, T_encoded] and their lengths, with a graph.
+
+        Raises:
+            AudioError: for a sample rate that is no number of Hz, or one that asks to resample audio with a gradient.
+        """
+        if sample_rate is not None:
             audio, audio_len = self._resampled(audio, audio_len, sample_rate)
-        tokens, tokens_len = self.codec.encode(audio, audio_len)
-        return self.codec.decode(tokens, tokens_len, audio_len)
+        return super().encode_audio(audio=audio, audio_len=audio_len)
 
-    def _resampled(self, audio: Any, audio_len: Any, sample_rate: int) -> tuple[torch.Tensor, torch.Tensor]:
-        from nemo.collections.tts.parts.utils.tts_dataset_utils import resample_batch
-
-        check_rate(sample_rate)
-        return resample_batch(
-            audio=torch.as_tensor(audio),
-            audio_len=torch.as_tensor(audio_len),
-            input_sample_rate=sample_rate,
-            output_sample_rate=self.sample_rate,
-        )
+    def _resampled(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        resampled, resampled_len = self.codec.resample(audio, audio_len, sample_rate)
+        if sample_rate == self.sample_rate:
+            return audio, audio_len
+        if torch.is_grad_enabled() and audio.requires_grad:
+            raise AudioError(
+                f"audio at {sample_rate} Hz carries a gradient, which resampling would cut; resample it to "
+                f"{self.sample_rate} Hz first, or pass audio.detach()."
+            )
+        dtype = audio.dtype if audio.is_floating_point() else torch.float32
+        return resampled.to(audio.device, dtype), resampled_len.to(audio_len.device, audio_len.dtype)
 
     def pad_audio(
         self, audio: torch.Tensor, audio_len: torch.Tensor, samples_per_frame: int
@@ -177,35 +210,54 @@ class LFRCodecModel(TrainingSteps):
 
     # State.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Everything but WavLM; discriminators that are not built yet included."""
-        state = super().state_dict(*args, **kwargs)
-        for key in [key for key in state if key.startswith(DISCRIMINATOR) and WAVLM in key]:
-            del state[key]
-        state.update(self._unbuilt_discriminator)
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute; with `discriminator` its unused weights go too: callers delete it to free memory."""
+        super().__delattr__(name)
+        if name == "discriminator":
+            self._unbuilt_discriminator = {}
+
+    def state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Everything but WavLM; discriminators that are not built yet included.
+
+        Names and weight norm are those of stock NeMo, whether or not modules are wrapped by `torch.compile` or had
+        their weight norm removed.
+        """
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+        plain = plain_keys(own.items(), type(self).__name__)
+        plain = spell_as(_stock_names(plain), plain) | self._unbuilt_discriminator
+        state.update({prefix + key: value for key, value in plain.items() if not _is_wavlm(key)})
+        if (metadata := getattr(state, "_metadata", None)) is not None:
+            state._metadata = type(metadata)((plain_key(key), value) for key, value in metadata.items())
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights of any NeMo version.
 
-        `strict` judges the encoder, quantizer and decoder; what NeMo versions and configs differ in (discriminators,
-        WavLM, windows and filters of the losses) is loaded where it fits.
+        Names that `torch.compile` and `DistributedDataParallel` put before weights are understood. `strict` judges
+        the encoder, quantizer and decoder; what NeMo versions and configs differ in (discriminators, WavLM, windows
+        and filters of the losses) is loaded where it fits.
 
         Raises:
             CheckpointError: if weights of the codec have other shapes; if `strict`, and they are incomplete or others.
         """
-        self._is_random = False
-        shapes = {key: value.shape for key, value in super(NeMoAudioCodecModel, self).state_dict().items()}
+        own = super(NeMoAudioCodecModel, self).state_dict()
+        shapes = {key: value.shape for key, value in own.items()}
+        state_dict = _spelled_for(own, state_dict)
         other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
         if judged := [key for key in other if key.partition(".")[0] in PARTS]:
             raise CheckpointError(
                 f"the state dict is of another codec: {len(judged)} weights have other shapes, first {judged[0]}: "
                 f"{list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
             )
+        self._is_random = False
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
-        if self.discriminator is None:
+        if getattr(self, "discriminator", None) is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
-            self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
+            if hasattr(self, "discriminator"):  # else the caller has deleted it
+                self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
             state = {key: value for key, value in state.items() if key not in discriminator}
         result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
         for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
@@ -216,6 +268,13 @@ class LFRCodecModel(TrainingSteps):
                     "pass strict=False to load what fits."
                 )
         return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Torch's step of loading this model, also as a part of another one; renames weights as modules have them."""
+        theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        own = super(NeMoAudioCodecModel, self).state_dict()
+        state_dict.update({prefix + key: value for key, value in _spelled_for(own, theirs).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # Files.
 
@@ -234,7 +293,7 @@ class LFRCodecModel(TrainingSteps):
         """Restore a `.nemo` of any NeMo version; see `nemo_lfr.checkpoint` for what is accepted.
 
         Args:
-            restore_path: the file.
+            restore_path: the file, the folder of an unpacked `.nemo`, or a folder with one `.nemo`.
             override_config_path: a YAML file or a config to use instead of the file's.
             map_location: device; a GPU if there is one, else the CPU.
             strict: every weight of the codec's three parts must be there.
@@ -257,7 +316,7 @@ class LFRCodecModel(TrainingSteps):
                 trainer=trainer,
                 validate_access_integrity=validate_access_integrity,
             )
-        path = Path(restore_path).expanduser().absolute()
+        path = locate_checkpoint(restore_path).absolute()
         config = read_config(path) if override_config_path is None else _override_config(override_config_path)
         if return_config:
             return config
@@ -365,6 +424,9 @@ AudioCodecModel = LFRCodecModel
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     """Put our parts, with the same weights, into a stock `AudioCodecModel` that other code already holds.
 
+    Parameters stay the same objects, with their dtype, device and `requires_grad`. Modules that `torch.compile` or
+    `DistributedDataParallel` wrapped are replaced together with their wrappers.
+
     Args:
         model: changed in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; of a subclass only the parts
             are replaced.
@@ -373,33 +435,81 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         The same object.
 
     Raises:
-        ConfigError: if it is no such model, or not of this codec family.
+        ConfigError: if it is no such model, or not of this codec family; the model is then as it was.
     """
-    if isinstance(model, LFRCodecModel):
+    inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
+    if isinstance(inner, LFRCodecModel):
         return model
-    if not isinstance(model, NeMoAudioCodecModel):
+    if not isinstance(inner, NeMoAudioCodecModel):
         raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
-    parts = build_parts(_checked_values(model.cfg))
-    reference = next(model.audio_decoder.parameters())
-    for name, part in parts.named().items():
-        stock = getattr(model, name)
-        part.load_state_dict(stock.state_dict())
-        part.to(device=reference.device).train(stock.training)
-        for parameter, old in zip(part.parameters(), stock.parameters(), strict=True):
-            parameter.requires_grad_(old.requires_grad)
-        setattr(model, name, part)
-    if type(model) is NeMoAudioCodecModel:
-        model.__class__ = LFRCodecModel
+    # All that can fail comes before the first change.
+    values = _checked_values(inner.cfg)
+    build_parts(values, weight_norm=False)
+    parts = {name: _replacement(name, values[name], unwrapped(getattr(inner, name))) for name in PARTS}
+    is_stock = type(inner) is NeMoAudioCodecModel
+    has_discriminator = hasattr(inner, "discriminator")
+    discriminator = getattr(inner, "discriminator", None)
+    state = {} if discriminator is None else discriminator.state_dict(prefix=DISCRIMINATOR)
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    if is_stock:
+        inner.__class__ = LFRCodecModel
         # Training builds ours; until then its weights are carried along.
-        state = {} if model.discriminator is None else model.discriminator.state_dict(prefix=DISCRIMINATOR)
-        model._unbuilt_discriminator = {key: value for key, value in state.items() if WAVLM not in key}
-        model.discriminator = None
-        model._losses = None
-        model._average = None
-        model._codebook_use = None
-        model._is_random = False
-        model._restored_from = None
+        inner._unbuilt_discriminator = {plain_key(key): value for key, value in state.items() if WAVLM not in key}
+        if has_discriminator:
+            inner.discriminator = None
+        inner._losses = None
+        inner._average = None
+        inner._codebook_use = None
+        inner._is_random = False
+        inner._restored_from = None
+        del inner.training_step  # a proxy of stock's
+        inner.training_step = model_utils.wrap_training_step(inner.training_step)
     return model
+
+
+def _replacement(name: str, config: Mapping[str, Any], stock: torch.nn.Module) -> torch.nn.Module:
+    """Return our module with the very parameters of a stock one.
+
+    Raises:
+        ConfigError: if it is not the module that the config describes.
+    """
+    tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
+    needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
+    has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
+    with torch.device("meta"):
+        part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
+    levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
+    differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
+    try:
+        if differ:
+            raise ConfigError(f"{differ[0]} is {clip(tensors[differ[0]].flatten().tolist())}")
+        part.load_state_dict(tensors, assign=True)
+    except (RuntimeError, ConfigError) as error:
+        reason = clip(" ".join(str(error).split()), 200)
+        raise ConfigError(f"{name} is not the module that the model's config describes: {reason}") from error
+    finally:
+        for key, value in tensors.items():
+            if value.requires_grad != needs_gradient[key]:
+                value.requires_grad_(needs_gradient[key])
+    return part.train(stock.training)
+
+
+def _is_wavlm(key: str) -> bool:
+    return key.startswith(DISCRIMINATOR) and WAVLM in key
+
+
+def _stock_names(state: Mapping[str, Any]) -> set[str]:
+    """Return the names that stock NeMo would have for the weights of a state dict: convolutions are weight-normed."""
+    stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
+    return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
+
+
+def _spelled_for(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of any spelling under the names that a model's modules have, wrappers included."""
+    names = {plain_key(key): key for key in own}
+    plain = plain_keys(state_dict.items(), "the state dict")
+    return {names.get(key, key): value for key, value in spell_as(names, plain).items()}
 
 
 def _stock(cls: type[LFRCodecModel], name: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError
+from nemo_lfr.locate import locate_checkpoint
 from nemo_lfr.onnx import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     """A local `.nemo` for a path, a Hub id or a known name; `None` is the embedded codec.
 
     Args:
-        source: what to look for.
+        source: what to look for; see `locate_checkpoint` for paths.
         refresh: download again what the Hub's cache already has.
 
     Raises:
@@ -48,15 +49,11 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         return embedded_checkpoint()
     text = os.fspath(source)
     repository = ALIASES.get(text, text)
-    path = Path(text)
-    if path.exists() or path.suffix in (".nemo", ".ckpt") or not HUB_ID.fullmatch(repository):
-        if not text or not path.exists():  # Path("") would be the current folder
-            raise CheckpointError(f"{text or repr(text)}: no such file, and not a Hub id such as {LFR}.")
-        if path.is_dir():
-            raise CheckpointError(f"{text}: a folder without {ENCODER} and {DECODER}; give a .nemo or .ckpt file.")
-        if not path.is_file():
-            raise CheckpointError(f"{text}: not a regular file; give a .nemo or .ckpt file.")
-        return path
+    path = os.path.expanduser(text)
+    if os.path.lexists(path):
+        return locate_checkpoint(path)
+    if path.endswith((".nemo", ".ckpt")) or not HUB_ID.fullmatch(repository):
+        raise CheckpointError(f"{text or repr(text)}: no such file, and not a Hub id such as {LFR}.")
     return _download(repository, refresh)
 
 
@@ -133,7 +130,10 @@ def _collector_at_rest() -> Iterator[None]:
 
 def is_exported(source: str | os.PathLike[str] | None) -> bool:
     """Whether `source` is a folder of ONNX files."""
-    return source is not None and any(Path(source, name).is_file() for name in (ENCODER, DECODER))
+    if source is None:
+        return False
+    folder = os.path.expanduser(source)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (ENCODER, DECODER))
 
 
 @overload
@@ -196,7 +196,7 @@ def load(
         assert source is not None
         if precision != "fp32":
             raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
-        return OnnxCodec(source, None if device is None else str(device))
+        return OnnxCodec(os.path.expanduser(source), None if device is None else str(device))
     with _collector_at_rest():
         try:
             import torch  # noqa: F401

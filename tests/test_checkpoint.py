@@ -41,6 +41,7 @@ from nemo_lfr.checkpoint import (
 )
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError
+from nemo_lfr.pretrained import find_checkpoint
 from tests.crash import killed_at_random_moments, on_a_full_disk
 from tests.models import MODULES, codec_config, random_parts, synthesize
 
@@ -174,6 +175,20 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "NeMo 2.7": lambda: with_weights(nemo_2_7(STATE)),
     "NeMo 3.0, with WavLM": lambda: with_weights(nemo_3_0(STATE)),
     "weight norm removed": lambda: with_weights(plain(STATE)),
+    "DistributedDataParallel": lambda: with_weights({f"module.{k}": v for k, v in STATE.items()}),
+    "torch.compile": lambda: with_weights({f"_orig_mod.{k}": v for k, v in STATE.items()}),
+    "both, in either order": lambda: with_weights(
+        {f"{'_orig_mod.module' if 'encoder' in k else 'module._orig_mod'}.{k}": v for k, v in STATE.items()}
+    ),
+    "a compiled encoder": lambda: with_weights(
+        {k.replace("audio_encoder.", "audio_encoder._orig_mod."): v for k, v in nemo_2_0(STATE).items()}
+    ),
+    "compiled layers": lambda: with_weights(
+        {
+            k.replace(".pre_conv.", ".pre_conv._orig_mod.").replace(".conv.", ".module.conv."): v
+            for k, v in STATE.items()
+        }
+    ),
     "a module's state dict": lambda: with_weights(as_module(STATE)),
     "Lightning's nesting": lambda: with_weights({"state_dict": STATE, "epoch": 3}),
     "fp64": lambda: with_weights({k: v.double() if v.is_floating_point() else v for k, v in STATE.items()}),
@@ -616,7 +631,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: with_weights({}), "no state dict"),
     "numbers": (lambda: with_weights({KEY: 3}), "lacks"),
     "text": (lambda: with_state(**{KEY: "abc"}), "pre_conv"),
-    "module. before every key": (lambda: with_weights({f"module.{k}": v for k, v in STATE.items()}), "lacks"),
+    "one weight with and without _orig_mod": (
+        lambda: with_weights(STATE | {BIAS.replace("post_conv", "post_conv._orig_mod"): STATE[BIAS]}),
+        "with and without _orig_mod",
+    ),
+    "the codec with and without module": (
+        lambda: with_weights(STATE | {f"module.{k}": v for k, v in STATE.items()}),
+        "with and without _orig_mod or module; keep one",
+    ),
     "no encoder": (lambda: with_weights({k: v for k, v in STATE.items() if "encoder" not in k}), "audio_encoder lacks"),
     "no decoder": (lambda: with_weights({k: v for k, v in STATE.items() if "decoder" not in k}), "audio_decoder lacks"),
     "no quantizer": (lambda: with_weights({k: v for k, v in STATE.items() if "quant" not in k}), "vector_quantizer lacks"),
@@ -762,10 +784,40 @@ def test_a_path_that_is_no_file_is_named(tmp_path, name):
         read_checkpoint(tmp_path / name)
 
 
+def special_files(folder: Path) -> dict[str, Path]:
+    """Paths that are no regular file, of every kind that a test can make; opening some of them would never return."""
+    os.mkfifo(folder / "fifo.nemo")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket.nemo"))
+    listener.close()
+    (folder / "dangling.nemo").symlink_to("nowhere")
+    (folder / "loop.nemo").symlink_to("loop.nemo")
+    (folder / "linked.nemo").symlink_to("fifo.nemo")
+    (folder / "unpacked").mkdir()
+    (folder / "unpacked" / CONFIG).write_bytes(CONFIG_BYTES)
+    os.mkfifo(folder / "unpacked" / "model_weights.ckpt")
+    names = ["fifo.nemo", "socket.nemo", "dangling.nemo", "loop.nemo", "linked.nemo", "unpacked"]
+    return {name: folder / name for name in names} | {"device": Path("/dev/zero")}
+
+
+SPECIAL = ["fifo.nemo", "socket.nemo", "dangling.nemo", "loop.nemo", "linked.nemo", "unpacked", "device"]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("read", [read_checkpoint, load_parts, nemo_lfr.load, find_checkpoint])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name, read):
+    path = special_files(tmp_path)[name]
+    if (name, read) == ("unpacked", find_checkpoint):
+        pytest.skip("finding does not open the files")
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        read(path)
+
+
 MEMORY_SCRIPT = """
 import pathlib, resource, sys
 from nemo_lfr.checkpoint import read_checkpoint
 from nemo_lfr.errors import CheckpointError
+from nemo_lfr.pretrained import find_checkpoint
 read_checkpoint(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):

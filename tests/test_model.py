@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -209,12 +210,31 @@ def test_forward_gives_back_the_length_that_came_in(nemo_file):
     assert audio_len.tolist() == [5000]
 
 
-def test_other_sample_rates_give_the_tokens_that_stock_gives(nemo_file):
-    audio, length = speech_like(16000)[None], torch.tensor([16000])
+@pytest.mark.parametrize("rate", [8000, 16000, 22049, 22050, 24000, 44100, 48000.0, np.int64(16000)])
+def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rate):
+    """The same resampler for both, whatever the rates have in common: NeMo's takes minutes for 22,049 Hz."""
+    audio, lengths = torch.stack([speech_like(16000), speech_like(16000, 1)]), torch.tensor([16000, 9000])
+    expected, expected_len = nemo_lfr.load(nemo_file, device="cpu").encode(audio, lengths, rate)
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    tokens, tokens_len = model.encode(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert torch.equal(tokens, expected) and torch.equal(tokens_len, expected_len)
+    assert tokens_len.tolist() == [-(-round(count * 22050 / rate) // 1024) for count in (16000, 9000)]
     with torch.no_grad():
-        expected, _ = stock_model(nemo_file).encode(audio=audio, audio_len=length, sample_rate=16000)
-    tokens, _ = AudioCodecModel.restore_from(nemo_file, map_location="cpu").encode(audio, length, 16000)
-    assert torch.equal(tokens, expected)
+        encoded, encoded_len = model.encode_audio(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert torch.equal(model.quantize(encoded=encoded, encoded_len=encoded_len), expected)
+    decoded, decoded_len = model(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert decoded_len.tolist() == [round(count * 22050 / rate) for count in (16000, 9000)]
+    assert decoded.shape == (2, max(decoded_len))
+
+
+def test_audio_with_a_gradient_is_not_resampled_in_silence(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    audio = speech_like(8000)[None].requires_grad_()
+    with pytest.raises(AudioError, match="16000 Hz carries a gradient"):
+        model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=16000)
+    encoded, _ = model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=22050)
+    encoded.sum().backward()
+    assert audio.grad is not None
 
 
 def test_gradients_flow_through_the_steps_that_training_uses(nemo_file):
@@ -262,11 +282,15 @@ def test_accelerate_says_what_it_takes(what):
         nemo_lfr.accelerate(what)
 
 
-@pytest.mark.parametrize("rate", [-5, "16000", float("nan")])
-def test_a_sample_rate_that_is_none_is_named(nemo_file, rate):
-    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+@pytest.mark.parametrize("rate", [0, -5, "16000", float("nan"), float("inf"), True, 99, 10**7])
+@pytest.mark.parametrize("method", ["encode", "encode_audio", "forward", "standalone"])
+def test_a_sample_rate_that_is_none_is_named(nemo_file, rate, method):
+    codec = (
+        nemo_lfr.load(nemo_file, device="cpu") if method == "standalone" else AudioCodecModel.restore_from(nemo_file)
+    )
+    call = codec.encode if method == "standalone" else getattr(codec, method)
     with pytest.raises(AudioError, match=f"sample_rate {rate!r} is not a number of Hz"):
-        model.encode(torch.zeros(1, 2000), torch.tensor([2000]), sample_rate=rate)
+        call(audio=torch.zeros(1, 2000), audio_len=torch.tensor([2000]), sample_rate=rate)
 
 
 def test_accelerate_of_a_subclass_replaces_the_parts_only(nemo_file):

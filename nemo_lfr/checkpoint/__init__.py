@@ -7,6 +7,7 @@ and one record of raw numbers per tensor. A stranger may have written it, so eve
     config.py    YAML -> plain values -> our modules; nothing else is ever built
     tensors.py   zip and pickle -> tensors; nothing in the pickle is called
     lightning.py the config of a training checkpoint (`.ckpt`), which is the zip alone
+    names.py     wrappers in the names of weights, spellings of weight norm
     reader.py    tensors -> modules; every key, shape and number is judged
     writer.py    the way back
 """

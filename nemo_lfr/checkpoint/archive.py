@@ -5,6 +5,7 @@ import gzip
 import lzma
 import mmap
 import os
+import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from nemo_lfr.errors import CheckpointError
+from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
 
-CONFIG_MEMBER = "model_config.yaml"
-WEIGHTS_MEMBER = "model_weights.ckpt"
 ZIP_MAGIC = b"PK\x03\x04"
 # Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
@@ -64,19 +64,43 @@ def read_members(path: Path) -> Members:
         CheckpointError: naming the file, the member, what was wrong, and what to do.
     """
     try:
-        with open(path, "rb") as file:
+        if path.is_dir():
+            return _read_folder(path)
+        with _open_regular(path) as file:
             return _read_members(path, file)
     except CheckpointError:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder; give the .nemo file in it.") from None
     except PermissionError:
         raise CheckpointError(f"{path}: may not be read by this user.") from None
     except Exception as error:  # damaged headers make tarfile and the decompressors fail in many ways
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
+
+
+def _open_regular(path: Path) -> IO[bytes]:
+    """Open a file at once: a named pipe would be waited for, and reading a device may have no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path}: not a regular file; give a .nemo or .ckpt file.")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+def _read_folder(folder: Path) -> Members:
+    """The contents of an unpacked `.nemo`."""
+    config = folder / CONFIG_MEMBER
+    for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+        if not os.path.exists(folder / name):
+            raise CheckpointError(f"{folder}: is a folder without {name}; give a .nemo or .ckpt file.")
+    with _open_regular(config) as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{config}: is larger than {MAX_CONFIG_BYTES} bytes.")
+    weights = folder / WEIGHTS_MEMBER
+    with _open_regular(weights) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"{weights}: the file is empty; download it again.")
+        return Members(text, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
 
 
 def _read_members(path: Path, file: IO[bytes]) -> Members:

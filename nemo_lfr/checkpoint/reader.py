@@ -9,14 +9,14 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, Members, read_members
+from nemo_lfr.checkpoint.archive import Members, read_members
 from nemo_lfr.checkpoint.config import Parts, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
+from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, clip
+from nemo_lfr.locate import CONFIG_MEMBER
 
-# Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
-GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
 
@@ -266,8 +266,3 @@ def _finite(tensors: Tensors, name: str, want: torch.Tensor) -> torch.Tensor:
 def _is_finite(value: torch.Tensor) -> bool:
     """Whether every number is finite; a sum, which NaN and infinity survive, is six times faster to look at."""
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
-
-
-def gain_of(weight: torch.Tensor) -> torch.Tensor:
-    """The gain of weight norm: the norm of each slice along the first dimension, kept broadcastable."""
-    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))

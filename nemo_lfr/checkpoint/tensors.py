@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
-from nemo_lfr.checkpoint.archive import WEIGHTS_MEMBER, ZIP_MAGIC
+from nemo_lfr.checkpoint.archive import ZIP_MAGIC
 from nemo_lfr.checkpoint.lightning import Inert
+from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.locate import WEIGHTS_MEMBER
 
 # The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
 MAX_PICKLE_BYTES = 4 << 20
@@ -177,9 +179,9 @@ class Tensors:
             state = dict.get(state, "state_dict")
         if not isinstance(state, dict) or not state:
             raise CheckpointError(f"{what} holds no state dict.")
-        self.entries: Mapping[str, Entry] = {
-            key: value for key, value in dict.items(state) if isinstance(key, str) and isinstance(value, Entry)
-        }
+        items = dict.items(state)
+        entries = [(key, value) for key, value in items if isinstance(key, str) and isinstance(value, Entry)]
+        self.entries: Mapping[str, Entry] = plain_keys(entries, what)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """One tensor, its checksum verified. It lies in the mapped file: copy what outlives the reading."""

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from nemo_lfr.checkpoint.archive import CONFIG_MEMBER, WEIGHTS_MEMBER
 from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
-from nemo_lfr.checkpoint.reader import DIRECTION, GAIN, gain_of
+from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
+from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:

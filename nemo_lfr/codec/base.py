@@ -4,6 +4,7 @@ Arrays are the backend's own, tensors or numpy's; nothing here imports torch.
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
@@ -163,11 +164,7 @@ class BaseCodec(ABC, Generic[Array]):
         Raises:
             AudioError: for another shape, type or length, or a NaN.
         """
-        waves, lengths = self._check_audio(audio, audio_len)
-        if sample_rate is not None:
-            check_rate(sample_rate)
-        if sample_rate is not None and sample_rate != self.sample_rate:
-            waves, lengths = self._resampled(waves, lengths, sample_rate)
+        waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
         totals = [frames.num_frames(length, self.samples_per_frame) for length in lengths]
         tokens = self._zeros((len(totals), self.num_codebooks, max(totals)), "int32")
         for rows, windows, batch in self._batches(waves, lengths, totals, self.samples_per_frame, self.encoder):
@@ -211,6 +208,20 @@ class BaseCodec(ABC, Generic[Array]):
             self._scatter(audio, rows, windows, results, frame, samples)
         return audio, self._integers(samples)
 
+    def resample(
+        self,
+        audio: Array | np.ndarray,
+        audio_len: Array | np.ndarray | list[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> tuple[Array, Array]:
+        """Resample clips to the codec's rate, as `encode` does; arguments and errors are those of `encode`.
+
+        Returns:
+            Audio [B, T_audio] as float32, and samples of each clip [B] as int64.
+        """
+        waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
+        return waves, self._integers(lengths)
+
     # Streams: one recording of any length, in bounded memory.
 
     def encode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -248,6 +259,7 @@ class BaseCodec(ABC, Generic[Array]):
         """
         from nemo_lfr.tokens.format import TokenWriter
 
+        source, target = os.path.expanduser(source), os.path.expanduser(target)
         refuse_itself(source, target)
         _ = self.encoder.context  # read now, else the fingerprint would read it too
         with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
@@ -282,6 +294,7 @@ class BaseCodec(ABC, Generic[Array]):
         """
         from nemo_lfr.tokens.format import TokenReader
 
+        source, target = os.path.expanduser(source), os.path.expanduser(target)
         refuse_itself(source, target)
         with TokenReader(source, recover) as reader:
             reader.check_codec(self)
@@ -434,8 +447,14 @@ class BaseCodec(ABC, Generic[Array]):
                 raise error(f"{name}[{row}] is {value}; it must {wanted}.")
         return checked
 
-    def _resampled(self, waves: Any, lengths: list[int], sample_rate: int) -> tuple[Any, list[int]]:
-        """The clips at the codec's rate, and their lengths."""
+    def _at_own_rate(self, audio: Any, audio_len: Any, sample_rate: int | None) -> tuple[Any, list[int]]:
+        """Check clips and resample them to the codec's rate: float32 [B, T_audio], and samples of each clip."""
+        waves, lengths = self._check_audio(audio, audio_len)
+        if sample_rate is None:
+            return waves, lengths
+        check_rate(sample_rate)
+        if sample_rate == self.sample_rate:
+            return waves, lengths
         clips = [
             resample(to_numpy(wave[:length]), sample_rate, self.sample_rate)
             for wave, length in zip(waves, lengths, strict=True)

@@ -9,13 +9,14 @@ from torch import nn
 
 from nemo_lfr.codec.activation import CodecActivation, output_activation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, channels_last
+from nemo_lfr.codec.neural_module import NeuralModule
 from nemo_lfr.codec.ragged import map_by_length
 from nemo_lfr.codec.residual import ResidualLayer, residual_context
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import Context, num_frames
 
 
-class HiFiGANDecoder(nn.Module):
+class HiFiGANDecoder(NeuralModule):
     """Decoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
 
     With `causal=True` it is NeMo's `CausalHiFiGANDecoder` (NanoCodec).
@@ -38,6 +39,9 @@ class HiFiGANDecoder(nn.Module):
     Raises:
         ConfigError: for an unknown activation or padding, or channels that cannot be halved at every stage.
     """
+
+    input_names = ("inputs", "input_len")
+    output_names = ("audio", "audio_len")
 
     def __init__(
         self,

@@ -9,12 +9,13 @@ from torch import nn
 
 from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, channels_last
+from nemo_lfr.codec.neural_module import NeuralModule
 from nemo_lfr.codec.ragged import map_by_length
 from nemo_lfr.codec.residual import ResidualLayer, residual_context
 from nemo_lfr.frames import Context, num_frames
 
 
-class HiFiGANEncoder(nn.Module):
+class HiFiGANEncoder(NeuralModule):
     """Encoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
 
     With `causal=True` it is NeMo's `CausalHiFiGANEncoder`.
@@ -35,6 +36,9 @@ class HiFiGANEncoder(nn.Module):
     Raises:
         ConfigError: for an unknown activation or padding.
     """
+
+    input_names = ("audio", "audio_len")
+    output_names = ("encoded", "encoded_len")
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.codec.neural_module import NeuralModule
+from nemo_lfr.errors import ConfigError, TokensError
 
 
 def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
@@ -22,7 +23,7 @@ def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
     return values * valid.reshape(valid.shape[0], *[1] * (values.dim() - 2), -1)
 
 
-class FiniteScalarQuantizer(nn.Module):
+class FiniteScalarQuantizer(NeuralModule):
     """One codebook: D dimensions with `num_levels` each.
 
     Args:
@@ -32,6 +33,9 @@ class FiniteScalarQuantizer(nn.Module):
     Raises:
         ConfigError: for fewer levels, or more codes than an int32 token can tell.
     """
+
+    input_names = ("inputs", "input_len")
+    output_names = ("dequantized", "indices")  # no third: NeMo's model takes that for a commit loss
 
     num_levels: torch.Tensor
     dim_base_index: torch.Tensor
@@ -74,17 +78,22 @@ class FiniteScalarQuantizer(nn.Module):
         return self.decode(tokens.reshape(1, -1, 1)).squeeze(-1)
 
     @property
-    def output_types(self) -> dict[str, None]:
-        """The names of `forward`'s results; NeMo's model reads the keys to see that there is no commit loss."""
-        return dict.fromkeys(("dequantized", "indices"))
+    def codebook(self) -> torch.Tensor:
+        """NeMo's second name for `codes`."""
+        return self.codes
 
-    def compress(self, encoded: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def round(inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Round to the nearest integer, with a straight-through gradient."""
+        return inputs + (inputs.round() - inputs).detach()
+
+    def compress(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Squash [B, D, T] into the range of the levels, so that rounding gives one of them."""
         half_range = (self.num_levels - 1) / 2 * (1 - self.eps)
         offset = (self.num_levels % 2 == 0) * 0.5  # not torch.where: its scalars stand in a CUDA graph's way
         # tan, not atanh: released checkpoints were trained with it, and token ids depend on it.
         shift = (offset / half_range).tan()
-        return half_range * (encoded + shift).tanh() - offset
+        return half_range * (inputs + shift).tanh() - offset
 
     def forward(
         self, inputs: torch.Tensor, input_len: torch.Tensor | None = None
@@ -99,8 +108,7 @@ class FiniteScalarQuantizer(nn.Module):
             Codes in [-1, 1], [B, D, T], and tokens [1, B, T] as int32.
         """
         with torch.autocast(inputs.device.type, enabled=False):
-            compressed = self.compress(inputs.float())
-            rounded = compressed + (compressed.round() - compressed).detach()
+            rounded = self.round(self.compress(inputs.float()))
             middle = self.num_levels // 2
             codes = rounded / middle
             digits = rounded.detach().round().to(torch.int32) + middle
@@ -114,11 +122,41 @@ class FiniteScalarQuantizer(nn.Module):
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Codes of tokens: [1, B, T] -> [B, D, T]."""
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
+        return _mask(self.nonnegative_to_codes(digits), input_len)
+
+    # NeMo's names for the steps in between.
+
+    def inputs_to_codes(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes of encoded frames, [B, D, T] -> [B, D, T], with a straight-through gradient."""
+        return self(inputs)[0]
+
+    def codes_to_nonnegative(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes in [-1, 1] to digits from 0 to the number of levels less one: [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
-        return _mask((digits - middle) / middle, input_len)
+        return middle * codes + middle
+
+    def nonnegative_to_codes(self, codes_nonnegative: torch.Tensor) -> torch.Tensor:
+        """Digits from 0 to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
+        middle = self.num_levels // 2
+        return (codes_nonnegative - middle) / middle
+
+    def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """Tokens of codes in [-1, 1]: [B, D, T] -> [B, T] as int32.
+
+        Raises:
+            TokensError: for another number of dimensions.
+        """
+        _check_dimensions(codes, self.dim)
+        digits = self.codes_to_nonnegative(codes.float()).round().to(torch.int32)
+        return (digits * self.dim_base_index).sum(dim=1, dtype=torch.int32)
 
 
-class GroupFiniteScalarQuantizer(nn.Module):
+def _check_dimensions(codes: torch.Tensor, dim: int) -> None:
+    if codes.dim() != 3 or codes.shape[1] != dim:
+        raise TokensError(f"codes have shape {list(codes.shape)}; this quantizer takes [B, {dim}, T].")
+
+
+class GroupFiniteScalarQuantizer(NeuralModule):
     """`num_groups` codebooks with the same levels, each for its own share of the dimensions.
 
     Args:
@@ -126,6 +164,9 @@ class GroupFiniteScalarQuantizer(nn.Module):
         num_levels_per_group: levels of each dimension of one codebook.
         eps: see `FiniteScalarQuantizer`.
     """
+
+    input_names = FiniteScalarQuantizer.input_names
+    output_names = FiniteScalarQuantizer.output_names
 
     def __init__(self, num_groups: int, num_levels_per_group: Sequence[int], eps: float = 1e-3) -> None:
         super().__init__()
@@ -151,10 +192,6 @@ class GroupFiniteScalarQuantizer(nn.Module):
         """D, the dimensions of an encoded frame."""
         return self.num_groups * len(self.levels)
 
-    @property
-    def output_types(self) -> dict[str, None]:
-        return dict.fromkeys(("dequantized", "indices"))
-
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
         """Groups as extra examples: all codebooks share their levels, so one quantizer does them in one pass."""
         return values.unflatten(1, (-1, len(self.levels))).flatten(0, 1)
@@ -179,3 +216,15 @@ class GroupFiniteScalarQuantizer(nn.Module):
         assert isinstance(quantizer, FiniteScalarQuantizer)
         codes = quantizer.decode(indices.transpose(0, 1).flatten(0, 1)[None])
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
+
+    def codes_to_indices(self, codes: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens of codes in [-1, 1]: [B, D, T] -> [B, C, T] as int32, zero after each example's end.
+
+        Raises:
+            TokensError: for another number of dimensions.
+        """
+        _check_dimensions(codes, self.codebook_dim)
+        quantizer = self.fsqs[0]
+        assert isinstance(quantizer, FiniteScalarQuantizer)
+        tokens = quantizer.codes_to_indices(self._fold(codes))
+        return _mask(tokens.unflatten(0, (codes.shape[0], self.num_groups)), input_len)

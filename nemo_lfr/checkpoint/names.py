@@ -1,0 +1,76 @@
+"""Names of weights: what wrappers add to them, and the two ways to spell a weight-normed weight."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from nemo_lfr.errors import CheckpointError, clip
+
+# Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
+GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+# What `torch.compile` and `DistributedDataParallel` put into the name of each weight of the module that they wrap.
+WRAPPERS = frozenset(("_orig_mod", "module"))
+
+Value = TypeVar("Value")
+
+
+def plain_key(key: str) -> str:
+    """Return a weight's name without the names of wrappers, wherever in it they are."""
+    if "_orig_mod" not in key and "module" not in key:
+        return key
+    return ".".join(name for name in key.split(".") if name not in WRAPPERS)
+
+
+def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value]:
+    """Return the items under their plain names.
+
+    Args:
+        items: weights or their places by name.
+        what: where they are from, for the message.
+
+    Raises:
+        CheckpointError: if two names differ only in their wrappers.
+    """
+    plain: dict[str, Value] = {}
+    for key, value in items:
+        name = plain_key(key)
+        if name in plain:
+            raise CheckpointError(f"{what}: {clip(name)} is there with and without _orig_mod or module; keep one.")
+        plain[name] = value
+    return plain
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile` and `DistributedDataParallel`."""
+    while len(module._modules) == 1:
+        (name, inner), *_ = module._modules.items()
+        if name not in WRAPPERS or inner is None:
+            break
+        module = inner
+    return module
+
+
+def gain_of(weight: torch.Tensor) -> torch.Tensor:
+    """Return the gain of weight norm: the norm of each slice along the first dimension, kept broadcastable."""
+    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict whose weights are weight-normed where those of another one are, and plain where they are.
+
+    Args:
+        expected: the names to meet. Weights that it does not have stay as they are.
+        state: tensors by plain name.
+    """
+    spelled: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        stem = key.removesuffix(".weight") if key.endswith(".weight") else key.removesuffix(DIRECTION)
+        if key == stem + ".weight" and key not in expected and stem + DIRECTION in expected:
+            spelled[stem + GAIN], spelled[stem + DIRECTION] = gain_of(value), value
+        elif key == stem + DIRECTION and stem + ".weight" in expected and stem + GAIN in state:
+            spelled[stem + ".weight"] = torch._weight_norm(value, state[stem + GAIN], 0)
+        elif not (key.endswith(GAIN) and key.removesuffix(GAIN) + ".weight" in expected):
+            spelled[key] = value
+    return spelled

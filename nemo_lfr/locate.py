@@ -1,0 +1,58 @@
+"""A path as users give it -> the checkpoint file, or the folder of an unpacked one."""
+
+import os
+from pathlib import Path
+
+from nemo_lfr.errors import CheckpointError, clip
+
+# The members of a `.nemo`, and the files of an unpacked one.
+CONFIG_MEMBER = "model_config.yaml"
+WEIGHTS_MEMBER = "model_weights.ckpt"
+
+
+def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
+    """Find the checkpoint that a local path stands for; `~` is the home directory.
+
+    Args:
+        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, or a folder with one `.nemo` file, as
+            `huggingface_hub.snapshot_download` returns.
+
+    Returns:
+        The file, or the folder of an unpacked `.nemo`.
+
+    Raises:
+        CheckpointError: if there is none, or more than one, or it is no regular file (a pipe, device or socket).
+    """
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return _in_folder(path)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: no such file.")
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: a link to a file that is not there; download the file again.")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: not a regular file; give a .nemo or .ckpt file.")
+    return path
+
+
+def _in_folder(folder: Path) -> Path:
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the folder cannot be read ({error.strerror}).") from error
+    members = [name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER) if name in names]
+    if len(members) == 2:
+        return folder
+    archives = [name for name in names if name.endswith(".nemo") and not os.path.isdir(folder / name)]
+    if len(archives) == 1:
+        return locate_checkpoint(folder / archives[0])
+    if archives:
+        listing = clip(", ".join(archives), 200)
+        raise CheckpointError(f"{folder}: holds {len(archives)} .nemo files ({listing}); give one of them.")
+    if members:
+        missing = WEIGHTS_MEMBER if members[0] == CONFIG_MEMBER else CONFIG_MEMBER
+        raise CheckpointError(f"{folder}: has {members[0]}, but not the {missing} that belongs to it.")
+    raise CheckpointError(
+        f"{folder}: a folder without a checkpoint: no .nemo file, no {CONFIG_MEMBER} with {WEIGHTS_MEMBER}, no ONNX "
+        "files; give a .nemo or .ckpt file."
+    )
