@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_both_files_pass_the_checker_and_say_whose_they_are(embedded):
         onnx.checker.check_model(model, full_check=True)
         said = json.loads({entry.key: entry.value for entry in model.metadata_props}["nemo_lfr"])
         assert said["fingerprint"] == codec.fingerprint and said["levels"] == [8, 7, 6, 6]
-        assert said["encoder"] == {"past": 6, "future": 6, "min_frames": 1}
+        assert said["encoder"] == asdict(codec.encoder.context) | {"min_frames": codec.encoder.min_frames}
         for value in [*model.graph.input, *model.graph.output]:
             dims = value.type.tensor_type.shape.dim
             assert dims[0].dim_param == "batch"

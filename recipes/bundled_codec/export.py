@@ -1,0 +1,81 @@
+"""Write the averaged weights of a training state as a `.nemo` file that this package and stock NeMo 3.0 open.
+
+    python -m recipes.bundled_codec.export runs/bundled/state.pt --out bundled.nemo
+
+Weights are stored in fp16, which halves the file and changes no metric. Convolutions get weight norm's two tensors
+(direction and gain), since NeMo's modules expect them.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from recipes.bundled_codec.model import SAMPLE_RATE, Generator, NetworkConfig
+from recipes.bundled_codec.trial import network_of_trial
+
+CODEC = "nemo_lfr.codec."
+LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
+
+
+def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, Any]:
+    """The model config of a `.nemo` file."""
+    sizes = asdict(network)
+    return {
+        "sample_rate": SAMPLE_RATE,
+        "samples_per_frame": samples_per_frame,
+        "audio_encoder": {"_target_": CODEC + "encoder.HiFiGANEncoder", "pad_mode": "zeros"} | sizes["audio_encoder"],
+        "vector_quantizer": {"_target_": CODEC + "quantizer.GroupFiniteScalarQuantizer"} | sizes["vector_quantizer"],
+        "audio_decoder": {
+            "_target_": CODEC + "decoder.HiFiGANDecoder",
+            "pad_mode": "zeros",
+            "output_activation": "tanh",
+        }
+        | sizes["audio_decoder"],
+        # NeMo's constructor wants losses even for inference; these are the released config's.
+        "discriminator": None,
+        "generator_loss": {"_target_": LOSSES + "GeneratorSquaredLoss"},
+        "discriminator_loss": {"_target_": LOSSES + "DiscriminatorSquaredLoss"},
+        "loss_resolutions": [[512, 128, 512], [1024, 256, 1024], [2048, 512, 2048]],
+        "mel_loss_dims": [80, 160, 320],
+        "commit_loss_scale": 0.0,
+    }
+
+
+def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
+    """Write a trained generator as a `.nemo` file with fp16 weights.
+
+    Raises:
+        ValueError: if a weight is beyond the range of fp16.
+    """
+    state = {
+        f"{name}.{key}": value.half().contiguous() if value.is_floating_point() else value
+        for name, module in generator.named_children()
+        for key, value in split_weight_norm(module).items()
+    }
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} is beyond the range of fp16; train longer, or with another seed.")
+    write_checkpoint(path, codec_config(network, generator.samples_per_frame), state)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", type=Path, help="state.pt of a run of train.py, or of the trial script")
+    parser.add_argument("--out", type=Path, required=True, help="the .nemo file to write")
+    args = parser.parse_args()
+    state = torch.load(args.state, map_location="cpu", weights_only=True)
+    network = network_of_trial(state["args"])
+    generator = Generator(network)
+    generator.load_state_dict(state["average"])
+    export(generator, network, args.out)
+    size = args.out.stat().st_size / 1e6
+    print(f"{args.out}: average of {state['step']:,} updates, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
