@@ -40,6 +40,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each worker on a CPU.")
 @click.option("--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Of audio, in each worker.")
 @click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
+@click.option("--allow-url", is_flag=True, help="Read audio that Lhotse cuts place at an http(s) URL.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
 @click.option("--json", "as_json", is_flag=True, help="Print what tokens.json holds.")
 def tokenize(

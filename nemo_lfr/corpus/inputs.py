@@ -5,10 +5,9 @@ a part is a few numbers, from which a worker finds its clips again. A clip's aud
 so that one that cannot be read is that clip's failure alone.
 """
 
-import gzip
 import hashlib
 import json
-import math
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,24 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.audio import AudioReader, check_peak, resample
+from nemo_lfr.corpus.cut_audio import read_cut
+from nemo_lfr.corpus.cut_files import CutItem, kind_of, read_cuts, read_shar
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
+from nemo_lfr.corpus.reading import read_bytes, read_file
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
 from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.text import UTF16_MARKS, is_missing
+
+logger = logging.getLogger(__name__)
 
 # (sample rate in Hz, longest seconds) -> samples [T_audio], float32.
 Source = Callable[[int, float], np.ndarray]
 # Which clips of the corpus make one shard; plain JSON.
 Part = dict[str, Any]
 
-# A manifest's duration is rounded; a file that differs by more is not the one it describes.
-DURATION_SLACK = 0.1  # seconds, and a fiftieth
 # Rows of a table whose audio is held at a time.
 ROWS = 16
-# Durations of a manifest's cuts are rounded to this; one that ends so near to its file's end is the file.
-ROUNDED = 0.01  # seconds
 # Lines among which a manifest must have one that is whole.
 FIRST_LINES = 100
 # Keys of a manifest that holds another codec's tokens already; they are not these tokens'.
@@ -189,18 +188,25 @@ def list_folder(root: Path, manifest: Path) -> Folder:
 
 
 class Cuts(Corpus):
-    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file."""
+    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file, or recordings, of which each is a cut.
 
-    def __init__(self, path: Path) -> None:
-        self.lhotse = require("lhotse", "corpus")
-        self.path = path
+    Relative paths in it are relative to the current folder, as in Lhotse.
+
+    Args:
+        path: the file.
+        allow_url: read audio that is at an http(s) URL.
+    """
+
+    def __init__(self, path: Path, allow_url: bool = False) -> None:
+        require("lhotse", "corpus")
+        self.path, self.allow_url = path, allow_url
 
     @property
     def identity(self) -> str:
         return digest(self.path)[:16]
 
     def parts(self, size: int) -> list[Part]:
-        total, repeats = _number_cuts(self.lhotse, self.path, UniqueIds())
+        total, repeats = _number_cuts([self.path])[0]
         return [
             {
                 "start": start,
@@ -213,9 +219,9 @@ class Cuts(Corpus):
         ]
 
     def read(self, part: Part) -> Iterator[Clip]:
-        cuts = self.lhotse.CutSet.from_jsonl_lazy(self.path)
-        for number, cut in enumerate(islice(cuts, part["start"], part["start"] + part["count"])):
-            yield cut_to_clip(cut, str(self.path), _repeat(part, number))
+        cuts = read_cuts(self.path, self.allow_url)
+        for number, item in enumerate(islice(cuts, part["start"], part["start"] + part["count"])):
+            yield _item_to_clip(item, str(self.path), _repeat(part, number), self.allow_url)
 
 
 class Shar(Corpus):
@@ -224,9 +230,9 @@ class Shar(Corpus):
     An input shard is an output shard, whatever size is asked for, so that the two can be read side by side.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.lhotse = require("lhotse", "corpus")
-        self.path = path
+    def __init__(self, path: Path, allow_url: bool = False) -> None:
+        require("lhotse", "corpus")
+        self.path, self.allow_url = path, allow_url
         self.fields: dict[str, list[Path]] = {}
         for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
             flat = file.parent == path
@@ -243,28 +249,16 @@ class Shar(Corpus):
         return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
 
     def parts(self, size: int) -> list[Part]:
-        ids = UniqueIds()
-        repeats = [_number_cuts(self.lhotse, path, ids)[1] for path in self.fields["cuts"]]
         return [
             {"shard": shard, "repeats": {str(index): number for index, number in again.items()}}
-            for shard, again in enumerate(repeats)
+            for shard, (_, again) in enumerate(_number_cuts(self.fields["cuts"]))
         ]
 
     def read(self, part: Part) -> Iterator[Clip]:
-        fields = {name: [str(files[part["shard"]])] for name, files in self.fields.items()}
-        origin = fields["cuts"][0]
-        count, reason = 0, "it ends here"
-        try:
-            for cut in self.lhotse.CutSet.from_shar(fields=fields):
-                yield cut_to_clip(cut, origin, _repeat(part, count))
-                count += 1
-        except Exception as error:  # of whichever of Lhotse's many readers
-            reason = clip(str(error), 200)
-        # Lhotse passes by in silence what a field has no items for.
-        for number, cut in enumerate(islice(self.lhotse.CutSet.from_jsonl_lazy(origin), count, None), count):
-            said = f"{origin}, cut {cut.id}"
-            name = numbered_id(clean_id(str(cut.id)), _repeat(part, number))
-            yield Clip(name, said, partial(_raise, f"{said}: a tar of this shard is cut short ({reason})."))
+        fields = {name: files[part["shard"]] for name, files in self.fields.items()}
+        cuts = fields.pop("cuts")
+        for number, item in enumerate(read_shar(cuts, fields, self.allow_url)):
+            yield _item_to_clip(item, str(cuts), _repeat(part, number), self.allow_url)
 
 
 class Table(Corpus):
@@ -378,7 +372,9 @@ class SavedDataset(Table):
                 yield self._clip(number, row)
 
 
-def open_corpus(path: Path, audio_dir: Path | None, listing: Path, anew: bool = True) -> Corpus:
+def open_corpus(
+    path: Path, audio_dir: Path | None, listing: Path, anew: bool = True, allow_url: bool = False
+) -> Corpus:
     """The corpus at `path`, by what is there.
 
     Args:
@@ -386,6 +382,7 @@ def open_corpus(path: Path, audio_dir: Path | None, listing: Path, anew: bool = 
         audio_dir: of a manifest.
         listing: where a folder's list of files is written.
         anew: list the folder now, not as the list that is there has it.
+        allow_url: read audio that Lhotse's manifests place at an http(s) URL.
 
     Raises:
         NemoLfrError: if it is nothing that can be read.
@@ -395,11 +392,19 @@ def open_corpus(path: Path, audio_dir: Path | None, listing: Path, anew: bool = 
     if path.is_file():
         if path.suffix == ".parquet":
             return Parquet(path)
-        if path.name.endswith((".jsonl.gz", ".jsonl")) and _first_has_cut(path):
-            return Cuts(path)
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+            kind = kind_of(path)
+            if kind in ("cuts", "recordings"):
+                return Cuts(path, allow_url)
+            if kind is not None:
+                raise ConfigError(f"{path}: holds Lhotse {kind}, which name no audio; give cuts or recordings.")
+            if path.suffix == ".gz":
+                raise ConfigError(
+                    f"{path}: holds neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
+                )
         return Manifest(path, audio_dir)
     if list(path.glob("cuts.*.jsonl*")) or list(path.glob("cuts/cuts.*.jsonl*")):
-        return Shar(path)
+        return Shar(path, allow_url)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return SavedDataset(path)
     if any(path.rglob("*.parquet")):
@@ -407,71 +412,60 @@ def open_corpus(path: Path, audio_dir: Path | None, listing: Path, anew: bool = 
     return list_folder(path, listing) if anew else Folder(listing, path)
 
 
-def read_file(
-    path: Path, offset: float | None, duration: float | None, sample_rate: int, longest: float = math.inf
-) -> np.ndarray:
-    """A file, or the part of it that a manifest names.
+def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:
+    """A Lhotse cut; its `target_audio` is taken if it has one, as NeMo's loaders do. `number` is `numbered_id`'s.
 
-    Without an offset it is the file's end that counts where the two differ by no more than rounding would have it.
-
-    Raises:
-        AudioError: if it cannot be read, holds less than the manifest says, or lasts more than `longest` seconds.
+    Several supervisions become one: their texts in order of start, with the speaker and language of the first.
     """
-    with AudioReader(path, sample_rate) as reader:
-        slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
-        rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
-        if duration is not None and offset + duration > reader.duration + slack:
-            raise AudioError(
-                f"{path}: holds {reader.duration:.2f} s, but its manifest says {offset + duration:.2f} s are there."
-            )
-        _check_length(reader.duration - offset if duration is None else duration, longest, str(path))
-        if offset or (duration is not None and duration < reader.duration - rounded):
-            return reader.segment(offset, reader.duration - offset if duration is None else duration)
-        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
-
-
-def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """An audio file that lies in a table; raises as `read_file` does."""
-    with AudioReader(name, sample_rate, data) as reader:
-        _check_length(reader.duration, longest, name)
-        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
-
-
-def read_cut(cut: Any, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """A Lhotse cut or recording, mixed to mono; raises as `read_file` does."""
-    try:
-        _check_length(cut.duration, longest, f"cut {cut.id}")
-        audio = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
-    except AudioError:
-        raise
-    except Exception as error:  # of whichever of Lhotse's many backends
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AudioError(f"cut {getattr(cut, 'id', cut)}: {clip(reason, 200)}") from error
-    check_peak(float(np.abs(audio).max(initial=0.0)), f"cut {cut.id}")
-    rate = int(cut.sampling_rate)
-    return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
-
-
-def cut_to_clip(cut: Any, origin: str, number: int = 1) -> Clip:
-    """A Lhotse cut; its `target_audio` is taken if it has one, as NeMo's loaders do. `number` is `numbered_id`'s."""
-    said = cut.supervisions[0] if cut.supervisions else None
-    labels = {"text": said.text, "speaker": said.speaker, "lang": said.language} if said else {}
-    labels |= {key: value for key, value in (cut.custom or {}).items() if isinstance(value, str | int | float | bool)}
+    supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    labels: dict[str, Any] = {}
+    if supervisions:
+        texts = [str(part.text) for part in supervisions if not is_missing(part.text)]
+        first = supervisions[0]
+        labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
+    custom = getattr(cut, "custom", None) or {}
+    labels |= {key: value for key, value in custom.items() if isinstance(value, str | int | float | bool)}
     target = cut.target_audio if cut.has_custom("target_audio") else cut
-    context = partial(read_cut, cut.context_audio) if cut.has_custom("context_audio") else None
+    context = None
+    if cut.has_custom("context_audio"):
+        context = partial(read_cut, cut.context_audio, allow_url=allow_url)
     manifest = cut.to_dict()
     # Audio that lies in a Shar stays there: a cut without it is what the tokens' own cuts file holds.
     for place in (manifest, manifest.get("custom") or {}):
         for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
             del place[key]
+    if supervisions and manifest.get("supervisions"):
+        manifest["supervisions"] = [_joined(supervisions, labels.get("text"))]
     return Clip(
         numbered_id(clean_id(str(cut.id)), number),
         f"{origin}, cut {cut.id}",
-        partial(read_cut, target),
+        partial(read_cut, target, allow_url=allow_url),
         context,
-        {key: value for key, value in labels.items() if value is not None},
+        {key: value for key, value in labels.items() if not is_missing(value)},
         manifest if manifest.get("type") in ("MonoCut", "MultiCut") else None,  # others have no supervisions
     )
+
+
+def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
+    """The manifest of one supervision for several, in order of start."""
+    joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
+    joined |= {} if text is None else {"text": text}
+    if len(supervisions) > 1:
+        joined["duration"] = max(part.start + part.duration for part in supervisions) - supervisions[0].start
+        joined.pop("alignment", None)  # of the first alone
+    return joined
+
+
+def _item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Clip:
+    """A cut of a file, or a clip whose audio raises what is wrong with it."""
+    problem = item.problem
+    if problem is None:
+        try:
+            return cut_to_clip(item.cut, origin, number, allow_url)
+        except Exception as error:  # of whatever a cut's fields may hold
+            problem = f"not a Lhotse cut: {describe(error)}"
+    said = f"{origin}, cut {clip(item.id)}"
+    return Clip(numbered_id(clean_id(item.id), number), said, partial(_raise, f"{said}: {problem}"))
 
 
 def require(module: str, extra: str = "") -> Any:
@@ -499,21 +493,27 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _number_cuts(lhotse: Any, path: Path, ids: UniqueIds) -> tuple[int, dict[int, int]]:
-    """Count the cuts of a file, and number those whose id occurred before: index in the file -> number.
+def _number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
+    """Count the cuts of each file, and number those whose id occurred before: index in the file -> number.
 
     Raises:
         ConfigError: if it is not a file of Lhotse cuts.
     """
-    count, repeats = 0, {}
-    try:
-        for cut in lhotse.CutSet.from_jsonl_lazy(path):
-            if (number := ids.number(clean_id(str(cut.id)))) > 1:
+    ids = UniqueIds()
+    found = []
+    several = 0
+    for path in paths:
+        count, repeats = 0, {}
+        for item in read_cuts(path):
+            if (number := ids.number(clean_id(item.id))) > 1:
                 repeats[count] = number
             count += 1
-    except Exception as error:  # of whichever of Lhotse's many readers
-        raise ConfigError(f"{path}: not a file of Lhotse cuts ({clip(error, 200)}).") from error
-    return count, repeats
+            several += item.cut is not None and len(item.cut.supervisions) > 1
+        found.append((count, repeats))
+    if several:
+        text = "%s: %d cuts have several supervisions: their texts are joined in order, with the first's speaker."
+        logger.warning(text, paths[0], several)
+    return found
 
 
 def _repeat(part: Part, index: int) -> int:
@@ -528,15 +528,6 @@ def _is_data(value: Any) -> bool:
     sources = value.get("sources") or [value.get("array") or value]
     kinds = [str(source.get("storage_type") or source.get("type")) for source in sources]
     return any(kind == "shar" or kind.startswith("memory") for kind in kinds)
-
-
-def _first_has_cut(path: Path) -> bool:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            first = json.loads(file.readline())
-    except (OSError, ValueError):
-        return path.suffix == ".gz"
-    return isinstance(first, dict) and "audio_filepath" not in first
 
 
 def _is_entry(line: bytes) -> bool:
@@ -566,11 +557,6 @@ def _name(line: bytes) -> str:
         return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
     except NOT_A_LINE:
         return "line-" + hashlib.sha256(line).hexdigest()[:12]
-
-
-def _check_length(duration: float, longest: float, name: str) -> None:
-    if duration > longest:
-        raise AudioError(f"{name}: lasts {duration:.1f} s, more than the {longest:g} s that are allowed.")
 
 
 def _raise(text: str, sample_rate: int, longest: float) -> np.ndarray:

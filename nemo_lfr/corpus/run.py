@@ -234,7 +234,8 @@ def command(job: Job) -> str:
     ):
         if value != default:
             words += [name, str(value)]
-    return shlex.join([*words, *(["--context"] if job.context else [])])
+    flags = [name for name, is_set in (("--context", job.context), ("--allow-url", job.allow_url)) if is_set]
+    return shlex.join([*words, *flags])
 
 
 def _version(package: str) -> str:

@@ -54,7 +54,8 @@ class Job:
         context: tokenise contexts too.
         shard_size: clips of a shard.
         max_duration: seconds; longer clips are failures.
-        audio_dir: of a manifest.
+        audio_dir: of a manifest's or table's relative paths.
+        allow_url: read audio that Lhotse's manifests place at an http(s) URL.
         dataset: name of the corpus.
         strict: stop at the first clip that fails.
         threads: of one worker on a CPU.
@@ -75,6 +76,7 @@ class Job:
     strict: bool = False
     threads: int = 1
     readers: int = 1
+    allow_url: bool = False
 
     @property
     def state(self) -> Path:
@@ -83,7 +85,7 @@ class Job:
     def open(self, anew: bool = False) -> Corpus:
         """The corpus; `anew`, a folder's files are listed again, as the driver of a run does before it has workers."""
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", anew)
+        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", anew, self.allow_url)
 
 
 @dataclass

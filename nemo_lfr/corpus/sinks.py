@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nemo_lfr.corpus.inputs import DURATION_SLACK, Clip, require
+from nemo_lfr.corpus.inputs import Clip, require
+from nemo_lfr.corpus.reading import DURATION_SLACK
 from nemo_lfr.journal import write_text
 from nemo_lfr.tokens.format import Metadata, TokenWriter
 

@@ -15,8 +15,8 @@ from nemo.collections.common.data.lhotse.dataloader import (
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from nemo_lfr.audio import check_peak
-from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.corpus.cut_audio import forbid_programs, read_cut
+from nemo_lfr.errors import AudioError, ConfigError, clip
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,31 @@ class CutDataset(Dataset):
     A cut's `target_audio` is taken if it has one, as NeMo's `AudioCodecLhotseDataset` does, else the cut itself. A cut
     that cannot be read is named once and left out.
 
+    No file of a dataset runs anything: audio comes from plain files and from memory. Lhotse's audio backends that
+    start a shell (sph2pipe, ffmpeg for legacy Opus) are switched off in this process: NeMo's loaders open files too.
+
     Args:
         sample_rate: Hz.
         segment_duration: seconds of the random segments; whole cuts if not given.
         sanity_check_audio: NeMo's key; audio is always checked here.
+        allow_url: read cuts whose audio is at an http(s) URL.
     """
 
     def __init__(
-        self, sample_rate: int, segment_duration: float | None = None, sanity_check_audio: bool = True
+        self,
+        sample_rate: int,
+        segment_duration: float | None = None,
+        sanity_check_audio: bool = True,
+        allow_url: bool = False,
     ) -> None:
-        self.sample_rate = sample_rate
+        forbid_programs()
+        self.sample_rate, self.allow_url = sample_rate, allow_url
         self.segment = int(segment_duration * sample_rate) if segment_duration else None
         self._bad: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        forbid_programs()  # in a worker that was not forked
+        self.__dict__.update(state)
 
     def __getitem__(self, cuts: Iterable[Any]) -> dict[str, torch.Tensor]:
         """Cuts to audio [B, T_audio], padded with zeros, and audio_lens [B].
@@ -57,14 +70,13 @@ class CutDataset(Dataset):
     def _read(self, cut: Any) -> torch.Tensor | None:
         try:
             source = cut.target_audio if cut.has_custom("target_audio") else cut
-            audio = np.asarray(source.resample(self.sample_rate).load_audio(), dtype=np.float32).mean(axis=0)
+            audio = read_cut(source, self.sample_rate, allow_url=self.allow_url)
             if not len(audio):
                 raise AudioError("it holds no samples.")
-            check_peak(float(np.abs(audio).max()), "its audio")
-        except Exception as error:  # of whichever of Lhotse's many backends
+        except Exception as error:  # of whichever of Lhotse's many classes
             if cut.id not in self._bad:
                 self._bad.add(cut.id)
-                logger.warning("cut %s left out: %s", cut.id, str(error).splitlines()[0] if str(error) else error)
+                logger.warning("cut %s left out: %s", cut.id, clip(error, 400))
             return None
         if self.segment is not None and len(audio) > self.segment:
             start = random.randint(0, len(audio) - self.segment)  # seeded by Lhotse in each worker, as in NeMo
