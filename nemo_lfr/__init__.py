@@ -10,6 +10,10 @@ Names load on first use: importing the package imports neither torch nor NeMo.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nemo_lfr import telemetry
+
+telemetry.disable()
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

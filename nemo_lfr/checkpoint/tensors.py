@@ -31,6 +31,7 @@ MAX_PICKLE_BYTES = 4 << 20
 MAX_PICKLE_OPCODES = 400_000
 MAX_DIRECTORY_BYTES = 2 << 20
 MAX_DIMENSIONS = 16
+SINGLE = "the tensor"
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 
@@ -143,6 +144,7 @@ class Tensors:
         path: for messages.
         view: the weights member, or the whole of a training checkpoint.
         training: whether it is one.
+        single: whether the file is one tensor rather than a state dict; its name is then `SINGLE`.
 
     Attributes:
         entries: where each tensor lies.
@@ -152,8 +154,8 @@ class Tensors:
         CheckpointError: if it is not a PyTorch zip file of a state dict, or asks for more than that.
     """
 
-    def __init__(self, path: Path, view: memoryview, training: bool = False) -> None:
-        what = f"{path}: it" if training else f"{path}: {WEIGHTS_MEMBER}"
+    def __init__(self, path: Path, view: memoryview, training: bool = False, *, single: bool = False) -> None:
+        what = f"{path}: it" if training or single else f"{path}: {WEIGHTS_MEMBER}"
         if view[:4] != ZIP_MAGIC:
             raise CheckpointError(
                 f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
@@ -174,6 +176,10 @@ class Tensors:
         except Exception as error:  # a pickle can make its interpreter fail in any way it likes
             reason = clip(str(error) or type(error).__name__, 200)
             raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
+        if single and not isinstance(state, Entry):
+            raise CheckpointError(f"{what} holds no tensor.")
+        if single:
+            state = {SINGLE: state}
         # `dict`'s own methods: a pickle may put numbers in their place.
         if isinstance(state, dict) and isinstance(dict.get(state, "state_dict"), dict):
             state = dict.get(state, "state_dict")

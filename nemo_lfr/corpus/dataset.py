@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nemo_lfr.corpus.inputs import require
 from nemo_lfr.corpus.run import METADATA
+from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import NemoLfrError
 
 
@@ -148,9 +149,7 @@ def _read_parquet(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterato
 def _read_manifest(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[Utterance]:
     for line in _lines(folder, shard, metadata):
         target, context = (
-            torch.load(folder / f"{name}_codes/{line['id']}.pt", weights_only=True).long()
-            if f"{name}_audio_codes_path" in line
-            else None
+            read_token_tensor(folder / f"{name}_codes/{line['id']}.pt") if f"{name}_audio_codes_path" in line else None
             for name in ("target", "context")
         )
         assert target is not None
