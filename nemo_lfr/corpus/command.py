@@ -31,7 +31,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 )
 @click.option("--context", is_flag=True, help="Tokenise the context audio that the corpus names, too.")
 @click.option(
-    "--audio-dir", type=click.Path(path_type=Path), help="Of a manifest's relative paths; else its own folder."
+    "--audio-dir", type=click.Path(path_type=Path), help="Folder of relative paths; that of the manifest by default."
 )
 @click.option("--dataset", help="Name of the corpus in Magpie's speaker labels; that of the input if not given.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips of a shard.")

@@ -19,11 +19,23 @@ from typing import Any
 
 import numpy as np
 
+from nemo_lfr.corpus.columns import (
+    AUDIO,
+    CONTEXT,
+    RATES,
+    audio_cell,
+    audio_column,
+    chosen_columns,
+    class_names,
+    label_value,
+    parquet_features,
+    standard_labels,
+)
 from nemo_lfr.corpus.cut_audio import read_cut
 from nemo_lfr.corpus.cut_files import CutItem, kind_of, read_cuts, read_shar
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
-from nemo_lfr.corpus.reading import read_bytes, read_file
+from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
 from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.text import UTF16_MARKS, is_missing
@@ -39,6 +51,8 @@ Part = dict[str, Any]
 ROWS = 16
 # Lines among which a manifest must have one that is whole.
 FIRST_LINES = 100
+# Words for the splits of a dataset in the names of its files.
+SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval"}
 # Keys of a manifest that holds another codec's tokens already; they are not these tokens'.
 OTHER_TOKENS = ("target_audio_codes_path", "context_audio_codes_path")
 
@@ -149,7 +163,7 @@ class Manifest(Corpus):
             context_path = resolve_audio_path(self.audio_dir, labels["context_audio_filepath"])
             context = partial(read_file, context_path, None, other or None)
         audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
-        labels = {key: value for key, value in labels.items() if key not in OTHER_TOKENS and not is_missing(value)}
+        labels = standard_labels({key: value for key, value in labels.items() if key not in OTHER_TOKENS})
         return Clip(name, str(path), audio, context, labels, path=path)
 
 
@@ -262,57 +276,111 @@ class Shar(Corpus):
 
 
 class Table(Corpus):
-    """Rows with an audio column, of bytes or paths: Parquet, or what Hugging Face `datasets` saved.
+    """Rows with an audio column: Parquet, or what Hugging Face `datasets` saved.
+
+    A cell holds a file's bytes, its path, or decoded samples: see `audio_cell`. Labels are those of `standard_labels`.
 
     Args:
         path: file or folder.
         files: that hold the rows.
-        columns: their names.
+        schema: of the rows, an Arrow schema.
+        features: of the columns, as `datasets` writes them.
+        audio_dir: folder of relative paths; that of the table if not given.
 
     Raises:
         ConfigError: if there is no audio column.
     """
 
-    AUDIO = ("audio", "target_audio", "audio_filepath", "path", "file")
-
-    def __init__(self, path: Path, files: list[Path], columns: list[str]) -> None:
+    def __init__(
+        self, path: Path, files: list[Path], schema: Any, features: dict[str, Any], audio_dir: Path | None
+    ) -> None:
         self.path, self.files = path, files
-        column = next((name for name in self.AUDIO if name in columns), None)
+        self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
+        self.columns: list[str] = schema.names
+        column = audio_column(self.columns, {name: schema.field(name).type for name in set(self.columns)})
         if column is None:
-            raise ConfigError(f"{path}: no audio column; expected one of {', '.join(self.AUDIO)}, found {columns}.")
+            raise ConfigError(
+                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {clip(self.columns, 300)}."
+            )
         self.column = column
+        self.class_names = class_names(features)
 
     @property
     def identity(self) -> str:
         sizes = [(file.name, file.stat().st_size) for file in self.files]
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
-    def _clip(self, number: int, row: dict[str, Any]) -> Clip:
-        audio = row.pop(self.column)
-        context = row.pop("context_audio", None)
-        name = f"{number:08d}" if row.get("id") is None else clean_id(f"{row['id']}-{number:08d}")
-        labels = {key: value for key, value in row.items() if isinstance(value, str | int | float | bool)}
-        origin = f"{self.path}, row {number}"
-        return Clip(name, origin, self._source(audio, origin), context and self._source(context, origin), labels)
+    def note_columns(self) -> None:
+        """Log which columns are taken for the labels, where they have other names."""
+        if chosen := chosen_columns(self.columns):
+            text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
+            logger.warning("%s: %s.", self.path, text)
 
-    def _source(self, audio: Any, origin: str) -> Source:
-        data = audio.get("bytes") if isinstance(audio, dict) else audio
-        if isinstance(data, bytes) and data:
-            return partial(read_bytes, data, origin)
-        path = audio.get("path") if isinstance(audio, dict) else audio
-        if not isinstance(path, str):
-            return partial(_raise, f"{origin}: its column {self.column!r} holds neither bytes nor a path.")
-        base = self.path if self.path.is_dir() else self.path.parent
-        return partial(read_file, base / path, None, None)
+    def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
+        """The clips of a few rows, an Arrow table or batch, of which the first has this number."""
+        columns: dict[str, Any] = {}
+        for index, name in enumerate(rows.schema.names):  # of two columns of one name, the first
+            columns.setdefault(name, rows.column(index))
+        audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
+        for index in range(rows.num_rows):
+            yield self._clip(
+                number + index,
+                {name: cells[index] for name, cells in audio.items()},
+                {name: cells[index] for name, cells in columns.items()},
+            )
+
+    def _clip(self, number: int, audio: dict[str, Any], cells: dict[str, Any]) -> Clip:
+        origin = f"{self.path}, row {number}"
+        name = f"{number:08d}"
+        try:
+            values = {key: label_value(cell, self.class_names.get(key)) for key, cell in cells.items()}
+            if (given := values.get("id")) is not None and not is_missing(given):
+                name = clean_id(f"{given}-{number:08d}")
+            labels = standard_labels(values)
+            rate = next((values[key] for key in RATES if key in values), None)
+            source = self._source(audio.get(self.column), rate, origin)
+            context = None
+            if CONTEXT in audio and audio[CONTEXT].is_valid and self.column != CONTEXT:
+                context = self._source(audio[CONTEXT], rate, f"{origin}, {CONTEXT}")
+        except (AudioError, *NOT_A_LINE) as error:
+            return Clip(name, origin, partial(_raise, f"{origin}, column {self.column!r}: {describe(error)}."))
+        return Clip(name, origin, source, context, labels)
+
+    def _source(self, cell: Any, rate: Any, origin: str) -> Source:
+        audio = audio_cell(cell, rate)
+        if isinstance(audio, bytes):
+            return partial(read_bytes, audio, origin)
+        if isinstance(audio, str):
+            return partial(read_file, resolve_audio_path(self.audio_dir, audio), None, None)
+        return partial(read_samples, audio.array, audio.rate, origin)
 
 
 class Parquet(Table):
-    """A Parquet file, or a folder of them; a part is whole row groups of one file."""
+    """A Parquet file, or a folder of them; a part is whole row groups of one file.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        ConfigError: if no file can be read, or a folder holds several splits of a dataset.
+    """
+
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         self.parquet = require("pyarrow.parquet", "corpus")
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        super().__init__(path, files, self._open(files[0]).schema_arrow.names)
+        files = [path] if path.is_file() else parquet_files(path)
+        splits = {split for file in files if (split := split_of(file.relative_to(path)))} if path.is_dir() else set()
+        if len(splits) > 1:
+            raise ConfigError(
+                f"{path}: holds the splits {', '.join(sorted(splits))}, which are not mixed; give one file, or a "
+                "folder with the files of one split."
+            )
+        problems = []
+        for file in files:
+            try:
+                schema = self._open(file).schema_arrow
+                break
+            except ConfigError as error:
+                problems.append(error)
+        else:
+            raise problems[0]
+        super().__init__(path, files, schema, parquet_features(schema.metadata), audio_dir)
 
     def _open(self, file: Path) -> Any:
         try:
@@ -324,7 +392,11 @@ class Parquet(Table):
         parts: list[Part] = []
         number = 0
         for file in range(len(self.files)):
-            metadata = self._open(self.files[file]).metadata
+            try:
+                metadata = self._open(self.files[file]).metadata
+            except ConfigError as error:
+                parts.append({"file": file, "groups": [], "start": number, "problem": str(error)})
+                continue
             count = size
             for group in range(metadata.num_row_groups):
                 if count >= size:
@@ -336,18 +408,28 @@ class Parquet(Table):
         return parts
 
     def read(self, part: Part) -> Iterator[Clip]:
-        table = self._open(self.files[part["file"]])
+        path = self.files[part["file"]]
+        if "problem" in part:
+            yield Clip(clean_id(path.stem), str(path), partial(_raise, part["problem"]))
+            return
+        table = self._open(path)
         number = part["start"]
-        for rows in table.iter_batches(ROWS, row_groups=part["groups"]):
-            for row in rows.to_pylist():
-                yield self._clip(number, row)
-                number += 1
+        stop = number + sum(table.metadata.row_group(group).num_rows for group in part["groups"])
+        try:
+            for rows in table.iter_batches(ROWS, row_groups=part["groups"]):
+                yield from self._clips(rows, number)
+                number += rows.num_rows
+        except (OSError, ValueError) as error:
+            reason = clip(error, 200)
+            for row in range(number, stop):
+                origin = f"{self.path}, row {row}"
+                yield Clip(f"{row:08d}", origin, partial(_raise, f"{origin}: damaged Parquet ({reason})."))
 
 
 class SavedDataset(Table):
-    """A dataset that Hugging Face `datasets` saved with `save_to_disk`."""
+    """A dataset that Hugging Face `datasets` saved with `save_to_disk`; audio columns are not decoded by it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         datasets = require("datasets")
         try:
             self.rows = datasets.load_from_disk(str(path))
@@ -357,9 +439,10 @@ class SavedDataset(Table):
                 f"{path}: not a dataset that datasets.load_from_disk reads ({clip(error, 200)})."
             ) from error
         if isinstance(columns, dict):
-            raise ConfigError(f"{path}: holds the splits {sorted(columns)}; give the folder of one.")
-        super().__init__(path, sorted(path.glob("*.arrow")), columns)
+            raise ConfigError(f"{path}: holds the splits {', '.join(sorted(columns))}; give the folder of one.")
+        features = self.rows.features.to_dict()
         self.rows = self.rows.with_format("arrow")
+        super().__init__(path, sorted(path.glob("*.arrow")), self.rows.features.arrow_schema, features, audio_dir)
 
     def parts(self, size: int) -> list[Part]:
         total = len(self.rows)
@@ -368,8 +451,7 @@ class SavedDataset(Table):
     def read(self, part: Part) -> Iterator[Clip]:
         stop = part["start"] + part["count"]
         for start in range(part["start"], stop, ROWS):
-            for number, row in enumerate(self.rows[start : min(start + ROWS, stop)].to_pylist(), start):
-                yield self._clip(number, row)
+            yield from self._clips(self.rows[start : min(start + ROWS, stop)], start)
 
 
 def open_corpus(
@@ -379,7 +461,7 @@ def open_corpus(
 
     Args:
         path: file or folder.
-        audio_dir: of a manifest.
+        audio_dir: folder of the relative paths in a manifest or table; its own if not given.
         listing: where a folder's list of files is written.
         anew: list the folder now, not as the list that is there has it.
         allow_url: read audio that Lhotse's manifests place at an http(s) URL.
@@ -391,7 +473,7 @@ def open_corpus(
         raise NemoLfrError(f"{path}: no such file or folder.")
     if path.is_file():
         if path.suffix == ".parquet":
-            return Parquet(path)
+            return _noted(Parquet(path, audio_dir), anew)
         if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             kind = kind_of(path)
             if kind in ("cuts", "recordings"):
@@ -406,10 +488,36 @@ def open_corpus(
     if list(path.glob("cuts.*.jsonl*")) or list(path.glob("cuts/cuts.*.jsonl*")):
         return Shar(path, allow_url)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return SavedDataset(path)
-    if any(path.rglob("*.parquet")):
-        return Parquet(path)
+        return _noted(SavedDataset(path, audio_dir), anew)
+    if splits := sorted(state.parent.name for state in path.glob("*/state.json")):
+        raise ConfigError(f"{path}: holds the saved datasets {', '.join(splits)}; give the folder of one.")
+    if parquet_files(path):
+        return _noted(Parquet(path, audio_dir), anew)
     return list_folder(path, listing) if anew else Folder(listing, path)
+
+
+def _noted(table: Table, is_driver: bool) -> Table:
+    if is_driver:  # once, and not by each worker
+        table.note_columns()
+    return table
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files below a folder, but none that is hidden, as what a Mac leaves beside each file."""
+    return [
+        file
+        for file in sorted(folder.rglob("*.parquet"))
+        if file.is_file() and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
+    ]
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split that a file's path names, as the Hub understands it: "train", "validation" or "test"."""
+    for part in reversed([*path.parts[:-1], path.stem]):
+        for split, words in SPLIT_WORDS.items():
+            if re.search(rf"(^|[\W_\d])({words})($|[\W_\d])", part, re.IGNORECASE):
+                return split
+    return None
 
 
 def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:

@@ -1,0 +1,245 @@
+"""Tables as people save them: their columns, their audio cells, their splits."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.corpus.columns import chosen_columns, standard_labels
+from nemo_lfr.corpus.inputs import open_corpus, split_of
+from nemo_lfr.errors import AudioError, ConfigError
+from tests.models import RATE, synthesize
+
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet")
+
+WAVE = synthesize(0.5)
+PCM = np.round(WAVE * 32767).astype(np.int16)
+
+
+@pytest.fixture
+def wav(tmp_path) -> Path:
+    soundfile.write(tmp_path / "a.wav", WAVE, RATE)
+    return tmp_path / "a.wav"
+
+
+def clips_of(path: Path, audio_dir: Path | None = None) -> list:
+    corpus = open_corpus(path, audio_dir, path.parent / "unused.json")
+    return [clip for part in corpus.parts(100) for clip in corpus.read(part)]
+
+
+def write(path: Path, columns: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"sentence": "hi", "client_id": "s1", "locale": "de"}, {"text": "hi", "speaker": "s1", "lang": "de"}),
+        ({"transcription": "a", "raw_transcription": "A", "speaker_id": 7}, {"text": "a", "speaker": "7"}),
+        ({"text": "a", "sentence": "b", "speaker": "x", "client_id": "y"}, {"text": "a", "speaker": "x"}),
+        ({"text": None, "normalized_text": "b"}, {"text": "b"}),
+        ({"text": math.nan, "transcript": "c", "speaker_id": 3.0}, {"text": "c", "speaker": "3"}),
+        ({"text": math.nan, "speaker": None, "lang": math.nan}, {}),
+        ({"language": 3, "lang": None}, {}),
+        ({"text": "nan"}, {"text": "nan"}),  # a word, not a number
+        ({"text": "", "sentence": "b"}, {"text": ""}),
+        ({"speaker": 5}, {"speaker": 5}),
+    ],
+)
+def test_labels_come_from_the_columns_of_the_hub(row, expected):
+    labels = standard_labels(row)
+    assert {key: labels[key] for key in ("text", "speaker", "lang") if key in labels} == expected
+    assert all(labels[key] == value for key, value in row.items() if key not in expected and key in labels)
+
+
+def test_what_was_chosen_is_said_once(wav, tmp_path, caplog):
+    assert chosen_columns(["audio", "text", "speaker", "lang"]) == {}
+    table = {"audio": [{"bytes": wav.read_bytes(), "path": "a.wav"}], "sentence": ["hello"], "client_id": ["s1"]}
+    (clip,) = clips_of(write(tmp_path / "a.parquet", table))
+    assert (clip.labels["text"], clip.labels["speaker"]) == ("hello", "s1")
+    assert caplog.text.count("text from column 'sentence', speaker from column 'client_id'") == 1
+
+
+def struct(array, rate=RATE, **more) -> dict:
+    return {"array": array, "sampling_rate": rate, "path": "a.wav", **more}
+
+
+CELLS = {
+    "floats": [struct(WAVE.tolist())],
+    "float32": pa.array([struct(WAVE)], pa.struct([("array", pa.list_(pa.float32())), ("sampling_rate", pa.int64())])),
+    "16-bit": pa.array([struct(PCM)], pa.struct([("array", pa.list_(pa.int16())), ("sampling_rate", pa.int32())])),
+    "Python's integers": [struct(PCM.tolist())],
+    "32-bit": pa.array(
+        [struct(PCM.astype(np.int32) * 2**16)],
+        pa.struct([("array", pa.list_(pa.int32())), ("sampling_rate", pa.int32())]),
+    ),
+    "channels first": [struct([WAVE.tolist(), WAVE.tolist()])],
+    "channels last": [struct(np.stack([WAVE, WAVE], axis=1).tolist())],
+    "one channel": [struct([WAVE.tolist()])],
+    "large lists": pa.array(
+        [struct(WAVE)], pa.struct([("array", pa.large_list(pa.float64())), ("sampling_rate", pa.int64())])
+    ),
+    "no bytes beside": [struct(WAVE.tolist(), bytes=None)],
+    "another name of the rate": [{"array": WAVE.tolist(), "sample_rate": float(RATE)}],
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_decoded_samples_are_read(kind, tmp_path):
+    (clip,) = clips_of(write(tmp_path / "a.parquet", {"audio": CELLS[kind]}))
+    assert np.abs(clip.audio(RATE, 100) - WAVE).max() < 1e-4
+    assert len(clip.audio(2 * RATE, 100)) == 2 * len(WAVE)
+    with pytest.raises(AudioError, match=r"lasts 0\.5 s"):
+        clip.audio(RATE, 0.1)
+
+
+def test_samples_without_a_struct_take_the_rate_beside(tmp_path):
+    (clip,) = clips_of(write(tmp_path / "a.parquet", {"audio": [WAVE.tolist()], "sampling_rate": [RATE]}))
+    assert np.abs(clip.audio(RATE, 100) - WAVE).max() < 1e-6
+    (clip,) = clips_of(write(tmp_path / "b.parquet", {"speech": [WAVE.tolist()]}))
+    with pytest.raises(AudioError, match="without a sampling rate"):
+        clip.audio(RATE, 100)
+
+
+BAD_CELLS = {
+    "null": [None],
+    "null bytes and path": [{"bytes": None, "path": None}],
+    "no bytes": [b""],
+    "a number": [7],
+    "words": [["a", "b"]],
+    "channels of different lengths": [struct([[0.0, 0.1], [0.1]])],
+    "a null in the samples": [struct([0.1, None, 0.2])],
+    "NaN": [struct([0.1, math.nan])],
+    "numbers that were not divided": [struct([30_000.5, -20_000.5])],
+    "no rate": [struct([0.1], None)],
+    "an absurd rate": [struct([0.1], 10**9)],
+    "a rate of zero": [struct([0.1], 0)],
+    "an empty path": [""],
+    "a long path": ["x" * 300],
+    "not text in memory": [{"bytes": b"hello", "path": "a.wav"}],
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CELLS)
+def test_a_bad_cell_costs_its_clip_alone(kind, wav, tmp_path):
+    bad = write(tmp_path / "data" / "bad.parquet", {"audio": pa.array(BAD_CELLS[kind]), "text": ["b"]})
+    good = write(tmp_path / "data" / "good.parquet", {"audio": [{"bytes": wav.read_bytes()}], "text": ["g"]})
+    first, second = clips_of(bad.parent)
+    with pytest.raises(AudioError, match=r"row 0") as error:
+        if not len(first.audio(RATE, 100)):  # as where clips are tokenized
+            raise AudioError("row 0")
+    assert "\n" not in str(error.value)
+    assert len(second.audio(RATE, 100)) == len(WAVE) and good.exists()
+
+
+def test_labels_that_are_no_text_cost_their_clip_alone(wav, tmp_path):
+    data = wav.read_bytes()
+    text = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.int32([0, 1, 2]).tobytes()), pa.py_buffer(b"a\xff")]
+    )
+    first, second = clips_of(write(tmp_path / "a.parquet", {"audio": [data, data], "text": text}))
+    assert len(first.audio(RATE, 100)) and first.labels == {"text": "a"}
+    with pytest.raises(AudioError, match="not UTF-8"):
+        second.audio(RATE, 100)
+
+
+def test_paths_are_relative_to_the_table_or_the_audio_folder(wav, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    table = write(tmp_path / "tables" / "a.parquet", {"audio": ["../a.wav", "~/a.wav", "a.wav", None]})
+    found = [clip.audio for clip in clips_of(table)]
+    assert len(found[0](RATE, 100)) == len(found[1](RATE, 100)) == len(WAVE)
+    with pytest.raises(AudioError, match="no such file"):
+        found[2](RATE, 100)
+    assert len(clips_of(table, tmp_path)[2].audio(RATE, 100)) == len(WAVE)
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("data/validation-00000.parquet", "validation"),
+        ("dev.parquet", "validation"),
+        ("default/test/0000.parquet", "test"),
+        ("TRAIN_clean_100.parquet", "train"),
+        ("trainer.parquet", None),
+        ("latest.parquet", None),
+        ("rows/a.parquet", None),
+    ],
+)
+def test_splits_are_named_by_files_and_folders(path, split):
+    assert split_of(Path(path)) == split
+
+
+def test_several_splits_are_not_mixed(wav, tmp_path):
+    import datasets
+
+    audio = {"audio": [{"bytes": wav.read_bytes()}]}
+    for name in ("train-0", "train-1", "test-0"):
+        write(tmp_path / "hub" / "data" / f"{name}.parquet", audio)
+    with pytest.raises(ConfigError, match=r"holds the splits test, train, which are not mixed"):
+        clips_of(tmp_path / "hub")
+    assert len(clips_of(tmp_path / "hub" / "data" / "test-0.parquet")) == 1
+    (tmp_path / "hub" / "data" / "test-0.parquet").unlink()
+    (tmp_path / "hub" / "data" / "._test-0.parquet").write_bytes(b"Mac OS X")
+    assert len(clips_of(tmp_path / "hub")) == 2
+    saved = datasets.Dataset.from_dict({"audio": [str(wav)]})
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="test, train; give the folder of one"):
+        clips_of(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").unlink()
+    with pytest.raises(ConfigError, match="test, train; give the folder of one"):
+        clips_of(tmp_path / "saved")
+    (clip,) = clips_of(tmp_path / "saved" / "test")
+    assert len(clip.audio(RATE, 100)) == len(WAVE)
+
+
+def test_columns_that_datasets_would_decode_are_read_without_it(wav, tmp_path):
+    """Without torchcodec, which decoding needs."""
+    import datasets
+
+    names = datasets.ClassLabel(names=["de", "pl"])
+    rows = {"audio": [str(wav)] * 2, "language": [1, 0], "sentence": ["a", None]}
+    made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio()).cast_column("language", names)
+    made.save_to_disk(tmp_path / "saved")
+    table = made.with_format("arrow")[:]
+    features = made.features.arrow_schema.metadata
+    pq.write_table(table.replace_schema_metadata(features), tmp_path / "a.parquet")
+    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
+        clips = clips_of(path)
+        assert [clip.labels for clip in clips] == [
+            {"language": "pl", "lang": "pl", "text": "a", "sentence": "a"},
+            {"language": "de", "lang": "de"},
+        ]
+        assert all(len(clip.audio(RATE, 100)) == len(WAVE) for clip in clips)
+
+
+def test_a_damaged_file_of_several_is_a_failure(wav, tmp_path):
+    audio = {"audio": [{"bytes": wav.read_bytes()}] * 3}
+    for name in ("a", "b"):
+        write(tmp_path / "rows" / f"{name}.parquet", audio)
+    whole = (tmp_path / "rows" / "a.parquet").read_bytes()
+    (tmp_path / "rows" / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    bad, *good = clips_of(tmp_path / "rows")
+    with pytest.raises(AudioError, match=r"a\.parquet: not a Parquet file"):
+        bad.audio(RATE, 100)
+    assert len(good) == 3
+    # Damage within a column, where its first page begins: the rows that cannot be read are failures.
+    (tmp_path / "rows" / "a.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    clips = clips_of(tmp_path / "rows")
+    assert len(clips) == 6
+    for clip in clips[:3]:
+        with pytest.raises(AudioError):
+            clip.audio(RATE, 100)
+
+
+def test_a_table_of_other_columns_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"no audio column; expected one of audio, .*found \['text'\]"):
+        clips_of(write(tmp_path / "a.parquet", {"text": ["a"]}))
+    (clip,) = clips_of(write(tmp_path / "b.parquet", {"odd name": [struct(WAVE.tolist())], "text": ["a"]}))
+    assert len(clip.audio(RATE, 100)) == len(WAVE)
