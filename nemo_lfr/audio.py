@@ -4,38 +4,64 @@ import contextlib
 import io
 import math
 import os
-import re
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any, BinaryIO, Protocol
 
 import numpy as np
 import soundfile
 
-from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_streams
+from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
+from nemo_lfr.media import MediaDecoder, looks_like_media
 
 BLOCK_SECONDS = 10
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 # Floating-point recordings overshoot 1 a little; 16-bit numbers that were not divided go far beyond.
 MAX_PEAK = 64.0
-# What programs write as the length of a WAV file before they know it is this or more.
-UNKNOWN_BYTES = 0x7FFF0000
 # Numbers read at once, over all channels: a header that tells a million Hz and channels must not take the memory.
 MAX_BLOCK = 1 << 24
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Resample float32 samples [T] with soxr's highest quality.
+    """Resample float32 samples [T] as `librosa.load` does: soxr's high quality, ceil(T * to_rate / from_rate) samples.
 
     Raises:
         AudioError: if a rate is not a number of Hz that audio has.
     """
     check_rate(from_rate)
-    import soxr
+    resampler = Resampler(from_rate, to_rate)
+    return resampler.push(wave, last=True)
 
-    return soxr.resample(wave, from_rate, to_rate, quality="VHQ").astype(np.float32)
+
+class Resampler:
+    """Resampler of one recording, block by block; the result does not depend on the blocks.
+
+    Args:
+        from_rate: Hz of what is pushed.
+        to_rate: Hz of what comes out.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        import soxr
+
+        self._stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
+        self._ratio = float(to_rate) / from_rate
+        self._taken = self._given = 0
+
+    def push(self, wave: np.ndarray, last: bool = False) -> np.ndarray:
+        """Take samples [n]; return those [k] that are ready, and with `last` all that are left."""
+        self._taken += len(wave)
+        resampled = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
+        if last:
+            # librosa's length, and its arithmetic; soxr rounds to the nearest.
+            missing = math.ceil(self._taken * self._ratio) - self._given - len(resampled)
+            resampled = np.pad(resampled, (0, missing)) if missing > 0 else resampled[: len(resampled) + missing]
+        self._given += len(resampled)
+        return resampled
 
 
 def check_rate(rate: object) -> None:
@@ -54,8 +80,55 @@ def check_peak(peak: float, what: str) -> None:
         )
 
 
+class Decoder(Protocol):
+    """What decodes one stream of a file."""
+
+    rate: int
+    channels: int
+    num_frames: int | None  # samples of a channel; None where only decoding tells
+
+    def read(self, count: int) -> np.ndarray:
+        """Return the next samples, [up to count, channels] float32; none at the end."""
+
+    def seek(self, position: int) -> None:
+        """Go to a sample."""
+
+    def close(self) -> None:
+        """Close what this decoder opened."""
+
+
+class SndfileDecoder:
+    """Decoder of what libsndfile reads.
+
+    Args:
+        source: a path, its bytes, a file object or a descriptor, which is then owned.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._file = soundfile.SoundFile(source)
+        self.rate: int = self._file.samplerate
+        self.channels: int = self._file.channels
+        unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
+        self.num_frames: int | None = None if unknown else self._file.frames
+        # Encoders of MPEG audio estimate; what its frames say was compared before.
+        self.is_exact = self._file.format != "MP3"
+
+    def read(self, count: int) -> np.ndarray:
+        # Into a buffer: without one, soundfile reads no more than the header promises.
+        return self._file.read(out=np.empty((count, self.channels), np.float32))
+
+    def seek(self, position: int) -> None:
+        self._file.seek(position)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class AudioReader:
     """An audio file as mono float32 blocks at `sample_rate`.
+
+    All that can be decoded is read, whatever the header says of its length, and all recordings of a file that were
+    joined by `cat`. A stream that is itself cut short is an error.
 
     Args:
         path: the file.
@@ -63,8 +136,13 @@ class AudioReader:
         data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
             this reader then owns; `path` is then a name for messages.
 
+    Attributes:
+        native_rate: Hz of the file, of its first recording if it holds several.
+        channels: of the same.
+        samples_read: samples that `blocks` has yielded.
+
     Raises:
-        AudioError: if the file is missing, is not audio, or holds NaN.
+        AudioError: if the file is missing, is not audio, is cut short, or holds NaN.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, data: bytes | int | None = None) -> None:
@@ -73,85 +151,214 @@ class AudioReader:
         self.samples_read = 0
         if data is None and not self.path.is_file():
             raise AudioError(f"{path}: {_not_a_file(self.path)}.")
+        self._source: BinaryIO | None = None
+        self._decoder: Decoder | None = None
+        self._spooled: IO[bytes] | None = None
+        self._index = 0
+        self._counts: dict[int, int] = {}
         try:
-            source = _name(self.path) if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
-            self._file = soundfile.SoundFile(source)
-        except (soundfile.LibsndfileError, TypeError) as error:
-            raise AudioError(f"{path}: not an audio file that libsndfile reads ({_reason(error)}).") from error
-        self.native_rate: int = self._file.samplerate
-        self.channels: int = self._file.channels
-        try:
+            if isinstance(data, int):
+                self._pipe: int | None = data
+                self._streams = [Stream([], is_file=True)]
+            else:
+                self._pipe = None
+                self._source = io.BytesIO(data) if data is not None else self.path.open("rb")
+                self._streams = find_streams(self._source)
+            if problem := next((stream.problem for stream in self._streams if stream.problem), None):
+                raise AudioError(f"{problem}.")
+            first = self._open(0)
+            self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
-            self._check_whole()
-        except AudioError as error:
-            self._file.close()
-            raise AudioError(f"{path}: {error}") from None
+        except (AudioError, OSError) as error:
+            self.close()
+            reason = (error.strerror or str(error)) + "." if isinstance(error, OSError) else str(error)
+            kind = MissingExtraError if isinstance(error, MissingExtraError) else AudioError
+            raise kind(f"{path}: {reason}") from error
 
     def __enter__(self) -> "AudioReader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
-    def _check_whole(self) -> None:
-        """Refuse a file that holds less than its header promises, which libsndfile only notes in its log."""
-        for promised, there in re.findall(r"(\d+) \(should be (\d+)\)", self._file.extra_info):
-            if int(there) < int(promised) < UNKNOWN_BYTES:
-                raise AudioError(f"was cut short: its header promises {promised} bytes, {there} are there.")
+    def close(self) -> None:
+        """Close the file; a reader may be closed more than once."""
+        for opened in (self._decoder, self._source, self._spooled):
+            if opened is not None:
+                opened.close()
+        self._decoder = self._source = self._spooled = None
+
+    @property
+    def _file_name(self) -> Path | bytes:
+        """The path for libsndfile; its bytes where it may be one that Python cannot write as text."""
+        return self.path if os.name == "nt" else os.fsencode(self.path)
+
+    def _open(self, index: int) -> Decoder:
+        """Open the decoder of a stream, at its first sample.
+
+        Raises:
+            AudioError: if nothing here decodes it.
+        """
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+        stream = self._streams[index]
+        if self._pipe is not None:
+            source: Any = self._pipe
+        elif stream.is_file and not isinstance(self._source, io.BytesIO):
+            source = self._file_name
+        else:
+            assert self._source is not None
+            source = self._source if stream.is_file else Splice(self._source, stream)
+            source.seek(0)
+            if stream.by_name:
+                source = self._spool(source)
+        try:
+            self._decoder = SndfileDecoder(source)
+        except (soundfile.LibsndfileError, TypeError) as error:
+            self._decoder = self._second_opinion(error)
+        self._index = index
+        return self._decoder
+
+    def _spool(self, source: BinaryIO | Splice) -> str:
+        """Copy a stream into a temporary file, and return its name."""
+        if self._spooled is not None:
+            self._spooled.close()
+        self._spooled = tempfile.NamedTemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  closed with the reader
+        while piece := source.read(1 << 20):
+            self._spooled.write(piece)
+        self._spooled.flush()
+        return self._spooled.name
+
+    def _second_opinion(self, error: Exception) -> Decoder:
+        """Open with FFmpeg what libsndfile refuses."""
+        refused = AudioError(f"not an audio file that libsndfile reads ({_reason(error)}).")
+        if self._source is None:
+            raise refused from error
+        self._source.seek(0)
+        head = self._source.read(16)
+        if not looks_like_media(head):
+            raise refused from error
+        try:
+            return MediaDecoder(self._source)
+        except MissingExtraError as missing:
+            raise MissingExtraError(
+                f"libsndfile does not read it ({_reason(error)}); MP4, WebM, AAC, WMA and AMR need the media extra: "
+                'pip install ".[media]" in a clone of nemo_lfr, or pip install av.'
+            ) from missing
+        except AudioError as other:
+            raise AudioError(f"not audio that libsndfile or FFmpeg reads ({other}).") from error
 
     @property
     def duration(self) -> float:
-        """Seconds, as the file's header says."""
-        return self._file.frames / self.native_rate
+        """Seconds: by the header where it says so, else by decoding."""
+        return sum(count / rate for count, rate in map(self._extent, range(len(self._streams))))
+
+    def _extent(self, index: int) -> tuple[int, int]:
+        """Return the samples of a stream, and its rate in Hz."""
+        decoder = self._decoder if index == self._index and self._decoder is not None else None
+        if decoder is None or (decoder.num_frames is None and index not in self._counts):
+            if self._pipe is not None:
+                raise AudioError(f"{self.path}: the length of a pipe is known only at its end.")
+            decoder = self._reopened(index)
+        if decoder.num_frames is None and index not in self._counts:
+            self._counts[index] = self._count(decoder)
+            self._reopened(0)
+        count = decoder.num_frames if decoder.num_frames is not None else self._counts[index]
+        return count, decoder.rate
+
+    def _reopened(self, index: int) -> Decoder:
+        try:
+            return self._open(index)
+        except AudioError as error:
+            raise type(error)(f"{self.path}: {error}") from error
+
+    def _count(self, decoder: Decoder) -> int:
+        count = 0
+        while block := len(self._decode(decoder, MAX_BLOCK // decoder.channels // 16)):
+            count += block
+        return count
+
+    def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
+        """Decode the next samples [up to count, channels]; names the file if they are damaged."""
+        try:
+            return decoder.read(count)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
+        except AudioError as error:
+            raise AudioError(f"{self.path}: {error}.") from error
 
     def segment(self, start: float, duration: float) -> np.ndarray:
-        """The samples [any] from second `start` on, for `duration` seconds or up to the end.
+        """Read the samples [any] from second `start` on, for `duration` seconds or up to the end.
 
         Raises:
             AudioError: if it is damaged, or not finite.
         """
+        pieces = []
+        for index in range(len(self._streams)):
+            count, rate = self._extent(index)
+            first = min(int(start * rate), count) if start > 0 else 0
+            if first < count and duration > 0:
+                pieces.append(self._part(index, first, min(count - first, math.ceil(duration * rate))))
+                duration -= (count - first) / rate
+            start -= count / rate
+            if duration <= 0:
+                break
+        return np.concatenate([np.zeros(0, np.float32), *pieces])
+
+    def _part(self, index: int, first: int, count: int) -> np.ndarray:
+        decoder = self._decoder if index == self._index and self._decoder is not None else self._reopened(index)
         try:
-            self._file.seek(min(int(start * self.native_rate), self._file.frames))
-            block = self._file.read(math.ceil(duration * self.native_rate), dtype="float32", always_2d=True)
+            decoder.seek(first)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
-        wave = block.mean(axis=1)
+        wave = self._mixed(self._decode(decoder, count))
+        return (
+            resample(wave, decoder.rate, self.sample_rate) if decoder.rate != self.sample_rate and len(wave) else wave
+        )
+
+    def _mixed(self, block: np.ndarray) -> np.ndarray:
+        """Mix [n, channels] to mono, and check it."""
+        wave = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
         check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
-        if self.native_rate != self.sample_rate and len(wave):
-            wave = resample(wave, self.native_rate, self.sample_rate)
         return wave
 
     def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
-        """Consecutive samples [any], read `seconds` at a time; `samples_read` counts them."""
-        stream = None
-        if self.native_rate != self.sample_rate:
-            import soxr
+        """Yield consecutive samples [any], read `seconds` at a time; `samples_read` counts them.
 
-            stream = soxr.ResampleStream(self.native_rate, self.sample_rate, 1, dtype="float32", quality="VHQ")
-        size, num_read = max(1, min(round(seconds * self.native_rate), MAX_BLOCK // self.channels)), 0
-        while True:
-            try:
-                block = self._file.read(size, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
-            wave = block.mean(axis=1)
-            check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
-            last = len(block) == 0
-            num_read += len(block)
-            # In files it is MP3 whose header may promise more than is there; a hundredth is allowed for estimates.
-            if (
-                last
-                and num_read < (0.99 if self._file.seekable() else 1.0) * self._file.frames
-                and self._file.frames < UNKNOWN_BYTES // (8 * self.channels)
-            ):
-                raise AudioError(f"{self.path}: was cut short after {num_read} of {self._file.frames} samples.")
-            if stream is not None:
-                wave = stream.resample_chunk(wave, last=last)
-            if len(wave):
-                self.samples_read += len(wave)
-                yield wave
-            if last:
-                return
+        Raises:
+            AudioError: if it is damaged, ends before its header says, or is not finite.
+        """
+        resampler: Resampler | None = None
+        rate = self.sample_rate
+        for index in range(len(self._streams)):
+            if index != self._index or self._decoder is None:
+                self._reopened(index)
+            decoder = self._decoder
+            assert decoder is not None
+            if decoder.rate != rate:  # joined recordings of one rate are resampled as one
+                yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
+                rate = decoder.rate
+                resampler = Resampler(rate, self.sample_rate) if rate != self.sample_rate else None
+            size, num_read = max(1, min(round(seconds * rate), MAX_BLOCK // decoder.channels)), 0
+            while len(block := self._decode(decoder, size)):
+                num_read += len(block)
+                wave = self._mixed(block)
+                yield from self._counted(resampler.push(wave) if resampler else wave)
+            self._check_count(decoder, num_read)
+        yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
+
+    def _counted(self, wave: np.ndarray | None) -> Iterator[np.ndarray]:
+        if wave is not None and len(wave):
+            self.samples_read += len(wave)
+            yield wave
+
+    def _check_count(self, decoder: Decoder, num_read: int) -> None:
+        """Raise if a stream gave less than its header promises."""
+        promised = decoder.num_frames
+        share = 1.0 if getattr(decoder, "is_exact", True) else 0.99
+        if promised is not None and num_read < share * promised:
+            raise AudioError(f"{self.path}: was cut short after {num_read} of {promised} samples.")
 
 
 class AudioWriter:
@@ -246,11 +453,6 @@ def open_aside(path: Path) -> IO[bytes]:
     while True:
         with contextlib.suppress(FileExistsError):
             return open(path.with_name(f"{path.name[:60]}.{secrets.token_hex(4)}.part"), "x+b")
-
-
-def _name(path: Path) -> Path | bytes:
-    """The path for libsndfile; its bytes where it may be one that Python cannot write as text."""
-    return path if os.name == "nt" else os.fsencode(path)
 
 
 def _not_a_file(path: Path) -> str:

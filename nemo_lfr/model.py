@@ -29,6 +29,7 @@ from nemo_lfr.checkpoint import (
     read_config,
 )
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as, unwrapped
+from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, clip
 from nemo_lfr.locate import locate_checkpoint
@@ -93,7 +94,8 @@ class LFRCodecModel(TrainingSteps):
             lean.discriminator = None
             lean.commit_loss_scale = 0.0
             lean.vector_quantizer = dict(_SMALLEST_QUANTIZER)
-        super().__init__(cfg=lean, trainer=trainer)
+        with building_state():
+            super().__init__(cfg=lean, trainer=trainer)
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
         self._unbuilt_discriminator = {}
         self._losses = None
@@ -320,6 +322,19 @@ class LFRCodecModel(TrainingSteps):
         config = read_config(path) if override_config_path is None else _override_config(override_config_path)
         if return_config:
             return config
+        with building_state(torch.device("cpu")):
+            return cls._built_from(path, config, map_location, strict, save_restore_connector, trainer)
+
+    @classmethod
+    def _built_from(
+        cls,
+        path: Path,
+        config: DictConfig,
+        map_location: Any,
+        strict: bool,
+        save_restore_connector: Any,
+        trainer: Trainer | None,
+    ) -> Any:
         others = DISCRIMINATOR if config.get("discriminator") else None
         parts, rest = load_parts(path, config, strict=strict, others=others)
         read_parts = _READ_PARTS.set(parts)

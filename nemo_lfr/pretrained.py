@@ -199,27 +199,29 @@ def load(
         return OnnxCodec(os.path.expanduser(source), None if device is None else str(device))
     with _collector_at_rest():
         try:
-            import torch  # noqa: F401
+            import torch
         except ImportError as error:
             raise MissingExtraError(
                 "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
                 "`nemo-lfr export onnx` can be used."
             ) from error
         from nemo_lfr.checkpoint import Checkpoint
+        from nemo_lfr.codec.ambient import building_state
         from nemo_lfr.codec.codec import PRECISIONS, Codec
 
     if precision not in PRECISIONS:
         raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
     chosen = choose_device(device)
-    checkpoint = Checkpoint(find_checkpoint(source))
-    parts = checkpoint.parts
-    return Codec(
-        parts.encoder,
-        parts.quantizer.to(chosen),
-        parts.decoder,
-        parts.sample_rate,
-        precision=precision,
-        name="the embedded codec" if source is None else os.fspath(source),
-        device=chosen,
-        checkpoint=checkpoint,
-    )
+    with building_state(torch.device("cpu")):
+        checkpoint = Checkpoint(find_checkpoint(source))
+        parts = checkpoint.parts
+        return Codec(
+            parts.encoder,
+            parts.quantizer.to(chosen),
+            parts.decoder,
+            parts.sample_rate,
+            precision=precision,
+            name="the embedded codec" if source is None else os.fspath(source),
+            device=chosen,
+            checkpoint=checkpoint,
+        )

@@ -4,10 +4,15 @@ Every layer keeps the inputs that its next output still needs, so that each samp
 are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they depend on
 is there: 6 frames later to encode and 13 to decode with the released config, at once where a part is causal.
 `lookahead` shortens that at a price: a frame is then computed as if the recording ended a little later.
+
+A stream takes one push at a time; several threads may push to several streams. A push that raises leaves every one of
+its streams as it was.
 """
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.finite import quantize, to_audio
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -131,7 +138,8 @@ class Flow:
         ):
             hidden = self.upsample(cast(ConvTranspose1d, up_sample), activation(hidden))
             hidden = self.residuals(cast(ResidualLayer, layer), hidden)
-        return decoder.out_activation(self.conv(decoder.post_conv, decoder.post_activation(hidden))).squeeze(1)
+        hidden = self.conv(decoder.post_conv, decoder.post_activation(hidden))
+        return to_audio(decoder.out_activation, hidden).squeeze(1)
 
 
 class _Stream:
@@ -159,6 +167,15 @@ class _Stream:
         self._num_out = 0  # items of the output that were given out
         self._finished = False
         self._goes_on = False  # more frames of this push are to come
+        self._in_use = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is a stream of its own that goes on from here."""
+        return self.__dict__ | {"_state": dict(self._state), "_in_use": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._in_use = threading.Lock()
 
     @property
     def latency_ms(self) -> float:
@@ -191,6 +208,10 @@ class StreamEncoder(_Stream):
 
     def flush(self) -> np.ndarray:
         """The recording ends: the tokens [C, k] that are left. A partial frame is completed with silence."""
+        with _in_turn([self]):
+            return self._flush()
+
+    def _flush(self) -> np.ndarray:
         self._check_open()
         self._finished = True
         frame = self.codec.samples_per_frame
@@ -258,6 +279,10 @@ class StreamDecoder(_Stream):
         Raises:
             TokensError: if the frames do not make so many samples.
         """
+        with _in_turn([self]):
+            return self._flush(num_samples)
+
+    def _flush(self, num_samples: int | None) -> np.ndarray:
         self._check_open()
         frame = self.codec.samples_per_frame
         if num_samples is not None and -(-num_samples // frame) != self._num_in:
@@ -265,7 +290,7 @@ class StreamDecoder(_Stream):
         self._finished = True
         if not self._num_in:
             return np.zeros(0, np.float32)
-        silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in))
+        silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in), dtype=torch.float32)
         total = self._num_in * frame if num_samples is None else num_samples
         given = self._num_out
         return _advance_decoders([self], [silence], last=True)[0][: max(0, total - given)]
@@ -286,7 +311,33 @@ class StreamDecoder(_Stream):
         return self.codec.quantizer.decode(tokens[:, None])
 
 
-@torch.no_grad()
+@contextmanager
+def _in_turn(streams: Sequence[_Stream]) -> Iterator[None]:
+    """Keep streams to this thread, and the caller's settings away; undo what was taken if something raises.
+
+    Raises:
+        NemoLfrError: if another thread uses one of them.
+    """
+    with ExitStack() as stack:
+        for stream in streams:
+            if not stream._in_use.acquire(blocking=False):
+                raise NemoLfrError(
+                    "this stream is being pushed to by another thread; push the pieces of one recording one after "
+                    "the other, and open a stream for each recording."
+                )
+            stack.callback(stream._in_use.release)
+        before = [dict(vars(stream)) for stream in streams]
+        states = [dict(stream._state) for stream in streams]
+        try:
+            with streams[0].codec._guard():
+                yield
+        except BaseException:
+            for stream, attributes, state in zip(streams, before, states, strict=True):
+                vars(stream).update(attributes)
+                stream._state = state
+            raise
+
+
 def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Push to many streams of one codec at once; those in one phase are computed as one batch.
 
@@ -298,24 +349,49 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
         For each stream, tokens [C, k]: those of `StreamEncoder.push`.
 
     Raises:
-        AudioError: as `StreamEncoder.push`, before any stream has taken anything; NemoLfrError too.
+        AudioError: as `StreamEncoder.push`, and no stream has taken anything.
+        NemoLfrError: for streams of several codecs, one that is there twice or in use by another thread, or another
+            number of pieces than of streams.
     """
-    return _push(streams, samples, _advance_encoders)
+    return _push(streams, samples, StreamEncoder, _advance_encoders)
 
 
-@torch.no_grad()
 def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     """As `push_encoders`: for each stream tokens [C, k] in and audio [n] out."""
-    return _push(streams, tokens, _advance_decoders)
+    return _push(streams, tokens, StreamDecoder, _advance_decoders)
 
 
-def _push(streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., list[np.ndarray]]) -> list[np.ndarray]:
-    """Check all inputs, then take them, in pieces that need no more memory than a chunk of a recording."""
-    if any(stream.codec is not streams[0].codec for stream in streams):
-        raise NemoLfrError("these streams are of several codecs; push to those of one at a time.")
-    checked = [stream._check(new) for stream, new in zip(streams, inputs, strict=True)]
+def _push(
+    streams: Sequence[Any], inputs: Sequence[Any], kind: type[_Stream], advance: Callable[..., list[np.ndarray]]
+) -> list[np.ndarray]:
+    streams, inputs = _listed(streams, "streams"), _listed(inputs, "pieces")
+    for stream in streams:
+        if not isinstance(stream, kind):
+            raise NemoLfrError(f"one of the streams is {clip(type(stream).__name__)}, not {kind.__name__}.")
+        if stream.codec is not streams[0].codec:
+            raise NemoLfrError("these streams are of several codecs; push to those of one at a time.")
+    if len(streams) != len(inputs):
+        raise NemoLfrError(f"{len(streams)} streams, but {len(inputs)} pieces; pass one for each, empty if need be.")
+    if len({id(stream) for stream in streams}) < len(streams):
+        raise NemoLfrError("one stream is there twice; join its pieces, or push them one after the other.")
     if not streams:
         return []
+    with _in_turn(streams):
+        return _take_turn(streams, inputs, advance)
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise NemoLfrError(f"{what} are {clip(type(values).__name__)}; pass a list of them.") from None
+
+
+def _take_turn(
+    streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., list[np.ndarray]]
+) -> list[np.ndarray]:
+    """Check all inputs, then take them, in pieces that need no more memory than a chunk of a recording."""
+    checked = [stream._check(new) for stream, new in zip(streams, inputs, strict=True)]
     size = streams[0]._piece
     longest = max(new.shape[-1] for new in checked)
     results = []
@@ -328,27 +404,27 @@ def _push(streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., 
     return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
 
-@torch.no_grad()
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec = streams[0].codec
+    check_weights(codec.encoder, f"the encoder of {codec.name}")
 
     def compute(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
         with codec._autocast():
             encoded = Flow(state, last).encode(codec.encoder, audio.to(codec.device))
-        return codec.quantizer.encode(encoded.float()).transpose(0, 1)  # [B, C, k]
+        return quantize(codec.quantizer, encoded.float())  # [B, C, k]
 
-    return _advance(streams, inputs, last, compute)
+    return _advance(streams, inputs, last, compute, codec._check_encoded)
 
 
-@torch.no_grad()
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec = streams[0].codec
+    check_weights(codec.decoder, f"the decoder of {codec.name}")
 
     def compute(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
         with codec._autocast():
             return Flow(state, last).decode(codec.decoder, dequantized.to(codec.device)).float()  # [B, n]
 
-    return _advance(streams, inputs, last, compute)
+    return _advance(streams, inputs, last, compute, codec._check_decoded)
 
 
 def _advance(
@@ -356,6 +432,7 @@ def _advance(
     inputs: list[torch.Tensor],
     last: bool,
     compute: Callable[[State, torch.Tensor, bool], torch.Tensor],
+    check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
     """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
     results = _together([stream._state for stream in streams], inputs, last, compute)
@@ -380,6 +457,7 @@ def _advance(
         stop = max(whole, due, stream._num_out)
         given.append(result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy())
         stream._num_computed, stream._num_out = whole, stop
+        check(given[-1][None])
     return given
 
 

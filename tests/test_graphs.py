@@ -10,9 +10,9 @@ import torch
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.gpu import graphs
 from nemo_lfr.codec.gpu.choice import Choices
-from nemo_lfr.codec.gpu.folded import stamp
 from nemo_lfr.codec.gpu.graphs import Captured, Engine, GraphCache, engine
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
+from nemo_lfr.codec.weights import weights_version
 from tests.models import KINDS, build_codec, cached_codec, same_parts, speech_like
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
 
@@ -130,9 +130,9 @@ def fresh_codec() -> Codec:
     return copy.deepcopy(cached_codec("two_stages"))
 
 
-def test_numbers_that_change_or_move_change_the_stamp():
+def test_numbers_that_change_or_move_change_the_weights_version():
     encoder = fresh_codec().encoder
-    numbers = stamp(encoder)
+    numbers = weights_version(encoder)
     changes = {
         "in place": lambda: encoder.pre_conv.conv.weight.mul_(1.5),
         "loaded": lambda: encoder.load_state_dict(encoder.state_dict()),
@@ -151,9 +151,9 @@ def test_numbers_that_change_or_move_change_the_stamp():
         assert numbers() != before, name
 
 
-def test_an_optimiser_step_changes_the_stamp():
+def test_an_optimiser_step_changes_the_weights_version():
     encoder = fresh_codec().encoder.requires_grad_(True)
-    numbers, optimizer = stamp(encoder), torch.optim.SGD(encoder.parameters(), 0.1)
+    numbers, optimizer = weights_version(encoder), torch.optim.SGD(encoder.parameters(), 0.1)
     before = numbers()
     encoder.encode_frames(torch.randn(1, 40 * encoder.samples_per_frame)).square().mean().backward()
     assert numbers() == before

@@ -11,7 +11,7 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         # 1e-9 is NeMo's guard against alpha = 0.

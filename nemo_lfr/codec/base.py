@@ -7,6 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -92,6 +93,10 @@ class BaseCodec(ABC, Generic[Array]):
         """Windows are computed in memory of a multiple of so many frames."""
         return 1
 
+    def _guard(self) -> AbstractContextManager[None]:
+        """Keep the caller's settings away from what is computed within."""
+        return nullcontext()
+
     # The backend's arrays.
 
     @abstractmethod
@@ -163,13 +168,19 @@ class BaseCodec(ABC, Generic[Array]):
 
         Raises:
             AudioError: for another shape, type or length, or a NaN.
+            NemoLfrError: if the encoder gives NaN or infinite values.
         """
+        with self._guard():
+            return self._encode(audio, audio_len, sample_rate)
+
+    def _encode(self, audio: Any, audio_len: Any, sample_rate: int | None) -> tuple[Any, Any]:
         waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
         totals = [frames.num_frames(length, self.samples_per_frame) for length in lengths]
         tokens = self._zeros((len(totals), self.num_codebooks, max(totals)), "int32")
         for rows, windows, batch in self._batches(waves, lengths, totals, self.samples_per_frame, self.encoder):
             results = self._encode_frames(batch, [window.num_frames for window in windows])
             self._scatter(tokens, rows, windows, results)
+        self._check_encoded(tokens)
         return tokens, self._integers(totals)
 
     def decode(
@@ -190,7 +201,12 @@ class BaseCodec(ABC, Generic[Array]):
 
         Raises:
             TokensError: for another shape or type, a token outside the codebook, or lengths that do not fit.
+            NemoLfrError: if the decoder gives NaN or infinite values.
         """
+        with self._guard():
+            return self._decode(tokens, tokens_len, audio_len)
+
+    def _decode(self, tokens: Any, tokens_len: Any, audio_len: Any) -> tuple[Any, Any]:
         tokens, totals = self._check_tokens(tokens, tokens_len)
         samples = [total * self.samples_per_frame for total in totals]
         if audio_len is not None:
@@ -206,6 +222,7 @@ class BaseCodec(ABC, Generic[Array]):
         for rows, windows, batch in self._batches(tokens, totals, totals, 1, self.decoder):
             results = self._decode_frames(batch, [window.num_frames for window in windows])
             self._scatter(audio, rows, windows, results, frame, samples)
+        self._check_decoded(audio)
         return audio, self._integers(samples)
 
     def resample(
@@ -219,8 +236,9 @@ class BaseCodec(ABC, Generic[Array]):
         Returns:
             Audio [B, T_audio] as float32, and samples of each clip [B] as int64.
         """
-        waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
-        return waves, self._integers(lengths)
+        with self._guard():
+            waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
+            return waves, self._integers(lengths)
 
     # Streams: one recording of any length, in bounded memory.
 
@@ -236,17 +254,23 @@ class BaseCodec(ABC, Generic[Array]):
         frame = self.samples_per_frame
         for wave, window in flat(_rolling(blocks, frame, self.chunk_frames, self.encoder.context)):
             padding = self._width(window.num_frames, self.encoder) * frame - len(wave)
-            clip = self._cast(self._array(np.pad(wave, (0, padding)), "audio", AudioError), "float32")
-            yield to_numpy(self._encode_frames(clip[None], [window.num_frames])[0][:, window.kept])
+            with self._guard():  # not while the caller has the block
+                clip = self._cast(self._array(np.pad(wave, (0, padding)), "audio", AudioError), "float32")
+                tokens = to_numpy(self._encode_frames(clip[None], [window.num_frames])[0][:, window.kept])
+            self._check_encoded(tokens[None])
+            yield tokens
 
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         frame = self.samples_per_frame
         for piece, window in flat(_rolling(blocks, 1, self.chunk_frames, self.decoder.context)):
             missing = self._width(window.num_frames, self.decoder) - window.num_frames
-            tokens, _ = self._check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
-            audio = self._decode_frames(tokens, [window.num_frames])[0]
-            yield to_numpy(audio[window.kept.start * frame : window.kept.stop * frame])
+            with self._guard():
+                tokens, _ = self._check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
+                audio = self._decode_frames(tokens, [window.num_frames])[0]
+                kept = to_numpy(audio[window.kept.start * frame : window.kept.stop * frame])
+            self._check_decoded(kept[None])
+            yield kept
 
     # Files.
 
@@ -375,6 +399,30 @@ class BaseCodec(ABC, Generic[Array]):
                 stop = min(stop, limits[row])
             first = window.kept.start * items_per_frame
             out[row, ..., start:stop] = result[..., first : first + stop - start]
+
+    # What the network gives.
+
+    def _check_encoded(self, tokens: Any) -> None:
+        """Raise NemoLfrError where the encoder gave no tokens, [B, C, T]."""
+        if not math.prod(tokens.shape) or (int(tokens.min()) >= 0 and int(tokens.max()) < self.codebook_size):
+            return
+        row = next(row for row, own in enumerate(tokens) if int(own.min()) < 0 or int(own.max()) >= self.codebook_size)
+        raise self._not_finite("encoder", f"clip {row}")
+
+    def _check_decoded(self, audio: Any) -> None:
+        """Raise NemoLfrError where the decoder gave NaN, [B, T_audio]."""
+        if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
+            return
+        row = next(row for row, own in enumerate(audio) if math.isnan(float(own.max())))
+        raise self._not_finite("decoder", f"utterance {row}")
+
+    def _not_finite(self, part: str, what: str) -> NemoLfrError:
+        is_half = self.precision == "fp16"
+        advice = 'use precision="fp32" or "bf16"' if is_half else "load the checkpoint again, or use another"
+        return NemoLfrError(
+            f"{self.name}: the {part} gives NaN or infinite values for {what}; its weights are damaged, or too large "
+            f"for {self.precision}: {advice}."
+        )
 
     # What callers pass.
 

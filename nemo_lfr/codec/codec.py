@@ -4,8 +4,8 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from nemo_lfr.codec import inference
+from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.plan import has_bf16
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.codec.weights import one_look
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
@@ -85,14 +88,16 @@ class Codec(BaseCodec[torch.Tensor]):
     def encoder(self) -> HiFiGANEncoder:
         """Audio -> encoded frames; its numbers are read when it is first asked for."""
         if self._checkpoint is not None:
-            self._checkpoint.fill("audio_encoder", self.device)
+            with building_state(torch.device("cpu")):
+                self._checkpoint.fill("audio_encoder", self.device)
         return self._encoder
 
     @functools.cached_property
     def decoder(self) -> HiFiGANDecoder:
         """Dequantized frames -> audio; its numbers are read when it is first asked for."""
         if self._checkpoint is not None:
-            self._checkpoint.fill("audio_decoder", self.device)
+            with building_state(torch.device("cpu")):
+                self._checkpoint.fill("audio_decoder", self.device)
         return self._decoder
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,15 +179,18 @@ class Codec(BaseCodec[torch.Tensor]):
     def _cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
         return array.detach().to(self.device, getattr(torch, dtype))
 
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        mind_fork()
+        with reference_state(self.device), one_look():
+            yield
+
     def _autocast(self) -> Any:
-        mind_fork()  # streams come by here alone
         dtype = PRECISIONS[self.precision]
         if dtype is not None:
             return torch.autocast(self.device.type, dtype=dtype)
         if self.device.type != "cuda":
             return nullcontext()
-        from nemo_lfr.codec.gpu.graphs import convolutions  # of streams; all else runs there
-
         return convolutions(tf32=self.precision == "tf32")
 
     def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
@@ -210,15 +218,17 @@ class Codec(BaseCodec[torch.Tensor]):
 
     @torch.no_grad()
     def _encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        check_weights(self.encoder, f"the encoder of {self.name}")
         if self.device.type == "cuda":
             return self._engine(self.encoder)(audio, num_frames, audio.shape[1] // self.samples_per_frame)
         ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
         with self._autocast():
             encoded = inference.encode_frames(self.encoder, audio, ends)
-        return self.quantizer.encode(encoded.float()).transpose(0, 1)
+        return quantize(self.quantizer, encoded.float())
 
     @torch.no_grad()
     def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        check_weights(self.decoder, f"the decoder of {self.name}")
         if self.device.type == "cuda":
             return self._engine(self.decoder)(tokens, num_frames, tokens.shape[2])
         silence = min(num_frames) < tokens.shape[-1]
@@ -273,6 +283,8 @@ def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
             value = value.astype(native, order="C")  # torch takes no such memory, or warns of it
     try:
         tensor = torch.as_tensor(value)
+        if not isinstance(value, np.ndarray | torch.Tensor) and tensor.is_floating_point():
+            tensor = torch.as_tensor(value, dtype=torch.float32)  # and not the default dtype
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
         raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None

@@ -107,7 +107,7 @@ class Conv1d(nn.Module):
             self.pad = ((span - stride + 1) // 2,) * 2
         else:
             self.pad = ((span - 1) // 2,) * 2
-        conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation)
+        conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     @property
@@ -152,7 +152,7 @@ class ConvTranspose1d(nn.Module):
     ) -> None:
         super().__init__()
         self.first_sample = 0 if causal else (stride + 1) // 2
-        conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups)
+        conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     def overlap(self, hidden: torch.Tensor) -> torch.Tensor:

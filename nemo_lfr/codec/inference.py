@@ -19,6 +19,7 @@ from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.finite import to_audio
 from nemo_lfr.codec.plan import plan_of, slack
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
 
@@ -82,7 +83,7 @@ def _decode(decoder: HiFiGANDecoder, way: "_Way", inputs: torch.Tensor, num_fram
         rate *= up_rate
         hidden = _residuals(way, cast(ResidualLayer, res_layer), hidden, _scaled(num_frames, rate))
     hidden = _conv(way, decoder.post_conv, hidden, _scaled(num_frames, rate), decoder.post_activation)
-    return decoder.out_activation(hidden).squeeze(1)
+    return to_audio(decoder.out_activation, hidden).squeeze(1)
 
 
 class _Way:

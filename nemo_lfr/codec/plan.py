@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.weights import weights_version
 
 # Fewest frames of a batch for which transformed weights, twice as large, pay.
 FAST_FRAMES = 48
@@ -60,17 +61,17 @@ class Plan:
 
     def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._marks = _marks(part)
+        self._now = weights_version(part)
+        self._version = self._now()
         # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
         self._ends = {part.pre_conv, part.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
         self._banks: dict[nn.Module, torch.Tensor] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
-    def is_of(self, part: nn.Module) -> bool:
-        """Whether the part's numbers are those that this was built from."""
-        now = _marks(part)
-        return now[0] == self._marks[0] and torch.equal(now[1], self._marks[1])
+    def is_current(self) -> bool:
+        """Whether the weights are still those that this was built from."""
+        return bool(self._now() == self._version)
 
     def convolve(
         self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
@@ -217,7 +218,7 @@ def plan_of(part: nn.Module, dtype: torch.dtype) -> Plan | None:
         plans.clear()
         return None
     plan = plans.get(dtype)
-    if plan is None or not plan.is_of(part):
+    if plan is None or not plan.is_current():
         plans.clear()
         plans[dtype] = plan = Plan(part, dtype)
     return plan  # and not what is in the table, which another thread may have cleared
@@ -228,17 +229,6 @@ def has_bf16() -> bool:
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _marks(part: nn.Module) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """What tells whether numbers changed: where they lie, how often they were written to, and eight of each.
-
-    Writing through `.data` counts as no change for torch, hence the eight.
-    """
-    parameters = [parameter.detach() for parameter in part.parameters()]
-    places = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in parameters]
-    some = [value.reshape(-1)[:: max(1, value.numel() // 8)] for value in parameters]
-    return places, torch.cat([values.float() for values in some])
 
 
 def _folded(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -308,7 +298,7 @@ def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.
     weight, _ = _folded(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1
-    places = torch.linspace(0, result.shape[2] - 1, 16).long().tolist()
+    places = torch.linspace(0, result.shape[2] - 1, 16, dtype=torch.float64).long().tolist()
     seen = torch.stack([padded[0, :, place * stride : place * stride + span] for place in places])
     exact = _exact(layer, seen)[:, :, 0]
     found = result[0, :, places].T.float()

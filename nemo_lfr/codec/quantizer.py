@@ -89,8 +89,9 @@ class FiniteScalarQuantizer(NeuralModule):
 
     def compress(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Squash [B, D, T] into the range of the levels, so that rounding gives one of them."""
-        half_range = (self.num_levels - 1) / 2 * (1 - self.eps)
-        offset = (self.num_levels % 2 == 0) * 0.5  # not torch.where: its scalars stand in a CUDA graph's way
+        levels = self.num_levels.to(torch.float32)  # integers would divide into the default dtype
+        half_range = (levels - 1) / 2 * (1 - self.eps)
+        offset = (levels % 2 == 0).to(torch.float32) * 0.5  # not torch.where: its scalars stand in a CUDA graph's way
         # tan, not atanh: released checkpoints were trained with it, and token ids depend on it.
         shift = (offset / half_range).tan()
         return half_range * (inputs + shift).tanh() - offset
@@ -138,7 +139,9 @@ class FiniteScalarQuantizer(NeuralModule):
     def nonnegative_to_codes(self, codes_nonnegative: torch.Tensor) -> torch.Tensor:
         """Digits from 0 to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
-        return (codes_nonnegative - middle) / middle
+        digits = codes_nonnegative - middle
+        # Integers would divide into the default dtype.
+        return (digits if digits.is_floating_point() else digits.to(torch.float32)) / middle
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         """Tokens of codes in [-1, 1]: [B, D, T] -> [B, T] as int32.

@@ -6,7 +6,6 @@ that one captured graph serves clips of all lengths. `convolution` is the defini
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -227,26 +226,3 @@ def convolution(
     if after is not None:
         result = after(result)
     return result.to(dtype or signal.dtype)
-
-
-def stamp(*modules: nn.Module) -> Any:
-    """A function of no arguments whose result changes when the numbers of `modules` do, or where they lie.
-
-    It holds no module: only the tables that their parameters and buffers stand in.
-    """
-    tables = [
-        cast(dict[str, torch.Tensor | None], table)
-        for module in modules
-        for child in module.modules()
-        for table in (child._parameters, child._buffers)
-    ]
-
-    def numbers() -> tuple[tuple[int, int], ...]:
-        return tuple(
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for table in tables
-            for tensor in table.values()
-            if tensor is not None
-        )
-
-    return numbers

@@ -9,18 +9,20 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from nemo_lfr.codec.ambient import convolutions, reference_state
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.gpu.folded import stamp
+from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.codec.weights import weights_version
 from nemo_lfr.errors import clip
 
 logger = logging.getLogger("nemo_lfr")
@@ -154,7 +156,8 @@ class Engine:
             num_frames: at least 1.
             width: frames of memory, at least `min_frames`.
         """
-        with self._lock, self._turn(inputs.device), _plain_mode(inputs.device.type, self.plan.precision.tf32):
+        state = reference_state(inputs.device)
+        with self._lock, self._turn(inputs.device), state, convolutions(self.plan.precision.tf32):
             frames = torch.tensor(num_frames, device=inputs.device)
             function = self._encode if self._encodes else self._decode
             if len(num_frames) * width > GRAPH_FRAMES:
@@ -176,7 +179,7 @@ class Engine:
 
     def _encode(self, audio: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
         encoded = self.plan(audio.unsqueeze(2), num_frames.clamp(min=self._min_frames))
-        return self.quantizer.encode(encoded.transpose(1, 2)).transpose(0, 1)
+        return quantize(self.quantizer, encoded.transpose(1, 2))
 
     def _decode(self, tokens: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
         codes = self.quantizer.decode(tokens.transpose(0, 1))
@@ -197,31 +200,12 @@ def engine(
     """The engine of a part as its numbers are now."""
     engines = _ENGINES.setdefault(part, {})
     if precision in engines:
-        numbers, then, found = engines[precision]
-        if numbers() == then and found.quantizer is quantizer:
+        now, version, found = engines[precision]
+        if now() == version and found.quantizer is quantizer:
             return found
         del engines[precision]  # before the new one takes memory
-    numbers = stamp(part, quantizer)
+    now = weights_version(part, quantizer)
+    version = now()  # before they are copied: what is written meanwhile is noticed the next time
     made = Engine(part, quantizer, precision, device)
-    engines[precision] = (numbers, numbers(), made)
+    engines[precision] = (now, version, made)
     return made
-
-
-@contextmanager
-def _plain_mode(device: str, tf32: bool) -> Iterator[None]:
-    """The arithmetic that was asked for, whatever autocast, inference mode and TF32 the caller has around it."""
-    with (
-        torch.inference_mode(False),  # what is kept from here must serve outside of it too
-        torch.no_grad(),
-        torch.autocast(device, enabled=False),
-        convolutions(tf32),
-    ):
-        yield
-
-
-def convolutions(tf32: bool) -> AbstractContextManager[None]:
-    """cuDNN's convolutions of fp32 numbers with TF32 or without; PyTorch allows it to begin with."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32
-    )

@@ -19,6 +19,7 @@ from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.finite import to_audio
 from nemo_lfr.codec.gpu import folded
 from nemo_lfr.codec.gpu.choice import Choices, Way, gpu_seconds
 from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
@@ -140,7 +141,7 @@ class Plan:
         self._add_layer("out", decoder.post_conv, exact, rate, decoder.post_activation, torch.float32)
         squash = decoder.out_activation
         last = self.steps[-1]
-        self.steps[-1] = dataclasses.replace(last, run=lambda signal, ends: squash(last.run(signal, ends)))
+        self.steps[-1] = dataclasses.replace(last, run=lambda signal, ends: to_audio(squash, last.run(signal, ends)))
 
     def _add_layer(
         self,
@@ -307,7 +308,7 @@ def find_kernels(device: torch.device) -> ModuleType | None:
     try:
         from nemo_lfr.codec.gpu import kernels
 
-        signal = torch.randn(2, 40, 16, device=device)
+        signal = torch.randn(2, 40, 16, device=device, dtype=torch.float32)
         ends = torch.tensor([40, 33], device=device)
         with torch.cuda.device(device):
             found = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)

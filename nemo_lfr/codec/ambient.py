@@ -1,0 +1,176 @@
+"""Settings of the caller that must not reach the codec: autocast, default device, inference mode, reduced precision.
+
+PyTorch keeps them for a thread (autocast, default device, inference and grad mode) or for the whole process (default
+dtype, precision of fp32 products). `reference_state` turns off those that change results; the codec's own code names
+the dtype of every tensor it makes, so that the default dtype does not matter to it. `building_state` also sets the
+default dtype, for constructors that are not ours.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr.errors import NemoLfrError
+
+_CUDNN: Any = torch.backends.cudnn
+_MKLDNN: Any = torch.backends.mkldnn
+
+
+class ProcessSetting:
+    """A setting of the whole process that is changed while at least one thread computes.
+
+    The first thread to enter saves the caller's value and the last one to leave restores it. A thread that wants
+    another value waits until nobody uses this one.
+
+    Args:
+        get: returns the present value.
+        put: sets it.
+    """
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        self._get, self._put = get, put
+        self._changed = threading.Condition()
+        self._users = 0
+        self._wanted: Any = None
+        self._saved: Any = None
+
+    @contextmanager
+    def at(self, wanted: Any) -> Iterator[None]:
+        """Keep the setting at `wanted` within the context."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users or self._wanted == wanted)
+            if not self._users:
+                self._wanted, self._saved = wanted, self._get()
+            if self._get() != wanted:
+                self._put(wanted)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if not self._users:
+                    if self._saved != wanted:
+                        self._put(self._saved)
+                    self._changed.notify_all()
+
+    def differs(self, wanted: Any) -> bool:
+        """Whether the setting must be changed, or kept as it is now for the threads that use it."""
+        return self._users > 0 or self._get() != wanted
+
+
+def _get_cudnn_tf32() -> Any:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the caller has used the interface of torch 2.9, with which the older one refuses to mix
+        return _CUDNN.conv.fp32_precision
+
+
+def _put_cudnn_tf32(value: Any) -> None:
+    if isinstance(value, bool):
+        try:
+            _ = torch.backends.cudnn.allow_tf32
+        except RuntimeError:
+            value = "tf32" if value else "ieee"
+    if isinstance(value, bool):
+        torch.backends.cudnn.set_flags(_allow_tf32=value)
+    else:
+        _CUDNN.conv.fp32_precision = value
+
+
+def _attribute(owner: Any) -> ProcessSetting:
+    """oneDNN's precision of fp32 products, "none" where nobody has set it."""
+
+    def get() -> str:
+        return "ieee" if owner.fp32_precision == "none" else str(owner.fp32_precision)
+
+    return ProcessSetting(get, lambda value: setattr(owner, "fp32_precision", value))
+
+
+_CUDNN_TF32 = ProcessSetting(_get_cudnn_tf32, _put_cudnn_tf32)
+_DEFAULT_DTYPE = ProcessSetting(torch.get_default_dtype, torch.set_default_dtype)
+if hasattr(_MKLDNN, "matmul"):  # torch 2.9
+    _ONEDNN = [(_attribute(_MKLDNN.matmul), "ieee"), (_attribute(_MKLDNN.conv), "ieee")]
+else:
+    _PRECISION = ProcessSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+    _ONEDNN = [(_PRECISION, "highest")]
+
+
+@contextmanager
+def reference_state(device: torch.device) -> Iterator[None]:
+    """Compute fp32 as fp32, without a graph, on the devices that are named, whatever the caller has set.
+
+    Args:
+        device: of the codec; autocast is turned off there and on the CPU.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # what is kept from here must serve outside of it too
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if device.type == "cpu":
+            for setting, wanted in _ONEDNN:
+                if setting.differs(wanted):
+                    stack.enter_context(setting.at(wanted))
+        yield
+
+
+@contextmanager
+def building_state(device: torch.device | None = None) -> Iterator[None]:
+    """Construct modules with fp32 parameters that can be trained, whatever the caller has set.
+
+    Args:
+        device: default device within the context; the caller's if not passed.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if device is not None and torch.get_default_device() != device:
+            stack.enter_context(device)
+        if _DEFAULT_DTYPE.differs(torch.float32):
+            stack.enter_context(_DEFAULT_DTYPE.at(torch.float32))
+        yield
+
+
+@contextmanager
+def convolutions(tf32: bool) -> Iterator[None]:
+    """cuDNN's fp32 convolutions with TF32 or without; PyTorch allows it by default."""
+    try:
+        _ = torch.backends.cudnn.allow_tf32
+        wanted: Any = tf32
+    except RuntimeError:
+        wanted = "tf32" if tf32 else "ieee"
+    with _CUDNN_TF32.at(wanted):
+        yield
+
+
+def check_weights(module: nn.Module, name: str) -> None:
+    """Raise unless all weights of an encoder or decoder are fp32, which the tokens are defined by.
+
+    Raises:
+        NemoLfrError: naming the dtype and what to do.
+    """
+    # `Module.parameters` takes three times as long.
+    for parameter in (value for child in module.modules() for value in child._parameters.values()):
+        if parameter is None or parameter.dtype is torch.float32:
+            continue
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if parameter.dtype is torch.float64:
+            advice = "call .float() on it, which restores the fp32 weights exactly"
+        else:
+            advice = (
+                "its rounded weights give other tokens and .float() does not restore them; load the checkpoint again, "
+                "keep the codec out of .half(), .bfloat16() and .to(dtype) of the model around it, and for speed pass "
+                'precision="bf16" or "fp16" to nemo_lfr.load'
+            )
+        raise NemoLfrError(f"{name}: the weights were converted to {dtype}; {advice}.")

@@ -1,0 +1,124 @@
+"""`weights_version`: whether the weights that something was derived from are still what they were.
+
+PyTorch counts writes to a tensor, but not those through `.data`, a numpy view or another process. So the contents are
+compared too, by a checksum that reads every byte once, as fast as memory gives it: 0.15 to 0.25 ms for a million fp32
+weights on one CPU core, which is 1 to 4 % of the time to encode one second with them. Within `one_look` the contents
+are read once, however many batches a call computes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+# Columns of a checksum. It is prime so that a weight that moves by whole kernels or channels changes its column.
+COLUMNS = 509
+_FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+# Smaller tensors are read together: on a CPU each costs as much time as some thousand weights, on a GPU a launch.
+SMALL = {"cpu": 1 << 16}
+SMALL_ELSEWHERE = 1 << 24
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("contents seen", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Read the contents of the same weights once within the context: nobody is to change them meanwhile."""
+    token = None if _SEEN.get() is not None else _SEEN.set({})
+    try:
+        yield
+    finally:
+        if token is not None:
+            _SEEN.reset(token)
+
+
+def weights_version(*modules: nn.Module) -> Callable[[], Any]:
+    """Return a function whose result changes when any weight or buffer of `modules` does, or where one lies.
+
+    It holds none of `modules`, but the tables that their children, parameters and buffers stand in.
+    """
+    found = [child for module in modules for child in module.modules()]
+    children = [child._modules for child in found]
+    tables = [
+        cast(dict[str, torch.Tensor | None], table) for child in found for table in (child._parameters, child._buffers)
+    ]
+    del found
+
+    def version() -> Any:
+        tensors = [tensor for table in tables for tensor in table.values() if tensor is not None]
+        places = (
+            tuple(id(child) for table in children for child in table.values()),
+            tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
+        )
+        seen = _SEEN.get()
+        if seen is None:
+            return places, _checksums(tensors)
+        if places not in seen:
+            seen[places] = _checksums(tensors)
+        return places, seen[places]
+
+    return version
+
+
+@torch.no_grad()
+def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    """Checksums that together change with any byte of `tensors`."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and not tensor.is_meta:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().reshape(-1))
+    sums: list[int] = []
+    for (device, _), members in kinds.items():
+        flats = list(_joined(members, SMALL.get(device.type, SMALL_ELSEWHERE)))
+        if device.type == "cpu":
+            sums += [_checksum(flat.view(torch.uint8).numpy()) for flat in flats]
+        else:
+            sums += torch.stack([_device_checksum(flat) for flat in flats]).tolist()
+    return tuple(sums)
+
+
+def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
+    """The same numbers in few tensors: those of up to `small` elements together."""
+    group: list[torch.Tensor] = []
+    total = 0
+    for member in members:
+        if member.numel() > small:
+            yield member
+            continue
+        if total + member.numel() > small and group:
+            yield torch.cat(group)
+            group, total = [], 0
+        group.append(member)
+        total += member.numel()
+    if group:
+        yield torch.cat(group)
+
+
+def _checksum(data: np.ndarray) -> int:
+    """Weighted sum of the columns of bytes [n] read as rows of `COLUMNS` integers, modulo 2^64.
+
+    A factor is odd, so that a change of one integer always changes the sum.
+    """
+    row = COLUMNS * 8
+    whole = len(data) // row * row
+    columns = np.add.reduce(data[:whole].view(np.uint64).reshape(-1, COLUMNS), axis=0)
+    if whole < len(data):
+        rest = np.zeros(row, np.uint8)
+        rest[: len(data) - whole] = data[whole:]
+        columns = columns + rest.view(np.uint64)
+    return int((columns * _FACTORS).sum())
+
+
+def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
+    """The same idea on a GPU, where the result stays until it is asked for."""
+    values = flat.view(_INTEGERS[flat.element_size()])
+    factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)
+    whole = len(values) // COLUMNS * COLUMNS
+    columns = values[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
+    rest = values[whole:].to(torch.int64)
+    return (columns * factors).sum() + (rest * factors[: len(rest)]).sum()

@@ -1,0 +1,121 @@
+"""Audio of containers that libsndfile does not read (MP4, WebM, ASF, AMR, AAC ...), decoded by FFmpeg through PyAV."""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nemo_lfr.errors import AudioError, MissingExtraError, clip
+
+SUFFIXES = (".m4a", ".mp4", ".m4b", ".mov", ".3gp", ".webm", ".mka", ".mkv", ".aac", ".wma", ".asf", ".amr", ".weba")
+# FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg"
+
+# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams.
+_MAGIC = (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba")
+
+
+def looks_like_media(head: bytes) -> bool:
+    """Return whether the first 16 bytes of a file are those of a container for which this module is there."""
+    return (
+        head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+        or head.startswith(
+            (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba")
+        )
+        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+        or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
+        or head[:4] in (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff")
+    )
+
+
+class MediaDecoder:
+    """Decoder of a file's first audio track.
+
+    Args:
+        source: the file, seekable; not closed here.
+
+    Attributes:
+        rate: Hz.
+        channels: of every block.
+        num_frames: None, since the container's figures are approximate.
+
+    Raises:
+        MissingExtraError: if PyAV is not installed.
+        AudioError: if FFmpeg does not read it, or it has no audio track.
+    """
+
+    num_frames: int | None = None
+
+    def __init__(self, source: BinaryIO) -> None:
+        try:
+            import av
+        except ImportError as error:
+            raise MissingExtraError('PyAV is not installed; run: pip install ".[media]"') from error
+        self._av: Any = av
+        self._source = source
+        self._open()
+
+    def _open(self) -> None:
+        self._source.seek(0)
+        options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "pipe"}
+        try:
+            # A file object, since FFmpeg takes a name for a protocol and opens what it says.
+            self._container = self._av.open(self._source, metadata_errors="ignore", container_options=options)
+            tracks = self._container.streams.audio
+            if not tracks:
+                raise AudioError("it has no audio track")
+            track = tracks[0]
+            track.thread_type = "NONE"
+            self.rate, self.channels = int(track.rate or 0), int(track.channels or 0)
+            if not self.rate or not self.channels:
+                raise AudioError("its audio track has no sample rate")
+            layout = track.layout.name
+            self._resampler = self._av.AudioResampler(format="flt", layout=layout, rate=self.rate)
+        except (self._av.FFmpegError, ValueError, OSError, MemoryError) as error:
+            if isinstance(error, AudioError):
+                raise
+            raise AudioError(clip(error, 200)) from error
+        self._expected = self._container.duration  # microseconds, or None
+        self._blocks = self._decode(track)
+        self._waiting = np.zeros((0, self.channels), np.float32)
+        self._position = 0
+
+    def _decode(self, track: Any) -> Iterator[np.ndarray]:
+        total = 0
+        try:
+            for frame in self._container.decode(track):
+                for part in self._resampler.resample(frame):
+                    total += part.samples
+                    yield part.to_ndarray().reshape(-1, self.channels)
+            for part in self._resampler.resample(None):
+                total += part.samples
+                yield part.to_ndarray().reshape(-1, self.channels)
+        except (self._av.FFmpegError, ValueError, OSError) as error:
+            raise AudioError(f"damaged audio ({clip(error, 200)})") from error
+        # A container's duration is that of its longest track, roughly.
+        if self._expected and len(self._container.streams) == 1:
+            seconds = self._expected / 1e6
+            if total / self.rate < 0.97 * seconds - 0.5:
+                raise AudioError(f"was cut short after {total / self.rate:.1f} of {seconds:.1f} s")
+
+    def read(self, count: int) -> np.ndarray:
+        """Return the next samples, [up to count, channels] float32; none at the end."""
+        pieces, size = [self._waiting], len(self._waiting)
+        while size < count and (block := next(self._blocks, None)) is not None:
+            pieces.append(block)
+            size += len(block)
+        joined = np.concatenate(pieces) if len(pieces) > 1 else self._waiting
+        self._waiting = joined[count:]
+        self._position += min(count, len(joined))
+        return np.ascontiguousarray(joined[:count], dtype=np.float32)
+
+    def seek(self, position: int) -> None:
+        """Go to a sample, by decoding what is before it: the only way that is exact in every container."""
+        if position < self._position:
+            self._container.close()
+            self._open()
+        while self._position < position and len(self.read(min(1 << 16, position - self._position))):
+            pass
+
+    def close(self) -> None:
+        self._container.close()

@@ -1,0 +1,259 @@
+"""Files whose headers are wrong: all that can be decoded is read, or the error says what is missing."""
+
+import io
+import shutil
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.errors import AudioError
+from tests.models import synthesize
+
+RATE = 22050
+WAVE = synthesize(1.5, seed=1)
+OTHER = synthesize(0.7, seed=2)
+
+
+def written(wave=WAVE, rate=RATE, **options):
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, **{"format": "WAV", **options})
+    return file.getvalue()
+
+
+def pcm(wave=WAVE):
+    return (np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def chunk(name, data, size=None, pad=True):
+    size = len(data) if size is None else size
+    return name + struct.pack("<I", size) + data + (b"\0" if pad and len(data) % 2 else b"")
+
+
+def wav(*chunks, riff=None, rate=RATE, align=2, byte_rate=None):
+    form = struct.pack("<HHIIHH", 1, 1, rate, byte_rate or rate * 2, align, 16)
+    body = b"WAVE" + chunk(b"fmt ", form) + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
+
+
+def rf64(size, data_size=0xFFFFFFFF):
+    data = pcm()
+    ds64 = struct.pack("<QQQI", len(data) + 80, size, 0, 0)
+    form = struct.pack("<HHIIHH", 1, 1, RATE, RATE * 2, 2, 16)
+    body = b"WAVE" + chunk(b"ds64", ds64) + chunk(b"fmt ", form) + chunk(b"data", data, data_size)
+    return b"RF64" + struct.pack("<I", 0xFFFFFFFF) + body
+
+
+def patched(data, *patches):
+    data = bytearray(data)
+    for position, value in patches:
+        data[position : position + len(value)] = value
+    return bytes(data)
+
+
+def flac(wave=WAVE, known=True):
+    data = written(wave, format="FLAC")
+    return data if known else patched(data, (21, bytes([data[21] & 0xF0])), (22, bytes(4)))
+
+
+def au(length, wave=WAVE):
+    return patched(written(wave, format="AU"), (8, struct.pack(">I", length)))
+
+
+def aiff(zero):
+    data = written(format="AIFF")
+    if not zero:
+        return data
+    common, samples = data.index(b"COMM"), data.index(b"SSND")
+    return patched(data, (common + 10, bytes(4)), (samples + 4, bytes(4)))
+
+
+def caf(length):
+    data = written(format="CAF", subtype="PCM_16")
+    return patched(data, (data.index(b"data") + 4, struct.pack(">q", length)))
+
+
+SIZE = 2 * len(WAVE)
+# Files that hold WAVE, sample for sample at 16 bits.
+WHOLE = {
+    "plain": wav(chunk(b"data", pcm())),
+    "RIFF size of the whole file": wav(chunk(b"data", pcm()), riff=SIZE + 44),
+    "RIFF size 0": wav(chunk(b"data", pcm()), riff=0),
+    "RIFF size unknown": wav(chunk(b"data", pcm()), riff=0xFFFFFFFF),
+    "data size 0": wav(chunk(b"data", pcm(), 0), riff=36),
+    "data size unknown": wav(chunk(b"data", pcm(), 0xFFFFFFFF), riff=0xFFFFFFFF),
+    "data size of sox into a pipe": wav(chunk(b"data", pcm(), 0x7FFFFFFF - 36), riff=0x7FFFFFFF),
+    "data size of a quarter": wav(chunk(b"data", pcm(), SIZE // 4 // 2 * 2), riff=SIZE // 4 + 36),
+    "data size of the whole file": wav(chunk(b"data", pcm(), SIZE + 44)),
+    "data size of the RIFF chunk": wav(chunk(b"data", pcm(), SIZE + 36)),
+    "byte rate of another format": wav(chunk(b"data", pcm()), byte_rate=8000),
+    "wrong fact chunk": wav(chunk(b"fact", struct.pack("<I", 7)), chunk(b"data", pcm())),
+    "list before": wav(chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"data", pcm())),
+    "list after": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
+    "ID3 after": wav(chunk(b"data", pcm()), chunk(b"id3 ", b"ID3\x04\0\0\0\0\0\0" * 40)),
+    "tag after the RIFF chunk": wav(chunk(b"data", pcm())) + b"TAG" + b"title".ljust(125, b"\0"),
+    "zeros after the RIFF chunk": wav(chunk(b"data", pcm())) + bytes(512),
+    "odd chunk without its pad byte": wav(chunk(b"note", b"abc", pad=False), chunk(b"data", pcm())),
+    "two data chunks": wav(chunk(b"data", pcm()[:2000]), chunk(b"JUNK", b"12"), chunk(b"data", pcm()[2000:])),
+    "RF64": rf64(SIZE),
+    "RF64 whose long size is unknown": rf64(0),
+    "FLAC": flac(),
+    "FLAC of unknown length": flac(known=False),
+    "AU of unknown length": au(0xFFFFFFFF),
+    "AU of length 0": au(0),
+    "AU of half its length": au(SIZE // 2),
+    "AIFF of length 0": aiff(zero=True),
+    "CAF of unknown length": caf(-1),
+    "CAF of length 0": caf(0),
+}
+
+
+def read(data, rate=RATE, block=10.0):
+    with AudioReader("a.wav", rate, data=data) as reader:
+        duration = reader.duration
+        wave = np.concatenate([np.zeros(0, np.float32), *reader.blocks(block)])
+    assert abs(duration - len(wave) / rate) < 2 / rate
+    return wave
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
+    wave = read(WHOLE[name])
+    assert len(wave) == len(WAVE)
+    np.testing.assert_allclose(wave, WAVE, rtol=0, atol=2**-14)  # a step of 16 bits, written by two conventions
+    (tmp_path / "a.bin").write_bytes(WHOLE[name])
+    with AudioReader(tmp_path / "a.bin", RATE) as reader:
+        assert np.array_equal(np.concatenate(list(reader.blocks(0.1))), wave)
+        part = reader.segment(0.5, 0.25)
+    assert np.array_equal(part, wave[RATE // 2 : RATE // 2 + len(part)]) and len(part) == -(-RATE // 4)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_reference_decoder_agrees(tmp_path, name):
+    """It may stop where a header stops it, but what it reads is what we read."""
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        pytest.skip("FFmpeg is not installed")
+    if name == "two data chunks":
+        pytest.skip("FFmpeg reads the last data chunk only")
+    (tmp_path / "a.bin").write_bytes(WHOLE[name])
+    command = [ffmpeg, "-v", "error", "-i", tmp_path / "a.bin", "-f", "f32le", "-ac", "1", "-"]
+    expected = np.frombuffer(subprocess.run(command, capture_output=True).stdout, "<f4")
+    wave = read(WHOLE[name])
+    assert len(expected) <= len(wave)
+    np.testing.assert_allclose(wave[: len(expected)], expected, rtol=0, atol=2**-14)
+
+
+CUT = {
+    "WAV": wav(chunk(b"data", pcm()))[:-1000],
+    "WAV without its last sample": wav(chunk(b"data", pcm()))[:-2],
+    "RF64": rf64(SIZE)[:-1000],
+    "AU": au(SIZE)[:-1000],
+    "AIFF": aiff(zero=False)[:-1000],
+    "CAF": caf(SIZE + 4)[:-1000],
+    "FLAC": flac()[:-1000],
+    "FLAC of unknown length": flac(known=False)[:-1000],
+    "second of two FLACs": flac() + flac(OTHER)[:-1000],
+    "Vorbis": written(format="OGG", subtype="VORBIS")[:-3000],
+    "half of Opus": written(format="OGG", subtype="OPUS", rate=24000)[:4000],
+    "MP3": written(format="MP3")[:-1000],
+    "second of two MP3s": written(format="MP3") + written(OTHER, format="MP3")[:-1000],
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_stream_that_is_cut_is_refused(name):
+    with pytest.raises(AudioError, match=r"a\.wav: (was cut short|damaged audio|is damaged)"):
+        read(CUT[name])
+
+
+@pytest.mark.parametrize("damage", ["a byte", "a page"])
+def test_damage_within_ogg_is_refused(damage):
+    data = bytearray(written(synthesize(8), format="OGG", subtype="VORBIS"))
+    pages = [position for position in range(len(data)) if data[position : position + 4] == b"OggS"]
+    assert len(pages) > 5
+    if damage == "a byte":
+        data[pages[4] + 100] ^= 1
+    else:
+        del data[pages[3] : pages[4]]
+    with pytest.raises(AudioError, match="is damaged"):
+        read(bytes(data))
+
+
+JOINED = {
+    "WAV": {},
+    "FLAC": {"format": "FLAC"},
+    "Vorbis": {"format": "OGG", "subtype": "VORBIS"},
+    "Opus": {"format": "OGG", "subtype": "OPUS"},
+    "MP3": {"format": "MP3"},
+    "MP3 of variable rate": {"format": "MP3", "bitrate_mode": "VARIABLE"},
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+@pytest.mark.parametrize("rates", [(24000, 24000, 24000), (24000, 48000, 24000)])
+def test_recordings_joined_by_cat_are_read_one_after_the_other(kind, rates):
+    files = [
+        written(wave, rate, **JOINED[kind])
+        for wave, rate in zip((WAVE, OTHER, WAVE[: len(WAVE) // 2]), rates, strict=True)
+    ]
+    alone = [read(data, 24000) for data in files]
+    joined = read(b"".join(files), 24000)
+    assert len(joined) == sum(map(len, alone))
+    np.testing.assert_allclose(joined, np.concatenate(alone), rtol=0, atol=1e-6)
+    with AudioReader("a", 24000, data=b"".join(files)) as reader:
+        start = len(alone[0]) / 24000
+        part = reader.segment(start - 0.01, 0.02)  # over the first seam
+    assert len(part) == 480
+    if len(set(rates)) == 1 and kind in ("WAV", "FLAC"):
+        np.testing.assert_allclose(part, joined[len(alone[0]) - 240 :][:480], rtol=0, atol=1e-6)
+
+
+def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
+    data = written(synthesize(6), format="MP3", bitrate_mode="VARIABLE")
+    whole = read(data)
+    second = data.index(data[:2], 2)  # the first frame holds the header, and no sound
+    wave = read(data[second:])
+    # Without the header nothing tells how long the encoder's delay is, so that it stays in.
+    assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
+
+
+def test_mp3_with_tags_around_it_is_read_once():
+    data = written(format="MP3")
+    tag = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
+    expected = read(data)
+    assert np.array_equal(read(tag + data + b"TAG".ljust(128, b"\0")), expected)
+    assert len(read(tag + data + tag + data)) == 2 * len(expected)
+
+
+EMPTY = {
+    "WAV": wav(chunk(b"data", b"")),
+    "WAV with a list": wav(chunk(b"data", b""), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
+    "unknown and nothing there": wav(chunk(b"data", b"", 0xFFFFFFFF)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_file_that_truly_holds_nothing_is_empty(name):
+    assert len(read(EMPTY[name])) == 0
+
+
+def test_random_bytes_after_any_magic_never_raise_anything_else():
+    rng = np.random.default_rng(0)
+    seeds = [*WHOLE.values(), *(written(rate=24000, **options) for options in JOINED.values())]
+    for _ in range(300):
+        data = bytearray(seeds[rng.integers(len(seeds))][: rng.integers(4, 3000)])
+        for position in rng.integers(0, len(data), rng.integers(1, 20)):
+            data[position] = rng.integers(0, 256)
+        try:
+            assert np.isfinite(read_any(bytes(data))).all()
+        except AudioError as error:
+            assert str(error).startswith("a.wav: ")
+
+
+def read_any(data):
+    with AudioReader("a.wav", RATE, data=data) as reader:
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
