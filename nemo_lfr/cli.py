@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +24,23 @@ import click
 
 from nemo_lfr import __version__
 from nemo_lfr.corpus.command import detokenize, tokenize
-from nemo_lfr.corpus.layouts import AUDIO_SUFFIXES, LAYOUTS
+from nemo_lfr.corpus.layouts import LAYOUTS
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.command import evaluate
+from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.heap import keep_heap
+from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.terminal import note, progress
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
     from nemo_lfr.codec.codec import Codec
 
-TOKEN_SUFFIX = ".lfr"
+OUTPUT_KINDS = ("wav", "flac")
 # Files up to this long may be encoded together; longer ones stream through bounded memory.
 BATCH_SECONDS = 60
+# Hz of a reader that is only asked what its file's header says.
+INFO_RATE = 22050
 
 
 @dataclass(frozen=True)
@@ -47,26 +51,52 @@ class Job:
     target: Path
 
 
-def plan_jobs(inputs: Sequence[str], out: Path | None, suffixes: set[str], new_suffix: str) -> list[Job]:
+def plan_jobs(
+    inputs: Sequence[str],
+    out: Path | None,
+    suffixes: Collection[str],
+    new_suffix: str,
+    report: Callable[[str], None] = note,
+) -> list[Job]:
     """Expand files, folders and globs into jobs; a folder's sub-folders are mirrored under `out`.
+
+    An `out` that ends in `new_suffix` is the result of a single file, unless there is a folder of that name.
+
+    Args:
+        inputs: as typed.
+        out: folder for the results, or the result of one file.
+        suffixes: of the files to take from folders, in lower case.
+        new_suffix: of the results.
+        report: called for each folder with the files that were passed over, after all else has been checked.
 
     Raises:
         NemoLfrError: if an input is missing or empty, or two inputs would write one file.
     """
+    passed_over: list[str] = []
+    single = names_a_file(out, new_suffix)
     jobs: list[Job] = []
     for text in inputs:
-        exists = text and Path(text).exists()  # "" would be the current folder
+        exists = text and os.path.lexists(text)  # "" would be the current folder
         matches = [Path(text)] if exists else [Path(match) for match in glob.glob(text, recursive=True)]
         if not matches:
             raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
+        if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
+            raise NemoLfrError(
+                f"--out {out} names one {new_suffix} file, but the input is not one file; give a folder as --out."
+            )
         for path in sorted(matches):
             if path.is_dir():
-                files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+                files = find_files(path, suffixes, report=passed_over.append)
                 if not files and len(matches) == 1:
-                    raise NemoLfrError(f"{path}: no {' or '.join(sorted(suffixes))} file in this folder.")
-                jobs += [Job(file, ((out or path) / file.relative_to(path)).with_suffix(new_suffix)) for file in files]
+                    reason = f" ({passed_over[-1].partition('found; ')[2]})" if passed_over else ""
+                    raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{reason}.")
+                jobs += [Job(file, _renamed((out or path) / file.relative_to(path), new_suffix)) for file in files]
+                continue
+            check_input(path, suffixes)
+            if single and out is not None:
+                jobs.append(Job(path, out))
             else:
-                jobs.append(Job(path, ((out or path.parent) / path.name).with_suffix(new_suffix)))
+                jobs.append(Job(path, _renamed((out or path.parent) / path.name, new_suffix)))
     targets: dict[Path, Path] = {}
     for job in dict.fromkeys(jobs):
         if job.target in targets:
@@ -74,15 +104,81 @@ def plan_jobs(inputs: Sequence[str], out: Path | None, suffixes: set[str], new_s
         if job.target == job.source:
             raise NemoLfrError(f"{job.source} would be replaced by its own result; give --out.")
         targets[job.target] = job.source
+    for line in passed_over:
+        report(f"nemo-lfr: {line}")
     return list(dict.fromkeys(jobs))
 
 
-def check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
-    """Refuse before any work if a result exists."""
+def names_a_file(out: Path | None, suffix: str) -> bool:
+    """Whether --out is the name of one result rather than a folder.
+
+    Raises:
+        NemoLfrError: if it is a file of another kind.
+    """
+    if out is None or out.is_dir():
+        return False
+    if out.suffix.lower() == suffix:
+        return True
+    if out.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
+        raise NemoLfrError(f"--out {out}: the result is a {suffix} file; give a folder, or a name that ends so.")
+    if out.exists():
+        raise NemoLfrError(f"--out {out} is a file; give a folder, or a name that ends in {suffix} for one input.")
+    return False
+
+
+def output_kind(kind: str | None, out: Path | None) -> str:
+    """Return the audio format that --format or the suffix of --out asks for; WAV by default.
+
+    Raises:
+        NemoLfrError: if they differ.
+    """
+    suffix = "" if out is None or out.is_dir() else out.suffix[1:].lower()
+    if suffix not in OUTPUT_KINDS:
+        return kind or OUTPUT_KINDS[0]
+    if kind not in (None, suffix):
+        raise NemoLfrError(f"--out {out} does not agree with --format {kind}; leave one of them out.")
+    return suffix
+
+
+def check_input(path: Path, suffixes: Collection[str]) -> None:
+    """Refuse a file that is plainly what another command takes, rather than call it damaged.
+
+    Raises:
+        NemoLfrError: naming that command.
+    """
+    if not path.is_file():
+        return
+    wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
+    identity = identify(path)
+    if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind} - {wanted.kind}:
+        raise NemoLfrError(f"{path}: is {identity.text}, not {wanted.text}; {identity.advice}.")
+
+
+def _renamed(path: Path, suffix: str) -> Path:
+    return path.with_name(path.stem + suffix)
+
+
+def _kinds(suffixes: Collection[str]) -> str:
+    return "audio" if len(suffixes) > 1 else next(iter(suffixes))
+
+
+def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[Job]:
+    """Return the jobs that are to be done.
+
+    Raises:
+        NemoLfrError: before any work, if a result exists that is neither to be replaced nor to be kept.
+    """
     from nemo_lfr.audio import refuse_overwrite
 
-    for job in jobs:
+    if overwrite and skip_existing:
+        raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
+    kept = [job for job in jobs if skip_existing and job.target.is_file()]
+    if kept:
+        note(f"nemo-lfr: {len(kept)} of {len(jobs)} results exist and are kept.")
+    left = [job for job in jobs if job not in set(kept)]
+    for job in left:
         refuse_overwrite(job.target, overwrite)
+    return left
 
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
@@ -233,28 +329,67 @@ def decode_job(job: Job, codec: "Codec", **options: Any) -> dict[str, Any]:
 
 
 def describe(text: str | None) -> dict[str, Any]:
-    """What a token file, a checkpoint, a Hub id or (None) the embedded codec is."""
-    if text is not None and text.endswith(TOKEN_SUFFIX):
-        from nemo_lfr.tokens.format import TokenReader
+    """Describe a file, a folder or a Hub id, and name the command that takes it; None is the bundled codec.
 
-        with TokenReader(text) as reader:
-            meta = reader.metadata
-            duration = reader.num_samples / meta.sample_rate
-            return {
-                "file": text,
-                "duration": round(duration, 4),
-                "samples": reader.num_samples,
-                "frames": reader.num_frames,
-                "bytes": os.path.getsize(text),
-                "bit rate": round(8 * os.path.getsize(text) / duration, 1) if duration else 0.0,
-                "sample rate": meta.sample_rate,
-                "samples per frame": meta.samples_per_frame,
-                "codebooks": meta.num_codebooks,
-                "levels": list(meta.levels),
-                "codec fingerprint": meta.fingerprint,
-                "precision": meta.precision,
-                "written by": meta.written_by,
-            }
+    Raises:
+        NemoLfrError: if it is nothing that this package reads.
+    """
+    path = None if text is None else Path(text).expanduser()
+    if path is None or not os.path.lexists(path):
+        if path is not None and path.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
+            raise NemoLfrError(f"{path}: no such file.")
+        return _describe_codec(text)
+    identity = identify(path)
+    if identity.kind == TOKENS.kind:
+        return _describe_tokens(path)
+    if identity.kind == AUDIO.kind:
+        return _describe_audio(path)
+    if identity.kind in (CHECKPOINT.kind, "onnx"):
+        return _describe_codec(str(path))
+    if identity.kind == "unknown":
+        raise NemoLfrError(f"{path}: {identity.text}; {identity.advice}.")
+    return {"path": str(path), "kind": identity.text, "use": identity.advice}
+
+
+def _describe_tokens(path: Path) -> dict[str, Any]:
+    from nemo_lfr.tokens.format import TokenReader
+
+    with TokenReader(path) as reader:
+        meta = reader.metadata
+        duration, size = reader.num_samples / meta.sample_rate, path.stat().st_size
+        return {
+            "file": str(path),
+            "duration": round(duration, 4),
+            "samples": reader.num_samples,
+            "frames": reader.num_frames,
+            "bytes": size,
+            "bit rate": round(8 * size / duration, 1) if duration else 0.0,
+            "sample rate": meta.sample_rate,
+            "samples per frame": meta.samples_per_frame,
+            "codebooks": meta.num_codebooks,
+            "levels": list(meta.levels),
+            "codec fingerprint": meta.fingerprint,
+            "precision": meta.precision,
+            "written by": meta.written_by,
+        }
+
+
+def _describe_audio(path: Path) -> dict[str, Any]:
+    from nemo_lfr.audio import AudioReader
+
+    with AudioReader(path, INFO_RATE) as reader:
+        return {
+            "file": str(path),
+            "kind": AUDIO.text,
+            "duration": round(reader.duration, 4),
+            "sample rate": reader.native_rate,
+            "channels": reader.channels,
+            "bytes": path.stat().st_size,
+            "use": AUDIO.advice,
+        }
+
+
+def _describe_codec(text: str | None) -> dict[str, Any]:
     from nemo_lfr.pretrained import find_checkpoint, is_exported, load
 
     codec = load(text, "cpu")
@@ -327,11 +462,12 @@ def app() -> None:
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the token files; beside the input if not given.",
+    type=click.Path(path_type=Path),
+    help="Folder for the token files, or NAME.lfr for one input; beside the input by default.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
 @click.option(
     "--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames at a time from a pipe."
 )
@@ -342,6 +478,7 @@ def encode(
     out: Path | None,
     batch_size: int,
     overwrite: bool,
+    skip_existing: bool,
     block: int,
     lookahead: int | None,
     **options: Any,
@@ -363,8 +500,14 @@ def encode(
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
-    jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX)
-    check_targets(jobs, overwrite)
+    passed_over: list[str] = []
+    jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, passed_over.append)
+    jobs = pending(jobs, overwrite, skip_existing)
+    for line in passed_over:
+        note(line)
+    if not jobs:
+        run_jobs([], lambda batch: iter(()), 1, options["as_json"])
+        return
     codec = open_codec(options["model"], options["device"], options["precision"])
     run_jobs(jobs, lambda batch: encode_jobs(batch, codec, overwrite), batch_size, options["as_json"])
 
@@ -373,24 +516,26 @@ def encode(
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the audio; beside the input if not given.",
+    type=click.Path(path_type=Path),
+    help="Folder for the audio, or NAME.wav for one input; beside the input by default.",
 )
-@click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
+@click.option("--format", "kind", type=click.Choice(OUTPUT_KINDS), help="Format of the audio; wav, or that of --out.")
 @click.option("--start", type=click.FloatRange(min=0), default=0.0, help="Second to start at.")
 @click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
 @click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
 @lookahead_option
 @model_options
 def decode(
     inputs: tuple[str, ...],
     out: Path | None,
-    kind: str,
+    kind: str | None,
     start: float,
     duration: float | None,
     recover: bool,
     overwrite: bool,
+    skip_existing: bool,
     lookahead: int | None,
     **options: Any,
 ) -> None:
@@ -402,6 +547,7 @@ def decode(
     wanted = {"start": start, "duration": duration, "recover": recover}
     if "-" in inputs:
         check_pipe(inputs, out)
+        kind = kind or "wav"
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:
             raise NemoLfrError("--lookahead is for a whole token file from stdin to WAV on stdout.")
@@ -417,8 +563,15 @@ def decode(
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are decoded with all that follows in them.")
-    jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}")
-    check_targets(jobs, overwrite)
+    kind = output_kind(kind, out)
+    passed_over: list[str] = []
+    jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}", passed_over.append)
+    jobs = pending(jobs, overwrite, skip_existing)
+    for line in passed_over:
+        note(line)
+    if not jobs:
+        run_jobs([], lambda batch: iter(()), 1, options["as_json"])
+        return
     codec = open_codec(options["model"], options["device"], options["precision"])
     run_jobs(
         jobs,
@@ -432,7 +585,7 @@ def decode(
 @click.argument("files", nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(files: tuple[str, ...], as_json: bool) -> None:
-    """Describe token files, checkpoints or Hub ids; the codec inside the package if none is given."""
+    """Describe token files, checkpoints, audio, folders or Hub ids; the bundled codec by default."""
     described = [describe(file) for file in files or (None,)]
     if as_json:
         click.echo(json.dumps(described if len(described) > 1 else described[0], indent=2))
@@ -563,7 +716,13 @@ def _run(arguments: Sequence[str] | None) -> None:
         sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort as error:
+        # click turns both of these into Abort; only one of them is an interrupt.
+        if isinstance(error.__cause__ or error.__context__, EOFError):
+            _fail(f"a file ends too early ({error.__cause__ or error.__context__}).")
+        note("nemo-lfr: interrupted.")
+        sys.exit(130)
+    except KeyboardInterrupt:
         note("nemo-lfr: interrupted.")
         sys.exit(130)
     except BrokenPipeError:

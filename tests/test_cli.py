@@ -101,21 +101,29 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "nowhere.wav"], "nowhere.wav: no such file or folder"),
         (["encode"], "Missing argument"),
         (["encode", ""], "'': no such file or folder"),
-        (["encode", "{folder}/a.wav", "--out", "{folder}/a.wav"], "a.wav' is a file"),
+        (["encode", "{folder}/a.wav", "--out", "{folder}/a.wav"], "the result is a .lfr file"),
+        (["encode", "{folder}/a.wav", "--out", "{folder}/notes.txt"], "notes.txt is a file"),
+        (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not one file"),
+        (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not one file"),
+        (["decode", "{folder}/a.wav"], "a.wav: is an audio file, not a token file; nemo-lfr encode takes it"),
+        (["decode", "{folder}/deep/b.flac"], "is an audio file, not a token file"),
+        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "does not agree with --format flac"),
+        (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "exclude each other"),
+        (["info", "{folder}/none.lfr"], "none.lfr: no such file"),
+        (["info", "/dev/zero"], "is a device, not a regular file"),
         (["tokenize", "{folder}", "--out", "{folder}/a.wav"], "a.wav' is a file"),
-        (["info", "{folder}"], "a folder without encoder.onnx and decoder.onnx"),
         (["frobnicate"], "frobnicate"),
         (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
         (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
         (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
         (["decode", "{folder}/notes.txt", "--out", "{folder}/x"], "not a .lfr token file"),
-        (["decode", "{folder}"], "no .lfr file in this folder"),
+        (["decode", "{folder}"], "no .lfr file in this folder (3 passed over: 1 .flac, 1 .txt, 1 .wav)"),
         (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
         (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
         (["encode", "-", "{folder}/a.wav"], "give `-`, `- -` or `FILE -`"),
         (["encode", "-", "--out", "{folder}"], "and no --out"),
-        (["info", "{folder}/notes.txt"], "not a .nemo archive"),
+        (["info", "{folder}/notes.txt"], "no token file, checkpoint, audio or manifest"),
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
 )
@@ -137,6 +145,46 @@ def test_info_describes_token_files_and_the_embedded_codec(capsys, folder):
     assert (described["samples"], described["frames"], described["levels"]) == (12_345, 13, [8, 7, 6, 6])
     described = json.loads(run(capsys, "info", "--json")[1])
     assert (described["codebooks"], described["codebook size"], described["samples per frame"]) == (8, 2016, 1024)
+
+
+def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, folder):
+    run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
+    assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
+    (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    expected = {
+        "a.wav": ("an audio file", "nemo-lfr encode takes it"),
+        "m.json": ("a manifest", "nemo-lfr tokenize takes"),
+        "": ("a folder of 2 audio files and 1 token files", "nemo-lfr encode, tokenize and prepare take the audio"),
+    }
+    for name, words in expected.items():
+        code, out, err = run(capsys, "info", folder / name)
+        assert code == 0, err
+        for word in words:
+            assert word in out
+
+
+@pytest.mark.parametrize(("command", "source", "out"), [("encode", "a.wav", "T.lfr"), ("decode", "a.lfr", "b.flac")])
+def test_out_may_be_the_file_itself_for_one_input(capsys, folder, command, source, out):
+    run(capsys, "encode", folder / "a.wav")
+    target = folder / "new" / out
+    assert run(capsys, command, folder / source, "--out", target)[:2] == (0, f"{target}\n")
+    assert target.is_file()
+    assert target.suffix != ".flac" or soundfile.info(target).format == "FLAC"
+    (folder / "t.lfr").mkdir()  # a folder stays one
+    assert run(capsys, "encode", folder / "a.wav", "--out", folder / "t.lfr")[0] == 0
+    assert (folder / "t.lfr" / "a.lfr").is_file()
+
+
+def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
+    out = tmp_path / "tokens"
+    run(capsys, "encode", folder / "a.wav", "--out", out)
+    before = (out / "a.lfr").stat()
+    code, printed, err = run(capsys, "encode", folder, "--out", out, "--skip-existing")
+    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results exist" in err
+    assert (out / "a.lfr").stat() == before
+    assert run(capsys, "encode", folder, "--out", out, "--skip-existing", "--json")[1].split() == [
+        *["{", '"files":', "[],", '"failures":', "[]", "}"]
+    ]
 
 
 def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_lfr.errors import clip
+from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.text import decode, read_lines
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au", ".w64", ".caf", ".m4a"}
 SPLITS = ("train", "valid", "test")
 # Longest field of a table, in characters; more is not a sentence but a quote or line end that is missing.
 MAX_FIELD = 1 << 17
@@ -39,7 +39,7 @@ class Utterance:
 
 def librispeech(corpus: Path) -> Iterator[Utterance]:
     """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
-    for transcript in sorted(corpus.rglob("*.trans.txt")):
+    for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
         for name, text, problem in _transcripts(transcript, corpus, b" "):
             if name is None:
@@ -51,7 +51,7 @@ def librispeech(corpus: Path) -> Iterator[Utterance]:
 
 def mls(corpus: Path) -> Iterator[Utterance]:
     """Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
-    for transcript in sorted(corpus.rglob("transcripts.txt")):
+    for transcript in _named(corpus, "transcripts.txt"):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
         split = _split(folder.name)
@@ -80,7 +80,7 @@ def commonvoice(corpus: Path) -> Iterator[Utterance]:
     Raises:
         ValueError: if a table lacks one of these columns.
     """
-    for table in sorted(corpus.rglob("*.tsv")):
+    for table in _named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")
         if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
             continue
@@ -114,8 +114,7 @@ def commonvoice(corpus: Path) -> Iterator[Utterance]:
 
 def vctk(corpus: Path) -> Iterator[Utterance]:
     """VCTK 0.92 (wav48_silence_trimmed, first microphone) and 0.80 (wav48), with txt/SPEAKER/*.txt."""
-    pattern = "wav48_silence_trimmed/*/*_mic1.flac"
-    for path in sorted([*corpus.rglob(pattern), *corpus.rglob("wav48/*/*.wav")]):
+    for path in sorted([*_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *_named(corpus, "wav48/*/*.wav")]):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
         labels, problem = text_of(text)
@@ -124,11 +123,10 @@ def vctk(corpus: Path) -> Iterator[Utterance]:
 
 def folder(corpus: Path) -> Iterator[Utterance]:
     """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text."""
-    for path in sorted(corpus.rglob("*")):
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-            own = path.relative_to(corpus)
-            labels, problem = text_of(path.with_suffix(".txt"))
-            yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
+    for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
+        own = path.relative_to(corpus)
+        labels, problem = text_of(path.with_suffix(".txt"))
+        yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
@@ -169,6 +167,12 @@ def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
         replace(utterance, split=utterance.split or ("valid" if name(utterance) in held else "train"))
         for utterance in utterances
     ]
+
+
+def _named(corpus: Path, pattern: str) -> list[Path]:
+    """Find the files whose last names match a pattern, in folders that `find_files` reads."""
+    suffix = pattern[pattern.rindex(".") :]
+    return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
 
 def _split(name: str) -> str:

@@ -56,6 +56,7 @@ import numpy as np
 from nemo_lfr import __version__, frames
 from nemo_lfr.audio import open_aside, refuse_overwrite
 from nemo_lfr.errors import TokenFileError, TokensError, clip
+from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -402,7 +403,7 @@ class TokenReader(_Sections):
 
     def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
         try:
-            file = open(path, "rb")  # noqa: SIM115  closed in __exit__
+            file = open_regular(path, TokenFileError)
         except OSError as error:
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:

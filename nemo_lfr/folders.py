@@ -1,0 +1,204 @@
+"""One walk through folders for every command: which files are taken, and which are passed over and why."""
+
+import logging
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from nemo_lfr.errors import NemoLfrError, clip
+
+logger = logging.getLogger(__name__)
+
+# What libsndfile reads by itself. Not .raw, which tells no rate, and .mat, which is rarely audio.
+SOUND_SUFFIXES = frozenset(
+    {
+        ".wav",
+        ".wave",
+        ".wavex",
+        ".bwf",
+        ".rf64",
+        ".w64",
+        ".flac",
+        ".mp3",
+        ".mp2",
+        ".mp1",
+        ".mpga",
+        ".mpa",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".aiff",
+        ".aif",
+        ".aifc",
+        ".au",
+        ".snd",
+        ".caf",
+        ".sph",
+        ".nist",
+        ".avr",
+        ".htk",
+        ".sf",
+        ".ircam",
+        ".paf",
+        ".pvf",
+        ".sds",
+        ".svx",
+        ".8svx",
+        ".iff",
+        ".voc",
+        ".wve",
+        ".xi",
+    }
+)
+# Containers and codecs that need the extra `media`; without it, reading one says so.
+MEDIA_SUFFIXES = frozenset([".m4a", ".m4b", ".mp4", ".webm", ".weba", ".aac", ".wma", ".amr", ".3gp", ".mka"])
+AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
+# What operating systems, network drives and notebooks leave, in lower case; hidden names are passed over anyway.
+SYSTEM_FOLDERS = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "@recycle",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+        "lost+found",
+        "__pycache__",
+        "network trash folder",
+        "temporary items",
+    }
+)
+NAMED = 5  # kinds of passed-over files, and folders, that the one line lists
+
+
+def find_files(
+    root: Path,
+    suffixes: Collection[str],
+    *,
+    silent_suffixes: Collection[str] = (),
+    report: Callable[[str], None] = logger.warning,
+) -> list[Path]:
+    """Find the files below a folder that have one of some suffixes, in a fixed order.
+
+    Hidden files and folders are passed over, and so is what systems leave (`._*`, `__MACOSX`, `@eaDir` ...). Links are
+    followed; a folder that is reached more than once, as by a link to its parent, is read once. A link to a file that
+    is gone is returned too, so that opening it fails by name.
+
+    Args:
+        root: the folder; it may itself be hidden.
+        suffixes: in lower case, with the dot; compared without regard to case.
+        silent_suffixes: suffixes of files that belong to the others, such as transcripts, and are not counted.
+        report: called at most once, with one line that says how many files were passed over and why.
+
+    Raises:
+        NemoLfrError: if `root` is no folder.
+        OSError: if it cannot be read.
+    """
+    if not root.is_dir():
+        raise NemoLfrError(f"{root}: no such folder.")
+    walk = _Walk(root, frozenset(suffixes), frozenset(silent_suffixes))
+    if text := walk.passed_over():
+        report(text)
+    return sorted(walk.found)
+
+
+class _Walk:
+    """The state of one walk."""
+
+    def __init__(self, root: Path, suffixes: frozenset[str], silent_suffixes: frozenset[str]) -> None:
+        self.root = os.fspath(root)
+        self.suffixes = suffixes
+        self.silent_suffixes = silent_suffixes
+        self.found: list[Path] = []
+        self.passed: Counter[str] = Counter()
+        self.unread: list[str] = []
+        self._seen = {_identity(os.stat(root))}
+        self._folders = [self.root]
+        # Read after all real folders, so that a link never takes the place of the folder that it leads to.
+        self._links: deque[str] = deque()
+        while self._folders or self._links:
+            if self._folders:
+                self._read(self._folders.pop())
+            else:
+                self._follow(self._links.popleft())
+
+    def _follow(self, link: str) -> None:
+        identity = _identity(os.stat(link))
+        if identity in self._seen:
+            self.passed["links to folders that are read already"] += 1
+        else:
+            self._seen.add(identity)
+            self._read(link)
+
+    def _read(self, folder: str) -> None:
+        try:
+            with os.scandir(folder) as entries:
+                children = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if folder == self.root:
+                raise
+            self.unread.append(f"{clip(os.path.relpath(folder, self.root))} ({error.strerror})")
+            return
+        for entry in children:
+            self._take(entry)
+
+    def _take(self, entry: "os.DirEntry[str]") -> None:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        hidden = entry.name.startswith(".")
+        # Most entries are plain files, which the folder's listing tells without a look at each.
+        is_file, status = entry.is_file(follow_symlinks=False), None
+        if not is_file:
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if not hidden and suffix in self.suffixes and entry.is_symlink():  # fails by name when it is opened
+                    self.found.append(Path(entry.path))
+                else:
+                    self.passed[f"unreadable ({error.strerror})"] += 1
+                return
+            is_file = stat.S_ISREG(status.st_mode)
+        is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+        if hidden or (is_folder and entry.name.lower() in SYSTEM_FOLDERS):
+            self.passed["hidden or system folders" if is_folder else "hidden files"] += 1
+        elif is_folder:
+            assert status is not None
+            self._enter(entry, _identity(status))
+        elif suffix not in self.suffixes:
+            if suffix not in self.silent_suffixes:
+                self.passed[clip(suffix, 16) if suffix else "without a suffix"] += 1
+        elif is_file:
+            self.found.append(Path(entry.path))
+        else:
+            self.passed["pipes, sockets or devices"] += 1
+
+    def _enter(self, entry: "os.DirEntry[str]", identity: tuple[int, int]) -> None:
+        if entry.is_symlink():
+            self._links.append(entry.path)
+        elif identity in self._seen:
+            self.passed["folders reached twice"] += 1
+        else:
+            self._seen.add(identity)
+            self._folders.append(entry.path)
+
+    def passed_over(self) -> str:
+        """One line about what was passed over; empty if nothing was."""
+        if not self.passed and not self.unread:
+            return ""
+        order = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{count} {kind}" for kind, count in order]
+        if len(kinds) > NAMED:
+            kinds[NAMED:] = [f"{len(kinds) - NAMED} other kinds"]
+        total = sum(self.passed.values())
+        parts = [f"{total} passed over: {', '.join(kinds)}"] if total else []
+        if self.unread:
+            named = ", ".join(self.unread[:NAMED]) + (", ..." if len(self.unread) > NAMED else "")
+            parts.append(f"{len(self.unread)} folders cannot be read: {named}")
+        return f"{clip(self.root, 200)}: {len(self.found)} files found; {'; '.join(parts)}"
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

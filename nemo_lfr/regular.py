@@ -1,0 +1,36 @@
+"""Opening files that others name: a pipe or a device must not be waited for, or read, without end."""
+
+import os
+import stat
+from typing import IO
+
+from nemo_lfr.errors import NemoLfrError
+
+
+def open_regular(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> IO[bytes]:
+    """Open a file for reading; a pipe, device, socket or folder is refused at once.
+
+    Raises:
+        NemoLfrError: of class `error`, if it is no regular file.
+        OSError: if it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        if os.path.exists(path):
+            _refuse(path, os.stat(path).st_mode, error)
+        raise
+    try:
+        _refuse(path, os.fstat(descriptor).st_mode, error)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError]) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    kind = next((name for test, name in kinds if test(mode)), "a device")
+    raise error(f"{os.fspath(path)}: is {kind}, not a regular file; give the file itself.")
