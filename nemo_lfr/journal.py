@@ -47,9 +47,14 @@ class Journal:
 def write_text(path: Path, text: str) -> Path:
     """Replace a file at once, or not at all; returns its path."""
     aside = path.with_name(path.name + ".part")
-    with open(aside, "w", encoding="utf-8", errors=ANY_NAME) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside.unlink(missing_ok=True)  # of a process that was killed; a link that lies there is not written through
+    try:
+        with open(aside, "x", encoding="utf-8", errors=ANY_NAME) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return path

@@ -866,27 +866,6 @@ def test_nemos_manifest_dataset_reads_the_manifest(audio, model, expected, chara
     assert_equal(found, expected)
 
 
-def test_loader_workers_and_ranks_read_every_utterance_once(audio, model, expected, tmp_path):
-    tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", shard_size=2), device="cpu", workers=1)
-    seen: list[str] = []
-    for rank in range(2):
-        dataset = TokenDataset(tmp_path / "out", shuffle=True, rank=rank, world_size=2, buffer_size=3)
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2)
-        seen += [utterance.id for utterance in loader]
-    assert sorted(seen) == sorted(expected)
-    dataset = TokenDataset(tmp_path / "out", shuffle=True)
-    first, second = ([utterance.id for utterance in dataset] for _ in range(2))
-    assert sorted(first) == sorted(second) and first != second
-    assert first == [utterance.id for utterance in TokenDataset(tmp_path / "out", shuffle=True)]
-    orders = []
-    for persistent in (False, True):
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=persistent)
-        for epoch in (0, 1):
-            dataset.set_epoch(epoch)
-            orders.append([utterance.id for utterance in loader])
-    assert orders == [first, second] * 2
-
-
 def test_a_folder_that_holds_no_finished_tokens_is_refused(tmp_path):
     with pytest.raises(NemoLfrError, match=r"no tokens\.json"):
         TokenDataset(tmp_path)

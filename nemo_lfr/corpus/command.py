@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, clip
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
 
@@ -42,6 +42,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 @click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
 @click.option("--allow-url", is_flag=True, help="Read audio that Lhotse cuts place at an http(s) URL.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
+@click.option("--verify", is_flag=True, help="Compare hashes of shards that exist, not only their sizes.")
 @click.option("--json", "as_json", is_flag=True, help="Print what tokens.json holds.")
 def tokenize(
     corpus: Path,
@@ -52,6 +53,7 @@ def tokenize(
     workers: int | None,
     device: str | None,
     ray: str | None,
+    verify: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,7 +74,7 @@ def tokenize(
         **options,
     )
     with watching() as watch:
-        done = tokenize(job, workers=workers, device=device, ray=ray, watch=watch)
+        done = tokenize(job, workers=workers, device=device, ray=ray, verify=verify, watch=watch)
     if as_json:
         click.echo(json.dumps(done, indent=2))
     else:
@@ -127,29 +129,22 @@ def watching() -> Iterator[Callable[[Any], None]]:
 @click.option("--device", help="cpu, cuda ...; a GPU if there is one.")
 @click.option("--limit", type=click.IntRange(min=1), help="Utterances; all if not given.")
 @click.option("--overwrite", is_flag=True, help="Decode again what is there.")
-def detokenize(
-    tokens: Path, out: Path, kind: str, model: str | None, device: str | None, limit: int | None, overwrite: bool
-) -> None:
-    """Decode a folder that `tokenize` wrote into audio files; those that are there already are passed by."""
-    from itertools import islice
+@click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
+def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> None:
+    """Decode a folder that `tokenize` wrote into audio files; those that are there already are passed by.
 
-    from nemo_lfr.audio import AudioWriter
-    from nemo_lfr.codec.base import to_numpy
-    from nemo_lfr.corpus.dataset import TokenDataset
-    from nemo_lfr.pretrained import load
+    Utterances that cannot be decoded are listed on stderr; the exit code is then 1.
+    """
+    from nemo_lfr.corpus.decode import decode_folder
 
-    dataset = TokenDataset(tokens)
-    codec = load(model, device)
-    made = dataset.metadata["codec"]
-    if codec.fingerprint != made["fingerprint"]:
-        raise NemoLfrError(
-            f"{tokens}: made by another codec ({made['model']}, fingerprint {made['fingerprint']}), not {codec.name} "
-            f"({codec.fingerprint}); pass it as --model."
-        )
-    for utterance in islice(dataset, limit):
-        path = out / f"{utterance.id}.{kind}"
-        if overwrite or not path.exists():
-            audio, _ = codec.decode(utterance.tokens)
-            with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:
-                writer.write(to_numpy(audio[0, : utterance.num_samples]))
-        click.echo(path)
+    decoded = failed = 0
+    for result in decode_folder(tokens, out, kind, overwrite=overwrite, **options):
+        if isinstance(result, NemoLfrError):
+            failed += 1
+            click.echo(f"nemo-lfr: {clip(result, 500)}", err=True)
+        else:
+            decoded += 1
+            click.echo(result)
+    if failed:
+        click.echo(f"nemo-lfr: {decoded} utterances, {failed} failed", err=True)
+        sys.exit(1)

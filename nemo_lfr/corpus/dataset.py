@@ -1,9 +1,8 @@
-"""Tokens of a corpus, read again: for a language model that is trained on them, or to hear them."""
+"""Tokens of a corpus as a PyTorch dataset, for a language model that is trained on them."""
 
-import json
+import contextlib
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,33 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nemo_lfr.corpus.inputs import require
-from nemo_lfr.corpus.run import METADATA
-from nemo_lfr.corpus.token_tensor import read_token_tensor
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.errors import NemoLfrError, TokensError
 
-
-@dataclass(frozen=True)
-class Utterance:
-    """One clip's tokens.
-
-    Attributes:
-        id: as `tokenize` named it.
-        tokens: int64 [C, T].
-        num_samples: the samples they stand for.
-        context: tokens of its context, int64 [C, T]; None if there is none.
-        labels: "text", "speaker" and what else the corpus said.
-    """
-
-    id: str
-    tokens: torch.Tensor
-    num_samples: int
-    context: torch.Tensor | None = None
-    labels: dict[str, Any] = field(default_factory=dict)
+__all__ = ["TokenDataset", "Utterance", "collate"]
 
 
 class TokenDataset(IterableDataset):
     """The utterances of a folder that `nemo-lfr tokenize` wrote, in any of its formats.
 
-    Loader workers and the processes of a distributed training take different shards. Where there are workers, call
-    `set_epoch` before each epoch, as with a `DistributedSampler`.
+    In a distributed training each rank reads its own share, and all shares are equally long in every epoch, for any
+    number of loader workers; do not add a sampler. Where there are workers, call `set_epoch` before each epoch, as
+    with a `DistributedSampler`.
 
     Args:
         folder: the tokens.
         shuffle: read shards in random order, and utterances through a buffer.
         seed: of the order.
         buffer_size: utterances of the buffer.
-        rank, world_size: which process this is, and how many there are.
+        rank, world_size: which process this is, and how many there are; those of `torch.distributed`, or of a single
+            process, if not given. Pass 0 and 1 where something else distributes the batches.
+        drop_last: leave out the last utterances where they do not suffice for every rank; otherwise some are
+            repeated, as `DistributedSampler` does it.
+        verify: compare the hash of every file before it is read, not only its size.
 
     Raises:
         NemoLfrError: if the folder holds no finished tokens.
+        TokenFileError: while reading, for a file that is damaged or was cut short.
     """
 
     def __init__(
@@ -60,53 +46,142 @@ class TokenDataset(IterableDataset):
         shuffle: bool = False,
         seed: int = 0,
         buffer_size: int = 1000,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = False,
+        verify: bool = False,
     ) -> None:
-        self.folder = Path(folder)
-        try:
-            self.metadata: dict[str, Any] = json.loads((self.folder / METADATA).read_text(encoding="utf-8"))
-            self._read = READERS[self.metadata["format"]]
-        except FileNotFoundError:
-            raise NemoLfrError(
-                f"{folder}: no {METADATA}; give a folder that `nemo-lfr tokenize` wrote, and has finished."
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise NemoLfrError(f"{folder}/{METADATA}: cannot be read: {error!r}.") from error
-        self.shuffle, self.seed, self.buffer_size = shuffle, seed, buffer_size
-        self.rank, self.world_size = rank, world_size
+        if (rank is None) != (world_size is None):
+            raise NemoLfrError(f"rank is {rank} and world_size {world_size}; pass both or none.")
+        if rank is not None and world_size is not None and not 0 <= rank < world_size:
+            raise NemoLfrError(f"rank {rank} is not below world_size {world_size}, or negative.")
+        if buffer_size < 1:
+            raise NemoLfrError(f"buffer_size is {buffer_size}; at least 1 utterance must fit.")
+        self.tokens = TokenFolder(folder, verify=verify)
+        self.folder, self.metadata = self.tokens.path, self.tokens.metadata
+        self.shuffle, self.seed, self.buffer_size, self.drop_last = shuffle, seed, buffer_size, drop_last
+        self._given = None if rank is None or world_size is None else (rank, world_size)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # a loader's workers see it too
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A loader's worker that is spawned knows no process group; what this process knows goes with the dataset."""
+        return self.__dict__ | ({"_given": self._place()} if _is_distributed() else {})
 
     @property
     def num_codebooks(self) -> int:
         """C: tokens of one frame."""
-        return self.metadata["codec"]["num_codebooks"]
+        return self.tokens.codec.num_codebooks
 
     @property
     def codebook_size(self) -> int:
         """Entries of one codebook."""
-        return int(np.prod(self.metadata["codec"]["levels"]))
+        return self.tokens.codec.codebook_size
+
+    @property
+    def rank(self) -> int:
+        return self._place()[0]
+
+    @property
+    def world_size(self) -> int:
+        return self._place()[1]
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and world size, looked up when they are needed: the process group may come after the dataset."""
+        if self._given is not None:
+            return self._given
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; without it, each pass outside of loader workers has another."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        """Utterances; of one of several processes, about its share."""
-        return -(-self.metadata["clips"] // self.world_size)
+        """Utterances that this rank reads in an epoch, over all loader workers; the same on every rank."""
+        clips, ranks = sum(self.tokens.counts), self.world_size
+        return clips // ranks if self.drop_last else -(-clips // ranks)
 
     def __iter__(self) -> Iterator[Utterance]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        shards = list(range(self.metadata["shards"]))
-        order = random.Random(f"{self.seed} {int(self._epoch)}")
+        epoch = int(self._epoch)
         if worker is None:
             self._epoch += 1
+        shards = list(range(len(self.tokens.counts)))
         if self.shuffle:
-            order.shuffle(shards)
-        mine = shards[self.rank * workers + number :: self.world_size * workers]
-        utterances = (utterance for shard in mine for utterance in self._read(self.folder, shard, self.metadata))
-        yield from _buffered(utterances, order, self.buffer_size) if self.shuffle else utterances
+            random.Random(f"{self.seed} {epoch}").shuffle(shards)
+        share = len(self)
+        first = self.rank * share
+        spans = self._spans(shards, first + share * number // workers, first + share * (number + 1) // workers)
+        utterances = self._read(spans)
+        if not self.shuffle:
+            return utterances
+        return _buffered(utterances, random.Random(f"{self.seed} {epoch} {first} {number}"), self.buffer_size)
+
+    def _spans(self, shards: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Parts (shard, first, end) of shards that hold positions [start, stop) of an epoch, which begins anew."""
+        ends = np.cumsum([self.tokens.counts[shard] for shard in shards])
+        while start < stop:
+            offset = start % int(ends[-1])
+            place = int(np.searchsorted(ends, offset, side="right"))
+            count = self.tokens.counts[shards[place]]
+            begin = offset - (int(ends[place]) - count)
+            end = min(count, begin + stop - start)
+            yield shards[place], begin, end
+            start += end - begin
+
+    def _read(self, spans: Iterator[tuple[int, int, int]]) -> Iterator[Utterance]:
+        for span in spans:
+            for utterance in self.tokens.read(*span):
+                if not isinstance(utterance, Utterance):
+                    raise utterance
+                yield utterance
+
+    @staticmethod
+    def collate(utterances: Sequence[Utterance], pad: int = 0) -> dict[str, Any]:
+        """See `collate`."""
+        return collate(utterances, pad)
+
+
+def collate(utterances: Sequence[Utterance], pad: int = 0) -> dict[str, Any]:
+    """Make a batch of utterances of different lengths.
+
+    Args:
+        utterances: at least one.
+        pad: token behind the end of shorter ones.
+
+    Returns:
+        `id` and `labels`, lists; `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T], true where there is a frame,
+        `num_samples` [B]; where an utterance has a context also `context` [B, C, T], `context_len` [B], 0 where there
+        is none, and `context_mask` [B, T].
+
+    Raises:
+        TokensError: without utterances.
+    """
+    if not utterances:
+        raise TokensError("no utterances to make a batch of; pass at least one.")
+    batch: dict[str, Any] = {
+        "id": [utterance.id for utterance in utterances],
+        "labels": [utterance.labels for utterance in utterances],
+        "num_samples": torch.tensor([utterance.num_samples for utterance in utterances]),
+    }
+    batch["tokens"], batch["tokens_len"], batch["mask"] = _pad([utterance.tokens for utterance in utterances], pad)
+    if any(utterance.context is not None for utterance in utterances):
+        none = utterances[0].tokens[:, :0]
+        contexts = [none if utterance.context is None else utterance.context for utterance in utterances]
+        batch["context"], batch["context_len"], batch["context_mask"] = _pad(contexts, pad)
+    return batch
+
+
+def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([row.shape[1] for row in rows])
+    padded = torch.full((len(rows), rows[0].shape[0], int(lengths.max())), pad, dtype=torch.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[:, : row.shape[1]] = row
+    return padded, lengths, torch.arange(padded.shape[2]) < lengths[:, None]
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _buffered(utterances: Iterator[Utterance], order: random.Random, size: int) -> Iterator[Utterance]:
@@ -122,64 +197,8 @@ def _buffered(utterances: Iterator[Utterance], order: random.Random, size: int) 
     yield from held
 
 
-def _read_shar(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[Utterance]:
-    lhotse = require("lhotse", "corpus")
-    fields = {"cuts": [str(folder / f"cuts/cuts.{shard:06d}.jsonl.gz")]}
-    for name in ("target_codes", *(["context_codes"] if metadata["context"] else [])):
-        fields[name] = [str(folder / name / f"codes.{shard:06d}.tar")]
-    for cut in lhotse.CutSet.from_shar(fields=fields):
-        said = cut.supervisions[0]
-        labels = {"text": said.text, "speaker": said.speaker, "lang": said.language, **(said.custom or {})}
-        context = _tensor(cut.context_codes.load()) if cut.has_custom("context_codes") else None
-        yield Utterance(cut.id, _tensor(cut.target_codes.load()), cut.custom["num_samples"], context, labels)
+# A loader without `collate_fn` makes batches by type.
+with contextlib.suppress(ImportError):
+    from torch.utils.data._utils.collate import default_collate_fn_map
 
-
-def _read_parquet(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[Utterance]:
-    parquet = require("pyarrow.parquet", "corpus")
-    layers = range(1, metadata["codec"]["num_codebooks"] + 1)
-    for row in parquet.read_table(folder / f"data/{shard:06d}.parquet").to_pylist():
-        labels = json.loads(row["labels"]) | {key: row[key] for key in ("text", "speaker") if row[key] is not None}
-        tokens = _tensor([row[f"nano_layer_{number}"] for number in layers])
-        context = None
-        if row.get("context_layer_1") is not None:
-            context = _tensor([row[f"context_layer_{number}"] for number in layers])
-        yield Utterance(row["id"], tokens, row["num_samples"], context, labels)
-
-
-def _read_manifest(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[Utterance]:
-    for line in _lines(folder, shard, metadata):
-        target, context = (
-            read_token_tensor(folder / f"{name}_codes/{line['id']}.pt") if f"{name}_audio_codes_path" in line else None
-            for name in ("target", "context")
-        )
-        assert target is not None
-        yield Utterance(line["id"], target, line["num_samples"], context, line)
-
-
-def _read_lfr(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[Utterance]:
-    from nemo_lfr.tokens.format import TokenReader
-
-    for line in _lines(folder, shard, metadata):
-        with TokenReader(folder / line["tokens_filepath"]) as reader:
-            tokens = np.concatenate([np.zeros((reader.metadata.num_codebooks, 0)), *reader.blocks()], axis=1)
-            yield Utterance(line["id"], _tensor(tokens), reader.num_samples, None, line)
-
-
-def _lines(folder: Path, shard: int, metadata: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The shard's share of the manifest."""
-    with open(folder / "manifest.json", encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if number % metadata["shards"] == shard:
-                yield json.loads(line)
-
-
-def _tensor(tokens: Any) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-
-
-READERS: dict[str, Callable[[Path, int, dict[str, Any]], Iterator[Utterance]]] = {
-    "shar": _read_shar,
-    "manifest": _read_manifest,
-    "parquet": _read_parquet,
-    "lfr": _read_lfr,
-}
+    default_collate_fn_map[Utterance] = lambda batch, *, collate_fn_map=None: collate(batch)

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 from nemo_lfr.corpus.inputs import Part, require
+from nemo_lfr.corpus.orphans import die_with, family
 from nemo_lfr.corpus.shard import Job, Mark, Worker
 from nemo_lfr.errors import NemoLfrError
 
@@ -44,19 +44,12 @@ def run_here(job: Job, tasks: Sequence[Task], device: str) -> Iterator[Mark]:
 _worker: Worker
 
 
-def _start(job: Job, devices: "SimpleQueue[str]") -> None:
+def _start(job: Job, devices: "SimpleQueue[str]", driver: int) -> None:
     """What a process does first. An interrupt of the whole group of processes is the driver's to answer."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    die_with(driver)
     _worker = Worker(job, devices.get())
-
-
-def _die_with(parent: int) -> None:
-    """A driver that was killed leaves no workers behind."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _run(index: int, part: Part) -> dict[str, Any]:
@@ -77,7 +70,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
         turns: SimpleQueue[str] = context.SimpleQueue()
         for number in range(workers):
             turns.put(devices[number % len(devices)])
-        pool = ProcessPoolExecutor(workers, context, _start, (job, turns))
+        pool = ProcessPoolExecutor(workers, context, _start, (job, turns, os.getpid()))
         running: dict[Future[dict[str, Any]], int] = {}
         waiting = deque(left)
         try:
@@ -149,10 +142,12 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     """
     ray = require("ray", "ray")
     started = not ray.is_initialized()
-    if started:
-        address = _connect(ray, address)
+    processes = contextlib.ExitStack()
     actors: list[Any] = []
     try:
+        if started:
+            processes.enter_context(family())
+            address = _connect(ray, address)
         gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
         cores = job.threads + (job.readers if gpu else 0)
         room = _room(ray, cores, gpu, address)
@@ -210,6 +205,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
                 ray.kill(actor)
         if started:
             ray.shutdown()
+        processes.close()
 
 
 def _first_line(error: Exception) -> str:

@@ -55,6 +55,7 @@ def tokenize(
     workers: int | None = None,
     device: str | None = None,
     ray: str | None = None,
+    verify: bool = False,
     watch: Callable[[Totals], None] = lambda totals: None,
 ) -> dict[str, Any]:
     """Tokenise a corpus into `job.out`; what is there already of the same job is kept.
@@ -64,6 +65,7 @@ def tokenize(
         workers: processes, or Ray actors; one for each GPU or for each `job.threads` cores if not given.
         device: "cpu", "cuda"; a GPU if there is one.
         ray: where Ray runs: "local", "auto" or an address; processes of this machine if not given.
+        verify: compare the hashes of the files that are there, not only their sizes.
         watch: called after every shard.
 
     Returns:
@@ -85,15 +87,18 @@ def tokenize(
             f"{job.out}: holds other files ({others[0]}), and no run to go on with; choose another --out."
         )
     codec = _describe(job, on_cpu=ray is None and choose_device(device).type == "cpu")
+    for path in (job.state, job.state / "lock", Mark.folder(out)):
+        if path.is_symlink():
+            raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
     job.state.mkdir(parents=True, exist_ok=True)
     with _alone(job.state / "lock"):
+        _remove_leftovers(job, out)
         corpus = job.open(anew=True)
         parts = _claim(job, corpus, codec)
-        shutil.rmtree(job.state / "staging", ignore_errors=True)
         totals = Totals(len(parts), codec["sample_rate"])
         marks: dict[int, Mark] = {}
         for index in range(len(parts)):
-            if mark := Mark.find(out, index):
+            if mark := Mark.find(out, index, verify):
                 marks[index] = mark
                 totals.add(mark, computed=False)
         watch(totals)
@@ -120,6 +125,19 @@ def _absolute(job: Job) -> Job:
         if path and (name != "model" or Path(path).exists())
     }
     return replace(job, **local)
+
+
+def _remove_leftovers(job: Job, out: Path) -> None:
+    """Remove what killed runs left: no other run writes here, as this one holds the lock. Links are not followed."""
+    staging = job.state / "staging"
+    if staging.is_symlink():
+        staging.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in (job.state, Mark.folder(out)):
+        for path in folder.glob("*.part"):
+            path.unlink()
+    for name in (METADATA, "failures.jsonl", "manifest.json", "input_cfg.yaml"):
+        (out / f"{name}.part").unlink(missing_ok=True)
 
 
 def _compute(
@@ -209,6 +227,7 @@ def _sum_up(job: Job, out: Path, codec: dict[str, Any], marks: list[Mark]) -> di
         "source": job.source,
         "shards": len(marks),
         "clips": sum(mark.clips for mark in marks),
+        "shard_clips": [mark.clips for mark in marks],
         "failures": len(failures),
         "frames": sum(mark.frames for mark in marks),
         "hours": round(samples / codec["sample_rate"] / 3600, 4),

@@ -98,19 +98,51 @@ class Mark:
     frames: int = 0
     failures: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # path below the output -> SHA-256
+    sizes: dict[str, int] = field(default_factory=dict)  # path below the output -> bytes
 
     @staticmethod
-    def path(out: Path, index: int) -> Path:
-        return out / STATE / "done" / f"{index:06d}.json"
+    def folder(out: Path) -> Path:
+        return out / STATE / "done"
 
     @classmethod
-    def find(cls, out: Path, index: int) -> "Mark | None":
-        """The mark of a shard whose files are all there."""
+    def path(cls, out: Path, index: int) -> Path:
+        return cls.folder(out) / f"{index:06d}.json"
+
+    @classmethod
+    def read(cls, out: Path, index: int) -> "Mark | None":
+        """The mark of a shard as it was written; None if there is none, or no whole one."""
+        path = cls.path(out, index)
         try:
-            mark = cls(**json.loads(cls.path(out, index).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            if not path.is_file():  # a pipe would be waited for
+                return None
+            mark = cls(**json.loads(path.read_text(encoding="utf-8")))
+            whole = mark.index == index and all(
+                type(count) is int and count >= 0 for count in (mark.clips, mark.samples, mark.frames)
+            )
+            whole = whole and all(isinstance(value, str) for pair in mark.files.items() for value in pair)
+            whole = whole and all(type(size) is int for size in mark.sizes.values())
+            whole = whole and all(isinstance(failure["error"], str) for failure in mark.failures)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        return mark if all((out / name).is_file() for name in mark.files) else None
+        return mark if whole else None
+
+    @classmethod
+    def find(cls, out: Path, index: int, verify: bool = False) -> "Mark | None":
+        """The mark of a shard whose files are all there and have their sizes; with `verify`, their hashes too."""
+        mark = cls.read(out, index)
+        return mark if mark and not any(mark.damage(out, name, verify) for name in mark.files) else None
+
+    def damage(self, out: Path, name: str, verify: bool = False) -> str | None:
+        """What is wrong with one of the files; None if it is as it was written."""
+        path = out / name
+        if not path.is_file():
+            return f"{path}: no such file"
+        size = path.stat().st_size
+        if size != self.sizes.get(name, size):
+            return f"{path}: holds {size} bytes, but {self.sizes[name]} were written"
+        if verify and digest(path) != self.files[name]:
+            return f"{path}: is damaged: its SHA-256 is not that of what was written"
+        return None
 
     def write(self, out: Path) -> None:
         self.path(out, self.index).parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +171,7 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
         for path in sorted(file for file in staging.rglob("*") if file.is_file()):
             name = str(path.relative_to(staging))
             mark.files[name] = digest(path)
+            mark.sizes[name] = path.stat().st_size
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             (out / name).parent.mkdir(parents=True, exist_ok=True)

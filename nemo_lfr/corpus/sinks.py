@@ -233,7 +233,8 @@ def finish(kind: str, out: Path, num_shards: int, context: bool) -> None:
     """Write what belongs to no shard: one manifest of all, or the section of a training config that reads them."""
     if kind in ("manifest", "lfr"):
         aside = out / "manifest.json.part"
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:
             for index in range(num_shards):
                 file.write((out / LINES / f"{index:06d}.json").read_bytes())
             file.flush()

@@ -1,0 +1,71 @@
+"""A folder of tokens to audio files, one for each utterance, all of them below one folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_lfr.audio import AudioWriter
+from nemo_lfr.codec.base import to_numpy
+from nemo_lfr.corpus.ids import UniqueIds, path_inside
+from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.pretrained import load
+
+
+def decode_folder(
+    tokens: Path,
+    out: Path,
+    kind: str = "wav",
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    limit: int | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> Iterator[Path | NemoLfrError]:
+    """Decode the utterances of a folder that `tokenize` wrote; yields the path of each, or why it could not be made.
+
+    Args:
+        tokens: the folder.
+        out: where the audio goes; ids are cleaned so that no path leads out of it, and no two are the same.
+        kind: "wav" or "flac".
+        model: the codec that made the tokens; the one inside the package if not given.
+        device: "cpu", "cuda"; a GPU if there is one.
+        limit: utterances, those that fail included; all if not given.
+        overwrite: decode again what is there.
+        verify: compare the hash of every file before it is read, not only its size.
+
+    Raises:
+        NemoLfrError: if the folder cannot be read, or another codec made its tokens.
+        OSError: if audio cannot be written.
+    """
+    folder = TokenFolder(tokens, verify=verify)
+    codec = load(model, device)
+    made = folder.metadata["codec"]
+    if codec.fingerprint != folder.codec.fingerprint:
+        raise NemoLfrError(
+            f"{tokens}: made by another codec ({clip(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
+            f"not {codec.name} ({codec.fingerprint}); pass it as --model."
+        )
+    ids = UniqueIds()
+    count = 0
+    for shard in range(len(folder.counts)):
+        for utterance in folder.read(shard):
+            if count == limit:
+                return
+            count += 1
+            if not isinstance(utterance, Utterance):
+                yield utterance
+                continue
+            try:
+                path = out / f"{ids.add(utterance.id)}.{kind}"
+                if path_inside(out, str(path.parent.relative_to(out))) is None:
+                    raise NemoLfrError(f"{path}: a link leads out of {out}; nothing is written there.")
+                if overwrite or not path.exists():
+                    audio, _ = codec.decode(utterance.tokens)
+                    with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:
+                        writer.write(to_numpy(audio[0, : utterance.num_samples]))
+                yield path
+            except NemoLfrError as error:
+                yield error
+            except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                yield NemoLfrError(f"{error.filename}: {error.strerror}.")

@@ -1,0 +1,62 @@
+"""Folders of tokens for tests, in every format, made without audio."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.corpus.inputs import Clip, digest
+from nemo_lfr.corpus.shard import Mark
+from nemo_lfr.corpus.sinks import SINKS, finish
+from nemo_lfr.pretrained import load
+from nemo_lfr.tokens.format import Metadata
+from tests.models import codec_config, write_nemo
+
+
+def silence(sample_rate: int, longest: float) -> np.ndarray:
+    return np.zeros(1, np.float32)
+
+
+def write_codec(path: Path) -> Path:
+    """A tiny codec of the released layout."""
+    return write_nemo(path, codec_config())
+
+
+def codec_metadata(model: Path | None) -> Metadata:
+    """That of a codec; without one, of the released layout."""
+    if model is not None:
+        return Metadata.of(load(str(model), "cpu"))
+    return Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
+
+
+def write_tokens(
+    out: Path, kind: str, counts: list[int], model: Path | None = None, context: bool = False
+) -> dict[str, np.ndarray]:
+    """Write shards of random tokens as `tokenize` does; returns the tokens [8, T] of each id."""
+    metadata = codec_metadata(model)
+    rng = np.random.default_rng(0)
+    made: dict[str, np.ndarray] = {}
+    for shard, count in enumerate(counts):
+        sink = SINKS[kind](out, out, shard, metadata, "made", context)
+        mark = Mark(shard, clips=count)
+        before = set(out.rglob("*"))
+        for _ in range(count):
+            num_frames = int(rng.integers(1, 9))
+            tokens = rng.integers(0, metadata.codebook_size, (8, num_frames))
+            clip = Clip(f"s{shard}/clip{len(made)}", "", silence, labels={"text": "a"})
+            other = tokens[:, :2] if context and len(made) % 2 == 0 else None
+            sink.write(clip, tokens, 1024 * num_frames - 7, other)
+            made[clip.id] = tokens
+        sink.close()
+        for path in sorted({*out.rglob("*")} - before):
+            if path.is_file():
+                name = path.relative_to(out).as_posix()
+                mark.files[name], mark.sizes[name] = digest(path), path.stat().st_size
+        mark.write(out)
+    finish(kind, out, len(counts), context)
+    codec: dict[str, Any] = asdict(metadata) | {"model": "made"}
+    summary = {"format": kind, "codec": codec, "context": context, "shards": len(counts), "clips": sum(counts)}
+    (out / "tokens.json").write_text(json.dumps(summary | {"shard_clips": counts}))
+    return made

@@ -1,0 +1,266 @@
+"""`TokenDataset`: equal shares on real process groups, any number of workers, batches, and files that are damaged."""
+
+import gzip
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from nemo_lfr.corpus.dataset import TokenDataset, collate
+from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.errors import NemoLfrError, TokenFileError
+from tests.corpora import write_tokens
+
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+
+UNEVEN = [5, 5, 2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Twelve clips in shards of five, in every format; never changed."""
+    made = {}
+    for kind in SINKS:
+        made[kind] = tmp_path_factory.mktemp(kind)
+        write_tokens(made[kind], kind, UNEVEN)
+    return made
+
+
+def ids_of(dataset: TokenDataset, **options) -> list[str]:
+    return [utterance.id for utterance in DataLoader(dataset, batch_size=None, **options)]
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("has_records", [True, False])
+def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
+    context = kind != "lfr"
+    made = write_tokens(tmp_path, kind, [3, 0, 70], context=context)
+    if not has_records:  # a folder that was copied without its hidden part, by an older version
+        shutil.rmtree(tmp_path / ".tokenize")
+        summary = json.loads((tmp_path / "tokens.json").read_text())
+        del summary["shard_clips"]
+        (tmp_path / "tokens.json").write_text(json.dumps(summary))
+    dataset = TokenDataset(tmp_path, verify=True)
+    assert (len(dataset), dataset.num_codebooks, dataset.codebook_size) == (73, 8, 2016)
+    utterances = list(dataset)
+    assert [utterance.id for utterance in utterances] == list(made)
+    for number, utterance in enumerate(utterances):
+        tokens = made[utterance.id]
+        assert np.array_equal(utterance.tokens.numpy(), tokens) and utterance.tokens.dtype == torch.int64
+        assert utterance.num_samples == 1024 * tokens.shape[1] - 7 and utterance.labels["text"] == "a"
+        expected = tokens[:, :2] if context and number % 2 == 0 else None
+        assert (utterance.context is None) == (expected is None)
+        assert expected is None or np.array_equal(utterance.context.numpy(), expected)
+
+
+def test_a_folder_that_was_moved_is_read(tmp_path):
+    made = write_tokens(tmp_path / "old", "manifest", [2])
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert [utterance.id for utterance in TokenDataset(tmp_path / "new")] == list(made)
+
+
+# Shares of ranks and workers.
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, folders):
+    expected = sorted(utterance.id for utterance in TokenDataset(folders[kind]))
+    for workers in (0, 1, 2):
+        dataset = TokenDataset(folders[kind], shuffle=shuffle, buffer_size=3)
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            assert sorted(ids_of(dataset, num_workers=workers)) == expected
+
+
+@pytest.mark.parametrize("counts", [UNEVEN, [1], [], [0, 0, 3], [1] * 7, [13, 1]], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_all_ranks_yield_as_many_as_their_length_says(counts, world_size, drop_last, tmp_path):
+    made = write_tokens(tmp_path, "lfr", counts)
+    for shuffle in (False, True):
+        seen = []
+        for rank in range(world_size):
+            options = {"rank": rank, "world_size": world_size, "drop_last": drop_last, "shuffle": shuffle}
+            dataset = TokenDataset(tmp_path, buffer_size=4, **options)
+            ids = [utterance.id for utterance in dataset]
+            share = len(made) // world_size if drop_last else -(-len(made) // world_size)
+            assert len(ids) == len(dataset) == share
+            seen += ids
+        most = max((seen.count(name) for name in seen), default=0)
+        if drop_last:
+            assert most <= 1
+        else:  # as few repeats as DistributedSampler makes
+            assert set(seen) == set(made) and most <= -(-world_size // max(1, len(made))) + 1
+
+
+def test_each_epoch_has_an_order_of_its_own_which_workers_share(folders):
+    dataset = TokenDataset(folders["lfr"], shuffle=True)
+    first, second = ([utterance.id for utterance in dataset] for _ in range(2))
+    assert sorted(first) == sorted(second) and first != second
+    assert first == [utterance.id for utterance in TokenDataset(folders["lfr"], shuffle=True)]
+    orders = []
+    for persistent in (False, True):
+        loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=persistent)
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            orders.append([utterance.id for utterance in loader])
+    assert orders == [first, second] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"world_size": 2},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1, "world_size": 2},
+        {"rank": 0, "world_size": 0},
+        {"buffer_size": 0},
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_refused(options, folders):
+    with pytest.raises(NemoLfrError):
+        TokenDataset(folders["lfr"], **options)
+
+
+def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, results: Path) -> None:
+    """A rank of a training that reduces at every step: it would wait for ever for a rank that has fewer steps."""
+    torch.set_num_threads(1)
+    before = TokenDataset(folders["lfr"])  # made before the group is there
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+    report = {}
+    for kind, folder in folders.items():
+        for workers, start in ((0, None), (2, "fork"), (1, "spawn")) if kind == "lfr" else ((0, None),):
+            dataset = before if (kind, workers) == ("lfr", 0) else TokenDataset(folder, shuffle=workers == 2)
+            loader = DataLoader(dataset, batch_size=2, num_workers=workers, multiprocessing_context=start)
+            for epoch in (0, 1):
+                dataset.set_epoch(epoch)
+                ids = []
+                for batch in loader:
+                    torch.distributed.all_reduce(torch.ones(3))
+                    ids += batch["id"]
+                report[f"{kind} {workers} {epoch}"] = [ids, len(dataset)]
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    (results / f"{rank}.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_ranks_of_a_process_group_take_equal_steps(world_size, folders, tmp_path):
+    torch.multiprocessing.spawn(
+        _train, (world_size, folders, tmp_path / "store", tmp_path), nprocs=world_size, join=True
+    )
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
+    assert len(reports[0]) == 2 * (3 + 3)
+    for name in reports[0]:
+        shares = [report[name] for report in reports]
+        assert all(len(ids) == length == 12 // world_size for ids, length in shares), name
+        assert len({clip_id for ids, _ in shares for clip_id in ids}) == 12, name
+
+
+def test_a_pickled_dataset_asks_for_its_rank_where_it_is_used(folders):
+    copy = pickle.loads(pickle.dumps(TokenDataset(folders["lfr"])))
+    assert copy._given is None and (copy.rank, copy.world_size) == (0, 1)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("collate_fn", [None, collate, TokenDataset.collate])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_padded_and_masked(collate_fn, workers, tmp_path):
+    made = write_tokens(tmp_path, "parquet", [4], context=True)
+    loader = DataLoader(TokenDataset(tmp_path), batch_size=4, collate_fn=collate_fn, num_workers=min(workers, 1))
+    (batch,) = loader
+    longest = max(tokens.shape[1] for tokens in made.values())
+    assert batch["id"] == list(made) and batch["tokens"].shape == (4, 8, longest)
+    assert batch["context"].shape == (4, 8, 2) and batch["context_len"].tolist()[1::2] == [0, 0]
+    for row, tokens in enumerate(made.values()):
+        length = tokens.shape[1]
+        assert batch["tokens_len"][row] == length == batch["mask"][row].sum()
+        assert np.array_equal(batch["tokens"][row, :, :length], tokens) and not batch["tokens"][row, :, length:].any()
+        assert batch["num_samples"][row] == 1024 * length - 7
+    with pytest.raises(NemoLfrError, match="no utterances"):
+        collate([])
+
+
+# Damage.
+
+
+def _cut_tar_at_a_member(path: Path) -> None:
+    with tarfile.open(path) as file:
+        os.truncate(path, file.getmembers()[2].offset)
+
+
+def _drop_line(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def _fewer_rows(path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, table.num_rows - 1), path)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "shar tar ends at a member": ("shar", "target_codes/codes.000000.tar", _cut_tar_at_a_member),
+    "shar tar is empty": ("shar", "target_codes/codes.000000.tar", lambda path: path.write_bytes(b"")),
+    "shar tar without members": (
+        "shar",
+        "target_codes/codes.000000.tar",
+        lambda path: tarfile.open(path, "w").close(),
+    ),
+    "shar tar is cut": ("shar", "target_codes/codes.000000.tar", lambda path: os.truncate(path, 700)),
+    "shar tar is missing": ("shar", "target_codes/codes.000000.tar", lambda path: path.unlink()),
+    "cuts are empty": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b""))),
+    "cuts are no bytes": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: path.write_bytes(b"")),
+    "cuts are cut": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: os.truncate(path, path.stat().st_size - 8)),
+    "parquet is shorter": ("parquet", "data/000000.parquet", _fewer_rows),
+    "parquet is cut": ("parquet", "data/000000.parquet", lambda path: os.truncate(path, 300)),
+    "parquet is missing": ("parquet", "data/000000.parquet", lambda path: path.unlink()),
+    "manifest lacks a line": ("manifest", "manifest.json", _drop_line),
+    "lfr manifest lacks a line": ("lfr", "manifest.json", _drop_line),
+    "manifest is empty": ("manifest", "manifest.json", lambda path: path.write_bytes(b"")),
+    "manifest has a line more": ("manifest", "manifest.json", lambda path: path.write_bytes(path.read_bytes() * 2)),
+    "a .pt is cut": ("manifest", "target_codes/s0/clip1.pt", lambda path: os.truncate(path, 500)),
+    "an .lfr is cut": ("lfr", "tokens/s0/clip1.lfr", lambda path: os.truncate(path, 50)),
+}
+
+
+@pytest.mark.parametrize("has_records", [True, False])
+@pytest.mark.parametrize(("kind", "name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
+def test_what_is_damaged_or_ends_early_is_an_error(kind, name, damage, has_records, tmp_path):
+    write_tokens(tmp_path, kind, [3, 2])
+    if not has_records:
+        shutil.rmtree(tmp_path / ".tokenize")
+    damage(tmp_path / name)
+    with pytest.raises(TokenFileError) as error:
+        list(TokenDataset(tmp_path))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_verification_finds_a_flipped_bit(kind, tmp_path):
+    write_tokens(tmp_path, kind, [3, 2])
+    mark = json.loads((tmp_path / ".tokenize" / "done" / "000001.json").read_text())
+    _flip(tmp_path / next(name for name in mark["files"] if ".tokenize" not in name))
+    with pytest.raises(TokenFileError, match="SHA-256"):
+        list(TokenDataset(tmp_path, verify=True))
