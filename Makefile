@@ -1,26 +1,30 @@
 # make demo   encode and decode a speech clip with the embedded codec
 # make test   lint, types and the whole test suite
 # make setup  the environment of both, in .venv; another Python: make setup PYTHON=python3.11
+# make lock   write locks/ with the newest versions; needs uv
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.full
 
-# The light door, which is all that the demo needs. torch comes first and alone: see constraints.txt.
-$(VENV)/.light: pyproject.toml constraints.txt
+# The environment of the demo: every package but torch in the version and with a hash of locks/. For torch see
+# constraints.txt. What has no wheel is built by the packages of locks/build.txt, also without a download.
+$(VENV)/.light: pyproject.toml constraints.txt locks/build.txt locks/demo.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --require-hashes -r locks/build.txt
+	$(PIP) install --require-hashes --use-pep517 --no-build-isolation -r locks/demo.txt
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[demo]"
+	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.full: $(VENV)/.light
-	$(PIP) install -c constraints.txt -e ".[nemo,demo,train,test]"
+$(VENV)/.full: $(VENV)/.light locks/test.txt
+	$(PIP) install -c constraints.txt -c locks/test.txt -e ".[nemo,demo,train,test]"
 	touch $@
 
 demo: $(VENV)/.light
@@ -33,6 +37,14 @@ lint: $(VENV)/.full
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# Newest versions that agree with pyproject.toml and constraints.txt; needs uv.
+COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package torch \
+	--custom-compile-command "make lock" -c constraints.txt
+lock:
+	$(COMPILE) --upgrade pyproject.toml --extra nemo --extra demo --extra train --extra test -o locks/test.txt
+	$(COMPILE) --upgrade --generate-hashes -c locks/test.txt pyproject.toml locks/build.in --extra demo -o locks/demo.txt
+	$(COMPILE) --upgrade --generate-hashes -c locks/demo.txt locks/build.in -o locks/build.txt
 
 clean:
 	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache
