@@ -103,7 +103,7 @@ def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, so
 
 
 def test_a_folder_is_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder without encoder.onnx"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder without a checkpoint"):
         nemo_lfr.load(tmp_path)
 
 
