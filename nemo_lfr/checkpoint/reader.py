@@ -215,7 +215,8 @@ def _read(
     tensors: Tensors, prefix: str, key: str, names: tuple[str, ...], want: torch.Tensor, has_norm: bool = False
 ) -> dict[str, torch.Tensor]:
     """One weight by its plain name, or its gain and direction; every number is judged."""
-    *gains, direction = (_finite(tensors, name, want) for name in names)
+    kept = has_norm or len(names) == 1
+    *gains, direction = (_finite(tensors, name, want, kept or name != names[-1]) for name in names)
     # FSQ's buffers follow from the config; other numbers there would give other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
@@ -251,9 +252,9 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
         raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
 
 
-def _finite(tensors: Tensors, name: str, want: torch.Tensor) -> torch.Tensor:
+def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:
     """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
-    value = tensors[name].to(want.dtype)
+    value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
         raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")
     return value

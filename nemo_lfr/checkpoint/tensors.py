@@ -167,6 +167,7 @@ class Tensors:
             )
         self.path = path
         self._source = source
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
             archive = zipfile.ZipFile(_SourceFile(source))
             self._records = {info.filename: info for info in archive.infolist()}
@@ -200,11 +201,18 @@ class Tensors:
         self.entries: Mapping[str, Entry] = plain_keys(entries, what)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """One tensor in memory of its own, its checksum verified.
+        """Read one tensor into memory of its own, and verify its checksum.
 
         Raises:
             CheckpointError: if it is damaged, or the file has changed since it was opened.
         """
+        return self._read_tensor(key, kept=True)
+
+    def temporary(self, key: str) -> torch.Tensor:
+        """Read one tensor as `[]` does, into memory that the next call uses again: new memory takes longer."""
+        return self._read_tensor(key, kept=False)
+
+    def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
         entry = self.entries[key]
         name = f"{self._root}data/{entry.record}"
         item = entry.dtype.itemsize
@@ -218,7 +226,8 @@ class Tensors:
                 f"{self.path}: {clip(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
             )
         # From the first to the last number of the tensor: others may share its record.
-        flat = torch.empty(last + 1 - entry.offset, dtype=entry.dtype)
+        count = last + 1 - entry.offset
+        flat = torch.empty(count, dtype=entry.dtype) if kept else self._scratch(count * item).view(entry.dtype)
         try:
             self._read_record(name, entry.offset * item, flat.view(torch.uint8).numpy().data)
         except Exception as error:
@@ -231,6 +240,11 @@ class Tensors:
             ) from error
         tensor = flat.as_strided(entry.shape, entry.stride)
         return tensor if numel == len(flat) else tensor.clone()
+
+    def _scratch(self, num_bytes: int) -> torch.Tensor:
+        if len(self._buffer) < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffer[:num_bytes]
 
     def _check_unchanged(self, cause: Exception | None = None) -> None:
         if self._source.changed():
