@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, Protocol
@@ -22,6 +22,8 @@ BLOCK_SECONDS = 10
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 # Floating-point recordings overshoot 1 a little; 16-bit numbers that were not divided go far beyond.
 MAX_PEAK = 64.0
+# Formats that libsndfile reads, of which FFmpeg knows more codecs and repairs more.
+DISPUTED = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff")
 # Numbers read at once, over all channels: a header that tells a million Hz and channels must not take the memory.
 MAX_BLOCK = 1 << 24
 
@@ -135,22 +137,32 @@ class AudioReader:
         sample_rate: Hz of what is read.
         data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
             this reader then owns; `path` is then a name for messages.
+        name: what messages call the file; `path` if not given.
 
     Attributes:
         native_rate: Hz of the file, of its first recording if it holds several.
         channels: of the same.
         samples_read: samples that `blocks` has yielded.
+        problem_at_end: tells, once all is read, what was wrong with a pipe; None if nothing.
 
     Raises:
         AudioError: if the file is missing, is not audio, is cut short, or holds NaN.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sample_rate: int, data: bytes | int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sample_rate: int,
+        data: bytes | int | None = None,
+        name: str | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.name = str(path) if name is None else name
         self.sample_rate = sample_rate
+        self.problem_at_end: Callable[[], str | None] = lambda: None
         self.samples_read = 0
         if data is None and not self.path.is_file():
-            raise AudioError(f"{path}: {_not_a_file(self.path)}.")
+            raise AudioError(f"{self.name}: {_not_a_file(self.path)}.")
         self._source: BinaryIO | None = None
         self._decoder: Decoder | None = None
         self._spooled: IO[bytes] | None = None
@@ -169,11 +181,11 @@ class AudioReader:
             first = self._open(0)
             self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
-        except (AudioError, OSError) as error:
+        except (AudioError, MissingExtraError, OSError) as error:
             self.close()
             reason = (error.strerror or str(error)) + "." if isinstance(error, OSError) else str(error)
             kind = MissingExtraError if isinstance(error, MissingExtraError) else AudioError
-            raise kind(f"{path}: {reason}") from error
+            raise kind(f"{self.name}: {reason}") from error
 
     def __enter__(self) -> "AudioReader":
         return self
@@ -237,17 +249,19 @@ class AudioReader:
             raise refused from error
         self._source.seek(0)
         head = self._source.read(16)
-        if not looks_like_media(head):
+        if not (looks_like_media(head) or head[:4] in DISPUTED):
             raise refused from error
         try:
             return MediaDecoder(self._source)
         except MissingExtraError as missing:
+            if not looks_like_media(head):
+                raise refused from error
             raise MissingExtraError(
                 f"libsndfile does not read it ({_reason(error)}); MP4, WebM, AAC, WMA and AMR need the media extra: "
                 'pip install ".[media]" in a clone of nemo_lfr, or pip install av.'
             ) from missing
         except AudioError as other:
-            raise AudioError(f"not audio that libsndfile or FFmpeg reads ({other}).") from error
+            raise AudioError(f"not an audio file that libsndfile or FFmpeg reads ({other}).") from error
 
     @property
     def duration(self) -> float:
@@ -259,7 +273,7 @@ class AudioReader:
         decoder = self._decoder if index == self._index and self._decoder is not None else None
         if decoder is None or (decoder.num_frames is None and index not in self._counts):
             if self._pipe is not None:
-                raise AudioError(f"{self.path}: the length of a pipe is known only at its end.")
+                raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
             decoder = self._reopened(index)
         if decoder.num_frames is None and index not in self._counts:
             self._counts[index] = self._count(decoder)
@@ -271,7 +285,7 @@ class AudioReader:
         try:
             return self._open(index)
         except AudioError as error:
-            raise type(error)(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.name}: {error}") from error
 
     def _count(self, decoder: Decoder) -> int:
         count = 0
@@ -284,9 +298,9 @@ class AudioReader:
         try:
             return decoder.read(count)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
+            raise AudioError(f"{self.name}: damaged audio ({_reason(error)}).") from error
         except AudioError as error:
-            raise AudioError(f"{self.path}: {error}.") from error
+            raise AudioError(f"{self.name}: {error}.") from error
 
     def segment(self, start: float, duration: float) -> np.ndarray:
         """Read the samples [any] from second `start` on, for `duration` seconds or up to the end.
@@ -311,7 +325,7 @@ class AudioReader:
         try:
             decoder.seek(first)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.path}: damaged audio ({_reason(error)}).") from error
+            raise AudioError(f"{self.name}: damaged audio ({_reason(error)}).") from error
         wave = self._mixed(self._decode(decoder, count))
         return (
             resample(wave, decoder.rate, self.sample_rate) if decoder.rate != self.sample_rate and len(wave) else wave
@@ -320,7 +334,7 @@ class AudioReader:
     def _mixed(self, block: np.ndarray) -> np.ndarray:
         """Mix [n, channels] to mono, and check it."""
         wave = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.path}:")
+        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.name}:")
         return wave
 
     def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
@@ -346,6 +360,8 @@ class AudioReader:
                 wave = self._mixed(block)
                 yield from self._counted(resampler.push(wave) if resampler else wave)
             self._check_count(decoder, num_read)
+        if problem := self.problem_at_end():
+            raise AudioError(f"{self.name}: {problem}.")
         yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
 
     def _counted(self, wave: np.ndarray | None) -> Iterator[np.ndarray]:
@@ -358,7 +374,7 @@ class AudioReader:
         promised = decoder.num_frames
         share = 1.0 if getattr(decoder, "is_exact", True) else 0.99
         if promised is not None and num_read < share * promised:
-            raise AudioError(f"{self.path}: was cut short after {num_read} of {promised} samples.")
+            raise AudioError(f"{self.name}: was cut short after {num_read} of {promised} samples.")
 
 
 class AudioWriter:

@@ -496,7 +496,7 @@ def encode(
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
         reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead)  # type: ignore[arg-type]
         if reader.channels > 1:
-            note(f"{reader.path}: {reader.channels} channels mixed to mono")
+            note(f"{reader.name}: {reader.channels} channels mixed to mono")
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")

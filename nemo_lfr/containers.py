@@ -120,6 +120,12 @@ def find_streams(file: BinaryIO) -> list[Stream]:
     return [_as_it_is(size)]
 
 
+def is_known(head: bytes) -> bool:
+    """Return whether the first bytes of a file, a few thousand, are those of a format that is known here."""
+    window = _Window(io.BytesIO(head), len(head))
+    return any(matches(head[:12], window) for matches, _ in _FORMATS)
+
+
 class _Window:
     """Random access to a file in few reads."""
 
@@ -210,10 +216,14 @@ class WavHeader:
             return True
         return declared >= UNKNOWN_BYTES and (available is None or declared > available)
 
-    def rebuilt(self, size: int) -> bytes:
-        """Return a header for `size` bytes of samples."""
+    def rebuilt(self, size: int | None) -> bytes:
+        """Return a header for `size` bytes of samples; for as many as come if None."""
         pad = b"\0" * (len(self.format) % 2)
         chunk = struct.pack(f"{self.order}4sI", b"fmt ", len(self.format)) + self.format + pad
+        if size is None:
+            magic = self.magic if self.magic == b"RIFX" else b"RIFF"
+            start = struct.pack(f"{self.order}4sI4s", magic, 0xFFFFFFFF, b"WAVE")
+            return start + chunk + struct.pack(f"{self.order}4sI", b"data", 0xFFFFFFFF)
         total = 4 + len(chunk) + 8 + size
         if total < 0xFFFFFFF0:
             magic = self.magic if self.magic == b"RIFX" else b"RIFF"
@@ -274,6 +284,89 @@ def goes_on(rest: bytes) -> bool:
     They do not where a chunk, another file or a tag begins, or where next to nothing follows.
     """
     return len(rest) >= FEW_BYTES and not CHUNK_NAME.match(rest) and not rest.startswith(TAGS)
+
+
+class WavSamples:
+    """Filter that keeps the samples of a WAV file that comes in through a pipe, by the rules for files.
+
+    Args:
+        header: what was read before the first sample.
+        header_size: its bytes.
+
+    Attributes:
+        problem: what is wrong with the file, once `finish` was called; None if it is whole.
+    """
+
+    def __init__(self, header: WavHeader, header_size: int) -> None:
+        self._order = header.order
+        self._declared = header.declared
+        self._left: int | None = None if header.is_unknown(None) else header.declared
+        self._odd = header.declared % 2
+        self._held = b""
+        self._zeros: int | None = None
+        self._skip = 0
+        self._done = False
+        self._total = header_size
+        self.problem: str | None = None
+
+    def push(self, piece: bytes) -> bytes:
+        """Take the next bytes of the file; return the samples among them."""
+        self._total += len(piece)
+        return self._filter(self._held + piece, last=False)
+
+    def finish(self) -> bytes:
+        """Take the end of the file; return the samples that are left."""
+        samples = self._filter(self._held, last=True)
+        counted = self._declared in (self._total, self._total - 8)  # some recorders count the header as well
+        if self._left and not self._done and not counted:
+            self.problem = _cut(self._declared, self._declared - self._left)
+        return samples
+
+    def _filter(self, data: bytes, last: bool) -> bytes:
+        samples = []
+        self._held = b""
+        while data and not self._done:
+            if self._skip:
+                skipped = min(self._skip, len(data))
+                data, self._skip = data[skipped:], self._skip - skipped
+            elif self._zeros is not None:
+                if not data.strip(b"\0"):
+                    self._zeros += len(data)
+                    break
+                samples.append(bytes(self._zeros))
+                self._zeros = self._left = None
+            elif self._left is None:
+                samples.append(data)
+                break
+            elif self._left:
+                samples.append(data[: self._left])
+                data, self._left = data[self._left :], self._left - len(samples[-1])
+            elif len(data) < FEW_BYTES + 2 and not last:
+                self._held = data
+                break
+            else:
+                data = self._next_chunk(data)
+        return b"".join(samples)
+
+    def _next_chunk(self, data: bytes) -> bytes:
+        """Decide what follows samples or a chunk; return the data behind what was understood."""
+        if goes_on(data) and goes_on(data[self._odd :]):
+            self._zeros = 0
+            return data
+        if not CHUNK_NAME.match(data):
+            data = data[self._odd :]
+        if len(data) < 8 or not CHUNK_NAME.match(data):
+            self._done = True
+            return b""
+        name, size = struct.unpack(f"{self._order}4sI", data[:8])
+        if name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and data[8:12] == b"WAVE":
+            self._done = True
+            self.problem = "holds several recordings; give it as a file to encode all of them"
+        elif name == b"data":
+            self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
+        else:
+            self._skip, self._odd = size, size % 2
+        return data[8:]
 
 
 def _wav_streams(window: _Window, start: int = 0) -> list[Stream]:

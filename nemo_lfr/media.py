@@ -24,7 +24,6 @@ def looks_like_media(head: bytes) -> bool:
         )
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
-        or head[:4] in (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff")
     )
 
 
@@ -74,7 +73,7 @@ class MediaDecoder:
         except (self._av.FFmpegError, ValueError, OSError, MemoryError) as error:
             if isinstance(error, AudioError):
                 raise
-            raise AudioError(clip(error, 200)) from error
+            raise AudioError(_reason(error)) from error
         self._expected = self._container.duration  # microseconds, or None
         self._blocks = self._decode(track)
         self._waiting = np.zeros((0, self.channels), np.float32)
@@ -91,7 +90,7 @@ class MediaDecoder:
                 total += part.samples
                 yield part.to_ndarray().reshape(-1, self.channels)
         except (self._av.FFmpegError, ValueError, OSError) as error:
-            raise AudioError(f"damaged audio ({clip(error, 200)})") from error
+            raise AudioError(f"damaged audio ({_reason(error)})") from error
         # A container's duration is that of its longest track, roughly.
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
@@ -119,3 +118,8 @@ class MediaDecoder:
 
     def close(self) -> None:
         self._container.close()
+
+
+def _reason(error: Exception) -> str:
+    """Return FFmpeg's words without the file's name."""
+    return clip(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

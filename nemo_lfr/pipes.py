@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+import soundfile
 
 from nemo_lfr.audio import AudioReader
+from nemo_lfr.containers import WavSamples, is_known, read_wav_header
+from nemo_lfr.errors import AudioError
+from nemo_lfr.media import looks_like_media
 from nemo_lfr.tokens.format import Metadata, TokenStream, TokenStreamReader
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
+# Read of a stream before its format is known; what is none is not spooled to the disk.
+SNIFFED_BYTES = 1 << 16
 UNKNOWN_BYTES = 0xFFFFFFFF  # as the length of a WAV file that is still being written
 
 
@@ -103,26 +109,45 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         with AudioReader(source, sample_rate) as reader:
             yield reader
         return
-    head = source.read(4)
-    if head == b"RIFF":
-        head += source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
-        # libsndfile reads WAV from a descriptor without seeking; what was looked at goes through a pipe again.
+    header, head = read_wav_header(source.read)
+    if header is not None:
+        samples = WavSamples(header, len(head))
+        rest = source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
+        # libsndfile reads WAV from a descriptor without seeking; the samples go through a pipe again.
         out, into = os.pipe()
         with _woken_by_signals() as wake:
-            threading.Thread(target=_feed, args=(head, source, into, wake), daemon=True).start()
+            feeder = (header.rebuilt(None), rest, samples, source, into, wake)
+            threading.Thread(target=_feed, args=feeder, daemon=True).start()
             with AudioReader("stdin", sample_rate, data=out) as reader:
+                reader.problem_at_end = lambda: samples.problem
                 yield reader
         return
+    head += source.read(SNIFFED_BYTES)
+    if not _may_be_audio(head):
+        raise AudioError("stdin: not an audio file: it begins like no known format; pipe in WAV, FLAC, Ogg or MP3.")
     with tempfile.NamedTemporaryFile(prefix="nemo-lfr-") as file:
         file.write(head)
         shutil.copyfileobj(source, file)
-        file.seek(0)
-        with AudioReader("stdin", sample_rate, data=os.dup(file.fileno())) as reader:
+        file.flush()
+        with AudioReader(file.name, sample_rate, name="stdin") as reader:
             yield reader
 
 
-def _feed(head: bytes, source: io.BufferedReader, into: int, wake: int | None) -> None:
-    """Write to a pipe what was read, and what comes, until that ends or `wake` can be read."""
+def _may_be_audio(head: bytes) -> bool:
+    """Return whether a stream is worth spooling, by its first bytes."""
+    if is_known(head) or looks_like_media(head[:16]):
+        return True
+    try:
+        with soundfile.SoundFile(io.BytesIO(head)):
+            return True
+    except soundfile.LibsndfileError:
+        return False
+
+
+def _feed(
+    header: bytes, rest: bytes, samples: WavSamples, source: io.BufferedReader, into: int, wake: int | None
+) -> None:
+    """Write to a pipe a header and the samples that come, until they end or `wake` can be read."""
     read: Callable[[int], bytes]
     try:
         # Not by the buffered reader, whose lock must be free when the process ends.
@@ -132,12 +157,14 @@ def _feed(head: bytes, source: io.BufferedReader, into: int, wake: int | None) -
         wake, read = None, source.read1
     # OSError, ValueError: closed, as who reads was done first.
     with suppress(OSError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
-        piece = head
+        pipe.write(header)
+        piece = rest or read(65536)
         while piece:
-            pipe.write(piece)
+            pipe.write(samples.push(piece))
             if wake is not None and wake in select.select([descriptor, wake], [], [])[0]:
                 return
             piece = read(65536)
+        pipe.write(samples.finish())
 
 
 @contextmanager

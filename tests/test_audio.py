@@ -44,7 +44,7 @@ def test_resampling_keeps_a_tone_where_it_was():
     time = np.arange(16000) / 16000
     got = resample(np.sin(2 * np.pi * 440 * time).astype(np.float32), 16000, 22050)
     expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 22050)
-    # Away from the ends, where the filter sees silence; VHQ's pass band is flat to better than 1e-4.
+    # Away from the ends, where the filter sees silence; soxr's pass band is flat to better than 1e-4.
     np.testing.assert_allclose(got[2000:-2000], expected[2000:-2000], rtol=0, atol=1e-4)
 
 

@@ -387,14 +387,11 @@ def test_empty_audio_of_another_rate_has_no_frames(small):
 
 
 def test_audio_of_another_rate_is_resampled_clip_by_clip(small):
-    import soxr
-
+    librosa = pytest.importorskip("librosa")
     clips = [synthesize(0.7, 1)[:11111], synthesize(0.7, 2)[:3000]]
     tokens, tokens_len = small.encode(*padded(clips), sample_rate=16000)
     for row, clip in enumerate(clips):
-        # soxr gives round(n * 22050 / 16000) samples.
-        resampled = soxr.resample(clip, 16000, 22050, quality="VHQ")
-        assert len(resampled) == round(len(clip) * 22050 / 16000)
+        resampled = librosa.resample(clip, orig_sr=16000, target_sr=22050)
         assert tokens_len[row] == -(-len(resampled) // 1024)
         assert_same_tokens(small, resampled, tokens[row, :, : int(tokens_len[row])])
     same, _ = small.encode(clips[0], sample_rate=22050)

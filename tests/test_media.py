@@ -1,0 +1,111 @@
+"""Containers that FFmpeg reads for us, made by FFmpeg and compared with what it decodes itself."""
+
+import builtins
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.errors import AudioError, MissingExtraError
+from tests.models import synthesize
+
+RATE = 22050
+MADE = {
+    "m4a": ["-c:a", "aac"],
+    "mp4": ["-c:a", "aac", "-movflags", "+faststart"],
+    "aac": ["-c:a", "aac"],
+    "webm": ["-c:a", "libopus"],
+    "mka": ["-c:a", "libvorbis"],
+    "wma": ["-c:a", "wmav2"],
+    "mov": ["-c:a", "pcm_s16le"],
+    "ts": ["-c:a", "mp2"],
+}
+
+
+def ffmpeg(*arguments) -> bytes:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        pytest.skip("FFmpeg is not installed")
+    return subprocess.run([program, "-v", "error", "-y", *map(str, arguments)], capture_output=True, check=True).stdout
+
+
+def made(folder, suffix):
+    soundfile.write(folder / "source.wav", synthesize(3), RATE)
+    ffmpeg("-i", folder / "source.wav", *MADE[suffix], folder / f"a.{suffix}")
+    return folder / f"a.{suffix}"
+
+
+def read(path, rate=RATE, **options):
+    with AudioReader(path, rate, **options) as reader:
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks(0.3)])
+
+
+@pytest.mark.parametrize("suffix", MADE)
+def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    with AudioReader(path, RATE) as reader:
+        native = reader.native_rate
+        duration = reader.duration
+    expected = np.frombuffer(ffmpeg("-i", path, "-f", "f32le", "-ac", "1", "-"), "<f4")
+    wave = read(path, native)
+    assert duration == pytest.approx(len(wave) / native)
+    # FFmpeg's own program also drops what the time stamps of some containers place before 0.
+    assert 0 <= len(wave) - len(expected) <= 2048
+    size = len(expected) - 2048
+    lag = int(np.argmin([np.abs(wave[at : at + 2000] - expected[:2000]).sum() for at in range(2049)]))
+    assert lag == 0 or suffix in ("aac", "webm", "ts")
+    np.testing.assert_allclose(wave[lag : lag + size], expected[:size], rtol=0, atol=1e-4)
+    assert np.array_equal(read(path, native, data=path.read_bytes()), wave)
+    with AudioReader(path, native) as reader:
+        assert np.array_equal(reader.segment(1.0, 0.5), wave[native : native + native // 2])
+        assert np.array_equal(reader.segment(0.2, 0.1), wave[int(0.2 * native) :][: -(-native // 10)])
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "webm", "wma"])
+def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(AudioError, match=rf"a\.{suffix}: "):
+        read(path)
+
+
+def test_without_the_extra_the_message_names_it(tmp_path, monkeypatch):
+    imported = builtins.__import__
+
+    def missing(name, *arguments, **options):
+        if name == "av":
+            raise ImportError(name)
+        return imported(name, *arguments, **options)
+
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000))
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(MissingExtraError, match=r"a\.m4a: .*\[media\]"):
+        AudioReader(tmp_path / "a.m4a", RATE)
+
+
+PLAYLISTS = {
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\n{path}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{path}'\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_playlist_opens_no_other_file(tmp_path, kind):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "secret.wav", synthesize(0.5), RATE)
+    (tmp_path / "a.m4a").write_text(PLAYLISTS[kind].format(path=tmp_path / "secret.wav"))
+    with pytest.raises(AudioError, match="not an audio file"):
+        read(tmp_path / "a.m4a")
+
+
+def test_a_container_without_audio_is_refused(tmp_path):
+    pytest.importorskip("av")
+    ffmpeg("-f", "lavfi", "-i", "color=size=16x16:duration=0.2", "-c:v", "mpeg4", tmp_path / "a.mp4")
+    with pytest.raises(AudioError, match="no audio track"):
+        read(tmp_path / "a.mp4")
