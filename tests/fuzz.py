@@ -35,11 +35,11 @@ def with_right_checksums(data: bytes) -> bytes:
         return bytes(fixed[end : end + 4])
 
     fixed = bytearray(data)
-    if len(data) < 10:
+    if len(data) < 9:
         return data
     chained = data[4] != 1
-    begin = 10 if chained else 9
-    position = begin + struct.unpack_from("<I", data, begin - 4)[0]
+    begin = 9
+    position = begin + (struct.unpack_from("<I", data, 5)[0] & (0xFFFFFF if chained else 0xFFFFFFFF))
     try:
         frame = Metadata.from_json(data[begin:position]).bytes_per_frame
     except Exception:

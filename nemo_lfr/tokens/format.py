@@ -4,8 +4,8 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
 
     header   4 bytes   magic, "LFRT"
              1 byte    version, 2
+             3 bytes   length H of the metadata, at most 65536
              1 byte    coding of the blocks' payload, 0: packed frames; a reader refuses a coding that it does not know
-             4 bytes   length H of the metadata, at most 65536
              H bytes   metadata, a JSON object in UTF-8 (below)
              4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
@@ -21,7 +21,7 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
 Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
 `fingerprint` (of the codec's weights), `precision`, `written_by`.
 
-Version 1 has no coding byte and no outline, and each of its CRCs covers its own section only.
+Version 1 has no outline, H takes the coding byte too, and each of its CRCs covers its own section only.
 
 A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
 codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
@@ -141,7 +141,7 @@ class TokenStream:
         self.metadata = metadata
         self.frames_written = 0
         text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
-        self._checksum = self._section(MAGIC + struct.pack("<BBI", VERSION, CODING, len(text)) + text)
+        self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, CODING << 24 | len(text)) + text)
         self._outline = zlib.crc32(self._checksum)
 
     def _section(self, data: bytes, before: bytes = b"") -> bytes:
@@ -277,16 +277,18 @@ class _Sections:
                 f"{self.path}: format version {version}; this nemo_lfr reads versions "
                 f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer one."
             )
-        layout = "<I" if version == 1 else "<BI"
-        head += self._take(struct.calcsize(layout))
-        *coding, length = struct.unpack(layout, head[5:])
+        head += self._take(4)
+        length = int.from_bytes(head[5:], "little")
+        coding = CODING
+        if version > 1:
+            coding, length = length >> 24, length & 0xFFFFFF
         if length > MAX_METADATA_BYTES:
             raise self._fail(f"its metadata claims {length} bytes")
         text = self._take(length)
         self._checksum = self._check(head + text, "the header")
-        if coding not in ([], [CODING]):
+        if coding != CODING:
             raise TokenFileError(
-                f"{self.path}: its blocks have coding {coding[0]}; this nemo_lfr reads coding {CODING}; "
+                f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads coding {CODING}; "
                 "install a newer one."
             )
         self._outline = zlib.crc32(self._checksum)
