@@ -1,11 +1,13 @@
 """The exported codec: the same tokens and audio, for any length and batch, where there is no torch."""
 
+import hashlib
 import json
 import pickle
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 import nemo_lfr
 from nemo_lfr import AudioError, CheckpointError, NemoLfrError, TokensError, cli
 from nemo_lfr.tokens.format import TokenReader
-from tests.models import KINDS, RATE, cached_codec, synthesize
+from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
 onnx = pytest.importorskip("onnx", reason="pip install 'nemo-lfr[onnx]'")
@@ -179,6 +181,7 @@ def test_what_was_exported_is_not_exported_again(capsys, embedded, tmp_path):
 
 def test_one_file_without_the_other_does_its_half(embedded, tmp_path):
     shutil.copy(embedded / "decoder.onnx", tmp_path)
+    shutil.copy(embedded / "codec.json", tmp_path)
     codec = nemo_lfr.load(tmp_path)
     assert codec.decode(np.zeros((8, 5), int))[0].shape == (1, 5 * 1024)
     with pytest.raises(CheckpointError, match=r"encoder\.onnx: no such file"):
@@ -196,25 +199,177 @@ def test_what_is_no_pair_of_ours_is_refused(embedded, tmp_path):
         nemo_lfr.load(embedded, "tpu")
     with pytest.raises(CheckpointError, match=r"no encoder\.onnx or decoder\.onnx"):
         OnnxCodec(tmp_path)
-    (tmp_path / "encoder.onnx").write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="ONNX Runtime cannot open it"):
-        nemo_lfr.load(tmp_path)
-    model = onnx.load(embedded / "encoder.onnx")
-    said = json.loads(model.metadata_props[0].value)
-    for changes, message in (
-        ({"version": 2}, "version 2"),
-        ({"levels": None}, "metadata is not ours"),
-        ({"fingerprint": "0" * 16}, "of another codec than the other file"),
-    ):
-        model.metadata_props[0].value = json.dumps(said | changes)
-        onnx.save(model, tmp_path / "encoder.onnx")
-        shutil.copy(embedded / "decoder.onnx", tmp_path)
-        with pytest.raises(CheckpointError, match=message):
-            nemo_lfr.load(tmp_path).decode(np.zeros((8, 5), int))
     with pytest.raises(NemoLfrError, match="does not stream"):
         nemo_lfr.load(embedded).stream_encoder()
     with pytest.raises(NemoLfrError, match="exported in fp32"):
         export_onnx(nemo_lfr.load(precision="bf16"), tmp_path / "bf16")
+
+
+# --- what is not as it was exported
+
+
+@pytest.fixture(scope="module")
+def two_exports(tmp_path_factory):
+    """Folders of two codecs of one layout."""
+    folders = [tmp_path_factory.mktemp(f"export{number}") for number in range(2)]
+    other = build_codec("two_stages")
+    other.encoder.pre_conv.conv.bias.add_(0.01)
+    for codec, folder in zip((cached_codec("two_stages"), other), folders, strict=True):
+        export_onnx(codec, folder)
+    return folders
+
+
+def flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path, keep: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+
+def set_metadata(path: Path, **changes: object) -> None:
+    """In the ONNX file itself, as somebody with onnx at hand would."""
+    model = onnx.load(path)
+    model.metadata_props[0].value = json.dumps(json.loads(model.metadata_props[0].value) | changes)
+    onnx.save(model, path)
+
+
+def set_values(folder: Path, **changes: object) -> None:
+    path = folder / "codec.json"
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del values[key]
+        else:
+            values[key] = value
+    path.write_text(json.dumps(values))
+
+
+def forge(folder: Path, **changes: object) -> None:
+    """Change the metadata, and the hashes with it."""
+    for name in ("encoder.onnx", "decoder.onnx"):
+        set_metadata(folder / name, **changes)
+    hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in json_files(folder)}
+    set_values(folder, files=hashes, **changes)
+
+
+def json_files(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "codec.json").read_text())["files"]
+
+
+def swap(folder: Path, other: Path, name: str) -> None:
+    shutil.copy(other / name, folder / name)
+
+
+DAMAGE = {
+    "a bit of the encoder": lambda folder, _: flip(folder / "encoder.onnx", 0.7),
+    "a bit of the decoder": lambda folder, _: flip(folder / "decoder.onnx", 0.3),
+    "the encoder's first byte": lambda folder, _: flip(folder / "encoder.onnx", 0),
+    "the decoder's last byte": lambda folder, _: flip(folder / "decoder.onnx", 0.99999),
+    "another export's encoder": lambda folder, other: swap(folder, other, "encoder.onnx"),
+    "another export's decoder": lambda folder, other: swap(folder, other, "decoder.onnx"),
+    "another export's manifest": lambda folder, other: swap(folder, other, "codec.json"),
+    "the decoder as encoder": lambda folder, _: shutil.copy(folder / "decoder.onnx", folder / "encoder.onnx"),
+    "an encoder cut short": lambda folder, _: cut(folder / "encoder.onnx", 0.5),
+    "a decoder cut short": lambda folder, _: cut(folder / "decoder.onnx", 0.99),
+    "an empty encoder": lambda folder, _: cut(folder / "encoder.onnx", 0),
+    "no ONNX": lambda folder, _: (folder / "encoder.onnx").write_bytes(b"not a model"),
+    "text after the end": lambda folder, _: (folder / "encoder.onnx").open("ab").write(b"more"),
+    "no manifest, as of an older export": lambda folder, _: (folder / "codec.json").unlink(),
+    "an empty manifest": lambda folder, _: cut(folder / "codec.json", 0),
+    "a manifest cut short": lambda folder, _: cut(folder / "codec.json", 0.6),
+    "a manifest of bytes": lambda folder, _: (folder / "codec.json").write_bytes(bytes(range(256))),
+    "a manifest that is a list": lambda folder, _: (folder / "codec.json").write_text("[1, 2]"),
+    "a manifest of a million brackets": lambda folder, _: (folder / "codec.json").write_text("[" * 1_000_000),
+    "a deep manifest": lambda folder, _: (folder / "codec.json").write_text("[" * 60_000),
+    "a folder as manifest": lambda folder, _: ((folder / "codec.json").unlink(), (folder / "codec.json").mkdir()),
+    "a number of 5,000 digits": lambda folder, _: (folder / "codec.json").write_text(
+        '{"version": ' + "9" * 5000 + "}"
+    ),
+    "metadata of a file": lambda folder, _: set_metadata(folder / "encoder.onnx", sample_rate=44100),
+    "an edited rate": lambda folder, _: set_values(folder, sample_rate=16000),
+    "an edited fingerprint": lambda folder, _: set_values(folder, fingerprint="0" * 16),
+    "no files": lambda folder, _: set_values(folder, files=...),
+    "files without hashes": lambda folder, _: set_values(folder, files={"encoder.onnx": 1, "decoder.onnx": None}),
+    "files elsewhere": lambda folder, _: set_values(folder, files={"../encoder.onnx": "0" * 64}),
+    **{
+        f"{key} {value!r}": lambda folder, _, key=key, value=value: forge(folder, **{key: value})
+        for key, values in {
+            "version": (1, 3, None, "2", True, 2.0),
+            "sample_rate": (0, -5, 10**12, None, "22050", 22050.5, float("nan"), float("inf"), True, [], {}),
+            "samples_per_frame": (0, -1, 10**12, None, "x", 1.5),
+            "levels": (None, [], [0], [1], ["8"], [4096] * 4, 5, [10**12], [8] * 17),
+            "num_codebooks": (0, -1, 1000, None, "8"),
+            "fingerprint": (None, "", 5, "x" * 16, "0" * 17),
+            "encoder": (None, [], {}, {"past": -1, "future": 0, "min_frames": 1}, {"past": 0, "future": 0}),
+            "decoder": ("x", {"past": 10**9, "future": 0, "min_frames": 1}),
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE])
+def test_a_folder_that_is_not_as_it_was_exported_is_refused_in_one_line(damage, two_exports, tmp_path):
+    folder, other = two_exports
+    shutil.copytree(folder, tmp_path / "x")
+    DAMAGE[damage](tmp_path / "x", other)
+    with pytest.raises(NemoLfrError) as caught:
+        codec = nemo_lfr.load(tmp_path / "x")
+        codec.decode(codec.encode(synthesize(0.1))[0])
+    message = str(caught.value)
+    assert str(tmp_path / "x") in message and "\n" not in message and len(message) < 600
+    assert "export" in message
+
+
+@pytest.mark.parametrize("key, value", [("num_codebooks", 9), ("samples_per_frame", 16), ("levels", [8, 8, 8, 8])])
+def test_a_forged_folder_gives_no_tokens_that_contradict_it(key, value, two_exports, tmp_path):
+    shutil.copytree(two_exports[0], tmp_path / "x")
+    forge(tmp_path / "x", **{key: value})
+    codec = nemo_lfr.load(tmp_path / "x")
+    if key == "levels":  # more entries than are used
+        assert codec.encode(synthesize(0.1))[0].max() < codec.codebook_size
+        return
+    with pytest.raises(NemoLfrError, match=r"not what codec\.json says|cannot run it"):
+        codec.encode(synthesize(0.1))
+
+
+def test_a_file_that_is_replaced_after_opening_is_not_run(two_exports, tmp_path):
+    folder, other = two_exports
+    shutil.copytree(folder, tmp_path / "x")
+    codec = nemo_lfr.load(tmp_path / "x")
+    swap(tmp_path / "x", other, "encoder.onnx")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        codec.encode(synthesize(0.1))
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, float("nan")])
+def test_exported_networks_that_overflow_are_errors_too(value, tmp_path):
+    codec = build_codec("two_stages")
+    for part in (codec.encoder, codec.decoder):
+        part.res_layers[0].res_blocks[0].res_blocks[0].skip_conv.conv.weight.fill_(value)
+        part.post_conv.conv.weight.fill_(value)
+    export_onnx(codec, tmp_path)
+    exported = nemo_lfr.load(tmp_path)
+    with pytest.raises(NemoLfrError, match="encoder gives NaN or infinite"):
+        exported.encode(synthesize(0.1))
+    with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite"):
+        exported.decode(np.ones((8, 12), int))
+
+
+def test_exporting_does_not_depend_on_the_callers_state(two_exports, tmp_path):
+    codec = build_codec("two_stages")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+            export_onnx(codec, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wave = synthesize(0.1)
+    exported, expected = nemo_lfr.load(tmp_path), nemo_lfr.load(two_exports[0])
+    assert np.array_equal(exported.encode(wave)[0], expected.encode(wave)[0])
 
 
 def test_bad_audio_and_tokens_are_refused_as_by_torch(embedded):

@@ -52,7 +52,8 @@ class BaseCodec(ABC, Generic[Array]):
     precision: str
     name: str
     chunk_frames: int = CHUNK_FRAMES
-    fingerprint: Any  # str: first 16 hex digits of a SHA-256 over the weights
+    fingerprint: Any  # str: 16 hex digits of a hash of the weights and settings
+    weights_fingerprint: Any  # str: of the weights alone, which older files carry
     encoder: Any
     decoder: Any
 
@@ -92,6 +93,10 @@ class BaseCodec(ABC, Generic[Array]):
     def width_step(self) -> int:
         """Windows are computed in memory of a multiple of so many frames."""
         return 1
+
+    def made(self, fingerprint: str) -> bool:
+        """Return whether tokens that carry this fingerprint, of today's kind or the older one, are this codec's."""
+        return bool(fingerprint == self.fingerprint or fingerprint == self.weights_fingerprint)
 
     def _guard(self) -> AbstractContextManager[None]:
         """Keep the caller's settings away from what is computed within."""

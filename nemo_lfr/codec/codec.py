@@ -1,7 +1,6 @@
 """The codec in PyTorch, as a user holds it: audio in, tokens out, and back; any length, any batch."""
 
 import functools
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +16,11 @@ from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, 
 from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
 from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.plan import has_bf16
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.codec.weights import one_look
+from nemo_lfr.codec.weights import one_look, weights_version
 from nemo_lfr.errors import NemoLfrError, clip
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Codec(BaseCodec[torch.Tensor]):
         if precision == "bf16" and (device or next(decoder.parameters()).device).type == "cpu" and not has_bf16():
             raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
         self._device, self._checkpoint = device, checkpoint
+        self._digest: tuple[Any, str] | None = None
         self.sample_rate = sample_rate
         self.precision = precision
         self.name = name
@@ -129,15 +130,26 @@ class Codec(BaseCodec[torch.Tensor]):
     def device(self) -> torch.device:
         return self._device or next(self._decoder.parameters()).device
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the encoder's and decoder's weights: which codec made these tokens."""
-        digest = hashlib.sha256()
-        for side in ("encoder", "decoder"):
-            for name, parameter in self._numbers(side):
-                digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        """16 hex digits that tell which codec made tokens; see `nemo_lfr.codec.fingerprint`."""
+        settings = settings_of(self._encoder, self.quantizer, self._decoder, self.sample_rate)
+        return fingerprint(self._weights_digest(), settings)
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """The older kind of fingerprint: of the encoder's and decoder's weights alone."""
+        return self._weights_digest()[:LENGTH]
+
+    def _weights_digest(self) -> str:
+        """SHA-256 of all weights, computed again when they change."""
+        with self._guard():
+            sides = [side for side in ("encoder", "decoder") if self._checkpoint is None or side in self.__dict__]
+            version = sides, weights_version(*(getattr(self, side) for side in sides))()
+            if self._digest is None or self._digest[0] != version:
+                weights = (weight for side in ("encoder", "decoder") for weight in self._numbers(side))
+                self._digest = version, weights_digest(weights)
+            return self._digest[1]
 
     def _numbers(self, side: str) -> Iterable[tuple[str, torch.Tensor]]:
         """Weights of the encoder or the decoder by name; those that nobody has asked for are not kept."""

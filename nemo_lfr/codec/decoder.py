@@ -136,12 +136,16 @@ class HiFiGANDecoder(NeuralModule):
 
     def decode_frames(self, inputs: torch.Tensor) -> torch.Tensor:
         """Clips of one length: [B, D, T] -> [B, T * samples_per_frame], T >= `min_frames`."""
+        return self.out_activation(self.hidden_frames(inputs)).squeeze(1)
+
+    def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the last activation makes audio of: [B, D, T] -> [B, 1, T * samples_per_frame]."""
         hidden = self.pre_conv(channels_last(inputs))
         for activation, up_sample, res_layer in zip(
             self.activations, self.up_sample_conv_layers, self.res_layers, strict=True
         ):
             hidden = res_layer(up_sample(activation(hidden)))
-        return self.out_activation(self.post_conv(self.post_activation(hidden))).squeeze(1)
+        return self.post_conv(self.post_activation(hidden))
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode each clip as if it were alone.

@@ -41,7 +41,7 @@ def decode_folder(
     folder = TokenFolder(tokens, verify=verify)
     codec = load(model, device)
     made = folder.metadata["codec"]
-    if codec.fingerprint != folder.codec.fingerprint:
+    if not codec.made(folder.codec.fingerprint):
         raise NemoLfrError(
             f"{tokens}: made by another codec ({clip(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
             f"not {codec.name} ({codec.fingerprint}); pass it as --model."

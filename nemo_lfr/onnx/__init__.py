@@ -1,5 +1,6 @@
-"""The codec without PyTorch: `export` writes it as two ONNX files, `codec` runs them with ONNX Runtime."""
+"""The codec without PyTorch: `export` writes two ONNX files and a manifest, `codec` runs them with ONNX Runtime."""
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+MANIFEST = "codec.json"
 METADATA = "nemo_lfr"  # the key under which both files carry what the tokens mean
-VERSION = 1
+VERSION = 2

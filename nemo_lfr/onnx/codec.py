@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,21 @@ import numpy as np
 
 from nemo_lfr.codec.base import BaseCodec
 from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError, clip
-from nemo_lfr.frames import Context
-from nemo_lfr.onnx import DECODER, ENCODER, METADATA, VERSION
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What of an encoder or decoder matters to cutting recordings into windows."""
-
-    context: Context
-    min_frames: int
+from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA
+from nemo_lfr.onnx.manifest import read_manifest, read_verified
 
 
 class OnnxCodec(BaseCodec[np.ndarray]):
     """Takes and gives numpy arrays. Each file is opened when it is first needed; one without the other will do.
 
     Args:
-        folder: with encoder.onnx or decoder.onnx, as `nemo-lfr export onnx` writes them.
+        folder: with codec.json and encoder.onnx or decoder.onnx, as `nemo-lfr export onnx` writes them. The hashes of
+            both files are compared with those in codec.json.
         device: "cpu", "cuda", or None for a GPU if ONNX Runtime has one.
         name: for messages.
 
     Raises:
-        CheckpointError: if the files are missing or not ours.
+        CheckpointError: if the files are missing, damaged, from several exports or not ours.
         MissingExtraError: if ONNX Runtime is not installed.
         NemoLfrError: for a device that ONNX Runtime does not have.
     """
@@ -57,29 +49,13 @@ class OnnxCodec(BaseCodec[np.ndarray]):
             raise CheckpointError(
                 f"{folder}: no {ENCODER} or {DECODER} in this folder; nemo-lfr export onnx writes them."
             )
-        self._metadata = self._read_metadata(there[0])
-
-    def _read_metadata(self, name: str) -> dict[str, Any]:
-        path = self._folder / name
-        found = self._session(name).get_modelmeta().custom_metadata_map.get(METADATA)
-        try:
-            values = json.loads(found or "")
-            if values["version"] != VERSION:
-                raise CheckpointError(f"{path}: version {values['version']}; this nemo_lfr reads {VERSION}.")
-            self.sample_rate = int(values["sample_rate"])
-            self.encoder, self.decoder = (
-                Reach(Context(int(part["past"]), int(part["future"])), int(part["min_frames"]))
-                for part in (values["encoder"], values["decoder"])
-            )
-            for key in ("samples_per_frame", "num_codebooks"):
-                values[key] = int(values[key])
-            values["levels"] = tuple(int(level) for level in values["levels"])
-            self.fingerprint = str(values["fingerprint"])
-        except CheckpointError:
-            raise
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path}: not a file of nemo-lfr export onnx: its metadata is not ours.") from error
-        return values
+        self._manifest = read_manifest(self._folder)
+        self.sample_rate = self._manifest.sample_rate
+        self.fingerprint = self._manifest.fingerprint
+        self.weights_fingerprint = self._manifest.weights_fingerprint
+        self.encoder, self.decoder = self._manifest.encoder, self._manifest.decoder
+        for name in there:
+            read_verified(self._folder, name, self._manifest)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in this process or another, opens the files anew."""
@@ -95,8 +71,7 @@ class OnnxCodec(BaseCodec[np.ndarray]):
         import onnxruntime
 
         path = self._folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; nemo-lfr export onnx writes it.")
+        data = read_verified(self._folder, name, self._manifest)  # again: it may have been replaced meanwhile
         options = onnxruntime.SessionOptions()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
@@ -106,26 +81,29 @@ class OnnxCodec(BaseCodec[np.ndarray]):
         if self._device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, by version
             raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({clip(error, 200)}).") from error
-        if (first := getattr(self, "_metadata", None)) is not None:
-            raw = session.get_modelmeta().custom_metadata_map.get(METADATA) or "{}"
-            if f'"{first["fingerprint"]}"' not in raw:
-                raise CheckpointError(f"{path}: of another codec than the other file in this folder; export again.")
+        raw = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        try:
+            values = json.loads(raw or "")
+        except (ValueError, RecursionError):
+            values = None
+        if values != self._manifest.values:
+            raise CheckpointError(f"{path}: its metadata is not that of {MANIFEST}; export it again.")
         return session
 
     @property
     def samples_per_frame(self) -> int:
-        return self._metadata["samples_per_frame"]
+        return self._manifest.samples_per_frame
 
     @property
     def num_codebooks(self) -> int:
-        return self._metadata["num_codebooks"]
+        return self._manifest.num_codebooks
 
     @property
     def levels(self) -> tuple[int, ...]:
-        return self._metadata["levels"]
+        return self._manifest.levels
 
     @property
     def device(self) -> str:
@@ -147,8 +125,23 @@ class OnnxCodec(BaseCodec[np.ndarray]):
         return array.astype(dtype, copy=False)
 
     def _encode_frames(self, audio: np.ndarray, num_frames: list[int]) -> np.ndarray:
-        return self._session(ENCODER).run(None, {"audio": audio})[0]
+        width = audio.shape[1] // self.samples_per_frame
+        return self._run(ENCODER, {"audio": audio}, (len(audio), self.num_codebooks, width))
 
     def _decode_frames(self, tokens: np.ndarray, num_frames: list[int]) -> np.ndarray:
         inputs = {"tokens": tokens, "tokens_len": np.array(num_frames, np.int64)}
-        return self._session(DECODER).run(None, inputs)[0]
+        return self._run(DECODER, inputs, (len(tokens), tokens.shape[2] * self.samples_per_frame))
+
+    def _run(self, name: str, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The only output of a file, which must have this shape."""
+        session = self._session(name)
+        try:
+            result = session.run(None, inputs)[0]
+        except Exception as error:  # onnxruntime's own classes, by version
+            raise NemoLfrError(f"{self._folder / name}: ONNX Runtime cannot run it ({clip(error, 200)}).") from error
+        if not isinstance(result, np.ndarray) or result.shape != shape:
+            what = list(result.shape) if isinstance(result, np.ndarray) else type(result).__name__
+            raise CheckpointError(
+                f"{self._folder / name}: gives {clip(what)} instead of {list(shape)}; it is not what {MANIFEST} says."
+            )
+        return result

@@ -1,5 +1,6 @@
 """A codec as encoder.onnx (audio -> tokens, FSQ inside) and decoder.onnx (tokens -> audio), any batch and length."""
 
+import hashlib
 import json
 import logging
 import os
@@ -12,22 +13,24 @@ import torch
 from torch import nn
 
 from nemo_lfr import __version__
+from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.finite import quantize, to_audio
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
-from nemo_lfr.onnx import DECODER, ENCODER, METADATA, VERSION
+from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 
 OPSET = 20
 
 
 class _Encoder(nn.Module):
-    """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32."""
+    """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32; -1 where they are not finite."""
 
     def __init__(self, codec: Codec) -> None:
         super().__init__()
         self.encoder, self.quantizer = codec.encoder, codec.quantizer
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
-        return self.quantizer.encode(self.encoder.encode_frames(audio)).transpose(0, 1)
+        return quantize(self.quantizer, self.encoder.encode_frames(audio))
 
 
 class _Decoder(nn.Module):
@@ -39,16 +42,16 @@ class _Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
         valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
-        return self.decoder.decode_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+        hidden = self.decoder.hidden_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+        return to_audio(self.decoder.out_activation, hidden).squeeze(1)
 
 
 def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-    """Write encoder.onnx and decoder.onnx into `folder`; each is written aside, checked and renamed.
+    """Write encoder.onnx, decoder.onnx and codec.json into `folder`; each is written aside, checked and renamed.
 
     Inputs and outputs are those of the two modules above. A length under `min_frames` has to be completed with
-    silence, and a batch is of one length; `nemo_lfr.load(folder)` does both. The metadata of both files holds, as JSON
-    under "nemo_lfr": version, sample_rate, samples_per_frame, levels, num_codebooks, fingerprint, written_by, and for
-    "encoder" and "decoder" the frames of context before and after, and the fewest frames.
+    silence, and a batch is of one length; `nemo_lfr.load(folder)` does both. What the tokens mean is in codec.json,
+    whose format `nemo_lfr.onnx.manifest` describes, and in the metadata of both files under "nemo_lfr".
 
     Args:
         codec: fp32, on any device.
@@ -60,7 +63,7 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         NemoLfrError: if a file exists and `overwrite` is not set, or the codec is not fp32.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise MissingExtraError("exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'") from error
@@ -68,17 +71,26 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
     if codec.precision != "fp32":
         raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
-    targets = [Path(folder, name) for name in (ENCODER, DECODER)]
+    targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
     for target in targets:
         if target.exists() and not overwrite:
             raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
     Path(folder).mkdir(parents=True, exist_ok=True)
+    with building_state(torch.device("cpu")), codec._guard():
+        _write(codec, targets)
+    return targets
+
+
+def _write(codec: Codec, targets: list[Path]) -> None:
+    import onnx
+
+    folder, values = targets[0].parent, metadata(codec)
     batch = torch.export.Dim("batch", min=1)
     frame, device = codec.samples_per_frame, codec.device
     count = max(codec.encoder.min_frames, codec.decoder.min_frames, 2) + 2
     encode_frames = torch.export.Dim("frames", min=codec.encoder.min_frames)
     decode_frames = torch.export.Dim("frames", min=codec.decoder.min_frames)
-    audio = torch.zeros(2, count * frame, device=device)
+    audio = torch.zeros(2, count * frame, dtype=torch.float32, device=device)
     tokens = torch.zeros(2, codec.num_codebooks, count, dtype=torch.int64, device=device)
     tokens_len = torch.full((2,), count, device=device)
     jobs: list[tuple[nn.Module, tuple[torch.Tensor, ...], tuple[Any, ...], list[str], str]] = [
@@ -91,8 +103,9 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
             "audio",
         ),
     ]
+    files = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
-        for target, (module, example, shapes, inputs, output) in zip(targets, jobs, strict=True):
+        for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
             with torch.no_grad(), warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
@@ -108,16 +121,21 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
                 )
             assert program is not None
             model = program.model_proto
-            model.metadata_props.add(key=METADATA, value=json.dumps(metadata(codec)))
-            path = Path(aside, target.name)
-            with open(path, "wb") as file:
-                file.write(model.SerializeToString())
-                file.flush()
-                os.fsync(file.fileno())
-            onnx.checker.check_model(str(path), full_check=True)
+            model.metadata_props.add(key=METADATA, value=json.dumps(values))
+            files[target.name] = _write_aside(Path(aside, target.name), model.SerializeToString())
+            onnx.checker.check_model(str(Path(aside, target.name)), full_check=True)
+        _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode())
         for target in targets:
             Path(aside, target.name).replace(target)
-    return targets
+
+
+def _write_aside(path: Path, data: bytes) -> str:
+    """Write a file to the disk; returns its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
 
 
 def metadata(codec: Codec) -> dict[str, Any]:
@@ -129,6 +147,7 @@ def metadata(codec: Codec) -> dict[str, Any]:
         "levels": list(codec.levels),
         "num_codebooks": codec.num_codebooks,
         "fingerprint": codec.fingerprint,
+        "weights_fingerprint": codec.weights_fingerprint,
         "written_by": f"nemo_lfr {__version__}",
     } | {
         name: {"past": part.context.past, "future": part.context.future, "min_frames": part.min_frames}

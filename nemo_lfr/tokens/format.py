@@ -19,7 +19,7 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
              4 bytes   CRC of the end before this field
 
 Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
-`fingerprint` (of the codec's weights), `precision`, `written_by`.
+`fingerprint` (of the codec's weights and settings), `precision`, `written_by`.
 
 Version 1 has no outline, H takes the coding byte too, and each of its CRCs covers its own section only.
 
@@ -351,7 +351,8 @@ class _Sections:
         mine: dict[str, Any] = asdict(self.metadata)
         theirs: dict[str, Any] = asdict(Metadata.of(codec))
         for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
-            if mine[name] and mine[name] != theirs[name]:
+            same = mine[name] == theirs[name] or (name == "fingerprint" and codec.made(mine[name]))
+            if mine[name] and not same:
                 raise TokenFileError(
                     f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
                     "give the checkpoint that encoded it with --model."

@@ -1,0 +1,74 @@
+"""Which codec made these tokens: a hash of the weights and of every setting of the network that changes them.
+
+It is read from the modules and not from a config, so that one codec has one fingerprint whether it is named by NeMo's
+classes or ours, and built with weight norm or without. `.lfr` files and corpora written before settings were part of
+it carry the hash of the weights alone, which `Codec.made` still accepts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+
+LENGTH = 16  # hex digits
+
+
+def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 of named weights as fp32, in hex; its first digits are the older kind of fingerprint."""
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(digest: str, settings: Any) -> str:
+    """Return the fingerprint of weights with this digest in a network of these settings."""
+    text = json.dumps([digest, settings], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def settings_of(
+    encoder: nn.Module,
+    quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer,
+    decoder: nn.Module,
+    sample_rate: int,
+) -> dict[str, Any]:
+    """Return what tokens and audio depend on beside the weights, as plain values."""
+    first = quantizer.fsqs[0] if isinstance(quantizer, GroupFiniteScalarQuantizer) else quantizer
+    assert isinstance(first, FiniteScalarQuantizer)
+    return {
+        "sample_rate": int(sample_rate),
+        "encoder": _layers(encoder),
+        "quantizer": [quantizer.num_codebooks, list(quantizer.levels), float(first.eps)],
+        "decoder": _layers(decoder),
+    }
+
+
+def _layers(part: nn.Module) -> list[list[Any]]:
+    """Name, kind and settings of every layer of an encoder or decoder, in the order of the names."""
+    layers = []
+    for name, module in part.named_modules():
+        match module:
+            case Conv1d(conv=conv):
+                sizes = [*conv.kernel_size, *conv.stride, *conv.dilation, conv.groups, *module.pad]
+                settings = [*map(int, sizes), module.pad_mode]
+            case ConvTranspose1d(conv=conv):
+                settings = [*map(int, [*conv.kernel_size, *conv.stride, conv.groups, module.first_sample])]
+            case nn.LeakyReLU():
+                settings = [float(module.negative_slope)]
+            case nn.ELU():
+                settings = [float(module.alpha)]
+            case _ if next(module.children(), None) is None and ".parametrizations." not in f".{name}.":
+                settings = []  # a kind of activation
+            case _:
+                continue
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            layers.append([name, type(module).__name__, *settings])
+    return sorted(layers)
