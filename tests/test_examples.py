@@ -3,7 +3,6 @@
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import nn
 
 from nemo_lfr.checkpoint import read_config
 from nemo_lfr.pretrained import load
@@ -190,52 +188,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, t
     for theirs, own in optimizers:
         for index, state in theirs["state"].items():
             assert all(torch.equal(value, own["state"][index][name]) for name, value in state.items())
-
-
-def test_the_embedded_codecs_script_trains_resumes_and_exports(corpus, tmp_path):
-    manifest = shutil.copy(corpus / "manifest.json", tmp_path)
-    common = ["--train", manifest, "--valid", manifest, "--out", tmp_path / "run", "--batch-size", 2, "--frames", 8]
-    common += ["--audio-dir", corpus]
-    small = ["--encoder-channels", 8, "--decoder-channels", 64, "--eval-every", 2, "--eval-clips", 2]
-    small += ["--adversarial-from", 0.5]
-    run("train_default.py", *common, *small, "--steps", 2, cwd=tmp_path)
-    output = run("train_default.py", *common, *small, "--steps", 4, cwd=tmp_path)
-    assert "continuing from step 2" in output
-    curve = [json.loads(line) for line in (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in curve] == [2, 4]
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["step"] == 4 and state["trainer"]["discriminator_adam"]["state"]
-    run("train_default.py", "--out", tmp_path / "run", "--export", tmp_path / "small.nemo", cwd=tmp_path)
-    trained = load(tmp_path / "small.nemo", "cpu")
-    assert trained.encode(synthesize(1))[0].shape == (1, 8, 22)
-    common[common.index("--out") + 1] = tmp_path / "again"
-    run("train_default.py", *common, *small, "--init", tmp_path / "small.nemo", "--steps", 1, "--lr", 0, cwd=tmp_path)
-    run("train_default.py", "--out", tmp_path / "again", "--export", tmp_path / "again.nemo", cwd=tmp_path)
-    again = load(tmp_path / "again.nemo", "cpu").encoder.state_dict()
-    for key, value in trained.encoder.state_dict().items():  # rounded to fp16, as direction and gain, once more
-        torch.testing.assert_close(again[key], value, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch older than 2.9 has no Muon to compare with")
-def test_the_scripts_muon_updates_as_torchs_does(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from train_default import Muon
-
-    torch.manual_seed(0)
-    ours = [torch.randn(shape) for shape in ((8, 24), (8, 24), (24, 6), (5, 5))]
-    theirs = [nn.Parameter(matrix.clone()) for matrix in ours]
-    reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    muon = Muon(ours)
-    for _ in range(3):
-        before = [matrix.clone() for matrix in ours]
-        grads = [torch.randn_like(matrix) for matrix in ours]
-        for matrix, grad in zip(theirs, grads, strict=True):
-            matrix.grad = grad.clone()
-        reference.step()
-        muon.step(grads, torch.tensor(0.1))
-        for matrix, old, expected in zip(ours, before, theirs, strict=True):
-            moved = (matrix - old).norm()
-            assert (matrix - expected.detach()).norm() < 0.05 * moved  # both are computed in bf16
 
 
 def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):

@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from nemo_lfr.checkpoint.names import DIRECTION, GAIN
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator, NetworkConfig
-from recipes.bundled_codec.trial import network_of_trial
+from recipes.bundled_codec.states import read_generator
 
 CODEC = "nemo_lfr.codec."
 LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
@@ -56,6 +55,11 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
         for name, module in generator.named_children()
         for key, value in split_weight_norm(module).items()
     }
+    for key in [key for key in state if key.endswith(DIRECTION)]:
+        # Weight norm has no direction for a filter of zeros, as the start has them: any will do, with a gain of zero.
+        empty = ~state[key].flatten(1).any(dim=1)
+        state[key][empty] = 1
+        state[key.removesuffix(DIRECTION) + GAIN][empty] = 0
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(f"{key} is beyond the range of fp16; train longer, or with another seed.")
@@ -68,13 +72,9 @@ def main() -> None:
     parser.add_argument("state", type=Path, help="state.pt of a run of train.py, or of the trial script")
     parser.add_argument("--out", type=Path, required=True, help="the .nemo file to write")
     args = parser.parse_args()
-    state = torch.load(args.state, map_location="cpu", weights_only=True)
-    network = network_of_trial(state["args"])
-    generator = Generator(network)
-    generator.load_state_dict(state["average"])
+    generator, network, updates = read_generator(args.state)
     export(generator, network, args.out)
-    size = args.out.stat().st_size / 1e6
-    print(f"{args.out}: average of {state['step']:,} updates, {size:.1f} MB")
+    print(f"{args.out}: average after {updates:,} updates, {args.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

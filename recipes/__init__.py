@@ -1,0 +1,1 @@
+"""Recipes: how weights that ship with this package were made."""

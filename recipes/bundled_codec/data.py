@@ -1,0 +1,81 @@
+"""Speech in memory, and the batches of segments that are cut from it."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.manifests import Recording, read_manifest
+from recipes.bundled_codec.model import SAMPLE_RATE
+
+FULL_SCALE = 32768  # of 16-bit samples
+GAIN_RANGE_DB = (-12.0, 6.0)
+MAX_PEAK = 0.98
+
+
+def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarray]:
+    """Read every utterance of a NeMo manifest.
+
+    Args:
+        manifest: JSON lines with `audio_filepath` and `duration`.
+        audio_dir: base of relative paths; the manifest's folder if not given.
+
+    Returns:
+        int16 samples at 22.05 kHz, one array [T_audio] per utterance.
+    """
+
+    def read(recording: Recording) -> np.ndarray:
+        with AudioReader(recording.path, SAMPLE_RATE) as reader:
+            audio = np.concatenate(list(reader.blocks()))
+        return (audio.clip(-1, 1) * (FULL_SCALE - 1)).round().astype(np.int16)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(read, read_manifest(manifest, audio_dir or manifest.parent, manifest.name)))
+
+
+class SpeechSegments:
+    """Utterances in one tensor on a device, from which batches of segments are cut there.
+
+    A batch depends on its seed alone, so that a resumed run sees the same data as one that was never interrupted.
+
+    Args:
+        utterances: int16 samples, [T_audio] each; what is shorter than a segment is padded with zeros.
+        length: samples of a segment.
+        device: where the samples are kept.
+    """
+
+    def __init__(self, utterances: Sequence[np.ndarray], length: int, device: torch.device) -> None:
+        durations = np.array([len(utterance) for utterance in utterances])
+        padded = [np.pad(utterance, (0, max(0, length - len(utterance)))) for utterance in utterances]
+        self.offsets = np.cumsum([0] + [len(utterance) for utterance in padded[:-1]])
+        self.num_starts = np.maximum(1, durations - length + 1)
+        self.probabilities = durations / durations.sum()
+        self.samples = torch.from_numpy(np.concatenate(padded)).to(device)
+        self.window = torch.arange(length, device=device)
+
+    @property
+    def hours(self) -> float:
+        """Duration of all utterances together."""
+        return len(self.samples) / SAMPLE_RATE / 3600
+
+    def draw(self, size: int, seed: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw segments: an utterance in proportion to its duration, a start and a gain evenly.
+
+        Returns:
+            First sample of each segment in `samples` and its gain, [B] each, on the CPU.
+        """
+        rng = np.random.default_rng(list(seed))
+        utterances = rng.choice(len(self.offsets), size, p=self.probabilities)
+        gains = 10 ** (rng.uniform(*GAIN_RANGE_DB, size) / 20)
+        starts = self.offsets[utterances] + rng.integers(self.num_starts[utterances])
+        return torch.from_numpy(starts), torch.from_numpy(gains.astype(np.float32))
+
+    def cut(self, starts: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+        """Cut drawn segments, [B, T_audio]; a gain is lowered where the segment would clip."""
+        audio = self.samples[starts[:, None] + self.window].float() / FULL_SCALE
+        peaks = audio.abs().amax(dim=1).clamp_min(1e-4)
+        return audio * torch.minimum(gains, MAX_PEAK / peaks)[:, None]

@@ -1,0 +1,134 @@
+"""Discriminators for the end of a run: small, at a rate of their own, and heard only once they know something."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+
+from nemo_lfr.training.discriminators import (
+    AudioDiscriminator,
+    Discriminator,
+    MultiPeriodDiscriminator,
+    MultiResolutionDiscriminatorSTFT,
+)
+from nemo_lfr.training.losses import discriminator_squared, feature_matching, generator_squared
+from nemo_lfr.training.spectra import Spectra
+from recipes.bundled_codec.losses import resolution
+from recipes.bundled_codec.optimizer import adamw, load_adamw
+
+STFT_WINDOWS = (512, 1024, 2048)
+MAX_NORM = 10.0
+
+
+@dataclass
+class DiscriminatorConfig:
+    """When and how discriminators join; they never do unless `from_update` says so.
+
+    Attributes:
+        from_update: the update at which they join: when the log-mel distance no longer falls.
+        lr: of the discriminators, constant.
+        learn_alone: updates during which the generator does not hear them.
+        ramp: updates over which the weight of the score grows from zero; feature matching counts at once.
+        feature, score: weights of the generator's two terms.
+        batch_size: segments of a batch that they see; null for all.
+        generator_rate: factor of the generator's rate once they are heard.
+        period_channels: width of the multi-period discriminator; 0 leaves it out.
+    """
+
+    from_update: int | None = None
+    lr: float = 1e-3
+    learn_alone: int = 300
+    ramp: int = 2000
+    feature: float = 5.0
+    score: float = 1.0
+    batch_size: int | None = None
+    generator_rate: float = 0.5
+    period_channels: int = 8
+
+
+class Adversary:
+    """The discriminators and their optimizer.
+
+    Args:
+        config: their sizes and rates.
+        device: where they live.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        judges: list[AudioDiscriminator] = [
+            MultiResolutionDiscriminatorSTFT([resolution(window) for window in STFT_WINDOWS], pad_mode="zeros")
+        ]
+        if config.period_channels:
+            judges.append(MultiPeriodDiscriminator(channels=config.period_channels, pad_mode="zeros"))
+        self.module = Discriminator(judges).to(device)
+        self.parameters = list(self.module.parameters())
+        self.lr, self.score_weight = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.optimizer = adamw(self.parameters, self.lr)
+        self.updates = 0
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the generator learns from them yet."""
+        return self.updates >= self.config.learn_alone
+
+    def begin_update(self) -> None:
+        """Set the rates of the next update."""
+        heard = self.updates - self.config.learn_alone
+        ramp = min(1.0, max(0.0, heard / self.config.ramp)) if self.config.ramp else 1.0
+        self.lr.fill_(self.config.lr)
+        self.score_weight.fill_(self.config.score * ramp)
+
+    def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Update the discriminators, and judge for the generator.
+
+        Both learn from one look at each signal: the generator does not see the discriminators after their update.
+
+        Args:
+            real, gen: audio [B, T_audio]; `gen.audio` requires a gradient.
+            heard: whether the generator learns from them.
+
+        Returns:
+            The terms by name, and the gradient of the generator's two at `gen.audio`; None if not heard.
+        """
+        with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
+            with torch.no_grad():
+                views_real = self.module.views(real)
+            views_gen = self.module.views(gen)
+            inputs = [view.detach().requires_grad_(heard) for view in views_gen]
+            scores_real, maps_real = self.module.judge(views_real)
+            scores_gen, maps_gen = self.module.judge(inputs)
+            loss = discriminator_squared(scores_real, scores_gen)
+            terms = {
+                "score": generator_squared(scores_gen),
+                "feature": feature_matching([[layer.detach() for layer in layers] for layers in maps_real], maps_gen),
+                "discriminator": loss,
+            }
+            gradients = None
+            if heard:
+                total = self.score_weight * terms["score"] + self.config.feature * terms["feature"]
+                gradients = torch.autograd.grad(total, inputs, retain_graph=True)
+            learned = torch.autograd.grad(loss, self.parameters)
+        norm = torch.stack(torch._foreach_norm(learned)).norm()
+        self.lr.mul_(norm.isfinite())
+        scale = (MAX_NORM / (norm + 1e-6)).clamp_max(1).nan_to_num()
+        for parameter, grad in zip(self.parameters, learned, strict=True):
+            parameter.grad = grad.nan_to_num() * scale
+        self.optimizer.step()
+        return terms, torch.autograd.grad(views_gen, gen.audio, gradients)[0] if heard else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, moments and the number of updates."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned, on any device."""
+        self.module.load_state_dict(state["module"])
+        load_adamw(self.optimizer, state["optimizer"], self.lr)
+        self.updates = state["updates"]

@@ -1,0 +1,116 @@
+"""Measure codecs on held-out speech: quality, intelligibility, pitch and voicing.
+
+    python -m recipes.bundled_codec.evaluate bundled.nemo runs/bundled/state.pt --valid speech/valid.json
+
+Prints means with 95 % bootstrap intervals over recordings. Training calls `measure` at each evaluation. Opus, Codec2,
+recognizers and listening pages: `nemo-lfr evaluate`.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nemo_lfr.evaluation import metrics
+from nemo_lfr.evaluation.metrics import NotMeasured, Signal
+from nemo_lfr.evaluation.tables import Mean
+from recipes.bundled_codec.data import FULL_SCALE, read_speech
+from recipes.bundled_codec.losses import LogMelDistance, LossConfig
+from recipes.bundled_codec.model import SAMPLE_RATE, Generator
+from recipes.bundled_codec.states import read_generator
+
+CLOSE_CENTS = 50
+# Name: decimals in a table.
+METRICS = {"pesq": 2, "estoi": 3, "log_mel": 3, "f0_error": 0, "within_50_cents": 1, "voicing_error": 1}
+
+
+class Evaluator:
+    """Recordings to measure on, with what is known of them alone: their pitch is tracked once.
+
+    Args:
+        clips: int16 samples at 22.05 kHz, [T_audio] each.
+    """
+
+    def __init__(self, clips: Sequence[np.ndarray]) -> None:
+        self.originals = [Signal(clip.astype(np.float32) / FULL_SCALE, SAMPLE_RATE) for clip in clips]
+        config = LossConfig()
+        self.log_mel = LogMelDistance(config.windows, config.num_mels)
+
+    @torch.no_grad()
+    def measure(self, generator: Generator) -> list[dict[str, float]]:
+        """Each recording's metrics, by name; NaN where one has no value."""
+        return [self._compare(original, _reconstruct(generator, original)) for original in self.originals]
+
+    def _compare(self, original: Signal, output: Signal) -> dict[str, float]:
+        values = {
+            "pesq": metrics.pesq_wb(original, output),
+            "estoi": metrics.estoi(original, output),
+            "log_mel": self.log_mel(original.spectra, output.spectra).item(),
+            "f0_error": metrics.f0_error(original, output),
+            "within_50_cents": within_cents(original, output),
+            "voicing_error": metrics.voicing_error(original, output),
+        }
+        return {name: float("nan") if isinstance(value, NotMeasured) else value for name, value in values.items()}
+
+
+def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -> float:
+    """Percentage of the original's voiced frames that are voiced in the output and have F0 this close; NaN if none."""
+    (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
+    both = voiced & voiced_output
+    close = np.abs(1200 * np.log2(f0_output[both] / f0[both])) < cents
+    return 100 * float(close.sum() / voiced.sum()) if voiced.any() else float("nan")
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the recordings that have it; NaN if none has."""
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {
+        name: float(np.nanmean(column)) if np.isfinite(column).any() else float("nan")
+        for name, column in columns.items()
+    }
+
+
+def _reconstruct(generator: Generator, original: Signal) -> Signal:
+    """Whole recording through the generator, in fp32, completed to whole frames with zeros and trimmed again."""
+    device = next(generator.parameters()).device
+    samples = len(original.wave)
+    num_frames = -(-samples // generator.samples_per_frame)
+    audio = torch.zeros(1, num_frames * generator.samples_per_frame)
+    audio[0, :samples] = torch.from_numpy(original.wave)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # every recording has its own length
+        output, _, _ = generator(audio.to(device))
+    return Signal(output[0, :samples].cpu().numpy(), SAMPLE_RATE)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help=".nemo files or state.pt of a run (its averaged weights)")
+    parser.add_argument("--valid", type=Path, required=True, help="manifest of held-out speech")
+    parser.add_argument("--clips", type=int, help="use at most this many recordings, evenly spread")
+    parser.add_argument("--threads", type=int, help="of PyTorch")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    evaluator = Evaluator(spread_evenly(read_speech(args.valid), args.clips))
+    print("| model | " + " | ".join(METRICS) + " |")
+    print("| --- " * (1 + len(METRICS)) + "|")
+    for path in args.models:
+        rows = evaluator.measure(read_generator(path)[0])
+        cells = []
+        for name, digits in METRICS.items():
+            values = [row[name] for row in rows if np.isfinite(row[name])]
+            cells.append(Mean.of(values).text(digits) if values else "-")
+        print(f"| {path} | " + " | ".join(cells) + " |", flush=True)
+
+
+def spread_evenly(clips: Sequence[np.ndarray], count: int | None) -> list[np.ndarray]:
+    """At most `count` of the clips, evenly spread."""
+    step = 1 if count is None else max(1, len(clips) // count)
+    return list(clips[::step][:count])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What the generator minimizes: four distances between a recording and its reconstruction.
+
+Each takes the two signals as `Spectra` (audio [B, T_audio] with cached STFTs) and returns a scalar; gradients flow
+into the second. Windows hop by a quarter of their length.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_lfr.training.spectra import Spectra
+from recipes.bundled_codec.model import SAMPLE_RATE
+
+
+def resolution(window: int, hops_per_window: int = 4) -> tuple[int, int, int]:
+    """(n_fft, hop, window) of an STFT, in samples."""
+    return window, window // hops_per_window, window
+
+
+class LogMelDistance(nn.Module):
+    """Mean absolute difference of log-mel magnitudes, over several windows.
+
+    Args:
+        windows: samples.
+        num_mels: mel bands at each window.
+        floor: magnitude below which everything counts as silence, at a window of 1024; magnitudes of noise grow with
+            the root of the window, and the floor with them.
+    """
+
+    def __init__(self, windows: Sequence[int], num_mels: Sequence[int], floor: float = 1e-2) -> None:
+        from librosa.filters import mel  # slow to import
+
+        super().__init__()
+        self.windows = list(windows)
+        self.floors = [floor * math.sqrt(window / 1024) for window in windows]
+        for window, bands in zip(windows, num_mels, strict=True):
+            filters = torch.from_numpy(mel(sr=SAMPLE_RATE, n_fft=window, n_mels=bands, norm=None))
+            self.register_buffer(f"mel_{window}", filters, persistent=False)
+
+    def forward(self, real: Spectra, gen: Spectra) -> torch.Tensor:
+        """The distance, a scalar."""
+        total = torch.zeros((), device=gen.audio.device)
+        for window, floor in zip(self.windows, self.floors, strict=True):
+            filters = self.get_buffer(f"mel_{window}")
+            with torch.no_grad():
+                log_real = (filters @ real.magnitude(resolution(window))).clamp_min(floor).log()
+            log_gen = (filters @ gen.magnitude(resolution(window))).clamp_min(floor).log()
+            total = total + (log_gen - log_real).abs().mean() / len(self.windows)
+        return total
+
+
+def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], power: float = 0.3) -> torch.Tensor:
+    """Squared error of magnitudes |X|^power relative to their energy: harmonics that mel bands cannot resolve.
+
+    Above about 1 kHz a mel band is wider than the distance of two harmonics of a voice; at windows of 1024 and more
+    the STFT tells them apart.
+    """
+    total = torch.zeros((), device=gen.audio.device)
+    for window in windows:
+        scale = math.sqrt(window)
+        with torch.no_grad():
+            compressed_real = (real.magnitude(resolution(window)) / scale) ** power
+        compressed_gen = (gen.magnitude(resolution(window)) / scale) ** power
+        error = (compressed_gen - compressed_real).square().mean((1, 2))
+        total = total + (error / compressed_real.square().mean((1, 2))).mean() / len(windows)
+    return total
+
+
+LOW_BANDS = ((0.0, 600.0, 1.0), (600.0, 1200.0, 0.5), (1200.0, 2400.0, 0.25))  # Hz, Hz, weight
+WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: 20 ms, half overlapping
+
+
+def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    """log(1 + error / energy) of the waveform in low bands, in frames of 20 ms: keeps the phase of the fundamental.
+
+    The logarithm bounds what a band can cost whose phase is lost, and its gradient there. The energy of a frame is
+    floored at a thousandth of the segment's mean, so that pauses do not count.
+
+    Args:
+        real, gen: audio [B, T_audio].
+    """
+    samples = real.shape[-1]
+    frequencies = torch.fft.rfftfreq(2 * samples, 1 / SAMPLE_RATE, device=real.device)
+    # As long again of zeros: a band's filter would wrap around the segment's ends.
+    error_spectrum = torch.fft.rfft(F.pad(gen - real, (0, samples)))
+    real_spectrum = torch.fft.rfft(F.pad(real, (0, samples)))
+    total = torch.zeros((), device=real.device)
+    for low, high, weight in LOW_BANDS:
+        band = ((frequencies >= low) & (frequencies < high)).float()
+        error = _frame_energies(torch.fft.irfft(error_spectrum * band)[..., :samples])
+        energy = _frame_energies(torch.fft.irfft(real_spectrum * band)[..., :samples])
+        floor = 1e-3 * energy.mean(-1, keepdim=True) + 1e-8
+        total = total + weight * torch.log1p(error / (energy + floor)).mean()
+    return total
+
+
+def _frame_energies(audio: torch.Tensor) -> torch.Tensor:
+    """Mean squares [B, frames] of audio [B, T_audio]."""
+    return F.avg_pool1d(audio.square().unsqueeze(1), WAVEFORM_FRAME, WAVEFORM_HOP).squeeze(1)
+
+
+class PerceptualDistance(nn.Module):
+    """A differentiable distance in the manner of ITU-T P.862 (PESQ), without its alignment and level equalization.
+
+    Powers in Bark bands become loudness (Zwicker's law above the threshold of hearing); differences of loudness
+    count once they leave a dead zone, and count again if something was added that the recording did not have.
+
+    Args:
+        window: samples; 32 ms as in P.862, hopping by half.
+        bands: of equal width on the Bark scale, from 100 Hz to `top_hz`.
+        top_hz: P.862.2's band ends here.
+    """
+
+    LEVEL_DB = 65.0  # of active speech, which playback is assumed to have
+    EXPONENT = 0.23  # of loudness over power
+    DEAD_ZONE = 0.25  # of the smaller loudness
+    ADDED_RATIO = (3.0, 12.0)  # of powers: below the first nothing was added, the second bounds the asymmetry
+
+    def __init__(self, window: int = 704, bands: int = 42, top_hz: float = 8000.0) -> None:
+        super().__init__()
+        self.resolution = resolution(window, hops_per_window=2)
+        hertz = np.linspace(0, SAMPLE_RATE / 2, window // 2 + 1)
+        edges = np.linspace(_bark(np.array(100.0)), _bark(np.array(top_hz)), bands + 1)
+        centers, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+        filters = np.clip(1 - np.abs(_bark(hertz) - centers[:, None]) / width, 0, 1) * (hertz >= 50)
+        self.register_buffer("filters", torch.from_numpy(filters.astype(np.float32)), persistent=False)
+        kilohertz = 600 * np.sinh(centers / 6) / 1000
+        # Terhardt's threshold in quiet, dB SPL.
+        quiet_db = 3.64 * kilohertz**-0.8 - 6.5 * np.exp(-0.6 * (kilohertz - 3.3) ** 2) + 1e-3 * kilohertz**4
+        quiet = torch.from_numpy(10 ** (np.clip(quiet_db, 0, 40) / 10)).float()[None, :, None]
+        self.register_buffer("quiet", quiet, persistent=False)
+
+    def forward(self, real: Spectra, gen: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
+        """Symmetric and asymmetric disturbance, a scalar each."""
+        with torch.no_grad():
+            powers_real = self._powers(real)
+            gain = self._playback_gain(powers_real)
+            powers_real = powers_real * gain
+            loudness_real = self._loudness(powers_real)
+        powers_gen = self._powers(gen) * gain
+        loudness_gen = self._loudness(powers_gen)
+        difference = loudness_gen - loudness_real
+        masked = F.relu(difference.abs() - self.DEAD_ZONE * torch.minimum(loudness_gen, loudness_real))
+        disturbance = torch.sign(difference) * masked
+        ratio = ((powers_gen + 3e3) / (powers_real + 3e3)) ** 1.2
+        low, high = self.ADDED_RATIO
+        ratio = torch.where(ratio < low, torch.zeros_like(ratio), ratio.clamp_max(high))
+        symmetric = (disturbance.square().mean(1) + 1e-4).sqrt()  # [B, frames]
+        asymmetric = (disturbance.abs() * ratio).mean(1)
+        emphasis = ((powers_real.sum(1) + 1e5) / 10 ** (self.LEVEL_DB / 10)) ** 0.04  # loud frames count a little less
+        return _bad_frames_mean(symmetric / emphasis), _bad_frames_mean(asymmetric / emphasis)
+
+    def _powers(self, spectra: Spectra) -> torch.Tensor:
+        """Powers in Bark bands, [B, bands, frames]."""
+        return self.get_buffer("filters") @ torch.view_as_real(spectra.stft(self.resolution)).square().sum(-1)
+
+    def _playback_gain(self, powers: torch.Tensor) -> torch.Tensor:
+        """What brings active speech to `LEVEL_DB`, as a factor of power, [B, 1, 1]."""
+        total = powers.sum(1)
+        active = (total > 1e-3 * total.amax(-1, keepdim=True)).float()
+        level = (total * active).sum(-1) / active.sum(-1).clamp_min(1)
+        return (10 ** (self.LEVEL_DB / 10) / level.clamp_min(1e-6))[:, None, None]
+
+    def _loudness(self, powers: torch.Tensor) -> torch.Tensor:
+        quiet = self.get_buffer("quiet")
+        return (quiet / 0.5) ** self.EXPONENT * ((0.5 + 0.5 * powers / quiet) ** self.EXPONENT - 1)
+
+
+def _bark(hertz: np.ndarray) -> np.ndarray:
+    return 6 * np.arcsinh(hertz / 600)
+
+
+def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of each example's RMS over frames: bad frames count more than their share."""
+    return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
+
+
+@dataclass
+class LossConfig:
+    """Weights of the terms, and where they look."""
+
+    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])  # of the log-mel distance
+    num_mels: list[int] = field(default_factory=lambda: [20, 40, 80, 80, 160])
+    compressed_windows: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
+    log_mel: float = 1.0
+    compressed: float = 5.0
+    symmetric: float = 1.0
+    asymmetric: float = 0.3
+    waveform: float = 0.3
+    variance: float = 2.0  # of the encoder's output, see `nemo_lfr.training.losses.spread`
+
+
+class ReconstructionTerms(nn.Module):
+    """All distances by name, and their weighted sum."""
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights = {
+            name: getattr(config, name) for name in ("log_mel", "symmetric", "asymmetric", "compressed", "waveform")
+        }
+        self.log_mel = LogMelDistance(config.windows, config.num_mels)
+        self.perceptual = PerceptualDistance()
+
+    def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
+        """The terms, a scalar each."""
+        log_mel = self.log_mel(real, gen)
+        symmetric, asymmetric = self.perceptual(real, gen)
+        return {
+            "log_mel": log_mel,
+            "symmetric": symmetric,
+            "asymmetric": asymmetric,
+            "compressed": compressed_distance(real, gen, self.config.compressed_windows),
+            "waveform": waveform_distance(real.audio, gen.audio),
+        }
+
+    def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of the terms."""
+        return sum(
+            (weight * terms[name] for name, weight in self.weights.items()),
+            torch.zeros((), device=terms["log_mel"].device),
+        )

@@ -1,0 +1,144 @@
+"""Muon for the convolutions' matrices, AdamW for everything else; both can be recorded in a CUDA graph."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.conv import channels_last
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """View a convolution's channels-last [H_out, H_in, K] as [H_out, K * H_in], in the same memory."""
+    return weight.transpose(1, 2).view(weight.shape[0], -1)
+
+
+class Muon:
+    """Momentum whose matrices are made orthogonal (Jordan et al., 2024), with the RMS of an AdamW update.
+
+    `torch.optim.Muon` goes matrix by matrix, 2,000 small products an update, and cannot be recorded in a CUDA graph.
+    Here matrices of one shape are one batch, and the rate is a tensor.
+
+    Args:
+        matrices: [H_out, H_in] each, changed in place.
+        momentum: share of the old momentum that is kept.
+        weight_decay: per update, relative to the rate.
+    """
+
+    # Of the Newton-Schulz iteration: these do not converge to 1, but bring singular values near it in five steps.
+    COEFFICIENTS = (3.4445, -4.775, 2.0315)
+    ITERATIONS = 5
+
+    def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        self.groups: dict[tuple[int, ...], list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            self.groups.setdefault(tuple(matrix.shape), []).append(index)
+        self.matrices = matrices
+        self.moments = [
+            torch.zeros(len(group), *shape, device=matrices[0].device) for shape, group in self.groups.items()
+        ]
+        self.momentum, self.weight_decay = momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[torch.Tensor], lr: torch.Tensor) -> None:
+        """Update every matrix by its gradient at the rate `lr` (a scalar tensor)."""
+        torch._foreach_mul_(self.matrices, 1 - lr * self.weight_decay)
+        for group, moment in zip(self.groups.values(), self.moments, strict=True):
+            grad = torch.stack([grads[index] for index in group])
+            moment.lerp_(grad, 1 - self.momentum)
+            update = self._orthogonal(grad.lerp_(moment, self.momentum))
+            update = update.float() * (-0.2 * max(update.shape[1:]) ** 0.5 * lr)
+            torch._foreach_add_([self.matrices[index] for index in group], list(update))
+
+    def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
+        tall = matrices.shape[1] > matrices.shape[2]
+        matrices = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
+        matrices = matrices.mT if tall else matrices
+        a, b, c = self.COEFFICIENTS
+        for _ in range(self.ITERATIONS):
+            gram = matrices @ matrices.mT
+            matrices = torch.baddbmm(matrices, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), matrices, beta=a)
+        return (matrices.mT if tall else matrices).contiguous()
+
+
+def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW:
+    """AdamW whose rate is a tensor, so that a recorded update sees it change."""
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True, capturable=lr.is_cuda
+    )
+
+
+def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch.Tensor) -> None:
+    """Load moments; the rate stays the tensor `lr`, on whichever device the state was saved."""
+    optimizer.load_state_dict(dict(state))
+    optimizer.param_groups[0]["capturable"] = lr.is_cuda
+    optimizer.param_groups[0]["lr"] = lr
+
+
+class GeneratorOptimizer:
+    """Both optimizers of a generator, a limit of the gradient's norm, and a guard against what is not finite.
+
+    Muon takes the convolutions with more than one channel on both sides, AdamW the others and the biases at a third
+    of Muon's rate. Gradients that are not finite move no parameter.
+
+    Args:
+        parameters: of the generator, on their device; weights are laid out channels-last in place.
+        max_norm: of all gradients together.
+    """
+
+    ADAM_DIVISOR = 3
+
+    def __init__(self, parameters: Sequence[nn.Parameter], max_norm: float = 10.0) -> None:
+        self.parameters = list(parameters)
+        for parameter in self.parameters:
+            if parameter.dim() == 3:
+                parameter.data = channels_last(parameter.detach())
+        device = self.parameters[0].device
+        self.max_norm = max_norm
+        self.lr, self.adam_lr = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._sizes = [parameter.numel() for parameter in self.parameters]
+        self._is_matrix = [weight.dim() == 3 and min(weight.shape[:2]) > 1 for weight in self.parameters]
+        self.muon = Muon([as_matrix(weight.detach()) for weight in self._select(self.parameters, matrices=True)])
+        self.adam = adamw(self._select(self.parameters, matrices=False), self.adam_lr)
+
+    def _select(self, values: Sequence[Any], matrices: bool) -> list[Any]:
+        return [value for value, is_matrix in zip(values, self._is_matrix, strict=True) if is_matrix == matrices]
+
+    def set_rate(self, lr: float) -> None:
+        """Set the rate of the next update."""
+        self.lr.fill_(lr)
+        self.adam_lr.fill_(lr / self.ADAM_DIVISOR)
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Update the parameters by gradients of their shapes, in any precision; return the gradients' norm."""
+        memory = [grad.transpose(1, 2).flatten() if grad.dim() == 3 else grad for grad in grads]
+        flat = torch.cat(memory).float()
+        norm = flat.norm()
+        finite = norm.isfinite()
+        self.lr.mul_(finite)
+        self.adam_lr.mul_(finite)
+        flat *= torch.where(finite, (self.max_norm / (norm + 1e-6)).clamp_max(1), 0.0)
+        pieces = flat.nan_to_num_().split(self._sizes)
+        shaped = [
+            piece.view(weight.shape[0], weight.shape[2], -1) if weight.dim() == 3 else piece
+            for piece, weight in zip(pieces, self.parameters, strict=True)
+        ]
+        self.muon.step([piece.flatten(1) for piece in self._select(shaped, matrices=True)], self.lr)
+        for weight, piece in zip(
+            self._select(self.parameters, matrices=False), self._select(shaped, matrices=False), strict=True
+        ):
+            weight.grad = piece.transpose(1, 2) if weight.dim() == 3 else piece
+        self.adam.step()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of both optimizers."""
+        return {"moments": self.muon.moments, "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned, on any device."""
+        for moment, saved in zip(self.muon.moments, state["moments"], strict=True):
+            moment.copy_(saved)
+        load_adamw(self.adam, state["adam"], self.adam_lr)

@@ -1,0 +1,65 @@
+"""Draw the curves of one or more runs.
+
+python -m recipes.bundled_codec.plot runs/bundled runs/other --out curves.png
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PANELS = {
+    "pesq": "PESQ-WB (MOS)",
+    "estoi": "ESTOI",
+    "log_mel": "log-mel distance",
+    "f0_error": "F0 error (cents)",
+    "within_50_cents": "voiced frames within 50 cents (%)",
+    "voicing_error": "voicing error (%)",
+}
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of a run's `curve.jsonl`, given it or its folder."""
+    file = path / "curve.jsonl" if path.is_dir() else path
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+
+def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: str = "step") -> None:
+    """Draw every metric of every run.
+
+    Args:
+        curves: points of each run, by its name.
+        out: picture to write.
+        against: "step" or "minutes".
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
+    for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for name, points in curves.items():
+            seen = [(point[against], point[metric]) for point in points if point.get(metric) is not None]
+            axis.plot(*zip(*seen, strict=True), marker=".", label=name) if seen else None
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("updates" if against == "step" else "minutes of training")
+    if len(curves) > 1:
+        axes.flat[0].legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their curve.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--against", choices=("step", "minutes"), default="step", help="what the x axis is")
+    args = parser.parse_args()
+    draw({str(path): read_curve(path) for path in args.runs}, args.out, args.against)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

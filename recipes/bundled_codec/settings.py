@@ -1,0 +1,77 @@
+"""The settings of a run: `bundled.yaml`, with what the command line says on top."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.bundled_codec.discriminators import DiscriminatorConfig
+from recipes.bundled_codec.losses import LossConfig
+from recipes.bundled_codec.model import NetworkConfig
+
+DEFAULT_CONFIG = Path(__file__).with_name("bundled.yaml")
+
+
+@dataclass
+class Settings:
+    """Everything that a run is told; `bundled.yaml` says what each value is."""
+
+    train: list[str] = MISSING
+    valid: str = MISSING
+    out: str = MISSING
+    updates: int = MISSING
+    device: str = MISSING
+    audio_dir: str | None = None
+    init: str | None = None
+    minutes: float | None = None
+    threads: int | None = None
+    seed: int = 0
+    batch_size: int = 6
+    segment_frames: int = 24
+    lr: float = 2e-3
+    final_lr: float = 0.05
+    warmup_updates: int = 100
+    average_decay: float = 0.999
+    save_minutes: float = 5.0
+    log_updates: int = 100
+    evaluate_updates: int = 1000
+    evaluate_clips: int = 10
+    evaluate_seconds: float = 6.0
+    start_segments: int = 16
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a state file."""
+        return asdict(self)
+
+
+def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file of settings and apply `key=value` overrides, such as `discriminators.from_update=40000`.
+
+    Raises:
+        ValueError: for a key that is unknown, a value of the wrong kind, or one that is missing.
+    """
+    listed = [
+        f"train=[{text.removeprefix('train=')}]" if text.startswith("train=") and "[" not in text else text
+        for text in overrides
+    ]
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Settings), OmegaConf.load(config), OmegaConf.from_dotlist(listed)
+        )
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ValueError(f"no value for {', '.join(missing)}; give it as {missing[0]}=VALUE or in {config}.")
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{config} with {listed or 'no overrides'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(settings, Settings)
+    for name in ("updates", "batch_size", "segment_frames", "log_updates", "evaluate_updates", "evaluate_clips"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    return settings

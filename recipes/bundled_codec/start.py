@@ -1,0 +1,242 @@
+"""Weights to start from: a filter bank of the lowest frequencies, so that the waveform's phase is in the tokens.
+
+**Why.** A decoder at 21.5 frames a second that knows the pitch does not know where the periods lie: the phase of a
+harmonic is the integral of its frequency from the beginning. Spectral losses do not teach an encoder to send it
+within thousands of updates, and a waveform loss from random weights stays where the output is zero. Here the network
+transmits a waveform before the first update, and the losses only have to keep it.
+
+**A linear network.** Channels come in mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). With slope s a
+leaky ReLU gives f(u) - f(-u) = (1 + s) u, so a convolution with weights [w, -w] / (1 + s) on a pair is the linear map
+w of u, and with [w; -w] for its outputs the next pair is mirrored again. Residual branches end in zero weights. What
+is linear at first becomes anything that the gradient asks for.
+
+**A filter bank.** With D encoded dimensions at frame rate F the network can send D real coefficients a frame, all that
+a band of B = D F / 2 holds: 344.5 Hz for D = 32 and F = 21.5 Hz. A stage of stride R that leads to the rate f does one
+of two things to the channels that carry the signal:
+
+- while one channel is enough for the band (B <= f / 2), it decimates: a Hann window of 2 R samples, a low-pass;
+- later n channels become n P with P <= R by an MDCT of stride R. Its basis of P functions of 2 R samples,
+
+      b_k(t) = sqrt(2 / R) sin(pi (t + 1/2) / 2R) cos(pi / R (t + 1/2 + R/2) (k + 1/2)),  k < P,
+
+  is orthonormal with itself lapped by R (Princen and Bradley 1986); with P = R it loses nothing, with P < R it keeps
+  the lowest P / R of the band.
+
+The decoder has the same windows and bases transposed: the inverse of an orthonormal transform. Channels that do not
+carry the signal are random features of it, which the output does not read yet.
+
+**Scales.** The encoded dimensions of a batch of speech are centered and brought to a standard deviation of 0.9, which
+FSQ's levels cover; the decoder's first layer divides by that scale. One gain, by least squares, brings the output to
+the input's level.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.residual import ResidualBlock
+from recipes.bundled_codec.model import SAMPLE_RATE, Generator
+
+LEAKY_SLOPE = 0.01
+ENCODED_STD = 0.9
+MIRROR = 1 / (1 + LEAKY_SLOPE)
+
+
+def mdct_basis(stride: int) -> torch.Tensor:
+    """The MDCT's windowed basis [stride, 2 * stride], orthonormal when lapped by `stride`."""
+    sample = torch.arange(2 * stride, dtype=torch.float64)[None]
+    band = torch.arange(stride, dtype=torch.float64)[:, None]
+    window = torch.sin(math.pi * (sample + 0.5) / (2 * stride))
+    phase = math.pi / stride * (sample + 0.5 + stride / 2) * (band + 0.5)
+    return (math.sqrt(2 / stride) * window * torch.cos(phase)).float()
+
+
+def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = SAMPLE_RATE) -> list[int]:
+    """Channels that carry the signal at the audio's rate and after each stage of the encoder.
+
+    Raises:
+        ValueError: if the strides do not lead to `encoded_dim` channels.
+    """
+    bandwidth = encoded_dim * sample_rate / math.prod(rates) / 2
+    channels, rate = [1], float(sample_rate)
+    for stride in rates:
+        rate /= stride
+        needed = max(1, math.ceil(bandwidth / (rate / 2) - 1e-6))
+        channels.append(min(needed, channels[-1] * stride))
+    if channels[-1] != encoded_dim or any(after % before for before, after in pairwise(channels)):
+        raise ValueError(
+            f"strides {list(rates)} lead to {channels} signal channels instead of {encoded_dim}; "
+            "let the product of the last strides be encoded_dim, or a multiple of it."
+        )
+    return channels
+
+
+def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
+    """An encoder stage's filters [after, before, 2 * stride]: a low-pass, or an MDCT's lowest bands."""
+    filters = torch.zeros(after, before, 2 * stride)
+    if before == after:
+        window = torch.hann_window(2 * stride, periodic=False)
+        filters[range(after), range(before)] = 2 * window / window.sum()
+        return filters
+    bands = after // before
+    for channel in range(before):
+        filters[channel * bands : (channel + 1) * bands, channel] = mdct_basis(stride)[:bands]
+    return filters
+
+
+def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
+    """A decoder stage's filters [after, before, 2 * stride]: interpolation, or the inverse MDCT."""
+    filters = torch.zeros(after, before, 2 * stride)
+    if before == after:
+        filters[range(after), range(before)] = torch.hann_window(2 * stride, periodic=False)
+        return filters
+    bands = before // after
+    for channel in range(after):
+        filters[channel, channel * bands : (channel + 1) * bands] = mdct_basis(stride)[:bands]
+    return filters
+
+
+@torch.no_grad()
+def looks_linear_(generator: Generator) -> None:
+    """Make the network linear: mirrored channels, random orthogonal filters, residual branches that add nothing."""
+    encoder, decoder = generator.audio_encoder, generator.audio_decoder
+    for first, stages, last in (
+        (encoder.pre_conv, encoder.down_sample_conv_layers, encoder.post_conv),
+        (decoder.pre_conv, decoder.up_sample_conv_layers, decoder.post_conv),
+    ):
+        _fill_orthogonal(first.conv, mirror_in=False)
+        for stage in stages:
+            _fill_orthogonal(_convolution(stage))
+        _fill_orthogonal(last.conv, mirror_out=False)
+    for block in generator.modules():
+        if isinstance(block, ResidualBlock):
+            _convolution(block.skip_conv).weight.zero_()
+            for layer in (block.input_conv, block.skip_conv):
+                _zero_bias(_convolution(layer))
+
+
+@torch.no_grad()
+def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
+    """Start a generator as a filter bank and its inverse, in place.
+
+    Args:
+        generator: with leaky ReLUs and without weight norm.
+        audio: a batch of speech, whole frames, [B, T_audio].
+
+    Returns:
+        The SNR in dB at which `audio` comes through, tokens and all.
+
+    Raises:
+        ValueError: for a network that cannot hold the filter bank.
+    """
+    encoder, decoder = generator.audio_encoder, generator.audio_decoder
+    encoded_dim = encoder.encoded_dim
+    channels = signal_channels(encoder.down_sample_rates, encoded_dim)
+    if decoder.up_sample_rates != encoder.down_sample_rates[::-1]:
+        raise ValueError(
+            f"up_sample_rates {list(decoder.up_sample_rates)} are not those of the encoder reversed, "
+            f"{list(encoder.down_sample_rates[::-1])}; make them so."
+        )
+    looks_linear_(generator)
+
+    _put(encoder.pre_conv.conv, _identity(1, encoder.pre_conv.conv.kernel_size[0]), mirror_in=False)
+    stages = zip(encoder.down_sample_conv_layers, encoder.down_sample_rates, channels, channels[1:], strict=False)
+    for stage, stride, before, after in stages:
+        _put(_convolution(stage), stage_filters(stride, before, after))
+    _put(encoder.post_conv.conv, _identity(encoded_dim, encoder.post_conv.conv.kernel_size[0]), mirror_out=False)
+
+    _put(decoder.pre_conv.conv, _identity(encoded_dim, decoder.pre_conv.conv.kernel_size[0]), mirror_in=False)
+    channels.reverse()
+    stages = zip(decoder.up_sample_conv_layers, decoder.up_sample_rates, channels, channels[1:], strict=False)
+    for stage, stride, before, after in stages:
+        _put(_convolution(stage), inverse_filters(stride, before, after))
+    output = decoder.post_conv.conv
+    output.weight.zero_()  # it reads the signal alone
+    _put(output, _identity(1, output.kernel_size[0]), mirror_out=False)
+
+    _normalize_encoded(generator, audio)
+    codes, _ = generator.vector_quantizer(encoder.encode_frames(audio))
+    decoded = decoder.decode_frames(codes)
+    output.weight.mul_((decoded * audio).sum() / decoded.square().sum().clamp_min(1e-9))
+    error = (decoder.decode_frames(codes) - audio).square().sum() / audio.square().sum()
+    return -10 * math.log10(error.item())
+
+
+def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
+    """Center and scale the encoder's output for FSQ; the decoder's signal channels undo the scale."""
+    encoder, decoder = generator.audio_encoder, generator.audio_decoder
+    encoded = encoder.encode_frames(audio)
+    mean, scale = encoded.mean(dim=(0, 2)), ENCODED_STD / encoded.std(dim=(0, 2)).clamp_min(1e-6)
+    last, first = encoder.post_conv.conv, decoder.pre_conv.conv
+    last.weight.mul_(scale[:, None, None])
+    assert last.bias is not None
+    last.bias.copy_(-mean * scale)
+    half = first.weight.shape[0] // 2
+    for row in (0, half):
+        first.weight[row : row + encoder.encoded_dim].div_(scale[None, :, None])
+
+
+def _identity(channels: int, kernel_size: int) -> torch.Tensor:
+    """Filters [channels, channels, kernel_size] that pass everything."""
+    filters = torch.zeros(channels, channels, kernel_size)
+    filters[..., kernel_size // 2] = torch.eye(channels)
+    return filters
+
+
+def _convolution(layer: nn.Module) -> nn.Conv1d | nn.ConvTranspose1d:
+    """PyTorch's convolution inside one of the codec's layers."""
+    conv = layer.conv
+    assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)
+    return conv
+
+
+def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
+    """The weight as [H_out, H_in, K], in its own memory."""
+    return conv.weight.transpose(0, 1) if isinstance(conv, nn.ConvTranspose1d) else conv.weight
+
+
+def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
+    """Random orthogonal filters between mirrored channels; the bias is zero."""
+    weight = _out_in_taps(conv)
+    num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
+    filters = torch.empty(num_out, num_in * weight.shape[2])
+    nn.init.orthogonal_(filters)
+    filters = filters.view(num_out, num_in, -1)
+    if mirror_in:
+        filters = torch.cat([filters, -filters], dim=1) * MIRROR
+    if mirror_out:
+        filters = torch.cat([filters, -filters], dim=0)
+    weight.copy_(filters)
+    _zero_bias(conv)
+
+
+def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
+    assert conv.bias is not None
+    conv.bias.zero_()
+
+
+def _put(
+    conv: nn.Conv1d | nn.ConvTranspose1d, filters: torch.Tensor, *, mirror_in: bool = True, mirror_out: bool = True
+) -> None:
+    """Give the first channels, and their mirror images, these filters [n_out, n_in, K], and read nothing else there.
+
+    Raises:
+        ValueError: if the layer has too few channels.
+    """
+    weight = _out_in_taps(conv)
+    num_out, num_in, _ = filters.shape
+    half_out, half_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
+    if num_out > half_out or num_in > half_in:
+        raise ValueError(
+            f"a layer with {weight.shape[1]} channels in and {weight.shape[0]} out cannot hold {num_in} and {num_out} "
+            "signal channels and their mirror images; use more base_channels."
+        )
+    out_signs = ((1, 0), (-1, half_out)) if mirror_out else ((1, 0),)
+    in_signs = ((MIRROR, 0), (-MIRROR, half_in)) if mirror_in else ((1.0, 0),)
+    for out_sign, row in out_signs:
+        weight[row : row + num_out] = 0
+        for in_sign, column in in_signs:
+            weight[row : row + num_out, column : column + num_in] = out_sign * in_sign * filters

@@ -1,0 +1,179 @@
+"""Files that a run writes and reads: its own states, those of the trial script, and `.nemo` files.
+
+A state is `{"format": 1, "settings", "step", "seconds", "generator", "average", "trainer"}`, readable with
+`weights_only=True`.
+
+The trial script came before this recipe. Its state holds "args" (the command line as a dictionary), "model" and
+"average" (state dicts of a `Generator`), "moments" and "adam" (of the two optimizers), "step" and "seconds".
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from nemo_lfr.checkpoint import read_checkpoint
+from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)` and rename the result, so that an interruption leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state of this recipe."""
+    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+
+
+def _load(path: Path) -> Any:
+    """`torch.load` of plain values and tensors; raises `ValueError` for a file that is something else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a training state, or is damaged.") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a state of this recipe.
+
+    Raises:
+        ValueError: if the file is something else.
+    """
+    state = _load(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a state of this recipe; train in another folder, or use --import-state.")
+    return state
+
+
+def network_config(values: Mapping[str, Any]) -> NetworkConfig:
+    """A network's config from plain values."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(NetworkConfig), dict(values)))
+    assert isinstance(config, NetworkConfig)
+    return config
+
+
+def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a codec's config, what a `NetworkConfig` has."""
+    sizes = {}
+    for section in fields(NetworkConfig):
+        values = config[section.name]
+        if values.get("pad_mode", "zeros") != "zeros":
+            raise ValueError(f"{path}: {section.name} pads with {values['pad_mode']!r}, this recipe with zeros.")
+        known = {field.name for field in fields(section.default_factory)}  # type: ignore[arg-type]
+        sizes[section.name] = {name: value for name, value in values.items() if name in known}
+    return sizes
+
+
+def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
+    """The network that a trial's arguments describe."""
+    return NetworkConfig(
+        audio_encoder=EncoderConfig(
+            down_sample_rates=list(args["enc_rates"]),
+            base_channels=args["enc"],
+            resblock_kernel_sizes=list(args["enc_kernels"]),
+            resblock_dilation_sizes=list(args["enc_dil"]),
+            activation=args["act"],
+        ),
+        audio_decoder=DecoderConfig(
+            up_sample_rates=list(args["dec_rates"]),
+            base_channels=args["dec"],
+            resblock_kernel_sizes=list(args["dec_kernels"]),
+            resblock_dilation_sizes=list(args["dec_dil"]),
+            activation=args["act"],
+        ),
+    )
+
+
+# Of a trial's arguments: the setting that must have the same value for its updates to go on as they would have.
+TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
+    "seed": ("seed",),
+    "batch": ("batch_size",),
+    "frames": ("segment_frames",),
+    "lr": ("lr",),
+    "end": ("final_lr",),
+    "steps": ("updates",),
+    "windows": ("losses", "windows"),
+    "mels": ("losses", "num_mels"),
+    "comp_windows": ("losses", "compressed_windows"),
+    "w_mel": ("losses", "log_mel"),
+    "w_comp": ("losses", "compressed"),
+    "w_pesq": ("losses", "symmetric"),
+    "w_wave": ("losses", "waveform"),
+}
+
+
+def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Turn a state of the trial script into one of this recipe.
+
+    Args:
+        path: the trial's `state.pt`.
+        settings: of the run that goes on, as plain values.
+
+    Returns:
+        The state, and a line for each setting that differs from the trial's.
+
+    Raises:
+        ValueError: if the file is no such state, has discriminators or another network.
+    """
+    trial = _load(path)
+    keys = {"args", "model", "average", "moments", "adam", "step", "seconds"}
+    missing = keys - set(trial) if isinstance(trial, dict) else keys
+    if missing:
+        raise ValueError(f"{path} is not a whole state of the trial script: it has no {', '.join(sorted(missing))}.")
+    if "d" in trial:
+        raise ValueError(f"{path} has discriminators of the trial script, which cannot be imported.")
+    if trial_network(trial["args"]) != network_config(settings["network"]):
+        raise ValueError(f"{path} has another network: {trial_network(trial['args'])}; change the settings' network.")
+    differences = []
+    for name, place in TRIAL_SETTINGS.items():
+        ours: Any = settings
+        for key in place:
+            ours = ours[key]
+        theirs = trial["args"][name]
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+        if ours != theirs:
+            differences.append(f"{'.'.join(place)} is {ours}, in the trial {theirs}")
+    state = {
+        "step": trial["step"],
+        "seconds": trial["seconds"],
+        "generator": trial["model"],
+        "average": trial["average"],
+        "trainer": {"optimizer": {"moments": trial["moments"], "adam": trial["adam"]}, "adversary": None},
+    }
+    return state, differences
+
+
+def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
+    """The (averaged) weights of a `.nemo` file, a state of this recipe or one of the trial script.
+
+    Returns:
+        The generator in fp32, its config, and the number of updates (0 for a `.nemo`, which does not say).
+
+    Raises:
+        ValueError: if the file is none of them.
+        CheckpointError: for a `.nemo` that cannot be read.
+    """
+    if path.suffix == ".nemo":
+        modules, config = read_checkpoint(path)
+        network = network_config(_sizes(path, config))
+        generator = Generator(network)
+        generator.audio_encoder.load_state_dict(modules.encoder.state_dict())
+        generator.audio_decoder.load_state_dict(modules.decoder.state_dict())
+        return generator, network, 0
+    state = _load(path)
+    if not isinstance(state, dict) or "average" not in state or not {"args", "settings"} & set(state):
+        raise ValueError(f"{path} is neither a .nemo file nor a training state.")
+    network = trial_network(state["args"]) if "args" in state else network_config(state["settings"]["network"])
+    generator = Generator(network)
+    generator.load_state_dict(state["average"])
+    return generator, network, state["step"]

@@ -1,0 +1,262 @@
+"""Train the bundled codec, or resume: the same command goes on where a stopped run was.
+
+    python -m recipes.bundled_codec.train train=speech/train.json valid=speech/valid.json out=runs/bundled
+
+Settings and what they mean are in `bundled.yaml`; any of them can be given as KEY=VALUE. OUT gets `state.pt` (every
+few minutes and at the end), `settings.yaml` and `curve.jsonl` (a line per evaluation). A resumed run makes the same
+updates as one that was never stopped: an update's batch depends on the seed and its number alone.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from recipes.bundled_codec.data import SpeechSegments, read_speech
+from recipes.bundled_codec.discriminators import Adversary
+from recipes.bundled_codec.evaluate import Evaluator, means, spread_evenly
+from recipes.bundled_codec.losses import ReconstructionTerms
+from recipes.bundled_codec.model import SAMPLE_RATE, Generator, num_parameters
+from recipes.bundled_codec.settings import DEFAULT_CONFIG, Settings, read_settings
+from recipes.bundled_codec.start import transform_start_
+from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state, write_atomically
+from recipes.bundled_codec.trainer import Trainer
+
+AVERAGE_START = 50  # the average's memory grows with the updates: n / (n + 50), up to average_decay
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """A training run in a folder.
+
+    Args:
+        settings: of the run.
+        utterances: the training speech, int16 samples [T_audio] each.
+        clips: the held-out speech to evaluate on.
+        state: what `Run.state` returned earlier; None starts anew.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        utterances: list[np.ndarray],
+        clips: list[np.ndarray],
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.settings, self.out = settings, Path(settings.out)
+        self.device = torch.device(settings.device)
+        torch.manual_seed(settings.seed)
+        generator = Generator(settings.network)
+        length = settings.segment_frames * generator.samples_per_frame
+        segments = SpeechSegments(utterances, length, self.device)
+        if state is None:
+            self._initialize(generator, segments)
+        else:
+            generator.load_state_dict(state["generator"])
+        self.generator = generator.to(self.device)
+        terms = ReconstructionTerms(settings.losses).to(self.device)
+        self.trainer = Trainer(self.generator, segments, terms, settings.batch_size)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False)
+        self.evaluator = Evaluator([clip[: round(settings.evaluate_seconds * SAMPLE_RATE)] for clip in clips])
+        self.step, self.seconds = 0, 0.0  # updates made and the time they took
+        if state is not None:
+            if state["trainer"]["adversary"] is not None:
+                self.trainer.add_adversary(Adversary(settings.discriminators, self.device))
+            self.average.load_state_dict(state["average"])
+            self.trainer.load_state_dict(state["trainer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+        self._trim_curve()
+        log.info("%.2f M parameters, %.2f hours of speech", num_parameters([generator]) / 1e6, segments.hours)
+
+    def _initialize(self, generator: Generator, segments: SpeechSegments) -> None:
+        if self.settings.init is not None:
+            path = Path(self.settings.init)
+            other, network, _ = read_generator(path)
+            if network != self.settings.network:
+                raise ValueError(f"{path} has another network: {network}; change the settings' network.")
+            generator.load_state_dict(other.state_dict())
+            return
+        drawn = segments.draw(self.settings.start_segments, [self.settings.seed, 1])
+        batch = segments.cut(*(value.to(self.device) for value in drawn)).cpu()
+        log.info("starting as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
+
+    def _trim_curve(self) -> None:
+        """Drop evaluations of updates that were made after the last save and will be made again."""
+        path = self.out / "curve.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, by updates or by time, whichever is further."""
+        by_time = self.seconds / 60 / self.settings.minutes if self.settings.minutes else 0.0
+        return max(self.step / self.settings.updates, by_time)
+
+    def learning_rate(self) -> float:
+        """Rate of the next update."""
+        settings = self.settings
+        rate = settings.lr * min(1.0, (self.step + 1) / settings.warmup_updates)
+        rate *= 1 - (1 - settings.final_lr) * self.progress
+        adversary = self.trainer.adversary
+        return rate * settings.discriminators.generator_rate if adversary and adversary.is_heard else rate
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """Make one update."""
+        began = time.monotonic()
+        first = self.settings.discriminators.from_update
+        if first is not None and self.step >= first and self.trainer.adversary is None:
+            torch.manual_seed(self.settings.seed)  # a resumed run starts them with the same weights
+            self.trainer.add_adversary(Adversary(self.settings.discriminators, self.device))
+        terms = self.trainer.step(self.learning_rate(), [self.settings.seed, self.step])
+        self.step += 1
+        decay = min(self.settings.average_decay, self.step / (self.step + AVERAGE_START))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - decay)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # what is queued belongs to this update's time
+        self.seconds += time.monotonic() - began
+        return terms
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on exactly, as plain values and tensors."""
+        return {
+            "settings": self.settings.as_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "generator": self.generator.state_dict(),
+            "average": self.average.state_dict(),
+            "trainer": self.trainer.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write the state and the settings."""
+        save_state(self.out / "state.pt", self.state())
+        text = OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict()))
+        write_atomically(self.out / "settings.yaml", lambda path: path.write_text(text))
+
+    def evaluate(self, extra: dict[str, Any]) -> None:
+        """Measure the averaged weights and append a line to the curve."""
+        scores = means(self.evaluator.measure(self.average))
+        line = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | extra
+        # NaN is no JSON.
+        line |= {name: round(value, 4) if math.isfinite(value) else None for name, value in scores.items()}
+        with open(self.out / "curve.jsonl", "a") as curve:
+            curve.write(json.dumps(line) + "\n")
+        log.info("valid %s", line)
+
+    def train(self) -> None:
+        """Update until the run is over, saving and evaluating on the way; SIGTERM ends it with a state saved."""
+        settings, stopped = self.settings, False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True
+
+        previous = signal.signal(signal.SIGTERM, stop)
+        saved, logged = time.monotonic(), (self.step, self.seconds)
+        counted = (self.step, self.seconds)
+        sums: dict[str, torch.Tensor] = {}  # since the last evaluation
+        try:
+            while self.progress < 1 and not stopped:
+                terms = self.update()
+                for name, term in terms.items():
+                    if term.dim() == 0:
+                        sums[name] = sums.get(name, 0.0) + term.detach().clone()
+                if self.step % settings.log_updates == 0:
+                    self._log(terms, (self.seconds - logged[1]) / (self.step - logged[0]))
+                    logged = (self.step, self.seconds)
+                due, over = self.step % settings.evaluate_updates == 0, self.progress >= 1
+                if over or time.monotonic() - saved > 60 * settings.save_minutes:
+                    self.save()
+                    saved = time.monotonic()
+                if due or over:
+                    number = self.step - counted[0]
+                    parts = self.trainer.stopwatch.pop()
+                    self.evaluate(
+                        {
+                            "seconds_per_update": round((self.seconds - counted[1]) / number, 4),
+                            "parts": {name: round(value / number, 4) for name, value in parts.items()},
+                            "training": {name: round(total.item() / number, 4) for name, total in sums.items()},
+                        }
+                    )
+                    counted, sums = (self.step, self.seconds), {}
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        if stopped:
+            self.save()
+            log.info("stopped at update %d; the same command goes on", self.step)
+
+    def _log(self, terms: dict[str, torch.Tensor], seconds_per_update: float) -> None:
+        used = [codebook.unique().numel() for codebook in terms["tokens"]]
+        values = " ".join(f"{name} {term.item():.3f}" for name, term in terms.items() if term.dim() == 0)
+        log.info(
+            "update %d  %s  tokens per codebook %d to %d  %.3f s/update",
+            self.step, values, min(used), max(used), seconds_per_update,
+        )  # fmt: skip
+
+
+def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | None:
+    """The state to go on from: the folder's own, else an imported one, else None."""
+    path = Path(settings.out) / "state.pt"
+    if path.exists():
+        if imported is not None:
+            raise ValueError(f"{path} exists already; leave out --import-state to resume, or train in another folder.")
+        state = load_state(path)
+        theirs, ours = state["settings"], settings.as_dict()
+        if theirs["network"] != ours["network"]:
+            raise ValueError(f"{path} has another network; train in another folder, or restore the settings' network.")
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                log.warning("%s is %s, before %s", key, ours[key], theirs.get(key))
+        log.info("resuming from update %d", state["step"])
+        return state
+    if imported is None:
+        return None
+    state, differences = import_trial(imported, settings.as_dict())
+    for line in differences:
+        log.warning("%s", line)
+    log.info("imported %s at update %d", imported, state["step"])
+    return state
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top of the file's")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings (%(default)s)")
+    parser.add_argument("--import-state", type=Path, metavar="FILE", help="go on from a state.pt of the trial script")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        settings = read_settings(args.config, args.overrides)
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.backends.cudnn.benchmark = True
+        state = _read_state(settings, args.import_state)
+        audio_dir = Path(settings.audio_dir) if settings.audio_dir else None
+        utterances = [clip for path in settings.train for clip in read_speech(Path(path), audio_dir)]
+        clips = spread_evenly(read_speech(Path(settings.valid), audio_dir), settings.evaluate_clips)
+        for name, found in ((", ".join(settings.train), utterances), (settings.valid, clips)):
+            if not found:
+                raise ValueError(f"{name}: no usable recordings; `nemo-lfr prepare` makes manifests.")
+        run = Run(settings, utterances, clips, state)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    run.train()
+
+
+if __name__ == "__main__":
+    main()

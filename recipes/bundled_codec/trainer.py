@@ -1,0 +1,167 @@
+"""One update of everything that learns; on a GPU it is recorded once as a CUDA graph and replayed."""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nemo_lfr.training.losses import spread
+from nemo_lfr.training.spectra import Spectra
+from recipes.bundled_codec.data import SpeechSegments
+from recipes.bundled_codec.discriminators import Adversary
+from recipes.bundled_codec.losses import ReconstructionTerms
+from recipes.bundled_codec.model import Generator
+from recipes.bundled_codec.optimizer import GeneratorOptimizer
+
+EAGER_UPDATES = 3  # before a graph is recorded: libraries choose kernels and allocate first
+
+
+class Stopwatch:
+    """Seconds spent in named parts; on a GPU, where kernels run later than they are launched, it measures nothing."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of a `with` block to a part."""
+        began = time.perf_counter()
+        yield
+        if self.enabled:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+
+    def pop(self) -> dict[str, float]:
+        """The seconds so far, which then start again from zero."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class Trainer:
+    """Trains a generator, and discriminators once there are any.
+
+    The weights learn in fp32; a bf16 copy computes, cast once per update rather than layer by layer. What changes from
+    update to update lies in tensors of fixed places: segments, gains and rates.
+
+    Args:
+        generator: on its device; its weights are laid out channels-last in place.
+        segments: the training speech, on the same device.
+        terms: the losses, on the same device.
+        batch_size: segments of an update.
+    """
+
+    def __init__(
+        self, generator: Generator, segments: SpeechSegments, terms: ReconstructionTerms, batch_size: int
+    ) -> None:
+        self.generator, self.segments, self.terms = generator, segments, terms
+        self.optimizer = GeneratorOptimizer(list(generator.parameters()))
+        self.device = self.optimizer.lr.device
+        self.adversary: Adversary | None = None
+        self.stopwatch = Stopwatch(enabled=self.device.type == "cpu")
+        self._fast = copy.deepcopy(generator).bfloat16()
+        self._parameters: list[torch.Tensor] = list(generator.parameters())
+        self._fast_parameters: list[torch.Tensor] = list(self._fast.parameters())
+        self._starts = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._gains = torch.ones(batch_size, device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_left = EAGER_UPDATES
+        self._result: dict[str, torch.Tensor] = {}
+
+    def add_adversary(self, adversary: Adversary) -> None:
+        """Train against these discriminators from now on."""
+        self.adversary = adversary
+        self._forget_graph()
+
+    def step(self, lr: float, seed: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Train on the batch of this seed.
+
+        Returns:
+            The terms, the gradients' norm, and the tokens [C, B, T_encoded]; the next call may overwrite them.
+        """
+        drawn = self.segments.draw(len(self._starts), seed)
+        for place, value in zip((self._starts, self._gains), drawn, strict=True):
+            place.copy_(value, non_blocking=True)
+        self.optimizer.set_rate(lr)
+        if self.adversary is not None:
+            if self.adversary.updates == self.adversary.config.learn_alone:
+                self._forget_graph()  # from here on the generator hears them
+            self.adversary.begin_update()
+        result = self._update() if self.device.type == "cpu" else self._update_on_gpu()
+        if self.adversary is not None:
+            self.adversary.updates += 1
+        return result
+
+    def _forget_graph(self) -> None:
+        self._graph, self._eager_left = None, EAGER_UPDATES
+
+    def _update_on_gpu(self) -> dict[str, torch.Tensor]:
+        if self._graph is None and self._eager_left:
+            self._eager_left -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = self._update()
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = self._update()
+        self._graph.replay()
+        return self._result
+
+    def _update(self) -> dict[str, torch.Tensor]:
+        with self.stopwatch("network"):
+            with torch.no_grad():
+                torch._foreach_copy_(self._fast_parameters, self._parameters)
+            batch = self.segments.cut(self._starts, self._gains)
+            output, encoded, tokens = self._fast(batch.bfloat16())
+        heard = output.detach().requires_grad_()
+        real, gen = Spectra(batch), Spectra(heard)
+        with self.stopwatch("losses"):
+            terms = self.terms(real, gen)
+            total = self.terms.total(terms)
+            # Discriminators look at the same spectra, which must then be kept.
+            (gradient,) = torch.autograd.grad(total, heard, retain_graph=self.adversary is not None)
+        if self.adversary is not None:
+            with self.stopwatch("discriminators"):
+                judged, other = self._judge(self.adversary, real, gen)
+            terms |= judged
+            if other is not None:
+                terms["adversarial_share"] = other.norm() / gradient.norm().clamp_min(1e-12)
+                gradient = gradient + other
+        terms["variance"] = spread(encoded)
+        with self.stopwatch("network"):
+            ends = [output, self.terms.config.variance * terms["variance"]]
+            grads = torch.autograd.grad(ends, self._fast_parameters, [gradient, torch.ones_like(ends[1])])
+        with self.stopwatch("optimizer"):
+            terms["gradient_norm"] = self.optimizer.step(grads)
+        return {name: term.detach() for name, term in terms.items()} | {"tokens": tokens}
+
+    @staticmethod
+    def _judge(
+        adversary: Adversary, real: Spectra, gen: Spectra
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """What discriminators say of the batch, or its first segments; the others' gradient is zero."""
+        size = adversary.config.batch_size or len(real.audio)
+        if size >= len(real.audio):
+            return adversary.step(real, gen, adversary.is_heard)
+        part = gen.audio[:size].detach().requires_grad_()
+        terms, gradient = adversary.step(Spectra(real.audio[:size]), Spectra(part), adversary.is_heard)
+        if gradient is None:
+            return terms, None
+        return terms, torch.cat([gradient, gradient.new_zeros(len(real.audio) - size, gradient.shape[1])])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept to go on exactly, besides the generator's weights."""
+        adversary = None if self.adversary is None else self.adversary.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "adversary": adversary}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned; discriminators must have been added before."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.adversary is not None and state["adversary"] is not None:
+            self.adversary.load_state_dict(state["adversary"])

@@ -1,0 +1,264 @@
+"""The pieces of the bundled codec's recipe: losses, the start, batches and optimizers."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nemo_lfr.training.spectra import Spectra
+from recipes.bundled_codec.data import SpeechSegments
+from recipes.bundled_codec.losses import (
+    LogMelDistance,
+    LossConfig,
+    PerceptualDistance,
+    ReconstructionTerms,
+    compressed_distance,
+    waveform_distance,
+)
+from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig, QuantizerConfig
+from recipes.bundled_codec.optimizer import GeneratorOptimizer, Muon
+from recipes.bundled_codec.start import (
+    inverse_filters,
+    looks_linear_,
+    mdct_basis,
+    signal_channels,
+    stage_filters,
+    transform_start_,
+)
+from tests.models import RATE, speech_like
+
+
+def tiny_network() -> NetworkConfig:
+    """8 dimensions at 689 Hz, a band of 2,756 Hz: what the recipe has, with two stages and few channels."""
+    return NetworkConfig(
+        EncoderConfig(8, [4, 8], 4, [3], [1]), QuantizerConfig(2), DecoderConfig(8, [8, 4], 16, [3], [1])
+    )
+
+
+SPEECH = torch.stack([speech_like(8192, seed) for seed in range(2)])
+LOG_MEL = LogMelDistance([256, 512], [20, 40])
+PERCEPTUAL = PerceptualDistance()
+
+
+def log_mel(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return LOG_MEL(Spectra(real), Spectra(gen))
+
+
+def compressed(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return compressed_distance(Spectra(real), Spectra(gen), [1024, 2048])
+
+
+def symmetric(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return PERCEPTUAL(Spectra(real), Spectra(gen))[0]
+
+
+def asymmetric(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
+    return PERCEPTUAL(Spectra(real), Spectra(gen))[1]
+
+
+DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance]
+
+
+def noise(scale: float) -> torch.Tensor:
+    return scale * torch.randn(SPEECH.shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_distance_is_least_for_equal_signals_and_grows_with_noise(distance):
+    values = [float(distance(SPEECH, SPEECH + noise(scale))) for scale in (0, 0.01, 0.1)]
+    assert values[0] < 0.02  # the roots of the P.862-like one are kept away from zero
+    assert values == sorted(values) and values[2] > values[0] + 0.1
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("gen", [torch.zeros_like(SPEECH), SPEECH, noise(1.0)], ids=["silence", "equal", "noise"])
+@pytest.mark.parametrize("real", [torch.zeros_like(SPEECH), SPEECH], ids=["silence", "speech"])
+def test_a_distances_gradient_is_finite(distance, real, gen):
+    gen = gen.clone().requires_grad_()
+    value = distance(real, gen)
+    assert value.isfinite()
+    (gradient,) = torch.autograd.grad(value, gen)
+    assert gradient.isfinite().all()
+
+
+def test_the_waveform_distance_alone_sees_a_phase_that_is_wrong():
+    time = torch.arange(8192)[None] / RATE
+    fade = 0.3 * torch.hann_window(8192)  # at the ends, where an STFT reflects the signal, phase is not a shift
+    real, shifted = (fade * torch.sin(2 * torch.pi * 200 * time + phase) for phase in (0.0, torch.pi / 2))
+    assert float(waveform_distance(real, shifted)) > 0.5
+    assert float(log_mel(real, shifted)) < 0.05 and float(compressed(real, shifted)) < 0.02
+
+
+def test_the_waveform_distance_does_not_look_above_its_bands():
+    time = torch.arange(8192)[None] / RATE
+    fade = 0.3 * torch.hann_window(8192)  # a tone that is cut off has all frequencies
+    real, high = (fade * torch.sin(2 * torch.pi * hertz * time) for hertz in (200.0, 5000.0))
+    assert float(waveform_distance(real, real + high)) < 0.02
+
+
+def test_the_compressed_distance_sees_harmonics_that_mel_bands_do_not():
+    # 40 bands up to 11 kHz are 500 Hz wide at 5 kHz: harmonics of 150 Hz or noise of the same energy are alike there.
+    time = torch.arange(16384)[None] / RATE
+    harmonics = sum(torch.sin(2 * torch.pi * 150 * k * time + k * k) for k in range(30, 38)) / 30
+    spectrum = torch.fft.rfft(torch.randn(harmonics.shape, generator=torch.Generator().manual_seed(1)))
+    hertz = torch.fft.rfftfreq(16384, 1 / RATE)
+    band = torch.fft.irfft(spectrum * ((hertz > 4425) & (hertz < 5625)))
+    band = band * harmonics.norm() / band.norm()
+    shifted = sum(torch.sin(2 * torch.pi * 150 * k * time + 2 * k * k) for k in range(30, 38)) / 30
+    assert float(compressed(harmonics, band)) > 4 * float(compressed(harmonics, shifted))
+
+
+def test_the_log_mel_floor_hides_what_is_below_it():
+    assert (
+        float(log_mel(torch.zeros_like(SPEECH), noise(1e-6)))
+        < 1e-4
+        < float(log_mel(torch.zeros_like(SPEECH), noise(1e-3)))
+    )
+
+
+def test_the_perceptual_distance_does_not_depend_on_level():
+    gen = SPEECH + noise(0.05)
+    for distance in (symmetric, asymmetric):
+        assert float(distance(0.1 * SPEECH, 0.1 * gen)) == pytest.approx(float(distance(SPEECH, gen)), rel=1e-3)
+
+
+def test_the_asymmetric_disturbance_is_of_what_was_added():
+    spectrum, hertz = torch.fft.rfft(SPEECH), torch.fft.rfftfreq(SPEECH.shape[1], 1 / RATE)
+    muffled = torch.fft.irfft(spectrum * (hertz < 1500))
+    assert float(asymmetric(muffled, SPEECH)) > 10 * float(asymmetric(SPEECH, muffled))
+
+
+def test_terms_add_up_by_their_weights():
+    config = LossConfig([256], [20], [1024], log_mel=1, compressed=2, symmetric=3, asymmetric=4, waveform=5)
+    terms = ReconstructionTerms(config)
+    values = terms(Spectra(SPEECH), Spectra(SPEECH + noise(0.1)))
+    expected = sum(
+        weight * float(values[name])
+        for weight, name in enumerate(("log_mel", "compressed", "symmetric", "asymmetric", "waveform"), start=1)
+    )
+    assert float(terms.total(values)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_the_mdct_is_orthonormal_when_lapped(stride):
+    basis = mdct_basis(stride)
+    assert torch.allclose(basis @ basis.T, torch.eye(stride), atol=1e-5)
+    shifted = basis[:, stride:] @ basis[:, :stride].T  # with the basis of the next frame
+    assert shifted.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("before", "after", "stride"), [(1, 8, 8), (4, 32, 8), (1, 4, 4)])
+def test_a_stage_that_keeps_every_band_is_undone_exactly(before, after, stride):
+    signal = torch.randn(1, before, 20 * stride)
+    analysis, synthesis = stage_filters(stride, before, after), inverse_filters(stride, after, before)
+    hidden = nn.functional.conv1d(signal, analysis, stride=stride, padding=stride // 2)
+    output = nn.functional.conv_transpose1d(hidden, synthesis.transpose(0, 1), stride=stride, padding=stride // 2)
+    inner = slice(2 * stride, -2 * stride)
+    assert torch.allclose(output[..., inner], signal[..., inner], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rates", "encoded_dim", "expected"),
+    [((4, 4, 8, 8), 32, [1, 1, 1, 4, 32]), ((2, 2, 4, 8, 8), 32, [1, 1, 1, 1, 4, 32]), ((4, 8), 8, [1, 1, 8])],
+)
+def test_as_many_channels_carry_the_signal_as_its_band_needs(rates, encoded_dim, expected):
+    assert signal_channels(rates, encoded_dim) == expected
+
+
+@torch.no_grad()
+def test_a_network_that_looks_linear_is():
+    torch.manual_seed(0)
+    generator = Generator(tiny_network())
+    looks_linear_(generator)
+    first, second = SPEECH[:1, :2048], SPEECH[1:, :2048]
+    encode = generator.audio_encoder.encode_frames
+    assert encode(first).abs().max() > 1e-3
+    torch.testing.assert_close(encode(2 * first - 3 * second), 2 * encode(first) - 3 * encode(second))
+    encoded = [encode(first), encode(second)]
+
+    def decode(hidden):
+        return torch.atanh(generator.audio_decoder.decode_frames(hidden))  # what the output's tanh bent
+
+    small = [1e-2 * hidden for hidden in encoded]
+    torch.testing.assert_close(decode(small[0] + small[1]), decode(small[0]) + decode(small[1]), rtol=1e-3, atol=1e-6)
+
+
+def test_the_transform_start_sends_a_waveform_through_the_tokens():
+    torch.manual_seed(0)
+    generator = Generator(tiny_network())
+    snr = transform_start_(generator, SPEECH)
+    # Its band holds most of the test signal's energy; what is beyond, and the rounding to tokens, is lost.
+    assert snr > 1
+    with torch.no_grad():
+        output, encoded, tokens = generator(SPEECH)
+    error = (output - SPEECH).square().sum() / SPEECH.square().sum()
+    assert -10 * torch.log10(error).item() == pytest.approx(snr, abs=0.01)
+    assert encoded.mean(dim=(0, 2)).abs().max() < 0.01 and (encoded.std(dim=(0, 2)) - 0.9).abs().max() < 0.01
+    assert min(codebook.unique().numel() for codebook in tokens) > 100
+
+
+def test_the_bundled_network_can_hold_the_transform_start():
+    torch.manual_seed(0)
+    assert transform_start_(Generator(NetworkConfig()), SPEECH) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"audio_encoder": {"down_sample_rates": [8, 3]}, "audio_decoder": {"up_sample_rates": [3, 8]}}, "strides"),
+        ({"audio_decoder": {"up_sample_rates": [4, 8]}}, "reversed"),
+        ({"audio_encoder": {"base_channels": 2}}, "base_channels"),
+    ],
+)
+def test_a_network_that_cannot_hold_the_filter_bank_is_refused(change, message):
+    network = tiny_network()
+    for module, values in change.items():
+        vars(getattr(network, module)).update(values)
+    with pytest.raises(ValueError, match=message):
+        transform_start_(Generator(network), SPEECH)
+
+
+def test_a_batch_depends_on_its_seed_alone_and_never_clips():
+    clips = [(30000 * np.sin(np.arange(length) / 7)).astype(np.int16) for length in (3000, 9000, 500)]
+    segments = SpeechSegments(clips, 1024, torch.device("cpu"))
+    batches = [segments.cut(*segments.draw(64, seed)) for seed in ([0, 1], [0, 2], [0, 1])]
+    assert torch.equal(batches[0], batches[2]) and not torch.equal(batches[0], batches[1])
+    assert batches[0].shape == (64, 1024) and batches[0].abs().max() <= 0.981
+    starts, _ = segments.draw(2000, [5])
+    shares = np.histogram(starts, [0, 3000, 12000, 12001])[0] / 2000
+    assert shares == pytest.approx([3000 / 12500, 9000 / 12500, 500 / 12500], abs=0.04)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch older than 2.9 has no Muon to compare with")
+def test_muon_updates_as_torchs_does():
+    torch.manual_seed(0)
+    ours = [torch.randn(shape) for shape in ((8, 24), (8, 24), (24, 6), (5, 5))]
+    theirs = [nn.Parameter(matrix.clone()) for matrix in ours]
+    reference = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(ours)
+    for _ in range(3):
+        before = [matrix.clone() for matrix in ours]
+        grads = [torch.randn_like(matrix) for matrix in ours]
+        for matrix, grad in zip(theirs, grads, strict=True):
+            matrix.grad = grad.clone()
+        reference.step()
+        muon.step(grads, torch.tensor(0.1))
+        for matrix, old, expected in zip(ours, before, theirs, strict=True):
+            moved = (matrix - old).norm()
+            assert (matrix - expected.detach()).norm() < 0.05 * moved  # both are computed in bf16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_move_no_parameter(bad):
+    generator = Generator(tiny_network())
+    optimizer = GeneratorOptimizer(list(generator.parameters()))
+    before = [parameter.detach().clone() for parameter in generator.parameters()]
+    grads = [torch.ones_like(parameter) for parameter in generator.parameters()]
+    grads[3][0] = bad
+    optimizer.set_rate(0.1)
+    optimizer.step(grads)
+    assert all(torch.equal(old, new) for old, new in zip(before, generator.parameters(), strict=True))
+    optimizer.set_rate(0.1)
+    optimizer.step([torch.ones_like(grad) for grad in grads])
+    assert all(new.isfinite().all() for new in generator.parameters())
+    assert not torch.equal(before[0], next(generator.parameters()))

@@ -1,0 +1,287 @@
+"""Runs of the bundled codec's recipe, on tiny sizes: resuming, importing, exporting, and what a user gets wrong."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.evaluation.metrics import Signal
+from nemo_lfr.pretrained import load
+from recipes.bundled_codec import evaluate, export, plot, train
+from recipes.bundled_codec.data import read_speech
+from recipes.bundled_codec.settings import Settings, read_settings
+from recipes.bundled_codec.states import import_trial, load_state, read_generator
+from tests.models import RATE, synthesize
+
+TINY = [
+    "network.audio_encoder={encoded_dim: 8, down_sample_rates: [4, 8], base_channels: 4, "
+    "resblock_kernel_sizes: [3], resblock_dilation_sizes: [1]}",
+    "network.vector_quantizer.num_groups=2",
+    "network.audio_decoder={input_dim: 8, up_sample_rates: [8, 4], base_channels: 16, "
+    "resblock_kernel_sizes: [3], resblock_dilation_sizes: [1]}",
+    "losses={windows: [256], num_mels: [20], compressed_windows: [1024]}",
+    "batch_size=2",
+    "segment_frames=128",
+    "start_segments=2",
+    "warmup_updates=2",
+    "evaluate_updates=2",
+    "evaluate_clips=2",
+    "evaluate_seconds=1",
+    "log_updates=1",
+    "updates=4",
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    lines = []
+    for number in range(3):
+        soundfile.write(folder / f"{number}.wav", synthesize(1.2, number), RATE)
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.2}))
+    (folder / "manifest.json").write_text("\n".join(lines))
+    return folder / "manifest.json"
+
+
+def settings_of(manifest, out, *overrides: str) -> Settings:
+    out.mkdir(exist_ok=True)
+    return read_settings(overrides=[f"train={manifest}", f"valid={manifest}", f"out={out}", *TINY, *overrides])
+
+
+def run_of(settings: Settings, manifest, state=None) -> train.Run:
+    clips = read_speech(manifest)
+    return train.Run(settings, clips, clips[:2], state)
+
+
+def command(monkeypatch, module, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def weights(run: train.Run) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in (("generator", run.generator), ("average", run.average))
+        for key, value in module.state_dict().items()
+    }
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+WITH_DISCRIMINATORS = ["discriminators={from_update: 1, learn_alone: 1, ramp: 2, batch_size: 1, period_channels: 2}"]
+
+
+@pytest.mark.parametrize("overrides", [[], WITH_DISCRIMINATORS], ids=["spectra", "discriminators"])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_was_killed_goes_on_with_the_same_updates(manifest, tmp_path, overrides, stop):
+    settings = settings_of(manifest, tmp_path / "run", *overrides)
+    whole = run_of(settings, manifest)
+    whole_terms = [whole.update() for _ in range(4)]
+    killed = run_of(settings, manifest)
+    for _ in range(stop):
+        killed.update()
+    killed.save()
+    killed.update()  # is lost
+    resumed = run_of(settings, manifest, load_state(tmp_path / "run" / "state.pt"))
+    assert resumed.step == stop
+    for number in range(stop, 4):
+        terms = resumed.update()
+        assert float(terms["log_mel"]) == float(whole_terms[number]["log_mel"])
+    assert_equal(weights(whole), weights(resumed))
+
+
+def test_discriminators_learn_alone_then_their_score_counts_more_and_more(manifest, tmp_path):
+    run = run_of(settings_of(manifest, tmp_path / "run", *WITH_DISCRIMINATORS), manifest)
+    terms = [run.update() for _ in range(4)]
+    assert ["discriminator" in term for term in terms] == [False, True, True, True]
+    assert ["adversarial_share" in term for term in terms] == [False, False, True, True]
+    assert float(run.trainer.adversary.score_weight) == 0.5  # 1 of the ramp's 2 updates before this one
+    assert float(run.trainer.adversary.lr) == pytest.approx(1e-3)
+    full = run.settings.lr * (1 - 0.95 * 4 / 4)
+    assert run.learning_rate() == pytest.approx(0.5 * full)
+
+
+def test_losses_fall(manifest, tmp_path):
+    run = run_of(settings_of(manifest, tmp_path / "run", "updates=30"), manifest)
+    totals = [float(run.trainer.terms.total(run.update())) for _ in range(30)]
+    assert np.mean(totals[-5:]) < 0.9 * np.mean(totals[:5])
+
+
+def test_the_rate_warms_up_and_falls_by_updates_or_time(manifest, tmp_path):
+    run = run_of(settings_of(manifest, tmp_path / "run", "updates=100", "minutes=10", "lr=1e-3"), manifest)
+    assert run.learning_rate() == pytest.approx(0.5e-3)
+    run.step = 50
+    assert run.learning_rate() == pytest.approx(1e-3 * (1 - 0.95 * 0.5))
+    run.seconds = 9 * 60
+    assert run.learning_rate() == pytest.approx(1e-3 * (1 - 0.95 * 0.9))
+
+
+def test_the_command_trains_resumes_evaluates_plots_and_exports(manifest, tmp_path, monkeypatch, capsys, caplog):
+    out = tmp_path / "run"
+    arguments = [f"train={manifest}", f"valid={manifest}", f"out={out}", *TINY]
+    command(monkeypatch, train, *arguments, "updates=3")
+    (out / "curve.jsonl").open("a").write(json.dumps({"step": 9}) + "\n")  # made after the last save
+    command(monkeypatch, train, *arguments)
+    curve = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in curve] == [2, 3, 4]
+    assert set(evaluate.METRICS) | {"minutes", "seconds_per_update", "parts", "training"} <= set(curve[-1])
+    assert set(curve[-1]["parts"]) == {"network", "losses", "optimizer"}
+    assert "log_mel" in curve[-1]["training"] and (out / "settings.yaml").exists()
+
+    command(monkeypatch, export, out / "state.pt", "--out", tmp_path / "small.nemo")
+    codec = load(tmp_path / "small.nemo", "cpu")
+    wave = synthesize(0.5)
+    average, network, updates = read_generator(out / "state.pt")
+    assert updates == 4 and read_generator(tmp_path / "small.nemo")[1] == network
+    with torch.no_grad():
+        audio = torch.from_numpy(wave)[None, : 32 * (len(wave) // 32)]
+        tokens = average(audio)[2].transpose(0, 1)
+    found, _ = codec.encode(audio[0].numpy())
+    assert (found == tokens).float().mean() > 0.97  # weights are rounded to fp16
+
+    command(monkeypatch, plot, out, "--out", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    command(monkeypatch, evaluate, out / "state.pt", tmp_path / "small.nemo", "--valid", manifest, "--clips", 2)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 4 and table[0].startswith("| model | pesq | estoi |")
+
+
+@pytest.mark.parametrize("kind", ["state.pt", "small.nemo"])
+def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kind):
+    first = run_of(settings_of(manifest, tmp_path / "first"), manifest)
+    first.update()
+    first.save()
+    if kind == "small.nemo":
+        command(monkeypatch, export, tmp_path / "first" / "state.pt", "--out", tmp_path / "first" / kind)
+    run = run_of(settings_of(manifest, tmp_path / "second", f"init={tmp_path / 'first' / kind}"), manifest)
+    assert run.step == 0
+    for key, value in first.average.state_dict().items():
+        found = run.generator.state_dict()[key]
+        torch.testing.assert_close(found, value, rtol=2e-3, atol=2e-3)  # fp16, as direction and gain
+
+
+def trial_state(run: train.Run) -> dict:
+    """The run's state as the trial script wrote it."""
+    settings, network = run.settings, run.settings.network
+    args = {
+        "enc": network.audio_encoder.base_channels,
+        "enc_rates": tuple(network.audio_encoder.down_sample_rates),
+        "enc_kernels": tuple(network.audio_encoder.resblock_kernel_sizes),
+        "enc_dil": tuple(network.audio_encoder.resblock_dilation_sizes),
+        "dec": network.audio_decoder.base_channels,
+        "dec_rates": tuple(network.audio_decoder.up_sample_rates),
+        "dec_kernels": tuple(network.audio_decoder.resblock_kernel_sizes),
+        "dec_dil": tuple(network.audio_decoder.resblock_dilation_sizes),
+        "act": "lrelu",
+    }
+    args |= {"seed": settings.seed, "batch": settings.batch_size, "frames": settings.segment_frames}
+    args |= {"lr": settings.lr, "end": settings.final_lr, "steps": settings.updates}
+    args |= {"windows": tuple(settings.losses.windows), "mels": tuple(settings.losses.num_mels)}
+    args |= {"comp_windows": tuple(settings.losses.compressed_windows), "w_mel": settings.losses.log_mel}
+    args |= {"w_comp": 5.0, "w_pesq": 1.0, "w_wave": 0.3}
+    optimizer = run.trainer.state_dict()["optimizer"]
+    return {
+        "args": args,
+        "model": run.generator.state_dict(),
+        "average": run.average.state_dict(),
+        "moments": optimizer["moments"],
+        "adam": optimizer["adam"],
+        "step": run.step,
+        "seconds": run.seconds,
+        "next_eval": 1200.0,
+    }
+
+
+def bundled_sizes(overrides: list[str]) -> list[str]:
+    """The trial script had 32 encoded dimensions; two stages of few channels can hold them too."""
+    return [
+        *overrides,
+        "network.audio_encoder={encoded_dim: 32, base_channels: 16}",
+        "network.vector_quantizer.num_groups=8",
+        "network.audio_decoder={input_dim: 32, base_channels: 64}",
+    ]
+
+
+def test_a_state_of_the_trial_script_goes_on_with_the_same_updates(manifest, tmp_path):
+    settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
+    run = run_of(settings, manifest)
+    run.update()
+    torch.save(trial_state(run), tmp_path / "trial.pt")
+    imported, differences = import_trial(tmp_path / "trial.pt", settings.as_dict())
+    assert not differences
+    other = run_of(settings, manifest, imported)
+    for _ in range(2):
+        run.update(), other.update()
+    assert_equal(weights(run), weights(other))
+
+
+def test_importing_names_the_settings_that_differ(manifest, tmp_path):
+    settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
+    torch.save(trial_state(run_of(settings, manifest)), tmp_path / "trial.pt")
+    settings.lr, settings.losses.waveform = 1e-3, 1.0
+    _, differences = import_trial(tmp_path / "trial.pt", settings.as_dict())
+    assert differences == ["lr is 0.001, in the trial 0.002", "losses.waveform is 1.0, in the trial 0.3"]
+    settings.network.audio_encoder.base_channels = 32
+    with pytest.raises(ValueError, match="another network"):
+        import_trial(tmp_path / "trial.pt", settings.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["valid=x.json", "out=OUT"], "no value for train"),
+        (["train=x.json", "valid=x.json", "out=OUT", "learning_rate=1"], "learning_rate"),
+        (["train=x.json", "valid=x.json", "out=OUT", "updates=many"], "updates|many"),
+        (["train=x.json", "valid=x.json", "out=OUT", "batch_size=0"], "batch_size is 0"),
+        (["train=nowhere.json", "valid=x.json", "out=OUT"], "nowhere.json"),
+        (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "init=nowhere.nemo"], "nowhere.nemo"),
+        (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "nowhere.pt"], "nowhere.pt"),
+        (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "MANIFEST"], "manifest.json is not a"),
+        (["train=EMPTY", "valid=MANIFEST", "out=OUT"], "EMPTY|empty.json"),
+        (["train=x.json", "valid=x.json", "out=OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_users_mistake_is_one_line(manifest, tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "empty.json").write_text("")
+    places = {"OUT": tmp_path, "MANIFEST": manifest, "EMPTY": tmp_path / "empty.json"}
+    values = arguments
+    for name, place in places.items():
+        values = [text.replace(name, str(place)) for text in values]
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, train, *TINY, *values)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.splitlines()[-1]) and "Traceback" not in error
+
+
+def test_a_folder_of_another_network_is_not_continued(manifest, tmp_path, monkeypatch, capsys):
+    run_of(settings_of(manifest, tmp_path), manifest).save()
+    with pytest.raises(SystemExit):
+        command(
+            monkeypatch, train, f"train={manifest}", f"valid={manifest}", f"out={tmp_path}", *TINY,
+            "network.audio_decoder.base_channels=32",
+        )  # fmt: skip
+    assert "another network" in capsys.readouterr().err
+
+
+def test_pitch_within_50_cents_is_counted_over_the_originals_voiced_frames():
+    time = np.arange(RATE) / RATE
+
+    def tone(hertz: float, until: float = 1.0) -> Signal:
+        wave = sum(np.sin(2 * np.pi * k * hertz * time) / k for k in range(1, 8)) * 0.1
+        return Signal((wave * (time < until)).astype(np.float32), RATE)
+
+    original = tone(150)
+    assert evaluate.within_cents(original, tone(150 * 2 ** (30 / 1200))) > 95
+    assert evaluate.within_cents(original, tone(150 * 2 ** (80 / 1200))) < 5
+    assert 35 < evaluate.within_cents(original, tone(150, until=0.5)) < 65
+    assert np.isnan(evaluate.within_cents(Signal(np.zeros(RATE, np.float32), RATE), original))
