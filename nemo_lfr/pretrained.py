@@ -59,7 +59,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 def _download(repository: str, refresh: bool) -> Path:
     """The repository's `.nemo`, from the Hub's cache if it is there."""
-    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     name = repository.partition("/")[2] + ".nemo"  # NVIDIA's habit, and what NeMo's from_pretrained asks for
@@ -67,6 +67,10 @@ def _download(repository: str, refresh: bool) -> Path:
         if not refresh:
             with contextlib.suppress(LocalEntryNotFoundError):
                 return Path(hf_hub_download(repository, name, local_files_only=True))
+            with contextlib.suppress(LocalEntryNotFoundError):
+                cached = sorted(Path(snapshot_download(repository, local_files_only=True)).rglob("*.nemo"))
+                if len(cached) == 1:
+                    return cached[0]
         if repository in LICENCES:
             logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
         try:
@@ -79,7 +83,7 @@ def _download(repository: str, refresh: bool) -> Path:
                 raise CheckpointError(
                     f"{repository}: holds {len(found)} .nemo files, expected one: {found}."
                 ) from None
-            return Path(hf_hub_download(repository, found[0]))
+            return Path(hf_hub_download(repository, found[0], force_download=refresh))
     except CheckpointError:
         raise
     except Exception as error:  # whatever the Hub's transport raises: requests, httpx, ... by version

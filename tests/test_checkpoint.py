@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -878,8 +880,104 @@ def test_a_file_that_shrinks_before_it_is_read_is_an_error_and_no_crash(nemo):
     path = nemo(GOOD_TAR)
     codec = nemo_lfr.load(path, device="cpu")
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cut short while it was open"):
+    with pytest.raises(CheckpointError, match=r"(cut short|changed) while it was open"):
         codec.encode(synthesize(0.5))
+
+
+CHANGED_MEANWHILE = {
+    "emptied": lambda raw: b"",
+    "cut short": lambda raw: raw[: len(raw) // 3],
+    "zeros": lambda raw: bytes(len(raw)),
+    "longer, of zeros": lambda raw: bytes(len(raw) + 4096),
+    "another codec": lambda raw: with_weights({key: value + 1 for key, value in STATE.items() if "num" not in key}),
+    "the same, moved": lambda raw: tar_of([("pad", b"x" * 512), *GOOD]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_MEANWHILE)
+@pytest.mark.parametrize("use", ["encode", "decode", "fingerprint", "pickle"])
+def test_a_file_that_is_overwritten_after_it_was_opened_is_an_error(nemo, change, use):
+    """Weights are read when they are first needed, which may be long after the file was opened."""
+    path = nemo(GOOD_TAR)
+    codec = nemo_lfr.load(path, device="cpu")
+    path.write_bytes(CHANGED_MEANWHILE[change](GOOD_TAR))
+    uses = {
+        "encode": lambda: codec.encode(synthesize(0.5)),
+        "decode": lambda: codec.decode(EXPECTED_TOKENS),
+        "fingerprint": lambda: codec.fingerprint,
+        "pickle": lambda: pickle.dumps(codec),
+    }
+    with pytest.raises(CheckpointError, match=r"stranger.nemo: was (changed|cut short) while it was open; load it"):
+        uses[use]()
+
+
+def test_a_file_that_is_replaced_by_renaming_gives_the_weights_that_were_opened(nemo, tmp_path):
+    path = nemo(GOOD_TAR)
+    codec = nemo_lfr.load(path, device="cpu")
+    (tmp_path / "new").write_bytes(b"not a checkpoint")
+    os.replace(tmp_path / "new", path)
+    assert torch.equal(codec.encode(synthesize(0.2))[0], EXPECTED_TOKENS)
+
+
+READ_AGAIN_AND_AGAIN = """
+import sys
+import torch
+import nemo_lfr
+from tests.models import synthesize
+from tests.test_checkpoint import EXPECTED_TOKENS
+torch.set_num_threads(1)
+wave, results = synthesize(0.2), {"right": 0, "refused": 0}
+print("ready", flush=True)
+for _ in sys.stdin:
+    try:
+        tokens, _ = nemo_lfr.load(sys.argv[1], device="cpu").encode(wave)
+        assert torch.equal(tokens, EXPECTED_TOKENS)
+        results["right"] += 1
+    except nemo_lfr.CheckpointError:
+        results["refused"] += 1
+    print(results["right"], results["refused"], flush=True)
+"""
+
+
+def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_path):
+    """Another program cuts, overwrites and restores the file meanwhile; the reader neither dies nor errs."""
+    path, rounds = tmp_path / "model.nemo", 60
+    path.write_bytes(GOOD_TAR)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READ_AGAIN_AND_AGAIN, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    with reader:
+        assert reader.stdin and reader.stdout
+        assert reader.stdout.readline() == "ready\n"
+        answers: list[str] = []
+        collect = threading.Thread(target=lambda: answers.extend(reader.stdout))
+        collect.start()
+        rng = np.random.default_rng(0)
+        for _ in range(rounds):
+            before = len(answers)
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            while len(answers) == before and reader.poll() is None:
+                position = int(rng.integers(len(GOOD_TAR)))
+                with open(path, "r+b") as file:
+                    if rng.random() < 0.5:
+                        file.truncate(position)
+                    else:
+                        file.seek(position)
+                        file.write(b"\xff" * 64)
+                time.sleep(rng.uniform(0, 0.01))
+                with open(path, "r+b") as file:
+                    file.write(GOOD_TAR)
+                time.sleep(rng.uniform(0, 0.05))
+        reader.stdin.close()
+        collect.join()
+    assert reader.returncode == 0
+    right, refused = map(int, answers[-1].split())
+    assert right + refused == rounds
 
 
 def test_a_copied_codec_no_longer_needs_its_file(nemo):

@@ -1,5 +1,6 @@
 """Lhotse cuts and Shar as training and validation data, beside NeMo's own reading of them."""
 
+import json
 import random
 
 import numpy as np
@@ -82,6 +83,43 @@ def test_a_cut_that_cannot_be_read_is_named_once_and_left_out(tmp_path, caplog):
     soundfile.write(tmp_path / "1.wav", np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
     with pytest.raises(AudioError, match="no cut of a batch can be read"):
         dataset[some]
+
+
+@pytest.mark.parametrize("place", ["recording", "target_audio", "track"])
+@pytest.mark.parametrize(("kind", "source"), [("command", "{}; cat"), ("url", "pipe:{}"), ("file", "{}; echo .sph")])
+def test_no_source_of_a_cut_runs_anything_in_training(tmp_path, caplog, kind, source, place):
+    good, second = cuts(tmp_path, 2, custom=False)
+    bad = Recording.from_file(tmp_path / "1.wav")
+    bad.sources[0].type, bad.sources[0].source = kind, source.format(f"x; touch {tmp_path}/PWNED")
+    if place == "recording":
+        second.recording = bad
+    elif place == "target_audio":
+        second.target_audio = bad
+    else:
+        second = second.append(bad.to_cut()).with_id("1")
+    path = tmp_path / "cuts.jsonl.gz"
+    CutSet.from_cuts([good, second]).to_file(path)
+    assert len(CutDataset(RATE)[CutSet.from_file(path)]["audio"]) == 1
+    assert caplog.text.count("cut 1 left out") == 1 and not (tmp_path / "PWNED").exists()
+
+
+def test_no_name_in_a_nemo_manifest_runs_anything(tmp_path):
+    """NeMo's iterator opens each file for its header before a dataset sees it."""
+    name = f"{tmp_path}/x; touch {tmp_path}/PWNED; echo .sph"
+    (tmp_path / "m.json").write_text(json.dumps({"audio_filepath": name, "duration": 1.0}) + "\n")
+    config = section(tmp_path, manifest_filepath=str(tmp_path / "m.json"))
+    del config.dataloader_params.shar_path
+    loader = cut_loader(config, RATE, 0, 1)
+    with pytest.raises(Exception, match="sph"):
+        next(iter(loader))
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_urls_are_read_when_the_section_says_so(shar):
+    config = section(shar)
+    config.dataset_args.allow_url = True
+    assert cut_loader(config, RATE, 0, 1).dataset.dataset.allow_url
+    assert not CutDataset(RATE).allow_url
 
 
 def test_validation_is_one_pass_over_whole_cuts(shar):

@@ -1,11 +1,14 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import nemo_lfr
@@ -103,7 +106,7 @@ def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, so
 
 
 def test_a_folder_is_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder without encoder.onnx"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder without a checkpoint"):
         nemo_lfr.load(tmp_path)
 
 
@@ -185,8 +188,88 @@ def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
         environment = hub.environment(tmp_path / "home")
         assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
         assert "2 .nemo files" in client("me/two", tmp_path / "wave.npy", environment)[0]["error"]
+        asked = len(hub.requests)
+        assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
+        assert len(hub.requests) == asked, "it is in the cache"
         error = client("me/none", tmp_path / "wave.npy", environment)[0]["error"]
         assert "me/none" in error and "check the name" in error
+    # The server is gone.
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    folder.mkdir()
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def link_blob(path: Path, folder: Path) -> Path:
+    """A folder as `snapshot_download` returns: a link to the file, under the name that it has on the Hub."""
+    (folder / "snapshot").mkdir(parents=True)
+    (folder / "snapshot" / "codec.nemo").symlink_to(path)
+    return folder / "snapshot"
+
+
+def beside(path: Path, folder: Path, *others: str) -> Path:
+    folder.mkdir()
+    shutil.copy(path, folder / "codec.nemo")
+    for name in others:
+        (folder / name).write_text("something else")
+    return folder
+
+
+PLACES = {
+    "unpacked": unpack,
+    "unpacked, named as a file": lambda path, folder: unpack(path, folder.with_suffix(".nemo")),
+    "snapshot": link_blob,
+    "one .nemo and other files": lambda path, folder: beside(path, folder, "README.md", ".hidden.nemo", "last.ckpt"),
+    "one .nemo, and a folder of that suffix": lambda path, folder: (
+        unpack(path, beside(path, folder) / "x.nemo").parent
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("home", [False, True])
+def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, home):
+    codec = cached_codec("symmetric")
+    folder = PLACES[place](save(codec, tmp_path / "my.nemo"), tmp_path / "folder")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = f"~/{folder.relative_to(tmp_path)}" if home else folder
+    loaded = nemo_lfr.load(source, device="cpu")
+    assert torch.equal(loaded.encode(synthesize(0.3))[0], codec.encode(synthesize(0.3))[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.nemo", "b.nemo"], r"holds 2 \.nemo files \(a\.nemo, b\.nemo\); give one"),
+        (["model_config.yaml"], "but not the model_weights.ckpt"),
+        (["model_weights.ckpt"], "but not the model_config.yaml"),
+        (["last.ckpt"], "a folder without a checkpoint"),
+        ([], "a folder without a checkpoint"),
+    ],
+)
+def test_a_folder_says_what_it_lacks(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        nemo_lfr.load(tmp_path)
+
+
+def test_a_tilde_is_the_home_directory_for_models_and_files(tmp_path, monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(0.3)
+    save(codec, tmp_path / "my.nemo")
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = nemo_lfr.load("~/my.nemo", device="cpu")
+    assert loaded.encode_file("~/a.wav", "~/a.lfr") == len(wave)
+    assert loaded.decode_file("~/a.lfr", "~/b.wav") == len(wave)
+    assert soundfile.info(tmp_path / "b.wav").frames == len(wave)
+    with pytest.raises(CheckpointError, match="no such file"):
+        nemo_lfr.load("~nobody-of-this-name/my.nemo")
 
 
 def test_finding_a_local_file_asks_nobody(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import lzma
-import mmap
 import os
 import stat
 import tarfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from nemo_lfr.checkpoint.source import ByteSource, FileSource, MemorySource, file_state
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
 
@@ -36,29 +36,14 @@ class Members:
     """The contents of a `.nemo`; a training checkpoint is all weights, and its config lies within."""
 
     config: bytes | None
-    weights: memoryview
-
-    def check_length(self, path: Path) -> None:
-        """That the file has not become shorter since it was mapped: to read beyond its end would kill the process.
-
-        Raises:
-            CheckpointError: if it has.
-        """
-        mapped = self.weights.obj
-        if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
-            raise CheckpointError(f"{path}: was cut short while it was open; load it again.")
-
-    def forget_pages(self) -> None:
-        """Give back the memory of what was read; reading it again costs time only."""
-        mapped = self.weights.obj
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+    weights: ByteSource
 
 
 def read_members(path: Path) -> Members:
     """The config and the weights of a `.nemo` or a training checkpoint; other members are not looked at.
 
-    In a plain tar the weights are memory-mapped, so that a gigabyte of discriminators beside the codec costs nothing.
+    The weights of a plain tar are read when they are asked for, so that a gigabyte of discriminators beside the codec
+    costs nothing.
 
     Raises:
         CheckpointError: naming the file, the member, what was wrong, and what to do.
@@ -98,12 +83,15 @@ def _read_folder(folder: Path) -> Members:
         raise CheckpointError(f"{config}: is larger than {MAX_CONFIG_BYTES} bytes.")
     weights = folder / WEIGHTS_MEMBER
     with _open_regular(weights) as file:
-        if not os.fstat(file.fileno()).st_size:
+        state = file_state(file.fileno())
+        if not state[0]:
             raise CheckpointError(f"{weights}: the file is empty; download it again.")
-        return Members(text, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
+        return Members(text, FileSource(weights, file, 0, state[0], state))
 
 
 def _read_members(path: Path, file: IO[bytes]) -> Members:
+    state = file_state(file.fileno())
+    size, _ = state
     head = file.read(64)
     file.seek(0)
     if not head:
@@ -113,20 +101,18 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
     if head.lstrip().startswith(b"<"):
         raise CheckpointError(f"{path}: this is a web page, not a checkpoint; download the file itself.")
     if head.startswith(ZIP_MAGIC):
-        return Members(None, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
+        return Members(None, FileSource(path, file, 0, size, state))
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
-    size = os.fstat(file.fileno()).st_size
     stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)
     found = _find_members(path, stream)
     config = _contents(stream, found[CONFIG_MEMBER])
     weights = found[WEIGHTS_MEMBER]
     if unpack is not None:
-        return Members(bytes(config), memoryview(_contents(stream, weights)))
+        return Members(bytes(config), MemorySource(_contents(stream, weights)))
     begin, end = weights.offset_data, weights.offset_data + weights.size
     if end > size:
         raise EOFError(f"{WEIGHTS_MEMBER} ends after {max(0, size - begin)} of {weights.size} bytes")
-    # Private pages: tensors made of them may be written to, and nothing reaches the file.
-    return Members(bytes(config), memoryview(mmap.mmap(file.fileno(), end, access=mmap.ACCESS_COPY))[begin:end])
+    return Members(bytes(config), FileSource(path, file, begin, weights.size, state))
 
 
 def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:

@@ -48,10 +48,10 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        self._members = read_members(path)
-        self.config = _parse_config(path, self._members)
+        members = read_members(path)
+        self.config = _parse_config(path, members)
         self.parts = _empty_parts(path, self.config, weight_norm=False)
-        self._tensors = _tensors(path, self._members)
+        self._tensors = _tensors(path, members)
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
         }
@@ -65,15 +65,13 @@ class Checkpoint:
         """Read the numbers of a part, unless that has been done.
 
         Raises:
-            CheckpointError: if they are damaged, or the file has become shorter meanwhile.
+            CheckpointError: if they are damaged, or the file has been changed since it was opened.
         """
         with self._lock:
             if name not in self._filled:
-                self._members.check_length(self._tensors.path)
                 part = self.parts.named()[name]
                 _fill(self._tensors, name, part, self._sources[name], strict=True)
                 part.requires_grad_(False).to(device)
-                self._members.forget_pages()
                 self._filled.add(name)
 
     def numbers(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,9 +82,7 @@ class Checkpoint:
         """
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
-            self._members.check_length(self._tensors.path)
             yield key, _read(self._tensors, name, key, names, expected[key])[key]
-            self._members.forget_pages()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
@@ -123,7 +119,7 @@ def load_parts(
     tensors = _tensors(path, members)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
-    return parts, {key: tensors[key].clone() for key in tensors.entries if others and key.startswith(others)}
+    return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
 
 
 def _tensors(path: Path, members: Members) -> Tensors:
@@ -219,7 +215,8 @@ def _read(
     tensors: Tensors, prefix: str, key: str, names: tuple[str, ...], want: torch.Tensor, has_norm: bool = False
 ) -> dict[str, torch.Tensor]:
     """One weight by its plain name, or its gain and direction; every number is judged."""
-    *gains, direction = (_finite(tensors, name, want) for name in names)
+    kept = has_norm or len(names) == 1
+    *gains, direction = (_finite(tensors, name, want, kept or name != names[-1]) for name in names)
     # FSQ's buffers follow from the config; other numbers there would give other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
@@ -228,12 +225,12 @@ def _read(
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
         sound = bool(norm.all())
-        found = {stem + GAIN: gains[0].clone() if gains else norm, stem + DIRECTION: direction.clone()}
+        found = {stem + GAIN: gains[0] if gains else norm, stem + DIRECTION: direction}
     elif gains:
         found = {key: torch._weight_norm(direction, gains[0], 0)}
         sound = _is_finite(found[key])
     else:
-        found, sound = {key: direction.clone()}, True
+        found, sound = {key: direction}, True
     if not sound:
         raise CheckpointError(f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
     return found
@@ -255,9 +252,9 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
         raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
 
 
-def _finite(tensors: Tensors, name: str, want: torch.Tensor) -> torch.Tensor:
+def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:
     """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
-    value = tensors[name].to(want.dtype)
+    value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
         raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")
     return value

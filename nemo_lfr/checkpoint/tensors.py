@@ -23,6 +23,7 @@ import torch
 from nemo_lfr.checkpoint.archive import ZIP_MAGIC
 from nemo_lfr.checkpoint.lightning import Inert
 from nemo_lfr.checkpoint.names import plain_keys
+from nemo_lfr.checkpoint.source import ByteSource
 from nemo_lfr.errors import CheckpointError, clip
 from nemo_lfr.locate import WEIGHTS_MEMBER
 
@@ -33,6 +34,7 @@ MAX_DIRECTORY_BYTES = 2 << 20
 MAX_DIMENSIONS = 16
 SINGLE = "the tensor"
 
+_PIECE = 1 << 20  # bytes read at once: their checksum is computed while they are in the cache
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 
 _STORAGE_DTYPES = {
@@ -142,7 +144,7 @@ class Tensors:
 
     Args:
         path: for messages.
-        view: the weights member, or the whole of a training checkpoint.
+        source: the weights member, or the whole of a training checkpoint.
         training: whether it is one.
         single: whether the file is one tensor rather than a state dict; its name is then `SINGLE`.
 
@@ -154,17 +156,20 @@ class Tensors:
         CheckpointError: if it is not a PyTorch zip file of a state dict, or asks for more than that.
     """
 
-    def __init__(self, path: Path, view: memoryview, training: bool = False, *, single: bool = False) -> None:
+    def __init__(self, path: Path, source: ByteSource, training: bool = False, *, single: bool = False) -> None:
         what = f"{path}: it" if training or single else f"{path}: {WEIGHTS_MEMBER}"
-        if view[:4] != ZIP_MAGIC:
+        head = bytearray(min(4, source.size))
+        source.read_into(0, memoryview(head))
+        if head != ZIP_MAGIC:
             raise CheckpointError(
                 f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
                 "PyTorch 1.6, which could run code when read."
             )
         self.path = path
-        self._view = view
+        self._source = source
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
-            archive = zipfile.ZipFile(_ViewFile(view))
+            archive = zipfile.ZipFile(_SourceFile(source))
             self._records = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in self._records if name.endswith("/data.pkl")]
             if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
@@ -172,10 +177,16 @@ class Tensors:
             self._root = pickles[0].removesuffix("data.pkl")
             if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
-            self.contents = state = _unpickle(bytes(self._record(pickles[0])), training)
+            raw = bytearray(self._records[pickles[0]].file_size)
+            self._read_record(pickles[0], 0, memoryview(raw))
+            self.contents = state = _unpickle(bytes(raw), training)
+        except CheckpointError:
+            raise
         except Exception as error:  # a pickle can make its interpreter fail in any way it likes
+            self._check_unchanged(error)
             reason = clip(str(error) or type(error).__name__, 200)
             raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
+        self._check_unchanged()
         if single and not isinstance(state, Entry):
             raise CheckpointError(f"{what} holds no tensor.")
         if single:
@@ -190,51 +201,102 @@ class Tensors:
         self.entries: Mapping[str, Entry] = plain_keys(entries, what)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """One tensor, its checksum verified. It lies in the mapped file: copy what outlives the reading."""
+        """Read one tensor into memory of its own, and verify its checksum.
+
+        Raises:
+            CheckpointError: if it is damaged, or the file has changed since it was opened.
+        """
+        return self._read_tensor(key, kept=True)
+
+    def temporary(self, key: str) -> torch.Tensor:
+        """Read one tensor as `[]` does, into memory that the next call uses again: new memory takes longer."""
+        return self._read_tensor(key, kept=False)
+
+    def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
         entry = self.entries[key]
-        try:
-            raw = self._record(f"{self._root}data/{entry.record}")
-        except Exception as error:
-            reason = clip(str(error) or type(error).__name__, 200)
-            raise CheckpointError(
-                f"{self.path}: the numbers of {clip(key)} are damaged ({reason}); download it again."
-            ) from error
-        available = len(raw) // entry.dtype.itemsize
+        name = f"{self._root}data/{entry.record}"
+        item = entry.dtype.itemsize
+        available = min(self._records[name].file_size, self._source.size) // item if name in self._records else 0
         numel = math.prod(entry.shape)
         if not numel:
             return torch.empty(entry.shape, dtype=entry.dtype)
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
-        if last >= available or numel > available:
+        if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
                 f"{self.path}: {clip(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
             )
-        flat = torch.frombuffer(raw, dtype=entry.dtype, count=available)
-        return flat.as_strided(entry.shape, entry.stride, entry.offset)
+        # From the first to the last number of the tensor: others may share its record.
+        count = last + 1 - entry.offset
+        flat = torch.empty(count, dtype=entry.dtype) if kept else self._scratch(count * item).view(entry.dtype)
+        try:
+            self._read_record(name, entry.offset * item, flat.view(torch.uint8).numpy().data)
+        except Exception as error:
+            if isinstance(error, CheckpointError):
+                raise
+            self._check_unchanged(error)
+            reason = clip(str(error) or type(error).__name__, 200)
+            raise CheckpointError(
+                f"{self.path}: the numbers of {clip(key)} are damaged ({reason}); download it again."
+            ) from error
+        tensor = flat.as_strided(entry.shape, entry.stride)
+        return tensor if numel == len(flat) else tensor.clone()
 
-    def _record(self, name: str) -> memoryview:
-        """The bytes of a stored record of the zip, where they lie."""
+    def _scratch(self, num_bytes: int) -> torch.Tensor:
+        if len(self._buffer) < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffer[:num_bytes]
+
+    def _check_unchanged(self, cause: Exception | None = None) -> None:
+        if self._source.changed():
+            raise CheckpointError(f"{self.path}: was changed while it was open; load it again.") from cause
+
+    def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes of a stored record from `begin`, and check the sum of all of the record."""
         if name not in self._records:
             raise zipfile.BadZipFile(f"there is no record {name}")
         info = self._records[name]
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(self._view, info.header_offset)
-        begin = info.header_offset + _LOCAL_HEADER.size
-        if signature != ZIP_MAGIC or self._view[begin : begin + name_length] != info.orig_filename.encode():
+        place = info.header_offset
+        header = self._read(place, _LOCAL_HEADER.size + len(info.orig_filename.encode()))
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        if signature != ZIP_MAGIC or header[_LOCAL_HEADER.size :][:name_length] != info.orig_filename.encode():
             raise zipfile.BadZipFile(f"the zip's directory and record {name} disagree")
         stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not stored or info.flag_bits & 0x1:
             raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch never does")
-        begin += name_length + extra_length
-        raw = self._view[begin : begin + info.file_size]
-        if len(raw) != info.file_size or zlib.crc32(raw) != info.CRC:
+        place += _LOCAL_HEADER.size + name_length + extra_length
+        if place + info.file_size > self._source.size:
+            raise zipfile.BadZipFile(f"record {name} goes beyond the end")
+        checksum = self._checksum(place, begin)
+        for offset in range(0, len(buffer), _PIECE):
+            piece = buffer[offset : offset + _PIECE]
+            self._source.read_into(place + begin + offset, piece)
+            checksum = zlib.crc32(piece, checksum)
+        end = begin + len(buffer)
+        if self._checksum(place + end, info.file_size - end, checksum) != info.CRC:
             raise zipfile.BadZipFile(f"wrong checksum of record {name}")
-        return raw
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if offset + size > self._source.size:
+            raise zipfile.BadZipFile("a record begins beyond the end")
+        raw = bytearray(size)
+        self._source.read_into(offset, memoryview(raw))
+        return bytes(raw)
+
+    def _checksum(self, offset: int, size: int, checksum: int = 0) -> int:
+        """Continue a checksum over bytes that are not kept."""
+        scratch = memoryview(bytearray(min(size, _PIECE)))
+        for done in range(0, size, _PIECE):
+            piece = scratch[: size - done]
+            self._source.read_into(offset + done, piece)
+            checksum = zlib.crc32(piece, checksum)
+        return checksum
 
 
-class _ViewFile(io.RawIOBase):
-    """A memoryview as a file, from which `zipfile` reads no more than a sensible directory."""
+class _SourceFile(io.RawIOBase):
+    """A source as a file, from which `zipfile` reads no more than a sensible directory."""
 
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
         self._position = 0
 
     def readable(self) -> bool:
@@ -247,16 +309,18 @@ class _ViewFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._view)}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
         if base + offset < 0:
             raise OSError("seek before the first byte")
         self._position = base + offset
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        end = len(self._view) if size < 0 else self._position + size
-        piece = self._view[self._position : end]
-        if len(piece) > MAX_DIRECTORY_BYTES:
+        left = max(0, self._source.size - self._position)
+        size = left if size < 0 else min(size, left)
+        if size > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile("its directory is larger than any state dict's")
-        self._position += len(piece)
-        return bytes(piece)
+        raw = bytearray(size)
+        self._source.read_into(self._position, memoryview(raw))
+        self._position += size
+        return bytes(raw)

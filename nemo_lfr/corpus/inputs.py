@@ -116,7 +116,8 @@ class Manifest(Corpus):
                 lines = list(islice((line for line in file if line.strip()), FIRST_LINES))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-        if not any(_is_entry(line) for line in lines):
+        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which JSON would take, line by line
+        if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_what_instead(lines)}.")
 
     @property
@@ -653,7 +654,7 @@ def _what_instead(lines: Sequence[bytes]) -> str:
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return f"it is one JSON list, {expected}, one object a line"
-    return f"its first line is {clip(first.decode(errors='replace'))!r}, {expected}"
+    return f"its first line is {clip(first.decode(errors='replace').strip())!r}, {expected}"
 
 
 def _name(line: bytes) -> str:

@@ -122,7 +122,10 @@ class SharSink(Sink):
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
         """The clip's file as `target_audio`, which Magpie loads for its speaker model; none for a part of a file."""
-        info = soundfile.info(str(path))
+        try:
+            info = soundfile.info(str(path))
+        except soundfile.LibsndfileError:  # of a format that Lhotse does not read without other packages either
+            return {}
         if info.channels != 1 or abs(info.duration - num_samples / self.codec.sample_rate) > DURATION_SLACK:
             return {}
         recording = {

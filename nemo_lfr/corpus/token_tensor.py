@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_lfr.checkpoint.source import MemorySource
 from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
 from nemo_lfr.errors import CheckpointError, TokenFileError, clip
 
@@ -38,8 +39,7 @@ def read_token_tensor(path: str | os.PathLike[str]) -> torch.Tensor:
     if len(raw) > MAX_BYTES:
         raise TokenFileError(f"{path}: is larger than {MAX_BYTES} bytes; the tokens of one utterance are not.")
     try:
-        # bytearray: torch warns about tensors in memory that is read-only.
-        tokens = Tensors(path, memoryview(bytearray(raw)), single=True)[SINGLE]
+        tokens = Tensors(path, MemorySource(raw), single=True)[SINGLE]
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:

@@ -44,7 +44,7 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
     """
     by_language: dict[str, list[Recording]] = {}
     for utterance in mls(folder):
-        if utterance.split == "test" and (folder / utterance.path).is_file():
+        if utterance.split == "test" and not utterance.problem and (folder / utterance.path).is_file():
             labels = {"speaker": utterance.speaker, **utterance.labels}
             own = Recording("mls", folder / utterance.path, utterance.path, 0.0, 0.0, labels)
             by_language.setdefault(utterance.labels["lang"], []).append(own)

@@ -74,6 +74,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         Raises:
             ConfigError: for a discriminator that is not of this codec family.
         """
+        self.discriminator = getattr(self, "discriminator", None)  # callers delete it to free memory
         if self.discriminator is not None or not self.cfg.get("discriminator"):
             return
         config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)

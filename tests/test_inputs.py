@@ -1,0 +1,93 @@
+"""Corpora as people leave them: what is broken in one costs a clip, and what is none is refused in one sentence."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.errors import AudioError, ConfigError
+from tests.models import RATE, synthesize
+
+WAVE = synthesize(0.2)
+
+
+def clips_of(path, audio_dir=None) -> dict:
+    corpus = open_corpus(path, audio_dir, path.parent / "unused.json")
+    return {clip.id: clip for part in corpus.parts(100) for clip in corpus.read(part)}
+
+
+TRANSCRIPTS = {
+    "Latin-1": "caf\u00e9".encode("latin-1"),
+    "UTF-16": "\ufeffhello".encode("utf-16-le"),
+    "of NUL bytes": b"hel\0lo",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("kind", TRANSCRIPTS)
+def test_a_bad_transcript_costs_its_clip_alone(kind, tmp_path):
+    root = tmp_path / "audio"
+    root.mkdir()
+    for name in "abc":
+        soundfile.write(root / f"{name}.wav", WAVE, RATE)
+    if (data := TRANSCRIPTS[kind]) is None:
+        (root / "b.txt").mkdir()
+    else:
+        (root / "b.txt").write_bytes(data)
+    (root / "c.txt").write_bytes(b"\xef\xbb\xbfhello\r\nthere\r\n")
+    clips = clips_of(root)
+    assert (
+        clips.keys() == set("abc") and clips["c"].labels["text"] == "hello there" and "text" not in clips["a"].labels
+    )
+    for name in "ac":
+        assert len(clips[name].audio(RATE, 100)) == len(WAVE)
+    with pytest.raises(AudioError, match=r"b\.wav: its transcript b\.txt: "):
+        clips["b"].audio(RATE, 100)
+
+
+def test_a_manifest_may_begin_with_a_mark_or_a_broken_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name in ("a", "home"):
+        soundfile.write(tmp_path / f"{name}.wav", WAVE, RATE)
+    lines = [
+        '{"audio_filepath": "a.wav", "text": NaN, "speaker": null, "sentence": "hello", "client_id": 3}',
+        '{"audio_filepath": "~/home.wav", "duration": 0.2}',
+        '{"audio_filepath": "a.wav", "duration": 1e300, "offset": 1}',
+        json.dumps({"audio_filepath": "\u8a9e" * 90 + ".wav"}),
+    ]
+    for first in ("\ufeff", "not json\n"):
+        (tmp_path / "m.json").write_text(first + "\n".join(lines), encoding="utf-8")
+        *broken, clip, home, absurd, long = clips_of(tmp_path / "m.json").values()
+        assert len(clip.audio(RATE, 100)) == len(home.audio(RATE, 100)) == len(WAVE)
+        assert (clip.labels["text"], clip.labels["speaker"]) == ("hello", "3")
+        for bad in (*broken, absurd, long):
+            with pytest.raises(AudioError, match="not a line of a manifest") as error:
+                bad.audio(RATE, 100)
+            assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"[\n{}\n]", "one JSON list"),
+        ('{"audio_filepath": "a.wav"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (b"hello\n", "its first line is 'hello'"),
+        (b"", "its first line is ''"),
+        (b"\n".join([b"1"] * 3000), "its first line is '1'"),
+    ],
+)
+def test_what_is_no_manifest_is_said_in_one_line(data, match, tmp_path):
+    (tmp_path / "m.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"not a NeMo manifest: .*{match}") as error:
+        open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
+    assert "\n" not in str(error.value)
+
+
+def test_samples_are_those_of_the_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", WAVE, RATE)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    (clip,) = clips_of(tmp_path / "m.json").values()
+    assert np.array_equal(clip.audio(RATE, 100), soundfile.read(tmp_path / "a.wav", dtype="float32")[0])
