@@ -281,13 +281,20 @@ def test_a_broken_line_of_a_cuts_file_costs_its_clip_alone(wav, tmp_path):
         '{"id": "no type"}',
         json.dumps(cut_of(good, "no duration") | {"duration": None}),
         json.dumps({"id": "strange", "type": "MonoCut", "colour": "red"}),
+        {"id": "padding", "type": "PaddingCut", "duration": 1.0, "sampling_rate": RATE, "feat_value": 0.0},
+        cut_of(None, "null"),
+        cut_of({"id": "empty"}, "empty"),
+        cut_of(good | {"transforms": [{"name": "no such", "kwargs": {}}]}, "transform"),
+        cut_of(good | {"sources": []}, "no source"),
+        cut_of(good, "list of words", supervisions=["a", "b"]),
         "",
+        cut_of(good, "custom", custom={"sources": "abc", "more": {"sources": "abc"}, "array": {"array": "x"}}),
         cut_of(good, "last"),
     ]
     clips = clips_of(write(tmp_path / "c.jsonl.gz", lines), tmp_path)
-    assert len(clips) == 7
+    assert len(clips) == 14
     for name, clip in clips.items():
-        if name in ("first", "last"):
+        if name in ("first", "custom", "last"):
             assert len(clip.audio(RATE, 100)) == RATE
         else:
             with pytest.raises(AudioError) as error:

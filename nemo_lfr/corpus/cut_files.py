@@ -170,8 +170,17 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
                 fill_shar_placeholder(manifest=manifest, data=data, tarpath=member)
             setattr(item.cut, name, manifest)
     except Exception as error:  # of Lhotse's many classes
-        return CutItem(item.id, problem=f"{clip(' '.join(str(error).split()) or type(error).__name__, 300)}")
+        return CutItem(item.id, problem=explain(error))
     return item
+
+
+def explain(error: Exception) -> str:
+    """Say what is wrong with a cut, on one line."""
+    if isinstance(error, AudioError):
+        return clip(error, 300)
+    if isinstance(error, KeyError):
+        return f"it has no key {clip(error)}"
+    return clip(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
 
 
 def _is_manifest(value: Mapping[str, Any]) -> bool:
@@ -228,9 +237,11 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
     except AudioError as error:
         return CutItem(name, problem=str(error))
     try:
+        if manifest["type"] == "PaddingCut":
+            return CutItem(name, problem="it is a PaddingCut, which holds no audio.")
         return CutItem(name, deserialize_cut(manifest))
     except Exception as error:  # of Lhotse's many classes
-        return CutItem(name, problem=f"not a Lhotse cut: {describe(error)}")
+        return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
 
 
 def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

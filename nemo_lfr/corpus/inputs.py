@@ -32,7 +32,7 @@ from nemo_lfr.corpus.columns import (
     standard_labels,
 )
 from nemo_lfr.corpus.cut_audio import read_cut
-from nemo_lfr.corpus.cut_files import CutItem, kind_of, read_cuts, read_shar
+from nemo_lfr.corpus.cut_files import CutItem, explain, kind_of, read_cuts, read_shar
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
@@ -572,7 +572,7 @@ def _item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> C
         try:
             return cut_to_clip(item.cut, origin, number, allow_url)
         except Exception as error:  # of whatever a cut's fields may hold
-            problem = f"not a Lhotse cut: {describe(error)}"
+            problem = f"not a Lhotse cut: {explain(error)}"
     said = f"{origin}, cut {clip(item.id)}"
     return Clip(numbered_id(clean_id(item.id), number), said, partial(_raise, f"{said}: {problem}"))
 
@@ -635,7 +635,8 @@ def _is_data(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     sources = value.get("sources") or [value.get("array") or value]
-    kinds = [str(source.get("storage_type") or source.get("type")) for source in sources]
+    parts = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    kinds = [str(part.get("storage_type") or part.get("type")) for part in parts]
     return any(kind == "shar" or kind.startswith("memory") for kind in kinds)
 
 
