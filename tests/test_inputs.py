@@ -23,6 +23,7 @@ TRANSCRIPTS = {
     "UTF-16": "\ufeffhello".encode("utf-16-le"),
     "of NUL bytes": b"hel\0lo",
     "a folder": None,
+    "a link to nothing": "gone.txt",
 }
 
 
@@ -32,8 +33,11 @@ def test_a_bad_transcript_costs_its_clip_alone(kind, tmp_path):
     root.mkdir()
     for name in "abc":
         soundfile.write(root / f"{name}.wav", WAVE, RATE)
-    if (data := TRANSCRIPTS[kind]) is None:
+    data = TRANSCRIPTS[kind]
+    if data is None:
         (root / "b.txt").mkdir()
+    elif isinstance(data, str):
+        (root / "b.txt").symlink_to(data)
     else:
         (root / "b.txt").write_bytes(data)
     (root / "c.txt").write_bytes(b"\xef\xbb\xbfhello\r\nthere\r\n")

@@ -106,7 +106,8 @@ def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
             yield _item(manifest, allow_url)
         except NOT_A_LINE as error:
             yield CutItem(
-                _made_id(line), problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace'))}"
+                _made_id(line),
+                problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace').strip())}",
             )
 
 

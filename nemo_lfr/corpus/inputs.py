@@ -152,7 +152,7 @@ class Manifest(Corpus):
                 try:
                     yield self._clip(name, json.loads(line))
                 except NOT_A_LINE as error:
-                    origin = f"{self.path}: {clip(line.decode(errors='replace'))}"
+                    origin = f"{self.path}: {clip(line.decode(errors='replace').strip())}"
                     reason = f"{origin}: not a line of a manifest: {describe(error)}."
                     yield Clip(name, origin, partial(_raise, reason))
 

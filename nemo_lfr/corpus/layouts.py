@@ -4,6 +4,7 @@ Lhotse has recipes for the same archives, which stop at the first file that cann
 utterances, and opening them is left to whoever can go on without one.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -183,7 +184,7 @@ def _split(name: str) -> str:
 def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
     """Read the text file beside a recording: its labels, and why it cannot be read, if it cannot."""
     try:
-        if not transcript.exists():
+        if not os.path.lexists(transcript):  # a link that leads nowhere was a transcript
             return {}, None
         lines = [decode(line) for line in read_lines(transcript)]
     except (OSError, ValueError) as error:
