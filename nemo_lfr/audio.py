@@ -1,10 +1,8 @@
 """Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
 
-import contextlib
 import io
 import math
 import os
-import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import IO, Any, BinaryIO, Protocol
 import numpy as np
 import soundfile
 
+from nemo_lfr.atomic import open_aside
 from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_streams
 from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
 from nemo_lfr.media import MediaDecoder, looks_like_media
@@ -462,13 +461,6 @@ def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]
     """Raise if a result would replace what it is made from, by whatever name."""
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
-
-
-def open_aside(path: Path) -> IO[bytes]:
-    """A new file beside `path`, to be renamed to it, with the permissions of any new file, which `tempfile`'s lack."""
-    while True:
-        with contextlib.suppress(FileExistsError):
-            return open(path.with_name(f"{path.name[:60]}.{secrets.token_hex(4)}.part"), "x+b")
 
 
 def _not_a_file(path: Path) -> str:

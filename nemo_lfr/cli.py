@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr import __version__
+from nemo_lfr.atomic import sweep
 from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.corpus.layouts import LAYOUTS
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, printable
 from nemo_lfr.evaluation.command import evaluate
 from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.heap import keep_heap
 from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
-from nemo_lfr.terminal import note, progress
+from nemo_lfr.terminal import note, progress, show
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
@@ -176,6 +177,11 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(jobs)} results exist and are kept.")
     left = [job for job in jobs if job not in set(kept)]
+    names: dict[Path, list[str]] = {}
+    for job in left:
+        names.setdefault(job.target.parent, []).append(job.target.name)
+    for folder, own in names.items():
+        sweep(folder, own)
     for job in left:
         refuse_overwrite(job.target, overwrite)
     return left
@@ -239,7 +245,7 @@ def run_jobs(
         click.echo(json.dumps({"files": results, "failures": failures}, indent=2))
     else:
         for result in results:
-            click.echo(result["output"])
+            show(result["output"])
     if failures and len(jobs) == 1:
         _fail(failures[0]["error"])
     for failure in failures:
@@ -426,7 +432,7 @@ def print_table(values: dict[str, Any]) -> None:
     width = max(len(key) for key in values)
     for key, value in values.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        click.echo(f"{key:<{width}}  {shown}")
+        click.echo(printable(f"{key:<{width}}  {shown}"))
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -663,7 +669,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> None:
     from nemo_lfr.onnx.export import export_onnx
 
     for path in export_onnx(open_codec(model, "cpu", "fp32"), out, overwrite=overwrite):
-        click.echo(path)
+        show(path)
 
 
 app.add_command(tokenize)

@@ -1,5 +1,6 @@
 """`nemo-lfr demo`: a speech clip there and back, with what it costs and how much is lost."""
 
+import io
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
+from nemo_lfr.atomic import sweep, write_bytes
+from nemo_lfr.audio import AudioWriter
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure, missing
 
@@ -30,12 +33,14 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
     original, tokens, decoded, picture = (
         out / name for name in ("original.wav", "speech.lfr", "decoded.wav", "spectrograms.png")
     )
+    sweep(out, [path.name for path in (original, tokens, decoded)])
     audio, rate = soundfile.read(demo_clip(), dtype="float32")
     if rate != codec.sample_rate:
         raise NemoLfrError(
             f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode."
         )
-    soundfile.write(original, audio, rate)
+    with AudioWriter(original, rate, overwrite=True) as writer:
+        writer.write(audio)
     codec.decode(codec.encode(audio[:rate])[0])  # the first call sets up threads and kernels
     started = time.perf_counter()
     codec.encode_file(original, tokens, overwrite=True)
@@ -79,5 +84,6 @@ def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path
         axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
     axes[1].set_xlabel("time (s)")
     figure.colorbar(image, ax=axes, label="magnitude (dB)")
-    figure.savefig(path, dpi=110)
-    return str(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return str(write_bytes(path, picture.getvalue()))

@@ -35,5 +35,9 @@ def clip(text: object, length: int = 80) -> str:
         text = str(text)
     except ValueError:  # an integer of thousands of digits
         text = type(text).__name__
-    printable = "".join(char if char.isprintable() else "?" for char in text[:length])
-    return printable + ("..." if len(text) > length else "")
+    return printable(text[:length]) + ("..." if len(text) > length else "")
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would act on: control characters, line ends, overrides of the writing direction."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from nemo_lfr.atomic import naming, write_bytes
 
 # A file's name need not be UTF-8; in JSON, the escape that this makes of a wrong byte reads back as that name.
 ANY_NAME = "backslashreplace"
@@ -22,14 +24,16 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
-        self._file.write("\n")  # ends a line that was cut off
-        self._file.flush()
+        with naming(self.path):
+            self._file.write("\n")  # ends a line that was cut off
+            self._file.flush()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, as `add` has told already
+            self._file.close()
 
     def __iter__(self) -> Iterator[Any]:
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -39,22 +43,12 @@ class Journal:
                 continue
 
     def add(self, entry: Any) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def write_text(path: Path, text: str) -> Path:
     """Replace a file at once, or not at all; returns its path."""
-    aside = path.with_name(path.name + ".part")
-    aside.unlink(missing_ok=True)  # of a process that was killed; a link that lies there is not written through
-    try:
-        with open(aside, "x", encoding="utf-8", errors=ANY_NAME) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    return path
+    return write_bytes(path, text.encode("utf-8", ANY_NAME))

@@ -8,7 +8,6 @@ What it saves names NeMo's classes only, so that a NeMo without this package ope
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_lfr.atomic import writing_folder
 from nemo_lfr.checkpoint import (
     NEMO_MODEL,
     PARTS,
@@ -418,7 +418,7 @@ class LFRCodecModel(TrainingSteps):
         """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole."""
         path = Path(save_path).expanduser().absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        with writing_folder(path.parent) as folder:
             aside = Path(folder, path.name)
             config = self.cfg
             try:

@@ -6,10 +6,17 @@ from contextlib import contextmanager
 
 import click
 
+from nemo_lfr.errors import printable
+
 
 def note(text: str) -> None:
-    """One line."""
-    click.echo(text, err=True)
+    """Print one line on stderr; file names and labels in it may hold anything."""
+    click.echo(printable(text), err=True)
+
+
+def show(text: object) -> None:
+    """Print one line of the result on stdout, where a program gets every name as it is, and a terminal a safe one."""
+    click.echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
         def advance(text: str) -> None:
             if text:
-                bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                bar.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
             bar.advance(task)
 
         yield advance

@@ -2,7 +2,6 @@
 
 import os
 import tarfile
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from nemo_lfr.atomic import writing_folder
 from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
@@ -53,7 +53,7 @@ def write_checkpoint(
 
 
 def _write_aside(path: Path, config: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+    with writing_folder(path.parent) as folder:
         members = {name: Path(folder, name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER)}
         OmegaConf.save(OmegaConf.create(config), members[CONFIG_MEMBER])
         torch.save(dict(state_dict), members[WEIGHTS_MEMBER])

@@ -9,7 +9,7 @@ import click
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
-from nemo_lfr.terminal import note, progress
+from nemo_lfr.terminal import note, progress, show
 
 
 @click.command()
@@ -101,6 +101,6 @@ def evaluate(
     for path in report.write_report(
         evaluation, out, title=title, command=command, by=by, examples=examples, card=card
     ):
-        click.echo(path)
+        show(path)
     if bad_lines or any(result.failures for result in evaluation.results):
         sys.exit(1)

@@ -13,8 +13,9 @@ import numpy as np
 import soundfile
 
 from nemo_lfr import __version__
-from nemo_lfr.errors import MissingExtraError
+from nemo_lfr.errors import MissingExtraError, printable
 from nemo_lfr.evaluation import tables
+from nemo_lfr.evaluation.escape import code_fence, escape_markdown
 from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.peers import read
@@ -98,12 +99,16 @@ def markdown(
     command: str,
     versions: str,
 ) -> str:
-    parts = [f"# {title}", f"{subtitle} Means with 95 % bootstrap intervals over recordings.", quality.markdown()]
+    command = printable(command)
+    fence = code_fence(command)
+    head = f"{subtitle} Means with 95 % bootstrap intervals over recordings."
+    parts = [f"# {escape_markdown(title)}", head, quality.markdown()]
     parts += [table.markdown() for table in tables]
     if gaps:
-        parts.append("### Without a figure\n\n" + "\n".join(f"- {line}" for line in gaps))
-    parts.append("### What the figures are\n\n" + "\n".join(f"- **{name}**: {text}" for name, text in definitions))
-    parts.append(f"### How it was made\n\n```\n{command}\n```\n\n{versions}")
+        parts.append("### Without a figure\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in gaps))
+    lines = [f"- **{name}**: {escape_markdown(text)}" for name, text in definitions]
+    parts.append("### What the figures are\n\n" + "\n".join(lines))
+    parts.append(f"### How it was made\n\n{fence}\n{command}\n{fence}\n\n{versions}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -140,7 +145,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
             errors = [[mean.value - mean.low], [mean.high - mean.value]]
             axis.errorbar(
                 tables.kilobits(result, keys), mean.value, errors, fmt="o", capsize=3, color=colours[result.name],
-                label=result.name,
+                label=_label(result.name),
             )  # fmt: skip
         axis.set_xscale("log")
         rates = sorted({round(tables.kilobits(result, keys), 1) for result in own})
@@ -159,7 +164,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
         for patch, result in zip(drawn["boxes"], own, strict=True):
             patch.set_facecolor(colours[result.name])
             patch.set_alpha(0.6)
-        box.set_yticks(range(1, len(own) + 1), [result.name for result in own])
+        box.set_yticks(range(1, len(own) + 1), [_label(result.name) for result in own])
         box.invert_yaxis()
         for drawing in (axis, box):
             drawing.set_title(label, fontsize=10, loc="left")
@@ -178,6 +183,11 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
         {"title": "Quality against bit rate", "data": _png(rate)},
         {"title": "Distribution over recordings", "data": _png(spread)},
     ]
+
+
+def _label(name: str) -> str:
+    """Keep a codec's name from being taken for mathematics, or for a label that the legend leaves out."""
+    return printable(name).replace("$", r"\$").lstrip("_")
 
 
 def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ and `metrics.jsonl`. A run that was interrupted, or is given more codecs or reco
 """
 
 import hashlib
+import io
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from nemo_lfr.atomic import write_bytes
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
@@ -177,10 +178,13 @@ def _send_all(
 def _keep(done: Transmission, num_samples: int, rate: int, result: Result, key: str) -> dict[str, float]:
     """Write what a codec made; what there is to say of it."""
     if done.tokens is not None:
-        np.save(result.tokens(key), done.tokens.astype(np.int32))
-    aside = result.audio(key).with_suffix(".part")
-    soundfile.write(aside, done.audio, rate, subtype="FLOAT", format="WAV")
-    os.replace(aside, result.audio(key))
+        array = io.BytesIO()
+        np.save(array, done.tokens.astype(np.int32))
+        write_bytes(result.tokens(key), array.getvalue())
+    # In memory first: libsndfile does not tell why it could not write, as on a full disk.
+    audio = io.BytesIO()
+    soundfile.write(audio, done.audio, rate, subtype="FLOAT", format="WAV")
+    write_bytes(result.audio(key), audio.getvalue())
     return {
         "seconds": num_samples / rate,
         "num_bytes": done.num_bytes,

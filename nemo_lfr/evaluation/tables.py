@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_lfr.evaluation.escape import escape_markdown, plain_cell
 from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.run import Evaluation, Result
@@ -49,11 +50,9 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        cells = (
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-        )
-        return "\n".join(([f"### {self.title}", ""] if self.title else []) + list(cells)) + "\n"
+        rows = [list(map(escape_markdown, line)) for line in (self.head, *self.rows)]
+        cells = ("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(self.head), *rows[1:]))
+        return "\n".join(([f"### {escape_markdown(self.title)}", ""] if self.title else []) + list(cells)) + "\n"
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
@@ -205,7 +204,8 @@ def per_recording(evaluation: Evaluation) -> str:
                 "" if isinstance(value := own.get(name, NotMeasured()), NotMeasured) else value for name in ALL_METRICS
             )
             costs = (sent["seconds"], sent["num_bytes"], sent["file_bytes"])
-            writer.writerow([result.name, recording.name, recording.offset, *costs, *cells])
+            names = (plain_cell(result.name), plain_cell(str(recording.name)))
+            writer.writerow([*names, recording.offset, *costs, *cells])
     return text.getvalue()
 
 
@@ -223,7 +223,7 @@ def summary(evaluation: Evaluation) -> str:
             mean = own.get(name)
             cells += [mean.value, mean.low, mean.high, mean.count] if mean else ["", "", "", 0]
         rates = [_kilobits(result, keys, kind) for kind in ("num_bytes", "file_bytes")]
-        writer.writerow([result.name, *rates, result.delay, *cells])
+        writer.writerow([plain_cell(result.name), *rates, result.delay, *cells])
     return text.getvalue()
 
 

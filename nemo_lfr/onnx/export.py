@@ -1,11 +1,12 @@
 """A codec as encoder.onnx (audio -> tokens, FSQ inside) and decoder.onnx (tokens -> audio), any batch and length."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from nemo_lfr import __version__
+from nemo_lfr.atomic import naming, writing_folder
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.finite import quantize, to_audio
@@ -104,9 +106,9 @@ def _write(codec: Codec, targets: list[Path]) -> None:
         ),
     ]
     files = {}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+    with writing_folder(Path(folder)) as aside:
         for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
-            with torch.no_grad(), warnings.catch_warnings(), _quiet():
+            with torch.no_grad(), warnings.catch_warnings(), _quiet(), _interruptible():
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
                     module.eval(),
@@ -131,7 +133,7 @@ def _write(codec: Codec, targets: list[Path]) -> None:
 
 def _write_aside(path: Path, data: bytes) -> str:
     """Write a file to the disk; returns its SHA-256."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -153,6 +155,20 @@ def metadata(codec: Codec) -> dict[str, Any]:
         name: {"past": part.context.past, "future": part.context.future, "min_frames": part.min_frames}
         for name, part in (("encoder", codec.encoder), ("decoder", codec.decoder))
     }
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise an interrupt or an exit as itself, which torch's exporter wraps into an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt | SystemExit):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 class _quiet:

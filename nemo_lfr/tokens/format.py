@@ -54,7 +54,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lfr import __version__, frames
-from nemo_lfr.audio import open_aside, refuse_overwrite
+from nemo_lfr.atomic import open_aside
+from nemo_lfr.audio import refuse_overwrite
 from nemo_lfr.errors import TokenFileError, TokensError, clip
 from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.packing import pack, unpack

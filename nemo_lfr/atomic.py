@@ -1,0 +1,148 @@
+"""Files that appear whole or not at all, and the removal of what killed runs left.
+
+A result is written aside, as `NAME.xxxxxxxx.part` or in a folder `.writing-xxxxxxxx`, and renamed. While it is
+written, it is locked; one that nobody holds a lock on was left by a killed process, and the next run removes it.
+Nothing is ever opened through a link that lies where a file aside is to be.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO
+
+PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
+WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
+# Characters of the final name in a name aside, so that it fits a directory entry.
+KEPT = 60
+
+
+def open_aside(path: Path) -> IO[bytes]:
+    """Open a new file beside `path`, to be renamed to it, with the permissions of any new file.
+
+    It is locked until it is closed.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            file = open(path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part"), "x+b")  # noqa: SIM115
+            _lock(file.fileno())
+            return file
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Replace a file at once, or not at all; returns its path.
+
+    The name aside is always the same, so that a run that is repeated removes what a killed one left of it.
+
+    Raises:
+        OSError: naming `path`, as on a full disk.
+    """
+    aside = path.with_name(path.name + ".part")
+    with naming(path):
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()  # never opened: it may be a link
+        try:
+            with open(aside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def writing_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder inside `parent` for files that are to be renamed, and remove it, and older ones, in the end."""
+    sweep(parent)
+    while True:
+        folder = tempfile.mkdtemp(dir=parent, prefix=".writing-")
+        descriptor = _open_folder(folder)
+        if descriptor is None or os.path.exists(folder):
+            break
+        os.close(descriptor)  # taken for a leftover before it was locked
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sweep(folder: Path, names: Collection[str] = ()) -> None:
+    """Remove what killed runs left in a folder: `.writing-*`, and the `.part` files of some final names.
+
+    What another process is writing stays, and so does everything that is not named as this module names it. What
+    cannot be removed is not an error.
+    """
+    shortened = {name[:KEPT] for name in names}
+    try:
+        with os.scandir(folder) as entries:
+            leftovers = [entry for entry in entries if _is_leftover(entry, shortened)]
+    except OSError:
+        return
+    for entry in leftovers:
+        with contextlib.suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                if (descriptor := _open_folder(entry.path)) is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(descriptor)
+            elif not entry.is_file(follow_symlinks=False) or _is_free(entry.path):
+                os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the name of a file to errors of the system that come without one, as those of a full disk do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str]) -> bool:
+    if WRITING.fullmatch(entry.name):
+        return entry.is_dir(follow_symlinks=False)
+    match = PART.fullmatch(entry.name)
+    return match is not None and match["name"] in names and not entry.is_dir(follow_symlinks=False)
+
+
+def _is_free(path: str) -> bool:
+    """Whether no process holds the lock of a file aside."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(folder: str) -> int | None:
+    """Open and lock a folder; None where another process holds its lock, or the system has no such locks."""
+    if os.name == "nt":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    if _lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file without waiting; whether that was possible."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows, whose open files cannot be removed anyway; or held by another process
+        return os.name == "nt"
+    return True

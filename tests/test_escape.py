@@ -1,0 +1,75 @@
+"""What strangers' names and labels become in CSV cells, Markdown and on a terminal."""
+
+import pytest
+
+from nemo_lfr.errors import printable
+from nemo_lfr.evaluation.escape import code_fence, escape_markdown, plain_cell
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("=cmd|' /C calc'!A0", "'=cmd|' /C calc'!A0"),
+        ("+1+cmd", "'+1+cmd"),
+        ("-1+cmd", "'-1+cmd"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'?=1"),
+        ("\r=1", "'?=1"),
+        ("\n=1", "'?=1"),
+        ("\ttext", "'?text"),
+        (" =1+1", "' =1+1"),
+        ("\u200b=1", "'?=1"),
+        ("\uff1d1+1", "'\uff1d1+1"),
+        ("-1.5", "-1.5"),
+        ("+3", "+3"),
+        ("-2e-5", "-2e-5"),
+        ("-", "-"),
+        ("speech/a-b.wav", "speech/a-b.wav"),
+        ("a\x1b[31m\u202e", "a?[31m?"),
+        ("\udcff.wav", "\udcff.wav"),
+    ],
+)
+def test_a_spreadsheet_runs_no_cell(text, expected):
+    assert plain_cell(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "[a](javascript:alert(1))",
+        "![a](http://x.y/z.png)",
+        "www.x.y",
+        "a@b.c",
+        "a | b",
+        "a\n# heading",
+        "# heading",
+        "1. item",
+        "`code` **bold** ~~gone~~",
+        "&lt;b&gt;",
+        "\x1b]8;;http://x.y\x07text\u202e",
+    ],
+)
+def test_markdown_shows_text_as_it_is(text):
+    escaped = escape_markdown(text)
+    assert escaped.isprintable()
+    assert not any(mark in escaped for mark in ("<", ">", "://", "www.", "@", "&lt;b", "\n"))
+    for char in "`*[]|!~":
+        assert escaped.count(char) == escaped.count(f"\\{char}")
+    assert not escaped.startswith(("# ", "1. "))
+
+
+@pytest.mark.parametrize(
+    "text", ["nemo_lfr (embedded)", "0.5 (0.4 to 0.6)", "SI-SDR (dB)", "-3.2", "8 x 2016", "caf\u00e9"]
+)
+def test_plain_text_is_not_changed(text):
+    assert escape_markdown(text) == plain_cell(text) == text
+
+
+def test_a_code_block_is_not_closed_by_what_it_holds():
+    assert code_fence("a") == "```" and code_fence("a ```` b") == "`````"
+
+
+@pytest.mark.parametrize("char", ["\x00", "\x1b", "\x7f", "\x9b", "\u202e", "\u2066", "\u2028", "\n", "\udc80"])
+def test_a_terminal_gets_no_control_characters(char):
+    assert printable(f"a{char}b") == "a?b"
