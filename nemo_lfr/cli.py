@@ -632,8 +632,9 @@ def demo(out: Path, **options: Any) -> None:
     help="Of the speakers, held out where the corpus has no validation set.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files opened at a time.")
+@click.option("--no-check", is_flag=True, help="Trust headers; by default every file is decoded to its end.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, as_json: bool) -> None:
+def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, no_check: bool, as_json: bool) -> None:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
 
     A run that was interrupted goes on where it was. Files that cannot be used are listed in failures.jsonl; the
@@ -641,7 +642,7 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, a
     """
     from nemo_lfr.training.prepare import prepare
 
-    values = prepare(kind, corpus, out, valid_share=valid_share, jobs=jobs, progress=progress)
+    values = prepare(kind, corpus, out, valid_share=valid_share, jobs=jobs, check=not no_check, progress=progress)
     if as_json:
         click.echo(json.dumps(values, indent=2))
     else:

@@ -15,17 +15,17 @@ def test_a_finding_raises_its_documented_exception(path):
     TARGETS[path.name.partition("-")[0]](path.read_bytes())
 
 
-# A minute for each reader.
+# A minute or so of each reader. Work is asked for, not time, which says nothing on a busy machine.
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seconds"), [("lfr", 60), ("nemo", 30), ("pickle", 15), ("config", 15)])
-def test_a_minute_of_fuzzing_finds_nothing(name, seconds):
+@pytest.mark.parametrize(("name", "runs"), [("lfr", 5000), ("nemo", 500), ("pickle", 500), ("config", 500)])
+def test_fuzzing_finds_nothing(name, runs):
     pytest.importorskip("atheris", reason="the fuzzer: pip install atheris")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", name, f"-max_total_time={seconds}"],
+        [sys.executable, "-m", "tests.fuzz", name, f"-runs={runs}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     done = re.search(r"Done (\d+) runs", run.stderr)
-    assert done and int(done.group(1)) > 100
+    assert done and int(done.group(1)) >= runs

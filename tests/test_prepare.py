@@ -131,7 +131,7 @@ def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
 def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
     folder(tmp_path / "corpus")
     opened = []
-    duration = module._duration
+    duration = module._decoded_duration
 
     def interrupted(path: Path) -> float | str:
         if len(opened) == 20:
@@ -139,13 +139,13 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
         opened.append(path)
         return duration(path)
 
-    monkeypatch.setattr(module, "_duration", interrupted)
+    monkeypatch.setattr(module, "_decoded_duration", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
     assert not (tmp_path / "out" / "train.json").exists()
     with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
         journal.write('["7.wa')  # what a kill leaves
-    monkeypatch.setattr(module, "_duration", lambda path: opened.append(path) or duration(path))
+    monkeypatch.setattr(module, "_decoded_duration", lambda path: opened.append(path) or duration(path))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
     assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
     total = sum(len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid"))
@@ -321,3 +321,23 @@ def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
         main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
     assert "no utterance of folder here" in error and error.count("\n") == 1
+
+
+DAMAGE = {
+    "cut in the middle": lambda data: data[: len(data) // 2],
+    "overwritten in the middle": lambda data: data[: len(data) // 2] + bytes(3000) + data[len(data) // 2 + 3000 :],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kind):
+    for name in "ab":
+        audio(tmp_path / "corpus" / f"{name}.flac", 2.0)
+    data = (tmp_path / "corpus" / "b.flac").read_bytes()
+    (tmp_path / "corpus" / "b.flac").write_bytes(DAMAGE[kind](data))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    assert [entry["audio_filepath"] for entry in manifest(tmp_path / "out" / "train.json")] == ["a.flac"]
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.flac" and failure["reason"]
+    prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
+    assert len(manifest(tmp_path / "trusted" / "train.json")) == 2

@@ -29,6 +29,7 @@ def prepare(
     *,
     valid_share: float = 0.02,
     jobs: int = 4,
+    check: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write OUT/train.json, valid.json and test.json, and failures.jsonl, as far as there are such.
@@ -45,6 +46,8 @@ def prepare(
         out: folder for the manifests.
         valid_share: of the speakers, to hold out where the corpus has no validation set.
         jobs: files opened at a time.
+        check: decode every file to its end, so that one that is cut or damaged is a failure, and durations are those
+            of what can be decoded. Without it headers are trusted, which is quicker.
         progress: gives, for the number of files that are to be opened, a context whose value is called after each,
             with what there is to say of it.
 
@@ -72,7 +75,7 @@ def prepare(
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
-    found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, progress)
+    found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
     problems = {str(utterance.path): utterance.problem for utterance in utterances if utterance.problem}
     problems |= {path: value for path, value in found.items() if isinstance(value, str)}
     failures = [{"audio_filepath": path, "reason": reason} for path, reason in problems.items()]
@@ -102,10 +105,10 @@ def _expected(kind: str) -> str:
 
 
 def _open_all(
-    kind: str, utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, progress: Progress
+    kind: str, utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, check: bool, progress: Progress
 ) -> dict[str, float | str]:
     """Duration of each file in seconds, or why it cannot be used."""
-    mine = {"kind": kind, "corpus": str(corpus.resolve())}
+    mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | str] = {}
         ours = False
@@ -117,8 +120,9 @@ def _open_all(
         log.add(mine)
         usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
         missing = [path for path in usable if path not in found]
+        measure = _decoded_duration if check else _duration
         with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
-            for path, value in zip(missing, pool.map(lambda path: _duration(corpus / path), missing), strict=True):
+            for path, value in zip(missing, pool.map(lambda path: measure(corpus / path), missing), strict=True):
                 found[path] = value
                 log.add([path, value])
                 advance(f"{path}: {value}" if isinstance(value, str) else "")
@@ -131,6 +135,17 @@ def _duration(path: Path) -> float | str:
             if reader.duration <= 0:
                 return "holds no samples"
             return round(reader.duration, 4)
+    except (AudioError, OSError) as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def _decoded_duration(path: Path) -> float | str:
+    """Seconds that can be decoded of a file, or why it cannot be used."""
+    try:
+        with AudioReader(path, 22050) as reader:
+            reader.sample_rate = reader.native_rate  # resampling would only take time
+            num_samples = sum(len(block) for block in reader.blocks())
+            return round(num_samples / reader.native_rate, 4) if num_samples else "holds no samples"
     except (AudioError, OSError) as error:
         return str(error).removeprefix(f"{path}: ")
 
