@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from nemo_lfr.checkpoint import build_part, build_parts
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
-from tests.models import KINDS, build_codec, cached_codec, codec_config, same_parts, synthesize
+from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
 
 # The order of float32 sums changes with the batch and the window; audio is below 1, and DESIGN allows 1e-5.
@@ -474,6 +475,98 @@ def test_fingerprints_of_different_weights_differ():
     changed = build_codec("two_stages")
     changed.decoder.post_conv.conv.bias.add_(1e-6)
     assert changed.fingerprint != codec.fingerprint
+
+
+SETTINGS: dict[str, tuple[str, dict]] = {
+    "activation": ("symmetric", {"audio_encoder": {"activation": "elu"}}),
+    "decoder's activation": ("symmetric", {"audio_decoder": {"activation": "elu"}}),
+    "output": ("symmetric", {"audio_decoder": {"output_activation": "clamp"}}),
+    "padding": ("symmetric", {"audio_encoder": {"pad_mode": "replicate"}}),
+    "decoder's padding": ("symmetric", {"audio_decoder": {"pad_mode": "zeros"}}),
+    "causal": ("symmetric", {"audio_encoder": {"_target_": MODULES + "CausalHiFiGANEncoder"}}),
+    "sample rate": ("symmetric", {"sample_rate": 24000}),
+    "eps": ("symmetric", {"vector_quantizer": {"eps": 1e-4}}),
+    "levels": ("symmetric", {"vector_quantizer": {"num_levels_per_group": [8, 6, 7, 6]}}),
+    "dilation": ("two_stages", {"audio_encoder": {"resblock_dilation_sizes": [1, 5]}}),
+}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS])
+def test_a_setting_that_changes_tokens_or_audio_changes_the_fingerprint(setting):
+    kind, changes = SETTINGS[setting]
+    config = codec_config(kind)
+    quantizer = changes.get("vector_quantizer")
+    if quantizer is not None:
+        changes = {"vector_quantizer": config["vector_quantizer"] | quantizer}
+    codecs = []
+    for other in (config, codec_config(kind, **changes)):
+        parts = build_parts(other, weight_norm=False)
+        codecs.append(Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate))
+    for side in ("encoder", "decoder"):
+        getattr(codecs[1], side).load_state_dict(getattr(codecs[0], side).state_dict())
+    assert codecs[0].weights_fingerprint == codecs[1].weights_fingerprint
+    assert codecs[0].fingerprint != codecs[1].fingerprint
+    assert not codecs[0].made(codecs[1].fingerprint)
+    for codec in codecs:
+        assert codec.made(codec.fingerprint) and codec.made(codec.weights_fingerprint)
+
+
+def test_a_setting_that_is_changed_on_the_module_changes_the_fingerprint():
+    codec = build_codec("two_stages")
+    before = codec.fingerprint
+    codec.encoder.post_activation.activation.negative_slope = 0.2
+    assert codec.fingerprint != before
+
+
+def test_names_of_nemo_and_ours_have_one_fingerprint():
+    ours = codec_config("causal")
+    for section, name in (("audio_encoder", "encoder.HiFiGANEncoder"), ("audio_decoder", "decoder.HiFiGANDecoder")):
+        ours[section] = ours[section] | {"_target_": f"nemo_lfr.codec.{name}", "causal": True, "pad_mode": "zeros"}
+    codecs = []
+    for config in (codec_config("causal"), ours):
+        torch.manual_seed(0)
+        parts = build_parts(config, weight_norm=False)
+        codecs.append(Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate))
+    assert codecs[0].fingerprint == codecs[1].fingerprint
+
+
+# --- networks that overflow
+
+
+def overflow(part: torch.nn.Module, where: str, value: float) -> None:
+    layer = {"first": part.pre_conv, "last": part.post_conv}.get(where)
+    if layer is None:
+        layer = part.res_layers[0].res_blocks[0].res_blocks[0].skip_conv
+    layer.conv.weight.fill_(value)
+    layer.conv.bias.fill_(value)
+
+
+@pytest.mark.parametrize("value", [1e38, -1e38, 3e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("kind", ["symmetric", "nano", "single"])
+def test_a_network_that_overflows_is_an_error_and_gives_no_tokens_and_no_audio(kind, where, value):
+    codec = build_codec(kind)
+    for part in (codec.encoder, codec.decoder):
+        overflow(part, where, value)
+        if value == 3e30:  # finite here: the layers after it overflow
+            overflow(part, "last", 1e30)
+    wave = synthesize(0.5)
+    for encode in (lambda: codec.encode(np.stack([wave, wave])), lambda: list(codec.encode_blocks([wave]))):
+        with pytest.raises(NemoLfrError, match=r"encoder gives NaN or infinite values for clip 0; .* fp32"):
+            encode()
+    tokens = np.full((codec.num_codebooks, 9), 5)
+    for decode in (lambda: codec.decode(tokens), lambda: list(codec.decode_blocks([tokens]))):
+        with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite values for utterance 0"):
+            decode()
+
+
+def test_a_file_of_tokens_is_not_written_where_the_network_overflows(tmp_path):
+    codec = build_codec("symmetric")
+    overflow(codec.encoder, "last", 1e38)
+    soundfile.write(tmp_path / "a.wav", synthesize(0.5), 22050)
+    with pytest.raises(NemoLfrError, match="NaN or infinite"):
+        codec.encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

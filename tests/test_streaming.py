@@ -1,6 +1,8 @@
 """Streams give what the whole recording gives, however it is cut."""
 
+import copy
 import os
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +14,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.pretrained import load
 from nemo_lfr.streaming import push_decoders, push_encoders
-from tests.models import KINDS, cached_codec, synthesize
+from tests.models import KINDS, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
 CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "6"))
@@ -249,3 +251,119 @@ def test_integers_and_lists_of_samples_are_audio_too():
     stream = codec.stream_encoder()
     found = np.concatenate([stream.push(wave), stream.flush()], axis=1)
     assert np.array_equal(found, codec.encode(wave)[0][0].numpy())
+
+
+# --- streams that are used wrongly stay as they were
+
+
+MISUSES = {
+    "the same stream twice": lambda push, stream, piece: push([stream, stream], [piece, piece]),
+    "too few pieces": lambda push, stream, piece: push([stream], []),
+    "too many pieces": lambda push, stream, piece: push([stream], [piece, piece]),
+    "no list of streams": lambda push, stream, piece: push(stream, [piece]),
+    "no list of pieces": lambda push, stream, piece: push([stream], None),
+    "no stream": lambda push, stream, piece: push([stream, object()], [piece, piece]),
+    "None as piece": lambda push, stream, piece: push([stream], [None]),
+    "text as piece": lambda push, stream, piece: push([stream], ["speech"]),
+}
+
+
+@pytest.mark.parametrize("misuse", [*MISUSES])
+def test_a_misused_stream_says_so_and_goes_on_as_if_nothing_had_been(misuse):
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    tokens = codec.encode(wave)[0][0].numpy()
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    found, heard = [encoder.push(wave[:9000])], [decoder.push(tokens[:, :5])]
+    for push, stream, piece in ((push_encoders, encoder, wave[:3000]), (push_decoders, decoder, tokens[:, :2])):
+        with pytest.raises(NemoLfrError) as caught:
+            MISUSES[misuse](push, stream, piece)
+        assert "\n" not in str(caught.value)
+    found += [encoder.push(wave[9000:]), encoder.flush()]
+    heard += [decoder.push(tokens[:, 5:]), decoder.flush(len(wave))]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    expected = codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()
+    assert np.abs(np.concatenate(heard) - expected).max() < 1e-5
+
+
+def test_streams_of_the_other_direction_are_refused():
+    codec = cached_codec("symmetric")
+    with pytest.raises(NemoLfrError, match="StreamDecoder, not StreamEncoder"):
+        push_encoders([codec.stream_decoder()], [synthesize(0.1)])
+    with pytest.raises(NemoLfrError, match="StreamEncoder, not StreamDecoder"):
+        push_decoders([codec.stream_encoder()], [np.zeros((8, 2), int)])
+
+
+@pytest.mark.parametrize("use", ["push", "flush", "push_encoders"])
+def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    stream, other = codec.stream_encoder(), codec.stream_encoder()
+    computing, done = threading.Event(), threading.Event()
+    together = streaming._together
+
+    def slow(*arguments):
+        computing.set()
+        assert done.wait(60)
+        return together(*arguments)
+
+    found: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: found.append(stream.push(wave[:9000])))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_together", slow)
+        thread.start()
+        assert computing.wait(60)
+        uses = {
+            "push": lambda: stream.push(wave[9000:]),
+            "flush": stream.flush,
+            "push_encoders": lambda: push_encoders([other, stream], [wave, wave]),
+        }
+        try:
+            with pytest.raises(NemoLfrError, match="another thread"):
+                uses[use]()
+        finally:
+            done.set()
+            thread.join()
+    found += [stream.push(wave[9000:]), stream.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    # The other stream of that batch took nothing.
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([other.push(wave), other.flush()], axis=1)))
+
+
+def test_a_push_that_fails_halfway_is_undone(monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(4)
+    stream = codec.stream_encoder()
+    together, calls = streaming._together, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return together(*arguments)
+
+    found = [stream.push(wave[:5000])]
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_together", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.push(wave[5000:])
+    found += [stream.push(wave[5000:]), stream.flush()]
+    assert len(calls) == 2
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+
+
+def test_a_copied_stream_goes_on_by_itself():
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    stream = codec.stream_encoder()
+    first = stream.push(wave[:9000])
+    for copied in (copy.copy(stream), copy.deepcopy(stream)):
+        copied.push(synthesize(0.3, 9))
+    rest = [stream.push(wave[9000:]), stream.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([first, *rest], axis=1)))
+
+
+def test_a_stream_whose_network_overflows_says_so():
+    codec = build_codec("symmetric")
+    for part in (codec.encoder, codec.decoder):
+        part.post_conv.conv.weight.fill_(1e38)
+    with pytest.raises(NemoLfrError, match="encoder gives NaN or infinite"):
+        codec.stream_encoder().push(synthesize(1.0))
+    with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite"):
+        codec.stream_decoder().push(np.ones((8, 30), int))
