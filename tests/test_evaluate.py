@@ -41,7 +41,7 @@ def evaluate(capsys, corpus, out, *arguments):
 
 @pytest.fixture(scope="module")
 def report(corpus, tmp_path_factory):
-    """A finished evaluation of the original and the embedded codec."""
+    """A finished evaluation of the original and the bundled codec."""
     out = tmp_path_factory.mktemp("report")
     arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--jobs", "2", "--examples", "2"]
     main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
@@ -70,7 +70,7 @@ def test_the_summary_holds_means_of_the_recordings(report):
 
 def test_markdown_has_every_table_and_says_what_is_missing(report):
     text = (report / "report.md").read_text()
-    for part in ("| nemo_lfr (embedded) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
+    for part in ("| nemo_lfr (bundled) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
         assert part in text
     assert re.search(r"\*\*CER\*\*.*Not measured: no --asr given", text)
     assert "CER" not in text.partition("### Cost")[0]  # no column without a figure
@@ -170,7 +170,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     code, _, err = evaluate(capsys, folder, tmp_path / "out", "--codec", "lfr")
     assert code == 1 and "1.wav: not an audio file" in err
     text = (tmp_path / "out" / "report.md").read_text()
-    assert re.search(r"- nemo_lfr \(embedded\): 1\.wav: .*not an audio file", text)
+    assert re.search(r"- nemo_lfr \(bundled\): 1\.wav: .*not an audio file", text)
     assert "PESQ-WB of 1 recordings: the original is silent" in text
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
 

@@ -263,6 +263,41 @@ def test_a_users_mistake_is_one_line(manifest, tmp_path, monkeypatch, capsys, ar
     assert re.search(message, error.splitlines()[-1]) and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (plot, ["nowhere", "--out", "curve.png"], "nowhere"),
+        (plot, ["empty.json", "--out", "curve.png"], "no evaluations"),
+        (plot, ["bad.json", "--out", "curve.png"], "not a curve"),
+        (export, ["nowhere.pt", "--out", "a.nemo"], "nowhere.pt"),
+        (export, ["bad.json", "--out", "a.nemo"], "not a training state"),
+        (evaluate, ["nowhere.nemo", "--valid", "MANIFEST"], "nowhere.nemo"),
+        (evaluate, ["bad.json", "--valid", "empty.json"], "no usable recordings"),
+    ],
+)
+def test_a_users_mistake_with_another_command_is_one_line(
+    manifest, tmp_path, monkeypatch, capsys, module, arguments, message
+):
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "bad.json").write_text("not JSON")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, module, *[text.replace("MANIFEST", str(manifest)) for text in arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "empty.json"]
+
+
+def test_a_run_that_is_over_says_so_and_stays_as_it_is(manifest, tmp_path, caplog):
+    settings = settings_of(manifest, tmp_path / "run", "updates=1")
+    run = run_of(settings, manifest)
+    run.update()
+    before = weights(run)
+    with caplog.at_level("INFO"):
+        run.train()
+    assert "over at update 1" in caplog.text and run.step == 1
+    assert_equal(before, weights(run))
+
+
 def test_a_folder_of_another_network_is_not_continued(manifest, tmp_path, monkeypatch, capsys):
     run_of(settings_of(manifest, tmp_path), manifest).save()
     with pytest.raises(SystemExit):

@@ -2,6 +2,6 @@
 
 # What `--codec` takes; here, where the command line reads it without importing the codecs.
 CODECS = (
-    "lfr (the embedded codec), lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:CODEBOOKS, "
+    "lfr (the bundled codec), lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:CODEBOOKS, "
     "mimi:CODEBOOKS, original"
 )

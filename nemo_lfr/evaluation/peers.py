@@ -83,7 +83,7 @@ class LFR(Peer):
         from nemo_lfr.pretrained import load
 
         self.codec = load(source or None, device)
-        self.name = f"nemo_lfr ({Path(source).name if source else 'embedded'})"
+        self.name = f"nemo_lfr ({Path(source).name if source else 'bundled'})"
         self.identity, self.levels = self.codec.fingerprint, self.codec.levels
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
@@ -125,7 +125,7 @@ class StockNeMo(Peer):
         self.device = choose_device(device)
         with torch.no_grad():
             self.model = AudioCodecModel.restore_from(str(path), map_location=self.device).eval()
-        self.name = f"stock NeMo ({path.name if source else 'embedded'})"
+        self.name = f"stock NeMo ({path.name if source else 'bundled'})"
         self.identity = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
         self.levels = tuple(int(level) for level in self.model.vector_quantizer.fsqs[0].num_levels.flatten())
 

@@ -94,11 +94,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    evaluator = Evaluator(spread_evenly(read_speech(args.valid), args.clips))
+    try:
+        clips = spread_evenly(read_speech(args.valid), args.clips)
+        if not clips:
+            raise ValueError(f"{args.valid}: no usable recordings.")
+        generators = [read_generator(path)[0] for path in args.models]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    evaluator = Evaluator(clips)
     print("| model | " + " | ".join(METRICS) + " |")
     print("| --- " * (1 + len(METRICS)) + "|")
-    for path in args.models:
-        rows = evaluator.measure(read_generator(path)[0])
+    for path, generator in zip(args.models, generators, strict=True):
+        rows = evaluator.measure(generator)
         cells = []
         for name, digits in METRICS.items():
             values = [row[name] for row in rows if np.isfinite(row[name])]

@@ -72,8 +72,11 @@ def main() -> None:
     parser.add_argument("state", type=Path, help="state.pt of a run of train.py, or of the trial script")
     parser.add_argument("--out", type=Path, required=True, help="the .nemo file to write")
     args = parser.parse_args()
-    generator, network, updates = read_generator(args.state)
-    export(generator, network, args.out)
+    try:
+        generator, network, updates = read_generator(args.state)
+        export(generator, network, args.out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"{args.out}: average after {updates:,} updates, {args.out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -20,9 +20,20 @@ PANELS = {
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The points of a run's `curve.jsonl`, given it or its folder."""
+    """The points of a run's `curve.jsonl`, given it or its folder.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it has no points, or is something else.
+    """
     file = path / "curve.jsonl" if path.is_dir() else path
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    try:
+        points = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{file} is not a curve: {error}.") from error
+    if not points:
+        raise ValueError(f"{file} has no evaluations yet.")
+    return points
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: str = "step") -> None:
@@ -40,7 +51,8 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
     for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
         for name, points in curves.items():
             seen = [(point[against], point[metric]) for point in points if point.get(metric) is not None]
-            axis.plot(*zip(*seen, strict=True), marker=".", label=name) if seen else None
+            if seen:
+                axis.plot(*zip(*seen, strict=True), marker=".", label=name)
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
@@ -57,7 +69,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--against", choices=("step", "minutes"), default="step", help="what the x axis is")
     args = parser.parse_args()
-    draw({str(path): read_curve(path) for path in args.runs}, args.out, args.against)
+    try:
+        draw({str(path): read_curve(path) for path in args.runs}, args.out, args.against)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(args.out)
 
 

@@ -164,6 +164,8 @@ class Run:
             nonlocal stopped
             stopped = True
 
+        if self.progress >= 1:
+            log.info("over at update %d; raise `updates` or `minutes` to go on", self.step)
         previous = signal.signal(signal.SIGTERM, stop)
         saved, logged = time.monotonic(), (self.step, self.seconds)
         counted = (self.step, self.seconds)
@@ -247,6 +249,7 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
         state = _read_state(settings, args.import_state)
         audio_dir = Path(settings.audio_dir) if settings.audio_dir else None
+        log.info("reading %s", ", ".join(settings.train))
         utterances = [clip for path in settings.train for clip in read_speech(Path(path), audio_dir)]
         clips = spread_evenly(read_speech(Path(settings.valid), audio_dir), settings.evaluate_clips)
         for name, found in ((", ".join(settings.train), utterances), (settings.valid, clips)):
