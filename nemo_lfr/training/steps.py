@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
@@ -31,6 +32,7 @@ from nemo_lfr.training.discriminators import (
 )
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
+from nemo_lfr.training.resume import WholeCheckpoints
 from nemo_lfr.training.spectra import Spectra
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class TrainingSteps(NeMoAudioCodecModel):
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
             self.build_discriminator()
+            if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def build_discriminator(self) -> None:
         """Build the discriminators of the config, with the weights that came with the checkpoint.
