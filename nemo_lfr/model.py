@@ -125,10 +125,16 @@ class LFRCodecModel(TrainingSteps):
                 other.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         return other
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what `pickle` and `torch.save` keep: everything but the trainer and the data."""
-        dropped = ("_trainer", "_fabric", "_train_dl", "_validation_dl", "_test_dl")
-        return {key: None if key in dropped else value for key, value in vars(self).items() if key != "training_step"}
+    def __reduce__(self) -> Any:
+        """Pickle the config and the weights: torch refuses to pickle modules with weight norm.
+
+        Optimizers, the moving average of the weights and attributes of a subclass are not kept.
+        """
+        modes = {plain_key(name): module.training for name, module in self.named_modules()}
+        gradients = {plain_key(name): parameter.requires_grad for name, parameter in self.named_parameters()}
+        kept = {"_is_random": self._is_random, "_restored_from": self._restored_from}
+        has_discriminator = hasattr(self, "discriminator")
+        return _unpickled, (type(self), self.cfg, self.state_dict(), modes, gradients, has_discriminator, kept)
 
     def _with_state(self, state: dict[str, Any]) -> "LFRCodecModel":
         other = type(self).__new__(type(self))
@@ -508,6 +514,32 @@ def _replacement(name: str, config: Mapping[str, Any], stock: torch.nn.Module) -
             if value.requires_grad != needs_gradient[key]:
                 value.requires_grad_(needs_gradient[key])
     return part.train(stock.training)
+
+
+def _unpickled(
+    cls: type[LFRCodecModel],
+    cfg: DictConfig,
+    state: dict[str, torch.Tensor],
+    modes: dict[str, bool],
+    gradients: dict[str, bool],
+    has_discriminator: bool,
+    attributes: dict[str, Any],
+) -> LFRCodecModel:
+    """Build a model from what `LFRCodecModel.__reduce__` gives, on the device where its weights are."""
+    cls._set_model_restore_state(is_being_restored=True)  # no training data is opened
+    try:
+        model = cls(cfg=cfg)
+    finally:
+        cls._set_model_restore_state(is_being_restored=False)
+    model.load_state_dict(state, assign=True)
+    if not has_discriminator:
+        del model.discriminator
+    for name, module in model.named_modules():
+        module.training = modes.get(name, modes[""])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(gradients.get(name, True))
+    model.__dict__.update(attributes)
+    return model
 
 
 def _is_wavlm(key: str) -> bool:
