@@ -11,6 +11,8 @@ trainer.strategy=auto`. `--config-name` chooses another file of `conf/`, `+seed=
 command again continues from the last epoch that was saved.
 """
 
+import nemo_lfr  # noqa: F401, I001  first: turns off the usage reports of a library that NeMo imports
+
 from pathlib import Path
 
 import lightning.pytorch as pl

@@ -49,12 +49,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def seen(folder) -> dict[str, str]:
-    """What each command asked of the network; nothing for those that asked nothing."""
-    return {path.stem: path.read_text() for path in sorted(folder.glob("*.log"))}
+# A local Ray cluster asks the cloud that it may run in for its name, and finds its own address by a datagram socket to
+# a public server, to which it sends nothing. Ray has no setting for either.
+RAYS_OWN = (
+    "look-up metadata.google.internal ",
+    "connection to 169.254.169.254 port 80 ",
+    "connection to 8.8.8.8 port 53 ",
+)
 
 
-def run_commands(watcher, folder, out, commands: dict[str, list[str]], wait: float = 0.0):
+def seen(folder, allowed: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """What each command asked of the network but for `allowed`; nothing for those that asked nothing."""
+    logs = {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.log"))}
+    asked = {name: [line for line in lines if not line.startswith(allowed)] for name, lines in logs.items()}
+    return {name: lines for name, lines in asked.items() if lines}
+
+
+def run_commands(watcher, folder, out, commands: dict[str, str], wait: float = 0.0, allowed: tuple[str, ...] = ()):
     """Run commands below `out`; `{in}` and `{out}` in them stand for the two folders."""
     commands = {
         name: [part.replace("{in}", str(folder)).replace("{out}", str(out)) for part in command.split()]
@@ -64,7 +75,7 @@ def run_commands(watcher, folder, out, commands: dict[str, list[str]], wait: flo
         watcher, out / "import.log", [sys.executable, "-c", DRIVER, json.dumps(commands), wait], OMP_NUM_THREADS="1"
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert seen(out) == {}
+    assert seen(out, allowed) == {}
 
 
 def test_the_watcher_sees_python_native_code_and_children(watcher, tmp_path):
@@ -115,12 +126,12 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
     run_commands(watcher, folder, tmp_path, commands, wait=20)
 
 
-def test_tokenizing_on_ray_asks_nothing_of_the_network(watcher, folder, tmp_path):
+def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, folder, tmp_path):
     pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
     command = (
         "tokenize {in}/manifest.json --out {out}/tokens --model {in}/tiny.nemo --device cpu --ray local --format lfr"
     )
-    run_commands(watcher, folder, tmp_path, {"tokenize on Ray": command})
+    run_commands(watcher, folder, tmp_path, {"tokenize on Ray": command}, allowed=RAYS_OWN)
 
 
 @pytest.mark.slow
