@@ -64,6 +64,8 @@ class MediaDecoder:
             if not tracks:
                 raise AudioError("it has no audio track")
             track = tracks[0]
+            if track.codec_context is None:
+                raise AudioError("nothing decodes its audio track")
             track.thread_type = "NONE"
             self.rate, self.channels = int(track.rate or 0), int(track.channels or 0)
             if not self.rate or not self.channels:

@@ -1,0 +1,92 @@
+"""AU, AIFF, CAF and Wave64: containers with one length in their header."""
+
+import struct
+
+from nemo_lfr.containers.stream import CHUNK_NAME, UNKNOWN_BYTES, Stream, Window, cut_short, goes_on, whole_file
+
+
+def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], window: Window) -> list[Stream]:
+    """Return the file with some bytes of its header replaced."""
+    if not patches:
+        return [whole_file(size, problem)]
+    end = max(position + len(value) for position, value in patches)
+    header = bytearray(window.at(0, end))
+    for position, value in patches:
+        header[position : position + len(value)] = value
+    return [Stream([(end, size)], bytes(header), problem=problem)]
+
+
+def au_streams(window: Window) -> list[Stream]:
+    order = ">" if window.at(0, 4) == b".snd" else "<"
+    offset, length = struct.unpack(f"{order}II", window.at(4, 8))
+    available = window.size - offset
+    if length != 0xFFFFFFFF and length > available:
+        return [whole_file(window.size, cut_short(length, available))]
+    if length == available or available < 0 or length > UNKNOWN_BYTES:
+        return []
+    if length and not goes_on(window.at(offset + length, 256)):
+        return []
+    return _patched(window.size, None, [(8, struct.pack(f"{order}I", available))], window)
+
+
+def aiff_streams(window: Window) -> list[Stream]:
+    position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
+    while position + 8 <= window.size:
+        name, length = struct.unpack(">4sI", window.at(position, 8))
+        if name == b"COMM":
+            common = position + 8
+        if name == b"SSND":
+            begin, available = position + 16, window.size - position - 8
+            if common is None:
+                return []
+            channels, _, bits = struct.unpack(">hIh", window.at(common, 8))
+            block = channels * -(-bits // 8)
+            unknown = length <= 8 or length >= UNKNOWN_BYTES
+            if not unknown and length > available:
+                return [whole_file(window.size, cut_short(length, available))]
+            if not unknown or block <= 0 or (compressed and window.at(common + 18, 4) not in (b"NONE", b"sowt")):
+                return []
+            count = (window.size - begin) // block
+            patches = [
+                (common + 2, struct.pack(">I", count)),
+                (position + 4, struct.pack(">I", 8 + count * block)),
+            ]
+            return _patched(window.size, None, patches, window)
+        if not CHUNK_NAME.match(name):
+            return []
+        position += 8 + length + length % 2
+    return []
+
+
+def caf_streams(window: Window) -> list[Stream]:
+    position = 8
+    while position + 12 <= window.size:
+        name, length = struct.unpack(">4sq", window.at(position, 12))
+        if name == b"data":
+            available = window.size - position - 12
+            if length > available:
+                return [whole_file(window.size, cut_short(length, available))]
+            if length > 4:
+                return []
+            return _patched(window.size, None, [(position + 4, struct.pack(">q", available))], window)
+        if length < 0 or not CHUNK_NAME.match(name):
+            return []
+        position += 12 + length
+    return []
+
+
+def w64_streams(window: Window) -> list[Stream]:
+    position = 40
+    while position + 24 <= window.size:
+        name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]
+        if name == b"data":
+            available = window.size - position
+            if 24 < length < 1 << 62 and length > available:
+                return [whole_file(window.size, cut_short(length, available))]
+            if 24 < length < 1 << 62:
+                return []
+            return _patched(window.size, None, [(position + 16, struct.pack("<q", available))], window)
+        if length < 24:
+            return []
+        position += length + -length % 8
+    return []

@@ -1,0 +1,180 @@
+"""MPEG audio: frames one after the other, and what encoders promise in a first frame without sound."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemo_lfr.containers.stream import TAGS, Stream, Window
+
+_BITRATES = {  # kbit/s by (is MPEG 1, layer)
+    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version bits
+
+
+@dataclass(frozen=True)
+class Frame:
+    length: int  # bytes
+    layer: int
+    rate: int  # Hz
+    side: int  # bytes of side information, where layer 3 has it
+
+
+def read_frame(head: bytes) -> Frame | None:
+    """Read the four bytes that begin a frame; None if they do not."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    rate_index, bitrate_index = head[2] >> 2 & 3, head[2] >> 4
+    if version == 1 or layer == 4 or rate_index == 3 or bitrate_index in (0, 15):
+        return None
+    first = version == 3
+    bitrate = _BITRATES[first, layer][bitrate_index - 1] * 1000
+    rate = _RATES[version][rate_index]
+    padding = head[2] >> 1 & 1
+    if layer == 1:
+        length = (12 * bitrate // rate + padding) * 4
+    else:
+        length = (144 if first or layer == 2 else 72) * bitrate // rate + padding
+    mono = head[3] >> 6 == 3
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    return Frame(length, layer, rate, side)
+
+
+@dataclass
+class Piece:
+    """Frames that one encoder wrote."""
+
+    start: int
+    stop: int = 0
+    count: int = 0
+    promised: int | None = None  # frames, by its Xing header; that header is none of them
+    first: bytes = b""
+
+
+def is_mpeg(head: bytes, window: Window) -> bool:
+    start = _after_id3(window, 0) if head.startswith(b"ID3") else 0
+    if head.startswith(b"ID3") and window.at(start, 4) == b"fLaC":
+        return False
+    frame = read_frame(window.at(start, 4))
+    return head.startswith(b"ID3") or (
+        frame is not None and read_frame(window.at(start + frame.length, 4)) is not None
+    )
+
+
+def _after_id3(window: Window, position: int) -> int:
+    """Return the end of an ID3v2 tag."""
+    tag = window.at(position, 10)
+    if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
+        return position + 3 if tag[:3] == b"ID3" else position
+    size = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
+    return position + 10 + size + (10 if tag[5] & 0x10 else 0)
+
+
+def _pieces(window: Window) -> Iterator[Piece]:
+    piece: Piece | None = None
+    kind: tuple[int, int] | None = None
+    position = 0
+    while position < window.size:
+        head = window.at(position, 4)
+        frame = read_frame(head)
+        if frame is None or (kind is None and not _confirmed(window, position, frame)):
+            if head[:3] == b"ID3":
+                position = _after_id3(window, position)
+                kind = None
+            else:  # a tag of another kind, or damage: look for the next frame
+                position = _next_sync(window, position + 1)
+                kind = None
+            continue
+        promised = _xing_frames(window.at(position, 200), frame)
+        kind = frame.layer, frame.rate
+        if position + frame.length > window.size:
+            if piece is not None and piece.promised is None:
+                piece.stop = window.size
+            break
+        if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
+            if piece is not None:
+                yield piece
+            piece = Piece(position, promised=promised, first=head)
+        if promised is None:
+            piece.count += 1
+        position += frame.length
+        piece.stop = position
+    if piece is not None:
+        yield piece
+
+
+def _confirmed(window: Window, position: int, frame: Frame) -> bool:
+    """Return whether the file ends or another frame of the same kind follows: chance looks like one frame, not two."""
+    following = position + frame.length
+    if following >= window.size:
+        return True
+    other = read_frame(window.at(following, 4))
+    if other is None:
+        return window.at(following, 11).startswith(TAGS) or window.is_zero(following, min(following + 64, window.size))
+    return (other.layer, other.rate) == (frame.layer, frame.rate)
+
+
+def _is_same_kind(piece: Piece, frame: Frame) -> bool:
+    first = read_frame(piece.first)
+    return first is not None and (first.layer, first.rate) == (frame.layer, frame.rate)
+
+
+def _next_sync(window: Window, position: int) -> int:
+    while True:
+        found = window.find(b"\xff", position)
+        id3 = window.find(b"ID3", position, found if found >= 0 else None)
+        if id3 >= 0:
+            return id3
+        if found < 0:
+            return window.size
+        if read_frame(window.at(found, 4)) is not None:
+            return found
+        position = found + 1
+
+
+def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
+    """Return the frames that an encoder's first frame promises; None if it is a frame of sound."""
+    if frame.layer != 3:
+        return None
+    tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
+    if tag[:4] in (b"Xing", b"Info"):
+        flags, count = struct.unpack(">II", tag[4:12])
+        return count if flags & 1 else 0
+    if frame_bytes[36:40] == b"VBRI":
+        return struct.unpack(">I", frame_bytes[50:54])[0]
+    return None
+
+
+def mpeg_streams(window: Window) -> list[Stream]:
+    pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
+    streams = []
+    for piece in pieces:
+        stream = Stream([(piece.start, piece.stop)], by_name=True)
+        if piece.promised and piece.count < piece.promised:
+            stream.problem = f"was cut short: its header promises {piece.promised} frames, {piece.count} are there"
+        if piece.promised and piece.count <= piece.promised:
+            stream.is_file = len(pieces) == 1
+        else:  # no length, or that of the first of many: libsndfile would guess, and stop there
+            stream.header = _xing_header(piece.first, piece.count)
+        streams.append(stream)
+    return streams
+
+
+def _xing_header(head: bytes, count: int) -> bytes:
+    """Return a frame without sound that promises `count` frames like the one that begins with `head`."""
+    frame = read_frame(head)
+    if frame is None or frame.layer != 3:
+        return b""
+    for index in range(1, 15):
+        made = bytes([head[0], head[1] | 1, index << 4 | head[2] & 0x0C, head[3]])
+        own = read_frame(made)
+        if own is not None and own.length >= 4 + own.side + 120:
+            tag = b"Xing" + struct.pack(">II", 1, count)
+            return (made + bytes(own.side) + tag).ljust(own.length, b"\0")
+    return b""

@@ -1,0 +1,150 @@
+"""What containers are described with: the bytes of one recording, and files that are looked at and put together."""
+
+import io
+import re
+from dataclasses import dataclass
+from typing import BinaryIO
+
+# What programs write as the length of a WAV file before they know it is this or more.
+UNKNOWN_BYTES = 0x7FFF0000
+# A chunk's name. Samples hardly ever look like one: all four bytes would have to be letters.
+CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
+# Tags that players append to any format.
+TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
+# Fewer bytes than this after the audio are not audio.
+FEW_BYTES = 16
+
+Span = tuple[int, int]
+
+
+@dataclass
+class Stream:
+    """One recording of a file.
+
+    Attributes:
+        spans: bytes [start, stop) of the file that hold it, in order.
+        header: bytes to put before them.
+        is_file: the file as it is, so that a decoder can open it by itself.
+        problem: what is wrong with it; None if it is whole.
+        by_name: libsndfile reads this format (MPEG audio) right from a named file only.
+    """
+
+    spans: list[Span]
+    header: bytes = b""
+    is_file: bool = False
+    problem: str | None = None
+    by_name: bool = False
+
+
+class Splice(io.RawIOBase):
+    """A stream of a file, as a file.
+
+    Args:
+        file: what the spans are of; its position changes.
+        stream: which bytes.
+    """
+
+    def __init__(self, file: BinaryIO, stream: Stream) -> None:
+        self._file = file
+        self._header = stream.header
+        self._spans = stream.spans
+        self._length = len(stream.header) + sum(stop - start for start, stop in stream.spans)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        size = max(0, self._length - self._position) if size < 0 else size
+        pieces = []
+        while size:
+            piece = self._next(size)
+            if not piece:
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def readinto(self, buffer) -> int:  # any writable buffer
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _next(self, size: int) -> bytes:
+        if self._position < len(self._header):
+            return self._header[self._position : self._position + size]
+        at = self._position - len(self._header)
+        for start, stop in self._spans:
+            if at < stop - start:
+                self._file.seek(start + at)
+                return self._file.read(min(size, stop - start - at))
+            at -= stop - start
+        return b""
+
+
+class Window:
+    """Random access to a file in few reads."""
+
+    BLOCK = 1 << 18
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self._start, self._block = 0, b""
+
+    def at(self, position: int, count: int) -> bytes:
+        """Return up to `count` bytes at `position`."""
+        offset = position - self._start
+        if offset < 0 or offset + count > len(self._block):
+            self.file.seek(position)
+            self._start, self._block, offset = position, self.file.read(max(count, self.BLOCK)), 0
+        return self._block[offset : offset + count]
+
+    def find(self, pattern: bytes, position: int, stop: int | None = None) -> int:
+        """Return where `pattern` begins at or after `position`; -1 if it does not."""
+        stop = self.size if stop is None else min(stop, self.size)
+        while position < stop:
+            block = self.at(position, self.BLOCK)
+            index = block.find(pattern)
+            if index >= 0:
+                return position + index if position + index < stop else -1
+            if len(block) < len(pattern):
+                return -1
+            position += len(block) - len(pattern) + 1
+        return -1
+
+    def is_zero(self, start: int, stop: int) -> bool:
+        """Return whether all bytes [start, stop) are 0."""
+        while start < stop:
+            block = self.at(start, min(self.BLOCK, stop - start))
+            if not block or block.strip(b"\0"):
+                return False
+            start += len(block)
+        return True
+
+
+def whole_file(size: int, problem: str | None = None) -> Stream:
+    return Stream([(0, size)], is_file=True, problem=problem)
+
+
+def cut_short(promised: int, available: int) -> str:
+    return f"was cut short: its header promises {promised} bytes, {available} are there"
+
+
+def goes_on(rest: bytes) -> bool:
+    """Return whether samples follow those that a WAV header declares, by the first bytes after them.
+
+    They do not where a chunk, another file or a tag begins, or where next to nothing follows.
+    """
+    return len(rest) >= FEW_BYTES and not CHUNK_NAME.match(rest) and not rest.startswith(TAGS)

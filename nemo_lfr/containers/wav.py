@@ -1,0 +1,259 @@
+"""WAV: RIFF, RIFX, RF64 and BW64 files, from a disk or through a pipe."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nemo_lfr.containers.stream import (
+    CHUNK_NAME,
+    FEW_BYTES,
+    UNKNOWN_BYTES,
+    Span,
+    Stream,
+    Window,
+    cut_short,
+    goes_on,
+    whole_file,
+)
+
+
+def is_wav(head: bytes, _: Window) -> bool:
+    return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
+
+
+@dataclass
+class WavHeader:
+    """The chunks of a WAV file before its samples.
+
+    Attributes:
+        magic: of the file.
+        format: the whole `fmt ` chunk.
+        data_size: bytes of samples, as the header has it.
+        long_size: the same of RF64's `ds64` chunk; None if there is none.
+    """
+
+    magic: bytes
+    format: bytes = b""
+    data_size: int = 0
+    long_size: int | None = None
+
+    @property
+    def order(self) -> str:
+        """Byte order, as `struct` spells it."""
+        return ">" if self.magic == b"RIFX" else "<"
+
+    @property
+    def declared(self) -> int:
+        """Bytes of samples that are promised."""
+        if self.data_size == 0xFFFFFFFF and self.long_size is not None:
+            return self.long_size
+        return self.data_size
+
+    def is_unknown(self, available: int | None) -> bool:
+        """Return whether the header leaves the length open, where `available` bytes follow, if that is known."""
+        declared = self.declared
+        if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
+            return True
+        return declared >= UNKNOWN_BYTES and (available is None or declared > available)
+
+    def rebuilt(self, size: int | None) -> bytes:
+        """Return a header for `size` bytes of samples; for as many as come if None."""
+        pad = b"\0" * (len(self.format) % 2)
+        chunk = struct.pack(f"{self.order}4sI", b"fmt ", len(self.format)) + self.format + pad
+        if size is None:
+            magic = self.magic if self.magic == b"RIFX" else b"RIFF"
+            start = struct.pack(f"{self.order}4sI4s", magic, 0xFFFFFFFF, b"WAVE")
+            return start + chunk + struct.pack(f"{self.order}4sI", b"data", 0xFFFFFFFF)
+        total = 4 + len(chunk) + 8 + size
+        if total < 0xFFFFFFF0:
+            magic = self.magic if self.magic == b"RIFX" else b"RIFF"
+            return (
+                struct.pack(f"{self.order}4sI4s", magic, total, b"WAVE")
+                + chunk
+                + struct.pack(f"{self.order}4sI", b"data", size)
+            )
+        long = struct.pack("<4sIQQQI", b"ds64", 28, total + 36, size, 0, 0)
+        return (
+            struct.pack("<4sI4s", b"RF64", 0xFFFFFFFF, b"WAVE")
+            + long
+            + chunk
+            + struct.pack("<4sI", b"data", 0xFFFFFFFF)
+        )
+
+
+def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, bytes]:
+    """Read a WAV file up to its first sample.
+
+    Args:
+        read: returns the next bytes, as many as it is asked for unless the file ends.
+
+    Returns:
+        The header, or None where it is not one or holds no samples; and what was read.
+    """
+    taken = bytearray(read(12))
+    header = WavHeader(bytes(taken[:4]))
+    if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # the head decides
+        return None, bytes(taken)
+    while len(taken) < 1 << 26:
+        start = read(8)
+        taken += start
+        if len(start) < 8:
+            break
+        name, size = start[:4], struct.unpack(f"{header.order}I", start[4:])[0]
+        if name == b"data":
+            header.data_size = size
+            return (header if header.format else None), bytes(taken)
+        if size > 1 << 26:
+            break
+        body = read(size + size % 2)
+        taken += body
+        _note(header, name, body[:size])
+    return None, bytes(taken)
+
+
+def _note(header: WavHeader, name: bytes, body: bytes) -> None:
+    if name == b"fmt " and not header.format:
+        header.format = body
+    elif name == b"ds64" and len(body) >= 16:
+        header.long_size = struct.unpack_from("<Q", body, 8)[0]
+
+
+class WavSamples:
+    """Filter that keeps the samples of a WAV file that comes in through a pipe, by the rules for files.
+
+    Args:
+        header: what was read before the first sample.
+        header_size: its bytes.
+
+    Attributes:
+        problem: what is wrong with the file, once `finish` was called; None if it is whole.
+    """
+
+    def __init__(self, header: WavHeader, header_size: int) -> None:
+        self._order = header.order
+        self._declared = header.declared
+        self._left: int | None = None if header.is_unknown(None) else header.declared
+        self._odd = header.declared % 2
+        self._held = b""
+        self._zeros: int | None = None
+        self._skip = 0
+        self._done = False
+        self._total = header_size
+        self.problem: str | None = None
+
+    def push(self, piece: bytes) -> bytes:
+        """Take the next bytes of the file; return the samples among them."""
+        self._total += len(piece)
+        return self._filter(self._held + piece, last=False)
+
+    def finish(self) -> bytes:
+        """Take the end of the file; return the samples that are left."""
+        samples = self._filter(self._held, last=True)
+        counted = self._declared in (self._total, self._total - 8)  # some recorders count the header as well
+        if self._left and not self._done and not counted:
+            self.problem = cut_short(self._declared, self._declared - self._left)
+        return samples
+
+    def _filter(self, data: bytes, last: bool) -> bytes:
+        samples = []
+        self._held = b""
+        while data and not self._done:
+            if self._skip:
+                skipped = min(self._skip, len(data))
+                data, self._skip = data[skipped:], self._skip - skipped
+            elif self._zeros is not None:
+                if not data.strip(b"\0"):
+                    self._zeros += len(data)
+                    break
+                samples.append(bytes(self._zeros))
+                self._zeros = self._left = None
+            elif self._left is None:
+                samples.append(data)
+                break
+            elif self._left:
+                samples.append(data[: self._left])
+                data, self._left = data[self._left :], self._left - len(samples[-1])
+            elif len(data) < FEW_BYTES + 2 and not last:
+                self._held = data
+                break
+            else:
+                data = self._next_chunk(data)
+        return b"".join(samples)
+
+    def _next_chunk(self, data: bytes) -> bytes:
+        """Decide what follows samples or a chunk; return the data behind what was understood."""
+        if goes_on(data) and goes_on(data[self._odd :]):
+            self._zeros = 0
+            return data
+        if not CHUNK_NAME.match(data):
+            data = data[self._odd :]
+        if len(data) < 8 or not CHUNK_NAME.match(data):
+            self._done = True
+            return b""
+        name, size = struct.unpack(f"{self._order}4sI", data[:8])
+        if name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and data[8:12] == b"WAVE":
+            self._done = True
+            self.problem = "holds several recordings; give it as a file to encode all of them"
+        elif name == b"data":
+            self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
+        else:
+            self._skip, self._odd = size, size % 2
+        return data[8:]
+
+
+def wav_streams(window: Window, start: int = 0) -> list[Stream]:
+    size = window.size
+    header = WavHeader(window.at(start, 4))
+    spans: list[Span] = []
+    problem, exact, following = None, True, None
+    position = start + 12
+    while position + 8 <= size:
+        name, length = struct.unpack(f"{header.order}4sI", window.at(position, 8))
+        begin = position + 8
+        if spans and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and window.at(begin, 4) == b"WAVE":
+            following = position
+            break
+        if not CHUNK_NAME.match(name):
+            break
+        if name != b"data":
+            _note(header, name, window.at(begin, length) if name in (b"fmt ", b"ds64") else b"")
+            position = _after(window, begin, length)
+            exact = exact and (bool(spans) or position == begin + length + length % 2)
+            continue
+        header.data_size = length
+        stop, problem, is_exact = _wav_data(window, header, start, begin)
+        exact = exact and is_exact and not spans
+        spans.append((begin, stop))
+        position = _after(window, begin, stop - begin)
+    if not spans or not header.format:
+        return []
+    length = sum(stop - begin for begin, stop in spans)
+    if exact and start == 0 and following is None:
+        return [whole_file(size, problem)]
+    streams = [Stream(spans, header.rebuilt(length), problem=problem)]
+    return streams if following is None else streams + wav_streams(window, following)
+
+
+def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
+    """Return where samples that begin at `begin` end, what is wrong, and whether the header says the same."""
+    available, declared = window.size - begin, header.declared
+    if header.is_unknown(available):
+        return window.size, None, False
+    if declared > available:
+        # Some recorders count the header as well.
+        counted = declared in (window.size - start, window.size - start - 8)
+        return window.size, None if counted else cut_short(declared, available), False
+    stop = begin + declared
+    rest = window.at(stop, 256)
+    if goes_on(rest) and goes_on(rest[declared % 2 :]) and not window.is_zero(stop, window.size):
+        return window.size, None, False
+    return stop, None, True
+
+
+def _after(window: Window, begin: int, length: int) -> int:
+    """Return where the next chunk begins; some writers leave out the padding of an odd one."""
+    position = begin + length
+    padded = position + length % 2
+    if padded != position and CHUNK_NAME.match(window.at(position, 4)) and window.at(position, 1) != b"\0":
+        return position
+    return padded
