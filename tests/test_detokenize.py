@@ -208,7 +208,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
     "line: not JSON": ("manifest", lambda f: edit_manifest(f, lambda line: "not json"), 2, "utterance 0"),
     "line: a list": ("lfr", lambda f: edit_manifest(f, lambda line: "[]"), 2, "utterance 0"),
     "line: deep": ("lfr", lambda f: edit_manifest(f, lambda line: "[" * 99999), 2, "utterance 0"),
-    "line: no id": ("manifest", lambda f: edit_manifest(f, lambda line: line.pop("id")), 2, "missing"),
+    "line: no id": ("manifest", lambda f: edit_manifest(f, lambda line: line.pop("id") and None), 2, "missing"),
     "line: id 7": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(id=7)), 2, "its id is 7"),
     "line: num_samples x": (
         "manifest",

@@ -24,7 +24,7 @@ from tests.models import RATE, synthesize
 pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-PATIENCE = 120  # seconds, for a machine that is busy; a process that is left would stay for ever
+PATIENCE = 300  # seconds, for a machine that is busy; a process that is left would stay for ever
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path
         "computing": lambda: any((out / ".tokenize").glob("staging/*")),
     }[moment]
     wait_until(lambda: driver.poll() is not None or reached(), moment)
+    assert driver.poll() is None
     driver.kill()
     driver.wait()
     wait_until(lambda: not carriers(variable), f"left: {carriers(variable)}")
@@ -105,7 +106,7 @@ def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path
 
 @in_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["gcs_server", "raylet", "ray::"])
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
 def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp_path):
     pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
     variable = f"TEST_RUN={tmp_path}"
@@ -124,6 +125,7 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
         return False
 
     wait_until(lambda: driver.poll() is not None or is_there(), process)
+    assert driver.poll() is None
     driver.kill()
     driver.wait()
     wait_until(lambda: not carriers(variable), f"left: {carriers(variable)}")
