@@ -13,7 +13,8 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.atomic import open_aside
-from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_streams
+from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream
+from nemo_lfr.containers.cache import cached_streams
 from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
 from nemo_lfr.media import MediaDecoder, looks_like_media
 
@@ -164,7 +165,7 @@ class AudioReader:
             raise AudioError(f"{self.name}: {_not_a_file(self.path)}.")
         self._source: BinaryIO | None = None
         self._decoder: Decoder | None = None
-        self._spooled: IO[bytes] | None = None
+        self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
         self._counts: dict[int, int] = {}
         try:
@@ -174,14 +175,16 @@ class AudioReader:
             else:
                 self._pipe = None
                 self._source = io.BytesIO(data) if data is not None else self.path.open("rb")
-                self._streams = find_streams(self._source)
+                self._streams = cached_streams(self._source)
             if problem := next((stream.problem for stream in self._streams if stream.problem), None):
                 raise AudioError(f"{problem}.")
             first = self._open(0)
             self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
-        except (AudioError, MissingExtraError, OSError) as error:
+        except BaseException as error:
             self.close()
+            if not isinstance(error, AudioError | MissingExtraError | OSError):
+                raise
             reason = (error.strerror or str(error)) + "." if isinstance(error, OSError) else str(error)
             kind = MissingExtraError if isinstance(error, MissingExtraError) else AudioError
             raise kind(f"{self.name}: {reason}") from error
@@ -194,9 +197,11 @@ class AudioReader:
 
     def close(self) -> None:
         """Close the file; a reader may be closed more than once."""
-        for opened in (self._decoder, self._source, self._spooled):
+        for opened in (self._decoder, self._source):
             if opened is not None:
                 opened.close()
+        if self._spooled is not None:
+            self._spooled.cleanup()
         self._decoder = self._source = self._spooled = None
 
     @property
@@ -234,12 +239,14 @@ class AudioReader:
     def _spool(self, source: BinaryIO | Splice) -> str:
         """Copy a stream into a temporary file, and return its name."""
         if self._spooled is not None:
-            self._spooled.close()
-        self._spooled = tempfile.NamedTemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  closed with the reader
-        while piece := source.read(1 << 20):
-            self._spooled.write(piece)
-        self._spooled.flush()
-        return self._spooled.name
+            self._spooled.cleanup()
+        # A folder: Windows does not let libsndfile open a file that is still open here.
+        self._spooled = tempfile.TemporaryDirectory(prefix="nemo-lfr-")
+        path = os.path.join(self._spooled.name, "audio")
+        with open(path, "wb") as file:
+            while piece := source.read(1 << 20):
+                file.write(piece)
+        return path
 
     def _second_opinion(self, error: Exception) -> Decoder:
         """Open with FFmpeg what libsndfile refuses."""

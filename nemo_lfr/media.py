@@ -7,7 +7,6 @@ import numpy as np
 
 from nemo_lfr.errors import AudioError, MissingExtraError, clip
 
-SUFFIXES = (".m4a", ".mp4", ".m4b", ".mov", ".3gp", ".webm", ".mka", ".mkv", ".aac", ".wma", ".asf", ".amr", ".weba")
 # FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg"
 
@@ -19,9 +18,7 @@ def looks_like_media(head: bytes) -> bool:
     """Return whether the first 16 bytes of a file are those of a container for which this module is there."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-        or head.startswith(
-            (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba")
-        )
+        or head.startswith(_MAGIC)
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
     )
@@ -52,6 +49,7 @@ class MediaDecoder:
             raise MissingExtraError('PyAV is not installed; run: pip install ".[media]"') from error
         self._av: Any = av
         self._source = source
+        self._container: Any = None
         self._open()
 
     def _open(self) -> None:
@@ -73,6 +71,7 @@ class MediaDecoder:
             layout = track.layout.name
             self._resampler = self._av.AudioResampler(format="flt", layout=layout, rate=self.rate)
         except (self._av.FFmpegError, ValueError, OSError, MemoryError) as error:
+            self.close()
             if isinstance(error, AudioError):
                 raise
             raise AudioError(_reason(error)) from error
@@ -113,13 +112,14 @@ class MediaDecoder:
     def seek(self, position: int) -> None:
         """Go to a sample, by decoding what is before it: the only way that is exact in every container."""
         if position < self._position:
-            self._container.close()
+            self.close()
             self._open()
         while self._position < position and len(self.read(min(1 << 16, position - self._position))):
             pass
 
     def close(self) -> None:
-        self._container.close()
+        if self._container is not None:
+            self._container.close()
 
 
 def _reason(error: Exception) -> str:

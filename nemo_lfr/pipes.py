@@ -125,11 +125,12 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
     head += source.read(SNIFFED_BYTES)
     if not _may_be_audio(head):
         raise AudioError("stdin: not an audio file: it begins like no known format; pipe in WAV, FLAC, Ogg or MP3.")
-    with tempfile.NamedTemporaryFile(prefix="nemo-lfr-") as file:
-        file.write(head)
-        shutil.copyfileobj(source, file)
-        file.flush()
-        with AudioReader(file.name, sample_rate, name="stdin") as reader:
+    with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
+        path = Path(folder, "stdin")
+        with open(path, "wb") as file:
+            file.write(head)
+            shutil.copyfileobj(source, file)
+        with AudioReader(path, sample_rate, name="stdin") as reader:
             yield reader
 
 

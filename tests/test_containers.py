@@ -1,15 +1,18 @@
 """Files whose headers are wrong: all that can be decoded is read, or the error says what is missing."""
 
 import io
+import os
 import shutil
 import struct
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import soundfile
 
 from nemo_lfr.audio import AudioReader
+from nemo_lfr.containers import cache, find_streams
 from nemo_lfr.errors import AudioError
 from tests.models import synthesize
 
@@ -227,6 +230,56 @@ def test_mp3_with_tags_around_it_is_read_once():
     expected = read(data)
     assert np.array_equal(read(tag + data + b"TAG".ljust(128, b"\0")), expected)
     assert len(read(tag + data + tag + data)) == 2 * len(expected)
+
+
+def test_thousands_of_joined_recordings_are_read():
+    assert len(read(written(WAVE[:10]) * 2500)) == 25000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b".snd",
+        b"dns.\0",
+        b"FORM\0\0\0\0AIFF",
+        b"caff\0\1\0\0data",
+        b"riff",
+        b"OggS",
+        b"fLaC\0\0\0\x22" + bytes(34),
+        b"ID3",
+        b"RIFX\0\0\0\0WAVEfmt \0\0\0\0data\0\0\0\0",
+        b"RIFF\0\0\0\0WAVEfmt \xf0\xff\xff\xff" + bytes(40),
+        written(format="MP3") + written(format="MP3")[:18],
+    ],
+)
+def test_a_header_that_ends_too_early_is_no_other_error(data):
+    try:
+        read_any(data)
+    except AudioError as error:
+        assert str(error).startswith("a.wav: ")
+
+
+def test_a_file_is_scanned_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    scans = []
+    monkeypatch.setattr(cache, "find_streams", lambda file: scans.append(1) or find_streams(file))
+    path = tmp_path / "a.flac"
+
+    def scan(data, age):
+        path.write_bytes(data)
+        os.utime(path, (time.time() - age,) * 2)
+        counts = []
+        for _ in range(3):
+            with AudioReader(path, RATE) as reader:
+                counts.append(sum(map(len, reader.blocks())))
+        assert len(set(counts)) == 1
+        return counts[0]
+
+    assert scan(flac(), age=60) == len(WAVE)
+    assert len(scans) == 1
+    assert scan(flac() + flac(OTHER), age=30) == len(WAVE) + len(OTHER)
+    assert len(scans) == 2
+    assert scan(flac(), age=0) == len(WAVE)  # it could change again within the resolution of its time
+    assert len(scans) == 5
 
 
 EMPTY = {

@@ -31,7 +31,7 @@ def flac_streams(window: Window) -> list[Stream]:
 
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> int | None:
     """Return the samples of a FLAC stream, by its last frame; None if that is not whole."""
-    if window.at(stop - 128, 3) == b"TAG":
+    if stop - start > 128 and window.at(stop - 128, 3) == b"TAG":
         stop -= 128
     begin = max(start + 42, stop - MAX_FRAME)
     tail = window.at(begin, stop - begin)

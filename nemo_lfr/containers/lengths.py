@@ -4,6 +4,8 @@ import struct
 
 from nemo_lfr.containers.stream import CHUNK_NAME, UNKNOWN_BYTES, Stream, Window, cut_short, goes_on, whole_file
 
+AU_HEADER = 24  # bytes
+
 
 def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], window: Window) -> list[Stream]:
     """Return the file with some bytes of its header replaced."""
@@ -17,6 +19,8 @@ def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], w
 
 
 def au_streams(window: Window) -> list[Stream]:
+    if window.size < AU_HEADER:
+        return []
     order = ">" if window.at(0, 4) == b".snd" else "<"
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset

@@ -143,10 +143,10 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
-    if tag[:4] in (b"Xing", b"Info"):
+    if len(tag) == 12 and tag[:4] in (b"Xing", b"Info"):
         flags, count = struct.unpack(">II", tag[4:12])
         return count if flags & 1 else 0
-    if frame_bytes[36:40] == b"VBRI":
+    if len(frame_bytes) >= 54 and frame_bytes[36:40] == b"VBRI":
         return struct.unpack(">I", frame_bytes[50:54])[0]
     return None
 

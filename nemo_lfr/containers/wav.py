@@ -16,6 +16,9 @@ from nemo_lfr.containers.stream import (
     whole_file,
 )
 
+# Bytes of a chunk that describes samples; the header of a damaged file may claim gigabytes.
+MAX_HEADER_CHUNK = 1 << 16
+
 
 def is_wav(head: bytes, _: Window) -> bool:
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
@@ -201,7 +204,17 @@ class WavSamples:
         return data[8:]
 
 
-def wav_streams(window: Window, start: int = 0) -> list[Stream]:
+def wav_streams(window: Window) -> list[Stream]:
+    streams: list[Stream] = []
+    start: int | None = 0
+    while start is not None:
+        recording, start = _recording(window, start)
+        streams += recording
+    return streams
+
+
+def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
+    """Return the recording that begins at `start`, if there is one, and where the next one begins."""
     size = window.size
     header = WavHeader(window.at(start, 4))
     spans: list[Span] = []
@@ -216,7 +229,8 @@ def wav_streams(window: Window, start: int = 0) -> list[Stream]:
         if not CHUNK_NAME.match(name):
             break
         if name != b"data":
-            _note(header, name, window.at(begin, length) if name in (b"fmt ", b"ds64") else b"")
+            is_read = name in (b"fmt ", b"ds64")
+            _note(header, name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
             position = _after(window, begin, length)
             exact = exact and (bool(spans) or position == begin + length + length % 2)
             continue
@@ -226,12 +240,11 @@ def wav_streams(window: Window, start: int = 0) -> list[Stream]:
         spans.append((begin, stop))
         position = _after(window, begin, stop - begin)
     if not spans or not header.format:
-        return []
-    length = sum(stop - begin for begin, stop in spans)
+        return [], None
     if exact and start == 0 and following is None:
-        return [whole_file(size, problem)]
-    streams = [Stream(spans, header.rebuilt(length), problem=problem)]
-    return streams if following is None else streams + wav_streams(window, following)
+        return [whole_file(size, problem)], None
+    length = sum(stop - begin for begin, stop in spans)
+    return [Stream(spans, header.rebuilt(length), problem=problem)], following
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
