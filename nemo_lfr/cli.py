@@ -173,10 +173,10 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
 
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
-    kept = [job for job in jobs if skip_existing and job.target.is_file()]
+    kept = {job for job in jobs if skip_existing and job.target.is_file()}
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(jobs)} results exist and are kept.")
-    left = [job for job in jobs if job not in set(kept)]
+    left = [job for job in jobs if job not in kept]
     names: dict[Path, list[str]] = {}
     for job in left:
         names.setdefault(job.target.parent, []).append(job.target.name)
@@ -340,7 +340,7 @@ def describe(text: str | None) -> dict[str, Any]:
     Raises:
         NemoLfrError: if it is nothing that this package reads.
     """
-    path = None if text is None else Path(text).expanduser()
+    path = None if text is None else Path(os.path.expanduser(text))
     if path is None or not os.path.lexists(path):
         if path is not None and path.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
             raise NemoLfrError(f"{path}: no such file.")

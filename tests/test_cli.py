@@ -161,6 +161,8 @@ def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, f
         assert code == 0, err
         for word in words:
             assert word in out
+    code, _, err = run(capsys, "info", "~nobody-has-this-name/a")
+    assert code == 2 and err.startswith("nemo-lfr: error: ~nobody-has-this-name/a: no such file")
 
 
 @pytest.mark.parametrize(("command", "source", "out"), [("encode", "a.wav", "T.lfr"), ("decode", "a.lfr", "b.flac")])
