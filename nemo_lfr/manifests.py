@@ -56,8 +56,8 @@ def read_manifest(
     Raises:
         ConfigError: if the manifest cannot be read, or none of its lines can be used.
     """
-    path = Path(path).expanduser()
-    folder = path.parent if audio_dir is None else Path(audio_dir)
+    path = expand_home(path)
+    folder = path.parent if audio_dir is None else expand_home(audio_dir)
     on_bad_line = on_bad_line or _warn
     recordings = []
     problems = []
@@ -96,18 +96,15 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
         raise TypeError(f"the path of its audio is {clip(name)}, not text")
     if not name or "\0" in name:
         raise ValueError(f"{clip(name)!r} is not the name of a file")
-    for part in Path(name).parts:
+    for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
         if (length := len(os.fsencode(part))) > MAX_NAME:
             raise ValueError(f"{clip(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}")
-    return expand_home(folder) / expand_home(name)
+    return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
 
 
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """Expand `~` and `~user`; a name that merely begins with it stays as it is."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # nobody has this name
-        return Path(path)
+    return Path(os.path.expanduser(path))  # and not Path.expanduser, which raises for a user that nobody is
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:

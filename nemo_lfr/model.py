@@ -422,7 +422,7 @@ class LFRCodecModel(TrainingSteps):
 
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole."""
-        path = Path(save_path).expanduser().absolute()
+        path = Path(os.path.expanduser(save_path)).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_folder(path.parent) as folder:
             aside = Path(folder, path.name)

@@ -93,6 +93,8 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
     (recording,) = read_manifest("~/m.json", "~/audio")
     assert recording.path == tmp_path / "audio" / "a.wav" and recording.name == Path("a.wav")
     assert read_manifest("~/m.json")[0].path == tmp_path / "a.wav"
+    with pytest.raises(ConfigError, match=r"~nobody-has-this-name.m\.json: the manifest cannot be read"):
+        read_manifest("~nobody-has-this-name/m.json")
 
 
 def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
