@@ -165,8 +165,7 @@ class _Walk:
         if hidden or (is_folder and entry.name.lower() in SYSTEM_FOLDERS):
             self.passed["hidden or system folders" if is_folder else "hidden files"] += 1
         elif is_folder:
-            assert status is not None
-            self._enter(entry, _identity(status))
+            self._enter(entry)
         elif suffix not in self.suffixes:
             if suffix not in self.silent_suffixes:
                 self.passed[clip(suffix, 16) if suffix else "without a suffix"] += 1
@@ -175,10 +174,12 @@ class _Walk:
         else:
             self.passed["pipes, sockets or devices"] += 1
 
-    def _enter(self, entry: "os.DirEntry[str]", identity: tuple[int, int]) -> None:
+    def _enter(self, entry: "os.DirEntry[str]") -> None:
         if entry.is_symlink():
             self._links.append(entry.path)
-        elif identity in self._seen:
+            return
+        identity = _identity(os.stat(entry.path))  # on Windows, that of the entry is always 0
+        if identity in self._seen:
             self.passed["folders reached twice"] += 1
         else:
             self._seen.add(identity)

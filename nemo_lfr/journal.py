@@ -24,9 +24,13 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
-        with naming(self.path):
-            self._file.write("\n")  # ends a line that was cut off
-            self._file.flush()
+        try:
+            with naming(self.path):
+                self._file.write("\n")  # ends a line that was cut off
+                self._file.flush()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

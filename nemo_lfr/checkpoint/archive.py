@@ -4,7 +4,6 @@ import bz2
 import gzip
 import lzma
 import os
-import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import IO, Any, cast
 from nemo_lfr.checkpoint.source import ByteSource, FileSource, MemorySource, file_state
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
 # Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.
@@ -51,7 +51,7 @@ def read_members(path: Path) -> Members:
     try:
         if path.is_dir():
             return _read_folder(path)
-        with _open_regular(path) as file:
+        with open_regular(path, CheckpointError) as file:
             return _read_members(path, file)
     except CheckpointError:
         raise
@@ -64,25 +64,18 @@ def read_members(path: Path) -> Members:
         raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
 
 
-def _open_regular(path: Path) -> IO[bytes]:
-    """Open a file at once: a named pipe would be waited for, and reading a device may have no end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise CheckpointError(f"{path}: not a regular file; give a .nemo or .ckpt file.")
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-
-
 def _read_folder(folder: Path) -> Members:
     """The contents of an unpacked `.nemo`."""
     config = folder / CONFIG_MEMBER
     for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
         if not os.path.exists(folder / name):
             raise CheckpointError(f"{folder}: is a folder without {name}; give a .nemo or .ckpt file.")
-    with _open_regular(config) as file:
+    with open_regular(config, CheckpointError) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{config}: is larger than {MAX_CONFIG_BYTES} bytes.")
     weights = folder / WEIGHTS_MEMBER
-    with _open_regular(weights) as file:
+    with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:
             raise CheckpointError(f"{weights}: the file is empty; download it again.")

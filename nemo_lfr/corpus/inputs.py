@@ -37,6 +37,7 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.folders import find_files
 from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.text import UTF16_MARKS, is_missing
 
@@ -504,12 +505,8 @@ def _noted(table: Table, is_driver: bool) -> Table:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files below a folder, but none that is hidden, as what a Mac leaves beside each file."""
-    return [
-        file
-        for file in sorted(folder.rglob("*.parquet"))
-        if file.is_file() and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
-    ]
+    """Return the Parquet files below a folder, as `find_files` walks it."""
+    return find_files(folder, {".parquet"}, report=lambda _: None)
 
 
 def split_of(path: Path) -> str | None:
