@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +80,14 @@ BROKEN = {
     "of text": b"hello",
     "without samples": np.zeros(0, np.float32),
     "of NaN": np.full(RATE, np.nan, np.float32),
+    "that needs an extra": b"\0\0\0\x20ftypM4A " + bytes(500),
 }
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "cut short"])
-def test_a_broken_file_is_named_once_and_another_taken(tmp_path, caplog, kind):
+def test_a_broken_file_is_named_once_and_another_taken(tmp_path, caplog, kind, monkeypatch):
     """Stock stops, or trains on half a file in silence."""
+    monkeypatch.setitem(sys.modules, "av", None)
     good = synthesize(1)
     meta = corpus(tmp_path, {"bad.wav": BROKEN.get(kind, good), "good.wav": good}, subtype="FLOAT", duration=1.0)
     if kind == "missing":

@@ -117,6 +117,17 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
     assert "(2)" in result["failures"]
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_file_that_needs_an_extra_costs_itself_alone(tmp_path, monkeypatch, check):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "corpus").mkdir()
+    soundfile.write(tmp_path / "corpus" / "a.wav", synthesize(1), RATE)
+    (tmp_path / "corpus" / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", check=check)
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.m4a" and "media extra" in failure["reason"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
 def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
     (tmp_path / "corpus").mkdir()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from nemo_lfr.audio import AudioReader, check_rate
-from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
 from nemo_lfr.manifests import Recording, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class CodecDataset(Dataset):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
                 audio = self._read(recording, place)
-            except (AudioError, OSError) as error:
+            except (NemoLfrError, OSError) as error:  # of a format that needs an extra, too
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
                     logger.warning("passed by, the next recording is taken: %s", error)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.corpus.layouts import LAYOUTS, SPLITS, Utterance, hold_out
-from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.journal import Journal, Progress, write_text
 
 FAILURES = "failures.jsonl"
@@ -135,7 +135,7 @@ def _duration(path: Path) -> float | str:
             if reader.duration <= 0:
                 return "holds no samples"
             return round(reader.duration, 4)
-    except (AudioError, OSError) as error:
+    except (NemoLfrError, OSError) as error:
         return str(error).removeprefix(f"{path}: ")
 
 
@@ -146,7 +146,7 @@ def _decoded_duration(path: Path) -> float | str:
             reader.sample_rate = reader.native_rate  # resampling would only take time
             num_samples = sum(len(block) for block in reader.blocks())
             return round(num_samples / reader.native_rate, 4) if num_samples else "holds no samples"
-    except (AudioError, OSError) as error:
+    except (NemoLfrError, OSError) as error:
         return str(error).removeprefix(f"{path}: ")
 
 
