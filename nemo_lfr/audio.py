@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.atomic import open_aside
-from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream
+from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_mpeg
 from nemo_lfr.containers.cache import cached_streams
 from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
 from nemo_lfr.media import MediaDecoder, looks_like_media
@@ -161,8 +161,8 @@ class AudioReader:
         self.sample_rate = sample_rate
         self.problem_at_end: Callable[[], str | None] = lambda: None
         self.samples_read = 0
-        if data is None and not self.path.is_file():
-            raise AudioError(f"{self.name}: {_not_a_file(self.path)}.")
+        if data is None and (problem := _not_a_file(self.path)):
+            raise AudioError(f"{self.name}: {problem}.")
         self._source: BinaryIO | None = None
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
@@ -179,6 +179,8 @@ class AudioReader:
             if problem := next((stream.problem for stream in self._streams if stream.problem), None):
                 raise AudioError(f"{problem}.")
             first = self._open(0)
+            if isinstance(first, SndfileDecoder) and not first.is_exact and not self._streams[0].by_name:
+                first = self._open_mpeg(first)
             self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
         except BaseException as error:
@@ -232,9 +234,18 @@ class AudioReader:
         try:
             self._decoder = SndfileDecoder(source)
         except (soundfile.LibsndfileError, TypeError) as error:
-            self._decoder = self._second_opinion(error)
+            self._decoder = self._second_opinion(error, stream)
         self._index = index
         return self._decoder
+
+    def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
+        """Open MPEG audio that begins with something else, where libsndfile would guess how long it is."""
+        if self._source is None or not (found := find_mpeg(self._source)):
+            return first
+        self._streams = found
+        if problem := next((stream.problem for stream in found if stream.problem), None):
+            raise AudioError(f"{problem}.")
+        return self._open(0)
 
     def _spool(self, source: BinaryIO | Splice) -> str:
         """Copy a stream into a temporary file, and return its name."""
@@ -248,17 +259,18 @@ class AudioReader:
                 file.write(piece)
         return path
 
-    def _second_opinion(self, error: Exception) -> Decoder:
-        """Open with FFmpeg what libsndfile refuses."""
+    def _second_opinion(self, error: Exception, stream: Stream) -> Decoder:
+        """Open with FFmpeg a stream that libsndfile refuses."""
         refused = AudioError(f"not an audio file that libsndfile reads ({_reason(error)}).")
         if self._source is None:
             raise refused from error
-        self._source.seek(0)
-        head = self._source.read(16)
+        source: Any = self._source if stream.is_file else Splice(self._source, stream)
+        source.seek(0)
+        head = source.read(16)
         if not (looks_like_media(head) or head[:4] in DISPUTED):
             raise refused from error
         try:
-            return MediaDecoder(self._source)
+            return MediaDecoder(source)
         except MissingExtraError as missing:
             if not looks_like_media(head):
                 raise refused from error
@@ -458,9 +470,9 @@ class _Sink:
 
 def refuse_overwrite(path: Path, overwrite: bool) -> None:
     """Raise unless `path` is free, or is a file that may be replaced."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise NemoLfrError(f"{path} is a folder, where a file is to be written; choose another name.")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
 
 
@@ -470,7 +482,12 @@ def refuse_itself(source: str | os.PathLike[str], target: str | os.PathLike[str]
         raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
 
 
-def _not_a_file(path: Path) -> str:
+def _not_a_file(path: Path) -> str | None:
+    try:
+        if path.is_file():
+            return None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds NUL
+        return getattr(error, "strerror", None) or str(error)
     if path.is_dir():
         return "is a folder"
     return "is not a file; give a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"

@@ -173,7 +173,7 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
 
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
-    kept = {job for job in jobs if skip_existing and job.target.is_file()}
+    kept = {job for job in jobs if skip_existing and os.path.isfile(job.target)}
     if kept:
         note(f"nemo-lfr: {len(kept)} of {len(jobs)} results exist and are kept.")
     left = [job for job in jobs if job not in kept]
@@ -184,7 +184,17 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
         sweep(folder, own)
     for job in left:
         refuse_overwrite(job.target, overwrite)
+        _refuse_file_as_folder(job.target)
     return left
+
+
+def _refuse_file_as_folder(target: Path) -> None:
+    """Raise if a file lies where a folder of a result is to be."""
+    for folder in target.parents:
+        if os.path.isdir(folder):
+            return
+        if os.path.lexists(folder):
+            raise NemoLfrError(f"{target} cannot be written: {folder} is not a folder; choose another --out.")
 
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
@@ -340,6 +350,8 @@ def describe(text: str | None) -> dict[str, Any]:
     Raises:
         NemoLfrError: if it is nothing that this package reads.
     """
+    if text == "":
+        raise NemoLfrError("'': no such file; the name is empty.")
     path = None if text is None else Path(os.path.expanduser(text))
     if path is None or not os.path.lexists(path):
         if path is not None and path.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:

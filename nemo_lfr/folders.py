@@ -72,6 +72,8 @@ SYSTEM_FOLDERS = frozenset(
         "temporary items",
     }
 )
+# Bytes of a file's name on the file systems of Linux, macOS and Windows.
+MAX_NAME = 255
 NAMED = 5  # kinds of passed-over files, and folders, that the one line lists
 
 

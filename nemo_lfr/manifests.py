@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.folders import MAX_NAME
 from nemo_lfr.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,6 @@ logger = logging.getLogger(__name__)
 MAX_SECONDS = 1e7
 # Hz of a reader that is only asked for a duration.
 HEADER_RATE = 22050
-# Bytes of a file's name on the file systems of Linux, macOS and Windows.
-MAX_NAME = 255
 # What a line raises that is no line of a manifest.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 

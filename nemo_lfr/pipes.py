@@ -110,7 +110,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
             yield reader
         return
     header, head = read_wav_header(source.read)
-    if header is not None:
+    if header is not None and not header.is_mpeg:
         samples = WavSamples(header, len(head))
         rest = source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
         # libsndfile reads WAV from a descriptor without seeking; the samples go through a pipe again.

@@ -295,3 +295,9 @@ def test_a_folder_is_never_replaced_by_a_file(tmp_path):
     with pytest.raises(NemoLfrError, match=r"a\.wav is a folder"):
         AudioWriter(tmp_path / "a.wav", 22050, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".wav", "d/" * 3000 + "a.wav", "a\0b.wav"])
+def test_a_name_that_no_file_has_is_an_error_of_ours(tmp_path, name):
+    with pytest.raises(AudioError):
+        AudioReader(tmp_path / name, 22050)

@@ -189,6 +189,24 @@ def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
     ]
 
 
+def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tmp_path):
+    soundfile.write(folder / ("n" * 252 + ".au"), speech_like(2_000).numpy(), 22050)
+    for options, expected in (([], 1), (["--overwrite"], 1), (["--skip-existing"], 2)):  # the last has one file to do
+        code, _, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", *options)
+        assert code == expected and "File name too long" in err
+        assert (tmp_path / "tokens" / "a.lfr").is_file() and (tmp_path / "tokens" / "deep" / "b.lfr").is_file()
+
+
+@pytest.mark.parametrize("out", ["a.wav/x.lfr", "a.wav/deep/x.lfr", "a.wav/deep"])
+def test_a_file_where_a_folder_is_to_be_is_refused_before_any_work(capsys, folder, out):
+    code, printed, err = run(capsys, "encode", folder / "a.wav", "--out", folder / out)
+    assert (code, printed) == (2, "") and "a.wav is not a folder" in err and "using the small codec" not in err
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys):
+    assert run(capsys, "info", "")[0] == 2
+
+
 def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
     code, out, _ = run(capsys, "demo", "--out", tmp_path)
     assert code == 0

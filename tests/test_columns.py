@@ -238,6 +238,19 @@ def test_a_damaged_file_of_several_is_a_failure(wav, tmp_path):
             clip.audio(RATE, 100)
 
 
+def test_of_two_audio_columns_of_one_name_the_first_is_read(wav, tmp_path):
+    table = pa.table([pa.array([wav.read_bytes()]), pa.array(["elsewhere.wav"])], names=["audio", "audio"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (clip,) = clips_of(tmp_path / "a.parquet")
+    assert len(clip.audio(RATE, 100)) == len(WAVE)
+
+
+def test_audio_files_beside_a_table_are_said_to_be_left_out(wav, tmp_path, caplog):
+    write(tmp_path / "a.parquet", {"audio": [wav.read_bytes()]})
+    assert len(clips_of(tmp_path)) == 1
+    assert "of its 1 audio files, only those that a row names" in caplog.text
+
+
 def test_a_table_of_other_columns_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"no audio column; expected one of audio, .*found \['text'\]"):
         clips_of(write(tmp_path / "a.parquet", {"text": ["a"]}))

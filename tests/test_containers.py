@@ -21,6 +21,9 @@ WAVE = synthesize(1.5, seed=1)
 OTHER = synthesize(0.7, seed=2)
 
 
+ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
+
+
 def written(wave=WAVE, rate=RATE, **options):
     file = io.BytesIO()
     soundfile.write(file, wave, rate, **{"format": "WAV", **options})
@@ -74,12 +77,18 @@ def aiff(zero):
     return patched(data, (common + 10, bytes(4)), (samples + 4, bytes(4)))
 
 
+def aiff_of(length):
+    data = written(format="AIFF")
+    return patched(data, (data.index(b"SSND") + 4, struct.pack(">I", length)))
+
+
 def caf(length):
     data = written(format="CAF", subtype="PCM_16")
     return patched(data, (data.index(b"data") + 4, struct.pack(">q", length)))
 
 
 SIZE = 2 * len(WAVE)
+SILENCE = wav(chunk(b"data", bytes(4000), 0))
 # Files that hold WAVE, sample for sample at 16 bits.
 WHOLE = {
     "plain": wav(chunk(b"data", pcm())),
@@ -111,6 +120,14 @@ WHOLE = {
     "AIFF of length 0": aiff(zero=True),
     "CAF of unknown length": caf(-1),
     "CAF of length 0": caf(0),
+    "CAF of half its length": caf(SIZE // 4 * 2 + 4),
+    "AIFF of half its length": aiff_of(SIZE // 4 * 2 + 8),
+    "FLAC of half its length": patched(flac(), (22, struct.pack(">I", len(WAVE) // 2))),
+    "FLAC with an ID3 tag behind": flac() + b"TAG".ljust(128, b"\0"),
+    "FLAC with an APE tag behind": flac() + b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0) + bytes(8),
+    "FLAC with an ID3 tag before": ID3 + flac(),
+    "FLAC of unknown length with an ID3 tag before": ID3 + flac(known=False),
+    "WAV with an ID3 tag before": ID3 + wav(chunk(b"data", pcm())),
 }
 
 
@@ -148,6 +165,36 @@ def test_the_reference_decoder_agrees(tmp_path, name):
     wave = read(WHOLE[name])
     assert len(expected) <= len(wave)
     np.testing.assert_allclose(wave[: len(expected)], expected, rtol=0, atol=2**-14)
+
+
+def test_silence_after_a_data_size_of_0_is_read():
+    assert len(read(SILENCE)) == 2000
+
+
+def test_samples_that_look_like_the_name_of_a_chunk_are_read():
+    letters = b"RMS " * 1000
+    assert len(read(wav(chunk(b"data", letters, 0)))) == 2000
+    assert len(read(wav(chunk(b"data", pcm()), chunk(b"RMS ", letters)))) == len(WAVE)
+
+
+@pytest.mark.parametrize("tail", [b"", b"TAG".ljust(128, b"\0")])
+@pytest.mark.parametrize("before", [bytes(3000), b"<html>302</html>\n" * 50, b"\xff\xfb\x90" * 100])
+def test_mp3_that_begins_with_something_else_is_read_to_the_end(tmp_path, before, tail):
+    data = written(format="MP3")
+    (tmp_path / "a.mp3").write_bytes(before + data + tail)
+    with AudioReader(tmp_path / "a.mp3", RATE) as reader:
+        assert np.array_equal(np.concatenate(list(reader.blocks())), read(data))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_mp3_in_wav_is_mp3(count):
+    mp3 = written(format="MP3")
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 8000, 1, 0, 12, 1, 2, 1152, 1, 0)
+    body = b"WAVE" + chunk(b"fmt ", form) + chunk(b"fact", struct.pack("<I", 7)) + chunk(b"data", mp3)
+    data = b"RIFF" + struct.pack("<I", len(body)) + body
+    assert np.array_equal(read(data * count), np.tile(read(mp3), count))
+    with pytest.raises(AudioError, match="was cut short"):
+        read(data[:-1000])
 
 
 CUT = {
@@ -280,6 +327,27 @@ def test_a_file_is_scanned_once_and_again_when_it_has_changed(tmp_path, monkeypa
     assert len(scans) == 2
     assert scan(flac(), age=0) == len(WAVE)  # it could change again within the resolution of its time
     assert len(scans) == 5
+
+
+NOT_TAKEN_APART = {
+    "AU": au(SIZE) * 2,
+    "AIFF": aiff(zero=False) * 2,
+    "CAF": caf(SIZE + 4) * 2,
+    "Wave64": written(format="W64") * 2,
+    "FLAC after WAV": wav(chunk(b"data", pcm())) + flac(),
+    "Vorbis after WAV": wav(chunk(b"data", pcm())) + written(format="OGG", subtype="VORBIS"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN_APART)
+def test_joined_recordings_that_are_not_taken_apart_are_refused(kind):
+    with pytest.raises(AudioError, match=r"a\.wav: holds several recordings"):
+        read(NOT_TAKEN_APART[kind])
+
+
+def test_au_whose_samples_begin_beyond_its_end():
+    with pytest.raises(AudioError, match="says that samples begin at byte"):
+        read(patched(au(SIZE), (4, b"\xff\xff\0\0")))
 
 
 EMPTY = {

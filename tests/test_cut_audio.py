@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import math
+import os
 import shlex
 import tarfile
 import threading
@@ -300,6 +301,16 @@ def test_a_broken_line_of_a_cuts_file_costs_its_clip_alone(wav, tmp_path):
             with pytest.raises(AudioError) as error:
                 clip.audio(RATE, 100)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["cuts.000000.jsonl", "recording.000000.tar", "custom.000000.jsonl.gz"])
+def test_a_pipe_in_a_shar_is_refused_and_not_waited_for(wav, tmp_path, name):
+    (tmp_path / "shar").mkdir()
+    write(tmp_path / "shar" / "cuts.000000.jsonl.gz", [cut_of(recording("file", str(wav)))])
+    os.mkfifo(tmp_path / "shar" / name)
+    with pytest.raises(ConfigError, match=rf"{name}: is a pipe, not a regular file"):
+        open_corpus(tmp_path / "shar", None, tmp_path / "unused")
 
 
 def test_files_of_lhotse_that_hold_no_cuts(wav, tmp_path, caplog):

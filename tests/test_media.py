@@ -75,6 +75,41 @@ def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
         read(path)
 
 
+LIVE = {
+    "webm": ["-c:a", "libopus", "-f", "webm"],
+    "mp4": ["-c:a", "aac", "-f", "mp4", "-movflags", "frag_keyframe+empty_moov"],
+    "ts": ["-c:a", "mp2", "-f", "mpegts"],
+}
+
+
+@pytest.mark.parametrize("suffix", LIVE)
+def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix):
+    """As browsers and live encoders write them, into a pipe."""
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(3), RATE)
+    data = ffmpeg("-i", tmp_path / "source.wav", *LIVE[suffix], "-")
+    (tmp_path / "a").write_bytes(data)
+    whole = read(tmp_path / "a")
+    assert len(whole) > 2.9 * RATE
+    (tmp_path / "a").write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(AudioError, match="was cut short"):
+        read(tmp_path / "a")
+
+
+def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path):
+    data = made(tmp_path, "m4a").read_bytes()
+    (tmp_path / "b.m4a").write_bytes(data + data)
+    with pytest.raises(AudioError, match=r"b\.m4a: holds several recordings"):
+        read(tmp_path / "b.m4a")
+
+
+def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
+    pytest.importorskip("av")
+    path = made(tmp_path, "aac")
+    tagged = b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + path.read_bytes()
+    assert np.array_equal(read("a.aac", data=tagged), read(path))
+
+
 def test_without_the_extra_the_message_names_it(tmp_path, monkeypatch):
     imported = builtins.__import__
 

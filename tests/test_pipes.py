@@ -22,7 +22,7 @@ from nemo_lfr.pretrained import load
 from nemo_lfr.tokens.format import Metadata, TokenReader, TokenStreamReader
 from tests.models import codec_config, speech_like, synthesize, write_nemo
 from tests.reference import assert_same_tokens
-from tests.test_containers import CUT, EMPTY, WHOLE
+from tests.test_containers import CUT, EMPTY, SILENCE, WHOLE
 
 RATE, FRAME = 22050, 1024
 
@@ -249,6 +249,7 @@ PIPED = {
     **{name: data for name, data in WHOLE.items() if data[:4] in (b"RIFF", b"RF64")},
     **{f"cut {name}": data for name, data in CUT.items() if name.startswith("WAV")},
     **{f"empty {name}": data for name, data in EMPTY.items()},
+    "silence after a data size of 0": SILENCE,
     "zeros, then more": WHOLE["data size of a quarter"][: 44 + 8000] + bytes(3000) + WHOLE["plain"][44:],
 }
 
@@ -279,6 +280,14 @@ def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
     assert filtered.problem is None
     wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
     assert np.array_equal(wave, expected)
+
+
+def test_what_a_pipe_cannot_tell_from_a_chunk_is_said():
+    source = io.BytesIO(SILENCE[:44] + b"RMS " * 1000)
+    header, head = read_wav_header(source.read)
+    filtered = WavSamples(header, len(head))
+    assert filtered.push(source.read()) + filtered.finish() == b""
+    assert "cannot be told from a chunk; give it as a file" in filtered.problem
 
 
 @pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])

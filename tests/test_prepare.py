@@ -302,6 +302,23 @@ def test_a_bad_line_of_a_transcript_costs_its_clip_alone(tmp_path):
         assert len(manifest(tmp_path / f"{kind}-out" / "failures.jsonl")) == bad
 
 
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../../../a_b_c", "a_b/_c", "a_b_" + "c" * 300, "a_" + "b/" * 3000 + "_c"]
+)
+def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name):
+    librispeech(tmp_path / "ls")
+    path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
+    path.write_text(f"{path.read_text().strip()}\n{name} AGAIN\n")
+    mls(tmp_path / "mls")
+    path = tmp_path / "mls" / "mls_german" / "train" / "transcripts.txt"
+    path.write_text(f"{path.read_text().strip()}\n{name}\tnoch einmal\n")
+    for kind, layout in (("ls", "librispeech"), ("mls", "mls")):
+        prepare(layout, tmp_path / kind, tmp_path / f"{kind}-out")
+        assert manifest(tmp_path / f"{kind}-out" / "train.json")
+        (failure,) = manifest(tmp_path / f"{kind}-out" / "failures.jsonl")
+        assert " is not " in failure["reason"] and ", line " in failure["audio_filepath"]
+
+
 def test_who_is_held_out_does_not_change_when_a_corpus_grows():
     many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
     held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}

@@ -9,13 +9,14 @@ import io
 from collections.abc import Callable
 from typing import BinaryIO
 
-from nemo_lfr.containers import flac
+from nemo_lfr.containers import boxes, flac
 from nemo_lfr.containers.flac import flac_streams
 from nemo_lfr.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
-from nemo_lfr.containers.mpeg import is_mpeg, mpeg_streams
+from nemo_lfr.containers.mpeg import after_id3, is_mpeg, mpeg_streams
 from nemo_lfr.containers.ogg import ogg_streams
-from nemo_lfr.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, whole_file
+from nemo_lfr.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
 from nemo_lfr.containers.wav import WavHeader, WavSamples, is_wav, read_wav_header, wav_streams
+from nemo_lfr.media import looks_like_media
 
 __all__ = [
     "UNKNOWN_BYTES",
@@ -23,6 +24,7 @@ __all__ = [
     "Stream",
     "WavHeader",
     "WavSamples",
+    "find_mpeg",
     "find_streams",
     "is_known",
     "read_wav_header",
@@ -36,6 +38,9 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (lambda head, _: head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"), aiff_streams),
     (lambda head, _: head[:4] == b"caff", caf_streams),
     (lambda head, _: head[:4] == b"riff", w64_streams),
+    (boxes.is_matroska, boxes.matroska_streams),
+    (boxes.is_mp4, boxes.mp4_streams),
+    (boxes.is_transport, boxes.transport_streams),
     (is_mpeg, mpeg_streams),
 )
 
@@ -51,11 +56,39 @@ def find_streams(file: BinaryIO) -> list[Stream]:
     """
     size = file.seek(0, io.SEEK_END)
     window = Window(file, size)
-    head = window.at(0, 12)
+    if skip := _tag_before(window):
+        # An ID3 tag, which some put in front of any format.
+        inner = Window(Splice(file, Stream([(skip, size)])), size - skip)
+        return [moved(stream, [(skip, size)]) for stream in _find(inner)]
+    return _find(window)
+
+
+def _tag_before(window: Window) -> int:
+    """Return the bytes of an ID3 tag before audio that is not MPEG audio; 0 if there is none."""
+    skip = after_id3(window, 0)
+    head = window.at(skip, 12)
+    if not skip or len(head) < 12 or head[:3] == b"ID3":
+        return 0
+    rest = Window(Splice(window.file, Stream([(skip, window.size)])), window.size - skip)
+    is_other = any(matches(head, rest) for matches, find in _FORMATS if find is not mpeg_streams)
+    return skip if is_other or looks_like_media(window.at(skip, 16)) else 0
+
+
+def _find(window: Window) -> list[Stream]:
+    size, head = window.size, window.at(0, 12)
     for matches, find in _FORMATS:
         if matches(head, window):
             return find(window) or [whole_file(size)]
     return [whole_file(size)]
+
+
+def find_mpeg(file: BinaryIO) -> list[Stream]:
+    """Find the recordings of MPEG audio that begins with something else: what is no frame is passed by.
+
+    Returns:
+        None of them if there is no such audio.
+    """
+    return mpeg_streams(Window(file, file.seek(0, io.SEEK_END)))
 
 
 def is_known(head: bytes) -> bool:

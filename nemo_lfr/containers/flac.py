@@ -1,10 +1,11 @@
 """FLAC: streams one after the other, whose length may be left open."""
 
-from nemo_lfr.containers.stream import Stream, Window
+from nemo_lfr.containers.stream import Stream, Window, without_tags
 
 # A name and the length of the first block: compressed audio does not hold eight such bytes by chance.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
-MAX_FRAME = 1 << 20
+FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes, as a rule and at most
+MAX_SAMPLES = (1 << 36) - 1
 
 
 def flac_streams(window: Window) -> list[Stream]:
@@ -15,48 +16,66 @@ def flac_streams(window: Window) -> list[Stream]:
         found += 4
     streams = []
     for start, stop in zip(starts, [*starts[1:], window.size], strict=True):
-        info = window.at(start + 8, 34)
-        total = int.from_bytes(info[13:18], "big") & ((1 << 36) - 1) if len(info) == 34 else -1
-        if total:
-            streams.append(Stream([(start, stop)], is_file=start == 0 and stop == window.size))
-            continue
-        # The length is left open; the last frame's number tells it.
-        counted = _last_sample(window, start, stop, int.from_bytes(info[2:4], "big"))
-        problem = "was cut short: its last frame is not whole" if counted is None else None
-        known = int.from_bytes(info[13:18], "big") | (counted or 0)
-        header = window.at(start, 21) + known.to_bytes(5, "big")
-        streams.append(Stream([(start + len(header), stop)], header, problem=problem))
+        streams.append(_stream(window, start, stop))
     return streams
 
 
+def _stream(window: Window, start: int, stop: int) -> Stream:
+    """Describe one FLAC stream; the length is that of its frames, which are numbered."""
+    info = window.at(start + 8, 34)
+    if len(info) < 34:
+        return Stream([(start, stop)], is_file=start == 0 and stop == window.size)
+    known = int.from_bytes(info[13:18], "big")
+    total = known & MAX_SAMPLES
+    # Frames of one size are numbered by frame: the number is worth something if the size is known.
+    block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
+    stop = without_tags(window, start, stop)
+    counted = _last_sample(window, start, stop, block_size)
+    if total and (counted is None or counted <= total):  # if it is more, libsndfile would stop at what is promised
+        return Stream([(start, stop)], is_file=start == 0 and stop == window.size)
+    problem = "was cut short: its last frame is not whole" if counted is None else None
+    header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
+    return Stream([(start + len(header), stop)], header, problem=problem)
+
+
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> int | None:
-    """Return the samples of a FLAC stream, by its last frame; None if that is not whole."""
-    if stop - start > 128 and window.at(stop - 128, 3) == b"TAG":
-        stop -= 128
-    begin = max(start + 42, stop - MAX_FRAME)
-    tail = window.at(begin, stop - begin)
-    if not tail:
+    """Return the samples of a FLAC stream, by its first and last frame.
+
+    None where the last frame is not whole, or the frames do not tell.
+    """
+    first = _after_metadata(window, start, stop)
+    if first is not None and first == stop:
         return 0
-    position = len(tail)
-    while (position := tail.rfind(b"\xff", 0, position)) >= 0:
-        frame = tail[position:]
-        if len(frame) > 8 and frame[1] & 0xFE == 0xF8 and (end := _frame_end(frame, block_size)) is not None:
-            # The CRC of a whole frame with its own at the end is 0.
-            return end if _crc(frame, 16, 0x8005) == 0 else None
-    return 0 if begin == start + 42 and _only_metadata(window, start, stop) else None
+    for length in (FRAME, MAX_FRAME):
+        begin = max(start + 42, stop - length)
+        tail = window.at(begin, max(stop - begin, 0))
+        position = len(tail)
+        while (position := tail.rfind(b"\xff", 0, position)) >= 0:
+            frame = tail[position:]
+            if len(frame) > 8 and frame[1] & 0xFE == 0xF8 and (span := _frame_span(frame, block_size)) is not None:
+                # The CRC of a whole frame with its own at the end is 0.
+                whole = _crc(frame, 16, 0x8005) == 0
+                return _counted(window, first, span[1], block_size) if whole else None
+    return None
 
 
-def _only_metadata(window: Window, start: int, stop: int) -> bool:
-    """Return whether nothing follows a FLAC stream's blocks of metadata."""
+def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
+    """Return the samples from the first frame on: of a part of a longer stream, it is not the frame 0."""
+    span = None if first is None else _frame_span(window.at(first, 32), block_size)
+    return None if span is None else end - span[0]
+
+
+def _after_metadata(window: Window, start: int, stop: int) -> int | None:
+    """Return where a FLAC stream's blocks of metadata end; None if they go beyond it."""
     position, last = start + 4, False
     while not last and position + 4 <= stop:
         head = window.at(position, 4)
         last, position = bool(head[0] & 0x80), position + 4 + int.from_bytes(head[1:], "big")
-    return last and position == stop
+    return position if last and position <= stop else None
 
 
-def _frame_end(frame: bytes, block_size: int) -> int | None:
-    """Return the number of the sample after a frame; None if its header is not one."""
+def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
+    """Return the numbers of a frame's first sample and of the one after it; None if its header is not one."""
     code, rate_code = frame[2] >> 4, frame[2] & 15
     if code == 0 or rate_code == 15 or frame[3] & 1:
         return None
@@ -78,7 +97,10 @@ def _frame_end(frame: bytes, block_size: int) -> int | None:
     position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
     if position >= len(frame) or _crc(frame[:position], 8, 0x07) != frame[position]:
         return None
-    return (number if frame[1] & 1 else number * block_size) + samples
+    if not frame[1] & 1 and not block_size:
+        return None
+    first = number if frame[1] & 1 else number * block_size
+    return first, first + samples
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:

@@ -2,7 +2,16 @@
 
 import struct
 
-from nemo_lfr.containers.stream import CHUNK_NAME, UNKNOWN_BYTES, Stream, Window, cut_short, goes_on, whole_file
+from nemo_lfr.containers.stream import (
+    CHUNK_NAME,
+    JOINED,
+    UNKNOWN_BYTES,
+    Stream,
+    Window,
+    cut_short,
+    goes_on,
+    whole_file,
+)
 
 AU_HEADER = 24  # bytes
 
@@ -24,9 +33,13 @@ def au_streams(window: Window) -> list[Stream]:
     order = ">" if window.at(0, 4) == b".snd" else "<"
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset
+    if available < 0:
+        return [whole_file(window.size, f"is damaged: its header says that samples begin at byte {offset}")]
+    if 0 < length < available and window.at(offset + length, 8)[:8] == window.at(0, 8):
+        return [whole_file(window.size, JOINED)]
     if length != 0xFFFFFFFF and length > available:
         return [whole_file(window.size, cut_short(length, available))]
-    if length == available or available < 0 or length > UNKNOWN_BYTES:
+    if length == available or length > UNKNOWN_BYTES:
         return []
     if length and not goes_on(window.at(offset + length, 256)):
         return []
@@ -48,6 +61,13 @@ def aiff_streams(window: Window) -> list[Stream]:
             unknown = length <= 8 or length >= UNKNOWN_BYTES
             if not unknown and length > available:
                 return [whole_file(window.size, cut_short(length, available))]
+            if not unknown and length < available:
+                rest, left = window.at(position + 8 + length, 256), available - length
+                if _another(window, position + 8 + length, b"FORM"):
+                    return [whole_file(window.size, JOINED)]
+                odd = length % 2
+                unknown = goes_on(rest, left, ">") and goes_on(rest[odd:], left - odd, ">")
+                unknown = unknown and not window.is_zero(position + 8 + length, window.size)
             if not unknown or block <= 0 or (compressed and window.at(common + 18, 4) not in (b"NONE", b"sowt")):
                 return []
             count = (window.size - begin) // block
@@ -71,7 +91,12 @@ def caf_streams(window: Window) -> list[Stream]:
             if length > available:
                 return [whole_file(window.size, cut_short(length, available))]
             if length > 4:
-                return []
+                end = position + 12 + length
+                rest = window.at(end, 256)
+                if _another(window, end, b"caff"):
+                    return [whole_file(window.size, JOINED)]
+                if not goes_on(rest) or window.is_zero(end, window.size):
+                    return []
             return _patched(window.size, None, [(position + 4, struct.pack(">q", available))], window)
         if length < 0 or not CHUNK_NAME.match(name):
             return []
@@ -88,9 +113,16 @@ def w64_streams(window: Window) -> list[Stream]:
             if 24 < length < 1 << 62 and length > available:
                 return [whole_file(window.size, cut_short(length, available))]
             if 24 < length < 1 << 62:
-                return []
+                is_joined = _another(window, position + length, b"riff")
+                return [whole_file(window.size, JOINED)] if is_joined else []
             return _patched(window.size, None, [(position + 16, struct.pack("<q", available))], window)
         if length < 24:
             return []
         position += length + -length % 8
     return []
+
+
+def _another(window: Window, end: int, magic: bytes) -> bool:
+    """Return whether another file begins where the samples end, or after chunks and padding behind them."""
+    found = window.find(magic, end)
+    return found >= 0 and window.at(found + 8, 4) == window.at(8, 4)

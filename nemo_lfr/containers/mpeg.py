@@ -58,7 +58,7 @@ class Piece:
 
 
 def is_mpeg(head: bytes, window: Window) -> bool:
-    start = _after_id3(window, 0) if head.startswith(b"ID3") else 0
+    start = after_id3(window, 0) if head.startswith(b"ID3") else 0
     if head.startswith(b"ID3") and window.at(start, 4) == b"fLaC":
         return False
     frame = read_frame(window.at(start, 4))
@@ -67,7 +67,7 @@ def is_mpeg(head: bytes, window: Window) -> bool:
     )
 
 
-def _after_id3(window: Window, position: int) -> int:
+def after_id3(window: Window, position: int) -> int:
     """Return the end of an ID3v2 tag."""
     tag = window.at(position, 10)
     if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
@@ -85,7 +85,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
         frame = read_frame(head)
         if frame is None or (kind is None and not _confirmed(window, position, frame)):
             if head[:3] == b"ID3":
-                position = _after_id3(window, position)
+                position = after_id3(window, position)
                 kind = None
             else:  # a tag of another kind, or damage: look for the next frame
                 position = _next_sync(window, position + 1)

@@ -2,13 +2,21 @@
 
 import io
 import re
-from dataclasses import dataclass
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 # What programs write as the length of a WAV file before they know it is this or more.
 UNKNOWN_BYTES = 0x7FFF0000
 # A chunk's name. Samples hardly ever look like one: all four bytes would have to be letters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
+# Chunks that programs write after the samples, believed even where they are cut short.
+KNOWN_CHUNKS = frozenset(
+    name.ljust(4)
+    for name in b"LIST JUNK junk fact cue plst smpl inst bext iXML axml chna cart PEAK PAD FLLR id3 ID3 DISP acid "
+    b"_PMX afsp minf elm1 regn umid RIFF RIFX RF64 BW64 fmt data".split()
+)
 # Tags that players append to any format.
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
 # Fewer bytes than this after the audio are not audio.
@@ -44,7 +52,7 @@ class Splice(io.RawIOBase):
         stream: which bytes.
     """
 
-    def __init__(self, file: BinaryIO, stream: Stream) -> None:
+    def __init__(self, file: "BinaryIO | Splice", stream: Stream) -> None:
         self._file = file
         self._header = stream.header
         self._spans = stream.spans
@@ -99,7 +107,7 @@ class Window:
 
     BLOCK = 1 << 18
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO | Splice, size: int) -> None:
         self.file, self.size = file, size
         self._start, self._block = 0, b""
 
@@ -134,6 +142,23 @@ class Window:
         return True
 
 
+def without_tags(window: Window, start: int, stop: int) -> int:
+    """Return where [start, stop) ends without the tags that players append: ID3v1, APE, Lyrics3."""
+    before = None
+    while before != stop:
+        before = stop
+        if window.at(max(stop - 128, start), 3) == b"TAG":
+            stop = max(stop - 128, start)
+        footer = window.at(max(stop - 32, start), 32)
+        if footer[:8] == b"APETAGEX" and len(footer) == 32:
+            size, _, flags = struct.unpack_from("<III", footer, 12)
+            stop = max(stop - size - (32 if flags >> 31 else 0), start)
+        end = window.at(max(stop - 15, start), 15)
+        if end[6:] == b"LYRICS200" and end[:6].isdigit():
+            stop = max(stop - int(end[:6]) - 15, start)
+    return stop
+
+
 def whole_file(size: int, problem: str | None = None) -> Stream:
     return Stream([(0, size)], is_file=True, problem=problem)
 
@@ -142,9 +167,41 @@ def cut_short(promised: int, available: int) -> str:
     return f"was cut short: its header promises {promised} bytes, {available} are there"
 
 
-def goes_on(rest: bytes) -> bool:
+# What is wrong with a file of several recordings that cannot be taken apart.
+JOINED = "holds several recordings, one after the other; convert each to WAV by itself"
+
+
+def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
+    """Return whether a chunk begins with some bytes: samples look like a name too, but seldom like its length.
+
+    Args:
+        rest: the first bytes.
+        left: bytes up to the end of the file; None if that is not known.
+        order: byte order, as `struct` spells it.
+    """
+    if not CHUNK_NAME.match(rest):
+        return False
+    if left is None or len(rest) < 8 or rest[:4] in KNOWN_CHUNKS:
+        return True
+    return struct.unpack_from(f"{order}I", rest, 4)[0] <= left - 8
+
+
+def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
     """Return whether samples follow those that a WAV header declares, by the first bytes after them.
 
-    They do not where a chunk, another file or a tag begins, or where next to nothing follows.
+    They do not where a chunk (see `is_chunk`), another file or a tag begins, or where next to nothing follows.
     """
-    return len(rest) >= FEW_BYTES and not CHUNK_NAME.match(rest) and not rest.startswith(TAGS)
+    return len(rest) >= FEW_BYTES and not is_chunk(rest, left, order) and not rest.startswith(TAGS)
+
+
+def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
+    """Return a stream that was found in some spans of a file, put together, as one of the file itself."""
+    found: list[Span] = []
+    for start, stop in stream.spans:
+        at = 0
+        for begin, end in spans:
+            first, last = max(start - at, 0), min(stop - at, end - begin)
+            if first < last:
+                found.append((begin + first, begin + last))
+            at += end - begin
+    return replace(stream, spans=found, is_file=False)

@@ -2,22 +2,32 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from nemo_lfr.containers.mpeg import mpeg_streams
 from nemo_lfr.containers.stream import (
     CHUNK_NAME,
     FEW_BYTES,
+    JOINED,
+    KNOWN_CHUNKS,
+    TAGS,
     UNKNOWN_BYTES,
     Span,
+    Splice,
     Stream,
     Window,
     cut_short,
     goes_on,
+    moved,
     whole_file,
 )
 
 # Bytes of a chunk that describes samples; the header of a damaged file may claim gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
+# What begins a file of another format, joined to this one.
+MAGICS = (b"fLaC", b"OggS", b"FORM", b"caff")
+# Formats of the `fmt ` chunk: MPEG audio, layers 1 and 2, and layer 3.
+MPEG_TAGS = (b"\x50\0", b"\x55\0")
 
 
 def is_wav(head: bytes, _: Window) -> bool:
@@ -51,6 +61,11 @@ class WavHeader:
         if self.data_size == 0xFFFFFFFF and self.long_size is not None:
             return self.long_size
         return self.data_size
+
+    @property
+    def is_mpeg(self) -> bool:
+        """Whether the samples are frames of MPEG audio."""
+        return self.order == "<" and self.format[:2] in MPEG_TAGS
 
     def is_unknown(self, available: int | None) -> bool:
         """Return whether the header leaves the length open, where `available` bytes follow, if that is known."""
@@ -140,6 +155,7 @@ class WavSamples:
         self._held = b""
         self._zeros: int | None = None
         self._skip = 0
+        self._unknown: bytes | None = None  # the name of the last chunk, where it may have been samples
         self._done = False
         self._total = header_size
         self.problem: str | None = None
@@ -155,6 +171,8 @@ class WavSamples:
         counted = self._declared in (self._total, self._total - 8)  # some recorders count the header as well
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
+        elif self._skip and self._unknown is not None:
+            self.problem = "holds more than its header says, which cannot be told from a chunk; give it as a file"
         return samples
 
     def _filter(self, data: bytes, last: bool) -> bytes:
@@ -186,7 +204,8 @@ class WavSamples:
     def _next_chunk(self, data: bytes) -> bytes:
         """Decide what follows samples or a chunk; return the data behind what was understood."""
         if goes_on(data) and goes_on(data[self._odd :]):
-            self._zeros = 0
+            self._zeros = 0 if self._declared else None  # zeros after samples are padding; after none, silence
+            self._left = self._left if self._declared else None
             return data
         if not CHUNK_NAME.match(data):
             data = data[self._odd :]
@@ -201,6 +220,7 @@ class WavSamples:
             self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
         else:
             self._skip, self._odd = size, size % 2
+            self._unknown = None if name in KNOWN_CHUNKS or data.startswith(TAGS) else name
         return data[8:]
 
 
@@ -241,10 +261,22 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         position = _after(window, begin, stop - begin)
     if not spans or not header.format:
         return [], None
+    if header.is_mpeg:
+        return _mpeg_inside(window, spans, problem), following
     if exact and start == 0 and following is None:
         return [whole_file(size, problem)], None
     length = sum(stop - begin for begin, stop in spans)
     return [Stream(spans, header.rebuilt(length), problem=problem)], following
+
+
+def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
+    """The MPEG audio in a WAV file; libsndfile takes the header's guess of its length for its length."""
+    inner = Stream(spans)
+    streams = [
+        moved(stream, spans)
+        for stream in mpeg_streams(Window(Splice(window.file, inner), sum(stop - start for start, stop in spans)))
+    ]
+    return [replace(stream, problem=problem or stream.problem) for stream in streams]
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
@@ -258,7 +290,12 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
         return window.size, None if counted else cut_short(declared, available), False
     stop = begin + declared
     rest = window.at(stop, 256)
-    if goes_on(rest) and goes_on(rest[declared % 2 :]) and not window.is_zero(stop, window.size):
+    if rest[:4] in MAGICS:
+        return stop, JOINED, False
+    left, odd = window.size - stop, declared % 2
+    more = goes_on(rest, left, header.order) and goes_on(rest[odd:], left - odd, header.order)
+    # Zeros after samples are padding; after none, they are silence.
+    if more and (not declared or not window.is_zero(stop, window.size)):
         return window.size, None, False
     return stop, None, True
 

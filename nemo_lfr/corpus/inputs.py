@@ -37,8 +37,9 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
-from nemo_lfr.folders import find_files
+from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
+from nemo_lfr.regular import open_regular
 from nemo_lfr.text import UTF16_MARKS, is_missing
 
 logger = logging.getLogger(__name__)
@@ -255,6 +256,9 @@ class Shar(Corpus):
             name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
             if re.search(r"\.\d+\.(jsonl(\.gz)?|tar(\.gz)?)$", file.name):
                 self.fields.setdefault(name, []).append(file)
+        for files in self.fields.values():
+            for file in files:
+                open_regular(file, ConfigError).close()  # a pipe would be waited for
         counts = {name: len(files) for name, files in self.fields.items()}
         if len(set(counts.values())) != 1:
             raise ConfigError(f"{path}: not a whole Lhotse Shar: its fields have {counts} shards.")
@@ -299,7 +303,9 @@ class Table(Corpus):
         self.path, self.files = path, files
         self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
         self.columns: list[str] = schema.names
-        column = audio_column(self.columns, {name: schema.field(name).type for name in set(self.columns)})
+        # Of two columns of one name, the first.
+        types = dict(reversed(list(zip(self.columns, schema.types, strict=True))))
+        column = audio_column(self.columns, types)
         if column is None:
             raise ConfigError(
                 f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {clip(self.columns, 300)}."
@@ -501,6 +507,9 @@ def open_corpus(
 def _noted(table: Table, is_driver: bool) -> Table:
     if is_driver:  # once, and not by each worker
         table.note_columns()
+        if table.path.is_dir() and (found := find_files(table.path, AUDIO_SUFFIXES, report=lambda _: None)):
+            text = "%s: its tables are read; of its %d audio files, only those that a row names."
+            logger.warning(text, table.path, len(found))
     return table
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_lfr.errors import clip
-from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
 from nemo_lfr.text import decode, read_lines
 
 SPLITS = ("train", "valid", "test")
@@ -42,9 +42,13 @@ def librispeech(corpus: Path) -> Iterator[Utterance]:
     """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
     for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
-        for name, text, problem in _transcripts(transcript, corpus, b" "):
+        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
             if name is None:
                 yield Utterance(Path(text), speaker, _split(part), problem=problem)
+                continue
+            if not _is_file_name(name):
+                place = Path(f"{transcript.relative_to(corpus)}, line {number}")
+                yield Utterance(place, speaker, _split(part), problem=f"{clip(name)!r} is not the name of a file")
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
             yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
@@ -61,7 +65,7 @@ def mls(corpus: Path) -> Iterator[Utterance]:
                 yield Utterance(Path(text), "", split, problem=problem)
                 continue
             words = name.split("_")
-            if len(words) != 3:
+            if len(words) != 3 or not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
                 yield Utterance(place, "", split, problem=f"{clip(name)!r} is not SPEAKER_BOOK_NUMBER")
                 continue
@@ -231,6 +235,11 @@ def _below(name: str) -> Path:
     if not name.strip() or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{clip(name)!r} is not the name of a file in the folder of the clips")
     return path
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a transcript's name is that of a file in the folder of its recordings."""
+    return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
 
 
 def _why(error: Exception) -> str:
