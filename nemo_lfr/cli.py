@@ -649,7 +649,7 @@ def demo(out: Path, **options: Any) -> None:
 def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, no_check: bool, as_json: bool) -> None:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
 
-    A run that was interrupted goes on where it was. Files that cannot be used are listed in failures.jsonl; the
+    An interrupted run resumes where it stopped. Files that cannot be used are listed in failures.jsonl; the
     exit code is then 1.
     """
     from nemo_lfr.training.prepare import prepare

@@ -110,7 +110,7 @@ class MediaDecoder:
         return np.ascontiguousarray(joined[:count], dtype=np.float32)
 
     def seek(self, position: int) -> None:
-        """Go to a sample, by decoding what is before it: the only way that is exact in every container."""
+        """Go to a sample, by decoding what is before it: nothing else is exact in every container."""
         if position < self._position:
             self.close()
             self._open()

@@ -131,7 +131,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
 @click.option("--overwrite", is_flag=True, help="Decode again what is there.")
 @click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> None:
-    """Decode a folder that `tokenize` wrote into audio files; those that are there already are passed by.
+    """Decode a folder that `tokenize` wrote into audio files; existing files are skipped.
 
     Utterances that cannot be decoded are listed on stderr; the exit code is then 1.
     """

@@ -245,7 +245,7 @@ def _download(url: str) -> bytes:
     """Fetch a file from http(s); redirections lead to http(s) only.
 
     Raises:
-        AudioError: if it cannot be had, or is larger than `MAX_DOWNLOAD`.
+        AudioError: if it cannot be downloaded, or is larger than `MAX_DOWNLOAD`.
     """
     import http.client
     import urllib.request
@@ -256,7 +256,7 @@ def _download(url: str) -> bytes:
     opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
     try:
         answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
-        if answer is None:  # nobody handles what it is redirected to
+        if answer is None:  # no handler for the scheme that it is redirected to
             raise AudioError(f"{clip(url)} leads elsewhere than to http(s).")
         with answer:
             data = answer.read(MAX_DOWNLOAD + 1)
@@ -276,7 +276,7 @@ def _file(audio: Path | bytes) -> Any:
 
 def _check_count(count: int, rate: int, duration: float | None) -> None:
     if duration is not None and count / rate < duration - 0.025:  # what Lhotse allows
-        raise AudioError(f"{duration:.2f} s of audio are wanted, and {count / rate:.2f} s are there.")
+        raise AudioError(f"expected {duration:.2f} s of audio, but the file holds {count / rate:.2f} s.")
 
 
 def _reason(error: Exception) -> str:

@@ -30,7 +30,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class CutItem:
-    """A cut of a file, or why it is none.
+    """A cut of a file, or the reason why it cannot be used.
 
     Attributes:
         id: the cut's, or one made of its line.
@@ -220,7 +220,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _parse(data: bytes) -> Any:
-    """The manifest in a tar; what is none stays None, which costs the clip and no other."""
+    """Parse the manifest in a tar; return None for a broken one, which costs its clip alone."""
     try:
         return json.loads(data)
     except NOT_A_LINE:

@@ -579,8 +579,8 @@ def _item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> C
             return cut_to_clip(item.cut, origin, number, allow_url)
         except Exception as error:  # of whatever a cut's fields may hold
             problem = f"not a Lhotse cut: {explain(error)}"
-    said = f"{origin}, cut {clip(item.id)}"
-    return Clip(numbered_id(clean_id(item.id), number), said, partial(_raise, f"{said}: {problem}"))
+    place = f"{origin}, cut {clip(item.id)}"
+    return Clip(numbered_id(clean_id(item.id), number), place, partial(_raise, f"{place}: {problem}"))
 
 
 def require(module: str, extra: str = "") -> Any:
@@ -654,7 +654,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _what_instead(lines: Sequence[bytes]) -> str:
-    """Say what a file is that is no manifest."""
+    """Describe a file that is not a manifest."""
     first = lines[0] if lines else b""
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"

@@ -52,7 +52,7 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Have all processes that are started inside, and theirs, killed if this one is killed before the end.
+    """Kill all processes that are started inside, and their children, if this one is killed before the end.
 
     A watcher in a session of its own waits for this process to end, and finds them by an environment variable, which
     children inherit. Without /proc nothing is done.

@@ -1,4 +1,4 @@
-"""Reads a folder of tokens that `nemo-lfr tokenize` wrote, and trusts nothing in it.
+"""Read a folder of tokens that `nemo-lfr tokenize` wrote, and validate everything in it.
 
 What `tokenize` recorded is compared with what is there: the number of clips and the size of each file always, its
 hash with `verify`. Damage is yielded as an error in the place of the utterances that it costs, so that a caller may
@@ -42,7 +42,7 @@ class Utterance:
         tokens: int64 [C, T].
         num_samples: the samples they stand for.
         context: tokens of its context, int64 [C, T]; None if there is none.
-        labels: "text", "speaker" and what else the corpus said.
+        labels: "text", "speaker" and any other labels of the corpus.
     """
 
     id: str
@@ -243,17 +243,17 @@ class ShardFiles:
     def path(self, name: str) -> Path:
         """The file that a text names; raises TokenFileError unless it is whole and inside the folder."""
         path = self._path(name)
-        if said := self._damage(path):
-            raise TokenFileError(f"{said}; run the same tokenize command again, which repairs it.")
+        if problem := self._damage(path):
+            raise TokenFileError(f"{problem}; run the same tokenize command again, which repairs it.")
         return path
 
     def path_and_damage(self, name: str) -> tuple[Path, Damage | None]:
         """As `path`, but a file of another size is returned too, with what is wrong: its begin may be readable."""
         path = self._path(name)
-        said = self._damage(path)
-        if said and self.verify:
-            raise TokenFileError(f"{said}; run the same tokenize command again, which repairs it.")
-        return path, Damage(f"{said}; run the same tokenize command again, which repairs it.") if said else None
+        problem = self._damage(path)
+        if problem and self.verify:
+            raise TokenFileError(f"{problem}; run the same tokenize command again, which repairs it.")
+        return path, Damage(f"{problem}; run the same tokenize command again, which repairs it.") if problem else None
 
     def _path(self, name: str) -> Path:
         path = path_inside(self.folder, name)
@@ -360,15 +360,15 @@ class _Shar(_Reader):
         for name, _ in items:
             if name != cut["id"]:
                 raise ValueError(f"the cut {clip(repr(cut['id']))} stands beside the tokens of {clip(name)!r}")
-        said = cut["supervisions"][0]
-        labels = {"text": said.get("text"), "speaker": said.get("speaker"), "lang": said.get("language")}
+        first = cut["supervisions"][0]
+        labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
         arrays = [None if data is None else read_npy(data) for _, data in items]
         return {
             "id": cut["id"],
             "tokens": arrays[0],
             "num_samples": cut["custom"]["num_samples"],
             "context": arrays[1] if len(arrays) > 1 else None,
-            "labels": labels | (said.get("custom") or {}),
+            "labels": labels | (first.get("custom") or {}),
         }
 
 
@@ -412,7 +412,7 @@ class _Parquet(_Reader):
 class _Manifest(_Reader):
     """A manifest of `.pt` files."""
 
-    _was_told = False  # that lines are missing, which is no shard's own damage
+    _is_reported = False  # whether missing lines were, which are the damage of no single shard
 
     def count_shards(self) -> list[int]:
         """Of lines that belong to no shard, each gets its share."""
@@ -437,9 +437,9 @@ class _Manifest(_Reader):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         lines, clips = len(self._starts) - 1, self.folder.metadata["clips"]
         if lines != clips:
-            said = f"holds {lines} lines, but {METADATA} says {clips} clips; run the same tokenize command again"
-            yield Damage("" if self._was_told else f"{self._path}: {said}, which repairs it.")
-            self._was_told = True
+            problem = f"holds {lines} lines, but {METADATA} says {clips} clips; run the same tokenize command again"
+            yield Damage("" if self._is_reported else f"{self._path}: {problem}, which repairs it.")
+            self._is_reported = True
         first = sum(self.folder.counts[: files.shard])
         with open(self._path, "rb") as file:
             for number in range(first + start, min(first + stop, lines)):
@@ -477,12 +477,12 @@ class _Lfr(_Manifest):
         if not isinstance(name, str):
             raise TokenFileError(f"{self.folder.path}: a path of the manifest is {clip(repr(name))}, not a text.")
         with TokenReader(files.path(name)) as reader:
-            mine, theirs = self.folder.codec, reader.metadata
+            expected, stored = self.folder.codec, reader.metadata
             for key in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
-                if getattr(mine, key) != getattr(theirs, key):
+                if getattr(expected, key) != getattr(stored, key):
                     raise TokenFileError(
-                        f"{reader.path}: made by a codec with {key} {getattr(theirs, key)}, but {METADATA} says "
-                        f"{getattr(mine, key)}."
+                        f"{reader.path}: made by a codec with {key} {getattr(stored, key)}, but {METADATA} says "
+                        f"{getattr(expected, key)}."
                     )
             tokens = reader.read()
             return {"id": labels["id"], "tokens": tokens, "num_samples": reader.num_samples, "labels": labels}

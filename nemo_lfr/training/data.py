@@ -95,7 +95,7 @@ class CodecDataset(Dataset):
             except (NemoLfrError, OSError) as error:  # of a format that needs an extra, too
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
-                    logger.warning("passed by, the next recording is taken: %s", error)
+                    logger.warning("skipped, the next recording is used instead: %s", error)
                 continue
             return {
                 "dataset_name": recording.dataset,
