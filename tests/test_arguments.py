@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.tokens.format import TokenReader
@@ -68,6 +69,14 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "clips of two lengths": ([[0.1, 0.2], [0.1]], None, None, "audio is list"),
     "sparse": (torch.eye(8).to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 100, device="meta"), None, None, "plain"),
+    "fake": (FakeTensorMode().from_tensor(torch.from_numpy(WAVE)), None, None, "FakeTensor"),
+    "nested": (
+        torch.nested.as_nested_tensor([torch.from_numpy(WAVE), torch.from_numpy(WAVE[:9])]),
+        None,
+        None,
+        "nested",
+    ),
+    "masked": (np.ma.masked_array(WAVE, np.arange(T) < 9), None, None, "9 masked values"),
     **{
         f"of {dtype}": (tensor(1, 100, dtype=dtype), None, None, f"audio is {dtype}")
         for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.complex64, torch.complex128)
@@ -222,7 +231,7 @@ GOOD_FILES: dict[str, tuple[Callable[[], bytes], str, int]] = {
 BAD_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty file": (lambda: b"", "wav", "not an audio file"),
     "text": (lambda: b"hello", "wav", "not an audio file"),
-    "text as mp3": (lambda: b"hello", "mp3", "not an audio file"),
+    "wav cut short": (lambda: sound("wav")[:3000], "wav", r"cut short: its header promises 44\d\d bytes, 2956 are there"),
     "raw numbers without a header": (lambda: WAVE.tobytes(), "raw", "not an audio file"),
     "a token file": (lambda: b"LFRT\1" + bytes(50), "lfr", "not an audio file"),
     "web page": (lambda: b"<!DOCTYPE html>" * 100, "wav", "not an audio file"),

@@ -20,6 +20,7 @@ from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights
 from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.plan import has_bf16
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.codec.tracing import outside_of_graphs, refuse_tracing, refuse_wrapper
 from nemo_lfr.codec.weights import one_look, weights_version
 from nemo_lfr.errors import NemoLfrError, clip
 
@@ -157,6 +158,12 @@ class Codec(BaseCodec[torch.Tensor]):
             return self._checkpoint.numbers(f"audio_{side}")
         return sorted(plain_state(getattr(self, side)).items())
 
+    # `torch.compile` of a function that calls these leaves them out of its graphs.
+
+    encode = outside_of_graphs(BaseCodec[torch.Tensor].encode)
+    decode = outside_of_graphs(BaseCodec[torch.Tensor].decode)
+    resample = outside_of_graphs(BaseCodec[torch.Tensor].resample)
+
     # Streams.
 
     def stream_encoder(self, lookahead: int | None = None) -> "StreamEncoder":
@@ -194,6 +201,7 @@ class Codec(BaseCodec[torch.Tensor]):
     @contextmanager
     def _guard(self) -> Iterator[None]:
         mind_fork()
+        refuse_tracing()
         with reference_state(self.device), one_look():
             yield
 
@@ -287,6 +295,8 @@ def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
     Raises:
         NemoLfrError: of the type given, if it is no array of numbers.
     """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
     if isinstance(value, np.ndarray):
         if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
             raise error(f"{name} is an array of {value.dtype}; pass one of numbers.")
@@ -300,6 +310,7 @@ def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
         raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None
+    refuse_wrapper(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
     return tensor

@@ -1,0 +1,62 @@
+"""What PyTorch runs a function through to look at it, or to transform it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from nemo_lfr.errors import NemoLfrError
+from tests.models import cached_codec, speech_like
+
+AUDIO = speech_like(5000)
+
+
+class Tokens(torch.nn.Module):
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return cached_codec().encode(audio)[0]
+
+
+class Audio(torch.nn.Module):
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return cached_codec().decode(cached_codec().encode(audio)[0])[0]
+
+
+def in_fake_mode(function: Callable[..., Any]) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return function(AUDIO)
+
+
+TRACERS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "vmap": lambda module: torch.func.vmap(module)(AUDIO[None]),
+    "vmap around constants": lambda module: torch.func.vmap(lambda _: module(AUDIO))(torch.zeros(2)),
+    "grad": lambda module: torch.func.grad(lambda audio: module(audio).sum())(AUDIO),
+    "jvp": lambda module: torch.func.jvp(module, (AUDIO,), (AUDIO,)),
+    "functionalize": lambda module: torch.func.functionalize(module)(AUDIO),
+    "fake mode": in_fake_mode,
+    "make_fx": lambda module: make_fx(module)(AUDIO),
+    "torch.export": lambda module: torch.export.export(module, (AUDIO,)),
+    "torch.jit.trace": lambda module: torch.jit.trace(module, (AUDIO,)),
+}
+
+
+@pytest.mark.parametrize("tracer", [*TRACERS])
+@pytest.mark.filterwarnings("ignore")
+def test_a_tracer_is_refused_and_the_codec_is_as_before(tracer):
+    expected = Tokens()(AUDIO)
+    with pytest.raises(NemoLfrError, match=r"Call it before"):
+        TRACERS[tracer](Tokens())
+    assert torch.equal(Tokens()(AUDIO), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [Tokens, Audio])
+def test_a_compiled_function_leaves_the_codec_out_of_its_graphs(kind, backend):
+    expected = kind()(AUDIO)
+    torch._dynamo.reset()
+    compiled = torch.compile(kind(), backend=backend)
+    assert all(torch.equal(compiled(audio), expected) for audio in (AUDIO, AUDIO.clone()))
+    assert compiled(AUDIO[:3000]).shape[-1] < expected.shape[-1]
