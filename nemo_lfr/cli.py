@@ -31,6 +31,8 @@ from nemo_lfr.evaluation.command import evaluate
 from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.heap import keep_heap
 from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.locate import expand_home
+from nemo_lfr.options import UserPath
 from nemo_lfr.terminal import note, progress, show
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def plan_jobs(
     single = names_a_file(out, new_suffix)
     jobs: list[Job] = []
     for text in inputs:
+        text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
         exists = text and os.path.lexists(text)  # "" would be the current folder
         matches = [Path(text)] if exists else [Path(match) for match in glob.glob(text, recursive=True)]
         if not matches:
@@ -480,7 +483,7 @@ def app() -> None:
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Folder for the token files, or NAME.lfr for one input; beside the input by default.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
@@ -534,7 +537,7 @@ def encode(
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Folder for the audio, or NAME.wav for one input; beside the input by default.",
 )
 @click.option("--format", "kind", type=click.Choice(OUTPUT_KINDS), help="Format of the audio; wav, or that of --out.")
@@ -615,9 +618,7 @@ def info(files: tuple[str, ...], as_json: bool) -> None:
 
 
 @app.command()
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"), show_default=True
-)
+@click.option("--out", type=UserPath(file_okay=False), default=Path("demo_output"), show_default=True)
 @model_options
 def demo(out: Path, **options: Any) -> None:
     """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
@@ -632,10 +633,8 @@ def demo(out: Path, **options: Any) -> None:
 
 @app.command()
 @click.argument("kind", type=click.Choice(list(LAYOUTS)))
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the manifests."
-)
+@click.argument("corpus", type=UserPath())
+@click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the manifests.")
 @click.option(
     "--valid-share",
     type=click.FloatRange(0, 1),
@@ -671,7 +670,7 @@ def export() -> None:
 @export.command("onnx")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     required=True,
     help="Folder for encoder.onnx and decoder.onnx.",
 )

@@ -1,4 +1,4 @@
-"""A path as users give it -> the checkpoint file, or the folder of an unpacked one."""
+"""Paths as users give them: `~`, and the checkpoint file, or the folder of an unpacked one, that one stands for."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,11 @@ from nemo_lfr.errors import CheckpointError, clip
 # The members of a `.nemo`, and the files of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Expand `~` and `~user`; a name that merely begins with it stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -23,7 +28,7 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: if there is none, or more than one, or it is no regular file (a pipe, device or socket).
     """
-    path = Path(os.path.expanduser(source))
+    path = expand_home(source)
     if os.path.isdir(path):
         return _in_folder(path)
     if not os.path.lexists(path):

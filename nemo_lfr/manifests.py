@@ -11,6 +11,7 @@ from typing import Any
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.errors import ConfigError, clip
 from nemo_lfr.folders import MAX_NAME
+from nemo_lfr.locate import expand_home
 from nemo_lfr.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
@@ -99,11 +100,6 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
         if (length := len(os.fsencode(part))) > MAX_NAME:
             raise ValueError(f"{clip(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}")
     return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
-
-
-def expand_home(path: str | os.PathLike[str]) -> Path:
-    """Expand `~` and `~user`; a name that merely begins with it stays as it is."""
-    return Path(os.path.expanduser(path))  # and not Path.expanduser, which raises for a user that nobody is
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:

@@ -328,3 +328,12 @@ def test_signal_handlers_are_the_callers_again_afterwards(capsys):
     before = signal.getsignal(signal.SIGTERM)
     run(capsys, "--version")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    name = folder.relative_to(tmp_path)
+    assert run(capsys, "encode", f"~/{name}", "--out=~/tokens")[0] == 0
+    assert run(capsys, "decode", "~/tokens", "--out=~/audio")[0] == 0
+    assert [*(tmp_path / "audio").rglob("*.wav")] and not (tmp_path / "~").exists()

@@ -260,6 +260,16 @@ def test_a_run_goes_on_with_what_is_whole(kind, audio, model, tmp_path):
     assert changed == [marks[1]]
 
 
+@pytest.mark.parametrize("content", ["pipe", "[1]", "{", "{}", '{"parts": 3}', "null"])
+def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
+    job_ = job(audio / "manifest.json", tmp_path / "out", model)
+    job_.state.mkdir(parents=True)
+    record = job_.state / "job.json"
+    os.mkfifo(record) if content == "pipe" else record.write_text(content)
+    with pytest.raises(NemoLfrError, match=r"job\.json: is"):
+        tokenize(job_, device="cpu", workers=1)
+
+
 def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
     tokenize(job_, device="cpu", workers=1)

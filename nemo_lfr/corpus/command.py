@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.options import UserPath
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
 
 
 @click.command()
-@click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the tokens.")
+@click.argument("corpus", type=UserPath())
+@click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
@@ -30,9 +31,7 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
     help="magpie: a whole frame of silence after clips that fill their frames, as NeMo's Magpie datasets have it.",
 )
 @click.option("--context", is_flag=True, help="Tokenise the context audio that the corpus names, too.")
-@click.option(
-    "--audio-dir", type=click.Path(path_type=Path), help="Folder of relative paths; that of the manifest by default."
-)
+@click.option("--audio-dir", type=UserPath(), help="Folder of relative paths; that of the manifest by default.")
 @click.option("--dataset", help="Name of the corpus in Magpie's speaker labels; that of the input if not given.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips of a shard.")
 @click.option("--max-duration", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds.")
@@ -122,8 +121,8 @@ def watching() -> Iterator[Callable[[Any], None]]:
 
 
 @click.command()
-@click.argument("tokens", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the audio.")
+@click.argument("tokens", type=UserPath())
+@click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the audio.")
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
 @click.option("--model", help="The codec that made the tokens; the one inside the package if not given.")
 @click.option("--device", help="cpu, cuda ...; a GPU if there is one.")

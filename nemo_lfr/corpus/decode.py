@@ -8,6 +8,7 @@ from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
 from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.locate import expand_home
 from nemo_lfr.pretrained import load
 
 
@@ -38,7 +39,7 @@ def decode_folder(
         NemoLfrError: if the folder cannot be read, or another codec made its tokens.
         OSError: if audio cannot be written.
     """
-    folder = TokenFolder(tokens, verify=verify)
+    folder, out = TokenFolder(tokens, verify=verify), expand_home(out)
     codec = load(model, device)
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):

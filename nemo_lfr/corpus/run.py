@@ -18,9 +18,11 @@ from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.journal import write_text
+from nemo_lfr.locate import expand_home
 from nemo_lfr.pretrained import choose_device
+from nemo_lfr.regular import open_regular
 
 METADATA = "tokens.json"
 # What must be the same for the shards of one output; the rest of a job may change between runs.
@@ -81,7 +83,7 @@ def tokenize(
             raise NemoLfrError(f"{name} {value!r} is unknown; use one of {list(known)}.")
     if job.context and job.kind == "lfr":
         raise NemoLfrError('format "lfr" has no place for contexts; use another, or leave --context out.')
-    job, out = _absolute(job), Path(job.out).resolve()
+    job, out = _absolute(job), expand_home(job.out).resolve()
     if out.exists() and not (out / STATE).exists() and (others := [found.name for found in out.iterdir()]):
         raise NemoLfrError(
             f"{job.out}: holds other files ({others[0]}), and no run to go on with; choose another --out."
@@ -120,9 +122,9 @@ def _absolute(job: Job) -> Job:
     """The same job for a worker in another folder."""
     paths = {"source": job.source, "out": job.out, "audio_dir": job.audio_dir, "model": job.model}
     local: dict[str, Any] = {
-        name: str(Path(path).resolve())
+        name: str(expand_home(path).resolve())
         for name, path in paths.items()
-        if path and (name != "model" or Path(path).exists())
+        if path and (name != "model" or expand_home(path).exists())
     }
     return replace(job, **local)
 
@@ -184,8 +186,17 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
     given = asdict(job)
     mine = {key: given[key] for key in FIXED} | {"corpus": corpus.identity, "codec": codec}
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        parts = known.pop("parts")
+        try:
+            with open_regular(path) as file:
+                known = json.load(file)
+            parts = known["parts"]
+            if not isinstance(known, dict) or not isinstance(parts, list):
+                raise TypeError("expected a JSON object with a list of parts")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise NemoLfrError(
+                f"{path}: is damaged ({clip(error, 200)}), so that the run cannot go on; "
+                f"remove {job.out}, or choose another --out."
+            ) from error
         if differ := sorted(key for key in mine if known.get(key) != mine[key]):
             said = "; ".join(
                 "another corpus, or it has changed"

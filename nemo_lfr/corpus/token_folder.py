@@ -26,6 +26,7 @@ from nemo_lfr.corpus.run import METADATA
 from nemo_lfr.corpus.shard import Mark
 from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, TokenFileError, clip
+from nemo_lfr.locate import expand_home
 from nemo_lfr.tokens.format import Metadata, TokenReader
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
@@ -69,7 +70,7 @@ class TokenFolder:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
-        self.path = Path(folder)
+        self.path = expand_home(folder)
         self.verify = verify
         name = self.path / METADATA
         if not self.path.is_dir() or not name.exists():

@@ -9,15 +9,16 @@ import click
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
+from nemo_lfr.options import UserPath
 from nemo_lfr.terminal import note, progress, show
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=UserPath())
 @click.option("--codec", "codecs", multiple=True, help=f"May be given again and again: {CODECS}. Default: lfr.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     required=True,
     help="Folder for the report and all audio.",
 )
@@ -26,7 +27,7 @@ from nemo_lfr.terminal import note, progress, show
     type=click.Choice(["card-mls", "card-daps"]),
     help="Take SOURCE for the unpacked archives of a test set of NVIDIA's card.",
 )
-@click.option("--audio-dir", type=click.Path(path_type=Path), help="Of the manifest's paths; its folder if not given.")
+@click.option("--audio-dir", type=UserPath(), help="Of the manifest's paths; its folder if not given.")
 @click.option("--limit", type=click.IntRange(min=1), help="Draw so many recordings.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
 @click.option(

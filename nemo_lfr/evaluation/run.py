@@ -22,13 +22,14 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.atomic import write_bytes
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
 from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.manifests import Recording
 from nemo_lfr.pretrained import choose_device
+from nemo_lfr.regular import open_regular
 
 
 @dataclass
@@ -140,7 +141,15 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
         for key, item in recordings.items()
         if item.path.is_file()  # else nothing will be made of it
     }
-    known = json.loads(claims.read_text(encoding="utf-8")) if claims.exists() else {}
+    known = {}
+    if claims.exists():
+        try:
+            with open_regular(claims) as file:
+                known = json.load(file)
+            if not isinstance(known, dict):
+                raise ValueError("expected a JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise NemoLfrError(f"{claims}: is damaged ({clip(error, 200)}); choose another --out.") from error
     if any(known.get(key, value) != value for key, value in mine.items()):
         raise NemoLfrError(
             f"{out}: holds an evaluation of other recordings, or at another rate; choose another --out."

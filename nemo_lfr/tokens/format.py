@@ -57,6 +57,7 @@ from nemo_lfr import __version__, frames
 from nemo_lfr.atomic import open_aside
 from nemo_lfr.audio import refuse_overwrite
 from nemo_lfr.errors import TokenFileError, TokensError, clip
+from nemo_lfr.locate import expand_home
 from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.packing import pack, unpack
 
@@ -188,7 +189,7 @@ class TokenWriter(TokenStream):
     """
 
     def __init__(self, path: str | os.PathLike[str], metadata: Metadata, overwrite: bool = False) -> None:
-        self.path = Path(path)
+        self.path = expand_home(path)
         refuse_overwrite(self.path, overwrite)
         self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -406,6 +407,7 @@ class TokenReader(_Sections):
     """
 
     def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
+        path = expand_home(path)
         try:
             file = open_regular(path, TokenFileError)
         except OSError as error:

@@ -1,0 +1,18 @@
+"""Types of the command line's options."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nemo_lfr.locate import expand_home
+
+
+class UserPath(click.Path):
+    """A path, given as a `Path`; its `~` is expanded, which a shell leaves alone in quotes and in `--out=~/tokens`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(expand_home(value), param, ctx)
