@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -26,43 +26,68 @@ def open_aside(path: Path) -> IO[bytes]:
     """Open a new file beside `path`, to be renamed to it, with the permissions of any new file.
 
     It is locked until it is closed.
+
+    Raises:
+        OSError: naming `path`.
     """
     while True:
-        with contextlib.suppress(FileExistsError):
-            file = open(path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part"), "x+b")  # noqa: SIM115
+        aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
+        with contextlib.suppress(FileExistsError), naming(path, aside):
+            file = open(aside, "x+b")  # noqa: SIM115
             _lock(file.fileno())
             return file
 
 
-def write_bytes(path: Path, data: bytes) -> Path:
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     """Replace a file at once, or not at all; returns its path.
 
     The name aside is always the same, so that a run that is repeated removes what a killed one left of it.
 
+    Args:
+        path: of the file.
+        data: its content, whole or piece by piece.
+
     Raises:
         OSError: naming `path`, as on a full disk.
     """
-    aside = path.with_name(path.name + ".part")
-    with naming(path):
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()  # never opened: it may be a link
+    aside = _fixed_aside(path)
+    with naming(path, aside):
+        discard(path)
         try:
             with open(aside, "xb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(NotADirectoryError):
+                aside.unlink(missing_ok=True)
     return path
+
+
+def discard(path: Path) -> None:
+    """Remove what a killed `write_bytes` left of a file. It is never opened, as it may be a link."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _fixed_aside(path).unlink()
+
+
+def _fixed_aside(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 @contextlib.contextmanager
 def writing_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder inside `parent` for files that are to be renamed, and remove it, and older ones, in the end."""
+    """Make a folder inside `parent` for files that are to be renamed, and remove it, and older ones, in the end.
+
+    Raises:
+        OSError: naming `parent`, if no folder can be made there.
+    """
     sweep(parent)
     while True:
-        folder = tempfile.mkdtemp(dir=parent, prefix=".writing-")
+        try:
+            folder = tempfile.mkdtemp(dir=parent, prefix=".writing-")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(parent)) from error
         descriptor = _open_folder(folder)
         if descriptor is None or os.path.exists(folder):
             break
@@ -88,23 +113,57 @@ def sweep(folder: Path, names: Collection[str] = ()) -> None:
     except OSError:
         return
     for entry in leftovers:
-        with contextlib.suppress(OSError):
-            if entry.is_dir(follow_symlinks=False):
-                if (descriptor := _open_folder(entry.path)) is not None:
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                    os.close(descriptor)
-            elif not entry.is_file(follow_symlinks=False) or _is_free(entry.path):
-                os.unlink(entry.path)
+        _remove(entry)
+
+
+class Sweeper:
+    """Removes what killed runs left of files whose names come one by one; each folder is listed once."""
+
+    def __init__(self) -> None:
+        self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}
+
+    def sweep(self, path: Path) -> None:
+        """Remove the `.part` files of one final name, as `sweep` does."""
+        if path.parent not in self._leftovers:
+            self._leftovers[path.parent] = self._list(path.parent)
+        for entry in self._leftovers[path.parent].pop(path.name[:KEPT], []):
+            _remove(entry)
+
+    @staticmethod
+    def _list(folder: Path) -> "dict[str, list[os.DirEntry[str]]]":
+        found: dict[str, list[os.DirEntry[str]]] = {}
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if (match := PART.fullmatch(entry.name)) and not entry.is_dir(follow_symlinks=False):
+                    found.setdefault(match["name"], []).append(entry)
+        return found
+
+
+def _remove(entry: "os.DirEntry[str]") -> None:
+    with contextlib.suppress(OSError):
+        if entry.is_dir(follow_symlinks=False):
+            if (descriptor := _open_folder(entry.path)) is not None:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(descriptor)
+        elif not entry.is_file(follow_symlinks=False) or _is_free(entry.path):
+            os.unlink(entry.path)
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give the name of a file to errors of the system that come without one, as those of a full disk do."""
+def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
+    """Have errors of the system name a file that a user knows.
+
+    Args:
+        path: for errors that come without a name, as those of a full disk do.
+        aside: a file or folder that becomes `path`; errors that name it, or what is inside it, name `path` too.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        named = error.filename
+        is_aside = aside is not None and isinstance(named, str) and Path(named).is_relative_to(aside)
+        if error.errno is not None and (named is None or is_aside):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -1,5 +1,6 @@
 """Audio files in and out, block by block: any format and rate that libsndfile reads, mixed to mono, resampled."""
 
+import contextlib
 import io
 import math
 import os
@@ -12,7 +13,7 @@ from typing import IO, Any, BinaryIO, Protocol
 import numpy as np
 import soundfile
 
-from nemo_lfr.atomic import open_aside
+from nemo_lfr.atomic import naming, open_aside
 from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_mpeg
 from nemo_lfr.containers.cache import cached_streams
 from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
@@ -416,8 +417,10 @@ class AudioWriter:
         try:
             self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-            self._raw.close()
+            with contextlib.suppress(OSError):  # of a full disk, again
+                self._raw.close()
             os.unlink(self._raw.name)
+            self._sink.check(self.path)
             raise AudioError(f"{path}: cannot be written as {kind} at {sample_rate} Hz ({_reason(error)}).") from error
 
     def __enter__(self) -> "AudioWriter":
@@ -435,13 +438,14 @@ class AudioWriter:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         aside = Path(self._raw.name)
         try:
-            with self._raw:
-                self._file.close()
-                self._sink.check(self.path)
-                self._raw.flush()
-                os.fsync(self._raw.fileno())
-            if kind is None:
-                aside.replace(self.path)
+            with naming(self.path, aside):
+                with self._raw:
+                    self._file.close()
+                    self._sink.check(self.path)
+                    self._raw.flush()
+                    os.fsync(self._raw.fileno())
+                if kind is None:
+                    aside.replace(self.path)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -452,13 +456,24 @@ class _Sink:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._error: BaseException | None = None
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
     def write(self, data: bytes) -> int:
+        return self._try(lambda: self._file.write(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._try(lambda: self._file.seek(offset, whence))  # writes what is in the buffer, too
+
+    def tell(self) -> int:
+        return self._try(lambda: self._file.tell())
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size) if self._error is None else b""
+
+    def _try(self, act: Callable[[], int]) -> int:
         try:
-            return self._file.write(data)
+            return act() if self._error is None else 0
         except BaseException as error:  # an interrupt too, which would be lost here
-            self._error = self._error or error
+            self._error = error
             return 0
 
     def check(self, path: Path) -> None:

@@ -33,7 +33,7 @@ from nemo_lfr.heap import keep_heap
 from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.locate import expand_home
 from nemo_lfr.options import UserPath
-from nemo_lfr.terminal import note, progress, show
+from nemo_lfr.terminal import lead_nowhere, note, progress, show
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.base import BaseCodec
@@ -281,7 +281,9 @@ def _attempts(
             for job in batch[done:]:
                 yield from _attempts([job], work, failures)
         else:
-            text = str(error) if isinstance(error, NemoLfrError) else f"{batch[0].target}: {error.strerror or error}."
+            text = str(error)
+            if not isinstance(error, NemoLfrError):
+                text = f"{error.filename or batch[0].target}: {error.strerror or error}."
             failures.append({"input": str(batch[0].source), "error": text})
 
 
@@ -692,8 +694,10 @@ app.add_command(evaluate)
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP leave no half-written file behind, as an interrupt does; `nohup` is kept."""
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
+        received.append(number)
         sys.exit(128 + number)
 
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
@@ -703,6 +707,10 @@ def _stopped_by_signals() -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+    except SystemExit:
+        if received:
+            note(f"nemo-lfr: ended by {signal.Signals(received[0]).name}.")
+        raise
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
@@ -744,12 +752,24 @@ def _run(arguments: Sequence[str] | None) -> None:
         note("nemo-lfr: interrupted.")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         sys.exit(1)
     except NemoLfrError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror or error}.")
+        name = error.filename or ("stdout" if _stdout_is_lost() else None)
+        _fail(f"{name}: {error.strerror}." if name else f"{error.strerror or error}.")
+
+
+def _stdout_is_lost() -> bool:
+    """Whether stdout takes no more, as on a full disk; it then leads nowhere, so that nothing tries it again."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        lead_nowhere(sys.stdout)
+        return True
+    return False
 
 
 def _fail(text: str) -> None:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from nemo_lfr.atomic import naming, write_bytes
+from nemo_lfr.errors import NemoLfrError
 
 # A file's name need not be UTF-8; in JSON, the escape that this makes of a wrong byte reads back as that name.
 ANY_NAME = "backslashreplace"
@@ -23,6 +24,8 @@ class Journal:
         self.path = path
 
     def __enter__(self) -> "Journal":
+        if self.path.is_symlink():
+            raise NemoLfrError(f"{self.path}: is a link, which is not followed; remove it, or choose another --out.")
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
             with naming(self.path):

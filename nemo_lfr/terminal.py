@@ -1,8 +1,10 @@
 """What commands say while they work: lines and bars on stderr, as stdout is for results."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO
 
 import click
 
@@ -10,8 +12,22 @@ from nemo_lfr.errors import printable
 
 
 def note(text: str) -> None:
-    """Print one line on stderr; file names and labels in it may hold anything."""
-    click.echo(printable(text), err=True)
+    """Print one line on stderr; file names and labels in it may hold anything.
+
+    A log on a full disk, or a terminal that is gone, does not end the work.
+    """
+    try:
+        click.echo(printable(text), err=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        lead_nowhere(sys.stderr)
+
+
+def lead_nowhere(stream: IO[str]) -> None:
+    """Drop what is written to a stream from now on, and what waits in it, so that its end raises nothing."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(text: object) -> None:

@@ -692,7 +692,9 @@ def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_the
     os.killpg(driver.pid, number) if name == "SIGINT" else driver.send_signal(number)
     _, said = driver.communicate(timeout=30)
     assert driver.returncode == 128 + number
-    assert said.split("\n") == (["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else [""])
+    assert said.split("\n") == (
+        ["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else ["nemo-lfr: ended by SIGTERM.", ""]
+    )
     assert workers
     deadline = time.monotonic() + 10  # Python's resource tracker ends when it sees that the driver has
     while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:

@@ -12,6 +12,7 @@ import click
 
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.options import UserPath
+from nemo_lfr.terminal import note, show
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
 
@@ -77,9 +78,9 @@ def tokenize(
     if as_json:
         click.echo(json.dumps(done, indent=2))
     else:
-        click.echo(out)
+        show(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
-    click.echo(f"{text}; {done['failures']} failed, see {out}/failures.jsonl" if done["failures"] else text, err=True)
+    note(f"{text}; {done['failures']} failed, see {out}/failures.jsonl" if done["failures"] else text)
     if done["failures"]:
         sys.exit(1)
 
@@ -97,13 +98,13 @@ def watching() -> Iterator[Callable[[Any], None]]:
     if not sys.stderr.isatty():
         last = started
 
-        def note(totals: Any) -> None:
+        def now_and_then(totals: Any) -> None:
             nonlocal last
             if time.monotonic() - last > 30:
                 last = time.monotonic()
-                click.echo(f"nemo-lfr: {totals.done} of {totals.shards} shards: {said(totals)}", err=True)
+                note(f"nemo-lfr: {totals.done} of {totals.shards} shards: {said(totals)}")
 
-        yield note
+        yield now_and_then
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -140,10 +141,10 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
     for result in decode_folder(tokens, out, kind, overwrite=overwrite, **options):
         if isinstance(result, NemoLfrError):
             failed += 1
-            click.echo(f"nemo-lfr: {clip(result, 500)}", err=True)
+            note(f"nemo-lfr: {clip(result, 500)}")
         else:
             decoded += 1
-            click.echo(result)
+            show(result)
     if failed:
-        click.echo(f"nemo-lfr: {decoded} utterances, {failed} failed", err=True)
+        note(f"nemo-lfr: {decoded} utterances, {failed} failed")
         sys.exit(1)

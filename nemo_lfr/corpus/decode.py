@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from nemo_lfr.atomic import Sweeper
 from nemo_lfr.audio import AudioWriter
 from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
@@ -47,7 +48,8 @@ def decode_folder(
             f"{tokens}: made by another codec ({clip(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
             f"not {codec.name} ({codec.fingerprint}); pass it as --model."
         )
-    ids = UniqueIds()
+    out.mkdir(parents=True, exist_ok=True)
+    ids, leftovers = UniqueIds(), Sweeper()
     count = 0
     for shard in range(len(folder.counts)):
         for utterance in folder.read(shard):
@@ -61,6 +63,7 @@ def decode_folder(
                 path = out / f"{ids.add(utterance.id)}.{kind}"
                 if path_inside(out, str(path.parent.relative_to(out))) is None:
                     raise NemoLfrError(f"{path}: a link leads out of {out}; nothing is written there.")
+                leftovers.sweep(path)
                 if overwrite or not path.exists():
                     audio, _ = codec.decode(utterance.tokens)
                     with AudioWriter(path, codec.sample_rate, overwrite=overwrite) as writer:

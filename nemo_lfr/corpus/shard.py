@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_lfr.atomic import naming
 from nemo_lfr.codec.base import to_numpy
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
@@ -159,7 +160,8 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
     out = Path(job.out).resolve()
     mark = Mark(index)
     staging = job.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
-    staging.mkdir(parents=True)
+    with naming(out, staging.parent):
+        staging.mkdir(parents=True)
     try:
         sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context)
         for clip, tokens, num_samples, context in _tokenize(job, codec, corpus.read(part), mark):
@@ -172,10 +174,11 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
             name = str(path.relative_to(staging))
             mark.files[name] = digest(path)
             mark.sizes[name] = path.stat().st_size
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, out / name)
+            with naming(out / name, staging):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, out / name)
         mark.write(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

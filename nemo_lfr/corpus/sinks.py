@@ -14,15 +14,17 @@ Tokens are int16 where a codebook has at most 32,768 entries, else int32. Equal 
 import gzip
 import io
 import json
-import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 
+from nemo_lfr.atomic import naming, write_bytes
 from nemo_lfr.corpus.inputs import Clip, require
 from nemo_lfr.corpus.reading import DURATION_SLACK
 from nemo_lfr.journal import write_text
@@ -58,10 +60,13 @@ class Sink(ABC):
     def close(self) -> None:
         """Finish the files; an empty shard has them too."""
 
-    def _path(self, name: str) -> Path:
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """The path of a file that is written; errors of the system name where it was to be in the end."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        with naming(self.final / name, self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
 
     def _duration(self, num_samples: int) -> float:
         return round(num_samples / self.codec.sample_rate, 6)
@@ -75,21 +80,25 @@ class SharSink(Sink):
 
         self._cuts: list[dict[str, Any]] = []
         fields = ["target_codes", *(["context_codes"] if self.context else [])]
-        self._arrays = {
-            field: ArrayTarWriter(str(self._path(f"{field}/codes.{self.index:06d}.tar")), None) for field in fields
-        }
-        for writer in self._arrays.values():
-            writer.__enter__()
+        self._arrays: dict[str, Any] = {}
+        for field in fields:
+            with self._writing(self._tar(field)) as path:
+                self._arrays[field] = ArrayTarWriter(str(path), None)
+                self._arrays[field].__enter__()
+
+    def _tar(self, field: str) -> str:
+        return f"{field}/codes.{self.index:06d}.tar"
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         self._cuts.append(self._cut(clip, num_samples))
         for field, value in (("target_codes", tokens), ("context_codes", context)):
             if field not in self._arrays:
                 continue
-            if value is None:
-                self._arrays[field].write_placeholder(clip.id)
-            else:
-                self._arrays[field].write(clip.id, value.astype(self.dtype), self._manifest(value))
+            with self._writing(self._tar(field)):
+                if value is None:
+                    self._arrays[field].write_placeholder(clip.id)
+                else:
+                    self._arrays[field].write(clip.id, value.astype(self.dtype), self._manifest(value))
 
     def _manifest(self, tokens: np.ndarray) -> Any:
         from lhotse.array import Array, TemporalArray
@@ -139,15 +148,15 @@ class SharSink(Sink):
         return {"target_audio": recording}
 
     def close(self) -> None:
-        for writer in self._arrays.values():
-            writer.close()
-        for field in self._arrays:
-            path = self._path(f"{field}/codes.{self.index:06d}.tar")
-            if not path.exists():  # Lhotse opens it with the first array
-                _empty_tar(path)
+        for field, writer in self._arrays.items():
+            with self._writing(self._tar(field)) as path:
+                writer.close()
+                if not path.exists():  # Lhotse opens it with the first array
+                    _empty_tar(path)
         text = "".join(json.dumps(cut, ensure_ascii=False) + "\n" for cut in self._cuts)
         packed = gzip.compress(text.encode(), mtime=0)  # without the time: equal bytes
-        self._path(f"cuts/cuts.{self.index:06d}.jsonl.gz").write_bytes(packed)
+        with self._writing(f"cuts/cuts.{self.index:06d}.jsonl.gz") as path:
+            path.write_bytes(packed)
 
 
 class ManifestSink(Sink):
@@ -169,17 +178,19 @@ class ManifestSink(Sink):
 
         buffer = io.BytesIO()  # a file's own name would be written into it
         torch.save(torch.from_numpy(tokens.astype(self.dtype)), buffer)
-        self._path(path).write_bytes(buffer.getvalue())
+        with self._writing(path) as file:
+            file.write_bytes(buffer.getvalue())
 
     def close(self) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
-        self._path(f"{LINES}/{self.index:06d}.json").write_text(text, encoding="utf-8")
+        with self._writing(f"{LINES}/{self.index:06d}.json") as path:
+            path.write_text(text, encoding="utf-8")
 
 
 class LfrSink(ManifestSink):
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         path = f"tokens/{clip.id}.lfr"
-        with TokenWriter(self._path(path), self.codec) as writer:
+        with self._writing(path) as file, TokenWriter(file, self.codec) as writer:
             writer.write(tokens)
             writer.finish(num_samples)
         duration = self._duration(num_samples)
@@ -221,7 +232,8 @@ class ParquetSink(Sink):
             ("labels", pa.string()),
         ]
         table = pa.Table.from_pylist(self._rows, schema=pa.schema(columns))
-        pq.write_table(table, self._path(f"data/{self.index:06d}.parquet"), compression="zstd")
+        with self._writing(f"data/{self.index:06d}.parquet") as path:
+            pq.write_table(table, path, compression="zstd")
 
 
 SINKS: dict[str, type[Sink]] = {
@@ -235,14 +247,8 @@ SINKS: dict[str, type[Sink]] = {
 def finish(kind: str, out: Path, num_shards: int, context: bool) -> None:
     """Write what belongs to no shard: one manifest of all, or the section of a training config that reads them."""
     if kind in ("manifest", "lfr"):
-        aside = out / "manifest.json.part"
-        aside.unlink(missing_ok=True)
-        with open(aside, "xb") as file:
-            for index in range(num_shards):
-                file.write((out / LINES / f"{index:06d}.json").read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(out / "manifest.json")
+        shards = ((out / LINES / f"{index:06d}.json").read_bytes() for index in range(num_shards))
+        write_bytes(out / "manifest.json", shards)
     if kind == "shar":
         from omegaconf import OmegaConf
 

@@ -7,8 +7,10 @@ and `metrics.jsonl`. A run that was interrupted, or is given more codecs or reco
 import hashlib
 import io
 import json
+import os
 import random
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +24,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.atomic import write_bytes
+from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
@@ -252,7 +255,7 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
     if jobs == 1 or len(tasks) < 2:
         yield from map(_measure, tasks)
         return
-    pool = ProcessPoolExecutor(min(jobs, len(tasks), 61), get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks), 61), get_context("spawn"), _start, (os.getpid(),))
     try:
         for future in as_completed([pool.submit(_measure, task) for task in tasks]):
             yield future.result()
@@ -260,7 +263,10 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
         pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _start(driver: int) -> None:
+    """What a process does first. An interrupt of the whole group of processes is the driver's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(driver)
     import torch
 
     torch.set_num_threads(1)

@@ -124,16 +124,17 @@ def _write(codec: Codec, targets: list[Path]) -> None:
             assert program is not None
             model = program.model_proto
             model.metadata_props.add(key=METADATA, value=json.dumps(values))
-            files[target.name] = _write_aside(Path(aside, target.name), model.SerializeToString())
+            files[target.name] = _write_aside(Path(aside, target.name), model.SerializeToString(), target)
             onnx.checker.check_model(str(Path(aside, target.name)), full_check=True)
-        _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode())
+        _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode(), targets[2])
         for target in targets:
-            Path(aside, target.name).replace(target)
+            with naming(target, aside):
+                Path(aside, target.name).replace(target)
 
 
-def _write_aside(path: Path, data: bytes) -> str:
-    """Write a file to the disk; returns its SHA-256."""
-    with naming(path), open(path, "wb") as file:
+def _write_aside(path: Path, data: bytes, target: Path) -> str:
+    """Write a file that becomes `target` to the disk; returns its SHA-256."""
+    with naming(target, path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -54,7 +54,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lfr import __version__, frames
-from nemo_lfr.atomic import open_aside
+from nemo_lfr.atomic import naming, open_aside
 from nemo_lfr.audio import refuse_overwrite
 from nemo_lfr.errors import TokenFileError, TokensError, clip
 from nemo_lfr.locate import expand_home
@@ -195,7 +195,8 @@ class TokenWriter(TokenStream):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._aside = open_aside(self.path)
         try:
-            super().__init__(self._aside, metadata)
+            with naming(self.path):
+                super().__init__(self._aside, metadata)
         except BaseException:
             with contextlib.suppress(OSError):  # of a full disk, again
                 self._aside.close()
@@ -211,20 +212,26 @@ class TokenWriter(TokenStream):
     def __enter__(self) -> "TokenWriter":
         return self
 
+    def write(self, tokens: np.ndarray) -> None:
+        with naming(self.path):
+            super().write(tokens)
+
     def finish(self, num_samples: int) -> None:
-        super().finish(num_samples)
+        with naming(self.path):
+            super().finish(num_samples)
         self._finished = True
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         aside = Path(self._aside.name)
         try:
-            with self._aside as file:
-                file.flush()
-                os.fsync(file.fileno())
-            if kind is None and not self._finished:
-                raise TokensError(f"{self.path}: `finish` was not called, so that the file is not whole.")
-            if kind is None:
-                aside.replace(self.path)
+            with naming(self.path, aside):
+                with self._aside as file:
+                    file.flush()
+                    os.fsync(file.fileno())
+                if kind is None and not self._finished:
+                    raise TokensError(f"{self.path}: `finish` was not called, so that the file is not whole.")
+                if kind is None:
+                    aside.replace(self.path)
         finally:
             aside.unlink(missing_ok=True)
 
