@@ -13,8 +13,6 @@ command again continues from the last epoch that was saved.
 
 import nemo_lfr  # noqa: F401, I001  first: turns off the usage reports of a library that NeMo imports
 
-from pathlib import Path
-
 import lightning.pytorch as pl
 from nemo.core.config import hydra_runner
 from nemo.utils import logging
@@ -23,7 +21,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_lfr import AudioCodecModel
-from nemo_lfr.training.resume import tidy_checkpoints
+from nemo_lfr.training.resume import tidy_experiment
 
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
@@ -32,9 +30,8 @@ def main(cfg: DictConfig) -> None:
     # With it, and an epoch's draws following from its number, a run that is killed and started again ends the same.
     pl.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = pl.Trainer(**cfg.trainer)
-    settings = cfg.get("exp_manager") or {}
-    if is_global_rank_zero() and settings.get("exp_dir") and settings.get("name"):
-        tidy_checkpoints(Path(settings["exp_dir"], settings["name"]))  # of a run that was killed while it saved
+    if is_global_rank_zero():
+        tidy_experiment(cfg.get("exp_manager"))  # of a run that was killed while it saved
     exp_manager(trainer, cfg.get("exp_manager"))
     model = AudioCodecModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg=cfg)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.corpus.orphans import VARIABLE, _Kin, die_with
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.shard import Job
 from nemo_lfr.corpus.sinks import SINKS
@@ -55,6 +55,18 @@ def carriers(variable: str) -> list[int]:
         with contextlib.suppress(OSError):
             if variable.encode() in (folder / "environ").read_bytes().split(b"\0") and is_running(int(folder.name)):
                 found.append(int(folder.name))
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below one, by their parents: what they inherited they may have overwritten."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    while new := {child for child, parent in parents.items() if parent in {pid, *found}} - found:
+        found |= new
     return found
 
 
@@ -106,7 +118,7 @@ def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path
 
 @in_proc
 @pytest.mark.slow
-@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("process", ["gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp_path):
     pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
     variable = f"TEST_RUN={tmp_path}"
@@ -119,16 +131,51 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
         stderr=subprocess.DEVNULL,
     )
 
+    seen: set[int] = set()
+
     def is_there() -> bool:
-        with contextlib.suppress(OSError):
-            return any(process.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in carriers(variable))
+        seen.update(descendants(driver.pid))
+        for pid in seen:
+            with contextlib.suppress(OSError):
+                if process.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return True
         return False
 
     wait_until(lambda: driver.poll() is not None or is_there(), process)
     assert driver.poll() is None
     driver.kill()
     driver.wait()
-    wait_until(lambda: not carriers(variable), f"left: {carriers(variable)}")
+    wait_until(
+        lambda: not carriers(variable) and not any(map(is_running, seen)), f"left: {carriers(variable)} or {seen}"
+    )
+
+
+@in_proc
+def test_kin_that_lost_its_parent_and_overwrote_its_environment_is_still_known():
+    """As Ray's agents are: their title is written over what they inherited, and they outlive who started them."""
+    program = (
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'], env={}).pid, flush=True)\n"
+        "time.sleep(999)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {VARIABLE: "abc"}, stdout=subprocess.PIPE, text=True
+    )
+    child = int(parent.stdout.readline())
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"])
+    try:
+        kin = _Kin("abc", os.getpid())
+        kin.look()
+        parent.kill()
+        parent.communicate()
+        assert is_running(child)
+        kin.look()
+        assert kin.kill()
+        wait_until(lambda: not is_running(child), "the child is still there")
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 @in_proc

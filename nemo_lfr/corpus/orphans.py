@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def family() -> Iterator[None]:
     """Kill all processes that are started inside, and their children, if this one is killed before the end.
 
     A watcher in a session of its own waits for this process to end, and finds them by an environment variable, which
-    children inherit. Without /proc nothing is done.
+    children inherit. It looks for them all the while, since some of Ray's overwrite their environment and lose their
+    parents. Without /proc nothing is done.
     """
     if not Path("/proc/self/environ").exists():
         yield
@@ -83,26 +85,75 @@ def family() -> Iterator[None]:
         watcher.wait()
 
 
-def _kill_family(token: str) -> None:
-    """Kill the processes that carry a token, until there are none for a while."""
+class _Kin:
+    """The processes that carry a token, or descend from one that does, as seen over time.
+
+    A process that is seen once stays known though it overwrites its environment, or its parent ends.
+    """
+
+    def __init__(self, token: str, head: int) -> None:
+        self._variable = f"{VARIABLE}={token}".encode()
+        self._head = head
+        self._started: dict[int, str] = {}  # of each process known, so that a number that is used again is not taken
+        self._strangers: set[int] = set()
+
+    def look(self, again: bool = False) -> None:
+        """Find new ones, among processes that were not there before or, with `again`, among all."""
+        there = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - {os.getpid()}
+        self._started = {pid: started for pid, started in self._started.items() if pid in there}
+        self._strangers = set() if again else self._strangers & there
+        states = {pid: state for pid in there - self._strangers if (state := _state(pid)) is not None}
+        # A number that was used again is no longer who it was.
+        self._started = {pid: was for pid, was in self._started.items() if pid in states and states[pid][1] == was}
+        unknown = {pid: parent for pid, (parent, _) in states.items() if pid not in self._started}
+        found = {pid for pid in unknown if self._carries(pid)}
+        while found:
+            self._started |= {pid: states[pid][1] for pid in found}
+            unknown = {pid: parent for pid, parent in unknown.items() if pid not in found}
+            found = {pid for pid, parent in unknown.items() if parent in self._started}
+        # A child of the head has the variable only after it has begun its own program.
+        self._strangers |= {pid for pid, parent in unknown.items() if parent != self._head and pid != self._head}
+
+    def kill(self) -> bool:
+        """Kill all that are known; whether there were any."""
+        killed = False
+        for pid, started in self._started.items():
+            state = _state(pid)
+            if state is not None and state[1] == started:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+        return killed
+
+    def _carries(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return self._variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return False
+
+
+def _state(pid: int) -> tuple[int, str] | None:
+    """Parent and time of start of a process; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else (int(fields[1]), fields[19].decode())
+
+
+def _watch(token: str) -> None:
+    """Wait until the run ends, and kill its processes if it did not say so."""
+    kin = _Kin(token, os.getppid())
+    while not select.select([0], [], [], POLL_SECONDS)[0]:
+        kin.look()
+    if os.read(0, 1):  # the run came to its end
+        return
     last = time.monotonic()
     while time.monotonic() - last < QUIET_SECONDS:
-        for pid in _carriers(f"{VARIABLE}={token}".encode()):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-                last = time.monotonic()
+        kin.look(again=True)
+        if kin.kill():
+            last = time.monotonic()
         time.sleep(0.2)
 
 
-def _carriers(variable: bytes) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if variable in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
-
-
 if __name__ == "__main__":
-    if not sys.stdin.buffer.read():  # else the run came to its end
-        _kill_family(sys.argv[1])
+    _watch(sys.argv[1])

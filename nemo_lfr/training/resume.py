@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 # NeMo puts a file NAME-unfinished beside the checkpoint that it is about to write or remove.
 MARKER = "-unfinished"
 LAST = "last.ckpt"
+# NeMo saves averaged weights beside a checkpoint, under its name with this end.
+AVERAGE = "-EMA"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -52,29 +56,83 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
         experiment: folder of the run, such as EXP_DIR/NAME; nothing happens if it is not there.
     """
     for folder in sorted(Path(experiment).rglob("checkpoints")):
-        sweep(folder, [match["name"] for path in folder.glob("*.part") if (match := PART.fullmatch(path.name))])
-        unfinished = False
-        for marker in sorted(folder.glob(f"*{MARKER}")):
-            unfinished = True
-            stem = marker.name.removesuffix(MARKER)
-            for path in folder.glob("*.ckpt"):
-                if path.name.removesuffix(".ckpt").removesuffix("-EMA") == stem:
-                    logger.warning("%s: unfinished when its run was killed; removed", path)
-                    path.unlink()
-            marker.unlink()
-        if unfinished:
-            _keep_a_last(folder)
+        _tidy(folder)
 
 
-def _keep_a_last(folder: Path) -> None:
-    """Leave exactly one last checkpoint, the newest whole one."""
-    whole = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    last = [path for path in whole if path.name.endswith(LAST)]
-    for older in last[:-1]:
-        logger.warning("%s: older than %s; removed", older, last[-1].name)
-        older.unlink()
-    if whole and not last:
-        newest = whole[-1]
-        shutil.copyfile(newest, aside := folder / f"{newest.stem}.part")
-        os.replace(aside, folder / f"{newest.stem}-{LAST}")
-        logger.warning("%s: the newest whole checkpoint; training resumes from it", newest)
+def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
+    """Do it for a run that `exp_manager` is about to resume.
+
+    Args:
+        settings: what `exp_manager` is given, such as `cfg.exp_manager`; nothing happens unless it is to resume.
+    """
+    if not settings or not settings.get("resume_if_exists"):
+        return
+    folder = (settings.get("checkpoint_callback_params") or {}).get("dirpath")
+    if folder:
+        if "://" not in str(folder):
+            _tidy(Path(folder))
+        return
+    run = settings.get("explicit_log_dir")
+    if not run:
+        run = Path(settings.get("exp_dir") or "nemo_experiments", settings.get("name") or "default")
+        run /= str(settings.get("version") or "")
+    _tidy(Path(run, "checkpoints"))
+
+
+def _tidy(folder: Path) -> None:
+    sweep(folder, [match["name"] for path in folder.glob("*.part") if (match := PART.fullmatch(path.name))])
+    # Of a folder, as distributed checkpoints are, NeMo's own mark stays.
+    markers = [path for path in folder.glob(f"*{MARKER}") if not Path(str(path).removesuffix(MARKER)).is_dir()]
+    if not markers:
+        return
+    stems = {marker.name.removesuffix(MARKER) for marker in markers}
+    files = sorted(filter(Path.is_file, folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime_ns)
+    averages = {path for path in files if path.stem.endswith(AVERAGE)}
+    marked = {path for path in files if path.stem.removesuffix(AVERAGE) in stems}
+    # A marked one is whole if the run was killed just after it was put in place, or before it was removed. With
+    # averaged weights it is one of two files, of which the other may be missing.
+    damaged = {path for path in marked if averages or not _is_whole(path)}
+    whole = [path for path in files if path not in averages | damaged]
+    kept = None
+    if whole:
+        kept = next((path for path in reversed(whole) if path.name.endswith(LAST)), None)
+        if kept is None:
+            kept = whole[-1].with_name(f"{whole[-1].stem}-{LAST}")
+            _copy(whole[-1], kept)
+            if _average_of(whole[-1]) in averages:
+                _copy(_average_of(whole[-1]), _average_of(kept))
+            logger.warning("%s: the newest whole checkpoint; training resumes from it", whole[-1])
+    older = [path for path in whole if path.name.endswith(LAST)]
+    for path in {*marked, *older, *(averages & set(map(_average_of, older)))}:
+        if path != kept and (kept is None or path != _average_of(kept)):
+            why = "unfinished when its run was killed" if path in damaged else "training resumes from a newer one"
+            logger.warning("%s: removed: %s", path, why)
+            path.unlink()
+    for marker in markers:
+        marker.unlink()
+
+
+def _average_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}{AVERAGE}{path.suffix}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has its end: that of the archive which `torch.save` makes."""
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file, which appears whole."""
+    with naming(target), open_aside(target) as file:
+        try:
+            with open(path, "rb") as source:
+                shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
