@@ -155,7 +155,8 @@ def test_kin_that_lost_its_parent_and_overwrote_its_environment_is_still_known()
     """As Ray's agents are: their title is written over what they inherited, and they outlive who started them."""
     program = (
         "import subprocess, sys, time\n"
-        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(999)'], env={}).pid, flush=True)\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(999)']\n"
+        "print(subprocess.Popen(command, env={}, stdout=subprocess.DEVNULL).pid, flush=True)\n"
         "time.sleep(999)\n"
     )
     parent = subprocess.Popen(

@@ -60,7 +60,11 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 
 
 def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
-    """Do it for a run that `exp_manager` is about to resume.
+    """Tidy the checkpoints of the run that `exp_manager` is about to resume.
+
+    A script of your own calls it before `exp_manager`, on rank 0. No hook of the model can, since `exp_manager` looks
+    for the last checkpoint before the model exists. Without it, NeMo asks for a checkpoint to be removed by hand after
+    a kill between putting the only last one in place and removing its mark.
 
     Args:
         settings: what `exp_manager` is given, such as `cfg.exp_manager`; nothing happens unless it is to resume.
