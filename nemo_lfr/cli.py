@@ -4,6 +4,7 @@ A thin layer: paths are checked before a model is loaded, results go to stdout, 
 mistake is one line and exit code 2. Heavy imports wait until a command needs them, so that `--help` is instant.
 """
 
+import errno
 import glob
 import io
 import json
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nemo_lfr import __version__
-from nemo_lfr.atomic import sweep
+from nemo_lfr.atomic import naming, sweep
 from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.corpus.layouts import LAYOUTS
 from nemo_lfr.errors import NemoLfrError, printable
@@ -44,6 +45,7 @@ OUTPUT_KINDS = ("wav", "flac")
 BATCH_SECONDS = 60
 # Hz of a reader that is only asked what its file's header says.
 INFO_RATE = 22050
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[Job]:
         path = Path(source)
         if source == "-":
             path = Path(folder, f"stdin{suffix}")
-            with open(path, "wb") as file:
+            with naming(path), open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         job = Job(path, Path(folder, f"stdout{new_suffix}"))
         try:
@@ -757,19 +759,11 @@ def _run(arguments: Sequence[str] | None) -> None:
     except NemoLfrError as error:
         _fail(str(error))
     except OSError as error:
-        name = error.filename or ("stdout" if _stdout_is_lost() else None)
+        name = error.filename
+        if name is None and error.errno in DISK_FULL:  # what writes files names them
+            name = "stdout"
+            lead_nowhere(sys.stdout)
         _fail(f"{name}: {error.strerror}." if name else f"{error.strerror or error}.")
-
-
-def _stdout_is_lost() -> bool:
-    """Whether stdout takes no more, as on a full disk; it then leads nowhere, so that nothing tries it again."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        lead_nowhere(sys.stdout)
-        return True
-    return False
 
 
 def _fail(text: str) -> None:
