@@ -36,7 +36,7 @@ lint: $(VENV)/.full
 	$(VENV)/bin/python -m mypy nemo_lfr
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 # Newest versions that agree with pyproject.toml and constraints.txt; needs uv.
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package torch \
