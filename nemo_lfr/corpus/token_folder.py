@@ -87,6 +87,8 @@ class TokenFolder:
             raise TokenFileError(f"{name}: cannot be read: {clip(reason, 200)}.") from error
         self._reader = READERS[self.metadata["format"]](self)
         self.counts = self._count()
+        if verify:
+            self._check_records()
 
     def _check_metadata(self) -> Metadata:
         values = self.metadata
@@ -119,6 +121,15 @@ class TokenFolder:
                 f"in {shards}; run the same tokenize command again, which repairs it."
             )
         return counts
+
+    def _check_records(self) -> None:
+        """Raise TokenFileError unless the hashes of every shard are recorded: what is not there proves nothing."""
+        missing = [index for index in range(self.metadata["shards"]) if Mark.read(self.path, index) is None]
+        if missing:
+            raise TokenFileError(
+                f"{self.path}: cannot be verified: the hashes of {len(missing)} of {self.metadata['shards']} shards "
+                f"are missing from {Mark.folder(self.path)}; copy that folder too, or read without verifying."
+            )
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> Iterator[Utterance | TokenFileError]:
         """Utterances [start, stop) of a shard, in order; an error in the place of those that cannot be read."""
