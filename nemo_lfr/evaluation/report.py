@@ -81,6 +81,7 @@ def write_report(
         .from_string(template)
         .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
     )
+    page = "".join(char if char.isprintable() or char == "\n" else "?" for char in page)  # labels may hold anything
     return [
         write_text(out / "report.html", page),
         write_text(out / "report.md", markdown(**common)),
