@@ -342,6 +342,8 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
             num_samples = len(clips[job])
         else:
             num_samples = codec.encode_file(job.source, job.target, overwrite=overwrite)
+        if not num_samples:
+            note(f"{job.source}: holds no samples")
         yield _result(job, codec, num_samples, job.target, (time.perf_counter() - started) / len(jobs))
 
 
@@ -522,6 +524,8 @@ def encode(
         reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead)  # type: ignore[arg-type]
         if reader.channels > 1:
             note(f"{reader.name}: {reader.channels} channels mixed to mono")
+        if not reader.samples_read:
+            note(f"{reader.name}: holds no samples")
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")

@@ -52,6 +52,12 @@ def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsy
     assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
 
 
+def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
+    code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
+    assert code == 0 and "empty.wav: holds no samples" in err
+
+
 def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
     for size in (1, 8):
         run(capsys, "encode", folder, "--out", tmp_path / str(size), "--batch-size", size)

@@ -88,6 +88,7 @@ def caf(length):
 
 
 SIZE = 2 * len(WAVE)
+LIKE_A_NAME = b"abcd\xff\x7f\xff\x7f"
 SILENCE = wav(chunk(b"data", bytes(4000), 0))
 # Files that hold WAVE, sample for sample at 16 bits.
 WHOLE = {
@@ -127,6 +128,15 @@ WHOLE = {
     "FLAC with an APE tag behind": flac() + b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0) + bytes(8),
     "FLAC with an ID3 tag before": ID3 + flac(),
     "FLAC of unknown length with an ID3 tag before": ID3 + flac(known=False),
+    "SPHERE": written(format="NIST"),
+    "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
+    "VOC": written(format="VOC", subtype="PCM_16"),
+    "8SVX": written(format="SVX"),
+    "AVR": written(format="AVR"),
+    "data size of a quarter, then bytes like a name": wav(
+        chunk(b"data", patched(pcm(), (SIZE // 4 // 2 * 2, LIKE_A_NAME)), SIZE // 4 // 2 * 2)
+    ),
+    "WAV with two ID3 tags before": ID3 * 2 + wav(chunk(b"data", pcm())),
     "WAV with an ID3 tag before": ID3 + wav(chunk(b"data", pcm())),
 }
 
@@ -143,7 +153,10 @@ def read(data, rate=RATE, block=10.0):
 def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
     wave = read(WHOLE[name])
     assert len(wave) == len(WAVE)
-    np.testing.assert_allclose(wave, WAVE, rtol=0, atol=2**-14)  # a step of 16 bits, written by two conventions
+    expected = WAVE.copy()
+    if name == "data size of a quarter, then bytes like a name":
+        expected[SIZE // 8 :][:4] = np.frombuffer(LIKE_A_NAME, "<i2") / 32768
+    np.testing.assert_allclose(wave, expected, rtol=0, atol=2**-14)  # a step of 16 bits, written by two conventions
     (tmp_path / "a.bin").write_bytes(WHOLE[name])
     with AudioReader(tmp_path / "a.bin", RATE) as reader:
         assert np.array_equal(np.concatenate(list(reader.blocks(0.1))), wave)
@@ -197,6 +210,11 @@ def test_mp3_in_wav_is_mp3(count):
         read(data[:-1000])
 
 
+def bare_mp3(wave=WAVE):
+    data = written(wave, format="MP3")
+    return data[data.index(data[:2], 2) :]  # the first frame holds the header, and no sound
+
+
 CUT = {
     "WAV": wav(chunk(b"data", pcm()))[:-1000],
     "WAV without its last sample": wav(chunk(b"data", pcm()))[:-2],
@@ -211,6 +229,16 @@ CUT = {
     "half of Opus": written(format="OGG", subtype="OPUS", rate=24000)[:4000],
     "MP3": written(format="MP3")[:-1000],
     "second of two MP3s": written(format="MP3") + written(OTHER, format="MP3")[:-1000],
+    "MP3 without a header of its encoder": bare_mp3()[:-100],
+    "MP3 without a header of its encoder, with a hole": bare_mp3()[:1500] + bare_mp3()[2100:],
+    "MP3 without a header of its encoder, with zeros": patched(bare_mp3(), (1500, bytes(600))),
+    "WAV without its data chunk": wav(),
+    "WAV without its format": b"RIFF\0\0\0\0WAVE" + chunk(b"data", pcm()),
+    "WAV within the name of its data chunk": wav(chunk(b"data", pcm()))[:42],
+    "SPHERE": written(format="NIST")[:-1000],
+    "VOC": written(format="VOC")[:-1000],
+    "8SVX": written(format="SVX")[:-1000],
+    "AVR": written(format="AVR")[:-1000],
 }
 
 
@@ -269,6 +297,17 @@ def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
     wave = read(data[second:])
     # Without the header nothing tells how long the encoder's delay is, so that it stays in.
     assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
+
+
+def test_mp3_that_goes_from_mono_to_stereo_is_read():
+    mono, stereo = bare_mp3(), bare_mp3(np.stack([WAVE, WAVE], axis=1))
+    assert len(read(mono + stereo)) == len(read(mono)) + len(read(stereo))
+
+
+def test_mp3_with_a_tag_between_frames_is_whole():
+    data = bare_mp3()
+    frame = data.index(data[:2], 2)
+    assert len(read(data[:frame] + b"TAG".ljust(128, b"x") + data[frame:])) == len(read(data))
 
 
 def test_mp3_with_tags_around_it_is_read_once():
@@ -334,6 +373,10 @@ NOT_TAKEN_APART = {
     "AIFF": aiff(zero=False) * 2,
     "CAF": caf(SIZE + 4) * 2,
     "Wave64": written(format="W64") * 2,
+    "SPHERE": written(format="NIST") * 2,
+    "VOC": written(format="VOC") * 2,
+    "8SVX": written(format="SVX") * 2,
+    "AVR": written(format="AVR") * 2,
     "FLAC after WAV": wav(chunk(b"data", pcm())) + flac(),
     "Vorbis after WAV": wav(chunk(b"data", pcm())) + written(format="OGG", subtype="VORBIS"),
 }
@@ -348,6 +391,12 @@ def test_joined_recordings_that_are_not_taken_apart_are_refused(kind):
 def test_au_whose_samples_begin_beyond_its_end():
     with pytest.raises(AudioError, match="says that samples begin at byte"):
         read(patched(au(SIZE), (4, b"\xff\xff\0\0")))
+
+
+def test_sphere_of_8_bits_is_whole():
+    assert len(read(written(format="NIST", subtype="ULAW"))) == len(WAVE)
+    with pytest.raises(AudioError, match="was cut short"):
+        read(written(format="NIST", subtype="ULAW")[:-100])
 
 
 EMPTY = {

@@ -103,6 +103,16 @@ def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path):
         read(tmp_path / "b.m4a")
 
 
+@pytest.mark.parametrize("codec", ["flac", "libspeex"])
+def test_chained_ogg_that_only_ffmpeg_reads_is_read_once(tmp_path, codec):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(1), 16000)
+    ffmpeg("-i", tmp_path / "source.wav", "-c:a", codec, tmp_path / "a.ogg")
+    data = (tmp_path / "a.ogg").read_bytes()
+    one = read(tmp_path / "a.ogg", 16000)
+    assert np.array_equal(read(tmp_path / "a.ogg", 16000, data=data * 2), np.concatenate([one, one]))
+
+
 def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
     pytest.importorskip("av")
     path = made(tmp_path, "aac")

@@ -131,6 +131,11 @@ def test_pipes_give_what_files_give(piped, tmp_path):
         assert soundfile.read(io.BytesIO(whole.stdout))[0].shape == ((11025,) if "--start" in options else (41_111,))
 
 
+def test_a_pipe_without_samples_is_said_to_be_so(piped):
+    done = piped("encode", "-", "-", stdin=wav(np.zeros(0), RATE, "WAV", "PCM_16"))
+    assert done.returncode == 0 and "stdin: holds no samples" in done.stderr
+
+
 @pytest.mark.parametrize(
     "rate, subtype, kind", [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
 )

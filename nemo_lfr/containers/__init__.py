@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 from typing import BinaryIO
 
-from nemo_lfr.containers import boxes, flac
+from nemo_lfr.containers import boxes, flac, older
 from nemo_lfr.containers.flac import flac_streams
 from nemo_lfr.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
 from nemo_lfr.containers.mpeg import after_id3, is_mpeg, mpeg_streams
@@ -38,6 +38,10 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (lambda head, _: head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"), aiff_streams),
     (lambda head, _: head[:4] == b"caff", caf_streams),
     (lambda head, _: head[:4] == b"riff", w64_streams),
+    (older.is_sphere, older.sphere_streams),
+    (older.is_voc, older.voc_streams),
+    (older.is_svx, older.svx_streams),
+    (older.is_avr, older.avr_streams),
     (boxes.is_matroska, boxes.matroska_streams),
     (boxes.is_mp4, boxes.mp4_streams),
     (boxes.is_transport, boxes.transport_streams),

@@ -14,6 +14,7 @@ _BITRATES = {  # kbit/s by (is MPEG 1, layer)
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+Kind = tuple[int, int, int]  # layer, rate, bytes of side information
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version bits
 
 
@@ -23,6 +24,11 @@ class Frame:
     layer: int
     rate: int  # Hz
     side: int  # bytes of side information, where layer 3 has it
+
+    @property
+    def kind(self) -> Kind:
+        """What all frames of a recording have in common; `side` tells mono from stereo."""
+        return self.layer, self.rate, self.side
 
 
 def read_frame(head: bytes) -> Frame | None:
@@ -55,6 +61,7 @@ class Piece:
     count: int = 0
     promised: int | None = None  # frames, by its Xing header; that header is none of them
     first: bytes = b""
+    problem: str | None = None  # what is wrong, unless there are as many frames as promised
 
 
 def is_mpeg(head: bytes, window: Window) -> bool:
@@ -68,22 +75,25 @@ def is_mpeg(head: bytes, window: Window) -> bool:
 
 
 def after_id3(window: Window, position: int) -> int:
-    """Return the end of an ID3v2 tag."""
-    tag = window.at(position, 10)
-    if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
-        return position + 3 if tag[:3] == b"ID3" else position
-    size = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
-    return position + 10 + size + (10 if tag[5] & 0x10 else 0)
+    """Return the end of the ID3v2 tags at `position`; `position` itself where none is."""
+    while (tag := window.at(position, 10))[:3] == b"ID3":
+        if len(tag) < 10 or max(tag[6:10]) > 127:
+            return position + 3
+        size = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
+        position += 10 + size + (10 if tag[5] & 0x10 else 0)
+    return position
 
 
 def _pieces(window: Window) -> Iterator[Piece]:
     piece: Piece | None = None
-    kind: tuple[int, int] | None = None
+    kind: Kind | None = None
+    skipped: int | None = None  # where what is no frame began
     position = 0
     while position < window.size:
         head = window.at(position, 4)
         frame = read_frame(head)
-        if frame is None or (kind is None and not _confirmed(window, position, frame)):
+        if frame is None or (frame.kind != kind and not _confirmed(window, position, frame)):
+            skipped = position if skipped is None else skipped
             if head[:3] == b"ID3":
                 position = after_id3(window, position)
                 kind = None
@@ -92,15 +102,20 @@ def _pieces(window: Window) -> Iterator[Piece]:
                 kind = None
             continue
         promised = _xing_frames(window.at(position, 200), frame)
-        kind = frame.layer, frame.rate
+        kind = frame.kind
         if position + frame.length > window.size:
-            if piece is not None and piece.promised is None:
-                piece.stop = window.size
+            if piece is not None:
+                piece.stop = window.size if piece.promised is None else piece.stop
+                piece.problem = piece.problem or "was cut short: its last frame is not whole"
             break
         if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
             if piece is not None:
                 yield piece
             piece = Piece(position, promised=promised, first=head)
+        elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
+            hole = f"is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
+            piece.problem = piece.problem or hole
+        skipped = None
         if promised is None:
             piece.count += 1
         position += frame.length
@@ -112,17 +127,21 @@ def _pieces(window: Window) -> Iterator[Piece]:
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
     """Return whether the file ends or another frame of the same kind follows: chance looks like one frame, not two."""
     following = position + frame.length
-    if following >= window.size:
-        return True
+    if following > window.size:
+        return False
     other = read_frame(window.at(following, 4))
-    if other is None:
-        return window.at(following, 11).startswith(TAGS) or window.is_zero(following, min(following + 64, window.size))
-    return (other.layer, other.rate) == (frame.layer, frame.rate)
+    return _is_end(window, following) if other is None else other.kind == frame.kind
+
+
+def _is_end(window: Window, position: int) -> bool:
+    """Return whether the file ends at `position`, or a tag or padding begins there."""
+    tagged = window.at(position, 11).startswith(TAGS)
+    return tagged or window.is_zero(position, min(position + 64, window.size))
 
 
 def _is_same_kind(piece: Piece, frame: Frame) -> bool:
     first = read_frame(piece.first)
-    return first is not None and (first.layer, first.rate) == (frame.layer, frame.rate)
+    return first is not None and first.kind == frame.kind
 
 
 def _next_sync(window: Window, position: int) -> int:
@@ -155,7 +174,8 @@ def mpeg_streams(window: Window) -> list[Stream]:
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
     streams = []
     for piece in pieces:
-        stream = Stream([(piece.start, piece.stop)], by_name=True)
+        problem = piece.problem if piece.count != piece.promised else None
+        stream = Stream([(piece.start, piece.stop)], by_name=True, problem=problem)
         if piece.promised and piece.count < piece.promised:
             stream.problem = f"was cut short: its header promises {piece.promised} frames, {piece.count} are there"
         if piece.promised and piece.count <= piece.promised:

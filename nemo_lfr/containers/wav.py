@@ -18,6 +18,7 @@ from nemo_lfr.containers.stream import (
     Window,
     cut_short,
     goes_on,
+    is_chunk,
     moved,
     whole_file,
 )
@@ -203,13 +204,15 @@ class WavSamples:
 
     def _next_chunk(self, data: bytes) -> bytes:
         """Decide what follows samples or a chunk; return the data behind what was understood."""
-        if goes_on(data) and goes_on(data[self._odd :]):
+        # How much is left is not known, but no chunk after the samples is this large.
+        left, order = UNKNOWN_BYTES, self._order
+        if goes_on(data, left, order) and goes_on(data[self._odd :], left, order):
             self._zeros = 0 if self._declared else None  # zeros after samples are padding; after none, silence
             self._left = self._left if self._declared else None
             return data
-        if not CHUNK_NAME.match(data):
+        if not is_chunk(data, left, order):
             data = data[self._odd :]
-        if len(data) < 8 or not CHUNK_NAME.match(data):
+        if len(data) < 8 or not is_chunk(data, left, order):
             self._done = True
             return b""
         name, size = struct.unpack(f"{self._order}4sI", data[:8])
@@ -260,7 +263,8 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         spans.append((begin, stop))
         position = _after(window, begin, stop - begin)
     if not spans or not header.format:
-        return [], None
+        missing = "data" if header.format else "fmt"
+        return [Stream([(start, size)], problem=f"is damaged: it has no {missing} chunk")], None
     if header.is_mpeg:
         return _mpeg_inside(window, spans, problem), following
     if exact and start == 0 and following is None:

@@ -1,0 +1,86 @@
+"""SPHERE, VOC, 8SVX and AVR: whether all samples that their headers promise are there.
+
+libsndfile reads what is there of a file that was cut short, and the headers of joined files as samples.
+"""
+
+import re
+import struct
+
+from nemo_lfr.containers.stream import CHUNK_NAME, JOINED, UNKNOWN_BYTES, Stream, Window, cut_short, whole_file
+
+SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
+SVX_FORMS = (b"8SVX", b"16SV")
+_SPHERE_FIELD = re.compile(rb"(?m)^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s*$")
+_SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
+_SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # bytes
+_VOC_SOUND = (1, 9)
+
+
+def is_sphere(head: bytes, _: Window) -> bool:
+    return head.startswith(SPHERE)
+
+
+def sphere_streams(window: Window) -> list[Stream]:
+    own_size = window.at(8, 8).strip()
+    start = int(own_size) if own_size.isdigit() else _SPHERE_HEADER
+    header = window.at(0, min(start, _MAX_SPHERE_HEADER))
+    fields = {name: int(value) for name, value in _SPHERE_FIELD.findall(header)}
+    if b"shorten" in header or b"sample_count" not in fields:
+        return []
+    # One byte each, whatever the field says: libsndfile writes it as text.
+    size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
+    block = size * fields.get(b"channel_count", 1)
+    return _compared(window, start, fields[b"sample_count"] * block, SPHERE)
+
+
+def is_voc(head: bytes, _: Window) -> bool:
+    return head == VOC[:12]
+
+
+def voc_streams(window: Window) -> list[Stream]:
+    """Compare the first block of sound, which is all that libsndfile reads."""
+    position = int.from_bytes(window.at(20, 2), "little")
+    while position + 4 <= window.size and (kind := window.at(position, 1)[0]):
+        length = int.from_bytes(window.at(position + 1, 3), "little")
+        if kind in _VOC_SOUND:
+            return _compared(window, position + 4, length, VOC)
+        position += 4 + length
+    return []
+
+
+def is_svx(head: bytes, _: Window) -> bool:
+    return head[:4] == b"FORM" and head[8:12] in SVX_FORMS
+
+
+def svx_streams(window: Window) -> list[Stream]:
+    position = 12
+    while position + 8 <= window.size:
+        name, length = struct.unpack(">4sI", window.at(position, 8))
+        if name == b"BODY":
+            return _compared(window, position + 8, length, window.at(0, 4))
+        if not CHUNK_NAME.match(name):
+            break
+        position += 8 + length + length % 2
+    return []
+
+
+def is_avr(head: bytes, _: Window) -> bool:
+    return head.startswith(AVR)
+
+
+def avr_streams(window: Window) -> list[Stream]:
+    head = window.at(0, _AVR_HEADER)
+    if len(head) < _AVR_HEADER:
+        return []
+    stereo, bits = struct.unpack_from(">HH", head, 12)
+    block = (2 if stereo else 1) * (bits // 8)
+    return _compared(window, _AVR_HEADER, struct.unpack_from(">I", head, 26)[0] * block, AVR)
+
+
+def _compared(window: Window, start: int, promised: int, magic: bytes) -> list[Stream]:
+    """Compare the bytes of samples that are promised with those from `start` on; another file begins with `magic`."""
+    available, end = max(0, window.size - start), start + promised
+    if available < promised < UNKNOWN_BYTES:
+        return [whole_file(window.size, cut_short(promised, available))]
+    # A byte that ends the file, or pads it, may lie between.
+    return [whole_file(window.size, JOINED if promised and window.find(magic, end, end + 2) >= 0 else None)]
