@@ -593,7 +593,7 @@ def test_recovering_stops_at_the_first_damaged_block(tmp_path):
 
 
 WRITER = """
-import itertools, sys
+import itertools, sys, time
 import numpy as np
 from nemo_lfr.tokens.format import Metadata, TokenWriter
 metadata = Metadata(22050, 1024, (8, 7, 6, 6), 8)
@@ -602,6 +602,7 @@ for _ in itertools.count():
         for block in range(40):
             writer.write(np.full((8, 16), block))
             print(".", end="", flush=True)
+            time.sleep(0.001)  # most kills fall between blocks, however fast or busy the machine is
         writer.finish(640 * 1024)
 """
 
@@ -613,7 +614,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_and_a_part_that_reads
     tokens = np.concatenate(blocks, axis=1)
     write(path, RELEASED, blocks, 640 * 1024)
     recovered = set()
-    for _ in killed_at_random_moments(WRITER, path, within=0.02):
+    for _ in killed_at_random_moments(WRITER, path, within=0.04):
         assert np.array_equal(read(path)[0], tokens)
         parts = list(tmp_path.glob("a.lfr.*.part"))
         assert len(parts) <= 1 and len(list(tmp_path.iterdir())) == 1 + len(parts)
