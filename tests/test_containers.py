@@ -306,7 +306,7 @@ def test_mp3_that_goes_from_mono_to_stereo_is_read():
 
 def test_mp3_with_a_tag_between_frames_is_whole():
     data = bare_mp3()
-    frame = data.index(data[:2], 2)
+    frame = data.index(data[:2], data.index(data[:2], 2) + 2)  # two frames before it tell that it is MP3
     assert len(read(data[:frame] + b"TAG".ljust(128, b"x") + data[frame:])) == len(read(data))
 
 
