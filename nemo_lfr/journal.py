@@ -26,6 +26,8 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self.path.is_symlink():
             raise NemoLfrError(f"{self.path}: is a link, which is not followed; remove it, or choose another --out.")
+        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its reader
+            raise NemoLfrError(f"{self.path}: is not a regular file; remove it, or choose another --out.")
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
             with naming(self.path):

@@ -1,5 +1,10 @@
 """What a long job has done survives whatever ends it."""
 
+import os
+
+import pytest
+
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.journal import Journal
 
 
@@ -14,3 +19,14 @@ def test_entries_come_back_and_a_line_that_was_cut_off_is_passed_by(tmp_path):
         journal.add(["c", 3])
     with Journal(path) as journal:
         assert [key for key, _ in journal] == ["a", "b", "c"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", os.mkdir)])
+def test_a_journal_that_is_no_regular_file_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "journal.jsonl")
+    with (
+        pytest.raises(NemoLfrError, match=r"journal\.jsonl: is not a regular file"),
+        Journal(tmp_path / "journal.jsonl"),
+    ):
+        pass
