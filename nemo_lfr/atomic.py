@@ -38,6 +38,23 @@ def open_aside(path: Path) -> IO[bytes]:
             return file
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a new file aside; it takes the place of `path` in the end, or is removed if an error is raised.
+
+    Raises:
+        OSError: naming `path`, as on a full disk.
+    """
+    with naming(path), open_aside(path) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     """Replace a file at once, or not at all; returns its path.
 

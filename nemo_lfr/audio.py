@@ -89,6 +89,7 @@ class Decoder(Protocol):
     rate: int
     channels: int
     num_frames: int | None  # samples of a channel; None where only decoding tells
+    is_exact: bool  # whether that is all it must give; else about as many
 
     def read(self, count: int) -> np.ndarray:
         """Return the next samples, [up to count, channels] float32; none at the end."""
@@ -168,7 +169,7 @@ class AudioReader:
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
-        self._counts: dict[int, int] = {}
+        self._extents: dict[int, tuple[int, int]] = {}  # samples and Hz of the streams that were asked for
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -288,17 +289,22 @@ class AudioReader:
         return sum(count / rate for count, rate in map(self._extent, range(len(self._streams))))
 
     def _extent(self, index: int) -> tuple[int, int]:
-        """Return the samples of a stream, and its rate in Hz."""
-        decoder = self._decoder if index == self._index and self._decoder is not None else None
-        if decoder is None or (decoder.num_frames is None and index not in self._counts):
-            if self._pipe is not None:
-                raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
-            decoder = self._reopened(index)
-        if decoder.num_frames is None and index not in self._counts:
-            self._counts[index] = self._count(decoder)
-            self._reopened(0)
-        count = decoder.num_frames if decoder.num_frames is not None else self._counts[index]
-        return count, decoder.rate
+        """Return the samples of a stream, and its rate in Hz; each stream is opened or counted once for it."""
+        if index not in self._extents:
+            if self._decoder is None or index != self._index:
+                if self._pipe is not None:
+                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                self._reopened(index)
+            decoder = self._decoder
+            assert decoder is not None
+            count = decoder.num_frames
+            if count is None:
+                if self._pipe is not None:
+                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                count = self._count(self._reopened(index))
+                self._reopened(0)
+            self._extents[index] = count, decoder.rate
+        return self._extents[index]
 
     def _reopened(self, index: int) -> Decoder:
         try:
@@ -391,7 +397,7 @@ class AudioReader:
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
         """Raise if a stream gave less than its header promises."""
         promised = decoder.num_frames
-        share = 1.0 if getattr(decoder, "is_exact", True) else 0.99
+        share = 1.0 if decoder.is_exact else 0.99
         if promised is not None and num_read < share * promised:
             raise AudioError(f"{self.name}: was cut short after {num_read} of {promised} samples.")
 

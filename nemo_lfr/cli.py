@@ -193,6 +193,21 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
     return left
 
 
+def jobs_to_do(
+    inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
+) -> list[Job]:
+    """Plan the jobs, keep those that are to be done, and say which files are not among them.
+
+    Raises:
+        NemoLfrError: as `plan_jobs` and `pending` do.
+    """
+    passed_over: list[str] = []
+    jobs = pending(plan_jobs(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
+    for line in passed_over:
+        note(line)
+    return jobs
+
+
 def _refuse_file_as_folder(target: Path) -> None:
     """Raise if a file lies where a folder of a result is to be."""
     for folder in target.parents:
@@ -529,11 +544,7 @@ def encode(
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
-    passed_over: list[str] = []
-    jobs = plan_jobs(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, passed_over.append)
-    jobs = pending(jobs, overwrite, skip_existing)
-    for line in passed_over:
-        note(line)
+    jobs = jobs_to_do(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
     if not jobs:
         run_jobs([], lambda batch: iter(()), 1, options["as_json"])
         return
@@ -593,11 +604,7 @@ def decode(
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are decoded with all that follows in them.")
     kind = output_kind(kind, out)
-    passed_over: list[str] = []
-    jobs = plan_jobs(inputs, out, {TOKEN_SUFFIX}, f".{kind}", passed_over.append)
-    jobs = pending(jobs, overwrite, skip_existing)
-    for line in passed_over:
-        note(line)
+    jobs = jobs_to_do(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
     if not jobs:
         run_jobs([], lambda batch: iter(()), 1, options["as_json"])
         return

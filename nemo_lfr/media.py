@@ -41,6 +41,7 @@ class MediaDecoder:
     """
 
     num_frames: int | None = None
+    is_exact = True
 
     def __init__(self, source: BinaryIO) -> None:
         try:

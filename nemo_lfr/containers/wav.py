@@ -77,27 +77,18 @@ class WavHeader:
 
     def rebuilt(self, size: int | None) -> bytes:
         """Return a header for `size` bytes of samples; for as many as come if None."""
+        magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
         pad = b"\0" * (len(self.format) % 2)
-        chunk = struct.pack(f"{self.order}4sI", b"fmt ", len(self.format)) + self.format + pad
+        chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad
+        total = 4 + len(chunk) + 8 + (size or 0)
         if size is None:
-            magic = self.magic if self.magic == b"RIFX" else b"RIFF"
-            start = struct.pack(f"{self.order}4sI4s", magic, 0xFFFFFFFF, b"WAVE")
-            return start + chunk + struct.pack(f"{self.order}4sI", b"data", 0xFFFFFFFF)
-        total = 4 + len(chunk) + 8 + size
-        if total < 0xFFFFFFF0:
-            magic = self.magic if self.magic == b"RIFX" else b"RIFF"
-            return (
-                struct.pack(f"{self.order}4sI4s", magic, total, b"WAVE")
-                + chunk
-                + struct.pack(f"{self.order}4sI", b"data", size)
-            )
-        long = struct.pack("<4sIQQQI", b"ds64", 28, total + 36, size, 0, 0)
-        return (
-            struct.pack("<4sI4s", b"RF64", 0xFFFFFFFF, b"WAVE")
-            + long
-            + chunk
-            + struct.pack("<4sI", b"data", 0xFFFFFFFF)
-        )
+            total = size = 0xFFFFFFFF
+        elif total >= 0xFFFFFFF0:
+            magic, order = b"RF64", "<"
+            long = struct.pack("<4sIQQQI", b"ds64", 28, total + 36, size, 0, 0)
+            total = size = 0xFFFFFFFF
+        start = struct.pack(f"{order}4sI4s", magic, total, b"WAVE")
+        return start + long + chunk + struct.pack(f"{order}4sI", b"data", size)
 
 
 def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, bytes]:

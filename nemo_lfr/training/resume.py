@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from nemo_lfr.atomic import PART, naming, open_aside, sweep
+from nemo_lfr.atomic import PART, replacing, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,8 @@ class WholeCheckpoints(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with naming(target), open_aside(target) as file:
-            try:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, target)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        with replacing(target) as file:
+            torch.save(checkpoint, file)
 
 
 def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
@@ -131,12 +125,5 @@ def _is_whole(path: Path) -> bool:
 
 def _copy(path: Path, target: Path) -> None:
     """Copy a file, which appears whole."""
-    with naming(target), open_aside(target) as file:
-        try:
-            with open(path, "rb") as source:
-                shutil.copyfileobj(source, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, target)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+    with replacing(target) as file, open(path, "rb") as source:
+        shutil.copyfileobj(source, file)
