@@ -136,7 +136,7 @@ class AudioReader:
 
     Args:
         path: the file.
-        sample_rate: Hz of what is read.
+        sample_rate: Hz of what is read; the file's own rate if None.
         data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
             this reader then owns; `path` is then a name for messages.
         name: what messages call the file; `path` if not given.
@@ -154,13 +154,12 @@ class AudioReader:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        sample_rate: int,
+        sample_rate: int | None,
         data: bytes | int | None = None,
         name: str | None = None,
     ) -> None:
         self.path = Path(path)
         self.name = str(path) if name is None else name
-        self.sample_rate = sample_rate
         self.problem_at_end: Callable[[], str | None] = lambda: None
         self.samples_read = 0
         if data is None and (problem := _not_a_file(self.path)):
@@ -185,6 +184,7 @@ class AudioReader:
                 first = self._open_mpeg(first)
             self.native_rate, self.channels = first.rate, first.channels
             check_rate(self.native_rate)
+            self.sample_rate = self.native_rate if sample_rate is None else sample_rate
         except BaseException as error:
             self.close()
             if not isinstance(error, AudioError | MissingExtraError | OSError):

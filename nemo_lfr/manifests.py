@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 # Longer than any recording; a number beyond it is a mistake.
 MAX_SECONDS = 1e7
-# Hz of a reader that is only asked for a duration.
-HEADER_RATE = 22050
 # What a line raises that is no line of a manifest.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
@@ -136,7 +134,7 @@ def _recording(line: str, folder: Path, dataset: str) -> Recording:
     full = resolve_audio_path(folder, entry["audio_filepath"])
     duration = seconds(entry, "duration")
     if duration is None:
-        with AudioReader(full, HEADER_RATE) as reader:
+        with AudioReader(full, None) as reader:
             duration = reader.duration
     labels = {key: None if is_missing(value) else value for key, value in entry.items()}
     return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)

@@ -168,7 +168,7 @@ class OwnSource:
         if len(self.channels) == 1:
             return self._load_mono(offset, duration)[None]
         if isinstance(self.audio, Path):
-            AudioReader(self.audio, 22050).__exit__()  # says what is wrong with it
+            AudioReader(self.audio, None).close()  # says what is wrong with it
         try:
             with soundfile.SoundFile(_file(self.audio)) as file:
                 file.seek(min(round(offset * file.samplerate), file.frames))
@@ -183,9 +183,8 @@ class OwnSource:
     def _load_mono(self, offset: float, duration: float | None) -> np.ndarray:
         name = str(self.audio) if isinstance(self.audio, Path) else "audio in memory"
         data = None if isinstance(self.audio, Path) else self.audio
-        with AudioReader(name, 22050, data) as reader:
+        with AudioReader(name, None, data) as reader:
             rate = reader.native_rate
-        with AudioReader(name, rate, data) as reader:
             if not offset and duration is None:
                 return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
             if duration is None:

@@ -3,8 +3,8 @@
 Lhotse's own readers stop at the first item that they cannot read, or end in silence where a file of a Shar does.
 """
 
+import codecs
 import gzip
-import hashlib
 import json
 import logging
 import re
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.corpus.cut_audio import check_cut
+from nemo_lfr.corpus.ids import line_id
 from nemo_lfr.errors import AudioError, ConfigError, clip
 from nemo_lfr.manifests import NOT_A_LINE, describe
 from nemo_lfr.text import UTF16_MARKS
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
 # Lines among which one must say what a file holds.
 FIRST_LINES = 100
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def json_lines(path: Path) -> Iterator[bytes]:
                 if number == 0:
                     if line.startswith(UTF16_MARKS):
                         raise ConfigError(f"{path}: UTF-16 text; save it as UTF-8.")
-                    line = line.removeprefix(BOM)
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield line
     except EOFError as error:
@@ -106,7 +106,7 @@ def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
             yield _item(manifest, allow_url)
         except NOT_A_LINE as error:
             yield CutItem(
-                _made_id(line),
+                line_id(line),
                 problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace').strip())}",
             )
 
@@ -137,7 +137,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
             manifest = json.loads(line)
             item = _item(manifest, allow_url)
         except NOT_A_LINE as error:
-            yield CutItem(_made_id(line), problem=f"not a Lhotse cut: {describe(error)}")
+            yield CutItem(line_id(line), problem=f"not a Lhotse cut: {describe(error)}")
             continue
         if item.problem is None and broken:
             item = CutItem(item.id, problem=next(iter(broken.values())) + ".")
@@ -281,7 +281,3 @@ def _supervisions(recordings: Path) -> dict[str, list[Any]]:
     if bad:
         logger.warning("%s: %d lines are not supervisions, and are left out.", path, bad)
     return found
-
-
-def _made_id(line: bytes) -> str:
-    return "line-" + hashlib.sha256(line).hexdigest()[:12]

@@ -33,7 +33,7 @@ from nemo_lfr.corpus.columns import (
 )
 from nemo_lfr.corpus.cut_audio import read_cut
 from nemo_lfr.corpus.cut_files import CutItem, explain, kind_of, read_cuts, read_shar
-from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, line_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
@@ -672,7 +672,7 @@ def _name(line: bytes) -> str:
         offset = float(labels.get("offset") or 0)
         return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
     except NOT_A_LINE:
-        return "line-" + hashlib.sha256(line).hexdigest()[:12]
+        return line_id(line)
 
 
 def _raise(text: str, sample_rate: int, longest: float) -> np.ndarray:

@@ -32,6 +32,7 @@ from nemo_lfr.tokens.format import Metadata, TokenReader
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
 MAX_LINE = 1 << 26  # bytes of one line of JSON
 ROWS = 64  # of a table, read at once
+REPAIR = "run the same tokenize command again, which repairs it"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class TokenFolder:
         if len(counts) != shards or sum(counts) != clips:
             raise TokenFileError(
                 f"{self.path}: holds {sum(counts)} utterances in {len(counts)} shards, but {METADATA} says {clips} "
-                f"in {shards}; run the same tokenize command again, which repairs it."
+                f"in {shards}; {REPAIR}."
             )
         return counts
 
@@ -153,7 +154,7 @@ class TokenFolder:
                 if not damaged:
                     yield TokenFileError(
                         f"{self.path}, shard {shard}: ends after {start + seen} of its {self.counts[shard]} "
-                        "utterances; run the same tokenize command again, which repairs it."
+                        f"utterances; {REPAIR}."
                     )
                 return
             if isinstance(item, Damage):
@@ -178,10 +179,7 @@ class TokenFolder:
             yield TokenFileError(f"{self.path}, shard {shard}: is damaged at its end ({reason_of(error)}).")
         else:
             if more is not None:
-                yield TokenFileError(
-                    f"{self.path}, shard {shard}: holds more than its {stop} utterances; run the same tokenize "
-                    "command again, which repairs it."
-                )
+                yield TokenFileError(f"{self.path}, shard {shard}: holds more than its {stop} utterances; {REPAIR}.")
 
     def _utterance(self, row: "Row", where: str) -> Utterance:
         values = row.load()
@@ -254,9 +252,9 @@ class ShardFiles:
 
     def path(self, name: str) -> Path:
         """The file that a text names; raises TokenFileError unless it is whole and inside the folder."""
-        path = self._path(name)
-        if problem := self._damage(path):
-            raise TokenFileError(f"{problem}; run the same tokenize command again, which repairs it.")
+        path, damage = self.path_and_damage(name)
+        if damage:
+            raise TokenFileError(damage)
         return path
 
     def path_and_damage(self, name: str) -> tuple[Path, Damage | None]:
@@ -264,8 +262,8 @@ class ShardFiles:
         path = self._path(name)
         problem = self._damage(path)
         if problem and self.verify:
-            raise TokenFileError(f"{problem}; run the same tokenize command again, which repairs it.")
-        return path, Damage(f"{problem}; run the same tokenize command again, which repairs it.") if problem else None
+            raise TokenFileError(f"{problem}; {REPAIR}.")
+        return path, Damage(f"{problem}; {REPAIR}.") if problem else None
 
     def _path(self, name: str) -> Path:
         path = path_inside(self.folder, name)
@@ -449,8 +447,8 @@ class _Manifest(_Reader):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         lines, clips = len(self._starts) - 1, self.folder.metadata["clips"]
         if lines != clips:
-            problem = f"holds {lines} lines, but {METADATA} says {clips} clips; run the same tokenize command again"
-            yield Damage("" if self._is_reported else f"{self._path}: {problem}, which repairs it.")
+            problem = f"holds {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
+            yield Damage("" if self._is_reported else f"{self._path}: {problem}")
             self._is_reported = True
         first = sum(self.folder.counts[: files.shard])
         with open(self._path, "rb") as file:
@@ -507,7 +505,7 @@ def regular_file(path: Path) -> Path:
     """Return the path, or raise TokenFileError where opening it would fail, or wait for a writer."""
     if not path.is_file():
         what = "is not a file" if path.exists() else "no such file"
-        raise TokenFileError(f"{clip(path, 300)}: {what}; run the same tokenize command again, which repairs it.")
+        raise TokenFileError(f"{clip(path, 300)}: {what}; {REPAIR}.")
     return path
 
 

@@ -134,7 +134,7 @@ def _open_all(
 
 def _duration(path: Path) -> float | str:
     try:
-        with AudioReader(path, 22050) as reader:
+        with AudioReader(path, None) as reader:
             if reader.duration <= 0:
                 return "holds no samples"
             return round(reader.duration, 4)
@@ -145,8 +145,7 @@ def _duration(path: Path) -> float | str:
 def _decoded_duration(path: Path) -> float | str:
     """Seconds that can be decoded of a file, or why it cannot be used."""
     try:
-        with AudioReader(path, 22050) as reader:
-            reader.sample_rate = reader.native_rate  # resampling would only take time
+        with AudioReader(path, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())
             return round(num_samples / reader.native_rate, 4) if num_samples else "holds no samples"
     except (NemoLfrError, OSError) as error:
