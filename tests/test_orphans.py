@@ -70,6 +70,18 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def start(command: list[object], run: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a driver of shards of one clip; return it, and what its processes have in their environment."""
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", *map(str, [*command, "--shard-size", 1])],
+        cwd=ROOT,
+        env=os.environ | {"TEST_RUN": str(run)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return driver, f"TEST_RUN={run}"
+
+
 def wait_until(condition, what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -95,15 +107,8 @@ def test_a_worker_whose_driver_has_died_already_ends_at_once():
 )
 def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path):
     out = tmp_path / "out"
-    variable = f"TEST_RUN={tmp_path}"
     command = ["tokenize", audio, "--out", out, "--model", model, "--device", "cpu", "--workers", 2]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "nemo_lfr", *map(str, [*command, "--shard-size", 1])],
-        cwd=ROOT,
-        env=os.environ | {"TEST_RUN": str(tmp_path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    driver, variable = start(command, tmp_path)
     reached = {
         "one process": lambda: len(carriers(variable)) > 1,
         "three processes": lambda: len(carriers(variable)) > 3,
@@ -121,15 +126,8 @@ def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path
 @pytest.mark.parametrize("process", ["gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp_path):
     pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
-    variable = f"TEST_RUN={tmp_path}"
     command = ["tokenize", audio, "--out", tmp_path / "out", "--model", model, "--ray", "local", "--workers", 1]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "nemo_lfr", *map(str, [*command, "--shard-size", 1])],
-        cwd=ROOT,
-        env=os.environ | {"TEST_RUN": str(tmp_path)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    driver, variable = start(command, tmp_path)
 
     seen: set[int] = set()
 
