@@ -312,6 +312,8 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def _result(job: Job, codec: "Codec", num_samples: int, token_file: Path, seconds: float) -> dict[str, Any]:
+    if not num_samples:
+        note(f"{job.source}: holds no samples")
     duration = num_samples / codec.sample_rate
     size = token_file.stat().st_size
     return {
@@ -357,8 +359,6 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
             num_samples = len(clips[job])
         else:
             num_samples = codec.encode_file(job.source, job.target, overwrite=overwrite)
-        if not num_samples:
-            note(f"{job.source}: holds no samples")
         yield _result(job, codec, num_samples, job.target, (time.perf_counter() - started) / len(jobs))
 
 

@@ -56,6 +56,16 @@ def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
     assert code == 0 and "empty.wav: holds no samples" in err
+    code, _, err = run(capsys, "decode", tmp_path / "empty.lfr")
+    assert code == 0 and "empty.lfr: holds no samples" in err
+
+
+def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(22050, 0.1), 22050)
+    run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
+    (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
+    code, _, err = run(capsys, "decode", tmp_path / "cut.lfr", "--recover")
+    assert code == 0 and "cut.lfr: holds no samples" in err
 
 
 def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
