@@ -56,7 +56,7 @@ def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
     assert code == 0 and "empty.wav: holds no samples" in err
-    code, _, err = run(capsys, "decode", tmp_path / "empty.lfr")
+    code, _, err = run(capsys, "decode", tmp_path / "empty.lfr", "--out", tmp_path / "back")
     assert code == 0 and "empty.lfr: holds no samples" in err
 
 
