@@ -333,17 +333,37 @@ class AudioReader:
         Raises:
             AudioError: if it is damaged, or not finite.
         """
-        pieces = []
+        pieces = [np.zeros(0, np.float32)]
+        for rate, block in self._parts(start, duration):
+            wave = self._mixed(block)
+            pieces.append(resample(wave, rate, self.sample_rate) if rate != self.sample_rate and len(wave) else wave)
+        return np.concatenate(pieces)
+
+    def channels_of(self, start: float, duration: float) -> np.ndarray:
+        """Read samples [channels, any] as they are, at the file's own rate; see `segment`.
+
+        Raises:
+            AudioError: if it is damaged, not finite, or joined of recordings that do not fit together.
+        """
+        blocks = [np.zeros((0, self.channels), np.float32)]
+        for rate, block in self._parts(start, duration):
+            if (rate, block.shape[1]) != (self.native_rate, self.channels):
+                raise AudioError(f"{self.name}: holds recordings of several rates or numbers of channels.")
+            check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
+            blocks.append(block)
+        return np.concatenate(blocks).T
+
+    def _parts(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the rate, and samples [n, channels], of each recording that has a share in a stretch of seconds."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(int(start * rate), count) if start > 0 else 0
             if first < count and duration > 0:
-                pieces.append(self._part(index, first, min(count - first, math.ceil(duration * rate))))
+                yield rate, self._part(index, first, min(count - first, math.ceil(duration * rate)))
                 duration -= (count - first) / rate
             start -= count / rate
             if duration <= 0:
                 break
-        return np.concatenate([np.zeros(0, np.float32), *pieces])
 
     def _part(self, index: int, first: int, count: int) -> np.ndarray:
         decoder = self._decoder if index == self._index and self._decoder is not None else self._reopened(index)
@@ -351,10 +371,7 @@ class AudioReader:
             decoder.seek(first)
         except soundfile.LibsndfileError as error:
             raise AudioError(f"{self.name}: damaged audio ({_reason(error)}).") from error
-        wave = self._mixed(self._decode(decoder, count))
-        return (
-            resample(wave, decoder.rate, self.sample_rate) if decoder.rate != self.sample_rate and len(wave) else wave
-        )
+        return self._decode(decoder, count)
 
     def _mixed(self, block: np.ndarray) -> np.ndarray:
         """Mix [n, channels] to mono, and check it."""

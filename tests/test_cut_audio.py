@@ -190,6 +190,23 @@ def test_a_plain_cut_has_the_samples_of_a_manifests_line(wav, tmp_path):
     assert np.array_equal(read_cut(part, 44_100), left[100:300])
 
 
+@pytest.mark.parametrize("source", ["file", "memory"])
+def test_one_channel_of_a_file_whose_header_is_wrong_is_read_whole(source, tmp_path):
+    """As one whose recorder was killed: the length of its samples is still 0."""
+    from lhotse import AudioSource, MonoCut, Recording
+
+    stereo = np.stack([WAVE, -WAVE / 2], axis=1)
+    soundfile.write(tmp_path / "a.wav", stereo, RATE, subtype="PCM_16")
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    position = data.index(b"data") + 4
+    data[position : position + 4] = bytes(4)
+    (tmp_path / "a.wav").write_bytes(data)
+    audio = str(tmp_path / "a.wav") if source == "file" else bytes(data)
+    recording = Recording("a", [AudioSource(source, [0, 1], audio)], RATE, len(WAVE), len(WAVE) / RATE)
+    right = read_cut(MonoCut("r", 0, recording.duration, 1, recording=recording), RATE)
+    np.testing.assert_allclose(right, -WAVE / 2, rtol=0, atol=2**-14)  # a step of 16 bits
+
+
 def test_what_lhotse_puts_together_sounds_as_lhotse_has_it(wav, tmp_path):
     from lhotse import Recording
 

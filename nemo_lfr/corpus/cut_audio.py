@@ -163,36 +163,19 @@ class OwnSource:
         Raises:
             AudioError: if it cannot be read, or holds less.
         """
-        import soundfile
-
-        if len(self.channels) == 1:
-            return self._load_mono(offset, duration)[None]
-        if isinstance(self.audio, Path):
-            AudioReader(self.audio, None).close()  # says what is wrong with it
-        try:
-            with soundfile.SoundFile(_file(self.audio)) as file:
-                file.seek(min(round(offset * file.samplerate), file.frames))
-                count = -1 if duration is None else round(duration * file.samplerate)
-                block = file.read(count, dtype="float32", always_2d=True)
-                rate = file.samplerate
-        except (soundfile.LibsndfileError, TypeError) as error:
-            raise AudioError(f"damaged audio ({error}).") from error
-        _check_count(len(block), rate, duration)
-        return block.T
-
-    def _load_mono(self, offset: float, duration: float | None) -> np.ndarray:
         name = str(self.audio) if isinstance(self.audio, Path) else "audio in memory"
-        data = None if isinstance(self.audio, Path) else self.audio
-        with AudioReader(name, None, data) as reader:
+        is_mono = len(self.channels) == 1
+        with AudioReader(name, None, None if isinstance(self.audio, Path) else self.audio) as reader:
+            if is_mono and not offset and duration is None:
+                return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])[None]
             rate = reader.native_rate
-            if not offset and duration is None:
-                return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
             if duration is None:
                 duration = reader.duration - offset
             first, count = round(offset * rate), round(duration * rate)
-            wave = reader.segment((first + 0.25) / rate, max(count - 0.25, 0) / rate)
-        _check_count(len(wave), rate, duration)
-        return wave
+            span = (first + 0.25) / rate, max(count - 0.25, 0) / rate
+            samples = reader.segment(*span)[None] if is_mono else reader.channels_of(*span)
+        _check_count(samples.shape[1], rate, duration)
+        return samples
 
 
 def _only_source(cut: Any) -> Any:
@@ -266,15 +249,8 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _file(audio: Path | bytes) -> Any:
-    import io
-    import os
-
-    return io.BytesIO(audio) if isinstance(audio, bytes) else os.fsencode(audio)
-
-
-def _check_count(count: int, rate: int, duration: float | None) -> None:
-    if duration is not None and count / rate < duration - 0.025:  # what Lhotse allows
+def _check_count(count: int, rate: int, duration: float) -> None:
+    if count / rate < duration - 0.025:  # what Lhotse allows
         raise AudioError(f"expected {duration:.2f} s of audio, but the file holds {count / rate:.2f} s.")
 
 
