@@ -1,6 +1,6 @@
 """FLAC: streams one after the other, whose length may be left open."""
 
-from nemo_lfr.containers.stream import Stream, Window, without_tags
+from nemo_lfr.containers.stream import HEADER_CUT, Stream, Window, without_tags
 
 # A name and the length of the first block: compressed audio does not hold eight such bytes by chance.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
@@ -23,8 +23,8 @@ def flac_streams(window: Window) -> list[Stream]:
 def _stream(window: Window, start: int, stop: int) -> Stream:
     """Describe one FLAC stream; the length is that of its frames, which are numbered."""
     info = window.at(start + 8, 34)
-    if len(info) < 34:
-        return Stream([(start, stop)], is_file=start == 0 and stop == window.size)
+    if len(info) < 34 or _after_metadata(window, start, stop) is None:
+        return Stream([(start, stop)], problem=HEADER_CUT)
     known = int.from_bytes(info[13:18], "big")
     total = known & MAX_SAMPLES
     # Frames of one size are numbered by frame: the number is worth something if the size is known.

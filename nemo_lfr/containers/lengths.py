@@ -4,6 +4,7 @@ import struct
 
 from nemo_lfr.containers.stream import (
     CHUNK_NAME,
+    HEADER_CUT,
     JOINED,
     UNKNOWN_BYTES,
     Stream,
@@ -29,7 +30,7 @@ def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], w
 
 def au_streams(window: Window) -> list[Stream]:
     if window.size < AU_HEADER:
-        return []
+        return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset
@@ -79,7 +80,7 @@ def aiff_streams(window: Window) -> list[Stream]:
         if not CHUNK_NAME.match(name):
             return []
         position += 8 + length + length % 2
-    return []
+    return [whole_file(window.size, HEADER_CUT)]
 
 
 def caf_streams(window: Window) -> list[Stream]:
@@ -101,7 +102,7 @@ def caf_streams(window: Window) -> list[Stream]:
         if length < 0 or not CHUNK_NAME.match(name):
             return []
         position += 12 + length
-    return []
+    return [whole_file(window.size, HEADER_CUT)]
 
 
 def w64_streams(window: Window) -> list[Stream]:
@@ -119,7 +120,7 @@ def w64_streams(window: Window) -> list[Stream]:
         if length < 24:
             return []
         position += length + -length % 8
-    return []
+    return [whole_file(window.size, HEADER_CUT)]
 
 
 def _another(window: Window, end: int, magic: bytes) -> bool:

@@ -167,6 +167,8 @@ def cut_short(promised: int, available: int) -> str:
     return f"was cut short: its header promises {promised} bytes, {available} are there"
 
 
+# What is wrong with a file that ends before its first sample.
+HEADER_CUT = "was cut short: it ends within its header"
 # What is wrong with a file of several recordings that cannot be taken apart.
 JOINED = "holds several recordings, one after the other; convert each to WAV by itself"
 

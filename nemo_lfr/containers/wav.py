@@ -8,6 +8,7 @@ from nemo_lfr.containers.mpeg import mpeg_streams
 from nemo_lfr.containers.stream import (
     CHUNK_NAME,
     FEW_BYTES,
+    HEADER_CUT,
     JOINED,
     KNOWN_CHUNKS,
     TAGS,
@@ -254,14 +255,22 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         spans.append((begin, stop))
         position = _after(window, begin, stop - begin)
     if not spans or not header.format:
-        missing = "data" if header.format else "fmt"
-        return [Stream([(start, size)], problem=f"is damaged: it has no {missing} chunk")], None
+        return [Stream([(start, size)], problem=_no_samples(window, start, position, header, spans))], None
     if header.is_mpeg:
         return _mpeg_inside(window, spans, problem), following
     if exact and start == 0 and following is None:
         return [whole_file(size, problem)], None
     length = sum(stop - begin for begin, stop in spans)
     return [Stream(spans, header.rebuilt(length), problem=problem)], following
+
+
+def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
+    """Return what is wrong with a WAV file whose chunks, up to `stop`, hold no samples or do not describe them."""
+    declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
+    is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
+    if not spans and stop + 8 > window.size and not is_whole:
+        return HEADER_CUT
+    return f"is damaged: it has no {'data' if header.format else 'fmt'} chunk"
 
 
 def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
