@@ -11,10 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nemo_lfr import telemetry
+from nemo_lfr._version import __version__
 
 telemetry.disable()
-
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemo_lfr import __version__
+from nemo_lfr._version import __version__
 from nemo_lfr.atomic import naming, sweep
 from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.corpus.layouts import LAYOUTS

@@ -231,7 +231,7 @@ class StreamEncoder(_Stream):
             raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
         if not len(samples):
             return np.zeros(0, np.float32)
-        return self.codec._check_audio(samples, None)[0][0].cpu().numpy()
+        return self.codec.check_audio(samples, None)[0][0].cpu().numpy()
 
     def _has_frame(self, num_samples: int) -> bool:
         """Whether so many samples more complete a frame."""
@@ -300,7 +300,7 @@ class StreamDecoder(_Stream):
         self._check_open()
         if np.ndim(tokens) != 2:
             raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
-        return self.codec._check_tokens(tokens, None)[0][0]
+        return self.codec.check_tokens(tokens, None)[0][0]
 
     def _has_frame(self, num_frames: int) -> bool:
         return num_frames > 0
@@ -329,7 +329,7 @@ def _in_turn(streams: Sequence[_Stream]) -> Iterator[None]:
         before = [dict(vars(stream)) for stream in streams]
         states = [dict(stream._state) for stream in streams]
         try:
-            with streams[0].codec._guard():
+            with streams[0].codec.computing():
                 yield
         except BaseException:
             for stream, attributes, state in zip(streams, before, states, strict=True):
@@ -409,11 +409,11 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
     check_weights(codec.encoder, f"the encoder of {codec.name}")
 
     def compute(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
-        with codec._autocast():
+        with codec.autocast():
             encoded = Flow(state, last).encode(codec.encoder, audio.to(codec.device))
         return quantize(codec.quantizer, encoded.float())  # [B, C, k]
 
-    return _advance(streams, inputs, last, compute, codec._check_encoded)
+    return _advance(streams, inputs, last, compute, codec.check_encoded)
 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
@@ -421,10 +421,10 @@ def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
     check_weights(codec.decoder, f"the decoder of {codec.name}")
 
     def compute(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
-        with codec._autocast():
+        with codec.autocast():
             return Flow(state, last).decode(codec.decoder, dequantized.to(codec.device)).float()  # [B, n]
 
-    return _advance(streams, inputs, last, compute, codec._check_decoded)
+    return _advance(streams, inputs, last, compute, codec.check_decoded)
 
 
 def _advance(

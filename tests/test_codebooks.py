@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
-from nemo_lfr.evaluation.codebooks import CodebookUse
+from nemo_lfr.signal.codebooks import CodebookUse
 
 
 def test_perplexity_counts_equally_frequent_tokens_and_nothing_after_the_end():

@@ -298,7 +298,7 @@ def test_windows_of_much_the_same_width_share_a_batch_on_a_gpu():
 def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision):
     codec = same_parts(cached_codec("two_stages"), precision=precision)
     codec._device = torch.device("cuda")
-    with codec._autocast():
+    with codec.autocast():
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     assert torch.backends.cudnn.allow_tf32
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from nemo_lfr.training.spectra import Spectra
+from nemo_lfr.signal.spectra import Spectra
 from recipes.bundled_codec.data import SpeechSegments
 from recipes.bundled_codec.losses import (
     LogMelDistance,

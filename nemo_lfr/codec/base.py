@@ -17,6 +17,7 @@ from nemo_lfr import frames
 from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, refuse_itself, resample
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.heap import flat
+from nemo_lfr.spec import CodecSpec
 
 # Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time. With their context
 # chunks of the released config are 144 frames wide to encode and 158 to decode.
@@ -94,11 +95,23 @@ class BaseCodec(ABC, Generic[Array]):
         """Windows are computed in memory of a multiple of so many frames."""
         return 1
 
+    @property
+    def spec(self) -> CodecSpec:
+        """What the codec's tokens are: the record that its files carry."""
+        return CodecSpec(
+            self.sample_rate,
+            self.samples_per_frame,
+            self.levels,
+            self.num_codebooks,
+            self.fingerprint,
+            self.precision,
+        )
+
     def made(self, fingerprint: str) -> bool:
         """Return whether tokens that carry this fingerprint, of today's kind or the older one, are this codec's."""
         return bool(fingerprint == self.fingerprint or fingerprint == self.weights_fingerprint)
 
-    def _guard(self) -> AbstractContextManager[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Keep the caller's settings away from what is computed within."""
         return nullcontext()
 
@@ -175,7 +188,7 @@ class BaseCodec(ABC, Generic[Array]):
             AudioError: for another shape, type or length, or a NaN.
             NemoLfrError: if the encoder gives NaN or infinite values.
         """
-        with self._guard():
+        with self.computing():
             return self._encode(audio, audio_len, sample_rate)
 
     def _encode(self, audio: Any, audio_len: Any, sample_rate: int | None) -> tuple[Any, Any]:
@@ -185,7 +198,7 @@ class BaseCodec(ABC, Generic[Array]):
         for rows, windows, batch in self._batches(waves, lengths, totals, self.samples_per_frame, self.encoder):
             results = self._encode_frames(batch, [window.num_frames for window in windows])
             self._scatter(tokens, rows, windows, results)
-        self._check_encoded(tokens)
+        self.check_encoded(tokens)
         return tokens, self._integers(totals)
 
     def decode(
@@ -208,11 +221,11 @@ class BaseCodec(ABC, Generic[Array]):
             TokensError: for another shape or type, a token outside the codebook, or lengths that do not fit.
             NemoLfrError: if the decoder gives NaN or infinite values.
         """
-        with self._guard():
+        with self.computing():
             return self._decode(tokens, tokens_len, audio_len)
 
     def _decode(self, tokens: Any, tokens_len: Any, audio_len: Any) -> tuple[Any, Any]:
-        tokens, totals = self._check_tokens(tokens, tokens_len)
+        tokens, totals = self.check_tokens(tokens, tokens_len)
         samples = [total * self.samples_per_frame for total in totals]
         if audio_len is not None:
             wanted = self._lengths(audio_len, len(totals), None, "audio_len", TokensError)
@@ -227,7 +240,7 @@ class BaseCodec(ABC, Generic[Array]):
         for rows, windows, batch in self._batches(tokens, totals, totals, 1, self.decoder):
             results = self._decode_frames(batch, [window.num_frames for window in windows])
             self._scatter(audio, rows, windows, results, frame, samples)
-        self._check_decoded(audio)
+        self.check_decoded(audio)
         return audio, self._integers(samples)
 
     def resample(
@@ -241,7 +254,7 @@ class BaseCodec(ABC, Generic[Array]):
         Returns:
             Audio [B, T_audio] as float32, and samples of each clip [B] as int64.
         """
-        with self._guard():
+        with self.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
             return waves, self._integers(lengths)
 
@@ -259,10 +272,10 @@ class BaseCodec(ABC, Generic[Array]):
         frame = self.samples_per_frame
         for wave, window in flat(_rolling(blocks, frame, self.chunk_frames, self.encoder.context)):
             padding = self._width(window.num_frames, self.encoder) * frame - len(wave)
-            with self._guard():  # not while the caller has the block
+            with self.computing():  # not while the caller has the block
                 clip = self._cast(self._array(np.pad(wave, (0, padding)), "audio", AudioError), "float32")
                 tokens = to_numpy(self._encode_frames(clip[None], [window.num_frames])[0][:, window.kept])
-            self._check_encoded(tokens[None])
+            self.check_encoded(tokens[None])
             yield tokens
 
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -270,11 +283,11 @@ class BaseCodec(ABC, Generic[Array]):
         frame = self.samples_per_frame
         for piece, window in flat(_rolling(blocks, 1, self.chunk_frames, self.decoder.context)):
             missing = self._width(window.num_frames, self.decoder) - window.num_frames
-            with self._guard():
-                tokens, _ = self._check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
+            with self.computing():
+                tokens, _ = self.check_tokens(np.pad(piece, ((0, 0), (0, missing))), None)
                 audio = self._decode_frames(tokens, [window.num_frames])[0]
                 kept = to_numpy(audio[window.kept.start * frame : window.kept.stop * frame])
-            self._check_decoded(kept[None])
+            self.check_decoded(kept[None])
             yield kept
 
     # Files.
@@ -407,14 +420,14 @@ class BaseCodec(ABC, Generic[Array]):
 
     # What the network gives.
 
-    def _check_encoded(self, tokens: Any) -> None:
+    def check_encoded(self, tokens: Any) -> None:
         """Raise NemoLfrError where the encoder gave no tokens, [B, C, T]."""
         if not math.prod(tokens.shape) or (int(tokens.min()) >= 0 and int(tokens.max()) < self.codebook_size):
             return
         row = next(row for row, own in enumerate(tokens) if int(own.min()) < 0 or int(own.max()) >= self.codebook_size)
         raise self._not_finite("encoder", f"clip {row}")
 
-    def _check_decoded(self, audio: Any) -> None:
+    def check_decoded(self, audio: Any) -> None:
         """Raise NemoLfrError where the decoder gave NaN, [B, T_audio]."""
         if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
             return
@@ -431,7 +444,7 @@ class BaseCodec(ABC, Generic[Array]):
 
     # What callers pass.
 
-    def _check_audio(self, audio: Any, audio_len: Any) -> tuple[Any, list[int]]:
+    def check_audio(self, audio: Any, audio_len: Any) -> tuple[Any, list[int]]:
         """Audio as float32 [B, T_audio] and a checked length per clip.
 
         Raises:
@@ -458,7 +471,7 @@ class BaseCodec(ABC, Generic[Array]):
             check_peak(peak, f"clip {row}")
         return audio, lengths
 
-    def _check_tokens(self, tokens: Any, tokens_len: Any) -> tuple[Any, list[int]]:
+    def check_tokens(self, tokens: Any, tokens_len: Any) -> tuple[Any, list[int]]:
         """Tokens as int64 [B, C, T] and a checked number of frames per utterance.
 
         Raises:
@@ -502,7 +515,7 @@ class BaseCodec(ABC, Generic[Array]):
 
     def _at_own_rate(self, audio: Any, audio_len: Any, sample_rate: int | None) -> tuple[Any, list[int]]:
         """Check clips and resample them to the codec's rate: float32 [B, T_audio], and samples of each clip."""
-        waves, lengths = self._check_audio(audio, audio_len)
+        waves, lengths = self.check_audio(audio, audio_len)
         if sample_rate is None:
             return waves, lengths
         check_rate(sample_rate)

@@ -144,7 +144,7 @@ class Codec(BaseCodec[torch.Tensor]):
 
     def _weights_digest(self) -> str:
         """SHA-256 of all weights, computed again when they change."""
-        with self._guard():
+        with self.computing():
             sides = [side for side in ("encoder", "decoder") if self._checkpoint is None or side in self.__dict__]
             version = sides, weights_version(*(getattr(self, side) for side in sides))()
             if self._digest is None or self._digest[0] != version:
@@ -199,13 +199,13 @@ class Codec(BaseCodec[torch.Tensor]):
         return array.detach().to(self.device, getattr(torch, dtype))
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         mind_fork()
         refuse_tracing()
         with reference_state(self.device), one_look():
             yield
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
         dtype = PRECISIONS[self.precision]
         if dtype is not None:
             return torch.autocast(self.device.type, dtype=dtype)
@@ -242,7 +242,7 @@ class Codec(BaseCodec[torch.Tensor]):
         if self.device.type == "cuda":
             return self._engine(self.encoder)(audio, num_frames, audio.shape[1] // self.samples_per_frame)
         ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
-        with self._autocast():
+        with self.autocast():
             encoded = inference.encode_frames(self.encoder, audio, ends)
         return quantize(self.quantizer, encoded.float())
 
@@ -255,7 +255,7 @@ class Codec(BaseCodec[torch.Tensor]):
         length = torch.tensor(num_frames, device=tokens.device) if silence else None
         codes = self.quantizer.decode(tokens.transpose(0, 1), length)
         ends = _ends(num_frames, tokens.shape[2], self.decoder.min_frames)
-        with self._autocast():
+        with self.autocast():
             return inference.decode_frames(self.decoder, codes, ends).float()
 
 

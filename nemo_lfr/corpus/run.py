@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nemo_lfr import __version__
+from nemo_lfr._version import __version__
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark

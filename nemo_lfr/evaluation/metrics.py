@@ -64,7 +64,7 @@ class Signal:
     def spectra(self) -> Any:
         import torch
 
-        from nemo_lfr.training.spectra import Spectra
+        from nemo_lfr.signal.spectra import Spectra
 
         return Spectra(torch.from_numpy(self.wave)[None])
 
@@ -81,7 +81,7 @@ Value = float | NotMeasured
 
 
 def si_sdr(original: Signal, output: Signal) -> Value:
-    from nemo_lfr.training.losses import si_sdr
+    from nemo_lfr.signal.distances import si_sdr
 
     if output.silent:
         return Undefined("the output is silent")  # NeMo's formula has 0 dB for it
@@ -98,7 +98,7 @@ def stft_distance(original: Signal, output: Signal) -> Value:
 
 @lru_cache(maxsize=4)
 def _reconstruction_loss(rate: int) -> Any:
-    from nemo_lfr.training.losses import ReconstructionLoss
+    from nemo_lfr.signal.distances import ReconstructionLoss
 
     return ReconstructionLoss(rate, RESOLUTIONS, MEL_DIMS)
 

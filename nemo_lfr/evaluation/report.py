@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nemo_lfr import __version__
+from nemo_lfr._version import __version__
 from nemo_lfr.errors import MissingExtraError, printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown

@@ -126,7 +126,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
     """One row a codec that has tokens: how much of each codebook it uses."""
     import torch
 
-    from nemo_lfr.evaluation.codebooks import CodebookUse
+    from nemo_lfr.signal.codebooks import CodebookUse
 
     rows = []
     for result in evaluation.results:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr import __version__
+from nemo_lfr._version import __version__
 from nemo_lfr.atomic import naming, writing_folder
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
@@ -78,7 +78,7 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         if target.exists() and not overwrite:
             raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with building_state(torch.device("cpu")), codec._guard():
+    with building_state(torch.device("cpu")), codec.computing():
         _write(codec, targets)
     return targets
 

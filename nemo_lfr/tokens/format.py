@@ -49,20 +49,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
-from nemo_lfr import __version__, frames
+from nemo_lfr import frames
+from nemo_lfr._version import __version__
 from nemo_lfr.atomic import naming, open_aside
 from nemo_lfr.audio import refuse_overwrite
 from nemo_lfr.errors import TokenFileError, TokensError, clip
 from nemo_lfr.locate import expand_home
 from nemo_lfr.regular import open_regular
+from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
 from nemo_lfr.tokens.packing import pack, unpack
-
-if TYPE_CHECKING:
-    from nemo_lfr.codec.base import BaseCodec
 
 MAGIC, VERSION = b"LFRT", 2
 READABLE_VERSIONS = (1, 2)
@@ -72,61 +71,33 @@ MAX_BLOCK_FRAMES = 65536
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """What a reader must know to decode, and what it may want to know."""
+class Metadata(CodecSpec):
+    """What a reader must know to decode, and what it may want to know.
 
-    sample_rate: int
-    samples_per_frame: int
-    levels: tuple[int, ...]
-    num_codebooks: int
-    fingerprint: str = ""
-    precision: str = "fp32"
+    Attributes:
+        written_by: the program that wrote the file.
+    """
+
     written_by: str = f"nemo_lfr {__version__}"
 
-    @property
-    def codebook_size(self) -> int:
-        return math.prod(self.levels)
-
-    @property
-    def bytes_per_frame(self) -> int:
-        return frames.bytes_per_frame(self.levels, self.num_codebooks)
-
     @classmethod
-    def of(cls, codec: "BaseCodec[Any]") -> "Metadata":
-        return cls(
-            codec.sample_rate,
-            codec.samples_per_frame,
-            codec.levels,
-            codec.num_codebooks,
-            codec.fingerprint,
-            codec.precision,
-        )
+    def of(cls, codec: KnownCodec) -> "Metadata":
+        """Return the metadata of files that hold tokens of `codec`."""
+        return cls(**asdict(codec.spec))
 
     @classmethod
     def from_json(cls, raw: bytes) -> "Metadata":
-        """Raises ValueError, TypeError or KeyError for anything but what `of` makes."""
+        """Read the metadata of a file.
+
+        Raises:
+            ValueError, TypeError or KeyError: for anything but what `of` makes.
+        """
         values = json.loads(raw)
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["levels"] = tuple(known["levels"])
         metadata = cls(**known)
-        for name, low, high in (
-            ("sample_rate", 1, 1_000_000),
-            ("samples_per_frame", 1, 1_000_000),
-            ("num_codebooks", 1, 256),
-        ):
-            value = getattr(metadata, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}")
-        if not 1 <= len(metadata.levels) <= 16 or not all(
-            type(level) is int and 2 <= level <= 4096 for level in metadata.levels
-        ):
-            raise ValueError(f"levels are {metadata.levels!r}")
-        for name in ("fingerprint", "precision", "written_by"):
-            value = getattr(metadata, name)
-            if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
-                raise ValueError(f"{name} is {clip(repr(value))}")
-        if metadata.codebook_size > 2**31:
-            raise ValueError(f"a codebook of {metadata.codebook_size} entries")
+        metadata.validate()
+        check_text("written_by", metadata.written_by)
         return metadata
 
 
@@ -204,9 +175,7 @@ class TokenWriter(TokenStream):
             raise
 
     @classmethod
-    def for_codec(
-        cls, path: str | os.PathLike[str], codec: "BaseCodec[Any]", overwrite: bool = False
-    ) -> "TokenWriter":
+    def for_codec(cls, path: str | os.PathLike[str], codec: KnownCodec, overwrite: bool = False) -> "TokenWriter":
         return cls(path, Metadata.of(codec), overwrite)
 
     def __enter__(self) -> "TokenWriter":
@@ -351,7 +320,7 @@ class _Sections:
             raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
         return num_samples
 
-    def check_codec(self, codec: "BaseCodec[Any]") -> None:
+    def check_codec(self, codec: KnownCodec) -> None:
         """Raise unless these tokens mean the same to `codec`.
 
         Raises:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from nemo.collections.tts.parts.utils.callbacks import ArtifactGenerator, AudioArtifact, ImageArtifact, create_id
 
-from nemo_lfr.training.spectra import Spectra
+from nemo_lfr.signal.spectra import Spectra
 
 RESOLUTION = (1024, 256, 1024)
 

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from nemo_lfr.codec.conv import convolve_by_product
 from nemo_lfr.errors import ConfigError, clip
-from nemo_lfr.training.spectra import Spectra
+from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
 
 Views = list[torch.Tensor]

@@ -19,7 +19,8 @@ from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
-from nemo_lfr.evaluation.codebooks import CodebookUse
+from nemo_lfr.signal.codebooks import CodebookUse
+from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.artifacts import SpectrogramGenerator
 from nemo_lfr.training.cuts import cut_loader, uses_lhotse
 from nemo_lfr.training.data import manifest_loader
@@ -33,7 +34,6 @@ from nemo_lfr.training.discriminators import (
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 from nemo_lfr.training.resume import WholeCheckpoints
-from nemo_lfr.training.spectra import Spectra
 
 logger = logging.getLogger(__name__)
 

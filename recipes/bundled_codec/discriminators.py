@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
+from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.discriminators import (
     AudioDiscriminator,
     Discriminator,
@@ -14,7 +15,6 @@ from nemo_lfr.training.discriminators import (
     MultiResolutionDiscriminatorSTFT,
 )
 from nemo_lfr.training.losses import discriminator_squared, feature_matching, generator_squared
-from nemo_lfr.training.spectra import Spectra
 from recipes.bundled_codec.losses import resolution
 from recipes.bundled_codec.optimizer import adamw, load_adamw
 

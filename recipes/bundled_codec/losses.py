@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemo_lfr.training.spectra import Spectra
+from nemo_lfr.signal.spectra import Spectra
 from recipes.bundled_codec.model import SAMPLE_RATE
 
 

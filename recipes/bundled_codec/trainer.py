@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.losses import spread
-from nemo_lfr.training.spectra import Spectra
 from recipes.bundled_codec.data import SpeechSegments
 from recipes.bundled_codec.discriminators import Adversary
 from recipes.bundled_codec.losses import ReconstructionTerms

@@ -1,0 +1,131 @@
+"""Distances between two signals: the reconstruction terms of training, and metrics of evaluation.
+
+They are NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss` (equal to 1e-5),
+from one STFT of each signal per resolution. A term's mean is taken over each example's own length.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from nemo_lfr.signal.spectra import Spectra
+
+
+class ReconstructionLoss(nn.Module):
+    """Distances between a recording and its reconstruction.
+
+    Args:
+        sample_rate: Hz.
+        resolutions: (n_fft, hop, window) in samples.
+        mel_dims: mel bands at each resolution.
+        mel_guard, stft_guard: added before the logarithm. At NeMo's 1.0 the measure depends on level and hardly sees
+            quiet phones.
+        floor: magnitude under which the "log_mel" term, a measure of our own, sees silence.
+    """
+
+    TERMS = ("mel_l1", "mel_l2", "stft", "log_mel", "time_domain", "si_sdr")
+
+    def __init__(
+        self,
+        sample_rate: int,
+        resolutions: Sequence[Sequence[int]],
+        mel_dims: Sequence[int],
+        mel_guard: float = 1.0,
+        stft_guard: float = 1.0,
+        floor: float = 1e-3,
+    ) -> None:
+        from librosa.filters import mel as mel_filters  # slow to import, and not needed for SI-SDR alone
+
+        super().__init__()
+        self.resolutions = [tuple(resolution) for resolution in resolutions]
+        self.mel_guard, self.stft_guard, self.floor = mel_guard, stft_guard, floor
+        for index, ((n_fft, _, _), num_mels) in enumerate(zip(self.resolutions, mel_dims, strict=True)):
+            filters = torch.from_numpy(mel_filters(sr=sample_rate, n_fft=n_fft, n_mels=num_mels, norm=None))
+            self.register_buffer(f"mel_{index}", filters, persistent=False)
+
+    def forward(
+        self,
+        real: Spectra,
+        gen: Spectra,
+        audio_len: torch.Tensor | None = None,
+        terms: Collection[str] = ("mel_l1", "stft"),
+    ) -> dict[str, torch.Tensor]:
+        """The terms asked for, each a scalar.
+
+        Args:
+            real, gen: audio [B, T_audio] and its reconstruction.
+            audio_len: samples of each example [B]; all of them if not given.
+            terms: names out of `TERMS`. "si_sdr" is negative, so that less is better.
+        """
+        totals: dict[str, torch.Tensor] = {}
+        for index, resolution in enumerate(self.resolutions):
+            for name, value in self._spectral(real, gen, audio_len, index, resolution, terms).items():
+                totals[name] = totals.get(name, 0) + value / len(self.resolutions)
+        if "time_domain" in terms:
+            totals["time_domain"] = _mean((gen.audio - real.audio).abs().unsqueeze(1), audio_len)
+        if "si_sdr" in terms:
+            totals["si_sdr"] = -si_sdr(real.audio, gen.audio, audio_len)
+        return {name: totals[name] for name in terms}
+
+    def _spectral(
+        self,
+        real: Spectra,
+        gen: Spectra,
+        audio_len: torch.Tensor | None,
+        index: int,
+        resolution: tuple[int, ...],
+        terms: Collection[str],
+    ) -> dict[str, torch.Tensor]:
+        hop = resolution[1]
+        values = {}
+        if {"mel_l1", "mel_l2", "log_mel"} & set(terms):
+            filters = self.get_buffer(f"mel_{index}")
+            with torch.no_grad():
+                mel_real = real.mel(resolution, filters)
+            mel_gen = gen.mel(resolution, filters)
+            frames = _frames(audio_len, mel_gen, hop, 0)  # NeMo's mel features leave the last frame out
+            if {"mel_l1", "mel_l2"} & set(terms):
+                difference = (mel_gen + self.mel_guard).log() - (mel_real + self.mel_guard).log()
+                values["mel_l1"] = _mean(difference.abs(), frames)
+                if "mel_l2" in terms:
+                    values["mel_l2"] = _mean(difference.square(), frames)
+            if "log_mel" in terms:
+                difference = mel_gen.clamp_min(self.floor).log() - mel_real.clamp_min(self.floor).log()
+                values["log_mel"] = _mean(difference.abs(), frames)
+        if "stft" in terms:
+            with torch.no_grad():
+                log_real = (real.magnitude(resolution) + self.stft_guard).log()
+            log_gen = (gen.magnitude(resolution) + self.stft_guard).log()
+            values["stft"] = _mean((log_gen - log_real).abs(), _frames(audio_len, log_gen, hop, 1))
+        return values
+
+
+def _frames(audio_len: torch.Tensor | None, spectrum: torch.Tensor, hop: int, extra: int) -> torch.Tensor:
+    """Frames of each example that count, [B]."""
+    if audio_len is None:
+        return torch.full((spectrum.shape[0],), spectrum.shape[-1] - 1 + extra, device=spectrum.device)
+    return audio_len // hop + extra
+
+
+def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Mean of [B, D, T] over D, over each example's length, then over the examples."""
+    if lengths is None:
+        return values.mean(dim=1).mean(dim=1).mean()
+    valid = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
+    return ((values.mean(dim=1) * valid).sum(dim=1) / lengths.clamp_min(1)).mean()
+
+
+def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean scale-invariant signal-to-distortion ratio in dB of audio [B, T_audio], as NeMo's `SISDRLoss` has it."""
+    real, gen, eps = real.float(), gen.float(), 1e-8
+    if audio_len is None:
+        audio_len = torch.full((real.shape[0],), real.shape[-1], device=real.device)
+    valid = torch.arange(real.shape[-1], device=real.device) < audio_len[:, None]
+    target, estimate = (
+        (signal - (signal * valid).sum(-1, keepdim=True) / audio_len[:, None]) * valid for signal in (real, gen)
+    )
+    scale = ((estimate * target).sum(-1, keepdim=True) + eps) / (target.square().sum(-1, keepdim=True) + eps)
+    target = scale * target
+    ratio = (target.square().sum(-1) + eps) / ((target - estimate).square().sum(-1) + eps)
+    return 10 * ratio.log10().mean()
