@@ -1,13 +1,14 @@
 # make demo   encode and decode a speech clip with the embedded codec
 # make test   lint, types and the whole test suite
 # make setup  the environment of both, in .venv; another Python: make setup PYTHON=python3.11
+# make docs   build the documentation site in site/
 # make lock   write locks/ with the newest versions; needs uv
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test lint docs lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -38,6 +39,10 @@ lint: $(VENV)/.full
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
+docs: $(VENV)/.light
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 # Newest versions that agree with pyproject.toml and constraints.txt; needs uv.
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package torch \
 	--custom-compile-command "make lock" -c constraints.txt
@@ -47,5 +52,5 @@ lock:
 	$(COMPILE) --upgrade --generate-hashes -c locks/demo.txt locks/build.in -o locks/build.txt
 
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site demo_output .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

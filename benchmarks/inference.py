@@ -1,6 +1,6 @@
 """Encode and decode beside stock NeMo, and beside EnCodec, DAC and Mimi as a user would run them.
 
-    python benchmarks/inference.py [--model FILE.nemo] [--threads N] [--rounds 3] [--plot docs/inference.png]
+    python benchmarks/inference.py [--model FILE.nemo] [--threads N] [--rounds 3] [--plot docs/images/inference.png]
 
 Without --model a full-size checkpoint (112.7 M parameters) with random weights is written first. Everything runs in
 one process under `no_grad`, stock without its discriminator, and takes turns: single clips of 1, 10 and 60 s, 8 clips

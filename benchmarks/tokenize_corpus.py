@@ -1,6 +1,6 @@
 """A corpus to tokens beside a loop over stock NeMo's encode; Ray beside plain processes; memory over the run.
 
-    python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/tokenize_memory.png]
+    python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/images/tokenize_memory.png]
 
 Stock's loop is that of its users: load a file with NeMo's own reader, call `encode`, keep the tokens, on as many
 threads as the machine has; one clip at a time, and in padded batches of 8. It must give the tokens that we write, clip

@@ -330,7 +330,7 @@ def example_tokens() -> np.ndarray:
 
 
 def test_the_documents_example_is_what_is_written(tmp_path):
-    text = (ROOT / "docs" / "FORMAT.md").read_text()
+    text = (ROOT / "docs" / "concepts" / "lfr-format.md").read_text()
     dump = bytes.fromhex("".join(re.findall(r"^[0-9a-f]{8}  ((?:[0-9a-f]{2} )+)", text, re.MULTILINE)))
     assert write(tmp_path / "a.lfr", EXAMPLE, [example_tokens()], 1500).read_bytes() == dump
     for position, described in re.findall(r"^\| 0x([0-9a-f]{2}) \| `([0-9a-f ]+)`", text, re.MULTILINE):

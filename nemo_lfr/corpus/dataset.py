@@ -28,8 +28,9 @@ class TokenDataset(IterableDataset):
         shuffle: read shards in random order, and utterances through a buffer.
         seed: of the order.
         buffer_size: utterances of the buffer.
-        rank, world_size: which process this is, and how many there are; those of `torch.distributed`, or of a single
-            process, if not given. Pass 0 and 1 where something else distributes the batches.
+        rank: number of this process; that of `torch.distributed` by default, or 0. Pass 0 if something else splits
+            the batches.
+        world_size: number of processes; that of `torch.distributed` by default, or 1.
         drop_last: leave out the last utterances where they do not suffice for every rank; otherwise some are
             repeated, as `DistributedSampler` does it.
         verify: compare the hash of every file before it is read, not only its size.

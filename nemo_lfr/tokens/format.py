@@ -34,7 +34,7 @@ span in the middle of such a file is refused too. Nothing in a file is random: e
 
 Files are written aside, as `NAME.????????.part`, and renamed when they are whole. Each block reaches the file system
 as it is written: after a crash the `.part` file can be read with `recover=True` up to its last whole block.
-`docs/FORMAT.md` shows a file byte by byte.
+`docs/concepts/lfr-format.md` shows a file byte by byte.
 """
 
 import contextlib

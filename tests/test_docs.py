@@ -1,0 +1,98 @@
+"""README and docs: every code block runs, links lead somewhere, and the README stays one page."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import soundfile
+
+import nemo_lfr
+from nemo_lfr.pretrained import embedded_checkpoint
+
+ROOT = Path(nemo_lfr.__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+# Blocks of these commands change the environment; other tests and CI run them.
+SETUP = re.compile(r"^(pip install|pip wheel|make|uv|\.venv/bin/python -m pytest|pre-commit) ", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+SAMPLE_RATE = 22050
+
+
+class Block(NamedTuple):
+    """A fenced code block of a page, and the number of its first line."""
+
+    language: str
+    code: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page that run, in order."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(match["language"], match["code"], text[: match.start("code")].count("\n") + 1)
+        for match in BLOCK.finditer(text)
+        if match["language"] in ("python", "bash") and not match["reason"] and not SETUP.match(match["code"])
+    ]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages name: speech.wav, speech/, manifest.json and codec.nemo."""
+    time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    voice = sum(np.sin(2 * np.pi * 120 * k * time) / k for k in range(1, 20)) * (1 + np.sin(6 * time)) / 8
+    speech = (voice + 0.003 * np.random.default_rng(0).standard_normal(len(time))).astype(np.float32)
+    (tmp_path / "speech").mkdir()
+    for path in ("speech.wav", "speech/a.wav", "speech/b.wav"):
+        soundfile.write(tmp_path / path, speech, SAMPLE_RATE)
+    lines = [{"audio_filepath": f"speech/{name}.wav", "text": name, "duration": 2.0} for name in "ab"]
+    (tmp_path / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(embedded_checkpoint(), tmp_path / "codec.nemo")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_every_code_block_runs(page: Path, workplace: Path) -> None:
+    names: dict[str, object] = {"__name__": "docs"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+        else:
+            script = ["bash", "-eo", "pipefail", "-c", block.code]
+            done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, f"{name_of(page)}:{block.line}: {done.stderr}"
+
+
+def test_the_readme_is_one_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    targets = [match[1] for match in LINK.finditer(page.read_text(encoding="utf-8"))]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_installs_a_name_from_a_registry(page: Path) -> None:
+    assert not re.search(r"pip install \"?nemo[-_]lfr(?!-[\d.]+-py3)", page.read_text(encoding="utf-8"))
