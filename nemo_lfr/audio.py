@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import math
 import os
 import tempfile
@@ -18,6 +19,8 @@ from nemo_lfr.containers import UNKNOWN_BYTES, Splice, Stream, find_mpeg
 from nemo_lfr.containers.cache import cached_streams
 from nemo_lfr.errors import AudioError, MissingExtraError, NemoLfrError
 from nemo_lfr.media import MediaDecoder, looks_like_media
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
@@ -116,8 +119,12 @@ class SndfileDecoder:
         self.num_frames: int | None = None if unknown else self._file.frames
         # Encoders of MPEG audio estimate; what its frames say was compared before.
         self.is_exact = self._file.format != "MP3"
+        # Beyond the samples of FLAC, which were counted before, libFLAC takes tags and padding for damage.
+        self._stops = self._file.format == "FLAC"
 
     def read(self, count: int) -> np.ndarray:
+        if self._stops and self.num_frames is not None:
+            count = min(count, self.num_frames - self._file.tell())
         # Into a buffer: without one, soundfile reads no more than the header promises.
         return self._file.read(out=np.empty((count, self.channels), np.float32))
 
@@ -132,7 +139,8 @@ class AudioReader:
     """An audio file as mono float32 blocks at `sample_rate`.
 
     All that can be decoded is read, whatever the header says of its length, and all recordings of a file that were
-    joined by `cat`. A stream that is itself cut short is an error.
+    joined by `cat`. A stream that is itself cut short is an error; what loses no more than a part of the last frame of
+    MPEG audio is logged.
 
     Args:
         path: the file.
@@ -392,6 +400,8 @@ class AudioReader:
                 self._reopened(index)
             decoder = self._decoder
             assert decoder is not None
+            if note := self._streams[index].note:
+                logger.warning("%s: %s.", self.name, note)
             if decoder.rate != rate:  # joined recordings of one rate are resampled as one
                 yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
                 rate = decoder.rate

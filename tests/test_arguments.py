@@ -240,7 +240,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "float wav cut short": (lambda: sound("wav", "FLOAT")[:3000], "wav", "cut short"),
     "aiff cut short": (lambda: sound("aiff")[:3000], "aiff", "cut short"),
     "au cut short": (lambda: sound("au")[:3000], "au", "cut short"),
-    "flac cut short": (lambda: sound("flac", wave=np.tile(WAVE, 20))[:9000], "flac", "damaged audio"),
+    "flac cut short": (lambda: sound("flac", wave=np.tile(WAVE, 20))[:9000], "flac", "cut short: its last frame"),
     "flac with a damaged middle": (
         lambda: sound("flac", wave=np.tile(WAVE, 20))[:9000] + bytes(99) + sound("flac", wave=np.tile(WAVE, 20))[9099:],
         "flac", "damaged audio",

@@ -89,6 +89,7 @@ def caf(length):
 
 SIZE = 2 * len(WAVE)
 LIKE_A_NAME = b"abcd\xff\x7f\xff\x7f"
+LIKE_A_CHUNK = b"abcd\x10\0\0\0"
 SILENCE = wav(chunk(b"data", bytes(4000), 0))
 # Files that hold WAVE, sample for sample at 16 bits.
 WHOLE = {
@@ -136,6 +137,11 @@ WHOLE = {
     "data size of a quarter, then bytes like a name": wav(
         chunk(b"data", patched(pcm(), (SIZE // 4 // 2 * 2, LIKE_A_NAME)), SIZE // 4 // 2 * 2)
     ),
+    "data size of a quarter, then bytes like a chunk": wav(
+        chunk(b"data", patched(pcm(), (SIZE // 4 // 2 * 2, LIKE_A_CHUNK)), SIZE // 4 // 2 * 2)
+    ),
+    "unknown chunks after": wav(chunk(b"data", pcm()), chunk(b"abcd", bytes(16)), chunk(b"efgh", bytes(range(1, 31)))),
+    "FLAC with zeros behind": flac() + bytes(500),
     "WAV with two ID3 tags before": ID3 * 2 + wav(chunk(b"data", pcm())),
     "WAV with an ID3 tag before": ID3 + wav(chunk(b"data", pcm())),
 }
@@ -154,8 +160,9 @@ def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
     wave = read(WHOLE[name])
     assert len(wave) == len(WAVE)
     expected = WAVE.copy()
-    if name == "data size of a quarter, then bytes like a name":
-        expected[SIZE // 8 :][:4] = np.frombuffer(LIKE_A_NAME, "<i2") / 32768
+    if name.startswith("data size of a quarter, then bytes like a"):
+        odd = LIKE_A_NAME if name.endswith("name") else LIKE_A_CHUNK
+        expected[SIZE // 8 :][:4] = np.frombuffer(odd, "<i2") / 32768
     np.testing.assert_allclose(wave, expected, rtol=0, atol=2**-14)  # a step of 16 bits, written by two conventions
     (tmp_path / "a.bin").write_bytes(WHOLE[name])
     with AudioReader(tmp_path / "a.bin", RATE) as reader:
@@ -229,7 +236,6 @@ CUT = {
     "half of Opus": written(format="OGG", subtype="OPUS", rate=24000)[:4000],
     "MP3": written(format="MP3")[:-1000],
     "second of two MP3s": written(format="MP3") + written(OTHER, format="MP3")[:-1000],
-    "MP3 without a header of its encoder": bare_mp3()[:-100],
     "MP3 without a header of its encoder, with a hole": bare_mp3()[:1500] + bare_mp3()[2100:],
     "MP3 without a header of its encoder, with zeros": patched(bare_mp3(), (1500, bytes(600))),
     "WAV without its data chunk": wav(),
@@ -239,13 +245,53 @@ CUT = {
     "VOC": written(format="VOC")[:-1000],
     "8SVX": written(format="SVX")[:-1000],
     "AVR": written(format="AVR")[:-1000],
+    "FLAC within its header": flac()[:30],
+    "AU within its header": au(SIZE)[:20],
+    "AIFF within its header": aiff(zero=False)[:30],
 }
+# Formats of libsndfile with a rate that they can have.
+RARE = {
+    "AIFF": 22050, "AU": 22050, "AVR": 22050, "CAF": 22050, "HTK": 20000, "IRCAM": 22050, "MAT4": 22050, "MAT5": 22050,
+    "MPC2K": 44100, "NIST": 22050, "PAF": 22050, "PVF": 22050, "RF64": 22050, "SDS": 22050, "SVX": 22050, "VOC": 22050,
+    "W64": 22050, "WAVEX": 22050, "WVE": 8000, "XI": 44100,
+}  # fmt: skip
+NO_LENGTH = {"IRCAM", "PAF", "PVF"}  # of these, only a sample that is not whole shows
 
 
 @pytest.mark.parametrize("name", CUT)
 def test_a_stream_that_is_cut_is_refused(name):
     with pytest.raises(AudioError, match=r"a\.wav: (was cut short|damaged audio|is damaged)"):
         read(CUT[name])
+
+
+def rare(kind, channels=1):
+    """A file of a format, stereo where it can be."""
+    wave = WAVE if channels == 1 else np.stack([WAVE] * channels, axis=1)
+    subtype = "PCM_16" if "PCM_16" in soundfile.available_subtypes(kind) else None
+    data = written(wave, RARE[kind], format=kind, subtype=subtype)
+    if kind == "XI":  # libsndfile leaves its length open
+        data = patched(data, (298, struct.pack("<I", 2 * len(WAVE))))
+    return data
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_every_format_is_read_whole_or_said_to_be_cut(kind):
+    assert len(read(rare(kind), RARE[kind])) == len(WAVE)
+    for taken in (3, 1001, len(rare(kind)) * 2 // 3):
+        if kind in NO_LENGTH and (len(rare(kind)) - taken) % 2 == 0:
+            taken += 1
+        with pytest.raises(AudioError, match=r"was cut short: its (header|last sample)"):
+            read(rare(kind)[:-taken], RARE[kind])
+    for size in (9, 12) if kind == "PVF" else (20, 30):
+        with pytest.raises(AudioError, match=r"cut short|not an audio file"):
+            read(rare(kind)[:size], RARE[kind])
+
+
+@pytest.mark.parametrize("kind", ["AVR", "IRCAM", "MAT4", "MAT5", "PAF", "PVF", "W64", "CAF"])
+def test_stereo_of_rare_formats_is_whole(kind):
+    assert len(read(rare(kind, 2), RARE[kind])) == len(WAVE)
+    with pytest.raises(AudioError, match=r"was cut short: its (header|last sample)"):
+        read(rare(kind, 2)[:-11], RARE[kind])
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a page"])
@@ -297,6 +343,37 @@ def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
     wave = read(data[second:])
     # Without the header nothing tells how long the encoder's delay is, so that it stays in.
     assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
+
+
+def test_mp3_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(caplog, capfd):
+    """A recorded stream ends so, and nothing promises more: FFmpeg and librosa read it too."""
+    data = bare_mp3()
+    wave = read(data)
+    assert not caplog.records
+    part = read(data[:-100])
+    assert len(wave) - 1152 <= len(part) < len(wave) and np.array_equal(part[:-576], wave[: len(part) - 576])
+    assert "a.wav: ends within a frame" in caplog.text and len(caplog.records) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("make", [flac, bare_mp3, lambda: written(format="MP3")])
+def test_bytes_behind_the_last_frame_are_said_and_nothing_is_printed(make, caplog, capfd):
+    wave = read(make())
+    assert np.array_equal(read(make() + np.random.default_rng(0).bytes(3000)), wave)
+    assert "not read" in caplog.text and len(caplog.records) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("promised", [len(WAVE) + 1, 10 * len(WAVE), (1 << 36) - 1])
+def test_flac_that_promises_more_samples_than_it_has_is_cut_short(promised):
+    data = flac()
+    data = patched(
+        data, (21, bytes([data[21] & 0xF0 | promised >> 32])), (22, struct.pack(">I", promised & 0xFFFFFFFF))
+    )
+    with pytest.raises(
+        AudioError, match=f"was cut short: its header promises {promised} samples, {len(WAVE)} are there"
+    ):
+        read(data)
 
 
 def test_mp3_that_goes_from_mono_to_stereo_is_read():
@@ -368,6 +445,14 @@ def test_a_file_is_scanned_once_and_again_when_it_has_changed(tmp_path, monkeypa
     assert len(scans) == 5
 
 
+FILES = {
+    "WAV": wav(chunk(b"data", pcm())),
+    "FLAC": flac(),
+    "Vorbis": written(format="OGG", subtype="VORBIS"),
+    "MP3": written(format="MP3"),
+    "AIFF": aiff(zero=False),
+    "AU": au(SIZE),
+}
 NOT_TAKEN_APART = {
     "AU": au(SIZE) * 2,
     "AIFF": aiff(zero=False) * 2,
@@ -377,8 +462,16 @@ NOT_TAKEN_APART = {
     "VOC": written(format="VOC") * 2,
     "8SVX": written(format="SVX") * 2,
     "AVR": written(format="AVR") * 2,
-    "FLAC after WAV": wav(chunk(b"data", pcm())) + flac(),
-    "Vorbis after WAV": wav(chunk(b"data", pcm())) + written(format="OGG", subtype="VORBIS"),
+    **{
+        f"{second} after {first}": FILES[first] + FILES[second]
+        for first in FILES
+        for second in FILES
+        if first != second
+    },
+    "MP3 with a tag after WAV with a list": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"))
+    + ID3
+    + written(format="MP3"),
+    "FLAC after MP3 with a tag": written(format="MP3") + b"TAG".ljust(128, b"\0") + flac(),
 }
 
 

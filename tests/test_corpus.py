@@ -385,7 +385,7 @@ def bad_files(root: Path) -> dict[str, str]:
         "header.wav": (good[:44], "cut short"),
         "half-header.wav": (good[:20], "cut short: it ends within its header"),
         "cut.wav": (good[: len(good) // 2], "cut short"),
-        "cut.flac": (whole[: len(whole) // 2], "damaged audio"),
+        "cut.flac": (whole[: len(whole) // 2], "cut short: its last frame"),
         "half-header.flac": (whole[:30], "cut short: it ends within its header"),
         "noise.flac": (whole[:100] + bytes(range(256)) * 20, ""),
         "noise.mp3": (np.random.default_rng(0).bytes(3000), "not an audio file"),

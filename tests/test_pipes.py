@@ -22,7 +22,7 @@ from nemo_lfr.pretrained import load
 from nemo_lfr.tokens.format import Metadata, TokenReader, TokenStreamReader
 from tests.models import codec_config, speech_like, synthesize, write_nemo
 from tests.reference import assert_same_tokens
-from tests.test_containers import CUT, EMPTY, SILENCE, WHOLE
+from tests.test_containers import CUT, EMPTY, NOT_TAKEN_APART, SILENCE, WHOLE
 
 RATE, FRAME = 22050, 1024
 
@@ -255,6 +255,8 @@ PIPED = {
     **{f"cut {name}": data for name, data in CUT.items() if name.startswith("WAV")},
     **{f"empty {name}": data for name, data in EMPTY.items()},
     "silence after a data size of 0": SILENCE,
+    "letters after a data size of 0": SILENCE[:44] + b"RMS " * 1000,
+    **{f"joined {name}": data for name, data in NOT_TAKEN_APART.items() if name.endswith("after WAV")},
     "zeros, then more": WHOLE["data size of a quarter"][: 44 + 8000] + bytes(3000) + WHOLE["plain"][44:],
 }
 
@@ -280,14 +282,15 @@ def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
         with AudioReader("a.wav", RATE, data=data) as reader:
             expected = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
     except AudioError:
-        assert filtered.problem and filtered.problem.startswith("was cut short")
+        assert filtered.problem and filtered.problem.startswith(("was cut short", "holds several"))
         return
     assert filtered.problem is None
     wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
     assert np.array_equal(wave, expected)
 
 
-def test_what_a_pipe_cannot_tell_from_a_chunk_is_said():
+def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
+    monkeypatch.setattr("nemo_lfr.containers.wav.MAX_HELD", 1 << 11)
     source = io.BytesIO(SILENCE[:44] + b"RMS " * 1000)
     header, head = read_wav_header(source.read)
     filtered = WavSamples(header, len(head))

@@ -9,10 +9,11 @@ import io
 from collections.abc import Callable
 from typing import BinaryIO
 
-from nemo_lfr.containers import boxes, flac, older
+from nemo_lfr.containers import boxes, flac, older, rare
 from nemo_lfr.containers.flac import flac_streams
 from nemo_lfr.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
-from nemo_lfr.containers.mpeg import after_id3, is_mpeg, mpeg_streams
+from nemo_lfr.containers.magic import after_id3
+from nemo_lfr.containers.mpeg import is_mpeg, mpeg_streams
 from nemo_lfr.containers.ogg import ogg_streams
 from nemo_lfr.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
 from nemo_lfr.containers.wav import WavHeader, WavSamples, is_wav, read_wav_header, wav_streams
@@ -42,6 +43,16 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (older.is_voc, older.voc_streams),
     (older.is_svx, older.svx_streams),
     (older.is_avr, older.avr_streams),
+    (rare.is_ircam, rare.ircam_streams),
+    (rare.is_paf, rare.paf_streams),
+    (rare.is_pvf, rare.pvf_streams),
+    (rare.is_wve, rare.wve_streams),
+    (rare.is_xi, rare.xi_streams),
+    (rare.is_mpc, rare.mpc_streams),
+    (rare.is_mat4, rare.mat4_streams),
+    (rare.is_mat5, rare.mat5_streams),
+    (rare.is_sds, rare.sds_streams),
+    (rare.is_htk, rare.htk_streams),
     (boxes.is_matroska, boxes.matroska_streams),
     (boxes.is_mp4, boxes.mp4_streams),
     (boxes.is_transport, boxes.transport_streams),

@@ -1,10 +1,16 @@
 """FLAC: streams one after the other, whose length may be left open."""
 
-from nemo_lfr.containers.stream import HEADER_CUT, Stream, Window, without_tags
+import functools
+from collections.abc import Iterator
+
+from nemo_lfr.containers.joined import next_file
+from nemo_lfr.containers.magic import after_tags
+from nemo_lfr.containers.stream import HEADER_CUT, JOINED, Stream, Window, without_tags
 
 # A name and the length of the first block: compressed audio does not hold eight such bytes by chance.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes, as a rule and at most
+LAST_FRAME = "was cut short: its last frame is not whole"
 MAX_SAMPLES = (1 << 36) - 1
 
 
@@ -29,34 +35,75 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
     total = known & MAX_SAMPLES
     # Frames of one size are numbered by frame: the number is worth something if the size is known.
     block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
-    stop = without_tags(window, start, stop)
-    counted = _last_sample(window, start, stop, block_size)
-    if total and (counted is None or counted <= total):  # if it is more, libsndfile would stop at what is promised
-        return Stream([(start, stop)], is_file=start == 0 and stop == window.size)
-    problem = "was cut short: its last frame is not whole" if counted is None else None
+    end = without_tags(window, start, stop)
+    is_file = start == 0 and stop == window.size
+    counted, is_whole = _last_sample(window, start, end, block_size)
+    if counted is None and is_whole:  # the frames do not tell
+        return Stream([(start, end)], is_file=is_file)
+    if total and counted is not None and is_whole and counted == total:
+        return Stream([(start, end)], is_file=is_file)
+    if not is_whole and total:
+        return _before_others(window, Stream([(start, end)], is_file=is_file), total, block_size)
+    problem = None if is_whole else LAST_FRAME
+    if counted is not None and counted < total:
+        problem = f"was cut short: its header promises {total} samples, {counted} are there"
+    # If there are more, libsndfile would stop at what is promised.
     header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
-    return Stream([(start + len(header), stop)], header, problem=problem)
+    return Stream([(start + len(header), end)], header, problem=problem)
 
 
-def _last_sample(window: Window, start: int, stop: int, block_size: int) -> int | None:
-    """Return the samples of a FLAC stream, by its first and last frame.
+def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
+    """Describe a FLAC stream whose last bytes are no whole frame: it was cut, or something else follows it."""
+    ((start, stop),) = stream.spans
+    first = _after_metadata(window, start, stop)
+    position = stop if first is None else first
+    begin = None if first is None else _frame_span(window.at(first, 32), block_size)
+    while begin is not None and (position := window.find(b"\xff", position, stop)) >= 0:
+        head = window.at(position, 32)
+        if len(head) > 8 and head[1] & 0xFE == 0xF8:
+            span = _frame_span(head, block_size)
+            if span is not None and span[1] - begin[0] == total:
+                ends = [position + end for end in _frame_ends(window.at(position, min(MAX_FRAME, stop - position)))]
+                if ends and not any(after_tags(window, end) >= stop for end in ends):
+                    is_joined = any(next_file(window, end) is not None for end in ends)
+                    stream.problem = JOINED if is_joined else None
+                    stream.note = "has bytes behind its last frame that are not FLAC, and are not read"
+                if ends:
+                    return stream
+        position += 1
+    stream.problem = LAST_FRAME
+    return stream
 
-    None where the last frame is not whole, or the frames do not tell.
+
+def _frame_ends(data: bytes) -> Iterator[int]:
+    """Yield where the frame that some bytes begin with may end: its CRC is 0 there, and by chance elsewhere."""
+    table, value = _crc_table(16, 0x8005), 0
+    for index, byte in enumerate(data):
+        value = (value << 8 ^ table[value >> 8 ^ byte]) & 0xFFFF
+        if not value and index > 8:
+            yield index + 1
+
+
+def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
+    """Return the samples of a FLAC stream by its first and last frame, and whether the last one is whole.
+
+    The count is None where the frames do not tell.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
-        return 0
+        return 0, True
     for length in (FRAME, MAX_FRAME):
         begin = max(start + 42, stop - length)
         tail = window.at(begin, max(stop - begin, 0))
         position = len(tail)
         while (position := tail.rfind(b"\xff", 0, position)) >= 0:
             frame = tail[position:]
-            if len(frame) > 8 and frame[1] & 0xFE == 0xF8 and (span := _frame_span(frame, block_size)) is not None:
-                # The CRC of a whole frame with its own at the end is 0.
-                whole = _crc(frame, 16, 0x8005) == 0
-                return _counted(window, first, span[1], block_size) if whole else None
-    return None
+            if len(frame) <= 8 or frame[1] & 0xFE != 0xF8 or (span := _frame_span(frame, block_size)) is None:
+                continue
+            # The CRC of a whole frame with its own at the end is 0; compressed samples may look like a header.
+            if _crc(frame, 16, 0x8005) == 0:
+                return _counted(window, first, span[1], block_size), True
+    return None, False
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
@@ -105,13 +152,19 @@ def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
     """Return a CRC, highest bit first, that begins with 0."""
-    top, mask, value = 1 << (bits - 1), (1 << bits) - 1, 0
+    table, mask, value = _crc_table(bits, polynomial), (1 << bits) - 1, 0
+    for byte in data:
+        value = (value << 8 ^ table[value >> (bits - 8) ^ byte]) & mask
+    return value
+
+
+@functools.cache
+def _crc_table(bits: int, polynomial: int) -> tuple[int, ...]:
+    top, mask = 1 << (bits - 1), (1 << bits) - 1
     table = []
     for index in range(256):
         entry = index << (bits - 8)
         for _ in range(8):
             entry = (entry << 1 ^ polynomial if entry & top else entry << 1) & mask
         table.append(entry)
-    for byte in data:
-        value = (value << 8 ^ table[value >> (bits - 8) ^ byte]) & mask
-    return value
+    return tuple(table)

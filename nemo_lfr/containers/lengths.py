@@ -2,6 +2,7 @@
 
 import struct
 
+from nemo_lfr.containers.joined import next_file
 from nemo_lfr.containers.stream import (
     CHUNK_NAME,
     HEADER_CUT,
@@ -36,7 +37,7 @@ def au_streams(window: Window) -> list[Stream]:
     available = window.size - offset
     if available < 0:
         return [whole_file(window.size, f"is damaged: its header says that samples begin at byte {offset}")]
-    if 0 < length < available and window.at(offset + length, 8)[:8] == window.at(0, 8):
+    if 0 < length < available and next_file(window, offset + length) is not None:
         return [whole_file(window.size, JOINED)]
     if length != 0xFFFFFFFF and length > available:
         return [whole_file(window.size, cut_short(length, available))]
@@ -124,6 +125,6 @@ def w64_streams(window: Window) -> list[Stream]:
 
 
 def _another(window: Window, end: int, magic: bytes) -> bool:
-    """Return whether another file begins where the samples end, or after chunks and padding behind them."""
+    """Return whether another file begins where the samples end, or one like this behind the chunks after them."""
     found = window.find(magic, end)
-    return found >= 0 and window.at(found + 8, 4) == window.at(8, 4)
+    return next_file(window, end) is not None or (found >= 0 and window.at(found + 8, 4) == window.at(8, 4))

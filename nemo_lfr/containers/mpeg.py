@@ -2,9 +2,12 @@
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nemo_lfr.containers.stream import TAGS, Stream, Window
+from nemo_lfr.containers.magic import after_id3, after_tags, has_magic
+from nemo_lfr.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
+
+MAX_PADDING = 4096  # bytes of tags and zeros behind the audio that are not worth a word
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -56,12 +59,20 @@ def read_frame(head: bytes) -> Frame | None:
 class Piece:
     """Frames that one encoder wrote."""
 
-    start: int
-    stop: int = 0
+    spans: list[Span] = field(default_factory=list)  # bytes of the frames, without tags between them
     count: int = 0
     promised: int | None = None  # frames, by its Xing header; that header is none of them
     first: bytes = b""
+    first_length: int = 0  # bytes of the first frame
     problem: str | None = None  # what is wrong, unless there are as many frames as promised
+    is_joined: bool = False  # whether the problem is another file behind the frames
+    note: str | None = None  # what is odd, and loses next to nothing
+
+    def add(self, start: int, stop: int) -> None:
+        """Add a frame."""
+        if self.spans and self.spans[-1][1] == start:
+            start = self.spans.pop()[0]
+        self.spans.append((start, stop))
 
 
 def is_mpeg(head: bytes, window: Window) -> bool:
@@ -74,14 +85,19 @@ def is_mpeg(head: bytes, window: Window) -> bool:
     )
 
 
-def after_id3(window: Window, position: int) -> int:
-    """Return the end of the ID3v2 tags at `position`; `position` itself where none is."""
-    while (tag := window.at(position, 10))[:3] == b"ID3":
-        if len(tag) < 10 or max(tag[6:10]) > 127:
-            return position + 3
-        size = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
-        position += 10 + size + (10 if tag[5] & 0x10 else 0)
-    return position
+def frames_follow(window: Window, position: int, least: int = 3) -> bool:
+    """Return whether MPEG audio begins here: `least` frames of one kind, or fewer up to the end of the file."""
+    position = after_id3(window, position)
+    kind: Kind | None = None
+    for index in range(least):
+        frame = read_frame(window.at(position, 4))
+        if frame is None:
+            return index > 1 and _is_end(window, position)
+        if kind is not None and frame.kind != kind:
+            return False
+        kind = frame.kind
+        position += frame.length
+    return position <= window.size
 
 
 def _pieces(window: Window) -> Iterator[Piece]:
@@ -93,6 +109,9 @@ def _pieces(window: Window) -> Iterator[Piece]:
         head = window.at(position, 4)
         frame = read_frame(head)
         if frame is None or (frame.kind != kind and not _confirmed(window, position, frame)):
+            if skipped is None and piece is not None and has_magic(window, after_tags(window, position)):
+                piece.problem, piece.is_joined = JOINED, True
+                break
             skipped = position if skipped is None else skipped
             if head[:3] == b"ID3":
                 position = after_id3(window, position)
@@ -105,23 +124,36 @@ def _pieces(window: Window) -> Iterator[Piece]:
         kind = frame.kind
         if position + frame.length > window.size:
             if piece is not None:
-                piece.stop = window.size if piece.promised is None else piece.stop
-                piece.problem = piece.problem or "was cut short: its last frame is not whole"
+                rest = window.size - position
+                piece.note = f"ends within a frame, as recorded streams do; its last {rest} bytes are not read"
+            skipped = None
             break
         if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
             if piece is not None:
+                piece.note = piece.note or _left_out(window, skipped, position)
                 yield piece
-            piece = Piece(position, promised=promised, first=head)
+            piece = Piece(promised=promised, first=head, first_length=frame.length)
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
             hole = f"is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
         skipped = None
         if promised is None:
             piece.count += 1
+        piece.add(position, position + frame.length)
         position += frame.length
-        piece.stop = position
     if piece is not None:
+        piece.note = piece.note or _left_out(window, skipped, window.size)
         yield piece
+
+
+def _left_out(window: Window, start: int | None, stop: int) -> str | None:
+    """Return what to say of bytes [start, stop) that are no frames; None of tags and padding, which hold no audio."""
+    if start is None:
+        return None
+    begin = min(after_tags(window, start), stop)
+    if stop - begin >= FEW_BYTES:
+        return f"{stop - begin} bytes at {begin} are not MPEG audio, and are not read"
+    return f"ends in {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
@@ -172,18 +204,61 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
 
 def mpeg_streams(window: Window) -> list[Stream]:
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
+    if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
+        return [whole_file(window.size, HEADER_CUT)]
     streams = []
     for piece in pieces:
-        problem = piece.problem if piece.count != piece.promised else None
-        stream = Stream([(piece.start, piece.stop)], by_name=True, problem=problem)
+        is_counted = piece.count == piece.promised
+        stream = Stream(piece.spans, by_name=True, note=piece.note)
+        stream.problem = piece.problem if piece.is_joined or not is_counted else None
         if piece.promised and piece.count < piece.promised:
             stream.problem = f"was cut short: its header promises {piece.promised} frames, {piece.count} are there"
         if piece.promised and piece.count <= piece.promised:
-            stream.is_file = len(pieces) == 1
+            stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
+            if not stream.is_file:
+                stream.header, stream.spans = _true_header(window, piece)
         else:  # no length, or that of the first of many: libsndfile would guess, and stop there
             stream.header = _xing_header(piece.first, piece.count)
         streams.append(stream)
     return streams
+
+
+def _is_plain(window: Window, piece: Piece) -> bool:
+    """Return whether only frames and an ID3v1 tag follow the ID3v2 tags of a file, and the size it states is true.
+
+    libmpg123 prints notes on stderr about all else.
+    """
+    (start, stop), *others = piece.spans
+    tag = window.size - 128
+    is_end = stop == window.size or (stop == tag and window.at(tag, 3) == b"TAG")
+    promised = _xing_bytes(window, piece)
+    return not others and is_end and (promised is None or abs(promised - (stop - start)) * 200 < stop - start)
+
+
+def _xing_bytes(window: Window, piece: Piece) -> int | None:
+    """Return the size in bytes that the header of the encoder states; None if it states none."""
+    tag = _xing_tag(window, piece)
+    return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
+
+
+def _xing_tag(window: Window, piece: Piece) -> bytes:
+    frame = read_frame(piece.first)
+    if frame is None:
+        return b""
+    start = piece.spans[0][0] + 4 + frame.side
+    tag = window.at(start, 16)
+    return tag if tag[:4] in (b"Xing", b"Info") else b""
+
+
+def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
+    """Return the encoder's header with the true size in bytes, and the spans of the other frames."""
+    (start, stop), *others = piece.spans
+    header = bytearray(window.at(start, piece.first_length))
+    frame = read_frame(piece.first)
+    if frame is not None and _xing_bytes(window, piece) is not None:
+        size = sum(stop - start for start, stop in piece.spans)
+        struct.pack_into(">I", header, 4 + frame.side + 12, min(size, 0xFFFFFFFF))
+    return bytes(header), [(start + piece.first_length, stop), *others]
 
 
 def _xing_header(head: bytes, count: int) -> bytes:

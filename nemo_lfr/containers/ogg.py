@@ -3,7 +3,8 @@
 import struct
 import zlib
 
-from nemo_lfr.containers.stream import TAGS, Stream, Window
+from nemo_lfr.containers.joined import next_file
+from nemo_lfr.containers.stream import JOINED, TAGS, Stream, Window
 
 
 def ogg_streams(window: Window) -> list[Stream]:
@@ -19,6 +20,8 @@ def ogg_streams(window: Window) -> list[Stream]:
             gap = (window.size if found < 0 else found) - position
             if found < 0 and (window.at(position, 8).startswith(TAGS) or window.is_zero(position, window.size)):
                 break
+            if next_file(window, position) not in (None, found):
+                problem = problem or JOINED
             problem = problem or f"is damaged: {gap} bytes at {position} are not Ogg pages"
             if found < 0:
                 break

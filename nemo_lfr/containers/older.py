@@ -6,7 +6,8 @@ libsndfile reads what is there of a file that was cut short, and the headers of 
 import re
 import struct
 
-from nemo_lfr.containers.stream import CHUNK_NAME, JOINED, UNKNOWN_BYTES, Stream, Window, cut_short, whole_file
+from nemo_lfr.containers.joined import compare_size
+from nemo_lfr.containers.stream import CHUNK_NAME, HEADER_CUT, Stream, Window, whole_file
 
 SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
 SVX_FORMS = (b"8SVX", b"16SV")
@@ -25,12 +26,14 @@ def sphere_streams(window: Window) -> list[Stream]:
     start = int(own_size) if own_size.isdigit() else _SPHERE_HEADER
     header = window.at(0, min(start, _MAX_SPHERE_HEADER))
     fields = {name: int(value) for name, value in _SPHERE_FIELD.findall(header)}
+    if window.size < start:
+        return [whole_file(window.size, HEADER_CUT)]
     if b"shorten" in header or b"sample_count" not in fields:
         return []
     # One byte each, whatever the field says: libsndfile writes it as text.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
-    return _compared(window, start, fields[b"sample_count"] * block, SPHERE)
+    return compare_size(window, start, fields[b"sample_count"] * block)
 
 
 def is_voc(head: bytes, _: Window) -> bool:
@@ -43,9 +46,9 @@ def voc_streams(window: Window) -> list[Stream]:
     while position + 4 <= window.size and (kind := window.at(position, 1)[0]):
         length = int.from_bytes(window.at(position + 1, 3), "little")
         if kind in _VOC_SOUND:
-            return _compared(window, position + 4, length, VOC)
+            return compare_size(window, position + 4, length)
         position += 4 + length
-    return []
+    return [whole_file(window.size, HEADER_CUT)] if position + 4 > window.size else []
 
 
 def is_svx(head: bytes, _: Window) -> bool:
@@ -57,11 +60,11 @@ def svx_streams(window: Window) -> list[Stream]:
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
         if name == b"BODY":
-            return _compared(window, position + 8, length, window.at(0, 4))
+            return compare_size(window, position + 8, length)
         if not CHUNK_NAME.match(name):
-            break
+            return []
         position += 8 + length + length % 2
-    return []
+    return [whole_file(window.size, HEADER_CUT)]
 
 
 def is_avr(head: bytes, _: Window) -> bool:
@@ -71,16 +74,7 @@ def is_avr(head: bytes, _: Window) -> bool:
 def avr_streams(window: Window) -> list[Stream]:
     head = window.at(0, _AVR_HEADER)
     if len(head) < _AVR_HEADER:
-        return []
+        return [whole_file(window.size, HEADER_CUT)]
     stereo, bits = struct.unpack_from(">HH", head, 12)
     block = (2 if stereo else 1) * (bits // 8)
-    return _compared(window, _AVR_HEADER, struct.unpack_from(">I", head, 26)[0] * block, AVR)
-
-
-def _compared(window: Window, start: int, promised: int, magic: bytes) -> list[Stream]:
-    """Compare the bytes of samples that are promised with those from `start` on; another file begins with `magic`."""
-    available, end = max(0, window.size - start), start + promised
-    if available < promised < UNKNOWN_BYTES:
-        return [whole_file(window.size, cut_short(promised, available))]
-    # A byte that ends the file, or pads it, may lie between.
-    return [whole_file(window.size, JOINED if promised and window.find(magic, end, end + 2) >= 0 else None)]
+    return compare_size(window, _AVR_HEADER, struct.unpack_from(">I", head, 26)[0] * block)

@@ -34,6 +34,7 @@ class Stream:
         header: bytes to put before them.
         is_file: the file as it is, so that a decoder can open it by itself.
         problem: what is wrong with it; None if it is whole.
+        note: what is odd, and loses next to nothing; None if nothing is.
         by_name: libsndfile reads this format (MPEG audio) right from a named file only.
     """
 
@@ -42,6 +43,7 @@ class Stream:
     is_file: bool = False
     problem: str | None = None
     by_name: bool = False
+    note: str | None = None
 
 
 class Splice(io.RawIOBase):

@@ -1,13 +1,15 @@
 """WAV: RIFF, RIFX, RF64 and BW64 files, from a disk or through a pipe."""
 
+import io
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from nemo_lfr.containers.joined import LOOK_BYTES, next_file
+from nemo_lfr.containers.magic import after_tags, has_magic
 from nemo_lfr.containers.mpeg import mpeg_streams
 from nemo_lfr.containers.stream import (
     CHUNK_NAME,
-    FEW_BYTES,
     HEADER_CUT,
     JOINED,
     KNOWN_CHUNKS,
@@ -24,10 +26,11 @@ from nemo_lfr.containers.stream import (
     whole_file,
 )
 
+SEVERAL = "holds several recordings; give it as a file, or convert each to WAV by itself"
 # Bytes of a chunk that describes samples; the header of a damaged file may claim gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
-# What begins a file of another format, joined to this one.
-MAGICS = (b"fLaC", b"OggS", b"FORM", b"caff")
+# Bytes that a pipe holds back to tell chunks from samples.
+MAX_HELD = 1 << 24
 # Formats of the `fmt ` chunk: MPEG audio, layers 1 and 2, and layer 3.
 MPEG_TAGS = (b"\x50\0", b"\x55\0")
 
@@ -150,6 +153,8 @@ class WavSamples:
         self._skip = 0
         self._unknown: bytes | None = None  # the name of the last chunk, where it may have been samples
         self._done = False
+        self._look = LOOK_BYTES
+        self._at_samples = True  # whether the last chunk was one of samples
         self._total = header_size
         self.problem: str | None = None
 
@@ -187,18 +192,35 @@ class WavSamples:
             elif self._left:
                 samples.append(data[: self._left])
                 data, self._left = data[self._left :], self._left - len(samples[-1])
-            elif len(data) < FEW_BYTES + 2 and not last:
+            elif not last and len(data) < self._look:
                 self._held = data
                 break
             else:
-                data = self._next_chunk(data)
+                data = self._next_chunk(data, last)
+                if self._held:
+                    break
         return b"".join(samples)
 
-    def _next_chunk(self, data: bytes) -> bytes:
-        """Decide what follows samples or a chunk; return the data behind what was understood."""
+    def _next_chunk(self, data: bytes, last: bool) -> bytes:
+        """Decide what follows samples or a chunk; return the data behind what was understood.
+
+        Where more bytes are needed to decide, all are held back.
+        """
+        window = Window(io.BytesIO(data), len(data))
+        if not last and len(data) < MAX_HELD and self._is_open(window):
+            self._held, self._look = data, 2 * len(data)
+            return b""
+        self._look = LOOK_BYTES
+        other = next_file(window, 0)
+        if other is not None:
+            self._done = True
+            self.problem = SEVERAL
+            return b""
         # How much is left is not known, but no chunk after the samples is this large.
         left, order = UNKNOWN_BYTES, self._order
-        if goes_on(data, left, order) and goes_on(data[self._odd :], left, order):
+        is_broken = _is_mock_chunk if last else _is_broken_chain
+        is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
+        if (goes_on(data, left, order) and goes_on(data[self._odd :], left, order)) or (is_mock and self._at_samples):
             self._zeros = 0 if self._declared else None  # zeros after samples are padding; after none, silence
             self._left = self._left if self._declared else None
             return data
@@ -208,15 +230,23 @@ class WavSamples:
             self._done = True
             return b""
         name, size = struct.unpack(f"{self._order}4sI", data[:8])
-        if name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and data[8:12] == b"WAVE":
-            self._done = True
-            self.problem = "holds several recordings; give it as a file to encode all of them"
-        elif name == b"data":
+        self._at_samples = name == b"data"
+        if name == b"data":
             self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
         else:
             self._skip, self._odd = size, size % 2
             self._unknown = None if name in KNOWN_CHUNKS or data.startswith(TAGS) else name
         return data[8:]
+
+    def _is_open(self, window: Window) -> bool:
+        """Return whether only what is still to come tells chunks and tags from samples."""
+        for start in {0, self._odd}:
+            head = window.at(start, 8)
+            if head.startswith(b"ID3") and after_tags(window, start) + LOOK_BYTES > window.size:
+                return True
+            if self._at_samples and CHUNK_NAME.match(head) and head[:4] not in KNOWN_CHUNKS:
+                return not _is_broken_chain(window, start, self._order)
+        return False
 
 
 def wav_streams(window: Window) -> list[Stream]:
@@ -241,7 +271,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         if spans and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and window.at(begin, 4) == b"WAVE":
             following = position
             break
-        if not CHUNK_NAME.match(name):
+        if not CHUNK_NAME.match(name) or (spans and has_magic(window, position)):
             break
         if name != b"data":
             is_read = name in (b"fmt ", b"ds64")
@@ -254,6 +284,11 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         exact = exact and is_exact and not spans
         spans.append((begin, stop))
         position = _after(window, begin, stop - begin)
+    if following is None and spans and (other := next_file(window, position)) is not None:
+        if is_wav(window.at(other, 12), window):
+            following = other
+        else:
+            problem = problem or JOINED
     if not spans or not header.format:
         return [Stream([(start, size)], problem=_no_samples(window, start, position, header, spans))], None
     if header.is_mpeg:
@@ -293,15 +328,46 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
         counted = declared in (window.size - start, window.size - start - 8)
         return window.size, None if counted else cut_short(declared, available), False
     stop = begin + declared
-    rest = window.at(stop, 256)
-    if rest[:4] in MAGICS:
-        return stop, JOINED, False
-    left, odd = window.size - stop, declared % 2
-    more = goes_on(rest, left, header.order) and goes_on(rest[odd:], left - odd, header.order)
-    # Zeros after samples are padding; after none, they are silence.
-    if more and (not declared or not window.is_zero(stop, window.size)):
+    if next_file(window, stop) is None and _samples_follow(window, stop, declared, header.order):
         return window.size, None, False
     return stop, None, True
+
+
+def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:
+    """Return whether samples follow those that a header declares, rather than chunks, tags or padding."""
+    rest, left, odd = window.at(stop, 256), window.size - stop, declared % 2
+    more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
+    if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
+        return False
+    # Zeros after samples are padding; after none, they are silence.
+    return not declared or not window.is_zero(stop, window.size)
+
+
+def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
+    """Return whether bytes that look like a chunk are samples: its name is unknown, and its length leads to no end."""
+    end = _end_of_chunks(window, position, order)
+    is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
+    return is_beyond or _is_broken_chain(window, position, order)
+
+
+def _is_broken_chain(window: Window, position: int, order: str) -> bool:
+    """Return whether chunks of unknown names lead to bytes that are no chunk, no other file, no tag and no padding."""
+    if window.at(position, 11).startswith(TAGS):
+        return False
+    end = _end_of_chunks(window, position, order)
+    if end == position or end + 8 > window.size or window.at(end, 4) in KNOWN_CHUNKS:
+        return False
+    return next_file(window, end) is None and after_tags(window, end) < window.size
+
+
+def _end_of_chunks(window: Window, position: int, order: str) -> int:
+    """Return where chunks of unknown names end, one after the other."""
+    while position + 8 <= window.size:
+        head = window.at(position, 8)
+        if not CHUNK_NAME.match(head) or head[:4] in KNOWN_CHUNKS:
+            break
+        position = _after(window, position + 8, struct.unpack_from(f"{order}I", head, 4)[0])
+    return position
 
 
 def _after(window: Window, begin: int, length: int) -> int:
