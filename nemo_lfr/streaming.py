@@ -1,9 +1,9 @@
 """Encode and decode piece by piece, as the audio or the tokens come in.
 
-Every layer keeps the inputs that its next output still needs, so that each sample is convolved once and the results
-are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they depend on
-is there: 6 frames later to encode and 13 to decode with the released config, at once where a part is causal.
-`lookahead` shortens that at a price: a frame is then computed as if the recording ended a little later.
+The results are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they
+depend on is there: 6 frames later to encode and 13 to decode with the released config, at once where the network is
+causal; `nemo_lfr.codec.stream_ops` says what layers keep meanwhile. `lookahead` shortens that at a price: a frame is
+then computed as if the recording ended a little later.
 
 A stream takes one push at a time; several threads may push to several streams. A push that raises leaves every one of
 its streams as it was.
@@ -11,135 +11,20 @@ its streams as it was.
 
 import copy
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from nemo_lfr.codec.ambient import check_weights
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.finite import quantize, to_audio
-from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
+from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
-
-
-@dataclass(frozen=True)
-class Held:
-    """What one layer keeps: the inputs [B, H, n] that it still needs, and whether it has given an output yet."""
-
-    items: torch.Tensor
-    begun: bool = False
-
-
-# The state of a whole part, by layer. Tensors in it are replaced, never changed, so that a copy is a snapshot.
-State = dict[Hashable, Held]
-
-
-class Flow:
-    """One piece on its way through a part: reads the state that the piece before has left, and writes the next.
-
-    Args:
-        state: changed in place.
-        last: the recording ends with this piece.
-    """
-
-    def __init__(self, state: State, last: bool) -> None:
-        self.state, self.last = state, last
-
-    def _join(self, key: Hashable, new: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        held = self.state.get(key)
-        return (new, False) if held is None else (torch.cat([held.items, new], dim=2), held.begun)
-
-    def conv(self, layer: Conv1d, new: torch.Tensor) -> torch.Tensor:
-        """[B, H_in, n] -> as many outputs as their inputs are there for."""
-        hidden, begun = self._join(layer, new)
-        stride = layer.conv.stride[0]
-        span = (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
-        if not begun and (self.last or hidden.shape[2] >= layer.min_length):
-            begun = hidden.shape[2] > 0
-            hidden = layer.pad_ends(hidden, last=False) if begun else hidden
-        if begun and self.last:
-            hidden = layer.pad_ends(hidden, first=False)
-        num_outputs = (hidden.shape[2] - span) // stride + 1 if begun and hidden.shape[2] >= span else 0
-        self.state[layer] = Held(hidden[:, :, num_outputs * stride :], begun)
-        if not num_outputs:
-            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-        return layer.convolve(hidden[:, :, : (num_outputs - 1) * stride + span])
-
-    def upsample(self, layer: ConvTranspose1d, new: torch.Tensor) -> torch.Tensor:
-        """[B, H_in, n] -> what lies between the inputs there are, which the next one cannot change any more."""
-        hidden, begun = self._join(layer, new)
-        if not begun:
-            if not hidden.shape[2]:
-                return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-            hidden = F.pad(hidden, (1, 0))
-        if self.last:
-            hidden = F.pad(hidden, (0, 1))
-        self.state[layer] = Held(hidden[:, :, -1:], True)
-        if hidden.shape[2] < 2:
-            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-        out = layer.overlap(hidden)
-        # The first and the last `stride` samples together are cut to `stride`: `first_sample` before, the rest after.
-        stop = out.shape[2] - (layer.conv.stride[0] - layer.first_sample) * self.last
-        return out[:, :, layer.first_sample * (not begun) : stop]
-
-    def residual(self, block: ResidualBlock, new: torch.Tensor) -> torch.Tensor:
-        """The input waits for what is added to it."""
-        hidden = self.conv(block.input_conv, block.input_activation(new))
-        added = self.conv(block.skip_conv, block.skip_activation(hidden))
-        return self._meet(block, [new, added])
-
-    def residuals(self, layer: ResidualLayer, new: torch.Tensor) -> torch.Tensor:
-        """The mean of the branches, which waits for the slowest."""
-        branches = []
-        for branch in layer.res_blocks:
-            hidden = new
-            for block in cast(nn.ModuleList, branch.res_blocks):
-                hidden = self.residual(cast(ResidualBlock, block), hidden)
-            branches.append(hidden)
-        return self._meet(layer, branches) / len(branches)
-
-    def _meet(self, key: Hashable, sides: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum of what every side has; the rest waits."""
-        joined = [self._join((key, number), side)[0] for number, side in enumerate(sides)]
-        ready = min(side.shape[2] for side in joined)
-        for number, side in enumerate(joined):
-            self.state[key, number] = Held(side[:, :, ready:])
-        total = joined[0][:, :, :ready]
-        for side in joined[1:]:
-            total = total + side[:, :, :ready]
-        return total
-
-    def encode(self, encoder: HiFiGANEncoder, audio: torch.Tensor) -> torch.Tensor:
-        """Samples [B, n] -> encoded frames [B, D, k]; as `HiFiGANEncoder.encode_frames` on all pieces together."""
-        hidden = self.conv(encoder.pre_conv, audio.unsqueeze(1))
-        for layer, activation, down_sample in zip(
-            encoder.res_layers, encoder.activations, encoder.down_sample_conv_layers, strict=True
-        ):
-            hidden = activation(self.residuals(cast(ResidualLayer, layer), hidden))
-            hidden = self.conv(cast(Conv1d, down_sample), hidden)
-        return self.conv(encoder.post_conv, encoder.post_activation(hidden))
-
-    def decode(self, decoder: HiFiGANDecoder, inputs: torch.Tensor) -> torch.Tensor:
-        """Dequantized frames [B, D, k] -> samples [B, n]; as `HiFiGANDecoder.decode_frames` on all together."""
-        hidden = self.conv(decoder.pre_conv, inputs)
-        for activation, up_sample, layer in zip(
-            decoder.activations, decoder.up_sample_conv_layers, decoder.res_layers, strict=True
-        ):
-            hidden = self.upsample(cast(ConvTranspose1d, up_sample), activation(hidden))
-            hidden = self.residuals(cast(ResidualLayer, layer), hidden)
-        hidden = self.conv(decoder.post_conv, decoder.post_activation(hidden))
-        return to_audio(decoder.out_activation, hidden).squeeze(1)
 
 
 class _Stream:
@@ -408,34 +293,36 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
     codec = streams[0].codec
     check_weights(codec.encoder, f"the encoder of {codec.name}")
 
-    def compute(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
+    def step(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
         with codec.autocast():
-            encoded = Flow(state, last).encode(codec.encoder, audio.to(codec.device))
+            encoded = codec.encoder.run(StreamOps(state, last), audio.unsqueeze(1).to(codec.device))
         return quantize(codec.quantizer, encoded.float())  # [B, C, k]
 
-    return _advance(streams, inputs, last, compute, codec.check_encoded)
+    return _advance(streams, inputs, last, step, codec.check_encoded)
 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec = streams[0].codec
     check_weights(codec.decoder, f"the decoder of {codec.name}")
 
-    def compute(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
+    def step(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
+        decoder = codec.decoder
         with codec.autocast():
-            return Flow(state, last).decode(codec.decoder, dequantized.to(codec.device)).float()  # [B, n]
+            hidden = decoder.run(StreamOps(state, last), dequantized.to(codec.device))
+            return to_audio(decoder.out_activation, hidden).squeeze(1).float()  # [B, n]
 
-    return _advance(streams, inputs, last, compute, codec.check_decoded)
+    return _advance(streams, inputs, last, step, codec.check_decoded)
 
 
 def _advance(
     streams: Sequence[_Stream],
     inputs: list[torch.Tensor],
     last: bool,
-    compute: Callable[[State, torch.Tensor, bool], torch.Tensor],
+    step: Step,
     check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
     """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
-    results = _together([stream._state for stream in streams], inputs, last, compute)
+    results = run_batched([stream._state for stream in streams], inputs, last, step)
     computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
     early = [
         number
@@ -449,7 +336,7 @@ def _advance(
         for number in early:
             missing = max(0, streams[number]._min_frames - streams[number]._num_in) * streams[number]._items_in
             ends.append(inputs[number].new_zeros(*inputs[number].shape[:-1], missing))
-        for number, rest in zip(early, _together(states, ends, True, compute), strict=True):
+        for number, rest in zip(early, run_batched(states, ends, True, step), strict=True):
             results[number] = torch.cat([results[number], rest], dim=-1)
     given = []
     for stream, result, whole in zip(streams, results, computed, strict=True):
@@ -459,30 +346,3 @@ def _advance(
         stream._num_computed, stream._num_out = whole, stop
         check(given[-1][None])
     return given
-
-
-def _together(
-    states: Sequence[State],
-    inputs: Sequence[torch.Tensor],
-    last: bool,
-    compute: Callable[[State, torch.Tensor, bool], torch.Tensor],
-) -> list[torch.Tensor]:
-    """`compute` for each state and input; those of one shape as one batch."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, (state, new) in enumerate(zip(states, inputs, strict=True)):
-        shape = tuple((key, held.items.shape[2], held.begun) for key, held in state.items())
-        groups.setdefault((shape, new.shape[-1]), []).append(number)
-    results: list[torch.Tensor] = [torch.empty(0)] * len(states)
-    for numbers in groups.values():
-        first = states[numbers[0]]
-        both = {
-            key: Held(torch.cat([states[number][key].items for number in numbers]), held.begun)
-            for key, held in first.items()
-        }
-        result = compute(both, torch.cat([inputs[number] for number in numbers]), last)
-        for row, number in enumerate(numbers):
-            states[number].update(
-                {key: Held(held.items[row : row + 1].clone(), held.begun) for key, held in both.items()}
-            )
-            results[number] = result[row]
-    return results

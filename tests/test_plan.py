@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nemo_lfr.codec import inference, plan
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.conv import Conv1d
-from nemo_lfr.codec.plan import Plan, plan_of, slack
+from nemo_lfr.codec.plan import ModuleWeights, PackedWeights, slack, weights_of
 from nemo_lfr.errors import NemoLfrError
 from tests.models import build_codec, cached_codec, speech_like
 
@@ -42,7 +42,7 @@ def test_four_outputs_of_seven_products_are_those_of_sixteen(kernel_size, dilati
     torch.manual_seed(0)
     layer = Conv1d(40, 48, kernel_size, dilation=dilation)
     padded = in_memory(batch, 40, 1301)
-    (found,) = Plan(Two(layer), torch.float32).fast([layer], padded, [0])
+    (found,) = PackedWeights(Two(layer), torch.float32).winograd([layer], padded, [0])
     expected = F.conv1d(padded.double(), layer.conv.weight.double(), layer.conv.bias.double(), dilation=dilation)
     assert found.shape == expected.shape
     # Rounding of 2^-24 through sums of some hundred terms, times 4 for the transforms.
@@ -54,7 +54,7 @@ def test_layers_that_share_an_input_start_where_their_kernels_do():
     torch.manual_seed(0)
     layers = [Conv1d(40, 40, size) for size in (3, 5, 7, 9, 11)]
     padded, starts = in_memory(2, 40, 700), [4, 3, 2, 1, 0]
-    found = Plan(Two(*layers), torch.float32).fast(layers, padded, starts)
+    found = PackedWeights(Two(*layers), torch.float32).winograd(layers, padded, starts)
     for layer, start, result in zip(layers, starts, found, strict=True):
         expected = layer.convolve(padded[:, :, start:])
         assert result.shape == expected.shape
@@ -120,12 +120,12 @@ def test_a_plan_of_older_weights_is_never_used(change):
     ):
         inputs = audio if part is codec.encoder else codec.quantizer.decode(torch.zeros(8, 1, 20, dtype=torch.long))
         before = run(part, inputs)
-        old = plan_of(part, torch.float32)
-        assert plan_of(part, torch.float32) is old
+        old = weights_of(part, torch.float32)
+        assert weights_of(part, torch.float32) is old
         part.requires_grad_(True)
         change(part)
         part.requires_grad_(False)
-        assert plan_of(part, torch.float32) is not old
+        assert weights_of(part, torch.float32) is not old
         after, expected = run(part, inputs), reference(inputs)
         assert (after - expected).abs().max() < 1e-5 * (1 + expected.abs().max())
         assert not torch.equal(after, before)
@@ -133,9 +133,9 @@ def test_a_plan_of_older_weights_is_never_used(change):
 
 def test_training_keeps_no_plan_and_a_part_takes_its_plan_along():
     codec = build_codec()
-    assert plan_of(codec.encoder, torch.float32) is not None
-    assert plan_of(codec.encoder.train(), torch.float32) is None
-    kept = weakref.ref(plan_of(codec.encoder.eval(), torch.float32))
+    assert isinstance(weights_of(codec.encoder, torch.float32), PackedWeights)
+    assert isinstance(weights_of(codec.encoder.train(), torch.float32), ModuleWeights)
+    kept = weakref.ref(weights_of(codec.encoder.eval(), torch.float32))
     assert kept() is not None
     del codec
     gc.collect()
@@ -161,7 +161,7 @@ def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
     layer = Conv1d(48, 48, 7)
     convolve = plan._convolve
     monkeypatch.setattr(plan, "_convolve", lambda padded, way: convolve(padded, way) * 2)
-    own = Plan(Two(layer), torch.bfloat16)
+    own = PackedWeights(Two(layer), torch.bfloat16)
     padded = torch.randn(1, 48, 200).bfloat16()
     with pytest.warns(UserWarning, match="wrong in bf16") as caught:
         found = [own.convolve(layer, padded) for _ in range(2)]

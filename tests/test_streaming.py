@@ -223,13 +223,13 @@ def test_bad_input_of_one_stream_takes_nothing_of_the_others():
 def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(12)
     sizes = []
-    together = streaming._together
+    together = streaming.run_batched
 
     def watched(states, inputs, *rest):
         sizes.append(inputs[0].shape)
         return together(states, inputs, *rest)
 
-    monkeypatch.setattr(streaming, "_together", watched)
+    monkeypatch.setattr(streaming, "run_batched", watched)
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     tokens = np.concatenate([encoder.push(wave), encoder.flush()], axis=1)
     assert_same_tokens(codec, wave, torch.from_numpy(tokens))
@@ -298,7 +298,7 @@ def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monke
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream, other = codec.stream_encoder(), codec.stream_encoder()
     computing, done = threading.Event(), threading.Event()
-    together = streaming._together
+    together = streaming.run_batched
 
     def slow(*arguments):
         computing.set()
@@ -308,7 +308,7 @@ def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monke
     found: list[np.ndarray] = []
     thread = threading.Thread(target=lambda: found.append(stream.push(wave[:9000])))
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_together", slow)
+        patch.setattr(streaming, "run_batched", slow)
         thread.start()
         assert computing.wait(60)
         uses = {
@@ -331,7 +331,7 @@ def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monke
 def test_a_push_that_fails_halfway_is_undone(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(4)
     stream = codec.stream_encoder()
-    together, calls = streaming._together, []
+    together, calls = streaming.run_batched, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -341,7 +341,7 @@ def test_a_push_that_fails_halfway_is_undone(monkeypatch):
 
     found = [stream.push(wave[:5000])]
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "_together", interrupted)
+        patch.setattr(streaming, "run_batched", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stream.push(wave[5000:])
     found += [stream.push(wave[5000:]), stream.flush()]

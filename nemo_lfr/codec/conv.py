@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 
+from nemo_lfr.codec.padding import PAD_MODES, pad_signal
 from nemo_lfr.errors import ConfigError
-
-# PyTorch's name of each padding that a config may ask for. "circular" would join the two ends of a recording.
-PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"}
 
 
 def channels_last(hidden: torch.Tensor) -> torch.Tensor:
@@ -51,14 +49,16 @@ def convolve(
         return convolve_by_product(hidden, weight, bias, stride, dilation)
     plane = hidden.unsqueeze(2)
     layout = torch.contiguous_format if outweighs >= 1 else torch.channels_last
-    return F.conv2d(
+    result = F.conv2d(
         plane.contiguous(memory_format=layout),
         weight.unsqueeze(2),
         bias,
         stride=(1, stride),
         padding=(0, padding),
         dilation=(1, dilation),
-    ).squeeze(2)
+    )
+    # A signal of one channel lies in both layouts, and PyTorch's result then need not be in the one it is wanted in.
+    return result.contiguous(memory_format=layout).squeeze(2)
 
 
 def _outweighs(weight: torch.Tensor, hidden: torch.Tensor) -> float:
@@ -111,16 +111,18 @@ class Conv1d(nn.Module):
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     @property
+    def span(self) -> int:
+        """Items of the padded input that one output sees, from the first to the last."""
+        return int((self.conv.kernel_size[0] - 1) * self.conv.dilation[0] + 1)
+
+    @property
     def min_length(self) -> int:
         """Shortest input that the padding can be taken from."""
         return max(self.pad) + 1 if self.pad_mode == "reflect" else 1
 
     def pad_ends(self, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
         """[B, H, T] with this layer's padding where the signal begins, and where it ends."""
-        before, after = self.pad[0] * first, self.pad[1] * last
-        if torch.compiler.is_exporting():
-            return F.pad(hidden, (before, after), mode=self.pad_mode)
-        return F.pad(hidden.unsqueeze(2), (before, after, 0, 0), mode=self.pad_mode).squeeze(2)
+        return pad_signal(hidden, (self.pad[0] * first, self.pad[1] * last), self.pad_mode)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, H_in, T] -> [B, H_out, (T - span) // stride + 1], nothing padded."""
@@ -168,19 +170,14 @@ class ConvTranspose1d(nn.Module):
             ]
         assert conv.bias is not None
         if groups == 1 and torch.is_grad_enabled() and _outweighs(conv.weight, hidden) >= 4:
-            # One product with the weights where they lie: turned around for the way below, they and their gradients
-            # would be copied four times.
+            # One product with the weights where they lie: rearranged for the convolution below, they and their
+            # gradients would be copied four times.
             taps = (hidden.transpose(1, 2) @ conv.weight.flatten(1)).unflatten(2, (-1, 2, stride))
             full = taps[:, 1:, :, 0] + taps[:, :-1, :, 1]  # [B, T - 1, H_out, stride]
             return full.permute(0, 1, 3, 2).flatten(1, 2).transpose(1, 2) + conv.bias[:, None]
         if groups == 1:
-            # A 2-tap convolution to `stride` phases of every channel, whose channels-last memory already is the
-            # interleaved signal.
-            taps = conv.weight.unflatten(2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
-            # [B, stride * H_out, T - 1]
-            phases = convolve(hidden, taps.permute(3, 1, 0, 2).flatten(0, 1), None)
-            full = phases.unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)
-            return full + conv.bias[:, None]
+            phases = convolve(hidden, _phase_weight(conv.weight, stride), None)
+            return interleave(phases, stride) + conv.bias[:, None]
         full = F.conv_transpose1d(hidden.contiguous(), conv.weight, conv.bias, stride=stride, groups=groups)
         return channels_last(full[..., stride:-stride])
 
@@ -188,3 +185,29 @@ class ConvTranspose1d(nn.Module):
         stride, length = self.conv.stride[0], hidden.shape[-1]
         full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
         return full[..., self.first_sample : self.first_sample + length * stride]
+
+
+def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a layer's weight, weight norm folded, and its bias, as those of a plain convolution without gradient.
+
+    Returns:
+        [H_out, H_in, K] and [H_out]. Of a transposed layer without groups, [stride * H_out, H_in, 2] and
+        [stride * H_out]: a convolution of its input, one item padded at both ends, to phases for `interleave`.
+    """
+    weight, bias = layer.conv.weight.detach(), layer.conv.bias
+    bias = None if bias is None else bias.detach()
+    if isinstance(layer, Conv1d) or layer.conv.groups > 1:
+        return weight, bias
+    stride = layer.conv.stride[0]
+    return _phase_weight(weight, stride), None if bias is None else bias.repeat(stride)
+
+
+def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """[H_in, H_out, 2 * stride] -> [stride * H_out, H_in, 2]: output t * stride + phase sees inputs t and t - 1."""
+    taps = weight.unflatten(2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
+    return taps.permute(3, 1, 0, 2).flatten(0, 1)
+
+
+def interleave(phases: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B, stride * H, T] -> [B, H, T * stride]; with channels innermost, memory already lies in this order."""
+    return phases.unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)

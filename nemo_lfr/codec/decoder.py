@@ -1,5 +1,6 @@
 """Dequantized [B, D, T_encoded] -> wave [B, T_audio]: the HiFi-GAN generator."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr.codec.activation import CodecActivation, output_activation
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, channels_last
+from nemo_lfr.codec.context import ContextOps, Field
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.network import ModuleOps, Ops, Signal, UpStage, decode
 from nemo_lfr.codec.neural_module import NeuralModule
 from nemo_lfr.codec.ragged import map_by_length
-from nemo_lfr.codec.residual import ResidualLayer, residual_context
+from nemo_lfr.codec.residual import ResidualLayer
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.frames import Context, num_frames
 
@@ -69,7 +72,6 @@ class HiFiGANDecoder(NeuralModule):
         self.up_sample_rates = tuple(up_sample_rates)
         self.samples_per_frame = math.prod(self.up_sample_rates)
         self.causal = causal
-        self._kernels = (in_kernel_size, tuple(resblock_kernel_sizes), tuple(resblock_dilation_sizes), out_kernel_size)
 
         def conv(in_channels: int, out_channels: int, kernel_size: int) -> Conv1d:
             return Conv1d(
@@ -106,46 +108,43 @@ class HiFiGANDecoder(NeuralModule):
         self.out_activation = _output_activation(output_activation)
 
     @property
+    def stages(self) -> list[UpStage]:
+        """Layers of each stage, in order."""
+        layers = zip(self.activations, self.up_sample_conv_layers, self.res_layers, strict=True)
+        return [UpStage._make(stage) for stage in layers]
+
+    def run(self, ops: Ops[Signal], dequantized: Signal) -> Signal:
+        """Compute what the output activation makes audio of with the operations of a backend.
+
+        A subclass may put the network together in another way.
+        """
+        return decode(self, ops, dequantized)
+
+    @functools.cached_property
+    def _field(self) -> Field:
+        return self.run(ContextOps(), Field())
+
+    @property
     def context(self) -> Context:
         """Frames on each side that a frame's samples depend on: 13 and 13 for the released config."""
-        in_kernel, kernels, dilations, out_kernel = self._kernels
-
-        def span(kernel: int) -> tuple[int, int]:
-            return (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
-
-        # Walk back from one frame's samples [first, last] to the frames they see.
-        before, after = span(out_kernel)
-        first, last = -before, self.samples_per_frame - 1 + after
-        for rate in reversed(self.up_sample_rates):
-            before, after = residual_context(kernels, dilations, self.causal)
-            first, last = first - before, last + after
-            cut = 0 if self.causal else (rate + 1) // 2
-            first, last = (first + cut) // rate - 1, (last + cut) // rate
-        before, after = span(in_kernel)
-        return Context(before - first, last + after)
+        return Context(
+            num_frames(self._field.past, self.samples_per_frame),
+            num_frames(self._field.future, self.samples_per_frame),
+        )
 
     @property
     def min_frames(self) -> int:
         """Fewest frames whose edges can be reflected: 4 for the released config. Shorter input ends in zeros."""
-        rate, needed = 1, self.pre_conv.min_length
-        for up_rate, stage in zip(self.up_sample_rates, self.res_layers, strict=True):
-            rate *= up_rate
-            longest = max(module.min_length for module in stage.modules() if isinstance(module, Conv1d))
-            needed = max(needed, num_frames(longest, rate))
-        return max(needed, num_frames(self.post_conv.min_length, rate))
+        return self._field.shortest
 
     def decode_frames(self, inputs: torch.Tensor) -> torch.Tensor:
         """Clips of one length: [B, D, T] -> [B, T * samples_per_frame], T >= `min_frames`."""
-        return self.out_activation(self.hidden_frames(inputs)).squeeze(1)
+        audio: torch.Tensor = self.out_activation(self.hidden_frames(inputs))
+        return audio.squeeze(1)
 
     def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the last activation makes audio of: [B, D, T] -> [B, 1, T * samples_per_frame]."""
-        hidden = self.pre_conv(channels_last(inputs))
-        for activation, up_sample, res_layer in zip(
-            self.activations, self.up_sample_conv_layers, self.res_layers, strict=True
-        ):
-            hidden = res_layer(up_sample(activation(hidden)))
-        return self.post_conv(self.post_activation(hidden))
+        """Input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
+        return self.run(ModuleOps(), inputs)
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode each clip as if it were alone.

@@ -1,5 +1,6 @@
 """Wave [B, T_audio] -> encoded [B, D, T_encoded]: a HiFi-GAN generator turned round."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr.codec.activation import CodecActivation
-from nemo_lfr.codec.conv import Conv1d, channels_last
+from nemo_lfr.codec.context import ContextOps, Field
+from nemo_lfr.codec.conv import Conv1d
+from nemo_lfr.codec.network import DownStage, ModuleOps, Ops, Signal, encode
 from nemo_lfr.codec.neural_module import NeuralModule
 from nemo_lfr.codec.ragged import map_by_length
-from nemo_lfr.codec.residual import ResidualLayer, residual_context
+from nemo_lfr.codec.residual import ResidualLayer
 from nemo_lfr.frames import Context, num_frames
 
 
@@ -60,7 +63,6 @@ class HiFiGANEncoder(NeuralModule):
         self.down_sample_rates = tuple(down_sample_rates)
         self.samples_per_frame = math.prod(self.down_sample_rates)
         self.causal = causal
-        self._kernels = (in_kernel_size, tuple(resblock_kernel_sizes), tuple(resblock_dilation_sizes), out_kernel_size)
 
         def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Conv1d:
             return Conv1d(
@@ -97,42 +99,34 @@ class HiFiGANEncoder(NeuralModule):
         self.post_conv = conv(channels, encoded_dim, out_kernel_size)
 
     @property
+    def stages(self) -> list[DownStage]:
+        """Layers of each stage, in order."""
+        layers = zip(self.res_layers, self.activations, self.down_sample_conv_layers, strict=True)
+        return [DownStage._make(stage) for stage in layers]
+
+    def run(self, ops: Ops[Signal], audio: Signal) -> Signal:
+        """Compute the network with the operations of a backend; a subclass may put it together in another way."""
+        return encode(self, ops, audio)
+
+    @functools.cached_property
+    def _field(self) -> Field:
+        return self.run(ContextOps(), Field())
+
+    @property
     def context(self) -> Context:
         """Frames on each side that one encoded frame depends on: 6 and 6 for the released config."""
-        in_kernel, kernels, dilations, out_kernel = self._kernels
-        # Walk back from one frame to the samples [first, last] that it sees, counted from the frame's own first.
-        past, future = (out_kernel - 1, 0) if self.causal else (out_kernel // 2, (out_kernel - 1) // 2)
-        for rate in reversed(self.down_sample_rates):
-            pad = rate if self.causal else (rate + 1) // 2
-            past = past * rate + pad
-            future = future * rate + 2 * rate - 1 - pad
-            before, after = residual_context(kernels, dilations, self.causal)
-            past, future = past + before, future + after
-        before, after = (in_kernel - 1, 0) if self.causal else (in_kernel // 2, in_kernel // 2)
-        past, future = past + before, future + after
-        frame = self.samples_per_frame
-        return Context(num_frames(past, frame), num_frames(max(0, future - (frame - 1)), frame))
+        # A frame sees samples from its own first one less `past` to that one and `future` more.
+        rate, field = self.samples_per_frame, self._field
+        return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
 
     @property
     def min_frames(self) -> int:
         """Fewest frames whose edges can be reflected: 4 for the released config. Shorter audio ends in silence."""
-        rate, needed = self.samples_per_frame, 1
-        for stage, down, down_rate in zip(
-            self.res_layers, self.down_sample_conv_layers, self.down_sample_rates, strict=True
-        ):
-            longest = max(module.min_length for module in [*stage.modules(), down] if isinstance(module, Conv1d))
-            needed = max(needed, num_frames(longest, rate))
-            rate //= down_rate
-        return max(needed, self.post_conv.min_length, num_frames(self.pre_conv.min_length, self.samples_per_frame))
+        return num_frames(self._field.shortest, self.samples_per_frame)
 
     def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
         """Whole frames of clips of one length: [B, T * samples_per_frame] -> [B, D, T], T >= `min_frames`."""
-        hidden = channels_last(self.pre_conv(audio.unsqueeze(1)))
-        for res_layer, activation, down_sample in zip(
-            self.res_layers, self.activations, self.down_sample_conv_layers, strict=True
-        ):
-            hidden = down_sample(activation(res_layer(hidden)))
-        return self.post_conv(self.post_activation(hidden))
+        return self.run(ModuleOps(), audio.unsqueeze(1))
 
     def forward(self, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode each clip as if it were alone.

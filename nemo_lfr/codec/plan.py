@@ -15,15 +15,14 @@ transformed. In fp32 its rounding is 4 times that of a sum in order, 1e-6 of the
 """
 
 import warnings
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.weights import weights_version
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, fold, interleave
+from nemo_lfr.codec.weights import DerivedForms
 
 # Fewest frames of a batch for which transformed weights, twice as large, pay.
 FAST_FRAMES = 48
@@ -51,35 +50,19 @@ class Packed(NamedTuple):
     dilation: int
 
 
-class Plan:
-    """See the head of this file.
+class Weights(Protocol):
+    """Weights of an encoder or a decoder, and the convolutions with them."""
 
-    Args:
-        part: encoder or decoder on a CPU.
-        dtype: float32 or bfloat16.
-    """
-
-    def __init__(self, part: nn.Module, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._now = weights_version(part)
-        self._version = self._now()
-        # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
-        self._ends = {part.pre_conv, part.post_conv}
-        self._packed: dict[nn.Module, Packed] = {}
-        self._banks: dict[nn.Module, torch.Tensor] = {}
-        self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
-
-    def is_current(self) -> bool:
-        """Whether the weights are still those that this was built from."""
-        return bool(self._now() == self._version)
+    def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
+        """Return an input of `layer` in the type that it is computed in; without it, of any inner layer."""
 
     def convolve(
         self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`Conv1d.convolve` and what comes after it, while the output is at hand.
+        """Compute `Conv1d.convolve` and what comes after it, while the output is in the cache.
 
         Args:
-            layer: whose pads are there already.
+            layer: whose padding is there already.
             padded: [B, H_in, T].
             slope: of a leaky ReLU of the output; 1 is none.
             residual: [B, H_out, T_out] to add, where there is no slope.
@@ -87,20 +70,97 @@ class Plan:
         Returns:
             [B, H_out, T_out], T_out = (T - span) // stride + 1.
         """
+
+    def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
+        """Compute `ConvTranspose1d.overlap`: [B, H_in, T] -> [B, H_out, (T - 1) * stride]."""
+
+    def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
+        """Return whether `winograd` is faster than `convolve` for a batch of `num_frames` frames."""
+
+    def winograd(
+        self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
+    ) -> list[torch.Tensor]:
+        """Convolve one input with several layers of one dilation by Toom-Cook.
+
+        Args:
+            layers: for which `use_winograd`; their dilation is 1 where one of `starts` is not 0.
+            padded: [B, H_in, T], channels innermost, in memory that goes on for `slack` rows of finite numbers.
+            starts: of each layer, the first item of `padded` that its first output sees.
+            slope: of a leaky ReLU of the outputs; 1 is none.
+
+        Returns:
+            Of each layer [B, H_out, T - start - span + 1] at least.
+        """
+
+
+class ModuleWeights:
+    """The weights as the modules hold them, where they cannot be packed."""
+
+    def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
+        """Leave it to the caller's autocast."""
+        return hidden
+
+    def convolve(
+        self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Weights`."""
+        result = layer.convolve(padded)
+        if slope != 1.0:
+            result = F.leaky_relu(result, slope)
+        return result if residual is None else result.add_(residual)
+
+    def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
+        """See `Weights`."""
+        return layer.overlap(padded)
+
+    def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
+        """Return False: there are no transformed weights."""
+        return False
+
+    def winograd(
+        self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
+    ) -> list[torch.Tensor]:
+        """Raise, as `use_winograd` is False."""
+        raise AssertionError("module weights are not transformed")
+
+
+class PackedWeights:
+    """Weights packed for oneDNN; see the head of this file.
+
+    Args:
+        network: encoder or decoder on a CPU.
+        dtype: float32 or bfloat16.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
+        self._ends = {network.pre_conv, network.post_conv}
+        self._packed: dict[nn.Module, Packed] = {}
+        self._banks: dict[nn.Module, torch.Tensor] = {}
+        self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
+
+    def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
+        """See `Weights`: the first and the last layer take what they are passed."""
+        return hidden if layer in self._ends else hidden.to(self.dtype)
+
+    def convolve(
+        self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Weights`."""
         if layer in self._ends:
             return _convolve(padded.float(), self._get(layer, torch.float32), slope, residual)
         return self._run(layer, padded, slope, residual)
 
     def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
-        """`ConvTranspose1d.overlap`: [B, H_in, T] -> [B, H_out, (T - 1) * stride]."""
+        """See `Weights`."""
         stride = layer.conv.stride[0]
         if layer.conv.groups != 1:
             return layer.overlap(padded.float()).to(self.dtype)
-        phases = self._run(layer, padded)  # [B, stride * H_out, T - 1], channels innermost
-        return phases.unflatten(1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)
+        return interleave(self._run(layer, padded), stride)
 
-    def is_fast(self, layer: Conv1d, num_frames: int) -> bool:
-        """Whether `fast` is worth it."""
+    def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
+        """See `Weights`: for wide layers and long signals in fp32."""
         conv = layer.conv
         size = conv.kernel_size[0]
         return (
@@ -111,20 +171,10 @@ class Plan:
             and size > 2
         )
 
-    def fast(
+    def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Toom-Cook's way to convolve one input with several layers of one dilation.
-
-        Args:
-            layers: for which `is_fast`; their dilation is 1 where one of `starts` is not 0.
-            padded: [B, H_in, T], channels innermost, in memory that goes on for `slack` rows of finite numbers.
-            starts: of each layer, the first item of `padded` that its first output sees.
-            slope: of a leaky ReLU of the outputs; 1 is none.
-
-        Returns:
-            Of each layer [B, H_out, T - start - span + 1] at least.
-        """
+        """See `Weights`."""
         batch, channels, width = padded.shape
         dilation = layers[0].conv.dilation[0]
         count, step = batch * width, TILE * dilation
@@ -154,7 +204,7 @@ class Plan:
                     F.leaky_relu_(output[first : first + size], slope)
         return [
             output.as_strided(
-                (batch, layer.conv.out_channels, width - start - _span(layer) + 1),
+                (batch, layer.conv.out_channels, width - start - layer.span + 1),
                 (width * layer.conv.out_channels, 1, layer.conv.out_channels),
                 start % step * layer.conv.out_channels,
             )
@@ -172,7 +222,7 @@ class Plan:
 
     def _get(self, layer: Conv1d | ConvTranspose1d, dtype: torch.dtype) -> Packed:
         if layer not in self._packed:
-            weight, bias = _folded(layer)
+            weight, bias = fold(layer)
             stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
             dilation = layer.conv.dilation[0]
             packed = _pack(weight.to(dtype).unsqueeze(2), stride, dilation)
@@ -204,24 +254,20 @@ class Plan:
         return (result if residual is None else result + residual).to(self.dtype)
 
 
-# The plans of each part by precision. A part's layers know nothing of it, so that it goes when nobody holds it.
-_PLANS: WeakKeyDictionary[nn.Module, dict[torch.dtype, Plan]] = WeakKeyDictionary()
+_WEIGHTS: DerivedForms[PackedWeights] = DerivedForms()
 
 
-def plan_of(part: nn.Module, dtype: torch.dtype) -> Plan | None:
-    """The part's plan, built anew if its numbers changed; None where there is none to be had: in training, on a GPU,
-    in another precision, or without oneDNN."""
-    first = next(part.parameters())
-    plans = _PLANS.setdefault(part, {})
+def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
+    """Return the packed weights of an encoder or a decoder, or its modules' own where there can be none.
+
+    There can be none in training, on a GPU, in another precision than fp32 and bf16, and without oneDNN.
+    """
+    first = next(network.parameters())
     usable = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if part.training or not usable or dtype not in (torch.float32, torch.bfloat16):
-        plans.clear()
-        return None
-    plan = plans.get(dtype)
-    if plan is None or not plan.is_current():
-        plans.clear()
-        plans[dtype] = plan = Plan(part, dtype)
-    return plan  # and not what is in the table, which another thread may have cleared
+    if network.training or not usable or dtype not in (torch.float32, torch.bfloat16):
+        _WEIGHTS.drop(network)
+        return ModuleWeights()
+    return _WEIGHTS.get(network, dtype, lambda: PackedWeights(network, dtype))
 
 
 def has_bf16() -> bool:
@@ -229,17 +275,6 @@ def has_bf16() -> bool:
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _folded(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [H_out, H_in, K] and bias of a layer as a plain convolution; of a transposed one, to all its phases."""
-    weight, bias = layer.conv.weight.detach(), layer.conv.bias
-    bias = None if bias is None else bias.detach()
-    if isinstance(layer, Conv1d):
-        return weight, bias
-    stride = layer.conv.stride[0]
-    taps = weight.unflatten(2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
-    return taps.permute(3, 1, 0, 2).flatten(0, 1), None if bias is None else bias.repeat(stride)
 
 
 def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
@@ -251,10 +286,6 @@ def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]
     return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], [1, stride], [1, dilation], 1, shape)
-
-
-def _span(layer: Conv1d) -> int:
-    return (layer.conv.kernel_size[0] - 1) * layer.conv.dilation[0] + 1
 
 
 def _convolve(
@@ -288,14 +319,14 @@ def _sum_of_products(
 
 
 def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
-    weight, bias = _folded(layer)
+    weight, bias = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     return F.conv1d(padded.float(), weight, bias, stride, 0, layer.conv.dilation[0])
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
     """The rms difference to fp32 of 16 items spread over the output, as a share of their rms."""
-    weight, _ = _folded(layer)
+    weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1
     places = torch.linspace(0, result.shape[2] - 1, 16, dtype=torch.float64).long().tolist()

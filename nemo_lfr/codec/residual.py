@@ -1,6 +1,7 @@
 """Multi-kernel residual stacks, shared by both ends of the codec (HiFi-GAN's multi-receptive-field fusion)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -82,20 +83,18 @@ class ResidualLayer(nn.Module):
         weight_norm: bool,
     ) -> None:
         super().__init__()
-        self.context = residual_context(kernel_sizes, dilations, causal)
         self.res_blocks = nn.ModuleList(
             ResidualBranch(channels, kernel_size, dilations, activation, causal, pad_mode, weight_norm)
             for kernel_size in kernel_sizes
         )
+
+    @property
+    def branches(self) -> list[list[ResidualBlock]]:
+        """Blocks of each branch, in order."""
+        return [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in self.res_blocks]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         total = self.res_blocks[0](hidden)
         for branch in self.res_blocks[1:]:
             total = total + branch(hidden)
         return total / len(self.res_blocks)
-
-
-def residual_context(kernel_sizes: Sequence[int], dilations: Sequence[int], causal: bool) -> tuple[int, int]:
-    """Samples before and after, at the layer's own rate, that one output of a `ResidualLayer` depends on."""
-    span = sum((max(kernel_sizes) - 1) * (dilation + 1) for dilation in dilations)
-    return (span, 0) if causal else (span // 2, span // 2)

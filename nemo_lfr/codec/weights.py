@@ -7,10 +7,12 @@ it misses, but for accidents of 2^-64, is an exchange of weights that lie a mult
 `one_look` the contents are read once, however many batches a call computes.
 """
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -64,6 +66,57 @@ def weights_version(*modules: nn.Module) -> Callable[[], Any]:
         return places, seen[places]
 
     return version
+
+
+Form = TypeVar("Form")
+
+
+class DerivedForms(Generic[Form]):
+    """What was derived from the weights of modules: built when first needed, and again after the weights changed.
+
+    Forms are kept by module and key, and go with the module, of which they must not hold more than layers.
+    """
+
+    def __init__(self) -> None:
+        self._forms: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Form]]] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        """Return the number of modules that something is derived from."""
+        return len(self._forms)
+
+    def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:
+        """Return the form of a module as its weights are now.
+
+        Args:
+            module: what the form is derived from.
+            key: tells forms of one module apart.
+            build: returns a new form; what is written to the weights meanwhile is noticed the next time.
+            others: modules that the form depends on too.
+        """
+        forms = self._forms.setdefault(module, {})
+        entry = forms.get(key)
+        if entry is not None and entry.is_current(others):
+            return entry.form
+        del entry
+        forms.pop(key, None)  # before the new one takes memory
+        now = weights_version(module, *others)
+        version = now()
+        forms[key] = entry = _Entry(build(), others, now, version)
+        return entry.form
+
+    def drop(self, module: nn.Module) -> None:
+        """Forget all forms of a module."""
+        self._forms.pop(module, None)
+
+
+class _Entry(Generic[Form]):
+    def __init__(self, form: Form, others: tuple[nn.Module, ...], now: Callable[[], Any], version: Any) -> None:
+        self.form = form
+        self._others, self._now, self._version = others, now, version
+
+    def is_current(self, others: tuple[nn.Module, ...]) -> bool:
+        same = len(others) == len(self._others) and all(map(operator.is_, others, self._others))
+        return same and bool(self._now() == self._version)
 
 
 @torch.no_grad()

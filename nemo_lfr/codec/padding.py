@@ -1,0 +1,65 @@
+"""Padding at the edges of a signal: its mirror ("reflect"), zeros ("constant") or its last value ("replicate").
+
+`pad_signal` pads a signal that fills its memory. `fill_padding` writes the same values into memory in which every
+example of a batch has an end of its own. Triton's kernels, which copy nothing, find them by index.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# PyTorch's name of each padding that a config may ask for. "circular" would join the two ends of a recording.
+PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"}
+
+
+def pad_signal(hidden: torch.Tensor, pad: tuple[int, int], mode: str) -> torch.Tensor:
+    """Return [B, H, before + T + after] of a signal [B, H, T]."""
+    if torch.compiler.is_exporting():
+        return F.pad(hidden, pad, mode=mode)
+    return F.pad(hidden.unsqueeze(2), (*pad, 0, 0), mode=mode).squeeze(2)
+
+
+def fill_padding(padded: torch.Tensor, pad: tuple[int, int], mode: str, ends: torch.Tensor | None) -> None:
+    """Write the padding before the first and after the last item of each example.
+
+    Args:
+        padded: [B, H, before + T + after], whose inner items are there already; changed in place.
+        pad: items before and after.
+        mode: "reflect", "constant" or "replicate".
+        ends: items of each example [B], at most T, on the same device; T if None. What follows an example's padding
+            stays as it is.
+    """
+    before, after = pad
+    rows = padded.transpose(1, 2)  # [B, before + T + after, H]
+    inner = rows[:, before : rows.shape[1] - after]
+    if before:
+        rows[:, :before] = _before(inner, before, mode)
+    if after and ends is None:
+        rows[:, rows.shape[1] - after :] = _after(inner, after, mode)
+    elif after and ends is not None:
+        _fill_after(rows, before, after, mode, ends)
+
+
+def _before(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
+    """Return what stands before the first item of [B, T, H]: [B, count or 1, H]."""
+    if mode == "constant":
+        return inner.new_zeros(1, 1, 1)
+    return inner[:, :1] if mode == "replicate" else inner[:, 1 : count + 1].flip(1)
+
+
+def _after(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
+    """Return what follows the last item of [B, T, H]: [B, count or 1, H]."""
+    if mode == "constant":
+        return inner.new_zeros(1, 1, 1)
+    return inner[:, -1:] if mode == "replicate" else inner[:, -1 - count : -1].flip(1)
+
+
+def _fill_after(rows: torch.Tensor, before: int, after: int, mode: str, ends: torch.Tensor) -> None:
+    """Write the `after` items that follow each example of [B, before + T + after, H]."""
+    example = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    beyond = torch.arange(after, device=rows.device)
+    last = before + ends[:, None] - 1
+    target = last + 1 + beyond  # [B, after]
+    if mode == "constant":
+        rows[example, target] = torch.zeros((), dtype=rows.dtype, device=rows.device)
+    else:
+        rows[example, target] = rows[example, last - 1 - beyond if mode == "reflect" else last.expand_as(target)]
