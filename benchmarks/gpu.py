@@ -60,6 +60,7 @@ from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
 from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
 from nemo_lfr.codec.gpu.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
+from nemo_lfr.codec.residual import ResidualLayer
 
 PACKED = ROOT / ".gpu_inputs.pt"
 RATE, FRAME = 22050, 1024
@@ -81,19 +82,7 @@ class Stock:
         frames = torch.where(audio_len % FRAME == 0, audio_len / FRAME, torch.ceil(audio_len / FRAME))
         length = FRAME * frames.int()
         hidden = F.pad(audio, (0, int(length.max().item()) - audio.shape[1])).unsqueeze(1)
-        encoder = self.encoder
-        hidden = self._conv(encoder.pre_conv, hidden, length)
-        for residuals, activation, down, rate in zip(
-            encoder.res_layers,
-            encoder.activations,
-            encoder.down_sample_conv_layers,
-            encoder.down_sample_rates,
-            strict=True,
-        ):
-            hidden = activation(self._residuals(residuals, hidden, length))
-            length = (length // rate).long()
-            hidden = self._conv(down, hidden, length)
-        encoded = self._conv(encoder.post_conv, encoder.post_activation(hidden), length)
+        encoded, length = self.encoder.run(StockOps(), (hidden, length))
         tokens = []
         for group, fsq in zip(encoded.chunk(self.quantizer.num_groups, dim=1), self.quantizer.fsqs, strict=True):
             scale = (fsq.num_levels - 1) / 2 * (1 - fsq.eps)
@@ -104,56 +93,61 @@ class Stock:
             middle = fsq.num_levels // 2
             codes = rounded / middle
             indices = torch.sum((middle * codes + middle) * fsq.dim_base_index, dim=1).to(torch.int32)
-            _ = self._masked(codes, length)
-            tokens.append(self._masked(indices, length).unsqueeze(0))
+            _ = masked(codes, length)
+            tokens.append(masked(indices, length).unsqueeze(0))
         return torch.cat(tokens).transpose(0, 1)
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
-        decoder, length = self.decoder, tokens_len
         codes = []
         for group, fsq in zip(
             tokens.transpose(0, 1).chunk(self.quantizer.num_groups), self.quantizer.fsqs, strict=True
         ):
             digits = (group.squeeze(0).unsqueeze(1) // fsq.dim_base_index) % fsq.num_levels
             middle = fsq.num_levels // 2
-            codes.append(self._masked((digits - middle) / middle, length))
-        hidden = self._conv(decoder.pre_conv, torch.cat(codes, dim=1), length)
-        for activation, up, residuals, rate in zip(
-            decoder.activations,
-            decoder.up_sample_conv_layers,
-            decoder.res_layers,
-            decoder.up_sample_rates,
-            strict=True,
-        ):
-            length = length * rate
-            conv = up.conv
-            hidden = F.conv_transpose1d(activation(hidden), conv.weight, conv.bias, rate, (rate + 1) // 2, rate % 2)
-            hidden = self._residuals(residuals, self._masked(hidden, length), length)
-        hidden = self._conv(decoder.post_conv, decoder.post_activation(hidden), length)
-        return decoder.out_activation(hidden).squeeze(1)
+            codes.append(masked((digits - middle) / middle, tokens_len))
+        hidden, _ = self.decoder.run(StockOps(), (torch.cat(codes, dim=1), tokens_len))
+        return self.decoder.out_activation(hidden).squeeze(1)
 
-    def _residuals(self, layer: Any, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        results = []
-        for branch in layer.res_blocks:
-            result = hidden
-            for block in branch.res_blocks:
-                middle = self._conv(block.input_conv, block.input_activation(result), length)
-                result = result + self._conv(block.skip_conv, block.skip_activation(middle), length)
-            results.append(result)
-        return sum(results) / len(results)
 
-    def _conv(self, layer: Conv1d, hidden: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+# [B, H, T], and items of each example [B].
+Masked = tuple[torch.Tensor, torch.Tensor]
+
+
+class StockOps:
+    """Stock's operations: every one builds a mask and multiplies with it."""
+
+    def conv(self, layer: Conv1d, signal: Masked, activation: CodecActivation | None = None) -> Masked:
+        hidden, length = signal
         conv = layer.conv
-        padded = F.pad(hidden, layer.pad, mode=layer.pad_mode)
+        padded = F.pad(hidden if activation is None else activation(hidden), layer.pad, mode=layer.pad_mode)
         result = F.conv1d(padded, conv.weight, conv.bias, stride=conv.stride, dilation=conv.dilation)
-        return self._masked(result, length)
+        length = (length // conv.stride[0]).long() if conv.stride[0] > 1 else length
+        return masked(result, length), length
 
-    @staticmethod
-    def _masked(values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        shape = (values.shape[0], *[1] * (values.dim() - 2), values.shape[-1])
-        mask = torch.ones(shape, dtype=length.dtype, device=length.device).cumsum(dim=-1)
-        return values * (mask <= length.reshape(-1, *[1] * (values.dim() - 1)))
+    def upsample(self, layer: ConvTranspose1d, signal: Masked, activation: CodecActivation) -> Masked:
+        hidden, length = signal
+        conv, rate = layer.conv, layer.conv.stride[0]
+        result = F.conv_transpose1d(activation(hidden), conv.weight, conv.bias, rate, (rate + 1) // 2, rate % 2)
+        return masked(result, length * rate), length * rate
+
+    def residual(self, layer: ResidualLayer, signal: Masked) -> Masked:
+        results = []
+        for blocks in layer.branches:
+            result = signal
+            for block in blocks:
+                middle = self.conv(block.input_conv, result, block.input_activation)
+                added, length = self.conv(block.skip_conv, middle, block.skip_activation)
+                result = result[0] + added, length
+            results.append(result[0])
+        return sum(results) / len(results), signal[1]
+
+
+def masked(values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Values [B, ..., T] with zeros after each example's length [B]."""
+    shape = (values.shape[0], *[1] * (values.dim() - 2), values.shape[-1])
+    mask = torch.ones(shape, dtype=length.dtype, device=length.device).cumsum(dim=-1)
+    return values * (mask <= length.reshape(-1, *[1] * (values.dim() - 1)))
 
 
 class Bench:
@@ -301,7 +295,7 @@ def check_kernels(bench: Bench) -> None:
                     scale=1 / 3,
                 )
                 close = TF32_CLOSE if precision.tf32 else CLOSE[precision.dtype]
-                kept = (ends * layer.up // layer.stride).tolist()
+                kept = (ends * layer.upsample_stride // layer.stride).tolist()
                 tries[f"{title}, {called}, {tuple(tile)}"] = partial(_error_of, run, expected, kept, close)
     bench.wait()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # compiling is what takes time
@@ -594,9 +588,9 @@ def work(step: Step, out: torch.Tensor) -> tuple[float, float]:
     batch, length, _ = out.shape
     flops = size = 0.0
     for layer in step.layers:
-        num_in = length * layer.stride // layer.up
-        flops += 2.0 * batch * layer.num_out(num_in) * layer.outputs * layer.num_sums
-        numbers = num_in * layer.inputs + length * layer.outputs // layer.up
+        num_in = length * layer.stride // layer.upsample_stride
+        flops += 2.0 * batch * layer.num_out(num_in) * layer.outputs * layer.reduction_size
+        numbers = num_in * layer.inputs + length * layer.outputs // layer.upsample_stride
         size += out.element_size() * (batch * numbers + layer.weight.numel())
     return flops, size
 

@@ -104,7 +104,7 @@ def test_a_fused_convolution_gives_what_its_parts_give(data):
     lengths = draw(st.lists(st.integers(least, least + 37), min_size=1, max_size=3), "lengths")
     ends = torch.tensor(lengths, device=DEVICE) * step
     signal = random_signal(len(lengths), max(lengths) * step, inputs, dtype, 0)
-    kept = ends * layer.up // step
+    kept = ends * layer.upsample_stride // step
     others = [random_signal(len(lengths), int(kept.max()), outputs, dtype, seed) for seed in (1, 2)]
     options = {
         "activation": random_activation(draw(ACTIVATIONS, "before"), inputs),

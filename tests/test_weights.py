@@ -11,6 +11,7 @@ from nemo_lfr.codec import weights
 from nemo_lfr.codec.gpu.graphs import engine
 from nemo_lfr.codec.weights import one_look, weights_version
 from tests.models import cached_codec, synthesize
+from tests.reference import assert_same_tokens
 
 CPU = torch.device("cpu")
 
@@ -86,6 +87,28 @@ def test_the_gpus_engine_and_the_cpus_plan_follow_uncounted_writes(write):
     assert torch.equal(codec.encode(wave)[0], fresh.encode(wave)[0])
     assert codec.fingerprint == fresh.fingerprint != before
     assert write == "data, one" or not torch.equal(codec.encode(wave)[0], tokens)
+
+
+@pytest.mark.parametrize("has_weight_norm", [False, True])
+@pytest.mark.parametrize("write", ["data, one", "numpy view", "permuted outputs"])
+def test_streams_follow_uncounted_writes(write, has_weight_norm):
+    codec = copy.deepcopy(cached_codec("two_stages"))
+    wave = synthesize(0.05)
+
+    def stream() -> tuple[np.ndarray, np.ndarray]:
+        encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+        tokens = np.concatenate([encoder.push(wave), encoder.flush()], axis=1)
+        return tokens, np.concatenate([decoder.push(tokens), decoder.flush(len(wave))])
+
+    stream()
+    for part in (codec.encoder, codec.decoder):
+        WRITES[write](part)
+        if has_weight_norm:
+            torch.nn.utils.parametrizations.weight_norm(part.pre_conv.conv)
+    tokens, audio = stream()
+    expected = codec.encode(wave)[0][0]
+    assert_same_tokens(codec, wave, torch.from_numpy(tokens), expected)
+    assert np.abs(audio - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
 
 
 def test_within_one_look_contents_are_read_once(monkeypatch):

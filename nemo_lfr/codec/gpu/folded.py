@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr.codec.activation import CodecActivation, HalfSnake, Snake
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, fold, interleave
+from nemo_lfr.codec.padding import fill_padding
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,18 @@ class Activation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, or a transposed one as a convolution with two taps to `up` phases of each channel.
+    """A convolution, or a transposed one as a convolution with two taps to all phases of each channel.
 
     Attributes:
-        weight: [H_out * up, H_in, 1, K], H_in innermost in memory; of grouped transposed layers [H_in, 1, K].
-        bias: fp32 [H_out * up].
+        weight: [H_out * upsample_stride, H_in, 1, K], H_in innermost in memory; of grouped transposed layers
+            [H_in, 1, K].
+        bias: fp32 [H_out * upsample_stride].
         pad: items before and after.
         mode: "reflect", "constant" (zeros) or "replicate".
-        up: stride of a transposed layer.
-        first: of its output's items, the first that is kept.
+        upsample_stride: of a transposed layer.
+        trim_start: of its output's items, the first that is kept.
         groups: more than 1 of a grouped transposed layer alone, which runs as PyTorch has it.
-        dot: precision of products of fp32 numbers, as Triton names it.
+        dot_precision: precision of products of fp32 numbers, as Triton names it.
     """
 
     weight: torch.Tensor
@@ -83,68 +85,69 @@ class Layer:
     mode: str
     stride: int = 1
     dilation: int = 1
-    up: int = 1
-    first: int = 0
+    upsample_stride: int = 1
+    trim_start: int = 0
     groups: int = 1
-    dot: str = "ieee"
+    dot_precision: str = "ieee"
 
     @property
     def outputs(self) -> int:
         """Channels of the convolution: those of all phases."""
-        return self.weight.shape[0] if self.groups == 1 else self.up * self.groups
+        return self.weight.shape[0] if self.groups == 1 else self.upsample_stride * self.groups
 
     @property
     def inputs(self) -> int:
+        """Channels of the input."""
         return self.weight.shape[1] if self.groups == 1 else self.weight.shape[0]
 
     @property
-    def num_sums(self) -> int:
+    def reduction_size(self) -> int:
         """Products that one output is the sum of."""
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Items that the convolution gives, each of `up` items of output."""
-        return num_in + 1 if self.up > 1 else num_in // self.stride
+        """Items that the convolution gives, each of `upsample_stride` items of output."""
+        return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
         """Items of output."""
-        return num_in * self.up if self.up > 1 else num_in // self.stride
+        return num_in * self.upsample_stride // self.stride
 
     @classmethod
     def of(cls, module: Conv1d | ConvTranspose1d, precision: Precision) -> "Layer":
-        conv = module.conv
-        weight, bias = conv.weight.detach(), conv.bias
+        """Return a copy of a module's weights, folded and laid out for a precision."""
+        weight, bias = fold(module)
         assert bias is not None
-        bias = bias.detach().to(torch.float32, copy=True)
+        bias = bias.to(torch.float32, copy=True)
         dot = "tf32" if precision.tf32 else "ieee"
-        stride = conv.stride[0]
+        stride = module.conv.stride[0]
         if isinstance(module, Conv1d):
-            plane = _plane(weight, precision.dtype)
-            return cls(plane, bias, module.pad, module.pad_mode, stride, conv.dilation[0], dot=dot)
-        if conv.groups > 1:
-            weight = weight.to(precision.dtype, copy=True)
-            return cls(
-                weight, bias, (0, 0), "constant", up=stride, first=module.first_sample, groups=conv.groups, dot=dot
-            )
-        # Output item t * stride + phase sees inputs t and t - 1 alone.
-        taps = weight.unflatten(2, (2, stride)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
-        plane = _plane(taps, precision.dtype)
-        return cls(plane, bias.repeat(stride), (1, 1), "constant", up=stride, first=module.first_sample, dot=dot)
+            plane, dilation = _plane(weight, precision.dtype), module.conv.dilation[0]
+            return cls(plane, bias, module.pad, module.pad_mode, stride, dilation, dot_precision=dot)
+        is_grouped = module.conv.groups > 1
+        return cls(
+            weight.to(precision.dtype, copy=True) if is_grouped else _plane(weight, precision.dtype),
+            bias,
+            pad=(0, 0) if is_grouped else (1, 1),
+            mode="constant",
+            upsample_stride=stride,
+            trim_start=module.first_sample,
+            groups=module.conv.groups,
+            dot_precision=dot,
+        )
 
     def convolve(self, padded: torch.Tensor, bias: bool = True) -> torch.Tensor:
         """[B, T, H_in] -> [B, T_out, H_out] by PyTorch; what is padded is the caller's."""
-        own = self.bias.to(padded.dtype) if bias else None
+        own, up = self.bias.to(padded.dtype) if bias else None, self.upsample_stride
         if self.groups > 1:
-            full = F.conv_transpose1d(padded.transpose(1, 2), self.weight, own, stride=self.up, groups=self.groups)
-            return full[..., self.first : self.first + padded.shape[1] * self.up].transpose(1, 2).contiguous()
+            full = F.conv_transpose1d(padded.transpose(1, 2), self.weight, own, stride=up, groups=self.groups)
+            return full[..., self.trim_start : self.trim_start + padded.shape[1] * up].transpose(1, 2).contiguous()
         plane = padded.transpose(1, 2).unsqueeze(2)
-        full = F.conv2d(plane, self.weight, own, stride=(1, self.stride), dilation=(1, self.dilation))
-        rows = full.squeeze(2).transpose(1, 2)
-        if self.up == 1:
-            return rows
-        # The phases of a channel are neighbours in time, and that is how they lie.
-        spread = rows.unflatten(2, (self.up, -1)).flatten(1, 2)
-        return spread[:, self.first : self.first + (padded.shape[1] - 2) * self.up]
+        full = F.conv2d(plane, self.weight, own, stride=(1, self.stride), dilation=(1, self.dilation)).squeeze(2)
+        if up == 1:
+            return full.transpose(1, 2)
+        spread = interleave(full, up).transpose(1, 2)
+        return spread[:, self.trim_start : self.trim_start + (padded.shape[1] - 2) * up]
 
 
 def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -168,27 +171,13 @@ def padded(
     """
     batch, length, channels = signal.shape
     before, after = layer.pad
-    if layer.groups > 1:
-        after = 0  # no padding, but an end that cuts off
     out = signal.new_empty(batch, before + length + after, channels)
     inner = out[:, before : before + length]
     inner.copy_(signal if activation is None else activation(signal))
-    if layer.groups > 1:
+    if layer.groups > 1:  # no padding, but an end that cuts off
         beyond = torch.arange(length, device=signal.device) >= ends[:, None]
         return inner.masked_fill_(beyond[..., None], 0)
-    if before and layer.mode == "constant":
-        out[:, :before] = 0
-    elif before:
-        out[:, :before] = inner[:, :1] if layer.mode == "replicate" else inner[:, 1 : before + 1].flip(1)
-    if after:
-        beyond = torch.arange(after, device=signal.device)
-        rows = torch.arange(batch, device=signal.device)[:, None]
-        last = ends[:, None] - 1
-        target = (rows, before + last + 1 + beyond)
-        if layer.mode == "constant":
-            out[target] = torch.zeros((), dtype=out.dtype, device=out.device)
-        else:
-            out[target] = inner[rows, last - (1 + beyond if layer.mode == "reflect" else 0 * beyond)]
+    fill_padding(out.transpose(1, 2), layer.pad, layer.mode, ends)
     return out
 
 

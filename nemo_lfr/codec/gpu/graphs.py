@@ -6,7 +6,6 @@ that is derived here is dropped as soon as a part's numbers change or move.
 
 import logging
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from nemo_lfr.codec.ambient import convolutions, reference_state
 from nemo_lfr.codec.decoder import HiFiGANDecoder
@@ -22,7 +20,7 @@ from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.codec.weights import weights_version
+from nemo_lfr.codec.weights import DerivedForms
 from nemo_lfr.errors import clip
 
 logger = logging.getLogger("nemo_lfr")
@@ -188,24 +186,11 @@ class Engine:
         return self.plan(codes.transpose(1, 2), num_frames.clamp(min=self._min_frames)).squeeze(2)
 
 
-# Derived from parts, and gone with them.
-_ENGINES: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Callable[[], Any], Any, Engine]]]" = (
-    weakref.WeakKeyDictionary()
-)
+_ENGINES: DerivedForms[Engine] = DerivedForms()
 
 
 def engine(
     part: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
 ) -> Engine:
-    """The engine of a part as its numbers are now."""
-    engines = _ENGINES.setdefault(part, {})
-    if precision in engines:
-        now, version, found = engines[precision]
-        if now() == version and found.quantizer is quantizer:
-            return found
-        del engines[precision]  # before the new one takes memory
-    now = weights_version(part, quantizer)
-    version = now()  # before they are copied: what is written meanwhile is noticed the next time
-    made = Engine(part, quantizer, precision, device)
-    engines[precision] = (now, version, made)
-    return made
+    """Return the engine of an encoder or a decoder as its weights are now."""
+    return _ENGINES.get(part, precision, lambda: Engine(part, quantizer, precision, device), quantizer)

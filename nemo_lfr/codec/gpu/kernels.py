@@ -203,7 +203,7 @@ def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
     exact = math.gcd(layer.outputs, 128)
     if exact >= 64:
         channels = exact
-    sums = max(16, min(64, triton.next_power_of_2(layer.num_sums)))
+    sums = max(16, min(64, triton.next_power_of_2(layer.reduction_size)))
     if layer.weight.dtype == torch.float32:  # twice the bytes in shared memory
         sums = max(16, sums // 2)
     pairs = bool(_pairs(layer.weight, activation))
@@ -248,7 +248,7 @@ def convolution(
     signal = _rows(signal)
     batch, num_in, _ = signal.shape
     num_out, kept = layer.num_out(num_in), layer.num_kept(num_in)
-    channels = layer.outputs // layer.up
+    channels = layer.outputs // layer.upsample_stride
     out = torch.empty((batch, kept, channels), dtype=dtype or signal.dtype, device=signal.device)
     if out.numel() == 0:
         return out
@@ -271,11 +271,11 @@ def convolution(
         kept * channels,
         signal.stride(0),
         0 if residual is None else residual.stride(0),
-        layer.num_sums,
+        layer.reduction_size,
         layer.stride,
         layer.dilation,
         layer.pad[0],
-        layer.first * channels,
+        layer.trim_start * channels,
         channels,
         len(alpha),
         len(alpha_after),
@@ -286,7 +286,7 @@ def convolution(
         mode=layer.mode,
         has_residual=residual is not None,
         has_total=total is not None,
-        precision=layer.dot,
+        precision=layer.dot_precision,
         pairs=_pairs(signal, activation) if tile.pairs else "",
         kind=before_kind,
         slope=0.0 if activation is None else activation.slope,

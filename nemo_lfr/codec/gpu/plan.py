@@ -5,13 +5,12 @@ without Triton, as plain PyTorch. The first and the last layer run in fp32 whate
 and tokens and audio depend on them directly.
 """
 
-import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,7 +61,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the network that can be run and timed alone.
+    """One operation of the network, which can be run and timed alone.
 
     Attributes:
         name: for reports.
@@ -78,10 +77,10 @@ class Step:
 
 
 class Plan:
-    """Encoder or decoder at one precision, derived from a part's numbers as they are now.
+    """Encoder or decoder at one precision, derived from its weights as they are now.
 
     Args:
-        part: copied, not held.
+        network: copied, not held.
         precision: of all but the first and last layer.
         kernels: `nemo_lfr.codec.gpu.kernels`, or None for plain PyTorch.
         choices: of ways to run a layer.
@@ -89,93 +88,102 @@ class Plan:
 
     def __init__(
         self,
-        part: HiFiGANEncoder | HiFiGANDecoder,
+        network: HiFiGANEncoder | HiFiGANDecoder,
         precision: Precision,
         kernels: ModuleType | None,
         choices: Choices = CHOICES,
     ) -> None:
         self.precision = precision
-        self.steps: list[Step] = []
-        self._kernels, self._choices = kernels, choices
-        exact = Precision(torch.float32)
-        if isinstance(part, HiFiGANEncoder):
-            self._encoder(part, exact)
-        else:
-            self._decoder(part, exact)
+        ops = CudaOps(network, precision, LayerRunner(precision, kernels, choices))
+        rate = network.samples_per_frame if isinstance(network, HiFiGANEncoder) else 1
+        self.steps = network.run(ops, Recording((), rate)).steps
+        self._output = network.out_activation if isinstance(network, HiFiGANDecoder) else None
 
     def __call__(self, signal: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """Signal [B, T, H_in] in fp32, frames of each example [B] -> [B, T_out, H_out] in fp32."""
         for step in self.steps:
             signal = step.run(signal, frames * step.rate)
-        return signal
+        return signal if self._output is None else to_audio(self._output, signal)
 
-    def _encoder(self, encoder: HiFiGANEncoder, exact: Precision) -> None:
-        rate = encoder.samples_per_frame
-        self._add_layer("in", encoder.pre_conv, exact, rate, dtype=self.precision.dtype)
-        for residuals, activation, down, down_rate in zip(
-            encoder.res_layers,
-            encoder.activations,
-            encoder.down_sample_conv_layers,
-            encoder.down_sample_rates,
-            strict=True,
-        ):
-            self._add_residuals(cast(ResidualLayer, residuals), rate)
-            self._add_layer("down", cast(Conv1d, down), self.precision, rate, cast(CodecActivation, activation))
-            rate //= down_rate
-        self._add_layer("out", encoder.post_conv, exact, rate, encoder.post_activation, torch.float32)
 
-    def _decoder(self, decoder: HiFiGANDecoder, exact: Precision) -> None:
-        rate = 1
-        self._add_layer("in", decoder.pre_conv, exact, rate, dtype=self.precision.dtype)
-        for activation, up, residuals, up_rate in zip(
-            decoder.activations,
-            decoder.up_sample_conv_layers,
-            decoder.res_layers,
-            decoder.up_sample_rates,
-            strict=True,
-        ):
-            layer = cast(ConvTranspose1d, up)
-            self._add_layer("up", layer, self.precision, rate, cast(CodecActivation, activation))
-            rate *= up_rate
-            self._add_residuals(cast(ResidualLayer, residuals), rate)
-        self._add_layer("out", decoder.post_conv, exact, rate, decoder.post_activation, torch.float32)
-        squash = decoder.out_activation
-        last = self.steps[-1]
-        self.steps[-1] = dataclasses.replace(last, run=lambda signal, ends: to_audio(squash, last.run(signal, ends)))
+class Recording(NamedTuple):
+    """A signal that is yet to be computed: the steps that do, and its items for each frame."""
+
+    steps: tuple[Step, ...]
+    rate: int
+
+
+class CudaOps:
+    """Operations that compute nothing: they fold a layer's weights and record how it will be run.
+
+    Args:
+        network: whose first and last layer are kept in fp32.
+        precision: of all other layers.
+        runner: runs folded layers.
+    """
+
+    def __init__(self, network: HiFiGANEncoder | HiFiGANDecoder, precision: Precision, runner: "LayerRunner") -> None:
+        self._first, self._last = network.pre_conv, network.post_conv
+        self._precision, self._runner = precision, runner
+
+    def conv(self, layer: Conv1d, signal: Recording, activation: CodecActivation | None = None) -> Recording:
+        """Record a convolution."""
+        is_exact = layer is self._first or layer is self._last
+        folded_layer = Layer.of(layer, Precision(torch.float32) if is_exact else self._precision)
+        dtype = torch.float32 if layer is self._last else self._precision.dtype
+        name = {self._first: "in", self._last: "out"}.get(layer, "down" if layer.conv.stride[0] > 1 else "conv")
+        return self._add_layer(name, folded_layer, signal, activation, dtype)
+
+    def upsample(self, layer: ConvTranspose1d, signal: Recording, activation: CodecActivation) -> Recording:
+        """Record a transposed convolution."""
+        folded_layer = Layer.of(layer, self._precision)
+        return self._add_layer("up", folded_layer, signal, activation, self._precision.dtype)
+
+    def residual(self, layer: ResidualLayer, signal: Recording) -> Recording:
+        """Record the residual branches as one step."""
+        branches = [[Block.of(block, self._precision) for block in blocks] for blocks in layer.branches]
+        layers = tuple(layer for blocks in branches for block in blocks for layer in (block.first, block.second))
+        run = functools.partial(self._runner.run_residuals, branches)
+        step = Step(f"residual {layers[0].inputs}", run, layers, signal.rate)
+        return Recording((*signal.steps, step), signal.rate)
 
     def _add_layer(
         self,
         name: str,
-        module: Conv1d | ConvTranspose1d,
-        precision: Precision,
-        rate: int,
-        activation: CodecActivation | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        layer = Layer.of(module, precision)
-        run = functools.partial(
-            self._run_layer, layer, None if activation is None else Activation.of(activation), dtype
-        )
-        channels = f"{layer.inputs} to {layer.outputs // layer.up}"
-        self.steps.append(Step(f"{name} {channels}", run, (layer,), rate))
+        layer: Layer,
+        signal: Recording,
+        activation: CodecActivation | None,
+        dtype: torch.dtype,
+    ) -> Recording:
+        before = None if activation is None else Activation.of(activation)
+        run = functools.partial(self._runner.run_layer, layer, before, dtype)
+        channels = f"{layer.inputs} to {layer.outputs // layer.upsample_stride}"
+        step = Step(f"{name} {channels}", run, (layer,), signal.rate)
+        return Recording((*signal.steps, step), signal.rate * layer.upsample_stride // layer.stride)
 
-    def _add_residuals(self, module: ResidualLayer, rate: int) -> None:
-        branches = [
-            [Block.of(block, self.precision) for block in cast(Iterable[ResidualBlock], branch.res_blocks)]
-            for branch in module.res_blocks
-        ]
-        layers = tuple(layer for blocks in branches for block in blocks for layer in (block.first, block.second))
-        run = functools.partial(self._run_residuals, branches)
-        self.steps.append(Step(f"residual {layers[0].inputs}", run, layers, rate))
 
-    def _run_layer(
+class LayerRunner:
+    """Runs folded layers, each by the candidate that was measured fastest.
+
+    Args:
+        precision: of the network.
+        kernels: `nemo_lfr.codec.gpu.kernels`, or None for plain PyTorch.
+        choices: of candidates.
+    """
+
+    def __init__(self, precision: Precision, kernels: ModuleType | None, choices: Choices) -> None:
+        self.precision = precision
+        self._kernels, self._choices = kernels, choices
+
+    def run_layer(
         self,
         layer: Layer,
         activation: Activation | None,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype,
         signal: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
+        """Return the layer of the activated signal [B, T, H_in] as `dtype`, [B, T_out, H_out]."""
         ways: dict[str, Way] = {
             "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
         }
@@ -186,10 +194,10 @@ class Plan:
                     kernels.convolution, layer, signal, ends, tile, activation=activation, dtype=dtype
                 )
         key = ("layer", *_shape(layer), _kind(activation), *_size(signal))
-        return self._choices.run(key, ways, ends * layer.up // layer.stride)
+        return self._choices.run(key, ways, ends * layer.upsample_stride // layer.stride)
 
-    def _run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The mean of the branches, gathered as they end."""
+    def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the branches [B, T, H], gathered as they end."""
         total: torch.Tensor | None = None
         for branch, blocks in enumerate(branches):
             result = signal
@@ -226,7 +234,7 @@ class Plan:
     def _may_fuse(self, layer: Layer) -> bool:
         """fp32 gives the tokens of record: they must not depend on what a measurement found fastest."""
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
-            max(layer.inputs, layer.outputs // layer.up) <= FUSED_CHANNELS
+            max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
         )
 
     def _by_library(
@@ -287,8 +295,8 @@ class Plan:
 
 
 def _shape(layer: Layer) -> tuple[Any, ...]:
-    taps = layer.num_sums // layer.inputs
-    return layer.inputs, layer.outputs, taps, layer.stride, layer.dilation, layer.weight.dtype, layer.dot
+    taps = layer.reduction_size // layer.inputs
+    return layer.inputs, layer.outputs, taps, layer.stride, layer.dilation, layer.weight.dtype, layer.dot_precision
 
 
 def _kind(activation: Activation | None) -> str:
