@@ -1,6 +1,7 @@
 """The definition of right tokens and audio: one clip, alone, in one piece; and the judge of differing tokens."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -52,3 +53,21 @@ def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expect
     ties = int(differ.sum())
     assert ties <= 2 + got.numel() // 500
     return ties
+
+
+def changed_frames(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+    frame: int,
+    items_per_frame: int,
+    frames_out: int,
+) -> list[int]:
+    """Output frames that change at all when one input frame does."""
+    other = inputs.clone()
+    where = slice(frame * items_per_frame, (frame + 1) * items_per_frame)
+    other[..., where] += torch.randn(other[..., where].shape, dtype=other.dtype)
+    with torch.no_grad():
+        difference = (function(other) - function(inputs)).abs()
+    return torch.nonzero(difference.reshape(-1, frames_out, difference.shape[-1] // frames_out).amax((0, 2)))[
+        :, 0
+    ].tolist()

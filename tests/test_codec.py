@@ -17,7 +17,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
 from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
-from tests.reference import assert_same_tokens, reference_decode, reference_encode
+from tests.reference import assert_same_tokens, changed_frames, reference_decode, reference_encode
 
 # The order of float32 sums changes with the batch and the window; audio is below 1, and DESIGN allows 1e-5.
 AUDIO = {"rtol": 0, "atol": 1e-5}
@@ -43,18 +43,6 @@ def released(**changes):
     decoder = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [1, 3, 5]} | changes.get("decoder", {})
     codec = build_codec(changes.get("kind", "symmetric"), audio_encoder=encoder, audio_decoder=decoder)
     return codec.encoder.double(), codec.decoder.double()
-
-
-def changed_frames(function, inputs, frame, items_per_frame, frames_out) -> list[int]:
-    """Output frames that change at all when one input frame does."""
-    other = inputs.clone()
-    where = slice(frame * items_per_frame, (frame + 1) * items_per_frame)
-    other[..., where] += torch.randn(other[..., where].shape, dtype=other.dtype)
-    with torch.no_grad():
-        difference = (function(other) - function(inputs)).abs()
-    return torch.nonzero(difference.reshape(-1, frames_out, difference.shape[-1] // frames_out).amax((0, 2)))[
-        :, 0
-    ].tolist()
 
 
 def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():

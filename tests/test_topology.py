@@ -17,10 +17,9 @@ from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.codec.residual import ResidualLayer
-from nemo_lfr.frames import Context
 from nemo_lfr.training.initialize import initialize_from_data
 from tests.models import RATE, speech_like, synthesize
-from tests.reference import assert_same_tokens
+from tests.reference import assert_same_tokens, changed_frames
 
 SMALL = {"resblock_kernel_sizes": (3, 7), "resblock_dilation_sizes": (1, 2)}
 FRAME = 15
@@ -69,15 +68,19 @@ def codes_of(codec, count: int) -> torch.Tensor:
     return codec.quantizer.decode(tokens)
 
 
-def test_context_and_shortest_input_count_the_new_stage():
-    encoder, decoder = DeeperEncoder(), DeeperDecoder()
-    plain = HiFiGANEncoder(8, (3, 5), 4, **SMALL), HiFiGANDecoder(8, (5, 3), 16, **SMALL)
-    # Two layers of 5 taps at the frame rate; the filter's 2 samples do not reach another frame.
-    assert encoder.context == Context(plain[0].context.past + 4, plain[0].context.future + 4)
-    # A layer of 3 taps at the frame rate; the filter's 2 samples reach another frame.
-    assert decoder.context == Context(plain[1].context.past + 2, plain[1].context.future + 2)
-    encoder.run = None  # found once, when first asked for
-    assert encoder.min_frames == plain[0].min_frames
+@pytest.mark.parametrize("causal", [False, True])
+def test_context_counts_the_new_stages(causal):
+    torch.manual_seed(0)
+    encoder, decoder = DeeperEncoder(causal=causal).double(), DeeperDecoder(causal=causal).double()
+    for function, inputs, context, items in (
+        (lambda x: encoder.encode_frames(x)[0], torch.randn(1, 99 * FRAME).double(), encoder.context, FRAME),
+        (decoder.decode_frames, torch.randn(1, 8, 99).double(), decoder.context, 1),
+    ):
+        changed = changed_frames(function, inputs, 50, items, 99)
+        # The bound is of whole frames and may be one too wide.
+        assert 50 - context.future <= changed[0] <= 50 - context.future + (not causal)
+        assert 50 + context.past - 1 <= changed[-1] <= 50 + context.past
+    assert encoder.context.past > HiFiGANEncoder(8, (3, 5), 4, **SMALL, causal=causal).context.past
 
 
 @torch.no_grad()
