@@ -21,11 +21,19 @@ from nemo.utils.get_rank import is_global_rank_zero
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_lfr import AudioCodecModel
+from nemo_lfr.training.endings import ending_in_one_line
 from nemo_lfr.training.resume import tidy_experiment
 
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
+    """Train; a full disk or a mistake in the config is one line."""
+    with ending_in_one_line(cfg.get("exp_manager", {}).get("exp_dir")):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """Build what the config describes, and train it."""
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
     # With it, and an epoch's draws following from its number, a run that is killed and started again ends the same.
     pl.seed_everything(cfg.get("seed", 0), workers=True)

@@ -20,6 +20,7 @@ from torch import nn
 
 from nemo_lfr import load
 from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.locate import expand_home
 
 FRAMES = 64  # of a training segment: 3 seconds
 
@@ -77,11 +78,11 @@ def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", help="a folder that nemo-lfr tokenize wrote")
+    parser.add_argument("tokens", type=expand_home, help="a folder that nemo-lfr tokenize wrote")
     parser.add_argument("--seconds", type=float, default=60, help="of training")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--model", help="the codec that made the tokens; the embedded one if not given")
-    parser.add_argument("--out", default="sample.wav")
+    parser.add_argument("--out", type=expand_home, default="sample.wav")
     args = parser.parse_args()
     torch.manual_seed(0)
     dataset = TokenDataset(args.tokens, shuffle=True)

@@ -34,8 +34,9 @@ def open_aside(path: Path) -> IO[bytes]:
         aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
         with contextlib.suppress(FileExistsError), naming(path, aside):
             file = open(aside, "x+b")  # noqa: SIM115
-            _lock(file.fileno())
-            return file
+            if _lock(file.fileno()) is not False and os.path.lexists(aside):
+                return file
+            file.close()  # another process takes it for a leftover, since it saw it before it was locked
 
 
 @contextlib.contextmanager
@@ -45,11 +46,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: naming `path`, as on a full disk.
     """
-    with naming(path), open_aside(path) as file:
+    with naming(path), open_aside(path) as file, naming(path, Path(file.name)):
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if os.name == "nt":  # which renames no open file, and has no locks to lose
+                file.close()
             os.replace(file.name, path)
         finally:
             Path(file.name).unlink(missing_ok=True)
@@ -58,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     """Replace a file at once, or not at all; returns its path.
 
-    The name aside is always the same, so that a run that is repeated removes what a killed one left of it.
+    What a killed run left of it is removed by `sweep`, which a command calls once for all of its files.
 
     Args:
         path: of the file.
@@ -67,29 +70,9 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     Raises:
         OSError: naming `path`, as on a full disk.
     """
-    aside = _fixed_aside(path)
-    with naming(path, aside):
-        discard(path)
-        try:
-            with open(aside, "xb") as file:
-                file.writelines([data] if isinstance(data, bytes) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            with contextlib.suppress(NotADirectoryError):
-                aside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
     return path
-
-
-def discard(path: Path) -> None:
-    """Remove what a killed `write_bytes` left of a file. It is never opened, as it may be a link."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        _fixed_aside(path).unlink()
-
-
-def _fixed_aside(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
 
 
 @contextlib.contextmanager
@@ -117,13 +100,17 @@ def writing_folder(parent: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def sweep(folder: Path, names: Collection[str] = ()) -> None:
+def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
     """Remove what killed runs left in a folder: `.writing-*`, and the `.part` files of some final names.
 
     What another process is writing stays, and so does everything that is not named as this module names it. What
     cannot be removed is not an error.
+
+    Args:
+        folder: need not exist.
+        names: final names; None for all, in a folder that holds this package's files alone.
     """
-    shortened = {name[:KEPT] for name in names}
+    shortened = None if names is None else {name[:KEPT] for name in names}
     try:
         with os.scandir(folder) as entries:
             leftovers = [entry for entry in entries if _is_leftover(entry, shortened)]
@@ -184,11 +171,11 @@ def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
         raise
 
 
-def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str]) -> bool:
+def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bool:
     if WRITING.fullmatch(entry.name):
         return entry.is_dir(follow_symlinks=False)
     match = PART.fullmatch(entry.name)
-    return match is not None and match["name"] in names and not entry.is_dir(follow_symlinks=False)
+    return match is not None and (names is None or match["name"] in names) and not entry.is_dir(follow_symlinks=False)
 
 
 def _is_free(path: str) -> bool:
@@ -197,7 +184,8 @@ def _is_free(path: str) -> bool:
         return False
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
-        return _lock(descriptor)
+        # Windows has no locks, but removes no open files either.
+        return _lock(descriptor) or os.name == "nt"
     finally:
         os.close(descriptor)
 
@@ -213,12 +201,14 @@ def _open_folder(folder: str) -> int | None:
     return None
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file without waiting; whether that was possible."""
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file without waiting: False if another process holds the lock, None if there are no locks here."""
     try:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # Windows, whose open files cannot be removed anyway; or held by another process
-        return os.name == "nt"
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a network drive
+        return None
     return True

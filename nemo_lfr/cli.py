@@ -219,6 +219,8 @@ def _refuse_file_as_folder(target: Path) -> None:
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
     """Raise for a use of "-" that is no pipe: anything but from stdin or a file to stdout, or a terminal at an end."""
+    if "" in inputs:
+        raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
         raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
     if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
@@ -374,9 +376,7 @@ def describe(text: str | None) -> dict[str, Any]:
     Raises:
         NemoLfrError: if it is nothing that this package reads.
     """
-    if text == "":
-        raise NemoLfrError("'': no such file; the name is empty.")
-    path = None if text is None else Path(os.path.expanduser(text))
+    path = None if text is None else expand_home(text)
     if path is None or not os.path.lexists(path):
         if path is not None and path.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
             raise NemoLfrError(f"{path}: no such file.")

@@ -33,7 +33,7 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
     original, tokens, decoded, picture = (
         out / name for name in ("original.wav", "speech.lfr", "decoded.wav", "spectrograms.png")
     )
-    sweep(out, [path.name for path in (original, tokens, decoded)])
+    sweep(out, [path.name for path in (original, tokens, decoded, picture)])
     audio, rate = soundfile.read(demo_clip(), dtype="float32")
     if rate != codec.sample_rate:
         raise NemoLfrError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_lfr.atomic import naming, write_bytes
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.regular import open_regular
 
 # A file's name need not be UTF-8; in JSON, the escape that this makes of a wrong byte reads back as that name.
 ANY_NAME = "backslashreplace"
@@ -26,8 +27,8 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self.path.is_symlink():
             raise NemoLfrError(f"{self.path}: is a link, which is not followed; remove it, or choose another --out.")
-        if self.path.exists() and not self.path.is_file():  # opening a pipe would wait for its reader
-            raise NemoLfrError(f"{self.path}: is not a regular file; remove it, or choose another --out.")
+        if self.path.exists():  # opening a pipe to add to it would wait for its reader
+            open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
             with naming(self.path):

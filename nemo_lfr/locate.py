@@ -3,16 +3,40 @@
 import os
 from pathlib import Path
 
-from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
 
 # The members of a `.nemo`, and the files of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
+# Of files that people pass as models. A Hub repository's name may hold a dot, but does not end so.
+MODEL_SUFFIXES = frozenset(
+    [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
+)
 
 
-def expand_home(path: str | os.PathLike[str]) -> Path:
-    """Expand `~` and `~user`; a name that merely begins with it stays as it is."""
+def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> Path:
+    """Expand `~` and `~user`; a name that merely begins with it stays as it is.
+
+    Raises:
+        NemoLfrError: of class `error`, if the path is empty: it would silently be the current folder.
+    """
+    if not os.fspath(path):
+        raise error("the path '' is empty; give . if the current folder is meant.")
     return Path(os.path.expanduser(path))
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that may be a file or a Hub repository is plainly that of a file, there or not.
+
+    It has the suffix of a file, starts as only a path does, or its first folder is there.
+    """
+    path = os.path.expanduser(name)
+    if path.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or "\\" in path:
+        return True
+    if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES:
+        return True
+    first, slash, _ = path.partition("/")
+    return bool(slash) and os.path.isdir(first)
 
 
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -28,7 +52,7 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: if there is none, or more than one, or it is no regular file (a pipe, device or socket).
     """
-    path = expand_home(source)
+    path = expand_home(source, CheckpointError)
     if os.path.isdir(path):
         return _in_folder(path)
     if not os.path.lexists(path):

@@ -60,7 +60,9 @@ def read_manifest(
     recordings = []
     problems = []
     try:
-        lines = read_lines(path)
+        lines = read_lines(path, ConfigError)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
     except ValueError as error:

@@ -32,7 +32,7 @@ from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, clip
-from nemo_lfr.locate import locate_checkpoint
+from nemo_lfr.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
 
 try:
@@ -381,7 +381,7 @@ class LFRCodecModel(TrainingSteps):
             CheckpointError: if it cannot be had or read.
         """
         name = ALIASES.get(model_name, model_name)
-        if "/" not in name:  # NVIDIA's NGC catalogue
+        if "/" not in name and not looks_local(name):  # NVIDIA's NGC catalogue
             return _stock(cls, "from_pretrained")(
                 model_name,
                 refresh_cache=refresh_cache,
@@ -422,7 +422,7 @@ class LFRCodecModel(TrainingSteps):
 
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole."""
-        path = Path(os.path.expanduser(save_path)).absolute()
+        path = expand_home(save_path).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_folder(path.parent) as folder:
             aside = Path(folder, path.name)

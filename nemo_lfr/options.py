@@ -5,14 +5,21 @@ from typing import Any
 
 import click
 
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.locate import expand_home
 
 
 class UserPath(click.Path):
-    """A path, given as a `Path`; its `~` is expanded, which a shell leaves alone in quotes and in `--out=~/tokens`."""
+    """A path, given as a `Path`; its `~` is expanded, which a shell leaves alone in quotes and in `--out=~/tokens`.
+
+    An empty one, as of a variable that is not set, is refused.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(expand_home(value), param, ctx)
+        try:
+            return super().convert(expand_home(value), param, ctx)
+        except NemoLfrError as error:
+            self.fail(str(error).rstrip("."), param, ctx)

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError
-from nemo_lfr.locate import locate_checkpoint
+from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
 from nemo_lfr.onnx import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -52,29 +52,51 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     path = os.path.expanduser(text)
     if os.path.lexists(path):
         return locate_checkpoint(path)
-    if path.endswith((".nemo", ".ckpt")) or not HUB_ID.fullmatch(repository):
-        raise CheckpointError(f"{text or repr(text)}: no such file, and not a Hub id such as {LFR}.")
+    if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
+        raise CheckpointError(f"{clip(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
+    if repository not in LICENCES and looks_local(text):
+        # A repository may be used beside a folder that has its owner's name, once it is in the cache.
+        if (cached := _cached(repository)) is not None and not refresh:
+            return cached
+        first = text.partition("/")[0]
+        raise CheckpointError(
+            f"{text}: no such file in the folder {first!r}; if a Hub repository is meant, run from another folder, "
+            f"or download it first: hf download {text}"
+        )
     return _download(repository, refresh)
+
+
+def _cached(repository: str) -> Path | None:
+    """Find the repository's `.nemo` in the Hub's cache; None if it is not there, or one of several."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
+    with contextlib.suppress(LocalEntryNotFoundError):
+        found = sorted(Path(snapshot_download(repository, local_files_only=True)).rglob("*.nemo"))
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _usual_name(repository: str) -> str:
+    """Name a repository's `.nemo` by NVIDIA's habit, as NeMo's `from_pretrained` does."""
+    return repository.partition("/")[2] + ".nemo"
 
 
 def _download(repository: str, refresh: bool) -> Path:
     """The repository's `.nemo`, from the Hub's cache if it is there."""
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    name = repository.partition("/")[2] + ".nemo"  # NVIDIA's habit, and what NeMo's from_pretrained asks for
     try:
-        if not refresh:
-            with contextlib.suppress(LocalEntryNotFoundError):
-                return Path(hf_hub_download(repository, name, local_files_only=True))
-            with contextlib.suppress(LocalEntryNotFoundError):
-                cached = sorted(Path(snapshot_download(repository, local_files_only=True)).rglob("*.nemo"))
-                if len(cached) == 1:
-                    return cached[0]
+        if not refresh and (cached := _cached(repository)) is not None:
+            return cached
         if repository in LICENCES:
             logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
         try:
-            return Path(hf_hub_download(repository, name, force_download=refresh))
+            return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
         except LocalEntryNotFoundError:  # the network is not there; it is a kind of EntryNotFoundError
             raise
         except EntryNotFoundError:

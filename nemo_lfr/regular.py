@@ -4,11 +4,18 @@ import os
 import stat
 from typing import IO
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, printable
 
 
-def open_regular(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> IO[bytes]:
+def open_regular(
+    path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError, advice: str = "give the file itself"
+) -> IO[bytes]:
     """Open a file for reading; a pipe, device, socket or folder is refused at once.
+
+    Args:
+        path: of the file.
+        error: class of what is raised.
+        advice: what a user can do about it.
 
     Raises:
         NemoLfrError: of class `error`, if it is no regular file.
@@ -18,19 +25,19 @@ def open_regular(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoL
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         if os.path.exists(path):
-            _refuse(path, os.stat(path).st_mode, error)
+            _refuse(path, os.stat(path).st_mode, error, advice)
         raise
     try:
-        _refuse(path, os.fstat(descriptor).st_mode, error)
+        _refuse(path, os.fstat(descriptor).st_mode, error, advice)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError]) -> None:
+def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError], advice: str) -> None:
     if stat.S_ISREG(mode):
         return
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     kind = next((name for test, name in kinds if test(mode)), "a device")
-    raise error(f"{os.fspath(path)}: is {kind}, not a regular file; give the file itself.")
+    raise error(f"{printable(os.fspath(path))}: is {kind}, not a regular file; {advice}.")

@@ -2,9 +2,11 @@
 
 import codecs
 import math
-import stat
 from pathlib import Path
 from typing import Any
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.regular import open_regular
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -25,19 +27,18 @@ def decode(data: bytes) -> str:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def read_lines(path: Path) -> list[bytes]:
+def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
     """Return the lines of a file as bytes without their ends, for each to be decoded, and fail, on its own.
 
     Only a line feed ends a line, as in JSON lines: a text may hold the other separators that Unicode knows.
 
     Raises:
-        ValueError: if it is UTF-16, or no file but a folder or a pipe.
+        ValueError: if it is UTF-16.
+        NemoLfrError: of class `error`, naming it, if it is no regular file.
         OSError: if it cannot be read.
     """
-    kind = path.stat().st_mode
-    if not stat.S_ISREG(kind):
-        raise ValueError(f"is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, not a file")
-    data = path.read_bytes()
+    with open_regular(path, error) as file:
+        data = file.read()
     if data.startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
     return [line.removesuffix(b"\r") for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n")]

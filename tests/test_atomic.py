@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nemo_lfr.atomic import open_aside, sweep, write_bytes, writing_folder
+from nemo_lfr.atomic import open_aside, replacing, sweep, write_bytes, writing_folder
 
 HOLD = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from nemo_lfr.atomic import open_aside, writing_folder
 with writing_folder(Path(sys.argv[1])), open_aside(Path(sys.argv[1], "a.lfr")):
@@ -58,6 +60,42 @@ def test_nothing_is_opened_or_removed_through_a_link(tmp_path):
         file.write(b"x")
     assert victim.read_bytes() == b"precious" and (folder / "a.json").read_bytes() == b"new"
     assert not (folder / "a.json.01234567.part").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "a" * 240 + ".json", "\u97f3" * 85, "\U0001f3a4" * 63, "a\n b"])
+def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path, name):
+    assert write_bytes(tmp_path / name, [b"new", b"er"]).read_bytes() == b"newer"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """The last one to finish wins, and neither sees what the other writes."""
+    path = tmp_path / "a.json"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        sweep(tmp_path, ["a.json"])  # of a third run that starts
+    assert path.read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_writers_and_sweepers_at_the_same_time_lose_nothing(tmp_path):
+    """A file that is swept before it was locked would be gone when it is renamed."""
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(6) as pool:
+        for written in [pool.submit(write_bytes, path, bytes([number])) for number in range(200)]:
+            sweep(tmp_path, None)
+            written.result()
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_left(tmp_path):
+    (tmp_path / "a.json" / "mine").mkdir(parents=True)
+    with pytest.raises(OSError) as caught:
+        write_bytes(tmp_path / "a.json", b"new")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path):

@@ -26,7 +26,7 @@ def test_entries_come_back_and_a_line_that_was_cut_off_is_passed_by(tmp_path):
 def test_a_journal_that_is_no_regular_file_is_refused_at_once(make, tmp_path):
     make(tmp_path / "journal.jsonl")
     with (
-        pytest.raises(NemoLfrError, match=r"journal\.jsonl: is not a regular file"),
+        pytest.raises(NemoLfrError, match=r"journal\.jsonl: is a (folder|pipe), not a regular file; remove it"),
         Journal(tmp_path / "journal.jsonl"),
     ):
         pass

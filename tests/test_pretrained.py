@@ -15,6 +15,7 @@ import nemo_lfr
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.locate import looks_local
 from nemo_lfr.pretrained import ALIASES, LFR, choose_device, embedded_checkpoint, find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
@@ -103,6 +104,46 @@ def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, so
     with pytest.raises(CheckpointError, match=r"network|no such file") as caught:
         nemo_lfr.load(source)
     assert ALIASES.get(source, source) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "models/typo", "models/typo.nemo", "models/sub", "./nvidia/codec", "~/codec", "typo.NEMO", "nvidia/codec.ckpt",
+        "nvidia/codec.safetensors", "elsewhere/typo.pt", ".hidden/codec", "models/sub/deep",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("find", [nemo_lfr.load, find_checkpoint], ids=["load", "find"])
+def test_a_mistyped_path_never_asks_the_hub(source, find, tmp_path, monkeypatch):
+    """A server that nobody reaches stands for the Hub: asking it would be another error, and take retries."""
+    import huggingface_hub
+
+    def fail(*arguments, **options):
+        if not options.get("local_files_only"):
+            raise AssertionError("the Hub was asked")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(CheckpointError, match=r"no such file") as caught:
+        find(source)
+    assert source in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("owner/name", False), ("nvidia/low-frame-rate-speech-codec-22khz", False), ("owner/name-v1.5", False),
+        ("name", False), ("there/name", True), ("./name", True), ("../a/b", True), ("~/a", True), ("/a/b", True),
+        ("a.nemo", True), ("owner/a.ckpt", True), ("owner/a.Nemo", True), ("a\\b", True), ("there", False),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_path(name, local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert looks_local(name) is local
 
 
 def test_a_folder_is_not_a_checkpoint(tmp_path):

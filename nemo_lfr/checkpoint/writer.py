@@ -15,6 +15,7 @@ from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.tensor_file import save_to_file
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -56,7 +57,8 @@ def _write_aside(path: Path, config: dict[str, Any], state_dict: Mapping[str, to
     with writing_folder(path.parent) as folder:
         members = {name: Path(folder, name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER)}
         OmegaConf.save(OmegaConf.create(config), members[CONFIG_MEMBER])
-        torch.save(dict(state_dict), members[WEIGHTS_MEMBER])
+        with open(members[WEIGHTS_MEMBER], "wb") as weights:
+            save_to_file(dict(state_dict), weights)
         aside = Path(folder, "model.nemo")
         with open(aside, "wb") as file:
             with tarfile.open(fileobj=file, mode="w") as archive:

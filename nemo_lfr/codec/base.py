@@ -4,7 +4,6 @@ Arrays are the backend's own, tensors or numpy's; nothing here imports torch.
 """
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from nemo_lfr import frames
 from nemo_lfr.audio import AudioReader, AudioWriter, check_peak, check_rate, refuse_itself, resample
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.heap import flat
+from nemo_lfr.locate import expand_home
 from nemo_lfr.spec import CodecSpec
 
 # Frames computed at once. On a CPU long windows leave the cache; a GPU wants more work at a time. With their context
@@ -301,7 +301,7 @@ class BaseCodec(ABC, Generic[Array]):
         """
         from nemo_lfr.tokens.format import TokenWriter
 
-        source, target = os.path.expanduser(source), os.path.expanduser(target)
+        source, target = expand_home(source), expand_home(target)
         refuse_itself(source, target)
         _ = self.encoder.context  # read now, else the fingerprint would read it too
         with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
@@ -336,7 +336,7 @@ class BaseCodec(ABC, Generic[Array]):
         """
         from nemo_lfr.tokens.format import TokenReader
 
-        source, target = os.path.expanduser(source), os.path.expanduser(target)
+        source, target = expand_home(source), expand_home(target)
         refuse_itself(source, target)
         with TokenReader(source, recover) as reader:
             reader.check_codec(self)

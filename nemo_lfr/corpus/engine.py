@@ -11,9 +11,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -23,7 +22,7 @@ from typing import Any
 from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.orphans import die_with, family
 from nemo_lfr.corpus.shard import Job, Mark, Worker
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, clip
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +40,27 @@ def run_here(job: Job, tasks: Sequence[Task], device: str) -> Iterator[Mark]:
         yield Mark(**worker.run(index, part))
 
 
-_worker: Worker
+_worker: Worker | NemoLfrError
 
 
 def _start(job: Job, devices: "SimpleQueue[str]", driver: int) -> None:
-    """What a process does first. An interrupt of the whole group of processes is the driver's to answer."""
+    """What a process does first. An interrupt of the whole group of processes is the driver's to answer.
+
+    A worker that cannot start says so in the place of its first shard: an error here would end the process, and look
+    like a death.
+    """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(driver)
-    _worker = Worker(job, devices.get())
+    try:
+        _worker = Worker(job, devices.get())
+    except Exception as error:  # of whatever is loaded
+        _worker = NemoLfrError(f"a worker cannot start: {_last_line(error)}")
 
 
 def _run(index: int, part: Part) -> dict[str, Any]:
+    if isinstance(_worker, NemoLfrError):
+        raise _worker
     return _worker.run(index, part)
 
 
@@ -104,13 +112,18 @@ class Deaths:
         self.since_mark = 0
         self._of_shard: Counter[int] = Counter()
 
-    def count(self, indices: Iterable[int], error: Exception) -> None:
+    def count(self, indices: Iterable[int], error: Exception, *, is_death: bool = True) -> None:
         """Remove what dead workers had begun of their shards.
+
+        Args:
+            indices: the shards that the workers had.
+            error: what showed that they died.
+            is_death: whether no other shard has shown this death before.
 
         Raises:
             NemoLfrError: if that happens again and again.
         """
-        self.since_mark += 1
+        self.since_mark += is_death
         for index in indices:
             for folder in self.job.state.glob(f"staging/{index:06d}.*"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -143,7 +156,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     ray = require("ray", "ray")
     started = not ray.is_initialized()
     processes = contextlib.ExitStack()
-    actors: list[Any] = []
+    pool: _Actors | None = None
     try:
         if started:
             processes.enter_context(family())
@@ -151,65 +164,121 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
         gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
         cores = job.threads + (job.readers if gpu else 0)
         room = _room(ray, cores, gpu, address)
-        # Lost work is given out again by us, which counts how often; Ray only starts the actor anew.
-        make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=-1, max_task_retries=0)(Worker)
-        count = min(workers or max(1, room), len(tasks))
-        actors += [make.remote(job, "cuda" if gpu else "cpu") for _ in range(count)]
+        # A worker that dies is replaced by us. One that Ray restarted would refuse shards until it is up again, and
+        # a refused shard would look like another death.
+        make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=0, max_task_retries=0)(Worker)
+        pool = _Actors(ray, lambda: make.remote(job, "cuda" if gpu else "cpu"))
+        for _ in range(min(workers or max(1, room), len(tasks))):
+            pool.start()
         left, waiting = dict(tasks), deque(dict(tasks))
         deaths = Deaths(job)
-        # An actor gets shards while it is there: one that the cluster has no room for would keep them for ever.
-        starting = {actor.ready.remote(): number for number, actor in enumerate(actors)}
-        ready: set[int] = set()
-        running: dict[Any, tuple[int, int]] = {}  # shard and actor
         while left:
-            (done, *_), _ = ray.wait([*running, *starting], num_returns=1)
-            number = starting.pop(done, None)
-            index = None
-            if number is None:
-                index, number = running.pop(done)
+            (done, *_), _ = ray.wait([*pool.running, *pool.starting], num_returns=1)
+            is_start = done in pool.starting
+            index, number = (None, pool.starting.pop(done)) if is_start else pool.running.pop(done)
             try:
                 found = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            except _lost_worker_errors(ray) as error:
                 if getattr(error, "actor_init_failed", False):
-                    reason = str(error).strip().splitlines()[-1]
-                    raise NemoLfrError(f"a worker cannot start: {reason}") from error
-                deaths.count([] if index is None else [index], error)
+                    raise NemoLfrError(f"a worker cannot start: {_last_line(error)}") from error
+                is_first = pool.replace(number)
                 if index is not None:
                     waiting.append(index)
-                ready.discard(number)
-                if number not in starting.values():
-                    time.sleep(0.1)  # it is being started anew
-                    starting[actors[number].ready.remote()] = number
+                deaths.count([] if index is None else [index], error, is_death=is_first)
             else:
-                ready.add(number)
+                if is_start:
+                    pool.ready.add(number)
                 if index is not None:
                     del left[index]
                     deaths.since_mark = 0
                     yield Mark(**found)
-            loads = Counter(number for _, number in running.values())
             # Everybody gets one before anybody gets two.
-            for depth in range(1 if starting else QUEUED):
-                for number in ready:
-                    if waiting and loads[number] <= depth:
+            for depth in range(1 if pool.starting else QUEUED):
+                for number in pool.with_room(depth):
+                    if waiting:
                         index = waiting.popleft()
-                        running[actors[number].run.remote(index, left[index])] = index, number
-                        loads[number] += 1
+                        pool.run(number, index, left[index])
     except (ray.exceptions.RayError, ConnectionError) as error:
         said = _first_line(error)
         raise NemoLfrError(f"the Ray cluster was lost ({said}); the same command goes on from here.") from error
     finally:
         with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
-            for actor in actors:
-                ray.kill(actor)
+            if pool is not None:
+                pool.kill()
         if started:
             ray.shutdown()
         processes.close()
 
 
+class _Actors:
+    """Ray's actors by number; one that is lost is replaced under a new number.
+
+    Attributes:
+        starting: answers of actors that are not up yet, and their numbers. Only an actor that is up gets shards: one
+            that the cluster has no room for would keep them forever.
+        ready: numbers of the actors that are up.
+        running: answers of shards, and (shard, actor) of each.
+    """
+
+    def __init__(self, ray: Any, make: Callable[[], Any]) -> None:
+        self._ray, self._make = ray, make
+        self._actors: dict[int, Any] = {}
+        self._next = 0
+        self.starting: dict[Any, int] = {}
+        self.ready: set[int] = set()
+        self.running: dict[Any, tuple[int, int]] = {}
+
+    def start(self) -> None:
+        """Start an actor."""
+        actor = self._make()
+        self._actors[self._next] = actor
+        self.starting[actor.ready.remote()] = self._next
+        self._next += 1
+
+    def replace(self, number: int) -> bool:
+        """Replace an actor that is lost; returns False if that was done already.
+
+        Other shards of it stay in `running`: their answers fail, or were there before it died.
+        """
+        actor = self._actors.pop(number, None)
+        if actor is None:
+            return False
+        self.ready.discard(number)
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(actor)  # it may live, where only the connection to it is lost
+        self.start()
+        return True
+
+    def with_room(self, depth: int) -> list[int]:
+        """Actors that are up and have at most `depth` shards."""
+        loads = Counter(number for _, number in self.running.values())
+        return [number for number in sorted(self.ready) if loads[number] <= depth]
+
+    def run(self, number: int, index: int, part: Part) -> None:
+        """Hand a shard to an actor."""
+        self.running[self._actors[number].run.remote(index, part)] = index, number
+
+    def kill(self) -> None:
+        """End all actors."""
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+
+
+def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """Errors of a call to an actor that died, or cannot be reached, or whose answer was lost."""
+    errors = ray.exceptions
+    return errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.OutOfMemoryError
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return clip(lines[-1].strip(), 500) if lines else type(error).__name__
 
 
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:

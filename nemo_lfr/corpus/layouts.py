@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import clip
+from nemo_lfr.errors import NemoLfrError, clip, printable
 from nemo_lfr.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
 from nemo_lfr.text import decode, read_lines
 
@@ -95,7 +95,7 @@ def commonvoice(corpus: Path) -> Iterator[Utterance]:
             header, *rows = read_lines(table)
             columns = decode(header).split("\t")
         except (OSError, ValueError) as error:
-            yield Utterance(place, "", split, problem=_why(error))
+            yield Utterance(place, "", split, problem=_why(error, table))
             continue
         audio, text, folder = (
             ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
@@ -192,7 +192,7 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
             return {}, None
         lines = [decode(line) for line in read_lines(transcript)]
     except (OSError, ValueError) as error:
-        return {}, f"its transcript {transcript.name}: {_why(error)}"
+        return {}, f"its transcript {transcript.name}: {_why(error, transcript)}"
     return {"text": " ".join(line for line in lines if line.strip())}, None
 
 
@@ -201,7 +201,7 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
     try:
         lines = read_lines(path)
     except (OSError, ValueError) as error:
-        yield None, str(path.relative_to(corpus)), _why(error)
+        yield None, str(path.relative_to(corpus)), _why(error, path)
         return
     for line in lines:
         if not line.strip():
@@ -242,5 +242,7 @@ def _is_file_name(name: str) -> bool:
     return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, path: Path) -> str:
+    if isinstance(error, NemoLfrError):  # names the file, as its caller does
+        return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

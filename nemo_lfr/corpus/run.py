@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nemo_lfr._version import __version__
+from nemo_lfr.atomic import sweep
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
@@ -124,7 +125,7 @@ def _absolute(job: Job) -> Job:
     local: dict[str, Any] = {
         name: str(expand_home(path).resolve())
         for name, path in paths.items()
-        if path and (name != "model" or expand_home(path).exists())
+        if path is not None and (name != "model" or expand_home(path).exists())
     }
     return replace(job, **local)
 
@@ -136,10 +137,8 @@ def _remove_leftovers(job: Job, out: Path) -> None:
         staging.unlink()
     shutil.rmtree(staging, ignore_errors=True)
     for folder in (job.state, Mark.folder(out)):
-        for path in folder.glob("*.part"):
-            path.unlink()
-    for name in (METADATA, "failures.jsonl", "manifest.json", "input_cfg.yaml"):
-        (out / f"{name}.part").unlink(missing_ok=True)
+        sweep(folder, None)
+    sweep(out, (METADATA, "failures.jsonl", "manifest.json", "input_cfg.yaml"))
 
 
 def _compute(

@@ -24,6 +24,7 @@ from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.heap import after_batch, keep_heap
 from nemo_lfr.journal import write_text
+from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.format import Metadata
 
 if TYPE_CHECKING:
@@ -114,9 +115,8 @@ class Mark:
         """The mark of a shard as it was written; None if there is none, or no whole one."""
         path = cls.path(out, index)
         try:
-            if not path.is_file():  # a pipe would be waited for
-                return None
-            mark = cls(**json.loads(path.read_text(encoding="utf-8")))
+            with open_regular(path) as file:
+                mark = cls(**json.load(file))
             whole = mark.index == index and all(
                 type(count) is int and count >= 0 for count in (mark.clips, mark.samples, mark.frames)
             )

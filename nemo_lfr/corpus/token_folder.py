@@ -27,6 +27,7 @@ from nemo_lfr.corpus.shard import Mark
 from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, TokenFileError, clip
 from nemo_lfr.locate import expand_home
+from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.format import Metadata, TokenReader
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
@@ -503,9 +504,11 @@ READERS: dict[str, type[_Reader]] = {"shar": _Shar, "manifest": _Manifest, "parq
 
 def regular_file(path: Path) -> Path:
     """Return the path, or raise TokenFileError where opening it would fail, or wait for a writer."""
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "no such file"
-        raise TokenFileError(f"{clip(path, 300)}: {what}; {REPAIR}.")
+    try:
+        open_regular(path, TokenFileError, REPAIR).close()
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+        raise TokenFileError(f"{clip(path, 300)}: {what}; {REPAIR}.") from error
     return path
 
 

@@ -12,6 +12,7 @@ import torch
 from nemo_lfr.checkpoint.source import MemorySource
 from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
 from nemo_lfr.errors import CheckpointError, TokenFileError, clip
+from nemo_lfr.regular import open_regular
 
 # 12 hours of the released codec in int64, and room for the zip around them.
 MAX_BYTES = 64 << 20
@@ -31,8 +32,10 @@ def read_token_tensor(path: str | os.PathLike[str]) -> torch.Tensor:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, TokenFileError) as file:
             raw = file.read(MAX_BYTES + 1)
+    except TokenFileError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TokenFileError(f"{path}: {clip(reason)}.") from error

@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr._version import __version__
+from nemo_lfr.atomic import sweep
 from nemo_lfr.errors import MissingExtraError, printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
@@ -82,12 +83,14 @@ def write_report(
         .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
     )
     page = "".join(char if char.isprintable() or char == "\n" else "?" for char in page)  # labels may hold anything
-    return [
-        write_text(out / "report.html", page),
-        write_text(out / "report.md", markdown(**common)),
-        write_text(out / "summary.csv", tables.summary(evaluation)),
-        write_text(out / "recordings.csv", tables.per_recording(evaluation)),
-    ]
+    contents = {
+        "report.html": page,
+        "report.md": markdown(**common),
+        "summary.csv": tables.summary(evaluation),
+        "recordings.csv": tables.per_recording(evaluation),
+    }
+    sweep(out, contents)
+    return [write_text(out / name, text) for name, text in contents.items()]
 
 
 def markdown(

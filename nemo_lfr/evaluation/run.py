@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nemo_lfr.atomic import write_bytes
+from nemo_lfr.atomic import sweep, write_bytes
 from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
@@ -125,6 +125,7 @@ def evaluate(
             shown = f"{peer.name} #{names[peer.name]}" if names[peer.name] > 1 else peer.name
             result = Result(shown, peer.delay, peer.levels, out / "codecs" / f"{name}-{digest}")
             result.folder.mkdir(parents=True, exist_ok=True)
+            sweep(result.folder, None)
             _send_all(peer, recordings, rate, result, advance)
             results.append(result)
     _measure_all(recordings, results, rate, jobs, progress)
@@ -139,6 +140,7 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
     """Refuse a folder whose keys mean other recordings."""
     out.mkdir(parents=True, exist_ok=True)
     claims = out / "recordings.json"
+    sweep(out, [claims.name])
     mine = {
         key: [str(item.path.resolve()), item.offset, item.duration, rate]
         for key, item in recordings.items()

@@ -19,6 +19,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.finite import quantize, to_audio
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.locate import expand_home
 from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 
 OPSET = 20
@@ -73,11 +74,12 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
     if codec.precision != "fp32":
         raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
+    folder = expand_home(folder)
     targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
     for target in targets:
         if target.exists() and not overwrite:
             raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with building_state(torch.device("cpu")), codec.computing():
         _write(codec, targets)
     return targets
@@ -106,7 +108,7 @@ def _write(codec: Codec, targets: list[Path]) -> None:
         ),
     ]
     files = {}
-    with writing_folder(Path(folder)) as aside:
+    with writing_folder(folder) as aside:
         for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
             with torch.no_grad(), warnings.catch_warnings(), _quiet(), _interruptible():
                 warnings.simplefilter("ignore")

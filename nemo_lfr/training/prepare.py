@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.atomic import discard
+from nemo_lfr.atomic import sweep
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.corpus.layouts import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import NemoLfrError
@@ -76,8 +76,7 @@ def prepare(
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (*(f"{split}.json" for split in SPLITS), FAILURES):
-        discard(out / name)
+    sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
     problems = {str(utterance.path): utterance.problem for utterance in utterances if utterance.problem}
     problems |= {path: value for path, value in found.items() if isinstance(value, str)}

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from nemo_lfr.atomic import PART, replacing, sweep
+from nemo_lfr.atomic import replacing, sweep
+from nemo_lfr.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as file:
-            torch.save(checkpoint, file)
+        save_tensors(target, checkpoint)
 
 
 def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
@@ -78,7 +77,7 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    sweep(folder, [match["name"] for path in folder.glob("*.part") if (match := PART.fullmatch(path.name))])
+    sweep(folder, None)
     # Of a folder, as distributed checkpoints are, NeMo's own mark stays.
     markers = [path for path in folder.glob(f"*{MARKER}") if not Path(str(path).removesuffix(MARKER)).is_dir()]
     if not markers:

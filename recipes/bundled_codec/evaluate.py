@@ -8,7 +8,6 @@ recognizers and listening pages: `nemo-lfr evaluate`.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from nemo_lfr.evaluation import metrics
 from nemo_lfr.evaluation.metrics import NotMeasured, Signal
 from nemo_lfr.evaluation.tables import Mean
+from nemo_lfr.locate import expand_home
 from recipes.bundled_codec.data import FULL_SCALE, read_speech
 from recipes.bundled_codec.losses import LogMelDistance, LossConfig
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator
@@ -87,8 +87,10 @@ def _reconstruct(generator: Generator, original: Signal) -> Signal:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="+", help=".nemo files or state.pt of a run (its averaged weights)")
-    parser.add_argument("--valid", type=Path, required=True, help="manifest of held-out speech")
+    parser.add_argument(
+        "models", type=expand_home, nargs="+", help=".nemo files or state.pt of a run (its averaged weights)"
+    )
+    parser.add_argument("--valid", type=expand_home, required=True, help="manifest of held-out speech")
     parser.add_argument("--clips", type=int, help="use at most this many recordings, evenly spread")
     parser.add_argument("--threads", type=int, help="of PyTorch")
     args = parser.parse_args()

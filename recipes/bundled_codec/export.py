@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN
+from nemo_lfr.locate import expand_home
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator, NetworkConfig
 from recipes.bundled_codec.states import read_generator
 
@@ -69,8 +70,8 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=Path, help="state.pt of a run of train.py, or of the trial script")
-    parser.add_argument("--out", type=Path, required=True, help="the .nemo file to write")
+    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py, or of the trial script")
+    parser.add_argument("--out", type=expand_home, required=True, help="the .nemo file to write")
     args = parser.parse_args()
     try:
         generator, network, updates = read_generator(args.state)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_lfr.locate import expand_home
+
 PANELS = {
     "pesq": "PESQ-WB (MOS)",
     "estoi": "ESTOI",
@@ -65,8 +67,8 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their curve.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("runs", type=expand_home, nargs="+", help="folders of runs, or their curve.jsonl")
+    parser.add_argument("--out", type=expand_home, required=True, help="the PNG to write")
     parser.add_argument("--against", choices=("step", "minutes"), default="step", help="what the x axis is")
     args = parser.parse_args()
     try:

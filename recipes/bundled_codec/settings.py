@@ -71,6 +71,8 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
     except OmegaConfBaseException as error:
         raise ValueError(f"{config} with {listed or 'no overrides'}: {str(error).splitlines()[0]}") from error
     assert isinstance(settings, Settings)
+    if not settings.out or not settings.valid or not all(settings.train):
+        raise ValueError("out, valid and train must name files or folders; one of them is empty.")
     for name in ("updates", "batch_size", "segment_frames", "log_updates", "evaluate_updates", "evaluate_clips"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")

@@ -7,9 +7,8 @@ The trial script came before this recipe. Its state holds "args" (the command li
 "average" (state dicts of a `Generator`), "moments" and "adam" (of the two optimizers), "step" and "seconds".
 """
 
-import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,19 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_lfr.checkpoint import read_checkpoint
+from nemo_lfr.tensor_file import save_tensors
 from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig
 
 FORMAT = 1
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary path)` and rename the result, so that an interruption leaves the old file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of this recipe."""
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **state}, temporary))
+    """Write a state of this recipe; an interruption leaves the old file whole.
+
+    Raises:
+        OSError: naming `path`, as on a full disk.
+    """
+    save_tensors(path, {"format": FORMAT, **state})
 
 
 def _load(path: Path) -> Any:

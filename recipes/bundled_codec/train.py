@@ -21,6 +21,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from nemo_lfr.atomic import sweep
+from nemo_lfr.journal import write_text
+from nemo_lfr.locate import expand_home
+from nemo_lfr.training.endings import ending_in_one_line
 from recipes.bundled_codec.data import SpeechSegments, read_speech
 from recipes.bundled_codec.discriminators import Adversary
 from recipes.bundled_codec.evaluate import Evaluator, means, spread_evenly
@@ -28,7 +32,7 @@ from recipes.bundled_codec.losses import ReconstructionTerms
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator, num_parameters
 from recipes.bundled_codec.settings import DEFAULT_CONFIG, Settings, read_settings
 from recipes.bundled_codec.start import transform_start_
-from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state, write_atomically
+from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state
 from recipes.bundled_codec.trainer import Trainer
 
 AVERAGE_START = 50  # the average's memory grows with the updates: n / (n + 50), up to average_decay
@@ -96,7 +100,7 @@ class Run:
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+            write_text(path, "".join(kept))
 
     @property
     def progress(self) -> float:
@@ -144,7 +148,7 @@ class Run:
         """Write the state and the settings."""
         save_state(self.out / "state.pt", self.state())
         text = OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict()))
-        write_atomically(self.out / "settings.yaml", lambda path: path.write_text(text))
+        write_text(self.out / "settings.yaml", text)
 
     def evaluate(self, extra: dict[str, Any]) -> None:
         """Measure the averaged weights and append a line to the curve."""
@@ -237,13 +241,18 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top of the file's")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="YAML file of settings (%(default)s)")
-    parser.add_argument("--import-state", type=Path, metavar="FILE", help="go on from a state.pt of the trial script")
+    parser.add_argument(
+        "--config", type=expand_home, default=DEFAULT_CONFIG, help="YAML file of settings (%(default)s)"
+    )
+    parser.add_argument(
+        "--import-state", type=expand_home, metavar="FILE", help="go on from a state.pt of the trial script"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         settings = read_settings(args.config, args.overrides)
         Path(settings.out).mkdir(parents=True, exist_ok=True)
+        sweep(Path(settings.out), ("state.pt", "settings.yaml", "curve.jsonl"))
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.backends.cudnn.benchmark = True
@@ -258,7 +267,8 @@ def main() -> None:
         run = Run(settings, utterances, clips, state)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    run.train()
+    with ending_in_one_line(settings.out):
+        run.train()
 
 
 if __name__ == "__main__":
