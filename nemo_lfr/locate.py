@@ -39,6 +39,16 @@ def looks_local(name: str) -> bool:
     return bool(slash) and os.path.isdir(first)
 
 
+def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> None:
+    """Refuse what is plainly the path of a model and leads nowhere, before another package asks the Hub for it.
+
+    Raises:
+        NemoLfrError: of class `error`.
+    """
+    if not name or (looks_local(name) and not os.path.exists(os.path.expanduser(name))):
+        raise error(f"{clip(name, 300) or repr(name)}: no such file or folder.")
+
+
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     """Find the checkpoint that a local path stands for; `~` is the home directory.
 

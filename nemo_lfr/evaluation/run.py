@@ -30,6 +30,7 @@ from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
 from nemo_lfr.journal import Journal, Progress, write_text
+from nemo_lfr.locate import check_model_name
 from nemo_lfr.manifests import Recording
 from nemo_lfr.pretrained import choose_device
 from nemo_lfr.regular import open_regular
@@ -112,6 +113,9 @@ def evaluate(
     Raises:
         NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.
     """
+    for name in (asr, speaker_model):
+        if name is not None:
+            check_model_name(name.removeprefix("nemo:"))
     peers = [open_codec(text, device) for text in dict.fromkeys(codecs)]
     _claim(out, recordings, rate)
     judges, absent = open_judges(str(choose_device(device)), asr, speaker_model)

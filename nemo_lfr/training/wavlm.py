@@ -1,6 +1,7 @@
 """A frozen WavLM (arXiv 2110.13900) that a discriminator looks through."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from nemo_lfr.errors import ConfigError, MissingExtraError
+from nemo_lfr.locate import check_model_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class WavLM:
                 'the SLM discriminator needs transformers: pip install "nemo-lfr[nemo]", or leave it out.'
             ) from error
         try:
-            model = AutoModel.from_pretrained(self.name)
+            check_model_name(self.name, ConfigError)
+            model = AutoModel.from_pretrained(os.path.expanduser(self.name))
         except (OSError, ValueError) as error:
             weights = self.fallback() if self.fallback is not None else {}
             if not weights:
