@@ -1,13 +1,16 @@
 import io
 import json
+import os
 import re
 import struct
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -506,6 +509,119 @@ def test_a_span_costs_the_same_however_many_blocks_there_are(tmp_path):
                 assert reader.read(start, start + 2).shape == (8, 2)
             touched.append(CountedNumbers.touched)
     assert touched[1] <= touched[0] + 50 * 2  # two more steps of each binary search
+
+
+# --- what a caller may do with a writer and a reader
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.full((8, 20), 1.7),
+        np.ones((8, 5)),
+        np.full((8, 5), np.nan),
+        np.ones((8, 5), complex),
+        np.ones((8, 5), bool),
+        np.ones((8, 5), object),
+        np.ma.masked_equal(np.arange(40).reshape(8, 5), 3),
+        [[1, 2], [3]],
+        None,
+        "tokens",
+        torch.ones(8, 5),
+        torch.ones(8, 5, dtype=torch.int32, device="meta"),
+    ],
+    ids=lambda tokens: f"{type(tokens).__name__} {getattr(tokens, 'dtype', '')}",
+)
+def test_tokens_that_are_no_integers_are_refused_and_leave_no_file(tmp_path, tokens):
+    with pytest.raises(TokensError, match=r"^tokens "), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(tokens)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda tokens: tokens.astype(">i4"),
+        lambda tokens: tokens.astype(np.uint16),
+        lambda tokens: np.asfortranarray(tokens).astype(np.int64),
+        torch.from_numpy,
+        np.ma.masked_array,
+        np.ndarray.tolist,
+    ],
+)
+def test_integers_of_any_kind_are_written(tmp_path, convert):
+    tokens = random_tokens(RELEASED, 20)
+    path = write(tmp_path / "a.lfr", RELEASED, [convert(tokens)], 20 * 1024)
+    assert np.array_equal(read(path)[0], tokens)
+
+
+@pytest.mark.parametrize("again", [lambda writer: writer.finish(5 * 1024), lambda writer: writer.write([[0]] * 8)])
+def test_nothing_is_written_after_the_end(tmp_path, again):
+    with pytest.raises(TokensError, match="finish"), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(random_tokens(RELEASED, 5))
+        writer.finish(5 * 1024)
+        again(writer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_samples", [5119.5, 5120.0, "5120", None, float("nan"), [5120]])
+def test_a_number_of_samples_that_is_none_is_named(tmp_path, num_samples):
+    with pytest.raises(TokensError, match="num_samples is"), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
+        writer.write(random_tokens(RELEASED, 5))
+        writer.finish(num_samples)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("start", "duration"), [("1", None), (None, 1), (0, "1"), ([0], None), (True, None), (0, 1j)])
+def test_a_span_that_is_no_number_of_seconds_is_named(tmp_path, start, duration):
+    path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 5)], 5 * 1024)
+    with TokenReader(path) as reader, pytest.raises(TokenFileError, match="pass a number of seconds"):
+        reader.samples_between(start, duration)
+
+
+def spans(reader: TokenReader, tokens: np.ndarray, seed: int, count: int = 300) -> int:
+    """Read spans at random; returns how many are not those of the file."""
+    starts = np.random.default_rng(seed).integers(0, tokens.shape[1] - 10, count).tolist()
+    return sum(not np.array_equal(reader.read(at, at + 10), tokens[:, at : at + 10]) for at in starts)
+
+
+@pytest.mark.parametrize("version", WRITERS)
+def test_threads_may_read_from_one_reader(tmp_path, version):
+    tokens = random_tokens(RELEASED, 2000)
+    path = WRITERS[version](tmp_path / "a.lfr", RELEASED, np.split(tokens, 500, axis=1), 2000 * 1024)
+    with TokenReader(path) as reader, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda seed: spans(reader, tokens, seed), range(8))) == [0] * 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("version", WRITERS)
+def test_forked_processes_may_read_from_one_reader(tmp_path, version):
+    tokens = random_tokens(RELEASED, 2000)
+    path = WRITERS[version](tmp_path / "a.lfr", RELEASED, np.split(tokens, 500, axis=1), 2000 * 1024)
+    with TokenReader(path) as reader:
+        children = []
+        for seed in range(4):
+            if not (child := os.fork()):
+                status = 1
+                try:
+                    status = min(spans(reader, tokens, seed), 1)
+                finally:
+                    os._exit(status)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_a_block_that_changes_under_a_reader_is_found(tmp_path):
+    tokens = random_tokens(RELEASED, 30)
+    path = write(tmp_path / "a.lfr", RELEASED, np.split(tokens, 3, axis=1), 30 * 1024)
+    other = write(tmp_path / "b.lfr", RELEASED, np.split(tokens, 30, axis=1), 30 * 1024)
+    with TokenReader(path) as reader:
+        path.write_bytes(other.read_bytes())
+        with pytest.raises(TokenFileError, match=r"changed since|checksum"):
+            reader.read()
+        os.truncate(path, 200)
+        with pytest.raises(TokenFileError, match="ends too early"):
+            reader.read(20)
 
 
 # --- parts of a file

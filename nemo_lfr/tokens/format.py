@@ -40,8 +40,11 @@ as it is written: after a crash the `.part` file can be read with `recover=True`
 import contextlib
 import json
 import math
+import numbers
+import operator
 import os
 import struct
+import threading
 import zlib
 from array import array
 from bisect import bisect_right
@@ -113,6 +116,7 @@ class TokenStream:
         self._file = file
         self.metadata = metadata
         self.frames_written = 0
+        self._ended = False
         text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
         self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, CODING << 24 | len(text)) + text)
         self._outline = zlib.crc32(self._checksum)
@@ -128,8 +132,10 @@ class TokenStream:
         """Append frames, [C, T].
 
         Raises:
-            TokensError: for another number of codebooks.
+            TokensError: for values that are no integers, another number of codebooks, or after `finish`.
         """
+        self._check_open()
+        tokens = _integers(tokens)
         if tokens.ndim != 2 or tokens.shape[0] != self.metadata.num_codebooks:
             raise TokensError(f"tokens have shape {list(tokens.shape)}; expected [{self.metadata.num_codebooks}, T].")
         for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
@@ -141,10 +147,41 @@ class TokenStream:
             self.frames_written += block.shape[1]
 
     def finish(self, num_samples: int) -> None:
-        """Say how many samples the frames stand for; without it a file is not whole."""
+        """Say how many samples the frames stand for; without it a file is not whole.
+
+        Raises:
+            TokensError: for a count that does not belong to the frames, or if this was called before.
+        """
+        self._check_open()
+        try:
+            num_samples = operator.index(num_samples)
+        except TypeError:
+            raise TokensError(f"num_samples is {clip(repr(num_samples))}; pass a whole number.") from None
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
             raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
         self._section(struct.pack("<IQI", 0, num_samples, self._outline))
+        self._ended = True
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise TokensError("`finish` was called, which ends the file; write to another one.")
+
+
+def _integers(tokens: Any) -> np.ndarray:
+    """Return tokens as an array of integers.
+
+    Raises:
+        TokensError: if they are anything else, even if their values are whole.
+    """
+    if isinstance(tokens, np.ma.MaskedArray) and np.ma.is_masked(tokens):
+        raise TokensError("tokens are a masked array with masked values; fill them first.")
+    try:
+        array = np.asarray(tokens)
+    except Exception as error:  # whatever the conversion of another library raises, as for a tensor on a GPU
+        raise TokensError(f"tokens are {clip(type(tokens).__name__)}, not a numpy array ({clip(error)}).") from error
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TokensError(f"tokens are an array of {array.dtype}; pass integers.")
+    return array
 
 
 class TokenWriter(TokenStream):
@@ -238,7 +275,9 @@ class _Sections:
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
         """Read the CRC field of a section, which also covers `before`, and compare; returns the field."""
-        checksum = self._take(4)
+        return self._compare(self._take(4), section, what, before)
+
+    def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
         if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):
             raise self._fail(f"the checksum of {what} is wrong")
         return checksum
@@ -283,19 +322,27 @@ class _Sections:
         return count
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, bytes]:
-        """Read a block behind its count.
+        """Read a block behind its count; see `_parse_tokens`."""
+        body = self._take(count * self._bytes_per_frame)
+        return self._parse_tokens(count, body, self._take(4), first, before)
+
+    def _parse_tokens(
+        self, count: int, packed: bytes, checksum: bytes, first: int, before: bytes
+    ) -> tuple[np.ndarray, bytes]:
+        """Check and unpack a block.
 
         Args:
             count: its frames.
+            packed: its payload.
+            checksum: its CRC field.
             first: its first frame, for messages.
             before: CRC field of the section in front of it.
 
         Returns:
             Tokens [C, count], and the block's CRC field, which agrees with them.
         """
-        packed = self._take(count * self._bytes_per_frame)
         section = struct.pack("<I", count) + packed
-        checksum = self._check(section, f"the block at frame {first}", before if self.version > 1 else b"")
+        self._compare(checksum, section, f"the block at frame {first}", before if self.version > 1 else b"")
         meta = self.metadata
         try:
             return unpack(packed, meta.codebook_size, meta.num_codebooks, self._bytes_per_frame), checksum
@@ -367,6 +414,8 @@ class TokenStreamReader(_Sections):
 class TokenReader(_Sections):
     """Reads a token file; every section is checked before it is used.
 
+    Threads and forked processes may read from one object at the same time.
+
     Args:
         path: the file.
         recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
@@ -390,6 +439,7 @@ class TokenReader(_Sections):
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:
             super().__init__(file, path)
+            self._lock = threading.Lock()
             # Where each block lies, and its first frame; as numbers, since a long live recording has millions.
             self._positions, self._firsts = array("Q"), array("Q", [0])
             self.complete = True
@@ -435,9 +485,24 @@ class TokenReader(_Sections):
 
     def _read_block(self, number: int) -> np.ndarray:
         """Tokens [C, T] of a block, its checksum verified."""
-        self._file.seek(self._positions[number] - 4)
-        before = self._take(4)
-        return self._read_tokens(self._read_count(), self._firsts[number], before)[0]
+        first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
+        # The CRC field of the section before, the count, the payload, the CRC field.
+        data = self._read_at(self._positions[number] - 4, 4 + 4 + count * self._bytes_per_frame + 4)
+        if data[4:8] != struct.pack("<I", count):
+            raise self._fail(f"the block at frame {first} has changed since the file was opened")
+        return self._parse_tokens(count, data[8:-4], data[-4:], first, data[:4])[0]
+
+    def _read_at(self, position: int, size: int) -> bytes:
+        """Read bytes without the file's position, which threads and forked processes share."""
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), size, position)
+        else:
+            with self._lock:
+                self._file.seek(position)
+                data = self._file.read(size)
+        if len(data) != size:
+            raise self._fail("it ends too early")
+        return data
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
@@ -459,6 +524,11 @@ class TokenReader(_Sections):
         Raises:
             TokenFileError: if there is nothing there.
         """
+        for name, value in (("start", start), ("duration", duration)):
+            if name == "duration" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TokenFileError(f"{self.path}: {name} is {clip(repr(value))}; pass a number of seconds.")
         rate = self.metadata.sample_rate
         seconds = self.num_samples / rate
         if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):
