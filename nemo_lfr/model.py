@@ -36,6 +36,7 @@ from nemo_lfr.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
 
 try:
+    import wrapt
     from lightning.pytorch import Trainer
     from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
     from nemo.core.classes import common
@@ -111,6 +112,7 @@ class LFRCodecModel(TrainingSteps):
     def __copy__(self) -> "LFRCodecModel":
         """Return a model with the same weights, in which modules can be replaced without changing this one."""
         state = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
+        state.pop("_codec", None)
         return self._with_state(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LFRCodecModel":
@@ -121,7 +123,7 @@ class LFRCodecModel(TrainingSteps):
         for key, value in vars(self).items():
             if key in ("_trainer", "_fabric"):
                 other.__dict__[key] = None
-            elif key != "training_step":
+            elif key not in ("training_step", "_codec"):
                 other.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         return other
 
@@ -148,7 +150,13 @@ class LFRCodecModel(TrainingSteps):
     def codec(self) -> Codec:
         """The light door on this model's own modules."""
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
-        return Codec(encoder, quantizer, decoder, self.sample_rate)  # type: ignore[arg-type]
+        made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
+        kept, codec = self.__dict__.get("_codec", (None, None))
+        # The same object as long as it is of the same modules: streams of one codec can be pushed together.
+        if kept != made_of:
+            codec = Codec(encoder, quantizer, decoder, self.sample_rate)  # type: ignore[arg-type]
+            self.__dict__["_codec"] = made_of, codec
+        return codec
 
     def encode(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
@@ -249,8 +257,10 @@ class LFRCodecModel(TrainingSteps):
         and filters of the losses) is loaded where it fits.
 
         Raises:
-            CheckpointError: if weights of the codec have other shapes; if `strict`, and they are incomplete or others.
+            CheckpointError: if it is no state dict, or of a codec of other shapes or levels; if `strict`, and the
+                weights are incomplete or others.
         """
+        _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
         shapes = {key: value.shape for key, value in own.items()}
         state_dict = _spelled_for(own, state_dict)
@@ -260,6 +270,13 @@ class LFRCodecModel(TrainingSteps):
                 f"the state dict is of another codec: {len(judged)} weights have other shapes, first {judged[0]}: "
                 f"{list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
             )
+        levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
+        for key in levels:
+            if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
+                raise CheckpointError(
+                    f"the state dict is of another codec: {key} is {clip(state_dict[key].flatten().tolist())}, the "
+                    f"model's is {clip(own[key].flatten().tolist())}."
+                )
         self._is_random = False
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:
@@ -421,8 +438,22 @@ class LFRCodecModel(TrainingSteps):
         return [*super().list_available_models(), *ours]
 
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole."""
+        """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole.
+
+        Raises:
+            CheckpointError: if it cannot be written there.
+        """
+        if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
+            raise CheckpointError(f"save_path is {clip(repr(save_path))}; pass the path of a .nemo file to write.")
         path = expand_home(save_path).absolute()
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder; pass the path of a .nemo file to write.")
+        try:
+            self._save_aside(path, *args, **kwargs)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+    def _save_aside(self, path: Path, *args: Any, **kwargs: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_folder(path.parent) as folder:
             aside = Path(folder, path.name)
@@ -465,8 +496,9 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
     # All that can fail comes before the first change.
     values = _checked_values(inner.cfg)
-    build_parts(values, weight_norm=False)
-    parts = {name: _replacement(name, values[name], unwrapped(getattr(inner, name))) for name in PARTS}
+    with building_state(torch.device("cpu")):
+        build_parts(values, weight_norm=False)
+        parts = {name: _replacement(name, values[name], getattr(inner, name, None)) for name in PARTS}
     is_stock = type(inner) is NeMoAudioCodecModel
     has_discriminator = hasattr(inner, "discriminator")
     discriminator = getattr(inner, "discriminator", None)
@@ -484,19 +516,27 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner._codebook_use = None
         inner._is_random = False
         inner._restored_from = None
-        del inner.training_step  # a proxy of stock's
-        inner.training_step = model_utils.wrap_training_step(inner.training_step)
+        # NeMo hangs a proxy of its own around each instance's; copies have none, and a caller's own stays.
+        if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
+            del inner.training_step
+        if "training_step" not in inner.__dict__:
+            inner.training_step = model_utils.wrap_training_step(inner.training_step)
     return model
 
 
-def _replacement(name: str, config: Mapping[str, Any], stock: torch.nn.Module) -> torch.nn.Module:
+def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.Module:
     """Return our module with the very parameters of a stock one.
 
     Raises:
         ConfigError: if it is not the module that the config describes.
     """
+    if not isinstance(stock, torch.nn.Module):
+        raise ConfigError(f"the model's {name} is {clip(repr(stock))}, not a module; load the model again.")
+    stock = unwrapped(stock)
     tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
     needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
+    if any(value.is_meta for value in tensors.values()):
+        raise ConfigError(f"{name} is on the meta device, which holds no weights; load the model again.")
     has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
     with torch.device("meta"):
         part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
@@ -513,7 +553,10 @@ def _replacement(name: str, config: Mapping[str, Any], stock: torch.nn.Module) -
         for key, value in tensors.items():
             if value.requires_grad != needs_gradient[key]:
                 value.requires_grad_(needs_gradient[key])
-    return part.train(stock.training)
+    modes = {plain_key(path): module.training for path, module in stock.named_modules()}
+    for path, module in part.named_modules():
+        module.training = modes.get(path, stock.training)
+    return part
 
 
 def _unpickled(
@@ -528,7 +571,8 @@ def _unpickled(
     """Build a model from what `LFRCodecModel.__reduce__` gives, on the device where its weights are."""
     cls._set_model_restore_state(is_being_restored=True)  # no training data is opened
     try:
-        model = cls(cfg=cfg)
+        with building_state(torch.device("cpu")):
+            model = cls(cfg=cfg)
     finally:
         cls._set_model_restore_state(is_being_restored=False)
     model.load_state_dict(state, assign=True)
@@ -540,6 +584,23 @@ def _unpickled(
         parameter.requires_grad_(gradients.get(name, True))
     model.__dict__.update(attributes)
     return model
+
+
+def _check_state_dict(state_dict: Any) -> None:
+    """Raise unless this is a mapping of names to tensors.
+
+    Raises:
+        CheckpointError: naming what else it is.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(f"the state dict is {clip(type(state_dict).__name__)}; pass names with their tensors.")
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"the state dict has {clip(repr(key))} for a name; pass names with their tensors.")
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            kind = "a meta tensor, without values" if isinstance(value, torch.Tensor) else type(value).__name__
+            hint = "; pass what is under that name" if key == "state_dict" else ""
+            raise CheckpointError(f"the state dict holds no tensor for {clip(key)}, but {clip(kind)}{hint}.")
 
 
 def _is_wavlm(key: str) -> bool:

@@ -1,5 +1,6 @@
 """What NeMo's own models do with a codec: their code runs on our model, on an accelerated stock one, and agrees."""
 
+import contextlib
 import copy
 import inspect
 import io
@@ -17,8 +18,9 @@ from nemo.collections.tts.modules.audio_codec_modules import GroupFiniteScalarQu
 from omegaconf import OmegaConf, open_dict
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, ConfigError, TokensError, accelerate
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, TokensError, accelerate
 from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.streaming import push_encoders
 from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
 
 AUDIO, LENGTHS = torch.stack([speech_like(9000), speech_like(9000, 1)]), torch.tensor([9000, 9000])
@@ -195,6 +197,154 @@ def test_a_refused_accelerate_leaves_the_object_as_it_was(nemo_file, expected, s
         assert picture() == before
     assert torch.equal(tokens_of(model), expected)
     model.state_dict()
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def no_encoder(model):
+    model.audio_encoder = None
+    return model
+
+
+def deleted_quantizer(model):
+    del model.vector_quantizer
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(on_meta, "meta device"), (no_encoder, "audio_encoder is None"), (deleted_quantizer, "vector_quantizer is None")],
+)
+def test_a_model_without_weights_to_keep_is_refused_in_words(nemo_file, spoil, message):
+    model = spoil(stock_model(nemo_file))
+    with pytest.raises(ConfigError, match=message):
+        accelerate(model)
+    assert type(model) is StockModel
+
+
+def copied(model):
+    del model.training_step  # NeMo's proxy cannot be copied
+    return copy.deepcopy(model)
+
+
+def with_its_own_step(model):
+    model.training_step = lambda *_: "the caller's"
+    return model
+
+
+@pytest.mark.parametrize("prepare", [copied, with_its_own_step])
+def test_accelerate_takes_a_model_whatever_its_training_step_is(nemo_file, expected, prepare):
+    model = accelerate(prepare(stock_model(nemo_file)))
+    assert type(model) is AudioCodecModel
+    assert torch.equal(tokens_of(model), expected)
+    assert prepare is copied or model.training_step() == "the caller's"
+
+
+def test_accelerate_keeps_the_mode_of_every_layer(nemo_file):
+    model = stock_model(nemo_file).train()
+    model.audio_decoder.res_layers[0].eval()
+    model.audio_encoder.eval()
+    accelerate(model)
+    assert model.training and model.audio_decoder.training and model.audio_decoder.res_layers[1].training
+    assert not model.audio_decoder.res_layers[0].training
+    assert not any(module.training for module in model.audio_encoder.modules())
+
+
+def under_bf16_default():
+    @contextlib.contextmanager
+    def state():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return state()
+
+
+STATES = {
+    "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "bf16": under_bf16_default,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kind", ["accelerated", "pickled"])
+def test_models_are_built_alike_whatever_the_callers_state(nemo_file, expected, state, kind):
+    model = stock_model(nemo_file) if kind == "accelerated" else pickle.dumps(ours(nemo_file))
+    with STATES[state]():
+        model = accelerate(model) if kind == "accelerated" else pickle.loads(model)
+    assert torch.equal(tokens_of(model), expected)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def other_codebook(state):
+    return state | {"vector_quantizer.fsqs.3.num_levels": state["vector_quantizer.fsqs.3.num_levels"].roll(1, 1)}
+
+
+STRANGE = {
+    "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass what is under that name"),
+    "number": (lambda state: state | {"audio_encoder.epoch": 5}, "audio_encoder.epoch, but int"),
+    "numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, "but ndarray"),
+    "meta": (lambda state: {key: value.to("meta") for key, value in state.items()}, "but a meta tensor"),
+    "name": (lambda state: state | {5: torch.zeros(1)}, "has 5 for a name"),
+    "none": (lambda state: None, "is NoneType"),
+    "path": (lambda state: "codec.nemo", "is str"),
+    "list": (lambda state: list(state.items()), "is list"),
+    "empty": (lambda state: {}, "lacks weights"),
+    "levels": (other_codebook, "of another codec: vector_quantizer.fsqs.3.num_levels"),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_what_is_no_state_dict_of_this_codec_is_named_and_changes_nothing(nemo_file, expected, strange):
+    change, message = STRANGE[strange]
+    model = ours(nemo_file)
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(change(model.state_dict()))
+    assert torch.equal(tokens_of(model), expected)
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"])
+def test_names_of_any_wrapper_are_understood(nemo_file, expected, wrapper):
+    state = ours(nemo_file).state_dict()
+    model = AudioCodecModel(OmegaConf.create(codec_config())).eval()
+    model.load_state_dict(
+        {f"{wrapper}.{key}".replace("res_layers.", f"res_layers.{wrapper}."): value for key, value in state.items()}
+    )
+    assert torch.equal(tokens_of(model), expected)
+
+
+def test_streams_of_one_model_are_pushed_together(nemo_file):
+    model = ours(nemo_file)
+    streams = [model.codec.stream_encoder() for _ in range(2)]
+    given = push_encoders(streams, list(AUDIO.numpy()))
+    assert torch.equal(torch.from_numpy(given[0]), tokens_of(model)[0, :, : given[0].shape[1]])
+    codec = model.codec
+    assert copy.copy(model).codec is not codec and copy.deepcopy(model).codec.encoder is not codec.encoder
+    model.audio_encoder = copy.deepcopy(model.audio_encoder)
+    assert model.codec is not codec and model.codec.encoder is model.audio_encoder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("folder.nemo", "is a folder"), ("file/codec.nemo", "cannot be written")]
+)
+def test_a_path_that_cannot_be_written_is_named(nemo_file, tmp_path, name, message):
+    (tmp_path / "folder.nemo").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        ours(nemo_file).save_to(str(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.nemo"]
+
+
+@pytest.mark.parametrize("path", ["", None, 5, b"codec.nemo"])
+def test_what_is_no_path_is_named(nemo_file, path):
+    with pytest.raises(CheckpointError, match="save_path is"):
+        ours(nemo_file).save_to(path)
 
 
 def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expected):

@@ -10,8 +10,9 @@ from nemo_lfr.errors import CheckpointError, clip
 
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
-# What `torch.compile` and `DistributedDataParallel` put into the name of each weight of the module that they wrap.
-WRAPPERS = frozenset(("_orig_mod", "module"))
+# What `torch.compile`, `DistributedDataParallel`, FSDP and activation checkpointing put into the name of each weight
+# of the module that they wrap.
+WRAPPERS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 Value = TypeVar("Value")
 
