@@ -27,7 +27,7 @@ MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
 # Floating-point recordings overshoot 1 a little; 16-bit numbers that were not divided go far beyond.
 MAX_PEAK = 64.0
 # Formats that libsndfile reads, of which FFmpeg knows more codecs and repairs more.
-DISPUTED = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff")
+DISPUTED = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
 # Numbers read at once, over all channels: a header that tells a million Hz and channels must not take the memory.
 MAX_BLOCK = 1 << 24
 

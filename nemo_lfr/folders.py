@@ -53,7 +53,15 @@ SOUND_SUFFIXES = frozenset(
     }
 )
 # Containers and codecs that need the extra `media`; without it, reading one says so.
-MEDIA_SUFFIXES = frozenset([".m4a", ".m4b", ".mp4", ".webm", ".weba", ".aac", ".wma", ".amr", ".3gp", ".mka"])
+# Not .ts, which is as often source code.
+MEDIA_SUFFIXES = frozenset(
+    {
+        *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".3g2", ".webm", ".weba", ".mka", ".mkv"),
+        *(".aac", ".adts", ".wma", ".wmv", ".asf", ".amr", ".awb", ".avi", ".flv", ".ac3", ".eac3", ".ec3", ".dts"),
+        *(".wv", ".tta", ".ape", ".mpc", ".tak", ".thd", ".mlp", ".latm", ".loas", ".ra", ".rm", ".spx", ".ogv"),
+        *(".ogx", ".mpg", ".mpeg", ".vob", ".dsf", ".dff", ".qcp", ".sox", ".shn", ".nut", ".oma", ".aa3"),
+    }
+)
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
 # What operating systems, network drives and notebooks leave, in lower case; hidden names are passed over anyway.
 SYSTEM_FOLDERS = frozenset(

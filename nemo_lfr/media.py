@@ -1,4 +1,4 @@
-"""Audio of containers that libsndfile does not read (MP4, WebM, ASF, AMR, AAC ...), decoded by FFmpeg through PyAV."""
+"""Audio of containers that libsndfile does not read (MP4, WebM, ASF, AAC, AC-3, WavPack ...), decoded by FFmpeg."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -8,10 +8,20 @@ import numpy as np
 from nemo_lfr.errors import AudioError, MissingExtraError, clip
 
 # FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
-DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg"
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg,"
+    "ac3,eac3,dts,dtshd,wv,tta,ape,mpc,mpc8,tak,truehd,mlp,loas,rm,nut,dsf,iff,qcp,sox,nistsphere,shn,xwma,oma,voc"
+)
 
-# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams.
-_MAGIC = (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba")
+# Demuxers of bare frames, whose duration FFmpeg estimates from the bit rate of the first ones.
+_ESTIMATED = {"aac", "ac3", "eac3", "dts", "dtshd", "loas", "mp3", "truehd", "mlp", "amr"}
+# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with files of their own.
+_MAGIC = (
+    *(b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba"),
+    *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"DTSHDHDR", b"wvpk", b"TTA1", b"TTA2", b"MAC ", b"MP+", b"MPCK", b"tBaK"),
+    *(b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF", b"nut/multimed", b"DSD ", b"FRM8", b".SoX", b"XoS.", b"ajkg"),
+    *(b"ea3", b"EA3"),
+)
 
 
 def looks_like_media(head: bytes) -> bool:
@@ -19,7 +29,8 @@ def looks_like_media(head: bytes) -> bool:
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
         or head.startswith(_MAGIC)
-        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+        or (head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"QLCM", b"XWMA"))
+        or head[4:8] in (b"\xf8\x72\x6f\xba", b"\xf8\x72\x6f\xbb")  # TrueHD, MLP
         or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
     )
 
@@ -76,7 +87,8 @@ class MediaDecoder:
             if isinstance(error, AudioError):
                 raise
             raise AudioError(_reason(error)) from error
-        self._expected = self._container.duration  # microseconds, or None
+        is_known = self._container.format.name not in _ESTIMATED
+        self._expected = self._container.duration if is_known else None  # microseconds
         self._blocks = self._decode(track)
         self._waiting = np.zeros((0, self.channels), np.float32)
         self._position = 0

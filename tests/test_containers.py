@@ -87,6 +87,16 @@ def caf(length):
     return patched(data, (data.index(b"data") + 4, struct.pack(">q", length)))
 
 
+def voc(pieces):
+    """As FFmpeg writes it: the samples in blocks of their own."""
+    blocks = []
+    for index, piece in enumerate(pieces):
+        fields = b"" if index else struct.pack("<IBBHI", RATE, 16, 1, 4, 0)
+        size = len(fields) + len(piece)
+        blocks.append(bytes([2 if index else 9]) + size.to_bytes(3, "little") + fields + piece)
+    return written(format="VOC", subtype="PCM_16")[:26] + b"".join(blocks) + b"\0"
+
+
 SIZE = 2 * len(WAVE)
 LIKE_A_NAME = b"abcd\xff\x7f\xff\x7f"
 LIKE_A_CHUNK = b"abcd\x10\0\0\0"
@@ -132,6 +142,7 @@ WHOLE = {
     "SPHERE": written(format="NIST"),
     "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
     "VOC": written(format="VOC", subtype="PCM_16"),
+    "VOC in several blocks": voc([pcm()[:3000], pcm()[3000:9000], pcm()[9000:]]),
     "8SVX": written(format="SVX"),
     "AVR": written(format="AVR"),
     "data size of a quarter, then bytes like a name": wav(

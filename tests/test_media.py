@@ -22,6 +22,15 @@ MADE = {
     "wma": ["-c:a", "wmav2"],
     "mov": ["-c:a", "pcm_s16le"],
     "ts": ["-c:a", "mp2"],
+    "ac3": ["-c:a", "ac3", "-ar", "44100"],
+    "eac3": ["-c:a", "eac3", "-ar", "44100"],
+    "dts": ["-c:a", "dca", "-strict", "-2", "-ar", "44100"],
+    "wv": ["-c:a", "wavpack"],
+    "tta": ["-c:a", "tta"],
+    "avi": ["-c:a", "pcm_s16le"],
+    "flv": ["-c:a", "aac"],
+    "mkv": ["-c:a", "aac"],
+    "rm": ["-c:a", "ac3", "-ar", "44100"],
 }
 
 
@@ -57,7 +66,7 @@ def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
     assert 0 <= len(wave) - len(expected) <= 2048
     size = len(expected) - 2048
     lag = int(np.argmin([np.abs(wave[at : at + 2000] - expected[:2000]).sum() for at in range(2049)]))
-    assert lag == 0 or suffix in ("aac", "webm", "ts")
+    assert lag == 0 or suffix in ("aac", "webm", "ts", "flv", "mkv")
     np.testing.assert_allclose(wave[lag : lag + size], expected[:size], rtol=0, atol=1e-4)
     assert np.array_equal(read(path, native, data=path.read_bytes()), wave)
     with AudioReader(path, native) as reader:
@@ -65,7 +74,7 @@ def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
         assert np.array_equal(reader.segment(0.2, 0.1), wave[int(0.2 * native) :][: -(-native // 10)])
 
 
-@pytest.mark.parametrize("suffix", ["m4a", "webm", "wma"])
+@pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"])
 def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
     pytest.importorskip("av")
     path = made(tmp_path, suffix)
@@ -96,11 +105,44 @@ def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix
         read(tmp_path / "a")
 
 
-def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path):
-    data = made(tmp_path, "m4a").read_bytes()
-    (tmp_path / "b.m4a").write_bytes(data + data)
-    with pytest.raises(AudioError, match=r"b\.m4a: holds several recordings"):
-        read(tmp_path / "b.m4a")
+@pytest.mark.parametrize("second", ["itself", "WAV"])
+@pytest.mark.parametrize("suffix", ["m4a", "webm", "mkv", "wma", "wv", "tta", "avi", "flv", "aac"])
+def test_joined_media_files_are_read_whole_or_refused(tmp_path, suffix, second):
+    pytest.importorskip("av")
+    data = made(tmp_path, suffix).read_bytes()
+    path = tmp_path / f"b.{suffix}"
+    path.write_bytes(data + (data if second == "itself" else (tmp_path / "source.wav").read_bytes()))
+    try:
+        assert abs(len(read(path)) - 2 * len(read(tmp_path / f"a.{suffix}"))) <= 2048 and second == "itself"
+    except AudioError as error:
+        assert "b." in str(error) and ("holds several recordings" in str(error) or "was cut short" in str(error))
+
+
+@pytest.mark.parametrize("options", [[], ["-movflags", "frag_keyframe+empty_moov"]])
+def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path, options):
+    made(tmp_path, "mov")
+    data = ffmpeg("-i", tmp_path / "a.mov", "-c:a", "aac", *options, tmp_path / "b.mp4")
+    data = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data + data)
+    with pytest.raises(AudioError, match=r"b\.mp4: holds several recordings"):
+        read(tmp_path / "b.mp4")
+
+
+def test_the_length_of_aac_is_not_estimated_from_its_quiet_start(tmp_path):
+    pytest.importorskip("av")
+    noise = 0.3 * np.random.default_rng(0).standard_normal(3 * RATE).clip(-3, 3)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([np.zeros(3 * RATE), noise]), RATE)
+    ffmpeg("-i", tmp_path / "a.wav", tmp_path / "a.aac")
+    assert 0 <= len(read(tmp_path / "a.aac")) - 6 * RATE <= 3 * 1024
+
+
+def test_aac_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(tmp_path, caplog):
+    pytest.importorskip("av")
+    data = made(tmp_path, "aac").read_bytes()
+    whole = read("a.aac", data=data)
+    part = read("a.aac", data=data[:-20])
+    assert len(part) == len(whole) - 1024 and np.array_equal(part, whole[: len(part)])
+    assert "a.aac: ends within a frame" in caplog.text
 
 
 @pytest.mark.parametrize("codec", ["flac", "libspeex"])

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 from typing import BinaryIO
 
-from nemo_lfr.containers import boxes, flac, older, rare
+from nemo_lfr.containers import boxes, flac, older, parts, rare
 from nemo_lfr.containers.flac import flac_streams
 from nemo_lfr.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
 from nemo_lfr.containers.magic import after_id3
@@ -52,10 +52,18 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (rare.is_mat4, rare.mat4_streams),
     (rare.is_mat5, rare.mat5_streams),
     (rare.is_sds, rare.sds_streams),
+    (rare.is_sox, rare.sox_streams),
     (rare.is_htk, rare.htk_streams),
     (boxes.is_matroska, boxes.matroska_streams),
     (boxes.is_mp4, boxes.mp4_streams),
     (boxes.is_transport, boxes.transport_streams),
+    (parts.is_avi, parts.avi_streams),
+    (parts.is_asf, parts.asf_streams),
+    (parts.is_flv, parts.flv_streams),
+    (parts.is_amr, parts.amr_streams),
+    (parts.is_wavpack, parts.wavpack_streams),
+    (parts.is_tta, parts.tta_streams),
+    (parts.is_adts, parts.adts_streams),
     (is_mpeg, mpeg_streams),
 )
 

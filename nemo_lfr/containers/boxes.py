@@ -6,6 +6,7 @@ FFmpeg reads what is there of a file that was cut short, and the first of severa
 import re
 import struct
 
+from nemo_lfr.containers.joined import next_file
 from nemo_lfr.containers.stream import JOINED, Stream, Window, cut_short, whole_file
 
 _BOX_NAME = re.compile(rb"[A-Za-z0-9]{3}[A-Za-z0-9 ]")
@@ -29,7 +30,7 @@ def matroska_streams(window: Window) -> list[Stream]:
         head = window.at(position, 12)
         name, begin = _number(head, 0, keep=True)
         if name not in _ELEMENTS:
-            break  # padding, or damage that FFmpeg knows how to treat
+            return _followed(window, position)
         size, begin = _number(head, begin)
         if size is None:
             return [whole_file(window.size, "was cut short: its last element is not whole")]
@@ -38,6 +39,11 @@ def matroska_streams(window: Window) -> list[Stream]:
             return [whole_file(window.size, cut_short(size, window.size - position - begin))]
         position += begin + (0 if unknown or name == _SEGMENT else size)
     return [whole_file(window.size)]
+
+
+def _followed(window: Window, position: int) -> list[Stream]:
+    """Refuse another file at a position; anything else there is padding, or damage that FFmpeg knows how to treat."""
+    return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
 
 
 def _width(name: int) -> int:
@@ -64,8 +70,10 @@ def mp4_streams(window: Window) -> list[Stream]:
     position, indexes = 0, 0
     while position + 8 <= window.size:
         size, name = struct.unpack(">I4s", window.at(position, 8))
-        if not _BOX_NAME.fullmatch(name):
+        if not _BOX_NAME.fullmatch(name) and not indexes:
             break
+        if not _BOX_NAME.fullmatch(name):
+            return _followed(window, position)
         if size == 1 and position + 16 <= window.size:
             size = struct.unpack(">Q", window.at(position + 8, 8))[0]
         if size == 0:  # up to the end

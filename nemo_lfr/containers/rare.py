@@ -1,4 +1,4 @@
-"""Compare the sizes of formats with small fixed headers: IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, HTK.
+"""Compare the sizes of formats with small fixed headers: IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX.
 
 libsndfile reads a truncated file of these up to its end, without an error. IRCAM, PAF and PVF store no length: only a
 sample or block that is not whole shows that one of them was cut.
@@ -10,6 +10,7 @@ import struct
 from nemo_lfr.containers.joined import compare_size
 from nemo_lfr.containers.stream import (
     HEADER_CUT,
+    JOINED,
     UNKNOWN_BYTES,
     Stream,
     Window,
@@ -28,7 +29,7 @@ _MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes of a number by the tens of a matrix's 
 _MAT5, _MAT5_HEADER = b"MATLAB 5.0 MAT-file", 128
 _MAT5_MATRIX = 14  # kind of element
 _SDS_HEADER, _SDS_PACKET, _SDS_BYTES = 21, 127, 120  # header, packet, and the packet's bytes of samples
-_HTK_HEADER = 12
+_HTK_HEADER, _SOX_HEADER = 12, 32
 
 
 def is_ircam(head: bytes, _: Window) -> bool:
@@ -181,6 +182,18 @@ def sds_streams(window: Window) -> list[Stream]:
     return compare_size(window, _SDS_HEADER, packets * _SDS_PACKET)
 
 
+def is_sox(head: bytes, _: Window) -> bool:
+    return head[:4] in (b".SoX", b"XoS.")
+
+
+def sox_streams(window: Window) -> list[Stream]:
+    order = "<" if window.at(0, 1) == b"." else ">"
+    if window.size < _SOX_HEADER:
+        return [whole_file(window.size, HEADER_CUT)]
+    size, count = struct.unpack(f"{order}IQ", window.at(4, 12))
+    return compare_size(window, 4 + size, 4 * count)
+
+
 def is_htk(head: bytes, _: Window) -> bool:
     """No magic, but samples of 2 bytes that are a waveform, with a period (in 100 ns) that audio has."""
     return head[8:12] == b"\0\x02\0\0" and 10 <= int.from_bytes(head[4:8], "big") <= 100_000
@@ -191,6 +204,8 @@ def htk_streams(window: Window) -> list[Stream]:
 
 
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
-    """Describe a file whose header stores no length: it must end with a whole sample or block."""
+    """Describe a file whose header stores no length: it no other may follow, and it ends with a whole sample."""
+    if window.find(window.at(0, 16), start) >= 0:
+        return [whole_file(window.size, JOINED)]
     rest = (window.size - start) % block if 0 < block < UNKNOWN_BYTES else 0
     return [whole_file(window.size, "was cut short: its last sample is not whole" if rest else None)]
