@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.pretrained import embedded_checkpoint
-from nemo_lfr.training import spectra
+from nemo_lfr.signal import spectra
 from nemo_lfr.training.steps import Average
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo

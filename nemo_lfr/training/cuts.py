@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_lfr.corpus.cut_audio import forbid_programs, read_cut
 from nemo_lfr.errors import AudioError, ConfigError, clip
+from nemo_lfr.training.careful import careful_iterators
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def cut_loader(
         loader.shard_seed = 0  # NeMo shuffles the shards of a Shar folder even so
     else:
         loader.min_duration = arguments["segment_duration"]
-    return get_lhotse_dataloader_from_config(
-        config=loader, global_rank=global_rank, world_size=world_size, dataset=dataset
-    )
+    with careful_iterators():
+        return get_lhotse_dataloader_from_config(
+            config=loader, global_rank=global_rank, world_size=world_size, dataset=dataset
+        )
