@@ -61,6 +61,7 @@ from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
 from nemo_lfr.codec.gpu.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.codec.residual import ResidualLayer
+from nemo_lfr.codec.torch_backend import TorchBackend
 
 PACKED = ROOT / ".gpu_inputs.pt"
 RATE, FRAME = 22050, 1024
@@ -213,11 +214,11 @@ def full_size(bench: Bench) -> tuple[Codec, Stock]:
     decoder = HiFiGANDecoder(32, (8, 8, 4, 2, 2), 64 if small else 1024, 7, 3)
     quantizer = GroupFiniteScalarQuantizer(8, [8, 7, 6, 6])
     parts = [part.to(bench.device).eval().requires_grad_(False) for part in (encoder, quantizer, decoder)]
-    return Codec(*parts, RATE), Stock(*parts)  # type: ignore[arg-type]
+    return Codec(TorchBackend(*parts, RATE)), Stock(*parts)  # type: ignore[arg-type]
 
 
 def with_precision(codec: Codec, precision: str) -> Codec:
-    return Codec(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision)
+    return Codec(TorchBackend(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision))
 
 
 def clip(seconds: float, device: torch.device, batch: int = 1) -> torch.Tensor:
@@ -324,7 +325,7 @@ def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     """The embedded codec and clips [T_audio] of speech, on the CPU."""
     if folder is None and PACKED.exists():
         held = torch.load(PACKED, weights_only=False)
-        return Codec(*held["parts"], held["sample_rate"]), held["clips"]
+        return Codec(TorchBackend(*held["parts"], held["sample_rate"])), held["clips"]
     return _load_speech(folder)
 
 
@@ -377,11 +378,13 @@ def speech(bench: Bench, folder: Path | None) -> None:
     try:
         CHOICES.only = "library"
         for precision in PRECISIONS:
-            report(precision, Codec(*moved, codec.sample_rate, precision=precision))
+            report(precision, Codec(TorchBackend(*moved, codec.sample_rate, precision=precision)))
     finally:
         CHOICES.only = None
     if bench.on_gpu:  # other parts have engines of their own
-        report("bf16, fused where faster", Codec(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
+        report(
+            "bf16, fused where faster", Codec(TorchBackend(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
+        )
     print("\nalone: tokens of the first clips that differ between the batch and each clip alone")
     stock = Stock(*moved)
     one = batch[:1, : lengths[0] // FRAME * FRAME].to(bench.device)

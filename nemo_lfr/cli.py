@@ -37,7 +37,6 @@ from nemo_lfr.options import UserPath
 from nemo_lfr.terminal import lead_nowhere, note, progress, show
 
 if TYPE_CHECKING:
-    from nemo_lfr.codec.base import BaseCodec
     from nemo_lfr.codec.codec import Codec
 
 OUTPUT_KINDS = ("wav", "flac")
@@ -334,7 +333,7 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
     import numpy as np
 
     from nemo_lfr.audio import AudioReader
-    from nemo_lfr.codec.base import to_numpy
+    from nemo_lfr.codec.arrays import to_numpy
     from nemo_lfr.tokens.format import TokenWriter
 
     started = time.perf_counter()
@@ -432,10 +431,11 @@ def _describe_audio(path: Path) -> dict[str, Any]:
 
 
 def _describe_codec(text: str | None) -> dict[str, Any]:
-    from nemo_lfr.pretrained import find_checkpoint, is_exported, load
+    from nemo_lfr.codec.backends import is_exported
+    from nemo_lfr.pretrained import find_checkpoint, load
 
     codec = load(text, "cpu")
-    if is_exported(text):
+    if text is not None and is_exported(text):
         return {"ONNX files": codec.name} | _layout(codec)
     path = find_checkpoint(text)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (codec.encoder, codec.decoder)]
@@ -448,18 +448,19 @@ def _describe_codec(text: str | None) -> dict[str, Any]:
     } | _layout(codec)
 
 
-def _layout(codec: "BaseCodec[Any]") -> dict[str, Any]:
+def _layout(codec: "Codec[Any]") -> dict[str, Any]:
+    spec = codec.spec
+    contexts = {"encoder": codec.encoder.context, "decoder": codec.decoder.context}
     return {
-        "sample rate": codec.sample_rate,
-        "samples per frame": codec.samples_per_frame,
-        "frame rate": round(codec.frame_rate, 3),
-        "codebooks": codec.num_codebooks,
-        "codebook size": codec.codebook_size,
-        "levels": list(codec.levels),
-        "bit rate": round(codec.bit_rate, 1),
-        "encoder context frames": [codec.encoder.context.past, codec.encoder.context.future],
-        "decoder context frames": [codec.decoder.context.past, codec.decoder.context.future],
-        "fingerprint": codec.fingerprint,
+        "sample rate": spec.sample_rate,
+        "samples per frame": spec.samples_per_frame,
+        "frame rate": round(spec.frame_rate, 3),
+        "codebooks": spec.num_codebooks,
+        "codebook size": spec.codebook_size,
+        "levels": list(spec.levels),
+        "bit rate": round(spec.bit_rate, 1),
+        **{f"{name} context frames": [context.past, context.future] for name, context in contexts.items()},
+        "fingerprint": spec.fingerprint,
     }
 
 

@@ -31,9 +31,11 @@ from nemo_lfr.checkpoint import (
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as, unwrapped
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, clip
 from nemo_lfr.locate import expand_home, locate_checkpoint, looks_local
-from nemo_lfr.pretrained import ALIASES, choose_device, find_checkpoint
+from nemo_lfr.pretrained import ALIASES, find_checkpoint
 
 try:
     import wrapt
@@ -147,14 +149,14 @@ class LFRCodecModel(TrainingSteps):
     # Inference.
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> Codec[torch.Tensor]:
         """The light door on this model's own modules."""
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
         kept, codec = self.__dict__.get("_codec", (None, None))
         # The same object as long as it is of the same modules: streams of one codec can be pushed together.
         if kept != made_of:
-            codec = Codec(encoder, quantizer, decoder, self.sample_rate)  # type: ignore[arg-type]
+            codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
             self.__dict__["_codec"] = made_of, codec
         return codec
 

@@ -1,28 +1,25 @@
 """Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
 
 import contextlib
-import gc
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
 from nemo_lfr.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
-from nemo_lfr.onnx import DECODER, ENCODER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
-
-    from nemo_lfr.codec.codec import Codec
-    from nemo_lfr.onnx.codec import OnnxCodec
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_BACKEND = "torch"
 LFR = "nvidia/low-frame-rate-speech-codec-22khz"
 # Names that a card or a tutorial uses, and the Hub repository each stands for.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
@@ -116,52 +113,6 @@ def _download(repository: str, refresh: bool) -> Path:
         ) from error
 
 
-def choose_device(device: "str | torch.device | None") -> "torch.device":
-    """The device asked for, or a GPU if there is one.
-
-    Raises:
-        NemoLfrError: if the device is unknown or not there.
-    """
-    import torch
-
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all that it was built with
-        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {reason}") from error
-    if chosen.type == "meta":
-        raise NemoLfrError("device 'meta' holds no numbers to compute with; use 'cpu' or 'cuda'.")
-    return chosen
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Importing PyTorch makes objects that stay; to look for dead ones among them takes a seventh of the time."""
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        if not gc.get_freeze_count():
-            # Into the oldest generation, unseen: the next collection would go through all of them.
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()
-
-
-def is_exported(source: str | os.PathLike[str] | None) -> bool:
-    """Whether `source` is a folder of ONNX files."""
-    if source is None:
-        return False
-    folder = os.path.expanduser(source)
-    return any(os.path.isfile(os.path.join(folder, name)) for name in (ENCODER, DECODER))
-
-
 @overload
 def load(
     source: str | os.PathLike[str] | None = ...,
@@ -169,7 +120,7 @@ def load(
     precision: str = ...,
     *,
     backend: Literal["torch"] | None = ...,
-) -> "Codec": ...
+) -> "Codec[torch.Tensor]": ...
 
 
 @overload
@@ -179,7 +130,17 @@ def load(
     precision: str = ...,
     *,
     backend: Literal["onnx"],
-) -> "OnnxCodec": ...
+) -> "Codec[np.ndarray]": ...
+
+
+@overload
+def load(
+    source: str | os.PathLike[str] | None = ...,
+    device: "str | torch.device | None" = ...,
+    precision: str = ...,
+    *,
+    backend: str,
+) -> Codec[Any]: ...
 
 
 def load(
@@ -188,66 +149,38 @@ def load(
     precision: str = "fp32",
     *,
     backend: str | None = None,
-) -> "Codec | OnnxCodec":
+) -> Codec[Any]:
     """Load a codec for inference.
 
-    The checkpoint's keys and shapes are judged at once; the numbers of the encoder and of the decoder are read when
+    A checkpoint's keys and shapes are checked at once; the weights of the encoder and of the decoder are read when
     each is first needed, and raise CheckpointError then if they are damaged.
 
     Args:
         source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
             for the small codec inside the package.
         device: where to run; a GPU if there is one, else the CPU.
-        precision: "fp32", "tf32", "bf16" or "fp16"; see `Codec`.
-        backend: "torch" or "onnx"; what `source` is for, if not given. With "onnx", torch is not imported.
+        precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
+        backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); what `source`
+            is for, if not given. With "onnx", torch is not imported.
 
     Raises:
         CheckpointError: if the checkpoint cannot be found or read.
         NemoLfrError: for an unknown device, precision or backend.
         MissingExtraError: where PyTorch, or for ONNX files ONNX Runtime, is not installed.
     """
-    exported = is_exported(source)
-    if backend not in (None, "torch", "onnx"):
-        raise NemoLfrError(f"backend {backend!r} is unknown; use 'torch' or 'onnx'.")
-    if backend == "onnx" and not exported:
+    path = Path(os.path.expanduser(source)) if source else None
+    owner = None if path is None else backend_of(path)
+    chosen = backend or owner or DEFAULT_BACKEND
+    opener = find_opener(chosen)
+    if opener.accepts is None and owner is not None:
         raise NemoLfrError(
-            f"backend 'onnx' runs a folder with {ENCODER} and {DECODER}, which {source} is not; write one with "
-            "nemo-lfr export onnx --out FOLDER."
+            f"{source}: {find_opener(owner).model}; backend {chosen!r} needs the checkpoint that it was made from."
         )
-    if backend == "torch" and exported:
-        raise NemoLfrError(f"{source}: a folder of ONNX files; backend 'torch' needs the checkpoint they are from.")
-    if exported:
-        from nemo_lfr.onnx.codec import OnnxCodec
-
-        assert source is not None
-        if precision != "fp32":
-            raise NemoLfrError(f"precision {precision!r}: ONNX files run in fp32.")
-        return OnnxCodec(os.path.expanduser(source), None if device is None else str(device))
-    with _collector_at_rest():
-        try:
-            import torch
-        except ImportError as error:
-            raise MissingExtraError(
-                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-                "`nemo-lfr export onnx` can be used."
-            ) from error
-        from nemo_lfr.checkpoint import Checkpoint
-        from nemo_lfr.codec.ambient import building_state
-        from nemo_lfr.codec.codec import PRECISIONS, Codec
-
-    if precision not in PRECISIONS:
-        raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
-    chosen = choose_device(device)
-    with building_state(torch.device("cpu")):
-        checkpoint = Checkpoint(find_checkpoint(source))
-        parts = checkpoint.parts
-        return Codec(
-            parts.encoder,
-            parts.quantizer.to(chosen),
-            parts.decoder,
-            parts.sample_rate,
-            precision=precision,
-            name="the embedded codec" if source is None else os.fspath(source),
-            device=chosen,
-            checkpoint=checkpoint,
-        )
+    if opener.accepts is not None and (path is None or not opener.accepts(path)):
+        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {source} is not; {opener.advice}.")
+    options = OpenOptions("the embedded codec" if source is None else os.fspath(source), device, precision)
+    if opener.check is not None:
+        opener.check(options)
+    if path is None or opener.accepts is None:
+        path = find_checkpoint(source)
+    return Codec(opener.open(path, options))

@@ -12,35 +12,73 @@ its streams as it was.
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from nemo_lfr.codec.ambient import check_weights
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.finite import quantize, to_audio
+from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
 
-if TYPE_CHECKING:
-    from nemo_lfr.codec.codec import Codec
+
+class StreamModules(Protocol):
+    """What streams compute with: a backend of PyTorch modules."""
+
+    @property
+    def name(self) -> str:
+        """Where the weights came from, for messages."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the modules are."""
+
+    @property
+    def encoder(self) -> HiFiGANEncoder:
+        """Audio -> encoded frames."""
+
+    @property
+    def quantizer(self) -> FiniteScalarQuantizer | GroupFiniteScalarQuantizer:
+        """Encoded frames <-> tokens."""
+
+    @property
+    def decoder(self) -> HiFiGANDecoder:
+        """Dequantized frames -> audio."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which modules run at the codec's precision."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context that keeps the caller's settings away."""
 
 
 class _Stream:
     """What both directions share: frames in, results out, in order and once.
 
     Args:
-        codec: whose parts compute; a codec serves any number of streams.
+        codec: checks arguments and results; a codec serves any number of streams.
+        modules: of the codec's backend.
         lookahead: frames that a result may wait for; None for all that it depends on.
     """
 
     def __init__(
-        self, codec: "Codec", context: int, min_frames: int, items: tuple[int, int], lookahead: int | None
+        self,
+        codec: Codec[torch.Tensor],
+        modules: StreamModules,
+        context: int,
+        min_frames: int,
+        items: tuple[int, int],
+        lookahead: int | None,
     ) -> None:
         if lookahead is not None and (isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0):
             raise NemoLfrError(f"lookahead {lookahead!r} is not a number of frames; use 0 to {context}, or None.")
-        self.codec = codec
+        self.codec, self.modules = codec, modules
         self.delay_frames = context if lookahead is None else min(lookahead, context)
         self.exact = self.delay_frames == context
         self._min_frames = min_frames
@@ -75,10 +113,10 @@ class _Stream:
 class StreamEncoder(_Stream):
     """Audio of one recording in, tokens out. Made by `Codec.stream_encoder`."""
 
-    def __init__(self, codec: "Codec", lookahead: int | None = None) -> None:
-        encoder = codec.encoder
+    def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
+        encoder = modules.encoder
         items = codec.samples_per_frame, 1
-        super().__init__(codec, encoder.context.future, encoder.min_frames, items, lookahead)
+        super().__init__(codec, modules, encoder.context.future, encoder.min_frames, items, lookahead)
         self._rest = np.zeros(0, np.float32)  # samples of a frame that is not whole
         self.num_samples = 0
 
@@ -116,7 +154,7 @@ class StreamEncoder(_Stream):
             raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
         if not len(samples):
             return np.zeros(0, np.float32)
-        return self.codec.check_audio(samples, None)[0][0].cpu().numpy()
+        return self.codec.check_audio(samples)[0][0].cpu().numpy()
 
     def _has_frame(self, num_samples: int) -> bool:
         """Whether so many samples more complete a frame."""
@@ -135,10 +173,10 @@ class StreamEncoder(_Stream):
 class StreamDecoder(_Stream):
     """Tokens of one recording in, audio out. Made by `Codec.stream_decoder`."""
 
-    def __init__(self, codec: "Codec", lookahead: int | None = None) -> None:
-        decoder = codec.decoder
+    def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
+        decoder = modules.decoder
         items = 1, codec.samples_per_frame
-        super().__init__(codec, decoder.context.future, decoder.min_frames, items, lookahead)
+        super().__init__(codec, modules, decoder.context.future, decoder.min_frames, items, lookahead)
 
     @property
     def _dim(self) -> int:
@@ -185,7 +223,7 @@ class StreamDecoder(_Stream):
         self._check_open()
         if np.ndim(tokens) != 2:
             raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
-        return self.codec.check_tokens(tokens, None)[0][0]
+        return self.codec.check_tokens(tokens)[0][0]
 
     def _has_frame(self, num_frames: int) -> bool:
         return num_frames > 0
@@ -193,7 +231,7 @@ class StreamDecoder(_Stream):
     def _take(self, tokens: torch.Tensor) -> torch.Tensor:
         """Dequantized frames [1, D, k] of tokens [C, k]."""
         self._num_in += tokens.shape[1]
-        return self.codec.quantizer.decode(tokens[:, None])
+        return self.modules.quantizer.decode(tokens[:, None])
 
 
 @contextmanager
@@ -214,7 +252,7 @@ def _in_turn(streams: Sequence[_Stream]) -> Iterator[None]:
         before = [dict(vars(stream)) for stream in streams]
         states = [dict(stream._state) for stream in streams]
         try:
-            with streams[0].codec.computing():
+            with streams[0].modules.computing():
                 yield
         except BaseException:
             for stream, attributes, state in zip(streams, before, states, strict=True):
@@ -290,25 +328,25 @@ def _take_turn(
 
 
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
-    codec = streams[0].codec
-    check_weights(codec.encoder, f"the encoder of {codec.name}")
+    codec, modules = streams[0].codec, streams[0].modules
+    check_weights(modules.encoder, f"the encoder of {modules.name}")
 
     def step(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
-        with codec.autocast():
-            encoded = codec.encoder.run(StreamOps(state, last), audio.unsqueeze(1).to(codec.device))
-        return quantize(codec.quantizer, encoded.float())  # [B, C, k]
+        with modules.autocast():
+            encoded = modules.encoder.run(StreamOps(state, last), audio.unsqueeze(1).to(modules.device))
+        return quantize(modules.quantizer, encoded.float())  # [B, C, k]
 
     return _advance(streams, inputs, last, step, codec.check_encoded)
 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
-    codec = streams[0].codec
-    check_weights(codec.decoder, f"the decoder of {codec.name}")
+    codec, modules = streams[0].codec, streams[0].modules
+    check_weights(modules.decoder, f"the decoder of {modules.name}")
 
     def step(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
-        decoder = codec.decoder
-        with codec.autocast():
-            hidden = decoder.run(StreamOps(state, last), dequantized.to(codec.device))
+        decoder = modules.decoder
+        with modules.autocast():
+            hidden = decoder.run(StreamOps(state, last), dequantized.to(modules.device))
             return to_audio(decoder.out_activation, hidden).squeeze(1).float()  # [B, n]
 
     return _advance(streams, inputs, last, step, codec.check_decoded)

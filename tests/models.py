@@ -9,6 +9,7 @@ import torch
 
 from nemo_lfr.checkpoint import Parts, build_parts, split_weight_norm, write_checkpoint
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.training.initialize import initialize_from_data
 
 RATE = 22050
@@ -140,7 +141,7 @@ def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
     parts = random_parts(codec_config(kind, **changes))
     for part in parts.named().values():
         part.eval().requires_grad_(False)
-    return Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)
+    return Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate))
 
 
 @torch.no_grad()
@@ -159,9 +160,10 @@ def _centre_output(parts: Parts, audio: torch.Tensor) -> None:
 cached_codec = functools.cache(build_codec)
 
 
-def same_parts(codec: Codec, **changes: Any) -> Codec:
+def same_parts(codec: Codec, *, chunk_frames: int | None = None, **changes: Any) -> Codec:
     """Another codec of the same parts."""
-    return Codec(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, **changes)
+    backend = TorchBackend(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, **changes)
+    return Codec(backend, chunk_frames=chunk_frames)
 
 
 def write_nemo(path: Path, config: dict[str, Any], seed: int = 7) -> Path:

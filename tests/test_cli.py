@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from nemo_lfr import cli
-from nemo_lfr.codec.base import CHUNK_FRAMES
+from nemo_lfr.codec.torch_backend import BATCHING
 from nemo_lfr.tokens.format import TokenReader
 from tests.models import speech_like
 
@@ -269,7 +269,7 @@ def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys,
     code, _, err = run(capsys, "decode", cut)
     assert code == 2 and "cut.lfr: it ends too early" in err and "--recover" in err
     assert run(capsys, "decode", cut, "--recover")[0] == 0
-    assert soundfile.info(tmp_path / "cut.wav").frames == CHUNK_FRAMES * 1024  # the first block
+    assert soundfile.info(tmp_path / "cut.wav").frames == BATCHING["cpu"].chunk_frames * 1024  # the first block
 
 
 def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monkeypatch):

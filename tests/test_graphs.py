@@ -7,12 +7,15 @@ import pickle
 import pytest
 import torch
 
+from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.gpu import graphs
 from nemo_lfr.codec.gpu.choice import Choices
 from nemo_lfr.codec.gpu.graphs import Captured, Engine, GraphCache, engine
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
+from nemo_lfr.codec.torch_backend import BATCHING, TorchBackend
 from nemo_lfr.codec.weights import weights_version
+from nemo_lfr.codec.windows import group_widths
 from tests.models import KINDS, build_codec, cached_codec, same_parts, speech_like
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
 
@@ -200,8 +203,10 @@ def test_a_codec_whose_engines_are_made_can_be_copied():
         assert torch.equal(copied.encode(audio)[0], expected)
 
 
-class OnGpu(Codec):
-    """A codec that goes a GPU's way on a CPU."""
+class GpuOnCpu(TorchBackend):
+    """A backend that goes a GPU's way on a CPU."""
+
+    batching = Batching(pad_multiple=16)
 
     def __init__(self, codec: Codec, precision: str = "fp32") -> None:
         super().__init__(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision)
@@ -211,19 +216,17 @@ class OnGpu(Codec):
             for part in (codec.encoder, codec.decoder)
         }
 
-    width_step = 16
+    def encode_frames(self, audio, num_frames):
+        return self.engines[self.encoder](audio, num_frames, audio.shape[1] // self.spec.samples_per_frame)
 
-    def _encode_frames(self, audio, num_frames):
-        return self.engines[self.encoder](audio, num_frames, audio.shape[1] // self.samples_per_frame)
-
-    def _decode_frames(self, tokens, num_frames):
+    def decode_frames(self, tokens, num_frames):
         return self.engines[self.decoder](tokens, num_frames, tokens.shape[2])
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_clips_of_all_lengths_have_their_own_tokens_and_audio_through_few_graphs(kind):
     codec = cached_codec(kind)
-    fast, rate = OnGpu(codec), codec.samples_per_frame
+    fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame
     frames = [2, 5, 9, 14, 16, 30]
     for _ in range(3):
         for count in frames:
@@ -233,12 +236,12 @@ def test_clips_of_all_lengths_have_their_own_tokens_and_audio_through_few_graphs
             audio = fast.decode(tokens)[0][0]
             assert (audio - reference_decode(codec, tokens)).abs().max() < 1e-5
     # One width of 16 frames and one of 32, in both directions.
-    assert fast.capture.captures == 4 and fast.capture.replays == 2 * 3 * len(frames) - 4
+    assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 3 * len(frames) - 4
 
 
 def test_batches_share_a_graph_whatever_their_lengths():
     codec = cached_codec("two_stages")
-    fast, rate = OnGpu(codec), codec.samples_per_frame
+    fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame
     for lengths in ([300, 222], [400, 301], [239, 400], [333, 400]):
         clips = [speech_like(length * rate, seed=length) for length in lengths]
         batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
@@ -246,14 +249,14 @@ def test_batches_share_a_graph_whatever_their_lengths():
         tokens, counts = fast.encode(batch, [len(clip) for clip in clips])
         for clip, row, count in zip(clips, tokens, counts.tolist(), strict=True):
             assert_same_tokens(codec, clip.numpy(), row[:, :count])
-    assert fast.capture.captures <= 4
+    assert fast.backend.capture.captures <= 4
 
 
 def test_low_precision_keeps_the_quantizer_and_the_ends_in_fp32():
     codec = cached_codec("symmetric")
     clip = speech_like(30 * 1024)
     for precision, share in (("tf32", 1.0), ("bf16", 0.6), ("fp16", 0.9)):
-        tokens = OnGpu(codec, precision).encode(clip)[0]
+        tokens = Codec(GpuOnCpu(codec, precision)).encode(clip)[0]
         agreement = float((tokens[0] == reference_encode(codec, clip.numpy())).float().mean())
         assert agreement >= share, (precision, agreement)
         plan = Plan(codec.encoder, PRECISIONS[precision], None)
@@ -265,7 +268,7 @@ def test_low_precision_keeps_the_quantizer_and_the_ends_in_fp32():
 def test_nothing_of_the_callers_modes_reaches_an_engine():
     codec = fresh_codec()
     audio = torch.randn(1, 48 * codec.samples_per_frame) / 10
-    expected = codec._encode_frames(audio, [48])
+    expected = codec.backend.encode_frames(audio, [48])
     capture = Recorder()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         run = Engine(codec.encoder, codec.quantizer, "fp32", CPU, capture)
@@ -287,18 +290,17 @@ def test_large_batches_are_launched_without_a_graph(monkeypatch):
 
 
 def test_windows_of_much_the_same_width_share_a_batch_on_a_gpu():
-    codec = same_parts(cached_codec("two_stages"))
-    codec._device = torch.device("cuda")
-    jobs = {16: ["a"], 96: ["b", "c"], 128: ["d"], 112: ["e"], 64: ["f"], 48: ["g"]}
-    assert dict(codec._grouped(jobs)) == {128: ["d", "e", "b", "c"], 64: ["f", "g"], 16: ["a"]}
-    assert list(codec._grouped({})) == []
+    widths = {16: ["a"], 96: ["b", "c"], 128: ["d"], 112: ["e"], 64: ["f"], 48: ["g"]}
+    assert BATCHING["cuda"].mix_widths
+    assert dict(group_widths(widths, mix=True)) == {128: ["d", "e", "b", "c"], 64: ["f", "g"], 16: ["a"]}
+    assert list(group_widths({}, mix=True)) == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision):
+def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision, monkeypatch):
     codec = same_parts(cached_codec("two_stages"), precision=precision)
-    codec._device = torch.device("cuda")
-    with codec.autocast():
+    monkeypatch.setattr(TorchBackend, "device", torch.device("cuda"))
+    with codec.backend.autocast():
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     assert torch.backends.cudnn.allow_tf32
 

@@ -5,6 +5,7 @@ import torch
 
 from nemo_lfr import frames, heap
 from nemo_lfr.codec import inference
+from nemo_lfr.codec.backend import Batching
 from tests.models import KINDS, cached_codec, speech_like
 
 
@@ -66,7 +67,7 @@ def test_the_width_of_the_memory_changes_no_token(monkeypatch):
     audio = speech_like(40_000)
     tokens, audio_back = codec.encode(audio)[0], None
     for step in (1, 5, 16):
-        monkeypatch.setattr(type(codec), "width_step", step)
+        monkeypatch.setattr(type(codec.backend), "batching", Batching(pad_multiple=step))
         assert torch.equal(codec.encode(audio)[0], tokens)
         found = codec.decode(tokens)[0]
         assert audio_back is None or (found - audio_back).abs().max() < 1e-6

@@ -16,6 +16,7 @@ import torch
 
 import nemo_lfr
 from nemo_lfr import AudioError, CheckpointError, NemoLfrError, TokensError, cli
+from nemo_lfr.codec.codec import Codec
 from nemo_lfr.tokens.format import TokenReader
 from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
@@ -24,7 +25,7 @@ onnx = pytest.importorskip("onnx", reason="pip install 'nemo-lfr[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'nemo-lfr[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install 'nemo-lfr[onnx]'")
 
-from nemo_lfr.onnx.codec import OnnxCodec  # noqa: E402
+from nemo_lfr.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.onnx.export import export_onnx  # noqa: E402
 
 
@@ -118,7 +119,7 @@ except nemo_lfr.NemoLfrError as error:
     root = str(nemo_lfr.__path__[0]).rpartition("/")[0]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "OnnxCodec(" in done.stdout and "pip install torch" in done.stdout
+    assert "Codec(" in done.stdout and "pip install torch" in done.stdout
     codec = nemo_lfr.load()
     wave, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
     with TokenReader(tmp_path / "a.lfr") as reader:
@@ -160,7 +161,7 @@ def test_each_codec_opens_each_of_its_files_once(embedded, monkeypatch):
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda *args, **more: opened.append(1) or session(*args, **more)
     )
-    pair = [OnnxCodec(embedded), OnnxCodec(embedded)]
+    pair = [Codec(OnnxBackend(embedded)), Codec(OnnxBackend(embedded))]
     for _ in range(3):
         for codec in pair:
             codec.decode(codec.encode(synthesize(0.2))[0])
@@ -198,7 +199,7 @@ def test_what_is_no_pair_of_ours_is_refused(embedded, tmp_path):
     with pytest.raises(NemoLfrError, match="'tpu' cannot be used here"):
         nemo_lfr.load(embedded, "tpu")
     with pytest.raises(CheckpointError, match=r"no encoder\.onnx or decoder\.onnx"):
-        OnnxCodec(tmp_path)
+        OnnxBackend(tmp_path)
     with pytest.raises(NemoLfrError, match="does not stream"):
         nemo_lfr.load(embedded).stream_encoder()
     with pytest.raises(NemoLfrError, match="exported in fp32"):

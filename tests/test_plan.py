@@ -11,6 +11,7 @@ from nemo_lfr.codec import inference, plan
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.conv import Conv1d
 from nemo_lfr.codec.plan import ModuleWeights, PackedWeights, slack, weights_of
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
 from tests.models import build_codec, cached_codec, speech_like
 
@@ -145,7 +146,7 @@ def test_training_keeps_no_plan_and_a_part_takes_its_plan_along():
 @needs_bf16
 def test_bf16_is_near_fp32(recwarn):
     parts = build_codec("symmetric", **WIDE)
-    codec = Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16")
+    codec = Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16"))
     tokens, _ = parts.encode(speech_like(30_000))
     clean, found = parts.decode(tokens)[0], codec.decode(tokens)[0]
     assert found.dtype == torch.float32 and not torch.equal(found, clean)
@@ -171,7 +172,7 @@ def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
 
 
 def test_bf16_is_refused_where_the_cpu_has_none(monkeypatch):
-    monkeypatch.setattr("nemo_lfr.codec.codec.has_bf16", lambda: False)
+    monkeypatch.setattr("nemo_lfr.codec.torch_backend.has_bf16", lambda: False)
     parts = cached_codec("symmetric")
     with pytest.raises(NemoLfrError, match="AVX512-bf16"):
-        Codec(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16")
+        Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16"))

@@ -1,316 +1,403 @@
-"""The codec in PyTorch, as a user holds it: audio in, tokens out, and back; any length, any batch."""
+"""The codec as a user holds it: audio in, tokens out, and back; any length, any batch, files and streams.
 
-import functools
-import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+Arrays are the backend's own, tensors or numpy's; nothing here imports torch.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Generic, Protocol, cast, runtime_checkable
 
 import numpy as np
-import torch
-from torch import nn
 
-from nemo_lfr.codec import inference
-from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
-from nemo_lfr.codec.base import BATCH_FRAMES, CHUNK_FRAMES, BaseCodec
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
-from nemo_lfr.codec.finite import quantize
-from nemo_lfr.codec.plan import has_bf16
-from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.codec.tracing import outside_of_graphs, refuse_tracing, refuse_wrapper
-from nemo_lfr.codec.weights import one_look, weights_version
-from nemo_lfr.errors import NemoLfrError, clip
-
-if TYPE_CHECKING:
-    from nemo_lfr.checkpoint import Checkpoint
-    from nemo_lfr.codec.gpu.graphs import Engine
-    from nemo_lfr.streaming import StreamDecoder, StreamEncoder
-
-logger = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# A GPU takes long windows and large batches, in few shapes: each costs a graph or cuDNN's search for a kernel.
-GPU_BATCH_FRAMES = 4096
-GPU_CHUNK_FRAMES = 512
-GPU_WIDTH_STEP = 16
+from nemo_lfr.audio import AudioReader, AudioWriter, check_rate, refuse_itself, resample
+from nemo_lfr.codec import arguments
+from nemo_lfr.codec.arrays import Array, to_numpy
+from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream
+from nemo_lfr.codec.compiling import outside_of_graphs
+from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.frames import num_frames
+from nemo_lfr.heap import flat
+from nemo_lfr.locate import expand_home
+from nemo_lfr.spec import CodecSpec
+from nemo_lfr.tokens.format import TokenReader, TokenWriter
 
 
-class Codec(BaseCodec[torch.Tensor]):
-    """Encoder, quantizer and decoder, used for inference. Takes numpy arrays and tensors, and gives tensors.
+class Codec(Generic[Array]):
+    """A codec over any backend. Takes numpy arrays and the backend's arrays, and returns the backend's.
+
+    Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. A batch is
+    computed clip by clip or in groups of one width, and long audio in windows that carry the context their frames
+    depend on.
 
     Args:
-        encoder: audio -> encoded frames.
-        quantizer: encoded frames <-> tokens.
-        decoder: dequantized frames -> audio.
-        sample_rate: Hz.
-        precision: "fp32", the tokens of record, without TF32 whatever PyTorch is set to; "tf32" lets a GPU's
-            convolutions drop 13 of 23 bits, as stock NeMo with PyTorch's defaults does (elsewhere it is "fp32");
-            "bf16" or "fp16" run the convolutions at that precision and change a few tokens in a hundred. FSQ is
-            fp32 always.
-        name: where the weights came from, for messages.
-        chunk_frames: frames of one chunk of long audio; the result does not depend on it. None for what suits the
-            device.
-        device: where the parts are, or will be once they are read.
-        checkpoint: what to fill encoder and decoder from, when each is first asked for; they are there if not given.
+        backend: computes whole frames.
+        chunk_frames: frames of one window of long audio; None for what suits the device.
 
-    Raises:
-        NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
+    Attributes:
+        backend: the one passed.
+        chunk_frames: may be changed at any time; the result does not depend on it.
     """
 
-    def __init__(
-        self,
-        encoder: HiFiGANEncoder,
-        quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer,
-        decoder: HiFiGANDecoder,
-        sample_rate: int,
-        *,
-        precision: str = "fp32",
-        name: str = "codec",
-        chunk_frames: int | None = None,
-        device: torch.device | None = None,
-        checkpoint: "Checkpoint | None" = None,
-    ) -> None:
-        if precision not in PRECISIONS:
-            raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
-        self._encoder, self.quantizer, self._decoder = encoder, quantizer, decoder
-        if precision == "bf16" and (device or next(decoder.parameters()).device).type == "cpu" and not has_bf16():
-            raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
-        self._device, self._checkpoint = device, checkpoint
-        self._digest: tuple[Any, str] | None = None
-        self.sample_rate = sample_rate
-        self.precision = precision
-        self.name = name
-        self.chunk_frames = chunk_frames or (GPU_CHUNK_FRAMES if self.device.type == "cuda" else CHUNK_FRAMES)
+    def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
+        self.backend = backend
+        self.chunk_frames = chunk_frames or backend.batching.chunk_frames
 
-    @functools.cached_property
-    def encoder(self) -> HiFiGANEncoder:
-        """Audio -> encoded frames; its numbers are read when it is first asked for."""
-        if self._checkpoint is not None:
-            with building_state(torch.device("cpu")):
-                self._checkpoint.fill("audio_encoder", self.device)
-        return self._encoder
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.sample_rate} Hz, {self.frame_rate:.2f} frames/s x "
+            f"{self.num_codebooks} x {self.codebook_size}, {self.bit_rate:.0f} bit/s, {self.device}, {self.precision})"
+        )
 
-    @functools.cached_property
-    def decoder(self) -> HiFiGANDecoder:
-        """Dequantized frames -> audio; its numbers are read when it is first asked for."""
-        if self._checkpoint is not None:
-            with building_state(torch.device("cpu")):
-                self._checkpoint.fill("audio_decoder", self.device)
-        return self._decoder
+    # What the tokens are.
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, in this process or another, has all numbers."""
-        return self.__dict__ | {"encoder": self.encoder, "decoder": self.decoder, "_checkpoint": None}
+    @property
+    def spec(self) -> CodecSpec:
+        """What the tokens are, fingerprint included: the record that files carry."""
+        return replace(self.backend.spec, fingerprint=self.fingerprint)
+
+    @property
+    def name(self) -> str:
+        """Where the weights came from, for messages."""
+        return self.backend.name
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second, Hz."""
+        return self.backend.spec.sample_rate
 
     @property
     def samples_per_frame(self) -> int:
-        return self._encoder.samples_per_frame
+        """Samples that one frame stands for."""
+        return self.backend.spec.samples_per_frame
 
     @property
     def num_codebooks(self) -> int:
-        return self.quantizer.num_codebooks
+        """C: tokens of one frame."""
+        return self.backend.spec.num_codebooks
 
     @property
     def levels(self) -> tuple[int, ...]:
-        return self.quantizer.levels
+        """FSQ levels of one codebook."""
+        return self.backend.spec.levels
 
     @property
-    def batch_frames(self) -> int:
-        return BATCH_FRAMES if self.device.type == "cpu" else GPU_BATCH_FRAMES
+    def precision(self) -> str:
+        """Precision that the network runs at; "fp32" gives the reference tokens."""
+        return self.backend.spec.precision
 
     @property
-    def width_step(self) -> int:
-        # oneDNN compiles kernels for every shape that it meets, which takes a third as long as to encode a sentence.
-        return {"cpu": 8, "cuda": GPU_WIDTH_STEP}.get(self.device.type, 1)
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.backend.spec.frame_rate
 
     @property
-    def device(self) -> torch.device:
-        return self._device or next(self._decoder.parameters()).device
+    def codebook_size(self) -> int:
+        """Entries of one codebook; 0 <= token < codebook_size."""
+        return self.backend.spec.codebook_size
+
+    @property
+    def bit_rate(self) -> float:
+        """Bits per second: frame_rate * num_codebooks * log2(codebook_size)."""
+        return self.backend.spec.bit_rate
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that tell which codec made tokens; see `nemo_lfr.codec.fingerprint`."""
-        settings = settings_of(self._encoder, self.quantizer, self._decoder, self.sample_rate)
-        return fingerprint(self._weights_digest(), settings)
+        """Hash of the weights and settings, 16 hex digits; empty where the backend has none."""
+        return next(iter(self.backend.fingerprints()), "")
+
+    def made(self, fingerprint: str) -> bool:
+        """Return whether tokens that carry this fingerprint, of today's kind or an older one, are this codec's."""
+        known = self.backend.fingerprints()
+        return not known or fingerprint in known
+
+    # What computes them.
 
     @property
-    def weights_fingerprint(self) -> str:
-        """The older kind of fingerprint: of the encoder's and decoder's weights alone."""
-        return self._weights_digest()[:LENGTH]
+    def device(self) -> Any:
+        """Where the network runs."""
+        return self.backend.device
 
-    def _weights_digest(self) -> str:
-        """SHA-256 of all weights, computed again when they change."""
-        with self.computing():
-            sides = [side for side in ("encoder", "decoder") if self._checkpoint is None or side in self.__dict__]
-            version = sides, weights_version(*(getattr(self, side) for side in sides))()
-            if self._digest is None or self._digest[0] != version:
-                weights = (weight for side in ("encoder", "decoder") for weight in self._numbers(side))
-                self._digest = version, weights_digest(weights)
-            return self._digest[1]
+    @property
+    def encoder(self) -> Any:
+        """The encoder: at least its `Limits`, and PyTorch's module where PyTorch computes."""
+        return self.backend.encoder
 
-    def _numbers(self, side: str) -> Iterable[tuple[str, torch.Tensor]]:
-        """Weights of the encoder or the decoder by name; those that nobody has asked for are not kept."""
-        if self._checkpoint is not None and side not in self.__dict__:
-            return self._checkpoint.numbers(f"audio_{side}")
-        return sorted(plain_state(getattr(self, side)).items())
+    @property
+    def decoder(self) -> Any:
+        """The decoder, likewise."""
+        return self.backend.decoder
 
-    # `torch.compile` of a function that calls these leaves them out of its graphs.
+    @property
+    def quantizer(self) -> Any:
+        """PyTorch's module between encoded frames and tokens; other backends have none."""
+        return cast(Any, self.backend).quantizer
 
-    encode = outside_of_graphs(BaseCodec[torch.Tensor].encode)
-    decode = outside_of_graphs(BaseCodec[torch.Tensor].decode)
-    resample = outside_of_graphs(BaseCodec[torch.Tensor].resample)
+    # Arrays.
 
-    # Streams.
+    @outside_of_graphs
+    def encode(
+        self,
+        audio: Array | np.ndarray,
+        audio_len: Array | np.ndarray | list[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> tuple[Array, Array]:
+        """Encode audio to tokens.
 
-    def stream_encoder(self, lookahead: int | None = None) -> "StreamEncoder":
-        """A stream that takes one recording's samples as they come and gives its tokens.
+        Args:
+            audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio]. What lies after a clip's length is
+                ignored.
+            audio_len: samples of each clip, [B]; all of them if not given.
+            sample_rate: Hz of `audio`; other rates than the codec's are resampled.
+
+        Returns:
+            Tokens [B, C, T_encoded] as int32, zero after a clip's end, and frames per clip [B] as int64:
+            ceil(samples / samples_per_frame). A last partial frame, and a clip shorter than the network can see, is
+            completed with silence.
+
+        Raises:
+            AudioError: for another shape, type or length, or a NaN.
+            NemoLfrError: if the encoder gives NaN or infinite values.
+        """
+        with self.backend.computing():
+            waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
+            totals = [num_frames(length, self.samples_per_frame) for length in lengths]
+            tokens = self.backend.arrays.zeros((len(totals), self.num_codebooks, max(totals)), np.int32)
+            for batch in self._audio_cutter().batches(waves, lengths, totals):
+                results = self.backend.encode_frames(batch.inputs, batch.num_frames)
+                place_windows(tokens, batch.places, results)
+            self.check_encoded(tokens)
+            return tokens, self._integers(totals)
+
+    @outside_of_graphs
+    def decode(
+        self,
+        tokens: Array | np.ndarray,
+        tokens_len: Array | np.ndarray | list[int] | None = None,
+        audio_len: Array | np.ndarray | list[int] | None = None,
+    ) -> tuple[Array, Array]:
+        """Decode tokens to audio.
+
+        Args:
+            tokens: integers, [C, T_encoded] or [B, C, T_encoded].
+            tokens_len: frames of each utterance, [B]; all of them if not given.
+            audio_len: samples to keep of each utterance, [B]: the length that was encoded. Whole frames if not given.
+
+        Returns:
+            Audio [B, T_audio] in [-1, 1], zero after an utterance's end, and samples per utterance [B].
+
+        Raises:
+            TokensError: for another shape or type, a token outside the codebook, or lengths that do not fit.
+            NemoLfrError: if the decoder gives NaN or infinite values.
+        """
+        frame, arrays = self.samples_per_frame, self.backend.arrays
+        with self.backend.computing():
+            ids, totals = self.check_tokens(tokens, tokens_len)
+            samples = [total * frame for total in totals]
+            if audio_len is not None:
+                samples = arguments.check_lengths(arrays, audio_len, len(totals), None, "audio_len", TokensError)
+                arguments.check_kept_samples(samples, totals, frame)
+            audio = arrays.zeros((len(totals), max(samples)), np.float32)
+            for batch in self._token_cutter().batches(ids, totals, totals):
+                results = self.backend.decode_frames(batch.inputs, batch.num_frames)
+                place_windows(audio, batch.places, results, frame, samples)
+            self.check_decoded(audio)
+            return audio, self._integers(samples)
+
+    @outside_of_graphs
+    def resample(
+        self,
+        audio: Array | np.ndarray,
+        audio_len: Array | np.ndarray | list[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> tuple[Array, Array]:
+        """Resample clips to the codec's rate, as `encode` does; arguments and errors are those of `encode`.
+
+        Returns:
+            Audio [B, T_audio] as float32, and samples of each clip [B] as int64.
+        """
+        with self.backend.computing():
+            waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
+            return waves, self._integers(lengths)
+
+    # One recording of any length, in bounded memory.
+
+    def encode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Encode one recording block by block.
+
+        Args:
+            blocks: consecutive float samples at the codec's rate, each [any length].
+
+        Yields:
+            Tokens [C, T] as int32 in order; together, exactly those of the whole recording.
+        """
+        frame, cutter = self.samples_per_frame, self._audio_cutter()
+        for wave, window in flat(rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)):
+            padding = cutter.width(window.num_frames) * frame - len(wave)
+            with self.backend.computing():  # not while the caller has the block
+                arrays = self.backend.arrays
+                clips = arrays.cast(arrays.convert(np.pad(wave, (0, padding))[None], "audio", AudioError), np.float32)
+                results: Any = self.backend.encode_frames(clips, [window.num_frames])
+                tokens = to_numpy(results[0][:, window.kept])
+            self.check_encoded(tokens[None])
+            yield tokens
+
+    def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
+        frame, cutter = self.samples_per_frame, self._token_cutter()
+        for piece, window in flat(rolling_windows(blocks, 1, self.chunk_frames, cutter.limits.context)):
+            missing = cutter.width(window.num_frames) - window.num_frames
+            with self.backend.computing():
+                tokens, _ = self.check_tokens(np.pad(piece, ((0, 0), (0, missing))))
+                results: Any = self.backend.decode_frames(tokens, [window.num_frames])
+                audio = to_numpy(results[0][window.kept.start * frame : window.kept.stop * frame])
+            self.check_decoded(audio[None])
+            yield audio
+
+    def stream_encoder(self, lookahead: int | None = None) -> EncoderStream:
+        """Return a stream that takes one recording's samples as they come and gives its tokens.
 
         Args:
             lookahead: frames that a token may wait for; None for all that it depends on (`encoder.context.future`),
                 with which the tokens are those of `encode`.
 
         Raises:
-            NemoLfrError: if it is no number of frames.
+            NemoLfrError: if it is no number of frames, or the backend does not stream.
         """
-        from nemo_lfr.streaming import StreamEncoder
+        return self._streaming().stream_encoder(self, lookahead)
 
-        return StreamEncoder(self, lookahead)
+    def stream_decoder(self, lookahead: int | None = None) -> DecoderStream:
+        """Return a stream that takes one recording's tokens as they come and gives its audio; see `stream_encoder`."""
+        return self._streaming().stream_decoder(self, lookahead)
 
-    def stream_decoder(self, lookahead: int | None = None) -> "StreamDecoder":
-        """A stream that takes one recording's tokens as they come and gives its audio; see `stream_encoder`."""
-        from nemo_lfr.streaming import StreamDecoder
-
-        return StreamDecoder(self, lookahead)
-
-    # What the base asks for.
-
-    def _array(self, value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
-        mind_fork()
-        return _tensor(value, name, error)
-
-    def _zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=getattr(torch, dtype), device=self.device)
-
-    def _cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
-        return array.detach().to(self.device, getattr(torch, dtype))
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        mind_fork()
-        refuse_tracing()
-        with reference_state(self.device), one_look():
-            yield
-
-    def autocast(self) -> Any:
-        dtype = PRECISIONS[self.precision]
-        if dtype is not None:
-            return torch.autocast(self.device.type, dtype=dtype)
-        if self.device.type != "cuda":
-            return nullcontext()
-        return convolutions(tf32=self.precision == "tf32")
-
-    def _engine(self, part: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
-        from nemo_lfr.codec.gpu import graphs
-
-        return graphs.engine(part, self.quantizer, self.precision, self.device)
-
-    def _grouped(self, jobs: dict[int, list[Any]]) -> Iterable[tuple[int, list[Any]]]:
-        if self.device.type != "cuda":
-            return jobs.items()
-        # Windows of much the same width share a batch, the widest first: a GPU wants few and large ones.
-        groups: dict[int, list[Any]] = {}
-        shared = 0
-        for width in sorted(jobs, reverse=True):
-            if 4 * width < 3 * shared or not shared:
-                shared = width
-            groups.setdefault(shared, []).extend(jobs[width])
-        return groups.items()
-
-    def _peaks(self, audio: torch.Tensor, lengths: list[int]) -> list[float]:
-        # Together, as a GPU's answer is waited for.
-        peaks = [row[:length].abs().max() for row, length in zip(audio, lengths, strict=True) if length]
-        found = iter(torch.stack(peaks).tolist() if peaks else [])
-        return [next(found) if length else 0.0 for length in lengths]
-
-    @torch.no_grad()
-    def _encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
-        check_weights(self.encoder, f"the encoder of {self.name}")
-        if self.device.type == "cuda":
-            return self._engine(self.encoder)(audio, num_frames, audio.shape[1] // self.samples_per_frame)
-        ends = _ends(num_frames, audio.shape[1] // self.samples_per_frame, self.encoder.min_frames)
-        with self.autocast():
-            encoded = inference.encode_frames(self.encoder, audio, ends)
-        return quantize(self.quantizer, encoded.float())
-
-    @torch.no_grad()
-    def _decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
-        check_weights(self.decoder, f"the decoder of {self.name}")
-        if self.device.type == "cuda":
-            return self._engine(self.decoder)(tokens, num_frames, tokens.shape[2])
-        silence = min(num_frames) < tokens.shape[-1]
-        length = torch.tensor(num_frames, device=tokens.device) if silence else None
-        codes = self.quantizer.decode(tokens.transpose(0, 1), length)
-        ends = _ends(num_frames, tokens.shape[2], self.decoder.min_frames)
-        with self.autocast():
-            return inference.decode_frames(self.decoder, codes, ends).float()
-
-
-def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
-    """Where each example of a batch ends, its silence up to `min_frames` included; None if that is everywhere."""
-    ends = [max(count, min_frames) for count in num_frames]
-    return None if min(ends) == width else ends
-
-
-def plain_state(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by name with weight norm folded, the same for a part built with or without it."""
-    state = {name: value for name, value in part.state_dict().items() if ".parametrizations." not in name}
-    for name, module in part.named_modules():
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            state[f"{name}.weight"] = module.weight
-    return state
-
-
-_computed_in: int | None = None  # process id
-
-
-def mind_fork() -> None:
-    """To call before computing: PyTorch's threads do not survive a fork, and a child would wait for them for ever."""
-    global _computed_in
-    if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-        logger.warning(
-            "this process was forked from one that had computed, so that PyTorch has one thread here; "
-            "start processes by 'spawn' to have all of them."
+    def _streaming(self) -> "StreamingBackend":
+        if isinstance(self.backend, StreamingBackend):
+            return self.backend
+        raise NemoLfrError(
+            f"{self.name}: {type(self.backend).__name__} does not stream; load the checkpoint with PyTorch."
         )
-    _computed_in = os.getpid()
+
+    # Files.
+
+    def encode_file(self, source: str | PathLike[str], target: str | PathLike[str], *, overwrite: bool = False) -> int:
+        """Encode an audio file of any format and rate into a token file; returns the samples encoded.
+
+        Raises:
+            AudioError: if `source` cannot be read.
+            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
+        """
+        source, target = expand_home(source), expand_home(target)
+        refuse_itself(source, target)
+        self.backend.load("encode")  # once: the fingerprint then hashes the weights in memory
+        with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
+            for tokens in self.encode_blocks(reader.blocks()):
+                writer.write(tokens)
+            writer.finish(reader.samples_read)
+            return reader.samples_read
+
+    def decode_file(
+        self,
+        source: str | PathLike[str],
+        target: str | PathLike[str],
+        *,
+        start: float = 0.0,
+        duration: float | None = None,
+        overwrite: bool = False,
+        recover: bool = False,
+    ) -> int:
+        """Decode a token file, or a span of it, into an audio file; returns the samples written.
+
+        Args:
+            source: the `.lfr` file.
+            target: the audio file.
+            start: second to start at; only the frames that are needed are read.
+            duration: seconds; up to the original end if not given. The result equals the same slice of the fully
+                decoded file.
+            overwrite: replace `target`.
+            recover: take the intact part of a damaged `source`.
+
+        Raises:
+            TokenFileError: if `source` is damaged or another codec's, or `start` lies after its end.
+            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
+        """
+        source, target = expand_home(source), expand_home(target)
+        refuse_itself(source, target)
+        with TokenReader(source, recover) as reader:
+            reader.check_codec(self)
+            first, last = reader.samples_between(start, duration)
+            frame, context = self.samples_per_frame, self.backend.decoder.context
+            begin = max(0, first // frame - context.past)
+            end = min(reader.num_frames, num_frames(last, frame) + context.future)
+            skip = first - begin * frame
+            with AudioWriter(target, self.sample_rate, overwrite=overwrite) as writer:
+                remaining = last - first
+                for audio in self.decode_blocks(reader.blocks(begin, end)):
+                    piece = audio[skip : skip + remaining]
+                    skip = max(0, skip - len(audio))
+                    writer.write(piece)
+                    remaining -= len(piece)
+        return last - first
+
+    # Checks, which streams share.
+
+    def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
+        """Check clips and convert them to float32 [B, T_audio]; see `nemo_lfr.codec.arguments.check_audio`."""
+        return arguments.check_audio(self.backend.arrays, audio, audio_len)
+
+    def check_tokens(self, tokens: object, tokens_len: object = None) -> tuple[Array, list[int]]:
+        """Check tokens and convert them to int64 [B, C, T]; see `nemo_lfr.codec.arguments.check_tokens`."""
+        return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
+
+    def check_encoded(self, tokens: Array | np.ndarray) -> None:
+        """Raise NemoLfrError where tokens [B, C, T] of the encoder are outside the codebook."""
+        arguments.check_encoded(tokens, self.backend.spec, self.name)
+
+    def check_decoded(self, audio: Array | np.ndarray) -> None:
+        """Raise NemoLfrError where audio [B, T_audio] of the decoder is NaN."""
+        arguments.check_decoded(audio, self.backend.spec, self.name)
+
+    # Parts of the above.
+
+    def _audio_cutter(self) -> Cutter:
+        backend = self.backend
+        return Cutter(
+            backend.arrays, backend.encoder, backend.batching, self.chunk_frames, self.samples_per_frame, np.float32
+        )
+
+    def _token_cutter(self) -> Cutter:
+        backend = self.backend
+        return Cutter(backend.arrays, backend.decoder, backend.batching, self.chunk_frames, 1, np.int64)
+
+    def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
+        """Check clips and resample them to the codec's rate: float32 [B, T_audio], and samples of each clip."""
+        waves, lengths = self.check_audio(audio, audio_len)
+        if sample_rate is None:
+            return waves, lengths
+        check_rate(sample_rate)
+        if sample_rate == self.sample_rate:
+            return waves, lengths
+        clips = [
+            resample(row[:length], sample_rate, self.sample_rate)
+            for row, length in zip(to_numpy(waves), lengths, strict=True)
+        ]
+        padded = np.zeros((len(clips), max(map(len, clips))), np.float32)
+        for row, clip in zip(padded, clips, strict=True):
+            row[: len(clip)] = clip
+        arrays = self.backend.arrays
+        return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
+
+    def _integers(self, values: list[int]) -> Array:
+        arrays = self.backend.arrays
+        return arrays.cast(arrays.convert(values, "lengths", NemoLfrError), np.int64)
 
 
-def _tensor(value: Any, name: str, error: type[NemoLfrError]) -> torch.Tensor:
-    """What a caller passed, as a plain tensor.
+@runtime_checkable
+class StreamingBackend(Protocol):
+    """What a backend has besides `Backend` if it can stream."""
 
-    Raises:
-        NemoLfrError: of the type given, if it is no array of numbers.
-    """
-    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
-    if isinstance(value, np.ndarray):
-        if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
-            raise error(f"{name} is an array of {value.dtype}; pass one of numbers.")
-        native = value.dtype.newbyteorder("=")
-        if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
-            value = value.astype(native, order="C")  # torch takes no such memory, or warns of it
-    try:
-        tensor = torch.as_tensor(value)
-        if not isinstance(value, np.ndarray | torch.Tensor) and tensor.is_floating_point():
-            tensor = torch.as_tensor(value, dtype=torch.float32)  # and not the default dtype
-    except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
-        what = " ".join(str(reason).split())
-        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None
-    refuse_wrapper(tensor, name, error)
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
-    return tensor
+    def stream_encoder(self, codec: Codec[Any], lookahead: int | None) -> EncoderStream:
+        """Return a stream; see `Codec.stream_encoder`."""
+
+    def stream_decoder(self, codec: Codec[Any], lookahead: int | None) -> DecoderStream:
+        """Return a stream; see `Codec.stream_decoder`."""

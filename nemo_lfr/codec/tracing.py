@@ -1,20 +1,15 @@
 """What PyTorch runs a function through to look at it, or to transform it: the codec's arithmetic is not for that.
 
 The codec reads values (lengths, peaks, whether weights have changed) and chooses by them. So `torch.compile` gets a
-break in its graph where the codec is called, and whatever has no values to read is refused in words.
+break in its graph where the codec is called (`nemo_lfr.codec.compiling`), and whatever has no values to read is
+refused in words.
 """
 
-import functools
-import sys
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 from nemo_lfr.errors import NemoLfrError
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
 _NO_VALUES = tuple(
@@ -26,24 +21,6 @@ _NO_VALUES = tuple(
     )
     if hasattr(_MODES, key)
 )
-
-
-def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that `torch.compile` is neither to trace nor to compile piece by piece."""
-    disabled: Callable[P, R] | None = None
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal disabled
-        if torch.compiler.is_dynamo_compiling():
-            torch._dynamo.graph_break()
-        if "torch._dynamo" not in sys.modules:  # to import it takes a second
-            return function(*args, **kwargs)
-        if disabled is None:
-            disabled = torch.compiler.disable(function)
-        return disabled(*args, **kwargs)
-
-    return run
 
 
 def refuse_tracing() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nemo_lfr.atomic import Sweeper
 from nemo_lfr.audio import AudioWriter
-from nemo_lfr.codec.base import to_numpy
+from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
 from nemo_lfr.errors import NemoLfrError, clip

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from nemo_lfr._version import __version__
 from nemo_lfr.atomic import sweep
+from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
@@ -22,7 +23,6 @@ from nemo_lfr.corpus.sinks import SINKS, STATE, finish
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.journal import write_text
 from nemo_lfr.locate import expand_home
-from nemo_lfr.pretrained import choose_device
 from nemo_lfr.regular import open_regular
 
 METADATA = "tokens.json"

@@ -87,7 +87,7 @@ class LFR(Peer):
         self.identity, self.levels = self.codec.fingerprint, self.codec.levels
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
-        from nemo_lfr.codec.base import to_numpy
+        from nemo_lfr.codec.arrays import to_numpy
         from nemo_lfr.tokens.format import TokenWriter
 
         own = resampled(audio, rate, self.codec.sample_rate)
@@ -118,7 +118,8 @@ class StockNeMo(Peer):
         except ImportError as error:
             raise MissingExtraError('nemo: needs NeMo: pip install "nemo-lfr[nemo]"') from error
         from nemo_lfr.checkpoint import read_config
-        from nemo_lfr.pretrained import choose_device, find_checkpoint
+        from nemo_lfr.codec.devices import choose_device
+        from nemo_lfr.pretrained import find_checkpoint
 
         path = find_checkpoint(source or None)
         read_config(path)  # ours refuses what stock would choke on, with a sentence
@@ -214,7 +215,7 @@ class Transformers(Peer):
             import transformers
         except ImportError as error:
             raise MissingExtraError(f"{kind}: needs transformers: pip install transformers") from error
-        from nemo_lfr.pretrained import choose_device
+        from nemo_lfr.codec.devices import choose_device
 
         setting, _, source = options.partition(":")
         class_name, hub, unit = TRANSFORMERS[kind]

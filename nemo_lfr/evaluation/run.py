@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.atomic import sweep, write_bytes
+from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
@@ -32,7 +33,6 @@ from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
 from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.locate import check_model_name
 from nemo_lfr.manifests import Recording
-from nemo_lfr.pretrained import choose_device
 from nemo_lfr.regular import open_regular
 
 

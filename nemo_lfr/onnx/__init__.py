@@ -1,4 +1,4 @@
-"""The codec without PyTorch: `export` writes two ONNX files and a manifest, `codec` runs them with ONNX Runtime."""
+"""The codec without PyTorch: `export` writes two ONNX files and a manifest, `backend` runs them with ONNX Runtime."""
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 MANIFEST = "codec.json"

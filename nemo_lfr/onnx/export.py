@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemo_lfr.atomic import naming, writing_folder
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.finite import quantize, to_audio
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
 from nemo_lfr.locate import expand_home
 from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
@@ -28,9 +30,9 @@ OPSET = 20
 class _Encoder(nn.Module):
     """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32; -1 where they are not finite."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
-        self.encoder, self.quantizer = codec.encoder, codec.quantizer
+        self.encoder, self.quantizer = backend.encoder, backend.quantizer
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         return quantize(self.quantizer, self.encoder.encode_frames(audio))
@@ -39,9 +41,9 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """Tokens [B, C, T] as int64, silent after `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
-        self.quantizer, self.decoder = codec.quantizer, codec.decoder
+        self.quantizer, self.decoder = backend.quantizer, backend.decoder
 
     def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
         valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
@@ -49,7 +51,7 @@ class _Decoder(nn.Module):
         return to_audio(self.decoder.out_activation, hidden).squeeze(1)
 
 
-def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Write encoder.onnx, decoder.onnx and codec.json into `folder`; each is written aside, checked and renamed.
 
     Inputs and outputs are those of the two modules above. A length under `min_frames` has to be completed with
@@ -70,7 +72,8 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise MissingExtraError("exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'") from error
-    if not isinstance(codec, Codec):
+    backend = codec.backend
+    if not isinstance(backend, TorchBackend):
         raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
     if codec.precision != "fp32":
         raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
@@ -80,27 +83,28 @@ def export_onnx(codec: Codec, folder: str | os.PathLike[str], *, overwrite: bool
         if target.exists() and not overwrite:
             raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
-    with building_state(torch.device("cpu")), codec.computing():
-        _write(codec, targets)
+    with building_state(torch.device("cpu")), backend.computing():
+        _write(backend, targets)
     return targets
 
 
-def _write(codec: Codec, targets: list[Path]) -> None:
+def _write(backend: TorchBackend, targets: list[Path]) -> None:
     import onnx
 
-    folder, values = targets[0].parent, metadata(codec)
+    folder, values = targets[0].parent, metadata(backend)
     batch = torch.export.Dim("batch", min=1)
-    frame, device = codec.samples_per_frame, codec.device
-    count = max(codec.encoder.min_frames, codec.decoder.min_frames, 2) + 2
-    encode_frames = torch.export.Dim("frames", min=codec.encoder.min_frames)
-    decode_frames = torch.export.Dim("frames", min=codec.decoder.min_frames)
+    spec, encoder, decoder, device = backend.spec, backend.encoder, backend.decoder, backend.device
+    frame = spec.samples_per_frame
+    count = max(encoder.min_frames, decoder.min_frames, 2) + 2
+    encode_frames = torch.export.Dim("frames", min=encoder.min_frames)
+    decode_frames = torch.export.Dim("frames", min=decoder.min_frames)
     audio = torch.zeros(2, count * frame, dtype=torch.float32, device=device)
-    tokens = torch.zeros(2, codec.num_codebooks, count, dtype=torch.int64, device=device)
+    tokens = torch.zeros(2, spec.num_codebooks, count, dtype=torch.int64, device=device)
     tokens_len = torch.full((2,), count, device=device)
     jobs: list[tuple[nn.Module, tuple[torch.Tensor, ...], tuple[Any, ...], list[str], str]] = [
-        (_Encoder(codec), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
+        (_Encoder(backend), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
         (
-            _Decoder(codec),
+            _Decoder(backend),
             (tokens, tokens_len),
             ({0: batch, 2: decode_frames}, {0: batch}),
             ["tokens", "tokens_len"],
@@ -143,20 +147,20 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def metadata(codec: Codec) -> dict[str, Any]:
-    """What both files say of the codec."""
+def metadata(backend: TorchBackend) -> dict[str, Any]:
+    """Return what both files say of the codec."""
+    fingerprint, weights_fingerprint = backend.fingerprints()
+    spec = asdict(replace(backend.spec, fingerprint=fingerprint))
+    del spec["precision"]  # fp32 always
     return {
         "version": VERSION,
-        "sample_rate": codec.sample_rate,
-        "samples_per_frame": codec.samples_per_frame,
-        "levels": list(codec.levels),
-        "num_codebooks": codec.num_codebooks,
-        "fingerprint": codec.fingerprint,
-        "weights_fingerprint": codec.weights_fingerprint,
+        **spec,
+        "levels": list(backend.spec.levels),
+        "weights_fingerprint": weights_fingerprint,
         "written_by": f"nemo_lfr {__version__}",
     } | {
-        name: {"past": part.context.past, "future": part.context.future, "min_frames": part.min_frames}
-        for name, part in (("encoder", codec.encoder), ("decoder", codec.decoder))
+        name: {**asdict(module.context), "min_frames": module.min_frames}
+        for name, module in (("encoder", backend.encoder), ("decoder", backend.decoder))
     }
 
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_lfr.codec.backend import ModuleLimits
 from nemo_lfr.errors import CheckpointError, clip
 from nemo_lfr.frames import Context
 from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, VERSION
+from nemo_lfr.spec import CodecSpec
 
 MAX_BYTES = 1 << 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -28,29 +30,21 @@ _AGAIN = "export it again with nemo-lfr export onnx"
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What of an encoder or decoder matters to cutting recordings into windows."""
-
-    context: Context
-    min_frames: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The contents of `codec.json`, checked.
 
     Attributes:
+        spec: what the tokens are.
+        weights_fingerprint: the older kind of fingerprint, of the weights alone.
+        encoder, decoder: limits of the two networks.
+        files: SHA-256 of each ONNX file, by name.
         values: all but "files", as both ONNX files carry them.
     """
 
-    sample_rate: int
-    samples_per_frame: int
-    levels: tuple[int, ...]
-    num_codebooks: int
-    fingerprint: str
+    spec: CodecSpec
     weights_fingerprint: str
-    encoder: Reach
-    decoder: Reach
+    encoder: ModuleLimits
+    decoder: ModuleLimits
     files: dict[str, str]
     values: dict[str, Any]
 
@@ -103,14 +97,16 @@ def parse_manifest(values: Any) -> Manifest:
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
         raise CheckpointError(f"files are {clip(files)}; expected {ENCODER} and {DECODER}.")
     return Manifest(
-        sample_rate=_whole(values, "sample_rate", 1000, 192_000),
-        samples_per_frame=_whole(values, "samples_per_frame", 1, 1_000_000),
-        levels=levels,
-        num_codebooks=_whole(values, "num_codebooks", 1, 256),
-        fingerprint=_text(values, "fingerprint", _FINGERPRINT),
+        spec=CodecSpec(
+            sample_rate=_whole(values, "sample_rate", 1000, 192_000),
+            samples_per_frame=_whole(values, "samples_per_frame", 1, 1_000_000),
+            levels=levels,
+            num_codebooks=_whole(values, "num_codebooks", 1, 256),
+            fingerprint=_text(values, "fingerprint", _FINGERPRINT),
+        ),
         weights_fingerprint=_text(values, "weights_fingerprint", _FINGERPRINT),
-        encoder=_reach(values, "encoder"),
-        decoder=_reach(values, "decoder"),
+        encoder=_limits(values, "encoder"),
+        decoder=_limits(values, "decoder"),
         files={name: _text(files, name, _SHA256) for name in (ENCODER, DECODER)},
         values={key: value for key, value in values.items() if key != "files"},
     )
@@ -130,12 +126,12 @@ def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     return value
 
 
-def _reach(values: dict[str, Any], name: str) -> Reach:
+def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
     part = values.get(name)
     if not isinstance(part, dict):
         raise CheckpointError(f"{name} is {clip(part)}; expected past, future and min_frames.")
     past, future = (_whole(part, key, 0, 4096) for key in ("past", "future"))
-    return Reach(Context(past, future), _whole(part, "min_frames", 1, 4096))
+    return ModuleLimits(Context(past, future), _whole(part, "min_frames", 1, 4096))
 
 
 def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:

@@ -1,0 +1,152 @@
+"""Checks of what callers pass to the codec, and of what the network returns."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.audio import check_peak
+from nemo_lfr.codec.arrays import Arrays, Kind
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.frames import num_frames
+from nemo_lfr.spec import CodecSpec
+
+
+def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) -> tuple[Any, list[int]]:
+    """Check clips and convert them to float32.
+
+    Args:
+        arrays: library to convert with.
+        audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio].
+        audio_len: samples of each clip, [B]; all of them if not given.
+
+    Returns:
+        Audio [B, T_audio] and the length of each clip.
+
+    Raises:
+        AudioError: naming what came and what was expected.
+    """
+    clips = arrays.convert(audio, "audio", AudioError)
+    kind = arrays.kind(clips)
+    if kind not in (Kind.FLOAT, Kind.INT16):
+        raise AudioError(f"audio is {clips.dtype}; pass floating point in [-1, 1], or int16.")
+    clips = arrays.cast(clips, np.float32)
+    if kind is Kind.INT16:
+        clips = clips / 32768
+    if clips.ndim == 1:
+        clips = clips[None]
+    if clips.ndim != 2 or not clips.shape[0]:
+        raise AudioError(f"audio has shape {list(clips.shape)}; expected [T_audio] or [B, T_audio], mono.")
+    if clips.shape[0] > 1000 and clips.shape[1] <= 8:
+        raise AudioError(
+            f"audio has shape {list(clips.shape)}, as of {clips.shape[1]} channels side by side; pass one, "
+            "[T_audio], or several clips, [B, T_audio]."
+        )
+    lengths = check_lengths(arrays, audio_len, clips.shape[0], clips.shape[1], "audio_len", AudioError)
+    for row, peak in enumerate(arrays.peaks(clips, lengths)):
+        check_peak(peak, f"clip {row}")
+    return clips, lengths
+
+
+def check_tokens(
+    arrays: Arrays[Any], spec: CodecSpec, tokens: object, tokens_len: object = None
+) -> tuple[Any, list[int]]:
+    """Check tokens and convert them to int64.
+
+    Args:
+        arrays: library to convert with.
+        spec: of the codec.
+        tokens: integers, [C, T] or [B, C, T].
+        tokens_len: frames of each utterance, [B]; all of them if not given.
+
+    Returns:
+        Tokens [B, C, T] and the frames of each utterance.
+
+    Raises:
+        TokensError: naming what came and what was expected.
+    """
+    ids = arrays.convert(tokens, "tokens", TokensError)
+    if not arrays.kind(ids).is_integer:
+        raise TokensError(f"tokens are {ids.dtype}; pass integers.")
+    if ids.ndim == 2:
+        ids = ids[None]
+    if ids.ndim != 3 or ids.shape[1] != spec.num_codebooks or not ids.shape[0]:
+        raise TokensError(
+            f"tokens have shape {list(ids.shape)}; expected [B, {spec.num_codebooks}, T] (or without B)."
+        )
+    totals = check_lengths(arrays, tokens_len, ids.shape[0], ids.shape[2], "tokens_len", TokensError)
+    ids = arrays.cast(ids, np.int64)
+    if _within(ids, spec.codebook_size):
+        return ids, totals  # one reduction for all rows: each synchronizes a GPU
+    for row, total in enumerate(totals):
+        valid = ids[row, :, :total]
+        low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)
+        if low < 0 or high >= spec.codebook_size:
+            bad = low if low < 0 else high
+            raise TokensError(f"token {bad} of utterance {row} is outside [0, {spec.codebook_size}).")
+    return ids, totals
+
+
+def check_lengths(
+    arrays: Arrays[Any], lengths: object, batch: int, limit: int | None, name: str, error: type[NemoLfrError]
+) -> list[int]:
+    """Return lengths as Python integers in [0, limit], one per example; `limit` for each if `lengths` is None.
+
+    Raises:
+        NemoLfrError: of the type passed, naming the argument.
+    """
+    if lengths is None:
+        assert limit is not None
+        return [limit] * batch
+    values = arrays.convert(lengths, name, error)
+    if not arrays.kind(values).is_integer or tuple(values.shape) != (batch,):
+        raise error(f"{name} is {values.dtype} {list(values.shape)}; expected integers of shape [{batch}].")
+    checked = [int(value) for value in values.tolist()]
+    for row, value in enumerate(checked):
+        if value < 0 or (limit is not None and value > limit):
+            wanted = "not be negative" if limit is None else f"lie between 0 and {limit}"
+            raise error(f"{name}[{row}] is {value}; it must {wanted}.")
+    return checked
+
+
+def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_per_frame: int) -> None:
+    """Check that each utterance's samples end within its last frame.
+
+    Raises:
+        TokensError: naming the first that does not.
+    """
+    for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
+        if num_frames(count, samples_per_frame) != total:
+            whole = total * samples_per_frame
+            raise TokensError(f"audio_len[{row}] is {count} samples, but its {total} frames hold {whole}.")
+
+
+def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
+    """Raise NemoLfrError where tokens [B, C, T] of an encoder are outside the codebook."""
+    if not math.prod(tokens.shape) or _within(tokens, spec.codebook_size):
+        return
+    row = next(row for row, clip in enumerate(tokens) if not _within(clip, spec.codebook_size))
+    raise _not_finite(name, spec, "encoder", f"clip {row}")
+
+
+def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
+    """Raise NemoLfrError where audio [B, T_audio] of a decoder is NaN."""
+    if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
+        return
+    row = next(row for row, clip in enumerate(audio) if math.isnan(float(clip.max())))
+    raise _not_finite(name, spec, "decoder", f"utterance {row}")
+
+
+def _within(tokens: Any, codebook_size: int) -> bool:
+    """Return whether there are tokens, and all are in [0, codebook_size)."""
+    return math.prod(tokens.shape) > 0 and int(tokens.min()) >= 0 and int(tokens.max()) < codebook_size
+
+
+def _not_finite(name: str, spec: CodecSpec, network: str, what: str) -> NemoLfrError:
+    is_half = spec.precision == "fp16"
+    advice = 'use precision="fp32" or "bf16"' if is_half else "load the checkpoint again, or use another"
+    return NemoLfrError(
+        f"{name}: the {network} gives NaN or infinite values for {what}; its weights are damaged, or too large "
+        f"for {spec.precision}: {advice}."
+    )

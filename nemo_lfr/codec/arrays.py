@@ -1,0 +1,91 @@
+"""Array libraries: what the codec does with arrays besides computing the network, in terms of numpy's dtypes."""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from nemo_lfr.errors import NemoLfrError, clip
+
+Array = TypeVar("Array")
+
+
+class Kind(Enum):
+    """What the elements of an array are."""
+
+    FLOAT = "floating point of any width"
+    INT16 = "16-bit integers"
+    INTEGER = "integers of another width"
+    OTHER = "anything else"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether elements are integers of any width."""
+        return self in (Kind.INT16, Kind.INTEGER)
+
+
+class Arrays(Protocol[Array]):
+    """Array library of a backend, on the backend's device."""
+
+    def convert(self, value: object, name: str, error: type[NemoLfrError]) -> Array:
+        """Return what a caller passed as an array, on whatever device it is.
+
+        Raises:
+            NemoLfrError: of the type passed, naming the argument, if `value` holds no numbers.
+        """
+
+    def kind(self, array: Array) -> Kind:
+        """Return what the elements are."""
+
+    def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> Array:
+        """Return zeros on the backend's device."""
+
+    def cast(self, array: Array, dtype: type[np.generic]) -> Array:
+        """Return the same values as `dtype`, on the backend's device."""
+
+    def peaks(self, audio: Array, lengths: Sequence[int]) -> list[float]:
+        """Return the largest magnitude of each clip [B, T_audio] up to its length; 0 for an empty one."""
+
+
+class NumpyArrays:
+    """Numpy arrays."""
+
+    def convert(self, value: object, name: str, error: type[NemoLfrError]) -> np.ndarray:
+        """Return `numpy.asarray(value)`.
+
+        Raises:
+            NemoLfrError: of the type passed, if numpy cannot make an array of it.
+        """
+        try:
+            return np.asarray(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
+            what = " ".join(str(reason).split())
+            raise error(f"{name} is {type(value).__name__}; pass a numpy array ({clip(what)}).") from None
+
+    def kind(self, array: np.ndarray) -> Kind:
+        """Return what the elements are."""
+        if array.dtype.kind == "f":
+            return Kind.FLOAT
+        if array.dtype.kind not in "iu":
+            return Kind.OTHER
+        return Kind.INT16 if array.dtype == np.int16 else Kind.INTEGER
+
+    def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        """Return `numpy.zeros`."""
+        return np.zeros(shape, dtype)
+
+    def cast(self, array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+        """Return the array itself if it has this dtype."""
+        return array.astype(dtype, copy=False)
+
+    def peaks(self, audio: np.ndarray, lengths: Sequence[int]) -> list[float]:
+        """Return the largest magnitude of each clip."""
+        return [
+            float(np.abs(row[:length]).max()) if length else 0.0 for row, length in zip(audio, lengths, strict=True)
+        ]
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Return an array of any backend as a numpy array, on the CPU."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,0 +1,182 @@
+"""Backends by name: PyTorch, ONNX Runtime, and those of other packages.
+
+A backend is registered by one call,
+
+    nemo_lfr.codec.backends.register("tflite", Opener(open_tflite, accepts=is_tflite, model="a .tflite file"))
+
+or by an entry point of its package in the group `nemo_lfr.backends`, whose name is the backend's and whose object is
+what `register` takes.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_lfr.codec.backend import Backend
+from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.onnx import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    import torch
+
+ENTRY_POINTS = "nemo_lfr.backends"
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """What the caller of `nemo_lfr.load` asked for.
+
+    Attributes:
+        name: of the model, for messages.
+        device: None for what the backend thinks best.
+        precision: "fp32", or another that the backend has.
+    """
+
+    name: str
+    device: "str | torch.device | None" = None
+    precision: str = "fp32"
+
+
+Open = Callable[[Path, OpenOptions], Backend[Any]]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """How `nemo_lfr.load` opens a backend.
+
+    Attributes:
+        open: returns the backend of a model at a local path: a checkpoint, unless `accepts` says otherwise.
+        accepts: whether a local path is a model of the backend's own kind; None if it opens checkpoints.
+        check: raises where the options cannot be met; called before a checkpoint is downloaded.
+        model: what `accepts` looks for, for messages.
+        advice: how to make such a model, for messages.
+    """
+
+    open: Open
+    accepts: Callable[[Path], bool] | None = None
+    check: Callable[[OpenOptions], object] | None = None
+    model: str = "a model of its own kind"
+    advice: str = "pass the path of one"
+
+
+def register(name: str, opener: Opener | Open) -> None:
+    """Let `nemo_lfr.load` open a backend, by `backend=name` or by the kind of model that it accepts.
+
+    Args:
+        name: of the backend.
+        opener: how to open it; a function opens checkpoints.
+
+    Raises:
+        NemoLfrError: if another backend has this name.
+    """
+    if name in _OPENERS:
+        raise NemoLfrError(f"backend {name!r} is registered already; choose another name.")
+    _OPENERS[name] = opener if isinstance(opener, Opener) else Opener(opener)
+
+
+def unregister(name: str) -> None:
+    """Forget a backend that was registered."""
+    _OPENERS.pop(name, None)
+
+
+def backend_names() -> list[str]:
+    """Return the names of all backends, those of installed packages included."""
+    return [*_OPENERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in _OPENERS)]
+
+
+def find_opener(name: str) -> Opener:
+    """Return how to open a backend.
+
+    Raises:
+        NemoLfrError: if there is no backend of this name.
+    """
+    if name not in _OPENERS:
+        for point in entry_points(group=ENTRY_POINTS, name=name):
+            register(name, point.load())
+            break
+        else:
+            names = [repr(known) for known in backend_names()]
+            raise NemoLfrError(f"backend {name!r} is unknown; use {', '.join(names[:-1])} or {names[-1]}.")
+    return _OPENERS[name]
+
+
+def backend_of(path: Path) -> str | None:
+    """Return the name of the registered backend whose kind of model is at a local path; None for any other path."""
+    return next((name for name, opener in _OPENERS.items() if opener.accepts and opener.accepts(path)), None)
+
+
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a folder of ONNX files."""
+    folder = os.path.expanduser(path)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (ENCODER, DECODER))
+
+
+def _check_torch(options: OpenOptions) -> None:
+    with _gc_paused():
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
+                "`nemo-lfr export onnx` can be used."
+            ) from error
+        from nemo_lfr.codec.torch_backend import PRECISIONS
+
+    if options.precision not in PRECISIONS:
+        raise NemoLfrError(f"precision {options.precision!r} is unknown; use one of {list(PRECISIONS)}.")
+    choose_device(options.device)
+
+
+def _open_torch(path: Path, options: OpenOptions) -> Backend["torch.Tensor"]:
+    from nemo_lfr.codec.torch_backend import TorchBackend
+
+    return TorchBackend.from_checkpoint(
+        path, choose_device(options.device), precision=options.precision, name=options.name
+    )
+
+
+def _check_onnx(options: OpenOptions) -> None:
+    if options.precision != "fp32":
+        raise NemoLfrError(f"precision {options.precision!r}: ONNX files run in fp32.")
+
+
+def _open_onnx(path: Path, options: OpenOptions) -> Backend[Any]:
+    from nemo_lfr.onnx.backend import OnnxBackend
+
+    return OnnxBackend(path, None if options.device is None else str(options.device), options.name)
+
+
+_OPENERS = {
+    "torch": Opener(_open_torch, check=_check_torch),
+    "onnx": Opener(
+        _open_onnx,
+        accepts=is_exported,
+        check=_check_onnx,
+        model=f"a folder with {ENCODER} and {DECODER}",
+        advice="write one with nemo-lfr export onnx --out FOLDER",
+    ),
+}
+
+
+@contextlib.contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Importing PyTorch makes objects that stay; to look for dead ones among them takes a seventh of the time."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            # Into the oldest generation, unseen: the next collection would go through all of them.
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()

@@ -1,0 +1,29 @@
+"""Where PyTorch runs."""
+
+from typing import TYPE_CHECKING
+
+from nemo_lfr.errors import NemoLfrError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device(device: "str | torch.device | None") -> "torch.device":
+    """Return the device asked for, or a GPU if there is one.
+
+    Raises:
+        NemoLfrError: if the device is unknown or not there.
+    """
+    import torch
+
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all that it was built with
+        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {reason}") from error
+    if chosen.type == "meta":
+        raise NemoLfrError("device 'meta' holds no numbers to compute with; use 'cpu' or 'cuda'.")
+    return chosen

@@ -1,0 +1,103 @@
+"""Tensors as the codec's arrays, on one device."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nemo_lfr.codec.arrays import Kind
+from nemo_lfr.codec.tracing import refuse_wrapper
+from nemo_lfr.errors import NemoLfrError, clip
+
+logger = logging.getLogger(__name__)
+
+DTYPES: dict[type[np.generic], torch.dtype] = {
+    np.float32: torch.float32,
+    np.int32: torch.int32,
+    np.int64: torch.int64,
+}
+
+
+class TorchArrays:
+    """Tensors on one device.
+
+    Args:
+        device: of what `zeros` and `cast` return.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def convert(self, value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor:
+        """Return what a caller passed as a plain tensor, on its own device.
+
+        Raises:
+            NemoLfrError: of the type passed, if it is not an array of numbers.
+        """
+        guard_after_fork()
+        return _tensor(value, name, error)
+
+    def kind(self, array: torch.Tensor) -> Kind:
+        """Return what the elements are."""
+        if array.dtype.is_floating_point:
+            return Kind.FLOAT
+        if array.dtype.is_complex or array.dtype is torch.bool:
+            return Kind.OTHER
+        return Kind.INT16 if array.dtype is torch.int16 else Kind.INTEGER
+
+    def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> torch.Tensor:
+        """Return zeros on the device."""
+        return torch.zeros(*shape, dtype=DTYPES[dtype], device=self.device)
+
+    def cast(self, array: torch.Tensor, dtype: type[np.generic]) -> torch.Tensor:
+        """Return the values as `dtype` on the device, without a graph."""
+        return array.detach().to(self.device, DTYPES[dtype])
+
+    def peaks(self, audio: torch.Tensor, lengths: Sequence[int]) -> list[float]:
+        """Return the largest magnitude of each clip."""
+        # One transfer for all rows: each `.item()` synchronizes a GPU.
+        peaks = [row[:length].abs().max() for row, length in zip(audio, lengths, strict=True) if length]
+        values = iter(torch.stack(peaks).tolist() if peaks else [])
+        return [next(values) if length else 0.0 for length in lengths]
+
+
+def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor:
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
+    if isinstance(value, np.ndarray):
+        if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
+            raise error(f"{name} is an array of {value.dtype}; pass one of numbers.")
+        native = value.dtype.newbyteorder("=")
+        if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
+            value = value.astype(native, order="C")  # torch takes no such memory, or warns of it
+    try:
+        tensor = torch.as_tensor(value)
+        if not isinstance(value, np.ndarray | torch.Tensor) and tensor.is_floating_point():
+            tensor = torch.as_tensor(value, dtype=torch.float32)  # and not the default dtype
+    except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
+        what = " ".join(str(reason).split())
+        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None
+    refuse_wrapper(tensor, name, error)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
+    return tensor
+
+
+_computed_in: int | None = None  # process id
+
+
+def guard_after_fork() -> None:
+    """Limit PyTorch to one thread in forked children.
+
+    Its thread pool does not survive `fork`, and a child would wait for it forever. To be called before computing.
+    """
+    global _computed_in
+    if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        logger.warning(
+            "this process was forked from one that had computed, so that PyTorch has one thread here; "
+            "start processes by 'spawn' to have all of them."
+        )
+    _computed_in = os.getpid()

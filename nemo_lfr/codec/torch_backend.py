@@ -1,0 +1,226 @@
+"""The codec's networks in PyTorch, on a CPU or a GPU."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_lfr.checkpoint import Checkpoint
+from nemo_lfr.codec import inference
+from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
+from nemo_lfr.codec.backend import Batching, Direction
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.decoder import HiFiGANDecoder
+from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
+from nemo_lfr.codec.finite import quantize
+from nemo_lfr.codec.lazy_module import LazyModule
+from nemo_lfr.codec.plan import has_bf16
+from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.codec.torch_arrays import TorchArrays, guard_after_fork
+from nemo_lfr.codec.tracing import refuse_tracing
+from nemo_lfr.codec.weights import one_look, weights_version
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.spec import CodecSpec
+from nemo_lfr.streaming import StreamDecoder, StreamEncoder
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.gpu.graphs import Engine
+
+Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
+
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+BATCHING = {
+    # oneDNN compiles kernels for every shape that it meets, which takes a third as long as to encode a sentence.
+    "cpu": Batching(pad_multiple=8),
+    # Long windows and large batches in few shapes: each shape costs a graph or cuDNN's search for a kernel.
+    "cuda": Batching(chunk_frames=512, batch_frames=4096, pad_multiple=16, mix_widths=True),
+}
+
+
+class TorchBackend:
+    """Encoder, quantizer and decoder as PyTorch modules.
+
+    Args:
+        encoder: audio -> encoded frames.
+        quantizer: encoded frames <-> tokens.
+        decoder: dequantized frames -> audio.
+        sample_rate: Hz.
+        precision: "fp32", the reference tokens, without TF32 whatever PyTorch is set to; "tf32" lets a GPU's
+            convolutions drop 13 of 23 bits, as stock NeMo with PyTorch's defaults does (elsewhere it is "fp32");
+            "bf16" or "fp16" run the convolutions at that precision and change a few tokens in a hundred. FSQ is
+            fp32 always.
+        name: where the weights came from, for messages.
+
+    Raises:
+        NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
+    """
+
+    def __init__(
+        self,
+        encoder: HiFiGANEncoder | LazyModule[HiFiGANEncoder],
+        quantizer: Quantizer,
+        decoder: HiFiGANDecoder | LazyModule[HiFiGANDecoder],
+        sample_rate: int,
+        *,
+        precision: str = "fp32",
+        name: str = "codec",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
+        self._encoder = encoder if isinstance(encoder, LazyModule) else LazyModule(encoder)
+        self._decoder = decoder if isinstance(decoder, LazyModule) else LazyModule(decoder)
+        self.quantizer = quantizer
+        self.name = name
+        samples_per_frame = self._encoder.module.samples_per_frame
+        self.spec = CodecSpec(
+            sample_rate, samples_per_frame, quantizer.levels, quantizer.num_codebooks, precision=precision
+        )
+        self._digest: tuple[Any, str] | None = None
+        if precision == "bf16" and self.device.type == "cpu" and not has_bf16():
+            raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: Path, device: torch.device, *, precision: str = "fp32", name: str | None = None
+    ) -> "TorchBackend":
+        """Open a checkpoint, whose keys and shapes are checked at once.
+
+        The weights of the encoder and of the decoder are read when each is first needed, and raise CheckpointError
+        then if they are damaged.
+
+        Args:
+            path: `.nemo`, Lightning's `.ckpt` or the folder of an unpacked `.nemo`.
+            device: where to run.
+            precision: as in the constructor.
+            name: for messages; the path if not given.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be read.
+            NemoLfrError: as the constructor.
+        """
+        with building_state(torch.device("cpu")):
+            checkpoint = Checkpoint(path)
+            parts = checkpoint.parts
+            return cls(
+                LazyModule(parts.encoder, checkpoint, "audio_encoder", device),
+                parts.quantizer.to(device),
+                LazyModule(parts.decoder, checkpoint, "audio_decoder", device),
+                parts.sample_rate,
+                precision=precision,
+                name=str(path) if name is None else name,
+            )
+
+    @property
+    def encoder(self) -> HiFiGANEncoder:
+        """Audio -> encoded frames; its weights are loaded on first access."""
+        return self._encoder.get()
+
+    @property
+    def decoder(self) -> HiFiGANDecoder:
+        """Dequantized frames -> audio; its weights are loaded on first access."""
+        return self._decoder.get()
+
+    def load(self, direction: Direction) -> None:
+        """Read the weights of the encoder or of the decoder."""
+        (self._encoder if direction == "encode" else self._decoder).get()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the modules are, or will be once they are read."""
+        return self._decoder.device
+
+    @property
+    def arrays(self) -> TorchArrays:
+        """Tensors on the device."""
+        return TorchArrays(self.device)
+
+    @property
+    def batching(self) -> Batching:
+        """What suits the device."""
+        return BATCHING.get(self.device.type, Batching())
+
+    # What made the tokens.
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Return the fingerprint of weights and settings, and the older kind, of the weights alone."""
+        digest = self._weights_digest()
+        settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
+        return fingerprint(digest, settings), digest[:LENGTH]
+
+    def _weights_digest(self) -> str:
+        """Return the SHA-256 of all weights, computed again when they change."""
+        with self.computing():
+            modules: tuple[LazyModule[Any], ...] = (self._encoder, self._decoder)
+            in_memory = [lazy.module for lazy in modules if lazy.is_read]
+            version = [id(module) for module in in_memory], weights_version(*in_memory)()
+            if self._digest is None or self._digest[0] != version:
+                weights = (weight for lazy in modules for weight in lazy.weights())
+                self._digest = version, weights_digest(weights)
+            return self._digest[1]
+
+    # Computing.
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Keep the caller's settings of PyTorch from the computation, and refuse its tracers."""
+        guard_after_fork()
+        refuse_tracing()
+        with reference_state(self.device), one_look():
+            yield
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which modules run at the codec's precision."""
+        dtype = PRECISIONS[self.spec.precision]
+        if dtype is not None:
+            return torch.autocast(self.device.type, dtype=dtype)
+        if self.device.type != "cuda":
+            return nullcontext()
+        return convolutions(tf32=self.spec.precision == "tf32")
+
+    @torch.no_grad()
+    def encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        """See `Backend.encode_frames`."""
+        encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
+        check_weights(encoder, f"the encoder of {self.name}")
+        if self.device.type == "cuda":
+            return self._engine(encoder)(audio, num_frames, width)
+        with self.autocast():
+            encoded = inference.encode_frames(encoder, audio, _ends(num_frames, width, encoder.min_frames))
+        return quantize(self.quantizer, encoded.float())
+
+    @torch.no_grad()
+    def decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        """See `Backend.decode_frames`."""
+        decoder, width = self.decoder, tokens.shape[2]
+        check_weights(decoder, f"the decoder of {self.name}")
+        if self.device.type == "cuda":
+            return self._engine(decoder)(tokens, num_frames, width)
+        length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
+        codes = self.quantizer.decode(tokens.transpose(0, 1), length)
+        with self.autocast():
+            return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
+
+    def _engine(self, module: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
+        from nemo_lfr.codec.gpu import graphs  # where there is no GPU, it is not needed
+
+        return graphs.engine(module, self.quantizer, self.spec.precision, self.device)
+
+    # Streams.
+
+    def stream_encoder(self, codec: Codec[torch.Tensor], lookahead: int | None) -> StreamEncoder:
+        """See `Codec.stream_encoder`."""
+        return StreamEncoder(codec, self, lookahead)
+
+    def stream_decoder(self, codec: Codec[torch.Tensor], lookahead: int | None) -> StreamDecoder:
+        """See `Codec.stream_decoder`."""
+        return StreamDecoder(codec, self, lookahead)
+
+
+def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
+    """Where each example of a batch ends, its silence up to `min_frames` included; None if that is everywhere."""
+    ends = [max(count, min_frames) for count in num_frames]
+    return None if min(ends) == width else ends

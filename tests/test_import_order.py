@@ -1,0 +1,198 @@
+"""Imports go down one list, and never in a circle: neither among folders nor among files.
+
+Every import counts: those within functions and those for type checkers too.
+"""
+
+import ast
+import graphlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import nemo_lfr
+
+PACKAGE = Path(nemo_lfr.__file__).parent
+
+# What stands further down may import what stands above it.
+ORDER = (
+    "_version",
+    "telemetry",
+    "errors",
+    "frames",
+    "spec",
+    "modules",
+    "signal",
+    "lm",
+    "io",
+    "checkpoint",
+    "codec",
+    "pretrained",
+    "training",
+    "nemo",
+    "corpus",
+    "evaluation",
+    "cli",
+    "__main__",
+    "testing",
+    "__init__",  # of the package: the public names, which nothing inside imports
+)
+
+# Today's files that will move, and their future places; a name stands for all that is below it.
+MOVES = {
+    "codec": {
+        "modules": (
+            "activation", "context", "conv", "decoder", "encoder", "finite", "network", "neural_module", "padding",
+            "quantizer", "ragged", "residual", "weights",
+        ),
+        "codec.cpu": ("inference", "plan"),
+        "codec.cuda": ("gpu",),
+    },
+    "corpus": {"io": ("cut_audio", "layouts", "reading"), "cli": ("command",)},
+    "evaluation": {"cli": ("command",)},
+    "tokens": {"io": ("format", "packing", "__init__")},
+    "training": {"nemo": ("artifacts", "cuts", "resume", "steps")},
+    "": {
+        "io": (
+            "atomic", "audio", "containers", "folders", "journal", "locate", "manifests", "media", "regular", "text",
+        ),
+        "codec.cpu": ("heap",),
+        "codec": ("onnx", "streaming"),
+        "nemo": ("model", "nemo_interface"),
+        "cli": ("demo", "identify", "options", "pipes", "terminal"),
+    },
+}  # fmt: skip
+FUTURE = {
+    f"{old}.{name}".strip("."): f"{new}.{old}_{name}" if name in ("command", "__init__") else f"{new}.{name}"
+    for old, places in MOVES.items()
+    for new, names in places.items()
+    for name in names
+}
+
+
+class Import(NamedTuple):
+    """One import of one of our modules by another, by their future names without the package's."""
+
+    importer: str
+    imported: str
+    where: str
+
+
+def future(module: str) -> str:
+    """Return where a module will be."""
+    for length in range(module.count(".") + 1, 0, -1):
+        parts = module.split(".")
+        head, tail = ".".join(parts[:length]), parts[length:]
+        if head in FUTURE:
+            return ".".join([FUTURE[head], *tail])
+    return module
+
+
+def module_at(path: Path) -> str:
+    """Return the name of a file, in which a folder's own is `__init__`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def resolve(parts: list[str]) -> str:
+    """Return the module that a dotted name means: a file, a folder's `__init__`, or the one that holds the name."""
+    while parts:
+        if PACKAGE.joinpath(*parts).with_suffix(".py").is_file():
+            return ".".join(parts)
+        if PACKAGE.joinpath(*parts, "__init__.py").is_file():
+            return ".".join([*parts, "__init__"])
+        parts = parts[:-1]
+    return "__init__"
+
+
+def imported_modules(node: ast.AST, path: Path) -> Iterator[str]:
+    """Yield our modules that one statement imports."""
+    if isinstance(node, ast.Import):
+        names = [alias.name.split(".") for alias in node.names]
+        yield from (resolve(name[1:]) for name in names if name[0] == PACKAGE.name)
+    elif isinstance(node, ast.ImportFrom):
+        base = (node.module or "").split(".") if node.module else []
+        if node.level:
+            folder = path.parent if node.level == 1 else path.parents[node.level - 1]
+            base = [PACKAGE.name, *folder.relative_to(PACKAGE).parts, *base]
+        if base[0] == PACKAGE.name:
+            yield from (resolve([*base[1:], alias.name]) for alias in node.names)
+
+
+def all_imports() -> list[Import]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for module in imported_modules(node, path):
+                where = f"{path.relative_to(PACKAGE.parent)}:{getattr(node, 'lineno', 0)}"
+                found.append(Import(future(module_at(path)), future(module), where))
+    return found
+
+
+IMPORTS = all_imports()
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_folder_and_file_has_a_place_in_the_order():
+    assert {top(future(module_at(path))) for path in PACKAGE.rglob("*.py")} <= set(ORDER)
+
+
+def test_imports_go_down_the_list():
+    wrong = [
+        f"{entry.where}: {entry.importer} imports {entry.imported}"
+        for entry in IMPORTS
+        if ORDER.index(top(entry.importer)) < ORDER.index(top(entry.imported))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def folders() -> list[str]:
+    """Return the package and all folders in it, by their future names."""
+    modules = {entry.importer for entry in IMPORTS} | {entry.imported for entry in IMPORTS}
+    return sorted({module.rpartition(".")[0] for module in modules})
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_files_and_folders_import_each_other_in_no_circle(folder):
+    """Of one folder's members at a time; a subfolder counts as one of them."""
+    prefix = folder + "." if folder else ""
+    graph: dict[str, set[str]] = {}
+    reasons: dict[tuple[str, str], str] = {}
+    for entry in IMPORTS:
+        if entry.importer.startswith(prefix) and entry.imported.startswith(prefix):
+            importer, imported = top(entry.importer[len(prefix) :]), top(entry.imported[len(prefix) :])
+            if importer != imported:
+                graph.setdefault(importer, set()).add(imported)
+                reasons.setdefault((importer, imported), f"{entry.where}: {entry.importer} imports {entry.imported}")
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        cycle = error.args[1][::-1]
+        pytest.fail("\n".join(reasons[pair] for pair in itertools.pairwise(cycle)))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("import nemo_lfr.errors", {"errors"}),
+        ("import nemo_lfr.errors as e, os", {"errors"}),
+        ("from nemo_lfr import frames, load", {"frames", "__init__"}),
+        ("from nemo_lfr.codec.codec import Codec", {"codec.codec"}),
+        ("from nemo_lfr.codec import codec", {"codec.codec"}),
+        ("from nemo_lfr.checkpoint import build_parts", {"checkpoint.__init__"}),
+        ("from . import codec", {"codec.codec"}),
+        ("from ..errors import clip", {"errors"}),
+        ("from .. import frames", {"frames"}),
+        ("def f():\n    from nemo_lfr.frames import Window", {"frames"}),
+        ("if TYPE_CHECKING:\n    import nemo_lfr.frames", {"frames"}),
+        ("import nemo, torch", set()),
+    ],
+)
+def test_imports_of_every_spelling_are_seen(text, expected):
+    nodes = ast.walk(ast.parse(text))
+    path = PACKAGE / "codec" / "some_file.py"
+    assert {module for node in nodes for module in imported_modules(node, path)} == expected
