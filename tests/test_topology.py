@@ -17,6 +17,7 @@ from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.codec.residual import ResidualLayer
+from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.training.initialize import initialize_from_data
 from tests.models import RATE, speech_like, synthesize
 from tests.reference import assert_same_tokens, changed_frames
@@ -59,7 +60,7 @@ def codec(request):
     initialize_from_data(encoder, quantizer, decoder, speech_like(2 * 200 * FRAME).reshape(2, -1))
     for module in (encoder, quantizer, decoder):
         module.eval().requires_grad_(False)
-    return Codec(encoder, quantizer, decoder, RATE)
+    return Codec(TorchBackend(encoder, quantizer, decoder, RATE))
 
 
 def codes_of(codec, count: int) -> torch.Tensor:
