@@ -56,7 +56,8 @@ MOVES = {
     "training": {"nemo": ("artifacts", "cuts", "resume", "steps")},
     "": {
         "io": (
-            "atomic", "audio", "containers", "folders", "journal", "locate", "manifests", "media", "regular", "text",
+            "atomic", "audio", "containers", "folders", "journal", "locate", "manifests", "media", "regular",
+            "tensor_file", "text",
         ),
         "codec.cpu": ("heap",),
         "codec": ("onnx", "streaming"),
