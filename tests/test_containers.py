@@ -387,6 +387,19 @@ def test_flac_that_promises_more_samples_than_it_has_is_cut_short(promised):
         read(data)
 
 
+def test_mp3_that_begins_and_ends_within_a_frame_is_read(caplog):
+    """As a part of a stream that was recorded."""
+    data = bare_mp3()
+    assert len(read(data)) - len(read(data[150:-100])) in (576 * 2, 576 * 3, 576 * 4)  # whole frames
+    assert "ends within a frame" in caplog.text
+
+
+def test_wav_with_a_tag_between_recordings_is_read_whole():
+    data = wav(chunk(b"data", pcm()))
+    for between in (b"TAG".ljust(128, b"x"), bytes(300), ID3):
+        assert len(read(data + between + data)) == 2 * len(WAVE)
+
+
 def test_mp3_that_goes_from_mono_to_stereo_is_read():
     mono, stereo = bare_mp3(), bare_mp3(np.stack([WAVE, WAVE], axis=1))
     assert len(read(mono + stereo)) == len(read(mono)) + len(read(stereo))

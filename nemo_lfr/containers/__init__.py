@@ -13,7 +13,7 @@ from nemo_lfr.containers import boxes, flac, older, parts, rare
 from nemo_lfr.containers.flac import flac_streams
 from nemo_lfr.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
 from nemo_lfr.containers.magic import after_id3
-from nemo_lfr.containers.mpeg import is_mpeg, mpeg_streams
+from nemo_lfr.containers.mpeg import is_late, is_mpeg, mpeg_streams
 from nemo_lfr.containers.ogg import ogg_streams
 from nemo_lfr.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
 from nemo_lfr.containers.wav import WavHeader, WavSamples, is_wav, read_wav_header, wav_streams
@@ -65,6 +65,7 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (parts.is_tta, parts.tta_streams),
     (parts.is_adts, parts.adts_streams),
     (is_mpeg, mpeg_streams),
+    (is_late, mpeg_streams),
 )
 
 

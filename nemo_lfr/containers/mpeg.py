@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_lfr.containers.magic import after_id3, after_tags, has_magic
 from nemo_lfr.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
 
+MAX_LEAD = 1 << 16  # bytes before the first frame
 MAX_PADDING = 4096  # bytes of tags and zeros behind the audio that are not worth a word
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
@@ -83,6 +84,16 @@ def is_mpeg(head: bytes, window: Window) -> bool:
     return head.startswith(b"ID3") or (
         frame is not None and read_frame(window.at(start + frame.length, 4)) is not None
     )
+
+
+def is_late(_: bytes, window: Window) -> bool:
+    """Return whether MPEG audio begins behind something else, as the rest of a frame in a recorded stream."""
+    position = 0
+    while (position := window.find(b"\xff", position, MAX_LEAD)) >= 0:
+        if read_frame(window.at(position, 4)) is not None and frames_follow(window, position, 8):
+            return True
+        position += 1
+    return False
 
 
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
@@ -232,7 +243,12 @@ def _is_plain(window: Window, piece: Piece) -> bool:
     tag = window.size - 128
     is_end = stop == window.size or (stop == tag and window.at(tag, 3) == b"TAG")
     promised = _xing_bytes(window, piece)
-    return not others and is_end and (promised is None or abs(promised - (stop - start)) * 200 < stop - start)
+    return (
+        not others
+        and start == after_id3(window, 0)
+        and is_end
+        and (promised is None or abs(promised - (stop - start)) * 200 < stop - start)
+    )
 
 
 def _xing_bytes(window: Window, piece: Piece) -> int | None:

@@ -6,7 +6,7 @@ FFmpeg reads them up to a cut, and the first of joined ones, without an error.
 import struct
 from collections.abc import Iterator
 
-from nemo_lfr.containers.joined import next_file
+from nemo_lfr.containers.joined import ADTS_HEAD, adts_size, next_file
 from nemo_lfr.containers.stream import JOINED, Stream, Window, cut_short, whole_file
 
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -16,7 +16,7 @@ _AMR_SIZES = {  # bytes of a frame by its type, with the type itself
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
-_ADTS_HEAD, _TTA_HEAD = 7, 22
+_TTA_HEAD = 22
 
 
 def is_avi(head: bytes, _: Window) -> bool:
@@ -134,25 +134,18 @@ def _tta_parts(window: Window) -> Iterator[int]:
 
 def is_adts(head: bytes, window: Window) -> bool:
     """AAC in ADTS frames: two in a row."""
-    size = _adts_size(head)
-    return size is not None and (size >= window.size or _adts_size(window.at(size, _ADTS_HEAD)) is not None)
+    size = adts_size(head)
+    return size is not None and (size >= window.size or adts_size(window.at(size, ADTS_HEAD)) is not None)
 
 
 def adts_streams(window: Window) -> list[Stream]:
     position = 0
-    while (size := _adts_size(window.at(position, _ADTS_HEAD))) is not None and position + size <= window.size:
+    while (size := adts_size(window.at(position, ADTS_HEAD))) is not None and position + size <= window.size:
         position += size
     if size is not None:  # FFmpeg takes a part of a frame for damage
         note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are not read"
         return [Stream([(0, position)], note=note)]
     return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
-
-
-def _adts_size(head: bytes) -> int | None:
-    if len(head) < _ADTS_HEAD or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
-        return None
-    size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-    return size if size > _ADTS_HEAD else None
 
 
 def _walked(window: Window, parts: Iterator[int]) -> list[Stream]:

@@ -271,7 +271,8 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         if spans and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and window.at(begin, 4) == b"WAVE":
             following = position
             break
-        if not CHUNK_NAME.match(name) or (spans and has_magic(window, position)):
+        is_other = spans and (has_magic(window, position) or _is_tag(name))
+        if is_other or not CHUNK_NAME.match(name):
             break
         if name != b"data":
             is_read = name in (b"fmt ", b"ds64")
@@ -297,6 +298,11 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         return [whole_file(size, problem)], None
     length = sum(stop - begin for begin, stop in spans)
     return [Stream(spans, header.rebuilt(length), problem=problem)], following
+
+
+def _is_tag(name: bytes) -> bool:
+    """Return whether four bytes begin a tag behind the chunks, and are not the chunk of a WAV file that holds one."""
+    return name not in KNOWN_CHUNKS and any(name.startswith(tag[:4]) for tag in TAGS)
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
