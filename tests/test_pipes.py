@@ -290,8 +290,8 @@ def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
 
 
 def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
-    monkeypatch.setattr("nemo_lfr.containers.wav.MAX_HELD", 1 << 13)
-    source = io.BytesIO(SILENCE[:44] + b"RMS " * 4000)
+    monkeypatch.setattr("nemo_lfr.containers.wav.MAX_HELD", 1 << 15)
+    source = io.BytesIO(SILENCE[:44] + b"RMS " * 16000)
     header, head = read_wav_header(source.read)
     filtered = WavSamples(header, len(head))
     assert filtered.push(source.read()) + filtered.finish() == b""
