@@ -55,10 +55,10 @@ from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.gpu import folded
-from nemo_lfr.codec.gpu.choice import Choices, gpu_seconds
+from nemo_lfr.codec.gpu.choice import Autotuner, gpu_seconds
 from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
 from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
-from nemo_lfr.codec.gpu.plan import CHOICES, PRECISIONS, Plan, Step, find_kernels
+from nemo_lfr.codec.gpu.plan import AUTOTUNER, PRECISIONS, Plan, Step, find_kernels
 from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
 from nemo_lfr.codec.residual import ResidualLayer
 from nemo_lfr.codec.torch_backend import TorchBackend
@@ -376,11 +376,11 @@ def speech(bench: Bench, folder: Path | None) -> None:
         )
 
     try:
-        CHOICES.only = "library"
+        AUTOTUNER.force = "library"
         for precision in PRECISIONS:
             report(precision, Codec(TorchBackend(*moved, codec.sample_rate, precision=precision)))
     finally:
-        CHOICES.only = None
+        AUTOTUNER.force = None
     if bench.on_gpu:  # other parts have engines of their own
         report(
             "bf16, fused where faster", Codec(TorchBackend(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
@@ -540,9 +540,9 @@ def stages(bench: Bench, codec: Codec) -> None:
         "decode": (codec.decoder, torch.randn(batch, frames, 32, device=bench.device).tanh()),
     }
     for side, (part, signal) in sides.items():
-        plans = {"library": Plan(part, precision, kernels, Choices(gpu_seconds, only="library"))}
+        plans = {"library": Plan(part, precision, kernels, Autotuner(gpu_seconds, force="library"))}
         if kernels is not None and bench.on_gpu:
-            plans["chosen"] = Plan(part, precision, kernels, CHOICES)
+            plans["chosen"] = Plan(part, precision, kernels, AUTOTUNER)
         last = list(plans)[-1]
         print(
             f"\n{side}, {batch} x {frames} frames, bf16; {' and '.join(plans)}; bytes are one read and one write of "
@@ -581,7 +581,7 @@ def stages(bench: Bench, codec: Codec) -> None:
                 cache = GraphCache(CudaCapture())
                 single[name] = median(bench.seconds(partial(cache.run, 0, plan, one, frames_), 1.0))
             print(f"fused kernels alone, {side}, one clip: {single['library'] / single['chosen']:.2f} times as fast")
-    for key, took in CHOICES.measured.items():
+    for key, took in AUTOTUNER.measured.items():
         ways = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in took.items())
         print(f"  {key}: {ways} us")
 

@@ -10,7 +10,7 @@ import torch
 from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.gpu import graphs
-from nemo_lfr.codec.gpu.choice import Choices
+from nemo_lfr.codec.gpu.choice import Autotuner
 from nemo_lfr.codec.gpu.graphs import Captured, Engine, GraphCache, engine
 from nemo_lfr.codec.gpu.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.torch_backend import BATCHING, TorchBackend
@@ -108,25 +108,25 @@ def test_the_fastest_way_that_agrees_is_chosen_once(caplog):
         return run
 
     ways = {name: way(name) for name in seconds}
-    choices = Choices(lambda run: (run(), seconds[runs[-1]])[1])
+    autotuner = Autotuner(lambda run: (run(), seconds[runs[-1]])[1])
     for _ in range(2):
-        assert torch.equal(choices.run("layer", ways, ends)[0], values[0])
-    assert choices.chosen == {"layer": "fast"} and choices.measured["layer"] == {"library": 3.0, "fast": 1.0}
+        assert torch.equal(autotuner.run("layer", ways, ends)[0], values[0])
+    assert autotuner.chosen == {"layer": "fast"} and autotuner.measured["layer"] == {"library": 3.0, "fast": 1.0}
     assert runs[-2:] == ["fast", "fast"] and runs.count("wrong") == 1
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert len(caplog.records) == 2 and "wrong is off by" in messages and "no compiler" in messages
-    choices.run("layer", {"library": ways["library"]}, ends)
+    autotuner.run("layer", {"library": ways["library"]}, ends)
     assert runs[-1] == "library"
 
 
 def test_a_chosen_way_that_is_not_offered_gives_way_to_the_first():
-    choices = Choices(lambda _: 0.0, only="fused")
+    autotuner = Autotuner(lambda _: 0.0, force="fused")
     values, ends = torch.ones(1, 1, 1), torch.tensor([1])
-    assert choices.run("a", {"library": lambda: values, "fused": lambda: values * 2}, ends) == 2
-    assert choices.run("b", {"library": lambda: values, "other": lambda: values * 2}, ends) == 1
-    choices = Choices(lambda _: 0.0)
-    choices.chosen["c"] = "fused"
-    assert choices.run("c", {"library": lambda: values, "other": lambda: values * 2}, ends) == 1
+    assert autotuner.run("a", {"library": lambda: values, "fused": lambda: values * 2}, ends) == 2
+    assert autotuner.run("b", {"library": lambda: values, "other": lambda: values * 2}, ends) == 1
+    autotuner = Autotuner(lambda _: 0.0)
+    autotuner.chosen["c"] = "fused"
+    assert autotuner.run("c", {"library": lambda: values, "other": lambda: values * 2}, ends) == 1
 
 
 def fresh_codec() -> Codec:

@@ -16,7 +16,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.codec.gpu import folded, kernels, plan
-from nemo_lfr.codec.gpu.choice import Choices
+from nemo_lfr.codec.gpu.choice import Autotuner
 from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
 from nemo_lfr.codec.gpu.kernels import Tile
 from tests.models import KINDS, cached_codec
@@ -196,9 +196,9 @@ def test_a_whole_network_gives_the_same_by_every_way(monkeypatch, kind, way):
     ends = torch.tensor(frames, device=DEVICE)
     # tf32 asks for kernels of our own; fp32 keeps to the library. The interpreter computes both exactly.
     precision = plan.PRECISIONS["fp32" if way == "library" else "tf32"]
-    choices = Choices(lambda _: 0.0, only=way)
-    encoder = plan.Plan(codec.encoder.to(DEVICE), precision, kernels, choices)
-    decoder = plan.Plan(codec.decoder.to(DEVICE), precision, kernels, choices)
+    autotuner = Autotuner(lambda _: 0.0, force=way)
+    encoder = plan.Plan(codec.encoder.to(DEVICE), precision, kernels, autotuner)
+    decoder = plan.Plan(codec.decoder.to(DEVICE), precision, kernels, autotuner)
     encoded = encoder(audio.to(DEVICE), ends).cpu()
     decoded = decoder(codes.transpose(1, 2).to(DEVICE), ends).cpu()
     codec.encoder.cpu(), codec.decoder.cpu()

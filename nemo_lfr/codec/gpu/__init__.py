@@ -1,1 +1,1 @@
-"""The network on a GPU: folded layers -> fused kernels -> the way measured fastest -> CUDA graphs."""
+"""The network on a GPU: folded layers -> fused kernels -> the candidate measured fastest -> CUDA graphs."""

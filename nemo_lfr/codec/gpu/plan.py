@@ -1,4 +1,4 @@
-"""The network as a GPU runs it: a list of steps over folded layers, each by the way that was measured fastest.
+"""The network as a GPU runs it: a list of steps over folded layers, each by the candidate that was measured fastest.
 
 A layer can run as the library's convolution (cuDNN) between two passes of a small kernel, or as one kernel of ours;
 without Triton, as plain PyTorch. The first and the last layer run in fp32 whatever the precision: they cost nothing,
@@ -20,7 +20,7 @@ from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.finite import to_audio
 from nemo_lfr.codec.gpu import folded
-from nemo_lfr.codec.gpu.choice import Choices, Way, gpu_seconds
+from nemo_lfr.codec.gpu.choice import Autotuner, Candidate, gpu_seconds
 from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
 from nemo_lfr.errors import clip
@@ -37,7 +37,7 @@ PRECISIONS = {
 # need a rival: a clip of 10 s took 75 ms to decode on an H100 with 256 here, and 5 with 1024.
 FUSED_CHANNELS = 1024
 # Of the whole process: what is fastest depends on the device and on shapes, not on the weights.
-CHOICES = Choices(gpu_seconds)
+AUTOTUNER = Autotuner(gpu_seconds)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Plan:
         network: copied, not held.
         precision: of all but the first and last layer.
         kernels: `nemo_lfr.codec.gpu.kernels`, or None for plain PyTorch.
-        choices: of ways to run a layer.
+        autotuner: chooses how each layer runs.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Plan:
         network: HiFiGANEncoder | HiFiGANDecoder,
         precision: Precision,
         kernels: ModuleType | None,
-        choices: Choices = CHOICES,
+        autotuner: Autotuner = AUTOTUNER,
     ) -> None:
         self.precision = precision
-        ops = CudaOps(network, precision, LayerRunner(precision, kernels, choices))
+        ops = CudaOps(network, precision, LayerRunner(precision, kernels, autotuner))
         rate = network.samples_per_frame if isinstance(network, HiFiGANEncoder) else 1
         self.steps = network.run(ops, Recording((), rate)).steps
         self._output = network.out_activation if isinstance(network, HiFiGANDecoder) else None
@@ -168,12 +168,12 @@ class LayerRunner:
     Args:
         precision: of the network.
         kernels: `nemo_lfr.codec.gpu.kernels`, or None for plain PyTorch.
-        choices: of candidates.
+        autotuner: chooses among the candidates for a layer.
     """
 
-    def __init__(self, precision: Precision, kernels: ModuleType | None, choices: Choices) -> None:
+    def __init__(self, precision: Precision, kernels: ModuleType | None, autotuner: Autotuner) -> None:
         self.precision = precision
-        self._kernels, self._choices = kernels, choices
+        self._kernels, self._autotuner = kernels, autotuner
 
     def run_layer(
         self,
@@ -184,17 +184,17 @@ class LayerRunner:
         ends: torch.Tensor,
     ) -> torch.Tensor:
         """Return the layer of the activated signal [B, T, H_in] as `dtype`, [B, T_out, H_out]."""
-        ways: dict[str, Way] = {
+        candidates: dict[str, Candidate] = {
             "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
         }
         kernels = self._kernels
         if kernels is not None and self._may_fuse(layer) and kernels.fusable(layer, activation):
             for tile in kernels.tiles(layer, activation):
-                ways[f"fused {tuple(tile)}"] = functools.partial(
+                candidates[f"fused {tuple(tile)}"] = functools.partial(
                     kernels.convolution, layer, signal, ends, tile, activation=activation, dtype=dtype
                 )
         key = ("layer", *_shape(layer), _kind(activation), *_size(signal))
-        return self._choices.run(key, ways, ends * layer.upsample_stride // layer.stride)
+        return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
 
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Return the mean of the branches [B, T, H], gathered as they end."""
@@ -218,7 +218,9 @@ class LayerRunner:
     ) -> torch.Tensor:
         """scale * (signal + block(signal) + total)."""
         first, second = block.first, block.second
-        ways: dict[str, Way] = {"library": lambda: self._block_by_library(block, signal, ends, total, scale)}
+        candidates: dict[str, Candidate] = {
+            "library": lambda: self._block_by_library(block, signal, ends, total, scale)
+        }
         kernels = self._kernels
         if kernels is not None and self._may_fuse(first) and kernels.fusable(first, block.before, block.between):
 
@@ -227,9 +229,9 @@ class LayerRunner:
                 return kernels.convolution(second, middle, ends, tile, residual=signal, total=total, scale=scale)
 
             for tile in kernels.tiles(first, block.before):
-                ways[f"fused {tuple(tile)}"] = functools.partial(fused, tile)
+                candidates[f"fused {tuple(tile)}"] = functools.partial(fused, tile)
         key = ("block", *_shape(first), _kind(block.before), *_size(signal))
-        return self._choices.run(key, ways, ends)
+        return self._autotuner.run(key, candidates, ends)
 
     def _may_fuse(self, layer: Layer) -> bool:
         """fp32 gives the tokens of record: they must not depend on what a measurement found fastest."""
