@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from nemo_lfr.codec import inference, plan
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.conv import Conv1d
-from nemo_lfr.codec.plan import ModuleWeights, PackedWeights, slack, weights_of
+from nemo_lfr.codec.plan import ModuleWeights, PackedWeights, weights_of
 from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.codec.winograd import slack
 from nemo_lfr.errors import NemoLfrError
 from tests.models import build_codec, cached_codec, speech_like
 

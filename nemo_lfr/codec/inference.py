@@ -22,8 +22,9 @@ from nemo_lfr.codec.decoder import HiFiGANDecoder
 from nemo_lfr.codec.encoder import HiFiGANEncoder
 from nemo_lfr.codec.finite import to_audio
 from nemo_lfr.codec.padding import fill_padding
-from nemo_lfr.codec.plan import ModuleWeights, slack, weights_of
+from nemo_lfr.codec.plan import ModuleWeights, weights_of
 from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
+from nemo_lfr.codec.winograd import slack
 
 # Numbers of one array of a piece of a residual layer's signal: a dozen of these are in use at a time.
 PIECE = 1024 * 1024

@@ -4,14 +4,9 @@ Built when it is first needed, beside the module, whose parameters stay as they 
 
 - the weights of each convolution, weight norm folded, in the layout that oneDNN's kernel reads, so that no call
   computes or copies them; transposed convolutions are convolutions of two taps to all phases;
-- for wide layers in fp32, their Toom-Cook form: four outputs of four taps cost 7 products instead of 16 (below);
+- for wide layers in fp32, their Toom-Cook form: four outputs of four taps cost 7 products instead of 16;
 - in bf16, which is opt-in: each shape of each layer is compared with fp32 when it is first met, and runs in fp32, with
   a warning, where it is wrong. The layers that read or write audio, codes or encoded frames stay in fp32.
-
-Toom-Cook, also known as Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308): seven samples of the input
-are evaluated as a polynomial at 7 points, four taps of the kernel too; their products, transformed back, are four
-outputs. Longer kernels are sums of such pieces, four samples apart, so that pieces and branches share what was
-transformed. In fp32 its rounding is 4 times that of a sum in order, 1e-6 of the output's rms.
 """
 
 import warnings
@@ -21,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_lfr.codec import winograd
 from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.codec.weights import DerivedForms
 
@@ -28,17 +24,7 @@ from nemo_lfr.codec.weights import DerivedForms
 FAST_FRAMES = 48
 # Fewest products of channels and taps: below, the transforms cost more than they save (measured on Zen 4).
 FAST_SIZE = 1000
-# Numbers of one array of a block, per thread: 7 of these and what they give stay in the cache.
-BLOCK = 192 * 1024
-TILE, POINTS = 4, 7
-# Pairs of points -a and a, each with the coefficients of the other two pairs: (x^2 - b^2)(x^2 - c^2); then infinity.
-PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 WORST_BF16 = 0.05  # of the output's rms; rounding to 8 bits gives 0.003 to 0.01
-
-
-def slack(dilation: int, kernel_size: int = 11) -> int:
-    """Rows behind a layer's padded input that its last tiles may read; what is there changes nothing but rounding."""
-    return TILE * dilation * (-(-kernel_size // TILE) + 3)
 
 
 class Packed(NamedTuple):
@@ -84,7 +70,7 @@ class Weights(Protocol):
 
         Args:
             layers: for which `use_winograd`; their dilation is 1 where one of `starts` is not 0.
-            padded: [B, H_in, T], channels innermost, in memory that goes on for `slack` rows of finite numbers.
+            padded: [B, H_in, T], channels innermost, and `winograd.slack` rows of finite numbers in memory after it.
             starts: of each layer, the first item of `padded` that its first output sees.
             slope: of a leaky ReLU of the outputs; 1 is none.
 
@@ -137,7 +123,7 @@ class PackedWeights:
         # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
         self._ends = {network.pre_conv, network.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
-        self._banks: dict[nn.Module, torch.Tensor] = {}
+        self._transformed: dict[nn.Module, winograd.Transformed] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
@@ -175,50 +161,10 @@ class PackedWeights:
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
         """See `Weights`."""
-        batch, channels, width = padded.shape
-        dilation = layers[0].conv.dilation[0]
-        count, step = batch * width, TILE * dilation
-        tiles = -(-count // step)
-        banks = [self._transformed(layer) for layer in layers]
-        ahead = max(
-            start // step + bank.shape[1] - 1 for start, bank in zip(starts, banks, strict=True)
-        )  # tiles that the outputs of one tile see beyond it
-        rows = padded.as_strided(
-            (tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1)
-        )
-        outputs = [padded.new_empty((tiles, TILE, dilation * layer.conv.out_channels)) for layer in layers]
-        block = max(256, BLOCK * torch.get_num_threads() // channels) // dilation
-        for first in range(0, tiles, block):
-            size = min(block, tiles - first)
-            values = _evaluate(rows[first : first + size + ahead + 1])
-            for layer, start, bank, output in zip(layers, starts, banks, outputs, strict=True):
-                skip = start // step
-                seen = values[:, skip : skip + size + bank.shape[1] - 1].view(POINTS, -1, channels)
-                products = [
-                    # 1 ^ n = 1: the bias comes back in every output.
-                    _sum_of_products(seen[point], bank[point], layer.conv.bias if point == 2 else None, dilation)
-                    for point in range(POINTS)
-                ]
-                _interpolate([product.view(size, -1) for product in products], output[first : first + size])
-                if slope != 1.0:
-                    F.leaky_relu_(output[first : first + size], slope)
-        return [
-            output.as_strided(
-                (batch, layer.conv.out_channels, width - start - layer.span + 1),
-                (width * layer.conv.out_channels, 1, layer.conv.out_channels),
-                start % step * layer.conv.out_channels,
-            )
-            for layer, start, output in zip(layers, starts, outputs, strict=True)
-        ]
-
-    def _transformed(self, layer: Conv1d) -> torch.Tensor:
-        """Weights at each point, [POINTS, pieces, H_out, H_in]."""
-        if layer not in self._banks:
-            weight = layer.conv.weight.detach()
-            weight = F.pad(weight, (0, -weight.shape[2] % TILE)).unflatten(2, (-1, TILE))
-            points = [weight @ taps for taps in _kernel_transform(weight)]  # [H_out, H_in, pieces] each
-            self._banks[layer] = torch.stack(points).permute(0, 3, 1, 2).contiguous()
-        return self._banks[layer]
+        for layer in layers:
+            if layer not in self._transformed:
+                self._transformed[layer] = winograd.transform(layer)
+        return winograd.convolve([self._transformed[layer] for layer in layers], padded, starts, slope)
 
     def _get(self, layer: Conv1d | ConvTranspose1d, dtype: torch.dtype) -> Packed:
         if layer not in self._packed:
@@ -303,21 +249,6 @@ def _convolve(
     return torch.ops.mkldnn._convolution_pointwise(plane, way.packed, way.bias, *geometry, *after).squeeze(2)
 
 
-def _sum_of_products(
-    seen: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, dilation: int
-) -> torch.Tensor:
-    """A convolution of [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
-
-    Not oneDNN's, which packs the weights anew in each call for few rows, and for one tap for many numbers of them:
-    3 to 25 GFLOP/s instead of 100 (measured).
-    """
-    count = seen.shape[0] - (len(weights) - 1) * dilation
-    result = F.linear(seen[:count], weights[0], bias)
-    for piece in range(1, len(weights)):
-        result.addmm_(seen[piece * dilation : piece * dilation + count], weights[piece].T)
-    return result
-
-
 def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
     weight, bias = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
@@ -334,42 +265,3 @@ def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.
     exact = _exact(layer, seen)[:, :, 0]
     found = result[0, :, places].T.float()
     return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-9))
-
-
-def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
-    """[POINTS, 4]: four taps as a polynomial at each point, divided by what the input's transform multiplies with."""
-    rows = []
-    for a, total, product in PAIRS:
-        scale = 2 * a * (a**4 - total * a**2 + product)
-        rows += [[sign * (sign * a) ** power / scale for power in range(TILE)] for sign in (1, -1)]
-    return like.new_tensor([*rows, [0.0, 0.0, 0.0, 1.0]])
-
-
-def _evaluate(rows: torch.Tensor) -> torch.Tensor:
-    """Tiles [n + 1, 4, W] -> values at each point of a tile and three samples of the next: [POINTS, n, W]."""
-    count = rows.shape[0] - 1
-    sample = [rows[:count, number] for number in range(TILE)] + [rows[1:, number] for number in range(TILE - 1)]
-    values = rows.new_empty((POINTS, count, rows.shape[2]))
-    even, odd = rows.new_empty((2, count, rows.shape[2]))
-    for number, (a, total, product) in enumerate(PAIRS):
-        torch.sub(sample[4], sample[2], alpha=total, out=even)
-        even.add_(sample[0], alpha=product)
-        torch.sub(sample[5], sample[3], alpha=total, out=odd)
-        odd.add_(sample[1], alpha=product)
-        torch.add(odd, even, alpha=a, out=values[2 * number])
-        torch.sub(odd, even, alpha=a, out=values[2 * number + 1])
-    # (x^2 - 1/4)(x^2 - 1)(x^2 - 4)
-    torch.sub(sample[6], sample[0], out=values[6])
-    values[6].add_(sample[2], alpha=5.25).sub_(sample[4], alpha=5.25)
-    return values
-
-
-def _interpolate(products: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Products at each point, [n, W] each, which are overwritten -> tiles of four outputs [n, 4, W]."""
-    halves, ones, twos = (products[at : at + 2] for at in (0, 2, 4))
-    odd = [torch.sub(plus, minus) for plus, minus in (halves, ones, twos)]
-    even = [plus.add_(minus) for plus, minus in (halves, ones, twos)]
-    torch.add(even[1], even[0], out=out[:, 0]).add_(even[2])
-    torch.add(odd[1], odd[0], alpha=0.5, out=out[:, 1]).add_(odd[2], alpha=2)
-    torch.add(even[1], even[0], alpha=0.25, out=out[:, 2]).add_(even[2], alpha=4)
-    torch.add(odd[1], odd[0], alpha=0.125, out=out[:, 3]).add_(odd[2], alpha=8).add_(products[6])
