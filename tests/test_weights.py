@@ -9,7 +9,7 @@ import torch
 
 from nemo_lfr.codec import weights
 from nemo_lfr.codec.gpu.graphs import engine
-from nemo_lfr.codec.weights import one_look, weights_version
+from nemo_lfr.codec.weights import DerivedForms, one_look, weights_version
 from tests.models import cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
@@ -109,6 +109,26 @@ def test_streams_follow_uncounted_writes(write, has_weight_norm):
     expected = codec.encode(wave)[0][0]
     assert_same_tokens(codec, wave, torch.from_numpy(tokens), expected)
     assert np.abs(audio - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
+
+
+def test_forms_are_built_once_for_each_key_and_again_after_a_write():
+    codec = copy.deepcopy(cached_codec("two_stages"))
+    forms: DerivedForms[object] = DerivedForms()
+
+    def form(key="fp32", *others):
+        return forms.get(codec.encoder, key, object, *others)
+
+    first = form()
+    assert form() is first and form("bf16") is not first and len(forms) == 1
+    with_quantizer = form("fp32", codec.quantizer)
+    assert with_quantizer is not first and form("fp32", codec.quantizer) is with_quantizer
+    assert form("fp32", copy.deepcopy(codec.quantizer)) is not with_quantizer
+    second = form()
+    WRITES["data, one"](codec.encoder)
+    assert form() is not second
+    forms.drop(codec.encoder)
+    forms.drop(codec.encoder)
+    assert len(forms) == 0
 
 
 def test_within_one_look_contents_are_read_once(monkeypatch):

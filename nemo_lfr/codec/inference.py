@@ -108,13 +108,12 @@ class PackedOps:
         """Compute the mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
         hidden, ends = self._weights.cast(signal.hidden), signal.ends
         batch, channels, length = hidden.shape
-        before, after = residual_context(layer)
-        piece = max(PIECE // (batch * channels), 8 * (before + after))
-        count = -(-length // piece)
-        if count < 2:
+        if length <= PIECE // (batch * channels):
             return Batch(self._mean(layer.branches, Batch(hidden, ends)), ends)
+        before, after = residual_context(layer)
+        count = -(-length // max(PIECE // (batch * channels), 8 * (before + after)))
         piece = -(-length // count)
-        width = before + piece + after  # of all pieces, as kernels are made for a width
+        width = min(before + piece + after, length)  # of all pieces, as kernels are made for a width
         result = hidden.new_empty_strided(hidden.shape, (length * channels, 1, channels))
         for first in range(0, length, piece):
             start = min(max(first - before, 0), length - width)
