@@ -47,7 +47,7 @@ MOVES = {
             "activation", "context", "conv", "decoder", "encoder", "finite", "network", "neural_module", "padding",
             "quantizer", "ragged", "residual", "weights",
         ),
-        "codec.cpu": ("inference", "plan"),
+        "codec.cpu": ("inference", "plan", "winograd"),
         "codec.cuda": ("gpu",),
     },
     "corpus": {"io": ("cut_audio", "layouts", "reading"), "cli": ("command",)},
