@@ -10,7 +10,7 @@ from nemo_lfr.errors import NemoLfrError
 
 # What the place that is written to may refuse; other errors of the system may be faults of a program.
 PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
-ADVICE = "the last checkpoint is whole; make room, and start the same command again"
+ADVICE = "make room or choose another place, and start the same command again; what was there before is whole"
 
 
 @contextmanager
