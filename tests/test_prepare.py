@@ -368,4 +368,5 @@ def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kin
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
     assert failure["audio_filepath"] == "b.flac" and failure["reason"]
     prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
-    assert len(manifest(tmp_path / "trusted" / "train.json")) == 2
+    # The last frame of FLAC tells a cut without decoding.
+    assert len(manifest(tmp_path / "trusted" / "train.json")) == (1 if kind == "cut in the middle" else 2)
