@@ -57,7 +57,7 @@ MOVES = {
     "": {
         "io": (
             "atomic", "audio", "containers", "folders", "journal", "locate", "manifests", "media", "regular",
-            "tensor_file", "text",
+            "shortage", "tensor_file", "text",
         ),
         "codec.cpu": ("heap",),
         "codec": ("onnx", "streaming"),
@@ -65,11 +65,13 @@ MOVES = {
         "cli": ("demo", "identify", "options", "pipes", "terminal"),
     },
 }  # fmt: skip
+MOVED = (PACKAGE / "modules").is_dir()
 FUTURE = {
     f"{old}.{name}".strip("."): f"{new}.{old}_{name}" if name in ("command", "__init__") else f"{new}.{name}"
     for old, places in MOVES.items()
     for new, names in places.items()
     for name in names
+    if not MOVED
 }
 
 
