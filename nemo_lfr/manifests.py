@@ -1,5 +1,6 @@
 """NeMo manifests: JSON lines, one recording each."""
 
+import hashlib
 import json
 import logging
 import os
@@ -18,8 +19,14 @@ logger = logging.getLogger(__name__)
 
 # Longer than any recording; a number beyond it is a mistake.
 MAX_SECONDS = 1e7
+ID_DIGITS = 12  # hex digits of a hash that names a line
 # What a line raises that is no line of a manifest.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+def line_id(line: bytes) -> str:
+    """Return an id for a line of a manifest that names no clip."""
+    return "line-" + hashlib.sha256(line).hexdigest()[:ID_DIGITS]
 
 
 @dataclass(frozen=True)

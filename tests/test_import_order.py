@@ -50,7 +50,7 @@ MOVES = {
         "codec.cpu": ("inference", "plan", "winograd"),
         "codec.cuda": ("gpu",),
     },
-    "corpus": {"io": ("cut_audio", "cut_files", "ids", "layouts", "reading"), "cli": ("command",)},
+    "corpus": {"io": ("cut_audio", "cut_files", "layouts", "reading"), "cli": ("command",)},
     "evaluation": {"cli": ("command",)},
     "tokens": {"io": ("format", "packing", "__init__")},
     "training": {"nemo": ("artifacts", "careful", "cuts", "resume", "steps")},

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.corpus.cut_audio import check_cut
-from nemo_lfr.corpus.ids import line_id
 from nemo_lfr.errors import AudioError, ConfigError, clip
-from nemo_lfr.manifests import NOT_A_LINE, describe
+from nemo_lfr.manifests import NOT_A_LINE, describe, line_id
 from nemo_lfr.text import UTF16_MARKS
 
 logger = logging.getLogger(__name__)

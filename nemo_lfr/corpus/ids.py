@@ -23,11 +23,6 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|
 _FILE_SUFFIX = re.compile(r"\.(lfr|pt|wav|flac)$", re.IGNORECASE)
 
 
-def line_id(line: bytes) -> str:
-    """Return an id for a line of a manifest that names no clip."""
-    return "line-" + hashlib.sha256(line).hexdigest()[:HASH_DIGITS]
-
-
 def clean_id(name: str) -> str:
     """Return a clip id for any name: a relative path without traversal, of portable characters and bounded length.
 

@@ -33,12 +33,12 @@ from nemo_lfr.corpus.columns import (
 )
 from nemo_lfr.corpus.cut_audio import read_cut
 from nemo_lfr.corpus.cut_files import CutItem, explain, kind_of, read_cuts, read_shar
-from nemo_lfr.corpus.ids import UniqueIds, clean_id, line_id, numbered_id
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
 from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
-from nemo_lfr.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
+from nemo_lfr.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
 from nemo_lfr.regular import open_regular
 from nemo_lfr.text import UTF16_MARKS, is_missing
 
