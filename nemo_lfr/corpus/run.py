@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from nemo_lfr._version import __version__
 from nemo_lfr.atomic import sweep
 from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.corpus.claim import check_claim, claim
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
@@ -96,6 +97,7 @@ def tokenize(
     job.state.mkdir(parents=True, exist_ok=True)
     with _alone(job.state / "lock"):
         _remove_leftovers(job, out)
+        job = replace(job, claim=claim(job.state))
         corpus = job.open(anew=True)
         parts = _claim(job, corpus, codec)
         totals = Totals(len(parts), codec["sample_rate"])
@@ -108,6 +110,7 @@ def tokenize(
         tasks = [(index, part) for index, part in enumerate(parts) if index not in marks]
         for mark in _compute(job, tasks, workers, device, ray):
             if Mark.find(out, mark.index) is None:
+                check_claim(job.state, job.claim)
                 raise NemoLfrError(
                     f"{out}: shard {mark.index} was computed on another machine and cannot be seen here; --out must "
                     "be on a file system that all machines share."
@@ -115,6 +118,12 @@ def tokenize(
             marks[mark.index] = mark
             totals.add(mark, computed=True)
             watch(totals)
+        check_claim(job.state, job.claim)
+        if lost := [index for index in range(len(parts)) if Mark.find(out, index) is None]:
+            raise NemoLfrError(
+                f"{out}: files of {len(lost)} of {len(parts)} shards (the first is {lost[0]}) were removed or changed "
+                "while this run was writing; the same command makes them again."
+            )
         finish(job.kind, out, len(parts), job.context)
         return _sum_up(job, out, codec, [marks[index] for index in range(len(parts))])
 

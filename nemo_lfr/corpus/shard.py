@@ -19,6 +19,7 @@ import numpy as np
 
 from nemo_lfr.atomic import naming
 from nemo_lfr.codec.arrays import to_numpy
+from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.errors import AudioError, NemoLfrError
@@ -62,6 +63,7 @@ class Job:
         strict: stop at the first clip that fails.
         threads: of one worker on a CPU.
         readers: threads that decode and resample audio ahead of the codec.
+        claim: what `claim` gave for the output; nothing is put into place where it is no longer that.
     """
 
     source: str
@@ -79,6 +81,7 @@ class Job:
     threads: int = 1
     readers: int = 1
     allow_url: bool = False
+    claim: str = ""
 
     @property
     def state(self) -> Path:
@@ -155,10 +158,12 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
 
     Raises:
         AudioError: with `job.strict`, for a clip that cannot be tokenised.
+        NemoLfrError: if the output is no longer that of this run.
         OSError: if its files cannot be written.
     """
     out = Path(job.out).resolve()
     mark = Mark(index)
+    check_claim(job.state, job.claim)
     staging = job.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
     with naming(out, staging.parent):
         staging.mkdir(parents=True)
@@ -170,6 +175,7 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
             mark.samples += num_samples
             mark.frames += tokens.shape[1]
         sink.close()
+        check_claim(job.state, job.claim)
         for path in sorted(file for file in staging.rglob("*") if file.is_file()):
             name = str(path.relative_to(staging))
             mark.files[name] = digest(path)
@@ -180,6 +186,9 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, out / name)
         mark.write(out)
+    except OSError:
+        check_claim(job.state, job.claim)  # of files that are gone with the folder
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return mark

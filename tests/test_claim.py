@@ -1,0 +1,103 @@
+"""A run whose output is removed, taken or changed under its hands says so, and claims no tokens that are not there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.corpus.claim import NAME, check_claim, claim
+from nemo_lfr.corpus.run import METADATA, Totals, tokenize
+from nemo_lfr.corpus.shard import Job, Mark
+from nemo_lfr.errors import NemoLfrError
+from tests.corpora import write_codec
+from tests.models import RATE, synthesize
+
+CLIPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("audio")
+    for number in range(CLIPS):
+        soundfile.write(root / f"{number}.wav", synthesize(0.2, seed=number), RATE)
+    return root
+
+
+def job(audio: Path, out: Path, model: Path) -> Job:
+    return Job(str(audio), str(out), "lfr", model=str(model), shard_size=1)
+
+
+def take_over(out: Path) -> None:
+    """What a second run begins with, after somebody removed the folder of the first."""
+    shutil.rmtree(out)
+    (out / ".tokenize").mkdir(parents=True)
+    claim(out / ".tokenize")
+
+
+def tokens_of(out: Path) -> list[Path]:
+    return sorted(out.rglob("*.lfr"))
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+GONE = "was removed, or made anew by another run"
+CHANGED = "files of 1 of 4 shards .* were removed or changed"
+MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
+    "removed": (shutil.rmtree, GONE),
+    "moved": (lambda out: out.rename(out.with_name("elsewhere")), GONE),
+    "taken over": (take_over, GONE),
+    "its claim alone removed": (lambda out: (out / ".tokenize" / NAME).unlink(), GONE),
+    "its claim cut": (lambda out: (out / ".tokenize" / NAME).write_text("0123"), GONE),
+    "a file removed": (lambda out: tokens_of(out)[0].unlink(), CHANGED),
+    "a file cut": (lambda out: tokens_of(out)[0].write_bytes(b""), CHANGED),
+    "a mark removed": (lambda out: Mark.path(out, 0).unlink(), CHANGED),
+}
+
+
+@pytest.mark.parametrize(
+    ("meddling", "workers"), [*((meddling, 1) for meddling in MEDDLING), ("removed", 2), ("a file removed", 2)]
+)
+def test_an_output_that_changes_under_a_run_is_an_error_and_no_loss(meddling, workers, audio, model, tmp_path):
+    meddle, reason = MEDDLING[meddling]
+    out = tmp_path / "out"
+    is_done = False
+
+    def watch(totals: Totals) -> None:
+        nonlocal is_done
+        if totals.done >= 1 and not is_done:
+            is_done = True
+            meddle(out)
+
+    with pytest.raises(NemoLfrError, match=reason):
+        tokenize(job(audio, out, model), device="cpu", workers=workers, watch=watch)
+    assert is_done and not (out / METADATA).exists()
+    if meddling == "taken over":  # nothing of the first run is in the folder of the second
+        assert set(files_of(out)) == {f".tokenize/{NAME}"}
+        return
+    done = tokenize(job(audio, out, model), device="cpu", workers=1)
+    assert done["clips"] == CLIPS and len(tokens_of(out)) == CLIPS
+    tokenize(job(audio, tmp_path / "whole", model), device="cpu", workers=1)
+    assert [path.read_bytes() for path in tokens_of(out)] == [
+        path.read_bytes() for path in tokens_of(tmp_path / "whole")
+    ]
+
+
+def test_a_run_goes_on_with_the_claim_that_is_there(tmp_path):
+    first = claim(tmp_path)
+    assert claim(tmp_path) == first
+    check_claim(tmp_path, first)
+    check_claim(tmp_path / "no such folder", "")  # a shard that is computed by itself
+    for text in ("", "zz", "\xff" * 32, first * 2):
+        (tmp_path / NAME).write_text(text, encoding="utf-8")
+        with pytest.raises(NemoLfrError, match=GONE):
+            check_claim(tmp_path, first)
+        assert len(claim(tmp_path)) == len(first) and claim(tmp_path) != first
