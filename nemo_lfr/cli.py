@@ -34,6 +34,7 @@ from nemo_lfr.heap import keep_heap
 from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.locate import expand_home
 from nemo_lfr.options import UserPath
+from nemo_lfr.shortage import shortage_of
 from nemo_lfr.terminal import lead_nowhere, note, progress, show
 
 if TYPE_CHECKING:
@@ -303,6 +304,15 @@ def _attempts(
             if not isinstance(error, NemoLfrError):
                 text = f"{error.filename or batch[0].target}: {error.strerror or error}."
             failures.append({"input": str(batch[0].source), "error": text})
+    except (MemoryError, RuntimeError) as error:
+        if (shortage := shortage_of(error)) is None:
+            raise
+        if len(batch) == 1:
+            failures.append({"input": str(batch[0].source), "error": f"{batch[0].source}: {shortage}"})
+            return
+        error.__traceback__ = None  # holds the arrays of this attempt
+        for job in batch[done:]:
+            yield from _attempts([job], work, failures)
 
 
 def _line(result: dict[str, Any]) -> str:
@@ -748,7 +758,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(arguments)
 
 
+def _check_current_folder() -> None:
+    """Refuse to start in a folder that was removed, which ends Python's and PyTorch's own code at many places."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        _fail(f"the current folder cannot be used ({error.strerror}); go to another one.")
+
+
 def _run(arguments: Sequence[str] | None) -> None:
+    _check_current_folder()
+    os.environ.setdefault("PATH", os.defpath)  # as in a bare environment; Lhotse cannot be imported without one
     try:
         app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -776,6 +796,11 @@ def _run(arguments: Sequence[str] | None) -> None:
             name = "stdout"
             lead_nowhere(sys.stdout)
         _fail(f"{name}: {error.strerror}." if name else f"{error.strerror or error}.")
+    except (MemoryError, RuntimeError) as error:
+        shortage = shortage_of(error)
+        if shortage is None:
+            raise
+        _fail(shortage)
 
 
 def _fail(text: str) -> None:

@@ -5,7 +5,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, MissingExtraError, clip
+from nemo_lfr.errors import AudioError, clip
+from nemo_lfr.shortage import missing_extra
 
 # FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
 DEMUXERS = (
@@ -57,8 +58,8 @@ class MediaDecoder:
     def __init__(self, source: BinaryIO) -> None:
         try:
             import av
-        except ImportError as error:
-            raise MissingExtraError('PyAV is not installed; run: pip install ".[media]"') from error
+        except Exception as error:  # whatever that package does when it is imported
+            raise missing_extra(error, "PyAV", 'PyAV is not installed; run: pip install ".[media]"') from error
         self._av: Any = av
         self._source = source
         self._container: Any = None

@@ -47,7 +47,7 @@ try:
 
     from nemo_lfr import nemo_interface  # noqa: F401  gives the modules NeMo's types
     from nemo_lfr.training.steps import DISCRIMINATOR, WAVLM, TrainingSteps
-except ImportError as error:
+except Exception as error:  # whatever that package does when it is imported
     raise MissingExtraError(
         f'NeMo\'s door needs NeMo, which cannot be imported ({error}); run: pip install "nemo-lfr[nemo]". '
         "Encoding and decoding need no NeMo: nemo_lfr.load()."

@@ -118,6 +118,23 @@ def test_each_epoch_has_an_order_of_its_own_which_workers_share(folders):
     assert orders == [first, second] * 2
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    "looks",
+    [lambda dataset: next(iter(dataset)), lambda dataset: list(dataset), lambda dataset: [iter(dataset)] * 2],
+    ids=["at the first", "at all", "at none"],
+)
+def test_ranks_share_one_order_though_one_has_looked_at_the_data_before(looks, world_size, shuffle, folders):
+    seen = []
+    for rank in range(world_size):
+        dataset = TokenDataset(folders["lfr"], shuffle=shuffle, rank=rank, world_size=world_size, buffer_size=2)
+        for _ in range(rank):
+            looks(dataset)
+        seen += [utterance.id for utterance in dataset]
+    assert len(seen) == len(set(seen)) == sum(UNEVEN)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lfr.codec.backend import Backend
 from nemo_lfr.codec.devices import choose_device
-from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.onnx import DECODER, ENCODER
+from nemo_lfr.shortage import missing_extra
 
 if TYPE_CHECKING:
     import torch
@@ -122,10 +123,12 @@ def _check_torch(options: OpenOptions) -> None:
     with _gc_paused():
         try:
             import torch  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(
+        except Exception as error:  # whatever that package does when it is imported
+            raise missing_extra(
+                error,
+                "PyTorch",
                 "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-                "`nemo-lfr export onnx` can be used."
+                "`nemo-lfr export onnx` can be used.",
             ) from error
         from nemo_lfr.codec.torch_backend import PRECISIONS
 

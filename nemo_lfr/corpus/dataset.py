@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
 from nemo_lfr.errors import NemoLfrError, TokensError
+from nemo_lfr.shortage import sharing
 
 __all__ = ["TokenDataset", "Utterance", "collate"]
 
@@ -20,8 +21,8 @@ class TokenDataset(IterableDataset):
     """The utterances of a folder that `nemo-lfr tokenize` wrote, in any of its formats.
 
     In a distributed training each rank reads its own share, and all shares are equally long in every epoch, for any
-    number of loader workers; do not add a sampler. Where there are workers, call `set_epoch` before each epoch, as
-    with a `DistributedSampler`.
+    number of loader workers; do not add a sampler. Where there are several ranks or loader workers, call `set_epoch`
+    before each epoch, as with a `DistributedSampler`.
 
     Args:
         folder: the tokens.
@@ -36,7 +37,7 @@ class TokenDataset(IterableDataset):
         verify: compare the hash of every file before it is read, not only its size.
 
     Raises:
-        NemoLfrError: if the folder holds no finished tokens.
+        NemoLfrError: if the folder holds no finished tokens, or the machine has no shared memory to give.
         TokenFileError: while reading, for a file that is damaged or was cut short.
     """
 
@@ -62,7 +63,7 @@ class TokenDataset(IterableDataset):
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
         self.shuffle, self.seed, self.buffer_size, self.drop_last = shuffle, seed, buffer_size, drop_last
         self._given = None if rank is None or world_size is None else (rank, world_size)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # a loader's workers see it too
+        self._epoch = _shared_zero()  # a loader's workers see it too
 
     def __getstate__(self) -> dict[str, Any]:
         """A loader's worker that is spawned knows no process group; what this process knows goes with the dataset."""
@@ -93,7 +94,7 @@ class TokenDataset(IterableDataset):
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; without it, each pass outside of loader workers has another."""
+        """Choose the order of an epoch; without it, each pass of a single process without workers has another."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -105,7 +106,8 @@ class TokenDataset(IterableDataset):
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         epoch = int(self._epoch)
-        if worker is None:
+        # Ranks must agree on the order, and one of them may have looked at the data once more than the others.
+        if worker is None and self.world_size == 1:
             self._epoch += 1
         shards = list(range(len(self.tokens.counts)))
         if self.shuffle:
@@ -179,6 +181,11 @@ def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Te
     for place, row in zip(padded, rows, strict=True):
         place[:, : row.shape[1]] = row
     return padded, lengths, torch.arange(padded.shape[2]) < lengths[:, None]
+
+
+def _shared_zero() -> torch.Tensor:
+    with sharing("a loader's workers"):
+        return torch.zeros((), dtype=torch.int64).share_memory_()
 
 
 def _is_distributed() -> bool:

@@ -23,6 +23,7 @@ from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.orphans import die_with, family
 from nemo_lfr.corpus.shard import Job, Mark, Worker
 from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.shortage import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,11 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
     context = get_context("spawn")
     others = multiprocessing.active_children()
     while left:
-        turns: SimpleQueue[str] = context.SimpleQueue()
+        with sharing("several --workers"):
+            turns: SimpleQueue[str] = context.SimpleQueue()
+            pool = ProcessPoolExecutor(workers, context, _start, (job, turns, os.getpid()))
         for number in range(workers):
             turns.put(devices[number % len(devices)])
-        pool = ProcessPoolExecutor(workers, context, _start, (job, turns, os.getpid()))
         running: dict[Future[dict[str, Any]], int] = {}
         waiting = deque(left)
         try:
@@ -98,7 +100,7 @@ def run_processes(job: Job, tasks: Sequence[Task], workers: int, devices: Sequen
         except BaseException:  # an interrupt, or a shard's error: nobody waits for the others in work
             for process in multiprocessing.active_children():
                 if process not in others:
-                    process.terminate()
+                    process.kill()  # a stopped one would not end otherwise
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

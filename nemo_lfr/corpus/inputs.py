@@ -36,10 +36,11 @@ from nemo_lfr.corpus.cut_files import CutItem, explain, kind_of, read_cuts, read
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
-from nemo_lfr.errors import AudioError, ConfigError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, clip
 from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
 from nemo_lfr.regular import open_regular
+from nemo_lfr.shortage import missing_extra
 from nemo_lfr.text import UTF16_MARKS, is_missing
 
 logger = logging.getLogger(__name__)
@@ -593,10 +594,10 @@ def require(module: str, extra: str = "") -> Any:
 
     try:
         return import_module(module)
-    except ImportError as error:
+    except Exception as error:  # whatever that package does when it is imported
         package = module.partition(".")[0]
         wanted = f"'nemo-lfr[{extra}]'" if extra else package
-        raise MissingExtraError(f"{package} is not installed; pip install {wanted}.") from error
+        raise missing_extra(error, package, f"{package} is not installed; pip install {wanted}.") from error
 
 
 def digest(path: Path) -> str:

@@ -19,8 +19,9 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.audio import AudioReader, resample
-from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
+from nemo_lfr.shortage import missing_extra
 
 
 @dataclass
@@ -115,8 +116,8 @@ class StockNeMo(Peer):
 
         try:
             from nemo.collections.tts.models import AudioCodecModel
-        except ImportError as error:
-            raise MissingExtraError('nemo: needs NeMo: pip install "nemo-lfr[nemo]"') from error
+        except Exception as error:  # whatever that package does when it is imported
+            raise missing_extra(error, "NeMo", 'nemo: needs NeMo: pip install "nemo-lfr[nemo]"') from error
         from nemo_lfr.checkpoint import read_config
         from nemo_lfr.codec.devices import choose_device
         from nemo_lfr.pretrained import find_checkpoint
@@ -213,8 +214,9 @@ class Transformers(Peer):
     def __init__(self, kind: str, options: str, device: str | None = None) -> None:
         try:
             import transformers
-        except ImportError as error:
-            raise MissingExtraError(f"{kind}: needs transformers: pip install transformers") from error
+        except Exception as error:  # whatever that package does when it is imported
+            message = f"{kind}: needs transformers: pip install transformers"
+            raise missing_extra(error, "transformers", message) from error
         from nemo_lfr.codec.devices import choose_device
 
         setting, _, source = options.partition(":")

@@ -14,7 +14,7 @@ import soundfile
 
 from nemo_lfr._version import __version__
 from nemo_lfr.atomic import sweep
-from nemo_lfr.errors import MissingExtraError, printable
+from nemo_lfr.errors import printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
 from nemo_lfr.evaluation.judges import ALL_METRICS
@@ -22,6 +22,7 @@ from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.peers import read
 from nemo_lfr.evaluation.run import Evaluation
 from nemo_lfr.journal import write_text
+from nemo_lfr.shortage import missing_extra
 
 EXAMPLE_SECONDS = 10.0
 PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
@@ -32,8 +33,9 @@ def check_packages() -> None:
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(f'the report needs {error.name}: pip install "nemo-lfr[evaluate]"') from error
+    except Exception as error:  # whatever that package does when it is imported
+        name = getattr(error, "name", None) or "jinja2 and matplotlib"
+        raise missing_extra(error, name, f'the report needs {name}: pip install "nemo-lfr[evaluate]"') from error
 
 
 def write_report(

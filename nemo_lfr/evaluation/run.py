@@ -34,6 +34,7 @@ from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.locate import check_model_name
 from nemo_lfr.manifests import Recording
 from nemo_lfr.regular import open_regular
+from nemo_lfr.shortage import sharing
 
 
 @dataclass
@@ -261,7 +262,8 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
     if jobs == 1 or len(tasks) < 2:
         yield from map(_measure, tasks)
         return
-    pool = ProcessPoolExecutor(min(jobs, len(tasks), 61), get_context("spawn"), _start, (os.getpid(),))
+    with sharing("several --jobs"):
+        pool = ProcessPoolExecutor(min(jobs, len(tasks), 61), get_context("spawn"), _start, (os.getpid(),))
     try:
         for future in as_completed([pool.submit(_measure, task) for task in tasks]):
             yield future.result()

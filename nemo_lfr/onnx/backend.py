@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.codec.backend import Direction, NumpyBackend
-from nemo_lfr.errors import CheckpointError, MissingExtraError, NemoLfrError, clip
+from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
 from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA
 from nemo_lfr.onnx.manifest import read_manifest, read_verified
+from nemo_lfr.shortage import missing_extra
 
 
 class OnnxBackend(NumpyBackend):
@@ -31,8 +32,9 @@ class OnnxBackend(NumpyBackend):
     def __init__(self, folder: str | os.PathLike[str], device: str | None = None, name: str | None = None) -> None:
         try:
             import onnxruntime
-        except ImportError as error:
-            raise MissingExtraError("ONNX files need ONNX Runtime: pip install 'nemo-lfr[onnx]'") from error
+        except Exception as error:  # whatever that package does when it is imported
+            message = "ONNX files need ONNX Runtime: pip install 'nemo-lfr[onnx]'"
+            raise missing_extra(error, "ONNX Runtime", message) from error
         self._folder = Path(folder)
         self.name = os.fspath(folder) if name is None else name
         has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

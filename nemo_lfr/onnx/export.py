@@ -20,9 +20,10 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.finite import quantize, to_audio
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.locate import expand_home
 from nemo_lfr.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
+from nemo_lfr.shortage import missing_extra
 
 OPSET = 20
 
@@ -70,8 +71,9 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise MissingExtraError("exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'") from error
+    except Exception as error:  # whatever that package does when it is imported
+        message = "exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'"
+        raise missing_extra(error, "one of onnx and onnxscript", message) from error
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
         raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.errors import ConfigError, MissingExtraError
+from nemo_lfr.errors import ConfigError
 from nemo_lfr.locate import check_model_name
+from nemo_lfr.shortage import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,9 @@ class WavLM:
     def _load(self) -> nn.Module:
         try:
             from transformers import AutoModel
-        except ImportError as error:
-            raise MissingExtraError(
-                'the SLM discriminator needs transformers: pip install "nemo-lfr[nemo]", or leave it out.'
-            ) from error
+        except Exception as error:  # whatever that package does when it is imported
+            message = 'the SLM discriminator needs transformers: pip install "nemo-lfr[nemo]", or leave it out.'
+            raise missing_extra(error, "transformers", message) from error
         try:
             check_model_name(self.name, ConfigError)
             model = AutoModel.from_pretrained(os.path.expanduser(self.name))
