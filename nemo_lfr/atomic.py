@@ -34,7 +34,7 @@ def open_aside(path: Path) -> IO[bytes]:
         aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
         with contextlib.suppress(FileExistsError), naming(path, aside):
             file = open(aside, "x+b")  # noqa: SIM115
-            if _lock(file.fileno()) is not False and os.path.lexists(aside):
+            if lock(file.fileno()) is not False and os.path.lexists(aside):
                 return file
             file.close()  # another process takes it for a leftover, since it saw it before it was locked
 
@@ -185,7 +185,7 @@ def _is_free(path: str) -> bool:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         # Windows has no locks, but removes no open files either.
-        return _lock(descriptor) or os.name == "nt"
+        return lock(descriptor) or os.name == "nt"
     finally:
         os.close(descriptor)
 
@@ -195,13 +195,13 @@ def _open_folder(folder: str) -> int | None:
     if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    if _lock(descriptor):
+    if lock(descriptor):
         return descriptor
     os.close(descriptor)
     return None
 
 
-def _lock(descriptor: int) -> bool | None:
+def lock(descriptor: int) -> bool | None:
     """Lock an open file without waiting: False if another process holds the lock, None if there are no locks here."""
     try:
         import fcntl

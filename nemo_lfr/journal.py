@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nemo_lfr.atomic import naming, write_bytes
+from nemo_lfr.atomic import lock, naming, write_bytes
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.regular import open_regular
 
@@ -19,7 +19,10 @@ Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 class Journal:
-    """JSON lines, each on disk before `add` returns; a line that was cut off with its job is passed by."""
+    """JSON lines, each on disk before `add` returns; a line that was cut off with its job is passed by.
+
+    It is locked while it is open: what two jobs write at once would be taken for one's.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,6 +34,10 @@ class Journal:
             open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
+            if lock(self._file.fileno()) is False:
+                raise NemoLfrError(
+                    f"{self.path.parent}: another run is writing there ({self.path.name}); wait for it, or stop it."
+                )
             with naming(self.path):
                 self._file.write("\n")  # ends a line that was cut off
                 self._file.flush()

@@ -228,10 +228,11 @@ def _measure_all(
         if wanted:
             tasks.append((key, recording, rate, wanted))
     with ExitStack() as stack, progress(len(tasks)) as advance:
-        journals = [stack.enter_context(Journal(result.folder / "metrics.jsonl")) for result in results]
+        folders = dict.fromkeys(result.folder for result in results)  # two names of one codec share theirs
+        journals = {folder: stack.enter_context(Journal(folder / "metrics.jsonl")) for folder in folders}
         for key, found in _in_parallel(tasks, jobs):
             for number, values in found:
-                _note(results[number], journals[number], key, values)
+                _note(results[number], journals[results[number].folder], key, values)
             advance("")
 
 

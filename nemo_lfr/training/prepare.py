@@ -97,7 +97,7 @@ def prepare(
     names = {f"{split}.json": split for split in SPLITS} | {FAILURES: "failures"}
     if others := [name for name, key in names.items() if key not in result and (out / name).exists()]:
         result["not of this run"] = ", ".join(str(out / name) for name in others)
-    (out / JOURNAL).unlink()
+    (out / JOURNAL).unlink(missing_ok=True)
     result["audio_dir"] = str(corpus)
     return result
 
