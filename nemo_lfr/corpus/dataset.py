@@ -30,8 +30,8 @@ class TokenDataset(IterableDataset):
         seed: of the order.
         buffer_size: utterances of the buffer.
         rank: number of this process; that of `torch.distributed` by default, or 0. Pass 0 if something else splits
-            the batches.
-        world_size: number of processes; that of `torch.distributed` by default, or 1.
+            the batches, as Accelerate and Hugging Face's Trainer do.
+        world_size: number of processes; that of `torch.distributed` by default, or 1, which goes with a rank of 0.
         drop_last: leave out the last utterances where they do not suffice for every rank; otherwise some are
             repeated, as `DistributedSampler` does it.
         verify: compare the hash of every file before it is read, not only its size.
