@@ -26,6 +26,7 @@ from nemo_lfr.cli import main
 from nemo_lfr.corpus import shard
 from nemo_lfr.corpus.command import FORMATS
 from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.corpus.engine import Deaths
 from nemo_lfr.corpus.inputs import open_corpus
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.shard import Job
@@ -352,8 +353,7 @@ def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), device="cpu", workers=1)
 
 
-def test_workers_that_always_die_stop_the_run(audio, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_lfr.corpus.engine.MAX_DEATHS", 1)
+def test_workers_that_cannot_start_stop_the_run_and_say_why(audio, model, tmp_path):
     # A worker needs the checkpoint; the driver has read it before.
     doomed = tmp_path / "doomed.nemo"
     shutil.copy(model, doomed)
@@ -361,8 +361,16 @@ def test_workers_that_always_die_stop_the_run(audio, model, tmp_path, monkeypatc
     def watch(totals):
         doomed.unlink()
 
-    with pytest.raises(NemoLfrError, match="workers died 2 times and finished no shard"):
+    with pytest.raises(NemoLfrError, match=r"a worker cannot start: .*doomed\.nemo: no such file"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", doomed), device="cpu", workers=2, watch=watch)
+
+
+def test_deaths_without_a_shard_stop_the_run(audio, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_lfr.corpus.engine.MAX_DEATHS", 1)
+    deaths = Deaths(job(audio / "manifest.json", tmp_path, model))
+    deaths.count([0], RuntimeError("it is gone"))
+    with pytest.raises(NemoLfrError, match=r"workers died 2 times and finished no shard \(it is gone\)"):
+        deaths.count([1], RuntimeError("it is gone"))
 
 
 # Bad data.

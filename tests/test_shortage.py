@@ -88,8 +88,9 @@ def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
     pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
     write_tokens(tmp_path, "lfr", [2])
     program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "import resource\n"
         "from nemo_lfr.corpus.dataset import TokenDataset\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
         f"TokenDataset({str(tmp_path)!r})"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
