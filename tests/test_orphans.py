@@ -216,7 +216,7 @@ def test_leftovers_of_killed_runs_are_removed_and_never_written_through(kind, mo
     links = ["tokens.json", "failures.jsonl", "manifest.json", "input_cfg.yaml", ".tokenize/job.json"]
     links += [".tokenize/folder.json", ".tokenize/done/000000.json"]
     for name in links:
-        (out / f"{name}.part").symlink_to(victim)
+        (out / f"{name}.0a1b2c3d.part").symlink_to(victim)
     (out / ".tokenize" / "done" / "000000.json").unlink()
     tokenize(job, device="cpu", workers=1)
     assert victim.read_text() == (outside / "000000.abc").read_text() == "precious"
