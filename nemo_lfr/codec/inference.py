@@ -45,7 +45,7 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list
     rate = encoder.samples_per_frame
     ops = PackedOps(encoder, audio.shape[0] * audio.shape[1] // rate)
     with ops.without_autocast():
-        return encoder.run(ops, Batch(audio.unsqueeze(1), _ends(num_frames, rate, audio))).hidden
+        return encoder.run(ops, Batch(audio.unsqueeze(1), _scaled(num_frames, rate))).hidden
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: lis
     """Compute `HiFiGANDecoder.decode_frames`: [B, D, T] -> [B, T * samples_per_frame]; as `encode_frames`."""
     ops = PackedOps(decoder, inputs.shape[0] * inputs.shape[2])
     with ops.without_autocast():
-        hidden = decoder.run(ops, Batch(inputs, _ends(num_frames, 1, inputs))).hidden
+        hidden = decoder.run(ops, Batch(inputs, num_frames)).hidden
         return to_audio(decoder.out_activation, hidden).squeeze(1)
 
 
@@ -62,11 +62,11 @@ class Batch(NamedTuple):
 
     Attributes:
         hidden: [B, H, T].
-        ends: items of each example [B]; None if all of them are full.
+        ends: items of each example; None if all of them are full.
     """
 
     hidden: torch.Tensor
-    ends: torch.Tensor | None
+    ends: list[int] | None
 
 
 class PackedOps:
@@ -93,7 +93,7 @@ class PackedOps:
     def conv(self, layer: Conv1d, signal: Batch, activation: CodecActivation | None = None) -> Batch:
         """Compute activation and convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
         hidden = self._weights.cast(signal.hidden, layer)
-        ends = None if signal.ends is None else signal.ends // layer.conv.stride[0]
+        ends = None if signal.ends is None else [end // layer.conv.stride[0] for end in signal.ends]
         return Batch(self._conv(layer, Batch(hidden, signal.ends), before=activation), ends)
 
     def upsample(self, layer: ConvTranspose1d, signal: Batch, activation: CodecActivation) -> Batch:
@@ -102,7 +102,7 @@ class PackedOps:
         stride = layer.conv.stride[0]
         full = self._weights.overlap(layer, _padded(Batch(hidden, ends), (1, 1), "constant", activation))
         kept = full[:, :, layer.first_sample : layer.first_sample + hidden.shape[2] * stride]
-        return Batch(kept, None if ends is None else ends * stride)
+        return Batch(kept, _scaled(ends, stride))
 
     def residual(self, layer: ResidualLayer, signal: Batch) -> Batch:
         """Compute the mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
@@ -118,7 +118,7 @@ class PackedOps:
         for first in range(0, length, piece):
             start = min(max(first - before, 0), length - width)
             # An example that ends before the piece has no part in it.
-            own = None if ends is None else (ends - start).clamp(max=width).where(ends > first, width)
+            own = ends and [min(end - start, width) if end > first else width for end in ends]
             mean = self._mean(layer.branches, Batch(hidden[:, :, start : start + width], own))
             result[:, :, first : first + piece] = mean[:, :, first - start : first - start + piece]
         return Batch(result, ends)
@@ -216,9 +216,8 @@ class PackedOps:
         return [after(result) for result in self._weights.winograd(layers, padded, starts)]
 
 
-def _ends(num_frames: list[int] | None, rate: int, like: torch.Tensor) -> torch.Tensor | None:
-    """Items of each example whose frames are of `rate` items."""
-    return None if num_frames is None else torch.tensor(num_frames, device=like.device) * rate
+def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:
+    return None if ends is None else [end * factor for end in ends]
 
 
 def _slope(activation: CodecActivation | None) -> float | None:

@@ -4,6 +4,8 @@
 example of a batch has an end of its own. Triton's kernels, which copy nothing, find them by index.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -18,15 +20,17 @@ def pad_signal(hidden: torch.Tensor, pad: tuple[int, int], mode: str) -> torch.T
     return F.pad(hidden.unsqueeze(2), (*pad, 0, 0), mode=mode).squeeze(2)
 
 
-def fill_padding(padded: torch.Tensor, pad: tuple[int, int], mode: str, ends: torch.Tensor | None) -> None:
+def fill_padding(
+    padded: torch.Tensor, pad: tuple[int, int], mode: str, ends: Sequence[int] | torch.Tensor | None
+) -> None:
     """Write the padding before the first and after the last item of each example.
 
     Args:
         padded: [B, H, before + T + after], whose inner items are there already; changed in place.
         pad: items before and after.
         mode: "reflect", "constant" or "replicate".
-        ends: items of each example [B], at most T, on the same device; T if None. What follows an example's padding
-            stays as it is.
+        ends: items of each example [B], at most T; T if None. Numbers are faster on a CPU; with a tensor on the same
+            device, a captured graph serves all lengths. What follows an example's padding stays as it is.
     """
     before, after = pad
     rows = padded.transpose(1, 2)  # [B, before + T + after, H]
@@ -35,8 +39,11 @@ def fill_padding(padded: torch.Tensor, pad: tuple[int, int], mode: str, ends: to
         rows[:, :before] = _before(inner, before, mode)
     if after and ends is None:
         rows[:, rows.shape[1] - after :] = _after(inner, after, mode)
-    elif after and ends is not None:
+    elif after and isinstance(ends, torch.Tensor):
         _fill_after(rows, before, after, mode, ends)
+    elif after and ends is not None:
+        for row, end in zip(rows, ends, strict=True):
+            row[before + end : before + end + after] = _after(row[None, before : before + end], after, mode)[0]
 
 
 def _before(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
