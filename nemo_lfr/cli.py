@@ -27,11 +27,12 @@ from nemo_lfr._version import __version__
 from nemo_lfr.atomic import naming, sweep
 from nemo_lfr.corpus.command import detokenize, tokenize
 from nemo_lfr.corpus.layouts import LAYOUTS
+from nemo_lfr.entropy.command import entropy
 from nemo_lfr.errors import NemoLfrError, printable
 from nemo_lfr.evaluation.command import evaluate
 from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.heap import keep_heap
-from nemo_lfr.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.locate import expand_home
 from nemo_lfr.options import UserPath
 from nemo_lfr.shortage import shortage_of
@@ -39,6 +40,7 @@ from nemo_lfr.terminal import lead_nowhere, note, progress, show
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
+    from nemo_lfr.entropy.model import EntropyModel
 
 OUTPUT_KINDS = ("wav", "flac")
 # Files up to this long may be encoded together; longer ones stream through bounded memory.
@@ -338,8 +340,10 @@ def _result(job: Job, codec: "Codec", num_samples: int, token_file: Path, second
     }
 
 
-def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[dict[str, Any]]:
-    """Short files as one batch, long ones as streams."""
+def encode_jobs(
+    jobs: list[Job], codec: "Codec", overwrite: bool, model: "EntropyModel | None" = None
+) -> Iterator[dict[str, Any]]:
+    """Short files as one batch, long ones as streams; `model` compresses their tokens."""
     import numpy as np
 
     from nemo_lfr.audio import AudioReader
@@ -364,12 +368,12 @@ def encode_jobs(jobs: list[Job], codec: "Codec", overwrite: bool) -> Iterator[di
             tokens[job] = row[:, :length]
     for job in jobs:
         if job in tokens:
-            with TokenWriter.for_codec(job.target, codec, overwrite) as writer:
+            with TokenWriter.for_codec(job.target, codec, overwrite, model) as writer:
                 writer.write(tokens[job])
                 writer.finish(len(clips[job]))
             num_samples = len(clips[job])
         else:
-            num_samples = codec.encode_file(job.source, job.target, overwrite=overwrite)
+            num_samples = codec.encode_file(job.source, job.target, overwrite=overwrite, entropy_model=model)
         yield _result(job, codec, num_samples, job.target, (time.perf_counter() - started) / len(jobs))
 
 
@@ -395,6 +399,8 @@ def describe(text: str | None) -> dict[str, Any]:
         return _describe_tokens(path)
     if identity.kind == AUDIO.kind:
         return _describe_audio(path)
+    if identity.kind == ENTROPY_MODEL.kind:
+        return _describe_entropy_model(path)
     if identity.kind in (CHECKPOINT.kind, "onnx"):
         return _describe_codec(str(path))
     if identity.kind == "unknown":
@@ -415,6 +421,9 @@ def _describe_tokens(path: Path) -> dict[str, Any]:
             "frames": reader.num_frames,
             "bytes": size,
             "bit rate": round(8 * size / duration, 1) if duration else 0.0,
+            "payload bit rate": round(8 * reader.payload_bytes / duration, 1) if duration else 0.0,
+            "payload bits a frame": round(8 * reader.payload_bytes / max(reader.num_frames, 1), 2),
+            "entropy model": reader.entropy_hash or "none (packed frames)",
             "sample rate": meta.sample_rate,
             "samples per frame": meta.samples_per_frame,
             "codebooks": meta.num_codebooks,
@@ -423,6 +432,28 @@ def _describe_tokens(path: Path) -> dict[str, Any]:
             "precision": meta.precision,
             "written by": meta.written_by,
         }
+
+
+def _describe_entropy_model(path: Path) -> dict[str, Any]:
+    from nemo_lfr.entropy.model import EntropyModel
+
+    model = EntropyModel.read(path)
+    spec = model.spec
+    return {
+        "file": str(path),
+        "kind": ENTROPY_MODEL.text,
+        "entropy model": model.hash,
+        "bytes": path.stat().st_size,
+        "codebooks": spec.num_codebooks,
+        "levels": list(spec.levels),
+        "codec fingerprint": spec.fingerprint,
+        "past frames": spec.past,
+        "averages": list(spec.averages),
+        "spreads": list(spec.spreads),
+        "hidden units": list(spec.hidden),
+        "written by": spec.written_by,
+        "use": ENTROPY_MODEL.advice,
+    }
 
 
 def _describe_audio(path: Path) -> dict[str, Any]:
@@ -498,6 +529,10 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def entropy_model_option(text: str) -> Callable[..., Any]:
+    return click.option("--entropy-model", type=UserPath(dir_okay=False), help=text)
+
+
 lookahead_option = click.option(
     "--lookahead",
     type=click.IntRange(min=0),
@@ -524,6 +559,8 @@ def app() -> None:
 @click.option(
     "--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames at a time from a pipe."
 )
+@click.option("--compress", is_flag=True, help="Write files about a third smaller, without loss.")
+@entropy_model_option("A .lfrm file to compress with; for the codec in the package its own by default.")
 @lookahead_option
 @model_options
 def encode(
@@ -533,6 +570,8 @@ def encode(
     overwrite: bool,
     skip_existing: bool,
     block: int,
+    compress: bool,
+    entropy_model: Path | None,
     lookahead: int | None,
     **options: Any,
 ) -> None:
@@ -542,12 +581,14 @@ def encode(
     writes that file's there.
     """
     if "-" in inputs:
+        from nemo_lfr.entropy.find import model_to_write
         from nemo_lfr.pipes import encode_pipe
 
         check_pipe(inputs, out)
         codec = open_codec(options["model"], options["device"], options["precision"])
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
-        reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead)  # type: ignore[arg-type]
+        model = model_to_write(codec, compress, entropy_model)
+        reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
         if reader.channels > 1:
             note(f"{reader.name}: {reader.channels} channels mixed to mono")
         if not reader.samples_read:
@@ -555,12 +596,15 @@ def encode(
         return
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
+    from nemo_lfr.entropy.find import model_to_write
+
     jobs = jobs_to_do(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
     if not jobs:
         run_jobs([], lambda batch: iter(()), 1, options["as_json"])
         return
     codec = open_codec(options["model"], options["device"], options["precision"])
-    run_jobs(jobs, lambda batch: encode_jobs(batch, codec, overwrite), batch_size, options["as_json"])
+    model = model_to_write(codec, compress, entropy_model)
+    run_jobs(jobs, lambda batch: encode_jobs(batch, codec, overwrite, model), batch_size, options["as_json"])
 
 
 @app.command()
@@ -576,6 +620,7 @@ def encode(
 @click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
+@entropy_model_option("The .lfrm file of compressed files, where it is neither in the package nor beside them.")
 @lookahead_option
 @model_options
 def decode(
@@ -587,6 +632,7 @@ def decode(
     recover: bool,
     overwrite: bool,
     skip_existing: bool,
+    entropy_model: Path | None,
     lookahead: int | None,
     **options: Any,
 ) -> None:
@@ -595,7 +641,7 @@ def decode(
     `decode - -` reads a token file from stdin and writes audio to stdout, WAV while it comes in; `decode FILE -`
     writes that file's there.
     """
-    wanted = {"start": start, "duration": duration, "recover": recover}
+    wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
     if "-" in inputs:
         check_pipe(inputs, out)
         kind = kind or "wav"
@@ -606,7 +652,7 @@ def decode(
             from nemo_lfr.pipes import decode_pipe
 
             codec = open_codec(options["model"], options["device"], options["precision"])
-            decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead)  # type: ignore[arg-type]
+            decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
             return
         with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as job:
             codec = open_codec(options["model"], options["device"], options["precision"])
@@ -713,6 +759,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> None:
 app.add_command(tokenize)
 app.add_command(detokenize)
 app.add_command(evaluate)
+app.add_command(entropy)
 
 
 @contextmanager

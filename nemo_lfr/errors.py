@@ -17,6 +17,10 @@ class TokenFileError(NemoLfrError):
     """A token file that is damaged, unknown, or made for another codec."""
 
 
+class EntropyModelError(TokenFileError):
+    """An entropy model that is damaged, missing, or for another codec."""
+
+
 class CheckpointError(NemoLfrError):
     """A checkpoint that cannot be read, or does not hold the codec that its config describes."""
 

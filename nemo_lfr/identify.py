@@ -23,9 +23,11 @@ class Identity(NamedTuple):
 AUDIO = Identity("audio", "an audio file", "nemo-lfr encode takes it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode takes it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "give it as --model")
+ENTROPY_MODEL = Identity("entropy model", "an entropy model", "give it as --entropy-model")
 # First bytes, at an offset.
 MAGIC = (
     (0, b"LFRT", TOKENS),
+    (0, b"LFRM", ENTROPY_MODEL),
     (0, b"RIFF", AUDIO),
     (0, b"RIFX", AUDIO),
     (0, b"RF64", AUDIO),

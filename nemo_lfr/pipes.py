@@ -20,6 +20,7 @@ import soundfile
 
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.containers import WavSamples, is_known, read_wav_header
+from nemo_lfr.entropy.model import EntropyModel
 from nemo_lfr.errors import AudioError
 from nemo_lfr.media import looks_like_media
 from nemo_lfr.tokens.format import Metadata, TokenStream, TokenStreamReader
@@ -33,7 +34,12 @@ UNKNOWN_BYTES = 0xFFFFFFFF  # as the length of a WAV file that is still being wr
 
 
 def encode_pipe(
-    codec: "Codec", source: Path | io.BufferedReader, sink: IO[bytes], block: int, lookahead: int | None = None
+    codec: "Codec",
+    source: Path | io.BufferedReader,
+    sink: IO[bytes],
+    block: int,
+    lookahead: int | None = None,
+    model: EntropyModel | None = None,
 ) -> AudioReader:
     """Encode a recording while it comes in; returns its reader, closed.
 
@@ -43,6 +49,7 @@ def encode_pipe(
         sink: the token file, written block by block.
         block: frames taken at a time. More make less work, fewer wait less.
         lookahead: see `Codec.stream_encoder`.
+        model: compresses each block; longer blocks are compressed better.
 
     Raises:
         AudioError: if it is not audio, or damaged; what `sink` got is then no whole token file.
@@ -52,7 +59,7 @@ def encode_pipe(
     if not stream.exact:
         metadata = replace(metadata, precision=f"{metadata.precision}, lookahead {stream.delay_frames}")
     with _open_audio(source, codec.sample_rate) as reader:
-        tokens_out = TokenStream(sink, metadata)
+        tokens_out = TokenStream(sink, metadata, model)
         for samples in reader.blocks(block / codec.frame_rate):
             tokens_out.write(stream.push(samples))
         tokens_out.write(stream.flush())
@@ -60,7 +67,13 @@ def encode_pipe(
     return reader
 
 
-def decode_pipe(codec: "Codec", source: io.BufferedReader, sink: IO[bytes], lookahead: int | None = None) -> None:
+def decode_pipe(
+    codec: "Codec",
+    source: io.BufferedReader,
+    sink: IO[bytes],
+    lookahead: int | None = None,
+    model: Path | None = None,
+) -> None:
     """Decode a token file while it comes in, to WAV of 16 bits.
 
     Its header tells an unknown length, as all programs do that write WAV into a pipe; where `sink` is a file, the
@@ -71,11 +84,12 @@ def decode_pipe(codec: "Codec", source: io.BufferedReader, sink: IO[bytes], look
         source: the token file, read block by block.
         sink: the audio.
         lookahead: see `Codec.stream_decoder`.
+        model: path of the entropy model of a compressed file, where it is not inside the package.
 
     Raises:
         TokenFileError: if the token file is damaged or another codec's.
     """
-    reader = TokenStreamReader(source, "stdin")
+    reader = TokenStreamReader(source, "stdin", model)
     reader.check_codec(codec)
     stream = codec.stream_decoder(lookahead)
     start = _position(sink)

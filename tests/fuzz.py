@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing of the two readers with atheris (libFuzzer).
 
     python -m tests.fuzz lfr    -max_total_time=1800
+    python -m tests.fuzz lfrm   -max_total_time=1800
     python -m tests.fuzz nemo   -max_total_time=1800
 
 Whatever the bytes, a reader may raise its documented exception and nothing else. Checksums would keep the fuzzer
@@ -10,13 +11,19 @@ first keeps the corpus.
 """
 
 import io
+import math
 import os
 import struct
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_lfr.entropy.model import EntropyModel
 
 FINDINGS = Path(__file__).resolve().parent / "findings"
 # One file in memory, overwritten for each input.
@@ -24,7 +31,7 @@ SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettem
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """A `.lfr` file of either version whose every section that can be found has its CRC made right."""
+    """A `.lfr` file of any version and coding whose every section that can be found has its CRC made right."""
     from nemo_lfr.tokens.format import Metadata
 
     def seal(begin: int, end: int) -> bytes:
@@ -38,6 +45,7 @@ def with_right_checksums(data: bytes) -> bytes:
     if len(data) < 9:
         return data
     chained = data[4] != 1
+    compressed = chained and data[8] == 1
     begin = 9
     position = begin + (struct.unpack_from("<I", data, 5)[0] & (0xFFFFFF if chained else 0xFFFFFFFF))
     try:
@@ -55,6 +63,10 @@ def with_right_checksums(data: bytes) -> bytes:
             seal(position, position + (16 if chained else 12))
             break
         end = position + 4 + count * frame
+        if compressed:
+            if position + 8 > len(fixed):
+                break
+            end = position + 8 + struct.unpack_from("<I", fixed, position + 4)[0]
         checksum = seal(position - 4 if chained else position, end)
         outline = zlib.crc32(bytes(fixed[position : position + 4]) + checksum, outline)
         position = end + 4
@@ -71,6 +83,10 @@ def read_lfr(data: bytes) -> None:
     from nemo_lfr.errors import TokenFileError
     from nemo_lfr.tokens.format import TokenReader, TokenStreamReader
 
+    for model in small_models():  # of compressed files
+        path = SCRATCH.with_name(f"{model.hash}.lfrm")
+        if not path.exists():
+            path.write_bytes(model.to_bytes())
     for contents in {data, with_right_checksums(data)}:
         SCRATCH.write_bytes(contents)
         results = []
@@ -122,8 +138,30 @@ def read_config(data: bytes) -> None:
     read_nemo(with_config(data))
 
 
+def read_lfrm(data: bytes) -> None:
+    """The reader of entropy models; one that it accepts must encode and decode."""
+    import zlib
+
+    import numpy as np
+
+    from nemo_lfr.entropy.blocks import decode_block, encode_block
+    from nemo_lfr.entropy.model import EntropyModel
+    from nemo_lfr.errors import EntropyModelError
+
+    for contents in {data, data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))}:
+        try:
+            model = EntropyModel.from_bytes(contents, SCRATCH)
+        except EntropyModelError as error:
+            assert str(SCRATCH) in str(error)
+            continue
+        tokens = np.zeros((model.spec.num_codebooks, 3), np.int32)
+        tokens[:, 1] = math.prod(model.spec.levels) - 1
+        assert np.array_equal(decode_block(model, encode_block(model, tokens), 3), tokens)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "lfr": read_lfr,
+    "lfrm": read_lfrm,
     "nemo": read_nemo,
     "pickle": read_pickle,
     "config": read_config,
@@ -133,7 +171,9 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 def seeds(name: str) -> list[bytes]:
     """Small files to start from: sound ones, and for `.nemo` the rows of the hostile table."""
     if name == "lfr":
-        return lfr_seeds()
+        return lfr_seeds() + compressed_seeds()
+    if name == "lfrm":
+        return lfrm_seeds()
     from tests import test_checkpoint as table
 
     if name == "pickle":
@@ -166,12 +206,46 @@ def lfr_seeds() -> list[bytes]:
     return made
 
 
+def compressed_seeds() -> list[bytes]:
+    """Files of coding 1, with models that `read_lfr` finds beside its input."""
+    import numpy as np
+
+    from nemo_lfr.tokens.format import Metadata, TokenStream
+
+    made = []
+    for model in small_models():
+        spec = model.spec
+        file = io.BytesIO()
+        stream = TokenStream(file, Metadata(22050, 16, spec.levels, spec.num_codebooks), model)
+        for frames in (3, 1, 40):
+            stream.write(np.zeros((spec.num_codebooks, frames), np.int64))
+        stream.write(np.full((spec.num_codebooks, 2), math.prod(spec.levels) - 1))
+        stream.finish(46 * 16)
+        made.append(file.getvalue())
+    return made
+
+
+@lru_cache(maxsize=1)
+def small_models() -> tuple["EntropyModel", ...]:
+    from tests.test_entropy import random_model
+
+    layouts = (((2,), 1), ((4, 3), 5))
+    return tuple(random_model(*layout, hidden=(2, 3), past=1, averages=(2,)) for layout in layouts)
+
+
+def lfrm_seeds() -> list[bytes]:
+    return [model.to_bytes() for model in small_models()]
+
+
 def main() -> None:
     import atheris
 
     name, options = sys.argv[1], sys.argv[2:]
-    with atheris.instrument_imports(include=["nemo_lfr.checkpoint", "nemo_lfr.tokens", "tarfile", "zipfile"]):
+    with atheris.instrument_imports(
+        include=["nemo_lfr.checkpoint", "nemo_lfr.entropy", "nemo_lfr.tokens", "tarfile", "zipfile"]
+    ):
         import nemo_lfr.checkpoint
+        import nemo_lfr.entropy.blocks
         import nemo_lfr.tokens.format  # noqa: F401
     FINDINGS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

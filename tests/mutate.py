@@ -38,12 +38,16 @@ GUARDS = [
     ("checkpoint/reader.py", "if not _is_finite(value):", "if False:"),
     ("checkpoint/reader.py", "if not want.is_floating_point() and not torch.equal(direction, want):", "if False:"),
     ("tokens/format.py", "if version not in READABLE_VERSIONS:", "if False:"),
-    ("tokens/format.py", "if coding != CODING:", "if False:"),
+    ("tokens/format.py", "if coding not in CODINGS:", "if False:"),
     ("tokens/format.py", 'if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):', "if False:"),
     ("tokens/format.py", 'before if self.version > 1 else b""', 'b""'),
     ("tokens/format.py", 'if self.version > 1 and rest[8:] != struct.pack("<I", self._outline):', "if False:"),
     ("tokens/format.py", "if self._file.read(1):", "if False:"),
-    ("tokens/format.py", "if count > MAX_BLOCK_FRAMES:", "if False:"),
+    (
+        "tokens/format.py",
+        "if count > self._max_block_frames:",
+        "if False:",
+    ),
     ("tokens/format.py", "if length > MAX_METADATA_BYTES:", "if False:"),
 ]
 

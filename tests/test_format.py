@@ -173,8 +173,10 @@ def test_a_newer_version_is_refused_with_both_versions(tmp_path):
 
 
 def test_a_coding_of_a_newer_writer_is_refused(tmp_path):
-    (tmp_path / "a.lfr").write_bytes(empty(header(coding=1)))
-    with pytest.raises(TokenFileError, match=r"a\.lfr: its blocks have coding 1.*reads coding 0; install a newer"):
+    (tmp_path / "a.lfr").write_bytes(empty(header(coding=2)))
+    with pytest.raises(
+        TokenFileError, match=r"a\.lfr: its blocks have coding 2.*reads codings 0 and 1; install a newer"
+    ):
         TokenReader(tmp_path / "a.lfr", recover=True)
 
 

@@ -16,6 +16,8 @@ from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
+from nemo_lfr.entropy.find import model_to_write
+from nemo_lfr.entropy.model import EntropyModel
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
 from nemo_lfr.heap import flat
@@ -280,17 +282,37 @@ class Codec(Generic[Array]):
 
     # Files.
 
-    def encode_file(self, source: str | PathLike[str], target: str | PathLike[str], *, overwrite: bool = False) -> int:
+    def encode_file(
+        self,
+        source: str | PathLike[str],
+        target: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        compress: bool = False,
+        entropy_model: EntropyModel | str | PathLike[str] | None = None,
+    ) -> int:
         """Encode an audio file of any format and rate into a token file; returns the samples encoded.
+
+        Args:
+            source: the audio file.
+            target: the token file.
+            overwrite: replace `target`.
+            compress: make the token file about a third smaller, without loss.
+            entropy_model: model, or path of a `.lfrm` file, to compress with; the one inside the package by default.
 
         Raises:
             AudioError: if `source` cannot be read.
+            EntropyModelError: if there is no entropy model for this codec.
             NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         source, target = expand_home(source), expand_home(target)
         refuse_itself(source, target)
         self.backend.load("encode")  # once: the fingerprint then hashes the weights in memory
-        with AudioReader(source, self.sample_rate) as reader, TokenWriter.for_codec(target, self, overwrite) as writer:
+        model = model_to_write(self, compress, entropy_model)
+        with (
+            AudioReader(source, self.sample_rate) as reader,
+            TokenWriter.for_codec(target, self, overwrite, model) as writer,
+        ):
             for tokens in self.encode_blocks(reader.blocks()):
                 writer.write(tokens)
             writer.finish(reader.samples_read)
@@ -305,6 +327,7 @@ class Codec(Generic[Array]):
         duration: float | None = None,
         overwrite: bool = False,
         recover: bool = False,
+        entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
         """Decode a token file, or a span of it, into an audio file; returns the samples written.
 
@@ -316,6 +339,8 @@ class Codec(Generic[Array]):
                 decoded file.
             overwrite: replace `target`.
             recover: take the intact part of a damaged `source`.
+            entropy_model: model of a compressed file, or its path, where it is neither inside the package nor beside
+                the file.
 
         Raises:
             TokenFileError: if `source` is damaged or another codec's, or `start` lies after its end.
@@ -323,7 +348,7 @@ class Codec(Generic[Array]):
         """
         source, target = expand_home(source), expand_home(target)
         refuse_itself(source, target)
-        with TokenReader(source, recover) as reader:
+        with TokenReader(source, recover, entropy_model) as reader:
             reader.check_codec(self)
             first, last = reader.samples_between(start, duration)
             frame, context = self.samples_per_frame, self.backend.decoder.context

@@ -24,6 +24,12 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 @click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
 @click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--compress", is_flag=True, help="Make the files of --format lfr about a third smaller, without loss.")
+@click.option(
+    "--entropy-model",
+    type=UserPath(dir_okay=False),
+    help="A .lfrm file to compress with; for the codec in the package its own by default.",
+)
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),
@@ -49,6 +55,7 @@ def tokenize(
     out: Path,
     kind: str,
     audio_dir: Path | None,
+    entropy_model: Path | None,
     dataset: str | None,
     workers: int | None,
     device: str | None,
@@ -70,6 +77,7 @@ def tokenize(
         str(out),
         kind,
         audio_dir=None if audio_dir is None else str(audio_dir),
+        entropy_model=None if entropy_model is None else str(entropy_model),
         dataset=dataset or corpus.resolve().name.partition(".")[0],
         **options,
     )

@@ -21,6 +21,8 @@ from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
+from nemo_lfr.entropy.find import model_to_write
+from nemo_lfr.entropy.model import SUFFIX, EntropyModel, write_model
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.journal import write_text
 from nemo_lfr.locate import expand_home
@@ -85,12 +87,14 @@ def tokenize(
             raise NemoLfrError(f"{name} {value!r} is unknown; use one of {list(known)}.")
     if job.context and job.kind == "lfr":
         raise NemoLfrError('format "lfr" has no place for contexts; use another, or leave --context out.')
+    if (job.compress or job.entropy_model is not None) and job.kind != "lfr":
+        raise NemoLfrError(f'format "{job.kind}" is not compressed, as trainers read it raw; use format "lfr".')
     job, out = _absolute(job), expand_home(job.out).resolve()
     if out.exists() and not (out / STATE).exists() and (others := [found.name for found in out.iterdir()]):
         raise NemoLfrError(
             f"{job.out}: holds other files ({others[0]}), and no run to go on with; choose another --out."
         )
-    codec = _describe(job, on_cpu=ray is None and choose_device(device).type == "cpu")
+    codec, model = _describe(job, on_cpu=ray is None and choose_device(device).type == "cpu")
     for path in (job.state, job.state / "lock", Mark.folder(out)):
         if path.is_symlink():
             raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
@@ -99,7 +103,9 @@ def tokenize(
         _remove_leftovers(job, out)
         job = replace(job, claim=claim(job.state))
         corpus = job.open(anew=True)
-        parts = _claim(job, corpus, codec)
+        parts = _claim(job, corpus, codec, None if model is None else model.hash)
+        if model is not None:  # the tokens can then be decoded wherever the folder goes
+            write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         totals = Totals(len(parts), codec["sample_rate"])
         marks: dict[int, Mark] = {}
         for index in range(len(parts)):
@@ -131,6 +137,7 @@ def tokenize(
 def _absolute(job: Job) -> Job:
     """The same job for a worker in another folder."""
     paths = {"source": job.source, "out": job.out, "audio_dir": job.audio_dir, "model": job.model}
+    paths["entropy_model"] = job.entropy_model
     local: dict[str, Any] = {
         name: str(expand_home(path).resolve())
         for name, path in paths.items()
@@ -174,17 +181,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe(job: Job, on_cpu: bool) -> dict[str, Any]:
-    """What the tokens are; the precision is the workers' matter where they run elsewhere."""
+def _describe(job: Job, on_cpu: bool) -> tuple[dict[str, Any], EntropyModel | None]:
+    """What the tokens are, and what compresses them; the precision is the workers' matter where they run elsewhere."""
     from nemo_lfr.pretrained import load
     from nemo_lfr.tokens.format import Metadata
 
-    metadata = asdict(Metadata.of(load(job.model, "cpu", job.precision if on_cpu else "fp32")))
+    codec = load(job.model, "cpu", job.precision if on_cpu else "fp32")
+    metadata = asdict(Metadata.of(codec))
     metadata.pop("written_by")
-    return metadata | {"levels": list(metadata["levels"]), "precision": job.precision}
+    model = model_to_write(codec, job.compress, job.entropy_model)
+    return metadata | {"levels": list(metadata["levels"]), "precision": job.precision}, model
 
 
-def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
+def _claim(job: Job, corpus: Corpus, codec: dict[str, Any], entropy: str | None) -> list[Any]:
     """The parts of the corpus: planned now, or by the run that is gone on with.
 
     Raises:
@@ -192,7 +201,7 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any]) -> list[Any]:
     """
     path = job.state / "job.json"
     given = asdict(job)
-    mine = {key: given[key] for key in FIXED} | {"corpus": corpus.identity, "codec": codec}
+    mine = {key: given[key] for key in FIXED} | {"corpus": corpus.identity, "codec": codec, "entropy model": entropy}
     if path.exists():
         try:
             with open_regular(path) as file:
@@ -264,6 +273,7 @@ def command(job: Job) -> str:
     words = ["nemo-lfr", "tokenize", job.source, "--out", job.out, "--format", job.kind, "--dataset", job.dataset]
     for name, value, default in (
         ("--audio-dir", job.audio_dir, None),
+        ("--entropy-model", job.entropy_model, None),
         ("--model", job.model, None),
         ("--precision", job.precision, "fp32"),
         ("--pad", job.pad, "encode"),
@@ -272,8 +282,8 @@ def command(job: Job) -> str:
     ):
         if value != default:
             words += [name, str(value)]
-    flags = [name for name, is_set in (("--context", job.context), ("--allow-url", job.allow_url)) if is_set]
-    return shlex.join([*words, *flags])
+    switches = (("--context", job.context), ("--allow-url", job.allow_url), ("--compress", job.compress))
+    return shlex.join([*words, *(name for name, is_set in switches if is_set)])
 
 
 def _version(package: str) -> str:

@@ -22,6 +22,7 @@ from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
 from nemo_lfr.corpus.sinks import SINKS, STATE
+from nemo_lfr.entropy.find import model_to_write
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.heap import after_batch, keep_heap
 from nemo_lfr.journal import write_text
@@ -64,6 +65,8 @@ class Job:
         threads: of one worker on a CPU.
         readers: threads that decode and resample audio ahead of the codec.
         claim: what `claim` gave for the output; nothing is put into place where it is no longer that.
+        compress: compress `.lfr` files without loss.
+        entropy_model: path of the model to compress with; the codec's own inside the package if None.
     """
 
     source: str
@@ -82,6 +85,8 @@ class Job:
     readers: int = 1
     allow_url: bool = False
     claim: str = ""
+    compress: bool = False
+    entropy_model: str | None = None
 
     @property
     def state(self) -> Path:
@@ -168,7 +173,8 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
     with naming(out, staging.parent):
         staging.mkdir(parents=True)
     try:
-        sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context)
+        model = model_to_write(codec, job.compress, job.entropy_model)
+        sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context, model)
         for clip, tokens, num_samples, context in _tokenize(job, codec, corpus.read(part), mark):
             sink.write(clip, tokens, num_samples, context)
             mark.clips += 1

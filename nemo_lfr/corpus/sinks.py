@@ -27,6 +27,7 @@ import soundfile
 from nemo_lfr.atomic import naming, write_bytes
 from nemo_lfr.corpus.inputs import Clip, require
 from nemo_lfr.corpus.reading import DURATION_SLACK
+from nemo_lfr.entropy.model import EntropyModel
 from nemo_lfr.journal import write_text
 from nemo_lfr.tokens.format import Metadata, TokenWriter
 
@@ -45,11 +46,21 @@ class Sink(ABC):
         codec: what the tokens are.
         dataset: a name for the corpus.
         context: whether contexts are written.
+        model: compresses token files; other formats stay raw, as their readers expect.
     """
 
-    def __init__(self, folder: Path, final: Path, index: int, codec: Metadata, dataset: str, context: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        final: Path,
+        index: int,
+        codec: Metadata,
+        dataset: str,
+        context: bool,
+        model: EntropyModel | None = None,
+    ) -> None:
         self.folder, self.final, self.index = folder, final, index
-        self.codec, self.dataset, self.context = codec, dataset, context
+        self.codec, self.dataset, self.context, self.model = codec, dataset, context, model
         self.dtype = np.int16 if codec.codebook_size <= 2**15 else np.int32
 
     @abstractmethod
@@ -190,7 +201,7 @@ class ManifestSink(Sink):
 class LfrSink(ManifestSink):
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         path = f"tokens/{clip.id}.lfr"
-        with self._writing(path) as file, TokenWriter(file, self.codec) as writer:
+        with self._writing(path) as file, TokenWriter(file, self.codec, model=self.model) as writer:
             writer.write(tokens)
             writer.finish(num_samples)
         duration = self._duration(num_samples)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -22,6 +23,9 @@ from nemo_lfr.audio import AudioReader, resample
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
 from nemo_lfr.shortage import missing_extra
+
+if TYPE_CHECKING:
+    from nemo_lfr.entropy.model import EntropyModel
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Transmission:
         file_bytes: of a file of its usual format, container and all.
         encode_seconds, decode_seconds: as a user runs it; of the system's programs with their start.
         tokens: [C, T], where the codec has tokens.
+        compressed_bytes, compressed_file_bytes: the same two, where an entropy model compresses the tokens.
     """
 
     audio: np.ndarray
@@ -42,6 +47,8 @@ class Transmission:
     encode_seconds: float
     decode_seconds: float
     tokens: np.ndarray | None = field(default=None, repr=False)
+    compressed_bytes: float | None = None
+    compressed_file_bytes: float | None = None
 
 
 class Peer(ABC):
@@ -89,7 +96,7 @@ class LFR(Peer):
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
         from nemo_lfr.codec.arrays import to_numpy
-        from nemo_lfr.tokens.format import TokenWriter
+        from nemo_lfr.entropy.find import model_if_any
 
         own = resampled(audio, rate, self.codec.sample_rate)
         started = time.perf_counter()
@@ -98,14 +105,26 @@ class LFR(Peer):
         output = to_numpy(self.codec.decode(tokens)[0][0])
         decoded = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "tokens.lfr")
-            with TokenWriter.for_codec(path, self.codec) as writer:
-                writer.write(tokens)
-                writer.finish(len(own))
-            size = path.stat().st_size
+            size = self._written(Path(folder, "tokens.lfr"), tokens, len(own))[1]
+            model = model_if_any(self.codec)
+            compressed: tuple[int | None, int | None] = (None, None)
+            if model is not None:
+                compressed = self._written(Path(folder, "compressed.lfr"), tokens, len(own), model)
         bits = self.codec.num_codebooks * math.log2(self.codec.codebook_size) * tokens.shape[1]
         output = fit(resampled(output, self.codec.sample_rate, rate), len(audio))
-        return Transmission(output, bits / 8, size, encoded - started, decoded - encoded, tokens)
+        return Transmission(output, bits / 8, size, encoded - started, decoded - encoded, tokens, *compressed)
+
+    def _written(
+        self, path: Path, tokens: np.ndarray, num_samples: int, model: "EntropyModel | None" = None
+    ) -> tuple[int, int]:
+        """Write a token file; bytes of its blocks' payload, and of the file."""
+        from nemo_lfr.tokens.format import TokenReader, TokenWriter
+
+        with TokenWriter.for_codec(path, self.codec, model=model) as writer:
+            writer.write(tokens)
+            writer.finish(num_samples)
+        with TokenReader(path) as reader:
+            return reader.payload_bytes, path.stat().st_size
 
 
 class StockNeMo(Peer):

@@ -62,6 +62,8 @@ def write_report(
     keys = list(evaluation.recordings)
     quality = tables.quality(evaluation, keys, card=card)
     more = [tables.cost(evaluation)]
+    if compressed := tables.compression(evaluation):
+        more.append(compressed)
     if use := tables.codebooks(evaluation):
         more.append(use)
     for label in by:

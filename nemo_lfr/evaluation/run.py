@@ -42,7 +42,8 @@ class Result:
     """What one codec made of the recordings.
 
     Attributes:
-        sent: by recording's key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds.
+        sent: by recording's key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds; where tokens can be
+            compressed also frames, compressed_bytes, compressed_file_bytes.
         values: by recording's key: the metrics.
         failures: by recording's key: why there is nothing.
     """
@@ -204,13 +205,17 @@ def _keep(done: Transmission, num_samples: int, rate: int, result: Result, key: 
     audio = io.BytesIO()
     soundfile.write(audio, done.audio, rate, subtype="FLOAT", format="WAV")
     write_bytes(result.audio(key), audio.getvalue())
-    return {
+    entry = {
         "seconds": num_samples / rate,
         "num_bytes": done.num_bytes,
         "file_bytes": done.file_bytes,
         "encode_seconds": done.encode_seconds,
         "decode_seconds": done.decode_seconds,
     }
+    if done.tokens is not None and done.compressed_bytes is not None and done.compressed_file_bytes is not None:
+        entry["frames"] = done.tokens.shape[1]
+        entry |= {"compressed_bytes": done.compressed_bytes, "compressed_file_bytes": done.compressed_file_bytes}
+    return entry
 
 
 def _measure_all(

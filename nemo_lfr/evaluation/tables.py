@@ -122,6 +122,34 @@ def cost(evaluation: Evaluation) -> Table:
     return Table("Cost", head, rows)
 
 
+def compression(evaluation: Evaluation) -> Table | None:
+    """One row a codec with an entropy model: bit rates with and without it, and the bits of a frame.
+
+    The loss of a language model over the same tokens, in bits a frame, has the last column's unit.
+    """
+    rows = []
+    for result in evaluation.results:
+        keys = [key for key, sent in result.sent.items() if "compressed_bytes" in sent]
+        if not keys:
+            continue
+        frames = sum(result.sent[key]["frames"] for key in keys)
+        bits = [8 * sum(result.sent[key][kind] for key in keys) for kind in ("num_bytes", "compressed_bytes")]
+        kinds = ("num_bytes", "file_bytes", "compressed_bytes", "compressed_file_bytes")
+        rows.append(
+            [result.name, *(_kilobits(result, keys, kind) for kind in kinds), *(f"{bit / frames:.2f}" for bit in bits)]
+        )
+    head = [
+        "codec",
+        "kbit/s",
+        "kbit/s of its files",
+        "kbit/s compressed",
+        "kbit/s of compressed files",
+        "bits a frame",
+        "bits a frame compressed",
+    ]
+    return Table("Lossless compression of the tokens", head, rows) if rows else None
+
+
 def codebooks(evaluation: Evaluation) -> Table | None:
     """One row a codec that has tokens: how much of each codebook it uses."""
     import torch

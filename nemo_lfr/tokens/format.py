@@ -5,7 +5,8 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
     header   4 bytes   magic, "LFRT"
              1 byte    version, 2
              3 bytes   length H of the metadata, at most 65536
-             1 byte    coding of the blocks' payload, 0: packed frames; a reader refuses a coding that it does not know
+             1 byte    coding of the blocks' payload, 0: packed frames, 1: compressed by an entropy model; a reader
+                       refuses a coding that it does not know
              H bytes   metadata, a JSON object in UTF-8 (below)
              4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
@@ -20,6 +21,9 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
 
 Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
 `fingerprint` (of the codec's weights and settings), `precision`, `written_by`.
+
+Coding 1 (`nemo_lfr/entropy/`): N is at most 1024, and a block has the length of its payload as 4 bytes more behind N.
+The metadata is a list of the same values in the same order, and the name of the entropy model.
 
 Version 1 has no outline, H takes the coding byte too, and each of its CRCs covers its own section only.
 
@@ -50,6 +54,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -60,17 +65,22 @@ from nemo_lfr import frames
 from nemo_lfr._version import __version__
 from nemo_lfr.atomic import naming, open_aside
 from nemo_lfr.audio import refuse_overwrite
-from nemo_lfr.errors import TokenFileError, TokensError, clip
+from nemo_lfr.entropy import coding as compressed
+from nemo_lfr.entropy.find import check_layout, find_model
+from nemo_lfr.entropy.model import HASH, EntropyModel
+from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, clip
 from nemo_lfr.locate import expand_home
 from nemo_lfr.regular import open_regular
 from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
-from nemo_lfr.tokens.packing import pack, unpack
+from nemo_lfr.tokens.packing import check_range, pack, unpack
 
 MAGIC, VERSION = b"LFRT", 2
 READABLE_VERSIONS = (1, 2)
 CODING = 0  # packed frames
+CODINGS = (CODING, compressed.CODING)
 MAX_METADATA_BYTES = 65536
 MAX_BLOCK_FRAMES = 65536
+BLOCKS_TOGETHER = 16  # compressed blocks that are decoded side by side, which is faster
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,27 @@ class Metadata(CodecSpec):
         Raises:
             ValueError, TypeError or KeyError: for anything but what `of` makes.
         """
+        return cls._from_values(json.loads(raw))
+
+    @classmethod
+    def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
+        """Read the metadata of a compressed file, and the name of its entropy model.
+
+        Its values lie in a list, since their names would be a twentieth of a short file.
+
+        Raises:
+            ValueError, TypeError or KeyError: for anything but what `TokenStream` writes.
+        """
         values = json.loads(raw)
+        if not isinstance(values, list):
+            raise TypeError(f"expected a list, found {clip(repr(values))}")
+        named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
+        if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):  # it becomes a file name
+            raise ValueError(f"entropy is {clip(repr(named['entropy']))}, not the name of a model")
+        return cls._from_values(named), named["entropy"]
+
+    @classmethod
+    def _from_values(cls, values: Any) -> "Metadata":
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["levels"] = tuple(known["levels"])
         metadata = cls(**known)
@@ -110,15 +140,30 @@ class TokenStream:
     Args:
         file: a file or a pipe.
         metadata: what the tokens are.
+        model: compresses them; packed frames are written if not given.
+        gather: frames of a block; the last may have half as many more. Each call of `write` makes a block if not given.
+
+    Raises:
+        EntropyModelError: if `model` is for other levels or codebooks.
     """
 
-    def __init__(self, file: IO[bytes], metadata: Metadata) -> None:
+    def __init__(
+        self, file: IO[bytes], metadata: Metadata, model: EntropyModel | None = None, gather: int | None = None
+    ) -> None:
+        if model is not None:
+            check_layout(model, metadata.levels, metadata.num_codebooks, "these tokens")
         self._file = file
+        self._model = model
+        self._gather = gather
+        self._waiting: list[np.ndarray] = []
         self.metadata = metadata
         self.frames_written = 0
         self._ended = False
-        text = json.dumps(asdict(metadata), separators=(",", ":")).encode()
-        self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, CODING << 24 | len(text)) + text)
+        coding, values = CODING, asdict(metadata)
+        if model is not None:
+            coding, values = compressed.CODING, [*values.values(), model.hash]
+        text = json.dumps(values, separators=(",", ":")).encode()
+        self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, coding << 24 | len(text)) + text)
         self._outline = zlib.crc32(self._checksum)
 
     def _section(self, data: bytes, before: bytes = b"") -> bytes:
@@ -138,11 +183,33 @@ class TokenStream:
         tokens = _integers(tokens)
         if tokens.ndim != 2 or tokens.shape[0] != self.metadata.num_codebooks:
             raise TokensError(f"tokens have shape {list(tokens.shape)}; expected [{self.metadata.num_codebooks}, T].")
-        for start in range(0, tokens.shape[1], MAX_BLOCK_FRAMES):
-            block = tokens[:, start : start + MAX_BLOCK_FRAMES]
-            packed = pack(block, self.metadata.codebook_size, self.metadata.bytes_per_frame)
+        if self._gather is None:
+            self._write_blocks(tokens, MAX_BLOCK_FRAMES if self._model is None else compressed.MAX_BLOCK_FRAMES)
+            return
+        check_range(tokens, self.metadata.codebook_size)
+        self._waiting.append(np.array(tokens))
+        waiting = sum(part.shape[1] for part in self._waiting)
+        # A short rest is left for the last block, as a block of its own would cost more.
+        if waiting >= self._gather * 3 // 2:
+            self._write_waiting((waiting - self._gather // 2) // self._gather * self._gather)
+
+    def _write_waiting(self, count: int) -> None:
+        """Write the first `count` frames that wait, in blocks."""
+        assert self._gather is not None
+        tokens = np.concatenate(self._waiting, axis=1)
+        self._waiting = [tokens[:, count:]]
+        self._write_blocks(tokens[:, :count], self._gather)
+
+    def _write_blocks(self, tokens: np.ndarray, size: int) -> None:
+        meta = self.metadata
+        for start in range(0, tokens.shape[1], size):
+            block = tokens[:, start : start + size]
+            if self._model is None:
+                payload = pack(block, meta.codebook_size, meta.bytes_per_frame)
+            else:
+                payload = compressed.encode_payload(self._model, block, meta.bytes_per_frame)
             count = struct.pack("<I", block.shape[1])
-            self._checksum = self._section(count + packed, before=self._checksum)
+            self._checksum = self._section(count + payload, before=self._checksum)
             self._outline = zlib.crc32(count + self._checksum, self._outline)
             self.frames_written += block.shape[1]
 
@@ -157,6 +224,10 @@ class TokenStream:
             num_samples = operator.index(num_samples)
         except TypeError:
             raise TokensError(f"num_samples is {clip(repr(num_samples))}; pass a whole number.") from None
+        if self._waiting:
+            rest = np.concatenate(self._waiting, axis=1)
+            self._waiting = []
+            self._write_blocks(rest, max(1, rest.shape[1]))
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
             raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
         self._section(struct.pack("<IQI", 0, num_samples, self._outline))
@@ -191,12 +262,20 @@ class TokenWriter(TokenStream):
         path: the file; missing folders are made.
         metadata: what the tokens are.
         overwrite: replace a file that exists.
+        model: compresses the tokens, in blocks of `BLOCK_FRAMES` frames; they are packed if not given.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
+        EntropyModelError: if `model` is for other levels or codebooks.
     """
 
-    def __init__(self, path: str | os.PathLike[str], metadata: Metadata, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Metadata,
+        overwrite: bool = False,
+        model: EntropyModel | None = None,
+    ) -> None:
         self.path = expand_home(path)
         refuse_overwrite(self.path, overwrite)
         self._finished = False
@@ -204,7 +283,9 @@ class TokenWriter(TokenStream):
         self._aside = open_aside(self.path)
         try:
             with naming(self.path):
-                super().__init__(self._aside, metadata)
+                super().__init__(
+                    self._aside, metadata, model, gather=None if model is None else compressed.BLOCK_FRAMES
+                )
         except BaseException:
             with contextlib.suppress(OSError):  # of a full disk, again
                 self._aside.close()
@@ -212,8 +293,14 @@ class TokenWriter(TokenStream):
             raise
 
     @classmethod
-    def for_codec(cls, path: str | os.PathLike[str], codec: KnownCodec, overwrite: bool = False) -> "TokenWriter":
-        return cls(path, Metadata.of(codec), overwrite)
+    def for_codec(
+        cls,
+        path: str | os.PathLike[str],
+        codec: KnownCodec,
+        overwrite: bool = False,
+        model: EntropyModel | None = None,
+    ) -> "TokenWriter":
+        return cls(path, Metadata.of(codec), overwrite, model)
 
     def __enter__(self) -> "TokenWriter":
         return self
@@ -248,19 +335,30 @@ class _Sections:
     Args:
         file: open for reading.
         name: for messages.
+        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
 
     Attributes:
         metadata: the header's.
         version: of the format.
+        coding: of the blocks' payload.
+        entropy_hash: of the entropy model of a compressed file, else None.
     """
 
-    def __init__(self, file: IO[bytes], name: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        name: str | os.PathLike[str],
+        model: EntropyModel | str | os.PathLike[str] | None = None,
+    ) -> None:
         self._file = file
         self.path = Path(name)
+        self.entropy_hash: str | None = None
+        self._passed_model = model
         self._header_is_sound = False
         self._outline = 0
-        self.version, self.metadata = self._read_header()
+        self.version, self.coding, self.metadata = self._read_header()
         self._bytes_per_frame = self.metadata.bytes_per_frame
+        self._max_block_frames = MAX_BLOCK_FRAMES if self.coding == CODING else compressed.MAX_BLOCK_FRAMES
         self._header_is_sound = True
 
     def _fail(self, reason: str) -> TokenFileError:
@@ -282,7 +380,7 @@ class _Sections:
             raise self._fail(f"the checksum of {what} is wrong")
         return checksum
 
-    def _read_header(self) -> tuple[int, Metadata]:
+    def _read_header(self) -> tuple[int, int, Metadata]:
         head = self._file.read(5)
         if head[:4] != MAGIC:
             raise TokenFileError(f"{self.path}: not a .lfr token file.")
@@ -303,50 +401,86 @@ class _Sections:
             raise self._fail(f"its metadata claims {length} bytes")
         text = self._take(length)
         self._checksum = self._check(head + text, "the header")
-        if coding != CODING:
+        if coding not in CODINGS:
             raise TokenFileError(
-                f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads coding {CODING}; "
-                "install a newer one."
+                f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads codings "
+                f"{' and '.join(map(str, CODINGS))}; install a newer one."
             )
         self._outline = zlib.crc32(self._checksum)
         try:
-            return version, Metadata.from_json(text)
+            if coding == CODING:
+                return version, coding, Metadata.from_json(text)
+            metadata, self.entropy_hash = Metadata.from_list(text)
+            return version, coding, metadata
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({clip(error, 200)}).") from error
 
     def _read_count(self) -> int:
         """Frames of the section that begins here; 0 is the end's."""
         count: int = struct.unpack("<I", self._take(4))[0]
-        if count > MAX_BLOCK_FRAMES:
+        if count > self._max_block_frames:
             raise self._fail(f"a block claims {count} frames")
         return count
 
-    def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, bytes]:
-        """Read a block behind its count; see `_parse_tokens`."""
-        body = self._take(count * self._bytes_per_frame)
-        return self._parse_tokens(count, body, self._take(4), first, before)
+    @cached_property
+    def entropy_model(self) -> EntropyModel:
+        """The entropy model of a compressed file.
 
-    def _parse_tokens(
-        self, count: int, packed: bytes, checksum: bytes, first: int, before: bytes
-    ) -> tuple[np.ndarray, bytes]:
-        """Check and unpack a block.
+        Raises:
+            EntropyModelError: if it is not found, or is for other levels or codebooks.
+        """
+        meta = self.metadata
+        assert self.entropy_hash is not None
+        model = find_model(self.entropy_hash, self.path, meta.written_by, self._passed_model)
+        check_layout(model, meta.levels, meta.num_codebooks, self.path)
+        return model
+
+    def _read_size(self, count: int) -> tuple[int, bytes]:
+        """Length of the payload of a block of `count` frames, and the field that tells it, which may be empty."""
+        if self.coding == CODING:
+            return count * self._bytes_per_frame, b""
+        field = self._take(4)
+        (size,) = compressed.SIZE.unpack(field)
+        if size not in compressed.payload_range(count, self._bytes_per_frame):
+            raise self._fail(f"a block of {count} frames claims {size} bytes")
+        return size, field
+
+    def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
+        """Read a block behind its count: tokens [C, count], bytes of its payload, and its CRC field."""
+        size, field = self._read_size(count)
+        body = field + self._take(size)
+        checksum = self._take(4)
+        payload = self._parse_payload(count, body, checksum, first, before)
+        return self._decode([(payload, count)])[0], size, checksum
+
+    def _parse_payload(self, count: int, body: bytes, checksum: bytes, first: int, before: bytes) -> bytes:
+        """Check a block.
 
         Args:
             count: its frames.
-            packed: its payload.
+            body: what is between its count and its CRC field.
             checksum: its CRC field.
             first: its first frame, for messages.
             before: CRC field of the section in front of it.
 
         Returns:
-            Tokens [C, count], and the block's CRC field, which agrees with them.
+            Its payload, which agrees with the CRC.
         """
-        section = struct.pack("<I", count) + packed
+        section = struct.pack("<I", count) + body
         self._compare(checksum, section, f"the block at frame {first}", before if self.version > 1 else b"")
+        return body if self.coding == CODING else body[compressed.SIZE.size :]
+
+    def _decode(self, blocks: list[tuple[bytes, int]]) -> list[np.ndarray]:
+        """Tokens [C, T] as int32 of blocks, each given as its payload and frames."""
         meta = self.metadata
         try:
-            return unpack(packed, meta.codebook_size, meta.num_codebooks, self._bytes_per_frame), checksum
-        except TokensError as error:
+            if self.coding == CODING:
+                size = self._bytes_per_frame
+                return [unpack(payload, meta.codebook_size, meta.num_codebooks, size) for payload, _ in blocks]
+            return compressed.decode_payloads(self.entropy_model, blocks, self._bytes_per_frame)
+        except EntropyModelError:
+            raise
+        except ValueError as error:
             raise self._fail(str(error).rstrip(".")) from error
 
     def _pass_block(self, count: int, checksum: bytes) -> None:
@@ -404,7 +538,7 @@ class TokenStreamReader(_Sections):
         """Tokens [C, T] as int32, each block as it comes in."""
         num_frames = 0
         while count := self._read_count():
-            tokens, checksum = self._read_tokens(count, num_frames, self._checksum)
+            tokens, _, checksum = self._read_tokens(count, num_frames, self._checksum)
             self._pass_block(count, checksum)
             yield tokens
             num_frames += count
@@ -419,6 +553,7 @@ class TokenReader(_Sections):
     Args:
         path: the file.
         recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
+        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
 
     Attributes:
         metadata: the header's.
@@ -426,27 +561,35 @@ class TokenReader(_Sections):
         num_frames: frames in the file, counted on opening.
         num_samples: samples that were encoded; of a recovered file, what its frames hold.
         complete: whether the end section was there.
+        payload_bytes: bytes of the blocks' payloads together.
 
     Raises:
         TokenFileError: naming the file, what is wrong with it, and what to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str], recover: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        recover: bool = False,
+        model: EntropyModel | str | os.PathLike[str] | None = None,
+    ) -> None:
         path = expand_home(path)
         try:
             file = open_regular(path, TokenFileError)
         except OSError as error:
             raise TokenFileError(f"{path}: {error.strerror or error}.") from error
         try:
-            super().__init__(file, path)
+            super().__init__(file, path, model)
             self._lock = threading.Lock()
             # Where each block lies, and its first frame; as numbers, since a long live recording has millions.
             self._positions, self._firsts = array("Q"), array("Q", [0])
             self.complete = True
+            self.payload_bytes = 0
+            self._end = 0  # of the last block
             try:
                 self.num_samples = self._read_outline(check=recover)
-            except TokenFileError:
-                if not recover:
+            except TokenFileError as error:
+                if not recover or isinstance(error, EntropyModelError):
                     raise
                 self.complete = False
                 self.num_samples = self.num_frames * self.metadata.samples_per_frame
@@ -473,24 +616,31 @@ class TokenReader(_Sections):
         position = self._file.tell()
         while count := self._read_count():
             if check:
-                _, checksum = self._read_tokens(count, self.num_frames, self._checksum)
+                _, size, checksum = self._read_tokens(count, self.num_frames, self._checksum)
             else:
-                self._file.seek(count * self._bytes_per_frame, os.SEEK_CUR)
+                size, _ = self._read_size(count)
+                self._file.seek(size, os.SEEK_CUR)
                 checksum = self._take(4)
             self._pass_block(count, checksum)
+            self.payload_bytes += size
             self._positions.append(position)
             self._firsts.append(self.num_frames + count)
-            position += 4 + count * self._bytes_per_frame + 4
+            position = self._end = self._file.tell()
         return self._read_end(self.num_frames)
 
-    def _read_block(self, number: int) -> np.ndarray:
-        """Tokens [C, T] of a block, its checksum verified."""
-        first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
-        # The CRC field of the section before, the count, the payload, the CRC field.
-        data = self._read_at(self._positions[number] - 4, 4 + 4 + count * self._bytes_per_frame + 4)
-        if data[4:8] != struct.pack("<I", count):
-            raise self._fail(f"the block at frame {first} has changed since the file was opened")
-        return self._parse_tokens(count, data[8:-4], data[-4:], first, data[:4])[0]
+    def _read_blocks(self, indices: range) -> list[np.ndarray]:
+        """Tokens [C, T] of blocks, their checksums verified."""
+        payloads = []
+        for number in indices:
+            first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
+            # The CRC field of the section before, the count, what is behind it, the CRC field.
+            begin = self._positions[number]
+            end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
+            data = self._read_at(begin - 4, 4 + end - begin)
+            if data[4:8] != struct.pack("<I", count):
+                raise self._fail(f"the block at frame {first} has changed since the file was opened")
+            payloads.append((self._parse_payload(count, data[8:-4], data[-4:], first, data[:4]), count))
+        return self._decode(payloads)
 
     def _read_at(self, position: int, size: int) -> bytes:
         """Read bytes without the file's position, which threads and forked processes share."""
@@ -506,12 +656,17 @@ class TokenReader(_Sections):
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
-        stop = self.num_frames if stop is None else stop
-        for number in range(max(0, bisect_right(self._firsts, start) - 1), len(self._positions)):
-            first = self._firsts[number]
-            if first >= stop:
-                return
-            yield self._read_block(number)[:, max(0, start - first) : stop - first]
+        stop = self.num_frames if stop is None else min(stop, self.num_frames)
+        number = max(0, bisect_right(self._firsts, start) - 1)
+        together = 1 if self.coding == CODING else BLOCKS_TOGETHER
+        while number < len(self._positions) and (first := self._firsts[number]) < stop:
+            last = number + 1
+            while last < min(number + together, len(self._positions)) and self._firsts[last] < stop:
+                last += 1
+            for tokens in self._read_blocks(range(number, last)):
+                yield tokens[:, max(0, start - first) : stop - first]
+                first += tokens.shape[1]
+            number = last
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [C, T] of frames [start, stop): all of them if not given."""

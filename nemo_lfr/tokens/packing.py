@@ -18,8 +18,7 @@ def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
     Raises:
         TokensError: if a token is outside the codebook.
     """
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= codebook_size):
-        raise TokensError(f"tokens reach from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
+    check_range(tokens, codebook_size)
     if tokens.shape[1] <= FEW_FRAMES:
         return b"".join(_pack_frame(frame, codebook_size, num_bytes) for frame in tokens.T.astype(np.int64).tolist())
     num_limbs = -(-num_bytes * 8 // LIMB_BITS)
@@ -31,6 +30,12 @@ def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
             limbs[:, limb] = carry & np.uint64(0xFFFFFFFF)
             carry = carry >> np.uint64(LIMB_BITS)
     return limbs.astype("<u4").view(np.uint8)[:, :num_bytes].tobytes()
+
+
+def check_range(tokens: np.ndarray, codebook_size: int) -> None:
+    """Raise TokensError if a token is outside the codebook."""
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= codebook_size):
+        raise TokensError(f"tokens reach from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
 
 
 def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) -> np.ndarray:

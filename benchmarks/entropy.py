@@ -1,0 +1,155 @@
+"""Lossless compression of token files: bytes, block sizes, speed and memory.
+
+    python benchmarks/entropy.py MANIFEST [--min-seconds 10] [--model FILE.nemo] [--entropy-model FILE.lfrm]
+
+MANIFEST names recordings of speech that the model was not fitted to. Each is encoded once; its token file is written
+raw and compressed and read back, which must give the same tokens. Tables:
+
+1. Bytes of the whole files (header, checksums and all), for those of at least `--min-seconds` and for all.
+2. Block sizes: bits a frame of the payload, and with all that a block costs, for independent blocks of so many frames.
+3. Tokens that nothing can compress: uniformly random ones.
+4. Speed on one thread: seconds of audio a second of CPU time, so that other work on the machine changes little. Frame
+   by frame means blocks of one frame, each written and read for itself; one block after the other is how a pipe is
+   read; side by side is how a long file is read.
+
+Set OMP_NUM_THREADS=1 for figures of one core.
+"""
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from nemo_lfr.codec.base import to_numpy
+
+from benchmarks.measure import machine
+from nemo_lfr.audio import AudioReader
+from nemo_lfr.entropy.find import model_for
+from nemo_lfr.entropy.model import EntropyModel
+from nemo_lfr.manifests import read_manifest
+from nemo_lfr.pretrained import load
+from nemo_lfr.tokens.format import Metadata, TokenReader, TokenStream, TokenStreamReader, TokenWriter
+
+BLOCKS = (1, 8, 32, 64, 128, 256, 512, 1024)
+RANDOM_FRAMES = 100_000
+SPEED_FRAMES = 4096
+
+
+def written(path: Path, metadata: Metadata, tokens: np.ndarray, num_samples: int, model: EntropyModel | None) -> int:
+    """Write a token file, check that it gives the same tokens, and return its bytes."""
+    with TokenWriter(path, metadata, overwrite=True, model=model) as writer:
+        writer.write(tokens)
+        writer.finish(num_samples)
+    with TokenReader(path, model=model) as reader:
+        assert np.array_equal(reader.read(), tokens)
+    return path.stat().st_size
+
+
+def stream(metadata: Metadata, tokens: np.ndarray, model: EntropyModel | None, block: int) -> bytes:
+    """A token file of blocks of so many frames."""
+    file = io.BytesIO()
+    writer = TokenStream(file, metadata, model)
+    for start in range(0, tokens.shape[1], block):
+        writer.write(tokens[:, start : start + block])
+    writer.finish(tokens.shape[1] * metadata.samples_per_frame)
+    return file.getvalue()
+
+
+def speed(frames: int, frame_rate: float, work: Callable[[], object]) -> float:
+    """Seconds of audio a second of CPU time; the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        started = time.process_time()
+        work()
+        best = min(best, time.process_time() - started)
+    return frames / frame_rate / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--min-seconds", type=float, default=10)
+    parser.add_argument("--model")
+    parser.add_argument("--entropy-model")
+    arguments = parser.parse_args()
+    codec = load(arguments.model, "cpu")
+    model = model_for(codec, arguments.entropy_model)
+    metadata = Metadata.of(codec)
+    print(machine())
+    print(f"codec {codec.fingerprint}, entropy model {model.hash}, {len(model.to_bytes())} bytes\n")
+
+    utterances = []
+    for recording in read_manifest(arguments.manifest):
+        with AudioReader(recording.path, codec.sample_rate) as reader:
+            wave = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+        utterances.append((recording.name, to_numpy(codec.encode(wave)[0][0]), len(wave)))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.lfr")
+        for name, tokens, samples in utterances:
+            sizes = [written(path, metadata, tokens, samples, chosen) for chosen in (None, model)]
+            rows.append((name, samples / codec.sample_rate, tokens.shape[1], *sizes))
+    print("| file | seconds | frames | raw bytes | compressed | saved |\n| --- | --- | --- | --- | --- | --- |")
+    long = [row for row in rows if row[1] >= arguments.min_seconds]
+    for title, chosen in ((f"{len(long)} of at least {arguments.min_seconds:g} s", long), (f"all {len(rows)}", rows)):
+        for row in chosen if chosen is long else []:
+            print(
+                f"| {row[0]} | {row[1]:.2f} | {row[2]} | {row[3]} | {row[4]} | {100 - 100 * row[4] / row[3]:.1f} % |"
+            )
+        seconds, frames, raw, small = (sum(row[column] for row in chosen) for column in (1, 2, 3, 4))
+        print(f"| {title} | {seconds:.2f} | {frames} | {raw} | {small} | **{100 - 100 * small / raw:.1f} %** |")
+        kilobits = [8 * size / seconds / 1000 for size in (raw, small)]
+        print(f"| kbit/s | | | {kilobits[0]:.3f} | {kilobits[1]:.3f} | |")
+
+    pieces = [tokens for _, tokens, samples in utterances if samples / codec.sample_rate >= arguments.min_seconds]
+    frames = sum(piece.shape[1] for piece in pieces)
+    print(
+        "\n| frames of a block | bits a frame, payload | with lengths and CRC | raw, the same |\n"
+        "| --- | --- | --- | --- |"
+    )
+    for block in BLOCKS:
+        payload = whole = raw = 0
+        for piece in pieces:
+            data = stream(metadata, piece, model, block)
+            count = -(-piece.shape[1] // block)
+            head = 9 + int.from_bytes(data[5:8], "little") + 4
+            whole += len(data) - head - 20
+            payload += len(data) - head - 20 - 12 * count
+            raw += piece.shape[1] * metadata.bytes_per_frame + 8 * count
+        print(f"| {block} | {8 * payload / frames:.2f} | {8 * whole / frames:.2f} | {8 * raw / frames:.2f} |")
+
+    random = np.random.default_rng(0).integers(0, codec.codebook_size, (codec.num_codebooks, RANDOM_FRAMES))
+    sizes = [len(stream(metadata, random, chosen, 256)) for chosen in (None, model)]
+    print(f"\n{RANDOM_FRAMES} random frames: {sizes[0]} bytes raw, {sizes[1]} compressed\n")
+
+    tokens = np.tile(np.concatenate(pieces, axis=1), (1, -(-SPEED_FRAMES // frames)))[:, :SPEED_FRAMES]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.lfr")
+        result = {}
+        for name, block in (("files (blocks of 256)", 256), ("frame by frame", 1)):
+            data = stream(metadata, tokens, model, block)
+            path.write_bytes(data)
+            result[f"encode, {name}"] = speed(
+                SPEED_FRAMES, codec.frame_rate, lambda block=block: stream(metadata, tokens, model, block)
+            )
+            result[f"decode, {name}, one after the other"] = speed(
+                SPEED_FRAMES,
+                codec.frame_rate,
+                lambda data=data: list(TokenStreamReader(io.BytesIO(data), "a", model).blocks()),
+            )
+            with TokenReader(path, model=model) as reader:
+                result[f"decode, {name}, side by side"] = speed(SPEED_FRAMES, codec.frame_rate, reader.read)
+    for name, value in result.items():
+        print(f"| {name} | {value:.0f}x real time |")
+    print(json.dumps({name: round(value, 1) for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
