@@ -27,10 +27,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from nemo_lfr.codec.base import to_numpy
 
 from benchmarks.measure import machine
 from nemo_lfr.audio import AudioReader
+from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.entropy.find import model_for
 from nemo_lfr.entropy.model import EntropyModel
 from nemo_lfr.manifests import read_manifest

@@ -141,7 +141,7 @@ class TokenStream:
         file: a file or a pipe.
         metadata: what the tokens are.
         model: compresses them; packed frames are written if not given.
-        gather: frames of a block; the last may have half as many more. Each call of `write` makes a block if not given.
+        gather: frames of a block; the last may have half as many more. None: each call of `write` makes a block.
 
     Raises:
         EntropyModelError: if `model` is for other levels or codebooks.
@@ -159,9 +159,10 @@ class TokenStream:
         self.metadata = metadata
         self.frames_written = 0
         self._ended = False
-        coding, values = CODING, asdict(metadata)
+        coding = CODING
+        values: dict[str, Any] | list[Any] = asdict(metadata)
         if model is not None:
-            coding, values = compressed.CODING, [*values.values(), model.hash]
+            coding, values = compressed.CODING, [*asdict(metadata).values(), model.hash]
         text = json.dumps(values, separators=(",", ":")).encode()
         self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, coding << 24 | len(text)) + text)
         self._outline = zlib.crc32(self._checksum)
