@@ -143,9 +143,8 @@ class Network(nn.Module):
 
     def weight(self, name: str) -> torch.Tensor:
         """A weight, rounded as the integer model has it once `round_from_here` was called."""
-        module = getattr(self, name)
-        value = module() if isinstance(module, _Ordinal) else module.weight
-        assert isinstance(value, torch.Tensor)
+        module: nn.Module = getattr(self, name)
+        value: Any = module() if isinstance(module, _Ordinal) else module.weight
         value = value.transpose(1, 2) if name == "output" else value
         if self.exponents is None:
             return value
