@@ -115,7 +115,7 @@ class _Ordinal(nn.Module):
         self.rest = nn.Parameter(torch.zeros(len(levels), max(levels), width))
 
     def forward(self) -> torch.Tensor:
-        values: torch.Tensor = self.values
+        values: Any = self.values
         return self.rest + values * self.slope + (values**2 - 0.4) * self.bend
 
 
