@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nemo_lfr.codec.altered import refuse_altered
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.decoder import HiFiGANDecoder
@@ -330,6 +331,7 @@ def _take_turn(
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
     check_weights(modules.encoder, f"the encoder of {modules.name}")
+    refuse_altered(modules.encoder, f"the encoder of {modules.name}")
 
     def step(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
         with modules.autocast():
@@ -342,6 +344,7 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
     check_weights(modules.decoder, f"the decoder of {modules.name}")
+    refuse_altered(modules.decoder, f"the decoder of {modules.name}")
 
     def step(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
         decoder = modules.decoder

@@ -38,7 +38,7 @@ class ContextOps:
         before = layer.pad[0]
         return replace(
             signal,
-            stride=signal.stride * layer.conv.stride[0],
+            stride=signal.stride * layer.stride,
             past=signal.past + before * signal.stride,
             future=signal.future + (layer.span - 1 - before) * signal.stride,
             shortest=max(signal.shortest, num_frames(layer.min_length * signal.stride, signal.split)),
@@ -47,7 +47,7 @@ class ContextOps:
     def upsample(self, layer: ConvTranspose1d, signal: Field, activation: CodecActivation) -> Field:
         """Split the field's items: output t sees inputs (t + first_sample) // stride and the one before."""
         assert signal.stride == 1
-        stride, shift = layer.conv.stride[0], layer.first_sample
+        stride, shift = layer.stride, layer.first_sample
         return replace(
             signal,
             split=signal.split * stride,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 
+from nemo_lfr.codec.altered import must_be_called
 from nemo_lfr.codec.padding import PAD_MODES, pad_signal
 from nemo_lfr.errors import ConfigError
 
@@ -107,13 +108,11 @@ class Conv1d(nn.Module):
             self.pad = ((span - stride + 1) // 2,) * 2
         else:
             self.pad = ((span - 1) // 2,) * 2
+        # Kept here, as a caller may put another module in the place of `conv`. `span`: items of the padded input that
+        # one output sees, from the first to the last.
+        self.stride, self.span = stride, span
         conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
-
-    @property
-    def span(self) -> int:
-        """Items of the padded input that one output sees, from the first to the last."""
-        return int((self.conv.kernel_size[0] - 1) * self.conv.dilation[0] + 1)
 
     @property
     def min_length(self) -> int:
@@ -130,6 +129,9 @@ class Conv1d(nn.Module):
         return convolve(padded, conv.weight, conv.bias, conv.stride[0], conv.dilation[0])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and must_be_called(self.conv, nn.Conv1d):
+            result: torch.Tensor = self.conv(self.pad_ends(hidden))
+            return result
         if self.pad_mode == "constant" and self.pad[0] == self.pad[1]:
             conv = self.conv
             return convolve(hidden, conv.weight, conv.bias, conv.stride[0], conv.dilation[0], self.pad[0])
@@ -153,6 +155,7 @@ class ConvTranspose1d(nn.Module):
         weight_norm: bool = True,
     ) -> None:
         super().__init__()
+        self.stride = stride
         self.first_sample = 0 if causal else (stride + 1) // 2
         conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, groups=groups, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
@@ -182,8 +185,12 @@ class ConvTranspose1d(nn.Module):
         return channels_last(full[..., stride:-stride])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        stride, length = self.conv.stride[0], hidden.shape[-1]
-        full = self.overlap(F.pad(hidden, (1, 1)))  # [B, H_out, (T + 1) * stride]
+        stride, length = self.stride, hidden.shape[-1]
+        hidden = F.pad(hidden, (1, 1))
+        if not torch.compiler.is_compiling() and must_be_called(self.conv, nn.ConvTranspose1d):
+            full = self.conv(hidden)[..., stride:-stride]
+        else:
+            full = self.overlap(hidden)  # [B, H_out, (T + 1) * stride]
         return full[..., self.first_sample : self.first_sample + length * stride]
 
 

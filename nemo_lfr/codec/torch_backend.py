@@ -9,6 +9,7 @@ import torch
 
 from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.codec import inference
+from nemo_lfr.codec.altered import is_altered, run_decoder, run_encoder
 from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
 from nemo_lfr.codec.backend import Batching, Direction
 from nemo_lfr.codec.codec import Codec
@@ -186,6 +187,10 @@ class TorchBackend:
         """See `Backend.encode_frames`."""
         encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
         check_weights(encoder, f"the encoder of {self.name}")
+        if is_altered(encoder):
+            with self.autocast():
+                encoded = run_encoder(encoder, audio, num_frames, width)
+            return quantize(self.quantizer, encoded.float())
         if self.device.type == "cuda":
             return self._engine(encoder)(audio, num_frames, width)
         with self.autocast():
@@ -197,6 +202,10 @@ class TorchBackend:
         """See `Backend.decode_frames`."""
         decoder, width = self.decoder, tokens.shape[2]
         check_weights(decoder, f"the decoder of {self.name}")
+        if is_altered(decoder):
+            with self.autocast():
+                codes = self.quantizer.decode(tokens.transpose(0, 1))
+                return run_decoder(decoder, codes, num_frames, self.spec.samples_per_frame).float()
         if self.device.type == "cuda":
             return self._engine(decoder)(tokens, num_frames, width)
         length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
