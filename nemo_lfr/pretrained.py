@@ -68,13 +68,34 @@ def _cached(repository: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with contextlib.suppress(LocalEntryNotFoundError):
+    # A damaged or strange cache is no reason not to download.
+    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
-    with contextlib.suppress(LocalEntryNotFoundError):
+    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         found = sorted(Path(snapshot_download(repository, local_files_only=True)).rglob("*.nemo"))
         if len(found) == 1:
             return found[0]
+    found = _in_snapshot(repository)
+    usual = [path for path in found if path.name == _usual_name(repository)]
+    for candidates in (usual, found):
+        if len(candidates) == 1:
+            return candidates[0]
     return None
+
+
+def _in_snapshot(repository: str) -> list[Path]:
+    """List the `.nemo` files of the only snapshot in the Hub's cache.
+
+    The cache has no name for a snapshot that was downloaded by its commit, or copied without links and references.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "snapshots")
+    try:
+        snapshots = [path for path in folder.iterdir() if path.is_dir()]
+        return sorted(snapshots[0].rglob("*.nemo")) if len(snapshots) == 1 else []
+    except OSError:
+        return []
 
 
 def _usual_name(repository: str) -> str:
@@ -106,6 +127,12 @@ def _download(repository: str, refresh: bool) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # whatever the Hub's transport raises: requests, httpx, ... by version
+        if len(cached_files := _in_snapshot(repository)) > 1:
+            names = clip(", ".join(path.name for path in cached_files), 200)
+            raise CheckpointError(
+                f"{repository}: its copy in the Hub's cache holds {len(cached_files)} .nemo files ({names}), and the "
+                f"Hub cannot be asked; give the path of one of them, in {cached_files[0].parent}."
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{repository}: cannot be had from the Hub and is not in its cache ({reason}); check the name and the "

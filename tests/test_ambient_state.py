@@ -302,6 +302,22 @@ def test_a_process_setting_is_restored_by_the_last_of_its_threads():
     assert values[-1] == "caller's"
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such setting")
+@pytest.mark.parametrize("owner", [torch.backends, torch.backends.mkldnn], ids=["all backends", "oneDNN"])
+@pytest.mark.parametrize("after", ["none", "ieee", "tf32"])
+def test_precisions_of_products_follow_the_settings_above_them_as_before(owner, after):
+    codec = cached_codec("symmetric")
+    layers = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    try:
+        owner.fp32_precision = "bf16"
+        codec.encode(WAVE)
+        assert [layer.fp32_precision for layer in layers] == ["bf16", "bf16"]
+        owner.fp32_precision = after
+        assert [layer.fp32_precision for layer in layers] == [after, after]
+    finally:
+        owner.fp32_precision = "none"
+
+
 @pytest.mark.parametrize("interface", ["allow_tf32", "conv.fp32_precision"])
 def test_tf32_is_set_by_the_interface_that_the_caller_uses(interface):
     cudnn = torch.backends.cudnn

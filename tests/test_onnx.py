@@ -409,3 +409,46 @@ def test_a_corpus_is_tokenised_by_onnx_too(capsys, embedded, tmp_path):
             TokenReader(tmp_path / "onnx" / "tokens" / f"{number}.lfr") as other,
         ):
             assert (one.read() != other.read()).sum() <= 1
+
+
+class Unconvertible:
+    def __array__(self, *arguments, **keywords):
+        raise KeyError("field")
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        np.ma.masked_greater(synthesize(0.1), 0),
+        Unconvertible(),
+        None,
+        "a.wav",
+        {"array": [0.0]},
+        [[0.0], [0.0, 0.0]],
+        np.zeros(5, "M8[s]"),
+    ],
+    ids=lambda audio: type(audio).__name__,
+)
+def test_what_is_no_audio_is_refused_by_both_backends(embedded, audio):
+    for codec in (nemo_lfr.load(embedded), cached_codec("symmetric")):
+        with pytest.raises(AudioError, match=r"^audio is (a |)"):
+            codec.encode(audio)
+
+
+def test_audio_in_any_byte_order_has_the_same_tokens(embedded):
+    codec, wave = nemo_lfr.load(embedded), synthesize(0.3)
+    for dtype in ("<f4", ">f4", ">f8"):
+        assert np.array_equal(codec.encode(wave.astype(dtype))[0], codec.encode(wave)[0])
+
+
+def test_a_folder_named_from_another_working_directory_still_runs(embedded, monkeypatch, tmp_path):
+    monkeypatch.chdir(embedded.parent)
+    codec = nemo_lfr.load(embedded.name)
+    monkeypatch.chdir(tmp_path)
+    assert codec.encode(synthesize(0.1))[0].shape == (1, 8, 3)
+
+
+@pytest.mark.parametrize("threads", ["0", "1", "4,2", "1000000000000", "9" * 5000, "many"])
+def test_any_number_of_threads_in_the_environment_is_borne(embedded, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert nemo_lfr.load(embedded).encode(synthesize(0.1))[0].shape == (1, 8, 3)

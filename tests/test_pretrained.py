@@ -1,9 +1,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import soundfile
 import torch
 
 import nemo_lfr
-from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
+from nemo_lfr.checkpoint import reader, split_weight_norm, write_checkpoint
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.errors import CheckpointError, NemoLfrError
@@ -321,3 +323,83 @@ def test_finding_a_local_file_asks_nobody(tmp_path, monkeypatch):
     os.makedirs("nvidia")
     (tmp_path / "nvidia" / "local").touch()
     assert find_checkpoint("nvidia/local") == Path("nvidia/local")
+
+
+# What a Hub's cache may look like: names of files in its snapshot, the text of refs/main, links to blobs or files.
+USUAL, OTHER, REVISION = "one.nemo", "codec.nemo", "a" * 40
+CACHES = {
+    "as downloaded": ([USUAL], REVISION, True),
+    "without links": ([USUAL], REVISION, False),
+    "other name": ([OTHER], REVISION, True),
+    "in a folder": (["sub/" + OTHER], REVISION, True),
+    "by its commit": ([USUAL], None, True),
+    "by its commit, other name": ([OTHER], None, False),
+    "by its commit, others beside": ([OTHER, USUAL], None, False),
+    "reference to another commit": ([USUAL], "b" * 40, True),
+    "reference to nowhere": ([USUAL], "../../../x", True),
+    "empty reference": ([OTHER], "", True),
+}
+
+
+def fill_cache(cache: Path, path: Path, names: list[str], reference: str | None, linked: bool) -> Path:
+    repository = cache / "models--me--one"
+    snapshot = repository / "snapshots" / REVISION
+    for number, name in enumerate(names):
+        target = snapshot / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if linked:
+            blob = repository / "blobs" / str(number)
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(path, blob)
+            target.symlink_to(blob)
+        else:
+            shutil.copy(path, target)
+    if reference is not None:
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(reference)
+    return snapshot
+
+
+@pytest.mark.parametrize("layout", CACHES)
+def test_a_cached_repository_loads_offline_however_it_came_there(tmp_path, offline, layout):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    fill_cache(tmp_path / "cache", path, *CACHES[layout])
+    assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
+
+
+@pytest.mark.parametrize("reference", [REVISION, None])
+def test_a_cached_repository_of_several_codecs_names_them_offline(tmp_path, offline, reference):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    snapshot = fill_cache(tmp_path / "cache", path, ["a.nemo", "b.nemo"], reference, True)
+    with pytest.raises(CheckpointError, match=r"2 \.nemo files \(a\.nemo, b\.nemo\)") as raised:
+        nemo_lfr.load("me/one")
+    assert str(snapshot) in str(raised.value)
+    assert nemo_lfr.load(snapshot / "a.nemo").fingerprint
+
+
+def test_a_forked_process_reads_what_a_thread_was_reading(tmp_path, monkeypatch):
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    codec = nemo_lfr.load(save(cached_codec("symmetric"), tmp_path / "tiny.nemo"))
+    reading, go_on = threading.Event(), threading.Event()
+    parent, fill = os.getpid(), reader._fill
+
+    def slow(*arguments, **keywords):
+        if os.getpid() == parent:
+            reading.set()
+            go_on.wait()
+        fill(*arguments, **keywords)
+
+    monkeypatch.setattr(reader, "_fill", slow)
+    thread = threading.Thread(target=lambda: codec.encoder)
+    thread.start()
+    reading.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # which ends a process that waits for a thread that it does not have
+        sound = all(value.isfinite().all() for value in codec.encoder.state_dict().values())
+        os._exit(0 if sound and not codec.encoder.pre_conv.conv.weight.is_meta else 1)
+    status = os.waitpid(child, 0)[1]
+    go_on.set()
+    thread.join()
+    assert status == 0

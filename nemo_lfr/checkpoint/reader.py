@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Checkpoint:
         }
         self._filled: set[str] = set()
         self._lock = threading.Lock()
+        _OPEN.add(self)
         for part in self.parts.named().values():
             part.eval().requires_grad_(False)
         self.fill("vector_quantizer")
@@ -83,6 +85,19 @@ class Checkpoint:
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
             yield key, _read(self._tensors, name, key, names, expected[key])[key]
+
+
+_OPEN: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked process, where a thread that read a checkpoint is not: the lock it held would never be free."""
+    for checkpoint in list(_OPEN):
+        checkpoint._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:

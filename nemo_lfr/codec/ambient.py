@@ -6,6 +6,7 @@ the dtype of every tensor it makes, so that the default dtype does not matter to
 default dtype, for constructors that are not ours.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,15 @@ class ProcessSetting:
         self._users = 0
         self._wanted: Any = None
         self._saved: Any = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """In a forked process, where the threads that computed are not: restore the setting and free its lock."""
+        self._changed = threading.Condition()
+        if self._users and self._saved != self._wanted:
+            self._put(self._saved)
+        self._users = 0
 
     @contextmanager
     def at(self, wanted: Any) -> Iterator[None]:
@@ -52,7 +62,7 @@ class ProcessSetting:
             yield
         finally:
             with self._changed:
-                self._users -= 1
+                self._users = max(0, self._users - 1)
                 if not self._users:
                     if self._saved != wanted:
                         self._put(self._saved)
@@ -83,10 +93,17 @@ def _put_cudnn_tf32(value: Any) -> None:
 
 
 def _attribute(owner: Any) -> ProcessSetting:
-    """oneDNN's precision of fp32 products, "none" where nobody has set it."""
+    """oneDNN's precision of fp32 products, "none" where nobody has set it.
+
+    A value that comes from the settings above it, of oneDNN or of all backends, is given back by "none": a later
+    change of those has its effect.
+    """
 
     def get() -> str:
-        return "ieee" if owner.fp32_precision == "none" else str(owner.fp32_precision)
+        value = str(owner.fp32_precision)
+        if value in ("none", "ieee"):
+            return "ieee"
+        return "none" if value == str(_MKLDNN.fp32_precision) else value
 
     return ProcessSetting(get, lambda value: setattr(owner, "fp32_precision", value))
 

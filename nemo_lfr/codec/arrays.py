@@ -52,16 +52,21 @@ class NumpyArrays:
     """Numpy arrays."""
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> np.ndarray:
-        """Return `numpy.asarray(value)`.
+        """Return `numpy.asarray(value)`, in this machine's byte order.
 
         Raises:
-            NemoLfrError: of the type passed, if numpy cannot make an array of it.
+            NemoLfrError: of the type passed, if numpy makes no array of numbers of it, or some are masked.
         """
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
         try:
-            return np.asarray(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
+            array = np.asarray(value)
+        except Exception as reason:  # `__array__` of any class
             what = " ".join(str(reason).split())
             raise error(f"{name} is {type(value).__name__}; pass a numpy array ({clip(what)}).") from None
+        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            raise error(f"{name} is {type(value).__name__} of {array.dtype}; pass an array of numbers.")
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
 
     def kind(self, array: np.ndarray) -> Kind:
         """Return what the elements are."""

@@ -35,7 +35,7 @@ class OnnxBackend(NumpyBackend):
         except Exception as error:  # whatever that package does when it is imported
             message = "ONNX files need ONNX Runtime: pip install 'nemo-lfr[onnx]'"
             raise missing_extra(error, "ONNX Runtime", message) from error
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()  # files are opened later, perhaps from another working directory
         self.name = os.fspath(folder) if name is None else name
         has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         if device not in (None, "auto", "cpu", "cuda") or (device == "cuda" and not has_gpu):
@@ -103,7 +103,7 @@ class OnnxBackend(NumpyBackend):
         data = read_verified(self._folder, file, self._manifest)  # again: it may have been replaced meanwhile
         options = onnxruntime.SessionOptions()
         threads = os.environ.get("OMP_NUM_THREADS", "")
-        options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0
+        options.intra_op_num_threads = min(int(threads[:9]), os.cpu_count() or 1) if threads.isdecimal() else 0
         options.enable_mem_pattern = False  # lengths change
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
