@@ -308,7 +308,10 @@ def test_a_process_setting_is_restored_by_the_last_of_its_threads():
 def test_precisions_of_products_follow_the_settings_above_them_as_before(owner, after):
     codec = cached_codec("symmetric")
     layers = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    before = [layer.fp32_precision for layer in layers]
     try:
+        for layer in layers:
+            layer.fp32_precision = "none"
         owner.fp32_precision = "bf16"
         codec.encode(WAVE)
         assert [layer.fp32_precision for layer in layers] == ["bf16", "bf16"]
@@ -316,6 +319,8 @@ def test_precisions_of_products_follow_the_settings_above_them_as_before(owner, 
         assert [layer.fp32_precision for layer in layers] == [after, after]
     finally:
         owner.fp32_precision = "none"
+        for layer, precision in zip(layers, before, strict=True):
+            layer.fp32_precision = precision
 
 
 @pytest.mark.parametrize("interface", ["allow_tf32", "conv.fp32_precision"])
