@@ -5,7 +5,6 @@ mistake is one line and exit code 2. Heavy imports wait until a command needs th
 """
 
 import errno
-import glob
 import io
 import json
 import os
@@ -30,11 +29,11 @@ from nemo_lfr.corpus.layouts import LAYOUTS
 from nemo_lfr.entropy.command import entropy
 from nemo_lfr.errors import NemoLfrError, printable
 from nemo_lfr.evaluation.command import evaluate
-from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.folders import AUDIO_SUFFIXES, find_files, find_matches
 from nemo_lfr.heap import keep_heap
 from nemo_lfr.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.locate import expand_home
-from nemo_lfr.options import UserPath
+from nemo_lfr.options import Number, UserPath
 from nemo_lfr.shortage import shortage_of
 from nemo_lfr.terminal import lead_nowhere, note, progress, show
 
@@ -85,7 +84,7 @@ def plan_jobs(
     for text in inputs:
         text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
         exists = text and os.path.lexists(text)  # "" would be the current folder
-        matches = [Path(text)] if exists else [Path(match) for match in glob.glob(text, recursive=True)]
+        matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
         if not matches:
             raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
         if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
@@ -615,8 +614,8 @@ def encode(
     help="Folder for the audio, or NAME.wav for one input; beside the input by default.",
 )
 @click.option("--format", "kind", type=click.Choice(OUTPUT_KINDS), help="Format of the audio; wav, or that of --out.")
-@click.option("--start", type=click.FloatRange(min=0), default=0.0, help="Second to start at.")
-@click.option("--duration", type=click.FloatRange(min=0), help="Seconds to decode; up to the end if not given.")
+@click.option("--start", type=Number(min=0), default=0.0, help="Second to start at.")
+@click.option("--duration", type=Number(min=0), help="Seconds to decode; up to the end if not given.")
 @click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
 @click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
@@ -679,14 +678,24 @@ def decode(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(files: tuple[str, ...], as_json: bool) -> None:
     """Describe token files, checkpoints, audio, folders or Hub ids; the bundled codec by default."""
-    described = [describe(file) for file in files or (None,)]
-    if as_json:
-        click.echo(json.dumps(described if len(described) > 1 else described[0], indent=2))
-        return
-    for position, values in enumerate(described):
+    described, problems = [], []
+    for file in files or (None,):
+        try:
+            described.append(describe(file))
+        except (NemoLfrError, OSError) as error:
+            if len(files) < 2:
+                raise
+            problems.append(f"{file}: {error.strerror}." if isinstance(error, OSError) else str(error))
+    if as_json and described:
+        click.echo(json.dumps(described if len(files) > 1 else described[0], indent=2))
+    for position, values in enumerate([] if as_json else described):
         if position:
             click.echo()
         print_table(values)
+    for problem in problems:
+        note(f"nemo-lfr: {problem}")
+    if problems:
+        sys.exit(1 if described else 2)
 
 
 @app.command()
@@ -709,7 +718,7 @@ def demo(out: Path, **options: Any) -> None:
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the manifests.")
 @click.option(
     "--valid-share",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.02,
     show_default=True,
     help="Of the speakers, held out where the corpus has no validation set.",

@@ -1,10 +1,11 @@
 """One walk through folders for every command: which files are taken, and which are passed over and why."""
 
+import glob
 import logging
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError, clip
@@ -82,6 +83,7 @@ SYSTEM_FOLDERS = frozenset(
 )
 # Bytes of a file's name on the file systems of Linux, macOS and Windows.
 MAX_NAME = 255
+_SEPARATORS = {"/", os.sep}
 NAMED = 5  # kinds of passed-over files, and folders, that the one line lists
 
 
@@ -114,6 +116,47 @@ def find_files(
     if text := walk.passed_over():
         report(text)
     return sorted(walk.found)
+
+
+def find_matches(pattern: str) -> list[str]:
+    """Return the paths that a glob matches, sorted; `**` stands for any number of folders.
+
+    As in `glob.glob`, hidden names match only where the pattern has their dot. Links to folders are followed, but a
+    folder that is reached more than once, as by a link to its parent, is read once. `FOLDER/**` is the folder.
+    """
+    head, star, tail = pattern.partition("**")
+    if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
+        return sorted(glob.glob(pattern))
+    tail = tail.lstrip("".join(_SEPARATORS))
+    roots = glob.glob(head) if head else ["."]
+    if not tail:
+        return sorted(roots)
+    found: set[str] = set()
+    for root in roots:
+        for folder in _folders_below(root):
+            path = os.path.join(glob.escape(os.path.relpath(folder) if not head else folder), tail)
+            found.update(find_matches(os.path.normpath(path) if not head else path))
+    return sorted(found)
+
+
+def _folders_below(root: str) -> Iterator[str]:
+    """Yield a folder and those below it that are not hidden, each once."""
+    seen = {_identity(os.stat(root))}
+
+    def is_new(path: str) -> bool:
+        try:
+            identity = _identity(os.stat(path))
+        except OSError:
+            return False
+        new = identity not in seen
+        seen.add(identity)
+        return new
+
+    for folder, names, _ in os.walk(root, followlinks=True):
+        shown = [name for name in names if not name.startswith(".")]
+        shown.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        names[:] = [name for name in shown if is_new(os.path.join(folder, name))]
+        yield folder
 
 
 class _Walk:

@@ -59,6 +59,12 @@ class Journal:
             except ValueError:
                 continue
 
+    def entries(self, length: int) -> Iterator[list[Any]]:
+        """Yield the entries that are lists of this length and begin with a text; an edited file may hold others."""
+        for entry in self:
+            if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):
+                yield entry
+
     def add(self, entry: Any) -> None:
         with naming(self.path):
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")

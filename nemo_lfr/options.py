@@ -1,5 +1,6 @@
 """Types of the command line's options."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,16 @@ import click
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.locate import expand_home
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN, which compares with no limit, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is not a number.", param, ctx)
+        return number
 
 
 class UserPath(click.Path):

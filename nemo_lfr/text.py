@@ -44,6 +44,17 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
     return [line.removesuffix(b"\r") for line in data.removeprefix(codecs.BOM_UTF8).split(b"\n")]
 
 
+def without_nonfinite(value: Any) -> Any:
+    """Replace NaN and infinity by None, in dicts and lists too: they are not JSON, which most readers refuse whole."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nonfinite(item) for item in value]
+    return value
+
+
 def is_missing(value: Any) -> bool:
     """Whether a label holds no value: None, or the NaN that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))

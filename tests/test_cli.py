@@ -353,3 +353,51 @@ def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys
     assert run(capsys, "encode", f"~/{name}", "--out=~/tokens")[0] == 0
     assert run(capsys, "decode", "~/tokens", "--out=~/audio")[0] == 0
     assert [*(tmp_path / "audio").rglob("*.wav")] and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "a.lfr", "--start", "nan"],
+        ["decode", "a.lfr", "--duration", "nan"],
+        ["prepare", "folder", ".", "--out", "out", "--valid-share", "nan"],
+        ["tokenize", "m.json", "--out", "out", "--max-duration", "nan"],
+    ],
+)
+def test_nan_is_no_number_of_an_option(capsys, arguments):
+    code, stdout, stderr = run(capsys, *arguments)
+    assert (code, stdout) == (2, "") and "nan is not a number" in stderr
+
+
+@pytest.mark.parametrize("command", ["tokenize", "evaluate"])
+def test_an_audio_dir_that_is_no_folder_is_refused_at_once(capsys, command, tmp_path):
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
+    for folder in (tmp_path / "nowhere", tmp_path / "m.json"):
+        options = ["--audio-dir", folder, "--out", tmp_path / "out"]
+        code, stdout, stderr = run(capsys, command, tmp_path / "m.json", *options)
+        assert (code, stdout) == (2, "") and folder.name in stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["tokenize", "evaluate", "prepare"])
+def test_a_pipe_as_a_corpus_is_refused_by_what_it_is(capsys, command, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    kind = ["folder"] if command == "prepare" else []
+    code, stdout, stderr = run(capsys, command, *kind, tmp_path / "pipe.json", "--out", tmp_path / "out")
+    assert (code, stdout) == (2, "") and ("is a pipe" in stderr or "is not a folder" in stderr)
+
+
+def test_info_describes_the_files_that_it_can(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(1000), 22050)
+    (tmp_path / "b.lfr").write_bytes(b"LFRT")
+    code, stdout, stderr = run(capsys, "info", tmp_path / "a.wav", tmp_path / "b.lfr", tmp_path / "c.wav", "--json")
+    assert code == 1 and [entry["channels"] for entry in json.loads(stdout)] == [1]
+    assert len(stderr.splitlines()) == 2 and "b.lfr" in stderr and "c.wav: no such file" in stderr
+
+
+def test_a_worker_has_no_more_threads_than_the_machine_has_cores(capsys, tmp_path):
+    pytest.importorskip("pyarrow")
+    soundfile.write(tmp_path / "a.wav", speech_like(5000), 22050)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    options = ["--format", "lfr", "--threads", 1_000_000, "--workers", 1, "--device", "cpu"]
+    code, _, stderr = run(capsys, "tokenize", tmp_path / "m.json", "--out", tmp_path / "out", *options)
+    assert code == 0, stderr

@@ -1,6 +1,8 @@
 """Tables as people save them: their columns, their audio cells, their splits."""
 
+import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +186,10 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
         write(tmp_path / "hub" / "data" / f"{name}.parquet", audio)
     with pytest.raises(ConfigError, match=r"holds the splits test, train, which are not mixed"):
         clips_of(tmp_path / "hub")
+    write(tmp_path / "half" / "part-0.parquet", audio)
+    write(tmp_path / "half" / "test.parquet", audio)
+    with pytest.raises(ConfigError, match=r"holds the splits test and files of no split"):
+        clips_of(tmp_path / "half")
     assert len(clips_of(tmp_path / "hub" / "data" / "test-0.parquet")) == 1
     (tmp_path / "hub" / "data" / "test-0.parquet").unlink()
     (tmp_path / "hub" / "data" / "._test-0.parquet").write_bytes(b"Mac OS X")
@@ -256,3 +262,43 @@ def test_a_table_of_other_columns_is_refused_by_name(tmp_path):
         clips_of(write(tmp_path / "a.parquet", {"text": ["a"]}))
     (clip,) = clips_of(write(tmp_path / "b.parquet", {"odd name": [struct(WAVE.tolist())], "text": ["a"]}))
     assert len(clip.audio(RATE, 100)) == len(WAVE)
+
+
+@pytest.mark.parametrize("column", ["audio_file", "wav_path", "wav_filepath", "filename", "file_path", "filepath"])
+def test_other_names_of_a_column_of_paths_are_understood(column, wav, tmp_path):
+    (clip,) = clips_of(write(tmp_path / "a.parquet", {"text": ["t"], column: [wav.name]}), wav.parent)
+    assert len(clip.audio(RATE, 100)) == len(WAVE)
+
+
+def test_text_that_is_stored_as_bytes_is_text(wav, tmp_path):
+    data = wav.read_bytes()
+    columns = {"audio": [data, data], "sentence": [b"h\xc3\xa9", b"\xff"], "other": [b"x", b"y"]}
+    first, second = clips_of(write(tmp_path / "a.parquet", columns))
+    assert first.labels == {"text": "hé", "sentence": "hé"}
+    with pytest.raises(AudioError, match="not UTF-8"):
+        second.audio(RATE, 100)
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "pipe", "pipe for a state", "no JSON", "no list"])
+def test_a_saved_dataset_reads_nothing_outside_of_its_folder(kind, wav, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("mine", "secret"):
+        datasets.Dataset.from_dict({"audio": [str(wav)], "text": [name]}).save_to_disk(str(tmp_path / name))
+    mine, secret = tmp_path / "mine", tmp_path / "secret"
+    state = json.loads((mine / "state.json").read_text())
+    name = state["_data_files"][0]["filename"]
+    if kind in ("parent", "absolute"):
+        state["_data_files"] = [{"filename": f"../secret/{name}" if kind == "parent" else str(secret / name)}]
+        (mine / "state.json").write_text(json.dumps(state))
+    elif kind in ("link", "pipe"):
+        (mine / name).unlink()
+        (os.symlink if kind == "link" else lambda _, path: os.mkfifo(path))(secret / name, mine / name)
+    else:
+        (mine / "state.json").unlink()
+        if kind == "pipe for a state":
+            os.mkfifo(mine / "state.json")
+        else:
+            (mine / "state.json").write_text("{" if kind == "no JSON" else '{"_data_files": 5}')
+    with pytest.raises(ConfigError) as error:
+        clips_of(mine)
+    assert "\n" not in str(error.value)

@@ -435,3 +435,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
     said = on_a_full_disk(f"from nemo_lfr.cli import main\nmain({[*arguments, '--device', 'cpu']!r})", 300)
     assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("nemo-lfr: error: ")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_in_the_place_of_audio_fails_that_utterance(kind, whole, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    place = out / "s0" / "clip0.wav"
+    place.parent.mkdir(parents=True)
+    place.mkdir() if kind == "folder" else os.mkfifo(place)
+    code, lines = run(whole["lfr"], out, model, capsys)
+    assert code == 1 and "clip0.wav: is not a file" in lines[0] and (out / "s0" / "clip1.wav").is_file()

@@ -274,3 +274,25 @@ def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
     (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "NVIDIA's card" in line]
     for value in ("4.69", "8.07", "0.136", "0.056", "0.77"):
         assert f" {value} |" in line
+
+
+def test_a_recording_that_has_changed_is_another(capsys, corpus, tmp_path):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    assert evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")[0] == 0
+    for number in range(3):
+        soundfile.write(copy / f"{number}.wav", synthesize(1.5, number + 5), RATE, subtype="FLOAT")
+    code, _, stderr = evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")
+    assert code == 2 and "files that have changed" in stderr
+
+
+def test_entries_of_a_journal_that_make_no_sense_are_passed_by(capsys, corpus, tmp_path):
+    command_line = ("--limit", 1, "--codec", "original")
+    assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0
+    journals = list((tmp_path / "codecs").glob("*/*.jsonl"))
+    (folder,) = {path.parent for path in journals}
+    (key,) = [path.stem for path in folder.glob("*.wav")]
+    for path in journals:
+        bad = [5, {"a": 1}, [], [1, 2], [key], [key, 5], [key, {"seconds": "x"}], [key, {"PESQ": []}], [key, 1, 2]]
+        path.write_text("\n".join(map(json.dumps, bad)) + "\n" + path.read_text())
+    assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0

@@ -10,7 +10,7 @@ import soundfile
 
 from nemo_lfr.corpus.layouts import folder as folder_layout
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files
+from nemo_lfr.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
 
 # Formats of libsndfile that folders do not take: no header, or rarely audio.
 NOT_TAKEN = {"RAW", "MAT4", "MAT5", "MPC2K", "SD2"}
@@ -157,3 +157,27 @@ def test_the_folder_layout_finds_the_same_files_and_their_texts(tmp_path):
     (tmp_path / "s" / "a.txt").write_text("hello")
     (utterance,) = folder_layout(tmp_path)
     assert (utterance.path.as_posix(), utterance.speaker, utterance.labels) == ("s/a.oga", "s", {"text": "hello"})
+
+
+def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.wav", "x/b.wav", "x/y[1]/c.wav", ".hidden/d.wav", "x/.e.wav", "far/f.wav", "x/y[1]/n.txt"):
+        path = tmp_path / "g" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "z.wav").write_bytes(b"")
+    for number in range(4):
+        os.symlink("..", tmp_path / "g" / "x" / f"up{number}")
+    os.symlink(tmp_path / "far", tmp_path / "g" / "linked")
+    wanted = ["a.wav", "far/f.wav", "linked/z.wav", "x/b.wav", "x/y[1]/c.wav"]
+    assert find_matches("g/**/*.wav") == [f"g/{name}" for name in wanted]
+    assert find_matches(f"{tmp_path}/g/**/*.wav") == [f"{tmp_path}/g/{name}" for name in wanted]
+    assert find_matches("**/x/**/c.*") == ["g/x/y[1]/c.wav"]
+    assert find_matches("g/x/**/*.wav") == ["g/x/b.wav", "g/x/up0/a.wav", "g/x/up0/far/f.wav", "g/x/up0/linked/z.wav",
+                                           "g/x/y[1]/c.wav"]  # fmt: skip
+    assert find_matches("g/**") == ["g/"]
+    assert find_matches("g/*.wav") == ["g/a.wav"]
+    assert find_matches("nothing/**/*.wav") == []
+    monkeypatch.chdir(tmp_path / "g")
+    assert find_matches("**/*.wav") == wanted

@@ -50,14 +50,14 @@ MOVES = {
         "codec.cpu": ("inference", "plan", "winograd"),
         "codec.cuda": ("gpu",),
     },
-    "corpus": {"io": ("cut_audio", "cut_files", "layouts", "reading"), "cli": ("command",)},
+    "corpus": {"io": ("bounded", "cut_audio", "cut_files", "layouts", "reading"), "cli": ("command",)},
     "evaluation": {"cli": ("command",)},
     "tokens": {"io": ("format", "packing", "__init__")},
     "training": {"nemo": ("artifacts", "careful", "cuts", "resume", "steps")},
     "": {
         "io": (
-            "atomic", "audio", "containers", "folders", "journal", "locate", "manifests", "media", "regular",
-            "shortage", "tensor_file", "text",
+            "atomic", "audio", "containers", "exclusive", "folders", "journal", "locate", "manifests", "media",
+            "regular", "shortage", "tensor_file", "text",
         ),
         "codec.cpu": ("heap",),
         "codec": ("onnx", "streaming"),

@@ -370,3 +370,34 @@ def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kin
     prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
     # The last frame of FLAC tells a cut without decoding.
     assert len(manifest(tmp_path / "trusted" / "train.json")) == (1 if kind == "cut in the middle" else 2)
+
+
+@pytest.mark.parametrize("kind", ["librispeech", "commonvoice"])
+def test_a_file_that_is_listed_twice_is_used_once(tmp_path, kind):
+    if kind == "librispeech":
+        audio(tmp_path / "c" / "dev-clean" / "84" / "1" / "84-1-0.flac")
+        text(tmp_path / "c" / "dev-clean" / "84" / "1" / "84-1.trans.txt", "84-1-0 HI\n84-1-0 HI\n")
+        expected = {"valid": 1}
+    else:
+        audio(tmp_path / "c" / "en" / "clips" / "a.wav")
+        rows = "client_id\tpath\tsentence\tlocale\ns\ta.wav\thi\ten\n"
+        text(tmp_path / "c" / "en" / "train.tsv", rows + "s\ta.wav\thi\ten\n")
+        text(tmp_path / "c" / "en" / "dev.tsv", rows)
+        expected = {"valid": 1}  # and not in the training set
+    prepare(kind, tmp_path / "c", tmp_path / "out")
+    found = {path.stem: len(manifest(path)) for path in (tmp_path / "out").glob("*.json")}
+    assert found == expected
+    failures = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert len(failures) == (1 if kind == "librispeech" else 2) and all("more than once" in line for line in failures)
+
+
+def test_an_edited_journal_is_read_as_far_as_it_makes_sense(tmp_path):
+    corpus, out = tmp_path / "c", tmp_path / "out"
+    for name in "abcd":
+        audio(corpus / f"{name}.wav", 0.5)
+    out.mkdir()
+    claim = json.dumps({"kind": "folder", "corpus": str(corpus.resolve()), "check": True})
+    bad = ["5", "[]", '["x"]', '["a.wav", null]', '["b.wav", -5]', '["c.wav", 1e400]', '["d.wav", true]', '{"a": 1}']
+    (out / ".opened.jsonl").write_text("\n".join([claim, *bad]) + "\n")
+    prepare("folder", corpus, out, valid_share=0)
+    assert [entry["duration"] for entry in manifest(out / "train.json")] == [0.5] * 4

@@ -16,8 +16,38 @@ LABELS: dict[str, tuple[str, ...]] = {
     "speaker": ("speaker", "speaker_id", "client_id"),
     "lang": ("lang", "language", "locale"),
 }
-AUDIO = ("audio", "target_audio", "audio_filepath", "audio_path", "speech", "wav", "path", "file", "file_name")
+# Columns whose bytes are text.
+TEXT_COLUMNS = frozenset({"id", *(column for columns in LABELS.values() for column in columns)})
+AUDIO = (
+    "audio",
+    "target_audio",
+    "audio_filepath",
+    "audio_path",
+    "audio_file",
+    "speech",
+    "wav",
+    "wav_path",
+    "wav_filepath",
+    "path",
+    "file",
+    "file_name",
+    "filename",
+    "file_path",
+    "filepath",
+)
 CONTEXT = "context_audio"
+# Columns, and keys of manifests and cuts, that hold another codec's tokens; beside ours they would be taken for ours.
+OTHER_TOKENS = frozenset(
+    {
+        "target_audio_codes_path",
+        "context_audio_codes_path",
+        "target_codes",
+        "context_codes",
+        "target_audio_codes",
+        "context_audio_codes",
+        "tokens_filepath",
+    }
+)
 # Fields and columns that hold the rate of samples.
 RATES = ("sampling_rate", "sample_rate")
 
@@ -33,9 +63,11 @@ class Samples:
 def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     """Add the labels "text", "speaker" and "lang" from the columns of `LABELS`, and drop None and NaN.
 
+    Columns that hold another codec's tokens are dropped too.
+
     A number is a speaker's name, but no language: it is an index into names that are not there.
     """
-    kept = {key: value for key, value in labels.items() if not is_missing(value)}
+    kept = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     for label, columns in LABELS.items():
         for column in columns:
             value = kept.get(column)
@@ -87,8 +119,10 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def label_value(cell: Any, names: Sequence[str] | None) -> Any:
+def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
     """Return the value of a label's Arrow cell, or None if it is no text or number.
+
+    Text may be stored as bytes, as TensorFlow and some databases export it; in other columns bytes are data.
 
     Raises:
         AudioError: if its text is not UTF-8.
@@ -99,6 +133,8 @@ def label_value(cell: Any, names: Sequence[str] | None) -> Any:
         return None
     try:
         value = cell.as_py()
+        if isinstance(value, bytes) and column in TEXT_COLUMNS:
+            value = value.decode()
     except UnicodeDecodeError as error:
         raise AudioError(f"a label of it is not UTF-8 text ({error.reason})") from error
     except (ValueError, OverflowError, ArithmeticError):  # a date that Python does not have

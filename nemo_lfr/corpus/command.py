@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from nemo_lfr.errors import NemoLfrError, clip
-from nemo_lfr.options import UserPath
+from nemo_lfr.options import Number, UserPath
 from nemo_lfr.terminal import note, show
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
@@ -38,10 +38,14 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
     help="magpie: a whole frame of silence after clips that fill their frames, as NeMo's Magpie datasets have it.",
 )
 @click.option("--context", is_flag=True, help="Tokenise the context audio that the corpus names, too.")
-@click.option("--audio-dir", type=UserPath(), help="Folder of relative paths; that of the manifest by default.")
+@click.option(
+    "--audio-dir",
+    type=UserPath(exists=True, file_okay=False),
+    help="Folder of relative paths; that of the manifest by default.",
+)
 @click.option("--dataset", help="Name of the corpus in Magpie's speaker labels; that of the input if not given.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips of a shard.")
-@click.option("--max-duration", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds.")
+@click.option("--max-duration", type=Number(min=0), default=3600.0, show_default=True, help="Seconds.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes or actors; one a GPU or core if not given.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each worker on a CPU.")
 @click.option("--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Of audio, in each worker.")
@@ -49,6 +53,9 @@ FORMATS = ("shar", "manifest", "parquet", "lfr")
 @click.option("--allow-url", is_flag=True, help="Read audio that Lhotse cuts place at an http(s) URL.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
 @click.option("--verify", is_flag=True, help="Compare hashes of shards that exist, not only their sizes.")
+@click.option(
+    "--retry-failed", is_flag=True, help="Compute shards again in which clips failed, as after mending them."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what tokens.json holds.")
 def tokenize(
     corpus: Path,
@@ -61,6 +68,7 @@ def tokenize(
     device: str | None,
     ray: str | None,
     verify: bool,
+    retry_failed: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -82,13 +90,17 @@ def tokenize(
         **options,
     )
     with watching() as watch:
-        done = tokenize(job, workers=workers, device=device, ray=ray, verify=verify, watch=watch)
+        done = tokenize(
+            job, workers=workers, device=device, ray=ray, verify=verify, retry_failed=retry_failed, watch=watch
+        )
     if as_json:
         click.echo(json.dumps(done, indent=2))
     else:
         show(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
-    note(f"{text}; {done['failures']} failed, see {out}/failures.jsonl" if done["failures"] else text)
+    if done["failures"]:
+        text += f"; {done['failures']} failed, see {out}/failures.jsonl; once they are mended, add --retry-failed"
+    note(text)
     if done["failures"]:
         sys.exit(1)
 

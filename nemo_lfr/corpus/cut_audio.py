@@ -11,13 +11,14 @@ Relative paths of cuts are relative to the current folder, as in Lhotse; `~` is 
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_lfr.audio import AudioReader, check_peak, resample
+from nemo_lfr.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.corpus.reading import read_part
 from nemo_lfr.errors import AudioError, clip
 from nemo_lfr.manifests import MAX_SECONDS, resolve_audio_path
@@ -29,9 +30,13 @@ ARRAY_STORAGE = {
     "memory_lilcom", "memory_npy", "shar", "pillow_files", "pillow_memory",
 }  # fmt: skip
 URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://|\s*pipe:")
+# Attributes of cuts, recordings and transforms that are rates in Hz, and how much faster or slower speech is made.
+RATE_ATTRIBUTES = ("sampling_rate", "source_sampling_rate", "target_sampling_rate")
+MAX_FACTOR = 20
 # Bytes that a URL may give.
 MAX_DOWNLOAD = 1 << 31
 DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+MAX_DOWNLOAD_SECONDS = 900
 
 
 def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
@@ -198,6 +203,7 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
     changes: dict[str, Any] = {}
     if isinstance(item, dict):  # a transform that has not been used yet
         item = AudioTransform.from_dict(item)
+    _check_numbers(item)
     for name in ("recording", "cut", "rir"):
         if getattr(item, name, None) is not None:
             changes[name] = _with_own_sources(getattr(item, name), allow_url)
@@ -207,6 +213,19 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
     if getattr(item, "sources", None):
         changes["sources"] = [OwnSource(_open(source, allow_url), list(source.channels)) for source in item.sources]
     return dataclasses.replace(item, **changes) if changes else item
+
+
+def _check_numbers(item: Any) -> None:
+    """Refuse rates and factors of a cut, recording or transform that make days of audio of a second."""
+    for name in RATE_ATTRIBUTES:
+        if (rate := getattr(item, name, None)) is not None:
+            check_rate(rate)
+    if type(item).__name__ in ("Speed", "Tempo"):
+        factor = item.factor
+        if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
+            raise AudioError(
+                f"its audio is {clip(factor)} times as fast; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
+            )
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
@@ -241,12 +260,26 @@ def _download(url: str) -> bytes:
         if answer is None:  # no handler for the scheme that it is redirected to
             raise AudioError(f"{clip(url)} leads elsewhere than to http(s).")
         with answer:
-            data = answer.read(MAX_DOWNLOAD + 1)
+            data = _read_all(answer, url)
     except (OSError, http.client.HTTPException) as error:
         raise AudioError(f"{clip(url)} cannot be read: {clip(error, 200)}.") from error
-    if len(data) > MAX_DOWNLOAD:
-        raise AudioError(f"{clip(url)} is larger than {MAX_DOWNLOAD} bytes.")
     return data
+
+
+def _read_all(answer: Any, url: str) -> bytes:
+    """Read an answer in pieces, so that a server that sends a byte a minute does not hold the caller."""
+    end = time.monotonic() + MAX_DOWNLOAD_SECONDS
+    pieces, size = [], 0
+    while piece := answer.read1(1 << 16):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_DOWNLOAD:
+            raise AudioError(f"{clip(url)} is larger than {MAX_DOWNLOAD} bytes.")
+        if time.monotonic() > end:
+            raise AudioError(f"{clip(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
+    if answer.length:  # as `read` would say
+        raise AudioError(f"{clip(url)} ends {answer.length} bytes too early.")
+    return b"".join(pieces)
 
 
 def _check_count(count: int, rate: int, duration: float) -> None:

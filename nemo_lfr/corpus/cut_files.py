@@ -8,13 +8,13 @@ import gzip
 import json
 import logging
 import re
-import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_lfr.corpus.bounded import lines, member_bytes, open_tar
 from nemo_lfr.corpus.cut_audio import check_cut
 from nemo_lfr.errors import AudioError, ConfigError, clip
 from nemo_lfr.manifests import NOT_A_LINE, describe, line_id
@@ -23,6 +23,8 @@ from nemo_lfr.text import UTF16_MARKS
 logger = logging.getLogger(__name__)
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
+# Attributes of a cut that a field of a Shar may hold.
+CUT_FIELDS = ("recording", "features")
 # Lines among which one must say what a file holds.
 FIRST_LINES = 100
 
@@ -52,7 +54,7 @@ def json_lines(path: Path) -> Iterator[bytes]:
         with open(path, "rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
         with gzip.open(path, "rb") if packed else open(path, "rb") as file:
-            for number, line in enumerate(file):
+            for number, line in enumerate(lines(file)):
                 if number == 0:
                     if line.startswith(UTF16_MARKS):
                         raise ConfigError(f"{path}: UTF-16 text; save it as UTF-8.")
@@ -77,6 +79,8 @@ def kind_of(path: Path) -> str | None:
             continue
         if item.get("type") in CUT_TYPES:
             return "cuts"
+        if "audio_filepath" in item:  # a NeMo manifest, whatever else its lines say
+            return None
         if "sources" in item and "sampling_rate" in item:
             return "recordings"
         if "num_features" in item:
@@ -107,6 +111,23 @@ def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
             yield CutItem(
                 line_id(line),
                 problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace').strip())}",
+            )
+
+
+def check_fields(folder: Path, fields: Iterable[str]) -> None:
+    """Refuse a Shar whose fields would replace what a cut is, such as its id or its methods.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    from lhotse import MonoCut, MultiCut
+
+    for name in fields:
+        own = name in MonoCut.__dataclass_fields__ or hasattr(MonoCut, name) or hasattr(MultiCut, name)
+        if name != "cuts" and (not name.isidentifier() or (own and name not in CUT_FIELDS)):
+            raise ConfigError(
+                f"{folder}: the field {clip(name)!r} of this Shar is not a name for custom data of a cut; "
+                "rename its files, or move them elsewhere."
             )
 
 
@@ -194,10 +215,10 @@ def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             item = json.loads(line)
             yield str(item["cut_id"]), (item[name], None, None) if name in item else None
         return
-    with tarfile.open(path, "r|*") as tar:
+    with open_tar(path) as tar:
         members = iter(tar)
         for first in members:
-            data = None if first.name.endswith(".nodata") else _content(tar, first)
+            data = None if first.name.endswith(".nodata") else member_bytes(tar, first)
             second = next(members, None)
             if second is None:
                 raise AudioError("it ends after the data of an item")
@@ -205,17 +226,7 @@ def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             if data is None or second.name.endswith(".nometa"):
                 yield of, None
             else:
-                yield of, (_parse(_content(tar, second)), data, Path(first.name))
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member) if member.isfile() else None
-    if file is None:
-        raise AudioError(f"{clip(member.name)} in it is no file")
-    data = file.read()
-    if len(data) != member.size:
-        raise AudioError(f"{clip(member.name)} in it ends after {len(data)} of {member.size} bytes")
-    return data
+                yield of, (_parse(member_bytes(tar, second)), data, Path(first.name))
 
 
 def _parse(data: bytes) -> Any:

@@ -63,6 +63,8 @@ def decode_folder(
                 path = out / f"{ids.add(utterance.id)}.{kind}"
                 if path_inside(out, str(path.parent.relative_to(out))) is None:
                     raise NemoLfrError(f"{path}: a link leads out of {out}; nothing is written there.")
+                if path.exists() and not path.is_file():
+                    raise NemoLfrError(f"{path}: is not a file; remove it, or choose another --out.")
                 leftovers.sweep(path)
                 if overwrite or not path.exists():
                     audio, _ = codec.decode(utterance.tokens)

@@ -22,6 +22,7 @@ import numpy as np
 from nemo_lfr.corpus.columns import (
     AUDIO,
     CONTEXT,
+    OTHER_TOKENS,
     RATES,
     audio_cell,
     audio_column,
@@ -32,8 +33,17 @@ from nemo_lfr.corpus.columns import (
     standard_labels,
 )
 from nemo_lfr.corpus.cut_audio import read_cut
-from nemo_lfr.corpus.cut_files import CutItem, explain, kind_of, read_cuts, read_shar
-from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
+from nemo_lfr.corpus.cut_files import (
+    CutItem,
+    check_fields,
+    explain,
+    kind_of,
+    read_cuts,
+    read_shar,
+    supervisions_beside,
+)
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id, path_inside
+from nemo_lfr.corpus.inventory import digest, list_digest, sampled_digest
 from nemo_lfr.corpus.layouts import folder
 from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, clip
@@ -56,8 +66,6 @@ ROWS = 16
 FIRST_LINES = 100
 # Words for the splits of a dataset in the names of its files.
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval"}
-# Keys of a manifest that holds another codec's tokens already; they are not these tokens'.
-OTHER_TOKENS = ("target_audio_codes_path", "context_audio_codes_path")
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,15 @@ class Corpus(ABC):
     @abstractmethod
     def identity(self) -> str:
         """Changes when the list of clips does: a run is not resumed with another one."""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that list the clips, by place in which a part finds them again."""
+
+    def files_of(self, part: Part) -> list[Path]:
+        """Those of `files` from which a part is read."""
+        return self.files
 
     @abstractmethod
     def parts(self, size: int) -> list[Part]:
@@ -126,6 +143,10 @@ class Manifest(Corpus):
     @property
     def identity(self) -> str:
         return digest(self.path)[:16]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def parts(self, size: int) -> list[Part]:
         """Byte ranges; names that occur again get a number, counted over the whole manifest."""
@@ -167,8 +188,7 @@ class Manifest(Corpus):
             context_path = resolve_audio_path(self.audio_dir, labels["context_audio_filepath"])
             context = partial(read_file, context_path, None, other or None)
         audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
-        labels = standard_labels({key: value for key, value in labels.items() if key not in OTHER_TOKENS})
-        return Clip(name, str(path), audio, context, labels, path=path)
+        return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
 
 
 class Folder(Manifest):
@@ -221,7 +241,12 @@ class Cuts(Corpus):
 
     @property
     def identity(self) -> str:
-        return digest(self.path)[:16]
+        return list_digest((path.name, digest(path)) for path in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
+        return [self.path] if beside is None else [self.path, beside]
 
     def parts(self, size: int) -> list[Part]:
         total, repeats = _number_cuts([self.path])[0]
@@ -260,14 +285,21 @@ class Shar(Corpus):
         for files in self.fields.values():
             for file in files:
                 open_regular(file, ConfigError).close()  # a pipe would be waited for
+        check_fields(path, self.fields)
         counts = {name: len(files) for name, files in self.fields.items()}
         if len(set(counts.values())) != 1:
             raise ConfigError(f"{path}: not a whole Lhotse Shar: its fields have {counts} shards.")
 
     @property
     def identity(self) -> str:
-        names = {name: [(str(file), file.stat().st_size) for file in files] for name, files in self.fields.items()}
-        return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:16]
+        return list_digest((str(file), sampled_digest(file)) for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for name in sorted(self.fields) for file in self.fields[name]]
+
+    def files_of(self, part: Part) -> list[Path]:
+        return [files[part["shard"]] for files in self.fields.values()]
 
     def parts(self, size: int) -> list[Part]:
         return [
@@ -301,7 +333,7 @@ class Table(Corpus):
     def __init__(
         self, path: Path, files: list[Path], schema: Any, features: dict[str, Any], audio_dir: Path | None
     ) -> None:
-        self.path, self.files = path, files
+        self.path, self._files = path, files
         self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
         self.columns: list[str] = schema.names
         # Of two columns of one name, the first.
@@ -316,8 +348,11 @@ class Table(Corpus):
 
     @property
     def identity(self) -> str:
-        sizes = [(file.name, file.stat().st_size) for file in self.files]
-        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+        return list_digest((file.name, sampled_digest(file)) for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._files
 
     def note_columns(self) -> None:
         """Log which columns are taken for the labels, where they have other names."""
@@ -342,7 +377,7 @@ class Table(Corpus):
         origin = f"{self.path}, row {number}"
         name = f"{number:08d}"
         try:
-            values = {key: label_value(cell, self.class_names.get(key)) for key, cell in cells.items()}
+            values = {key: label_value(cell, self.class_names.get(key), key) for key, cell in cells.items()}
             if (given := values.get("id")) is not None and not is_missing(given):
                 name = clean_id(f"{given}-{number:08d}")
             labels = standard_labels(values)
@@ -374,10 +409,11 @@ class Parquet(Table):
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         self.parquet = require("pyarrow.parquet", "corpus")
         files = [path] if path.is_file() else parquet_files(path)
-        splits = {split for file in files if (split := split_of(file.relative_to(path)))} if path.is_dir() else set()
+        splits = {split_of(file.relative_to(path)) or "" for file in files} if path.is_dir() else set()
         if len(splits) > 1:
+            names = ", ".join(sorted(splits - {""})) + (" and files of no split" if "" in splits else "")
             raise ConfigError(
-                f"{path}: holds the splits {', '.join(sorted(splits))}, which are not mixed; give one file, or a "
+                f"{path}: holds the splits {names}, which are not mixed; give one file, or a "
                 "folder with the files of one split."
             )
         problems = []
@@ -396,6 +432,9 @@ class Parquet(Table):
             return self.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file}: not a Parquet file ({clip(error, 200)}).") from error
+
+    def files_of(self, part: Part) -> list[Path]:
+        return [self.files[part["file"]]]
 
     def parts(self, size: int) -> list[Part]:
         parts: list[Part] = []
@@ -440,6 +479,7 @@ class SavedDataset(Table):
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         datasets = require("datasets")
+        _check_saved(path)
         try:
             self.rows = datasets.load_from_disk(str(path))
             columns = self.rows.column_names
@@ -451,7 +491,9 @@ class SavedDataset(Table):
             raise ConfigError(f"{path}: holds the splits {', '.join(sorted(columns))}; give the folder of one.")
         features = self.rows.features.to_dict()
         self.rows = self.rows.with_format("arrow")
-        super().__init__(path, sorted(path.glob("*.arrow")), self.rows.features.arrow_schema, features, audio_dir)
+        names = ("state.json", "dataset_info.json")
+        files = [*(path / name for name in names if (path / name).is_file()), *sorted(path.glob("*.arrow"))]
+        super().__init__(path, files, self.rows.features.arrow_schema, features, audio_dir)
 
     def parts(self, size: int) -> list[Part]:
         total = len(self.rows)
@@ -494,6 +536,8 @@ def open_corpus(
                     f"{path}: holds neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
                 )
         return Manifest(path, audio_dir)
+    if not path.is_dir():
+        open_regular(path, ConfigError).close()  # refuses it by what it is
     if list(path.glob("cuts.*.jsonl*")) or list(path.glob("cuts/cuts.*.jsonl*")):
         return Shar(path, allow_url)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -512,6 +556,29 @@ def _noted(table: Table, is_driver: bool) -> Table:
             text = "%s: its tables are read; of its %d audio files, only those that a row names."
             logger.warning(text, table.path, len(found))
     return table
+
+
+def _check_saved(path: Path) -> None:
+    """Refuse a saved dataset that names files outside of its folder, or holds pipes, which `datasets` would open.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    state = path / "state.json"
+    for file in [found for name in ("*.json", "*.arrow") for found in sorted(path.glob(name))]:
+        open_regular(file, ConfigError).close()
+    if not state.is_file():
+        return
+    try:
+        named = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        bad = next((name for name in named if not isinstance(name, str) or Path(name).name != name), None)
+    except NOT_A_LINE as error:
+        raise ConfigError(f"{state}: is damaged ({describe(error)}); save the dataset again.") from error
+    if bad is not None:
+        raise ConfigError(f"{state}: names {clip(bad)!r}, which is not a file of this folder, and is not read.")
+    for name in named:
+        if path_inside(path, name) is None:
+            raise ConfigError(f"{path / name}: is a link out of this folder, which is not followed.")
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -541,6 +608,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
         labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
     custom = getattr(cut, "custom", None) or {}
     labels |= {key: value for key, value in custom.items() if isinstance(value, str | int | float | bool)}
+    labels = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     target = cut.target_audio if cut.has_custom("target_audio") else cut
     context = None
     if cut.has_custom("context_audio"):
@@ -550,6 +618,8 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     for place in (manifest, manifest.get("custom") or {}):
         for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
             del place[key]
+        for key in OTHER_TOKENS & place.keys():
+            del place[key]
     if supervisions and manifest.get("supervisions"):
         manifest["supervisions"] = [_joined(supervisions, labels.get("text"))]
     return Clip(
@@ -557,7 +627,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
         f"{origin}, cut {cut.id}",
         partial(read_cut, target, allow_url=allow_url),
         context,
-        {key: value for key, value in labels.items() if not is_missing(value)},
+        labels,
         manifest if manifest.get("type") in ("MonoCut", "MultiCut") else None,  # others have no supervisions
     )
 
@@ -566,6 +636,8 @@ def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
     """The manifest of one supervision for several, in order of start."""
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}
+    if isinstance(joined.get("custom"), dict):
+        joined["custom"] = {key: value for key, value in joined["custom"].items() if key not in OTHER_TOKENS}
     if len(supervisions) > 1:
         joined["duration"] = max(part.start + part.duration for part in supervisions) - supervisions[0].start
         joined.pop("alignment", None)  # of the first alone
@@ -598,15 +670,6 @@ def require(module: str, extra: str = "") -> Any:
         package = module.partition(".")[0]
         wanted = f"'nemo-lfr[{extra}]'" if extra else package
         raise missing_extra(error, package, f"{package} is not installed; pip install {wanted}.") from error
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
@@ -659,6 +722,8 @@ def _what_instead(lines: Sequence[bytes]) -> str:
     first = lines[0] if lines else b""
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
+    if b"\0" in b"".join(lines):
+        return "it is not text; give a manifest, a folder, cuts or a Parquet table, and unpack an archive first"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return f"it is one JSON list, {expected}, one object a line"

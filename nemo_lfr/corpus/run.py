@@ -1,11 +1,12 @@
 """A whole corpus: planned, claimed, computed by an engine, summed up; and gone on with when it was interrupted."""
 
+import hashlib
 import json
 import os
 import platform
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.claim import check_claim, claim
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
 from nemo_lfr.corpus.inputs import Corpus
+from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
 from nemo_lfr.entropy.find import model_to_write
@@ -62,6 +64,7 @@ def tokenize(
     device: str | None = None,
     ray: str | None = None,
     verify: bool = False,
+    retry_failed: bool = False,
     watch: Callable[[Totals], None] = lambda totals: None,
 ) -> dict[str, Any]:
     """Tokenise a corpus into `job.out`; what is there already of the same job is kept.
@@ -72,6 +75,7 @@ def tokenize(
         device: "cpu", "cuda"; a GPU if there is one.
         ray: where Ray runs: "local", "auto" or an address; processes of this machine if not given.
         verify: compare the hashes of the files that are there, not only their sizes.
+        retry_failed: compute those shards again in which a clip failed.
         watch: called after every shard.
 
     Returns:
@@ -103,18 +107,20 @@ def tokenize(
         _remove_leftovers(job, out)
         job = replace(job, claim=claim(job.state))
         corpus = job.open(anew=True)
+        inputs = Watch(corpus.files)
         parts = _claim(job, corpus, codec, None if model is None else model.hash)
         if model is not None:  # the tokens can then be decoded wherever the folder goes
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         totals = Totals(len(parts), codec["sample_rate"])
         marks: dict[int, Mark] = {}
         for index in range(len(parts)):
-            if mark := Mark.find(out, index, verify):
+            mark = Mark.find(out, index, verify)
+            if mark and not (retry_failed and mark.failures):
                 marks[index] = mark
                 totals.add(mark, computed=False)
         watch(totals)
         tasks = [(index, part) for index, part in enumerate(parts) if index not in marks]
-        for mark in _compute(job, tasks, workers, device, ray):
+        for mark in _unchanged(_compute(job, tasks, workers, device, ray), inputs, corpus, dict(tasks), out):
             if Mark.find(out, mark.index) is None:
                 check_claim(job.state, job.claim)
                 raise NemoLfrError(
@@ -177,6 +183,29 @@ def _compute(
     return run_processes(job, tasks, min(count, len(tasks)), devices)
 
 
+def _unchanged(
+    marks: Iterator[Mark], inputs: Watch, corpus: Corpus, tasks: dict[int, Any], out: Path
+) -> Iterator[Mark]:
+    """Yield the marks of shards whose inputs were not edited while they were computed.
+
+    Raises:
+        NemoLfrError: for one that was; what was computed from it since is not kept.
+    """
+    waiting = dict(tasks)
+    for mark in marks:
+        if path := inputs.changed(corpus.files_of(waiting[mark.index])):
+            if isinstance(marks, Generator):
+                marks.close()  # ends the workers
+            for index in waiting:
+                Mark.path(out, index).unlink(missing_ok=True)
+            raise NemoLfrError(
+                f"{path}: was changed while it was tokenized; restore it and run the same command again, or choose "
+                "another --out for the changed one."
+            )
+        del waiting[mark.index]
+        yield mark
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -209,6 +238,8 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any], entropy: str | None)
             parts = known["parts"]
             if not isinstance(known, dict) or not isinstance(parts, list):
                 raise TypeError("expected a JSON object with a list of parts")
+            if known.get("parts_digest") != _parts_digest(parts):
+                raise ValueError("its list of parts is not what was written")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise NemoLfrError(
                 f"{path}: is damaged ({clip(error, 200)}), so that the run cannot go on; "
@@ -224,8 +255,12 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any], entropy: str | None)
             raise NemoLfrError(f"{job.out}: holds tokens of another job ({said}); choose another --out.")
         return parts
     parts = corpus.parts(job.shard_size)
-    write_text(path, json.dumps(mine | {"parts": parts}))
+    write_text(path, json.dumps(mine | {"parts": parts, "parts_digest": _parts_digest(parts)}))
     return parts
+
+
+def _parts_digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager

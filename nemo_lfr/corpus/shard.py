@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,15 @@ import numpy as np
 from nemo_lfr.atomic import naming
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.claim import check_claim
-from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, digest, open_corpus
+from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, open_corpus
+from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sinks import SINKS, STATE
 from nemo_lfr.entropy.find import model_to_write
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.heap import after_batch, keep_heap
 from nemo_lfr.journal import write_text
 from nemo_lfr.regular import open_regular
+from nemo_lfr.text import without_nonfinite
 from nemo_lfr.tokens.format import Metadata
 
 if TYPE_CHECKING:
@@ -176,6 +178,7 @@ def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: 
         model = model_to_write(codec, job.compress, job.entropy_model)
         sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context, model)
         for clip, tokens, num_samples, context in _tokenize(job, codec, corpus.read(part), mark):
+            clip = replace(clip, labels=without_nonfinite(clip.labels), cut=without_nonfinite(clip.cut))
             sink.write(clip, tokens, num_samples, context)
             mark.clips += 1
             mark.samples += num_samples
@@ -322,7 +325,8 @@ class Worker:
         self.job = job
         self.codec = load(job.model, device, job.precision)
         if str(self.codec.device) == "cpu":
-            torch.set_num_threads(job.threads)
+            # PyTorch crashes where a process cannot have as many threads.
+            torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
         self.corpus = job.open()
 
     def ready(self) -> None:

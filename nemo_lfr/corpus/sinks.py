@@ -259,7 +259,7 @@ def finish(kind: str, out: Path, num_shards: int, context: bool) -> None:
     """Write what belongs to no shard: one manifest of all, or the section of a training config that reads them."""
     if kind in ("manifest", "lfr"):
         shards = ((out / LINES / f"{index:06d}.json").read_bytes() for index in range(num_shards))
-        write_bytes(out / "manifest.json", shards)
+        write_bytes(out / "manifest.json", (_here(lines, out) for lines in shards) if kind == "manifest" else shards)
     if kind == "shar":
         from omegaconf import OmegaConf
 
@@ -269,6 +269,20 @@ def finish(kind: str, out: Path, num_shards: int, context: bool) -> None:
             paths[field] = f"{out.resolve()}/{field}/codes.{numbers}.tar"
         section = [{"type": "lhotse_shar", "shar_path": paths, "weight": 1.0}]
         write_text(out / "input_cfg.yaml", OmegaConf.to_yaml(OmegaConf.create(section)))
+
+
+def _here(lines: bytes, out: Path) -> bytes:
+    """The lines of a shard with the paths of their files below `out`, which was moved if they say otherwise."""
+    moved = []
+    for line in lines.decode().split("\n")[:-1]:
+        entry = json.loads(line)
+        paths = {
+            f"{name}_audio_codes_path": str(out / f"{name}_codes/{entry['id']}.pt")
+            for name in ("target", "context")
+            if f"{name}_audio_codes_path" in entry
+        }
+        moved.append(json.dumps(entry | paths, ensure_ascii=False) + "\n")
+    return "".join(moved).encode()
 
 
 def _empty_tar(path: Path) -> None:

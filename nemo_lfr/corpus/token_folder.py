@@ -8,7 +8,7 @@ stop at it or continue. Nothing outside the folder is read, through no link eith
 import gzip
 import io
 import json
-import tarfile
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nemo_lfr import frames
+from nemo_lfr.corpus.bounded import MAX_LINE, check_columns, member_bytes, open_tar
 from nemo_lfr.corpus.ids import path_inside
 from nemo_lfr.corpus.inputs import require
 from nemo_lfr.corpus.run import METADATA
@@ -31,7 +32,8 @@ from nemo_lfr.regular import open_regular
 from nemo_lfr.tokens.format import Metadata, TokenReader
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-MAX_LINE = 1 << 26  # bytes of one line of JSON
+# More shards than there are files of them, and so missing or empty ones, than any damage leaves.
+SPARE_SHARDS = 1000
 ROWS = 64  # of a table, read at once
 REPAIR = "run the same tokenize command again, which repairs it"
 
@@ -111,6 +113,10 @@ class TokenFolder:
         """The number of utterances of each shard: as recorded, or counted where nothing was."""
         shards, clips = self.metadata["shards"], self.metadata["clips"]
         counts = self.metadata.get("shard_clips")
+        if shards > SPARE_SHARDS:
+            there = max(self._reader.num_files(), _num_entries(Mark.folder(self.path)))
+            if shards > SPARE_SHARDS + 2 * there:
+                raise TokenFileError(f"{self.path}: {METADATA} says {shards} shards, but files of {there} are there.")
         if counts is None:
             marks = [Mark.read(self.path, index) for index in range(shards)] if Mark.folder(self.path).is_dir() else []
             known = [mark.clips for mark in marks if mark]
@@ -293,6 +299,10 @@ class _Reader(ABC):
         """Count the utterances of each shard, in a folder whose records are not there."""
 
     @abstractmethod
+    def num_files(self) -> int:
+        """How many shards there could be, by the files that are there."""
+
+    @abstractmethod
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield utterances [start, stop) of a shard, and what is behind `stop` if anything is."""
 
@@ -314,6 +324,9 @@ class _Reader(ABC):
 
 class _Shar(_Reader):
     """Lhotse Shar. Read without Lhotse, which passes in silence over what a shorter file does not hold."""
+
+    def num_files(self) -> int:
+        return _num_entries(self.folder.path / "cuts")
 
     def count_shards(self) -> list[int]:
         return self._shard_counts(lambda files: sum(1 for _ in self._cuts(files.path(self._cuts_name(files.shard)))))
@@ -355,15 +368,14 @@ class _Shar(_Reader):
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
         """Names and files of a tar's arrays; each is followed by a description, which says nothing new."""
-        with tarfile.open(path, "r:") as tar:
+        with open_tar(path) as tar:
             members = iter(tar)
             for member in members:
-                file = tar.extractfile(member) if member.isreg() else None
-                description = next(members, None)
-                if file is None or description is None:
+                data = member_bytes(tar, member)
+                if next(members, None) is None:
                     raise TokenFileError(f"{path}: holds {clip(member.name)!r}, which is no array; it is damaged.")
                 name, _, kind = member.name.rpartition(".")
-                yield name, None if kind == "nodata" else file.read()
+                yield name, None if kind == "nodata" else data
 
     @staticmethod
     def _load(line: bytes, items: list[tuple[str, bytes | None]]) -> dict[str, Any]:
@@ -384,6 +396,9 @@ class _Shar(_Reader):
 
 
 class _Parquet(_Reader):
+    def num_files(self) -> int:
+        return _num_entries(self.folder.path / "data")
+
     def count_shards(self) -> list[int]:
         return self._shard_counts(lambda files: self._open(files.path(self._name(files.shard))).metadata.num_rows)
 
@@ -392,6 +407,7 @@ class _Parquet(_Reader):
         if damage:
             yield damage
         with self._open(path) as file:
+            check_columns(file.metadata, path)
             first = 0
             for batch in file.iter_batches(ROWS):
                 for index in range(max(0, start - first), batch.num_rows):
@@ -430,6 +446,15 @@ class _Manifest(_Reader):
         clips, shards = self.folder.metadata["clips"], self.folder.metadata["shards"]
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
+    def num_files(self) -> int:
+        return len(self._starts)
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        """The number of the first utterance of each shard, int64 [shards]."""
+        counts = np.array(self.folder.counts, np.int64)
+        return np.cumsum(counts) - counts
+
     @cached_property
     def _starts(self) -> np.ndarray:
         """Where each line begins, and the last one ends, int64 [lines + 1]."""
@@ -451,7 +476,7 @@ class _Manifest(_Reader):
             problem = f"holds {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
             yield Damage("" if self._is_reported else f"{self._path}: {problem}")
             self._is_reported = True
-        first = sum(self.folder.counts[: files.shard])
+        first = int(self._firsts[files.shard])
         with open(self._path, "rb") as file:
             for number in range(first + start, min(first + stop, lines)):
                 file.seek(int(self._starts[number]))
@@ -500,6 +525,10 @@ class _Lfr(_Manifest):
 
 
 READERS: dict[str, type[_Reader]] = {"shar": _Shar, "manifest": _Manifest, "parquet": _Parquet, "lfr": _Lfr}
+
+
+def _num_entries(folder: Path) -> int:
+    return len(os.listdir(folder)) if folder.is_dir() else 0
 
 
 def regular_file(path: Path) -> Path:

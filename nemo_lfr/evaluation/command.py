@@ -10,6 +10,7 @@ import click
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
 from nemo_lfr.options import UserPath
+from nemo_lfr.regular import open_regular
 from nemo_lfr.terminal import note, progress, show
 
 
@@ -27,7 +28,11 @@ from nemo_lfr.terminal import note, progress, show
     type=click.Choice(["card-mls", "card-daps"]),
     help="Take SOURCE for the unpacked archives of a test set of NVIDIA's card.",
 )
-@click.option("--audio-dir", type=UserPath(), help="Of the manifest's paths; its folder if not given.")
+@click.option(
+    "--audio-dir",
+    type=UserPath(exists=True, file_okay=False),
+    help="Of the manifest's paths; its folder if not given.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Draw so many recordings.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
 @click.option(
@@ -78,6 +83,8 @@ def evaluate(
         card, title = PRESETS[preset].card, f"Speech codecs on {preset}"
         note(f"{preset}: {PRESETS[preset].selection}")
     else:
+        if source.exists() and not source.is_dir():
+            open_regular(source).close()  # refuses a pipe by what it is
         if not source.is_file():
             raise NemoLfrError(f"{source}: no such manifest; folders are turned into one by: nemo-lfr prepare folder")
         found = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)

@@ -25,11 +25,13 @@ import soundfile
 
 from nemo_lfr.atomic import sweep, write_bytes
 from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.orphans import die_with
 from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
+from nemo_lfr.exclusive import exclusive
 from nemo_lfr.journal import Journal, Progress, write_text
 from nemo_lfr.locate import check_model_name
 from nemo_lfr.manifests import Recording
@@ -119,6 +121,22 @@ def evaluate(
         if name is not None:
             check_model_name(name.removeprefix("nemo:"))
     peers = [open_codec(text, device) for text in dict.fromkeys(codecs)]
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        return _evaluate(recordings, peers, out, rate, device, jobs, asr, speaker_model, progress)
+
+
+def _evaluate(
+    recordings: dict[str, Recording],
+    peers: Sequence[Peer],
+    out: Path,
+    rate: int,
+    device: str | None,
+    jobs: int,
+    asr: str | None,
+    speaker_model: str | None,
+    progress: Progress,
+) -> Evaluation:
     _claim(out, recordings, rate)
     judges, absent = open_judges(str(choose_device(device)), asr, speaker_model)
     results: list[Result] = []
@@ -144,13 +162,14 @@ def evaluate(
 
 def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
     """Refuse a folder whose keys mean other recordings."""
-    out.mkdir(parents=True, exist_ok=True)
     claims = out / "recordings.json"
     sweep(out, [claims.name])
+    paths = {item.path for item in recordings.values() if item.path.is_file()}  # of others nothing will be made
+    contents = {path: digest(path)[:16] for path in paths}
     mine = {
-        key: [str(item.path.resolve()), item.offset, item.duration, rate]
+        key: [str(item.path.resolve()), item.offset, item.duration, rate, contents[item.path]]
         for key, item in recordings.items()
-        if item.path.is_file()  # else nothing will be made of it
+        if item.path in paths
     }
     known = {}
     if claims.exists():
@@ -163,7 +182,8 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
             raise NemoLfrError(f"{claims}: is damaged ({clip(error, 200)}); choose another --out.") from error
     if any(known.get(key, value) != value for key, value in mine.items()):
         raise NemoLfrError(
-            f"{out}: holds an evaluation of other recordings, or at another rate; choose another --out."
+            f"{out}: holds an evaluation of other recordings, or of files that have changed, or at another rate; "
+            "choose another --out."
         )
     write_text(claims, json.dumps(known | mine, ensure_ascii=False, indent=0))
 
@@ -172,7 +192,7 @@ def _send_all(
     peer: Peer, recordings: dict[str, Recording], rate: int, result: Result, advance: Callable[[str], None]
 ) -> None:
     with Journal(result.folder / "sent.jsonl") as journal:
-        known = {key: entry for key, entry in journal if key in recordings}
+        known = {key: entry for key, entry in journal.entries(2) if key in recordings and _is_sent(entry)}
         warm = False
         for key, recording in recordings.items():
             if key not in known or not result.audio(key).exists():
@@ -193,6 +213,21 @@ def _send_all(
                 journal.add([key, known[key]])
             advance("")
     result.sent = {key: known[key] for key in recordings if key in known and key not in result.failures}
+
+
+def _is_sent(entry: Any) -> bool:
+    """Whether an entry of a journal is what `_keep` returns."""
+    keys = ("seconds", "num_bytes", "file_bytes", "encode_seconds", "decode_seconds")
+    return isinstance(entry, dict) and all(key in entry and _is_number(entry[key]) for key in keys)
+
+
+def _are_values(values: Any) -> bool:
+    """Whether an entry of a journal holds metrics."""
+    return isinstance(values, dict) and all(isinstance(value, str) or _is_number(value) for value in values.values())
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _keep(done: Transmission, num_samples: int, rate: int, result: Result, key: str) -> dict[str, float]:
@@ -244,8 +279,8 @@ def _measure_all(
 def _recall(result: Result, recordings: dict[str, Recording]) -> None:
     """Take from the journal what was measured of these recordings before."""
     with Journal(result.folder / "metrics.jsonl") as journal:
-        for key, values in journal:
-            if key in recordings:
+        for key, values in journal.entries(2):
+            if key in recordings and _are_values(values):
                 result.values.setdefault(key, {}).update(_from_json(values))
 
 
@@ -306,8 +341,8 @@ def _judge_all(
         with Journal(result.folder / f"{_identity(judge.name)}.jsonl") as journal:
             known: dict[str, dict[str, Any]] = {
                 entry[0]: entry[1]
-                for entry in journal
-                if entry[0] in recordings and entry[2:] == [_labels(recordings[entry[0]])]
+                for entry in journal.entries(3)
+                if entry[0] in recordings and entry[2] == _labels(recordings[entry[0]]) and _are_values(entry[1])
             }
             missing = [key for key in result.sent if key not in known]
             with progress(len(missing)) as advance:

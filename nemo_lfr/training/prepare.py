@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from nemo_lfr.atomic import sweep
 from nemo_lfr.audio import AudioReader
 from nemo_lfr.corpus.layouts import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.exclusive import exclusive
 from nemo_lfr.journal import Journal, Progress, write_text
+from nemo_lfr.manifests import MAX_SECONDS
 
 FAILURES = "failures.jsonl"
 # What has been opened so far: a run that was cut off goes on from here.
@@ -59,7 +62,8 @@ def prepare(
         NemoLfrError: if the corpus has no utterance of this layout.
     """
     if not corpus.is_dir():
-        raise NemoLfrError(f"{corpus}: no such folder.")
+        problem = "is not a folder; unpack an archive first" if corpus.exists() else "no such folder"
+        raise NemoLfrError(f"{corpus}: {problem}.")
     try:
         utterances = list(LAYOUTS[kind](corpus.resolve()))
     except NemoLfrError:
@@ -73,14 +77,23 @@ def prepare(
         )
     if not utterances:
         raise NemoLfrError(f"{corpus}: no utterance of {kind} here; {_expected(kind)}")
+    utterances = _once(utterances)
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        return _write_all(kind, utterances, corpus, out, jobs, check, progress)
+
+
+def _write_all(
+    kind: str, utterances: list[Utterance], corpus: Path, out: Path, jobs: int, check: bool, progress: Progress
+) -> dict[str, Any]:
+    """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
-    problems = {str(utterance.path): utterance.problem for utterance in utterances if utterance.problem}
-    problems |= {path: value for path, value in found.items() if isinstance(value, str)}
-    failures = [{"audio_filepath": path, "reason": reason} for path, reason in problems.items()]
+    problems = [(str(utterance.path), utterance.problem) for utterance in utterances if utterance.problem]
+    problems += [(path, value) for path, value in found.items() if isinstance(value, str)]
+    failures = [{"audio_filepath": path, "reason": reason} for path, reason in problems]
     if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, failures)
         raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
@@ -102,6 +115,19 @@ def prepare(
     return result
 
 
+def _once(utterances: list[Utterance]) -> list[Utterance]:
+    """Leave each file to the first row that names it: two would train on it twice, or validate on it."""
+    seen: set[Path] = set()
+    kept = []
+    for utterance in utterances:
+        if utterance.problem is None:
+            if utterance.path in seen:
+                utterance = replace(utterance, problem="is listed more than once; its first row is used")
+            seen.add(utterance.path)
+        kept.append(utterance)
+    return kept
+
+
 def _expected(kind: str) -> str:
     return f"expected: {(LAYOUTS[kind].__doc__ or kind).splitlines()[0]}"
 
@@ -117,7 +143,7 @@ def _open_all(
         for entry in log:
             if isinstance(entry, dict):
                 ours = entry == mine
-            elif ours and not isinstance(entry[1], str):  # what failed may have been mended
+            elif ours and _is_duration(entry):  # what failed may have been mended
                 found[entry[0]] = entry[1]
         log.add(mine)
         usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
@@ -129,6 +155,12 @@ def _open_all(
                 log.add([path, value])
                 advance(f"{path}: {value}" if isinstance(value, str) else "")
     return found
+
+
+def _is_duration(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+        return False
+    return type(entry[1]) in (int, float) and 0 < entry[1] <= MAX_SECONDS
 
 
 def _duration(path: Path) -> float | str:
