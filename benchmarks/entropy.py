@@ -29,13 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.measure import machine
-from nemo_lfr.audio import AudioReader
 from nemo_lfr.codec.arrays import to_numpy
-from nemo_lfr.entropy.find import model_for
-from nemo_lfr.entropy.model import EntropyModel
-from nemo_lfr.manifests import read_manifest
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.entropy.find import model_for
+from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStream, TokenStreamReader, TokenWriter
 from nemo_lfr.pretrained import load
-from nemo_lfr.tokens.format import Metadata, TokenReader, TokenStream, TokenStreamReader, TokenWriter
 
 BLOCKS = (1, 8, 32, 64, 128, 256, 512, 1024)
 RANDOM_FRAMES = 100_000

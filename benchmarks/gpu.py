@@ -49,19 +49,19 @@ except ImportError:
 else:
     HAS_SOUNDFILE = True
 
-from nemo_lfr.codec.activation import CodecActivation
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.gpu import folded
-from nemo_lfr.codec.gpu.choice import Autotuner, gpu_seconds
-from nemo_lfr.codec.gpu.folded import Activation, Layer, Precision
-from nemo_lfr.codec.gpu.graphs import CudaCapture, GraphCache
-from nemo_lfr.codec.gpu.plan import AUTOTUNER, PRECISIONS, Plan, Step, find_kernels
-from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
-from nemo_lfr.codec.residual import ResidualLayer
+from nemo_lfr.codec.cuda import folded
+from nemo_lfr.codec.cuda.choice import Autotuner, gpu_seconds
+from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
+from nemo_lfr.codec.cuda.graphs import CudaCapture, GraphCache
+from nemo_lfr.codec.cuda.plan import AUTOTUNER, PRECISIONS, Plan, Step, find_kernels
 from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.quantizer import GroupFiniteScalarQuantizer
+from nemo_lfr.modules.residual import ResidualLayer
 
 PACKED = ROOT / ".gpu_inputs.pt"
 RATE, FRAME = 22050, 1024
@@ -332,8 +332,8 @@ def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
 def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
     if not HAS_SOUNDFILE:
         raise RuntimeError(f"soundfile is not installed and there is no {PACKED.name}: write it elsewhere with --pack")
-    from nemo_lfr.audio import AudioReader
-    from nemo_lfr.demo import demo_clip
+    from nemo_lfr.cli.demo import demo_clip
+    from nemo_lfr.io.audio import AudioReader
     from nemo_lfr.pretrained import load
 
     codec = load(None, "cpu")

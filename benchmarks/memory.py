@@ -36,7 +36,7 @@ clip = np.random.default_rng(0).standard_normal(44100).astype(np.float32) / 10
 """
 OURS = """
 import nemo_lfr
-from nemo_lfr.heap import keep_heap
+from nemo_lfr.codec.cpu.heap import keep_heap
 keep_heap()  # as the command line does
 codec = nemo_lfr.load(model, device="cpu")
 short = codec.encode(clip)[0]
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, nargs="+", default=[60, 600])
     parser.add_argument("--stock-seconds", type=int, nargs="*", default=[60])
     args = parser.parse_args()
-    from nemo_lfr.tokens.format import TokenReader
+    from nemo_lfr.io.token_file import TokenReader
     from tests.models import FULL_SIZE, RATE, codec_config, synthesize, write_nemo
 
     print(machine())

@@ -41,7 +41,7 @@ print(zlib.crc32(tokens.int().numpy().tobytes()), round(peak()))
 """
 HELP = """
 import sys
-from nemo_lfr.cli import main
+from nemo_lfr.cli.main import main
 sys.argv = ["nemo-lfr", "--help"]
 main()
 """

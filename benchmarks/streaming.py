@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from benchmarks.measure import machine
-from nemo_lfr.audio import AudioReader
+from nemo_lfr.cli.demo import demo_clip
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.demo import demo_clip
+from nemo_lfr.codec.streaming import push_decoders, push_encoders
 from nemo_lfr.evaluation.metrics import Signal, measure
-from nemo_lfr.manifests import read_manifest
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.pretrained import load
-from nemo_lfr.streaming import push_decoders, push_encoders
 from tests.models import codec_config, write_nemo
 from tests.reference import assert_same_tokens
 

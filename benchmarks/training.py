@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 from benchmarks.measure import machine, ratios, spread
 from nemo_lfr import AudioCodecModel
 from tests.models import FULL_SIZE, speech_like
-from tests.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
+from tests.nemo.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
 
 STOCK, OURS = "stock NeMo", "nemo_lfr"
 STEPS = 2  # of which the discriminators learn in one

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_lfr import AudioCodecModel
 from nemo_lfr.training.endings import ending_in_one_line
-from nemo_lfr.training.resume import tidy_experiment
+from nemo_lfr.nemo.resume import tidy_experiment
 
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")

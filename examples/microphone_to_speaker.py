@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import nemo_lfr
-from nemo_lfr.audio import AudioReader, AudioWriter
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.io.audio import AudioReader, AudioWriter
 
 
 class Speaker:

@@ -20,7 +20,7 @@ from torch import nn
 
 from nemo_lfr import load
 from nemo_lfr.corpus.dataset import TokenDataset
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.locate import expand_home
 
 FRAMES = 64  # of a training segment: 3 seconds
 

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
         TokenFileError,
         TokensError,
     )
-    from nemo_lfr.model import AudioCodecModel, LFRCodecModel, accelerate
+    from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel, accelerate
     from nemo_lfr.pretrained import load
 
 _PLACES = {
     "Codec": "codec.codec",
     "load": "pretrained",
-    "AudioCodecModel": "model",
-    "LFRCodecModel": "model",
-    "accelerate": "model",
+    "AudioCodecModel": "nemo.model",
+    "LFRCodecModel": "nemo.model",
+    "accelerate": "nemo.model",
     "NemoLfrError": "errors",
     "AudioError": "errors",
     "TokensError": "errors",

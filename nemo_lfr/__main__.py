@@ -1,5 +1,5 @@
 """python -m nemo_lfr"""
 
-from nemo_lfr.cli import main
+from nemo_lfr.cli.main import main
 
 main()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
-from nemo_lfr.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
+from nemo_lfr.io.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ import numpy as np
 from nemo_lfr.corpus.inputs import Clip, digest
 from nemo_lfr.corpus.shard import Mark
 from nemo_lfr.corpus.sinks import SINKS, finish
+from nemo_lfr.io.token_file import Metadata
 from nemo_lfr.pretrained import load
-from nemo_lfr.tokens.format import Metadata
 from tests.models import codec_config, write_nemo
 
 

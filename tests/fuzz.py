@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_lfr.entropy.model import EntropyModel
+    from nemo_lfr.io.entropy.model import EntropyModel
 
 FINDINGS = Path(__file__).resolve().parent / "findings"
 # One file in memory, overwritten for each input.
@@ -32,7 +32,7 @@ SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettem
 
 def with_right_checksums(data: bytes) -> bytes:
     """A `.lfr` file of any version and coding whose every section that can be found has its CRC made right."""
-    from nemo_lfr.tokens.format import Metadata
+    from nemo_lfr.io.token_file import Metadata
 
     def seal(begin: int, end: int) -> bytes:
         """Put the CRC of [begin, end) at its end; returns it, or nothing if there is no room."""
@@ -81,7 +81,7 @@ def read_lfr(data: bytes) -> None:
     import numpy as np
 
     from nemo_lfr.errors import TokenFileError
-    from nemo_lfr.tokens.format import TokenReader, TokenStreamReader
+    from nemo_lfr.io.token_file import TokenReader, TokenStreamReader
 
     for model in small_models():  # of compressed files
         path = SCRATCH.with_name(f"{model.hash}.lfrm")
@@ -126,14 +126,14 @@ def read_nemo(data: bytes) -> None:
 
 def read_pickle(data: bytes) -> None:
     """The input is the weights' pickle, in a zip and a tar that are sound."""
-    from tests.test_checkpoint import pickled_in_zip, with_weights
+    from tests.checkpoint.test_checkpoint import pickled_in_zip, with_weights
 
     read_nemo(with_weights(pickled_in_zip(data, {"0": bytes(64)})))
 
 
 def read_config(data: bytes) -> None:
     """The input is `model_config.yaml`."""
-    from tests.test_checkpoint import with_config
+    from tests.checkpoint.test_checkpoint import with_config
 
     read_nemo(with_config(data))
 
@@ -144,9 +144,9 @@ def read_lfrm(data: bytes) -> None:
 
     import numpy as np
 
-    from nemo_lfr.entropy.blocks import decode_block, encode_block
-    from nemo_lfr.entropy.model import EntropyModel
     from nemo_lfr.errors import EntropyModelError
+    from nemo_lfr.io.entropy.blocks import decode_block, encode_block
+    from nemo_lfr.io.entropy.model import EntropyModel
 
     for contents in {data, data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))}:
         try:
@@ -189,8 +189,8 @@ def lfr_seeds() -> list[bytes]:
     """Files of both versions; the hostile ones have their blocks in another order."""
     import numpy as np
 
-    from nemo_lfr.tokens.format import Metadata
-    from tests.test_format import WRITERS, sections
+    from nemo_lfr.io.token_file import Metadata
+    from tests.io.test_format import WRITERS, sections
 
     made = []
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +210,7 @@ def compressed_seeds() -> list[bytes]:
     """Files of coding 1, with models that `read_lfr` finds beside its input."""
     import numpy as np
 
-    from nemo_lfr.tokens.format import Metadata, TokenStream
+    from nemo_lfr.io.token_file import Metadata, TokenStream
 
     made = []
     for model in small_models():
@@ -227,7 +227,7 @@ def compressed_seeds() -> list[bytes]:
 
 @lru_cache(maxsize=1)
 def small_models() -> tuple["EntropyModel", ...]:
-    from tests.test_entropy import random_model
+    from tests.io.test_entropy import random_model
 
     layouts = (((2,), 1), ((4, 3), 5))
     return tuple(random_model(*layout, hidden=(2, 3), past=1, averages=(2,)) for layout in layouts)
@@ -242,11 +242,11 @@ def main() -> None:
 
     name, options = sys.argv[1], sys.argv[2:]
     with atheris.instrument_imports(
-        include=["nemo_lfr.checkpoint", "nemo_lfr.entropy", "nemo_lfr.tokens", "tarfile", "zipfile"]
+        include=["nemo_lfr.checkpoint", "nemo_lfr.io.entropy", "nemo_lfr.io.token_file", "tarfile", "zipfile"]
     ):
         import nemo_lfr.checkpoint
-        import nemo_lfr.entropy.blocks
-        import nemo_lfr.tokens.format  # noqa: F401
+        import nemo_lfr.io.entropy.blocks
+        import nemo_lfr.io.token_file  # noqa: F401
     FINDINGS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if not (options and not options[0].startswith("-")):

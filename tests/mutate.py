@@ -67,7 +67,7 @@ def failures_without(name: str, guard: str, replacement: str) -> list[str]:
         if text.count(guard) != 1:
             raise SystemExit(f"{name} holds {guard!r} {text.count(guard)} times, expected once.")
         source.write_text(text.replace(guard, replacement))
-        test = "tests/test_format.py" if name.startswith("tokens/") else "tests/test_checkpoint.py"
+        test = "tests/io/test_format.py" if name.startswith("tokens/") else "tests/checkpoint/test_checkpoint.py"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-m", "not slow", test]
         try:
             run = subprocess.run(

@@ -105,7 +105,7 @@ def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(
 MOTHER = """
 import os, runpy, sys
 import torch
-import nemo_lfr.model
+import nemo_lfr.nemo.model
 torch.set_num_threads(1)
 sys.argv = sys.argv[1:]
 for line in sys.stdin:

@@ -29,9 +29,11 @@ ORDER = (
     "io",
     "checkpoint",
     "codec",
+    "streaming",
     "pretrained",
     "training",
     "nemo",
+    "model",
     "corpus",
     "evaluation",
     "cli",
@@ -40,57 +42,13 @@ ORDER = (
     "__init__",  # of the package: the public names, which nothing inside imports
 )
 
-# Today's files that will move, and their future places; a name stands for all that is below it.
-MOVES = {
-    "codec": {
-        "modules": (
-            "activation", "context", "conv", "decoder", "encoder", "finite", "network", "neural_module", "padding",
-            "quantizer", "ragged", "residual", "weights",
-        ),
-        "codec.cpu": ("inference", "plan", "winograd"),
-        "codec.cuda": ("gpu",),
-    },
-    "corpus": {"io": ("bounded", "cut_audio", "cut_files", "layouts", "reading"), "cli": ("command",)},
-    "evaluation": {"cli": ("command",)},
-    "tokens": {"io": ("format", "packing", "__init__")},
-    "training": {"nemo": ("artifacts", "careful", "cuts", "resume", "steps")},
-    "": {
-        "io": (
-            "atomic", "audio", "containers", "exclusive", "folders", "journal", "locate", "manifests", "media",
-            "regular", "shortage", "tensor_file", "text",
-        ),
-        "codec.cpu": ("heap",),
-        "codec": ("onnx", "streaming"),
-        "nemo": ("model", "nemo_interface"),
-        "cli": ("demo", "identify", "options", "pipes", "terminal"),
-    },
-}  # fmt: skip
-MOVED = (PACKAGE / "modules").is_dir()
-FUTURE = {
-    f"{old}.{name}".strip("."): f"{new}.{old}_{name}" if name in ("command", "__init__") else f"{new}.{name}"
-    for old, places in MOVES.items()
-    for new, names in places.items()
-    for name in names
-    if not MOVED
-}
-
 
 class Import(NamedTuple):
-    """One import of one of our modules by another, by their future names without the package's."""
+    """One import of one of our modules by another, by their names without the package's."""
 
     importer: str
     imported: str
     where: str
-
-
-def future(module: str) -> str:
-    """Return where a module will be."""
-    for length in range(module.count(".") + 1, 0, -1):
-        parts = module.split(".")
-        head, tail = ".".join(parts[:length]), parts[length:]
-        if head in FUTURE:
-            return ".".join([FUTURE[head], *tail])
-    return module
 
 
 def module_at(path: Path) -> str:
@@ -129,7 +87,7 @@ def all_imports() -> list[Import]:
         for node in ast.walk(ast.parse(path.read_text())):
             for module in imported_modules(node, path):
                 where = f"{path.relative_to(PACKAGE.parent)}:{getattr(node, 'lineno', 0)}"
-                found.append(Import(future(module_at(path)), future(module), where))
+                found.append(Import(module_at(path), module, where))
     return found
 
 
@@ -141,7 +99,7 @@ def top(module: str) -> str:
 
 
 def test_every_folder_and_file_has_a_place_in_the_order():
-    assert {top(future(module_at(path))) for path in PACKAGE.rglob("*.py")} <= set(ORDER)
+    assert {top(module_at(path)) for path in PACKAGE.rglob("*.py")} <= set(ORDER)
 
 
 def test_imports_go_down_the_list():
@@ -154,7 +112,7 @@ def test_imports_go_down_the_list():
 
 
 def folders() -> list[str]:
-    """Return the package and all folders in it, by their future names."""
+    """Return the package and all folders in it."""
     modules = {entry.importer for entry in IMPORTS} | {entry.imported for entry in IMPORTS}
     return sorted({module.rpartition(".")[0] for module in modules})
 

@@ -18,7 +18,7 @@ from nemo_lfr.checkpoint import reader, split_weight_norm, write_checkpoint
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.errors import CheckpointError, NemoLfrError
-from nemo_lfr.locate import looks_local
+from nemo_lfr.io.locate import looks_local
 from nemo_lfr.pretrained import ALIASES, LFR, embedded_checkpoint, find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize

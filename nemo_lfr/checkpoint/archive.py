@@ -12,8 +12,8 @@ from typing import IO, Any, cast
 
 from nemo_lfr.checkpoint.source import ByteSource, FileSource, MemorySource, file_state
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
-from nemo_lfr.regular import open_regular
+from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.io.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
 # Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.

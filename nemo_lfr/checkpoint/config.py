@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 
 PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
 NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
@@ -34,6 +34,8 @@ NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] 
     _NEMO_MODULES + "GroupFiniteScalarQuantizer": (GroupFiniteScalarQuantizer, {}, {}),
 }
 _OUR_CLASSES = {f"{ours.__module__}.{ours.__name__}": ours for ours, _, _ in NEMO_CLASSES.values()}
+# Configs and checkpoints of older versions name the modules by the folder that they were in.
+_OUR_CLASSES |= {name.replace(".modules.", ".codec."): ours for name, ours in _OUR_CLASSES.items()}
 
 
 # Bounds on what a config may make us build: the released codec has 112.7 M parameters in lists of at most 5 items.

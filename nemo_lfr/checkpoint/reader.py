@@ -16,7 +16,7 @@ from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, clip
-from nemo_lfr.locate import CONFIG_MEMBER
+from nemo_lfr.io.locate import CONFIG_MEMBER
 
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 

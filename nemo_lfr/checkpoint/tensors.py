@@ -25,7 +25,7 @@ from nemo_lfr.checkpoint.lightning import Inert
 from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.checkpoint.source import ByteSource
 from nemo_lfr.errors import CheckpointError, clip
-from nemo_lfr.locate import WEIGHTS_MEMBER
+from nemo_lfr.io.locate import WEIGHTS_MEMBER
 
 # The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
 MAX_PICKLE_BYTES = 4 << 20

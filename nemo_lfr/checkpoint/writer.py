@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from nemo_lfr.atomic import writing_folder
 from nemo_lfr.checkpoint.config import NEMO_MODEL, PARTS, nemo_config
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
-from nemo_lfr.tensor_file import save_to_file
+from nemo_lfr.io.atomic import writing_folder
+from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.io.tensor_file import save_to_file
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,1 +1,1 @@
-"""wave -> encoder -> FSQ -> tokens -> FSQ -> decoder -> wave, in plain torch."""
+"""Codecs: a network, a spec and a backend behind one API."""

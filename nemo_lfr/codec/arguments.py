@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.audio import check_peak
 from nemo_lfr.codec.arrays import Arrays, Kind
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
+from nemo_lfr.io.audio import check_peak
 from nemo_lfr.spec import CodecSpec
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_lfr.codec.backend import Backend
 from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.codec.onnx import DECODER, ENCODER
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.onnx import DECODER, ENCODER
-from nemo_lfr.shortage import missing_extra
+from nemo_lfr.io.shortage import missing_extra
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,7 @@ def _check_onnx(options: OpenOptions) -> None:
 
 
 def _open_onnx(path: Path, options: OpenOptions) -> Backend[Any]:
-    from nemo_lfr.onnx.backend import OnnxBackend
+    from nemo_lfr.codec.onnx.backend import OnnxBackend
 
     return OnnxBackend(path, None if options.device is None else str(options.device), options.name)
 

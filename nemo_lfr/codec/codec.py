@@ -10,20 +10,20 @@ from typing import Any, Generic, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from nemo_lfr.audio import AudioReader, AudioWriter, check_rate, refuse_itself, resample
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream
 from nemo_lfr.codec.compiling import outside_of_graphs
+from nemo_lfr.codec.cpu.heap import flat
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
-from nemo_lfr.entropy.find import model_to_write
-from nemo_lfr.entropy.model import EntropyModel
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
-from nemo_lfr.heap import flat
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate, refuse_itself, resample
+from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.token_file import TokenReader, TokenWriter
 from nemo_lfr.spec import CodecSpec
-from nemo_lfr.tokens.format import TokenReader, TokenWriter
 
 
 class Codec(Generic[Array]):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 
 LENGTH = 16  # hex digits
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nemo_lfr.codec.activation import CodecActivation
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.residual import ResidualBlock, ResidualLayer
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 
 @dataclass(frozen=True)

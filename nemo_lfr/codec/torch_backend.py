@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_lfr.checkpoint import Checkpoint
-from nemo_lfr.codec import inference
-from nemo_lfr.codec.altered import is_altered, run_decoder, run_encoder
 from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
 from nemo_lfr.codec.backend import Batching, Direction
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.codec.cpu import network as inference
+from nemo_lfr.codec.cpu.packed import has_bf16
 from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
-from nemo_lfr.codec.finite import quantize
 from nemo_lfr.codec.lazy_module import LazyModule
-from nemo_lfr.codec.plan import has_bf16
-from nemo_lfr.codec.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 from nemo_lfr.codec.torch_arrays import TorchArrays, guard_after_fork
 from nemo_lfr.codec.tracing import refuse_tracing
-from nemo_lfr.codec.weights import one_look, weights_version
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.altered import is_altered, run_decoder, run_encoder
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.finite import quantize
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.weights import one_look, weights_version
 from nemo_lfr.spec import CodecSpec
-from nemo_lfr.streaming import StreamDecoder, StreamEncoder
 
 if TYPE_CHECKING:
-    from nemo_lfr.codec.gpu.graphs import Engine
+    from nemo_lfr.codec.cuda.graphs import Engine
 
 Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 
@@ -214,7 +214,7 @@ class TorchBackend:
             return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
 
     def _engine(self, module: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
-        from nemo_lfr.codec.gpu import graphs  # where there is no GPU, it is not needed
+        from nemo_lfr.codec.cuda import graphs  # where there is no GPU, it is not needed
 
         return graphs.engine(module, self.quantizer, self.spec.precision, self.device)
 

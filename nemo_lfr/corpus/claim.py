@@ -9,8 +9,8 @@ import secrets
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.journal import write_text
-from nemo_lfr.regular import open_regular
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.regular import open_regular
 
 NAME = "claim"
 LENGTH = 32  # hex digits

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.errors import AudioError, clip
-from nemo_lfr.text import is_missing
+from nemo_lfr.io.text import is_missing
 
 # Label -> the columns that may hold it; of several, the first that has a value.
 LABELS: dict[str, tuple[str, ...]] = {

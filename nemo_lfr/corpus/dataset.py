@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
 from nemo_lfr.errors import NemoLfrError, TokensError
-from nemo_lfr.shortage import sharing
+from nemo_lfr.io.shortage import sharing
 
 __all__ = ["TokenDataset", "Utterance", "collate"]
 

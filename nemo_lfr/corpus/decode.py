@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_lfr.atomic import Sweeper
-from nemo_lfr.audio import AudioWriter
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
 from nemo_lfr.errors import NemoLfrError, clip
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.atomic import Sweeper
+from nemo_lfr.io.audio import AudioWriter
+from nemo_lfr.io.locate import expand_home
 from nemo_lfr.pretrained import load
 
 

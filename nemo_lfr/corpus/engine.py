@@ -23,7 +23,7 @@ from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.orphans import die_with, family
 from nemo_lfr.corpus.shard import Job, Mark, Worker
 from nemo_lfr.errors import NemoLfrError, clip
-from nemo_lfr.shortage import sharing
+from nemo_lfr.io.shortage import sharing
 
 logger = logging.getLogger(__name__)
 

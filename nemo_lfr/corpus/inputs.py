@@ -32,8 +32,11 @@ from nemo_lfr.corpus.columns import (
     parquet_features,
     standard_labels,
 )
-from nemo_lfr.corpus.cut_audio import read_cut
-from nemo_lfr.corpus.cut_files import (
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id, path_inside
+from nemo_lfr.corpus.inventory import digest, list_digest, sampled_digest
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, clip
+from nemo_lfr.io.cut_audio import read_cut
+from nemo_lfr.io.cut_files import (
     CutItem,
     check_fields,
     explain,
@@ -42,16 +45,13 @@ from nemo_lfr.corpus.cut_files import (
     read_shar,
     supervisions_beside,
 )
-from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id, path_inside
-from nemo_lfr.corpus.inventory import digest, list_digest, sampled_digest
-from nemo_lfr.corpus.layouts import folder
-from nemo_lfr.corpus.reading import read_bytes, read_file, read_samples
-from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, clip
-from nemo_lfr.folders import AUDIO_SUFFIXES, find_files
-from nemo_lfr.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
-from nemo_lfr.regular import open_regular
-from nemo_lfr.shortage import missing_extra
-from nemo_lfr.text import UTF16_MARKS, is_missing
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.io.layouts import folder
+from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
+from nemo_lfr.io.reading import read_bytes, read_file, read_samples
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.shortage import missing_extra
+from nemo_lfr.io.text import UTF16_MARKS, is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def list_folder(root: Path, manifest: Path) -> Folder:
     Raises:
         NemoLfrError: if there is no audio in it.
     """
-    from nemo_lfr.journal import write_text
+    from nemo_lfr.io.journal import write_text
 
     lines = []
     for found in folder(root):

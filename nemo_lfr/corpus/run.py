@@ -15,7 +15,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nemo_lfr._version import __version__
-from nemo_lfr.atomic import sweep
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.claim import check_claim, claim
 from nemo_lfr.corpus.engine import run_here, run_processes, run_ray
@@ -23,12 +22,13 @@ from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
-from nemo_lfr.entropy.find import model_to_write
-from nemo_lfr.entropy.model import SUFFIX, EntropyModel, write_model
 from nemo_lfr.errors import NemoLfrError, clip
-from nemo_lfr.journal import write_text
-from nemo_lfr.locate import expand_home
-from nemo_lfr.regular import open_regular
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.regular import open_regular
 
 METADATA = "tokens.json"
 # What must be the same for the shards of one output; the rest of a job may change between runs.
@@ -212,8 +212,8 @@ def _cores() -> int:
 
 def _describe(job: Job, on_cpu: bool) -> tuple[dict[str, Any], EntropyModel | None]:
     """What the tokens are, and what compresses them; the precision is the workers' matter where they run elsewhere."""
+    from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
-    from nemo_lfr.tokens.format import Metadata
 
     codec = load(job.model, "cpu", job.precision if on_cpu else "fp32")
     metadata = asdict(Metadata.of(codec))

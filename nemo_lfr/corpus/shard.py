@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_lfr.atomic import naming
 from nemo_lfr.codec.arrays import to_numpy
+from nemo_lfr.codec.cpu.heap import after_batch, keep_heap
 from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, open_corpus
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sinks import SINKS, STATE
-from nemo_lfr.entropy.find import model_to_write
 from nemo_lfr.errors import AudioError, NemoLfrError
-from nemo_lfr.heap import after_batch, keep_heap
-from nemo_lfr.journal import write_text
-from nemo_lfr.regular import open_regular
-from nemo_lfr.text import without_nonfinite
-from nemo_lfr.tokens.format import Metadata
+from nemo_lfr.io.atomic import naming
+from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.text import without_nonfinite
+from nemo_lfr.io.token_file import Metadata
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nemo_lfr.atomic import naming, write_bytes
 from nemo_lfr.corpus.inputs import Clip, require
-from nemo_lfr.corpus.reading import DURATION_SLACK
-from nemo_lfr.entropy.model import EntropyModel
-from nemo_lfr.journal import write_text
-from nemo_lfr.tokens.format import Metadata, TokenWriter
+from nemo_lfr.io.atomic import naming, write_bytes
+from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.reading import DURATION_SLACK
+from nemo_lfr.io.token_file import Metadata, TokenWriter
 
 STATE = ".tokenize"  # below the output: what a run needs to go on
 LINES = f"{STATE}/lines"  # of each shard, to be put together at the end

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from nemo_lfr import frames
-from nemo_lfr.corpus.bounded import MAX_LINE, check_columns, member_bytes, open_tar
 from nemo_lfr.corpus.ids import path_inside
 from nemo_lfr.corpus.inputs import require
 from nemo_lfr.corpus.run import METADATA
 from nemo_lfr.corpus.shard import Mark
 from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, TokenFileError, clip
-from nemo_lfr.locate import expand_home
-from nemo_lfr.regular import open_regular
-from nemo_lfr.tokens.format import Metadata, TokenReader
+from nemo_lfr.io.bounded import MAX_LINE, check_columns, member_bytes, open_tar
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.token_file import Metadata, TokenReader
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
 # More shards than there are files of them, and so missing or empty ones, than any damage leaves.

@@ -12,7 +12,7 @@ import torch
 from nemo_lfr.checkpoint.source import MemorySource
 from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
 from nemo_lfr.errors import CheckpointError, TokenFileError, clip
-from nemo_lfr.regular import open_regular
+from nemo_lfr.io.regular import open_regular
 
 # 12 hours of the released codec in int64, and room for the zip around them.
 MAX_BYTES = 64 << 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.audio import check_peak, check_rate, resample
 from nemo_lfr.errors import AudioError
+from nemo_lfr.io.audio import check_peak, check_rate, resample
 
 # Of the mel and STFT distance: (FFT size, hop, window) in samples and mel bands, those of the codec's training config.
 RESOLUTIONS = tuple((size, size // 4, size) for size in (32, 64, 128, 256, 512, 1024, 2048))

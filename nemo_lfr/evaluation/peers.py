@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from nemo_lfr.audio import AudioReader, resample
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
-from nemo_lfr.shortage import missing_extra
+from nemo_lfr.io.audio import AudioReader, resample
+from nemo_lfr.io.shortage import missing_extra
 
 if TYPE_CHECKING:
-    from nemo_lfr.entropy.model import EntropyModel
+    from nemo_lfr.io.entropy.model import EntropyModel
 
 
 @dataclass
@@ -96,7 +96,7 @@ class LFR(Peer):
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
         from nemo_lfr.codec.arrays import to_numpy
-        from nemo_lfr.entropy.find import model_if_any
+        from nemo_lfr.io.entropy.find import model_if_any
 
         own = resampled(audio, rate, self.codec.sample_rate)
         started = time.perf_counter()
@@ -118,7 +118,7 @@ class LFR(Peer):
         self, path: Path, tokens: np.ndarray, num_samples: int, model: "EntropyModel | None" = None
     ) -> tuple[int, int]:
         """Write a token file; bytes of its blocks' payload, and of the file."""
-        from nemo_lfr.tokens.format import TokenReader, TokenWriter
+        from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
         with TokenWriter.for_codec(path, self.codec, model=model) as writer:
             writer.write(tokens)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import soundfile
 
-from nemo_lfr.corpus.layouts import mls
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.manifests import Recording
+from nemo_lfr.io.layouts import mls
+from nemo_lfr.io.manifests import Recording
 
 MLS_LANGUAGES = ("dutch", "english", "french", "german", "italian", "polish", "portuguese", "spanish")
 MLS_SAMPLES = 200

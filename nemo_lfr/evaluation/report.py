@@ -13,7 +13,6 @@ import numpy as np
 import soundfile
 
 from nemo_lfr._version import __version__
-from nemo_lfr.atomic import sweep
 from nemo_lfr.errors import printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
@@ -21,8 +20,9 @@ from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.peers import read
 from nemo_lfr.evaluation.run import Evaluation
-from nemo_lfr.journal import write_text
-from nemo_lfr.shortage import missing_extra
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.shortage import missing_extra
 
 EXAMPLE_SECONDS = 10.0
 PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from nemo_lfr.atomic import sweep, write_bytes
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.orphans import die_with
@@ -31,12 +30,13 @@ from nemo_lfr.errors import NemoLfrError, clip
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
-from nemo_lfr.exclusive import exclusive
-from nemo_lfr.journal import Journal, Progress, write_text
-from nemo_lfr.locate import check_model_name
-from nemo_lfr.manifests import Recording
-from nemo_lfr.regular import open_regular
-from nemo_lfr.shortage import sharing
+from nemo_lfr.io.atomic import sweep, write_bytes
+from nemo_lfr.io.exclusive import exclusive
+from nemo_lfr.io.journal import Journal, Progress, write_text
+from nemo_lfr.io.locate import check_model_name
+from nemo_lfr.io.manifests import Recording
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.shortage import sharing
 
 
 @dataclass
@@ -112,7 +112,7 @@ def evaluate(
         device: for models.
         jobs: processes for the metrics. Codecs run one recording at a time, with all threads, so that times are fair.
         asr, speaker_model: see `judges`.
-        progress: see `nemo_lfr.journal`.
+        progress: see `nemo_lfr.io.journal`.
 
     Raises:
         NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.

@@ -14,9 +14,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from nemo_lfr.audio import AudioReader, check_rate
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
-from nemo_lfr.manifests import Recording, read_manifest
+from nemo_lfr.io.audio import AudioReader, check_rate
+from nemo_lfr.io.manifests import Recording, read_manifest
 
 logger = logging.getLogger(__name__)
 

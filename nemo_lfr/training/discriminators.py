@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.codec.conv import convolve_by_product
 from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.modules.conv import convolve_by_product
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
 

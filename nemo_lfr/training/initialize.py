@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from nemo_lfr.checkpoint.reader import GAIN
-from nemo_lfr.codec.conv import Conv1d, ConvTranspose1d
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
 
 
 @torch.no_grad()

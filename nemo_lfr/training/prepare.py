@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.atomic import sweep
-from nemo_lfr.audio import AudioReader
-from nemo_lfr.corpus.layouts import LAYOUTS, SPLITS, Utterance, hold_out
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.exclusive import exclusive
-from nemo_lfr.journal import Journal, Progress, write_text
-from nemo_lfr.manifests import MAX_SECONDS
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.exclusive import exclusive
+from nemo_lfr.io.journal import Journal, Progress, write_text
+from nemo_lfr.io.layouts import LAYOUTS, SPLITS, Utterance, hold_out
+from nemo_lfr.io.manifests import MAX_SECONDS
 
 FAILURES = "failures.jsonl"
 # What has been opened so far: a run that was cut off goes on from here.

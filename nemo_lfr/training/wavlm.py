@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nemo_lfr.errors import ConfigError
-from nemo_lfr.locate import check_model_name
-from nemo_lfr.shortage import missing_extra
+from nemo_lfr.io.locate import check_model_name
+from nemo_lfr.io.shortage import missing_extra
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemo_lfr.audio import AudioReader
-from nemo_lfr.manifests import Recording, read_manifest
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.manifests import Recording, read_manifest
 from recipes.bundled_codec.model import SAMPLE_RATE
 
 FULL_SCALE = 32768  # of 16-bit samples

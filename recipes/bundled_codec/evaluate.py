@@ -15,7 +15,7 @@ import torch
 from nemo_lfr.evaluation import metrics
 from nemo_lfr.evaluation.metrics import NotMeasured, Signal
 from nemo_lfr.evaluation.tables import Mean
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.locate import expand_home
 from recipes.bundled_codec.data import FULL_SCALE, read_speech
 from recipes.bundled_codec.losses import LogMelDistance, LossConfig
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_lfr.checkpoint import split_weight_norm, write_checkpoint
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.locate import expand_home
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator, NetworkConfig
 from recipes.bundled_codec.states import read_generator
 

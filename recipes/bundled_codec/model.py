@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.codec.decoder import HiFiGANDecoder
-from nemo_lfr.codec.encoder import HiFiGANEncoder
-from nemo_lfr.codec.quantizer import GroupFiniteScalarQuantizer
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.quantizer import GroupFiniteScalarQuantizer
 
 SAMPLE_RATE = 22050
 

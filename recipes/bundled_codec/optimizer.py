@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.codec.conv import channels_last
+from nemo_lfr.modules.conv import channels_last
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.locate import expand_home
 
 PANELS = {
     "pesq": "PESQ-WB (MOS)",

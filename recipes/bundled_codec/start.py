@@ -37,7 +37,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from nemo_lfr.codec.residual import ResidualBlock
+from nemo_lfr.modules.residual import ResidualBlock
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator
 
 LEAKY_SLOPE = 0.01

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_lfr.checkpoint import read_checkpoint
-from nemo_lfr.tensor_file import save_tensors
+from nemo_lfr.io.tensor_file import save_tensors
 from recipes.bundled_codec.model import DecoderConfig, EncoderConfig, Generator, NetworkConfig
 
 FORMAT = 1

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from nemo_lfr.atomic import sweep
-from nemo_lfr.journal import write_text
-from nemo_lfr.locate import expand_home
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.locate import expand_home
 from nemo_lfr.training.endings import ending_in_one_line
 from recipes.bundled_codec.data import SpeechSegments, read_speech
 from recipes.bundled_codec.discriminators import Adversary

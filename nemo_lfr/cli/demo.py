@@ -1,0 +1,89 @@
+"""`nemo-lfr demo`: a speech clip there and back, with what it costs and how much is lost."""
+
+import io
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure, missing
+from nemo_lfr.io.atomic import sweep, write_bytes
+from nemo_lfr.io.audio import AudioWriter
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+
+def demo_clip() -> Path:
+    """The recording inside the package; weights/README.md says whose it is."""
+    return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
+
+
+def run(out: Path, codec: "Codec") -> dict[str, Any]:
+    """Write original.wav, speech.lfr, decoded.wav and spectrograms.png into `out`, replacing older ones.
+
+    Returns:
+        What was written, sizes, times and quality, by name, ready to print.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    original, tokens, decoded, picture = (
+        out / name for name in ("original.wav", "speech.lfr", "decoded.wav", "spectrograms.png")
+    )
+    sweep(out, [path.name for path in (original, tokens, decoded, picture)])
+    audio, rate = soundfile.read(demo_clip(), dtype="float32")
+    if rate != codec.sample_rate:
+        raise NemoLfrError(
+            f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode."
+        )
+    with AudioWriter(original, rate, overwrite=True) as writer:
+        writer.write(audio)
+    codec.decode(codec.encode(audio[:rate])[0])  # the first call sets up threads and kernels
+    started = time.perf_counter()
+    codec.encode_file(original, tokens, overwrite=True)
+    encoded = time.perf_counter()
+    codec.decode_file(tokens, decoded, overwrite=True)
+    finished = time.perf_counter()
+    output, _ = soundfile.read(decoded, dtype="float32")
+    duration, size = len(audio) / rate, tokens.stat().st_size
+    return {
+        "codec": repr(codec),
+        "original": f"{original}  ({duration:.2f} s, {2 * len(audio)} bytes of 16-bit samples)",
+        "tokens": f"{tokens}  ({size} bytes, {2 * len(audio) / size:.0f} times smaller)",
+        "decoded": str(decoded),
+        "picture": draw(audio, output, rate, 8 * size / duration, picture),
+        "bit rate": f"{8 * size / duration:.0f} bit/s in the file, of which {codec.bit_rate:.0f} are tokens",
+        "encoding": f"{encoded - started:.2f} s, {duration / (encoded - started):.1f} times real time",
+        "decoding": f"{finished - encoded:.2f} s, {duration / (finished - encoded):.1f} times real time",
+    } | {
+        name: value if isinstance(value, NotMeasured) else f"{value:.3f} {METRICS[name].unit}".rstrip()
+        for name, value in measure(Signal(audio, rate), Signal(output, rate), QUICK).items()
+    }
+
+
+def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path: Path) -> str:
+    """Both spectrograms, one above the other on one colour scale; returns the path, or why there is no picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return missing("matplotlib").replace("measured", "drawn")
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, wave, title in zip(
+        axes, (audio, output), ("original", f"decoded from {bit_rate / 1000:.2f} kbit/s"), strict=True
+    ):
+        *_, image = axis.specgram(
+            wave + 1e-6, NFFT=1024, Fs=rate, noverlap=768, mode="magnitude", scale="dB", vmin=-110, vmax=-30
+        )
+        axis.set_title(title, loc="left")
+        axis.set_ylabel("frequency (kHz)")
+        ticks = range(0, rate // 2, 2000)
+        axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
+    axes[1].set_xlabel("time (s)")
+    figure.colorbar(image, ax=axes, label="magnitude (dB)")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return str(write_bytes(path, picture.getvalue()))

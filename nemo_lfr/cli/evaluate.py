@@ -1,0 +1,114 @@
+"""`nemo-lfr evaluate`."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from nemo_lfr.cli.options import UserPath
+from nemo_lfr.cli.terminal import note, progress, show
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation import CODECS
+from nemo_lfr.io.regular import open_regular
+
+
+@click.command()
+@click.argument("source", type=UserPath())
+@click.option("--codec", "codecs", multiple=True, help=f"May be given again and again: {CODECS}. Default: lfr.")
+@click.option(
+    "--out",
+    type=UserPath(file_okay=False),
+    required=True,
+    help="Folder for the report and all audio.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["card-mls", "card-daps"]),
+    help="Take SOURCE for the unpacked archives of a test set of NVIDIA's card.",
+)
+@click.option(
+    "--audio-dir",
+    type=UserPath(exists=True, file_okay=False),
+    help="Of the manifest's paths; its folder if not given.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Draw so many recordings.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
+@click.option(
+    "--rate", type=click.IntRange(8000, 48000), default=22050, show_default=True, help="Of the comparison, Hz."
+)
+@click.option("--asr", help="For CER and WER: a folder or Hub id (transformers), a .nemo file or nemo:HUB_ID.")
+@click.option("--speaker-model", help="For speaker similarity: as --asr.")
+@click.option("--by", multiple=True, help="A key of the manifest, such as lang, to give tables by.")
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=4, show_default=True, help="Recordings to show and play."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes for the metrics; one a core if not given.")
+@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+def evaluate(
+    source: Path,
+    codecs: tuple[str, ...],
+    out: Path,
+    preset: str | None,
+    audio_dir: Path | None,
+    limit: int | None,
+    seed: int,
+    rate: int,
+    asr: str | None,
+    speaker_model: str | None,
+    by: tuple[str, ...],
+    examples: int,
+    jobs: int | None,
+    device: str | None,
+) -> None:
+    """Measure codecs on the recordings of a NeMo manifest, and write a report.
+
+    What was done is kept: the same command again goes on where it stopped, and another --codec or a larger --limit
+    adds to it. The exit code is 1 if a codec failed on a recording, which the report names, or if a line of the
+    manifest could not be used.
+    """
+    from nemo_lfr.evaluation import report
+    from nemo_lfr.evaluation.presets import PRESETS
+    from nemo_lfr.evaluation.run import choose, evaluate
+    from nemo_lfr.io.manifests import read_manifest
+
+    report.check_packages()
+    bad_lines: list[str] = []
+    title, card = f"Speech codecs on {source.stem}", None
+    if preset:
+        if not source.is_dir():
+            raise NemoLfrError(f"{source}: no such folder; with --preset give that of the unpacked archives.")
+        found = PRESETS[preset].recordings(source, seed)
+        card, title = PRESETS[preset].card, f"Speech codecs on {preset}"
+        note(f"{preset}: {PRESETS[preset].selection}")
+    else:
+        if source.exists() and not source.is_dir():
+            open_regular(source).close()  # refuses a pipe by what it is
+        if not source.is_file():
+            raise NemoLfrError(f"{source}: no such manifest; folders are turned into one by: nemo-lfr prepare folder")
+        found = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)
+        for problem in bad_lines:
+            note(f"nemo-lfr: {problem}")
+    if not found:
+        raise NemoLfrError(f"{source}: holds no recording.")
+    evaluation = evaluate(
+        choose(found, limit, seed),
+        codecs or ("lfr",),
+        out,
+        rate=rate,
+        device=device,
+        jobs=jobs or os.cpu_count() or 1,
+        asr=asr,
+        speaker_model=speaker_model,
+        progress=progress,
+    )
+    if not any(result.sent for result in evaluation.results):
+        raise NemoLfrError(f"{source}: no recording went through any codec; the lines above say why.")
+    command = shlex.join(["nemo-lfr", *sys.argv[1:]])
+    for path in report.write_report(
+        evaluation, out, title=title, command=command, by=by, examples=examples, card=card
+    ):
+        show(path)
+    if bad_lines or any(result.failures for result in evaluation.results):
+        sys.exit(1)

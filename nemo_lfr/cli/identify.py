@@ -1,0 +1,100 @@
+"""What a file or folder is, by its first bytes or its members, and which command takes it."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.io.regular import open_regular
+
+TOKEN_SUFFIX = ".lfr"
+CHECKPOINT_SUFFIXES = frozenset({".nemo", ".ckpt", ".pt", ".pth"})
+HEAD_BYTES = 512
+
+
+class Identity(NamedTuple):
+    """A kind ("audio", "tokens", "checkpoint", ...), what it is in words, and what to do with it."""
+
+    kind: str
+    text: str
+    advice: str
+
+
+AUDIO = Identity("audio", "an audio file", "nemo-lfr encode takes it")
+TOKENS = Identity("tokens", "a token file", "nemo-lfr decode takes it")
+CHECKPOINT = Identity("checkpoint", "a checkpoint", "give it as --model")
+ENTROPY_MODEL = Identity("entropy model", "an entropy model", "give it as --entropy-model")
+# First bytes, at an offset.
+MAGIC = (
+    (0, b"LFRT", TOKENS),
+    (0, b"LFRM", ENTROPY_MODEL),
+    (0, b"RIFF", AUDIO),
+    (0, b"RIFX", AUDIO),
+    (0, b"RF64", AUDIO),
+    (0, b"fLaC", AUDIO),
+    (0, b"OggS", AUDIO),
+    (0, b"ID3", AUDIO),
+    (0, b"FORM", AUDIO),
+    (0, b".snd", AUDIO),
+    (0, b"caff", AUDIO),
+    (0, b"NIST_1A", AUDIO),
+    (0, b"#!AMR", AUDIO),
+    (0, b"riff.\x91\xcf\x11", AUDIO),
+    (4, b"ftyp", AUDIO),
+    (0, b"\x1aE\xdf\xa3", AUDIO),
+    (0, b"PAR1", Identity("corpus", "a Parquet table", "nemo-lfr tokenize takes it")),
+    (257, b"ustar", CHECKPOINT),
+    (0, b"PK\x03\x04", CHECKPOINT),
+)
+# Members of a folder that tell what it is.
+MEMBERS = (
+    ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "give it as --model")),
+    ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "give it as --model")),
+    ("tokens.json", Identity("corpus tokens", "a tokenized corpus", "nemo-lfr detokenize takes it")),
+    ("recordings.json", Identity("evaluation", "the folder of an evaluation", "open its report.html")),
+    ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),
+    ("dataset_dict.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),
+)
+
+
+def identify(path: Path) -> Identity:
+    """Tell what a file or folder is.
+
+    Raises:
+        NemoLfrError: for a pipe, a device or a socket, which would be waited for without end.
+        OSError: if it cannot be read.
+    """
+    if path.is_dir():
+        return _folder(path)
+    with open_regular(path) as file:
+        head = file.read(HEAD_BYTES)
+    for offset, magic, identity in MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            return identity
+    suffix = path.suffix.lower()
+    if suffix == TOKEN_SUFFIX:
+        return TOKENS
+    if suffix in CHECKPOINT_SUFFIXES:
+        return CHECKPOINT
+    if suffix in AUDIO_SUFFIXES:
+        return AUDIO
+    if suffix in (".json", ".jsonl", ".gz") or head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'{"'):
+        return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize takes manifests and cuts")
+    return Identity("unknown", "no token file, checkpoint, audio or manifest", "nemo-lfr does not read it")
+
+
+def _folder(path: Path) -> Identity:
+    names = set(os.listdir(path))
+    for member, identity in MEMBERS:
+        if member in names:
+            return identity
+    if any(name.startswith("cuts.") for name in names):
+        return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize takes it")
+    if any(name.endswith(".nemo") for name in names):
+        return Identity("checkpoint", "a folder with a checkpoint", "give it as --model")
+    count, tokens = (len(find_files(path, kinds, report=lambda _: None)) for kinds in (AUDIO_SUFFIXES, {TOKEN_SUFFIX}))
+    if count or tokens:
+        takers = ["nemo-lfr encode, tokenize and prepare take the audio"] if count else []
+        takers += ["nemo-lfr decode takes the token files"] if tokens else []
+        return Identity("files", f"a folder of {count} audio files and {tokens} token files", "; ".join(takers))
+    return Identity("unknown", "a folder without audio, token files, checkpoint or ONNX files", "nothing takes it")

@@ -1,0 +1,1 @@
+"""The CPU kernels of the PyTorch backend."""

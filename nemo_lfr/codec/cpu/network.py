@@ -1,0 +1,257 @@
+"""Encoder and decoder at inference: the modules' arithmetic and results, with fewer passes over memory.
+
+Activations and sums are taken by the convolutions before them or written straight into the padded input of those
+after, and the branches of a residual layer share theirs. Residual layers, which are most of the work, go through a
+long signal in pieces, which need little memory, with the context that a piece depends on at both sides. The examples
+of a batch may end at different lengths in memory of one width: after each of them stands, at every layer, what the
+layer would have padded it with, so that each comes out as if it were alone. A few widths then serve clips of every
+length, and oneDNN has a kernel for them at hand.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.cpu.packed import ModuleWeights, weights_of
+from nemo_lfr.codec.cpu.winograd import slack
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.context import residual_context
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.finite import to_audio
+from nemo_lfr.modules.padding import fill_padding
+from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
+
+# Numbers of one array of a piece of a residual layer's signal: a dozen of these are in use at a time.
+PIECE = 1024 * 1024
+
+
+@torch.no_grad()
+def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
+    """Compute `HiFiGANEncoder.encode_frames` of clips that may be shorter than the memory they lie in.
+
+    Args:
+        encoder: in eval mode or not: it has no dropout.
+        audio: finite samples [B, T * samples_per_frame].
+        num_frames: of each clip, at least `encoder.min_frames`; T if not given.
+
+    Returns:
+        Encoded frames [B, D, T]; what comes after a clip's own means nothing.
+    """
+    rate = encoder.samples_per_frame
+    ops = PackedOps(encoder, audio.shape[0] * audio.shape[1] // rate)
+    with ops.without_autocast():
+        return encoder.run(ops, Batch(audio.unsqueeze(1), _scaled(num_frames, rate))).hidden
+
+
+@torch.no_grad()
+def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
+    """Compute `HiFiGANDecoder.decode_frames`: [B, D, T] -> [B, T * samples_per_frame]; as `encode_frames`."""
+    ops = PackedOps(decoder, inputs.shape[0] * inputs.shape[2])
+    with ops.without_autocast():
+        hidden = decoder.run(ops, Batch(inputs, num_frames)).hidden
+        return to_audio(decoder.out_activation, hidden).squeeze(1)
+
+
+class Batch(NamedTuple):
+    """Signal of several examples in memory of one width.
+
+    Attributes:
+        hidden: [B, H, T].
+        ends: items of each example; None if all of them are full.
+    """
+
+    hidden: torch.Tensor
+    ends: list[int] | None
+
+
+class PackedOps:
+    """The network's operations with packed weights, or those of the modules where there are none.
+
+    `torch.autocast("cpu", torch.bfloat16)` around it asks for weights in bf16.
+
+    Args:
+        network: encoder or decoder.
+        num_frames: of the whole batch.
+    """
+
+    def __init__(self, network: nn.Module, num_frames: int) -> None:
+        self._autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if self._autocast else torch.float32
+        self._weights = weights_of(network, dtype)
+        self._num_frames = num_frames
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """Turn autocast off where it would cast what the weights' own precision has settled."""
+        is_packed = not isinstance(self._weights, ModuleWeights)
+        return torch.autocast("cpu", enabled=False) if is_packed and self._autocast else nullcontext()
+
+    def conv(self, layer: Conv1d, signal: Batch, activation: CodecActivation | None = None) -> Batch:
+        """Compute activation and convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
+        hidden = self._weights.cast(signal.hidden, layer)
+        ends = None if signal.ends is None else [end // layer.conv.stride[0] for end in signal.ends]
+        return Batch(self._conv(layer, Batch(hidden, signal.ends), before=activation), ends)
+
+    def upsample(self, layer: ConvTranspose1d, signal: Batch, activation: CodecActivation) -> Batch:
+        """Compute activation and transposed convolution: [B, H_in, T] -> [B, H_out, T * stride]."""
+        hidden, ends = self._weights.cast(signal.hidden), signal.ends
+        stride = layer.conv.stride[0]
+        full = self._weights.overlap(layer, _padded(Batch(hidden, ends), (1, 1), "constant", activation))
+        kept = full[:, :, layer.first_sample : layer.first_sample + hidden.shape[2] * stride]
+        return Batch(kept, _scaled(ends, stride))
+
+    def residual(self, layer: ResidualLayer, signal: Batch) -> Batch:
+        """Compute the mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
+        hidden, ends = self._weights.cast(signal.hidden), signal.ends
+        batch, channels, length = hidden.shape
+        if length <= PIECE // (batch * channels):
+            return Batch(self._mean(layer.branches, Batch(hidden, ends)), ends)
+        before, after = residual_context(layer)
+        count = -(-length // max(PIECE // (batch * channels), 8 * (before + after)))
+        piece = -(-length // count)
+        width = min(before + piece + after, length)  # of all pieces, as kernels are made for a width
+        result = hidden.new_empty_strided(hidden.shape, (length * channels, 1, channels))
+        for first in range(0, length, piece):
+            start = min(max(first - before, 0), length - width)
+            # An example that ends before the piece has no part in it.
+            own = ends and [min(end - start, width) if end > first else width for end in ends]
+            mean = self._mean(layer.branches, Batch(hidden[:, :, start : start + width], own))
+            result[:, :, first : first + piece] = mean[:, :, first - start : first - start + piece]
+        return Batch(result, ends)
+
+    def _mean(self, branches: list[list[ResidualBlock]], signal: Batch) -> torch.Tensor:
+        middles = self._first_convs([blocks[0] for blocks in branches], signal)
+        total: torch.Tensor | None = None
+        for blocks, middle in zip(branches, middles, strict=True):
+            result = self._branch(blocks, signal, middle)
+            total = result if total is None else total.add_(result)
+        assert total is not None
+        return total.div_(len(branches))
+
+    def _branch(self, blocks: list[ResidualBlock], signal: Batch, middle: torch.Tensor) -> torch.Tensor:
+        """Compute a branch, of whose first block the first convolution, `middle`, is there already."""
+        hidden, ends = signal
+        for block in blocks:
+            if block is not blocks[0]:
+                middle = self._conv(
+                    block.input_conv, Batch(hidden, ends), block.input_activation, block.skip_activation
+                )
+            hidden = self._conv(block.skip_conv, Batch(middle, ends), residual=hidden)
+        return hidden
+
+    def _first_convs(self, blocks: list[ResidualBlock], signal: Batch) -> Iterator[torch.Tensor]:
+        """Yield what the branches' first convolutions, and the activations after them, make of the same input."""
+        if any(True for _ in blocks[0].input_activation.parameters()):
+            for block in blocks:
+                yield self._conv(block.input_conv, signal, block.input_activation, block.skip_activation)
+            return
+        convs = [block.input_conv for block in blocks]
+        # The padding of a shorter kernel is the inner part of a longer one's.
+        pad = max(conv.pad for conv in convs)
+        behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
+        shared = _padded(signal, pad, convs[0].pad_mode, blocks[0].input_activation, behind)
+        starts = [pad[0] - conv.pad[0] for conv in convs]
+        after = blocks[0].skip_activation  # of all, as it has no parameters either
+        done = self._shared_winograd(convs, shared, starts, after)
+        for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
+            if number in done:
+                yield done.pop(number)[:, :, : signal.hidden.shape[2]]
+            else:
+                yield self._convolve(conv, shared[:, :, start : shared.shape[2] - pad[1] + conv.pad[1]], after)
+
+    def _shared_winograd(
+        self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
+    ) -> dict[int, torch.Tensor]:
+        """Return the results, by number, of those layers that are transformed together."""
+        numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
+        if not numbers:
+            return {}
+        results = self._winograd([convs[n] for n in numbers], shared, [starts[n] for n in numbers], after)
+        return dict(zip(numbers, results, strict=True))
+
+    def _conv(
+        self,
+        layer: Conv1d,
+        signal: Batch,
+        before: CodecActivation | None = None,
+        after: CodecActivation | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute activation, convolution, then another activation or the sum with `residual`, which is not changed.
+
+        [B, H_in, T] -> [B, H_out, T // stride].
+        """
+        if self._use_winograd(layer):
+            behind = slack(layer.conv.dilation[0], layer.conv.kernel_size[0])
+            padded = _padded(signal, layer.pad, layer.pad_mode, before, behind)
+            (result,) = self._winograd([layer], padded, [0], after)
+            return result if residual is None else result.add_(residual)
+        return self._convolve(layer, _padded(signal, layer.pad, layer.pad_mode, before), after, residual)
+
+    def _convolve(
+        self,
+        layer: Conv1d,
+        padded: torch.Tensor,
+        after: CodecActivation | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if (slope := _slope(after)) is not None:
+            return self._weights.convolve(layer, padded, slope, residual)
+        assert after is not None
+        return after(self._weights.convolve(layer, padded))
+
+    def _use_winograd(self, layer: Conv1d) -> bool:
+        return self._weights.use_winograd(layer, self._num_frames)
+
+    def _winograd(
+        self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], after: CodecActivation | None
+    ) -> list[torch.Tensor]:
+        if (slope := _slope(after)) is not None:
+            return self._weights.winograd(layers, padded, starts, slope)
+        assert after is not None
+        return [after(result) for result in self._weights.winograd(layers, padded, starts)]
+
+
+def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:
+    return None if ends is None else [end * factor for end in ends]
+
+
+def _slope(activation: CodecActivation | None) -> float | None:
+    """Return the slope of a leaky ReLU; 1 for no activation, None for any other."""
+    match activation and activation.activation:
+        case None:
+            return 1.0
+        case nn.LeakyReLU(negative_slope=slope):
+            return float(slope)
+    return None
+
+
+def _padded(
+    signal: Batch,
+    pad: tuple[int, int],
+    mode: str,
+    activation: CodecActivation | None = None,
+    behind: int = 0,
+) -> torch.Tensor:
+    """The activated [B, H, T] between `pad` items of padding, channels-last; zeros for `behind` items after all."""
+    (batch, channels, length), (before, after) = signal.hidden.shape, pad
+    width = before + length + after
+    rows = signal.hidden.new_empty((batch * width + behind, channels))
+    rows[batch * width :].zero_()
+    padded = rows[: batch * width].view(batch, width, channels).transpose(1, 2)
+    inner = padded[:, :, before : before + length]
+    if activation is None:
+        inner.copy_(signal.hidden)
+    elif (slope := _slope(activation)) is None:
+        inner.copy_(activation(signal.hidden))
+    else:  # straight into the padded memory
+        torch.ops.aten.leaky_relu.out(signal.hidden, slope, out=inner)
+    if signal.ends is not None:
+        # A tile of a convolution may reach beyond an example's own padding: NaN there would spread.
+        padded[:, :, before + length :].zero_()
+    fill_padding(padded, pad, mode, signal.ends)
+    return padded

@@ -1,0 +1,196 @@
+"""The codec on a GPU: a plan per part and precision, and CUDA graphs of small batches, which launching holds up.
+
+A graph is captured the second time that a batch of one shape is met, and serves clips of all lengths that fit it. All
+that is derived here is dropped as soon as a part's numbers change or move.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_lfr.codec.ambient import convolutions, reference_state
+from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan, find_kernels
+from nemo_lfr.errors import clip
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.finite import quantize
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.weights import DerivedForms
+
+logger = logging.getLogger("nemo_lfr")
+
+Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
+Function = Callable[..., torch.Tensor]
+
+# Frames of a batch up to which it is launched as a graph; larger ones keep a GPU busier than the launching process.
+GRAPH_FRAMES = 2048
+# Graphs of one part that are kept; the least recently used one goes first.
+MAX_GRAPHS = 32
+
+
+@dataclass
+class Captured:
+    """A graph, the memory that it reads and the memory that it writes."""
+
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+    replay: Callable[[], None]
+
+
+Capture = Callable[[Function, tuple[torch.Tensor, ...]], Captured]
+
+
+class CudaCapture:
+    """Captures functions on the current device into graphs that share one pool of memory.
+
+    They may share it, as they run one after the other and what each gives is copied before the next runs.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, function: Function, inputs: tuple[torch.Tensor, ...]) -> Captured:
+        if self._stream is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        held = tuple(value.clone() for value in inputs)
+        # On a side stream first, as libraries allocate and choose in their first run; then while recording.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function(*held)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = function(*held)
+        return Captured(held, output, graph.replay)
+
+
+class GraphCache:
+    """Runs a function on inputs of a few shapes: as it is the first time, then captured, then replayed.
+
+    Args:
+        capture: makes a graph of a function and its inputs.
+        capacity: graphs kept.
+    """
+
+    def __init__(self, capture: Capture, capacity: int = MAX_GRAPHS) -> None:
+        self._capture = capture
+        self._capacity = capacity
+        self._graphs: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: met once
+        self._failed = False
+
+    def __len__(self) -> int:
+        """Graphs that are held."""
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
+        """function(*inputs), in memory of its own. `key` tells functions of one cache and their shapes apart."""
+        if self._failed:
+            return function(*inputs)
+        key = (key, *((value.shape, value.dtype) for value in inputs))
+        if key not in self._graphs:
+            self._keep(key, None)
+            return function(*inputs)
+        graph = self._graphs[key]
+        if graph is None:
+            try:
+                graph = self._capture(function, inputs)
+            except RuntimeError as reason:  # out of memory, or an operation that cannot be captured
+                self._failed = True
+                self._graphs.clear()
+                logger.warning("CUDA graphs cannot be used (%s); each operation is launched by itself.", clip(reason))
+                return function(*inputs)
+        self._keep(key, graph)
+        for held, value in zip(graph.inputs, inputs, strict=True):
+            held.copy_(value)
+        graph.replay()
+        return graph.output.clone()
+
+    def _keep(self, key: Hashable, graph: Captured | None) -> None:
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > self._capacity:
+            self._graphs.popitem(last=False)
+
+
+class Engine:
+    """One part with its quantizer at one precision on one device.
+
+    Args:
+        part: encoder or decoder; copied, not held.
+        quantizer: held; its buffers never change.
+        precision: one of `PRECISIONS`.
+        device: of both.
+        capture: of graphs; CUDA's if not given.
+    """
+
+    def __init__(
+        self,
+        part: HiFiGANEncoder | HiFiGANDecoder,
+        quantizer: Quantizer,
+        precision: str,
+        device: torch.device,
+        capture: Capture | None = None,
+    ) -> None:
+        self.plan = Plan(part, PRECISIONS[precision], find_kernels(device))
+        self.quantizer = quantizer
+        self.graphs = GraphCache(capture or CudaCapture())
+        self._min_frames = part.min_frames
+        self._encodes = isinstance(part, HiFiGANEncoder)
+        self._lock = threading.Lock()
+        self._finished: torch.cuda.Event | None = None
+
+    def __call__(self, inputs: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
+        """Audio [B, width * samples_per_frame] -> tokens [B, C, width], or those back into audio.
+
+        Args:
+            inputs: of examples that end after `num_frames` each.
+            num_frames: at least 1.
+            width: frames of memory, at least `min_frames`.
+        """
+        state = reference_state(inputs.device)
+        with self._lock, self._turn(inputs.device), state, convolutions(self.plan.precision.tf32):
+            frames = torch.tensor(num_frames, device=inputs.device)
+            function = self._encode if self._encodes else self._decode
+            if len(num_frames) * width > GRAPH_FRAMES:
+                return function(inputs, frames)
+            return self.graphs.run(width, function, inputs, frames)
+
+    @contextmanager
+    def _turn(self, device: torch.device) -> Iterator[None]:
+        """All graphs work in the same memory: one follows the other, on whatever streams the callers are."""
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._finished is not None:
+                stream.wait_event(self._finished)
+            yield
+            self._finished = stream.record_event()
+
+    def _encode(self, audio: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+        encoded = self.plan(audio.unsqueeze(2), num_frames.clamp(min=self._min_frames))
+        return quantize(self.quantizer, encoded.transpose(1, 2))
+
+    def _decode(self, tokens: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
+        codes = self.quantizer.decode(tokens.transpose(0, 1))
+        silent = torch.arange(tokens.shape[2], device=tokens.device) >= num_frames[:, None]
+        codes = codes.masked_fill(silent[:, None], 0)
+        return self.plan(codes.transpose(1, 2), num_frames.clamp(min=self._min_frames)).squeeze(2)
+
+
+_ENGINES: DerivedForms[Engine] = DerivedForms()
+
+
+def engine(
+    part: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
+) -> Engine:
+    """Return the engine of an encoder or a decoder as its weights are now."""
+    return _ENGINES.get(part, precision, lambda: Engine(part, quantizer, precision, device), quantizer)

@@ -1,0 +1,336 @@
+"""The network as a GPU runs it: a list of steps over folded layers, each by the candidate that was measured fastest.
+
+A layer can run as the library's convolution (cuDNN) between two passes of a small kernel, or as one kernel of ours;
+without Triton, as plain PyTorch. The first and the last layer run in fp32 whatever the precision: they cost nothing,
+and tokens and audio depend on them directly.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from nemo_lfr.codec.cuda import folded
+from nemo_lfr.codec.cuda.choice import Autotuner, Candidate, gpu_seconds
+from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
+from nemo_lfr.errors import clip
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
+from nemo_lfr.modules.decoder import HiFiGANDecoder
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from nemo_lfr.modules.finite import to_audio
+from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
+
+logger = logging.getLogger("nemo_lfr")
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "tf32": Precision(torch.float32, tf32=True),
+    "bf16": Precision(torch.bfloat16),
+    "fp16": Precision(torch.float16),
+}
+# Channels up to which our kernels are tried. Wide layers wait for products, but there too the library's worst choices
+# need a rival: a clip of 10 s took 75 ms to decode on an H100 with 256 here, and 5 with 1024.
+FUSED_CHANNELS = 1024
+# Of the whole process: what is fastest depends on the device and on shapes, not on the weights.
+AUTOTUNER = Autotuner(gpu_seconds)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A `ResidualBlock`, folded."""
+
+    first: Layer
+    second: Layer
+    before: Activation
+    between: Activation
+
+    @classmethod
+    def of(cls, block: ResidualBlock, precision: Precision) -> "Block":
+        return cls(
+            Layer.of(block.input_conv, precision),
+            Layer.of(block.skip_conv, precision),
+            Activation.of(block.input_activation),
+            Activation.of(block.skip_activation),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the network, which can be run and timed alone.
+
+    Attributes:
+        name: for reports.
+        run: signal [B, T, H_in] and the ends of its examples [B] -> [B, T_out, H_out].
+        layers: that it runs.
+        rate: items of its input for each frame.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    layers: tuple[Layer, ...]
+    rate: int
+
+
+class Plan:
+    """Encoder or decoder at one precision, derived from its weights as they are now.
+
+    Args:
+        network: copied, not held.
+        precision: of all but the first and last layer.
+        kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
+        autotuner: chooses how each layer runs.
+    """
+
+    def __init__(
+        self,
+        network: HiFiGANEncoder | HiFiGANDecoder,
+        precision: Precision,
+        kernels: ModuleType | None,
+        autotuner: Autotuner = AUTOTUNER,
+    ) -> None:
+        self.precision = precision
+        ops = CudaOps(network, precision, LayerRunner(precision, kernels, autotuner))
+        rate = network.samples_per_frame if isinstance(network, HiFiGANEncoder) else 1
+        self.steps = network.run(ops, Recording((), rate)).steps
+        self._output = network.out_activation if isinstance(network, HiFiGANDecoder) else None
+
+    def __call__(self, signal: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        """Signal [B, T, H_in] in fp32, frames of each example [B] -> [B, T_out, H_out] in fp32."""
+        for step in self.steps:
+            signal = step.run(signal, frames * step.rate)
+        return signal if self._output is None else to_audio(self._output, signal)
+
+
+class Recording(NamedTuple):
+    """A signal that is yet to be computed: the steps that do, and its items for each frame."""
+
+    steps: tuple[Step, ...]
+    rate: int
+
+
+class CudaOps:
+    """Operations that compute nothing: they fold a layer's weights and record how it will be run.
+
+    Args:
+        network: whose first and last layer are kept in fp32.
+        precision: of all other layers.
+        runner: runs folded layers.
+    """
+
+    def __init__(self, network: HiFiGANEncoder | HiFiGANDecoder, precision: Precision, runner: "LayerRunner") -> None:
+        self._first, self._last = network.pre_conv, network.post_conv
+        self._precision, self._runner = precision, runner
+
+    def conv(self, layer: Conv1d, signal: Recording, activation: CodecActivation | None = None) -> Recording:
+        """Record a convolution."""
+        is_exact = layer is self._first or layer is self._last
+        folded_layer = Layer.of(layer, Precision(torch.float32) if is_exact else self._precision)
+        dtype = torch.float32 if layer is self._last else self._precision.dtype
+        name = {self._first: "in", self._last: "out"}.get(layer, "down" if layer.conv.stride[0] > 1 else "conv")
+        return self._add_layer(name, folded_layer, signal, activation, dtype)
+
+    def upsample(self, layer: ConvTranspose1d, signal: Recording, activation: CodecActivation) -> Recording:
+        """Record a transposed convolution."""
+        folded_layer = Layer.of(layer, self._precision)
+        return self._add_layer("up", folded_layer, signal, activation, self._precision.dtype)
+
+    def residual(self, layer: ResidualLayer, signal: Recording) -> Recording:
+        """Record the residual branches as one step."""
+        branches = [[Block.of(block, self._precision) for block in blocks] for blocks in layer.branches]
+        layers = tuple(layer for blocks in branches for block in blocks for layer in (block.first, block.second))
+        run = functools.partial(self._runner.run_residuals, branches)
+        step = Step(f"residual {layers[0].inputs}", run, layers, signal.rate)
+        return Recording((*signal.steps, step), signal.rate)
+
+    def _add_layer(
+        self,
+        name: str,
+        layer: Layer,
+        signal: Recording,
+        activation: CodecActivation | None,
+        dtype: torch.dtype,
+    ) -> Recording:
+        before = None if activation is None else Activation.of(activation)
+        run = functools.partial(self._runner.run_layer, layer, before, dtype)
+        channels = f"{layer.inputs} to {layer.outputs // layer.upsample_stride}"
+        step = Step(f"{name} {channels}", run, (layer,), signal.rate)
+        return Recording((*signal.steps, step), signal.rate * layer.upsample_stride // layer.stride)
+
+
+class LayerRunner:
+    """Runs folded layers, each by the candidate that was measured fastest.
+
+    Args:
+        precision: of the network.
+        kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
+        autotuner: chooses among the candidates for a layer.
+    """
+
+    def __init__(self, precision: Precision, kernels: ModuleType | None, autotuner: Autotuner) -> None:
+        self.precision = precision
+        self._kernels, self._autotuner = kernels, autotuner
+
+    def run_layer(
+        self,
+        layer: Layer,
+        activation: Activation | None,
+        dtype: torch.dtype,
+        signal: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the layer of the activated signal [B, T, H_in] as `dtype`, [B, T_out, H_out]."""
+        candidates: dict[str, Candidate] = {
+            "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
+        }
+        kernels = self._kernels
+        if kernels is not None and self._may_fuse(layer) and kernels.fusable(layer, activation):
+            for tile in kernels.tiles(layer, activation):
+                candidates[f"fused {tuple(tile)}"] = functools.partial(
+                    kernels.convolution, layer, signal, ends, tile, activation=activation, dtype=dtype
+                )
+        key = ("layer", *_shape(layer), _kind(activation), *_size(signal))
+        return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
+
+    def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the branches [B, T, H], gathered as they end."""
+        total: torch.Tensor | None = None
+        for branch, blocks in enumerate(branches):
+            result = signal
+            for block in blocks[:-1]:
+                result = self._run_block(block, result, ends)
+            scale = 1 / len(branches) if branch == len(branches) - 1 else 1.0
+            total = self._run_block(blocks[-1], result, ends, total, scale)
+        assert total is not None
+        return total
+
+    def _run_block(
+        self,
+        block: Block,
+        signal: torch.Tensor,
+        ends: torch.Tensor,
+        total: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        """scale * (signal + block(signal) + total)."""
+        first, second = block.first, block.second
+        candidates: dict[str, Candidate] = {
+            "library": lambda: self._block_by_library(block, signal, ends, total, scale)
+        }
+        kernels = self._kernels
+        if kernels is not None and self._may_fuse(first) and kernels.fusable(first, block.before, block.between):
+
+            def fused(tile: Any) -> torch.Tensor:
+                middle = kernels.convolution(first, signal, ends, tile, activation=block.before, after=block.between)
+                return kernels.convolution(second, middle, ends, tile, residual=signal, total=total, scale=scale)
+
+            for tile in kernels.tiles(first, block.before):
+                candidates[f"fused {tuple(tile)}"] = functools.partial(fused, tile)
+        key = ("block", *_shape(first), _kind(block.before), *_size(signal))
+        return self._autotuner.run(key, candidates, ends)
+
+    def _may_fuse(self, layer: Layer) -> bool:
+        """fp32 gives the tokens of record: they must not depend on what a measurement found fastest."""
+        return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
+            max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
+        )
+
+    def _by_library(
+        self,
+        layer: Layer,
+        signal: torch.Tensor,
+        ends: torch.Tensor,
+        *,
+        activation: Activation | None,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        kernels = self._kernels
+        if kernels is None or layer.groups > 1:
+            return folded.convolution(layer, signal, ends, activation=activation, dtype=dtype)
+        result = layer.convolve(self._padded(layer, signal, ends, activation), bias=False)
+        bias = layer.bias[: result.shape[2]]
+        return kernels.pointwise(result, ends, bias=bias, dtype=dtype or signal.dtype)
+
+    def _block_by_library(
+        self,
+        block: Block,
+        signal: torch.Tensor,
+        ends: torch.Tensor,
+        total: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        first, second, kernels = block.first, block.second, self._kernels
+        if kernels is None:
+            middle = folded.convolution(first, signal, ends, activation=block.before)
+            return folded.convolution(
+                second, middle, ends, activation=block.between, residual=signal, total=total, scale=scale
+            )
+        middle = first.convolve(self._padded(first, signal, ends, block.before), bias=False)
+        result = second.convolve(self._padded(second, middle, ends, block.between, first.bias), bias=False)
+        return kernels.pointwise(result, ends, bias=second.bias, residual=signal, total=total, scale=scale)
+
+    def _padded(
+        self,
+        layer: Layer,
+        signal: torch.Tensor,
+        ends: torch.Tensor,
+        activation: Activation | None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert self._kernels is not None
+        if activation is not None and activation.kind == "other":
+            signal = activation(signal if bias is None else signal + bias.to(signal.dtype))
+            activation = bias = None
+        return self._kernels.pointwise(
+            signal,
+            ends,
+            pad=layer.pad,
+            mode=layer.mode,
+            bias=bias,
+            activation=activation,
+            dtype=layer.weight.dtype,
+        )
+
+
+def _shape(layer: Layer) -> tuple[Any, ...]:
+    taps = layer.reduction_size // layer.inputs
+    return layer.inputs, layer.outputs, taps, layer.stride, layer.dilation, layer.weight.dtype, layer.dot_precision
+
+
+def _kind(activation: Activation | None) -> str:
+    return "none" if activation is None else activation.kind
+
+
+def _size(signal: torch.Tensor) -> tuple[int, Any]:
+    """Items to the next power of two, and the device: what is fastest changes no faster."""
+    return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
+
+
+@functools.cache
+def find_kernels(device: torch.device) -> ModuleType | None:
+    """`nemo_lfr.codec.cuda.kernels` where Triton compiles them for this device, and they give what PyTorch gives."""
+    if device.type != "cuda":
+        return None
+    try:
+        from nemo_lfr.codec.cuda import kernels
+
+        signal = torch.randn(2, 40, 16, device=device, dtype=torch.float32)
+        ends = torch.tensor([40, 33], device=device)
+        with torch.cuda.device(device):
+            found = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
+        expected = torch.cat([signal[:, 1:4].flip(1), signal, signal[:, -4:-1].flip(1)], 1) * 2
+        if not torch.equal(found[0], expected[0]):
+            raise RuntimeError("its result is wrong")
+    except Exception as reason:  # no Triton, no C compiler, no driver for it
+        logger.warning(
+            "Triton's kernels cannot be used on %s (%s: %s); convolutions run as plain PyTorch.",
+            device,
+            type(reason).__name__,
+            clip(reason),
+        )
+        return None
+    return kernels

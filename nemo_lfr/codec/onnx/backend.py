@@ -1,0 +1,123 @@
+"""The exported codec in ONNX Runtime, with numpy arrays; torch is not imported."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.codec.backend import Direction, NumpyBackend
+from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA
+from nemo_lfr.codec.onnx.manifest import read_manifest, read_verified
+from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
+from nemo_lfr.io.shortage import missing_extra
+
+
+class OnnxBackend(NumpyBackend):
+    """Runs the files of `nemo-lfr export onnx`. Each is opened when it is first needed; one of the two will do.
+
+    Args:
+        folder: with codec.json and encoder.onnx or decoder.onnx. The hashes of the files are compared with those in
+            codec.json.
+        device: "cpu", "cuda", or None for a GPU if ONNX Runtime has one.
+        name: for messages; the folder if not given.
+
+    Raises:
+        CheckpointError: if the files are missing, damaged, from several exports or not ours.
+        MissingExtraError: if ONNX Runtime is not installed.
+        NemoLfrError: for a device that ONNX Runtime does not have.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], device: str | None = None, name: str | None = None) -> None:
+        try:
+            import onnxruntime
+        except Exception as error:  # whatever that package does when it is imported
+            message = "ONNX files need ONNX Runtime: pip install 'nemo-lfr[onnx]'"
+            raise missing_extra(error, "ONNX Runtime", message) from error
+        self._folder = Path(folder).absolute()  # files are opened later, perhaps from another working directory
+        self.name = os.fspath(folder) if name is None else name
+        has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        if device not in (None, "auto", "cpu", "cuda") or (device == "cuda" and not has_gpu):
+            raise NemoLfrError(
+                f"device {device!r} cannot be used here: this ONNX Runtime has cpu{', cuda' * has_gpu}."
+            )
+        self.device = "cuda" if has_gpu and device != "cpu" else "cpu"
+        present = [file for file in (ENCODER, DECODER) if (self._folder / file).is_file()]
+        if not present:
+            raise CheckpointError(
+                f"{folder}: no {ENCODER} or {DECODER} in this folder; nemo-lfr export onnx writes them."
+            )
+        self._manifest = read_manifest(self._folder)
+        self.spec = self._manifest.spec
+        self.encoder, self.decoder = self._manifest.encoder, self._manifest.decoder
+        self._sessions: dict[str, Any] = {}
+        for file in present:
+            read_verified(self._folder, file, self._manifest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files out: a copy, in this process or another, opens its own."""
+        return vars(self) | {"_sessions": {}}
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Return those of the checkpoint that was exported."""
+        return self.spec.fingerprint, self._manifest.weights_fingerprint
+
+    def load(self, direction: Direction) -> None:
+        """Open the file of a direction."""
+        self._session(ENCODER if direction == "encode" else DECODER)
+
+    def encode_frames(self, audio: np.ndarray, num_frames: list[int]) -> np.ndarray:
+        """See `Backend.encode_frames`."""
+        width = audio.shape[1] // self.spec.samples_per_frame
+        return self._run(ENCODER, {"audio": audio}, (len(audio), self.spec.num_codebooks, width))
+
+    def decode_frames(self, tokens: np.ndarray, num_frames: list[int]) -> np.ndarray:
+        """See `Backend.decode_frames`."""
+        inputs = {"tokens": tokens, "tokens_len": np.array(num_frames, np.int64)}
+        return self._run(DECODER, inputs, (len(tokens), tokens.shape[2] * self.spec.samples_per_frame))
+
+    def _run(self, file: str, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """Return the only output of a file, which must have this shape."""
+        session = self._session(file)
+        try:
+            result = session.run(None, inputs)[0]
+        except Exception as error:  # onnxruntime's own classes, by version
+            raise NemoLfrError(f"{self._folder / file}: ONNX Runtime cannot run it ({clip(error, 200)}).") from error
+        if not isinstance(result, np.ndarray) or result.shape != shape:
+            what = list(result.shape) if isinstance(result, np.ndarray) else type(result).__name__
+            raise CheckpointError(
+                f"{self._folder / file}: gives {clip(what)} instead of {list(shape)}; it is not what {MANIFEST} says."
+            )
+        return result
+
+    def _session(self, file: str) -> Any:
+        if file not in self._sessions:
+            self._sessions[file] = self._open(file)
+        return self._sessions[file]
+
+    def _open(self, file: str) -> Any:
+        import onnxruntime
+
+        path = self._folder / file
+        data = read_verified(self._folder, file, self._manifest)  # again: it may have been replaced meanwhile
+        options = onnxruntime.SessionOptions()
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        options.intra_op_num_threads = min(int(threads[:9]), os.cpu_count() or 1) if threads.isdecimal() else 0
+        options.enable_mem_pattern = False  # lengths change
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        if self.device == "cuda":
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers=providers)
+        except Exception as error:  # onnxruntime's own classes, by version
+            raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({clip(error, 200)}).") from error
+        raw = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        try:
+            values = json.loads(raw or "")
+        except (ValueError, RecursionError):
+            values = None
+        if values != self._manifest.values:
+            raise CheckpointError(f"{path}: its metadata is not that of {MANIFEST}; export it again.")
+        return session

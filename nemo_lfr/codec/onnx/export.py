@@ -1,0 +1,192 @@
+"""A codec as encoder.onnx (audio -> tokens, FSQ inside) and decoder.onnx (tokens -> audio), any batch and length."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr._version import __version__
+from nemo_lfr.codec.ambient import building_state
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import naming, writing_folder
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.shortage import missing_extra
+from nemo_lfr.modules.finite import quantize, to_audio
+
+OPSET = 20
+
+
+class _Encoder(nn.Module):
+    """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32; -1 where they are not finite."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = backend.encoder, backend.quantizer
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return quantize(self.quantizer, self.encoder.encode_frames(audio))
+
+
+class _Decoder(nn.Module):
+    """Tokens [B, C, T] as int64, silent after `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        super().__init__()
+        self.quantizer, self.decoder = backend.quantizer, backend.decoder
+
+    def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
+        hidden = self.decoder.hidden_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+        return to_audio(self.decoder.out_activation, hidden).squeeze(1)
+
+
+def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    """Write encoder.onnx, decoder.onnx and codec.json into `folder`; each is written aside, checked and renamed.
+
+    Inputs and outputs are those of the two modules above. A length under `min_frames` has to be completed with
+    silence, and a batch is of one length; `nemo_lfr.load(folder)` does both. What the tokens mean is in codec.json,
+    whose format `nemo_lfr.codec.onnx.manifest` describes, and in the metadata of both files under "nemo_lfr".
+
+    Args:
+        codec: fp32, on any device.
+        folder: made if it is missing.
+        overwrite: replace files that exist.
+
+    Raises:
+        MissingExtraError: if onnx or onnxscript is not installed.
+        NemoLfrError: if a file exists and `overwrite` is not set, or the codec is not fp32.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except Exception as error:  # whatever that package does when it is imported
+        message = "exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'"
+        raise missing_extra(error, "one of onnx and onnxscript", message) from error
+    backend = codec.backend
+    if not isinstance(backend, TorchBackend):
+        raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
+    if codec.precision != "fp32":
+        raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
+    folder = expand_home(folder)
+    targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with building_state(torch.device("cpu")), backend.computing():
+        _write(backend, targets)
+    return targets
+
+
+def _write(backend: TorchBackend, targets: list[Path]) -> None:
+    import onnx
+
+    folder, values = targets[0].parent, metadata(backend)
+    batch = torch.export.Dim("batch", min=1)
+    spec, encoder, decoder, device = backend.spec, backend.encoder, backend.decoder, backend.device
+    frame = spec.samples_per_frame
+    count = max(encoder.min_frames, decoder.min_frames, 2) + 2
+    encode_frames = torch.export.Dim("frames", min=encoder.min_frames)
+    decode_frames = torch.export.Dim("frames", min=decoder.min_frames)
+    audio = torch.zeros(2, count * frame, dtype=torch.float32, device=device)
+    tokens = torch.zeros(2, spec.num_codebooks, count, dtype=torch.int64, device=device)
+    tokens_len = torch.full((2,), count, device=device)
+    jobs: list[tuple[nn.Module, tuple[torch.Tensor, ...], tuple[Any, ...], list[str], str]] = [
+        (_Encoder(backend), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
+        (
+            _Decoder(backend),
+            (tokens, tokens_len),
+            ({0: batch, 2: decode_frames}, {0: batch}),
+            ["tokens", "tokens_len"],
+            "audio",
+        ),
+    ]
+    files = {}
+    with writing_folder(folder) as aside:
+        for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
+            with torch.no_grad(), warnings.catch_warnings(), _quiet(), _interruptible():
+                warnings.simplefilter("ignore")
+                program = torch.onnx.export(
+                    module.eval(),
+                    example,
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    input_names=inputs,
+                    output_names=[output],
+                    opset_version=OPSET,
+                    external_data=False,
+                    verbose=False,
+                )
+            assert program is not None
+            model = program.model_proto
+            model.metadata_props.add(key=METADATA, value=json.dumps(values))
+            files[target.name] = _write_aside(Path(aside, target.name), model.SerializeToString(), target)
+            onnx.checker.check_model(str(Path(aside, target.name)), full_check=True)
+        _write_aside(Path(aside, MANIFEST), json.dumps(values | {"files": files}, indent=1).encode(), targets[2])
+        for target in targets:
+            with naming(target, aside):
+                Path(aside, target.name).replace(target)
+
+
+def _write_aside(path: Path, data: bytes, target: Path) -> str:
+    """Write a file that becomes `target` to the disk; returns its SHA-256."""
+    with naming(target, path), open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def metadata(backend: TorchBackend) -> dict[str, Any]:
+    """Return what both files say of the codec."""
+    fingerprint, weights_fingerprint = backend.fingerprints()
+    spec = asdict(replace(backend.spec, fingerprint=fingerprint))
+    del spec["precision"]  # fp32 always
+    return {
+        "version": VERSION,
+        **spec,
+        "levels": list(backend.spec.levels),
+        "weights_fingerprint": weights_fingerprint,
+        "written_by": f"nemo_lfr {__version__}",
+    } | {
+        name: {**asdict(module.context), "min_frames": module.min_frames}
+        for name, module in (("encoder", backend.encoder), ("decoder", backend.decoder))
+    }
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise an interrupt or an exit as itself, which torch's exporter wraps into an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt | SystemExit):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+class _quiet:
+    """Torch's exporter logs what it registers, which is nothing to a user."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("torch.onnx")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)

@@ -1,0 +1,155 @@
+"""`codec.json` beside the ONNX files: what their tokens mean, and the SHA-256 of each file.
+
+    {"version": 2, "sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8,
+     "fingerprint": "...", "weights_fingerprint": "...", "written_by": "nemo_lfr ...",
+     "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
+     "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
+
+Both ONNX files carry the same values, but for "files", in their metadata. A file is read into memory, compared with
+its hash and then opened, so that what runs is what was exported.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.codec.backend import ModuleLimits
+from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, VERSION
+from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.frames import Context
+from nemo_lfr.spec import CodecSpec
+
+MAX_BYTES = 1 << 16
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+_AGAIN = "export it again with nemo-lfr export onnx"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `codec.json`, checked.
+
+    Attributes:
+        spec: what the tokens are.
+        weights_fingerprint: the older kind of fingerprint, of the weights alone.
+        encoder, decoder: limits of the two networks.
+        files: SHA-256 of each ONNX file, by name.
+        values: all but "files", as both ONNX files carry them.
+    """
+
+    spec: CodecSpec
+    weights_fingerprint: str
+    encoder: ModuleLimits
+    decoder: ModuleLimits
+    files: dict[str, str]
+    values: dict[str, Any]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an exported folder.
+
+    Raises:
+        CheckpointError: if it is missing, or a value is not one of a codec's, naming the file and the value.
+    """
+    path = folder / MANIFEST
+    try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder}: no {MANIFEST} with the checksums of its ONNX files (older exports have none, and a single "
+                f"file needs it beside it); {_AGAIN}."
+            )
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({clip(error.strerror or error)}).") from error
+    if len(raw) > MAX_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is; {_AGAIN}.")
+    try:
+        return parse_manifest(json.loads(raw.decode("utf-8")))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error} {_AGAIN[0].upper()}{_AGAIN[1:]}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({clip(error)}); {_AGAIN}.") from error
+
+
+def parse_manifest(values: Any) -> Manifest:
+    """Check the values of a manifest.
+
+    Raises:
+        CheckpointError: naming the first value that is not one of a codec's.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError("it is not a JSON object.")
+    version = values.get("version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(f"version {clip(version)}; this nemo_lfr reads {VERSION}.")
+    levels = values.get("levels")
+    if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
+        raise CheckpointError(f"levels are {clip(levels)}; expected a list of 1 to 16 numbers.")
+    levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
+    if math.prod(levels) >= 2**31:
+        raise CheckpointError(f"levels {clip(levels)} make a codebook of 2^31 entries or more.")
+    files = values.get("files")
+    if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
+        raise CheckpointError(f"files are {clip(files)}; expected {ENCODER} and {DECODER}.")
+    return Manifest(
+        spec=CodecSpec(
+            sample_rate=_whole(values, "sample_rate", 1000, 192_000),
+            samples_per_frame=_whole(values, "samples_per_frame", 1, 1_000_000),
+            levels=levels,
+            num_codebooks=_whole(values, "num_codebooks", 1, 256),
+            fingerprint=_text(values, "fingerprint", _FINGERPRINT),
+        ),
+        weights_fingerprint=_text(values, "weights_fingerprint", _FINGERPRINT),
+        encoder=_limits(values, "encoder"),
+        decoder=_limits(values, "decoder"),
+        files={name: _text(files, name, _SHA256) for name in (ENCODER, DECODER)},
+        values={key: value for key, value in values.items() if key != "files"},
+    )
+
+
+def _whole(values: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = values.get(name)
+    if type(value) is not int or not low <= value <= high:
+        raise CheckpointError(f"{name} is {clip(value)}; expected a whole number from {low} to {high}.")
+    return value
+
+
+def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    value = values.get(name)
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise CheckpointError(f"{name} is {clip(value)}, not a hash.")
+    return value
+
+
+def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
+    part = values.get(name)
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{name} is {clip(part)}; expected past, future and min_frames.")
+    past, future = (_whole(part, key, 0, 4096) for key in ("past", "future"))
+    return ModuleLimits(Context(past, future), _whole(part, "min_frames", 1, 4096))
+
+
+def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Read one of the ONNX files, which must be the one that was exported.
+
+    Raises:
+        CheckpointError: if it is missing or another file than the manifest's.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; nemo-lfr export onnx writes it.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({clip(error.strerror or error)}).") from error
+    if hashlib.sha256(data).hexdigest() != manifest.files[name]:
+        raise CheckpointError(
+            f"{path}: not the file that {MANIFEST} was written with (its SHA-256 differs): it is damaged, cut short "
+            f"or from another export; {_AGAIN}."
+        )
+    return data

@@ -1,0 +1,1 @@
+"""Files in and out: audio, token files, manifests."""

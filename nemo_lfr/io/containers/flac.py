@@ -1,0 +1,170 @@
+"""FLAC: streams one after the other, whose length may be left open."""
+
+import functools
+from collections.abc import Iterator
+
+from nemo_lfr.io.containers.joined import next_file
+from nemo_lfr.io.containers.magic import after_tags
+from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, without_tags
+
+# A name and the length of the first block: compressed audio does not hold eight such bytes by chance.
+HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
+FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes, as a rule and at most
+LAST_FRAME = "was cut short: its last frame is not whole"
+MAX_SAMPLES = (1 << 36) - 1
+
+
+def flac_streams(window: Window) -> list[Stream]:
+    starts, found = [0], 8
+    while (found := window.find(b"fLaC", found)) >= 0:
+        if window.at(found, 8) in HEADS:
+            starts.append(found)
+        found += 4
+    streams = []
+    for start, stop in zip(starts, [*starts[1:], window.size], strict=True):
+        streams.append(_stream(window, start, stop))
+    return streams
+
+
+def _stream(window: Window, start: int, stop: int) -> Stream:
+    """Describe one FLAC stream; the length is that of its frames, which are numbered."""
+    info = window.at(start + 8, 34)
+    if len(info) < 34 or _after_metadata(window, start, stop) is None:
+        return Stream([(start, stop)], problem=HEADER_CUT)
+    known = int.from_bytes(info[13:18], "big")
+    total = known & MAX_SAMPLES
+    # Frames of one size are numbered by frame: the number is worth something if the size is known.
+    block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
+    end = without_tags(window, start, stop)
+    is_file = start == 0 and stop == window.size
+    counted, is_whole = _last_sample(window, start, end, block_size)
+    if counted is None and is_whole:  # the frames do not tell
+        return Stream([(start, end)], is_file=is_file)
+    if total and counted is not None and is_whole and counted == total:
+        return Stream([(start, end)], is_file=is_file)
+    if not is_whole and total:
+        return _before_others(window, Stream([(start, end)], is_file=is_file), total, block_size)
+    problem = None if is_whole else LAST_FRAME
+    if counted is not None and counted < total:
+        problem = f"was cut short: its header promises {total} samples, {counted} are there"
+    # If there are more, libsndfile would stop at what is promised.
+    header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
+    return Stream([(start + len(header), end)], header, problem=problem)
+
+
+def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
+    """Describe a FLAC stream whose last bytes are no whole frame: it was cut, or something else follows it."""
+    ((start, stop),) = stream.spans
+    first = _after_metadata(window, start, stop)
+    position = stop if first is None else first
+    begin = None if first is None else _frame_span(window.at(first, 32), block_size)
+    while begin is not None and (position := window.find(b"\xff", position, stop)) >= 0:
+        head = window.at(position, 32)
+        if len(head) > 8 and head[1] & 0xFE == 0xF8:
+            span = _frame_span(head, block_size)
+            if span is not None and span[1] - begin[0] == total:
+                ends = [position + end for end in _frame_ends(window.at(position, min(MAX_FRAME, stop - position)))]
+                if ends and not any(after_tags(window, end) >= stop for end in ends):
+                    is_joined = any(next_file(window, end) is not None for end in ends)
+                    stream.problem = JOINED if is_joined else None
+                    stream.note = "has bytes behind its last frame that are not FLAC, and are not read"
+                if ends:
+                    return stream
+        position += 1
+    stream.problem = LAST_FRAME
+    return stream
+
+
+def _frame_ends(data: bytes) -> Iterator[int]:
+    """Yield where the frame that some bytes begin with may end: its CRC is 0 there, and by chance elsewhere."""
+    table, value = _crc_table(16, 0x8005), 0
+    for index, byte in enumerate(data):
+        value = (value << 8 ^ table[value >> 8 ^ byte]) & 0xFFFF
+        if not value and index > 8:
+            yield index + 1
+
+
+def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
+    """Return the samples of a FLAC stream by its first and last frame, and whether the last one is whole.
+
+    The count is None where the frames do not tell.
+    """
+    first = _after_metadata(window, start, stop)
+    if first is not None and first == stop:
+        return 0, True
+    for length in (FRAME, MAX_FRAME):
+        begin = max(start + 42, stop - length)
+        tail = window.at(begin, max(stop - begin, 0))
+        position = len(tail)
+        while (position := tail.rfind(b"\xff", 0, position)) >= 0:
+            frame = tail[position:]
+            if len(frame) <= 8 or frame[1] & 0xFE != 0xF8 or (span := _frame_span(frame, block_size)) is None:
+                continue
+            # The CRC of a whole frame with its own at the end is 0; compressed samples may look like a header.
+            if _crc(frame, 16, 0x8005) == 0:
+                return _counted(window, first, span[1], block_size), True
+    return None, False
+
+
+def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
+    """Return the samples from the first frame on: of a part of a longer stream, it is not the frame 0."""
+    span = None if first is None else _frame_span(window.at(first, 32), block_size)
+    return None if span is None else end - span[0]
+
+
+def _after_metadata(window: Window, start: int, stop: int) -> int | None:
+    """Return where a FLAC stream's blocks of metadata end; None if they go beyond it."""
+    position, last = start + 4, False
+    while not last and position + 4 <= stop:
+        head = window.at(position, 4)
+        last, position = bool(head[0] & 0x80), position + 4 + int.from_bytes(head[1:], "big")
+    return position if last and position <= stop else None
+
+
+def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
+    """Return the numbers of a frame's first sample and of the one after it; None if its header is not one."""
+    code, rate_code = frame[2] >> 4, frame[2] & 15
+    if code == 0 or rate_code == 15 or frame[3] & 1:
+        return None
+    lead = frame[4]
+    extra = 0 if lead < 0x80 else 8 - (lead ^ 0xFF).bit_length() - 1
+    if lead >= 0x80 and (extra < 1 or extra > 6):
+        return None
+    number = lead if not extra else lead & ((1 << (6 - extra)) - 1)
+    for byte in frame[5 : 5 + extra]:
+        if byte & 0xC0 != 0x80:
+            return None
+        number = number << 6 | byte & 0x3F
+    position = 5 + extra
+    if code in (6, 7):
+        samples = int.from_bytes(frame[position : position + code - 5], "big") + 1
+        position += code - 5
+    else:
+        samples = 192 if code == 1 else 576 << (code - 2) if code < 6 else 256 << (code - 8)
+    position += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if position >= len(frame) or _crc(frame[:position], 8, 0x07) != frame[position]:
+        return None
+    if not frame[1] & 1 and not block_size:
+        return None
+    first = number if frame[1] & 1 else number * block_size
+    return first, first + samples
+
+
+def _crc(data: bytes, bits: int, polynomial: int) -> int:
+    """Return a CRC, highest bit first, that begins with 0."""
+    table, mask, value = _crc_table(bits, polynomial), (1 << bits) - 1, 0
+    for byte in data:
+        value = (value << 8 ^ table[value >> (bits - 8) ^ byte]) & mask
+    return value
+
+
+@functools.cache
+def _crc_table(bits: int, polynomial: int) -> tuple[int, ...]:
+    top, mask = 1 << (bits - 1), (1 << bits) - 1
+    table = []
+    for index in range(256):
+        entry = index << (bits - 8)
+        for _ in range(8):
+            entry = (entry << 1 ^ polynomial if entry & top else entry << 1) & mask
+        table.append(entry)
+    return tuple(table)

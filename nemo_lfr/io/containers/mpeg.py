@@ -1,0 +1,291 @@
+"""MPEG audio: frames one after the other, and what encoders promise in a first frame without sound."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nemo_lfr.io.containers.magic import after_id3, after_tags, has_magic
+from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
+
+MAX_LEAD = 1 << 16  # bytes before the first frame
+MAX_PADDING = 4096  # bytes of tags and zeros behind the audio that are not worth a word
+
+_BITRATES = {  # kbit/s by (is MPEG 1, layer)
+    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+Kind = tuple[int, int, int]  # layer, rate, bytes of side information
+_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version bits
+
+
+@dataclass(frozen=True)
+class Frame:
+    length: int  # bytes
+    layer: int
+    rate: int  # Hz
+    side: int  # bytes of side information, where layer 3 has it
+
+    @property
+    def kind(self) -> Kind:
+        """What all frames of a recording have in common; `side` tells mono from stereo."""
+        return self.layer, self.rate, self.side
+
+
+def read_frame(head: bytes) -> Frame | None:
+    """Read the four bytes that begin a frame; None if they do not."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    rate_index, bitrate_index = head[2] >> 2 & 3, head[2] >> 4
+    if version == 1 or layer == 4 or rate_index == 3 or bitrate_index in (0, 15):
+        return None
+    first = version == 3
+    bitrate = _BITRATES[first, layer][bitrate_index - 1] * 1000
+    rate = _RATES[version][rate_index]
+    padding = head[2] >> 1 & 1
+    if layer == 1:
+        length = (12 * bitrate // rate + padding) * 4
+    else:
+        length = (144 if first or layer == 2 else 72) * bitrate // rate + padding
+    mono = head[3] >> 6 == 3
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    return Frame(length, layer, rate, side)
+
+
+@dataclass
+class Piece:
+    """Frames that one encoder wrote."""
+
+    spans: list[Span] = field(default_factory=list)  # bytes of the frames, without tags between them
+    count: int = 0
+    promised: int | None = None  # frames, by its Xing header; that header is none of them
+    first: bytes = b""
+    first_length: int = 0  # bytes of the first frame
+    problem: str | None = None  # what is wrong, unless there are as many frames as promised
+    is_joined: bool = False  # whether the problem is another file behind the frames
+    note: str | None = None  # what is odd, and loses next to nothing
+
+    def add(self, start: int, stop: int) -> None:
+        """Add a frame."""
+        if self.spans and self.spans[-1][1] == start:
+            start = self.spans.pop()[0]
+        self.spans.append((start, stop))
+
+
+def is_mpeg(head: bytes, window: Window) -> bool:
+    start = after_id3(window, 0) if head.startswith(b"ID3") else 0
+    if head.startswith(b"ID3") and window.at(start, 4) == b"fLaC":
+        return False
+    frame = read_frame(window.at(start, 4))
+    return head.startswith(b"ID3") or (
+        frame is not None and read_frame(window.at(start + frame.length, 4)) is not None
+    )
+
+
+def is_late(_: bytes, window: Window) -> bool:
+    """Return whether MPEG audio begins behind something else, as the rest of a frame in a recorded stream."""
+    position = 0
+    while (position := window.find(b"\xff", position, MAX_LEAD)) >= 0:
+        if read_frame(window.at(position, 4)) is not None and frames_follow(window, position, 8):
+            return True
+        position += 1
+    return False
+
+
+def frames_follow(window: Window, position: int, least: int = 3) -> bool:
+    """Return whether MPEG audio begins here: `least` frames of one kind, or fewer up to the end of the file."""
+    position = after_id3(window, position)
+    kind: Kind | None = None
+    for index in range(least):
+        frame = read_frame(window.at(position, 4))
+        if frame is None:
+            return index > 1 and _is_end(window, position)
+        if kind is not None and frame.kind != kind:
+            return False
+        kind = frame.kind
+        position += frame.length
+    return position <= window.size
+
+
+def _pieces(window: Window) -> Iterator[Piece]:
+    piece: Piece | None = None
+    kind: Kind | None = None
+    skipped: int | None = None  # where what is no frame began
+    position = 0
+    while position < window.size:
+        head = window.at(position, 4)
+        frame = read_frame(head)
+        if frame is None or (frame.kind != kind and not _confirmed(window, position, frame)):
+            if skipped is None and piece is not None and has_magic(window, after_tags(window, position)):
+                piece.problem, piece.is_joined = JOINED, True
+                break
+            skipped = position if skipped is None else skipped
+            if head[:3] == b"ID3":
+                position = after_id3(window, position)
+                kind = None
+            else:  # a tag of another kind, or damage: look for the next frame
+                position = _next_sync(window, position + 1)
+                kind = None
+            continue
+        promised = _xing_frames(window.at(position, 200), frame)
+        kind = frame.kind
+        if position + frame.length > window.size:
+            if piece is not None:
+                rest = window.size - position
+                piece.note = f"ends within a frame, as recorded streams do; its last {rest} bytes are not read"
+            skipped = None
+            break
+        if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
+            if piece is not None:
+                piece.note = piece.note or _left_out(window, skipped, position)
+                yield piece
+            piece = Piece(promised=promised, first=head, first_length=frame.length)
+        elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
+            hole = f"is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
+            piece.problem = piece.problem or hole
+        skipped = None
+        if promised is None:
+            piece.count += 1
+        piece.add(position, position + frame.length)
+        position += frame.length
+    if piece is not None:
+        piece.note = piece.note or _left_out(window, skipped, window.size)
+        yield piece
+
+
+def _left_out(window: Window, start: int | None, stop: int) -> str | None:
+    """Return what to say of bytes [start, stop) that are no frames; None of tags and padding, which hold no audio."""
+    if start is None:
+        return None
+    begin = min(after_tags(window, start), stop)
+    if stop - begin >= FEW_BYTES:
+        return f"{stop - begin} bytes at {begin} are not MPEG audio, and are not read"
+    return f"ends in {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
+
+
+def _confirmed(window: Window, position: int, frame: Frame) -> bool:
+    """Return whether the file ends or another frame of the same kind follows: chance looks like one frame, not two."""
+    following = position + frame.length
+    if following > window.size:
+        return False
+    other = read_frame(window.at(following, 4))
+    return _is_end(window, following) if other is None else other.kind == frame.kind
+
+
+def _is_end(window: Window, position: int) -> bool:
+    """Return whether the file ends at `position`, or a tag or padding begins there."""
+    tagged = window.at(position, 11).startswith(TAGS)
+    return tagged or window.is_zero(position, min(position + 64, window.size))
+
+
+def _is_same_kind(piece: Piece, frame: Frame) -> bool:
+    first = read_frame(piece.first)
+    return first is not None and first.kind == frame.kind
+
+
+def _next_sync(window: Window, position: int) -> int:
+    while True:
+        found = window.find(b"\xff", position)
+        id3 = window.find(b"ID3", position, found if found >= 0 else None)
+        if id3 >= 0:
+            return id3
+        if found < 0:
+            return window.size
+        if read_frame(window.at(found, 4)) is not None:
+            return found
+        position = found + 1
+
+
+def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
+    """Return the frames that an encoder's first frame promises; None if it is a frame of sound."""
+    if frame.layer != 3:
+        return None
+    tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
+    if len(tag) == 12 and tag[:4] in (b"Xing", b"Info"):
+        flags, count = struct.unpack(">II", tag[4:12])
+        return count if flags & 1 else 0
+    if len(frame_bytes) >= 54 and frame_bytes[36:40] == b"VBRI":
+        return struct.unpack(">I", frame_bytes[50:54])[0]
+    return None
+
+
+def mpeg_streams(window: Window) -> list[Stream]:
+    pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
+    if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
+        return [whole_file(window.size, HEADER_CUT)]
+    streams = []
+    for piece in pieces:
+        is_counted = piece.count == piece.promised
+        stream = Stream(piece.spans, by_name=True, note=piece.note)
+        stream.problem = piece.problem if piece.is_joined or not is_counted else None
+        if piece.promised and piece.count < piece.promised:
+            stream.problem = f"was cut short: its header promises {piece.promised} frames, {piece.count} are there"
+        if piece.promised and piece.count <= piece.promised:
+            stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
+            if not stream.is_file:
+                stream.header, stream.spans = _true_header(window, piece)
+        else:  # no length, or that of the first of many: libsndfile would guess, and stop there
+            stream.header = _xing_header(piece.first, piece.count)
+        streams.append(stream)
+    return streams
+
+
+def _is_plain(window: Window, piece: Piece) -> bool:
+    """Return whether only frames and an ID3v1 tag follow the ID3v2 tags of a file, and the size it states is true.
+
+    libmpg123 prints notes on stderr about all else.
+    """
+    (start, stop), *others = piece.spans
+    tag = window.size - 128
+    is_end = stop == window.size or (stop == tag and window.at(tag, 3) == b"TAG")
+    promised = _xing_bytes(window, piece)
+    return (
+        not others
+        and start == after_id3(window, 0)
+        and is_end
+        and (promised is None or abs(promised - (stop - start)) * 200 < stop - start)
+    )
+
+
+def _xing_bytes(window: Window, piece: Piece) -> int | None:
+    """Return the size in bytes that the header of the encoder states; None if it states none."""
+    tag = _xing_tag(window, piece)
+    return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
+
+
+def _xing_tag(window: Window, piece: Piece) -> bytes:
+    frame = read_frame(piece.first)
+    if frame is None:
+        return b""
+    start = piece.spans[0][0] + 4 + frame.side
+    tag = window.at(start, 16)
+    return tag if tag[:4] in (b"Xing", b"Info") else b""
+
+
+def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
+    """Return the encoder's header with the true size in bytes, and the spans of the other frames."""
+    (start, stop), *others = piece.spans
+    header = bytearray(window.at(start, piece.first_length))
+    frame = read_frame(piece.first)
+    if frame is not None and _xing_bytes(window, piece) is not None:
+        size = sum(stop - start for start, stop in piece.spans)
+        struct.pack_into(">I", header, 4 + frame.side + 12, min(size, 0xFFFFFFFF))
+    return bytes(header), [(start + piece.first_length, stop), *others]
+
+
+def _xing_header(head: bytes, count: int) -> bytes:
+    """Return a frame without sound that promises `count` frames like the one that begins with `head`."""
+    frame = read_frame(head)
+    if frame is None or frame.layer != 3:
+        return b""
+    for index in range(1, 15):
+        made = bytes([head[0], head[1] | 1, index << 4 | head[2] & 0x0C, head[3]])
+        own = read_frame(made)
+        if own is not None and own.length >= 4 + own.side + 120:
+            tag = b"Xing" + struct.pack(">II", 1, count)
+            return (made + bytes(own.side) + tag).ljust(own.length, b"\0")
+    return b""

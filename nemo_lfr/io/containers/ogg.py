@@ -1,0 +1,74 @@
+"""Ogg: logical streams one after the other, in pages that are numbered and have checksums."""
+
+import struct
+import zlib
+
+from nemo_lfr.io.containers.joined import next_file
+from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window
+
+
+def ogg_streams(window: Window) -> list[Stream]:
+    links: list[Stream] = []
+    open_serials: set[int] = set()
+    numbers: dict[int, int] = {}
+    position, start, in_heads = 0, 0, True
+    problem = None
+    while position < window.size:
+        page = window.at(position, 27)
+        if page[:4] != b"OggS":
+            found = window.find(b"OggS", position + 1)
+            gap = (window.size if found < 0 else found) - position
+            if found < 0 and (window.at(position, 8).startswith(TAGS) or window.is_zero(position, window.size)):
+                break
+            if next_file(window, position) not in (None, found):
+                problem = problem or JOINED
+            problem = problem or f"is damaged: {gap} bytes at {position} are not Ogg pages"
+            if found < 0:
+                break
+            position = found
+            continue
+        table = window.at(position + 27, page[26]) if len(page) == 27 else b""
+        length = 27 + len(table) + sum(table)
+        if len(page) < 27 or len(table) < page[26] or position + length > window.size:
+            problem = problem or "was cut short: its last page is not whole"
+            position = window.size
+            break
+        if _checksum(window.at(position, length)) != struct.unpack_from("<I", page, 22)[0]:
+            problem = problem or f"is damaged: the Ogg page at byte {position} has a wrong checksum"
+        flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
+        if flags & 2:  # begins a logical stream
+            if not in_heads:  # after the pages of others: the next recording
+                links.append(Stream([(start, position)], problem=problem or _unfinished(open_serials)))
+                start, problem = position, None
+                open_serials, numbers = set(), {}
+            in_heads = True
+            open_serials.add(serial)
+        else:
+            in_heads = False
+            if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
+                problem = problem or f"is damaged: Ogg pages are missing at byte {position}"
+        numbers[serial] = number
+        if flags & 4:
+            open_serials.discard(serial)
+        position += length
+    links.append(Stream([(start, position)], problem=problem or _unfinished(open_serials)))
+    if len(links) == 1:
+        links[0].is_file = True
+    return links
+
+
+_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+
+
+def _checksum(page: bytes) -> int:
+    """Return the CRC of a page, whose own field counts as zero.
+
+    Ogg's CRC is zlib's with the bits of every byte, and of the result, in the other order, and without inversions.
+    """
+    cleared = page[:22] + bytes(4) + page[26:]
+    inverted = zlib.crc32(cleared.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{inverted:032b}"[::-1], 2)
+
+
+def _unfinished(open_serials: set[int]) -> str | None:
+    return "was cut short: its last page is missing" if open_serials else None

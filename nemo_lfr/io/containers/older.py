@@ -1,0 +1,117 @@
+"""SPHERE, VOC, 8SVX and AVR: whether all samples that their headers promise are there.
+
+libsndfile reads what is there of a file that was cut short, and the headers of joined files as samples.
+"""
+
+import re
+import struct
+
+from nemo_lfr.io.containers.joined import compare_size, next_file
+from nemo_lfr.io.containers.stream import CHUNK_NAME, HEADER_CUT, JOINED, Span, Stream, Window, cut_short, whole_file
+from nemo_lfr.io.containers.wav import WavHeader
+
+SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
+SVX_FORMS = (b"8SVX", b"16SV")
+_SPHERE_FIELD = re.compile(rb"(?m)^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s*$")
+_SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
+_SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # bytes
+_VOC_SOUND = {1: 2, 9: 12}  # kinds of blocks that begin sound, and the bytes of their fields
+_VOC_MORE, _VOC_LAST = 2, 9  # the kind of block that continues sound, and the last one there is
+_VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, as WAV numbers them
+
+
+def is_sphere(head: bytes, _: Window) -> bool:
+    return head.startswith(SPHERE)
+
+
+def sphere_streams(window: Window) -> list[Stream]:
+    own_size = window.at(8, 8).strip()
+    start = int(own_size) if own_size.isdigit() else _SPHERE_HEADER
+    header = window.at(0, min(start, _MAX_SPHERE_HEADER))
+    fields = {name: int(value) for name, value in _SPHERE_FIELD.findall(header)}
+    if window.size < start:
+        return [whole_file(window.size, HEADER_CUT)]
+    if b"shorten" in header or b"sample_count" not in fields:
+        return []
+    # One byte each, whatever the field says: libsndfile writes it as text.
+    size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
+    block = size * fields.get(b"channel_count", 1)
+    return compare_size(window, start, fields[b"sample_count"] * block)
+
+
+def is_voc(head: bytes, _: Window) -> bool:
+    return head == VOC[:12]
+
+
+def voc_streams(window: Window) -> list[Stream]:
+    """Walk over the blocks; libsndfile reads those after the first one, headers and all, as samples."""
+    position = int.from_bytes(window.at(20, 2), "little")
+    spans: list[Span] = []
+    kinds: list[bytes] = []
+    while position + 4 <= window.size and (kind := window.at(position, 1)[0]):
+        start, stop = position + 4, position + 4 + int.from_bytes(window.at(position + 1, 3), "little")
+        if stop > window.size and kind in (*_VOC_SOUND, _VOC_MORE):
+            return [whole_file(window.size, cut_short(stop - start, window.size - start))]
+        if kind in _VOC_SOUND:
+            size = _VOC_SOUND[kind]
+            kinds.append(window.at(position, 1) + window.at(start, size))
+            spans.append((start + size, stop))
+        elif kind == _VOC_MORE:
+            spans.append((start, stop))
+        elif kind > _VOC_LAST:
+            break
+        position = stop
+    if not spans:
+        return [whole_file(window.size, HEADER_CUT)] if position + 4 > window.size else []
+    if window.at(position, 1) == b"\0":
+        position += 1
+    if len(set(kinds)) > 1 or next_file(window, position) is not None:
+        return [whole_file(window.size, JOINED)]
+    if len(spans) == 1:
+        return [whole_file(window.size)]
+    form = _voc_format(kinds[0]) if kinds else None
+    if form is None:
+        return [whole_file(window.size, "is VOC in several blocks of an unknown encoding; convert it to WAV")]
+    header = WavHeader(b"RIFF", form).rebuilt(sum(stop - start for start, stop in spans))
+    return [Stream(spans, header)]
+
+
+def _voc_format(block: bytes) -> bytes | None:
+    """Return the description of samples for a WAV file, from a block's kind and its fields; None if there is none."""
+    if block[0] == 1:
+        rate, bits, channels, codec = round(1_000_000 / (256 - block[1])), 8, 1, block[2]
+    else:
+        rate, bits, channels, codec = struct.unpack_from("<IBBH", block, 1)
+    if codec not in _VOC_CODECS or not bits or bits % 8:
+        return None
+    align = channels * bits // 8
+    return struct.pack("<HHIIHH", _VOC_CODECS[codec], channels, rate, rate * align, align, bits)
+
+
+def is_svx(head: bytes, _: Window) -> bool:
+    return head[:4] == b"FORM" and head[8:12] in SVX_FORMS
+
+
+def svx_streams(window: Window) -> list[Stream]:
+    position = 12
+    while position + 8 <= window.size:
+        name, length = struct.unpack(">4sI", window.at(position, 8))
+        if name == b"BODY":
+            return compare_size(window, position + 8, length)
+        if not CHUNK_NAME.match(name):
+            return []
+        position += 8 + length + length % 2
+    return [whole_file(window.size, HEADER_CUT)]
+
+
+def is_avr(head: bytes, _: Window) -> bool:
+    return head.startswith(AVR)
+
+
+def avr_streams(window: Window) -> list[Stream]:
+    head = window.at(0, _AVR_HEADER)
+    if len(head) < _AVR_HEADER:
+        return [whole_file(window.size, HEADER_CUT)]
+    stereo, bits = struct.unpack_from(">HH", head, 12)
+    block = (2 if stereo else 1) * (bits // 8)
+    return compare_size(window, _AVR_HEADER, struct.unpack_from(">I", head, 26)[0] * block)

@@ -1,0 +1,385 @@
+"""WAV: RIFF, RIFX, RF64 and BW64 files, from a disk or through a pipe."""
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from nemo_lfr.io.containers.joined import LOOK_BYTES, next_file
+from nemo_lfr.io.containers.magic import after_tags, has_magic
+from nemo_lfr.io.containers.mpeg import mpeg_streams
+from nemo_lfr.io.containers.stream import (
+    CHUNK_NAME,
+    HEADER_CUT,
+    JOINED,
+    KNOWN_CHUNKS,
+    TAGS,
+    UNKNOWN_BYTES,
+    Span,
+    Splice,
+    Stream,
+    Window,
+    cut_short,
+    goes_on,
+    is_chunk,
+    moved,
+    whole_file,
+)
+
+SEVERAL = "holds several recordings; give it as a file, or convert each to WAV by itself"
+# Bytes of a chunk that describes samples; the header of a damaged file may claim gigabytes.
+MAX_HEADER_CHUNK = 1 << 16
+# Bytes that a pipe holds back to tell chunks from samples.
+MAX_HELD = 1 << 24
+# Formats of the `fmt ` chunk: MPEG audio, layers 1 and 2, and layer 3.
+MPEG_TAGS = (b"\x50\0", b"\x55\0")
+
+
+def is_wav(head: bytes, _: Window) -> bool:
+    return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
+
+
+@dataclass
+class WavHeader:
+    """The chunks of a WAV file before its samples.
+
+    Attributes:
+        magic: of the file.
+        format: the whole `fmt ` chunk.
+        data_size: bytes of samples, as the header has it.
+        long_size: the same of RF64's `ds64` chunk; None if there is none.
+    """
+
+    magic: bytes
+    format: bytes = b""
+    data_size: int = 0
+    long_size: int | None = None
+
+    @property
+    def order(self) -> str:
+        """Byte order, as `struct` spells it."""
+        return ">" if self.magic == b"RIFX" else "<"
+
+    @property
+    def declared(self) -> int:
+        """Bytes of samples that are promised."""
+        if self.data_size == 0xFFFFFFFF and self.long_size is not None:
+            return self.long_size
+        return self.data_size
+
+    @property
+    def is_mpeg(self) -> bool:
+        """Whether the samples are frames of MPEG audio."""
+        return self.order == "<" and self.format[:2] in MPEG_TAGS
+
+    def is_unknown(self, available: int | None) -> bool:
+        """Return whether the header leaves the length open, where `available` bytes follow, if that is known."""
+        declared = self.declared
+        if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
+            return True
+        return declared >= UNKNOWN_BYTES and (available is None or declared > available)
+
+    def rebuilt(self, size: int | None) -> bytes:
+        """Return a header for `size` bytes of samples; for as many as come if None."""
+        magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
+        pad = b"\0" * (len(self.format) % 2)
+        chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad
+        total = 4 + len(chunk) + 8 + (size or 0)
+        if size is None:
+            total = size = 0xFFFFFFFF
+        elif total >= 0xFFFFFFF0:
+            magic, order = b"RF64", "<"
+            long = struct.pack("<4sIQQQI", b"ds64", 28, total + 36, size, 0, 0)
+            total = size = 0xFFFFFFFF
+        start = struct.pack(f"{order}4sI4s", magic, total, b"WAVE")
+        return start + long + chunk + struct.pack(f"{order}4sI", b"data", size)
+
+
+def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, bytes]:
+    """Read a WAV file up to its first sample.
+
+    Args:
+        read: returns the next bytes, as many as it is asked for unless the file ends.
+
+    Returns:
+        The header, or None where it is not one or holds no samples; and what was read.
+    """
+    taken = bytearray(read(12))
+    header = WavHeader(bytes(taken[:4]))
+    if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # the head decides
+        return None, bytes(taken)
+    while len(taken) < 1 << 26:
+        start = read(8)
+        taken += start
+        if len(start) < 8:
+            break
+        name, size = start[:4], struct.unpack(f"{header.order}I", start[4:])[0]
+        if name == b"data":
+            header.data_size = size
+            return (header if header.format else None), bytes(taken)
+        if size > 1 << 26:
+            break
+        body = read(size + size % 2)
+        taken += body
+        _note(header, name, body[:size])
+    return None, bytes(taken)
+
+
+def _note(header: WavHeader, name: bytes, body: bytes) -> None:
+    if name == b"fmt " and not header.format:
+        header.format = body
+    elif name == b"ds64" and len(body) >= 16:
+        header.long_size = struct.unpack_from("<Q", body, 8)[0]
+
+
+class WavSamples:
+    """Filter that keeps the samples of a WAV file that comes in through a pipe, by the rules for files.
+
+    Args:
+        header: what was read before the first sample.
+        header_size: its bytes.
+
+    Attributes:
+        problem: what is wrong with the file, once `finish` was called; None if it is whole.
+    """
+
+    def __init__(self, header: WavHeader, header_size: int) -> None:
+        self._order = header.order
+        self._declared = header.declared
+        self._left: int | None = None if header.is_unknown(None) else header.declared
+        self._odd = header.declared % 2
+        self._held = b""
+        self._zeros: int | None = None
+        self._skip = 0
+        self._unknown: bytes | None = None  # the name of the last chunk, where it may have been samples
+        self._done = False
+        self._look = LOOK_BYTES
+        self._at_samples = True  # whether the last chunk was one of samples
+        self._total = header_size
+        self.problem: str | None = None
+
+    def push(self, piece: bytes) -> bytes:
+        """Take the next bytes of the file; return the samples among them."""
+        self._total += len(piece)
+        return self._filter(self._held + piece, last=False)
+
+    def finish(self) -> bytes:
+        """Take the end of the file; return the samples that are left."""
+        samples = self._filter(self._held, last=True)
+        counted = self._declared in (self._total, self._total - 8)  # some recorders count the header as well
+        if self._left and not self._done and not counted:
+            self.problem = cut_short(self._declared, self._declared - self._left)
+        elif self._skip and self._unknown is not None:
+            self.problem = "holds more than its header says, which cannot be told from a chunk; give it as a file"
+        return samples
+
+    def _filter(self, data: bytes, last: bool) -> bytes:
+        samples = []
+        self._held = b""
+        while data and not self._done:
+            if self._skip:
+                skipped = min(self._skip, len(data))
+                data, self._skip = data[skipped:], self._skip - skipped
+            elif self._zeros is not None:
+                if not data.strip(b"\0"):
+                    self._zeros += len(data)
+                    break
+                samples.append(bytes(self._zeros))
+                self._zeros = self._left = None
+            elif self._left is None:
+                samples.append(data)
+                break
+            elif self._left:
+                samples.append(data[: self._left])
+                data, self._left = data[self._left :], self._left - len(samples[-1])
+            elif not last and len(data) < self._look:
+                self._held = data
+                break
+            else:
+                data = self._next_chunk(data, last)
+                if self._held:
+                    break
+        return b"".join(samples)
+
+    def _next_chunk(self, data: bytes, last: bool) -> bytes:
+        """Decide what follows samples or a chunk; return the data behind what was understood.
+
+        Where more bytes are needed to decide, all are held back.
+        """
+        window = Window(io.BytesIO(data), len(data))
+        if not last and len(data) < MAX_HELD and self._is_open(window):
+            self._held, self._look = data, 2 * len(data)
+            return b""
+        self._look = LOOK_BYTES
+        other = next_file(window, 0)
+        if other is not None:
+            self._done = True
+            self.problem = SEVERAL
+            return b""
+        # How much is left is not known, but no chunk after the samples is this large.
+        left, order = UNKNOWN_BYTES, self._order
+        is_broken = _is_mock_chunk if last else _is_broken_chain
+        is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
+        if (goes_on(data, left, order) and goes_on(data[self._odd :], left, order)) or (is_mock and self._at_samples):
+            self._zeros = 0 if self._declared else None  # zeros after samples are padding; after none, silence
+            self._left = self._left if self._declared else None
+            return data
+        if not is_chunk(data, left, order):
+            data = data[self._odd :]
+        if len(data) < 8 or not is_chunk(data, left, order):
+            self._done = True
+            return b""
+        name, size = struct.unpack(f"{self._order}4sI", data[:8])
+        self._at_samples = name == b"data"
+        if name == b"data":
+            self._left, self._odd, self._declared = (None if size >= UNKNOWN_BYTES else size), size % 2, size
+        else:
+            self._skip, self._odd = size, size % 2
+            self._unknown = None if name in KNOWN_CHUNKS or data.startswith(TAGS) else name
+        return data[8:]
+
+    def _is_open(self, window: Window) -> bool:
+        """Return whether only what is still to come tells chunks and tags from samples."""
+        for start in {0, self._odd}:
+            head = window.at(start, 8)
+            if head.startswith(b"ID3") and after_tags(window, start) + LOOK_BYTES > window.size:
+                return True
+            if self._at_samples and CHUNK_NAME.match(head) and head[:4] not in KNOWN_CHUNKS:
+                return not _is_broken_chain(window, start, self._order)
+        return False
+
+
+def wav_streams(window: Window) -> list[Stream]:
+    streams: list[Stream] = []
+    start: int | None = 0
+    while start is not None:
+        recording, start = _recording(window, start)
+        streams += recording
+    return streams
+
+
+def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
+    """Return the recording that begins at `start`, if there is one, and where the next one begins."""
+    size = window.size
+    header = WavHeader(window.at(start, 4))
+    spans: list[Span] = []
+    problem, exact, following = None, True, None
+    position = start + 12
+    while position + 8 <= size:
+        name, length = struct.unpack(f"{header.order}4sI", window.at(position, 8))
+        begin = position + 8
+        if spans and name in (b"RIFF", b"RIFX", b"RF64", b"BW64") and window.at(begin, 4) == b"WAVE":
+            following = position
+            break
+        is_other = spans and (has_magic(window, position) or _is_tag(name))
+        if is_other or not CHUNK_NAME.match(name):
+            break
+        if name != b"data":
+            is_read = name in (b"fmt ", b"ds64")
+            _note(header, name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
+            position = _after(window, begin, length)
+            exact = exact and (bool(spans) or position == begin + length + length % 2)
+            continue
+        header.data_size = length
+        stop, problem, is_exact = _wav_data(window, header, start, begin)
+        exact = exact and is_exact and not spans
+        spans.append((begin, stop))
+        position = _after(window, begin, stop - begin)
+    if following is None and spans and (other := next_file(window, position)) is not None:
+        if is_wav(window.at(other, 12), window):
+            following = other
+        else:
+            problem = problem or JOINED
+    if not spans or not header.format:
+        return [Stream([(start, size)], problem=_no_samples(window, start, position, header, spans))], None
+    if header.is_mpeg:
+        return _mpeg_inside(window, spans, problem), following
+    if exact and start == 0 and following is None:
+        return [whole_file(size, problem)], None
+    length = sum(stop - begin for begin, stop in spans)
+    return [Stream(spans, header.rebuilt(length), problem=problem)], following
+
+
+def _is_tag(name: bytes) -> bool:
+    """Return whether four bytes begin a tag behind the chunks, and are not the chunk of a WAV file that holds one."""
+    return name not in KNOWN_CHUNKS and any(name.startswith(tag[:4]) for tag in TAGS)
+
+
+def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
+    """Return what is wrong with a WAV file whose chunks, up to `stop`, hold no samples or do not describe them."""
+    declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
+    is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
+    if not spans and stop + 8 > window.size and not is_whole:
+        return HEADER_CUT
+    return f"is damaged: it has no {'data' if header.format else 'fmt'} chunk"
+
+
+def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
+    """The MPEG audio in a WAV file; libsndfile takes the header's guess of its length for its length."""
+    inner = Stream(spans)
+    streams = [
+        moved(stream, spans)
+        for stream in mpeg_streams(Window(Splice(window.file, inner), sum(stop - start for start, stop in spans)))
+    ]
+    return [replace(stream, problem=problem or stream.problem) for stream in streams]
+
+
+def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
+    """Return where samples that begin at `begin` end, what is wrong, and whether the header says the same."""
+    available, declared = window.size - begin, header.declared
+    if header.is_unknown(available):
+        return window.size, None, False
+    if declared > available:
+        # Some recorders count the header as well.
+        counted = declared in (window.size - start, window.size - start - 8)
+        return window.size, None if counted else cut_short(declared, available), False
+    stop = begin + declared
+    if next_file(window, stop) is None and _samples_follow(window, stop, declared, header.order):
+        return window.size, None, False
+    return stop, None, True
+
+
+def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:
+    """Return whether samples follow those that a header declares, rather than chunks, tags or padding."""
+    rest, left, odd = window.at(stop, 256), window.size - stop, declared % 2
+    more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
+    if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
+        return False
+    # Zeros after samples are padding; after none, they are silence.
+    return not declared or not window.is_zero(stop, window.size)
+
+
+def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
+    """Return whether bytes that look like a chunk are samples: its name is unknown, and its length leads to no end."""
+    end = _end_of_chunks(window, position, order)
+    is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
+    return is_beyond or _is_broken_chain(window, position, order)
+
+
+def _is_broken_chain(window: Window, position: int, order: str) -> bool:
+    """Return whether chunks of unknown names lead to bytes that are no chunk, no other file, no tag and no padding."""
+    if window.at(position, 11).startswith(TAGS):
+        return False
+    end = _end_of_chunks(window, position, order)
+    if end == position or end + 8 > window.size or window.at(end, 4) in KNOWN_CHUNKS:
+        return False
+    return next_file(window, end) is None and after_tags(window, end) < window.size
+
+
+def _end_of_chunks(window: Window, position: int, order: str) -> int:
+    """Return where chunks of unknown names end, one after the other."""
+    while position + 8 <= window.size:
+        head = window.at(position, 8)
+        if not CHUNK_NAME.match(head) or head[:4] in KNOWN_CHUNKS:
+            break
+        position = _after(window, position + 8, struct.unpack_from(f"{order}I", head, 4)[0])
+    return position
+
+
+def _after(window: Window, begin: int, length: int) -> int:
+    """Return where the next chunk begins; some writers leave out the padding of an odd one."""
+    position = begin + length
+    padded = position + length % 2
+    if padded != position and CHUNK_NAME.match(window.at(position, 4)) and window.at(position, 1) != b"\0":
+        return position
+    return padded

@@ -1,0 +1,293 @@
+"""Audio of Lhotse cuts, of which nothing is run and nothing is fetched that was not asked for.
+
+Lhotse's own reading starts a shell for sources of type "command", for URLs that begin with "pipe:" and for names that
+end in ".sph", and opens whatever URL a manifest names. Here a source is a plain file, bytes in memory, or, where the
+caller allows it, an http(s) URL; Lhotse gets only its samples. `check_cut` refuses a whole cut by its manifest, and
+`read_cut` opens no source that `check_source` does not allow, whether it was checked before or not.
+
+Relative paths of cuts are relative to the current folder, as in Lhotse; `~` is expanded.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.errors import AudioError, clip
+from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
+from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
+from nemo_lfr.io.reading import read_part
+
+# How Lhotse stores arrays and images in plain files, in memory, or in a Shar. The others open URLs ("lilcom_url"), run
+# programs ("kaldiio"), or unpickle ("memory_raw").
+ARRAY_STORAGE = {
+    "lilcom_files", "lilcom_chunky", "lilcom_hdf5", "chunked_lilcom_hdf5", "numpy_files", "numpy_hdf5",
+    "memory_lilcom", "memory_npy", "shar", "pillow_files", "pillow_memory",
+}  # fmt: skip
+URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://|\s*pipe:")
+# Attributes of cuts, recordings and transforms that are rates in Hz, and how much faster or slower speech is made.
+RATE_ATTRIBUTES = ("sampling_rate", "source_sampling_rate", "target_sampling_rate")
+MAX_FACTOR = 20
+# Bytes that a URL may give.
+MAX_DOWNLOAD = 1 << 31
+DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+MAX_DOWNLOAD_SECONDS = 900
+
+
+def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
+    """Refuse a cut that would run a program, or open what it should not, wherever in its manifest that is.
+
+    Args:
+        manifest: the cut as a dict, of any type: its recording, custom recordings, tracks, supervisions, transforms,
+            features and arrays are looked at.
+        allow_url: allow audio from http(s).
+
+    Raises:
+        AudioError: saying which source, and what to do.
+    """
+    waiting: list[Any] = [manifest]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Mapping):
+            if "storage_type" in item and ("storage_key" in item or "storage_path" in item):
+                _check_array(item)
+            sources = item.get("sources")
+            for source in sources if isinstance(sources, list | tuple) else []:
+                if isinstance(source, Mapping) and "source" in source:
+                    check_source(source.get("type"), source["source"], allow_url)
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+
+
+def check_source(kind: object, source: object, allow_url: bool = False) -> None:
+    """Raise AudioError unless an audio source of Lhotse is a file, in memory, or an http(s) URL that is allowed."""
+    shown = "..." if isinstance(source, bytes) else clip(source)
+    if kind == "command":
+        raise AudioError(f"its audio is the output of a command ({shown}), and nothing is run; write it to a file.")
+    if kind == "url":
+        if not isinstance(source, str) or not source.startswith(("http://", "https://")):
+            raise AudioError(f"its audio is at {shown}, which is not read; download it, and name the file.")
+        if not allow_url:
+            raise AudioError(f"its audio is at {shown}; URLs are read with --allow-url (allow_url in training) only.")
+    elif kind == "file":
+        if not isinstance(source, str) or URL.match(source):
+            raise AudioError(f"its audio is at {shown}, which is not the name of a file.")
+    elif kind not in ("memory", "shar"):
+        raise AudioError(f"its audio has a source of the unknown type {clip(kind)!r}; expected a file.")
+
+
+def _check_array(item: Mapping[str, Any]) -> None:
+    kind = item["storage_type"]
+    if kind not in ARRAY_STORAGE:
+        raise AudioError(f"it holds an array of storage type {clip(kind)!r}, which is not opened; drop that field.")
+    for key in ("storage_path", "storage_key"):
+        if isinstance(item.get(key), str) and URL.match(item[key]):
+            raise AudioError(f"it holds an array at {clip(item[key])}, which is not opened; drop that field.")
+
+
+def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
+    """Read a Lhotse cut or recording, mixed to mono.
+
+    A cut of all channels of one source, without perturbation, has the samples that a manifest's line would have. Any
+    other is put together by Lhotse, from samples that are read here.
+
+    Args:
+        cut: a cut of any type, or a recording.
+        sample_rate: Hz of the result.
+        longest: seconds.
+        allow_url: read http(s) sources.
+
+    Returns:
+        Samples [T_audio], float32.
+
+    Raises:
+        AudioError: if it cannot be read, is refused, or lasts more than `longest` seconds.
+    """
+    name = f"cut {clip(getattr(cut, 'id', cut))}"
+    try:
+        start, duration = float(getattr(cut, "start", 0.0)), float(cut.duration)
+        if not 0 <= start <= MAX_SECONDS or not 0 <= duration <= MAX_SECONDS:
+            raise AudioError(f"starts at {start:.10g} and lasts {duration:.10g} seconds.")
+        if duration > longest:
+            raise AudioError(f"lasts {duration:.1f} s, more than the {longest:g} s that are allowed.")
+        source = _only_source(cut)
+        if source is not None:
+            return read_part(_open(source, allow_url), name, start, duration, sample_rate)
+        channels = _with_own_sources(cut, allow_url).load_audio()
+        if channels is None:
+            raise AudioError("it has no audio.")
+        audio = np.asarray(channels, dtype=np.float32).mean(axis=0)
+        check_peak(float(np.abs(audio).max(initial=0.0)), "its audio")
+        rate = int(cut.sampling_rate)
+        return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
+    except Exception as error:  # of whichever of Lhotse's many parts
+        reason = _reason(error)
+        raise AudioError(reason if reason.startswith(name) else f"{name}: {reason}") from error
+
+
+def forbid_programs() -> None:
+    """Take from Lhotse's default audio backends those that start a shell, for the life of this process.
+
+    NeMo's loaders open the files of their manifests for a sample rate, before a cut of them comes here.
+    """
+    from lhotse.audio.backend import (
+        FfmpegSubprocessOpusBackend,
+        Sph2pipeSubprocessBackend,
+        get_default_audio_backend,
+    )
+
+    default: Any = get_default_audio_backend()
+    shells = (FfmpegSubprocessOpusBackend, Sph2pipeSubprocessBackend)
+    default.backends = [backend for backend in default.backends if not isinstance(backend, shells)]
+
+
+class OwnSource:
+    """Stands for an `AudioSource` in a recording, and reads its file or bytes without Lhotse's backends.
+
+    Args:
+        audio: the file, or its bytes.
+        channels: ids of its channels.
+    """
+
+    type = "memory"
+    video = None
+    has_video = False
+
+    def __init__(self, audio: Path | bytes, channels: list[int]) -> None:
+        self.audio, self.channels = audio, channels
+
+    def load_audio(self, offset: float = 0.0, duration: float | None = None, **_: Any) -> np.ndarray:
+        """Read samples [C, T] at the file's rate, from second `offset` on, for `duration` seconds or to the end.
+
+        Raises:
+            AudioError: if it cannot be read, or holds less.
+        """
+        name = str(self.audio) if isinstance(self.audio, Path) else "audio in memory"
+        is_mono = len(self.channels) == 1
+        with AudioReader(name, None, None if isinstance(self.audio, Path) else self.audio) as reader:
+            if is_mono and not offset and duration is None:
+                return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])[None]
+            rate = reader.native_rate
+            if duration is None:
+                duration = reader.duration - offset
+            first, count = round(offset * rate), round(duration * rate)
+            span = (first + 0.25) / rate, max(count - 0.25, 0) / rate
+            samples = reader.segment(*span)[None] if is_mono else reader.channels_of(*span)
+        _check_count(samples.shape[1], rate, duration)
+        return samples
+
+
+def _only_source(cut: Any) -> Any:
+    """The source whose whole a cut or recording is a part of; None if Lhotse has to put it together."""
+    if getattr(cut, "tracks", None) is not None:
+        return None
+    recording = getattr(cut, "recording", None) or cut
+    sources = getattr(recording, "sources", None)
+    if not sources or len(sources) != 1 or recording.transforms:
+        return None
+    channels = getattr(cut, "channel", recording.channel_ids)
+    wanted = {channels} if isinstance(channels, int) else set(channels)
+    return sources[0] if wanted == set(recording.channel_ids) else None
+
+
+def _with_own_sources(item: Any, allow_url: bool) -> Any:
+    """A copy of a cut, recording or transform, whose audio is read by `OwnSource`."""
+    from lhotse.augmentation import AudioTransform
+
+    changes: dict[str, Any] = {}
+    if isinstance(item, dict):  # a transform that has not been used yet
+        item = AudioTransform.from_dict(item)
+    _check_numbers(item)
+    for name in ("recording", "cut", "rir"):
+        if getattr(item, name, None) is not None:
+            changes[name] = _with_own_sources(getattr(item, name), allow_url)
+    for name in ("tracks", "transforms"):
+        if getattr(item, name, None):
+            changes[name] = [_with_own_sources(part, allow_url) for part in getattr(item, name)]
+    if getattr(item, "sources", None):
+        changes["sources"] = [OwnSource(_open(source, allow_url), list(source.channels)) for source in item.sources]
+    return dataclasses.replace(item, **changes) if changes else item
+
+
+def _check_numbers(item: Any) -> None:
+    """Refuse rates and factors of a cut, recording or transform that make days of audio of a second."""
+    for name in RATE_ATTRIBUTES:
+        if (rate := getattr(item, name, None)) is not None:
+            check_rate(rate)
+    if type(item).__name__ in ("Speed", "Tempo"):
+        factor = item.factor
+        if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
+            raise AudioError(
+                f"its audio is {clip(factor)} times as fast; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
+            )
+
+
+def _open(source: Any, allow_url: bool) -> Path | bytes:
+    """The file or the bytes of an audio source, if it is allowed; a URL is fetched."""
+    check_source(source.type, source.source, allow_url)
+    if source.type == "file":
+        return resolve_audio_path("", source.source)
+    if source.type == "url":
+        return _download(source.source)
+    if not isinstance(source.source, bytes) or not source.source:
+        raise AudioError(
+            f"its audio was to lie in {'a Shar' if source.type == 'shar' else 'memory'}, and is not there."
+        )
+    return source.source
+
+
+def _download(url: str) -> bytes:
+    """Fetch a file from http(s); redirections lead to http(s) only.
+
+    Raises:
+        AudioError: if it cannot be downloaded, or is larger than `MAX_DOWNLOAD`.
+    """
+    import http.client
+    import urllib.request
+
+    opener = urllib.request.OpenerDirector()
+    for handler in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPErrorProcessor"):
+        opener.add_handler(getattr(urllib.request, handler)())
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    try:
+        answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
+        if answer is None:  # no handler for the scheme that it is redirected to
+            raise AudioError(f"{clip(url)} leads elsewhere than to http(s).")
+        with answer:
+            data = _read_all(answer, url)
+    except (OSError, http.client.HTTPException) as error:
+        raise AudioError(f"{clip(url)} cannot be read: {clip(error, 200)}.") from error
+    return data
+
+
+def _read_all(answer: Any, url: str) -> bytes:
+    """Read an answer in pieces, so that a server that sends a byte a minute does not hold the caller."""
+    end = time.monotonic() + MAX_DOWNLOAD_SECONDS
+    pieces, size = [], 0
+    while piece := answer.read1(1 << 16):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_DOWNLOAD:
+            raise AudioError(f"{clip(url)} is larger than {MAX_DOWNLOAD} bytes.")
+        if time.monotonic() > end:
+            raise AudioError(f"{clip(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
+    if answer.length:  # as `read` would say
+        raise AudioError(f"{clip(url)} ends {answer.length} bytes too early.")
+    return b"".join(pieces)
+
+
+def _check_count(count: int, rate: int, duration: float) -> None:
+    if count / rate < duration - 0.025:  # what Lhotse allows
+        raise AudioError(f"expected {duration:.2f} s of audio, but the file holds {count / rate:.2f} s.")
+
+
+def _reason(error: Exception) -> str:
+    """What an error of Lhotse says, on one line: the nested reasons too, which come last."""
+    text = str(error).partition("\n[extra info]")[0] or type(error).__name__
+    return clip(" ".join(text.split()), 400)

@@ -1,0 +1,293 @@
+"""Lhotse manifests, Shar and their tar files, read item by item: one that is broken or refused costs its clip.
+
+Lhotse's own readers stop at the first item that they cannot read, or end in silence where a file of a Shar does.
+"""
+
+import codecs
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.errors import AudioError, ConfigError, clip
+from nemo_lfr.io.bounded import lines, member_bytes, open_tar
+from nemo_lfr.io.cut_audio import check_cut
+from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
+from nemo_lfr.io.text import UTF16_MARKS
+
+logger = logging.getLogger(__name__)
+
+CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
+# Attributes of a cut that a field of a Shar may hold.
+CUT_FIELDS = ("recording", "features")
+# Lines among which one must say what a file holds.
+FIRST_LINES = 100
+
+
+@dataclass(frozen=True)
+class CutItem:
+    """A cut of a file, or the reason why it cannot be used.
+
+    Attributes:
+        id: the cut's, or one made of its line.
+        cut: the Lhotse cut; None if there is a problem.
+        problem: what is wrong with it.
+    """
+
+    id: str
+    cut: Any = None
+    problem: str | None = None
+
+
+def json_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a JSON-lines file that are not blank, decompressed where it is gzip.
+
+    Raises:
+        ConfigError: if the file cannot be read, or was cut short.
+    """
+    try:
+        with open(path, "rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.open(path, "rb") if packed else open(path, "rb") as file:
+            for number, line in enumerate(lines(file)):
+                if number == 0:
+                    if line.startswith(UTF16_MARKS):
+                        raise ConfigError(f"{path}: UTF-16 text; save it as UTF-8.")
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield line
+    except EOFError as error:
+        raise ConfigError(f"{path}: was cut short: its compressed data ends too early; get it again.") from error
+    except (OSError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({clip(reason, 200)}).") from error
+
+
+def kind_of(path: Path) -> str | None:
+    """Return what Lhotse's JSON lines hold: "cuts", "recordings", "supervisions", "features", or None for neither."""
+    for _, line in zip(range(FIRST_LINES), json_lines(path), strict=False):
+        try:
+            item = json.loads(line)
+        except NOT_A_LINE:
+            continue
+        if not isinstance(item, dict):
+            continue
+        if item.get("type") in CUT_TYPES:
+            return "cuts"
+        if "audio_filepath" in item:  # a NeMo manifest, whatever else its lines say
+            return None
+        if "sources" in item and "sampling_rate" in item:
+            return "recordings"
+        if "num_features" in item:
+            return "features"
+        if "recording_id" in item and "start" in item:
+            return "supervisions"
+        return None
+    return None
+
+
+def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
+    """Yield the cuts of a cuts file, or a cut of each recording of a recordings file.
+
+    The supervisions of recordings are read from the file beside, if there is one: see `supervisions_beside`.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    whole = kind_of(path) == "recordings"
+    supervisions = _supervisions(path) if whole else {}
+    for line in json_lines(path):
+        try:
+            manifest = json.loads(line)
+            if whole:
+                manifest = _cut_of(manifest, supervisions)
+            yield _item(manifest, allow_url)
+        except NOT_A_LINE as error:
+            yield CutItem(
+                line_id(line),
+                problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace').strip())}",
+            )
+
+
+def check_fields(folder: Path, fields: Iterable[str]) -> None:
+    """Refuse a Shar whose fields would replace what a cut is, such as its id or its methods.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    from lhotse import MonoCut, MultiCut
+
+    for name in fields:
+        own = name in MonoCut.__dataclass_fields__ or hasattr(MonoCut, name) or hasattr(MultiCut, name)
+        if name != "cuts" and (not name.isidentifier() or (own and name not in CUT_FIELDS)):
+            raise ConfigError(
+                f"{folder}: the field {clip(name)!r} of this Shar is not a name for custom data of a cut; "
+                "rename its files, or move them elsewhere."
+            )
+
+
+def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:
+    """Yield the cuts of one shard of a Lhotse Shar, with what its other files hold of them.
+
+    Args:
+        cuts: the shard's `cuts.*.jsonl.gz`.
+        fields: name -> its `.tar` or `.jsonl`.
+        allow_url: as of `check_cut`.
+    """
+    readers = {name: _field(path, name) for name, path in fields.items()}
+    broken: dict[str, str] = {}
+    for line in json_lines(cuts):
+        values: dict[str, tuple[str, Any]] = {}
+        for name, reader in readers.items():
+            if name not in broken:
+                try:
+                    values[name] = next(reader)
+                except StopIteration:
+                    broken[name] = f"{fields[name].name} is cut short (it ends here)"
+                except Exception as error:  # of tarfile, gzip or JSON
+                    broken[name] = (
+                        f"{fields[name].name} is cut short ({clip(str(error) or type(error).__name__, 200)})"
+                    )
+        try:
+            manifest = json.loads(line)
+            item = _item(manifest, allow_url)
+        except NOT_A_LINE as error:
+            yield CutItem(line_id(line), problem=f"not a Lhotse cut: {describe(error)}")
+            continue
+        if item.problem is None and broken:
+            item = CutItem(item.id, problem=next(iter(broken.values())) + ".")
+        if item.problem is None:
+            item = _attach(item, values, allow_url)
+        yield item
+    for name, reader in readers.items():
+        if name not in broken and (more := next(reader, None)) is not None:
+            yield CutItem(more[0], problem=f"{fields[name].name} holds more items than {cuts.name} has cuts.")
+            return
+
+
+def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: bool) -> CutItem:
+    from lhotse.serialization import deserialize_item
+    from lhotse.shar.utils import fill_shar_placeholder
+
+    try:
+        for name, (of, value) in values.items():
+            if of != item.id:
+                raise AudioError(f"{name} holds {clip(of)!r} here: an item is missing or in another place.")
+            if value is None:
+                continue
+            manifest, data, member = value
+            if manifest is None:
+                raise AudioError(f"its manifest in the tar of {name} is not JSON.")
+            if isinstance(manifest, dict):
+                check_cut(manifest, allow_url)
+                if member is not None or _is_manifest(manifest):
+                    manifest = deserialize_item(manifest)
+            if member is not None:
+                fill_shar_placeholder(manifest=manifest, data=data, tarpath=member)
+            setattr(item.cut, name, manifest)
+    except Exception as error:  # of Lhotse's many classes
+        return CutItem(item.id, problem=explain(error))
+    return item
+
+
+def explain(error: Exception) -> str:
+    """Say what is wrong with a cut, on one line."""
+    if isinstance(error, AudioError):
+        return clip(error, 300)
+    if isinstance(error, KeyError):
+        return f"it has no key {clip(error)}"
+    return clip(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+
+
+def _is_manifest(value: Mapping[str, Any]) -> bool:
+    return "sources" in value or "storage_type" in value or "array" in value
+
+
+def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield, for each cut, its id and what a field's file holds of it: manifest, data and name of the data."""
+    if not re.search(r"\.tar(\.gz)?$", path.name):
+        for line in json_lines(path):
+            item = json.loads(line)
+            yield str(item["cut_id"]), (item[name], None, None) if name in item else None
+        return
+    with open_tar(path) as tar:
+        members = iter(tar)
+        for first in members:
+            data = None if first.name.endswith(".nodata") else member_bytes(tar, first)
+            second = next(members, None)
+            if second is None:
+                raise AudioError("it ends after the data of an item")
+            of = first.name.rpartition(".")[0]
+            if data is None or second.name.endswith(".nometa"):
+                yield of, None
+            else:
+                yield of, (_parse(member_bytes(tar, second)), data, Path(first.name))
+
+
+def _parse(data: bytes) -> Any:
+    """Parse the manifest in a tar; return None for a broken one, which costs its clip alone."""
+    try:
+        return json.loads(data)
+    except NOT_A_LINE:
+        return None
+
+
+def _item(manifest: Any, allow_url: bool) -> CutItem:
+    from lhotse.cut.set import deserialize_cut
+
+    if not isinstance(manifest, dict) or manifest.get("type") not in CUT_TYPES:
+        raise ValueError("it is not an object of the type MonoCut, MultiCut or MixedCut")
+    name = str(manifest["id"])
+    try:
+        check_cut(manifest, allow_url)
+    except AudioError as error:
+        return CutItem(name, problem=str(error))
+    try:
+        if manifest["type"] == "PaddingCut":
+            return CutItem(name, problem="it is a PaddingCut, which holds no audio.")
+        return CutItem(name, deserialize_cut(manifest))
+    except Exception as error:  # of Lhotse's many classes
+        return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
+
+
+def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The manifest of a cut that is a whole recording."""
+    channels = recording.get("channel_ids")
+    if channels is None:
+        channels = sorted(channel for source in recording["sources"] for channel in source["channels"])
+    return {
+        "id": str(recording["id"]),
+        "start": 0.0,
+        "duration": recording["duration"],
+        "channel": channels[0] if len(channels) == 1 else channels,
+        "supervisions": list(supervisions.get(str(recording["id"]), [])),
+        "recording": recording,
+        "type": "MonoCut" if len(channels) == 1 else "MultiCut",
+    }
+
+
+def supervisions_beside(recordings: Path) -> Path | None:
+    """Return the supervisions that Lhotse's recipes write beside a file of recordings, if they are there."""
+    head, found, tail = recordings.name.rpartition("recordings")
+    path = recordings.with_name(f"{head}supervisions{tail}")
+    return path if found and path.is_file() else None
+
+
+def _supervisions(recordings: Path) -> dict[str, list[Any]]:
+    path = supervisions_beside(recordings)
+    found: dict[str, list[Any]] = {}
+    bad = 0
+    for line in json_lines(path) if path else ():
+        try:
+            item = json.loads(line)
+            found.setdefault(str(item["recording_id"]), []).append(item)
+        except NOT_A_LINE:
+            bad += 1
+    if bad:
+        logger.warning("%s: %d lines are not supervisions, and are left out.", path, bad)
+    return found

@@ -1,0 +1,167 @@
+"""Blocks of tokens as bytes, by an entropy model: each block is coded without those before it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nemo_lfr.io.entropy.coder import FREQUENCY_BITS, LOW, STATE_BYTES, TOTAL, Decoder, encode_intervals
+from nemo_lfr.io.entropy.model import HIDDEN_MAX, EntropyModel
+from nemo_lfr.io.entropy.predict import (
+    EXPONENTIALS,
+    MAX_STEPS,
+    History,
+    block_features,
+    digits_to_tokens,
+    frequencies,
+    hidden_sums,
+    logits,
+    tokens_to_digits,
+)
+
+# Fewest blocks for which decoding them side by side is faster than one after the other.
+SIDE_BY_SIDE = 3
+
+
+def least_bytes(num_frames: int) -> int:
+    """Bytes that a block's payload has at least, so that few bytes cannot claim hours of work."""
+    return -(-num_frames // 4)
+
+
+def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of the interval of each digit of a block: [T, D] -> 2 x [T, D] as int64."""
+    sums = hidden_sums(model, block_features(model.spec, digits))
+    rows = np.arange(len(digits))
+    starts, lengths = np.empty_like(digits), np.empty_like(digits)
+    for digit, values in enumerate(digits.T):
+        table = frequencies(logits(model, sums, digit))
+        lengths[:, digit] = table[rows, values]
+        starts[:, digit] = table.cumsum(axis=1)[rows, values] - lengths[:, digit]
+        sums += model.layers.digits[digit][values]
+    return starts, lengths
+
+
+def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
+    """Encode tokens [C, T], each below the codebook size."""
+    starts, lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))
+    data = encode_intervals(starts.ravel().tolist(), lengths.ravel().tolist())
+    return data.ljust(least_bytes(tokens.shape[1]), b"\0")
+
+
+def block_bits(model: EntropyModel, tokens: np.ndarray) -> float:
+    """Code length of tokens [C, T] under a model, in bits, without what a block costs beside."""
+    lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))[1]
+    return float((FREQUENCY_BITS - np.log2(lengths)).sum())
+
+
+def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarray:
+    """The inverse of `encode_block`: tokens [C, T] as int32.
+
+    Raises:
+        ValueError: if the bytes are not what `encode_block` writes for so many frames.
+    """
+    decoder = Decoder(data)
+    history = History(model.spec, 1)
+    layers = model.layers
+    second, third = layers.scales[1], layers.scales[2]
+    exponentials = EXPONENTIALS.tolist()
+    num_digits = model.spec.num_digits
+    digits = np.empty((num_frames, num_digits), dtype=np.int64)
+    hidden = np.ones(model.spec.hidden[1] + 1, dtype=np.float32)
+    units = hidden[:-1]
+    steps = list(zip(layers.outputs, layers.digits, strict=True))
+    for row in digits:
+        sums = hidden_sums(model, history.features)[0]
+        frame = []
+        for output, added in steps:
+            np.multiply(sums, second, out=units)
+            np.floor(units, out=units)
+            np.maximum(units, 0, out=units)
+            np.minimum(units, HIDDEN_MAX, out=units)
+            # Few numbers: Python's are faster than NumPy's. As `frequencies`.
+            values = np.floor(hidden @ output * third).tolist()
+            best = max(values)
+            weights = [exponentials[min(int(best - value), MAX_STEPS)] for value in values]
+            scale, room = sum(weights), TOTAL - len(weights)
+            table = [1 + weight * room // scale for weight in weights]
+            table[values.index(best)] += TOTAL - sum(table)
+            symbol = decoder.take(table)
+            frame.append(symbol)
+            sums += added[symbol]
+        row[:] = frame
+        history.push(row[None])
+    _check_rest(decoder.finish(), len(data), num_frames)
+    return digits_to_tokens(digits, model.spec.levels)
+
+
+def _check_rest(rest: bytes, size: int, num_frames: int) -> None:
+    if rest and (size > least_bytes(num_frames) or rest.strip(b"\0")):
+        raise ValueError(f"{len(rest)} bytes follow its coded digits")
+
+
+def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> list[np.ndarray]:
+    """Decode several blocks, each given as its bytes and its number of frames, as `decode_block` does.
+
+    Raises:
+        ValueError: as `decode_block` does, for any of them.
+    """
+    if len(blocks) < SIDE_BY_SIDE:
+        return [decode_block(model, data, count) for data, count in blocks]
+    order = sorted(range(len(blocks)), key=lambda number: -blocks[number][1])
+    counts = [blocks[number][1] for number in order]
+    tape = _Tape([blocks[number][0] for number in order])
+    digits = np.zeros((counts[0], len(order), model.spec.num_digits), dtype=np.int64)
+    history = History(model.spec, len(order))
+    batch = len(order)
+    for index, frame in enumerate(digits):
+        while counts[batch - 1] <= index:
+            batch -= 1
+        if batch < len(history.features):
+            history.keep(batch)
+        frame = frame[:batch]
+        sums = hidden_sums(model, history.features)
+        for digit in range(model.spec.num_digits):
+            values = tape.take(frequencies(logits(model, sums, digit)))
+            frame[:, digit] = values
+            sums += model.layers.digits[digit][values]
+        history.push(frame)
+    for row, count in enumerate(counts):
+        _check_rest(tape.finish(row), len(blocks[order[row]][0]), count)
+    result: list[np.ndarray] = [np.empty(0)] * len(order)
+    for row, number in enumerate(order):
+        result[number] = digits_to_tokens(digits[: counts[row], row], model.spec.levels)
+    return result
+
+
+class _Tape:
+    """Decoders side by side; see `Decoder`."""
+
+    def __init__(self, data: Sequence[bytes]) -> None:
+        self._states = np.array([Decoder(part).state for part in data], dtype=np.int64)
+        self._data = np.frombuffer(b"".join(data) + b"\0", dtype=np.uint8).astype(np.int64)
+        self._ends = np.cumsum([len(part) for part in data])
+        self._positions = self._ends - [len(part) - STATE_BYTES for part in data]
+
+    def take(self, table: np.ndarray) -> np.ndarray:
+        """Next symbols of the first blocks, by their frequencies [B, levels]."""
+        batch = len(table)
+        rows = np.arange(batch)
+        states = self._states[:batch]
+        rest = states & (TOTAL - 1)
+        ends = table.cumsum(axis=1)
+        symbols = (rest[:, None] >= ends).sum(axis=1)
+        lengths = table[rows, symbols]
+        states = lengths * (states >> FREQUENCY_BITS) + rest - ends[rows, symbols] + lengths
+        while (short := np.flatnonzero(states < LOW)).size:
+            at = self._positions[short]
+            if (at >= self._ends[short]).any():
+                raise ValueError("its coded digits end too early")
+            states[short] = states[short] << 8 | self._data[at]
+            self._positions[short] += 1
+        self._states[:batch] = states
+        return symbols
+
+    def finish(self, row: int) -> bytes:
+        """Bytes behind the last symbol of a block."""
+        if self._states[row] != LOW:
+            raise ValueError("its coded digits do not end where they should")
+        return self._data[self._positions[row] : self._ends[row]].astype(np.uint8).tobytes()

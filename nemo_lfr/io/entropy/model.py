@@ -1,0 +1,306 @@
+"""The entropy model: integer weights that predict the digits of a frame, and the `.lfrm` file that holds them.
+
+`docs/FORMAT.md` specifies the file and the arithmetic. All values are integers. They are computed as float32, which is
+exact because no sum of absolute values reaches 2^24: a model is refused when it is loaded unless this is proved for
+every input. The order of summation therefore does not matter, so any BLAS on any machine gives the same result.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nemo_lfr._version import __version__
+from nemo_lfr.errors import EntropyModelError, clip
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.regular import open_regular
+
+MAGIC, VERSION = b"LFRM", 1
+SUFFIX = ".lfrm"
+MAX_METADATA_BYTES = 65536
+MAX_FILE_BYTES = 1 << 26
+HASH_DIGITS = 16
+HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
+
+INPUT_MAX = 127  # of a feature
+HIDDEN_MAX = 255  # of a hidden unit
+EXACT_LIMIT = 1 << 24  # integers up to here are exact in float32
+AVERAGE_BITS = 8  # fractional bits of a running average
+
+MAX_LEVELS, MAX_DIGITS, MAX_PAST, MAX_AVERAGES, MAX_HIDDEN, MAX_SHIFT = 64, 512, 16, 4, 1024, 20
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of a model, and the codec that it belongs to.
+
+    Attributes:
+        levels: of one codebook, each from 2 to 64.
+        num_codebooks: C; a frame has `C * len(levels)` digits.
+        past: number of past frames that are features.
+        averages: time constants of running averages, in powers of two of frames.
+        spreads: the same for running averages of distances from the middle level.
+        hidden: units of the first and the second hidden layer.
+        shifts: right shifts after the first layer, the second layer and the output layer.
+        fingerprint: of the codec whose tokens were fitted; information.
+        written_by: information.
+    """
+
+    levels: tuple[int, ...]
+    num_codebooks: int
+    past: int
+    averages: tuple[int, ...]
+    spreads: tuple[int, ...]
+    hidden: tuple[int, int]
+    shifts: tuple[int, int, int]
+    fingerprint: str = ""
+    written_by: str = f"nemo_lfr {__version__}"
+
+    @property
+    def digit_levels(self) -> tuple[int, ...]:
+        """Levels of each digit of a frame: those of the codebooks in order, first dimension first."""
+        return self.levels * self.num_codebooks
+
+    @property
+    def num_digits(self) -> int:
+        return len(self.levels) * self.num_codebooks
+
+    @property
+    def num_features(self) -> int:
+        return self.past * (self.num_digits + 1) + len(self.averages + self.spreads) * self.num_digits
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "ModelSpec":
+        """Parse untrusted metadata.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is anything else than what `EntropyModel.to_bytes` writes.
+        """
+        values = json.loads(text)
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name in ("levels", "averages", "spreads", "hidden", "shifts"):
+            known[name] = tuple(known[name])
+        spec = cls(**known)
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+        for name, low, high, at_least, at_most in (
+            ("levels", 2, MAX_LEVELS, 1, 16),
+            ("averages", 1, 8, 0, MAX_AVERAGES),
+            ("spreads", 1, 8, 0, MAX_AVERAGES),
+            ("hidden", 1, MAX_HIDDEN, 2, 2),
+            ("shifts", 0, MAX_SHIFT, 3, 3),
+        ):
+            values = getattr(self, name)
+            if not at_least <= len(values) <= at_most or not all(
+                type(value) is int and low <= value <= high for value in values
+            ):
+                raise ValueError(f"{name} are {clip(repr(values))}")
+        for name, low, high in (("num_codebooks", 1, 256), ("past", 1, MAX_PAST)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {clip(repr(value))}")
+        if self.num_digits > MAX_DIGITS:
+            raise ValueError(f"{self.num_digits} digits a frame; at most {MAX_DIGITS} are possible")
+        for name in ("fingerprint", "written_by"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
+                raise ValueError(f"{name} is {clip(repr(value))}")
+
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor, in the order of the file."""
+        first, second = self.hidden
+        rows = sum(self.digit_levels)
+        yield "input_weight", "<i1", (first, self.num_features)
+        yield "input_bias", "<i4", (first,)
+        yield "hidden_weight", "<i1", (second, first + self.num_features)
+        yield "hidden_bias", "<i4", (second,)
+        yield "digit_weight", "<i2", (rows, second)
+        yield "output_weight", "<i1", (rows, second)
+        yield "output_bias", "<i4", (rows,)
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyModel:
+    """Integer weights; see `docs/FORMAT.md` for what each tensor does.
+
+    Args:
+        spec: sizes.
+        weights: tensors as `ModelSpec.tensors` lists them.
+
+    Raises:
+        ValueError: if a tensor is missing or has another shape, or if a sum could reach 2^24.
+    """
+
+    spec: ModelSpec
+    weights: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        self.spec.check()
+        for name, dtype, shape in self.spec.tensors():
+            tensor = self.weights[name]
+            if tensor.shape != shape or tensor.dtype != np.dtype(dtype):
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}")
+        self._prove_exact()
+
+    def _prove_exact(self) -> None:
+        """Raise ValueError unless every partial sum of every layer, in any order, stays below 2^24."""
+        size = {name: np.abs(tensor.astype(np.int64)) for name, tensor in self.weights.items()}
+        first = self.spec.hidden[0]
+        digits = [part.max(axis=0) for part in np.split(size["digit_weight"], self.offsets[1:-1])]
+        bounds = {
+            "first": size["input_weight"].sum(axis=1) * INPUT_MAX + size["input_bias"],
+            "second": size["hidden_weight"][:, :first].sum(axis=1) * HIDDEN_MAX
+            + size["hidden_weight"][:, first:].sum(axis=1) * INPUT_MAX
+            + size["hidden_bias"]
+            + np.sum(digits, axis=0),
+            "output": size["output_weight"].sum(axis=1) * HIDDEN_MAX + size["output_bias"],
+        }
+        for layer, bound in bounds.items():
+            if bound.max() >= EXACT_LIMIT:
+                raise ValueError(f"sums of the {layer} layer may reach {bound.max()}, which float32 cannot hold")
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """First row of each digit in the tensors that have a row for each level; then the number of rows."""
+        return [0, *np.cumsum(self.spec.digit_levels).tolist()]
+
+    def to_bytes(self) -> bytes:
+        """The `.lfrm` file; equal models give equal bytes."""
+        text = json.dumps(asdict(self.spec), separators=(",", ":")).encode()
+        head = MAGIC + struct.pack("<I", len(text) << 8 | VERSION) + text
+        data = head + b"".join(self.weights[name].astype(dtype).tobytes() for name, dtype, _ in self.spec.tensors())
+        return data + struct.pack("<I", zlib.crc32(data))
+
+    @cached_property
+    def hash(self) -> str:
+        """The name of this model in `.lfr` files: the first 16 hex digits of the file's SHA-256."""
+        return model_hash(self.to_bytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str | os.PathLike[str]) -> "EntropyModel":
+        """Parse the bytes of a `.lfrm` file.
+
+        Args:
+            data: the file.
+            name: for messages.
+
+        Raises:
+            EntropyModelError: naming the file and what is wrong with it.
+        """
+
+        def fail(reason: str) -> EntropyModelError:
+            return EntropyModelError(f"{name}: {reason}; the file is damaged or was cut short.")
+
+        if data[:4] != MAGIC:
+            raise EntropyModelError(f"{name}: not an entropy model ({SUFFIX}).")
+        if len(data) < 8:
+            raise fail("it ends too early")
+        if data[4] != VERSION:
+            raise EntropyModelError(
+                f"{name}: version {data[4]} of entropy models; this nemo_lfr reads version {VERSION}; "
+                "install a newer one."
+            )
+        length = int.from_bytes(data[5:8], "little")
+        if length > MAX_METADATA_BYTES:
+            raise fail(f"its metadata claims {length} bytes")
+        if len(data) < 12 + length:
+            raise fail("it ends too early")
+        if struct.pack("<I", zlib.crc32(data[:-4])) != data[-4:]:
+            raise fail("its checksum is wrong")
+        try:
+            spec = ModelSpec.from_json(data[8 : 8 + length])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise EntropyModelError(f"{name}: its metadata is invalid ({clip(error, 200)}).") from error
+        sizes = {tensor: np.dtype(dtype).itemsize * math.prod(shape) for tensor, dtype, shape in spec.tensors()}
+        if len(data) != 8 + length + sum(sizes.values()) + 4:
+            raise fail(f"it has {len(data)} bytes, which its metadata does not describe")
+        weights: dict[str, np.ndarray] = {}
+        position = 8 + length
+        for tensor, dtype, shape in spec.tensors():
+            part = data[position : position + sizes[tensor]]
+            weights[tensor] = np.frombuffer(part, dtype).reshape(shape)
+            position += sizes[tensor]
+        try:
+            return cls(spec, weights)
+        except ValueError as error:
+            raise EntropyModelError(f"{name}: {clip(error, 200)}.") from error
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "EntropyModel":
+        """Read a `.lfrm` file.
+
+        Raises:
+            EntropyModelError: if it cannot be read or is damaged.
+        """
+        path = Path(expand_home(path))
+        try:
+            with open_regular(path, EntropyModelError) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise EntropyModelError(f"{path}: {error.strerror or error}.") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise EntropyModelError(f"{path}: larger than any entropy model ({MAX_FILE_BYTES} bytes).")
+        return cls.from_bytes(data, path)
+
+    # Derived forms, as float32 with exact integer values.
+
+    @cached_property
+    def layers(self) -> "Layers":
+        return Layers(self)
+
+
+class Layers:
+    """A model's tensors as float32, laid out for multiplication. Biases are the last row, for an input of 1.
+
+    Attributes:
+        first: [F + 1, H1].
+        second: [H1 + F + 1, H2].
+        digits: for each digit, what its value adds to the second layer, [levels, H2].
+        outputs: for each digit, [H2 + 1, levels].
+        scales: 2^-shift of the three layers; multiplying by a power of two is exact.
+    """
+
+    def __init__(self, model: EntropyModel) -> None:
+        weights = {name: tensor.astype(np.float32) for name, tensor in model.weights.items()}
+        self.first = _with_bias(weights["input_weight"], weights["input_bias"])
+        self.second = _with_bias(weights["hidden_weight"], weights["hidden_bias"])
+        rows = [slice(*pair) for pair in zip(model.offsets, model.offsets[1:], strict=False)]
+        self.digits = [np.ascontiguousarray(weights["digit_weight"][row]) for row in rows]
+        self.outputs = [_with_bias(weights["output_weight"][row], weights["output_bias"][row]) for row in rows]
+        self.scales = tuple(np.float32(2.0**-shift) for shift in model.spec.shifts)
+
+
+def _with_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.vstack([weight.T, bias]))
+
+
+def model_hash(data: bytes) -> str:
+    """Return the name of a model with these bytes."""
+    return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
+
+
+def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write a `.lfrm` file aside and rename it into place.
+
+    Raises:
+        NemoLfrError: if the file exists and `overwrite` is not set.
+    """
+    from nemo_lfr.io.atomic import write_bytes
+    from nemo_lfr.io.audio import refuse_overwrite
+
+    path = expand_home(path)
+    refuse_overwrite(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, model.to_bytes())

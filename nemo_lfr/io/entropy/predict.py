@@ -1,0 +1,137 @@
+"""From the frames and digits so far to the frequencies of the next digit, in integers.
+
+Everything here works on a batch, whose rows are frames of one block, or the same frame of several blocks. Arrays are
+float32 with integer values, which `EntropyModel` proves to be exact.
+"""
+
+import numpy as np
+
+from nemo_lfr.io.entropy.coder import TOTAL
+from nemo_lfr.io.entropy.model import AVERAGE_BITS, HIDDEN_MAX, INPUT_MAX, EntropyModel, ModelSpec
+
+STEPS = 16  # of a logit, in one bit
+MAX_STEPS = 255
+# round(2^16 * 2^(-k / 16)); a whole bit less is a right shift by one.
+ROOTS = (
+    *(65536, 62757, 60097, 57549, 55109, 52773, 50535, 48393),
+    *(46341, 44376, 42495, 40693, 38968, 37316, 35734, 34219),
+)
+EXPONENTIALS = np.array([ROOTS[step % STEPS] >> step // STEPS for step in range(MAX_STEPS + 1)], dtype=np.int64)
+
+
+def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
+    """Split tokens [C, T] into their digits [T, C * len(levels)], first dimension first."""
+    digits = np.empty((tokens.shape[1], tokens.shape[0], len(levels)), dtype=np.int64)
+    rest = tokens.T.astype(np.int64)
+    for dimension, level in enumerate(levels):
+        rest, digits[:, :, dimension] = np.divmod(rest, level)
+    return digits.reshape(len(digits), -1)
+
+
+def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `tokens_to_digits`: tokens [C, T] as int32."""
+    parts = digits.reshape(len(digits), -1, len(levels)).astype(np.int32)
+    tokens = np.zeros(parts.shape[:2], dtype=np.int32)
+    for dimension in reversed(range(len(levels))):
+        tokens = tokens * levels[dimension] + parts[:, :, dimension]
+    return tokens.T
+
+
+class History:
+    """The features of the next frame: past frames, which of them exist, running averages and spreads.
+
+    Args:
+        spec: says how many of each.
+        batch: B, number of blocks side by side.
+
+    Attributes:
+        features: [B, F + 1] as float32; the last column is 1, for the bias. Changed in place.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: int) -> None:
+        levels = np.array(spec.digit_levels)
+        self._levels, self._steps = (levels - 1).astype(np.int64), INPUT_MAX // (levels - 1)
+        self._past, self._num_digits, self._times = spec.past, spec.num_digits, spec.averages + spec.spreads
+        self._num_averages = len(spec.averages)
+        self._averages = np.zeros((len(self._times), batch, spec.num_digits), dtype=np.int64)
+        self.features = np.zeros((batch, spec.num_features + 1), dtype=np.float32)
+        self.features[:, -1] = 1
+        self._frames = 0
+
+    def push(self, digits: np.ndarray) -> None:
+        """Add a frame of each block, [B, D]."""
+        count, past, features = self._num_digits, self._past, self.features
+        values = (2 * digits - self._levels) * self._steps
+        features[:, count : past * count] = features[:, : (past - 1) * count].copy()
+        features[:, :count] = values
+        at = past * count
+        if self._frames < past:
+            features[:, at + self._frames] = INPUT_MAX
+        self._frames += 1
+        at += past
+        values <<= AVERAGE_BITS
+        for number, (average, time) in enumerate(zip(self._averages, self._times, strict=True)):
+            if number == self._num_averages:
+                np.abs(values, out=values)
+            # A plain mean at first, so that a block learns of its recording from its first frames.
+            if self._frames < 1 << time:
+                average += (values - average) // self._frames
+            else:
+                average += (values - average) >> time
+            features[:, at : at + count] = average >> AVERAGE_BITS
+            at += count
+
+    def keep(self, batch: int) -> None:
+        """Drop all blocks but the first ones."""
+        self.features = np.ascontiguousarray(self.features[:batch])
+        self._averages = np.ascontiguousarray(self._averages[:, :batch])
+
+
+def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
+    """Features of each frame of a block that is known: digits [T, D] -> [T, F + 1] as float32."""
+    history = History(spec, 1)
+    features = np.empty((len(digits), spec.num_features + 1), dtype=np.float32)
+    for row, frame in zip(features, digits, strict=True):
+        row[:] = history.features[0]
+        history.push(frame[None])
+    return features
+
+
+def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
+    """Sums of the second hidden layer before any digit of the frame is known: [B, F + 1] -> [B, H2]."""
+    layers = model.layers
+    hidden = _activate(features @ layers.first, layers.scales[0])
+    return np.concatenate([hidden, features], axis=1) @ layers.second
+
+
+def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Shift right and clip to [0, 255], in place."""
+    sums *= scale
+    np.floor(sums, out=sums)
+    np.maximum(sums, 0, out=sums)
+    return np.minimum(sums, HIDDEN_MAX, out=sums)
+
+
+def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
+    """Sixteenths of a bit by which each level of a digit is likelier than others: [B, H2] -> [B, levels]."""
+    layers = model.layers
+    hidden = np.ones((len(sums), sums.shape[1] + 1), dtype=np.float32)
+    units = hidden[:, :-1]
+    np.multiply(sums, layers.scales[1], out=units)
+    np.floor(units, out=units)
+    np.maximum(units, 0, out=units)
+    np.minimum(units, HIDDEN_MAX, out=units)
+    result = hidden @ layers.outputs[digit]
+    result *= layers.scales[2]
+    return np.floor(result, out=result)
+
+
+def frequencies(steps: np.ndarray) -> np.ndarray:
+    """Frequencies of each level, positive and 2^15 in all: logits [B, levels] -> [B, levels] as int64."""
+    best = steps.argmax(axis=1)
+    rows = np.arange(len(steps))
+    below = np.minimum(steps[rows, best][:, None] - steps, MAX_STEPS).astype(np.int64)
+    weights = EXPONENTIALS[below]
+    result = 1 + weights * (TOTAL - steps.shape[1]) // weights.sum(axis=1, keepdims=True)
+    result[rows, best] += TOTAL - result.sum(axis=1)
+    return result

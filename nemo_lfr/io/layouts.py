@@ -1,0 +1,248 @@
+"""Speech corpora as they lie on disk: the layouts of published archives, and plain folders of audio.
+
+Lhotse has recipes for the same archives, which stop at the first file that cannot be read; here a corpus is a list of
+utterances, and opening them is left to whoever can go on without one.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nemo_lfr.errors import NemoLfrError, clip, printable
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
+from nemo_lfr.io.text import decode, read_lines
+
+SPLITS = ("train", "valid", "test")
+# Longest field of a table, in characters; more is not a sentence but a quote or line end that is missing.
+MAX_FIELD = 1 << 17
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording of a corpus.
+
+    Attributes:
+        path: relative to the corpus.
+        speaker: as the corpus labels it.
+        split: one of `SPLITS`; None where the corpus has none.
+        labels: what else the corpus says of it: "lang", "text".
+        problem: why it cannot be used, such as a transcript that is not UTF-8; `path` is then where the problem is.
+    """
+
+    path: Path
+    speaker: str
+    split: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def librispeech(corpus: Path) -> Iterator[Utterance]:
+    """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
+    for transcript in _named(corpus, "*.trans.txt"):
+        part, speaker, _ = transcript.parent.parts[-3:]
+        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
+            if name is None:
+                yield Utterance(Path(text), speaker, _split(part), problem=problem)
+                continue
+            if not _is_file_name(name):
+                place = Path(f"{transcript.relative_to(corpus)}, line {number}")
+                yield Utterance(place, speaker, _split(part), problem=f"{clip(name)!r} is not the name of a file")
+                continue
+            path = (transcript.parent / f"{name}.flac").relative_to(corpus)
+            yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
+
+
+def mls(corpus: Path) -> Iterator[Utterance]:
+    """Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
+    for transcript in _named(corpus, "transcripts.txt"):
+        folder = transcript.parent
+        language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
+        split = _split(folder.name)
+        for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b"\t"), start=1):
+            if name is None:
+                yield Utterance(Path(text), "", split, problem=problem)
+                continue
+            words = name.split("_")
+            if len(words) != 3 or not _is_file_name(name):
+                place = Path(f"{transcript.relative_to(corpus)}, line {number}")
+                yield Utterance(place, "", split, problem=f"{clip(name)!r} is not SPEAKER_BOOK_NUMBER")
+                continue
+            stem = folder / "audio" / words[0] / words[1] / name
+            path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
+            path = (path or stem.with_suffix(".flac")).relative_to(corpus)
+            yield Utterance(path, words[0], split, {"lang": language, "text": text}, problem)
+
+
+def commonvoice(corpus: Path) -> Iterator[Utterance]:
+    """Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
+
+    Scripted Speech has the columns `client_id`, `path`, `sentence` and `locale`; Spontaneous Speech `client_id`,
+    `audio_file`, `transcription`, `language` and `split`. A row that does not fit its header is an utterance with a
+    problem.
+
+    Raises:
+        ValueError: if a table lacks one of these columns.
+    """
+    for table in _named(corpus, "*.tsv"):
+        spontaneous = table.name.startswith("ss-corpus-")
+        if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
+            continue
+        place = table.relative_to(corpus)
+        split = None if spontaneous else _split(table.stem)
+        try:
+            header, *rows = read_lines(table)
+            columns = decode(header).split("\t")
+        except (OSError, ValueError) as error:
+            yield Utterance(place, "", split, problem=_why(error, table))
+            continue
+        audio, text, folder = (
+            ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
+        )
+        if missing := sorted({"client_id", audio, text} - set(columns)):
+            raise ValueError(f"{place} lacks the columns {missing}; it has {columns}")
+        for number, line in enumerate(rows, start=2):
+            if not line.strip():
+                continue
+            try:
+                row = _row(line, columns)
+                path = _below(row[audio])
+            except ValueError as error:
+                yield Utterance(Path(f"{place}, line {number}"), "", split, problem=str(error))
+                continue
+            labels = {"lang": row.get("locale") or row.get("language") or table.parent.name}
+            labels |= {"text": row[text]} if row[text] or not spontaneous else {}
+            own = (_split(row["split"]) if row.get("split") else None) if spontaneous else split
+            yield Utterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
+
+
+def vctk(corpus: Path) -> Iterator[Utterance]:
+    """VCTK 0.92 (wav48_silence_trimmed, first microphone) and 0.80 (wav48), with txt/SPEAKER/*.txt."""
+    for path in sorted([*_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *_named(corpus, "wav48/*/*.wav")]):
+        speaker = path.parent.name
+        text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
+        labels, problem = text_of(text)
+        yield Utterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
+
+
+def folder(corpus: Path) -> Iterator[Utterance]:
+    """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text."""
+    for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
+        own = path.relative_to(corpus)
+        labels, problem = text_of(path.with_suffix(".txt"))
+        yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
+
+
+LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
+    "librispeech": librispeech,
+    "mls": mls,
+    "commonvoice": commonvoice,
+    "vctk": vctk,
+    "folder": folder,
+}
+
+
+def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
+    """Give those without a split one: whole speakers to "valid", or single files where there is but one speaker.
+
+    Who is held out follows from a hash of the name, so that a corpus that grows keeps its validation set. Unless the
+    share is 0 or 1 there is at least one on each side.
+
+    Args:
+        utterances: with `split` None where one is wanted.
+        share: of speakers, or files, to hold out.
+    """
+    speakers = {utterance.speaker for utterance in utterances}
+
+    def name(utterance: Utterance) -> str:
+        return utterance.speaker if len(speakers) > 1 else utterance.path.as_posix()
+
+    hashes = {
+        name(utterance): zlib.crc32(name(utterance).encode(errors="surrogateescape"))
+        for utterance in utterances
+        if utterance.split is None
+    }
+    order = sorted(hashes, key=hashes.__getitem__)
+    count = sum(value < share * 2**32 for value in hashes.values())
+    if 0 < share < 1 and len(order) > 1:  # a few names may all fall on one side
+        count = min(max(count, 1), len(order) - 1)
+    held = set(order[:count])
+    return [
+        replace(utterance, split=utterance.split or ("valid" if name(utterance) in held else "train"))
+        for utterance in utterances
+    ]
+
+
+def _named(corpus: Path, pattern: str) -> list[Path]:
+    """Find the files whose last names match a pattern, in folders that `find_files` reads."""
+    suffix = pattern[pattern.rindex(".") :]
+    return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
+
+
+def _split(name: str) -> str:
+    kind = name.partition("-")[0]
+    return "valid" if kind == "dev" else kind if kind in SPLITS else "train"
+
+
+def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
+    """Read the text file beside a recording: its labels, and why it cannot be read, if it cannot."""
+    try:
+        if not os.path.lexists(transcript):  # a link that leads nowhere was a transcript
+            return {}, None
+        lines = [decode(line) for line in read_lines(transcript)]
+    except (OSError, ValueError) as error:
+        return {}, f"its transcript {transcript.name}: {_why(error, transcript)}"
+    return {"text": " ".join(line for line in lines if line.strip())}, None
+
+
+def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
+    """Yield name, text and problem of each line; a file that cannot be read has no name, and its place for a text."""
+    try:
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        yield None, str(path.relative_to(corpus)), _why(error, path)
+        return
+    for line in lines:
+        if not line.strip():
+            continue
+        name, _, text = line.partition(separator)
+        try:
+            yield decode(name), decode(text), None
+        except ValueError as error:
+            yield clip(name.decode(errors="replace")), "", f"its line of {path.name}: {error}"
+
+
+def _row(line: bytes, columns: list[str]) -> dict[str, str]:
+    """A line of a table by column. Fields are not quoted, so that a quote in a sentence means nothing.
+
+    Raises:
+        ValueError: if it is not UTF-8, has another number of fields, or one beyond `MAX_FIELD`.
+    """
+    fields = decode(line).split("\t")
+    if len(fields) != len(columns):
+        raise ValueError(f"a row of {len(fields)} fields, where the header has {len(columns)}: {clip(fields)}")
+    row = dict(zip(columns, fields, strict=True))
+    for name, value in row.items():
+        if len(value) > MAX_FIELD:
+            raise ValueError(f"its field {name!r} has {len(value)} characters, more than {MAX_FIELD}")
+    return row
+
+
+def _below(name: str) -> Path:
+    """A table's name of a file, which must lie in the folder of the clips."""
+    path = Path(name)
+    if not name.strip() or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{clip(name)!r} is not the name of a file in the folder of the clips")
+    return path
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a transcript's name is that of a file in the folder of its recordings."""
+    return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
+
+
+def _why(error: Exception, path: Path) -> str:
+    if isinstance(error, NemoLfrError):  # names the file, as its caller does
+        return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
+    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

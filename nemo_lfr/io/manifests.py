@@ -1,0 +1,153 @@
+"""NeMo manifests: JSON lines, one recording each."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.folders import MAX_NAME
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.text import decode, is_missing, read_lines
+
+logger = logging.getLogger(__name__)
+
+# Longer than any recording; a number beyond it is a mistake.
+MAX_SECONDS = 1e7
+ID_DIGITS = 12  # hex digits of a hash that names a line
+# What a line raises that is no line of a manifest.
+NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+def line_id(line: bytes) -> str:
+    """Return an id for a line of a manifest that names no clip."""
+    return "line-" + hashlib.sha256(line).hexdigest()[:ID_DIGITS]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One line of a manifest."""
+
+    dataset: str
+    path: Path
+    name: Path  # relative to the dataset's audio_dir
+    offset: float  # seconds
+    duration: float
+    labels: dict[str, Any] = field(default_factory=dict, compare=False)  # the whole line
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    audio_dir: str | os.PathLike[str] | None = None,
+    dataset: str = "",
+    on_bad_line: Callable[[str], None] | None = None,
+) -> list[Recording]:
+    """Read a NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+
+    A duration that is missing is read from the file's header. A line that cannot be used (broken JSON, an infinite
+    duration, a name that no file has) costs that recording: it is left out, and reported once.
+
+    Args:
+        path: the manifest; `~` is expanded.
+        audio_dir: folder of relative paths; the manifest's own if not given. See `resolve_audio_path`.
+        dataset: a name for the recordings.
+        on_bad_line: called with a sentence for each line that is left out; by default it is logged as a warning.
+
+    Raises:
+        ConfigError: if the manifest cannot be read, or none of its lines can be used.
+    """
+    path = expand_home(path)
+    folder = path.parent if audio_dir is None else expand_home(audio_dir)
+    on_bad_line = on_bad_line or _warn
+    recordings = []
+    problems = []
+    try:
+        lines = read_lines(path, ConfigError)
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a NeMo manifest: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            recordings.append(_recording(decode(line), folder, dataset))
+        except (OSError, *NOT_A_LINE) as error:
+            problems.append(f"{path}, line {number}: left out: {describe(error)}")
+    if problems and not recordings:
+        first = problems[0].replace("left out: ", "not a line of a NeMo manifest: ", 1)
+        raise ConfigError(first + (f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""))
+    for problem in problems:
+        on_bad_line(problem)
+    return recordings
+
+
+def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
+    """Return the path of an audio file that a table names, by the one rule for all commands and training.
+
+    An absolute path stays as it is. `~` and `~user` at the beginning are the home folder, as in NeMo. Any other path
+    is relative to `folder`: --audio-dir (`audio_dir` in training), or else the folder of the manifest or table.
+
+    Raises:
+        TypeError: if `name` is not text.
+        ValueError: if no file can have this name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the path of its audio is {clip(name)}, not text")
+    if not name or "\0" in name:
+        raise ValueError(f"{clip(name)!r} is not the name of a file")
+    for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
+        if (length := len(os.fsencode(part))) > MAX_NAME:
+            raise ValueError(f"{clip(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}")
+    return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
+
+
+def seconds(labels: dict[str, Any], key: str) -> float | None:
+    """Return a line's number of seconds, or None if it has none.
+
+    Raises:
+        ValueError: if it is negative, not finite, or longer than any recording; TypeError if it is no number.
+    """
+    if labels.get(key) is None:
+        return None
+    value = float(labels[key])
+    if not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"{key} is {value:.10g} seconds")
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """Say what is wrong with a line, on one line."""
+    if isinstance(error, KeyError):
+        return f"it has no key {error}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error})"
+    if isinstance(error, RecursionError):
+        return "not JSON (nested too deeply)"
+    if isinstance(error, AttributeError):
+        return "not a JSON object"
+    return clip(error, 300)
+
+
+def _recording(line: str, folder: Path, dataset: str) -> Recording:
+    entry = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{clip(line)} is not a JSON object")
+    full = resolve_audio_path(folder, entry["audio_filepath"])
+    duration = seconds(entry, "duration")
+    if duration is None:
+        with AudioReader(full, None) as reader:
+            duration = reader.duration
+    labels = {key: None if is_missing(value) else value for key, value in entry.items()}
+    return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)
+
+
+def _warn(problem: str) -> None:
+    logger.warning("%s", problem)

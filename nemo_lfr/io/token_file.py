@@ -1,0 +1,698 @@
+"""The `.lfr` token file: one recording, written as a stream of blocks.
+
+All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
+
+    header   4 bytes   magic, "LFRT"
+             1 byte    version, 2
+             3 bytes   length H of the metadata, at most 65536
+             1 byte    coding of the blocks' payload, 0: packed frames, 1: compressed by an entropy model; a reader
+                       refuses a coding that it does not know
+             H bytes   metadata, a JSON object in UTF-8 (below)
+             4 bytes   CRC of the header before this field
+    block    4 bytes   number of frames N, 1 to 65536
+             N * F     payload: frames, each one number as `packing.py` says; F bytes hold any frame (11 for 8 x 2016)
+             4 bytes   CRC of the CRC field of the section before, followed by this block before this field
+    ...      further blocks
+    end      4 bytes   0
+             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, and more than one frame
+                       less holds
+             4 bytes   outline: CRC of the header's CRC field, then of N and the CRC field of each block, in order
+             4 bytes   CRC of the end before this field
+
+Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
+`fingerprint` (of the codec's weights and settings), `precision`, `written_by`.
+
+Coding 1 (`nemo_lfr/io/entropy/`): N is at most 1024, and 4 more bytes behind N hold the length of the payload.
+The metadata is a list of the same values in the same order, and the name of the entropy model.
+
+Version 1 has no outline, H takes the coding byte too, and each of its CRCs covers its own section only.
+
+A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
+codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
+Block lengths alone lead from one block to the next, so that a reader finds any second without reading what is before.
+
+A block's CRC continues the one before it, which lies in the four bytes in front of the block. A block that was moved,
+repeated, left out or taken from another file therefore fails its check when blocks are read in order, as from a pipe
+or with `recover`. The outline finds the same when a file is opened, from the lengths and CRC fields alone, so that a
+span in the middle of such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
+
+Files are written aside, as `NAME.????????.part`, and renamed when they are whole. Each block reaches the file system
+as it is written: after a crash the `.part` file can be read with `recover=True` up to its last whole block.
+`docs/concepts/lfr-format.md` shows a file byte by byte.
+"""
+
+import contextlib
+import json
+import math
+import numbers
+import operator
+import os
+import struct
+import threading
+import zlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from nemo_lfr import frames
+from nemo_lfr._version import __version__
+from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, clip
+from nemo_lfr.io.atomic import naming, open_aside
+from nemo_lfr.io.audio import refuse_overwrite
+from nemo_lfr.io.entropy import coding as compressed
+from nemo_lfr.io.entropy.find import check_layout, find_model
+from nemo_lfr.io.entropy.model import HASH, EntropyModel
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.packing import check_range, pack, unpack
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
+
+MAGIC, VERSION = b"LFRT", 2
+READABLE_VERSIONS = (1, 2)
+CODING = 0  # packed frames
+CODINGS = (CODING, compressed.CODING)
+MAX_METADATA_BYTES = 65536
+MAX_BLOCK_FRAMES = 65536
+BLOCKS_TOGETHER = 16  # compressed blocks that are decoded side by side, which is faster
+
+
+@dataclass(frozen=True)
+class Metadata(CodecSpec):
+    """What a reader must know to decode, and what it may want to know.
+
+    Attributes:
+        written_by: the program that wrote the file.
+    """
+
+    written_by: str = f"nemo_lfr {__version__}"
+
+    @classmethod
+    def of(cls, codec: KnownCodec) -> "Metadata":
+        """Return the metadata of files that hold tokens of `codec`."""
+        return cls(**asdict(codec.spec))
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> "Metadata":
+        """Read the metadata of a file.
+
+        Raises:
+            ValueError, TypeError or KeyError: for anything but what `of` makes.
+        """
+        return cls._from_values(json.loads(raw))
+
+    @classmethod
+    def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
+        """Read the metadata of a compressed file, and the name of its entropy model.
+
+        Its values lie in a list, since their names would be a twentieth of a short file.
+
+        Raises:
+            ValueError, TypeError or KeyError: for anything but what `TokenStream` writes.
+        """
+        values = json.loads(raw)
+        if not isinstance(values, list):
+            raise TypeError(f"expected a list, found {clip(repr(values))}")
+        named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
+        if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):  # it becomes a file name
+            raise ValueError(f"entropy is {clip(repr(named['entropy']))}, not the name of a model")
+        return cls._from_values(named), named["entropy"]
+
+    @classmethod
+    def _from_values(cls, values: Any) -> "Metadata":
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        known["levels"] = tuple(known["levels"])
+        metadata = cls(**known)
+        metadata.validate()
+        check_text("written_by", metadata.written_by)
+        return metadata
+
+
+class TokenStream:
+    """Writes the sections of a token file to an open binary file, each as soon as it is there.
+
+    Args:
+        file: a file or a pipe.
+        metadata: what the tokens are.
+        model: compresses them; packed frames are written if not given.
+        gather: frames of a block; the last may have half as many more. None: each call of `write` makes a block.
+
+    Raises:
+        EntropyModelError: if `model` is for other levels or codebooks.
+    """
+
+    def __init__(
+        self, file: IO[bytes], metadata: Metadata, model: EntropyModel | None = None, gather: int | None = None
+    ) -> None:
+        if model is not None:
+            check_layout(model, metadata.levels, metadata.num_codebooks, "these tokens")
+        self._file = file
+        self._model = model
+        self._gather = gather
+        self._waiting: list[np.ndarray] = []
+        self.metadata = metadata
+        self.frames_written = 0
+        self._ended = False
+        coding = CODING
+        values: dict[str, Any] | list[Any] = asdict(metadata)
+        if model is not None:
+            coding, values = compressed.CODING, [*asdict(metadata).values(), model.hash]
+        text = json.dumps(values, separators=(",", ":")).encode()
+        self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, coding << 24 | len(text)) + text)
+        self._outline = zlib.crc32(self._checksum)
+
+    def _section(self, data: bytes, before: bytes = b"") -> bytes:
+        """Write a section and its CRC, which also covers `before`; returns the CRC field."""
+        checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
+        self._file.write(data + checksum)
+        self._file.flush()  # a killed process keeps what was written
+        return checksum
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append frames, [C, T].
+
+        Raises:
+            TokensError: for values that are no integers, another number of codebooks, or after `finish`.
+        """
+        self._check_open()
+        tokens = _integers(tokens)
+        if tokens.ndim != 2 or tokens.shape[0] != self.metadata.num_codebooks:
+            raise TokensError(f"tokens have shape {list(tokens.shape)}; expected [{self.metadata.num_codebooks}, T].")
+        if self._gather is None:
+            self._write_blocks(tokens, MAX_BLOCK_FRAMES if self._model is None else compressed.MAX_BLOCK_FRAMES)
+            return
+        check_range(tokens, self.metadata.codebook_size)
+        self._waiting.append(np.array(tokens))
+        waiting = sum(part.shape[1] for part in self._waiting)
+        # A short rest is left for the last block, as a block of its own would cost more.
+        if waiting >= self._gather * 3 // 2:
+            self._write_waiting((waiting - self._gather // 2) // self._gather * self._gather)
+
+    def _write_waiting(self, count: int) -> None:
+        """Write the first `count` frames that wait, in blocks."""
+        assert self._gather is not None
+        tokens = np.concatenate(self._waiting, axis=1)
+        self._waiting = [tokens[:, count:]]
+        self._write_blocks(tokens[:, :count], self._gather)
+
+    def _write_blocks(self, tokens: np.ndarray, size: int) -> None:
+        meta = self.metadata
+        for start in range(0, tokens.shape[1], size):
+            block = tokens[:, start : start + size]
+            if self._model is None:
+                payload = pack(block, meta.codebook_size, meta.bytes_per_frame)
+            else:
+                payload = compressed.encode_payload(self._model, block, meta.bytes_per_frame)
+            count = struct.pack("<I", block.shape[1])
+            self._checksum = self._section(count + payload, before=self._checksum)
+            self._outline = zlib.crc32(count + self._checksum, self._outline)
+            self.frames_written += block.shape[1]
+
+    def finish(self, num_samples: int) -> None:
+        """Say how many samples the frames stand for; without it a file is not whole.
+
+        Raises:
+            TokensError: for a count that does not belong to the frames, or if this was called before.
+        """
+        self._check_open()
+        try:
+            num_samples = operator.index(num_samples)
+        except TypeError:
+            raise TokensError(f"num_samples is {clip(repr(num_samples))}; pass a whole number.") from None
+        if self._waiting:
+            rest = np.concatenate(self._waiting, axis=1)
+            self._waiting = []
+            self._write_blocks(rest, max(1, rest.shape[1]))
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
+            raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
+        self._section(struct.pack("<IQI", 0, num_samples, self._outline))
+        self._ended = True
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise TokensError("`finish` was called, which ends the file; write to another one.")
+
+
+def _integers(tokens: Any) -> np.ndarray:
+    """Return tokens as an array of integers.
+
+    Raises:
+        TokensError: if they are anything else, even if their values are whole.
+    """
+    if isinstance(tokens, np.ma.MaskedArray) and np.ma.is_masked(tokens):
+        raise TokensError("tokens are a masked array with masked values; fill them first.")
+    try:
+        array = np.asarray(tokens)
+    except Exception as error:  # whatever the conversion of another library raises, as for a tensor on a GPU
+        raise TokensError(f"tokens are {clip(type(tokens).__name__)}, not a numpy array ({clip(error)}).") from error
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TokensError(f"tokens are an array of {array.dtype}; pass integers.")
+    return array
+
+
+class TokenWriter(TokenStream):
+    """Writes a token file aside and renames it into place when it is whole.
+
+    Args:
+        path: the file; missing folders are made.
+        metadata: what the tokens are.
+        overwrite: replace a file that exists.
+        model: compresses the tokens, in blocks of `BLOCK_FRAMES` frames; they are packed if not given.
+
+    Raises:
+        NemoLfrError: if the file exists and `overwrite` is not set.
+        EntropyModelError: if `model` is for other levels or codebooks.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Metadata,
+        overwrite: bool = False,
+        model: EntropyModel | None = None,
+    ) -> None:
+        self.path = expand_home(path)
+        refuse_overwrite(self.path, overwrite)
+        self._finished = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._aside = open_aside(self.path)
+        try:
+            with naming(self.path):
+                super().__init__(
+                    self._aside, metadata, model, gather=None if model is None else compressed.BLOCK_FRAMES
+                )
+        except BaseException:
+            with contextlib.suppress(OSError):  # of a full disk, again
+                self._aside.close()
+            os.unlink(self._aside.name)
+            raise
+
+    @classmethod
+    def for_codec(
+        cls,
+        path: str | os.PathLike[str],
+        codec: KnownCodec,
+        overwrite: bool = False,
+        model: EntropyModel | None = None,
+    ) -> "TokenWriter":
+        return cls(path, Metadata.of(codec), overwrite, model)
+
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def write(self, tokens: np.ndarray) -> None:
+        with naming(self.path):
+            super().write(tokens)
+
+    def finish(self, num_samples: int) -> None:
+        with naming(self.path):
+            super().finish(num_samples)
+        self._finished = True
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        aside = Path(self._aside.name)
+        try:
+            with naming(self.path, aside):
+                with self._aside as file:
+                    file.flush()
+                    os.fsync(file.fileno())
+                if kind is None and not self._finished:
+                    raise TokensError(f"{self.path}: `finish` was not called, so that the file is not whole.")
+                if kind is None:
+                    aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+class _Sections:
+    """The sections of a token file, read one after the other and checked.
+
+    Args:
+        file: open for reading.
+        name: for messages.
+        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
+
+    Attributes:
+        metadata: the header's.
+        version: of the format.
+        coding: of the blocks' payload.
+        entropy_hash: of the entropy model of a compressed file, else None.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        name: str | os.PathLike[str],
+        model: EntropyModel | str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._file = file
+        self.path = Path(name)
+        self.entropy_hash: str | None = None
+        self._passed_model = model
+        self._header_is_sound = False
+        self._outline = 0
+        self.version, self.coding, self.metadata = self._read_header()
+        self._bytes_per_frame = self.metadata.bytes_per_frame
+        self._max_block_frames = MAX_BLOCK_FRAMES if self.coding == CODING else compressed.MAX_BLOCK_FRAMES
+        self._header_is_sound = True
+
+    def _fail(self, reason: str) -> TokenFileError:
+        hint = " What is whole can be read with --recover (recover=True)." if self._header_is_sound else ""
+        return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.{hint}")
+
+    def _take(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if len(data) != size:
+            raise self._fail("it ends too early")
+        return data
+
+    def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
+        """Read the CRC field of a section, which also covers `before`, and compare; returns the field."""
+        return self._compare(self._take(4), section, what, before)
+
+    def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
+        if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):
+            raise self._fail(f"the checksum of {what} is wrong")
+        return checksum
+
+    def _read_header(self) -> tuple[int, int, Metadata]:
+        head = self._file.read(5)
+        if head[:4] != MAGIC:
+            raise TokenFileError(f"{self.path}: not a .lfr token file.")
+        if len(head) < 5:
+            raise self._fail("it ends too early")
+        version = head[4]
+        if version not in READABLE_VERSIONS:
+            raise TokenFileError(
+                f"{self.path}: format version {version}; this nemo_lfr reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer one."
+            )
+        head += self._take(4)
+        length = int.from_bytes(head[5:], "little")
+        coding = CODING
+        if version > 1:
+            coding, length = length >> 24, length & 0xFFFFFF
+        if length > MAX_METADATA_BYTES:
+            raise self._fail(f"its metadata claims {length} bytes")
+        text = self._take(length)
+        self._checksum = self._check(head + text, "the header")
+        if coding not in CODINGS:
+            raise TokenFileError(
+                f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads codings "
+                f"{' and '.join(map(str, CODINGS))}; install a newer one."
+            )
+        self._outline = zlib.crc32(self._checksum)
+        try:
+            if coding == CODING:
+                return version, coding, Metadata.from_json(text)
+            metadata, self.entropy_hash = Metadata.from_list(text)
+            return version, coding, metadata
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise TokenFileError(f"{self.path}: its metadata is invalid ({clip(error, 200)}).") from error
+
+    def _read_count(self) -> int:
+        """Frames of the section that begins here; 0 is the end's."""
+        count: int = struct.unpack("<I", self._take(4))[0]
+        if count > self._max_block_frames:
+            raise self._fail(f"a block claims {count} frames")
+        return count
+
+    @cached_property
+    def entropy_model(self) -> EntropyModel:
+        """The entropy model of a compressed file.
+
+        Raises:
+            EntropyModelError: if it is not found, or is for other levels or codebooks.
+        """
+        meta = self.metadata
+        assert self.entropy_hash is not None
+        model = find_model(self.entropy_hash, self.path, meta.written_by, self._passed_model)
+        check_layout(model, meta.levels, meta.num_codebooks, self.path)
+        return model
+
+    def _read_size(self, count: int) -> tuple[int, bytes]:
+        """Length of the payload of a block of `count` frames, and the field that tells it, which may be empty."""
+        if self.coding == CODING:
+            return count * self._bytes_per_frame, b""
+        field = self._take(4)
+        (size,) = compressed.SIZE.unpack(field)
+        if size not in compressed.payload_range(count, self._bytes_per_frame):
+            raise self._fail(f"a block of {count} frames claims {size} bytes")
+        return size, field
+
+    def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
+        """Read a block behind its count: tokens [C, count], bytes of its payload, and its CRC field."""
+        size, field = self._read_size(count)
+        body = field + self._take(size)
+        checksum = self._take(4)
+        payload = self._parse_payload(count, body, checksum, first, before)
+        return self._decode([(payload, count)])[0], size, checksum
+
+    def _parse_payload(self, count: int, body: bytes, checksum: bytes, first: int, before: bytes) -> bytes:
+        """Check a block.
+
+        Args:
+            count: its frames.
+            body: what is between its count and its CRC field.
+            checksum: its CRC field.
+            first: its first frame, for messages.
+            before: CRC field of the section in front of it.
+
+        Returns:
+            Its payload, which agrees with the CRC.
+        """
+        section = struct.pack("<I", count) + body
+        self._compare(checksum, section, f"the block at frame {first}", before if self.version > 1 else b"")
+        return body if self.coding == CODING else body[compressed.SIZE.size :]
+
+    def _decode(self, blocks: list[tuple[bytes, int]]) -> list[np.ndarray]:
+        """Tokens [C, T] as int32 of blocks, each given as its payload and frames."""
+        meta = self.metadata
+        try:
+            if self.coding == CODING:
+                size = self._bytes_per_frame
+                return [unpack(payload, meta.codebook_size, meta.num_codebooks, size) for payload, _ in blocks]
+            return compressed.decode_payloads(self.entropy_model, blocks, self._bytes_per_frame)
+        except EntropyModelError:
+            raise
+        except ValueError as error:
+            raise self._fail(str(error).rstrip(".")) from error
+
+    def _pass_block(self, count: int, checksum: bytes) -> None:
+        """Add a block to the outline."""
+        self._checksum = checksum
+        self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
+
+    def _read_end(self, num_frames: int) -> int:
+        """The samples that the end section tells, behind its zero."""
+        rest = self._take(8 if self.version == 1 else 12)
+        self._check(bytes(4) + rest, "the end")
+        if self._file.read(1):
+            raise self._fail("there are bytes after its end")
+        if self.version > 1 and rest[8:] != struct.pack("<I", self._outline):
+            raise self._fail("its blocks are not the ones that were written, or in another order")
+        num_samples: int = struct.unpack("<Q", rest[:8])[0]
+        if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
+            raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
+        return num_samples
+
+    def check_codec(self, codec: KnownCodec) -> None:
+        """Raise unless these tokens mean the same to `codec`.
+
+        Raises:
+            TokenFileError: if the layout or the weights differ.
+        """
+        mine: dict[str, Any] = asdict(self.metadata)
+        theirs: dict[str, Any] = asdict(Metadata.of(codec))
+        for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
+            same = mine[name] == theirs[name] or (name == "fingerprint" and codec.made(mine[name]))
+            if mine[name] and not same:
+                raise TokenFileError(
+                    f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
+                    "give the checkpoint that encoded it with --model."
+                )
+
+
+class TokenStreamReader(_Sections):
+    """Reads a token file from first to last, as it comes through a pipe.
+
+    Args:
+        file: open for reading; nothing is sought in it.
+        name: for messages.
+
+    Attributes:
+        num_samples: samples that were encoded, once `blocks` has come to the end.
+
+    Raises:
+        TokenFileError: as `TokenReader` does.
+    """
+
+    num_samples: int | None = None
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Tokens [C, T] as int32, each block as it comes in."""
+        num_frames = 0
+        while count := self._read_count():
+            tokens, _, checksum = self._read_tokens(count, num_frames, self._checksum)
+            self._pass_block(count, checksum)
+            yield tokens
+            num_frames += count
+        self.num_samples = self._read_end(num_frames)
+
+
+class TokenReader(_Sections):
+    """Reads a token file; every section is checked before it is used.
+
+    Threads and forked processes may read from one object at the same time.
+
+    Args:
+        path: the file.
+        recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
+        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
+
+    Attributes:
+        metadata: the header's.
+        version: of the format.
+        num_frames: frames in the file, counted on opening.
+        num_samples: samples that were encoded; of a recovered file, what its frames hold.
+        complete: whether the end section was there.
+        payload_bytes: bytes of the blocks' payloads together.
+
+    Raises:
+        TokenFileError: naming the file, what is wrong with it, and what to do.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        recover: bool = False,
+        model: EntropyModel | str | os.PathLike[str] | None = None,
+    ) -> None:
+        path = expand_home(path)
+        try:
+            file = open_regular(path, TokenFileError)
+        except OSError as error:
+            raise TokenFileError(f"{path}: {error.strerror or error}.") from error
+        try:
+            super().__init__(file, path, model)
+            self._lock = threading.Lock()
+            # Where each block lies, and its first frame; as numbers, since a long live recording has millions.
+            self._positions, self._firsts = array("Q"), array("Q", [0])
+            self.complete = True
+            self.payload_bytes = 0
+            self._end = 0  # of the last block
+            try:
+                self.num_samples = self._read_outline(check=recover)
+            except TokenFileError as error:
+                if not recover or isinstance(error, EntropyModelError):
+                    raise
+                self.complete = False
+                self.num_samples = self.num_frames * self.metadata.samples_per_frame
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def num_frames(self) -> int:
+        return self._firsts[-1]
+
+    def __enter__(self) -> "TokenReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read_outline(self, check: bool) -> int:
+        """Note where each block lies, on the way to the end section; returns the samples that it tells.
+
+        Args:
+            check: read the blocks themselves too, and stop at the first that is damaged or out of place.
+        """
+        position = self._file.tell()
+        while count := self._read_count():
+            if check:
+                _, size, checksum = self._read_tokens(count, self.num_frames, self._checksum)
+            else:
+                size, _ = self._read_size(count)
+                self._file.seek(size, os.SEEK_CUR)
+                checksum = self._take(4)
+            self._pass_block(count, checksum)
+            self.payload_bytes += size
+            self._positions.append(position)
+            self._firsts.append(self.num_frames + count)
+            position = self._end = self._file.tell()
+        return self._read_end(self.num_frames)
+
+    def _read_blocks(self, indices: range) -> list[np.ndarray]:
+        """Tokens [C, T] of blocks, their checksums verified."""
+        payloads = []
+        for number in indices:
+            first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
+            # The CRC field of the section before, the count, what is behind it, the CRC field.
+            begin = self._positions[number]
+            end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
+            data = self._read_at(begin - 4, 4 + end - begin)
+            if data[4:8] != struct.pack("<I", count):
+                raise self._fail(f"the block at frame {first} has changed since the file was opened")
+            payloads.append((self._parse_payload(count, data[8:-4], data[-4:], first, data[:4]), count))
+        return self._decode(payloads)
+
+    def _read_at(self, position: int, size: int) -> bytes:
+        """Read bytes without the file's position, which threads and forked processes share."""
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), size, position)
+        else:
+            with self._lock:
+                self._file.seek(position)
+                data = self._file.read(size)
+        if len(data) != size:
+            raise self._fail("it ends too early")
+        return data
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
+        stop = self.num_frames if stop is None else min(stop, self.num_frames)
+        number = max(0, bisect_right(self._firsts, start) - 1)
+        together = 1 if self.coding == CODING else BLOCKS_TOGETHER
+        while number < len(self._positions) and (first := self._firsts[number]) < stop:
+            last = number + 1
+            while last < min(number + together, len(self._positions)) and self._firsts[last] < stop:
+                last += 1
+            for tokens in self._read_blocks(range(number, last)):
+                yield tokens[:, max(0, start - first) : stop - first]
+                first += tokens.shape[1]
+            number = last
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [C, T] of frames [start, stop): all of them if not given."""
+        empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
+        return np.concatenate([empty, *self.blocks(start, stop)], axis=1)
+
+    def samples_between(self, start: float, duration: float | None) -> tuple[int, int]:
+        """Seconds to samples [first, last), cut at the end of the recording.
+
+        Raises:
+            TokenFileError: if there is nothing there.
+        """
+        for name, value in (("start", start), ("duration", duration)):
+            if name == "duration" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TokenFileError(f"{self.path}: {name} is {clip(repr(value))}; pass a number of seconds.")
+        rate = self.metadata.sample_rate
+        seconds = self.num_samples / rate
+        if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):
+            raise TokenFileError(
+                f"{self.path}: start {start!r} and duration {duration!r} are not a part of its {seconds:.3f} s."
+            )
+        first = round(start * rate)
+        last = self.num_samples
+        if duration is not None:
+            last = min(last, first + round(min(duration, seconds) * rate))
+        return first, last

@@ -1,0 +1,1 @@
+"""The network in plain PyTorch: encoder, FSQ, decoder, and how they are put together."""

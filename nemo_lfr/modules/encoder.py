@@ -1,0 +1,153 @@
+"""Wave [B, T_audio] -> encoded [B, D, T_encoded]: a HiFi-GAN generator turned round."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_lfr.frames import Context, num_frames
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.context import ContextOps, Field
+from nemo_lfr.modules.conv import Conv1d
+from nemo_lfr.modules.network import DownStage, ModuleOps, Ops, Signal, encode
+from nemo_lfr.modules.neural_module import NeuralModule
+from nemo_lfr.modules.ragged import map_by_length
+from nemo_lfr.modules.residual import ResidualLayer
+
+
+class HiFiGANEncoder(NeuralModule):
+    """Encoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
+
+    With `causal=True` it is NeMo's `CausalHiFiGANEncoder`.
+
+    Args:
+        encoded_dim: D, dimensions of an encoded frame.
+        down_sample_rates: stride of each stage; their product is the samples per frame.
+        base_channels: channels at the audio's rate; each stage doubles them.
+        in_kernel_size: kernel of the first convolution.
+        out_kernel_size: kernel of the last convolution.
+        resblock_kernel_sizes: one residual branch per size.
+        resblock_dilation_sizes: residual blocks of each branch.
+        activation: "lrelu", "elu", "snake" or "half_snake".
+        pad_mode: "reflect", "zeros" or "replicate"; causal convolutions pad with zeros whatever it says, as in NeMo.
+        causal: no convolution looks ahead.
+        weight_norm: False builds plain weights, for inference.
+
+    Raises:
+        ConfigError: for an unknown activation or padding.
+    """
+
+    input_names = ("audio", "audio_len")
+    output_names = ("encoded", "encoded_len")
+
+    def __init__(
+        self,
+        encoded_dim: int,
+        down_sample_rates: Sequence[int] = (2, 2, 8, 8),
+        base_channels: int = 32,
+        in_kernel_size: int = 7,
+        out_kernel_size: int = 7,
+        resblock_kernel_sizes: Sequence[int] = (3, 7, 11),
+        resblock_dilation_sizes: Sequence[int] = (1, 3, 5),
+        activation: str = "lrelu",
+        pad_mode: str = "reflect",
+        *,
+        causal: bool = False,
+        weight_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoded_dim = encoded_dim
+        self.down_sample_rates = tuple(down_sample_rates)
+        self.samples_per_frame = math.prod(self.down_sample_rates)
+        self.causal = causal
+
+        def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> Conv1d:
+            return Conv1d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride=stride,
+                causal=causal,
+                pad_mode=pad_mode,
+                weight_norm=weight_norm,
+            )
+
+        self.pre_conv = conv(1, base_channels, in_kernel_size)
+        self.activations = nn.ModuleList()
+        self.down_sample_conv_layers = nn.ModuleList()
+        self.res_layers = nn.ModuleList()
+        channels = base_channels
+        for rate in self.down_sample_rates:
+            self.res_layers.append(
+                ResidualLayer(
+                    channels,
+                    resblock_kernel_sizes,
+                    resblock_dilation_sizes,
+                    activation,
+                    causal,
+                    pad_mode,
+                    weight_norm,
+                )
+            )
+            self.activations.append(CodecActivation(activation, channels))
+            self.down_sample_conv_layers.append(conv(channels, 2 * channels, 2 * rate, stride=rate))
+            channels *= 2
+        self.post_activation = CodecActivation(activation, channels)
+        self.post_conv = conv(channels, encoded_dim, out_kernel_size)
+
+    @property
+    def stages(self) -> list[DownStage]:
+        """Layers of each stage, in order."""
+        layers = zip(self.res_layers, self.activations, self.down_sample_conv_layers, strict=True)
+        return [DownStage._make(stage) for stage in layers]
+
+    def run(self, ops: Ops[Signal], audio: Signal) -> Signal:
+        """Compute the network with the operations of a backend; a subclass may put it together in another way."""
+        return encode(self, ops, audio)
+
+    @functools.cached_property
+    def _field(self) -> Field:
+        return self.run(ContextOps(), Field())
+
+    @property
+    def context(self) -> Context:
+        """Frames on each side that one encoded frame depends on: 6 and 6 for the released config."""
+        # A frame sees samples from its own first one less `past` to that one and `future` more.
+        rate, field = self.samples_per_frame, self._field
+        return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
+
+    @property
+    def min_frames(self) -> int:
+        """Fewest frames whose edges can be reflected: 4 for the released config. Shorter audio ends in silence."""
+        return num_frames(self._field.shortest, self.samples_per_frame)
+
+    def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
+        """Whole frames of clips of one length: [B, T * samples_per_frame] -> [B, D, T], T >= `min_frames`."""
+        return self.run(ModuleOps(), audio.unsqueeze(1))
+
+    def forward(self, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode each clip as if it were alone.
+
+        A clip's last frame is completed with zeros; clips under `min_frames` are too, and give their own frames.
+
+        Args:
+            audio: [B, T_audio]; what lies after a clip's length is ignored.
+            audio_len: samples of each clip, [B].
+
+        Returns:
+            Encoded frames [B, D, T_encoded], zero after a clip's end, and their number per clip [B].
+        """
+        lengths = audio_len.tolist()
+        frames = [num_frames(length, self.samples_per_frame) for length in lengths]
+        encoded_len = torch.tensor(frames, dtype=audio_len.dtype, device=audio_len.device)
+        if max(frames) == 0:
+            return audio.new_zeros(len(frames), self.encoded_dim, 0), encoded_len
+
+        def encode(clips: torch.Tensor) -> torch.Tensor:
+            whole = max(num_frames(clips.shape[-1], self.samples_per_frame), self.min_frames)
+            return self.encode_frames(F.pad(clips, (0, whole * self.samples_per_frame - clips.shape[-1])))
+
+        return map_by_length(encode, audio, lengths, frames), encoded_len

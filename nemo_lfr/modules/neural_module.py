@@ -1,0 +1,87 @@
+"""Base class of the codec's modules: the methods that NeMo code calls on its own `NeuralModule`s, in plain torch."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+# Returns NeMo's types of a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so nothing here imports
+# NeMo.
+type_lookup: Callable[[nn.Module, str], dict[str, Any]] | None = None
+
+
+class NeuralModule(nn.Module):
+    """A torch module with the interface of NeMo's class of this name.
+
+    Attributes:
+        input_names: arguments of `forward`.
+        output_names: results of `forward`.
+    """
+
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+
+    _frozen_grad_map: dict[str, bool]
+
+    @property
+    def input_types(self) -> dict[str, Any]:
+        """NeMo's type of each argument of `forward`, by name; the values are None where NeMo is not in use."""
+        return type_lookup(self, "input_types") if type_lookup else dict.fromkeys(self.input_names)
+
+    @property
+    def output_types(self) -> dict[str, Any]:
+        """NeMo's type of each result of `forward`, by name; the values are None where NeMo is not in use."""
+        return type_lookup(self, "output_types") if type_lookup else dict.fromkeys(self.output_names)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def input_example(self, max_batch: int | None = None, max_dim: int | None = None) -> None:
+        """Return None, as NeMo's codec modules do."""
+        return None
+
+    def freeze(self) -> None:
+        """Switch to evaluation mode without gradients, and remember which parameters had them."""
+        grad_map = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        self._frozen_grad_map = {**getattr(self, "_frozen_grad_map", {}), **grad_map}
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze(self, partial: bool = False) -> None:
+        """Switch to training mode with gradients.
+
+        Args:
+            partial: only for the parameters that had gradients before `freeze`.
+
+        Raises:
+            ValueError: if `partial` is set and the module was not frozen.
+        """
+        if partial and not hasattr(self, "_frozen_grad_map"):
+            raise ValueError(f"{type(self).__name__} is not frozen; call freeze() before unfreeze(partial=True).")
+        grad_map = getattr(self, "_frozen_grad_map", {}) if partial else {}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(grad_map.get(name, True))
+        if hasattr(self, "_frozen_grad_map"):
+            del self._frozen_grad_map
+        self.train()
+
+    @contextlib.contextmanager
+    def as_frozen(self) -> Iterator[None]:
+        """Freeze the module inside a `with` block, and restore its state afterwards."""
+        training = self.training
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.unfreeze(partial=True)
+            self.train(training)
+
+    def remove_weight_norm(self) -> None:
+        """Replace each weight-normed weight by its value."""
+        for module in self.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

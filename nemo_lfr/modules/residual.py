@@ -1,0 +1,100 @@
+"""Multi-kernel residual stacks, shared by both ends of the codec (HiFi-GAN's multi-receptive-field fusion)."""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from nemo_lfr.modules.activation import CodecActivation
+from nemo_lfr.modules.conv import Conv1d
+
+
+class ResidualBlock(nn.Module):
+    """activation, dilated convolution, activation, convolution; added to the input."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilation: int,
+        activation: str,
+        causal: bool,
+        pad_mode: str,
+        weight_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.input_activation = CodecActivation(activation, channels)
+        self.skip_activation = CodecActivation(activation, channels)
+        self.input_conv = Conv1d(
+            channels,
+            channels,
+            kernel_size,
+            dilation=dilation,
+            causal=causal,
+            pad_mode=pad_mode,
+            weight_norm=weight_norm,
+        )
+        self.skip_conv = Conv1d(
+            channels, channels, kernel_size, causal=causal, pad_mode=pad_mode, weight_norm=weight_norm
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        residual = self.input_conv(self.input_activation(hidden))
+        return hidden + self.skip_conv(self.skip_activation(residual))
+
+
+class ResidualBranch(nn.Module):
+    """Residual blocks of one kernel size, one per dilation, in sequence."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        dilations: Sequence[int],
+        activation: str,
+        causal: bool,
+        pad_mode: str,
+        weight_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.res_blocks = nn.ModuleList(
+            ResidualBlock(channels, kernel_size, dilation, activation, causal, pad_mode, weight_norm)
+            for dilation in dilations
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self.res_blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+class ResidualLayer(nn.Module):
+    """The mean of one residual branch per kernel size."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_sizes: Sequence[int],
+        dilations: Sequence[int],
+        activation: str,
+        causal: bool,
+        pad_mode: str,
+        weight_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.res_blocks = nn.ModuleList(
+            ResidualBranch(channels, kernel_size, dilations, activation, causal, pad_mode, weight_norm)
+            for kernel_size in kernel_sizes
+        )
+
+    @property
+    def branches(self) -> list[list[ResidualBlock]]:
+        """Blocks of each branch, in order."""
+        return [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in self.res_blocks]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        total = self.res_blocks[0](hidden)
+        for branch in self.res_blocks[1:]:
+            total = total + branch(hidden)
+        return total / len(self.res_blocks)

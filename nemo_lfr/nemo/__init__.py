@@ -1,0 +1,1 @@
+"""The NeMo integration: the only part of the package that imports NeMo."""

@@ -1,0 +1,403 @@
+"""The command line as a user types it: exit codes, what goes to stdout, what is left on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main as cli
+from nemo_lfr.codec.torch_backend import BATCHING
+from nemo_lfr.io.token_file import TokenReader
+from tests.models import speech_like
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of one command in this process."""
+    code = 0
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """speech/a.wav (22.05 kHz), speech/deep/b.flac (48 kHz stereo), speech/notes.txt."""
+    root = tmp_path / "speech"
+    (root / "deep").mkdir(parents=True)
+    soundfile.write(root / "a.wav", speech_like(12_345).numpy(), 22050)
+    wave = speech_like(24_000, seed=1).numpy()
+    soundfile.write(root / "deep" / "b.flac", np.stack([wave, -0.5 * wave], axis=1), 48000)
+    (root / "notes.txt").write_text("not audio")
+    return root
+
+
+def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsys, folder, tmp_path):
+    tokens, audio = tmp_path / "tokens", tmp_path / "audio"
+    code, out, err = run(capsys, "encode", folder, "--out", tokens)
+    assert code == 0
+    assert out.split() == [str(tokens / "a.lfr"), str(tokens / "deep" / "b.lfr")]
+    assert "2 channels mixed to mono" in err
+    assert "the small codec inside nemo_lfr" in err
+    assert run(capsys, "decode", tokens, "--out", audio)[0] == 0
+    assert soundfile.info(audio / "a.wav").frames == 12_345
+    assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
+
+
+def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
+    code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
+    assert code == 0 and "empty.wav: holds no samples" in err
+    code, _, err = run(capsys, "decode", tmp_path / "empty.lfr", "--out", tmp_path / "back")
+    assert code == 0 and "empty.lfr: holds no samples" in err
+
+
+def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(22050, 0.1), 22050)
+    run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
+    (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
+    code, _, err = run(capsys, "decode", tmp_path / "cut.lfr", "--recover")
+    assert code == 0 and "cut.lfr: holds no samples" in err
+
+
+def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
+    for size in (1, 8):
+        run(capsys, "encode", folder, "--out", tmp_path / str(size), "--batch-size", size)
+    for name in ("a.lfr", "deep/b.lfr"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "8" / name).read_bytes()
+
+
+def test_quoted_globs_reach_into_sub_folders(capsys, folder, tmp_path):
+    code, out, _ = run(capsys, "encode", f"{folder}/**/*.flac", "--out", tmp_path / "tokens")
+    assert code == 0
+    assert out.strip() == str(tmp_path / "tokens" / "b.lfr")
+
+
+def test_without_out_the_result_lies_beside_its_input(capsys, folder):
+    assert run(capsys, "encode", folder / "a.wav")[0] == 0
+    assert (folder / "a.lfr").is_file()
+
+
+def test_existing_results_are_refused_before_any_work_and_replaced_on_request(capsys, folder, tmp_path):
+    out = tmp_path / "tokens"
+    out.mkdir()
+    (out / "a.lfr").write_bytes(b"old")
+    code, _, err = run(capsys, "encode", folder, "--out", out)
+    assert code == 2
+    assert err.count("\n") == 1 and "a.lfr exists; pass --overwrite" in err
+    assert not (out / "deep").exists()
+    assert run(capsys, "encode", folder, "--out", out, "--overwrite")[0] == 0
+    with TokenReader(out / "a.lfr") as reader:
+        assert reader.num_samples == 12_345
+
+
+def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
+    (folder / "broken.wav").write_bytes(b"RIFF nonsense")
+    code, out, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert [entry["samples"] for entry in result["files"]] == [12_345, 11_025]
+    assert "broken.wav" in result["failures"][0]["error"]
+    assert "1 of 3 files failed" in err
+    left = sorted(path.name for path in (tmp_path / "tokens").rglob("*") if path.is_file())
+    assert left == ["a.lfr", "b.lfr"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["encode", "nowhere.wav"], "nowhere.wav: no such file or folder"),
+        (["encode"], "Missing argument"),
+        (["encode", ""], "'': no such file or folder"),
+        (["encode", "{folder}/a.wav", "--out", "{folder}/a.wav"], "the result is a .lfr file"),
+        (["encode", "{folder}/a.wav", "--out", "{folder}/notes.txt"], "notes.txt is a file"),
+        (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not one file"),
+        (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not one file"),
+        (["decode", "{folder}/a.wav"], "a.wav: is an audio file, not a token file; nemo-lfr encode takes it"),
+        (["decode", "{folder}/deep/b.flac"], "is an audio file, not a token file"),
+        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "does not agree with --format flac"),
+        (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "exclude each other"),
+        (["info", "{folder}/none.lfr"], "none.lfr: no such file"),
+        (["info", "/dev/zero"], "is a device, not a regular file"),
+        (["tokenize", "{folder}", "--out", "{folder}/a.wav"], "a.wav' is a file"),
+        (["frobnicate"], "frobnicate"),
+        (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
+        (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
+        (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
+        (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
+        (["decode", "{folder}/notes.txt", "--out", "{folder}/x"], "not a .lfr token file"),
+        (["decode", "{folder}"], "no .lfr file in this folder (3 passed over: 1 .flac, 1 .txt, 1 .wav)"),
+        (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
+        (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
+        (["encode", "-", "{folder}/a.wav"], "give `-`, `- -` or `FILE -`"),
+        (["encode", "-", "--out", "{folder}"], "and no --out"),
+        (["info", "{folder}/notes.txt"], "no token file, checkpoint, audio or manifest"),
+        (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, folder, monkeypatch, arguments, text):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if not line.startswith("using the small codec")]
+    assert line.startswith("nemo-lfr: error: ")
+    assert text in line
+
+
+def test_info_describes_token_files_and_the_embedded_codec(capsys, folder):
+    run(capsys, "encode", folder / "a.wav")
+    code, out, _ = run(capsys, "info", folder / "a.lfr", "--json")
+    described = json.loads(out)
+    assert code == 0
+    assert (described["samples"], described["frames"], described["levels"]) == (12_345, 13, [8, 7, 6, 6])
+    described = json.loads(run(capsys, "info", "--json")[1])
+    assert (described["codebooks"], described["codebook size"], described["samples per frame"]) == (8, 2016, 1024)
+
+
+def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, folder):
+    run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
+    assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
+    (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    expected = {
+        "a.wav": ("an audio file", "nemo-lfr encode takes it"),
+        "m.json": ("a manifest", "nemo-lfr tokenize takes"),
+        "": ("a folder of 2 audio files and 1 token files", "nemo-lfr encode, tokenize and prepare take the audio"),
+    }
+    for name, words in expected.items():
+        code, out, err = run(capsys, "info", folder / name)
+        assert code == 0, err
+        for word in words:
+            assert word in out
+    code, _, err = run(capsys, "info", "~nobody-has-this-name/a")
+    assert code == 2 and err.startswith("nemo-lfr: error: ~nobody-has-this-name/a: no such file")
+
+
+@pytest.mark.parametrize(("command", "source", "out"), [("encode", "a.wav", "T.lfr"), ("decode", "a.lfr", "b.flac")])
+def test_out_may_be_the_file_itself_for_one_input(capsys, folder, command, source, out):
+    run(capsys, "encode", folder / "a.wav")
+    target = folder / "new" / out
+    assert run(capsys, command, folder / source, "--out", target)[:2] == (0, f"{target}\n")
+    assert target.is_file()
+    assert target.suffix != ".flac" or soundfile.info(target).format == "FLAC"
+    (folder / "t.lfr").mkdir()  # a folder stays one
+    assert run(capsys, "encode", folder / "a.wav", "--out", folder / "t.lfr")[0] == 0
+    assert (folder / "t.lfr" / "a.lfr").is_file()
+
+
+def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
+    out = tmp_path / "tokens"
+    run(capsys, "encode", folder / "a.wav", "--out", out)
+    before = (out / "a.lfr").stat()
+    code, printed, err = run(capsys, "encode", folder, "--out", out, "--skip-existing")
+    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results exist" in err
+    assert (out / "a.lfr").stat() == before
+    assert run(capsys, "encode", folder, "--out", out, "--skip-existing", "--json")[1].split() == [
+        *["{", '"files":', "[],", '"failures":', "[]", "}"]
+    ]
+
+
+def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tmp_path):
+    soundfile.write(folder / ("n" * 252 + ".au"), speech_like(2_000).numpy(), 22050)
+    for options, expected in (([], 1), (["--overwrite"], 1), (["--skip-existing"], 2)):  # the last has one file to do
+        code, _, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", *options)
+        assert code == expected and "File name too long" in err
+        assert (tmp_path / "tokens" / "a.lfr").is_file() and (tmp_path / "tokens" / "deep" / "b.lfr").is_file()
+
+
+@pytest.mark.parametrize("out", ["a.wav/x.lfr", "a.wav/deep/x.lfr", "a.wav/deep"])
+def test_a_file_where_a_folder_is_to_be_is_refused_before_any_work(capsys, folder, out):
+    code, printed, err = run(capsys, "encode", folder / "a.wav", "--out", folder / out)
+    assert (code, printed) == (2, "") and "a.wav is not a folder" in err and "using the small codec" not in err
+
+
+def test_an_empty_name_is_not_the_current_folder(capsys):
+    assert run(capsys, "info", "")[0] == 2
+
+
+def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
+    code, out, _ = run(capsys, "demo", "--out", tmp_path)
+    assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "original.wav",
+        "speech.lfr",
+        "decoded.wav",
+        "spectrograms.png",
+    }
+    for word in ("bit rate", "times real time", "ESTOI", "PESQ-WB", "SI-SDR"):
+        assert word in out
+    assert soundfile.info(tmp_path / "original.wav").frames == soundfile.info(tmp_path / "decoded.wav").frames
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys, nemo_lfr.cli.main as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'soundfile', 'rich', 'nemo', 'omegaconf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(80_000).numpy(), 22050)
+    run(capsys, "encode", tmp_path / "a.wav")
+    run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "whole")
+    run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "part", "--start", 1.5, "--duration", 0.75)
+    whole, part = (soundfile.read(tmp_path / name / "a.wav", dtype="int16")[0] for name in ("whole", "part"))
+    # Windows of other lengths sum in another order: one step of 16 bits at most.
+    assert len(part) == 16538
+    assert np.abs(whole[33075:][:16538].astype(int) - part).max() <= 1
+    code, _, err = run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "none", "--start", 60)
+    assert code == 2 and "not a part of its 3.628 s" in err and not (tmp_path / "none").exists()
+
+
+def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(400_000).numpy(), 22050)
+    run(capsys, "encode", tmp_path / "a.wav")
+    cut = tmp_path / "cut.lfr"
+    cut.write_bytes((tmp_path / "a.lfr").read_bytes()[:3000])
+    code, _, err = run(capsys, "decode", cut)
+    assert code == 2 and "cut.lfr: it ends too early" in err and "--recover" in err
+    assert run(capsys, "decode", cut, "--recover")[0] == 0
+    assert soundfile.info(tmp_path / "cut.wav").frames == BATCHING["cpu"].chunk_frames * 1024  # the first block
+
+
+def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monkeypatch):
+    """a.wav and c.wav are encoded with b.flac, which breaks only where it is damaged, after a.lfr was written."""
+    monkeypatch.setattr(cli, "BATCH_SECONDS", 1)
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for name in ("a", "c"):
+        soundfile.write(folder / f"{name}.wav", speech_like(12_000).numpy(), 22050)
+    soundfile.write(folder / "b.flac", speech_like(100_000).numpy(), 22050)
+    data = bytearray((folder / "b.flac").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
+    (folder / "b.flac").write_bytes(data)
+    code, out, _ = run(capsys, "encode", folder, "--out", tmp_path / "tokens", "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert [entry["input"] for entry in result["failures"]] == [str(folder / "b.flac")]
+    assert [entry["output"] for entry in result["files"]] == [str(tmp_path / "tokens" / f"{x}.lfr") for x in "ac"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(folder, tmp_path):
+    odd = os.fsencode(folder) + b"/a\xff.wav"
+    os.rename(folder / "a.wav", odd)
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_lfr", "encode", odd, "--out", tmp_path],
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 0
+    assert done.stdout == os.fsencode(tmp_path) + b"/a\xff.lfr\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a shell")
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        ("encode - - <&-", 2, "stdin or stdout is closed"),
+        ("decode {folder}/a.lfr - >&-", 2, "stdin or stdout is closed"),
+        ("encode {folder}/a.wav --out {folder}/x 2>&-", 0, ""),
+        ("encode {folder}/nowhere.wav 2>&-", 2, ""),
+    ],
+)
+def test_closed_descriptors_are_no_traceback(folder, line, code, text):
+    command = f"exec '{sys.executable}' -m nemo_lfr {line.format(folder=folder)}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code
+    assert text in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(3600 * 8000, np.int16), 8000)  # an hour
+    # As on a terminal: what runs these tests may ignore some, which children inherit.
+    defaults = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    script = f"import signal; {defaults}\nfrom nemo_lfr.cli.main import main; "
+    command = [sys.executable, "-c", script + "main()", "encode", tmp_path / "a.wav", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/*.part")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)  # amid the recording: Python may lose an interrupt within an import
+    number = getattr(signal, name)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_signal_handlers_are_the_callers_again_afterwards(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    run(capsys, "--version")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    name = folder.relative_to(tmp_path)
+    assert run(capsys, "encode", f"~/{name}", "--out=~/tokens")[0] == 0
+    assert run(capsys, "decode", "~/tokens", "--out=~/audio")[0] == 0
+    assert [*(tmp_path / "audio").rglob("*.wav")] and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "a.lfr", "--start", "nan"],
+        ["decode", "a.lfr", "--duration", "nan"],
+        ["prepare", "folder", ".", "--out", "out", "--valid-share", "nan"],
+        ["tokenize", "m.json", "--out", "out", "--max-duration", "nan"],
+    ],
+)
+def test_nan_is_no_number_of_an_option(capsys, arguments):
+    code, stdout, stderr = run(capsys, *arguments)
+    assert (code, stdout) == (2, "") and "nan is not a number" in stderr
+
+
+@pytest.mark.parametrize("command", ["tokenize", "evaluate"])
+def test_an_audio_dir_that_is_no_folder_is_refused_at_once(capsys, command, tmp_path):
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
+    for folder in (tmp_path / "nowhere", tmp_path / "m.json"):
+        options = ["--audio-dir", folder, "--out", tmp_path / "out"]
+        code, stdout, stderr = run(capsys, command, tmp_path / "m.json", *options)
+        assert (code, stdout) == (2, "") and folder.name in stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["tokenize", "evaluate", "prepare"])
+def test_a_pipe_as_a_corpus_is_refused_by_what_it_is(capsys, command, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    kind = ["folder"] if command == "prepare" else []
+    code, stdout, stderr = run(capsys, command, *kind, tmp_path / "pipe.json", "--out", tmp_path / "out")
+    assert (code, stdout) == (2, "") and ("is a pipe" in stderr or "is not a folder" in stderr)
+
+
+def test_info_describes_the_files_that_it_can(capsys, tmp_path):
+    soundfile.write(tmp_path / "a.wav", speech_like(1000), 22050)
+    (tmp_path / "b.lfr").write_bytes(b"LFRT")
+    code, stdout, stderr = run(capsys, "info", tmp_path / "a.wav", tmp_path / "b.lfr", tmp_path / "c.wav", "--json")
+    assert code == 1 and [entry["channels"] for entry in json.loads(stdout)] == [1]
+    assert len(stderr.splitlines()) == 2 and "b.lfr" in stderr and "c.wav: no such file" in stderr
+
+
+def test_a_worker_has_no_more_threads_than_the_machine_has_cores(capsys, tmp_path):
+    pytest.importorskip("pyarrow")
+    soundfile.write(tmp_path / "a.wav", speech_like(5000), 22050)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
+    options = ["--format", "lfr", "--threads", 1_000_000, "--workers", 1, "--device", "cpu"]
+    code, _, stderr = run(capsys, "tokenize", tmp_path / "m.json", "--out", tmp_path / "out", *options)
+    assert code == 0, stderr

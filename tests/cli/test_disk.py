@@ -1,0 +1,262 @@
+"""Every command that writes: on a full disk, where nothing may be written, and after a run that was killed.
+
+A limit on the size of files stands for the full disk: a write beyond it fails in the same way, with another number.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.corpus.sinks import SINKS
+from tests.cli.test_cli import run
+from tests.corpora import write_codec, write_tokens
+from tests.crash import ROOT
+from tests.models import RATE, synthesize
+
+for module, extra in (("lhotse", "corpus"), ("pyarrow", "corpus"), ("matplotlib", "evaluate"), ("onnxscript", "onnx")):
+    pytest.importorskip(module, reason=f"pip install 'nemo-lfr[{extra}]'")
+
+# What a command that is cut off goes on with: lines are added, and one that was cut is passed over.
+JOURNALS = {".opened.jsonl", "sent.jsonl", "metrics.jsonl", "lock"}
+COMMANDS = {
+    "demo": "demo --out {out} --model {model}",
+    "encode": "encode {audio}/b/1.wav --out {out} --model {model} --overwrite",
+    "encode a batch": "encode {audio} --out {out} --model {model} --overwrite",
+    "decode wav": "decode {tokens} --out {out} --model {model} --overwrite",
+    "decode flac": "decode {tokens}/b/1.lfr --out {out} --model {model} --format flac --overwrite",
+    **{
+        f"tokenize {kind}": f"tokenize {{audio}} --out {{out}} --model {{model}} --format {kind} --workers 1"
+        for kind in SINKS
+    },
+    "detokenize": "detokenize {corpus} --out {out} --model {model}",
+    "prepare": "prepare folder {audio} --out {out} --valid-share 0.5",
+    "evaluate": "evaluate {audio}/manifest.json --codec lfr:{model} --out {out} --jobs 1 --examples 1",
+    "export": "export onnx --out {out} --model {model} --overwrite",
+}
+SEVERAL = {"encode a batch", "decode wav"}  # files, each of which fails by itself
+every_command = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "export")) for name in COMMANDS]
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("inputs")
+    found = {name: root / name for name in ("audio", "tokens", "corpus")} | {"model": root / "tiny.nemo"}
+    write_codec(found["model"])
+    lines = []
+    for number, folder in enumerate("ab"):
+        (found["audio"] / folder).mkdir(parents=True)
+        soundfile.write(found["audio"] / folder / f"{number}.wav", synthesize(0.4 + 0.2 * number, number), RATE)
+        lines.append(json.dumps({"audio_filepath": f"{folder}/{number}.wav", "duration": 0.4 + 0.2 * number}))
+    (found["audio"] / "manifest.json").write_text("\n".join(lines))
+    main(["encode", str(found["audio"]), "--out", str(found["tokens"]), "--model", str(found["model"])])
+    write_tokens(found["corpus"], "lfr", [2, 1], found["model"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def command(inputs) -> Callable[[str, Path], list[str]]:
+    """(name, --out) -> arguments."""
+    return lambda name, out: [word.format(**inputs, out=out) for word in COMMANDS[name].split()]
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def results_of(out: Path) -> dict[str, bytes]:
+    """Files under their final names."""
+    return {name: data for name, data in files_of(out).items() if Path(name).name not in JOURNALS}
+
+
+def leftovers_of(out: Path) -> list[str]:
+    aside = re.compile(r"\.part$|^\.writing-|staging/")
+    return [str(path) for path in out.rglob("*") if aside.search(str(path.relative_to(out))) or path.suffix == ".part"]
+
+
+@contextlib.contextmanager
+def full_disk(free: int) -> Iterator[None]:
+    """No file grows beyond `free` bytes; Python ignores the signal that comes with it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def complaints(err: str) -> list[str]:
+    """Errors on stderr, beside lines that say which codec is used, what is passed over and what was done."""
+    lines = [line for line in err.splitlines() if re.match(r"nemo-lfr: (error|failed): ", line)]
+    others = [line for line in err.splitlines() if line not in lines]
+    usual = (
+        r"using the small codec|.* passed over: |.* x real time$|.*\dx real time$|nemo-lfr: \d+ of \d+ files failed"
+    )
+    assert all(re.match(usual, line) for line in others), others
+    return lines
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@every_command
+def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_no_cut_one(name, command, tmp_path, capsys):
+    """Nothing fits; something does; all but the end of the largest file does; then there is room, and all is done."""
+    whole, out = tmp_path / "whole", tmp_path / "other"
+    assert run(capsys, *command(name, whole))[0] == 0
+    expected = results_of(whole)
+    largest = max(len(data) for data in files_of(whole).values())
+    for free in (0, largest // 4, largest - 1):
+        shutil.rmtree(out, ignore_errors=True)
+        with full_disk(free):
+            code, _, err = run(capsys, *command(name, out))
+        lines = complaints(err)
+        assert code in (1, 2) and lines and (len(lines) == 1 or name in SEVERAL), (free, err)
+        for line in lines:
+            match = re.fullmatch(r"nemo-lfr: (?:error|failed): (.+): File too large\.", line)
+            assert match and Path(match[1]).is_relative_to(out), (free, line)
+            named = Path(match[1])
+            assert named.name in JOURNALS or str(named.relative_to(out)) in files_of(whole), (free, line)
+        for path, data in results_of(out).items():
+            same = len(data) == len(expected[path]) or data.replace(bytes(out), bytes(whole)) == expected[path]
+            assert same, (free, path)  # their length alone, as libsndfile writes the time into a WAV of floats
+        assert leftovers_of(out) == []
+    assert run(capsys, *command(name, out))[0] == 0
+    assert results_of(out).keys() == expected.keys()
+
+
+@every_command
+@pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/dev/null/out"])
+def test_an_output_below_a_file_is_one_line(name, place, command, tmp_path, capsys):
+    """Stands for all places where nothing may be written, and holds for root too."""
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / place
+    code, printed, err = run(capsys, *command(name, out))
+    (line, *others) = complaints(err)
+    assert code in (1, 2) and printed == "" and (not others or name in SEVERAL)
+    reason = r"(: (Not a directory|File exists)| cannot be written: .* is not a folder; choose another --out)\."
+    assert re.fullmatch(rf"nemo-lfr: (error|failed): {re.escape(str(out.parent))}[^:]*{reason}", line)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+KILLED = """
+import resource, signal, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from nemo_lfr.cli.main import main
+import nemo_lfr.io.audio, nemo_lfr.evaluation.run  # noqa: what writes no files of its own
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["detokenize", "prepare", "evaluate", "encode a batch", "tokenize parquet"])
+def test_a_run_that_was_killed_amid_a_file_is_finished_by_the_next_one(name, command, tmp_path, capsys):
+    """The system kills the process at the write that makes a file too large: no part of Python runs after it."""
+    whole, out = tmp_path / "whole", tmp_path / "other"
+    assert run(capsys, *command(name, whole))[0] == 0
+    free = {"prepare": 40, "encode a batch": 200}.get(name, 2000)
+    arguments = [sys.executable, "-c", KILLED, str(free), *command(name, out)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr
+    if name != "prepare":  # which is killed in its journal
+        assert leftovers_of(out), files_of(out)
+    assert run(capsys, *command(name, out))[0] == 0
+    assert leftovers_of(out) == [] and results_of(out).keys() == results_of(whole).keys()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize(
+    "name", ["demo", "encode", "decode flac", "tokenize manifest", "detokenize", "prepare", "evaluate"]
+)
+@pytest.mark.parametrize("kind", ["file", "link", "pipe"])
+def test_leftovers_go_and_are_never_opened_through_a_link(name, kind, command, tmp_path, capsys):
+    """Beside every result of a run, as another kill would have left them."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("precious")
+    assert run(capsys, *command(name, out))[0] == 0
+    for path in [out / result for result in results_of(out)]:
+        if name.startswith("tokenize") and path.parent != out and path.parent.name != "done":
+            continue  # these are renamed out of a folder that goes as a whole
+        aside = path.with_name(f"{path.name}.01234567.part")
+        if kind == "file":
+            aside.write_text("half")
+        elif kind == "link":
+            aside.symlink_to(victim)
+        else:
+            os.mkfifo(aside)
+        if "." in path.name and name != "detokenize":
+            path.unlink()  # was not finished
+    assert run(capsys, *command(name, out))[0] == 0
+    assert leftovers_of(out) == [] and victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["prepare", "evaluate"])
+def test_a_journal_that_is_a_link_is_not_followed(name, command, tmp_path, capsys):
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("precious")
+    assert run(capsys, *command(name, out))[0] == 0
+    journal = next(out.rglob("sent.jsonl"), out / ".opened.jsonl")
+    journal.unlink(missing_ok=True)
+    journal.symlink_to(victim)
+    code, _, err = run(capsys, *command(name, out))
+    assert code == 2 and "is a link, which is not followed" in complaints(err)[0]
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command, tmp_path):
+    out = tmp_path / "out"
+    defaults = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    script = f"import signal, sys; {defaults}\nfrom nemo_lfr.cli.main import main; main(sys.argv[1:])"
+    arguments = [sys.executable, "-c", script, *command("export", out)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".writing-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    printed, err = process.communicate()
+    assert process.returncode == 128 + number
+    assert (
+        printed == "" and err.lstrip() == f"nemo-lfr: {'interrupted' if name == 'SIGINT' else f'ended by {name}'}.\n"
+    )
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("info --json >/dev/full", 2, "nemo-lfr: error: stdout: No space left on device.\n"),
+        (
+            "encode {audio}/b/1.wav - --model {model} >/dev/full",
+            2,
+            "nemo-lfr: error: stdout: No space left on device.\n",
+        ),
+        (
+            "decode {tokens}/b/1.lfr - --model {model} >/dev/full",
+            2,
+            "nemo-lfr: error: stdout: No space left on device.\n",
+        ),
+        ("encode {audio}/b/1.wav --model {model} --out {out} 2>/dev/full", 0, ""),
+        ("encode nowhere.wav 2>/dev/full", 2, ""),
+    ],
+)
+def test_a_full_disk_may_be_where_stdout_or_stderr_goes(line, code, said, inputs, tmp_path):
+    shell = f"exec '{sys.executable}' -m nemo_lfr {line.format(**inputs, out=tmp_path / 'out')}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (code, said)

@@ -1,0 +1,83 @@
+"""An empty path, as of a shell's variable that is not set, is refused: `Path("")` is the current folder."""
+
+import shlex
+
+import pytest
+
+from nemo_lfr.codec.onnx.export import export_onnx
+from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.corpus.run import tokenize
+from nemo_lfr.corpus.shard import Job
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.pretrained import load
+from tests.cli.test_cli import run
+from tests.models import cached_codec
+
+COMMANDS = [
+    "encode ''",
+    "encode a.wav ''",
+    "encode a.wav --out ''",
+    "encode a.wav --overwrite --model ''",
+    "encode '' -",
+    "decode ''",
+    "decode a.lfr --out=",
+    "decode '' -",
+    "info ''",
+    "demo --out ''",
+    "prepare folder '' --out out",
+    "prepare folder audio --out ''",
+    "tokenize '' --out out",
+    "tokenize audio --out ''",
+    "tokenize audio --out out --audio-dir ''",
+    "tokenize audio --out out --model ''",
+    "detokenize '' --out out",
+    "detokenize tokens --out ''",
+    "evaluate '' --out out",
+    "evaluate audio/m.json --out ''",
+    "evaluate audio/m.json --out out --audio-dir ''",
+    "export onnx --out ''",
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_an_empty_path_is_one_line_in_every_command(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "audio").mkdir()
+    for name in ("a.wav", "a.lfr", "audio/m.json"):
+        (tmp_path / name).write_bytes(b"mine")
+    code, printed, err = run(capsys, *shlex.split(line))
+    errors = [text for text in err.splitlines() if not text.startswith("using the small codec")]
+    assert (code, printed, len(errors)) == (2, "", 1) and "''" in errors[0], err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lfr", "a.wav", "audio"]
+
+
+CALLS = {
+    "load": lambda: load(""),
+    "TokenDataset": lambda: TokenDataset(""),
+    "read_manifest": lambda: read_manifest(""),
+    "audio_dir": lambda: read_manifest("m.json", ""),
+    "encode_file": lambda: cached_codec("symmetric").encode_file("", "a.lfr"),
+    "encode_file to": lambda: cached_codec("symmetric").encode_file("a.wav", ""),
+    "decode_file": lambda: cached_codec("symmetric").decode_file("", "a.wav"),
+    "tokenize": lambda: tokenize(Job("", "out", "lfr")),
+    "tokenize to": lambda: tokenize(Job("audio", "", "lfr")),
+    "tokenize, audio_dir": lambda: tokenize(Job("audio", "out", "lfr", audio_dir="")),
+    "export_onnx": lambda: export_onnx(cached_codec("symmetric"), ""),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_empty_path_is_an_error_in_python(name, tmp_path, monkeypatch):
+    if name == "export_onnx":
+        pytest.importorskip("onnxscript", reason="pip install 'nemo-lfr[onnx]'")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NemoLfrError, match="''"):
+        CALLS[name]()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [".", " ", "~", "a"])
+def test_other_short_paths_are_paths(path):
+    assert str(expand_home(path))

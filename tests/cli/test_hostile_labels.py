@@ -1,0 +1,59 @@
+"""Labels and names of a stranger, from a manifest through `evaluate` into every format of the report."""
+
+import csv
+import json
+import os
+from html.parser import HTMLParser
+
+import pytest
+import soundfile
+
+from tests.cli.test_cli import run
+from tests.models import RATE, synthesize
+
+pytest.importorskip("matplotlib", reason="pip install 'nemo-lfr[evaluate]'")
+
+LABELS = [
+    "=cmd|' /C calc'!A0",
+    "<script>alert(1)</script>",
+    "a | b\n# heading",
+    "\x1b[31mred\x07\u202e\u2066",
+    "[a](javascript:alert(1))",
+]
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add(tag)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names are not allowed there")
+def test_no_label_or_name_acts_in_a_table_a_page_or_a_terminal(tmp_path, capsys):
+    lines = []
+    for number, label in enumerate(LABELS):
+        name = f"{label.replace('/', '_')}.wav"
+        soundfile.write(open(tmp_path / name, "wb"), synthesize(0.5, number), RATE, format="WAV")  # noqa: SIM115
+        lines.append({"audio_filepath": name, "duration": 0.5, "text": label, "lang": label, "speaker": label})
+    lines.append({"audio_filepath": f"{LABELS[3]}-missing.wav", "duration": 0.5, "lang": LABELS[3]})
+    manifest, out = tmp_path / "m.json", tmp_path / "out"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--codec", "original", "--out", out, "--jobs", 1, "--by", "lang", "--examples", 5]
+    code, _, err = run(capsys, "evaluate", manifest, *arguments)
+    assert code == 1 and all(char.isprintable() or char == "\n" for char in err)
+    with open(out / "recordings.csv", newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert "'=cmd|' _C calc'!A0.wav" in cells and all(cell.isprintable() for cell in cells)
+    assert not [cell for cell in cells if cell.startswith(("=", "@", "+", "\t"))]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in text and "\n# heading" not in text
+    assert text.count("](javascript") == text.count("\\](javascript")
+    assert all(char.isprintable() or char == "\n" for char in text)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    assert "script" not in tags.found
+    assert all(char.isprintable() or char == "\n" for char in page)

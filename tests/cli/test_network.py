@@ -1,0 +1,163 @@
+"""Nothing that works on local files reaches for the network, in Python or in native code, and no library reports."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import soundfile
+
+from nemo_lfr import telemetry
+from tests.crash import ROOT
+from tests.models import RATE, codec_config, synthesize, write_nemo
+from tests.network import TELEMETRY, build_watcher, run_watched
+
+# Runs commands one after the other in a process, each with its own log; then waits for what reports later: ONNX
+# Runtime looks its maker up 10 to 15 seconds after it was imported.
+DRIVER = """
+import json, os, sys, time
+from nemo_lfr.cli.main import main
+
+for name, arguments in json.loads(sys.argv[1]).items():
+    os.environ["NETWORK_LOG"] = os.path.join(os.getcwd(), f"{name}.log")
+    try:
+        main([*arguments])
+    except SystemExit as end:
+        assert not end.code, (name, end.code)
+os.environ["NETWORK_LOG"] = os.path.join(os.getcwd(), "afterwards.log")
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def watcher(tmp_path_factory):
+    return build_watcher(tmp_path_factory.mktemp("watcher"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four clips, a manifest of them, and a tiny codec."""
+    folder = tmp_path_factory.mktemp("network")
+    lines = []
+    (folder / "audio").mkdir()
+    for number in range(4):
+        soundfile.write(folder / "audio" / f"{number}.wav", synthesize(1.1, number), RATE)
+        lines.append(json.dumps({"audio_filepath": f"audio/{number}.wav", "duration": 1.1, "text": "a clip"}))
+    (folder / "manifest.json").write_text("\n".join(lines))
+    write_nemo(folder / "tiny.nemo", codec_config())
+    return folder
+
+
+# A local Ray cluster asks the cloud that it may run in for its name, and finds its own address by a datagram socket to
+# a public server, to which it sends nothing. Ray has no setting for either.
+RAYS_OWN = (
+    "look-up metadata.google.internal ",
+    "connection to 169.254.169.254 port 80 ",
+    "connection to 8.8.8.8 port 53 ",
+)
+
+
+def seen(folder, allowed: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    """What each command asked of the network but for `allowed`; nothing for those that asked nothing."""
+    logs = {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.log"))}
+    asked = {name: [line for line in lines if not line.startswith(allowed)] for name, lines in logs.items()}
+    return {name: lines for name, lines in asked.items() if lines}
+
+
+def run_commands(watcher, folder, out, commands: dict[str, str], wait: float = 0.0, allowed: tuple[str, ...] = ()):
+    """Run commands below `out`; `{in}` and `{out}` in them stand for the two folders."""
+    commands = {
+        name: [part.replace("{in}", str(folder)).replace("{out}", str(out)) for part in command.split()]
+        for name, command in commands.items()
+    }
+    done = run_watched(
+        watcher, out / "import.log", [sys.executable, "-c", DRIVER, json.dumps(commands), wait], OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert seen(out, allowed) == {}
+
+
+def test_the_watcher_sees_python_native_code_and_children(watcher, tmp_path):
+    look_up = "import socket; socket.getaddrinfo('name.invalid', 80)"
+    connect = "import socket; socket.socket().connect(('192.0.2.1', 80))"  # an address of no host, by RFC 5737
+    here = """
+import socket
+for name in ("localhost", "127.0.0.1", socket.gethostname()):
+    socket.getaddrinfo(name, 80)
+with socket.create_server(("127.0.0.1", 0)) as server:
+    socket.create_connection(server.getsockname()).close()
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 80))  # sends nothing
+"""
+    for number, (code, expected) in enumerate(
+        ((look_up, "look-up name.invalid"), (connect, "connection to 192.0.2.1"))
+    ):
+        log = tmp_path / f"{number}.log"
+        child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], timeout=10)"
+        run_watched(watcher, log, [sys.executable, "-c", child])
+        assert log.read_text().startswith(expected)
+    done = run_watched(watcher, tmp_path / "here.log", [sys.executable, "-c", here])
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "here.log").exists()
+
+
+def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp_path):
+    for module in ("onnxruntime", "onnxscript", "lhotse", "pyarrow", "matplotlib", "pesq"):
+        pytest.importorskip(module, reason="pip install 'nemo-lfr[onnx,corpus,evaluate]'")
+    commands = {
+        "encode": "encode {in}/audio --out {out}/tokens --model {in}/tiny.nemo",
+        "encode with the codec inside the package": "encode {in}/audio/0.wav --out {out}/more",
+        "decode": "decode {out}/tokens --out {out}/decoded --model {in}/tiny.nemo",
+        "info": "info {out}/tokens/0.lfr {in}/tiny.nemo",
+        "prepare": "prepare folder {in}/audio --out {out}/manifests",
+        **{
+            f"{verb} {kind}": f"{verb} {source} --out {{out}}/{verb}-{kind} --model {{in}}/tiny.nemo {more}"
+            for kind in ("shar", "manifest", "parquet", "lfr")
+            for verb, source, more in (
+                ("tokenize", "{in}/manifest.json", f"--device cpu --workers 1 --format {kind}"),
+                ("detokenize", f"{{out}}/tokenize-{kind}", "--device cpu"),
+            )
+        },
+        "evaluate": "evaluate {in}/manifest.json --out {out}/report --limit 2 --jobs 1 --codec lfr:{in}/tiny.nemo",
+        "export": "export onnx --model {in}/tiny.nemo --out {out}/onnx",
+        "encode with ONNX Runtime": "encode {in}/audio --out {out}/onnx-tokens --model {out}/onnx",
+        "decode with ONNX Runtime": "decode {out}/onnx-tokens --out {out}/onnx-audio --model {out}/onnx",
+    }
+    run_commands(watcher, folder, tmp_path, commands, wait=20)
+
+
+def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, folder, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    command = (
+        "tokenize {in}/manifest.json --out {out}/tokens --model {in}/tiny.nemo --device cpu --ray local --format lfr"
+    )
+    run_commands(watcher, folder, tmp_path, {"tokenize on Ray": command}, allowed=RAYS_OWN)
+
+
+@pytest.mark.slow
+def test_training_asks_nothing_of_the_network(watcher, folder, tmp_path):
+    pytest.importorskip("nemo", reason="needs NeMo: pip install 'nemo-lfr[nemo]'")
+    meta = [
+        f"+{kind}_ds_meta.mine.{key}={value}"
+        for kind in ("train", "val", "log")
+        for key, value in (("manifest_path", folder / "manifest.json"), ("audio_dir", folder))
+    ]
+    script = [
+        sys.executable,
+        ROOT / "examples" / "audio_codec.py",
+        "--config-name=audio_codec_low_frame_rate_22050_debug",
+    ]
+    directories = [f"log_dir={tmp_path / 'logs'}", f"exp_manager.exp_dir={tmp_path}"]
+    done = run_watched(watcher, tmp_path / "training.log", [*script, "max_epochs=1", *directories, *meta])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert seen(tmp_path) == {}
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "another"])
+@pytest.mark.parametrize("name", sorted(telemetry.VARIABLES))
+def test_importing_the_package_turns_reports_off_unless_the_user_set_the_variable(name, value):
+    environment = {key: text for key, text in os.environ.items() if key not in TELEMETRY}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({} if value is None else {name: value})
+    code = f"import nemo_lfr, os; print(os.environ[{name!r}])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (telemetry.VARIABLES[name] if value is None else value)

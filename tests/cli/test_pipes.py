@@ -1,0 +1,323 @@
+"""Pipes: what files give, while it comes in; and what is said of a pipe that breaks."""
+
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.cli.main import main as cli
+from nemo_lfr.errors import AudioError
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.containers import WavSamples, read_wav_header
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStreamReader
+from nemo_lfr.pretrained import load
+from tests.io.test_containers import CUT, EMPTY, NOT_TAKEN_APART, SILENCE, WHOLE
+from tests.models import codec_config, speech_like, synthesize, write_nemo
+from tests.reference import assert_same_tokens
+
+RATE, FRAME = 22050, 1024
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: bytes
+    stderr: str
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Run one command in this process, between pipes."""
+
+    def run(*arguments, stdin=b"") -> Done:
+        ends = [io.TextIOWrapper(io.BufferedRandom(io.BytesIO(data))) for data in (stdin, b"")]
+        said = io.StringIO()
+        code = 0
+        with monkeypatch.context() as patch:
+            for name, end in zip(("stdin", "stdout", "stderr"), [*ends, said], strict=True):
+                patch.setattr(sys, name, end)
+            try:
+                cli.main([*map(str, arguments)])
+            except SystemExit as stop:
+                code = stop.code or 0
+            sys.stdout.flush()
+        ends[1].seek(0)
+        return Done(code, ends[1].buffer.read(), said.getvalue())
+
+    return run
+
+
+def wav(wave, rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
+    """The thread that reads stdin must not hold what Python needs when it ends."""
+    encoder = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", "encode", "-", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0, text=False,
+    )  # fmt: skip
+    assert encoder.stdin is not None
+    encoder.stdin.write(b"RIFF" + bytes(200_000))
+    assert encoder.wait(60) == 2
+    said = encoder.stderr.read().decode()
+    encoder.stdin.close()
+    assert "stdin: not an audio file" in said.splitlines()[-1] and "Fatal" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_waits_for_its_input_can_be_told_to_end(number):
+    encoder = subprocess.Popen(
+        [sys.executable, "-m", "nemo_lfr", "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
+    )  # fmt: skip
+    assert encoder.stdin is not None and encoder.stdout is not None
+    encoder.stdin.write(wav(speech_like(40 * FRAME))[: 44 + 2 * 30 * FRAME])
+    encoder.stdout.read(500)
+    time.sleep(0.5)
+    encoder.send_signal(number)
+    assert encoder.wait(20) == 128 + number
+    encoder.stdin.close()
+
+
+def tokens_of(data: bytes) -> np.ndarray:
+    reader = TokenStreamReader(io.BytesIO(data), "stdout")
+    tokens = np.concatenate(list(reader.blocks()), axis=1)
+    assert reader.num_samples is not None
+    return tokens
+
+
+def samples_of(data: bytes) -> np.ndarray:
+    """The samples of a WAV whose header tells no length."""
+    assert data[:4] == b"RIFF" and data[4:8] == data[40:44] == b"\xff" * 4
+    return np.frombuffer(data[44:], "<i2").astype(int)
+
+
+def said(done: Done) -> str:
+    assert done.returncode == 2
+    return done.stderr.splitlines()[-1]
+
+
+def test_pipes_give_what_files_give(piped, tmp_path):
+    wave = speech_like(41_111).numpy()
+    (tmp_path / "a.wav").write_bytes(wav(wave))
+    codec = load(None, "cpu")
+    codec.encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    codec.decode_file(tmp_path / "a.lfr", tmp_path / "back.wav")
+    encoded = piped("encode", "-", stdin=(tmp_path / "a.wav").read_bytes())
+    assert encoded.returncode == 0, encoded.stderr
+    with TokenReader(tmp_path / "a.lfr") as reader:
+        got, expected = (torch.from_numpy(tokens) for tokens in (tokens_of(encoded.stdout), reader.read()))
+    assert_same_tokens(codec, soundfile.read(tmp_path / "a.wav", dtype="float32")[0], got, expected)
+    assert piped("encode", tmp_path / "a.wav", "-").stdout == encoded.stdout
+    decoded = piped("decode", "-", "-", stdin=(tmp_path / "a.lfr").read_bytes())
+    from_file, _ = soundfile.read(tmp_path / "back.wav", dtype="int16")
+    # Another process may align its memory otherwise, and so sum in another order: one step of 16 bits at most.
+    assert np.abs(samples_of(decoded.stdout) - from_file).max() <= 1
+    for options in (("--format", "flac"), ("--start", 1.0, "--duration", 0.5), ("--recover",)):
+        whole = piped("decode", "-", *options, stdin=(tmp_path / "a.lfr").read_bytes())
+        assert soundfile.read(io.BytesIO(whole.stdout))[0].shape == ((11025,) if "--start" in options else (41_111,))
+
+
+def test_a_pipe_without_samples_is_said_to_be_so(piped):
+    done = piped("encode", "-", "-", stdin=wav(np.zeros(0), RATE, "WAV", "PCM_16"))
+    assert done.returncode == 0 and "stdin: holds no samples" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "rate, subtype, kind", [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
+)
+def test_other_formats_rates_and_stereo_come_through_pipes_too(piped, tmp_path, rate, subtype, kind):
+    wave = synthesize(1.5 * rate / RATE, 3)
+    data = wav(np.stack([wave, 0.5 * wave], axis=1), rate, kind, subtype)
+    (tmp_path / "a.wav").write_bytes(data)
+    codec = load(None, "cpu")
+    codec.encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    done = piped("encode", "-", "-", "--block", 3, stdin=data)
+    assert "stdin: 2 channels mixed to mono" in done.stderr
+    with TokenReader(tmp_path / "a.lfr") as reader:
+        expected = reader.read()
+    got = tokens_of(done.stdout)
+    # Resampled in other pieces, samples differ by rounding: a tie may fall otherwise.
+    assert got.shape == expected.shape and (got != expected).sum() <= 1
+
+
+def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
+    data = bytearray(wav(speech_like(30_000)))
+    struct.pack_into("<I", data, 4, 0xFFFFFFFF)
+    struct.pack_into("<I", data, 40, 0xFFFFFFFF)
+    assert tokens_of(piped("encode", "-", stdin=bytes(data)).stdout).shape == (8, 30)
+
+
+def test_results_come_out_while_the_input_still_comes_in():
+    """Half a recording goes in, and what its frames allow comes out, before the rest is sent."""
+    process = [sys.executable, "-m", "nemo_lfr"]
+    encoder = subprocess.Popen(
+        [*process, "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    decoder = subprocess.Popen([*process, "decode", "-", "-"], stdin=encoder.stdout, stdout=subprocess.PIPE, bufsize=0)
+    data = wav(speech_like(80 * FRAME))
+    half = 44 + 2 * 40 * FRAME
+    encoder.stdin.write(data[:half])
+    context = load(None, "cpu")
+    delay = context.encoder.context.future + context.decoder.context.future
+    early = b""
+    deadline = time.monotonic() + 120
+    # One block of 1 frame waits in libsndfile's read for what comes after it.
+    while len(early) < 44 + 2 * FRAME * (40 - delay - 1):
+        assert time.monotonic() < deadline and decoder.poll() is None
+        early += os.read(decoder.stdout.fileno(), 65536)
+    assert encoder.poll() is None
+    encoder.stdin.write(data[half:])
+    encoder.stdin.close()
+    rest = decoder.stdout.read()
+    assert len(samples_of(early + rest)) == 80 * FRAME
+    assert encoder.wait() == decoder.wait() == 0
+
+
+def test_a_file_behind_stdout_gets_its_length_and_one_appended_to_keeps_what_it_had(piped, tmp_path):
+    tokens = piped("encode", "-", stdin=wav(speech_like(10_000))).stdout
+    decode = [sys.executable, "-m", "nemo_lfr", "decode", "-", "-"]
+    with open(tmp_path / "a.wav", "wb") as file:
+        subprocess.run(decode, input=tokens, stdout=file, check=True, stderr=subprocess.DEVNULL)
+    assert soundfile.info(tmp_path / "a.wav").frames == 10_000
+    assert (tmp_path / "a.wav").stat().st_size == 44 + 20_000
+    (tmp_path / "b.wav").write_bytes(b"before")
+    with open(tmp_path / "b.wav", "ab") as file:
+        subprocess.run(decode, input=tokens, stdout=file, check=True, stderr=subprocess.DEVNULL)
+    data = (tmp_path / "b.wav").read_bytes()
+    assert data.startswith(b"before") and len(samples_of(data[6:])) == 10_000
+
+
+def test_a_causal_decoder_cuts_the_last_frame_though_it_was_ready(piped, tmp_path):
+    model = write_nemo(tmp_path / "nano.nemo", codec_config("nano"))
+    tokens = piped("encode", "-", "--model", model, stdin=wav(speech_like(9 * FRAME - 1000)))
+    assert tokens.returncode == 0, tokens.stderr
+    done = piped("decode", "-", "--model", model, stdin=tokens.stdout)
+    assert len(samples_of(done.stdout)) == 9 * FRAME - 1000
+
+
+def test_a_shorter_lookahead_is_told_by_the_file(piped):
+    data = wav(speech_like(30_000))
+    done = piped("encode", "-", "--lookahead", 2, stdin=data)
+    meta: Metadata = TokenStreamReader(io.BytesIO(done.stdout), "stdout").metadata
+    assert meta.precision == "fp32, lookahead 2"
+    assert piped("decode", "-", "--lookahead", 0, stdin=done.stdout).returncode == 0
+    assert "--lookahead is for pipes" in said(piped("encode", "a.wav", "--lookahead", 2))
+
+
+def test_a_broken_pipe_is_one_line(piped):
+    assert said(piped("encode", "-", stdin=b"not audio")).startswith("nemo-lfr: error: stdin: not an audio file")
+    assert said(piped("encode", "-", stdin=b"RIFF, but not audio")).startswith("nemo-lfr: error: stdin: not an audio")
+    assert "stdin: not a .lfr token file" in said(piped("decode", "-", stdin=b""))
+    data = wav(speech_like(40_000))
+    done = piped("encode", "-", stdin=data[: len(data) // 2])
+    assert "stdin: was cut short" in said(done)
+    with pytest.raises(Exception, match="cut short"):
+        tokens_of(done.stdout)
+    tokens = piped("encode", "-", stdin=data).stdout
+    assert "stdin: it ends too early; the file is damaged or was cut short" in said(
+        piped("decode", "-", stdin=tokens[:-20])
+    )
+    flipped = bytearray(tokens)
+    flipped[-40] ^= 1
+    assert "stdin: the checksum" in said(piped("decode", "-", stdin=bytes(flipped)))
+    nan = wav(np.full(30_000, np.nan, np.float32), subtype="FLOAT")
+    assert "NaN" in said(piped("encode", "-", stdin=nan))
+
+
+def test_silence_of_no_samples_goes_through(piped):
+    tokens = piped("encode", "-", stdin=wav(np.zeros(0)))
+    assert tokens.returncode == 0, tokens.stderr
+    assert len(samples_of(piped("decode", "-", stdin=tokens.stdout).stdout)) == 0
+
+
+def test_other_codecs_tokens_are_refused(piped, tmp_path):
+    model = write_nemo(tmp_path / "tiny.nemo", codec_config())
+    tokens = piped("encode", "-", stdin=wav(speech_like(9000))).stdout
+    assert "stdin: made by a codec with fingerprint" in said(piped("decode", "-", "--model", model, stdin=tokens))
+
+
+PIPED = {
+    **{name: data for name, data in WHOLE.items() if data[:4] in (b"RIFF", b"RF64")},
+    **{f"cut {name}": data for name, data in CUT.items() if name.startswith("WAV")},
+    **{f"empty {name}": data for name, data in EMPTY.items()},
+    "silence after a data size of 0": SILENCE,
+    "letters after a data size of 0": SILENCE[:44] + b"RMS " * 1000,
+    **{f"joined {name}": data for name, data in NOT_TAKEN_APART.items() if name.endswith("after WAV")},
+    "zeros, then more": WHOLE["data size of a quarter"][: 44 + 8000] + bytes(3000) + WHOLE["plain"][44:],
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+@pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
+def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
+    """Whatever the pieces that they come in."""
+    data = PIPED[name]
+    source = io.BytesIO(data)
+    header, head = read_wav_header(source.read)
+    if header is None:
+        pytest.skip("its odd chunk is not found without looking ahead")
+    filtered = WavSamples(header, len(head))
+    rest = source.read()
+    if piece < 7:
+        rest, before = rest[-3000:], filtered.push(rest[:-3000])
+    else:
+        before = b""
+    samples = before + b"".join(filtered.push(rest[at : at + piece]) for at in range(0, len(rest), piece))
+    samples += filtered.finish()
+    try:
+        with AudioReader("a.wav", RATE, data=data) as reader:
+            expected = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+    except AudioError:
+        assert filtered.problem and filtered.problem.startswith(("was cut short", "holds several"))
+        return
+    assert filtered.problem is None
+    wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
+    assert np.array_equal(wave, expected)
+
+
+def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
+    monkeypatch.setattr("nemo_lfr.io.containers.wav.MAX_HELD", 1 << 15)
+    source = io.BytesIO(SILENCE[:44] + b"RMS " * 16000)
+    header, head = read_wav_header(source.read)
+    filtered = WavSamples(header, len(head))
+    assert filtered.push(source.read()) + filtered.finish() == b""
+    assert "cannot be told from a chunk; give it as a file" in filtered.problem
+
+
+@pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])
+def test_a_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
+    (tmp_path / "a.wav").write_bytes(PIPED[name])
+    result = piped("encode", "-", "-", stdin=PIPED[name])
+    if name == "cut WAV":
+        assert result.returncode == 2 and "stdin: was cut short" in result.stderr
+        return
+    load().encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    with TokenReader(tmp_path / "a.lfr") as reader:
+        expected, num_samples = reader.read(), reader.num_samples
+    reader = TokenStreamReader(io.BytesIO(result.stdout), "stdin")
+    tokens = np.concatenate(list(reader.blocks()), axis=1)
+    assert reader.num_samples == num_samples and np.array_equal(tokens, expected)
+
+
+def test_what_is_not_audio_is_refused_before_it_is_spooled():
+    """A writer that never ends is left after the first kilobytes."""
+    writer = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "nemo_lfr", "encode", "-", "-"]
+    encoder = subprocess.run(command, stdin=writer.stdout, capture_output=True, timeout=300)
+    writer.kill()
+    writer.wait()
+    assert encoder.returncode == 2 and b"stdin: not an audio file" in encoder.stderr

@@ -1,0 +1,614 @@
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import nemo_lfr
+from nemo_lfr.checkpoint import build_part, build_parts
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.frames import Context
+from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
+from tests.reference import assert_same_tokens, changed_frames, reference_decode, reference_encode
+
+# The order of float32 sums changes with the batch and the window; audio is below 1, and DESIGN allows 1e-5.
+AUDIO = {"rtol": 0, "atol": 1e-5}
+
+
+def padded(clips: list[np.ndarray], fill: str = "noise", seed: int = 0) -> tuple[np.ndarray, list[int]]:
+    """Clips as one batch, with noise or NaN after the end of each."""
+    lengths = [len(clip) for clip in clips]
+    batch = np.random.default_rng(seed).standard_normal((len(clips), max(lengths) + 100)).astype(np.float32)
+    if fill == "nan":
+        batch[:] = np.nan
+    for row, clip in zip(batch, clips, strict=True):
+        row[: len(clip)] = clip
+    return batch, lengths
+
+
+# --- what one frame depends on
+
+
+def released(**changes):
+    """Rates, kernels and dilations of the released checkpoint, few channels, in float64."""
+    encoder = {"resblock_kernel_sizes": [3, 7, 11]} | changes.get("encoder", {})
+    decoder = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [1, 3, 5]} | changes.get("decoder", {})
+    codec = build_codec(changes.get("kind", "symmetric"), audio_encoder=encoder, audio_decoder=decoder)
+    return codec.encoder.double(), codec.decoder.double()
+
+
+def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():
+    encoder, decoder = released()
+    assert encoder.context == Context(6, 6)
+    assert decoder.context == Context(13, 13)
+    assert (encoder.min_frames, decoder.min_frames) == (4, 4)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "causal", "two_stages", "zeros", "nano"])
+def test_encoded_frames_see_their_context_and_nothing_beyond(kind):
+    torch.manual_seed(0)
+    encoder = build_codec(kind).encoder.double()
+    context, frame = encoder.context, encoder.samples_per_frame
+    at, total = 2 * context.future + 8, 3 * (context.past + context.future) + 20
+    audio = torch.randn(1, total * frame, dtype=torch.float64)
+    changed = changed_frames(lambda x: encoder.encode_frames(x)[0], audio, at, frame, total)
+    # A change at `at` reaches frames whose past or future context holds it; the bound is of whole frames and may be
+    # one too wide, for the frame that a sample at the edge of the context lies in is counted whole.
+    assert at - context.future <= changed[0] <= at - context.future + 1
+    assert at + context.past - 1 <= changed[-1] <= at + context.past
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "causal", "two_stages", "clamp", "nano"])
+def test_decoded_frames_see_their_context_and_nothing_beyond(kind):
+    torch.manual_seed(0)
+    decoder = build_codec(kind).decoder.double()
+    context = decoder.context
+    at, total = 2 * context.future + 8, 3 * (context.past + context.future) + 20
+    codes = torch.rand(1, decoder.pre_conv.conv.in_channels, total, dtype=torch.float64) * 2 - 1
+    changed = changed_frames(lambda x: decoder.decode_frames(x), codes, at, 1, total)
+    assert at - context.future <= changed[0] <= at - context.future + 1
+    assert at + context.past - 1 <= changed[-1] <= at + context.past
+
+
+def test_a_causal_codec_has_no_lookahead():
+    codec = cached_codec("causal")
+    assert codec.encoder.context.future == codec.decoder.context.future == 0
+
+
+def test_min_frames_is_the_shortest_input_that_the_network_can_pad(codec):
+    encoder, decoder = codec.encoder, codec.decoder
+    dim, frame = encoder.encoded_dim, encoder.samples_per_frame
+    with torch.no_grad():
+        assert encoder.encode_frames(torch.zeros(1, encoder.min_frames * frame)).shape[-1] == encoder.min_frames
+        assert decoder.decode_frames(torch.zeros(1, dim, decoder.min_frames)).shape[-1] == decoder.min_frames * frame
+        if encoder.min_frames > 1:
+            with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+                encoder.encode_frames(torch.zeros(1, (encoder.min_frames - 1) * frame))
+        if decoder.min_frames > 1:
+            with pytest.raises(RuntimeError, match=r"[Pp]adding"):
+                decoder.decode_frames(torch.zeros(1, dim, decoder.min_frames - 1))
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("fill", ["noise", "nan"])
+def test_a_clip_has_the_same_tokens_in_a_ragged_batch_with_any_padding_as_alone(codec, fill):
+    rng = np.random.default_rng(3)
+    frame = codec.samples_per_frame
+    lengths = [0, 1, frame - 1, frame, frame + 1, 40 * frame, *rng.integers(2, 40 * frame, size=8).tolist()]
+    clips = [synthesize(2, seed)[:n] for seed, n in enumerate(lengths)]
+    tokens, tokens_len = codec.encode(*padded(clips, fill))
+    assert tokens.dtype == torch.int32 and tokens_len.dtype == torch.int64
+    assert tokens_len.tolist() == [-(-n // frame) for n in lengths]
+    for row, (clip, count) in enumerate(zip(clips, tokens_len.tolist(), strict=True)):
+        if count:
+            assert_same_tokens(codec, clip, tokens[row, :, :count])
+        assert not tokens[row, :, count:].any()
+
+
+def test_tokens_decode_alike_in_a_ragged_batch_with_any_padding_and_alone(codec):
+    rng = np.random.default_rng(4)
+    lengths = [0, 4, 5, 30, *rng.integers(4, 30, size=5).tolist()]
+    # Padding is out of range on purpose: nothing may look at it.
+    tokens = np.full((len(lengths), codec.num_codebooks, max(lengths) + 2), -7)
+    for row, n in enumerate(lengths):
+        tokens[row, :, :n] = rng.integers(0, codec.codebook_size, size=(codec.num_codebooks, n))
+    audio, audio_len = codec.decode(tokens, lengths)
+    assert audio_len.tolist() == [n * codec.samples_per_frame for n in lengths]
+    for row, (n, samples) in enumerate(zip(lengths, audio_len.tolist(), strict=True)):
+        if n:
+            expected = reference_decode(codec, torch.from_numpy(tokens[row, :, :n]))
+            torch.testing.assert_close(audio[row, :samples], expected, **AUDIO)
+        assert not audio[row, samples:].any()
+    assert audio.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "two_stages", "single"])
+def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_every_path(kind):
+    codec = cached_codec(kind)
+    assert codec.decoder.min_frames > 1
+    tokens = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 1))
+    with torch.no_grad():
+        expected, _ = codec.decoder(codec.quantizer.decode(tokens.transpose(0, 1)), torch.tensor([1]))  # NeMo's door
+    torch.testing.assert_close(expected[0], reference_decode(codec, tokens[0]), **AUDIO)
+    torch.testing.assert_close(torch.from_numpy(next(codec.decode_blocks([tokens[0].numpy()]))), expected[0], **AUDIO)
+    torch.testing.assert_close(codec.decode(tokens)[0], expected, **AUDIO)
+
+
+def test_every_length_gives_the_frames_that_cover_it_and_decodes_to_itself():
+    codec = cached_codec("symmetric")
+    wave = synthesize(0.1, 5)
+    lengths = [*range(1, 2101, 61), 1023, 1024, 1025, 2047, 2048, 2049]
+    tokens, tokens_len = codec.encode(np.stack([wave] * len(lengths)), lengths)
+    audio, audio_len = codec.decode(tokens, tokens_len, lengths)
+    assert audio_len.tolist() == lengths
+    for row, n in enumerate(lengths):
+        assert tokens_len[row] == -(-n // 1024)
+        assert_same_tokens(codec, wave[:n], tokens[row, :, : int(tokens_len[row])])
+        assert not audio[row, n:].any()
+
+
+def test_every_length_of_a_two_stage_codec_equals_its_definition():
+    codec = cached_codec("two_stages")
+    wave = synthesize(0.02, 5)
+    for n in range(1, 200):
+        tokens, tokens_len = codec.encode(wave[:n])
+        assert tokens_len.tolist() == [-(-n // 15)]
+        assert_same_tokens(codec, wave[:n], tokens[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_every_length_from_1_to_4096_samples_has_the_same_tokens_in_ragged_batches_and_alone():
+    codec = cached_codec("symmetric")
+    rng = np.random.default_rng(6)
+    wave = synthesize(0.5, 6)
+    for lengths in np.split(rng.permutation(np.arange(1, 4097)), 64):
+        clips = [wave[:n] for n in lengths]
+        tokens, tokens_len = codec.encode(*padded(clips, seed=int(lengths[0])))
+        audio, audio_len = codec.decode(tokens, tokens_len, lengths)
+        assert audio_len.tolist() == lengths.tolist()
+        for row, (clip, count) in enumerate(zip(clips, tokens_len.tolist(), strict=True)):
+            assert count == -(-len(clip) // 1024)
+            assert_same_tokens(codec, clip, tokens[row, :, :count])
+            assert not audio[row, len(clip) :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_hundred_thousand_tokens_in_ragged_batches_differ_from_single_clips_by_ties_alone():
+    codec = cached_codec("symmetric")
+    rng = np.random.default_rng(8)
+    judged = ties = 0
+    while judged < 100_000:
+        clips = [synthesize(12, judged + row)[: rng.integers(1, 12 * 22050)] for row in range(12)]
+        tokens, tokens_len = codec.encode(*padded(clips, seed=judged))
+        for row, (clip, count) in enumerate(zip(clips, tokens_len.tolist(), strict=True)):
+            ties += assert_same_tokens(codec, clip, tokens[row, :, :count])
+            judged += count * codec.num_codebooks
+    # Two of 2e4 levels lie within TIE of an edge; sums differ by far less than that.
+    assert ties <= judged // 10_000
+
+
+def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
+    clips = [synthesize(0.3, seed)[:6000] for seed in range(60)]
+    tokens, _ = small.encode(np.stack(clips))
+    for row in (0, 17, 59):
+        assert_same_tokens(small, clips[row], tokens[row])
+
+
+# --- chunks and streams
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 128])
+@pytest.mark.parametrize("kind", ["symmetric", "nano", "causal", "two_stages"])
+def test_chunks_of_any_size_give_what_one_piece_gives(kind, chunk):
+    codec = cached_codec(kind)
+    wave = synthesize(7, 9)[: 140 * codec.samples_per_frame - 77 % codec.samples_per_frame]
+    chunked = same_parts(codec, chunk_frames=chunk)
+    tokens, tokens_len = chunked.encode(wave)
+    assert tokens_len.tolist() == [140]
+    assert_same_tokens(codec, wave, tokens[0])
+    audio, _ = chunked.decode(tokens)
+    torch.testing.assert_close(audio[0], reference_decode(codec, tokens[0]), **AUDIO)
+
+
+def cut(items: np.ndarray, edges: list[int]) -> list[np.ndarray]:
+    """Consecutive pieces, empty ones among them."""
+    return np.split(items, sorted(edge % (items.shape[-1] + 1) for edge in edges), axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "causal"])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(length=st.integers(0, 40 * 1024), edges=st.lists(st.integers(0, 10**6), max_size=12), chunk=st.integers(1, 25))
+def test_blocks_of_any_size_encode_and_decode_as_one_piece(kind, length, edges, chunk):
+    codec = same_parts(cached_codec(kind), chunk_frames=chunk)
+    wave = synthesize(2, 10)[:length]
+    pieces = [np.zeros((codec.num_codebooks, 0), np.int32), *codec.encode_blocks(cut(wave, edges))]
+    tokens = np.concatenate(pieces, axis=1)
+    if not length:
+        assert tokens.shape[1] == 0
+        assert list(codec.decode_blocks(cut(tokens, edges))) == []
+        return
+    assert_same_tokens(codec, wave, torch.from_numpy(tokens))
+    audio = np.concatenate(list(codec.decode_blocks(cut(tokens, edges))))
+    assert len(audio) == tokens.shape[1] * codec.samples_per_frame
+    if tokens.shape[1] < codec.decoder.min_frames:
+        return  # see the test of short utterances
+    torch.testing.assert_close(torch.from_numpy(audio), reference_decode(codec, torch.from_numpy(tokens)), **AUDIO)
+
+
+def test_a_stream_yields_before_its_end_and_holds_a_bounded_past(small):
+    seen = -1
+    block = synthesize(0.25)
+
+    def blocks():
+        nonlocal seen
+        for _ in range(100):
+            seen += 1
+            yield block
+
+    codec = same_parts(small, chunk_frames=16)
+    stream = codec.encode_blocks(blocks())
+    next(stream)
+    # 16 frames and 6 of context are 22528 samples; the block after them tells that the recording goes on.
+    assert seen == 22528 // len(block)
+    assert sum(piece.shape[1] for piece in stream) == -(-100 * len(block) // 1024) - 16
+
+
+def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "in.wav", synthesize(1.3, 2), 22050, subtype="FLOAT")
+    samples = small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr")
+    assert small.decode_file(tmp_path / "a.lfr", tmp_path / "out.wav") == samples == round(1.3 * 22050)
+    audio, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
+    expected, _ = small.decode(*small.encode(synthesize(1.3, 2)), audio_len=[samples])
+    assert rate == 22050
+    # 16-bit samples: half a step of 1 / 32768, and one for libsndfile's scale of 32767.
+    np.testing.assert_allclose(audio, expected[0].numpy(), rtol=0, atol=1.5 / 32768)
+    with pytest.raises(NemoLfrError, match=r"out\.wav exists"):
+        small.decode_file(tmp_path / "a.lfr", tmp_path / "out.wav")
+    with pytest.raises(NemoLfrError, match=r"a\.lfr exists"):
+        small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr")
+    assert small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr", overwrite=True) == samples
+
+
+def test_a_negative_length_is_told_without_a_limit_where_there_is_none(small):
+    with pytest.raises(TokensError, match=r"audio_len\[0\] is -1; it must not be negative\."):
+        small.decode(torch.zeros(1, small.num_codebooks, 2, dtype=torch.int64), audio_len=[-1])
+
+
+def test_a_file_is_not_replaced_by_its_own_result_even_if_asked(small, tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", synthesize(0.1, 2), 22050)
+    before = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "link.lfr").symlink_to("a.wav")
+    for target in (tmp_path / "a.wav", tmp_path / "link.lfr"):
+        with pytest.raises(NemoLfrError, match=r"a\.wav would be replaced by its own result"):
+            small.encode_file(tmp_path / "a.wav", target, overwrite=True)
+        with pytest.raises(NemoLfrError, match="would be replaced by its own result"):
+            small.decode_file(target, tmp_path / "a.wav", overwrite=True)
+    assert (tmp_path / "a.wav").read_bytes() == before
+
+
+def test_a_bad_recording_leaves_no_token_file(small, tmp_path):
+    import soundfile
+
+    wave = synthesize(12)
+    wave[-5] = np.nan
+    soundfile.write(tmp_path / "in.wav", wave, 22050, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"in\.wav.*NaN"):
+        small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
+
+
+# --- what may come in
+
+
+def test_every_form_of_the_same_audio_gives_the_same_tokens(small):
+    wave = synthesize(0.5, 1)
+    pcm = np.round(wave * 32768).clip(-32768, 32767).astype(np.int16)
+    wave = (pcm / 32768).astype(np.float32)
+    expected, _ = small.encode(wave)
+    for form in (
+        wave[None],
+        torch.from_numpy(wave),
+        wave.astype(np.float64),
+        torch.from_numpy(wave).double()[None],
+        pcm,
+        torch.from_numpy(pcm),
+        wave.tolist(),
+        torch.from_numpy(wave).requires_grad_(),
+    ):
+        tokens, _ = small.encode(form)
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32), tuple])
+def test_lengths_may_be_lists_arrays_or_tensors(small, form):
+    wave = np.stack([synthesize(0.3, seed) for seed in range(2)])
+    tokens, tokens_len = small.encode(wave, form([6615, 2000]))
+    assert tokens_len.tolist() == [7, 2]
+    audio, audio_len = small.decode(tokens, form([7, 2]), form([6615, 2000]))
+    assert audio.shape == (2, 6615) and audio_len.tolist() == [6615, 2000]
+    audio, audio_len = small.decode(tokens.numpy().astype(np.int64), tokens_len)
+    assert audio.shape == (2, 7168) and audio_len.tolist() == [7168, 2048]
+
+
+def test_results_carry_no_gradient_and_the_global_mode_stays(small):
+    tokens, _ = small.encode(torch.from_numpy(synthesize(0.2)).requires_grad_())
+    audio, _ = small.decode(tokens)
+    assert not audio.requires_grad and torch.is_grad_enabled()
+    for _ in small.encode_blocks([synthesize(0.2)]):
+        assert torch.is_grad_enabled()
+
+
+def test_inputs_are_left_as_they_were(small):
+    wave, lengths = np.stack([synthesize(0.2)] * 2), np.array([4000, 3])
+    before = wave.copy()
+    tokens, tokens_len = small.encode(wave, lengths)
+    kept = tokens.clone()
+    small.decode(tokens, tokens_len)
+    assert np.array_equal(wave, before) and torch.equal(tokens, kept) and lengths.tolist() == [4000, 3]
+
+
+def test_empty_audio_has_no_frames_and_decodes_to_no_samples(codec):
+    tokens, tokens_len = codec.encode(np.zeros(0, np.float32))
+    assert tokens.shape == (1, codec.num_codebooks, 0) and tokens_len.tolist() == [0]
+    audio, audio_len = codec.decode(tokens, tokens_len, [0])
+    assert audio.shape == (1, 0) and audio_len.tolist() == [0]
+
+
+def test_empty_audio_of_another_rate_has_no_frames(small):
+    tokens, tokens_len = small.encode(np.zeros((2, 0), np.float32), sample_rate=16000)
+    assert tokens.shape == (2, 8, 0) and tokens_len.tolist() == [0, 0]
+
+
+def test_audio_of_another_rate_is_resampled_clip_by_clip(small):
+    librosa = pytest.importorskip("librosa")
+    clips = [synthesize(0.7, 1)[:11111], synthesize(0.7, 2)[:3000]]
+    tokens, tokens_len = small.encode(*padded(clips), sample_rate=16000)
+    for row, clip in enumerate(clips):
+        resampled = librosa.resample(clip, orig_sr=16000, target_sr=22050)
+        assert tokens_len[row] == -(-len(resampled) // 1024)
+        assert_same_tokens(small, resampled, tokens[row, :, : int(tokens_len[row])])
+    same, _ = small.encode(clips[0], sample_rate=22050)
+    assert torch.equal(same, small.encode(clips[0])[0])
+
+
+def test_bad_tokens_in_a_stream_are_refused(small):
+    with pytest.raises(TokensError, match="token 2016"):
+        list(small.decode_blocks([np.full((8, 3), 2016)]))
+    with pytest.raises(TokensError, match="float32"):
+        list(small.decode_blocks([np.zeros((8, 3), np.float32)]))
+
+
+# --- precision, identity
+
+
+def test_bf16_gives_nearly_the_same_audio_and_most_of_the_tokens(small):
+    wave = synthesize(3, 1)
+    half = same_parts(small, precision="bf16")
+    tokens, _ = half.encode(wave)
+    expected, _ = small.encode(wave)
+    # Random weights are rougher than trained ones; chance would be 1 in 2016.
+    assert (tokens == expected).float().mean() > 0.5
+    audio, _ = half.decode(expected)
+    assert audio.dtype == torch.float32
+    reference, _ = small.decode(expected)
+    # 8 bits of mantissa through 40 layers: some per cent.
+    assert (audio - reference).std() < 0.2 * reference.std()
+    assert "bf16" in repr(half)
+
+
+def test_an_unknown_precision_is_refused(small):
+    with pytest.raises(NemoLfrError, match=r"int8.*fp32"):
+        same_parts(small, precision="int8")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
+    torch.manual_seed(0)
+    config = codec_config(kind)
+    normed = build_parts(config, weight_norm=True)
+    plain = build_parts(config, weight_norm=False)
+    for part, other in zip(normed.named().values(), plain.named().values(), strict=True):
+        state = {key: value for key, value in part.state_dict().items() if ".parametrizations." not in key}
+        for name, module in part.named_modules():
+            if f"{name}.weight" in other.state_dict():
+                state[f"{name}.weight"] = module.weight
+        other.load_state_dict(state)
+    first, second = (Codec(TorchBackend(p.encoder, p.quantizer, p.decoder, 22050)) for p in (normed, plain))
+    assert first.fingerprint == second.fingerprint
+    assert len(first.fingerprint) == 16 and int(first.fingerprint, 16) >= 0
+    wave = synthesize(0.4)[: 7 * 1024]
+    assert_same_tokens(second, wave, first.encode(wave)[0][0])
+
+
+def test_a_fingerprint_keeps_no_weights_that_nobody_asked_for():
+    whole, encoding, fresh = (nemo_lfr.load(device="cpu") for _ in range(3))
+    expected = whole.encoder and whole.decoder and whole.fingerprint
+    assert encoding.encoder and encoding.fingerprint == fresh.fingerprint == expected
+    sides = [encoding._decoder, fresh._encoder, fresh._decoder]
+    assert all(parameter.is_meta for side in sides for parameter in side.parameters())
+
+
+def test_a_codec_is_first_used_after_the_main_thread_has_ended():
+    script = """
+import threading, time, numpy, nemo_lfr
+codec = nemo_lfr.load(device="cpu")
+def work():
+    threading.main_thread().join()
+    print(codec.encode(numpy.zeros(22050, "float32"))[0].shape[2])
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "22\n", done.stderr
+
+
+def test_fingerprints_of_different_weights_differ():
+    codec, other = build_codec("two_stages"), build_codec("two_stages")
+    assert codec.fingerprint == other.fingerprint
+    changed = build_codec("two_stages")
+    changed.decoder.post_conv.conv.bias.add_(1e-6)
+    assert changed.fingerprint != codec.fingerprint
+
+
+SETTINGS: dict[str, tuple[str, dict]] = {
+    "activation": ("symmetric", {"audio_encoder": {"activation": "elu"}}),
+    "decoder's activation": ("symmetric", {"audio_decoder": {"activation": "elu"}}),
+    "output": ("symmetric", {"audio_decoder": {"output_activation": "clamp"}}),
+    "padding": ("symmetric", {"audio_encoder": {"pad_mode": "replicate"}}),
+    "decoder's padding": ("symmetric", {"audio_decoder": {"pad_mode": "zeros"}}),
+    "causal": ("symmetric", {"audio_encoder": {"_target_": MODULES + "CausalHiFiGANEncoder"}}),
+    "sample rate": ("symmetric", {"sample_rate": 24000}),
+    "eps": ("symmetric", {"vector_quantizer": {"eps": 1e-4}}),
+    "levels": ("symmetric", {"vector_quantizer": {"num_levels_per_group": [8, 6, 7, 6]}}),
+    "dilation": ("two_stages", {"audio_encoder": {"resblock_dilation_sizes": [1, 5]}}),
+}
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS])
+def test_a_setting_that_changes_tokens_or_audio_changes_the_fingerprint(setting):
+    kind, changes = SETTINGS[setting]
+    config = codec_config(kind)
+    quantizer = changes.get("vector_quantizer")
+    if quantizer is not None:
+        changes = {"vector_quantizer": config["vector_quantizer"] | quantizer}
+    codecs = []
+    for other in (config, codec_config(kind, **changes)):
+        parts = build_parts(other, weight_norm=False)
+        codecs.append(Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)))
+    for side in ("encoder", "decoder"):
+        getattr(codecs[1], side).load_state_dict(getattr(codecs[0], side).state_dict())
+    older = [codec.backend.fingerprints()[1] for codec in codecs]
+    assert older[0] == older[1]
+    assert codecs[0].fingerprint != codecs[1].fingerprint
+    assert not codecs[0].made(codecs[1].fingerprint)
+    for codec in codecs:
+        assert codec.made(codec.fingerprint) and codec.made(older[0])
+
+
+def test_a_setting_that_is_changed_on_the_module_changes_the_fingerprint():
+    codec = build_codec("two_stages")
+    before = codec.fingerprint
+    codec.encoder.post_activation.activation.negative_slope = 0.2
+    assert codec.fingerprint != before
+
+
+def test_names_of_nemo_and_ours_have_one_fingerprint():
+    ours = codec_config("causal")
+    for section, name in (("audio_encoder", "encoder.HiFiGANEncoder"), ("audio_decoder", "decoder.HiFiGANDecoder")):
+        ours[section] = ours[section] | {"_target_": f"nemo_lfr.codec.{name}", "causal": True, "pad_mode": "zeros"}
+    codecs = []
+    for config in (codec_config("causal"), ours):
+        torch.manual_seed(0)
+        parts = build_parts(config, weight_norm=False)
+        codecs.append(Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)))
+    assert codecs[0].fingerprint == codecs[1].fingerprint
+
+
+# --- networks that overflow
+
+
+def overflow(part: torch.nn.Module, where: str, value: float) -> None:
+    layer = {"first": part.pre_conv, "last": part.post_conv}.get(where)
+    if layer is None:
+        layer = part.res_layers[0].res_blocks[0].res_blocks[0].skip_conv
+    layer.conv.weight.fill_(value)
+    layer.conv.bias.fill_(value)
+
+
+@pytest.mark.parametrize("value", [1e38, -1e38, 3e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+@pytest.mark.parametrize("kind", ["symmetric", "nano", "single"])
+def test_a_network_that_overflows_is_an_error_and_gives_no_tokens_and_no_audio(kind, where, value):
+    codec = build_codec(kind)
+    for part in (codec.encoder, codec.decoder):
+        overflow(part, where, value)
+        if value == 3e30:  # finite here: the last layer overflows
+            overflow(part, "last", 3e30 if where != "last" else 1e38)
+    wave = synthesize(0.5)
+    for encode in (lambda: codec.encode(np.stack([wave, wave])), lambda: list(codec.encode_blocks([wave]))):
+        with pytest.raises(NemoLfrError, match=r"encoder gives NaN or infinite values for clip 0; .* fp32"):
+            encode()
+    tokens = np.full((codec.num_codebooks, 9), 5)
+    for decode in (lambda: codec.decode(tokens), lambda: list(codec.decode_blocks([tokens]))):
+        with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite values for utterance 0"):
+            decode()
+
+
+def test_a_file_of_tokens_is_not_written_where_the_network_overflows(tmp_path):
+    codec = build_codec("symmetric")
+    overflow(codec.encoder, "last", 1e38)
+    soundfile.write(tmp_path / "a.wav", synthesize(0.5), 22050)
+    with pytest.raises(NemoLfrError, match="NaN or infinite"):
+        codec.encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
+    """If they did not, equal tokens would show nothing."""
+    codec = cached_codec(kind)
+    tokens, _ = codec.encode(synthesize(10, 20))
+    # 216 frames; a collapsed FSQ gives one token.
+    assert min(len(codebook.unique()) for codebook in tokens[0]) >= 30
+    wave = synthesize(1, 21)
+    assert not torch.equal(reference_encode(codec, wave), reference_encode(codec, synthesize(1, 22)))
+    audio, _ = codec.decode(tokens)
+    assert audio.std() > 0.02 and (audio.abs() > 0.999).float().mean() < 0.01
+
+
+def test_using_a_codec_warns_of_nothing(small):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wave = synthesize(0.2)
+        wave.flags.writeable = False  # as np.memmap and np.frombuffer give it
+        small.decode(*small.encode(wave))
+
+
+def test_a_part_can_be_built_by_our_name_or_nemos():
+    sizes = {"encoded_dim": 4, "causal": True, "base_channels": 2}
+    for folder in ("modules", "codec"):  # today's, and that of older versions
+        ours = sizes | {"_target_": f"nemo_lfr.{folder}.encoder.HiFiGANEncoder"}
+        assert build_part(ours).context.future == 0
+
+
+FORKS = """
+import os, signal, sys
+import numpy as np, torch
+from tests.models import cached_codec, synthesize
+
+torch.set_num_threads(2)
+codec, audio = cached_codec("symmetric"), synthesize(3.0)
+stream = sys.argv[1] == "stream"
+encode = (lambda: codec.stream_encoder().push(audio)) if stream else (lambda: codec.encode(audio)[0].numpy())
+expected = encode()
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    equal = np.array_equal(encode(), expected)
+    os._exit(0 if equal and torch.get_num_threads() == 1 else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("way", ["whole", "stream"])
+def test_a_process_forked_from_one_that_had_computed_does_not_hang(way):
+    command = [sys.executable, "-c", FORKS, way]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("has one thread here") == 1

@@ -1,0 +1,180 @@
+"""The derived weights of inference on a CPU: they give what the layers give, never what older weights gave."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.cpu import network as inference
+from nemo_lfr.codec.cpu import packed as plan
+from nemo_lfr.codec.cpu.packed import ModuleWeights, PackedWeights, weights_of
+from nemo_lfr.codec.cpu.winograd import slack
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.conv import Conv1d
+from tests.models import build_codec, cached_codec, speech_like
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+needs_bf16 = pytest.mark.skipif(not plan.has_bf16(), reason="this CPU has no bf16 instructions")
+WIDE = {"audio_encoder": {"base_channels": 32}, "audio_decoder": {"base_channels": 256}}
+
+
+class Two(torch.nn.Module):
+    """The smallest part that a plan can be of."""
+
+    def __init__(self, *layers: Conv1d) -> None:
+        super().__init__()
+        self.pre_conv, self.post_conv = Conv1d(1, 4, 3), Conv1d(4, 1, 3)
+        self.layers = torch.nn.ModuleList(layers)
+
+
+def in_memory(batch: int, channels: int, width: int) -> torch.Tensor:
+    """Noise [B, H, T] with channels innermost, and rows behind it."""
+    rows = torch.randn(batch * width + slack(5), channels)
+    return rows[: batch * width].view(batch, width, channels).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dilation", [1, 3, 5])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 11])
+def test_four_outputs_of_seven_products_are_those_of_sixteen(kernel_size, dilation, batch):
+    torch.manual_seed(0)
+    layer = Conv1d(40, 48, kernel_size, dilation=dilation)
+    padded = in_memory(batch, 40, 1301)
+    (found,) = PackedWeights(Two(layer), torch.float32).winograd([layer], padded, [0])
+    expected = F.conv1d(padded.double(), layer.conv.weight.double(), layer.conv.bias.double(), dilation=dilation)
+    assert found.shape == expected.shape
+    # Rounding of 2^-24 through sums of some hundred terms, times 4 for the transforms.
+    assert (found - expected).abs().max() < 2e-5 * expected.std()
+
+
+@torch.no_grad()
+def test_layers_that_share_an_input_start_where_their_kernels_do():
+    torch.manual_seed(0)
+    layers = [Conv1d(40, 40, size) for size in (3, 5, 7, 9, 11)]
+    padded, starts = in_memory(2, 40, 700), [4, 3, 2, 1, 0]
+    found = PackedWeights(Two(*layers), torch.float32).winograd(layers, padded, starts)
+    for layer, start, result in zip(layers, starts, found, strict=True):
+        expected = layer.convolve(padded[:, :, start:])
+        assert result.shape == expected.shape
+        assert (result - expected).abs().max() < 2e-5 * expected.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("piece", [inference.PIECE, 1])
+@pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
+def test_the_fast_way_gives_what_the_modules_give(kind, piece, monkeypatch):
+    monkeypatch.setattr(plan, "FAST_SIZE", 1)
+    monkeypatch.setattr(inference, "PIECE", piece)
+    codec = cached_codec(kind)
+    lengths = [20, 33, 31]
+    audio, least = speech_like(3 * 33 * 1024).reshape(3, -1), 1e-5
+    found = inference.encode_frames(codec.encoder, audio, lengths)
+    inputs = codec.quantizer.decode(codec.quantizer.encode(found))
+    heard = inference.decode_frames(codec.decoder, inputs, lengths)
+    for row, length in enumerate(lengths):
+        alone = codec.encoder.encode_frames(audio[row : row + 1, : length * 1024])[0]
+        assert (found[row, :, :length] - alone).abs().max() < 2 * least * (1 + alone.abs().max())
+        alone = codec.decoder.decode_frames(inputs[row : row + 1, :, :length])[0]
+        assert (heard[row, : length * 1024] - alone).abs().max() < least
+
+
+def step(part):
+    optimizer = torch.optim.SGD(part.parameters(), lr=0.1)
+    for parameter in part.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def load(part):
+    part.load_state_dict({key: value * 1.1 for key, value in part.state_dict().items()})
+
+
+def assign(part):
+    part.load_state_dict({key: value * 1.1 for key, value in part.state_dict().items()}, assign=True)
+
+
+@torch.no_grad()
+def copy(part):
+    for parameter in part.parameters():
+        parameter.copy_(parameter * 1.1)
+
+
+def through_data(part):
+    for parameter in part.parameters():
+        parameter.data.mul_(1.1)
+
+
+def round_to_half(part):
+    part.half().float()
+
+
+@pytest.mark.parametrize("change", [step, load, assign, copy, through_data, round_to_half])
+def test_a_plan_of_older_weights_is_never_used(change):
+    codec = build_codec()
+    audio = speech_like(20 * 1024)[None]
+    for part, run, reference in (
+        (codec.encoder, inference.encode_frames, codec.encoder.encode_frames),
+        (codec.decoder, inference.decode_frames, codec.decoder.decode_frames),
+    ):
+        inputs = audio if part is codec.encoder else codec.quantizer.decode(torch.zeros(8, 1, 20, dtype=torch.long))
+        before = run(part, inputs)
+        old = weights_of(part, torch.float32)
+        assert weights_of(part, torch.float32) is old
+        part.requires_grad_(True)
+        change(part)
+        part.requires_grad_(False)
+        assert weights_of(part, torch.float32) is not old
+        after, expected = run(part, inputs), reference(inputs)
+        assert (after - expected).abs().max() < 1e-5 * (1 + expected.abs().max())
+        assert not torch.equal(after, before)
+
+
+def test_training_keeps_no_plan_and_a_part_takes_its_plan_along():
+    codec = build_codec()
+    assert isinstance(weights_of(codec.encoder, torch.float32), PackedWeights)
+    assert isinstance(weights_of(codec.encoder.train(), torch.float32), ModuleWeights)
+    kept = weakref.ref(weights_of(codec.encoder.eval(), torch.float32))
+    assert kept() is not None
+    del codec
+    gc.collect()
+    assert kept() is None
+
+
+@needs_bf16
+def test_bf16_is_near_fp32(recwarn):
+    parts = build_codec("symmetric", **WIDE)
+    codec = Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16"))
+    tokens, _ = parts.encode(speech_like(30_000))
+    clean, found = parts.decode(tokens)[0], codec.decode(tokens)[0]
+    assert found.dtype == torch.float32 and not torch.equal(found, clean)
+    # 8 bits a number give 30 to 40 dB through a hundred layers.
+    assert 10 * torch.log10(clean.square().sum() / (found - clean).square().sum()) > 25
+    assert (codec.encode(speech_like(30_000))[0] == tokens).float().mean() > 0.3
+    assert not [warning for warning in recwarn if "bf16" in str(warning.message)]
+
+
+@needs_bf16
+@torch.no_grad()
+def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
+    layer = Conv1d(48, 48, 7)
+    convolve = plan._convolve
+    monkeypatch.setattr(plan, "_convolve", lambda padded, way: convolve(padded, way) * 2)
+    own = PackedWeights(Two(layer), torch.bfloat16)
+    padded = torch.randn(1, 48, 200).bfloat16()
+    with pytest.warns(UserWarning, match="wrong in bf16") as caught:
+        found = [own.convolve(layer, padded) for _ in range(2)]
+    assert len(caught) == 1
+    for result in found:
+        assert (result.float() - layer.convolve(padded.float())).abs().max() < 0.05
+
+
+def test_bf16_is_refused_where_the_cpu_has_none(monkeypatch):
+    monkeypatch.setattr("nemo_lfr.codec.torch_backend.has_bf16", lambda: False)
+    parts = cached_codec("symmetric")
+    with pytest.raises(NemoLfrError, match="AVX512-bf16"):
+        Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate, precision="bf16"))

@@ -1,0 +1,369 @@
+"""Streams give what the whole recording gives, however it is cut."""
+
+import copy
+import os
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.codec import streaming
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.streaming import push_decoders, push_encoders
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.pretrained import load
+from tests.models import KINDS, build_codec, cached_codec, synthesize
+from tests.reference import assert_same_tokens
+
+CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "6"))
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Codec:
+    return load(None, "cpu")
+
+
+def pieces(rng: np.random.Generator, total: int, longest: int) -> list[int]:
+    """Lengths that add up to `total`: empty, single, of a frame, prime, long."""
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        kind = rng.integers(6)
+        fixed = (0, 1, 1024, 997)[kind] if kind < 4 else int(rng.integers(1, longest))
+        lengths.append(min(fixed, total - sum(lengths)))
+    return lengths
+
+
+def encode(codec: Codec, wave: np.ndarray, lengths: list[int], lookahead: int | None = None) -> torch.Tensor:
+    stream = codec.stream_encoder(lookahead)
+    edges = np.cumsum([0, *lengths])
+    found = [stream.push(wave[start:stop]) for start, stop in pairwise(edges)]
+    return torch.from_numpy(np.concatenate([*found, stream.flush()], axis=1))
+
+
+def decode(codec: Codec, tokens: np.ndarray, lengths: list[int], num_samples: int | None = None) -> np.ndarray:
+    stream = codec.stream_decoder()
+    edges = np.cumsum([0, *lengths])
+    found = [stream.push(tokens[:, start:stop]) for start, stop in pairwise(edges)]
+    return np.concatenate([*found, stream.flush(num_samples)])
+
+
+def assert_streams_as_whole(codec: Codec, wave: np.ndarray, rng: np.random.Generator) -> int:
+    """One random way to cut a recording, both directions; returns the ties."""
+    tokens = codec.encode(wave)[0][0]
+    ties = assert_same_tokens(codec, wave, encode(codec, wave, pieces(rng, len(wave), 9000)), tokens)
+    audio = codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()
+    got = decode(codec, tokens.numpy(), pieces(rng, tokens.shape[1], 9), len(wave))
+    if codec.decoder.causal:  # the last frame's samples are out before their number is known
+        got = got[: len(wave)]
+    assert got.shape == audio.shape and got.dtype == np.float32
+    assert np.abs(got - audio).max(initial=0) < 1e-5
+    return ties
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_streams_equal_the_whole_recording_for_any_pieces(kind):
+    codec = cached_codec(kind)
+    rng = np.random.default_rng(0)
+    for number in range(CHUNKINGS):
+        assert_streams_as_whole(codec, synthesize(4, seed=number)[: int(rng.integers(30_000, 80_000))], rng)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "length", [0, 1, 1023, 1024, 1025, 2048, 3072, 4096, 4097, 6 * 1024, 13 * 1024 + 5, 20 * 1024]
+)
+def test_short_recordings_stream_as_whole(kind, length):
+    codec = cached_codec(kind)
+    rng = np.random.default_rng(length)
+    assert_streams_as_whole(codec, synthesize(1, seed=length)[:length], rng)
+
+
+@pytest.mark.slow
+def test_the_embedded_codec_streams_as_whole(embedded):
+    rng = np.random.default_rng(1)
+    for number in range(3):
+        assert_streams_as_whole(embedded, synthesize(3, seed=number), rng)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_frame_comes_out_as_soon_as_its_future_is_there(kind):
+    codec = cached_codec(kind)
+    wave = synthesize(3)
+    encoder = codec.stream_encoder()
+    assert encoder.delay_frames == codec.encoder.context.future
+    frame = codec.samples_per_frame
+    assert encoder.latency_ms == pytest.approx(1000 * encoder.delay_frames * frame / 22050)
+    given = 0
+    for number in range(1, 50):
+        given += encoder.push(wave[(number - 1) * frame : number * frame]).shape[1]
+        assert given == max(0, number - encoder.delay_frames), number
+    decoder = codec.stream_decoder()
+    tokens = codec.encode(wave)[0][0].numpy()
+    samples = 0
+    for number in range(1, 50):
+        samples += len(decoder.push(tokens[:, number - 1 : number]))
+        assert samples >= frame * (number - codec.decoder.context.future)
+        assert samples <= frame * number
+
+
+def test_what_a_stream_keeps_does_not_grow(embedded):
+    encoder, decoder = embedded.stream_encoder(), embedded.stream_decoder()
+    sizes = []
+    wave = synthesize(2)
+    for _ in range(8):
+        decoder.push(encoder.push(wave))
+        sizes.append([sum(held.items.numel() for held in stream._state.values()) for stream in (encoder, decoder)])
+    assert sizes[2] == sizes[-1]
+    stored = [held.items.untyped_storage().nbytes() for held in encoder._state.values()]
+    assert sum(stored) == 4 * sizes[-1][0]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind):
+    codec = cached_codec(kind)
+    wave = synthesize(2)
+    whole = codec.encode(wave)[0][0]
+    context, frame = codec.encoder.context.future, codec.samples_per_frame
+    assert torch.equal(encode(codec, wave, [3000] * 15, context), encode(codec, wave, [3000] * 15))
+    for lookahead in range(context):
+        stream = codec.stream_encoder(lookahead)
+        found = []
+        for number in range(1, 44):
+            found.append(stream.push(wave[(number - 1) * frame : number * frame]))
+            assert sum(part.shape[1] for part in found) == max(0, number - lookahead)
+        found.append(stream.push(wave[43 * frame :]))
+        found.append(stream.flush())
+        tokens = np.concatenate(found, axis=1)
+        assert tokens.shape == whole.shape
+        # The end of the recording is its end with any lookahead.
+        assert np.array_equal(tokens[:, -1], whole[:, -1].numpy()) or lookahead < 1
+    decoder = codec.stream_decoder(0)
+    audio = [decoder.push(whole[:, number : number + 1].numpy()) for number in range(whole.shape[1])]
+    assert all(len(part) == frame for part in audio) and len(decoder.flush()) == 0
+
+
+def test_streams_pushed_together_equal_each_alone():
+    codec = cached_codec("symmetric")
+    rng = np.random.default_rng(3)
+    waves = [synthesize(2, seed=number) for number in range(6)]
+    streams = [codec.stream_encoder() for _ in waves]
+    decoders = [codec.stream_decoder(0 if number % 2 else None) for number in range(6)]
+    places = [0] * 6
+    tokens: list[list[np.ndarray]] = [[] for _ in waves]
+    audio: list[list[np.ndarray]] = [[] for _ in waves]
+    while min(places) < 40_000:
+        sizes = [int(rng.choice([441, 1024, 2048, 0])) for _ in waves]
+        new = push_encoders(streams, [wave[at : at + n] for wave, at, n in zip(waves, places, sizes, strict=True)])
+        places = [min(at + size, len(waves[0])) for at, size in zip(places, sizes, strict=True)]
+        for held, part in zip(tokens, new, strict=True):
+            held.append(part)
+        for held, part in zip(audio, push_decoders(decoders, new), strict=True):
+            held.append(part)
+    for number, (wave, at) in enumerate(zip(waves, places, strict=True)):
+        found = np.concatenate([*tokens[number], streams[number].flush()], axis=1)
+        alone = codec.encode(wave[:at])[0][0]
+        assert_same_tokens(codec, wave[:at], torch.from_numpy(found), alone)
+        if decoders[number].delay_frames:
+            heard = np.concatenate(audio[number])
+            before = np.concatenate(tokens[number], axis=1)
+            assert np.abs(heard - decode(codec, before, [before.shape[1]])[: len(heard)]).max() < 1e-5
+
+
+def test_what_does_not_belong_is_refused():
+    codec = cached_codec("symmetric")
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    for bad in (np.zeros((2, 5), np.float32), np.array(1.0), np.array(["a"]), np.full(5, np.nan), np.full(5, 1e4)):
+        with pytest.raises(AudioError):
+            encoder.push(bad)
+    for wrong in (
+        np.zeros(8, int),
+        np.zeros((7, 2), int),
+        np.zeros((8, 2)),
+        np.full((8, 2), 2016),
+        np.full((8, 1), -1),
+    ):
+        with pytest.raises(TokensError):
+            decoder.push(wrong)
+    assert encoder.flush().shape == (8, 0) and len(decoder.flush()) == 0
+    with pytest.raises(NemoLfrError, match="flushed"):
+        encoder.push(np.zeros(5, np.float32))
+    with pytest.raises(NemoLfrError, match="flushed"):
+        decoder.flush()
+    with pytest.raises(TokensError, match="1 frames were pushed"):
+        other = codec.stream_decoder()
+        other.push(np.zeros((8, 1), int))
+        other.flush(5000)
+    for lookahead in (-1, 1.5, True, "2"):
+        with pytest.raises(NemoLfrError, match="lookahead"):
+            codec.stream_encoder(lookahead)
+
+
+def test_bad_input_of_one_stream_takes_nothing_of_the_others():
+    codec, wave = cached_codec("symmetric"), synthesize(1.5)
+    good, bad = codec.stream_encoder(), codec.stream_encoder()
+    found = [good.push(wave[:5000])]
+    for _ in range(2):
+        with pytest.raises(AudioError):
+            push_encoders([good, bad], [wave[5000:9100], np.full(9, np.nan)])
+    found += [push_encoders([good, bad], [wave[5000:9100], wave[:9]])[0], good.push(wave[9100:]), good.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    tokens = np.concatenate(found, axis=1)
+    first, second = codec.stream_decoder(), codec.stream_decoder()
+    with pytest.raises(TokensError):
+        push_decoders([first, second], [tokens, np.full((8, 1), 2016)])
+    heard = np.concatenate([push_decoders([first, second], [tokens, tokens[:, :1]])[0], first.flush(len(wave))])
+    assert np.abs(heard - decode(codec, tokens, [tokens.shape[1]], len(wave))).max() < 1e-5
+    assert push_encoders([], []) == push_decoders([], []) == []
+    with pytest.raises(NemoLfrError, match="several codecs"):
+        push_encoders([good, cached_codec("causal").stream_encoder()], [wave, wave])
+
+
+def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(12)
+    sizes = []
+    together = streaming.run_batched
+
+    def watched(states, inputs, *rest):
+        sizes.append(inputs[0].shape)
+        return together(states, inputs, *rest)
+
+    monkeypatch.setattr(streaming, "run_batched", watched)
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    tokens = np.concatenate([encoder.push(wave), encoder.flush()], axis=1)
+    assert_same_tokens(codec, wave, torch.from_numpy(tokens))
+    assert max(shape[1] for shape in sizes) <= 66 * 1024
+    sizes.clear()
+    heard = np.concatenate([decoder.push(tokens), decoder.flush(len(wave))])
+    assert max(shape[2] for shape in sizes) <= 66
+    assert np.abs(heard - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
+    # With less lookahead too, only the end of what was pushed is as if the recording ended there.
+    encoder, decoder = codec.stream_encoder(0), codec.stream_decoder(0)
+    assert_same_tokens(codec, wave[: 250 * 1024], torch.from_numpy(encoder.push(wave[: 250 * 1024])))
+    heard = decoder.push(tokens[:, :250])
+    assert np.abs(heard - codec.decode(tokens[:, :250])[0][0].numpy()).max() < 1e-5
+
+
+def test_integers_and_lists_of_samples_are_audio_too():
+    codec = cached_codec("symmetric")
+    wave = (synthesize(1) * 32767).astype(np.int16)
+    stream = codec.stream_encoder()
+    found = np.concatenate([stream.push(wave), stream.flush()], axis=1)
+    assert np.array_equal(found, codec.encode(wave)[0][0].numpy())
+
+
+# --- streams that are used wrongly stay as they were
+
+
+MISUSES = {
+    "the same stream twice": lambda push, stream, piece: push([stream, stream], [piece, piece]),
+    "too few pieces": lambda push, stream, piece: push([stream], []),
+    "too many pieces": lambda push, stream, piece: push([stream], [piece, piece]),
+    "no list of streams": lambda push, stream, piece: push(stream, [piece]),
+    "no list of pieces": lambda push, stream, piece: push([stream], None),
+    "no stream": lambda push, stream, piece: push([stream, object()], [piece, piece]),
+    "None as piece": lambda push, stream, piece: push([stream], [None]),
+    "text as piece": lambda push, stream, piece: push([stream], ["speech"]),
+}
+
+
+@pytest.mark.parametrize("misuse", [*MISUSES])
+def test_a_misused_stream_says_so_and_goes_on_as_if_nothing_had_been(misuse):
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    tokens = codec.encode(wave)[0][0].numpy()
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    found, heard = [encoder.push(wave[:9000])], [decoder.push(tokens[:, :5])]
+    for push, stream, piece in ((push_encoders, encoder, wave[:3000]), (push_decoders, decoder, tokens[:, :2])):
+        with pytest.raises(NemoLfrError) as caught:
+            MISUSES[misuse](push, stream, piece)
+        assert "\n" not in str(caught.value)
+    found += [encoder.push(wave[9000:]), encoder.flush()]
+    heard += [decoder.push(tokens[:, 5:]), decoder.flush(len(wave))]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    expected = codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()
+    assert np.abs(np.concatenate(heard) - expected).max() < 1e-5
+
+
+def test_streams_of_the_other_direction_are_refused():
+    codec = cached_codec("symmetric")
+    with pytest.raises(NemoLfrError, match="StreamDecoder, not StreamEncoder"):
+        push_encoders([codec.stream_decoder()], [synthesize(0.1)])
+    with pytest.raises(NemoLfrError, match="StreamEncoder, not StreamDecoder"):
+        push_decoders([codec.stream_encoder()], [np.zeros((8, 2), int)])
+
+
+@pytest.mark.parametrize("use", ["push", "flush", "push_encoders"])
+def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    stream, other = codec.stream_encoder(), codec.stream_encoder()
+    computing, done = threading.Event(), threading.Event()
+    together = streaming.run_batched
+
+    def slow(*arguments):
+        computing.set()
+        assert done.wait(60)
+        return together(*arguments)
+
+    found: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: found.append(stream.push(wave[:9000])))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "run_batched", slow)
+        thread.start()
+        assert computing.wait(60)
+        uses = {
+            "push": lambda: stream.push(wave[9000:]),
+            "flush": stream.flush,
+            "push_encoders": lambda: push_encoders([other, stream], [wave, wave]),
+        }
+        try:
+            with pytest.raises(NemoLfrError, match="another thread"):
+                uses[use]()
+        finally:
+            done.set()
+            thread.join()
+    found += [stream.push(wave[9000:]), stream.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+    # The other stream of that batch took nothing.
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([other.push(wave), other.flush()], axis=1)))
+
+
+def test_a_push_that_fails_halfway_is_undone(monkeypatch):
+    codec, wave = cached_codec("symmetric"), synthesize(4)
+    stream = codec.stream_encoder()
+    together, calls = streaming.run_batched, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return together(*arguments)
+
+    found = [stream.push(wave[:5000])]
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "run_batched", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.push(wave[5000:])
+    found += [stream.push(wave[5000:]), stream.flush()]
+    assert len(calls) == 2
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
+
+
+def test_a_copied_stream_goes_on_by_itself():
+    codec, wave = cached_codec("symmetric"), synthesize(0.7)
+    stream = codec.stream_encoder()
+    first = stream.push(wave[:9000])
+    for copied in (copy.copy(stream), copy.deepcopy(stream)):
+        copied.push(synthesize(0.3, 9))
+    rest = [stream.push(wave[9000:]), stream.flush()]
+    assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([first, *rest], axis=1)))
+
+
+def test_a_stream_whose_network_overflows_says_so():
+    codec = build_codec("symmetric")
+    for part in (codec.encoder, codec.decoder):
+        part.post_conv.conv.weight.fill_(1e38)
+    with pytest.raises(NemoLfrError, match="encoder gives NaN or infinite"):
+        codec.stream_encoder().push(synthesize(1.0))
+    with pytest.raises(NemoLfrError, match="decoder gives NaN or infinite"):
+        codec.stream_decoder().push(np.ones((8, 30), int))

@@ -1,0 +1,447 @@
+"""`nemo-lfr detokenize` on damaged or hostile folders: a line for each fault, the others are decoded."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.corpus.sinks import SINKS
+from tests.corpora import write_codec, write_tokens
+from tests.crash import on_a_full_disk
+
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> dict[str, Path]:
+    """Three clips in shards of two and one, in every format; copied before they are changed."""
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in SINKS}
+    for kind, folder in made.items():
+        write_tokens(folder, kind, [2, 1], model)
+    return made
+
+
+def run(folder: Path, out: Path, model: Path, capsys, *options: object) -> tuple[int, list[str]]:
+    """Exit code and lines of stderr."""
+    code = 0
+    try:
+        main(["detokenize", *map(str, [folder, "--out", out, "--model", model, "--device", "cpu", *options])])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    text = capsys.readouterr().err
+    assert all(char.isprintable() or char == "\n" for char in text)
+    return code, text.splitlines()
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], object], number: int = 0) -> None:
+    lines = (folder / "manifest.json").read_text().splitlines()
+    line = json.loads(lines[number])
+    changed = change(line)
+    lines[number] = changed if isinstance(changed, str) else json.dumps(line)
+    (folder / "manifest.json").write_text("\n".join(lines) + "\n")
+
+
+def edit_cuts(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "cuts" / "cuts.000000.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    cut = json.loads(lines[0])
+    changed = change(cut)
+    lines[0] = changed if isinstance(changed, str) else json.dumps(cut)
+    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
+
+
+def edit_tar(folder: Path, change: Callable[[tarfile.TarInfo, bytes], tuple[str, bytes]]) -> None:
+    """Change the first two members, which are one clip's."""
+    path = folder / "target_codes" / "codes.000000.tar"
+    with tarfile.open(path) as old:
+        members = [(member, old.extractfile(member).read()) for member in old.getmembers()]
+    with tarfile.open(path, "w") as new:
+        for number, (member, data) in enumerate(members):
+            if number < 2:
+                member.name, data = change(member, data)
+                member.pax_headers.pop("path", None)
+                member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+
+
+def edit_rows(folder: Path, change: Callable[[dict], object], types: dict | None = None) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / "data" / "000000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows[0])
+    schema = pa.schema([pa.field(item.name, (types or {}).get(item.name, item.type)) for item in table.schema])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def edit_summary(folder: Path, change: Callable[[dict], object]) -> None:
+    summary = json.loads((folder / "tokens.json").read_text())
+    changed = change(summary)
+    (folder / "tokens.json").write_text(changed if isinstance(changed, str) else json.dumps(summary))
+
+
+def save_first(folder: Path, value: object) -> None:
+    torch.save(value, folder / "target_codes" / "s0" / "clip0.pt")
+
+
+def npy(value: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, value)
+    return file.getvalue()
+
+
+def rename_first(folder: Path, kind: str, new: str) -> None:
+    """Give the first clip another id, as someone would who wants to harm whoever decodes the folder."""
+    if kind == "shar":
+        edit_cuts(folder, lambda cut: cut.update(id=new))
+        edit_tar(folder, lambda member, data: (f"{new}.{member.name.rpartition('.')[2]}", data))
+    elif kind == "parquet":
+        edit_rows(folder, lambda row: row.update(id=new))
+    else:
+        edit_manifest(folder, lambda line: line.update(id=new))
+
+
+IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt", "語" * 200, "x" * 5000, "a/" * 600]
+IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("clip_id", IDS, ids=[ascii(name[:20]) for name in IDS])
+def test_no_id_leads_out_of_the_folder_or_onto_another(kind, clip_id, whole, model, tmp_path, capsys):
+    if kind == "parquet" and "\ud800" in clip_id:
+        pytest.skip("Parquet has no text that is not UTF-8")
+    folder, out = tmp_path / "tokens", tmp_path / "deep" / "er" / "out"
+    shutil.copytree(whole[kind], folder)
+    shutil.rmtree(folder / ".tokenize")
+    if kind == "shar" and "\ud800" in clip_id:
+        edit_cuts(folder, lambda cut: cut.update(id=clip_id))  # no tar has such a name
+    else:
+        rename_first(folder, kind, clip_id)
+    before = {path for path in tmp_path.rglob("*") if out not in path.parents}
+    code, lines = run(folder, out, model, capsys)
+    made = [path for path in out.rglob("*") if path.is_file()]
+    assert {path for path in tmp_path.rglob("*") if out not in path.parents} - before == {out, *out.parents} & {
+        out,
+        out.parent,
+        out.parent.parent,
+    }
+    assert not Path("/abs/x.wav").exists()
+    assert all(path.suffix == ".wav" for path in made)
+    names = [path.as_posix().lower() for path in made]
+    assert len(set(names)) == len(names)
+    # Of an id that an archive cannot hold, the two others are decoded.
+    assert (len(made), code) == (3, 0) or (kind == "shar" and code == 1 and lines)
+
+
+HUGE = torch.zeros(1, dtype=torch.int16).as_strided((8, 2**37), (0, 0))
+Damage = Callable[[Path], object]
+# kind, what is done, utterances that are left, words of the reason.
+CASES: dict[str, tuple[str, Damage, int, str]] = {
+    "pt: huge": ("manifest", lambda f: save_first(f, HUGE), 2, "clip0"),
+    "pt: dict": ("manifest", lambda f: save_first(f, {"a": 1}), 2, "clip0"),
+    "pt: empty": ("manifest", lambda f: (f / "target_codes/s0/clip0.pt").write_bytes(b""), 2, "clip0"),
+    "pt: noise": ("manifest", lambda f: (f / "target_codes/s0/clip0.pt").write_bytes(bytes(99)), 2, "clip0"),
+    "pt: floats": ("manifest", lambda f: save_first(f, torch.zeros(8, 3)), 2, "float32"),
+    "pt: bools": ("manifest", lambda f: save_first(f, torch.zeros(8, 3, dtype=torch.bool)), 2, "bool"),
+    "pt: one axis": ("manifest", lambda f: save_first(f, torch.zeros(8, dtype=torch.int16)), 2, "shape"),
+    "pt: seven codebooks": ("manifest", lambda f: save_first(f, torch.zeros(7, 3, dtype=torch.int16)), 2, "shape"),
+    "pt: no frames": ("manifest", lambda f: save_first(f, torch.zeros(8, 0, dtype=torch.int16)), 2, "shape"),
+    "pt: too many frames": ("manifest", lambda f: save_first(f, torch.zeros(8, 99, dtype=torch.int16)), 2, "frames"),
+    "pt: beyond the codebook": (
+        "manifest",
+        lambda f: (
+            edit_manifest(f, lambda line: line.update(num_samples=3000)),
+            save_first(f, torch.full((8, 3), 2016, dtype=torch.int16)),
+        ),
+        2,
+        "2016 entries",
+    ),
+    "pt: a folder": (
+        "manifest",
+        lambda f: ((f / "target_codes/s0/clip0.pt").unlink(), (f / "target_codes/s0/clip0.pt").mkdir()),
+        2,
+        "not a file",
+    ),
+    "pt: a pipe": (
+        "manifest",
+        lambda f: ((f / "target_codes/s0/clip0.pt").unlink(), os.mkfifo(f / "target_codes/s0/clip0.pt")),
+        2,
+        "not a file",
+    ),
+    "path: outside": (
+        "manifest",
+        lambda f: edit_manifest(f, lambda line: line.update(target_audio_codes_path="/etc/passwd")),
+        2,
+        "outside",
+    ),
+    "path: up": (
+        "lfr",
+        lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath="../x.lfr")),
+        2,
+        "outside",
+    ),
+    "path: link": (
+        "lfr",
+        lambda f: (f / "tokens/s0/clip0.lfr").unlink() or (f / "tokens/s0/clip0.lfr").symlink_to("/etc/passwd"),
+        2,
+        "outside",
+    ),
+    "path: number": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath=7)), 2, "not a text"),
+    "line: not JSON": ("manifest", lambda f: edit_manifest(f, lambda line: "not json"), 2, "utterance 0"),
+    "line: a list": ("lfr", lambda f: edit_manifest(f, lambda line: "[]"), 2, "utterance 0"),
+    "line: deep": ("lfr", lambda f: edit_manifest(f, lambda line: "[" * 99999), 2, "utterance 0"),
+    "line: no id": ("manifest", lambda f: edit_manifest(f, lambda line: line.pop("id") and None), 2, "missing"),
+    "line: id 7": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(id=7)), 2, "its id is 7"),
+    "line: num_samples x": (
+        "manifest",
+        lambda f: edit_manifest(f, lambda line: line.update(num_samples="x")),
+        2,
+        "'x'",
+    ),
+    "line: num_samples -5": (
+        "manifest",
+        lambda f: edit_manifest(f, lambda line: line.update(num_samples=-5)),
+        2,
+        "-5",
+    ),
+    "line: no num_samples": (
+        "manifest",
+        lambda f: edit_manifest(f, lambda line: line.pop("num_samples")),
+        2,
+        "missing",
+    ),
+    "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "holds 0 lines"),
+    "lfr: cut": ("lfr", lambda f: os.truncate(f / "tokens/s0/clip0.lfr", 50), 2, "clip0"),
+    "lfr: gone": ("lfr", lambda f: (f / "tokens/s0/clip0.lfr").unlink(), 2, "no such file"),
+    "shar: cuts cut": (
+        "shar",
+        lambda f: os.truncate(f / "cuts/cuts.000000.jsonl.gz", (f / "cuts/cuts.000000.jsonl.gz").stat().st_size - 8),
+        1,
+        "",
+    ),
+    "shar: cuts of 12 bytes": ("shar", lambda f: os.truncate(f / "cuts/cuts.000000.jsonl.gz", 12), 1, "12 bytes"),
+    "shar: cuts empty": (
+        "shar",
+        lambda f: (f / "cuts/cuts.000000.jsonl.gz").write_bytes(gzip.compress(b"")),
+        1,
+        "cuts.000000",
+    ),
+    "shar: tar cut": ("shar", lambda f: os.truncate(f / "target_codes/codes.000000.tar", 700), 1, "700 bytes"),
+    "shar: tar empty": ("shar", lambda f: os.truncate(f / "target_codes/codes.000000.tar", 0), 1, "0 bytes"),
+    "shar: tar noise": (
+        "shar",
+        lambda f: (f / "target_codes/codes.000000.tar").write_bytes(bytes(range(256)) * 40),
+        1,
+        "",
+    ),
+    "shar: no num_samples": (
+        "shar",
+        lambda f: edit_cuts(f, lambda cut: cut["custom"].pop("num_samples")),
+        2,
+        "missing",
+    ),
+    "shar: no supervisions": (
+        "shar",
+        lambda f: edit_cuts(f, lambda cut: cut.update(supervisions=[])),
+        2,
+        "utterance 0",
+    ),
+    "shar: floats": (
+        "shar",
+        lambda f: edit_tar(
+            f, lambda member, data: (member.name, npy(np.zeros((8, 2))) if member.name.endswith("npy") else data)
+        ),
+        2,
+        "float64",
+    ),
+    "shar: objects": (
+        "shar",
+        lambda f: edit_tar(
+            f,
+            lambda member, data: (
+                member.name,
+                npy(np.array([{"a": 1}], dtype=object)) if member.name.endswith("npy") else data,
+            ),
+        ),
+        2,
+        "Python objects",
+    ),
+    "shar: huge header": (
+        "shar",
+        lambda f: edit_tar(
+            f,
+            lambda member, data: (
+                member.name,
+                npy(np.zeros((8, 2), np.int16)).replace(b"(8, 2),", b"(8, 9999999999),")
+                if member.name.endswith("npy")
+                else data,
+            ),
+        ),
+        2,
+        "utterance 0",
+    ),
+    "parquet: cut": ("parquet", lambda f: os.truncate(f / "data/000000.parquet", 300), 1, "300 bytes"),
+    "parquet: empty": ("parquet", lambda f: os.truncate(f / "data/000000.parquet", 0), 1, "0 bytes"),
+    "parquet: unequal layers": (
+        "parquet",
+        lambda f: edit_rows(f, lambda row: row["nano_layer_2"].append(1)),
+        2,
+        "unequal",
+    ),
+    "parquet: null layer": ("parquet", lambda f: edit_rows(f, lambda row: row.update(nano_layer_2=None)), 2, ""),
+    "parquet: labels": ("parquet", lambda f: edit_rows(f, lambda row: row.update(labels="{")), 2, "utterance 0"),
+    "parquet: labels a list": (
+        "parquet",
+        lambda f: edit_rows(f, lambda row: row.update(labels="[1]")),
+        2,
+        "labels are",
+    ),
+    "parquet: negative token": (
+        "parquet",
+        lambda f: edit_rows(f, lambda row: row["nano_layer_1"].__setitem__(0, -1)),
+        2,
+        "reach from -1",
+    ),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and links")
+@pytest.mark.parametrize("has_records", [True, False])
+@pytest.mark.parametrize(("kind", "damage", "left", "reason"), CASES.values(), ids=list(CASES))
+def test_one_bad_utterance_costs_one_and_is_said_in_a_line(
+    kind, damage, left, reason, has_records, whole, model, tmp_path, capsys
+):
+    folder, out = tmp_path / "tokens", tmp_path / "out"
+    shutil.copytree(whole[kind], folder)
+    if kind == "manifest":  # whose paths are absolute
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace(str(whole[kind].resolve()), str(folder)))
+    damage(folder)
+    if not has_records:
+        shutil.rmtree(folder / ".tokenize")
+    code, lines = run(folder, out, model, capsys)
+    assert code == 1 and len(lines) >= 2 and not any("Traceback" in line for line in lines)
+    # With records, the first thing that is said is what differs from them.
+    assert any(reason in line for line in lines) or reason.endswith("bytes") or has_records
+    made = list(out.rglob("*.wav"))
+    assert len(made) >= left
+    for path in made:
+        assert soundfile.info(str(path)).frames > 0
+    assert not list(out.rglob("*.part"))
+
+
+SUMMARIES: dict[str, Callable[[dict], object]] = {
+    "no fingerprint": lambda s: s["codec"].pop("fingerprint"),
+    "no codec": lambda s: s.pop("codec"),
+    "codec x": lambda s: s.update(codec="x"),
+    "codec without levels": lambda s: s["codec"].pop("levels"),
+    "no shards": lambda s: s.pop("shards"),
+    "shards x": lambda s: s.update(shards="x"),
+    "many shards": lambda s: s.update(shards=10**9),
+    "negative shards": lambda s: s.update(shards=-1),
+    "other shards": lambda s: s.update(shards=3),
+    "clips true": lambda s: s.update(clips=True),
+    "more clips": lambda s: s.update(clips=4),
+    "no format": lambda s: s.pop("format"),
+    "format list": lambda s: s.update(format=["lfr"]),
+    "format unknown": lambda s: s.update(format="x\x1b[2J"),
+    "context 7": lambda s: s.update(context=7),
+    "a list": lambda s: "[]",
+    "a number": lambda s: "7",
+    "deep": lambda s: "[" * 99999,
+    "empty": lambda s: "",
+    "negative counts": lambda s: s.update(shard_clips=[-1, 4]),
+    "counts x": lambda s: s.update(shard_clips="x"),
+    "other codec": lambda s: s["codec"].update(fingerprint="0" * 16, model="\x1b[2J"),
+}
+
+
+@pytest.mark.parametrize("change", SUMMARIES.values(), ids=list(SUMMARIES))
+def test_a_damaged_summary_is_refused_in_one_line(change, whole, model, tmp_path, capsys):
+    shutil.copytree(whole["lfr"], tmp_path / "tokens")
+    edit_summary(tmp_path / "tokens", change)
+    code, lines = run(tmp_path / "tokens", tmp_path / "out", model, capsys)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("nemo-lfr: error: ") and len(lines[0]) < 600
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_a_folder_of_tokens_is_refused(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd" / "tokens.json").mkdir(parents=True)
+    for name in ("file", "empty", "odd", "missing"):
+        code, lines = run(tmp_path / name, tmp_path / "out", model, capsys)
+        assert code == 2 and len(lines) == 1, name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_links_in_the_output_are_not_followed(whole, model, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out" / "s0").symlink_to(tmp_path / "other")
+    code, lines = run(whole["lfr"], tmp_path / "out", model, capsys)
+    assert code == 1 and sum("leads out" in line for line in lines) == 2
+    assert not list((tmp_path / "other").iterdir()) and len(list((tmp_path / "out" / "s1").iterdir())) == 1
+
+
+def test_a_file_where_a_folder_is_needed_costs_its_utterances(whole, model, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "s0").write_text("mine")
+    code, lines = run(whole["lfr"], tmp_path / "out", model, capsys)
+    assert code == 1 and len(lines) == 3 and (tmp_path / "out" / "s0").read_text() == "mine"
+
+
+def test_verification_skips_what_was_changed(whole, model, tmp_path, capsys):
+    shutil.copytree(whole["parquet"], tmp_path / "tokens")
+    path = tmp_path / "tokens" / "data" / "000000.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    code, lines = run(tmp_path / "tokens", tmp_path / "out", model, capsys, "--verify")
+    assert code == 1 and "SHA-256" in lines[0] and len(list((tmp_path / "out").rglob("*.wav"))) == 1
+
+
+def test_files_that_exist_stay_unless_they_may_be_replaced(whole, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "s0").mkdir(parents=True)
+    (out / "s0" / "clip0.wav").write_text("mine")
+    assert run(whole["shar"], out, model, capsys) == (0, [])
+    assert (out / "s0" / "clip0.wav").read_text() == "mine"
+    assert run(whole["shar"], out, model, capsys, "--overwrite", "--limit", 1)[0] == 0
+    assert soundfile.info(str(out / "s0" / "clip0.wav")).frames > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of files")
+def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
+    arguments = ["detokenize", str(whole["lfr"]), "--out", str(tmp_path / "out"), "--model", str(model)]
+    said = on_a_full_disk(f"from nemo_lfr.cli.main import main\nmain({[*arguments, '--device', 'cpu']!r})", 300)
+    assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("nemo-lfr: error: ")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_in_the_place_of_audio_fails_that_utterance(kind, whole, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    place = out / "s0" / "clip0.wav"
+    place.parent.mkdir(parents=True)
+    place.mkdir() if kind == "folder" else os.mkfifo(place)
+    code, lines = run(whole["lfr"], out, model, capsys)
+    assert code == 1 and "clip0.wav: is not a file" in lines[0] and (out / "s0" / "clip1.wav").is_file()

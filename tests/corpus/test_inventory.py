@@ -1,0 +1,251 @@
+"""Inputs that are edited between two runs of `tokenize`, or during one, and tokens of another codec beside audio."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.corpus import run as corpus_run
+from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
+from nemo_lfr.corpus.run import tokenize
+from nemo_lfr.corpus.shard import Job
+from nemo_lfr.errors import NemoLfrError
+from tests.corpora import write_codec
+
+pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+
+RATE, SAMPLES = 22050, 4096
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three recordings, and the current folder."""
+    for number, name in enumerate("abc", start=1):
+        wave = 0.3 * np.sin(np.arange(SAMPLES) * 0.02 * number)
+        soundfile.write(tmp_path / f"{name}.wav", wave, RATE)
+    return tmp_path
+
+
+def cut(path: Path, **changes: object) -> dict:
+    name, duration = path.stem, SAMPLES / RATE
+    recording = {
+        "id": name,
+        "sources": [{"type": "file", "channels": [0], "source": str(path)}],
+        "num_samples": SAMPLES,
+    }
+    recording |= {"sampling_rate": RATE, "duration": duration}
+    supervision = {"id": name, "recording_id": name, "start": 0.0, "duration": duration, "channel": 0, "text": name}
+    made = {"id": name, "start": 0.0, "duration": duration, "channel": 0, "type": "MonoCut", "recording": recording}
+    return made | {"supervisions": [supervision]} | changes
+
+
+def lines(path: Path, items: list) -> Path:
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_manifest(folder: Path, texts: str) -> Path:
+    items = zip("abc", texts, strict=True)
+    return lines(folder / "m.json", [{"audio_filepath": f"{name}.wav", "text": text} for name, text in items])
+
+
+def write_recordings(folder: Path, texts: str) -> Path:
+    cuts = [cut(folder / f"{name}.wav") for name in "abc"]
+    supervisions = [item["supervisions"][0] | {"text": text} for item, text in zip(cuts, texts, strict=True)]
+    lines(folder / "x_supervisions.jsonl", supervisions)
+    return lines(folder / "x_recordings.jsonl", [item["recording"] for item in cuts])
+
+
+def write_shar(folder: Path, texts: str) -> Path:
+    """One shard, with the texts in a field of their own: the cuts file never changes."""
+    shar = folder / "shar"
+    shar.mkdir(exist_ok=True)
+    lines(shar / "cuts.000000.jsonl.gz", [cut(folder / f"{name}.wav", supervisions=[]) for name in "abc"])
+    lines(shar / "text.000000.jsonl", [{"cut_id": n, "text": t} for n, t in zip("abc", texts, strict=True)])
+    return shar
+
+
+def write_parquet(folder: Path, texts: str) -> Path:
+    path = folder / "t.parquet"
+    columns = {"audio": [f"{name}.wav" for name in "abc"], "text": list(texts)}
+    pq.write_table(pa.table(columns), path, row_group_size=1, compression=None)
+    return path
+
+
+INPUTS = {
+    "manifest": write_manifest,
+    "recordings": write_recordings,
+    "shar": write_shar,
+    "parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
+    source = INPUTS[kind](folder, "xyz")
+    sizes = [path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()]
+    job = Job(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3
+    assert INPUTS[kind](folder, "pqr") == source
+    assert sizes == [p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and "out" not in p.parts]
+    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+        tokenize(job, workers=1, device="cpu")
+    INPUTS[kind](folder, "xyz")
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # as it was
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
+    source = INPUTS[kind](folder, "xyz")
+    job = Job(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
+    originals = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix != ".wav" and path.is_file()}
+
+    def edit(totals: corpus_run.Totals) -> None:
+        if totals.done == (0 if kind == "shar" else 1):  # a Shar of one shard has no later one
+            INPUTS[kind](folder, "pqr")
+            for path in originals:
+                os.utime(path, (1e9, 1e9))  # even where clocks are coarse
+
+    with pytest.raises(NemoLfrError, match="was changed while it was tokenized"):
+        tokenize(job, workers=1, device="cpu", watch=edit)
+    for path, data in originals.items():
+        path.write_bytes(data)
+    tokenize(job, workers=1, device="cpu")
+    made = [json.loads(line) for line in (folder / "out" / "manifest.json").read_text().splitlines()]
+    assert [line["text"] for line in made] == ["x", "y", "z"]
+
+
+def test_every_byte_of_small_files_and_the_ends_of_large_ones_are_hashed(tmp_path):
+    path = tmp_path / "a"
+    for size, places in ((100, range(0, 100, 7)), (3 * WHOLE_BYTES, (0, 3 * WHOLE_BYTES - 1))):
+        data = bytearray(size)
+        path.write_bytes(data)
+        whole = sampled_digest(path)
+        for place in places:
+            changed = data[:place] + b"x" + data[place + 1 :]
+            path.write_bytes(changed)
+            assert sampled_digest(path) != whole
+        path.write_bytes(data + b"\0")
+        assert sampled_digest(path) != whole
+
+
+def test_failed_clips_are_tried_again_when_asked_for(folder, model, capsys):
+    (folder / "b.wav").rename(folder / "away.wav")
+    source = write_manifest(folder, "xyz")
+    command = ["tokenize", source, "--out", folder / "out", "--format", "manifest", "--model", model]
+    command += ["--device", "cpu", "--workers", 1, "--shard-size", 2]
+    for options, code, clips in (
+        ([], 1, 2),
+        (["--retry-failed"], 1, 2),
+        (["mended"], 1, 2),
+        (["--retry-failed"], 0, 3),
+    ):
+        if options == ["mended"]:
+            (folder / "away.wav").rename(folder / "b.wav")
+            options = []
+        with pytest.raises(SystemExit) if code else _nothing():
+            main(list(map(str, [*command, *options])))
+        assert json.loads((folder / "out" / "tokens.json").read_text())["clips"] == clips
+    assert "--retry-failed" in capsys.readouterr().err
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
+    source = write_manifest(folder, "xyz")
+    tokenize(Job(str(source), str(folder / "out"), "manifest", model=str(model)), workers=1, device="cpu")
+    (folder / "out").rename(folder / "moved")
+    tokenize(Job(str(source), str(folder / "moved"), "manifest", model=str(model)), workers=1, device="cpu")
+    for line in (folder / "moved" / "manifest.json").read_text().splitlines():
+        assert Path(json.loads(line)["target_audio_codes_path"]).is_relative_to(folder / "moved")
+
+
+@pytest.mark.parametrize(
+    "parts", [[], [1], [None], [{"start": -1, "count": 1}], [{"start": 10**9, "count": 3}], [{"start": 0, "count": 1}]]
+)
+def test_an_edited_plan_of_a_run_is_refused(parts, folder, model):
+    job = Job(str(write_manifest(folder, "xyz")), str(folder / "out"), "manifest", model=str(model))
+    tokenize(job, workers=1, device="cpu")
+    plan = folder / "out" / ".tokenize" / "job.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"parts": parts}))
+    with pytest.raises(NemoLfrError, match="is damaged"):
+        tokenize(job, workers=1, device="cpu")
+
+
+OTHER = {"context_audio_codes_path": "/stale/c.pt", "target_codes": "/stale/t.npy", "tokens_filepath": "x.lfr"}
+ARRAY = {"array": {"storage_type": "numpy_files", "storage_path": "/stale", "storage_key": "x.npy", "shape": [8, 9]}}
+ARRAY |= {"temporal_dim": -1, "frame_shift": 0.04, "start": 0}
+
+
+@pytest.mark.parametrize("source", ["manifest", "cuts", "parquet"])
+@pytest.mark.parametrize("kind", ["manifest", "shar", "parquet"])
+def test_tokens_of_another_codec_do_not_go_along(source, kind, folder, model):
+    wav = folder / "a.wav"
+    if source == "manifest":
+        path = lines(folder / "m.json", [{"audio_filepath": "a.wav", **OTHER}])
+    elif source == "cuts":
+        made = cut(wav, custom=OTHER | {"context_codes": ARRAY, "target_codes": ARRAY})
+        made["supervisions"][0]["custom"] = OTHER
+        path = lines(folder / "c.jsonl", [made])
+    else:
+        path = folder / "t.parquet"
+        pq.write_table(pa.table({"audio": ["a.wav"], **{key: [value] for key, value in OTHER.items()}}), path)
+    out = folder / "out"
+    tokenize(Job(str(path), str(out), kind, model=str(model)), workers=1, device="cpu")
+    text = {
+        "manifest": lambda: (out / "manifest.json").read_text(),
+        "shar": lambda: gzip.decompress((out / "cuts" / "cuts.000000.jsonl.gz").read_bytes()).decode(),
+        "parquet": lambda: str(pq.read_table(out / "data" / "000000.parquet").column("labels").to_pylist()),
+    }[kind]()
+    assert "stale" not in text and "x.lfr" not in text
+
+
+@pytest.mark.parametrize("kind", ["manifest", "parquet"])
+def test_labels_are_written_as_json_that_every_reader_takes(kind, folder, model):
+    (folder / "m.json").write_text('{"audio_filepath": "a.wav", "snr": Infinity, "more": {"x": [NaN, 1]}}\n')
+    out = folder / "out"
+    tokenize(Job(str(folder / "m.json"), str(out), kind, model=str(model)), workers=1, device="cpu")
+    if kind == "manifest":
+        text = (out / "manifest.json").read_text()
+    else:
+        (text,) = pq.read_table(out / "data" / "000000.parquet").column("labels").to_pylist()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse)["more"] == {"x": [None, 1]}
+
+
+@pytest.mark.parametrize("name", ["id", "start", "supervisions", "custom", "to_dict", "__class__", "not-a-name"])
+def test_a_field_of_a_shar_cannot_replace_what_a_cut_is(name, folder, model):
+    shar = folder / "shar"
+    shar.mkdir()
+    lines(shar / "cuts.000000.jsonl.gz", [cut(folder / "a.wav"), cut(folder / "b.wav")])
+    lines(shar / f"{name}.000000.jsonl", [{"cut_id": "a", name: "same"}, {"cut_id": "b", name: "same"}])
+    with pytest.raises(NemoLfrError, match="is not a name for custom data"):
+        tokenize(Job(str(shar), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")
+
+
+def test_a_manifest_with_keys_of_lhotse_is_a_manifest(folder, model):
+    entry = {"audio_filepath": "a.wav", "recording_id": "r", "start": 0.0, "num_features": 80, "sampling_rate": 1}
+    path = lines(folder / "m.jsonl", [entry | {"sources": ["x"]}])
+    assert (
+        tokenize(Job(str(path), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")["clips"] == 1
+    )

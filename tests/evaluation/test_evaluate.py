@@ -1,0 +1,298 @@
+"""`nemo-lfr evaluate` as a user types it: figures, resuming, the report in a real browser."""
+
+import csv
+import html
+import json
+import queue
+import re
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.evaluation import peers, run
+from nemo_lfr.evaluation.judges import Judge
+from tests.cli.test_cli import run as command
+from tests.models import RATE, synthesize
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = []
+    for number, lang in enumerate(["en", "de", "en"]):
+        soundfile.write(folder / f"{number}.wav", synthesize(1.5, number), RATE, subtype="FLOAT")
+        labels = {"text": f"<b>text</b> {number}", "lang": lang, "speaker": f"s{number}"}
+        lines.append(json.dumps({"audio_filepath": f"{number}.wav", "duration": 1.5} | labels))
+    (folder / "manifest.json").write_text("\n".join(lines))
+    return folder
+
+
+def evaluate(capsys, corpus, out, *arguments):
+    return command(capsys, "evaluate", corpus / "manifest.json", "--out", out, "--jobs", 1, *arguments)
+
+
+@pytest.fixture(scope="module")
+def report(corpus, tmp_path_factory):
+    """A finished evaluation of the original and the bundled codec."""
+    out = tmp_path_factory.mktemp("report")
+    arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--jobs", "2", "--examples", "2"]
+    main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
+    return out
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_summary_holds_means_of_the_recordings(report):
+    original, ours = rows(report / "summary.csv")
+    assert float(original["PESQ-WB"]) == pytest.approx(4.64, abs=0.01) and float(original["mel distance"]) == 0
+    own = [row for row in rows(report / "recordings.csv") if row["codec"] == ours["codec"]]
+    assert [row["recording"] for row in own] == ["0.wav", "1.wav", "2.wav"]
+    for name in ("ESTOI", "SI-SDR", "mel distance"):
+        values = [float(row[name]) for row in own]
+        assert float(ours[name]) == pytest.approx(np.mean(values))
+        low, high = (float(ours[f"{name} {end}"]) for end in ("low", "high"))
+        assert min(values) - 1e-9 <= low <= float(ours[name]) <= high <= max(values) + 1e-9
+        assert ours[f"{name} n"] == "3"
+    seconds, size = (sum(float(row[key]) for row in own) for key in ("seconds", "bytes"))
+    assert float(ours["kbit/s"]) == pytest.approx(8 * size / seconds / 1000, abs=0.005)
+
+
+def test_markdown_has_every_table_and_says_what_is_missing(report):
+    text = (report / "report.md").read_text()
+    for part in ("| nemo_lfr (bundled) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
+        assert part in text
+    assert re.search(r"\*\*CER\*\*.*Not measured: no --asr given", text)
+    assert "CER" not in text.partition("### Cost")[0]  # no column without a figure
+
+
+def test_the_page_asks_nobody_for_anything_and_escapes_what_manifests_say(report):
+    page = (report / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", page)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "<b>text</b>" not in page and html.escape("<b>text</b>") in page
+    assert "<script" not in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_path):
+    """The page itself has no script: a copy gets one that sends what the browser made of it."""
+    sent: queue.Queue[bytes] = queue.Queue()
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        probe = """<script>addEventListener("load", async () => {
+          const decode = async player => {
+            const data = await (await fetch(player.src)).arrayBuffer();
+            return (await new OfflineAudioContext(1, 1, 22050).decodeAudioData(data)).duration; };
+          const audio = await Promise.all([...document.querySelectorAll("audio")].map(decode));
+          await fetch("http://127.0.0.1:PORT", {method: "POST", mode: "no-cors", body: JSON.stringify({
+            images: [...document.images].map(i => i.naturalWidth),
+            audio: audio,
+            rows: document.querySelectorAll("tbody tr").length,
+            overflow: document.documentElement.scrollWidth - innerWidth })}); });</script>"""
+        probe = probe.replace("PORT", str(server.server_port))
+        page = tmp_path / "probe.html"
+        page.write_text((report / "report.html").read_text().replace("</body>", probe + "</body>"))
+        options = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+            "--disable-component-update --disable-sync --window-size=1400,1000 --remote-debugging-port=0"
+        )
+        shown = [CHROMIUM, *options.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+        with open(tmp_path / "log", "wb") as log:
+            browser = subprocess.Popen(shown, stdout=log, stderr=log)
+        try:
+            found = json.loads(sent.get(timeout=180))
+        except queue.Empty:
+            raise AssertionError((tmp_path / "log").read_text()[-2000:]) from None
+        finally:
+            browser.kill()
+            browser.wait()
+            server.shutdown()
+    assert len(found["images"]) == 2 + 2 * 2 and min(found["images"]) > 300
+    assert found["audio"] == pytest.approx([1.5] * 4, abs=0.01)
+    assert found["rows"] >= 2 + 2 + 1 + 4 and found["overflow"] <= 0
+
+
+def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_path, monkeypatch):
+    sent, measured = [], []
+    send, measure = peers.LFR.send, run.measure
+    monkeypatch.setattr(peers.LFR, "send", lambda self, *args: sent.append(1) or send(self, *args))
+    monkeypatch.setattr(run, "measure", lambda *args: measured.append(args[2]) or measure(*args))
+    assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--limit", 2)[0] == 0
+    assert len(sent) == 2 + 1 and len(measured) == 2  # one to warm up
+    first = (tmp_path / "summary.csv").read_text()
+    assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--limit", 2)[0] == 0
+    assert len(sent) == 3 and len(measured) == 2 and (tmp_path / "summary.csv").read_text() == first
+    # A crash leaves half a line and half a file; another recording and another codec are added.
+    folder = next((tmp_path / "codecs").iterdir())
+    with open(folder / "sent.jsonl", "a") as file:
+        file.write('["00001-')
+    (folder / "00001-1.part").write_bytes(b"RIFF")
+    assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--codec", "original")[0] == 0
+    assert len(sent) == 3 + 2 and len(measured) == 2 + 1 + 3
+    assert len(rows(tmp_path / "recordings.csv")) == 6
+
+
+def test_a_limit_draws_by_its_seed(corpus):
+    from nemo_lfr.io.manifests import read_manifest
+
+    found = read_manifest(corpus / "manifest.json", corpus) * 20
+    draws = [list(run.choose(found, 10, seed)) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2] and len(draws[0]) == 10
+    assert draws[0] == sorted(draws[0]) and set(draws[0]) <= set(run.choose(found, None, 0))
+
+
+def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    (folder / "1.wav").write_text("no audio")
+    soundfile.write(folder / "2.wav", np.zeros(RATE), RATE)
+    code, _, err = evaluate(capsys, folder, tmp_path / "out", "--codec", "lfr")
+    assert code == 1 and "1.wav: not an audio file" in err
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"- nemo_lfr \(bundled\): 1\.wav: .*not an audio file", text)
+    assert "PESQ-WB of 1 recordings: the original is silent" in text
+    assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
+
+
+def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_path, monkeypatch):
+    send = peers.LFR.send
+
+    def choosy(self, audio, rate):
+        if audio[100] == synthesize(1.5, 1)[100]:
+            raise RuntimeError("Padding size should be\nless")
+        return send(self, audio, rate)
+
+    monkeypatch.setattr(peers.LFR, "send", choosy)
+    code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr")
+    assert code == 1 and "1.wav: RuntimeError: Padding size should be less" in err and "Traceback" not in err
+    assert len(rows(tmp_path / "recordings.csv")) == 2
+
+
+def test_every_rate_has_its_pictures(capsys, corpus, tmp_path):
+    code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--rate", 44100, "--limit", 2, "--examples", 3)
+    assert code == 0, err
+    assert (tmp_path / "report.html").read_text().count("<audio") == 4
+
+
+def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
+    shutil.copy(corpus / "manifest.json", tmp_path / "manifest.json")
+    arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original"]
+    assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 2
+    code, _, err = command(capsys, "evaluate", tmp_path / "manifest.json", "--audio-dir", corpus, *arguments)
+    assert code == 0, err
+
+
+class Counting(Judge):
+    """Counts letters, and cannot do without them."""
+
+    name, metrics = "counter", ("CER",)
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def measure(self, original, output, labels):
+        self.asked.append(labels["text"])
+        if not labels["text"]:
+            raise IndexError("no letters")
+        return {"CER": float(len(labels["text"]))}
+
+
+def test_a_judge_is_asked_again_where_the_text_has_changed_or_it_had_failed(capsys, corpus, tmp_path, monkeypatch):
+    judge = Counting()
+    monkeypatch.setattr(run, "open_judges", lambda *_: ([judge], {}))
+    lines = [json.loads(line) for line in (corpus / "manifest.json").read_text().splitlines()]
+    found = []
+    for text in ("", "abc", "abc", "abcd"):
+        lines[0]["text"] = text
+        (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
+        arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original", "--audio-dir", corpus]
+        assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 0
+        found.append(rows(tmp_path / "out" / "recordings.csv")[0]["CER"])
+    assert found == ["", "3.0", "3.0", "4.0"]
+    assert [asked for asked in judge.asked if not asked.startswith("<b>")] == ["", "abc", "abcd"]
+    assert len(judge.asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{corpus}/none.json"], "no such manifest"),
+        (["{corpus}"], "no such manifest; folders are turned into one by: nemo-lfr prepare"),
+        (["{corpus}/manifest.json", "--preset", "card-mls"], "no such folder"),
+        (["{corpus}", "--preset", "card-daps"], "unpack daps.tar.gz"),
+        (["{corpus}/manifest.json", "--codec", "mp3"], "unknown; use lfr"),
+        (["{corpus}/empty.json"], "holds no recording"),
+        (["{corpus}/gone.json"], "no recording went through any codec"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, corpus, tmp_path, arguments, words):
+    (corpus / "empty.json").write_text("")
+    (corpus / "gone.json").write_text('{"audio_filepath": "gone.wav", "duration": 1}')
+    filled = [argument.format(corpus=corpus) for argument in arguments]
+    code, out, err = command(capsys, "evaluate", *filled, "--out", tmp_path / "out", "--jobs", 1)
+    assert code == 2 and not out and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
+    assert evaluate(capsys, corpus, tmp_path, "--codec", "original", "--limit", 1)[0] == 0
+    shutil.copytree(corpus, tmp_path / "other")
+    code, _, err = evaluate(capsys, tmp_path / "other", tmp_path, "--codec", "original")
+    assert code == 2 and "evaluation of other recordings" in err
+
+
+def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
+    clean = tmp_path / "daps" / "clean"
+    clean.mkdir(parents=True)
+    for speaker in ("f10", "m10"):
+        soundfile.write(clean / f"{speaker}_script1_clean.wav", np.tile(synthesize(5.25, 1), 2), RATE)
+    code, _, err = command(
+        capsys, "evaluate", tmp_path, "--preset", "card-daps", "--codec", "original", "--out", tmp_path / "out",
+        "--jobs", 1,
+    )  # fmt: skip
+    assert code == 0 and "consecutive pieces of 10 s" in err
+    (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "NVIDIA's card" in line]
+    for value in ("4.69", "8.07", "0.136", "0.056", "0.77"):
+        assert f" {value} |" in line
+
+
+def test_a_recording_that_has_changed_is_another(capsys, corpus, tmp_path):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    assert evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")[0] == 0
+    for number in range(3):
+        soundfile.write(copy / f"{number}.wav", synthesize(1.5, number + 5), RATE, subtype="FLOAT")
+    code, _, stderr = evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")
+    assert code == 2 and "files that have changed" in stderr
+
+
+def test_entries_of_a_journal_that_make_no_sense_are_passed_by(capsys, corpus, tmp_path):
+    command_line = ("--limit", 1, "--codec", "original")
+    assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0
+    journals = list((tmp_path / "codecs").glob("*/*.jsonl"))
+    (folder,) = {path.parent for path in journals}
+    (key,) = [path.stem for path in folder.glob("*.wav")]
+    for path in journals:
+        bad = [5, {"a": 1}, [], [1, 2], [key], [key, 5], [key, {"seconds": "x"}], [key, {"PESQ": []}], [key, 1, 2]]
+        path.write_text("\n".join(map(json.dumps, bad)) + "\n" + path.read_text())
+    assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0

@@ -1,0 +1,123 @@
+"""Files aside: whole or not at all, what killed runs leave, links that lie in wait."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nemo_lfr.io.atomic import open_aside, replacing, sweep, write_bytes, writing_folder
+
+HOLD = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from nemo_lfr.io.atomic import open_aside, writing_folder
+with writing_folder(Path(sys.argv[1])), open_aside(Path(sys.argv[1], "a.lfr")):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks and links of POSIX")
+
+
+def test_what_another_process_writes_stays_and_goes_once_it_is_killed(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    sweep(tmp_path, ["a.lfr"])
+    assert len(list(tmp_path.iterdir())) == 2
+    process.kill()
+    process.communicate()
+    sweep(tmp_path, ["b.lfr"])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # of another final name
+    sweep(tmp_path, ["a.lfr"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["a.lfr", "a.lfr.part", "a.lfr.0123456.part", "b.lfr.01234567.part", ".writing-x", "x.writing-01234567"]
+)
+def test_what_is_not_ours_stays(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    sweep(tmp_path, ["a.lfr"])
+    assert (tmp_path / name).exists()
+
+
+def test_nothing_is_opened_or_removed_through_a_link(tmp_path):
+    (tmp_path / "outside").mkdir()
+    victim = tmp_path / "outside" / "victim"
+    victim.write_bytes(b"precious")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    os.symlink(victim, folder / "a.json.part")
+    os.symlink(victim, folder / "a.json.01234567.part")
+    os.symlink(tmp_path / "outside", folder / ".writing-01234567")
+    write_bytes(folder / "a.json", b"new")
+    sweep(folder, ["a.json"])
+    with writing_folder(folder), open_aside(folder / "b.lfr") as file:
+        file.write(b"x")
+    assert victim.read_bytes() == b"precious" and (folder / "a.json").read_bytes() == b"new"
+    assert not (folder / "a.json.01234567.part").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "a" * 240 + ".json", "\u97f3" * 85, "\U0001f3a4" * 63, "a\n b"])
+def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path, name):
+    assert write_bytes(tmp_path / name, [b"new", b"er"]).read_bytes() == b"newer"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """The last one to finish wins, and neither sees what the other writes."""
+    path = tmp_path / "a.json"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        sweep(tmp_path, ["a.json"])  # of a third run that starts
+    assert path.read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_writers_and_sweepers_at_the_same_time_lose_nothing(tmp_path):
+    """A file that is swept before it was locked would be gone when it is renamed."""
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(6) as pool:
+        for written in [pool.submit(write_bytes, path, bytes([number])) for number in range(200)]:
+            sweep(tmp_path, None)
+            written.result()
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_left(tmp_path):
+    (tmp_path / "a.json" / "mine").mkdir(parents=True)
+    with pytest.raises(OSError) as caught:
+        write_bytes(tmp_path / "a.json", b"new")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path):
+    """A limit on the size of files stands for the full disk: `write` fails in the same way."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from nemo_lfr.io.atomic import write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try: write_bytes(Path(sys.argv[1]), bytes(2000))
+except OSError as error: print(error.filename)
+"""
+    (tmp_path / "a").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_what_a_killed_run_left_of_a_folder_aside_is_removed(tmp_path):
+    (tmp_path / ".writing-01234567").mkdir()
+    (tmp_path / ".writing-01234567" / "model.nemo").write_bytes(b"x")
+    with writing_folder(tmp_path) as folder:
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,303 @@
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.io import audio
+from nemo_lfr.io.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
+from tests.crash import on_a_full_disk
+from tests.models import synthesize
+
+
+def read(path, rate=22050):
+    with AudioReader(path, rate) as reader:
+        wave = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+        assert reader.samples_read == len(wave)
+        assert wave.dtype == np.float32
+        return wave
+
+
+def test_stereo_is_mixed_to_its_mean(tmp_path):
+    left, right = synthesize(0.3, 1), synthesize(0.3, 2)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), 22050, subtype="FLOAT")
+    np.testing.assert_allclose(read(tmp_path / "a.wav"), (left + right) / 2, rtol=0, atol=1e-7)  # one float32 rounding
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+def test_streamed_resampling_equals_resampling_at_once_with_the_right_length(tmp_path, rate):
+    # Longer than two blocks, and no whole number of them.
+    rng = np.random.default_rng(0)
+    wave = (0.1 * rng.standard_normal(round((2 * BLOCK_SECONDS + 0.37) * rate))).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    got, expected = read(tmp_path / "a.wav"), resample(wave, rate, 22050)
+    assert len(got) == len(expected)
+    assert abs(len(got) - len(wave) * 22050 / rate) <= 1
+    # float32 in, float32 out: soxr's own state is double.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_resampling_keeps_a_tone_where_it_was():
+    time = np.arange(16000) / 16000
+    got = resample(np.sin(2 * np.pi * 440 * time).astype(np.float32), 16000, 22050)
+    expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 22050)
+    # Away from the ends, where the filter sees silence; soxr's pass band is flat to better than 1e-4.
+    np.testing.assert_allclose(got[2000:-2000], expected[2000:-2000], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0, -8000])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(AudioError, match=str(rate)):
+        resample(np.zeros(10, np.float32), rate, 22050)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype", "tolerance"),
+    # Half a step of each format; lossy Vorbis is only asked not to be silent or shifted.
+    [
+        ("wav", "FLOAT", 0),
+        ("wav", "DOUBLE", 0),
+        ("wav", "PCM_16", 2**-15),
+        ("wav", "PCM_24", 2**-23),
+        ("wav", "PCM_U8", 2**-7),
+        ("flac", "PCM_16", 2**-15),
+        ("aiff", "PCM_16", 2**-15),
+        ("ogg", "VORBIS", 0.15),
+    ],
+)
+def test_every_common_format_reads_at_its_own_scale(tmp_path, suffix, subtype, tolerance):
+    wave = synthesize(0.5)
+    soundfile.write(tmp_path / f"a.{suffix}", wave, 22050, subtype=subtype)
+    got = read(tmp_path / f"a.{suffix}")
+    assert len(got) == len(wave)
+    np.testing.assert_allclose(got, wave, rtol=0, atol=tolerance)
+    assert got.std() == pytest.approx(wave.std(), rel=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_file_with_nan_or_infinity_is_refused(tmp_path, bad):
+    wave = synthesize(0.2)
+    wave[100] = bad
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"a\.wav.*NaN"):
+        read(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not audio at all" * 100, b"RIFF\x24\0\0\0WAVE", b"fLaC" + b"\0" * 50, b"LFRT"]
+)
+def test_what_is_no_audio_is_refused_by_name(tmp_path, content):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(AudioError, match=r"a\.wav: "):
+        read(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("name", ["none.wav", "."])
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path, name):
+    with pytest.raises(AudioError, match=r"no such file|is a folder"):
+        AudioReader(tmp_path / name, 22050)
+
+
+def test_a_file_without_samples_has_no_blocks(tmp_path):
+    for rate in (22050, 48000):
+        soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), rate)
+        assert len(read(tmp_path / "a.wav")) == 0
+
+
+def test_a_damaged_flac_is_refused_or_read_but_never_makes_another_error(tmp_path):
+    soundfile.write(tmp_path / "a.flac", synthesize(1), 22050)
+    raw = (tmp_path / "a.flac").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(raw)
+        for position in rng.integers(0, len(raw), 20):
+            damaged[position] = rng.integers(0, 256)
+        (tmp_path / "b.flac").write_bytes(damaged)
+        try:
+            assert np.isfinite(read(tmp_path / "b.flac")).all()
+        except AudioError as error:
+            assert "b.flac" in str(error)
+
+
+def test_a_recording_cut_short_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.flac", synthesize(2), 22050)
+    raw = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "b.flac").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(AudioError, match=r"b\.flac"):
+        read(tmp_path / "b.flac")
+
+
+def test_an_mp3_cut_short_is_refused_and_a_whole_one_is_not(tmp_path):
+    for mode in ("CONSTANT", "VARIABLE"):
+        soundfile.write(tmp_path / "a.mp3", synthesize(5), 22050, format="MP3", bitrate_mode=mode)
+        assert len(read(tmp_path / "a.mp3")) == 5 * 22050
+        raw = (tmp_path / "a.mp3").read_bytes()
+        (tmp_path / "b.mp3").write_bytes(raw[: len(raw) // 2])
+        with pytest.raises(AudioError, match=r"b\.mp3.*cut short"):
+            read(tmp_path / "b.mp3")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full")])
+def test_what_happens_within_a_callback_of_libsndfile_is_not_lost(tmp_path, monkeypatch, error):
+    write, calls = audio._Sink.write, []
+
+    def struck(self, data):
+        calls.append(1)
+        if len(calls) == 4:
+            self._file = Struck()
+        return write(self, data)
+
+    class Struck:
+        def write(self, data):
+            raise error
+
+    monkeypatch.setattr(audio._Sink, "write", struck)
+    expected = type(error) if isinstance(error, Exception) else error
+    with pytest.raises(expected), AudioWriter(tmp_path / "a.wav", 22050) as writer:
+        for _ in range(20):
+            writer.write(synthesize(1.0))
+    assert len(calls) >= 4 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no umask")
+def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with AudioWriter(tmp_path / "a.wav", 22050) as writer:
+            writer.write(synthesize(0.1))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.wav").stat().st_mode & 0o777 == 0o640
+
+
+def test_duration_is_in_seconds_of_the_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros((24000, 2)), 48000)
+    with AudioReader(tmp_path / "a.wav", 22050) as reader:
+        assert (reader.duration, reader.native_rate, reader.channels) == (0.5, 48000, 2)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".WAV"])
+def test_what_is_written_is_16_bit_mono_and_reads_back(tmp_path, suffix):
+    wave = synthesize(0.3)
+    with AudioWriter(tmp_path / f"a{suffix}", 22050) as writer:
+        for piece in np.array_split(wave, 5):
+            writer.write(piece)
+        assert not (tmp_path / f"a{suffix}").exists()
+    info = soundfile.info(tmp_path / f"a{suffix}")
+    assert (info.subtype, info.channels, info.samplerate, info.frames) == ("PCM_16", 1, 22050, len(wave))
+    # Half a step, and libsndfile's scale of 32767.
+    np.testing.assert_allclose(read(tmp_path / f"a{suffix}"), wave, rtol=0, atol=1.5 / 32768)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_samples_at_full_scale_do_not_wrap_round(tmp_path):
+    wave = np.array([1.0, -1.0, 1.5, -1.5], np.float32)
+    with AudioWriter(tmp_path / "a.wav", 22050) as writer:
+        writer.write(wave)
+    np.testing.assert_allclose(read(tmp_path / "a.wav"), wave.clip(-1, 1), rtol=0, atol=1 / 32767)
+
+
+def test_a_writer_that_fails_leaves_no_file_and_keeps_the_old_one(tmp_path):
+    with pytest.raises(RuntimeError), AudioWriter(tmp_path / "a.wav", 22050) as writer:
+        writer.write(synthesize(0.1))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.wav").write_bytes(b"old")
+    with pytest.raises(RuntimeError), AudioWriter(tmp_path / "a.wav", 22050, overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "a.wav").read_bytes() == b"old"
+    with pytest.raises(NemoLfrError, match=r"a\.wav exists.*overwrite"):
+        AudioWriter(tmp_path / "a.wav", 22050)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("name", ["a", "a.xyz", "a.lfr", "a.txt"])
+def test_a_format_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path, name):
+    with pytest.raises(NemoLfrError, match=r"use \.wav or \.flac"):
+        AudioWriter(tmp_path / name, 22050)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_format_that_refuses_its_settings_leaves_nothing(tmp_path):
+    for name in sorted(soundfile.available_formats()):
+        folder = tmp_path / name
+        folder.mkdir()
+        try:
+            with AudioWriter(folder / f"a.{name.lower()}", 22050) as writer:
+                writer.write(np.zeros(4000, np.float32))
+        except NemoLfrError as error:
+            assert f"a.{name.lower()}" in str(error)
+            assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 24000, 44100, 48000, 22049])
+@pytest.mark.parametrize("num_samples", [1, 2, 100, 4799, 48001])
+def test_samples_are_those_of_librosa_load(tmp_path, rate, num_samples):
+    librosa = pytest.importorskip("librosa")
+    wave = 0.1 * np.random.default_rng(num_samples).standard_normal((num_samples, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
+    expected, _ = librosa.load(tmp_path / "a.wav", sr=22050, mono=True)
+    with AudioReader(tmp_path / "a.wav", 22050) as reader:
+        blocks = np.concatenate(list(reader.blocks(0.013)))
+    whole = read(tmp_path / "a.wav")
+    assert len(whole) == len(blocks) == len(expected)
+    # One rounding of float32: the mean of two channels is taken along another axis.
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(blocks, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(resample(wave.mean(axis=1), rate, 22050), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg"])
+@pytest.mark.parametrize("free", [10, 4000])
+def test_a_full_disk_leaves_the_old_audio_and_nothing_else(tmp_path, name, free):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    script = f"""
+import numpy
+from nemo_lfr.io.audio import AudioWriter
+with AudioWriter({str(path)!r}, 22050, overwrite=True) as writer:
+    for _ in range(4):
+        writer.write(0.3 * numpy.random.default_rng(0).standard_normal(10000, dtype=numpy.float32))
+"""
+    assert f"File too large: {str(path)!r}" in on_a_full_disk(script, free)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_is_read_like_any_other(tmp_path):
+    wave = synthesize(0.1, 1)
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.wav"))
+    (tmp_path / "a.wav").rename(odd)
+    np.testing.assert_array_equal(read(odd), wave)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_told_from_a_missing_file_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(AudioError, match=r"a\.wav: is not a file; give a pipe to stdin"):
+        AudioReader(tmp_path / "a.wav", 22050)
+
+
+def test_a_block_of_any_length_takes_no_more_memory_than_the_audio(tmp_path):
+    wave = synthesize(0.1, 1)
+    soundfile.write(tmp_path / "a.wav", wave, 22050, subtype="FLOAT")
+    with AudioReader(tmp_path / "a.wav", 22050) as reader:
+        (block,) = reader.blocks(seconds=1e12)  # as an array: 80 PiB
+    np.testing.assert_array_equal(block, wave)
+
+
+def test_a_folder_is_never_replaced_by_a_file(tmp_path):
+    (tmp_path / "a.wav").mkdir()
+    with pytest.raises(NemoLfrError, match=r"a\.wav is a folder"):
+        AudioWriter(tmp_path / "a.wav", 22050, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".wav", "d/" * 3000 + "a.wav", "a\0b.wav"])
+def test_a_name_that_no_file_has_is_an_error_of_ours(tmp_path, name):
+    with pytest.raises(AudioError):
+        AudioReader(tmp_path / name, 22050)

@@ -1,0 +1,174 @@
+"""Small files that expand: each costs its clip or is refused, in bounded memory and time."""
+
+import gzip
+import io
+import json
+import resource
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.errors import AudioError, NemoLfrError, TokenFileError
+from nemo_lfr.io import bounded
+from nemo_lfr.io.cut_audio import read_cut
+from nemo_lfr.io.cut_files import read_cuts, read_shar
+from tests.corpora import write_tokens
+
+pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+
+HUGE = 60 << 30
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """An allocation of many gigabytes fails here, rather than take the machine's memory."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (32 << 30, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def sparse_header(name: str, size: int) -> bytes:
+    """The header of a GNU sparse file of zeros, of which the archive holds no byte."""
+    header = bytearray(512)
+    header[: len(name)] = name.encode()
+    header[100:108], header[124:136], header[136:148] = b"0000644\0", b"00000000000\0", b"00000000000\0"
+    header[156:157], header[257:265] = b"S", b"ustar  \0"
+    number = b"\x80" + size.to_bytes(11, "big")
+    header[386:398], header[398:410], header[483:495] = number, b"\x80" + bytes(11), number
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_header(size: int) -> bytes:
+    """An extended header that asks for so many bytes."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def member(name: str, data: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+HEADERS = {"sparse": sparse_header("a.npy", HUGE), "extended header": pax_header(HUGE)}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_member_of_an_input_shar_that_expands_costs_its_clip(kind, packed, tmp_path):
+    made = {"id": "a", "start": 0, "duration": 1, "channel": 0, "type": "MonoCut", "supervisions": []}
+    cuts = tmp_path / "cuts.000000.jsonl.gz"
+    cuts.write_bytes(gzip.compress(json.dumps(made).encode()))
+    data = HEADERS[kind] + member("a.json", b"{}")
+    path = tmp_path / ("recording.000000.tar.gz" if packed else "recording.000000.tar")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    (item,) = read_shar(cuts, {"recording": path})
+    assert item.cut is None and "recording.000000.tar" in item.problem and "Memory" not in item.problem
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_member_of_tokens_that_expands_is_damage(kind, tmp_path):
+    write_tokens(tmp_path, "shar", [1])
+    (tmp_path / "target_codes" / "codes.000000.tar").write_bytes(HEADERS[kind] + member("a.json", b"{}"))
+    results = list(TokenFolder(tmp_path).read(0))
+    assert results and all(isinstance(result, TokenFileError) for result in results)
+    assert not any("Memory" in str(result) for result in results)
+
+
+def test_a_line_that_does_not_end_costs_its_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "MAX_LINE", 1 << 16)
+    path = tmp_path / "cuts.jsonl.gz"
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    long = b'{"id": "long", "x": "' + b" " * (1 << 20) + b'"}\n'
+    made = {"id": "a", "start": 0, "duration": 1, "channel": 0, "type": "MonoCut", "supervisions": []}
+    path.write_bytes(
+        packer.compress(json.dumps(made).encode() + b"\n" + long + json.dumps(made).encode()) + packer.flush()
+    )
+    first, second, third = read_cuts(path)
+    assert first.id == third.id == "a" and first.cut is not None and second.problem is not None
+    with gzip.open(path) as file:
+        assert max(map(len, bounded.lines(file))) == 1 << 16
+
+
+@pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])
+@pytest.mark.parametrize("keep_records", [False, True])
+def test_shards_that_no_file_is_there_for_are_refused_at_once(kind, keep_records, tmp_path):
+    write_tokens(tmp_path, kind, [1, 1])
+    summary = json.loads((tmp_path / "tokens.json").read_text()) | {"shards": 10_000_000}
+    del summary["shard_clips"]
+    (tmp_path / "tokens.json").write_text(json.dumps(summary))
+    if not keep_records:
+        for path in (tmp_path / ".tokenize" / "done").iterdir():
+            path.unlink()
+    with pytest.raises(TokenFileError, match="10000000 shards"):
+        TokenFolder(tmp_path)
+
+
+def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_path):
+    write_tokens(tmp_path, "parquet", [1, 1])
+    path = tmp_path / "data" / "000000.parquet"
+    table = pq.read_table(path)
+    count = 20_000_000
+    values = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.int16)))
+    for number in range(1, 9):
+        table = table.set_column(table.column_names.index(f"nano_layer_{number}"), f"nano_layer_{number}", values)
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 1 << 20
+    for record in (tmp_path / ".tokenize" / "done").iterdir():
+        record.unlink()
+    folder = TokenFolder(tmp_path)
+    (result,) = folder.read(0)
+    assert isinstance(result, TokenFileError) and "claims 20000000 values" in str(result)
+    assert isinstance(next(folder.read(1)), Utterance)
+
+
+TRANSFORMS = {
+    "slow": {"name": "Speed", "kwargs": {"factor": 1e-5}},
+    "fast": {"name": "Speed", "kwargs": {"factor": 1e9}},
+    "rate": {"name": "Resample", "kwargs": {"source_sampling_rate": 22050, "target_sampling_rate": 10**10}},
+}
+
+
+@pytest.mark.parametrize("kind", [*TRANSFORMS, "padding"])
+def test_a_cut_that_makes_days_of_a_second_is_refused(kind, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    from lhotse.cut.set import deserialize_cut
+
+    soundfile.write(tmp_path / "a.wav", np.full(22050, 0.1, np.float32), 22050)
+    recording = {"id": "a", "sampling_rate": 22050, "num_samples": 22050, "duration": 1.0}
+    recording["sources"] = [{"type": "file", "channels": [0], "source": str(tmp_path / "a.wav")}]
+    made = {"id": "a", "start": 0, "duration": 1.0, "channel": 0, "type": "MonoCut", "supervisions": []}
+    made["recording"] = recording
+    if kind == "padding":
+        padding = {"id": "p", "duration": 1000.0, "sampling_rate": 10**9, "feat_value": 0, "num_samples": 10**12}
+        tracks = [{"cut": made, "type": "MonoCut", "offset": 0.0}]
+        tracks.append({"cut": padding | {"type": "PaddingCut"}, "type": "PaddingCut", "offset": 1.0})
+        made = {"id": "m", "type": "MixedCut", "tracks": tracks}
+    else:
+        recording["transforms"] = [TRANSFORMS[kind]]
+    with pytest.raises(AudioError, match=r"not a number of Hz|times as fast"):
+        read_cut(deserialize_cut(made), 22050)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "folder"])
+def test_what_is_no_plain_file_of_a_tar_is_not_read(kind, tmp_path):
+    folder = tarfile.TarInfo("a")
+    folder.type = tarfile.DIRTYPE
+    path = tmp_path / "a.tar"
+    path.write_bytes(HEADERS["sparse"] if kind == "sparse" else folder.tobuf())
+    with bounded.open_tar(Path(path)) as tar, pytest.raises(NemoLfrError, match="no plain file"):
+        bounded.member_bytes(tar, next(iter(tar)))

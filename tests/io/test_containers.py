@@ -1,0 +1,546 @@
+"""Files whose headers are wrong: all that can be decoded is read, or the error says what is missing."""
+
+import io
+import os
+import shutil
+import struct
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.errors import AudioError
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.containers import cache, find_streams
+from tests.models import synthesize
+
+RATE = 22050
+WAVE = synthesize(1.5, seed=1)
+OTHER = synthesize(0.7, seed=2)
+
+
+ID3 = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
+
+
+def written(wave=WAVE, rate=RATE, **options):
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, **{"format": "WAV", **options})
+    return file.getvalue()
+
+
+def pcm(wave=WAVE):
+    return (np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def chunk(name, data, size=None, pad=True):
+    size = len(data) if size is None else size
+    return name + struct.pack("<I", size) + data + (b"\0" if pad and len(data) % 2 else b"")
+
+
+def wav(*chunks, riff=None, rate=RATE, align=2, byte_rate=None):
+    form = struct.pack("<HHIIHH", 1, 1, rate, byte_rate or rate * 2, align, 16)
+    body = b"WAVE" + chunk(b"fmt ", form) + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body) if riff is None else riff) + body
+
+
+def rf64(size, data_size=0xFFFFFFFF):
+    data = pcm()
+    ds64 = struct.pack("<QQQI", len(data) + 80, size, 0, 0)
+    form = struct.pack("<HHIIHH", 1, 1, RATE, RATE * 2, 2, 16)
+    body = b"WAVE" + chunk(b"ds64", ds64) + chunk(b"fmt ", form) + chunk(b"data", data, data_size)
+    return b"RF64" + struct.pack("<I", 0xFFFFFFFF) + body
+
+
+def patched(data, *patches):
+    data = bytearray(data)
+    for position, value in patches:
+        data[position : position + len(value)] = value
+    return bytes(data)
+
+
+def flac(wave=WAVE, known=True):
+    data = written(wave, format="FLAC")
+    return data if known else patched(data, (21, bytes([data[21] & 0xF0])), (22, bytes(4)))
+
+
+def au(length, wave=WAVE):
+    return patched(written(wave, format="AU"), (8, struct.pack(">I", length)))
+
+
+def aiff(zero):
+    data = written(format="AIFF")
+    if not zero:
+        return data
+    common, samples = data.index(b"COMM"), data.index(b"SSND")
+    return patched(data, (common + 10, bytes(4)), (samples + 4, bytes(4)))
+
+
+def aiff_of(length):
+    data = written(format="AIFF")
+    return patched(data, (data.index(b"SSND") + 4, struct.pack(">I", length)))
+
+
+def caf(length):
+    data = written(format="CAF", subtype="PCM_16")
+    return patched(data, (data.index(b"data") + 4, struct.pack(">q", length)))
+
+
+def voc(pieces):
+    """As FFmpeg writes it: the samples in blocks of their own."""
+    blocks = []
+    for index, piece in enumerate(pieces):
+        fields = b"" if index else struct.pack("<IBBHI", RATE, 16, 1, 4, 0)
+        size = len(fields) + len(piece)
+        blocks.append(bytes([2 if index else 9]) + size.to_bytes(3, "little") + fields + piece)
+    return written(format="VOC", subtype="PCM_16")[:26] + b"".join(blocks) + b"\0"
+
+
+SIZE = 2 * len(WAVE)
+LIKE_A_NAME = b"abcd\xff\x7f\xff\x7f"
+LIKE_A_CHUNK = b"abcd\x10\0\0\0"
+SILENCE = wav(chunk(b"data", bytes(4000), 0))
+# Files that hold WAVE, sample for sample at 16 bits.
+WHOLE = {
+    "plain": wav(chunk(b"data", pcm())),
+    "RIFF size of the whole file": wav(chunk(b"data", pcm()), riff=SIZE + 44),
+    "RIFF size 0": wav(chunk(b"data", pcm()), riff=0),
+    "RIFF size unknown": wav(chunk(b"data", pcm()), riff=0xFFFFFFFF),
+    "data size 0": wav(chunk(b"data", pcm(), 0), riff=36),
+    "data size unknown": wav(chunk(b"data", pcm(), 0xFFFFFFFF), riff=0xFFFFFFFF),
+    "data size of sox into a pipe": wav(chunk(b"data", pcm(), 0x7FFFFFFF - 36), riff=0x7FFFFFFF),
+    "data size of a quarter": wav(chunk(b"data", pcm(), SIZE // 4 // 2 * 2), riff=SIZE // 4 + 36),
+    "data size of the whole file": wav(chunk(b"data", pcm(), SIZE + 44)),
+    "data size of the RIFF chunk": wav(chunk(b"data", pcm(), SIZE + 36)),
+    "byte rate of another format": wav(chunk(b"data", pcm()), byte_rate=8000),
+    "wrong fact chunk": wav(chunk(b"fact", struct.pack("<I", 7)), chunk(b"data", pcm())),
+    "list before": wav(chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"), chunk(b"data", pcm())),
+    "list after": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
+    "ID3 after": wav(chunk(b"data", pcm()), chunk(b"id3 ", b"ID3\x04\0\0\0\0\0\0" * 40)),
+    "tag after the RIFF chunk": wav(chunk(b"data", pcm())) + b"TAG" + b"title".ljust(125, b"\0"),
+    "zeros after the RIFF chunk": wav(chunk(b"data", pcm())) + bytes(512),
+    "odd chunk without its pad byte": wav(chunk(b"note", b"abc", pad=False), chunk(b"data", pcm())),
+    "two data chunks": wav(chunk(b"data", pcm()[:2000]), chunk(b"JUNK", b"12"), chunk(b"data", pcm()[2000:])),
+    "RF64": rf64(SIZE),
+    "RF64 whose long size is unknown": rf64(0),
+    "FLAC": flac(),
+    "FLAC of unknown length": flac(known=False),
+    "AU of unknown length": au(0xFFFFFFFF),
+    "AU of length 0": au(0),
+    "AU of half its length": au(SIZE // 2),
+    "AIFF of length 0": aiff(zero=True),
+    "CAF of unknown length": caf(-1),
+    "CAF of length 0": caf(0),
+    "CAF of half its length": caf(SIZE // 4 * 2 + 4),
+    "AIFF of half its length": aiff_of(SIZE // 4 * 2 + 8),
+    "FLAC of half its length": patched(flac(), (22, struct.pack(">I", len(WAVE) // 2))),
+    "FLAC with an ID3 tag behind": flac() + b"TAG".ljust(128, b"\0"),
+    "FLAC with an APE tag behind": flac() + b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0) + bytes(8),
+    "FLAC with an ID3 tag before": ID3 + flac(),
+    "FLAC of unknown length with an ID3 tag before": ID3 + flac(known=False),
+    "SPHERE": written(format="NIST"),
+    "SPHERE without the size of its samples": written(format="NIST").replace(b"sample_n_bytes", b"sample_x_bytes"),
+    "VOC": written(format="VOC", subtype="PCM_16"),
+    "VOC in several blocks": voc([pcm()[:3000], pcm()[3000:9000], pcm()[9000:]]),
+    "8SVX": written(format="SVX"),
+    "AVR": written(format="AVR"),
+    "data size of a quarter, then bytes like a name": wav(
+        chunk(b"data", patched(pcm(), (SIZE // 4 // 2 * 2, LIKE_A_NAME)), SIZE // 4 // 2 * 2)
+    ),
+    "data size of a quarter, then bytes like a chunk": wav(
+        chunk(b"data", patched(pcm(), (SIZE // 4 // 2 * 2, LIKE_A_CHUNK)), SIZE // 4 // 2 * 2)
+    ),
+    "unknown chunks after": wav(chunk(b"data", pcm()), chunk(b"abcd", bytes(16)), chunk(b"efgh", bytes(range(1, 31)))),
+    "FLAC with zeros behind": flac() + bytes(500),
+    "WAV with two ID3 tags before": ID3 * 2 + wav(chunk(b"data", pcm())),
+    "WAV with an ID3 tag before": ID3 + wav(chunk(b"data", pcm())),
+}
+
+
+def read(data, rate=RATE, block=10.0):
+    with AudioReader("a.wav", rate, data=data) as reader:
+        duration = reader.duration
+        wave = np.concatenate([np.zeros(0, np.float32), *reader.blocks(block)])
+    assert abs(duration - len(wave) / rate) < 2 / rate
+    return wave
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
+    wave = read(WHOLE[name])
+    assert len(wave) == len(WAVE)
+    expected = WAVE.copy()
+    if name.startswith("data size of a quarter, then bytes like a"):
+        odd = LIKE_A_NAME if name.endswith("name") else LIKE_A_CHUNK
+        expected[SIZE // 8 :][:4] = np.frombuffer(odd, "<i2") / 32768
+    np.testing.assert_allclose(wave, expected, rtol=0, atol=2**-14)  # a step of 16 bits, written by two conventions
+    (tmp_path / "a.bin").write_bytes(WHOLE[name])
+    with AudioReader(tmp_path / "a.bin", RATE) as reader:
+        assert np.array_equal(np.concatenate(list(reader.blocks(0.1))), wave)
+        part = reader.segment(0.5, 0.25)
+    assert np.array_equal(part, wave[RATE // 2 : RATE // 2 + len(part)]) and len(part) == -(-RATE // 4)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_reference_decoder_agrees(tmp_path, name):
+    """It may stop where a header stops it, but what it reads is what we read."""
+    ffmpeg = shutil.which("ffmpeg")
+    if ffmpeg is None:
+        pytest.skip("FFmpeg is not installed")
+    if name == "two data chunks":
+        pytest.skip("FFmpeg reads the last data chunk only")
+    (tmp_path / "a.bin").write_bytes(WHOLE[name])
+    command = [ffmpeg, "-v", "error", "-i", tmp_path / "a.bin", "-f", "f32le", "-ac", "1", "-"]
+    expected = np.frombuffer(subprocess.run(command, capture_output=True).stdout, "<f4")
+    wave = read(WHOLE[name])
+    assert len(expected) <= len(wave)
+    np.testing.assert_allclose(wave[: len(expected)], expected, rtol=0, atol=2**-14)
+
+
+def test_silence_after_a_data_size_of_0_is_read():
+    assert len(read(SILENCE)) == 2000
+
+
+def test_samples_that_look_like_the_name_of_a_chunk_are_read():
+    letters = b"RMS " * 1000
+    assert len(read(wav(chunk(b"data", letters, 0)))) == 2000
+    assert len(read(wav(chunk(b"data", pcm()), chunk(b"RMS ", letters)))) == len(WAVE)
+
+
+@pytest.mark.parametrize("tail", [b"", b"TAG".ljust(128, b"\0")])
+@pytest.mark.parametrize("before", [bytes(3000), b"<html>302</html>\n" * 50, b"\xff\xfb\x90" * 100])
+def test_mp3_that_begins_with_something_else_is_read_to_the_end(tmp_path, before, tail):
+    data = written(format="MP3")
+    (tmp_path / "a.mp3").write_bytes(before + data + tail)
+    with AudioReader(tmp_path / "a.mp3", RATE) as reader:
+        assert np.array_equal(np.concatenate(list(reader.blocks())), read(data))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_mp3_in_wav_is_mp3(count):
+    mp3 = written(format="MP3")
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 8000, 1, 0, 12, 1, 2, 1152, 1, 0)
+    body = b"WAVE" + chunk(b"fmt ", form) + chunk(b"fact", struct.pack("<I", 7)) + chunk(b"data", mp3)
+    data = b"RIFF" + struct.pack("<I", len(body)) + body
+    assert np.array_equal(read(data * count), np.tile(read(mp3), count))
+    with pytest.raises(AudioError, match="was cut short"):
+        read(data[:-1000])
+
+
+def bare_mp3(wave=WAVE):
+    data = written(wave, format="MP3")
+    return data[data.index(data[:2], 2) :]  # the first frame holds the header, and no sound
+
+
+CUT = {
+    "WAV": wav(chunk(b"data", pcm()))[:-1000],
+    "WAV without its last sample": wav(chunk(b"data", pcm()))[:-2],
+    "RF64": rf64(SIZE)[:-1000],
+    "AU": au(SIZE)[:-1000],
+    "AIFF": aiff(zero=False)[:-1000],
+    "CAF": caf(SIZE + 4)[:-1000],
+    "FLAC": flac()[:-1000],
+    "FLAC of unknown length": flac(known=False)[:-1000],
+    "second of two FLACs": flac() + flac(OTHER)[:-1000],
+    "Vorbis": written(format="OGG", subtype="VORBIS")[:-3000],
+    "half of Opus": written(format="OGG", subtype="OPUS", rate=24000)[:4000],
+    "MP3": written(format="MP3")[:-1000],
+    "second of two MP3s": written(format="MP3") + written(OTHER, format="MP3")[:-1000],
+    "MP3 without a header of its encoder, with a hole": bare_mp3()[:1500] + bare_mp3()[2100:],
+    "MP3 without a header of its encoder, with zeros": patched(bare_mp3(), (1500, bytes(600))),
+    "WAV without its data chunk": wav(),
+    "WAV without its format": b"RIFF\0\0\0\0WAVE" + chunk(b"data", pcm()),
+    "WAV within the name of its data chunk": wav(chunk(b"data", pcm()))[:42],
+    "SPHERE": written(format="NIST")[:-1000],
+    "VOC": written(format="VOC")[:-1000],
+    "8SVX": written(format="SVX")[:-1000],
+    "AVR": written(format="AVR")[:-1000],
+    "FLAC within its header": flac()[:30],
+    "AU within its header": au(SIZE)[:20],
+    "AIFF within its header": aiff(zero=False)[:30],
+}
+# Formats of libsndfile with a rate that they can have.
+RARE = {
+    "AIFF": 22050, "AU": 22050, "AVR": 22050, "CAF": 22050, "HTK": 20000, "IRCAM": 22050, "MAT4": 22050, "MAT5": 22050,
+    "MPC2K": 44100, "NIST": 22050, "PAF": 22050, "PVF": 22050, "RF64": 22050, "SDS": 22050, "SVX": 22050, "VOC": 22050,
+    "W64": 22050, "WAVEX": 22050, "WVE": 8000, "XI": 44100,
+}  # fmt: skip
+NO_LENGTH = {"IRCAM", "PAF", "PVF"}  # of these, only a sample that is not whole shows
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_stream_that_is_cut_is_refused(name):
+    with pytest.raises(AudioError, match=r"a\.wav: (was cut short|damaged audio|is damaged)"):
+        read(CUT[name])
+
+
+def rare(kind, channels=1):
+    """A file of a format, stereo where it can be."""
+    wave = WAVE if channels == 1 else np.stack([WAVE] * channels, axis=1)
+    subtype = "PCM_16" if "PCM_16" in soundfile.available_subtypes(kind) else None
+    data = written(wave, RARE[kind], format=kind, subtype=subtype)
+    if kind == "XI":  # libsndfile leaves its length open
+        data = patched(data, (298, struct.pack("<I", 2 * len(WAVE))))
+    return data
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_every_format_is_read_whole_or_said_to_be_cut(kind):
+    assert len(read(rare(kind), RARE[kind])) == len(WAVE)
+    for taken in (3, 1001, len(rare(kind)) * 2 // 3):
+        if kind in NO_LENGTH and (len(rare(kind)) - taken) % 2 == 0:
+            taken += 1
+        with pytest.raises(AudioError, match=r"was cut short: its (header|last sample)"):
+            read(rare(kind)[:-taken], RARE[kind])
+    for size in (9, 12) if kind == "PVF" else (20, 30):
+        with pytest.raises(AudioError, match=r"cut short|not an audio file"):
+            read(rare(kind)[:size], RARE[kind])
+
+
+@pytest.mark.parametrize("kind", ["AVR", "IRCAM", "MAT4", "MAT5", "PAF", "PVF", "W64", "CAF"])
+def test_stereo_of_rare_formats_is_whole(kind):
+    assert len(read(rare(kind, 2), RARE[kind])) == len(WAVE)
+    with pytest.raises(AudioError, match=r"was cut short: its (header|last sample)"):
+        read(rare(kind, 2)[:-11], RARE[kind])
+
+
+@pytest.mark.parametrize("damage", ["a byte", "a page"])
+def test_damage_within_ogg_is_refused(damage):
+    data = bytearray(written(synthesize(8), format="OGG", subtype="VORBIS"))
+    pages = [position for position in range(len(data)) if data[position : position + 4] == b"OggS"]
+    assert len(pages) > 5
+    if damage == "a byte":
+        data[pages[4] + 100] ^= 1
+    else:
+        del data[pages[3] : pages[4]]
+    with pytest.raises(AudioError, match="is damaged"):
+        read(bytes(data))
+
+
+JOINED = {
+    "WAV": {},
+    "FLAC": {"format": "FLAC"},
+    "Vorbis": {"format": "OGG", "subtype": "VORBIS"},
+    "Opus": {"format": "OGG", "subtype": "OPUS"},
+    "MP3": {"format": "MP3"},
+    "MP3 of variable rate": {"format": "MP3", "bitrate_mode": "VARIABLE"},
+}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+@pytest.mark.parametrize("rates", [(24000, 24000, 24000), (24000, 48000, 24000)])
+def test_recordings_joined_by_cat_are_read_one_after_the_other(kind, rates):
+    files = [
+        written(wave, rate, **JOINED[kind])
+        for wave, rate in zip((WAVE, OTHER, WAVE[: len(WAVE) // 2]), rates, strict=True)
+    ]
+    alone = [read(data, 24000) for data in files]
+    joined = read(b"".join(files), 24000)
+    assert len(joined) == sum(map(len, alone))
+    np.testing.assert_allclose(joined, np.concatenate(alone), rtol=0, atol=1e-6)
+    with AudioReader("a", 24000, data=b"".join(files)) as reader:
+        start = len(alone[0]) / 24000
+        part = reader.segment(start - 0.01, 0.02)  # over the first seam
+    assert len(part) == 480
+    if len(set(rates)) == 1 and kind in ("WAV", "FLAC"):
+        np.testing.assert_allclose(part, joined[len(alone[0]) - 240 :][:480], rtol=0, atol=1e-6)
+
+
+def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
+    data = written(synthesize(6), format="MP3", bitrate_mode="VARIABLE")
+    whole = read(data)
+    second = data.index(data[:2], 2)  # the first frame holds the header, and no sound
+    wave = read(data[second:])
+    # Without the header nothing tells how long the encoder's delay is, so that it stays in.
+    assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
+
+
+def test_mp3_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(caplog, capfd):
+    """A recorded stream ends so, and nothing promises more: FFmpeg and librosa read it too."""
+    data = bare_mp3()
+    wave = read(data)
+    assert not caplog.records
+    part = read(data[:-100])
+    assert len(wave) - 1152 <= len(part) < len(wave) and np.array_equal(part[:-576], wave[: len(part) - 576])
+    assert "a.wav: ends within a frame" in caplog.text and len(caplog.records) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("make", [flac, bare_mp3, lambda: written(format="MP3")])
+def test_bytes_behind_the_last_frame_are_said_and_nothing_is_printed(make, caplog, capfd):
+    wave = read(make())
+    assert np.array_equal(read(make() + np.random.default_rng(0).bytes(3000)), wave)
+    assert "not read" in caplog.text and len(caplog.records) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("promised", [len(WAVE) + 1, 10 * len(WAVE), (1 << 36) - 1])
+def test_flac_that_promises_more_samples_than_it_has_is_cut_short(promised):
+    data = flac()
+    data = patched(
+        data, (21, bytes([data[21] & 0xF0 | promised >> 32])), (22, struct.pack(">I", promised & 0xFFFFFFFF))
+    )
+    with pytest.raises(
+        AudioError, match=f"was cut short: its header promises {promised} samples, {len(WAVE)} are there"
+    ):
+        read(data)
+
+
+def test_mp3_that_begins_and_ends_within_a_frame_is_read(caplog):
+    """As a part of a stream that was recorded."""
+    data = bare_mp3()
+    assert len(read(data)) - len(read(data[150:-100])) in (576 * 2, 576 * 3, 576 * 4)  # whole frames
+    assert "ends within a frame" in caplog.text
+
+
+def test_wav_with_a_tag_between_recordings_is_read_whole():
+    data = wav(chunk(b"data", pcm()))
+    for between in (b"TAG".ljust(128, b"x"), bytes(300), ID3):
+        assert len(read(data + between + data)) == 2 * len(WAVE)
+
+
+def test_mp3_that_goes_from_mono_to_stereo_is_read():
+    mono, stereo = bare_mp3(), bare_mp3(np.stack([WAVE, WAVE], axis=1))
+    assert len(read(mono + stereo)) == len(read(mono)) + len(read(stereo))
+
+
+def test_mp3_with_a_tag_between_frames_is_whole():
+    data = bare_mp3()
+    frame = data.index(data[:2], data.index(data[:2], 2) + 2)  # two frames before it tell that it is MP3
+    assert len(read(data[:frame] + b"TAG".ljust(128, b"x") + data[frame:])) == len(read(data))
+
+
+def test_mp3_with_tags_around_it_is_read_once():
+    data = written(format="MP3")
+    tag = b"ID3\x03\0\0\0\0\x02\0" + bytes(256)
+    expected = read(data)
+    assert np.array_equal(read(tag + data + b"TAG".ljust(128, b"\0")), expected)
+    assert len(read(tag + data + tag + data)) == 2 * len(expected)
+
+
+def test_thousands_of_joined_recordings_are_read():
+    assert len(read(written(WAVE[:10]) * 2500)) == 25000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b".snd",
+        b"dns.\0",
+        b"FORM\0\0\0\0AIFF",
+        b"caff\0\1\0\0data",
+        b"riff",
+        b"OggS",
+        b"fLaC\0\0\0\x22" + bytes(34),
+        b"ID3",
+        b"RIFX\0\0\0\0WAVEfmt \0\0\0\0data\0\0\0\0",
+        b"RIFF\0\0\0\0WAVEfmt \xf0\xff\xff\xff" + bytes(40),
+        written(format="MP3") + written(format="MP3")[:18],
+    ],
+)
+def test_a_header_that_ends_too_early_is_no_other_error(data):
+    try:
+        read_any(data)
+    except AudioError as error:
+        assert str(error).startswith("a.wav: ")
+
+
+def test_a_file_is_scanned_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    scans = []
+    monkeypatch.setattr(cache, "find_streams", lambda file: scans.append(1) or find_streams(file))
+    path = tmp_path / "a.flac"
+
+    def scan(data, age):
+        path.write_bytes(data)
+        os.utime(path, (time.time() - age,) * 2)
+        counts = []
+        for _ in range(3):
+            with AudioReader(path, RATE) as reader:
+                counts.append(sum(map(len, reader.blocks())))
+        assert len(set(counts)) == 1
+        return counts[0]
+
+    assert scan(flac(), age=60) == len(WAVE)
+    assert len(scans) == 1
+    assert scan(flac() + flac(OTHER), age=30) == len(WAVE) + len(OTHER)
+    assert len(scans) == 2
+    assert scan(flac(), age=0) == len(WAVE)  # it could change again within the resolution of its time
+    assert len(scans) == 5
+
+
+FILES = {
+    "WAV": wav(chunk(b"data", pcm())),
+    "FLAC": flac(),
+    "Vorbis": written(format="OGG", subtype="VORBIS"),
+    "MP3": written(format="MP3"),
+    "AIFF": aiff(zero=False),
+    "AU": au(SIZE),
+}
+NOT_TAKEN_APART = {
+    "AU": au(SIZE) * 2,
+    "AIFF": aiff(zero=False) * 2,
+    "CAF": caf(SIZE + 4) * 2,
+    "Wave64": written(format="W64") * 2,
+    "SPHERE": written(format="NIST") * 2,
+    "VOC": written(format="VOC") * 2,
+    "8SVX": written(format="SVX") * 2,
+    "AVR": written(format="AVR") * 2,
+    **{
+        f"{second} after {first}": FILES[first] + FILES[second]
+        for first in FILES
+        for second in FILES
+        if first != second
+    },
+    "MP3 with a tag after WAV with a list": wav(chunk(b"data", pcm()), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0"))
+    + ID3
+    + written(format="MP3"),
+    "FLAC after MP3 with a tag": written(format="MP3") + b"TAG".ljust(128, b"\0") + flac(),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_TAKEN_APART)
+def test_joined_recordings_that_are_not_taken_apart_are_refused(kind):
+    with pytest.raises(AudioError, match=r"a\.wav: holds several recordings"):
+        read(NOT_TAKEN_APART[kind])
+
+
+def test_au_whose_samples_begin_beyond_its_end():
+    with pytest.raises(AudioError, match="says that samples begin at byte"):
+        read(patched(au(SIZE), (4, b"\xff\xff\0\0")))
+
+
+def test_sphere_of_8_bits_is_whole():
+    assert len(read(written(format="NIST", subtype="ULAW"))) == len(WAVE)
+    with pytest.raises(AudioError, match="was cut short"):
+        read(written(format="NIST", subtype="ULAW")[:-100])
+
+
+EMPTY = {
+    "WAV": wav(chunk(b"data", b"")),
+    "WAV with a list": wav(chunk(b"data", b""), chunk(b"LIST", b"INFOISFT\x05\0\0\0Lavf\0")),
+    "unknown and nothing there": wav(chunk(b"data", b"", 0xFFFFFFFF)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_file_that_truly_holds_nothing_is_empty(name):
+    assert len(read(EMPTY[name])) == 0
+
+
+def test_random_bytes_after_any_magic_never_raise_anything_else():
+    rng = np.random.default_rng(0)
+    seeds = [*WHOLE.values(), *(written(rate=24000, **options) for options in JOINED.values())]
+    for _ in range(300):
+        data = bytearray(seeds[rng.integers(len(seeds))][: rng.integers(4, 3000)])
+        for position in rng.integers(0, len(data), rng.integers(1, 20)):
+            data[position] = rng.integers(0, 256)
+        try:
+            assert np.isfinite(read_any(bytes(data))).all()
+        except AudioError as error:
+            assert str(error).startswith("a.wav: ")
+
+
+def read_any(data):
+    with AudioReader("a.wav", RATE, data=data) as reader:
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])

@@ -1,0 +1,407 @@
+"""Lhotse cuts of strangers: nothing runs, nothing is fetched, and one that is refused costs its clip alone."""
+
+import copy
+import gzip
+import http.server
+import io
+import json
+import math
+import os
+import shlex
+import tarfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.cut_audio import check_cut, read_cut
+from nemo_lfr.io.cut_files import read_cuts
+from tests.models import RATE, synthesize
+
+pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+
+WAVE = synthesize(1.0)
+
+
+def recording(kind: str, source: object, name: str = "a", channels: int = 1, **more: object) -> dict:
+    ids = list(range(channels))
+    made = {"id": name, "sampling_rate": RATE, "num_samples": RATE, "duration": 1.0, "channel_ids": ids}
+    return made | {"sources": [{"type": kind, "channels": ids, "source": source}]} | more
+
+
+def cut_of(audio: dict, name: str = "a", **more: object) -> dict:
+    made = {"id": name, "start": 0, "duration": 1.0, "channel": 0, "supervisions": [], "type": "MonoCut"}
+    return made | {"recording": audio} | more
+
+
+def write(path: Path, items: list) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in items))
+    return path
+
+
+def clips_of(path: Path, tmp_path: Path, **options) -> dict:
+    corpus = open_corpus(path, None, tmp_path / "unused", **options)
+    return {clip.id: clip for part in corpus.parts(100) for clip in corpus.read(part)}
+
+
+@pytest.fixture
+def wav(tmp_path) -> Path:
+    soundfile.write(tmp_path / "ok.wav", WAVE, RATE)
+    return tmp_path / "ok.wav"
+
+
+def hostile(folder: Path) -> dict[str, dict]:
+    """Recordings that Lhotse would run a shell for, or open a URL."""
+    touch = f"touch {shlex.quote(str(folder / 'PWNED'))}"
+    return {
+        "command": recording("command", f"{touch}; cat {folder}/ok.wav"),
+        "pipe in a URL": recording("url", f"pipe:{touch}; cat {folder}/ok.wav"),
+        "pipe in a file": recording("file", f"pipe:{touch}; cat {folder}/ok.wav"),
+        "sph name": recording("file", f"{folder}/x; {touch}; echo .sph"),
+        "sph name of two channels": recording("file", f"{folder}/x; {touch}; echo .sph", channels=2),
+        "opus name": recording("file", f"{folder}/x'; {touch}; echo '.opus"),
+        "file URL": recording("url", f"file://{folder}/ok.wav"),
+        "bucket": recording("url", "s3://bucket/a.wav"),
+        "aistore": recording("url", "ais://bucket/a.wav"),
+        "web": recording("url", "http://127.0.0.1:9/a.wav"),
+        "web in a file": recording("file", "http://127.0.0.1:9/a.wav"),
+        "text in memory": recording("memory", "abc"),
+        "placeholder": recording("shar", ""),
+        "unknown type": recording("exec", touch),
+        "no type": recording(None, touch),
+    }
+
+
+def places(bad: dict, good: dict) -> dict[str, dict]:
+    """Where in a cut a recording can be."""
+    mixed = {"id": "a", "type": "MixedCut"}
+    reverb = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad}}
+    inner = {key: value for key, value in cut_of(bad).items() if key != "type"}
+    bad_track = {"type": "MonoCut", "offset": 0, "cut": inner}
+    track = {"type": "MonoCut", "offset": 0, "cut": {k: v for k, v in cut_of(good).items() if k != "type"}}
+    return {
+        "recording": cut_of(bad),
+        "target_audio": cut_of(good, custom={"target_audio": bad}),
+        "context_audio": cut_of(good, custom={"context_audio": bad}),
+        "another custom field": cut_of(good, custom={"noise": bad}),
+        "a track": mixed | {"tracks": [track, bad_track]},
+        "the reference of a mix": mixed | {"tracks": [track], "snr_reference": bad_track},
+        "an impulse response": cut_of(good | {"transforms": [reverb]}),
+        "an impulse response of a mix": mixed | {"tracks": [track], "transforms": [reverb]},
+        "a supervision": cut_of(
+            good,
+            supervisions=[{"id": "s", "recording_id": "a", "start": 0, "duration": 1.0, "custom": {"audio": bad}}],
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(hostile(Path("."))))
+def test_no_source_of_a_cut_runs_or_fetches_anything(kind, wav, tmp_path, monkeypatch):
+    monkeypatch.setenv("LHOTSE_LEGACY_OPUS_LOADING", "1")
+    bad, good = hostile(tmp_path)[kind], recording("file", str(wav))
+    for number, (place, cut) in enumerate(places(bad, good).items()):
+        path = write(tmp_path / f"{number}.jsonl.gz", [copy.deepcopy(cut), cut_of(good, "b")])
+        clips = clips_of(path, tmp_path)
+        assert clips.keys() == {"a", "b"}, place
+        if place in ("recording", "target_audio", "a track"):
+            with pytest.raises(AudioError, match="cut a"):
+                clips["a"].audio(RATE, 100)
+        elif place == "context_audio" and clips["a"].context is not None:
+            with pytest.raises(AudioError, match="cut a"):
+                clips["a"].context(RATE, 100)
+        elif bad["sources"][0]["type"] not in ("file", "memory", "shar"):
+            with pytest.raises(AudioError, match="cut a"):
+                clips["a"].audio(RATE, 100)
+        assert np.array_equal(clips["b"].audio(RATE, 100), AudioReader(wav, RATE).segment(0, 9))
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("kind", sorted(hostile(Path("."))))
+def test_a_cut_that_reaches_the_reader_unchecked_runs_nothing_either(kind, wav, tmp_path):
+    """As in training, where NeMo opens the manifests."""
+    from lhotse import CutSet
+
+    bad, good = hostile(tmp_path)[kind], recording("file", str(wav))
+    for place, cut in places(bad, good).items():
+        if place in ("recording", "a track", "an impulse response of a mix", "the reference of a mix"):
+            (made,) = CutSet.from_dicts([copy.deepcopy(cut)])
+            with pytest.raises(AudioError, match="cut a"):
+                read_cut(made, RATE)
+    assert not (tmp_path / "PWNED").exists()
+
+
+STORAGE = {
+    "lilcom_url": ("lilcom_url", "http://127.0.0.1:9", "a.llc"),
+    "kaldiio": ("kaldiio", "touch x |", "a"),
+    "memory_raw": ("memory_raw", "", "pickle"),
+    "unknown": ("new_storage", "", ""),
+    "numpy_files of a pipe": ("numpy_files", "pipe:touch x", "a.npy"),
+    "numpy_files of a URL": ("numpy_files", "/tmp", "s3://a.npy"),
+}
+
+
+@pytest.mark.parametrize("kind", STORAGE)
+def test_arrays_that_open_urls_or_run_programs_refuse_their_cut(kind, wav):
+    storage, path, key = STORAGE[kind]
+    array = {"storage_type": storage, "storage_path": path, "storage_key": key, "shape": [1]}
+    good = recording("file", str(wav))
+    for cut in (
+        cut_of(good, custom={"codes": array}),
+        cut_of(good, custom={"codes": {"array": array, "temporal_dim": 0, "frame_shift": 1, "start": 0}}),
+        cut_of(good, features={"type": "fbank", "num_features": 80, **array}),
+    ):
+        with pytest.raises(AudioError, match="is not opened; drop that field"):
+            check_cut(cut)
+    check_cut(
+        cut_of(
+            good, custom={"codes": array | {"storage_type": "numpy_hdf5", "storage_path": "a.h5", "storage_key": "a"}}
+        )
+    )
+    check_cut(cut_of(good, custom={"sources": ["web"], "storage_type": "ssd"}))
+
+
+def test_a_plain_cut_has_the_samples_of_a_manifests_line(wav, tmp_path):
+    from lhotse import MonoCut, MultiCut, Recording
+
+    stereo = np.stack([WAVE, np.zeros_like(WAVE)], axis=1)
+    soundfile.write(tmp_path / "stereo.flac", stereo, 44_100, subtype="PCM_16")
+    mono, two = Recording.from_file(wav), Recording.from_file(tmp_path / "stereo.flac")
+    with AudioReader(wav, 16_000) as reader:
+        whole = np.concatenate(list(reader.blocks()))
+    assert np.array_equal(read_cut(mono, 16_000), whole)
+    assert np.array_equal(read_cut(mono.to_cut(), 16_000), whole)
+    samples = soundfile.read(wav, dtype="float32")[0]
+    part = MonoCut("p", 3001 / RATE, 5003 / RATE, 0, recording=mono)
+    assert np.array_equal(read_cut(part, RATE), samples[3001:8004])
+    part = MonoCut("p", round(3001 / RATE, 8), round(5003 / RATE, 8), 0, recording=mono)
+    assert np.array_equal(read_cut(part, RATE), samples[3001:8004])
+    left, right = soundfile.read(tmp_path / "stereo.flac", dtype="float32")[0].T
+    assert np.allclose(read_cut(MultiCut("m", 0, two.duration, [0, 1], recording=two), 44_100), (left + right) / 2)
+    assert np.array_equal(read_cut(MonoCut("l", 0, two.duration, 0, recording=two), 44_100), left)
+    assert not read_cut(MonoCut("r", 0, two.duration, 1, recording=two), 44_100).any()
+    part = MonoCut("l", 100 / 44_100, 200 / 44_100, 0, recording=two)
+    assert np.array_equal(read_cut(part, 44_100), left[100:300])
+
+
+@pytest.mark.parametrize("source", ["file", "memory"])
+def test_one_channel_of_a_file_whose_header_is_wrong_is_read_whole(source, tmp_path):
+    """As one whose recorder was killed: the length of its samples is still 0."""
+    from lhotse import AudioSource, MonoCut, Recording
+
+    stereo = np.stack([WAVE, -WAVE / 2], axis=1)
+    soundfile.write(tmp_path / "a.wav", stereo, RATE, subtype="PCM_16")
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    position = data.index(b"data") + 4
+    data[position : position + 4] = bytes(4)
+    (tmp_path / "a.wav").write_bytes(data)
+    audio = str(tmp_path / "a.wav") if source == "file" else bytes(data)
+    recording = Recording("a", [AudioSource(source, [0, 1], audio)], RATE, len(WAVE), len(WAVE) / RATE)
+    right = read_cut(MonoCut("r", 0, recording.duration, 1, recording=recording), RATE)
+    np.testing.assert_allclose(right, -WAVE / 2, rtol=0, atol=2**-14)  # a step of 16 bits
+
+
+def test_what_lhotse_puts_together_sounds_as_lhotse_has_it(wav, tmp_path):
+    from lhotse import Recording
+
+    soundfile.write(tmp_path / "noise.wav", synthesize(1.0, seed=3), RATE)
+    cut, noise = (Recording.from_file(path).to_cut() for path in (wav, tmp_path / "noise.wav"))
+    rir = Recording.from_file(tmp_path / "noise.wav")
+    for made in (
+        cut.pad(duration=2.0),
+        cut.mix(noise, snr=10, offset_other_by=0.2),
+        cut.append(noise),
+        cut.perturb_speed(1.1),
+        cut.resample(16_000),
+        cut.perturb_volume(0.5).truncate(offset=0.2, duration=0.5),
+        cut.reverb_rir(rir),
+        cut.mix(noise, snr=5).perturb_volume(0.3),
+    ):
+        rate = made.sampling_rate
+        expected = made.load_audio().mean(axis=0)
+        assert np.abs(read_cut(made, rate) - expected).max() < 1e-6
+    assert cut.recording.sources[0].type == "file"
+
+
+def test_the_reason_of_a_failure_is_kept(wav, tmp_path):
+    from lhotse import Recording
+
+    cut = Recording.from_file(wav).to_cut()
+    wav.unlink()
+    for made in (cut, cut.pad(duration=2.0), cut.perturb_speed(0.9)):
+        with pytest.raises(AudioError, match=r"ok\.wav: no such file") as error:
+            read_cut(made, RATE)
+        assert "\n" not in str(error.value)
+    with pytest.raises(AudioError, match="it has no audio"):
+        read_cut(replace(cut, recording=None), RATE)
+
+
+TIMES = [{"start": math.nan}, {"start": -1.0}, {"duration": math.inf}, {"duration": 1e300}, {"duration": "x"}]
+
+
+@pytest.mark.parametrize("change", TIMES)
+def test_absurd_times_are_the_cuts_own_failure(change, wav, tmp_path):
+    path = write(tmp_path / "c.jsonl.gz", [cut_of(recording("file", str(wav)), **change)])
+    with pytest.raises(AudioError, match="cut a"):
+        clips_of(path, tmp_path)["a"].audio(RATE, 100)
+
+
+def test_urls_are_read_when_asked_for_and_lead_nowhere_else(wav, tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/ok.wav":
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(wav.read_bytes())
+            else:
+                places = {"/to-file": f"file://{wav}", "/to-ftp": "ftp://127.0.0.1:9/a.wav", "/to-ok": "/ok.wav"}
+                self.send_response(302 if self.path in places else 404)
+                self.send_header("Location", places.get(self.path, ""))
+                self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}"
+        cuts = [
+            cut_of(recording("url", f"{base}/{name}"), name)
+            for name in ("ok.wav", "to-ok", "to-file", "to-ftp", "gone")
+        ]
+        path = write(tmp_path / "c.jsonl.gz", cuts)
+        clips = clips_of(path, tmp_path, allow_url=True)
+        for name in ("ok.wav", "to-ok"):
+            assert np.array_equal(clips[name].audio(RATE, 100), soundfile.read(wav, dtype="float32")[0])
+        for name in ("to-file", "to-ftp", "gone"):
+            with pytest.raises(AudioError, match=f"cut {name}: .*127"):
+                clips[name].audio(RATE, 100)
+        with pytest.raises(AudioError, match="--allow-url"):
+            clips_of(path, tmp_path)["ok.wav"].audio(RATE, 100)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_broken_line_of_a_cuts_file_costs_its_clip_alone(wav, tmp_path):
+    good = recording("file", str(wav))
+    lines = [
+        "\ufeff" + json.dumps(cut_of(good, "first")),
+        '{"id": "half", "sta',
+        "[1, 2]",
+        '{"id": "no type"}',
+        json.dumps(cut_of(good, "no duration") | {"duration": None}),
+        json.dumps({"id": "strange", "type": "MonoCut", "colour": "red"}),
+        {"id": "padding", "type": "PaddingCut", "duration": 1.0, "sampling_rate": RATE, "feat_value": 0.0},
+        cut_of(None, "null"),
+        cut_of({"id": "empty"}, "empty"),
+        cut_of(good | {"transforms": [{"name": "no such", "kwargs": {}}]}, "transform"),
+        cut_of(good | {"sources": []}, "no source"),
+        cut_of(good, "list of words", supervisions=["a", "b"]),
+        "",
+        cut_of(good, "custom", custom={"sources": "abc", "more": {"sources": "abc"}, "array": {"array": "x"}}),
+        cut_of(good, "last"),
+    ]
+    clips = clips_of(write(tmp_path / "c.jsonl.gz", lines), tmp_path)
+    assert len(clips) == 14
+    for name, clip in clips.items():
+        if name in ("first", "custom", "last"):
+            assert len(clip.audio(RATE, 100)) == RATE
+        else:
+            with pytest.raises(AudioError) as error:
+                clip.audio(RATE, 100)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["cuts.000000.jsonl", "recording.000000.tar", "custom.000000.jsonl.gz"])
+def test_a_pipe_in_a_shar_is_refused_and_not_waited_for(wav, tmp_path, name):
+    (tmp_path / "shar").mkdir()
+    write(tmp_path / "shar" / "cuts.000000.jsonl.gz", [cut_of(recording("file", str(wav)))])
+    os.mkfifo(tmp_path / "shar" / name)
+    with pytest.raises(ConfigError, match=rf"{name}: is a pipe, not a regular file"):
+        open_corpus(tmp_path / "shar", None, tmp_path / "unused")
+
+
+def test_files_of_lhotse_that_hold_no_cuts(wav, tmp_path, caplog):
+    segments = [
+        {"id": f"s{n}", "recording_id": "a", "start": start, "duration": 0.4, "text": text, "speaker": "sam"}
+        for n, (start, text) in enumerate([(0.5, "there"), (0.0, "hello")])
+    ]
+    write(tmp_path / "x_recordings_train.jsonl.gz", [recording("file", str(wav)), recording("command", "true", "b")])
+    (clip_a, clip_b) = clips_of(tmp_path / "x_recordings_train.jsonl.gz", tmp_path).values()
+    assert len(clip_a.audio(RATE, 100)) == RATE and "text" not in clip_a.labels
+    with pytest.raises(AudioError, match="output of a command"):
+        clip_b.audio(RATE, 100)
+    write(tmp_path / "x_supervisions_train.jsonl.gz", segments)
+    clip_a = clips_of(tmp_path / "x_recordings_train.jsonl.gz", tmp_path)["a"]
+    assert clip_a.labels == {"text": "hello there", "speaker": "sam"}
+    assert clip_a.cut["supervisions"][0]["text"] == "hello there" and len(clip_a.cut["supervisions"]) == 1
+    assert "1 cuts have several supervisions" in caplog.text
+    with pytest.raises(ConfigError, match="holds Lhotse supervisions, which name no audio; give cuts or recordings"):
+        open_corpus(tmp_path / "x_supervisions_train.jsonl.gz", None, tmp_path / "unused")
+    write(tmp_path / "features.jsonl.gz", [{"type": "fbank", "num_features": 80, "recording_id": "a", "start": 0}])
+    with pytest.raises(ConfigError, match="holds Lhotse features"):
+        open_corpus(tmp_path / "features.jsonl.gz", None, tmp_path / "unused")
+    whole = (tmp_path / "features.jsonl.gz").read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="was cut short"):
+        list(read_cuts(tmp_path / "cut.jsonl.gz"))
+
+
+def shard(folder: Path, names: list[str], metas: dict[str, bytes]) -> Path:
+    """A Shar of one shard, with these manifests in its tar instead of whole ones."""
+    folder.mkdir()
+    buffer = io.BytesIO()
+    soundfile.write(buffer, WAVE, RATE, format="FLAC")
+    cuts = [cut_of(recording("shar", "", name), name) for name in names]
+    write(folder / "cuts.000000.jsonl.gz", cuts)
+    with tarfile.open(folder / "recording.000000.tar", "w") as tar:
+        for name in names:
+            meta = metas.get(name, json.dumps(recording("shar", "", name)).encode())
+            for suffix, data in ((".flac", buffer.getvalue()), (".json", meta)):
+                member = tarfile.TarInfo(name + suffix)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def test_a_bad_item_of_a_shar_costs_its_clip_alone(tmp_path):
+    command = recording("command", f"touch {tmp_path}/PWNED", "command")
+    metas = {
+        "json": b"{no",
+        "number": b"7",
+        "command": json.dumps(command).encode(),
+        "two": json.dumps(command | {"sources": [*recording("shar", "")["sources"], *command["sources"]]}).encode(),
+    }
+    folder = shard(tmp_path / "shar", ["first", *metas, "last"], metas)
+    clips = clips_of(folder, tmp_path)
+    assert list(clips) == ["first", *metas, "last"]
+    for name, clip in clips.items():
+        if name in ("first", "last"):
+            assert np.abs(clip.audio(RATE, 100) - WAVE).max() < 1e-4
+        else:
+            with pytest.raises(AudioError, match=f"cut {name}"):
+                clip.audio(RATE, 100)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_fields_of_json_lines_are_looked_at_too(tmp_path, wav):
+    folder = shard(tmp_path / "shar", ["a", "b"], {})
+    values = [
+        {"cut_id": "a", "target_audio": recording("command", f"touch {tmp_path}/PWNED")},
+        {"cut_id": "b", "target_audio": recording("file", str(wav))},
+    ]
+    write(folder / "target_audio.000000.jsonl.gz", values)
+    clips = clips_of(folder, tmp_path)
+    with pytest.raises(AudioError, match="output of a command"):
+        clips["a"].audio(RATE, 100)
+    assert len(clips["b"].audio(RATE, 100)) == RATE
+    assert not (tmp_path / "PWNED").exists()

@@ -1,0 +1,39 @@
+"""Two runs at once in one folder of results: the second one is refused, and changes nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.exclusive import exclusive
+from tests.cli.test_cli import run
+from tests.models import synthesize
+
+soundfile = pytest.importorskip("soundfile")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
+
+
+@pytest.mark.parametrize("command", ["prepare", "evaluate"])
+def test_a_second_run_in_one_folder_is_refused(command, tmp_path, capsys):
+    pytest.importorskip("pesq" if command == "evaluate" else "soundfile")
+    soundfile.write(tmp_path / "a.wav", synthesize(0.5, 0), 22050)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 0.5}\n')
+    source = ["folder", tmp_path] if command == "prepare" else [tmp_path / "m.json"]
+    out = tmp_path / "out"
+    out.mkdir()
+    with exclusive(out):
+        code, _, stderr = run(capsys, command, *source, "--out", out)
+        assert code == 2 and "another run is writing there" in stderr and not list(out.iterdir())
+    code, _, stderr = run(capsys, command, *source, "--out", out, *(["--jobs", 1] if command == "evaluate" else []))
+    assert code == 0, stderr
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    program = "import os, sys; from pathlib import Path; from nemo_lfr.io.exclusive import exclusive\n"
+    program += "with exclusive(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == -9
+    with exclusive(tmp_path), pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

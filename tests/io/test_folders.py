@@ -1,0 +1,183 @@
+"""The walk through folders: what is taken, what is passed over, links, names, order."""
+
+import os
+import socket
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
+from nemo_lfr.io.layouts import folder as folder_layout
+
+# Formats of libsndfile that folders do not take: no header, or rarely audio.
+NOT_TAKEN = {"RAW", "MAT4", "MAT5", "MPC2K", "SD2"}
+SUFFIXES = {
+    "WAV": [".wav", ".wave", ".bwf"],
+    "WAVEX": [".wav", ".wavex"],
+    "AIFF": [".aiff", ".aif", ".aifc"],
+    "AU": [".au", ".snd"],
+    "OGG": [".ogg", ".oga", ".opus"],
+    "MP3": [".mp3", ".mp2", ".mp1", ".mpga", ".mpa"],
+    "NIST": [".sph", ".nist"],
+    "SVX": [".svx", ".8svx", ".iff"],
+    "IRCAM": [".sf", ".ircam"],
+}
+
+
+def names(root, suffixes=AUDIO_SUFFIXES):
+    lines = []
+    return [path.relative_to(root).as_posix() for path in find_files(root, suffixes, report=lines.append)], lines
+
+
+def make(root, *files):
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+@pytest.mark.parametrize("kind", sorted(set(soundfile.available_formats()) - NOT_TAKEN))
+def test_every_format_that_libsndfile_reads_has_its_suffixes(kind, tmp_path):
+    for suffix in SUFFIXES.get(kind, [f".{kind.lower()}"]):
+        assert suffix in SOUND_SUFFIXES
+        make(tmp_path, f"a{suffix}", f"B{suffix.upper()}")
+        assert {f"a{suffix}", f"B{suffix.upper()}"} <= set(names(tmp_path)[0])
+
+
+def test_suffixes_of_the_media_extra_are_taken_too(tmp_path):
+    make(tmp_path, *(f"a{suffix}" for suffix in MEDIA_SUFFIXES))
+    assert len(names(tmp_path)[0]) == len(MEDIA_SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "._a.wav",
+        ".hidden.wav",
+        "__MACOSX/._a.wav",
+        "__MACOSX/b.wav",
+        "x/.ipynb_checkpoints/a-checkpoint.wav",
+        ".git/a.wav",
+        "@eaDir/a.wav/SYNOAUDIO.wav",
+        ".Trash-1000/files/a.wav",
+        "System Volume Information/a.wav",
+        "$RECYCLE.BIN/a.wav",
+        "#recycle/a.wav",
+        "a.txt",
+        "without",
+    ],
+)
+def test_what_systems_leave_is_passed_over_and_counted(junk, tmp_path):
+    make(tmp_path, "a.wav", junk)
+    found, lines = names(tmp_path)
+    assert found == ["a.wav"]
+    assert len(lines) == 1 and "1 files found; 1 passed over" in lines[0]
+
+
+def test_a_folder_that_is_named_is_read_though_it_is_hidden(tmp_path):
+    make(tmp_path, ".cache/__MACOSX/a.wav")
+    assert names(tmp_path / ".cache" / "__MACOSX") == (["a.wav"], [])
+
+
+def test_the_order_is_fixed_and_the_line_counts_by_suffix(tmp_path):
+    make(tmp_path, "b/2.wav", "b/10.wav", "a.wav", "B.wav", "a/1.wav", "1.txt", "2.TXT", "3.pdf", "c/4.lab")
+    found, lines = names(tmp_path)
+    assert found == ["B.wav", "a/1.wav", "a.wav", "b/10.wav", "b/2.wav"]
+    assert lines == [f"{tmp_path}: 5 files found; 4 passed over: 2 .txt, 1 .lab, 1 .pdf"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+class TestLinks:
+    def test_links_to_folders_are_followed_once(self, tmp_path):
+        make(tmp_path, "real/a.wav", "outside/b.wav")
+        os.symlink(tmp_path / "outside", tmp_path / "real" / "0-link")
+        os.symlink(tmp_path / "outside", tmp_path / "real" / "1-link")
+        found, lines = names(tmp_path / "real")
+        assert found == ["0-link/b.wav", "a.wav"]
+        assert "1 links to folders that are read already" in lines[0]
+
+    def test_loops_end_and_real_folders_keep_their_names(self, tmp_path):
+        make(tmp_path, "z/a.wav")
+        os.symlink(tmp_path / "z", tmp_path / "a-link")
+        os.symlink(tmp_path, tmp_path / "z" / "up")
+        os.symlink(tmp_path / "self", tmp_path / "self")
+        assert names(tmp_path)[0] == ["z/a.wav"]
+
+    def test_links_that_multiply_are_read_in_linear_time(self, tmp_path):
+        for level in range(40):  # 2 ** 40 ways down
+            make(tmp_path, f"{level}/a.wav")
+            for name in "xy":
+                os.symlink(tmp_path / str(level + 1), tmp_path / str(level) / name)
+        assert len(names(tmp_path)[0]) == 40
+
+    def test_a_link_to_a_missing_recording_is_kept_so_that_it_fails_by_name(self, tmp_path):
+        os.symlink(tmp_path / "gone.wav", tmp_path / "a.wav")
+        os.symlink(tmp_path / "gone.txt", tmp_path / "a.txt")
+        assert names(tmp_path)[0] == ["a.wav"]
+
+    def test_pipes_and_sockets_are_passed_over(self, tmp_path, monkeypatch):
+        os.mkfifo(tmp_path / "a.wav")
+        monkeypatch.chdir(tmp_path)  # a socket's address is short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("b.wav")
+            found, lines = names(tmp_path)
+        assert found == [] and "2 pipes, sockets or devices" in lines[0]
+        with pytest.raises(NemoLfrError, match="no such folder"):
+            find_files(tmp_path / "a.wav", AUDIO_SUFFIXES)
+
+    def test_a_folder_that_cannot_be_read_is_named(self, tmp_path):
+        make(tmp_path, "a.wav", "closed/b.wav")
+        tmp_path.joinpath("closed").chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders, one more in a parallel run
+                folder.chmod(0o755)
+            os.seteuid(65534)
+        try:
+            found, lines = names(tmp_path)
+        finally:
+            os.seteuid(user)
+            tmp_path.joinpath("closed").chmod(0o700)
+        assert found == ["a.wav"] and "1 folders cannot be read: closed (Permission denied)" in lines[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_names_that_are_not_text_survive_and_are_not_printed_raw(tmp_path):
+    odd = os.fsdecode(b"\xff\x1b[31m")
+    make(tmp_path, f"{odd}/{odd}.wav", f"a.{odd}")
+    found, lines = names(tmp_path)
+    assert found == [f"{odd}/{odd}.wav"] and lines[0].isprintable()
+
+
+def test_the_folder_layout_finds_the_same_files_and_their_texts(tmp_path):
+    make(tmp_path, "s/a.oga", "__MACOSX/._a.wav", "._a.wav", "s/.ipynb_checkpoints/a.wav")
+    soundfile.write(tmp_path / "s" / "a.oga", np.zeros(100), 16000, format="OGG", subtype="VORBIS")
+    (tmp_path / "s" / "a.txt").write_text("hello")
+    (utterance,) = folder_layout(tmp_path)
+    assert (utterance.path.as_posix(), utterance.speaker, utterance.labels) == ("s/a.oga", "s", {"text": "hello"})
+
+
+def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.wav", "x/b.wav", "x/y[1]/c.wav", ".hidden/d.wav", "x/.e.wav", "far/f.wav", "x/y[1]/n.txt"):
+        path = tmp_path / "g" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "z.wav").write_bytes(b"")
+    for number in range(4):
+        os.symlink("..", tmp_path / "g" / "x" / f"up{number}")
+    os.symlink(tmp_path / "far", tmp_path / "g" / "linked")
+    wanted = ["a.wav", "far/f.wav", "linked/z.wav", "x/b.wav", "x/y[1]/c.wav"]
+    assert find_matches("g/**/*.wav") == [f"g/{name}" for name in wanted]
+    assert find_matches(f"{tmp_path}/g/**/*.wav") == [f"{tmp_path}/g/{name}" for name in wanted]
+    assert find_matches("**/x/**/c.*") == ["g/x/y[1]/c.wav"]
+    assert find_matches("g/x/**/*.wav") == ["g/x/b.wav", "g/x/up0/a.wav", "g/x/up0/far/f.wav", "g/x/up0/linked/z.wav",
+                                           "g/x/y[1]/c.wav"]  # fmt: skip
+    assert find_matches("g/**") == ["g/"]
+    assert find_matches("g/*.wav") == ["g/a.wav"]
+    assert find_matches("nothing/**/*.wav") == []
+    monkeypatch.chdir(tmp_path / "g")
+    assert find_matches("**/*.wav") == wanted

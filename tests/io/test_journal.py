@@ -1,0 +1,44 @@
+"""What a long job has done survives whatever ends it."""
+
+import os
+
+import pytest
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.journal import Journal
+
+
+def test_entries_come_back_and_a_line_that_was_cut_off_is_passed_by(tmp_path):
+    path = tmp_path / "done.jsonl"
+    with Journal(path) as journal:
+        journal.add(["a", 1])
+        journal.add(["b", {"text": "ü\n"}])
+    path.write_bytes(path.read_bytes() + b'["c", "half\xc3')
+    with Journal(path) as journal:
+        assert list(journal) == [["a", 1], ["b", {"text": "ü\n"}]]
+        journal.add(["c", 3])
+    with Journal(path) as journal:
+        assert [key for key, _ in journal] == ["a", "b", "c"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", os.mkdir)])
+def test_a_journal_that_is_no_regular_file_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "journal.jsonl")
+    with (
+        pytest.raises(NemoLfrError, match=r"journal\.jsonl: is a (folder|pipe), not a regular file; remove it"),
+        Journal(tmp_path / "journal.jsonl"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="open files are not locked there")
+def test_two_jobs_do_not_write_one_journal(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.add(1)
+        with pytest.raises(NemoLfrError, match="another run is writing there"), Journal(path):
+            pass
+        journal.add(2)
+    with Journal(path) as journal:
+        assert list(journal) == [1, 2]

@@ -1,0 +1,109 @@
+"""NeMo manifests as people write them: byte order marks, home folders, and lines that cannot be used."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.io.manifests import MAX_SECONDS, read_manifest, resolve_audio_path
+from nemo_lfr.training.data import CodecDataset
+from tests.models import RATE, synthesize
+
+
+def test_one_rule_for_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    for name, expected in {
+        "a.wav": "audio/a.wav",
+        "../a.wav": "audio/../a.wav",
+        "~/a.wav": "home/a.wav",
+        "~nobody-has-this-name.wav": "audio/~nobody-has-this-name.wav",
+        str(tmp_path / "b.wav"): "b.wav",
+    }.items():
+        assert resolve_audio_path(tmp_path / "audio", name) == tmp_path / expected
+    assert resolve_audio_path("~/corpus", "a.wav") == tmp_path / "home" / "corpus" / "a.wav"
+
+
+@pytest.mark.parametrize("name", [7, None, ["a"], "", "a\0b", "x" * 300, "\u8a9e" * 90 + ".wav", "\ud83d"])
+def test_a_name_that_no_file_has_is_an_error_of_its_line(name):
+    with pytest.raises((TypeError, ValueError)):
+        resolve_audio_path("audio", name)
+
+
+BAD_LINES = {
+    "infinite duration": '{"audio_filepath": "a.wav", "duration": Infinity}',
+    "NaN duration": '{"audio_filepath": "a.wav", "duration": NaN}',
+    "negative duration": '{"audio_filepath": "a.wav", "duration": -1}',
+    "absurd duration": '{"audio_filepath": "a.wav", "duration": 1e300}',
+    "a digit too many": '{"audio_filepath": "a.wav", "duration": 1' + "0" * 5000 + "}",
+    "infinite offset": '{"audio_filepath": "a.wav", "duration": 1, "offset": Infinity}',
+    "a word": '{"audio_filepath": "a.wav", "duration": "long"}',
+    "a long name": json.dumps({"audio_filepath": "x" * 300, "duration": 1}),
+    "a long name in UTF-8": json.dumps({"audio_filepath": "\u8a9e" * 90, "duration": 1}),
+    "NUL": '{"audio_filepath": "a\\u0000.wav", "duration": 1}',
+    "half a character": '{"audio_filepath": "\\ud83d.wav", "duration": 1}',
+    "no path": '{"duration": 1}',
+    "a list": "[1, 2]",
+    "half a line": '{"audio_filepath": "a.wav", "dura',
+    "nested": '{"audio_filepath": ' + "[" * 5000,
+    "Latin-1": b'{"audio_filepath": "a.wav", "duration": 1, "text": "caf\xe9"}',
+    "missing, without duration": '{"audio_filepath": "gone.wav"}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_line_costs_its_recording_alone(kind, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    soundfile.write(tmp_path / "a.wav", synthesize(1), RATE)
+    bad = BAD_LINES[kind]
+    good = b'{"audio_filepath": "a.wav", "duration": 1, "text": NaN}'
+    (tmp_path / "m.json").write_bytes(b"\n".join([good, bad.encode() if isinstance(bad, str) else bad, good, b""]))
+    dataset = CodecDataset({"mine": {"manifest_path": str(tmp_path / "m.json")}}, RATE)
+    assert len(dataset) == 2 and dataset[1]["audio_len"] == RATE
+    assert caplog.text.count("line 2: left out") == 1
+    assert dataset.recordings[0].labels["text"] is None
+    (tmp_path / "bad.json").write_bytes(bad.encode() if isinstance(bad, str) else bad)
+    with pytest.raises(ConfigError, match="line 1") as error:
+        read_manifest(tmp_path / "bad.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 800
+
+
+def test_marks_and_line_ends_of_other_editors_are_read(tmp_path):
+    line = json.dumps({"audio_filepath": "a.wav", "duration": 1.0, "text": "a\u2028b"}, ensure_ascii=False).encode()
+    for name, data in {"bom": b"\xef\xbb\xbf" + line, "crlf": line + b"\r\n\r\n" + line}.items():
+        (tmp_path / name).write_bytes(data)
+        assert {recording.labels["text"] for recording in read_manifest(tmp_path / name)} == {"a\u2028b"}
+    (tmp_path / "utf16").write_bytes(line.decode().encode("utf-16"))
+    with pytest.raises(ConfigError, match="UTF-16 text; save it as UTF-8"):
+        read_manifest(tmp_path / "utf16")
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match=r"is a folder|No such file"):
+            read_manifest(path)
+
+
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 1}')
+    (recording,) = read_manifest("~/m.json", "~/audio")
+    assert recording.path == tmp_path / "audio" / "a.wav" and recording.name == Path("a.wav")
+    assert read_manifest("~/m.json")[0].path == tmp_path / "a.wav"
+    with pytest.raises(ConfigError, match=r"~nobody-has-this-name.m\.json: the manifest cannot be read"):
+        read_manifest("~nobody-has-this-name/m.json")
+
+
+def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
+    pytest.importorskip("jinja2", reason="pip install 'nemo-lfr[eval]'")
+    soundfile.write(tmp_path / "a.wav", synthesize(0.5), RATE)
+    lines = ['{"audio_filepath": "a.wav", "duration": 0.5}', '{"audio_filepath": "a.wav", "duration": Infinity}']
+    (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--jobs", "1", "--device", "cpu"])
+    assert exit_.value.code == 1
+    assert "line 2: left out: duration is inf seconds" in capsys.readouterr().err
+    assert float(MAX_SECONDS) < float("inf")

@@ -1,0 +1,198 @@
+"""Containers that FFmpeg reads for us, made by FFmpeg and compared with what it decodes itself."""
+
+import builtins
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.errors import AudioError, MissingExtraError
+from nemo_lfr.io.audio import AudioReader
+from tests.models import synthesize
+
+RATE = 22050
+MADE = {
+    "m4a": ["-c:a", "aac"],
+    "mp4": ["-c:a", "aac", "-movflags", "+faststart"],
+    "aac": ["-c:a", "aac"],
+    "webm": ["-c:a", "libopus"],
+    "mka": ["-c:a", "libvorbis"],
+    "wma": ["-c:a", "wmav2"],
+    "mov": ["-c:a", "pcm_s16le"],
+    "ts": ["-c:a", "mp2"],
+    "ac3": ["-c:a", "ac3", "-ar", "44100"],
+    "eac3": ["-c:a", "eac3", "-ar", "44100"],
+    "dts": ["-c:a", "dca", "-strict", "-2", "-ar", "44100"],
+    "wv": ["-c:a", "wavpack"],
+    "tta": ["-c:a", "tta"],
+    "avi": ["-c:a", "pcm_s16le"],
+    "flv": ["-c:a", "aac"],
+    "mkv": ["-c:a", "aac"],
+    "rm": ["-c:a", "ac3", "-ar", "44100"],
+}
+
+
+def ffmpeg(*arguments) -> bytes:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        pytest.skip("FFmpeg is not installed")
+    return subprocess.run([program, "-v", "error", "-y", *map(str, arguments)], capture_output=True, check=True).stdout
+
+
+def made(folder, suffix):
+    soundfile.write(folder / "source.wav", synthesize(3), RATE)
+    ffmpeg("-i", folder / "source.wav", *MADE[suffix], folder / f"a.{suffix}")
+    return folder / f"a.{suffix}"
+
+
+def read(path, rate=RATE, **options):
+    with AudioReader(path, rate, **options) as reader:
+        return np.concatenate([np.zeros(0, np.float32), *reader.blocks(0.3)])
+
+
+@pytest.mark.parametrize("suffix", MADE)
+def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    with AudioReader(path, RATE) as reader:
+        native = reader.native_rate
+        duration = reader.duration
+    expected = np.frombuffer(ffmpeg("-i", path, "-f", "f32le", "-ac", "1", "-"), "<f4")
+    wave = read(path, native)
+    assert duration == pytest.approx(len(wave) / native)
+    # FFmpeg's own program also drops what the time stamps of some containers place before 0.
+    assert 0 <= len(wave) - len(expected) <= 2048
+    size = len(expected) - 2048
+    lag = int(np.argmin([np.abs(wave[at : at + 2000] - expected[:2000]).sum() for at in range(2049)]))
+    assert lag == 0 or suffix in ("aac", "webm", "ts", "flv", "mkv")
+    np.testing.assert_allclose(wave[lag : lag + size], expected[:size], rtol=0, atol=1e-4)
+    assert np.array_equal(read(path, native, data=path.read_bytes()), wave)
+    with AudioReader(path, native) as reader:
+        assert np.array_equal(reader.segment(1.0, 0.5), wave[native : native + native // 2])
+        assert np.array_equal(reader.segment(0.2, 0.1), wave[int(0.2 * native) :][: -(-native // 10)])
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"])
+def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(AudioError, match=rf"a\.{suffix}: "):
+        read(path)
+
+
+LIVE = {
+    "webm": ["-c:a", "libopus", "-f", "webm"],
+    "mp4": ["-c:a", "aac", "-f", "mp4", "-movflags", "frag_keyframe+empty_moov"],
+    "ts": ["-c:a", "mp2", "-f", "mpegts"],
+}
+
+
+@pytest.mark.parametrize("suffix", LIVE)
+def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix):
+    """As browsers and live encoders write them, into a pipe."""
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(3), RATE)
+    data = ffmpeg("-i", tmp_path / "source.wav", *LIVE[suffix], "-")
+    (tmp_path / "a").write_bytes(data)
+    whole = read(tmp_path / "a")
+    assert len(whole) > 2.9 * RATE
+    (tmp_path / "a").write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(AudioError, match="was cut short"):
+        read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("second", ["itself", "WAV"])
+@pytest.mark.parametrize("suffix", ["m4a", "webm", "mkv", "wma", "wv", "tta", "avi", "flv", "aac"])
+def test_joined_media_files_are_read_whole_or_refused(tmp_path, suffix, second):
+    pytest.importorskip("av")
+    data = made(tmp_path, suffix).read_bytes()
+    path = tmp_path / f"b.{suffix}"
+    path.write_bytes(data + (data if second == "itself" else (tmp_path / "source.wav").read_bytes()))
+    try:
+        assert abs(len(read(path)) - 2 * len(read(tmp_path / f"a.{suffix}"))) <= 2048 and second == "itself"
+    except AudioError as error:
+        assert "b." in str(error) and ("holds several recordings" in str(error) or "was cut short" in str(error))
+
+
+@pytest.mark.parametrize("options", [[], ["-movflags", "frag_keyframe+empty_moov"]])
+def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path, options):
+    made(tmp_path, "mov")
+    data = ffmpeg("-i", tmp_path / "a.mov", "-c:a", "aac", *options, tmp_path / "b.mp4")
+    data = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(data + data)
+    with pytest.raises(AudioError, match=r"b\.mp4: holds several recordings"):
+        read(tmp_path / "b.mp4")
+
+
+def test_the_length_of_aac_is_not_estimated_from_its_quiet_start(tmp_path):
+    pytest.importorskip("av")
+    noise = 0.3 * np.random.default_rng(0).standard_normal(3 * RATE).clip(-3, 3)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([np.zeros(3 * RATE), noise]), RATE)
+    ffmpeg("-i", tmp_path / "a.wav", tmp_path / "a.aac")
+    assert 0 <= len(read(tmp_path / "a.aac")) - 6 * RATE <= 3 * 1024
+
+
+def test_aac_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(tmp_path, caplog):
+    pytest.importorskip("av")
+    data = made(tmp_path, "aac").read_bytes()
+    whole = read("a.aac", data=data)
+    part = read("a.aac", data=data[:-20])
+    assert len(part) == len(whole) - 1024 and np.array_equal(part, whole[: len(part)])
+    assert "a.aac: ends within a frame" in caplog.text
+
+
+@pytest.mark.parametrize("codec", ["flac", "libspeex"])
+def test_chained_ogg_that_only_ffmpeg_reads_is_read_once(tmp_path, codec):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(1), 16000)
+    ffmpeg("-i", tmp_path / "source.wav", "-c:a", codec, tmp_path / "a.ogg")
+    data = (tmp_path / "a.ogg").read_bytes()
+    one = read(tmp_path / "a.ogg", 16000)
+    assert np.array_equal(read(tmp_path / "a.ogg", 16000, data=data * 2), np.concatenate([one, one]))
+
+
+def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
+    pytest.importorskip("av")
+    path = made(tmp_path, "aac")
+    tagged = b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + path.read_bytes()
+    assert np.array_equal(read("a.aac", data=tagged), read(path))
+
+
+def test_without_the_extra_the_message_names_it(tmp_path, monkeypatch):
+    imported = builtins.__import__
+
+    def missing(name, *arguments, **options):
+        if name == "av":
+            raise ImportError(name)
+        return imported(name, *arguments, **options)
+
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000))
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(MissingExtraError, match=r"a\.m4a: .*\[media\]"):
+        AudioReader(tmp_path / "a.m4a", RATE)
+
+
+PLAYLISTS = {
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:9,\n{path}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{path}'\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_a_playlist_opens_no_other_file(tmp_path, kind):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "secret.wav", synthesize(0.5), RATE)
+    (tmp_path / "a.m4a").write_text(PLAYLISTS[kind].format(path=tmp_path / "secret.wav"))
+    with pytest.raises(AudioError, match="not an audio file"):
+        read(tmp_path / "a.m4a")
+
+
+def test_a_container_without_audio_is_refused(tmp_path):
+    pytest.importorskip("av")
+    ffmpeg("-f", "lavfi", "-i", "color=size=16x16:duration=0.2", "-c:v", "mpeg4", tmp_path / "a.mp4")
+    with pytest.raises(AudioError, match="no audio track"):
+        read(tmp_path / "a.mp4")

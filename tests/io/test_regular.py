@@ -1,0 +1,66 @@
+"""Pipes, devices, sockets and folders in the place of a file are refused at once, by whatever reads it."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from nemo_lfr.corpus.shard import Mark
+from nemo_lfr.corpus.token_folder import TokenFolder, regular_file
+from nemo_lfr.corpus.token_tensor import read_token_tensor
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.journal import Journal
+from nemo_lfr.io.layouts import text_of
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.text import read_lines
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+
+
+def bind(path: Path) -> None:
+    socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+KINDS = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a socket": bind,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+READERS = {
+    "open_regular": open_regular,
+    "read_lines": read_lines,
+    "read_manifest": read_manifest,
+    "regular_file": regular_file,
+    "read_token_tensor": read_token_tensor,
+    "journal": lambda path: Journal(path).__enter__(),
+    "tokens.json": lambda path: TokenFolder(path.parent),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_is_refused_at_once(kind, reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
+    path = Path("tokens.json")
+    KINDS[kind](path)
+    link = reader == "journal" and kind == "a device"
+    with pytest.raises(NemoLfrError, match="is a link" if link else rf"tokens\.json: is {kind}, not a regular file"):
+        READERS[reader](path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transcript_that_is_no_file_costs_its_clip(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    KINDS[kind](Path("a.txt"))
+    assert text_of(Path("a.txt")) == ({}, f"its transcript a.txt: is {kind}, not a regular file; give the file itself")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_that_is_no_file_is_no_record(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Mark.folder(Path()).mkdir(parents=True)
+    KINDS[kind](Mark.path(Path(), 0))
+    assert Mark.read(Path(), 0) is None

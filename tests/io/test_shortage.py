@@ -1,0 +1,118 @@
+"""Too little memory, no shared memory, packages whose import fails: a sentence that says which."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.cli.main import Job, main, run_jobs
+from nemo_lfr.corpus.inputs import require
+from nemo_lfr.errors import MissingExtraError, NemoLfrError
+from nemo_lfr.io.shortage import sharing, shortage_of
+from tests.corpora import write_tokens
+from tests.crash import ROOT
+
+SHORTAGES = {
+    "numpy": (lambda: np.zeros(2**60, np.uint8), "not enough memory"),
+    "torch": (lambda: torch.empty(2**60, dtype=torch.uint8), "not enough memory"),
+    "python": (lambda: bytearray(2**62), "not enough memory"),
+    "threads": (lambda: raising(RuntimeError("can't start new thread")), "no more threads"),
+}
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("name", SHORTAGES)
+def test_a_file_that_there_is_no_room_for_costs_that_file(name, tmp_path, capsys):
+    run_short, said = SHORTAGES[name]
+    jobs = [Job(tmp_path / f"{number}.wav", tmp_path / f"{number}.lfr") for number in range(3)]
+
+    def work(batch):
+        for job in batch:
+            if len(batch) > 1 or job is jobs[1]:  # a batch is too much, and so is one of its files
+                run_short()
+            yield dict(input=str(job.source), output=str(job.target), duration=1.0, bytes=1) | {
+                "bit_rate": 1.0,
+                "real_time_factor": 1.0,
+            }
+
+    with pytest.raises(SystemExit) as stop:
+        run_jobs(jobs, work, 8, as_json=False)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and out.split() == [str(jobs[0].target), str(jobs[2].target)]
+    assert err.count(said) == 1 and f"{jobs[1].source}: {said}" in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault of ours"), ValueError("out of memory"), KeyError("x")])
+def test_other_errors_are_no_shortage(error):
+    assert shortage_of(error) is None
+
+
+BROKEN = {
+    "raise KeyError('PATH')": r"whole is installed, but cannot be imported \(KeyError: 'PATH'\)",
+    "raise ImportError('libx.so: undefined symbol')": r"cannot be imported \(ImportError: libx.so: undefined symbol\)",
+    "raise OSError('no libsndfile')": r"cannot be imported \(OSError: no libsndfile\)",
+    "raise MemoryError": "whole cannot be imported: not enough memory",
+    "raise ImportError('libtorch.so: failed to map segment from shared object')": "not enough memory",
+    "import no_such_package": "whole is not installed; pip install 'nemo-lfr",
+    None: "whole is not installed; pip install 'nemo-lfr",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_package_that_is_there_but_fails_is_not_called_missing(line, tmp_path, monkeypatch):
+    if line is not None:
+        (tmp_path / "whole.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match=BROKEN[line]):
+        require("whole", "corpus")
+    monkeypatch.delitem(sys.modules, "whole", raising=False)
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("unable to open shared memory")])
+def test_no_shared_memory_is_one_sentence(error):
+    with pytest.raises(NemoLfrError, match="several --workers need shared memory"), sharing("several --workers"):
+        raise error
+    with pytest.raises(FileNotFoundError), sharing("several --workers"):
+        raise FileNotFoundError(2, "No such file or directory", "/x")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files, and with them of shared memory")
+def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
+    pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+    write_tokens(tmp_path, "lfr", [2])
+    program = (
+        "import resource\n"
+        "from nemo_lfr.corpus.dataset import TokenDataset\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"TokenDataset({str(tmp_path)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "NemoLfrError: a loader's workers need shared memory" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a current folder cannot be removed there")
+@pytest.mark.parametrize(
+    "arguments", [["encode", "a.wav"], ["tokenize", "/x", "--out", "/y"], ["info"], ["demo"]], ids=str
+)
+def test_a_current_folder_that_is_gone_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("nemo-lfr: error: the current folder cannot be used")
+
+
+def test_an_environment_without_a_path_gets_the_systems(monkeypatch, capsys):
+    monkeypatch.delenv("PATH")
+    main(["--version"])
+    assert os.environ["PATH"] == os.defpath and Path(sys.executable).exists()

@@ -1,0 +1,101 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from tests.reference import TIE
+
+LEVELS = [[8, 7, 6, 6], [9, 8, 8, 7], [2, 3], [5]]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_every_token_survives_tokens_to_codes_to_tokens(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    tokens = torch.arange(math.prod(levels), dtype=torch.int32).reshape(1, 1, -1)
+    codes = quantizer.decode(tokens)
+    assert codes.shape == (1, len(levels), math.prod(levels))
+    assert codes.min() >= -1 and codes.max() <= 1
+    # Codes are the squashed values; undo the squashing, with `eps` of the range to spare at its ends.
+    middle = (quantizer.num_levels // 2).double()
+    half_range = (quantizer.num_levels.double() - 1) / 2 * (1 - quantizer.eps)
+    offset = torch.where(quantizer.num_levels % 2 == 0, 0.5, 0.0).double()
+    encoded = ((codes.double() * middle + offset) / half_range).clamp(-0.9999, 0.9999).atanh()
+    encoded = encoded - (offset / half_range).tan()
+    assert torch.equal(quantizer.encode(encoded.float()), tokens)
+    again, same = quantizer(encoded.float())
+    assert torch.equal(same, tokens)
+    torch.testing.assert_close(again, codes, rtol=0, atol=1e-6)  # float32 rounding of at most 4 / 4
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_all_codes_are_different_and_in_the_order_of_the_tokens(levels):
+    codes = FiniteScalarQuantizer(levels).codes
+    assert len({tuple(row) for row in codes.tolist()}) == math.prod(levels)
+    # The first dimension is the lowest digit.
+    step = 1 / (levels[0] // 2)
+    torch.testing.assert_close(codes[1] - codes[0], torch.tensor([step] + [0.0] * (len(levels) - 1)))
+
+
+@pytest.mark.parametrize("levels", [[8, 7, 6, 6], [9, 8, 8, 7]])
+def test_tokens_are_those_of_the_published_formula(levels):
+    encoded = torch.randn(3, len(levels), 500, generator=torch.Generator().manual_seed(0)) * 1.5
+    tokens = FiniteScalarQuantizer(levels).encode(encoded)[0].numpy()
+    # Mentzer et al. (2309.15505), appendix, in float64, with NeMo's tan in place of atanh.
+    bounds = np.array(levels)[None, :, None]
+    half = (bounds - 1) * (1 - 1e-3) / 2
+    offset = np.where(bounds % 2 == 0, 0.5, 0.0)
+    squashed = np.tanh(encoded.double().numpy() + np.tan(offset / half)) * half - offset
+    digits = np.round(squashed) + bounds // 2
+    weights = np.cumprod([1, *levels[:-1]])[None, :, None]
+    expected = (digits * weights).sum(axis=1)
+    tied = (np.abs(squashed % 1 - 0.5) < TIE).any(axis=1)
+    assert tied.mean() < 0.01
+    assert (tokens == expected)[~tied].all()
+
+
+def test_the_gradient_passes_the_rounding_unchanged():
+    quantizer = GroupFiniteScalarQuantizer(2, [8, 7, 6, 6])
+    encoded = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    quantizer(encoded)[0].sum().backward()
+    got, encoded.grad = encoded.grad, None
+    # The derivative of the squashed value, as if nothing were rounded.
+    levels = quantizer.fsqs[0]
+    squashed = levels.compress(encoded.reshape(-1, 4, 5)) / (levels.num_levels // 2)
+    squashed.sum().backward()
+    torch.testing.assert_close(got, encoded.grad, rtol=1e-5, atol=1e-7)
+    assert got.abs().min() > 0
+
+
+def test_a_group_quantizer_is_its_quantizers_side_by_side():
+    group = GroupFiniteScalarQuantizer(3, [8, 7, 6, 6])
+    encoded = torch.randn(2, 12, 9)
+    codes, tokens = group(encoded)
+    assert tokens.shape == (3, 2, 9) and tokens.dtype == torch.int32
+    for index, fsq in enumerate(group.fsqs):
+        part_codes, part_tokens = fsq(encoded[:, 4 * index : 4 * index + 4])
+        assert torch.equal(codes[:, 4 * index : 4 * index + 4], part_codes)
+        assert torch.equal(tokens[index], part_tokens[0])
+    torch.testing.assert_close(group.decode(tokens), codes, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", [FiniteScalarQuantizer([8, 7, 6, 6]), GroupFiniteScalarQuantizer(2, [8, 7])])
+def test_results_after_a_length_are_zero_and_before_it_unchanged(quantizer):
+    encoded = torch.randn(3, 4, 6)
+    length = torch.tensor([6, 2, 0])
+    codes, tokens = quantizer(encoded, length)
+    all_codes, all_tokens = quantizer(encoded)
+    decoded, all_decoded = quantizer.decode(all_tokens, length), quantizer.decode(all_tokens)
+    for row, n in enumerate(length.tolist()):
+        assert torch.equal(codes[row, :, :n], all_codes[row, :, :n]) and not codes[row, :, n:].any()
+        assert torch.equal(tokens[:, row, :n], all_tokens[:, row, :n]) and not tokens[:, row, n:].any()
+        assert torch.equal(decoded[row, :, :n], all_decoded[row, :, :n]) and not decoded[row, :, n:].any()
+
+
+def test_quantization_is_fp32_inside_autocast():
+    quantizer = GroupFiniteScalarQuantizer(8, [8, 7, 6, 6])
+    encoded = torch.randn(1, 32, 200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = quantizer.encode(encoded)
+    assert torch.equal(tokens, quantizer.encode(encoded))

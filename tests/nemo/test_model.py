@@ -1,0 +1,411 @@
+"""NeMo's door: construction, restoring, state, the Hub, training hooks."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+
+import lightning.pytorch as pl
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from nemo.utils.app_state import AppState
+from omegaconf import OmegaConf
+
+import nemo_lfr
+from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from tests.checkpoint.test_checkpoint import HOSTILE
+from tests.hub_server import HubServer
+from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def nemo_file(tmp_path_factory):
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
+
+
+@pytest.fixture(scope="module")
+def wavlm_folder(tmp_path_factory):
+    """A tiny but real WavLM on disk: what `slm_model_name` may point to."""
+    from transformers import WavLMConfig, WavLMModel
+
+    folder = tmp_path_factory.mktemp("wavlm")
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    WavLMModel(WavLMConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def slm_config(wavlm_folder):
+    discriminators = [
+        {"_target_": MODULES + "MultiPeriodDiscriminator"},
+        {
+            "_target_": MODULES + "SLMDiscriminator",
+            "slm_model_name": str(wavlm_folder),
+            "slm_sr": 16000,
+            "input_sr": 22050,
+            "slm_hidden": 16,
+            "slm_layers": 3,
+            "initial_channel": 4,
+        },
+    ]
+    return codec_config(discriminator={"_target_": MODULES + "Discriminator", "discriminators": discriminators})
+
+
+@pytest.fixture(scope="module")
+def trained_file(tmp_path_factory, wavlm_folder):
+    """A file as stock 3.0 saves it after training: discriminators and, by mistake, WavLM inside."""
+    folder = tmp_path_factory.mktemp("stock")
+    tiny = write_nemo(folder / "tiny.nemo", codec_config())
+    model = StockModel(OmegaConf.create(slm_config(wavlm_folder)))
+    model.load_state_dict(stock_model(tiny).state_dict())
+    path = folder / "trained.nemo"
+    model.save_to(str(path))
+    assert any(".ssl_model." in key for key in model.state_dict()), "stock has stopped saving WavLM: update the text"
+    return path
+
+
+def test_a_training_checkpoint_opens_at_both_doors(tmp_path, trained_file):
+    """As Lightning writes it from stock NeMo: no code of it runs, and the tokens are the model's."""
+    stock = StockModel.restore_from(str(trained_file), map_location="cpu").eval()
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(stock)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    audio = speech_like(5000)
+    with torch.no_grad():
+        expected, _ = stock.encode(audio=audio[None], audio_len=torch.tensor([5000]))
+    light, _ = nemo_lfr.load(path, "cpu").encode(audio)
+    assert torch.equal(light, expected.int())
+    model = AudioCodecModel.restore_from(path, map_location="cpu")
+    tokens, _ = model.encode(audio=audio[None], audio_len=torch.tensor([5000]))
+    assert torch.equal(tokens, expected)
+
+
+def test_the_parts_are_the_light_doors_modules(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    assert type(model.audio_encoder) is HiFiGANEncoder
+    assert isinstance(model, StockModel)
+    assert nemo_lfr.LFRCodecModel is AudioCodecModel
+
+
+def test_a_file_with_wavlm_inside_restores_without_building_or_fetching_it(trained_file, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("inference must not build WavLM")
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", refuse)
+    model = AudioCodecModel.restore_from(trained_file, map_location="cpu")
+    assert model.discriminator is None
+    stock_tokens, _ = AudioCodecModel.restore_from(trained_file, map_location="cpu").encode(
+        speech_like(9000)[None], torch.tensor([9000])
+    )
+    assert torch.equal(model.encode(speech_like(9000)[None], torch.tensor([9000]))[0], stock_tokens)
+
+
+def test_saving_keeps_discriminators_that_were_never_built_and_drops_wavlm(trained_file, tmp_path):
+    model = AudioCodecModel.restore_from(trained_file, map_location="cpu")
+    saved = tmp_path / "again.nemo"
+    model.save_to(saved)
+    before, after = stock_model(trained_file).state_dict(), stock_model(saved).state_dict()
+    kept = [key for key in before if ".ssl_model." not in key]
+    assert sum(key.startswith("discriminator.") for key in kept) > 50
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    assert not any(".ssl_model." in key for key in AudioCodecModel.restore_from(saved).state_dict())
+
+
+def test_building_the_discriminator_gives_it_the_weights_of_the_file(trained_file):
+    model = AudioCodecModel.restore_from(trained_file, map_location="cpu")
+    stock = stock_model(trained_file).discriminator.state_dict()
+    expected = {key: value for key, value in stock.items() if ".ssl_model." not in key}
+    model.build_discriminator()
+    state = model.discriminator.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_a_nemo_with_our_targets_builds_in_stock_once_ours_is_imported():
+    values = codec_config()
+    values["audio_encoder"]["_target_"] = "nemo_lfr.modules.encoder.HiFiGANEncoder"
+    values["audio_decoder"]["_target_"] = "nemo_lfr.modules.decoder.HiFiGANDecoder"
+    values["vector_quantizer"]["_target_"] = "nemo_lfr.modules.quantizer.GroupFiniteScalarQuantizer"
+    model = StockModel(OmegaConf.create(values)).eval()
+    with torch.no_grad():
+        tokens, _ = model.encode(audio=speech_like(8192)[None], audio_len=torch.tensor([8192]))
+    assert tokens.shape == (1, 8, 8)
+
+
+def test_return_config_gives_the_files_own_config(nemo_file):
+    values = AudioCodecModel.restore_from(nemo_file, return_config=True)
+    assert values.sample_rate == 22050
+    assert values.audio_encoder._target_ == MODULES + "HiFiGANEncoder"
+
+
+def test_override_config_path_replaces_the_config(nemo_file, tmp_path):
+    values = AudioCodecModel.restore_from(nemo_file, return_config=True)
+    values.mel_loss_l1_scale = 7.0
+    OmegaConf.save(values, tmp_path / "other.yaml")
+    model = AudioCodecModel.restore_from(nemo_file, override_config_path=str(tmp_path / "other.yaml"))
+    assert model.mel_loss_l1_scale == 7.0
+
+
+def test_strict_names_the_missing_weight_and_not_strict_loads_the_rest(nemo_file):
+    state = AudioCodecModel.restore_from(nemo_file).state_dict()
+    key = "audio_encoder.pre_conv.conv.bias"
+    del state[key]
+    model = AudioCodecModel(OmegaConf.create(codec_config()))
+    with pytest.raises(CheckpointError, match=key):
+        model.load_state_dict(state)
+    result = model.load_state_dict(state, strict=False)
+    assert key in result.missing_keys
+
+
+def test_a_failed_restore_leaves_nemos_state_clean(nemo_file, tmp_path):
+    broken = tmp_path / "broken.nemo"
+    broken.write_bytes(nemo_file.read_bytes()[:50_000])
+    with pytest.raises(CheckpointError, match=r"broken\.nemo"):
+        AudioCodecModel.restore_from(broken)
+    values = AudioCodecModel.restore_from(nemo_file, return_config=True)
+    values.audio_encoder.bogus = 1
+    with pytest.raises(CheckpointError, match="bogus"):
+        AudioCodecModel.restore_from(nemo_file, override_config_path=values)
+    assert AppState().is_model_being_restored is False
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_hostile_file_is_refused_at_nemos_door_too(case, tmp_path):
+    make, match = HOSTILE[case]
+    path = tmp_path / "stranger.nemo"
+    path.write_bytes(make())
+    with pytest.raises(CheckpointError, match=match):
+        AudioCodecModel.restore_from(path, map_location="cpu")
+    assert AppState().is_model_being_restored is False
+
+
+@pytest.mark.parametrize("key", ["semantic_codec_path", "use_scl_loss"])
+def test_configs_that_would_open_paths_or_the_network_are_refused(key):
+    with pytest.raises(ConfigError, match=key):
+        AudioCodecModel(OmegaConf.create(codec_config(**{key: "somewhere"})))
+
+
+def test_the_cards_alias_is_listed_with_its_hub_location():
+    found = {info.pretrained_model_name: info for info in AudioCodecModel.list_available_models()}
+    assert "nvidia/low-frame-rate-speech-codec-22khz" in found["audio_codec_low_frame_rate_22khz"].location
+    assert len(found) > 1, "NeMo's own names must stay"
+
+
+def test_forward_gives_back_the_length_that_came_in(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    audio, audio_len = model(speech_like(5000)[None], torch.tensor([5000]))
+    assert audio.shape == (1, 5000)
+    assert audio_len.tolist() == [5000]
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22049, 22050, 24000, 44100, 48000.0, np.int64(16000)])
+def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rate):
+    """The same resampler for both, whatever the rates have in common: NeMo's takes minutes for 22,049 Hz."""
+    audio, lengths = torch.stack([speech_like(16000), speech_like(16000, 1)]), torch.tensor([16000, 9000])
+    expected, expected_len = nemo_lfr.load(nemo_file, device="cpu").encode(audio, lengths, rate)
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    tokens, tokens_len = model.encode(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert torch.equal(tokens, expected) and torch.equal(tokens_len, expected_len)
+    assert tokens_len.tolist() == [-(-math.ceil(count * 22050 / rate) // 1024) for count in (16000, 9000)]
+    with torch.no_grad():
+        encoded, encoded_len = model.encode_audio(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert torch.equal(model.quantize(encoded=encoded, encoded_len=encoded_len), expected)
+    decoded, decoded_len = model(audio=audio, audio_len=lengths, sample_rate=rate)
+    assert decoded_len.tolist() == [math.ceil(count * 22050 / rate) for count in (16000, 9000)]
+    assert decoded.shape == (2, max(decoded_len))
+
+
+def test_audio_with_a_gradient_is_not_resampled_in_silence(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    audio = speech_like(8000)[None].requires_grad_()
+    with pytest.raises(AudioError, match="16000 Hz carries a gradient"):
+        model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=16000)
+    encoded, _ = model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=22050)
+    encoded.sum().backward()
+    assert audio.grad is not None
+
+
+def test_gradients_flow_through_the_steps_that_training_uses(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu").train()
+    batch = {"audio": speech_like(16 * 1024)[None], "audio_lens": torch.tensor([16 * 1024])}
+    audio, audio_len, audio_gen, *_ = model._process_batch(batch)
+    loss, _ = model.mel_loss_fn(audio_real=audio, audio_gen=audio_gen, audio_len=audio_len)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.audio_encoder.parameters())
+
+
+def test_training_forward_equals_stock(nemo_file):
+    batch = {"audio": speech_like(2 * 16 * 1024).reshape(2, -1), "audio_lens": torch.tensor([16 * 1024] * 2)}
+    losses = []
+    for model in (stock_model(nemo_file), AudioCodecModel.restore_from(nemo_file, map_location="cpu")):
+        audio, audio_len, audio_gen, *_ = model.train()._process_batch(batch)
+        losses.append(model.mel_loss_fn(audio_real=audio, audio_gen=audio_gen, audio_len=audio_len)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # fp32 sums in another order
+
+
+def test_weights_load_beside_other_loss_resolutions_and_not_into_another_codec(nemo_file):
+    source = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    values = OmegaConf.to_container(source.cfg, resolve=True)
+    values |= {"loss_resolutions": [[128, 32, 128], [512, 128, 512]], "mel_loss_dims": [10, 40]}
+    model = AudioCodecModel(OmegaConf.create(values))
+    model.load_state_dict(source.state_dict())
+    audio, length = speech_like(5000)[None], torch.tensor([5000])
+    assert torch.equal(model.encode(audio, length)[0], source.encode(audio, length)[0])
+    values["audio_encoder"]["base_channels"] *= 2
+    with pytest.raises(CheckpointError, match=r"of another codec: .* instead of "):
+        AudioCodecModel(OmegaConf.create(values)).load_state_dict(source.state_dict(), strict=False)
+
+
+def test_accelerate_changes_a_stock_model_in_place_and_keeps_its_mode(nemo_file):
+    model = stock_model(nemo_file)
+    assert nemo_lfr.accelerate(model) is model
+    assert isinstance(model, AudioCodecModel)
+    assert not model.audio_encoder.training
+    assert nemo_lfr.accelerate(model) is model
+
+
+@pytest.mark.parametrize("what", [None, "codec.nemo", torch.nn.Identity(), AudioCodecModel])
+def test_accelerate_says_what_it_takes(what):
+    with pytest.raises(ConfigError, match=f"{type(what).__name__} is no AudioCodecModel of NeMo's"):
+        nemo_lfr.accelerate(what)
+
+
+@pytest.mark.parametrize("rate", [0, -5, "16000", float("nan"), float("inf"), True, 99, 10**7])
+@pytest.mark.parametrize("method", ["encode", "encode_audio", "forward", "standalone"])
+def test_a_sample_rate_that_is_none_is_named(nemo_file, rate, method):
+    codec = (
+        nemo_lfr.load(nemo_file, device="cpu") if method == "standalone" else AudioCodecModel.restore_from(nemo_file)
+    )
+    call = codec.encode if method == "standalone" else getattr(codec, method)
+    with pytest.raises(AudioError, match=f"sample_rate {rate!r} is not a number of Hz"):
+        call(audio=torch.zeros(1, 2000), audio_len=torch.tensor([2000]), sample_rate=rate)
+
+
+def test_accelerate_of_a_subclass_replaces_the_parts_only(nemo_file):
+    class Mine(StockModel):
+        pass
+
+    model = Mine.restore_from(str(nemo_file), map_location="cpu").eval()
+    model.__class__ = Mine
+    expected, _ = model.encode(audio=speech_like(8192)[None], audio_len=torch.tensor([8192]))
+    nemo_lfr.accelerate(model)
+    assert type(model) is Mine
+    assert type(model.audio_encoder) is HiFiGANEncoder
+    tokens, _ = model.encode(audio=speech_like(8192)[None], audio_len=torch.tensor([8192]))
+    assert torch.equal(tokens, expected)
+
+
+def test_magpies_habits_work(nemo_file):
+    """Magpie-TTS deletes the discriminator and freezes the codec; a duplex model encodes under autocast."""
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    del model.discriminator
+    model.freeze()
+    audio = speech_like(8192)[None]
+    tokens, _ = model.encode(audio=audio, audio_len=torch.tensor([8192]))
+    assert tokens.shape == (1, 8, 8)
+    assert model.num_codebooks == 8
+    assert model.codebook_size == 2016
+
+
+def test_tokens_can_be_saved_and_loaded_with_weights_only(nemo_file, tmp_path):
+    # Stock's results carry a NeuralType that a safe load refuses.
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    tokens, _ = model.encode(speech_like(8192)[None], torch.tensor([8192]))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    assert torch.equal(torch.load(tmp_path / "tokens.pt", weights_only=True), tokens)
+
+
+def test_save_to_leaves_the_old_file_when_it_fails(nemo_file, tmp_path, monkeypatch):
+    path = tmp_path / "model.nemo"
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
+    model.save_to(path)
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(StockModel, "save_to", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_to(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.nemo"]
+
+
+def test_the_config_of_the_caller_is_not_changed():
+    values = OmegaConf.create(codec_config())
+    before = copy.deepcopy(values)
+    AudioCodecModel(values)
+    assert values == before
+
+
+CARD = """
+import json, sys
+import librosa
+import torch
+from nemo_lfr import AudioCodecModel  # on the card: from nemo.collections.tts.models import AudioCodecModel
+model_name = "nvidia/low-frame-rate-speech-codec-22khz"
+path_to_input_audio = sys.argv[1]
+nemo_codec_model = AudioCodecModel.from_pretrained(model_name).eval()
+audio, _ = librosa.load(path_to_input_audio, sr=nemo_codec_model.sample_rate)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+audio_tensor = torch.from_numpy(audio).unsqueeze(dim=0).to(device)
+audio_len = torch.tensor([audio_tensor[0].shape[0]]).to(device)
+with torch.no_grad():
+    encoded_tokens, encoded_len = nemo_codec_model.encode(audio=audio_tensor, audio_len=audio_len)
+    reconstructed_audio, _ = nemo_codec_model.decode(tokens=encoded_tokens, tokens_len=encoded_len)
+output_audio = reconstructed_audio.cpu().numpy()
+print(json.dumps(encoded_tokens.tolist()))
+"""
+
+START = """
+import sys
+from omegaconf import OmegaConf
+from nemo_lfr import AudioCodecModel
+import torch
+source = AudioCodecModel.restore_from(sys.argv[1], map_location="cpu")
+model = AudioCodecModel(source.cfg)
+differ = lambda: [key for key, value in source.state_dict().items() if not torch.equal(value, model.state_dict()[key])]
+assert differ()
+name = "nvidia/low-frame-rate-speech-codec-22khz"
+model.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_pretrained_model": name}))
+assert not differ()
+"""
+
+
+def test_the_cards_snippet_runs_from_the_hub_cold_then_cached_then_offline(nemo_file, tmp_path):
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, speech_like(12_000).numpy(), 22050, subtype="FLOAT")
+    name = "nvidia/low-frame-rate-speech-codec-22khz"
+    expected, _ = nemo_lfr.load(nemo_file, device="cpu").encode(speech_like(12_000))
+    with HubServer({name: {"low-frame-rate-speech-codec-22khz.nemo": nemo_file}}) as hub:
+        cold, cached, offline = (
+            hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT), **more)
+            for more in ({}, {}, {"HF_HUB_OFFLINE": "1"})
+        )
+        for environment, downloads in ((cold, True), (cached, False), (offline, False)):
+            hub.requests.clear()
+            run = subprocess.run(
+                [sys.executable, "-c", CARD, clip], env=environment, capture_output=True, text=True, cwd=tmp_path
+            )
+            assert run.returncode == 0, run.stderr[-2000:]
+            assert json.loads(run.stdout.strip().splitlines()[-1]) == expected.tolist()
+            assert any(request.startswith("GET") for request in hub.requests) == downloads
+            assert ("non-commercial" in run.stderr + run.stdout) == downloads
+        # A new model starts from the same download by its name, as NeMo's configs may ask.
+        run = subprocess.run(
+            [sys.executable, "-c", START, nemo_file], env=offline, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert run.returncode == 0, run.stderr[-2000:]

@@ -1,0 +1,554 @@
+"""What NeMo's own models do with a codec: their code runs on our model, on an accelerated stock one, and agrees."""
+
+import contextlib
+import copy
+import inspect
+import io
+import pickle
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("nemo", reason="these tests run NeMo's code: pip install 'nemo-lfr[nemo]'")
+
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from nemo.collections.tts.modules.audio_codec_modules import GroupFiniteScalarQuantizer, VectorQuantizerIndexConverter
+from omegaconf import OmegaConf, open_dict
+
+import nemo_lfr
+from nemo_lfr import AudioCodecModel, CheckpointError, ConfigError, TokensError, accelerate
+from nemo_lfr.codec.streaming import push_encoders
+from nemo_lfr.modules.encoder import HiFiGANEncoder
+from tests.models import KINDS, MODULES, codec_config, speech_like, stock_model, write_nemo
+
+AUDIO, LENGTHS = torch.stack([speech_like(9000), speech_like(9000, 1)]), torch.tensor([9000, 9000])
+DISCRIMINATOR = {
+    "_target_": MODULES + "Discriminator",
+    "discriminators": [{"_target_": MODULES + "MultiPeriodDiscriminator"}],
+}
+
+
+@pytest.fixture(scope="module")
+def nemo_file(tmp_path_factory):
+    return write_nemo(tmp_path_factory.mktemp("callers") / "tiny.nemo", codec_config())
+
+
+@pytest.fixture(scope="module")
+def expected(nemo_file):
+    """Stock's tokens."""
+    with torch.no_grad():
+        return stock_model(nemo_file).encode(audio=AUDIO, audio_len=LENGTHS)[0]
+
+
+def tokens_of(model):
+    with torch.no_grad():
+        return model.encode(audio=AUDIO, audio_len=LENGTHS)[0]
+
+
+def ours(path):
+    return AudioCodecModel.restore_from(path, map_location="cpu")
+
+
+def deleted(model):
+    del model.discriminator
+    return model
+
+
+def compiled(model, *names):
+    for name in names:
+        setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+    return model
+
+
+MODELS = {
+    "ours": ours,
+    "accelerated": lambda path: accelerate(stock_model(path)),
+    "accelerated after del": lambda path: accelerate(deleted(stock_model(path))),
+    "accelerated before del": lambda path: deleted(accelerate(stock_model(path))),
+    "accelerated, compiled before": lambda path: accelerate(
+        compiled(stock_model(path), "audio_encoder", "audio_decoder", "vector_quantizer")
+    ),
+    "accelerated through torch.compile": lambda path: accelerate(torch.compile(stock_model(path), backend="eager")),
+    "ours, compiled": lambda path: compiled(ours(path), "audio_encoder", "audio_decoder"),
+    "ours, plain weights": lambda path: without_norm(ours(path)),
+    "copy": lambda path: copy.copy(ours(path)),
+    "deep copy": lambda path: copy.deepcopy(accelerate(stock_model(path))),
+    "pickled": lambda path: pickle.loads(pickle.dumps(ours(path))),
+    "torch.save": lambda path: saved(accelerate(stock_model(path))),
+    "torch.save after del": lambda path: saved(deleted(ours(path))),
+}
+
+
+def without_norm(model):
+    model.audio_encoder.remove_weight_norm()
+    model.audio_decoder.remove_weight_norm()
+    return model
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_model_has_stocks_tokens_and_saves_what_stock_opens(nemo_file, expected, tmp_path, kind):
+    model = MODELS[kind](nemo_file)
+    assert torch.equal(tokens_of(model), expected)
+    names = set(getattr(model, "_orig_mod", model).state_dict())
+    assert names == set(stock_model(nemo_file).state_dict())
+    model.save_to(str(tmp_path / "saved.nemo"))
+    assert b"_orig_mod" not in (tmp_path / "saved.nemo").read_bytes()
+    assert torch.equal(tokens_of(stock_model(tmp_path / "saved.nemo")), expected)
+    assert torch.equal(tokens_of(ours(tmp_path / "saved.nemo")), expected)
+
+
+WRAPPINGS = {
+    "DDP": lambda key: f"module.{key}",
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "both": lambda key: f"_orig_mod.module.{key}",
+    "parts": lambda key: key.replace("audio_encoder.", "audio_encoder._orig_mod."),
+    "layers": lambda key: key.replace(".pre_conv.", ".pre_conv.module."),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("target", ["ours", "ours, compiled", "ours, plain weights", "accelerated"])
+def test_wrapped_names_load_into_every_model(nemo_file, expected, wrapping, target):
+    model = MODELS[target](nemo_file)
+    state = {WRAPPINGS[wrapping](key): value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(state)
+    assert torch.equal(tokens_of(model), expected)
+
+
+@pytest.mark.parametrize("target", ["ours", "ours, compiled"])
+def test_as_a_part_of_another_module_it_writes_and_reads_plain_names(nemo_file, expected, target):
+    state = torch.nn.ModuleDict({"codec": MODELS["ours, compiled"](nemo_file)}).state_dict()
+    assert "_orig_mod" not in str(list(state)) + str(state._metadata)
+    assert all(key.startswith("codec.") for key in state)
+    model = MODELS[target](nemo_file)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.nn.ModuleDict({"codec": model}).load_state_dict(state)
+    assert torch.equal(tokens_of(model), expected)
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("training", [False, True])
+def test_accelerate_keeps_parameters_dtype_mode_and_gradients(nemo_file, dtype, training):
+    model = stock_model(nemo_file).to(dtype).train(training)
+    model.audio_encoder.requires_grad_(False)
+    before = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+    accelerate(model)
+    after = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
+    assert after == before  # an optimizer that was made before goes on
+    assert {value.dtype for value in model.parameters()} == {dtype}
+    assert all(module.training == training for module in model.audio_encoder.modules())
+
+
+def other_channels(model):
+    model.cfg.audio_encoder.base_channels = 8
+
+
+def other_levels(model):
+    model.cfg.vector_quantizer.num_levels_per_group = [6, 7, 8, 6]
+
+
+def unknown_class(model):
+    model.cfg.audio_decoder._target_ = MODULES + "ResNetDecoder"
+
+
+def another_decoder(model):
+    model.audio_decoder = torch.nn.Linear(2, 2)
+
+
+def speaker_loss(model):
+    with open_dict(model.cfg):
+        model.cfg.use_scl_loss = True
+
+
+@pytest.mark.parametrize("spoil", [other_channels, other_levels, unknown_class, another_decoder, speaker_loss])
+@pytest.mark.parametrize("has_discriminator", [True, False])
+def test_a_refused_accelerate_leaves_the_object_as_it_was(nemo_file, expected, spoil, has_discriminator):
+    model = stock_model(nemo_file)
+    model.audio_encoder.requires_grad_(False)
+    if not has_discriminator:
+        del model.discriminator
+    spoil(model)
+
+    def picture():
+        gradients = [(id(value), value.requires_grad) for value in model.parameters()]
+        return type(model), set(vars(model)), [id(module) for module in model.modules()], gradients
+
+    before = picture()
+    for _ in range(2):
+        with pytest.raises(ConfigError):
+            accelerate(model)
+        assert picture() == before
+    assert torch.equal(tokens_of(model), expected)
+    model.state_dict()
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def no_encoder(model):
+    model.audio_encoder = None
+    return model
+
+
+def deleted_quantizer(model):
+    del model.vector_quantizer
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(on_meta, "meta device"), (no_encoder, "audio_encoder is None"), (deleted_quantizer, "vector_quantizer is None")],
+)
+def test_a_model_without_weights_to_keep_is_refused_in_words(nemo_file, spoil, message):
+    model = spoil(stock_model(nemo_file))
+    with pytest.raises(ConfigError, match=message):
+        accelerate(model)
+    assert type(model) is StockModel
+
+
+def copied(model):
+    del model.training_step  # NeMo's proxy cannot be copied
+    return copy.deepcopy(model)
+
+
+def with_its_own_step(model):
+    model.training_step = lambda *_: "the caller's"
+    return model
+
+
+@pytest.mark.parametrize("prepare", [copied, with_its_own_step])
+def test_accelerate_takes_a_model_whatever_its_training_step_is(nemo_file, expected, prepare):
+    model = accelerate(prepare(stock_model(nemo_file)))
+    assert type(model) is AudioCodecModel
+    assert torch.equal(tokens_of(model), expected)
+    assert prepare is copied or model.training_step() == "the caller's"
+
+
+def test_accelerate_keeps_the_mode_of_every_layer(nemo_file):
+    model = stock_model(nemo_file).train()
+    model.audio_decoder.res_layers[0].eval()
+    model.audio_encoder.eval()
+    accelerate(model)
+    assert model.training and model.audio_decoder.training and model.audio_decoder.res_layers[1].training
+    assert not model.audio_decoder.res_layers[0].training
+    assert not any(module.training for module in model.audio_encoder.modules())
+
+
+def under_bf16_default():
+    @contextlib.contextmanager
+    def state():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return state()
+
+
+STATES = {
+    "meta": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "bf16": under_bf16_default,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kind", ["accelerated", "pickled"])
+def test_models_are_built_alike_whatever_the_callers_state(nemo_file, expected, state, kind):
+    model = stock_model(nemo_file) if kind == "accelerated" else pickle.dumps(ours(nemo_file))
+    with STATES[state]():
+        model = accelerate(model) if kind == "accelerated" else pickle.loads(model)
+    assert torch.equal(tokens_of(model), expected)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def other_codebook(state):
+    return state | {"vector_quantizer.fsqs.3.num_levels": state["vector_quantizer.fsqs.3.num_levels"].roll(1, 1)}
+
+
+STRANGE = {
+    "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass what is under that name"),
+    "number": (lambda state: state | {"audio_encoder.epoch": 5}, "audio_encoder.epoch, but int"),
+    "numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, "but ndarray"),
+    "meta": (lambda state: {key: value.to("meta") for key, value in state.items()}, "but a meta tensor"),
+    "name": (lambda state: state | {5: torch.zeros(1)}, "has 5 for a name"),
+    "none": (lambda state: None, "is NoneType"),
+    "path": (lambda state: "codec.nemo", "is str"),
+    "list": (lambda state: list(state.items()), "is list"),
+    "empty": (lambda state: {}, "lacks weights"),
+    "levels": (other_codebook, "of another codec: vector_quantizer.fsqs.3.num_levels"),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_what_is_no_state_dict_of_this_codec_is_named_and_changes_nothing(nemo_file, expected, strange):
+    change, message = STRANGE[strange]
+    model = ours(nemo_file)
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(change(model.state_dict()))
+    assert torch.equal(tokens_of(model), expected)
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"])
+def test_names_of_any_wrapper_are_understood(nemo_file, expected, wrapper):
+    state = ours(nemo_file).state_dict()
+    model = AudioCodecModel(OmegaConf.create(codec_config())).eval()
+    model.load_state_dict(
+        {f"{wrapper}.{key}".replace("res_layers.", f"res_layers.{wrapper}."): value for key, value in state.items()}
+    )
+    assert torch.equal(tokens_of(model), expected)
+
+
+def test_streams_of_one_model_are_pushed_together(nemo_file):
+    model = ours(nemo_file)
+    streams = [model.codec.stream_encoder() for _ in range(2)]
+    given = push_encoders(streams, list(AUDIO.numpy()))
+    assert torch.equal(torch.from_numpy(given[0]), tokens_of(model)[0, :, : given[0].shape[1]])
+    codec = model.codec
+    assert copy.copy(model).codec is not codec and copy.deepcopy(model).codec.encoder is not codec.encoder
+    model.audio_encoder = copy.deepcopy(model.audio_encoder)
+    assert model.codec is not codec and model.codec.encoder is model.audio_encoder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("folder.nemo", "is a folder"), ("file/codec.nemo", "cannot be written")]
+)
+def test_a_path_that_cannot_be_written_is_named(nemo_file, tmp_path, name, message):
+    (tmp_path / "folder.nemo").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
+        ours(nemo_file).save_to(str(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.nemo"]
+
+
+@pytest.mark.parametrize("path", ["", None, 5, b"codec.nemo"])
+def test_what_is_no_path_is_named(nemo_file, path):
+    with pytest.raises(CheckpointError, match="save_path is"):
+        ours(nemo_file).save_to(path)
+
+
+def test_deleting_the_discriminator_frees_its_weights(nemo_file, tmp_path, expected):
+    stock = StockModel(OmegaConf.create(codec_config(discriminator=DISCRIMINATOR)))
+    stock.load_state_dict(stock_model(nemo_file).state_dict())
+    path = tmp_path / "trained.nemo"
+    stock.save_to(str(path))
+    for model in (ours(path), accelerate(stock_model(path))):
+        assert any(key.startswith("discriminator.") for key in model.state_dict())
+        del model.discriminator
+        assert not hasattr(model, "discriminator")
+        assert not any(key.startswith("discriminator.") for key in model.state_dict())
+        model.load_state_dict(stock.state_dict())
+        assert not any(key.startswith("discriminator.") for key in model.state_dict())
+        assert torch.equal(tokens_of(model), expected)
+
+
+# Converted codebooks
+
+
+@pytest.mark.parametrize("kind", ["ours", "accelerated after del", "accelerated, compiled before", "pickled"])
+@pytest.mark.parametrize("new", ["NeMo's", "ours"])
+def test_codebooks_are_regrouped_as_by_stock_and_back(nemo_file, kind, new):
+    levels = {"num_groups": 4, "num_levels_per_group": [8, 7, 6, 6, 8, 7, 6, 6]}
+    regrouped = {"NeMo's": GroupFiniteScalarQuantizer, "ours": nemo_lfr.modules.quantizer.GroupFiniteScalarQuantizer}
+    tokens = torch.randint(0, 2016, (2, 8, 20), generator=torch.Generator().manual_seed(0))
+    tokens[0] = 2015
+    lengths = torch.tensor([20, 13])
+    converters = [
+        VectorQuantizerIndexConverter(quantizer, target(**levels))
+        for quantizer, target in (
+            (stock_model(nemo_file).vector_quantizer, GroupFiniteScalarQuantizer),
+            (MODELS[kind](nemo_file).vector_quantizer, regrouped[new]),
+        )
+    ]
+    there = [converter.convert_original_to_new(audio_tokens=tokens, audio_lens=lengths) for converter in converters]
+    assert torch.equal(*there)
+    back = [converter.convert_new_to_original(audio_tokens=there[0], audio_lens=lengths) for converter in converters]
+    assert torch.equal(*back)
+    assert torch.equal(back[0][0], tokens[0].int()) and torch.equal(back[0][1, :, :13], tokens[1, :, :13].int())
+
+
+def test_codes_of_another_dimension_are_named(nemo_file):
+    quantizer = ours(nemo_file).vector_quantizer
+    with pytest.raises(TokensError, match=r"codes have shape \[1, 31, 5\]; this quantizer takes \[B, 32, T\]"):
+        quantizer.codes_to_indices(codes=torch.zeros(1, 31, 5), input_len=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("levels", [[8, 7, 6, 6], [2, 3], [5, 5, 5, 5, 5, 5], [36, 37]])
+def test_the_steps_of_fsq_are_stocks(levels):
+    from nemo.collections.tts.modules.audio_codec_modules import FiniteScalarQuantizer as StockFSQ
+
+    from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
+
+    stock, mine = StockFSQ(levels), FiniteScalarQuantizer(levels)
+    inputs = torch.randn(2, len(levels), 50, generator=torch.Generator().manual_seed(1)) * 2
+    lengths = torch.tensor([50, 50])
+    codes = stock.inputs_to_codes(inputs=inputs, input_len=lengths)
+    assert torch.equal(mine.inputs_to_codes(inputs=inputs, input_len=lengths), codes)
+    assert torch.equal(mine.compress(inputs=inputs, input_len=lengths), stock.compress(inputs, lengths))
+    assert torch.equal(mine.round(inputs=inputs, input_len=lengths), stock.round(inputs, lengths))
+    digits = stock.codes_to_nonnegative(codes)
+    assert torch.equal(mine.codes_to_nonnegative(codes), digits)
+    assert torch.equal(mine.nonnegative_to_codes(digits), stock.nonnegative_to_codes(digits))
+    assert torch.equal(mine.codebook, stock.codebook)
+    tokens = mine.codes_to_indices(codes)
+    assert torch.equal(tokens, mine.encode(inputs)[0])
+    # Stock cuts off where it should round, so its index may be that of a neighbor for levels that are no power of 2.
+    if max(levels) <= 8:
+        assert torch.equal(tokens, stock.codes_to_indices(codes))
+
+
+# NeuralModule's methods
+
+SECTIONS = ["audio_encoder", "audio_decoder", "vector_quantizer", "vector_quantizer.fsqs.0"]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_freezing_follows_nemos_rules(nemo_file, section):
+    def states(model):
+        module = model.get_submodule(section)
+        seen = []
+
+        def look():
+            gradients = tuple(parameter.requires_grad for parameter in module.parameters())
+            seen.append((module.training, module.num_weights, gradients))
+
+        for parameter in list(module.parameters())[::2]:
+            parameter.requires_grad_(False)
+        look()
+        with module.as_frozen():
+            look()
+        look()
+        module.freeze()
+        module.freeze()
+        look()
+        module.unfreeze(partial=True)
+        look()
+        with pytest.raises(ValueError, match="freez"):
+            module.unfreeze(partial=True)
+        module.unfreeze()
+        look()
+        return seen
+
+    assert states(ours(nemo_file)) == states(stock_model(nemo_file))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
+def test_modules_have_nemos_types(tmp_path, section, kind):
+    path = write_nemo(tmp_path / "kind.nemo", codec_config(kind))
+    mine, stock = ours(path).get_submodule(section), stock_model(path).get_submodule(section)
+    for direction in ("input_types", "output_types"):
+        assert str(getattr(mine, direction)) == str(getattr(stock, direction))
+
+
+# Why ours lack these names, which every NeuralModule has. The models have them; see `LFRCodecModel`.
+FILES = dict.fromkeys(("save_to", "restore_from"), "NeMo raises NotImplementedError: only models are files")
+CONFIGS = dict.fromkeys(
+    ("from_config_dict", "from_config_file", "to_config_dict", "to_config_file"),
+    "modules are built from plain arguments; the model keeps their config",
+)
+LACKING = FILES | CONFIGS
+
+
+@pytest.mark.parametrize("section", ["", *SECTIONS])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in ("symmetric", "causal", "nano")])
+def test_every_public_name_of_stock_is_there_or_its_absence_has_a_reason(tmp_path, section, kind):
+    path = write_nemo(tmp_path / "kind.nemo", codec_config(kind))
+    mine, stock = ours(path).get_submodule(section), stock_model(path).get_submodule(section)
+    lacking = {name for name in dir(stock) if not name.startswith("_")} - set(dir(mine))
+    assert lacking == (set(LACKING) if section else set())
+    for name in set(dir(stock)) - lacking:
+        method = getattr(type(stock), name, None)
+        if inspect.isfunction(inspect.unwrap(method)) and not name.startswith("_") and hasattr(type(mine), name):
+            arguments = inspect.signature(getattr(mine, name)).parameters
+            if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+                named = {
+                    key
+                    for key, value in inspect.signature(getattr(stock, name)).parameters.items()
+                    if value.kind not in (value.VAR_KEYWORD, value.VAR_POSITIONAL)
+                }
+                assert named <= set(arguments), f"{name} takes other keywords"
+
+
+# The loading code of NeMo's models, as it stands in the installed NeMo
+
+
+def lines_between(function, first, last):
+    """The source of a function from one line to another, both included, as a block of its own."""
+    source = inspect.getsource(function)
+    begin = source.rindex("\n", 0, source.index(first)) + 1
+    end = source.index("\n", source.index(last, begin))
+    return textwrap.dedent(source[begin:end])
+
+
+@pytest.mark.parametrize("caller", ["Magpie", "EasyMagpie"])
+@pytest.mark.parametrize("new_quantizer", [None, {"num_groups": 4, "num_levels_per_group": [8, 7, 6, 6, 8, 7, 6, 6]}])
+def test_magpies_loading_code_runs_on_ours(nemo_file, expected, caller, new_quantizer):
+    from nemo.collections.tts.models import easy_magpietts_inference, magpietts
+    from nemo.collections.tts.modules.magpietts_modules import CodecHelper
+
+    module, model_class = {
+        "Magpie": (magpietts, magpietts.MagpieTTSModel),
+        "EasyMagpie": (easy_magpietts_inference, easy_magpietts_inference.EasyMagpieTTSInferenceModel),
+    }[caller]
+    if new_quantizer:
+        new_quantizer = {"_target_": MODULES + "GroupFiniteScalarQuantizer"} | new_quantizer
+    config = OmegaConf.create({"codecmodel_path": str(nemo_file), "vector_quantizer": new_quantizer})
+    me = SimpleNamespace()
+    names = vars(module) | {"AudioCodecModel": AudioCodecModel, "cfg": config, "self": me}
+    code = lines_between(model_class.__init__, "codec_model_path = cfg.get", "codec_converter = None")
+    exec(code, names)
+    assert (me.sample_rate, me.output_sample_rate) == (22050, 22050)
+    assert (names["num_audio_codebooks"], names["data_num_audio_codebooks"]) == (4 if new_quantizer else 8, 8)
+    codec, converter = names["codec_model"], names["codec_converter"]
+    assert type(codec.audio_encoder) is HiFiGANEncoder
+    codec.freeze()
+    helper = CodecHelper(codec, converter)
+    codes, codes_len = helper.audio_to_codes(AUDIO, LENGTHS)
+    assert torch.equal(codes, expected)
+    resampled, _ = helper.audio_to_codes(AUDIO, LENGTHS, sample_rate=44100)
+    assert resampled.shape[2] == 5
+    if converter is not None:
+        codes = converter.convert_original_to_new(audio_tokens=codes, audio_lens=codes_len)
+    audio, audio_len, decoded = helper.codes_to_audio(codes, codes_len)
+    assert torch.equal(decoded, expected)
+    assert audio_len.tolist() == [9 * 1024] * 2 and audio.shape == (2, 9 * 1024)
+
+
+@pytest.mark.parametrize("kind", ["ours", "accelerated"])
+def test_speechlm2_sets_up_its_codec(nemo_file, expected, monkeypatch, kind):
+    pretrained = pytest.importorskip("nemo.collections.speechlm2.parts.pretrained")
+    if kind == "ours":
+        monkeypatch.setattr(pretrained, "AudioCodecModel", AudioCodecModel)
+    model = torch.nn.Module()
+    model.cfg = OmegaConf.create({"pretrained_audio_codec": str(nemo_file)})
+    pretrained.setup_audio_codec(model)
+    if kind == "accelerated":
+        accelerate(model.audio_codec)
+    codec = model.audio_codec
+    pretrained.setup_audio_codec(model)
+    assert model.audio_codec is codec, "it is set up already"
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    quantizer = codec.vector_quantizer
+    assert (quantizer.codebook_size, quantizer.num_groups, quantizer.codebook_dim_per_group) == (2016, 8, 4)
+    assert torch.equal(tokens_of(codec), expected)

@@ -1,0 +1,130 @@
+"""Checkpoints of a killed training: put in place whole, and tidied before the next run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nemo_lfr.nemo.resume import WholeCheckpoints, tidy_checkpoints, tidy_experiment
+
+
+def make(folder, *names):
+    folder.mkdir(parents=True)
+    for age, name in enumerate(names):
+        (folder / name).write_bytes(name.encode())
+        os.utime(folder / name, (age, age))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["e=0-last.ckpt", "e=1-last.ckpt", "e=1-last-unfinished"], {"e=0-last.ckpt": "e=0-last.ckpt"}),
+        (["e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished"], {"e=0.ckpt": "e=0.ckpt", "e=0-last.ckpt": "e=0.ckpt"}),
+        (["e=0-last.ckpt", "e=1-last.ckpt", "e=2-unfinished", "e=2.ckpt"], {"e=1-last.ckpt": "e=1-last.ckpt"}),
+        (["e=0-last.ckpt", "e=0-last-unfinished"], {}),
+        (["e=0-last.ckpt", "e=1-last-unfinished"], {"e=0-last.ckpt": "e=0-last.ckpt"}),
+        (["e=0-last.ckpt", "e=1.ckpt"], {"e=0-last.ckpt": "e=0-last.ckpt", "e=1.ckpt": "e=1.ckpt"}),
+        (["e=0-last.ckpt", "e=1.ckpt.01234567.part"], {"e=0-last.ckpt": "e=0-last.ckpt"}),
+    ],
+)
+def test_the_last_whole_checkpoint_is_what_the_next_run_finds(tmp_path, files, expected):
+    make(tmp_path / "run" / "checkpoints", *files)
+    tidy_checkpoints(tmp_path / "run")
+    assert {path.name: path.read_text() for path in (tmp_path / "run" / "checkpoints").iterdir()} == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "cut", "expected"),
+    [  # of the files, oldest first, those that are cut; what is left, and from which file
+        (["e=0.ckpt", "e=0-last.ckpt"], [], {"e=0.ckpt": "e=0.ckpt", "e=0-last.ckpt": "e=0-last.ckpt"}),
+        (["e=0.ckpt", "e=0-last.ckpt"], ["e=0-last.ckpt"], {"e=0.ckpt": "e=0.ckpt", "e=0-last.ckpt": "e=0.ckpt"}),
+        (["e=0-last.ckpt", "e=1-last.ckpt"], [], {"e=1-last.ckpt": "e=1-last.ckpt"}),
+        (["e=1-last.ckpt", "e=0-last.ckpt"], [], {"e=0-last.ckpt": "e=0-last.ckpt"}),
+        (["e=0.ckpt"], [], {"e=0-last.ckpt": "e=0.ckpt"}),
+        (["e=0.ckpt"], ["e=0.ckpt"], {}),
+        (["e=0-last.ckpt", "e=0.ckpt"], ["e=0.ckpt"], {"e=0-last.ckpt": "e=0-last.ckpt"}),
+        (  # averaged weights: two files are one checkpoint
+            ["e=0.ckpt", "e=0-EMA.ckpt", "e=0-last.ckpt"],
+            [],
+            {
+                "e=0.ckpt": "e=0.ckpt",
+                "e=0-EMA.ckpt": "e=0-EMA.ckpt",
+                "e=0-last.ckpt": "e=0.ckpt",
+                "e=0-last-EMA.ckpt": "e=0-EMA.ckpt",
+            },
+        ),
+        (
+            ["e=0-last.ckpt", "e=0-last-EMA.ckpt", "e=1-last.ckpt", "e=1-last-EMA.ckpt"],
+            ["e=1-last-EMA.ckpt"],
+            {"e=0-last.ckpt": "e=0-last.ckpt", "e=0-last-EMA.ckpt": "e=0-last-EMA.ckpt"},
+        ),
+    ],
+)
+def test_a_marked_checkpoint_that_is_whole_is_not_lost(tmp_path, files, cut, expected):
+    """The newest is marked: the run was killed before or after it was put in place."""
+    for age, name in enumerate(files):
+        torch.save({"value": name}, tmp_path / name)
+        if name in cut:
+            (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
+        os.utime(tmp_path / name, (age, age))
+    (tmp_path / (files[-1].removesuffix(".ckpt").removesuffix("-EMA") + "-unfinished")).touch()
+    tidy_experiment({"resume_if_exists": True, "checkpoint_callback_params": {"dirpath": str(tmp_path)}})
+    assert {path.name: torch.load(path)["value"] for path in tmp_path.iterdir()} == expected
+
+
+def test_an_unfinished_folder_stays_marked(tmp_path):
+    make(tmp_path / "checkpoints", "e=0-last-unfinished")
+    (tmp_path / "checkpoints" / "e=0-last").mkdir()
+    tidy_checkpoints(tmp_path)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "settings"),
+    [
+        ("E/N/checkpoints", {"exp_dir": "E", "name": "N"}),
+        ("E/default/checkpoints", {"exp_dir": "E", "name": None}),
+        ("nemo_experiments/N/checkpoints", {"name": "N"}),
+        ("E/N/v1/checkpoints", {"exp_dir": "E", "name": "N", "version": "v1"}),
+        ("L/checkpoints", {"explicit_log_dir": "L", "exp_dir": "E"}),
+        ("D", {"exp_dir": "E", "checkpoint_callback_params": {"dirpath": "D"}}),
+    ],
+)
+@pytest.mark.parametrize("resumes", [True, False])
+def test_the_folder_that_nemo_looks_into_is_tidied_if_it_resumes(folder, settings, resumes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / folder, "e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished")
+    tidy_experiment({**settings, "resume_if_exists": resumes})
+    left = {path.name for path in (tmp_path / folder).iterdir()}
+    assert left == ({"e=0.ckpt", "e=0-last.ckpt"} if resumes else {"e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished"})
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"resume_if_exists": True}])
+def test_where_there_is_nothing_to_resume_nothing_happens(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tidy_experiment(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path):
+    for value in (1, 2):
+        WholeCheckpoints().save_checkpoint({"value": value}, str(tmp_path / "new" / "a.ckpt"))
+    assert torch.load(tmp_path / "new" / "a.ckpt") == {"value": 2}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit")
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    script = """
+import resource, signal, sys, torch
+from nemo_lfr.nemo.resume import WholeCheckpoints
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+WholeCheckpoints().save_checkpoint({"value": torch.zeros(100_000)}, sys.argv[1])
+"""
+    (tmp_path / "a.ckpt").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.ckpt"], capture_output=True)
+    assert done.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"] and (tmp_path / "a.ckpt").read_bytes() == b"old"

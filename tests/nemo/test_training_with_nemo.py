@@ -1,0 +1,621 @@
+"""A training step against stock NeMo's: same weights, same batch, same losses, same updates."""
+
+import copy
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
+
+import lightning.pytorch as pl
+from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
+from omegaconf import OmegaConf, open_dict
+
+from nemo_lfr import AudioCodecModel, ConfigError
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.nemo.training import Average
+from nemo_lfr.pretrained import embedded_checkpoint
+from nemo_lfr.signal import spectra
+from tests.crash import ROOT
+from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
+
+ENCODEC = "nemo.collections.tts.modules.encodec_modules."
+STFT = {
+    "_target_": ENCODEC + "MultiResolutionDiscriminatorSTFT",
+    "resolutions": [[256, 64, 256], [1024, 256, 1024]],
+}
+ALL_STFT = STFT | {"resolutions": [[size, size // 4, size] for size in (128, 256, 512, 1024, 2048)]}
+BANDS = {
+    "_target_": MODULES + "MultiResolutionDiscriminatorSTFT",
+    "resolutions": [[256, 64, 256], [1024, 256, 1024]],
+    "stft_bands": [[0.0, 0.25], [0.25, 1.0]],
+}
+PERIOD = {"_target_": MODULES + "MultiPeriodDiscriminator", "periods": [2, 5]}
+
+
+@pytest.fixture(scope="session")
+def wavlm(tmp_path_factory):
+    """A small but real WavLM in a folder, as `slm_model_name` may name one, and the discriminator's config."""
+    from transformers import WavLMConfig, WavLMModel
+
+    folder = tmp_path_factory.mktemp("wavlm")
+    sizes: dict[str, Any] = dict(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, conv_dim=[16] * 7
+    )
+    torch.manual_seed(5)
+    WavLMModel(WavLMConfig(num_conv_pos_embedding_groups=4, **sizes)).save_pretrained(folder)
+    return {
+        "_target_": MODULES + "SLMDiscriminator",
+        "slm_model_name": str(folder),
+        "slm_sr": 16000,
+        "input_sr": RATE,
+        "slm_hidden": 32,
+        "slm_layers": 4,
+        "initial_channel": 8,
+    }
+
+
+def training_config(discriminators: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    union = {"_target_": MODULES + "Discriminator", "discriminators": discriminators}
+    optim = {"_target_": "torch.optim.SGD", "lr": 1e-3}
+    return codec_config(**{"discriminator": union if discriminators else None, "optim": optim} | changes)
+
+
+def batch(size: int = 2, frames: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    audio = torch.stack([speech_like(frames * 1024 + 7, seed + row)[: frames * 1024] for row in range(size)])
+    return {"audio": audio, "audio_lens": torch.full((size,), frames * 1024)}
+
+
+def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Tensor]:
+    """The first batch none of whose encoded values lies within 1e-3 of where its level changes: no rounding error of
+    an encoder turns its tokens."""
+    for seed in range(0, 100 * size, size):
+        found = batch(size, frames, seed)
+        with torch.no_grad():
+            encoded, _ = model.audio_encoder(audio=found["audio"], audio_len=found["audio_lens"])
+            quantizer = FiniteScalarQuantizer(model.vector_quantizer.fsqs[0].num_levels.flatten().tolist())
+            compressed = quantizer.compress(encoded.unflatten(1, (-1, quantizer.dim)).flatten(0, 1))
+        if float(((compressed - compressed.floor()) - 0.5).abs().min()) > 1e-3:
+            return found
+    raise AssertionError("every batch has a tie")
+
+
+class Recorder(pl.Callback):
+    """What each step logs, and the gradients of each update.
+
+    It takes WavLM out of training mode, where stock leaves it, masking its input at random.
+    """
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer, model, *_):
+        for module in model.modules():
+            if type(module).__name__ == "WavLMModel":
+                module.eval()
+
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        named = {key: value.grad for key, value in model.named_parameters() if id(value) in own}
+        self.gradients.append({key: grad.clone() for key, grad in named.items() if grad is not None})
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append({key: float(value) for key, value in trainer.logged_metrics.items()})
+
+
+def train(model, batches, validate=None, **options: Any) -> Recorder:
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder],
+        log_every_n_steps=1,
+        **options,
+    )
+    if not isinstance(batches, torch.utils.data.DataLoader):
+        batches = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(model, batches, None if validate is None else torch.utils.data.DataLoader(validate, batch_size=None))
+    return recorder
+
+
+FULL = "full size"
+CASES: dict[str, dict[str, Any]] = {
+    "generator alone": {"use": []},
+    "multi-period": {"use": ["period"]},
+    "multi-resolution STFT": {"use": ["stft"]},
+    "bands of STFTs, as NanoCodec": {"use": ["bands"]},
+    "WavLM": {"use": ["slm"]},
+    "all three, discriminators every second step": {"use": ["stft", "period", "slm"], "disc_update_period": 2},
+    "hinged, relative features": {
+        "use": ["stft", "period"],
+        "feature_loss_type": "relative",
+        "generator_loss": {"_target_": LOSSES + "GeneratorHingedLoss"},
+        "discriminator_loss": {"_target_": LOSSES + "DiscriminatorHingedLoss"},
+    },
+    "every reconstruction term": {
+        "use": [],
+        "mel_loss_l2_scale": 0.7,
+        "time_domain_loss_scale": 3.0,
+        "si_sdr_loss_scale": 0.1,
+        "mel_loss_log_guard": 1e-2,
+        "stft_loss_log_guard": 1e-2,
+        "loss_resolutions": [[size, size // 4, size] for size in (32, 64, 128, 256, 512, 1024, 2048)],
+        "mel_loss_dims": [5, 10, 20, 40, 80, 160, 320],
+    },
+    "gradients clipped": {"use": ["stft"], "clip_grad_norm": 0.01},
+    "nothing but the discriminators' opinion": {
+        "use": ["stft"], "mel_loss_l1_scale": 0.0, "stft_loss_scale": 0.0, "gen_loss_scale": 2.0,
+    },
+    FULL: {
+        "use": ["all stft", "all periods", "slm"],
+        "disc_update_period": 2,
+        # Its gradients are large; a larger step would take the second batch's values over the edges of their levels.
+        "optim": {"_target_": "torch.optim.SGD", "lr": 1e-6},
+        **FULL_SIZE,
+    },
+    FULL + ", smooth activation": {
+        "use": [],
+        "audio_encoder": FULL_SIZE["audio_encoder"] | {"activation": "elu"},
+        "audio_decoder": FULL_SIZE["audio_decoder"] | {"activation": "elu"},
+    },
+}  # fmt: skip
+
+
+def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Stock's model and ours with the same weights."""
+    start = StockModel.restore_from(str(write_nemo(tmp_path / "a.nemo", config)), map_location="cpu")
+    torch.manual_seed(3)
+    stock = StockModel(OmegaConf.create(config))
+    stock.load_state_dict(start.state_dict())
+    ours = AudioCodecModel(OmegaConf.create(config))
+    ours.load_state_dict({key: value.clone() for key, value in stock.state_dict().items()})
+    return stock, ours
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if FULL in c else ()) for c in CASES])
+def test_steps_are_stock_steps(tmp_path, wavlm, case):
+    changes = dict(CASES[case])
+    known = {"stft": STFT, "bands": BANDS, "period": PERIOD, "slm": wavlm, "all stft": ALL_STFT}
+    known["all periods"] = {"_target_": MODULES + "MultiPeriodDiscriminator"}
+    config = training_config([known[name] for name in changes.pop("use")], **changes)
+    stock, ours = models(tmp_path, config)
+    batches = [batch_without_ties(stock, frames=8)] * 2
+    expected, mine = (train(model, batches) for model in (stock, ours))
+    for step, (theirs, own) in enumerate(zip(expected.logged, mine.logged, strict=True)):
+        names = {key for key in theirs if "loss" in key}
+        assert names == {key for key in own if "loss" in key} and len(names) >= 2
+        for name in sorted(names):
+            # After an update the weights differ by rounding, and the losses by what it does to them.
+            assert own[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 1e-4, abs=1e-7), name
+    assert len(expected.gradients) == len(mine.gradients)
+    # Among the millions of activations of the full size some lie so near zero that rounding turns the side of their
+    # leaky ReLU, and with it their slope: one in a million moves the gradient by a thousandth. A smooth one shows it.
+    tolerance = 5e-3 if case == FULL else 1e-4
+    # The first batch's updates: discriminators, if there are any, and generator.
+    for theirs, own in list(zip(expected.gradients, mine.gradients, strict=True))[
+        : 2 if config["discriminator"] else 1
+    ]:
+        assert theirs.keys() == own.keys()
+        for part in {key.partition(".")[0] for key in theirs}:
+            keys = [key for key in theirs if key.startswith(part + ".")]
+            gradient = torch.cat([theirs[key].flatten() for key in keys])
+            difference = gradient - torch.cat([own[key].flatten() for key in keys])
+            assert difference.norm() < tolerance * gradient.norm(), part
+
+
+def test_validation_losses_are_stocks_for_clips_of_unequal_length(tmp_path):
+    config = training_config([])
+    stock, ours = models(tmp_path, config)
+    audio = batch(3, 20)["audio"]
+    lengths = torch.tensor([20 * 1024, 15 * 1024 - 300, 9000])
+    for row, length in zip(audio, lengths, strict=True):
+        row[length:] = 0
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    batches = [{"audio": audio[i : i + 1], "audio_lens": lengths[i : i + 1]} for i in range(3)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    (expected,) = trainer.validate(stock, loader, verbose=False)
+    (mine,) = trainer.validate(ours, loader, verbose=False)
+    assert mine.keys() - expected.keys() == {"val_perplexity", "val_levels_used"}
+    assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_path):
+    config = training_config([STFT, PERIOD])
+    start, _ = models(tmp_path, config)
+    start.save_to(str(tmp_path / "source.nemo"))
+    torch.manual_seed(9)
+    other = training_config([STFT, PERIOD], loss_resolutions=[[256, 64, 256]], mel_loss_dims=[20])
+    for values in (config, other):  # the losses are the new config's
+        model = AudioCodecModel(OmegaConf.create(values))
+        model.maybe_init_from_pretrained_checkpoint(
+            OmegaConf.create({"init_from_nemo_model": str(tmp_path / "source.nemo")})
+        )
+        model.build_discriminator()
+        expected = start.state_dict()
+        learned = [key for key, _ in start.named_parameters()]
+        assert any(key.startswith("discriminator.") for key in learned)
+        assert all(torch.equal(model.state_dict()[key], expected[key]) for key in learned)
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        loader = torch.utils.data.DataLoader([batch(frames=8)], batch_size=None)
+        stock = StockModel(OmegaConf.create(values | {"discriminator": None}))
+        stock.load_state_dict({key: expected[key] for key, _ in stock.named_parameters()}, strict=False)
+        (theirs,) = trainer.validate(stock, loader, verbose=False)
+        (mine,) = trainer.validate(model, loader, verbose=False)
+        assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path):
+    """To rounding, it is the same update."""
+    ends = []
+    for fused in (None, False):
+        optim = {"_target_": "torch.optim.Adam", "lr": 1e-3} | ({} if fused is None else {"fused": fused})
+        torch.manual_seed(0)
+        model = AudioCodecModel(OmegaConf.create(training_config([STFT], optim=optim)))
+        train(model, [batch(frames=8)] * 2)
+        assert all(group["fused"] is (fused is None) for o in model.optimizers() for group in o.param_groups)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_training_saved_is_validated_where_its_logged_clips_are_not(tmp_path):
+    nemo = "nemo.collections.tts."
+    log = {
+        "log_dir": str(tmp_path),
+        "log_epochs": [1],
+        "epoch_frequency": 1,
+        "log_tensorboard": False,
+        "log_wandb": False,
+        "generators": [{"_target_": nemo + "parts.utils.callbacks.AudioCodecArtifactGenerator"}],
+        "dataset": {
+            "_target_": nemo + "data.vocoder_dataset.VocoderDataset",
+            "dataset_meta": {"mine": {"manifest_path": "gone.json", "audio_dir": "gone"}},
+            "sample_rate": RATE,
+        },
+        "dataloader_params": {"batch_size": 1},
+    }
+    model = AudioCodecModel(OmegaConf.create(training_config([], log_config=log)))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (metrics,) = trainer.validate(
+        model, torch.utils.data.DataLoader([batch(frames=8)], batch_size=None), verbose=False
+    )
+    assert metrics["val_loss"] > 0
+    with pytest.raises(ConfigError, match=r"gone\.json"):
+        train(model, [batch(frames=8)])
+
+
+def test_wavlm_is_neither_loaded_before_a_step_nor_trained_nor_saved(tmp_path, wavlm):
+    config = training_config([wavlm])
+    model = AudioCodecModel(OmegaConf.create(config))
+    model.build_discriminator()
+    slm = model.discriminator.discriminators[0].slm
+    assert slm._model is None
+    train(model, [batch(frames=8)])
+    assert not slm._model.training and not any(p.requires_grad for p in slm._model.parameters())
+    assert all("ssl_model" not in key and "slm_model" not in key for key in model.state_dict())
+
+
+def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_nowhere(tmp_path, wavlm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stock = StockModel(OmegaConf.create(training_config([wavlm])))
+    path = tmp_path / "trained.nemo"
+    stock.cfg.discriminator.discriminators[0].slm_model_name = "nobody/no-such-model"
+    stock.save_to(str(path))
+    model = AudioCodecModel.restore_from(path, map_location="cpu")
+    model.build_discriminator()
+    audio = batch()["audio"]
+    with torch.no_grad():
+        expected, *_ = stock.eval().discriminator(audio_real=audio, audio_gen=audio)
+        scores, *_ = model.discriminator(audio_real=audio, audio_gen=audio)
+    torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
+    config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
+    started = AudioCodecModel(OmegaConf.create(config))
+    started.maybe_init_from_pretrained_checkpoint(OmegaConf.create({"init_from_nemo_model": str(path)}))
+    started.build_discriminator()
+    with torch.no_grad():
+        scores, *_ = started.discriminator(audio_real=audio, audio_gen=audio)
+    torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_wavlm_that_is_nowhere_is_named_when_the_first_step_needs_it(wavlm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
+    model = AudioCodecModel(OmegaConf.create(config))
+    with pytest.raises(ConfigError, match=r"nobody/no-such-model.*slm_model_name"):
+        train(model, [batch()])
+
+
+def test_wavlm_of_another_size_is_refused(wavlm):
+    model = AudioCodecModel(OmegaConf.create(training_config([wavlm | {"slm_layers": 13}])))
+    with pytest.raises(ConfigError, match="slm_layers 13 do not fit"):
+        train(model, [batch()])
+
+
+def test_an_unknown_discriminator_is_refused_by_name():
+    model = AudioCodecModel(OmegaConf.create(training_config([{"_target_": "os.system"}])))
+    with pytest.raises(ConfigError, match=r"os\.system.*MultiPeriodDiscriminator"):
+        model.build_discriminator()
+
+
+def generator_weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model._generator.parameters()])
+
+
+def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
+    # Smooth, as other sums turn the side of a leaky ReLU here and there.
+    smooth = {part: {"activation": "elu"} for part in ("audio_encoder", "audio_decoder")}
+    config = training_config([], accumulate_grad_batches=2, **smooth)
+    _, model = models(tmp_path, config)
+    whole = batch_without_ties(model, frames=8, size=4)
+    parts = [{key: value[rows] for key, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
+    recorder = train(model, parts)
+    _, large = models(tmp_path, config | {"accumulate_grad_batches": 1})
+    expected = train(large, [whole])
+    (own,), (theirs,) = recorder.gradients, expected.gradients
+    for key, gradient in theirs.items():
+        assert (own[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+    # Nor does a validation between the two take the first one's gradients away.
+    _, model = models(tmp_path, config)
+    (again,) = train(model, parts, parts[:1], val_check_interval=1, num_sanity_val_steps=0).gradients
+    for key, gradient in own.items():
+        assert torch.equal(again[key], gradient), key
+
+
+def test_a_schedule_counts_updates_not_batches(tmp_path):
+    config = training_config([], accumulate_grad_batches=4, max_epochs=3, steps_per_epoch=10)
+    model = AudioCodecModel(OmegaConf.create(config))
+    assert model.max_steps == 9
+    with open_dict(model.cfg):
+        model.cfg.steps_per_epoch = None
+        model._train_dl = range(13)
+    assert model.max_steps == 12
+
+
+def test_the_average_goes_where_the_module_is():
+    module = torch.nn.Linear(2, 2)
+    average = Average(module, 0.9)  # as a checkpoint is read, before the module goes to its GPU
+    module.to("meta")
+    average.update(module)
+    average.swap(module)
+    assert (
+        {weight.device.type for weight in average.weights} == {"meta"} == {p.device.type for p in module.parameters()}
+    )
+
+
+def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
+    config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
+    _, model = models(tmp_path, config)
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 3, batch_size=None)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    before = generator_weights(model)
+    trainer.fit(model, batches, batches)
+    last, average = generator_weights(model), torch.cat([value.flatten() for value in model._average.weights])
+    # Between where it began and where it ended, and the first is not the second.
+    assert 0 < (average - before).norm() < (last - before).norm()
+    validated = float(trainer.callback_metrics["val_loss"])
+    model.save_to(tmp_path / "saved.nemo")
+    assert torch.equal(generator_weights(model), last)
+    saved = AudioCodecModel.restore_from(tmp_path / "saved.nemo", map_location="cpu")
+    torch.testing.assert_close(generator_weights(saved), average)
+    plain = AudioCodecModel(OmegaConf.create(config | {"ema_decay": None}))
+    plain.load_state_dict(saved.state_dict())
+    (metrics,) = trainer.validate(plain, batches, verbose=False)
+    assert metrics["val_loss"] == pytest.approx(validated, rel=1e-5)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    _, resumed = models(tmp_path, config)
+    resumed.on_load_checkpoint(checkpoint)
+    torch.testing.assert_close(torch.cat([value.flatten() for value in resumed._average.weights]), average)
+    assert resumed._average.count == model._average.count == 3
+
+
+def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused(tmp_path):
+    optim = {"_target_": "torch.optim.SGD", "lr": 0.0}
+    _, model = models(tmp_path, training_config([], initialize_from_data=True, optim=optim))
+    before = generator_weights(model)
+    train(model, [batch()])
+    assert torch.equal(generator_weights(model), before)
+    stock_only = AudioCodecModel(OmegaConf.create(training_config([])))
+    with open_dict(stock_only.cfg):
+        stock_only.cfg.mmd_loss = {"_target_": LOSSES + "MMDCodebookLoss"}
+    with pytest.raises(ConfigError, match="mmd_loss"):
+        train(stock_only, [batch()])
+
+
+def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
+    torch.manual_seed(0)
+    spread = {}
+    for wanted in (False, True):
+        values = training_config([], initialize_from_data=wanted, optim={"_target_": "torch.optim.SGD", "lr": 0.0})
+        model = AudioCodecModel(OmegaConf.create(values))
+        loader = torch.utils.data.DataLoader([batch(4, 12)] * 2, batch_size=None)
+        model._train_dl = loader
+        train(model, [batch(4, 12)] * 2)
+        with torch.no_grad():
+            encoded = model.audio_encoder.encode_frames(batch(4, 12)["audio"])
+        spread[wanted] = float(encoded.std(dim=(0, 2)).mean())
+    assert spread[False] < 0.2 and spread[True] == pytest.approx(0.9, abs=0.05)
+    # A second `fit` goes on with what the first one made.
+    before = generator_weights(model)
+    model.audio_encoder.pre_conv.conv.bias.data += 1.0
+    moved = generator_weights(model)
+    train(model, [batch(4, 12)] * 2)
+    assert torch.equal(generator_weights(model), moved) and not torch.equal(moved, before)
+
+
+class Clips(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return {key: value[0] for key, value in batch(1, 8, row).items()}
+
+
+def test_initialisation_takes_no_batch_from_workers_that_persist():
+    model = AudioCodecModel(OmegaConf.create(training_config([], initialize_from_data=True)))
+    loader = torch.utils.data.DataLoader(Clips(), batch_size=2, num_workers=1, persistent_workers=True)
+    model._train_dl = loader
+    assert len(train(model, loader).logged) == 4
+    assert not model._is_random
+
+
+DISTRIBUTED = """
+import os, sys
+import torch, lightning.pytorch as pl
+from omegaconf import OmegaConf
+from nemo_lfr import AudioCodecModel
+from tests.nemo.test_training_with_nemo import batch
+
+processes, config, out = int(sys.argv[1]), OmegaConf.load(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+model = AudioCodecModel(config)
+model._is_random = os.environ.get("LOCAL_RANK", "0") != "0"  # weights are read in the first process, for all
+rows = batch(4, 8)
+split = [{key: value[i : i + 4 // processes] for key, value in rows.items()} for i in range(0, 4, 4 // processes)]
+trainer = pl.Trainer(
+    accelerator="cpu", devices=processes, max_epochs=2, logger=False, enable_checkpointing=False,
+    strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto", enable_progress_bar=False,
+    enable_model_summary=False,
+)
+loader = lambda: torch.utils.data.DataLoader(split, batch_size=None)
+trainer.fit(model, loader(), loader())
+if trainer.is_global_zero:
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+    torch.save({"state": model.state_dict(), "metrics": metrics}, out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_from_the_doubled_batch(tmp_path):
+    optim = {"_target_": "torch.optim.SGD", "lr": 1e-2}
+    config = training_config([STFT, PERIOD], optim=optim, initialize_from_data=True)
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+    (tmp_path / "train.py").write_text(DISTRIBUTED)
+    results = []
+    for processes in (1, 2):
+        command = [sys.executable, "train.py", str(processes), "config.yaml", f"{processes}.pt"]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        results.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    one, two = results
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    torch.manual_seed(0)
+    start = AudioCodecModel(OmegaConf.load(tmp_path / "config.yaml"))
+    start.build_discriminator()
+    before = start.state_dict()
+    for part in ("audio_encoder", "audio_decoder", "discriminator"):
+        keys = [key for key in before if key.startswith(part + ".") and before[key].is_floating_point()]
+        moved = torch.cat([(one["state"][key] - before[key]).flatten() for key in keys])
+        differs = torch.cat([(one["state"][key] - two["state"][key]).flatten() for key in keys])
+        assert 0 < differs.norm() < 0.01 * moved.norm() or differs.norm() == 0 < moved.norm(), part
+
+
+def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_use(tmp_path):
+    spectra.hann.cache_clear()
+    fitted(tmp_path)  # Lightning's sanity check validates in inference mode
+
+
+def fitted(tmp_path, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
+    """Our model after two steps and a validation."""
+    config = training_config([STFT], optim={"_target_": "torch.optim.SGD", "lr": 1e-3})
+    _, model = models(tmp_path, config)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **trainer_options,
+    )  # fmt: skip
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
+    trainer.fit(model, batches, batches)
+    return model, trainer
+
+
+def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path):
+    """Stock: `copy.deepcopy` fails on a proxy, `load_from_checkpoint(strict=False)` on None."""
+    model, trainer = fitted(tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    before = generator_weights(model)
+    for other in (
+        copy.deepcopy(model),
+        AudioCodecModel.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu"),
+        AudioCodecModel.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", strict=False),
+    ):
+        assert torch.equal(generator_weights(other), before)
+        next(other.audio_encoder.parameters()).data.zero_()
+        assert torch.equal(generator_weights(model), before)
+
+
+def test_bf16_mixed_learns_what_fp32_does_and_quantizes_in_fp32(tmp_path, monkeypatch):
+    codes = []
+    forward = GroupFiniteScalarQuantizer.forward
+
+    def watched(self, inputs, input_len=None):
+        result = forward(self, inputs, input_len)
+        codes.append(result[0].detach())
+        return result
+
+    monkeypatch.setattr(GroupFiniteScalarQuantizer, "forward", watched)
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        _, trainer = fitted(tmp_path, precision=precision)
+        losses[precision] = float(trainer.callback_metrics["val_loss"])
+    for values in codes:
+        assert values.dtype == torch.float32 and torch.allclose((values * 12).round(), values * 12)
+    assert losses["bf16-mixed"] != losses["32-true"]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
+
+
+def test_what_a_person_watches_is_logged(tmp_path):
+    _, trainer = fitted(tmp_path)
+    assert trainer.callback_metrics["samples_per_second"] > 0
+    model = AudioCodecModel.restore_from(embedded_checkpoint(), map_location="cpu")
+    clips = [batch(1, frames=20), batch(1, frames=12)]
+    (metrics,) = trainer.validate(model, torch.utils.data.DataLoader(clips, batch_size=None), verbose=False)
+    tokens = torch.cat([model.encode(clip["audio"], clip["audio_lens"])[0] for clip in clips], dim=2)[0]
+    shares = [codebook.unique(return_counts=True)[1] / 32 for codebook in tokens]
+    expected = torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean()
+    assert expected > 2 and metrics["val_perplexity"] == pytest.approx(float(expected), rel=1e-4)
+    assert 0.1 < metrics["val_levels_used"] <= 1
+
+
+def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
+    _, model = models(tmp_path, training_config([STFT], clip_grad_norm=0.01))
+    recorder = train(model, [batch(frames=8)])
+    assert len(recorder.gradients) == 2  # of the discriminators and of the generator
+    for gradients in recorder.gradients:
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    _, model = models(tmp_path, training_config([STFT], skip_nan_gradients=True))
+    bad = batch(frames=8)
+    bad["audio"][0, 100] = float("nan")
+    before = generator_weights(model)
+    train(model, [bad])
+    assert torch.equal(generator_weights(model), before)
+    train(model, [batch(frames=8)])
+    after = generator_weights(model)
+    assert after.isfinite().all() and not torch.equal(after, before)
+
+
+def test_compiled_parts_learn_the_same(tmp_path):
+    recorders = []
+    for compiler in (None, "aot_eager"):  # the default, "inductor", runs a C++ compiler for minutes
+        _, model = models(tmp_path, training_config([], compile=compiler))
+        recorders.append(train(model, [batch(frames=8)]))
+        assert (compiler is not None) == (model.audio_encoder._compiled_call_impl is not None)
+    plain, compiled = recorders
+    assert compiled.logged[0]["g_loss_mel_l1"] == pytest.approx(plain.logged[0]["g_loss_mel_l1"], rel=1e-5)
+    for key, gradient in plain.gradients[0].items():
+        assert (compiled.gradients[0][key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, key

@@ -1,0 +1,197 @@
+"""Training data: every row of what stock reads wrongly or stops at, and how an epoch is drawn."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from omegaconf import OmegaConf
+
+from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.training.data import CodecDataset, manifest_loader
+from tests.models import RATE, synthesize
+
+
+def corpus(
+    folder: Path, files: dict[str, bytes | np.ndarray], rate: int = RATE, subtype: str = "PCM_16", **entry
+) -> dict:
+    """Files and their manifest, as `dataset_meta` wants them."""
+    lines = []
+    for name, contents in files.items():
+        if isinstance(contents, bytes):
+            (folder / name).write_bytes(contents)
+            duration = 1.0
+        else:
+            soundfile.write(folder / name, contents, rate, subtype=subtype)
+            duration = len(contents) / rate
+        lines.append(json.dumps({"audio_filepath": name, "duration": duration} | entry))
+    (folder / "manifest.json").write_text("\n".join(lines) + "\n")
+    return {"mine": {"manifest_path": str(folder / "manifest.json"), "audio_dir": str(folder)}}
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
+def test_every_encoding_is_read_as_what_it_says(tmp_path, subtype):
+    """Stock reads floating-point files as silence."""
+    wave = synthesize(1)
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave}, subtype=subtype), RATE)
+    assert example["audio"].dtype == torch.float32 and example["audio_len"] == len(wave)
+    assert np.abs(example["audio"].numpy() - wave).max() < (0.02 if subtype == "ULAW" else 1e-4)
+
+
+def test_channels_are_mixed_and_other_rates_resampled(tmp_path):
+    wave = synthesize(1)
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": np.stack([wave, 0 * wave], axis=1)}), RATE)
+    assert np.abs(example["audio"].numpy() - wave / 2).max() < 1e-4
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave}, rate=16000), RATE)
+    assert example["audio_len"] == pytest.approx(len(wave) * RATE / 16000, abs=2)
+
+
+def test_segments_are_drawn_anywhere_and_are_exactly_as_long_as_asked(tmp_path):
+    wave = np.linspace(-0.5, 0.5, 3 * RATE).astype(np.float32)  # a sample tells where it is
+    dataset = CodecDataset(corpus(tmp_path, {"a.flac": wave}), RATE, n_samples=8192)
+    torch.manual_seed(0)
+    starts = []
+    for _ in range(50):
+        audio = dataset[0]["audio"].numpy()
+        assert len(audio) == 8192
+        start = round(float(audio[0] + 0.5) * (len(wave) - 1))
+        assert np.abs(audio - wave[start : start + 8192]).max() < 1e-4
+        starts.append(start)
+    assert min(starts) < 0.1 * len(wave) and max(starts) > 0.8 * (len(wave) - 8192)
+
+
+def test_offsets_truncation_and_clips_shorter_than_a_segment(tmp_path):
+    wave = np.linspace(-0.5, 0.5, 2 * RATE).astype(np.float32)
+    meta = corpus(tmp_path, {"a.wav": wave}, offset=1.0)
+    (example,) = CodecDataset(meta, RATE, trunc_duration=0.25)
+    assert np.abs(example["audio"].numpy() - wave[RATE : RATE + 5513]).max() < 1e-4
+    (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave[:500]}), RATE, n_samples=8192)
+    assert example["audio_len"] == 500
+
+
+BROKEN = {
+    "corrupt": b"RIFF" + bytes(100),
+    "of no bytes": b"",
+    "of text": b"hello",
+    "without samples": np.zeros(0, np.float32),
+    "of NaN": np.full(RATE, np.nan, np.float32),
+    "that needs an extra": b"\0\0\0\x20ftypM4A " + bytes(500),
+}
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "missing", "cut short"])
+def test_a_broken_file_is_named_once_and_another_taken(tmp_path, caplog, kind, monkeypatch):
+    """Stock stops, or trains on half a file in silence."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    good = synthesize(1)
+    meta = corpus(tmp_path, {"bad.wav": BROKEN.get(kind, good), "good.wav": good}, subtype="FLOAT", duration=1.0)
+    if kind == "missing":
+        (tmp_path / "bad.wav").unlink()
+    if kind == "cut short":
+        (tmp_path / "bad.wav").write_bytes((tmp_path / "bad.wav").read_bytes()[:-9000])
+    dataset = CodecDataset(meta, RATE)
+    for _ in range(3):
+        assert dataset[0]["audio_filepath"] == Path("good.wav")
+    assert caplog.text.count("bad.wav") == 1
+
+
+def test_a_corpus_of_broken_files_is_an_error_not_an_endless_search(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {"a.wav": b"x", "b.wav": b"y"}), RATE)
+    with pytest.raises(AudioError, match="no recording of the manifests can be read"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"duration": 1}', "line 1.*audio_filepath"),
+        ('{"audio_filepath": "a.wav", "duration": "long"}', "line 1"),
+        ("[1, 2]", "line 1"),
+        ('{"audio_filepath": "a.wav"}\n[1, 2]', "line 1.*no such file.*1 more lines cannot be used"),
+        ("", "hold no recording"),
+        ('{"audio_filepath": "a.wav", "duration": 0.1}', "hold no recording"),
+    ],
+)
+def test_a_bad_manifest_is_refused_with_the_line(tmp_path, text, match):
+    (tmp_path / "m.json").write_text(text)
+    meta = {"mine": {"manifest_path": str(tmp_path / "m.json"), "audio_dir": str(tmp_path)}}
+    with pytest.raises(ConfigError, match=match):
+        CodecDataset(meta, RATE, min_duration=0.4)
+    with pytest.raises(ConfigError, match=r"none\.json"):
+        read_manifest(tmp_path / "none.json", tmp_path, "mine")
+
+
+def test_a_missing_duration_is_read_from_the_file(tmp_path):
+    soundfile.write(tmp_path / "a.wav", synthesize(1.5), RATE)
+    (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav"}\n\n{"audio_filepath": "gone.wav"}\n')
+    (recording,) = read_manifest(tmp_path / "m.json", tmp_path, "mine")
+    assert recording.duration == pytest.approx(1.5, abs=1e-3)
+
+
+def test_batches_have_nemos_keys_and_end_in_zeros(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {"a.wav": synthesize(0.5), "b.wav": synthesize(1)}), RATE)
+    batch = dataset.collate_fn([dataset[0], dataset[1]])
+    assert batch["audio"].shape == (2, RATE) and batch["audio_lens"].tolist() == [RATE // 2, RATE]
+    assert not batch["audio"][0, RATE // 2 :].any()
+    assert batch["dataset_names"] == ["mine", "mine"]
+
+
+def test_an_epoch_is_one_shuffled_pass_or_so_many_steps_by_weight(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    files = {f"{i}.wav": synthesize(0.5) for i in range(4)}
+    (tmp_path / "other").mkdir()
+    meta = corpus(tmp_path, files) | {"rare": corpus(tmp_path / "other", files)["mine"] | {"sample_weight": 0.0}}
+    dataset = CodecDataset(meta, RATE, n_samples=1024)
+    sampler = dataset.get_sampler(2, 1)
+    order = [index for index, _ in sampler]
+    assert sorted(order) == list(range(8)) and order != sorted(order)
+    dataset = CodecDataset(meta, RATE, n_samples=1024, weighted_sampling_steps_per_epoch=50)
+    drawn = [index for index, _ in dataset.get_sampler(2, 1)]
+    assert len(drawn) == 100 and set(drawn) == set(range(4))
+    assert CodecDataset(meta, RATE).get_sampler(2, 1) is None
+    assert "rare: 4 of 4 recordings" in caplog.text
+
+
+def test_what_an_epoch_draws_follows_from_its_number_and_is_shared_out(tmp_path):
+    dataset = CodecDataset(corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(7)}), RATE, n_samples=1024)
+    whole, again = dataset.get_sampler(2, 1), dataset.get_sampler(2, 1)
+    first = list(whole)
+    torch.rand(5)
+    assert list(again) == first
+    whole.set_epoch(1)
+    assert list(whole) != first
+    shares = [list(dataset.get_sampler(2, 2, rank)) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [len(dataset.get_sampler(2, 2, 0))] * 2 == [3, 3]
+    assert {*shares[0], *shares[1]} < set(first) and not {*shares[0]} & {*shares[1]}
+    assert torch.equal(dataset[first[0]]["audio"], dataset[first[0]]["audio"])
+
+
+def test_ranks_that_begin_after_the_sampler_was_made_draw_their_own_shares(tmp_path, monkeypatch):
+    dataset = CodecDataset(corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(6)}), RATE, n_samples=1024)
+    sampler, second = dataset.get_sampler(2, 2, 0), list(dataset.get_sampler(2, 2, 1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert list(sampler) == second
+
+
+def test_a_loader_that_is_told_to_shuffle_does(tmp_path):
+    meta = corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(8)})
+    dataset = {"_target_": "nemo_lfr.training.data.CodecDataset", "dataset_meta": meta, "sample_rate": RATE}
+    for n_samples in (None, 1024):
+        section = {
+            "dataset": dataset | {"n_samples": n_samples},
+            "dataloader_params": {"batch_size": 4, "shuffle": True},
+        }
+        orders = set()
+        for _ in range(5):
+            loader = manifest_loader(OmegaConf.create(section), 1, 0)
+            assert loader is not None
+            if n_samples:
+                loader.sampler.set_epoch(len(orders))
+            orders.add(tuple(name for batch in loader for name in batch["audio_filepaths"]))
+        assert len(orders) > 1 and all(len(set(order)) == 8 for order in orders)

@@ -1,0 +1,403 @@
+"""`nemo-lfr prepare`: miniature archives in their published layouts, broken files, interruption."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_lfr.cli.main import main
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.layouts import LAYOUTS, Utterance, hold_out
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.training import prepare as module
+from nemo_lfr.training.prepare import prepare
+from tests.models import RATE, synthesize
+
+
+def audio(path: Path, seconds: float = 0.5) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, synthesize(seconds), RATE)
+
+
+def text(path: Path, contents: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(contents, encoding="utf-8")
+
+
+def librispeech(root: Path) -> None:
+    for part, speaker in (("train-clean-100", "19"), ("dev-clean", "84"), ("test-other", "367")):
+        chapter = root / "LibriSpeech" / part / speaker / "1"
+        text(chapter / f"{speaker}-1.trans.txt", f"{speaker}-1-0000 HELLO THERE\n{speaker}-1-0001 AGAIN\n")
+        for number in range(2):
+            audio(chapter / f"{speaker}-1-000{number}.flac")
+
+
+def mls(root: Path) -> None:
+    for split, speaker, kind in (("train", "10", ".flac"), ("dev", "11", ".opus"), ("test", "12", ".flac")):
+        folder = root / "mls_german" / split
+        text(folder / "transcripts.txt", f"{speaker}_7_000000\tguten tag\n")
+        path = folder / "audio" / speaker / "7" / f"{speaker}_7_000000{kind}"
+        path.parent.mkdir(parents=True)
+        if kind == ".opus":
+            soundfile.write(path, synthesize(0.5), 24000, format="OGG", subtype="OPUS")
+        else:
+            audio(path)
+
+
+def commonvoice(root: Path) -> None:
+    language = root / "cv-corpus-17.0" / "pl"
+    for split in ("train", "dev", "test"):
+        rows = ["client_id\tpath\tsentence\tup_votes\tlocale", f'{split}er\t{split}.mp3\tpowiedział "tak\t2\tpl']
+        text(language / f"{split}.tsv", "\n".join(rows) + "\n")
+        audio(language / "clips" / f"{split}.mp3")
+
+
+def vctk(root: Path) -> None:
+    for speaker in (f"p{number}" for number in range(225, 265)):
+        audio(root / "wav48_silence_trimmed" / speaker / f"{speaker}_001_mic1.flac", 0.1)
+        audio(root / "wav48_silence_trimmed" / speaker / f"{speaker}_001_mic2.flac", 0.1)
+        text(root / "txt" / speaker / f"{speaker}_001.txt", "Please call Stella.\n")
+
+
+def folder(root: Path) -> None:
+    for index in range(60):
+        audio(root / f"{index}.wav", 0.1)
+    text(root / "3.txt", "drei")
+
+
+MAKE = {"librispeech": librispeech, "mls": mls, "commonvoice": commonvoice, "vctk": vctk, "folder": folder}
+
+
+def manifest(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_published_layout_becomes_manifests_that_training_reads(tmp_path, kind):
+    MAKE[kind](tmp_path / "corpus")
+    prepare(kind, tmp_path / "corpus", tmp_path / "out", valid_share=0.1)
+    entries = {split: manifest(tmp_path / "out" / f"{split}.json") for split in ("train", "valid")}
+    expected = {"librispeech": 2, "mls": 1, "commonvoice": 1}
+    if kind in expected:
+        entries["test"] = manifest(tmp_path / "out" / "test.json")
+        assert {split: len(own) for split, own in entries.items()} == dict.fromkeys(entries, expected[kind])
+    else:
+        total = len(entries["train"]) + len(entries["valid"])
+        assert total == (40 if kind == "vctk" else 60) and 0 < len(entries["valid"]) < 0.3 * total
+    if kind != "folder":
+        speakers = [{entry["speaker"] for entry in own} for own in entries.values()]
+        assert not set.intersection(*speakers) and all(entry["text"] for own in entries.values() for entry in own)
+        languages = {"mls": "german", "commonvoice": "pl"}
+        assert {entry["lang"] for entry in entries["train"]} == {languages.get(kind, "en")}
+    for split, own in entries.items():
+        recordings = read_manifest(tmp_path / "out" / f"{split}.json", tmp_path / "corpus", kind)
+        assert [recording.duration for recording in recordings] == [entry["duration"] for entry in own]
+        for recording in recordings:
+            assert soundfile.info(recording.path).duration == pytest.approx(recording.duration, abs=1e-3)
+    assert not (tmp_path / "out" / "failures.jsonl").exists()
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}
+
+
+def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
+    librispeech(tmp_path / "corpus")
+    chapter = tmp_path / "corpus" / "LibriSpeech" / "train-clean-100" / "19" / "1"
+    (chapter / "19-1-0000.flac").write_bytes(b"fLaC")
+    (tmp_path / "corpus" / "LibriSpeech" / "dev-clean" / "84" / "1" / "84-1-0001.flac").unlink()
+    result = prepare("librispeech", tmp_path / "corpus", tmp_path / "out")
+    failures = {
+        Path(entry["audio_filepath"]).name: entry["reason"] for entry in manifest(tmp_path / "out/failures.jsonl")
+    }
+    assert failures.keys() == {"19-1-0000.flac", "84-1-0001.flac"}
+    assert "not an audio file" in failures["19-1-0000.flac"] and "no such file" in failures["84-1-0001.flac"]
+    assert [len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid", "test")] == [1, 1, 2]
+    assert "(2)" in result["failures"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_file_that_needs_an_extra_costs_itself_alone(tmp_path, monkeypatch, check):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "corpus").mkdir()
+    soundfile.write(tmp_path / "corpus" / "a.wav", synthesize(1), RATE)
+    (tmp_path / "corpus" / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", check=check)
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.m4a" and "media extra" in failure["reason"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    name = os.fsdecode(b"a\xff.wav")
+    with open(tmp_path / "corpus" / name, "wb") as file:
+        soundfile.write(file, np.zeros(100), 16_000, format="WAV")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    (recording,) = read_manifest(tmp_path / "out" / "train.json", tmp_path / "corpus")
+    assert recording.path == tmp_path / "corpus" / name
+
+
+def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
+    folder(tmp_path / "corpus")
+    opened = []
+    duration = module._decoded_duration
+
+    def interrupted(path: Path) -> float | str:
+        if len(opened) == 20:
+            raise KeyboardInterrupt
+        opened.append(path)
+        return duration(path)
+
+    monkeypatch.setattr(module, "_decoded_duration", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+    assert not (tmp_path / "out" / "train.json").exists()
+    with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
+        journal.write('["7.wa')  # what a kill leaves
+    monkeypatch.setattr(module, "_decoded_duration", lambda path: opened.append(path) or duration(path))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+    assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
+    total = sum(len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid"))
+    assert total == 60
+
+
+def test_what_failed_is_opened_again(tmp_path):
+    for index in range(2):
+        text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
+    with pytest.raises(NemoLfrError, match="none of 2 files can be opened"):
+        prepare("folder", tmp_path / "corpus", tmp_path / "out")
+    for index in range(2):
+        audio(tmp_path / "corpus" / f"{index}.wav")
+    result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
+    assert {"train", "valid"} < result.keys()
+    assert result["not of this run"] == str(tmp_path / "out" / "failures.jsonl")
+
+
+def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_path, monkeypatch):
+    for name, seconds in (("a", 0.5), ("b", 1.0)):
+        for index in range(3):
+            audio(tmp_path / name / f"{index}.wav", seconds)
+    monkeypatch.setattr(module, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare("folder", tmp_path / "a", tmp_path / "out")
+    monkeypatch.undo()
+    prepare("folder", tmp_path / "b", tmp_path / "out")
+    entries = [entry for split in ("train", "valid") for entry in manifest(tmp_path / "out" / f"{split}.json")]
+    assert [entry["duration"] for entry in entries] == [1.0] * 3
+
+
+def test_what_is_there_of_another_run_is_named(tmp_path):
+    folder(tmp_path / "corpus")
+    assert "not of this run" not in prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5)
+    again = prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    assert again["not of this run"] == str(tmp_path / "out" / "valid.json")
+
+
+@pytest.mark.parametrize("speakers", [1, 2, 5, 10])
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.999])
+def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
+    few = [
+        Utterance(Path(f"{speaker}/{index}.wav"), f"s{speaker}") for speaker in range(speakers) for index in range(2)
+    ]
+    assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
+
+
+def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monkeypatch):
+    librispeech(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path / "corpus" / "LibriSpeech" / "dev-clean")
+    assert "valid" in prepare("librispeech", Path("."), tmp_path / "out")
+    text(tmp_path / "cv" / "pl" / "train.tsv", "client_id\tpath\nme\ta.mp3\n")
+    text(tmp_path / "mls" / "mls_polish" / "train" / "transcripts.txt", "name\ttext\n")
+    for kind in ("commonvoice", "mls"):
+        with pytest.raises(NemoLfrError, match=f"not {kind} as it is published .*expected: "):
+            prepare(kind, tmp_path / {"commonvoice": "cv"}.get(kind, kind), tmp_path / "out")
+
+
+TRANSCRIPTS = {
+    "Latin-1": "caf\u00e9".encode("latin-1"),
+    "UTF-16": "\ufeffhello".encode("utf-16-le"),
+    "of NUL bytes": b"hel\0lo",
+    "a folder": None,
+}
+
+
+@pytest.mark.parametrize("kind", TRANSCRIPTS)
+def test_a_bad_transcript_costs_its_clip_alone(tmp_path, kind):
+    for name in "abc":
+        audio(tmp_path / "corpus" / f"{name}.wav", 0.1)
+        text(tmp_path / "corpus" / f"{name}.txt", f"text of {name}")
+    (tmp_path / "corpus" / "b.txt").unlink()
+    if (data := TRANSCRIPTS[kind]) is None:
+        (tmp_path / "corpus" / "b.txt").mkdir()
+    else:
+        (tmp_path / "corpus" / "b.txt").write_bytes(data)
+    (tmp_path / "corpus" / "c.txt").write_bytes(b"\xef\xbb\xbftext of c\r\n")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    entries = manifest(tmp_path / "out" / "train.json")
+    assert {entry["audio_filepath"]: entry["text"] for entry in entries} == {
+        "a.wav": "text of a",
+        "c.wav": "text of c",
+    }
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.wav" and failure["reason"].startswith("its transcript b.txt: ")
+
+
+ROWS = {
+    "too few fields": b"s2\n",
+    "too many fields": b"s2\tc2.mp3\thallo\tde\tmore\n",
+    "a long field": b"s2\tc2.mp3\t" + b"z" * 200_000 + b"\tde\n",
+    "NUL bytes": b"s2\tc2.mp3\tha\0llo\tde\n",
+    "Latin-1": "s2\tc2.mp3\tgr\u00fc\u00df\tde\n".encode("latin-1"),
+    "an absolute path": b"s2\t/c2.mp3\thallo\tde\n",
+    "a path that leads out": b"s2\t../../c2.mp3\thallo\tde\n",
+    "no path": b"s2\t\thallo\tde\n",
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_bad_row_of_common_voice_costs_its_clip_alone(tmp_path, kind):
+    language = tmp_path / "cv" / "de"
+    for number in (1, 3):
+        audio(language / "clips" / f"c{number}.mp3")
+    header = b"\xef\xbb\xbfclient_id\tpath\tsentence\tlocale\r\n"
+    rows = b's1\tc1.mp3\ter sagte "hallo\tde\r\n' + ROWS[kind] + b"s3\tc3.mp3\tdu\tde\r\n"
+    (language / "train.tsv").write_bytes(header + rows)
+    prepare("commonvoice", tmp_path / "cv", tmp_path / "out")
+    entries = manifest(tmp_path / "out" / "train.json")
+    assert [(entry["speaker"], entry["text"]) for entry in entries] == [("s1", 'er sagte "hallo'), ("s3", "du")]
+    assert {entry["lang"] for entry in entries} == {"de"}
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "de/train.tsv, line 3"
+
+
+def test_spontaneous_speech_is_common_voice_too(tmp_path):
+    language = tmp_path / "sps" / "en"
+    for name in ("a", "b", "c"):
+        audio(language / "audios" / f"{name}.mp3")
+    rows = ["s1\ta.mp3\thello\ten\ttrain", "s2\tb.mp3\t\ten\tdev", "s3\tc.mp3\tthere\ten\t"]
+    header = "client_id\taudio_file\ttranscription\tlanguage\tsplit"
+    text(language / "ss-corpus-en.tsv", "\n".join([header, *rows]) + "\n")
+    text(language / "ss-reported-audios-en.tsv", "reason\n")
+    prepare("commonvoice", tmp_path / "sps", tmp_path / "out", valid_share=0)
+    entries = [entry for split in ("train", "valid") for entry in manifest(tmp_path / "out" / f"{split}.json")]
+    assert [(entry["speaker"], entry.get("text")) for entry in entries] == [
+        ("s1", "hello"),
+        ("s3", "there"),
+        ("s2", None),
+    ]
+
+
+def test_a_bad_line_of_a_transcript_costs_its_clip_alone(tmp_path):
+    librispeech(tmp_path / "ls")
+    path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
+    path.write_bytes(b"19-1-0000 HELLO \xe9\n19-1-0001 AGAIN\n")
+    mls(tmp_path / "mls")
+    path = tmp_path / "mls" / "mls_german" / "train" / "transcripts.txt"
+    path.write_bytes(path.read_bytes() + b"nonsense\n10_7_000000\tgr\xfc\xdf\n")
+    for kind, bad in (("ls", 1), ("mls", 2)):
+        prepare({"ls": "librispeech"}.get(kind, kind), tmp_path / kind, tmp_path / f"{kind}-out")
+        assert len(manifest(tmp_path / f"{kind}-out" / "train.json")) == 1
+        assert len(manifest(tmp_path / f"{kind}-out" / "failures.jsonl")) == bad
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../../../a_b_c", "a_b/_c", "a_b_" + "c" * 300, "a_" + "b/" * 3000 + "_c"]
+)
+def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name):
+    librispeech(tmp_path / "ls")
+    path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
+    path.write_text(f"{path.read_text().strip()}\n{name} AGAIN\n")
+    mls(tmp_path / "mls")
+    path = tmp_path / "mls" / "mls_german" / "train" / "transcripts.txt"
+    path.write_text(f"{path.read_text().strip()}\n{name}\tnoch einmal\n")
+    for kind, layout in (("ls", "librispeech"), ("mls", "mls")):
+        prepare(layout, tmp_path / kind, tmp_path / f"{kind}-out")
+        assert manifest(tmp_path / f"{kind}-out" / "train.json")
+        (failure,) = manifest(tmp_path / f"{kind}-out" / "failures.jsonl")
+        assert " is not " in failure["reason"] and ", line " in failure["audio_filepath"]
+
+
+def test_who_is_held_out_does_not_change_when_a_corpus_grows():
+    many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
+    held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}
+    assert 30 < len(held) < 70
+    fewer = hold_out(many[:600], 0.1)
+    assert {utterance.speaker for utterance in fewer if utterance.split == "valid"} == held & set(map(str, range(300)))
+    given = Utterance(Path("a.wav"), "a", "test")
+    assert hold_out([given], 1.0) == [given]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
+    with pytest.raises(NemoLfrError, match=f"no utterance of {kind} here"):
+        prepare(kind, tmp_path, tmp_path / "out")
+    with pytest.raises(NemoLfrError, match="no such folder"):
+        prepare(kind, tmp_path / "none", tmp_path / "out")
+
+
+def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
+    folder(tmp_path / "corpus")
+    (tmp_path / "corpus" / "bad.wav").write_bytes(b"no")
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", "folder", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--json"])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["audio_dir"] == str(tmp_path / "corpus")
+    assert "bad.wav: not an audio file" in output.err and output.err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
+    error = capsys.readouterr().err
+    assert "no utterance of folder here" in error and error.count("\n") == 1
+
+
+DAMAGE = {
+    "cut in the middle": lambda data: data[: len(data) // 2],
+    "overwritten in the middle": lambda data: data[: len(data) // 2] + bytes(3000) + data[len(data) // 2 + 3000 :],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kind):
+    for name in "ab":
+        audio(tmp_path / "corpus" / f"{name}.flac", 2.0)
+    data = (tmp_path / "corpus" / "b.flac").read_bytes()
+    (tmp_path / "corpus" / "b.flac").write_bytes(DAMAGE[kind](data))
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
+    assert [entry["audio_filepath"] for entry in manifest(tmp_path / "out" / "train.json")] == ["a.flac"]
+    (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
+    assert failure["audio_filepath"] == "b.flac" and failure["reason"]
+    prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
+    # The last frame of FLAC tells a cut without decoding.
+    assert len(manifest(tmp_path / "trusted" / "train.json")) == (1 if kind == "cut in the middle" else 2)
+
+
+@pytest.mark.parametrize("kind", ["librispeech", "commonvoice"])
+def test_a_file_that_is_listed_twice_is_used_once(tmp_path, kind):
+    if kind == "librispeech":
+        audio(tmp_path / "c" / "dev-clean" / "84" / "1" / "84-1-0.flac")
+        text(tmp_path / "c" / "dev-clean" / "84" / "1" / "84-1.trans.txt", "84-1-0 HI\n84-1-0 HI\n")
+        expected = {"valid": 1}
+    else:
+        audio(tmp_path / "c" / "en" / "clips" / "a.wav")
+        rows = "client_id\tpath\tsentence\tlocale\ns\ta.wav\thi\ten\n"
+        text(tmp_path / "c" / "en" / "train.tsv", rows + "s\ta.wav\thi\ten\n")
+        text(tmp_path / "c" / "en" / "dev.tsv", rows)
+        expected = {"valid": 1}  # and not in the training set
+    prepare(kind, tmp_path / "c", tmp_path / "out")
+    found = {path.stem: len(manifest(path)) for path in (tmp_path / "out").glob("*.json")}
+    assert found == expected
+    failures = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert len(failures) == (1 if kind == "librispeech" else 2) and all("more than once" in line for line in failures)
+
+
+def test_an_edited_journal_is_read_as_far_as_it_makes_sense(tmp_path):
+    corpus, out = tmp_path / "c", tmp_path / "out"
+    for name in "abcd":
+        audio(corpus / f"{name}.wav", 0.5)
+    out.mkdir()
+    claim = json.dumps({"kind": "folder", "corpus": str(corpus.resolve()), "check": True})
+    bad = ["5", "[]", '["x"]', '["a.wav", null]', '["b.wav", -5]', '["c.wav", 1e400]', '["d.wav", true]', '{"a": 1}']
+    (out / ".opened.jsonl").write_text("\n".join([claim, *bad]) + "\n")
+    prepare("folder", corpus, out, valid_share=0)
+    assert [entry["duration"] for entry in manifest(out / "train.json")] == [0.5] * 4
