@@ -33,8 +33,8 @@ class MissingExtraError(NemoLfrError, ImportError):
     """A part of the package needs an optional dependency that is not installed."""
 
 
-def clip(text: object, length: int = 80) -> str:
-    """A stranger's text, short enough for a message and on one line."""
+def shorten(text: object, length: int = 80) -> str:
+    """Shorten untrusted text to one printable line for an error message."""
     try:
         text = str(text)
     except ValueError:  # an integer of thousands of digits
@@ -42,6 +42,9 @@ def clip(text: object, length: int = 80) -> str:
     return printable(text[:length]) + ("..." if len(text) > length else "")
 
 
+clip = shorten  # the old name
+
+
 def printable(text: str) -> str:
-    """Replace what a terminal would act on: control characters, line ends, overrides of the writing direction."""
+    """Replace characters that a terminal would act on: controls, line ends and changes of writing direction."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
+from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     if os.path.lexists(path):
         return locate_checkpoint(path)
     if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
-        raise CheckpointError(f"{clip(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
+        raise CheckpointError(f"{shorten(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
     if repository not in LICENCES and looks_local(text):
         # A repository may be used beside a folder that has its owner's name, once it is in the cache.
         if (cached := _cached(repository)) is not None and not refresh:
@@ -128,7 +128,7 @@ def _download(repository: str, refresh: bool) -> Path:
         raise
     except Exception as error:  # whatever the Hub's transport raises: requests, httpx, ... by version
         if len(cached_files := _in_snapshot(repository)) > 1:
-            names = clip(", ".join(path.name for path in cached_files), 200)
+            names = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
                 f"{repository}: its copy in the Hub's cache holds {len(cached_files)} .nemo files ({names}), and the "
                 f"Hub cannot be asked; give the path of one of them, in {cached_files[0].parent}."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nemo_lfr import frames
-from nemo_lfr.errors import clip
+from nemo_lfr.errors import shorten
 
 MAX_TEXT = 200  # characters of a text in a file
 
@@ -95,4 +95,4 @@ def check_text(name: str, value: object) -> None:
         ValueError: if it is not one short printable text.
     """
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"{name} is {clip(repr(value))}")
+        raise ValueError(f"{name} is {shorten(repr(value))}")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -80,7 +80,7 @@ def parse_config(text: str) -> DictConfig:
         plain = OmegaConf.to_container(config, resolve=False)
         for value in _strings(plain):
             if "${" in value and ":" in _RESOLVERS.sub("", value):
-                raise ConfigError(f"{clip(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
+                raise ConfigError(f"{shorten(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
         expansion = _Expansion(plain)
         for key in config:
             expansion.check(str(key))
@@ -161,7 +161,9 @@ class _Expansion:
         elif isinstance(value, str):
             size += len(value) + sum(self._size(self._target(path, name)) for name in _REFERENCE.findall(value))
             if _REFERENCE.search(_REFERENCE.sub("", value)):
-                raise ConfigError(f"{path[0]} cannot be resolved: {clip(value)!r} names an interpolation by another.")
+                raise ConfigError(
+                    f"{path[0]} cannot be resolved: {shorten(value)!r} names an interpolation by another."
+                )
         self._sizes[path] = size
         return size
 
@@ -181,7 +183,7 @@ class _Expansion:
             elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
                 value = value[int(name)]
             elif isinstance(value, str) and "${" in value:
-                raise ConfigError(f"{path[0]} cannot be resolved: {'.'.join(path)} leads through {clip(value)!r}.")
+                raise ConfigError(f"{path[0]} cannot be resolved: {'.'.join(path)} leads through {shorten(value)!r}.")
             else:
                 return None  # OmegaConf says so in its words
         return value
@@ -227,7 +229,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
         ConfigError: for an unknown name or argument, or a value of the wrong type.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"is {clip(config)}, not a mapping with a _target_.")
+        raise ConfigError(f"is {shorten(config)}, not a mapping with a _target_.")
     arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
     ours, implied, defaults = our_target(str(config.get("_target_", "")))
     if ours in (HiFiGANEncoder, HiFiGANDecoder):
@@ -245,7 +247,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
         raise
     except Exception as error:  # values of any type reach the constructors
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{ours.__name__} cannot be built from {clip(arguments, 300)}: {reason}") from error
+        raise ConfigError(f"{ours.__name__} cannot be built from {shorten(arguments, 300)}: {reason}") from error
 
 
 def _check_sizes(arguments: Mapping[str, Any]) -> None:
@@ -259,7 +261,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
             if isinstance(item, bool) or item is None or isinstance(item, str):
                 continue
             if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
-                raise ConfigError(f"{key} is {clip(value)}; whole numbers from {least} to {most} are allowed.")
+                raise ConfigError(f"{key} is {shorten(value)}; whole numbers from {least} to {most} are allowed.")
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts:
@@ -286,14 +288,14 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts
         raise ConfigError(f"the parts {list(PARTS)} are {[type(part).__name__ for part in sections.values()]}.")
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
-        raise ConfigError(f"sample_rate {clip(sample_rate)} is not a rate in Hz between 1000 and 192000.")
+        raise ConfigError(f"sample_rate {shorten(sample_rate)} is not a rate in Hz between 1000 and 192000.")
     if config.get("output_sample_rate", sample_rate) != sample_rate:
         raise ConfigError("codecs whose output_sample_rate differs from sample_rate are not supported.")
     for part in (encoder, decoder):
         if part.samples_per_frame != samples_per_frame:
             raise ConfigError(
                 f"the rates of {type(part).__name__} multiply to {part.samples_per_frame}, but samples_per_frame is "
-                f"{clip(samples_per_frame)}; make the two agree."
+                f"{shorten(samples_per_frame)}; make the two agree."
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
         raise ConfigError(f"encoded_dim {encoder.encoded_dim} differs from the quantizer's {quantizer.codebook_dim}.")

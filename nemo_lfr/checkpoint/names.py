@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.errors import CheckpointError, shorten
 
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
@@ -38,7 +38,7 @@ def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value
     for key, value in items:
         name = plain_key(key)
         if name in plain:
-            raise CheckpointError(f"{what}: {clip(name)} is there with and without _orig_mod or module; keep one.")
+            raise CheckpointError(f"{what}: {shorten(name)} is there with and without _orig_mod or module; keep one.")
         plain[name] = value
     return plain
 

@@ -15,7 +15,7 @@ from nemo_lfr.checkpoint.config import Parts, build_part, build_parts, codec_val
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.tensors import Tensors
-from nemo_lfr.errors import CheckpointError, ConfigError, clip
+from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.locate import CONFIG_MEMBER
 
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
@@ -190,7 +190,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     sources: dict[str, tuple[str, ...]] = {}
     for key, names in _sources(tensors, prefix):
         if key in sources:
-            raise CheckpointError(f"{path}: {clip(prefix + '.' + key)} is there in two spellings; keep one.")
+            raise CheckpointError(f"{path}: {shorten(prefix + '.' + key)} is there in two spellings; keep one.")
         sources[key] = names
     missing = sorted(expected.keys() - sources.keys())
     unexpected = sorted(sources.keys() - expected.keys())
@@ -202,7 +202,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     if unexpected and strict:
         raise CheckpointError(
             f"{path}: {prefix} has {len(unexpected)} weights that its config does not know, first "
-            f"{[clip(key) for key in unexpected[:5]]}."
+            f"{[shorten(key) for key in unexpected[:5]]}."
         )
     matched = {key: sources[key] for key in expected if key in sources}
     for key, names in matched.items():
@@ -235,7 +235,7 @@ def _read(
     # FSQ's buffers follow from the config; other numbers there would give other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
-            f"{tensors.path}: {prefix}.{key} is {clip(direction.flatten().tolist())}, the config says otherwise."
+            f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, the config says otherwise."
         )
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
@@ -261,7 +261,7 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
     entry = tensors.entries[name]
     if entry.shape != shape:
         raise CheckpointError(
-            f"{tensors.path}: {name} has shape {clip(list(entry.shape))}, the config asks for {list(shape)}."
+            f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, the config asks for {list(shape)}."
         )
     if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
         raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")

@@ -24,7 +24,7 @@ from nemo_lfr.checkpoint.archive import ZIP_MAGIC
 from nemo_lfr.checkpoint.lightning import Inert
 from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.checkpoint.source import ByteSource
-from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.locate import WEIGHTS_MEMBER
 
 # The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
@@ -118,7 +118,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _NAMES:
             if self._training:
                 return Inert
-            raise pickle.UnpicklingError(f"it names {clip(module)}.{clip(name)}, which no state dict needs")
+            raise pickle.UnpicklingError(f"it names {shorten(module)}.{shorten(name)}, which no state dict needs")
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -184,7 +184,7 @@ class Tensors:
             raise
         except Exception as error:  # a pickle can make its interpreter fail in any way it likes
             self._check_unchanged(error)
-            reason = clip(str(error) or type(error).__name__, 200)
+            reason = shorten(str(error) or type(error).__name__, 200)
             raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
         self._check_unchanged()
         if single and not isinstance(state, Entry):
@@ -223,7 +223,7 @@ class Tensors:
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
         if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
-                f"{self.path}: {clip(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
+                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
             )
         # From the first to the last number of the tensor: others may share its record.
         count = last + 1 - entry.offset
@@ -234,9 +234,9 @@ class Tensors:
             if isinstance(error, CheckpointError):
                 raise
             self._check_unchanged(error)
-            reason = clip(str(error) or type(error).__name__, 200)
+            reason = shorten(str(error) or type(error).__name__, 200)
             raise CheckpointError(
-                f"{self.path}: the numbers of {clip(key)} are damaged ({reason}); download it again."
+                f"{self.path}: the numbers of {shorten(key)} are damaged ({reason}); download it again."
             ) from error
         tensor = flat.as_strided(entry.shape, entry.stride)
         return tensor if numel == len(flat) else tensor.clone()

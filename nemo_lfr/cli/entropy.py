@@ -10,7 +10,7 @@ import click
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import UserPath
 from nemo_lfr.cli.terminal import note, show
-from nemo_lfr.errors import EntropyModelError, TokenFileError, clip
+from nemo_lfr.errors import EntropyModelError, TokenFileError, shorten
 
 KEYS = ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint")
 
@@ -127,4 +127,4 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     if error is not None:
         if not read:
             raise error
-        note(f"nemo-lfr: {failed} utterances could not be read; the last one: {clip(error, 300)}")
+        note(f"nemo-lfr: {failed} utterances could not be read; the last one: {shorten(error, 300)}")

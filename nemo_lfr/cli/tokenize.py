@@ -12,7 +12,7 @@ import click
 
 from nemo_lfr.cli.options import Number, UserPath
 from nemo_lfr.cli.terminal import note, show
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
 
@@ -161,7 +161,7 @@ def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: A
     for result in decode_folder(tokens, out, kind, overwrite=overwrite, **options):
         if isinstance(result, NemoLfrError):
             failed += 1
-            note(f"nemo-lfr: {clip(result, 500)}")
+            note(f"nemo-lfr: {shorten(result, 500)}")
         else:
             decoded += 1
             show(result)

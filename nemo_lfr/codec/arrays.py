@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 
 Array = TypeVar("Array")
 
@@ -63,7 +63,7 @@ class NumpyArrays:
             array = np.asarray(value)
         except Exception as reason:  # `__array__` of any class
             what = " ".join(str(reason).split())
-            raise error(f"{name} is {type(value).__name__}; pass a numpy array ({clip(what)}).") from None
+            raise error(f"{name} is {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
         if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
             raise error(f"{name} is {type(value).__name__} of {array.dtype}; pass an array of numbers.")
         return array.astype(array.dtype.newbyteorder("="), copy=False)

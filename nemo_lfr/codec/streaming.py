@@ -21,7 +21,7 @@ import torch
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, clip
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
 from nemo_lfr.modules.altered import refuse_altered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -291,7 +291,7 @@ def _push(
     streams, inputs = _listed(streams, "streams"), _listed(inputs, "pieces")
     for stream in streams:
         if not isinstance(stream, kind):
-            raise NemoLfrError(f"one of the streams is {clip(type(stream).__name__)}, not {kind.__name__}.")
+            raise NemoLfrError(f"one of the streams is {shorten(type(stream).__name__)}, not {kind.__name__}.")
         if stream.codec is not streams[0].codec:
             raise NemoLfrError("these streams are of several codecs; push to those of one at a time.")
     if len(streams) != len(inputs):
@@ -308,7 +308,7 @@ def _listed(values: Any, what: str) -> list[Any]:
     try:
         return list(values)
     except TypeError:
-        raise NemoLfrError(f"{what} are {clip(type(values).__name__)}; pass a list of them.") from None
+        raise NemoLfrError(f"{what} are {shorten(type(values).__name__)}; pass a list of them.") from None
 
 
 def _take_turn(

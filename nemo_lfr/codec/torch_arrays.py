@@ -9,7 +9,7 @@ import torch
 
 from nemo_lfr.codec.arrays import Kind
 from nemo_lfr.codec.tracing import refuse_wrapper
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
             tensor = torch.as_tensor(value, dtype=torch.float32)  # and not the default dtype
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
-        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({clip(what)}).") from None
+        raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({shorten(what)}).") from None
     refuse_wrapper(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")

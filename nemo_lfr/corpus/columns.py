@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, clip
+from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.text import is_missing
 
 # Label -> the columns that may hold it; of several, the first that has a value.
@@ -179,7 +179,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     value = cell.as_py()
     if isinstance(value, bytes | str) and value:
         return value
-    raise AudioError(f"it holds neither bytes nor samples nor a path, but {clip(repr(value))}")
+    raise AudioError(f"it holds neither bytes nor samples nor a path, but {shorten(repr(value))}")
 
 
 def _array(cell: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
 from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.atomic import Sweeper
 from nemo_lfr.io.audio import AudioWriter
 from nemo_lfr.io.locate import expand_home
@@ -45,7 +45,7 @@ def decode_folder(
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):
         raise NemoLfrError(
-            f"{tokens}: made by another codec ({clip(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
+            f"{tokens}: made by another codec ({shorten(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
             f"not {codec.name} ({codec.fingerprint}); pass it as --model."
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 from nemo_lfr.corpus.inputs import Part, require
 from nemo_lfr.corpus.orphans import die_with, family
 from nemo_lfr.corpus.shard import Job, Mark, Worker
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.shortage import sharing
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ def _first_line(error: Exception) -> str:
 
 def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return clip(lines[-1].strip(), 500) if lines else type(error).__name__
+    return shorten(lines[-1].strip(), 500) if lines else type(error).__name__
 
 
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:

@@ -34,7 +34,7 @@ from nemo_lfr.corpus.columns import (
 )
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id, path_inside
 from nemo_lfr.corpus.inventory import digest, list_digest, sampled_digest
-from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, clip
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import (
     CutItem,
@@ -176,7 +176,7 @@ class Manifest(Corpus):
                 try:
                     yield self._clip(name, json.loads(line))
                 except NOT_A_LINE as error:
-                    origin = f"{self.path}: {clip(line.decode(errors='replace').strip())}"
+                    origin = f"{self.path}: {shorten(line.decode(errors='replace').strip())}"
                     reason = f"{origin}: not a line of a manifest: {describe(error)}."
                     yield Clip(name, origin, partial(_raise, reason))
 
@@ -341,7 +341,7 @@ class Table(Corpus):
         column = audio_column(self.columns, types)
         if column is None:
             raise ConfigError(
-                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {clip(self.columns, 300)}."
+                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {shorten(self.columns, 300)}."
             )
         self.column = column
         self.class_names = class_names(features)
@@ -431,7 +431,7 @@ class Parquet(Table):
         try:
             return self.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: not a Parquet file ({clip(error, 200)}).") from error
+            raise ConfigError(f"{file}: not a Parquet file ({shorten(error, 200)}).") from error
 
     def files_of(self, part: Part) -> list[Path]:
         return [self.files[part["file"]]]
@@ -468,7 +468,7 @@ class Parquet(Table):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
         except (OSError, ValueError) as error:
-            reason = clip(error, 200)
+            reason = shorten(error, 200)
             for row in range(number, stop):
                 origin = f"{self.path}, row {row}"
                 yield Clip(f"{row:08d}", origin, partial(_raise, f"{origin}: damaged Parquet ({reason})."))
@@ -485,7 +485,7 @@ class SavedDataset(Table):
             columns = self.rows.column_names
         except Exception as error:  # of whichever of its many readers
             raise ConfigError(
-                f"{path}: not a dataset that datasets.load_from_disk reads ({clip(error, 200)})."
+                f"{path}: not a dataset that datasets.load_from_disk reads ({shorten(error, 200)})."
             ) from error
         if isinstance(columns, dict):
             raise ConfigError(f"{path}: holds the splits {', '.join(sorted(columns))}; give the folder of one.")
@@ -575,7 +575,7 @@ def _check_saved(path: Path) -> None:
     except NOT_A_LINE as error:
         raise ConfigError(f"{state}: is damaged ({describe(error)}); save the dataset again.") from error
     if bad is not None:
-        raise ConfigError(f"{state}: names {clip(bad)!r}, which is not a file of this folder, and is not read.")
+        raise ConfigError(f"{state}: names {shorten(bad)!r}, which is not a file of this folder, and is not read.")
     for name in named:
         if path_inside(path, name) is None:
             raise ConfigError(f"{path / name}: is a link out of this folder, which is not followed.")
@@ -652,7 +652,7 @@ def _item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> C
             return cut_to_clip(item.cut, origin, number, allow_url)
         except Exception as error:  # of whatever a cut's fields may hold
             problem = f"not a Lhotse cut: {explain(error)}"
-    place = f"{origin}, cut {clip(item.id)}"
+    place = f"{origin}, cut {shorten(item.id)}"
     return Clip(numbered_id(clean_id(item.id), number), place, partial(_raise, f"{place}: {problem}"))
 
 
@@ -727,7 +727,7 @@ def _what_instead(lines: Sequence[bytes]) -> str:
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return f"it is one JSON list, {expected}, one object a line"
-    return f"its first line is {clip(first.decode(errors='replace').strip())!r}, {expected}"
+    return f"its first line is {shorten(first.decode(errors='replace').strip())!r}, {expected}"
 
 
 def _name(line: bytes) -> str:

@@ -22,7 +22,7 @@ from nemo_lfr.corpus.inputs import Corpus
 from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.shard import PADS, PRECISIONS, Job, Mark
 from nemo_lfr.corpus.sinks import SINKS, STATE, finish
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
@@ -242,7 +242,7 @@ def _claim(job: Job, corpus: Corpus, codec: dict[str, Any], entropy: str | None)
                 raise ValueError("its list of parts is not what was written")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise NemoLfrError(
-                f"{path}: is damaged ({clip(error, 200)}), so that the run cannot go on; "
+                f"{path}: is damaged ({shorten(error, 200)}), so that the run cannot go on; "
                 f"remove {job.out}, or choose another --out."
             ) from error
         if differ := sorted(key for key in mine if known.get(key) != mine[key]):

@@ -25,7 +25,7 @@ from nemo_lfr.corpus.inputs import require
 from nemo_lfr.corpus.run import METADATA
 from nemo_lfr.corpus.shard import Mark
 from nemo_lfr.corpus.token_tensor import read_token_tensor
-from nemo_lfr.errors import MissingExtraError, NemoLfrError, TokenFileError, clip
+from nemo_lfr.errors import MissingExtraError, NemoLfrError, TokenFileError, shorten
 from nemo_lfr.io.bounded import MAX_LINE, check_columns, member_bytes, open_tar
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
@@ -79,7 +79,7 @@ class TokenFolder:
         name = self.path / METADATA
         if not self.path.is_dir() or not name.exists():
             raise NemoLfrError(
-                f"{clip(folder, 300)}: no {METADATA}; pass a folder that `nemo-lfr tokenize` wrote and finished."
+                f"{shorten(folder, 300)}: no {METADATA}; pass a folder that `nemo-lfr tokenize` wrote and finished."
             )
         try:
             self.metadata: dict[str, Any] = _json(regular_file(name).read_bytes())
@@ -88,7 +88,7 @@ class TokenFolder:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise TokenFileError(f"{name}: cannot be read: {clip(reason, 200)}.") from error
+            raise TokenFileError(f"{name}: cannot be read: {shorten(reason, 200)}.") from error
         self._reader = READERS[self.metadata["format"]](self)
         self.counts = self._count()
         if verify:
@@ -97,14 +97,14 @@ class TokenFolder:
     def _check_metadata(self) -> Metadata:
         values = self.metadata
         if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, found {clip(values)}")
+            raise ValueError(f"expected a JSON object, found {shorten(values)}")
         for key, highest in (("shards", MAX_SHARDS), ("clips", MAX_CLIPS)):
             if type(values[key]) is not int or not 0 <= values[key] <= highest:
-                raise ValueError(f"{key} is {clip(values[key])}")
+                raise ValueError(f"{key} is {shorten(values[key])}")
         if not isinstance(values["format"], str) or values["format"] not in READERS:
-            raise ValueError(f"format is {clip(values['format'])}; expected one of {', '.join(READERS)}")
+            raise ValueError(f"format is {shorten(values['format'])}; expected one of {', '.join(READERS)}")
         if not isinstance(values.get("context", False), bool):
-            raise ValueError(f"context is {clip(values['context'])}")
+            raise ValueError(f"context is {shorten(values['context'])}")
         if not isinstance(values["codec"], dict) or not isinstance(values["codec"]["fingerprint"], str):
             raise ValueError("codec is not an object with a fingerprint")
         return Metadata.from_json(json.dumps(values["codec"]).encode())
@@ -192,13 +192,13 @@ class TokenFolder:
         values = row.load()
         clip_id = values["id"]
         if not isinstance(clip_id, str):
-            raise TokenFileError(f"{where}: its id is {clip(repr(clip_id))}, not a text.")
-        where = f"{where} ({clip(clip_id)})"
+            raise TokenFileError(f"{where}: its id is {shorten(repr(clip_id))}, not a text.")
+        where = f"{where} ({shorten(clip_id)})"
         num_samples, labels, context = values["num_samples"], values["labels"], values.get("context")
         if type(num_samples) is not int or not 0 < num_samples < 2**48:
-            raise TokenFileError(f"{where}: num_samples is {clip(repr(num_samples))}.")
+            raise TokenFileError(f"{where}: num_samples is {shorten(repr(num_samples))}.")
         if not isinstance(labels, dict):
-            raise TokenFileError(f"{where}: its labels are {clip(repr(labels))}, not a JSON object.")
+            raise TokenFileError(f"{where}: its labels are {shorten(repr(labels))}, not a JSON object.")
         num_frames = frames.num_frames(num_samples, self.codec.samples_per_frame)
         tokens = self._tokens(values["tokens"], num_frames, f"{where}: its tokens")
         if context is not None:
@@ -215,7 +215,7 @@ class TokenFolder:
             kind = str(value.dtype)
         else:
             if isinstance(value, list) and len({len(layer) for layer in value}) != 1:
-                lengths = clip([len(layer) for layer in value])
+                lengths = shorten([len(layer) for layer in value])
                 raise TokenFileError(f"{what} have layers of unequal lengths {lengths}.")
             value = np.asarray(value)
             is_integer, kind = value.dtype.kind in "iu", str(value.dtype)
@@ -275,7 +275,7 @@ class ShardFiles:
     def _path(self, name: str) -> Path:
         path = path_inside(self.folder, name)
         if path is None:
-            raise TokenFileError(f"{self.folder}: {clip(name, 200)!r} lies outside of this folder and is not read.")
+            raise TokenFileError(f"{self.folder}: {shorten(name, 200)!r} lies outside of this folder and is not read.")
         return regular_file(path)
 
     def _damage(self, path: Path) -> str | None:
@@ -373,7 +373,7 @@ class _Shar(_Reader):
             for member in members:
                 data = member_bytes(tar, member)
                 if next(members, None) is None:
-                    raise TokenFileError(f"{path}: holds {clip(member.name)!r}, which is no array; it is damaged.")
+                    raise TokenFileError(f"{path}: holds {shorten(member.name)!r}, which is no array; it is damaged.")
                 name, _, kind = member.name.rpartition(".")
                 yield name, None if kind == "nodata" else data
 
@@ -382,7 +382,7 @@ class _Shar(_Reader):
         cut = _json(line)
         for name, _ in items:
             if name != cut["id"]:
-                raise ValueError(f"the cut {clip(repr(cut['id']))} stands beside the tokens of {clip(name)!r}")
+                raise ValueError(f"the cut {shorten(repr(cut['id']))} stands beside the tokens of {shorten(name)!r}")
         first = cut["supervisions"][0]
         labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
         arrays = [None if data is None else read_npy(data) for _, data in items]
@@ -497,7 +497,7 @@ class _Manifest(_Reader):
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
         """A file that the manifest names by the absolute path where it was written; the folder may have moved."""
         if not isinstance(text, str):
-            raise TokenFileError(f"{self.folder.path}: a path of the manifest is {clip(repr(text))}, not a text.")
+            raise TokenFileError(f"{self.folder.path}: a path of the manifest is {shorten(repr(text))}, not a text.")
         below = f"/{name}_codes/"
         if path_inside(self.folder.path, text) is None and below in text:
             text = f"{name}_codes/{text.rpartition(below)[2]}"
@@ -511,7 +511,7 @@ class _Lfr(_Manifest):
         labels = _json(line)
         name = labels["tokens_filepath"]
         if not isinstance(name, str):
-            raise TokenFileError(f"{self.folder.path}: a path of the manifest is {clip(repr(name))}, not a text.")
+            raise TokenFileError(f"{self.folder.path}: a path of the manifest is {shorten(repr(name))}, not a text.")
         with TokenReader(files.path(name)) as reader:
             expected, stored = self.folder.codec, reader.metadata
             for key in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
@@ -537,7 +537,7 @@ def regular_file(path: Path) -> Path:
         open_regular(path, TokenFileError, REPAIR).close()
     except OSError as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
-        raise TokenFileError(f"{clip(path, 300)}: {what}; {REPAIR}.") from error
+        raise TokenFileError(f"{shorten(path, 300)}: {what}; {REPAIR}.") from error
     return path
 
 
@@ -564,9 +564,9 @@ def read_npy(data: bytes) -> np.ndarray:
 def reason_of(error: BaseException) -> str:
     """An error of another library in a few words on one line."""
     if isinstance(error, KeyError):
-        return f"{clip(repr(error.args[0] if error.args else ''))} is missing"
+        return f"{shorten(repr(error.args[0] if error.args else ''))} is missing"
     lines = str(error).strip().splitlines()
-    return clip(lines[0], 200).rstrip(".") if lines else type(error).__name__
+    return shorten(lines[0], 200).rstrip(".") if lines else type(error).__name__
 
 
 def _json(data: bytes) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from nemo_lfr.checkpoint.source import MemorySource
 from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
-from nemo_lfr.errors import CheckpointError, TokenFileError, clip
+from nemo_lfr.errors import CheckpointError, TokenFileError, shorten
 from nemo_lfr.io.regular import open_regular
 
 # 12 hours of the released codec in int64, and room for the zip around them.
@@ -38,7 +38,7 @@ def read_token_tensor(path: str | os.PathLike[str]) -> torch.Tensor:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TokenFileError(f"{path}: {clip(reason)}.") from error
+        raise TokenFileError(f"{path}: {shorten(reason)}.") from error
     if len(raw) > MAX_BYTES:
         raise TokenFileError(f"{path}: is larger than {MAX_BYTES} bytes; the tokens of one utterance are not.")
     try:

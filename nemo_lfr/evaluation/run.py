@@ -26,7 +26,7 @@ import soundfile
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.orphans import die_with
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.evaluation.judges import Judge, open_judges
 from nemo_lfr.evaluation.metrics import METRICS, NotMeasured, Signal, Undefined, Value, measure
 from nemo_lfr.evaluation.peers import Peer, Transmission, fit, open_codec, read
@@ -179,7 +179,7 @@ def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
             if not isinstance(known, dict):
                 raise ValueError("expected a JSON object")
         except (OSError, ValueError, RecursionError) as error:
-            raise NemoLfrError(f"{claims}: is damaged ({clip(error, 200)}); choose another --out.") from error
+            raise NemoLfrError(f"{claims}: is damaged ({shorten(error, 200)}); choose another --out.") from error
     if any(known.get(key, value) != value for key, value in mine.items()):
         raise NemoLfrError(
             f"{out}: holds an evaluation of other recordings, or of files that have changed, or at another rate; "

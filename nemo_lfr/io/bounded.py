@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 
 MAX_LINE = 1 << 26  # bytes of one line of JSON
 MAX_MEMBER = 1 << 31  # bytes of one file in an archive
@@ -65,11 +65,13 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
             stand for any number of zeros, is none.
     """
     if not member.isreg() or member.issparse() or member.size > MAX_MEMBER:
-        raise NemoLfrError(f"{tar.name!s}: {clip(member.name)!r} in it is no plain file, or too large.")
+        raise NemoLfrError(f"{tar.name!s}: {shorten(member.name)!r} in it is no plain file, or too large.")
     file = tar.extractfile(member)
     data = b"" if file is None else file.read()
     if len(data) != member.size:
-        raise NemoLfrError(f"{tar.name!s}: {clip(member.name)!r} in it ends after {len(data)} of {member.size} bytes.")
+        raise NemoLfrError(
+            f"{tar.name!s}: {shorten(member.name)!r} in it ends after {len(data)} of {member.size} bytes."
+        )
     return data
 
 
@@ -91,6 +93,6 @@ def check_columns(metadata: Any, path: Path) -> None:
             values, expanded = column.num_values, column.total_uncompressed_size
             if values > VALUES_PER_BYTE * size + FREE_VALUES or expanded > BYTES_PER_BYTE * size + FREE_BYTES:
                 raise NemoLfrError(
-                    f"{path}: column {clip(column.path_in_schema)!r} claims {values} values in {size} bytes; "
+                    f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values in {size} bytes; "
                     "such a file is not read."
                 )

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, clip
+from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
 from nemo_lfr.io.reading import read_part
@@ -67,7 +67,7 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
     """Raise AudioError unless an audio source of Lhotse is a file, in memory, or an http(s) URL that is allowed."""
-    shown = "..." if isinstance(source, bytes) else clip(source)
+    shown = "..." if isinstance(source, bytes) else shorten(source)
     if kind == "command":
         raise AudioError(f"its audio is the output of a command ({shown}), and nothing is run; write it to a file.")
     if kind == "url":
@@ -79,16 +79,16 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
         if not isinstance(source, str) or URL.match(source):
             raise AudioError(f"its audio is at {shown}, which is not the name of a file.")
     elif kind not in ("memory", "shar"):
-        raise AudioError(f"its audio has a source of the unknown type {clip(kind)!r}; expected a file.")
+        raise AudioError(f"its audio has a source of the unknown type {shorten(kind)!r}; expected a file.")
 
 
 def _check_array(item: Mapping[str, Any]) -> None:
     kind = item["storage_type"]
     if kind not in ARRAY_STORAGE:
-        raise AudioError(f"it holds an array of storage type {clip(kind)!r}, which is not opened; drop that field.")
+        raise AudioError(f"it holds an array of storage type {shorten(kind)!r}, which is not opened; drop that field.")
     for key in ("storage_path", "storage_key"):
         if isinstance(item.get(key), str) and URL.match(item[key]):
-            raise AudioError(f"it holds an array at {clip(item[key])}, which is not opened; drop that field.")
+            raise AudioError(f"it holds an array at {shorten(item[key])}, which is not opened; drop that field.")
 
 
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
@@ -109,7 +109,7 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     Raises:
         AudioError: if it cannot be read, is refused, or lasts more than `longest` seconds.
     """
-    name = f"cut {clip(getattr(cut, 'id', cut))}"
+    name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
         start, duration = float(getattr(cut, "start", 0.0)), float(cut.duration)
         if not 0 <= start <= MAX_SECONDS or not 0 <= duration <= MAX_SECONDS:
@@ -224,7 +224,7 @@ def _check_numbers(item: Any) -> None:
         factor = item.factor
         if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
             raise AudioError(
-                f"its audio is {clip(factor)} times as fast; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
+                f"its audio is {shorten(factor)} times as fast; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
             )
 
 
@@ -258,11 +258,11 @@ def _download(url: str) -> bytes:
     try:
         answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
         if answer is None:  # no handler for the scheme that it is redirected to
-            raise AudioError(f"{clip(url)} leads elsewhere than to http(s).")
+            raise AudioError(f"{shorten(url)} leads elsewhere than to http(s).")
         with answer:
             data = _read_all(answer, url)
     except (OSError, http.client.HTTPException) as error:
-        raise AudioError(f"{clip(url)} cannot be read: {clip(error, 200)}.") from error
+        raise AudioError(f"{shorten(url)} cannot be read: {shorten(error, 200)}.") from error
     return data
 
 
@@ -274,11 +274,11 @@ def _read_all(answer: Any, url: str) -> bytes:
         pieces.append(piece)
         size += len(piece)
         if size > MAX_DOWNLOAD:
-            raise AudioError(f"{clip(url)} is larger than {MAX_DOWNLOAD} bytes.")
+            raise AudioError(f"{shorten(url)} is larger than {MAX_DOWNLOAD} bytes.")
         if time.monotonic() > end:
-            raise AudioError(f"{clip(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
+            raise AudioError(f"{shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
     if answer.length:  # as `read` would say
-        raise AudioError(f"{clip(url)} ends {answer.length} bytes too early.")
+        raise AudioError(f"{shorten(url)} ends {answer.length} bytes too early.")
     return b"".join(pieces)
 
 
@@ -290,4 +290,4 @@ def _check_count(count: int, rate: int, duration: float) -> None:
 def _reason(error: Exception) -> str:
     """What an error of Lhotse says, on one line: the nested reasons too, which come last."""
     text = str(error).partition("\n[extra info]")[0] or type(error).__name__
-    return clip(" ".join(text.split()), 400)
+    return shorten(" ".join(text.split()), 400)

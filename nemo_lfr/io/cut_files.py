@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import AudioError, ConfigError, clip
+from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.bounded import lines, member_bytes, open_tar
 from nemo_lfr.io.cut_audio import check_cut
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id
@@ -65,7 +65,7 @@ def json_lines(path: Path) -> Iterator[bytes]:
         raise ConfigError(f"{path}: was cut short: its compressed data ends too early; get it again.") from error
     except (OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({clip(reason, 200)}).") from error
+        raise ConfigError(f"{path}: cannot be read ({shorten(reason, 200)}).") from error
 
 
 def kind_of(path: Path) -> str | None:
@@ -110,7 +110,7 @@ def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
         except NOT_A_LINE as error:
             yield CutItem(
                 line_id(line),
-                problem=f"not a Lhotse cut: {describe(error)}: {clip(line.decode(errors='replace').strip())}",
+                problem=f"not a Lhotse cut: {describe(error)}: {shorten(line.decode(errors='replace').strip())}",
             )
 
 
@@ -126,7 +126,7 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
         own = name in MonoCut.__dataclass_fields__ or hasattr(MonoCut, name) or hasattr(MultiCut, name)
         if name != "cuts" and (not name.isidentifier() or (own and name not in CUT_FIELDS)):
             raise ConfigError(
-                f"{folder}: the field {clip(name)!r} of this Shar is not a name for custom data of a cut; "
+                f"{folder}: the field {shorten(name)!r} of this Shar is not a name for custom data of a cut; "
                 "rename its files, or move them elsewhere."
             )
 
@@ -151,7 +151,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
                     broken[name] = f"{fields[name].name} is cut short (it ends here)"
                 except Exception as error:  # of tarfile, gzip or JSON
                     broken[name] = (
-                        f"{fields[name].name} is cut short ({clip(str(error) or type(error).__name__, 200)})"
+                        f"{fields[name].name} is cut short ({shorten(str(error) or type(error).__name__, 200)})"
                     )
         try:
             manifest = json.loads(line)
@@ -177,7 +177,7 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
     try:
         for name, (of, value) in values.items():
             if of != item.id:
-                raise AudioError(f"{name} holds {clip(of)!r} here: an item is missing or in another place.")
+                raise AudioError(f"{name} holds {shorten(of)!r} here: an item is missing or in another place.")
             if value is None:
                 continue
             manifest, data, member = value
@@ -198,10 +198,10 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
 def explain(error: Exception) -> str:
     """Say what is wrong with a cut, on one line."""
     if isinstance(error, AudioError):
-        return clip(error, 300)
+        return shorten(error, 300)
     if isinstance(error, KeyError):
-        return f"it has no key {clip(error)}"
-    return clip(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
+        return f"it has no key {shorten(error)}"
+    return shorten(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
 
 
 def _is_manifest(value: Mapping[str, Any]) -> bool:

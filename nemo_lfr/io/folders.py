@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, clip
+from nemo_lfr.errors import NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class _Walk:
         except OSError as error:
             if folder == self.root:
                 raise
-            self.unread.append(f"{clip(os.path.relpath(folder, self.root))} ({error.strerror})")
+            self.unread.append(f"{shorten(os.path.relpath(folder, self.root))} ({error.strerror})")
             return
         for entry in children:
             self._take(entry)
@@ -221,7 +221,7 @@ class _Walk:
             self._enter(entry)
         elif suffix not in self.suffixes:
             if suffix not in self.silent_suffixes:
-                self.passed[clip(suffix, 16) if suffix else "without a suffix"] += 1
+                self.passed[shorten(suffix, 16) if suffix else "without a suffix"] += 1
         elif is_file:
             self.found.append(Path(entry.path))
         else:
@@ -251,7 +251,7 @@ class _Walk:
         if self.unread:
             named = ", ".join(self.unread[:NAMED]) + (", ..." if len(self.unread) > NAMED else "")
             parts.append(f"{len(self.unread)} folders cannot be read: {named}")
-        return f"{clip(self.root, 200)}: {len(self.found)} files found; {'; '.join(parts)}"
+        return f"{shorten(self.root, 200)}: {len(self.found)} files found; {'; '.join(parts)}"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, clip, printable
+from nemo_lfr.errors import NemoLfrError, printable, shorten
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
 from nemo_lfr.io.text import decode, read_lines
 
@@ -48,7 +48,7 @@ def librispeech(corpus: Path) -> Iterator[Utterance]:
                 continue
             if not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield Utterance(place, speaker, _split(part), problem=f"{clip(name)!r} is not the name of a file")
+                yield Utterance(place, speaker, _split(part), problem=f"{shorten(name)!r} is not the name of a file")
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
             yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
@@ -67,7 +67,7 @@ def mls(corpus: Path) -> Iterator[Utterance]:
             words = name.split("_")
             if len(words) != 3 or not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield Utterance(place, "", split, problem=f"{clip(name)!r} is not SPEAKER_BOOK_NUMBER")
+                yield Utterance(place, "", split, problem=f"{shorten(name)!r} is not SPEAKER_BOOK_NUMBER")
                 continue
             stem = folder / "audio" / words[0] / words[1] / name
             path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
@@ -210,7 +210,7 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
         try:
             yield decode(name), decode(text), None
         except ValueError as error:
-            yield clip(name.decode(errors="replace")), "", f"its line of {path.name}: {error}"
+            yield shorten(name.decode(errors="replace")), "", f"its line of {path.name}: {error}"
 
 
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
@@ -221,7 +221,7 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
     """
     fields = decode(line).split("\t")
     if len(fields) != len(columns):
-        raise ValueError(f"a row of {len(fields)} fields, where the header has {len(columns)}: {clip(fields)}")
+        raise ValueError(f"a row of {len(fields)} fields, where the header has {len(columns)}: {shorten(fields)}")
     row = dict(zip(columns, fields, strict=True))
     for name, value in row.items():
         if len(value) > MAX_FIELD:
@@ -233,7 +233,7 @@ def _below(name: str) -> Path:
     """A table's name of a file, which must lie in the folder of the clips."""
     path = Path(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{clip(name)!r} is not the name of a file in the folder of the clips")
+        raise ValueError(f"{shorten(name)!r} is not the name of a file in the folder of the clips")
     return path
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
+from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 
 # The members of a `.nemo`, and the files of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
@@ -46,7 +46,7 @@ def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> Non
         NemoLfrError: of class `error`.
     """
     if not name or (looks_local(name) and not os.path.exists(os.path.expanduser(name))):
-        raise error(f"{clip(name, 300) or repr(name)}: no such file or folder.")
+        raise error(f"{shorten(name, 300) or repr(name)}: no such file or folder.")
 
 
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -86,7 +86,7 @@ def _in_folder(folder: Path) -> Path:
     if len(archives) == 1:
         return locate_checkpoint(folder / archives[0])
     if archives:
-        listing = clip(", ".join(archives), 200)
+        listing = shorten(", ".join(archives), 200)
         raise CheckpointError(f"{folder}: holds {len(archives)} .nemo files ({listing}); give one of them.")
     if members:
         missing = WEIGHTS_MEMBER if members[0] == CONFIG_MEMBER else CONFIG_MEMBER

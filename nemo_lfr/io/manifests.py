@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
@@ -100,12 +100,14 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
         ValueError: if no file can have this name.
     """
     if not isinstance(name, str):
-        raise TypeError(f"the path of its audio is {clip(name)}, not text")
+        raise TypeError(f"the path of its audio is {shorten(name)}, not text")
     if not name or "\0" in name:
-        raise ValueError(f"{clip(name)!r} is not the name of a file")
+        raise ValueError(f"{shorten(name)!r} is not the name of a file")
     for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
         if (length := len(os.fsencode(part))) > MAX_NAME:
-            raise ValueError(f"{clip(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}")
+            raise ValueError(
+                f"{shorten(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}"
+            )
     return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
 
 
@@ -133,13 +135,13 @@ def describe(error: BaseException) -> str:
         return "not JSON (nested too deeply)"
     if isinstance(error, AttributeError):
         return "not a JSON object"
-    return clip(error, 300)
+    return shorten(error, 300)
 
 
 def _recording(line: str, folder: Path, dataset: str) -> Recording:
     entry = json.loads(line)
     if not isinstance(entry, dict):
-        raise ValueError(f"{clip(line)} is not a JSON object")
+        raise ValueError(f"{shorten(line)} is not a JSON object")
     full = resolve_audio_path(folder, entry["audio_filepath"])
     duration = seconds(entry, "duration")
     if duration is None:

@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, clip
+from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 # FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
@@ -138,4 +138,4 @@ class MediaDecoder:
 
 def _reason(error: Exception) -> str:
     """Return FFmpeg's words without the file's name."""
-    return clip(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
+    return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)

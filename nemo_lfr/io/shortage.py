@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nemo_lfr.errors import MissingExtraError, NemoLfrError, clip
+from nemo_lfr.errors import MissingExtraError, NemoLfrError, shorten
 
 # In messages of PyTorch and of the C++ library, whose errors have no class of their own.
 NO_MEMORY = (
@@ -21,7 +21,7 @@ NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 def shortage_of(error: BaseException) -> str | None:
     """Say what the machine was short of, and what to do; None for an error that is of another kind."""
     text = " ".join(str(error).split())
-    reason = f" ({clip(text, 120)})" if text else ""
+    reason = f" ({shorten(text, 120)})" if text else ""
     said_so = isinstance(error, RuntimeError | ImportError) and any(said in text for said in NO_MEMORY)
     if isinstance(error, MemoryError) or said_so:
         return f"not enough memory{reason}; process less at a time: a smaller --batch-size, fewer --workers or --jobs."
@@ -46,8 +46,8 @@ def sharing(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise NemoLfrError(
-            f"{what} need shared memory, and there is none to be had ({clip(error, 200)}); free /dev/shm or make it "
-            "writable, or give a container more of it (--shm-size)."
+            f"{what} need shared memory, and there is none to be had ({shorten(error, 200)}); free /dev/shm or make "
+            "it writable, or give a container more of it (--shm-size)."
         ) from error
 
 
@@ -64,4 +64,4 @@ def missing_extra(error: Exception, package: str, message: str) -> MissingExtraE
     if shortage := shortage_of(error):
         return MissingExtraError(f"{package} cannot be imported: {shortage}")
     kind = type(error).__name__
-    return MissingExtraError(f"{package} is installed, but cannot be imported ({kind}: {clip(error, 200)}).")
+    return MissingExtraError(f"{package} is installed, but cannot be imported ({kind}: {shorten(error, 200)}).")

@@ -63,7 +63,7 @@ import numpy as np
 
 from nemo_lfr import frames
 from nemo_lfr._version import __version__
-from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, clip
+from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, shorten
 from nemo_lfr.io.atomic import naming, open_aside
 from nemo_lfr.io.audio import refuse_overwrite
 from nemo_lfr.io.entropy import coding as compressed
@@ -118,10 +118,10 @@ class Metadata(CodecSpec):
         """
         values = json.loads(raw)
         if not isinstance(values, list):
-            raise TypeError(f"expected a list, found {clip(repr(values))}")
+            raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
         if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):  # it becomes a file name
-            raise ValueError(f"entropy is {clip(repr(named['entropy']))}, not the name of a model")
+            raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the name of a model")
         return cls._from_values(named), named["entropy"]
 
     @classmethod
@@ -224,7 +224,7 @@ class TokenStream:
         try:
             num_samples = operator.index(num_samples)
         except TypeError:
-            raise TokensError(f"num_samples is {clip(repr(num_samples))}; pass a whole number.") from None
+            raise TokensError(f"num_samples is {shorten(repr(num_samples))}; pass a whole number.") from None
         if self._waiting:
             rest = np.concatenate(self._waiting, axis=1)
             self._waiting = []
@@ -250,7 +250,9 @@ def _integers(tokens: Any) -> np.ndarray:
     try:
         array = np.asarray(tokens)
     except Exception as error:  # whatever the conversion of another library raises, as for a tensor on a GPU
-        raise TokensError(f"tokens are {clip(type(tokens).__name__)}, not a numpy array ({clip(error)}).") from error
+        raise TokensError(
+            f"tokens are {shorten(type(tokens).__name__)}, not a numpy array ({shorten(error)})."
+        ) from error
     if not np.issubdtype(array.dtype, np.integer):
         raise TokensError(f"tokens are an array of {array.dtype}; pass integers.")
     return array
@@ -414,7 +416,7 @@ class _Sections:
             metadata, self.entropy_hash = Metadata.from_list(text)
             return version, coding, metadata
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise TokenFileError(f"{self.path}: its metadata is invalid ({clip(error, 200)}).") from error
+            raise TokenFileError(f"{self.path}: its metadata is invalid ({shorten(error, 200)}).") from error
 
     def _read_count(self) -> int:
         """Frames of the section that begins here; 0 is the end's."""
@@ -684,7 +686,7 @@ class TokenReader(_Sections):
             if name == "duration" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TokenFileError(f"{self.path}: {name} is {clip(repr(value))}; pass a number of seconds.")
+                raise TokenFileError(f"{self.path}: {name} is {shorten(repr(value))}; pass a number of seconds.")
         rate = self.metadata.sample_rate
         seconds = self.num_samples / rate
         if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):

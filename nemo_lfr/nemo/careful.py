@@ -23,7 +23,7 @@ from nemo.collections.common.data.lhotse.cutset import resolve_relative_paths
 from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator, LazyNeMoTarredIterator
 from omegaconf import DictConfig
 
-from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.cut_files import explain, read_shar
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, seconds
 
@@ -52,7 +52,7 @@ def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple
     try:
         cuts, is_tarred = stock(config)
     except json.JSONDecodeError as error:
-        line = clip(error.doc)
+        line = shorten(error.doc)
         raise ConfigError(
             f"a manifest of the data section holds a line that is not JSON ({error}): {line}; NeMo reads this file as "
             "a whole, so mend or remove that line."
@@ -106,7 +106,7 @@ class CarefulLines(LazyJsonlIterator):
                 try:
                     data = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(data, dict):
-                        raise ValueError(f"{clip(line.decode())} is not a JSON object")
+                        raise ValueError(f"{shorten(line.decode())} is not a JSON object")
                 except NOT_A_LINE as error:
                     self.lose(losses, number, describe(error))
                     continue
@@ -173,14 +173,14 @@ class CarefulManifest(LazyNeMoIterator):
         single = copy.copy(self)
         single.__class__ = LazyNeMoIterator
         for data in self.source:
-            name = clip(data.get("audio_filepath", data), 200)
+            name = shorten(data.get("audio_filepath", data), 200)
             try:
                 for key in ("duration", "offset"):
                     seconds(data, key)
                 single.source = [data]
                 cuts = list(single)
             except Exception as error:  # of whichever of the audio libraries
-                losses.add(name, describe(error) if isinstance(error, NOT_A_LINE) else clip(error, 300))
+                losses.add(name, describe(error) if isinstance(error, NOT_A_LINE) else shorten(error, 300))
                 continue
             losses.used += 1
             yield from cuts
@@ -221,7 +221,7 @@ class CarefulShar(LazySharIterator):
                 losses.used += 1
                 yield item.cut
             else:
-                losses.add(f"cut {clip(item.id)}", item.problem)
+                losses.add(f"cut {shorten(item.id)}", item.problem)
         losses.check()
 
 
@@ -242,7 +242,7 @@ class _Losses:
         self._count = 0
 
     def add(self, place: str, reason: str) -> None:
-        text = f"{clip(self.path, 300)}, {place}: left out: {reason}"
+        text = f"{shorten(self.path, 300)}, {place}: left out: {reason}"
         self._first = self._first or text
         self._count += 1
         if text not in _reported:

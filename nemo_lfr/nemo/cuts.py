@@ -15,7 +15,7 @@ from nemo.collections.common.data.lhotse.dataloader import (
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from nemo_lfr.errors import AudioError, ConfigError, clip
+from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.cut_audio import forbid_programs, read_cut
 from nemo_lfr.nemo.careful import careful_iterators
 
@@ -77,7 +77,7 @@ class CutDataset(Dataset):
         except Exception as error:  # of whichever of Lhotse's many classes
             if cut.id not in self._bad:
                 self._bad.add(cut.id)
-                logger.warning("cut %s left out: %s", cut.id, clip(error, 400))
+                logger.warning("cut %s left out: %s", cut.id, shorten(error, 400))
             return None
         if self.segment is not None and len(audio) > self.segment:
             start = random.randint(0, len(audio) - self.segment)  # seeded by Lhotse in each worker, as in NeMo

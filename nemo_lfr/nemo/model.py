@@ -32,7 +32,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, clip
+from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, shorten
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.pretrained import ALIASES, find_checkpoint
@@ -276,8 +276,8 @@ class LFRCodecModel(TrainingSteps):
         for key in levels:
             if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
                 raise CheckpointError(
-                    f"the state dict is of another codec: {key} is {clip(state_dict[key].flatten().tolist())}, the "
-                    f"model's is {clip(own[key].flatten().tolist())}."
+                    f"the state dict is of another codec: {key} is {shorten(state_dict[key].flatten().tolist())}, the "
+                    f"model's is {shorten(own[key].flatten().tolist())}."
                 )
         self._is_random = False
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
@@ -446,7 +446,7 @@ class LFRCodecModel(TrainingSteps):
             CheckpointError: if it cannot be written there.
         """
         if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
-            raise CheckpointError(f"save_path is {clip(repr(save_path))}; pass the path of a .nemo file to write.")
+            raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")
         path = expand_home(save_path).absolute()
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder; pass the path of a .nemo file to write.")
@@ -533,7 +533,7 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
         ConfigError: if it is not the module that the config describes.
     """
     if not isinstance(stock, torch.nn.Module):
-        raise ConfigError(f"the model's {name} is {clip(repr(stock))}, not a module; load the model again.")
+        raise ConfigError(f"the model's {name} is {shorten(repr(stock))}, not a module; load the model again.")
     stock = unwrapped(stock)
     tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
     needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
@@ -546,10 +546,10 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
     differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
     try:
         if differ:
-            raise ConfigError(f"{differ[0]} is {clip(tensors[differ[0]].flatten().tolist())}")
+            raise ConfigError(f"{differ[0]} is {shorten(tensors[differ[0]].flatten().tolist())}")
         part.load_state_dict(tensors, assign=True)
     except (RuntimeError, ConfigError) as error:
-        reason = clip(" ".join(str(error).split()), 200)
+        reason = shorten(" ".join(str(error).split()), 200)
         raise ConfigError(f"{name} is not the module that the model's config describes: {reason}") from error
     finally:
         for key, value in tensors.items():
@@ -595,14 +595,18 @@ def _check_state_dict(state_dict: Any) -> None:
         CheckpointError: naming what else it is.
     """
     if not isinstance(state_dict, Mapping):
-        raise CheckpointError(f"the state dict is {clip(type(state_dict).__name__)}; pass names with their tensors.")
+        raise CheckpointError(
+            f"the state dict is {shorten(type(state_dict).__name__)}; pass names with their tensors."
+        )
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"the state dict has {clip(repr(key))} for a name; pass names with their tensors.")
+            raise CheckpointError(
+                f"the state dict has {shorten(repr(key))} for a name; pass names with their tensors."
+            )
         if not isinstance(value, torch.Tensor) or value.is_meta:
             kind = "a meta tensor, without values" if isinstance(value, torch.Tensor) else type(value).__name__
             hint = "; pass what is under that name" if key == "state_dict" else ""
-            raise CheckpointError(f"the state dict holds no tensor for {clip(key)}, but {clip(kind)}{hint}.")
+            raise CheckpointError(f"the state dict holds no tensor for {shorten(key)}, but {shorten(kind)}{hint}.")
 
 
 def _is_wavlm(key: str) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.conv import convolve_by_product
 from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.wavlm import WavLM
@@ -40,7 +40,7 @@ class Conv2d(nn.Module):
     ) -> None:
         super().__init__()
         if pad_mode not in ("reflect", "zeros"):
-            raise ConfigError(f"pad_mode {clip(str(pad_mode))!r} is unknown; use 'reflect' or 'zeros'.")
+            raise ConfigError(f"pad_mode {shorten(str(pad_mode))!r} is unknown; use 'reflect' or 'zeros'.")
         padding = ((kernel_size[0] - 1) * dilation[0] // 2, (kernel_size[1] - 1) * dilation[1] // 2)
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=pad_mode)
         self.conv = weight_norm(conv)
@@ -351,7 +351,7 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     ours = NEMO_DISCRIMINATORS.get(target) or _OUR_DISCRIMINATORS.get(target)
     if ours is None:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_DISCRIMINATORS))
-        raise ConfigError(f"discriminator: _target_ {clip(target)!r} is unknown; known: {known}.")
+        raise ConfigError(f"discriminator: _target_ {shorten(target)!r} is unknown; known: {known}.")
     if ours is Discriminator:
         arguments["discriminators"] = [build_discriminator(section) for section in arguments["discriminators"]]
     try:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemo_lfr.errors import ConfigError, clip
+from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.signal.distances import ReconstructionLoss
 from nemo_lfr.signal.spectra import Spectra
 
@@ -161,5 +161,5 @@ class CodecLosses(nn.Module):
 
 def _chosen(table: Mapping[str, _Loss], key: str, name: str) -> _Loss:
     if name not in table:
-        raise ConfigError(f"{key} {clip(name)!r} is unknown; known: {', '.join(table)}.")
+        raise ConfigError(f"{key} {shorten(name)!r} is unknown; known: {', '.join(table)}.")
     return table[name]

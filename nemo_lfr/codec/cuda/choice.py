@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nemo_lfr.errors import clip
+from nemo_lfr.errors import shorten
 
 logger = logging.getLogger("nemo_lfr")
 
@@ -70,7 +70,7 @@ class Autotuner:
                     continue
                 reason = f"is off by {error:.3g}, more than {bound:.3g}"
             except Exception as failure:  # compilers and drivers raise what they like
-                reason = f"fails ({type(failure).__name__}: {clip(failure)})"
+                reason = f"fails ({type(failure).__name__}: {shorten(failure)})"
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning("%s %s for %s; it is not used there.", name, reason, key)

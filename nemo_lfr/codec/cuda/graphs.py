@@ -16,7 +16,7 @@ import torch
 
 from nemo_lfr.codec.ambient import convolutions, reference_state
 from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan, find_kernels
-from nemo_lfr.errors import clip
+from nemo_lfr.errors import shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize
@@ -104,7 +104,9 @@ class GraphCache:
             except RuntimeError as reason:  # out of memory, or an operation that cannot be captured
                 self._failed = True
                 self._graphs.clear()
-                logger.warning("CUDA graphs cannot be used (%s); each operation is launched by itself.", clip(reason))
+                logger.warning(
+                    "CUDA graphs cannot be used (%s); each operation is launched by itself.", shorten(reason)
+                )
                 return function(*inputs)
         self._keep(key, graph)
         for held, value in zip(graph.inputs, inputs, strict=True):

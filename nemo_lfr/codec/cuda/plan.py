@@ -17,7 +17,7 @@ import torch
 from nemo_lfr.codec.cuda import folded
 from nemo_lfr.codec.cuda.choice import Autotuner, Candidate, gpu_seconds
 from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
-from nemo_lfr.errors import clip
+from nemo_lfr.errors import shorten
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
@@ -330,7 +330,7 @@ def find_kernels(device: torch.device) -> ModuleType | None:
             "Triton's kernels cannot be used on %s (%s: %s); convolutions run as plain PyTorch.",
             device,
             type(reason).__name__,
-            clip(reason),
+            shorten(reason),
         )
         return None
     return kernels

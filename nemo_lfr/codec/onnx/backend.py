@@ -10,7 +10,7 @@ import numpy as np
 from nemo_lfr.codec.backend import Direction, NumpyBackend
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA
 from nemo_lfr.codec.onnx.manifest import read_manifest, read_verified
-from nemo_lfr.errors import CheckpointError, NemoLfrError, clip
+from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 
@@ -83,11 +83,14 @@ class OnnxBackend(NumpyBackend):
         try:
             result = session.run(None, inputs)[0]
         except Exception as error:  # onnxruntime's own classes, by version
-            raise NemoLfrError(f"{self._folder / file}: ONNX Runtime cannot run it ({clip(error, 200)}).") from error
+            raise NemoLfrError(
+                f"{self._folder / file}: ONNX Runtime cannot run it ({shorten(error, 200)})."
+            ) from error
         if not isinstance(result, np.ndarray) or result.shape != shape:
             what = list(result.shape) if isinstance(result, np.ndarray) else type(result).__name__
             raise CheckpointError(
-                f"{self._folder / file}: gives {clip(what)} instead of {list(shape)}; it is not what {MANIFEST} says."
+                f"{self._folder / file}: gives {shorten(what)} instead of {list(shape)}; "
+                f"it is not what {MANIFEST} says."
             )
         return result
 
@@ -112,7 +115,7 @@ class OnnxBackend(NumpyBackend):
         try:
             session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, by version
-            raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({clip(error, 200)}).") from error
+            raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({shorten(error, 200)}).") from error
         raw = session.get_modelmeta().custom_metadata_map.get(METADATA)
         try:
             values = json.loads(raw or "")

@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_lfr.codec.backend import ModuleLimits
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, VERSION
-from nemo_lfr.errors import CheckpointError, clip
+from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.frames import Context
 from nemo_lfr.spec import CodecSpec
 
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> Manifest:
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({clip(error.strerror or error)}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is; {_AGAIN}.")
     try:
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} {_AGAIN[0].upper()}{_AGAIN[1:]}.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({clip(error)}); {_AGAIN}.") from error
+        raise CheckpointError(f"{path}: is not JSON ({shorten(error)}); {_AGAIN}.") from error
 
 
 def parse_manifest(values: Any) -> Manifest:
@@ -86,16 +86,16 @@ def parse_manifest(values: Any) -> Manifest:
         raise CheckpointError("it is not a JSON object.")
     version = values.get("version")
     if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"version {clip(version)}; this nemo_lfr reads {VERSION}.")
+        raise CheckpointError(f"version {shorten(version)}; this nemo_lfr reads {VERSION}.")
     levels = values.get("levels")
     if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
-        raise CheckpointError(f"levels are {clip(levels)}; expected a list of 1 to 16 numbers.")
+        raise CheckpointError(f"levels are {shorten(levels)}; expected a list of 1 to 16 numbers.")
     levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
     if math.prod(levels) >= 2**31:
-        raise CheckpointError(f"levels {clip(levels)} make a codebook of 2^31 entries or more.")
+        raise CheckpointError(f"levels {shorten(levels)} make a codebook of 2^31 entries or more.")
     files = values.get("files")
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
-        raise CheckpointError(f"files are {clip(files)}; expected {ENCODER} and {DECODER}.")
+        raise CheckpointError(f"files are {shorten(files)}; expected {ENCODER} and {DECODER}.")
     return Manifest(
         spec=CodecSpec(
             sample_rate=_whole(values, "sample_rate", 1000, 192_000),
@@ -115,21 +115,21 @@ def parse_manifest(values: Any) -> Manifest:
 def _whole(values: dict[str, Any], name: str, low: int, high: int) -> int:
     value = values.get(name)
     if type(value) is not int or not low <= value <= high:
-        raise CheckpointError(f"{name} is {clip(value)}; expected a whole number from {low} to {high}.")
+        raise CheckpointError(f"{name} is {shorten(value)}; expected a whole number from {low} to {high}.")
     return value
 
 
 def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise CheckpointError(f"{name} is {clip(value)}, not a hash.")
+        raise CheckpointError(f"{name} is {shorten(value)}, not a hash.")
     return value
 
 
 def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
     part = values.get(name)
     if not isinstance(part, dict):
-        raise CheckpointError(f"{name} is {clip(part)}; expected past, future and min_frames.")
+        raise CheckpointError(f"{name} is {shorten(part)}; expected past, future and min_frames.")
     past, future = (_whole(part, key, 0, 4096) for key in ("past", "future"))
     return ModuleLimits(Context(past, future), _whole(part, "min_frames", 1, 4096))
 
@@ -146,7 +146,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({clip(error.strerror or error)}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
             f"{path}: not the file that {MANIFEST} was written with (its SHA-256 differs): it is damaged, cut short "

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_lfr._version import __version__
-from nemo_lfr.errors import EntropyModelError, clip
+from nemo_lfr.errors import EntropyModelError, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
 
@@ -106,17 +106,17 @@ class ModelSpec:
             if not at_least <= len(values) <= at_most or not all(
                 type(value) is int and low <= value <= high for value in values
             ):
-                raise ValueError(f"{name} are {clip(repr(values))}")
+                raise ValueError(f"{name} are {shorten(repr(values))}")
         for name, low, high in (("num_codebooks", 1, 256), ("past", 1, MAX_PAST)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {clip(repr(value))}")
+                raise ValueError(f"{name} is {shorten(repr(value))}")
         if self.num_digits > MAX_DIGITS:
             raise ValueError(f"{self.num_digits} digits a frame; at most {MAX_DIGITS} are possible")
         for name in ("fingerprint", "written_by"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
-                raise ValueError(f"{name} is {clip(repr(value))}")
+                raise ValueError(f"{name} is {shorten(repr(value))}")
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype and shape of each tensor, in the order of the file."""
@@ -222,7 +222,7 @@ class EntropyModel:
         try:
             spec = ModelSpec.from_json(data[8 : 8 + length])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise EntropyModelError(f"{name}: its metadata is invalid ({clip(error, 200)}).") from error
+            raise EntropyModelError(f"{name}: its metadata is invalid ({shorten(error, 200)}).") from error
         sizes = {tensor: np.dtype(dtype).itemsize * math.prod(shape) for tensor, dtype, shape in spec.tensors()}
         if len(data) != 8 + length + sum(sizes.values()) + 4:
             raise fail(f"it has {len(data)} bytes, which its metadata does not describe")
@@ -235,7 +235,7 @@ class EntropyModel:
         try:
             return cls(spec, weights)
         except ValueError as error:
-            raise EntropyModelError(f"{name}: {clip(error, 200)}.") from error
+            raise EntropyModelError(f"{name}: {shorten(error, 200)}.") from error
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "EntropyModel":
