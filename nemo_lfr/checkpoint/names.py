@@ -54,8 +54,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def gain_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return the gain of weight norm: the norm of each slice along the first dimension, kept broadcastable."""
-    return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+    """Return the gain of weight norm: the norm of each slice along the first dimension, kept broadcastable.
+
+    It is rounded as where weight norm is folded, so that plain weights that were split are the same when read again.
+    """
+    if weight.is_meta:
+        return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
+    values = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32))
+    norm = torch._weight_norm_interface(values, values.new_ones(len(values), *[1] * (values.dim() - 1)), 0)[1]
+    return norm.reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
 
 
 def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

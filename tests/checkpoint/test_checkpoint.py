@@ -41,12 +41,13 @@ from nemo_lfr.checkpoint import (
     split_weight_norm,
     write_checkpoint,
 )
+from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.pretrained import find_checkpoint
 from tests.crash import killed_at_random_moments, on_a_full_disk
-from tests.models import MODULES, codec_config, random_parts, synthesize
+from tests.models import KINDS, MODULES, build_codec, codec_config, random_parts, synthesize, write_nemo
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 GAIN, DIRECTION = "parametrizations.weight.original0", "parametrizations.weight.original1"
@@ -276,6 +277,28 @@ def test_written_and_read_back(tmp_path):
     write_checkpoint(tmp_path / "b.nemo", config(), STATE)
     assert (tmp_path / "a.nemo").read_bytes() == (tmp_path / "b.nemo").read_bytes()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.nemo", "b.nemo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_weights_are_the_same_when_written_and_read_again(tmp_path, kind):
+    codec = build_codec(kind)
+    read = nemo_lfr.load(write_nemo(tmp_path / "a.nemo", codec_config(kind)))
+    assert read.fingerprint == codec.fingerprint
+    for name in ("encoder", "decoder"):
+        expected = getattr(codec, name).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(read, name).state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 3, 5), (64, 32, 11), (1, 16, 7), (48, 96, 16)])
+def test_a_gain_is_the_norm_in_the_dtype_and_on_the_device_of_its_weight(dtype, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gain = gain_of(weight)
+    assert gain.dtype == dtype and gain.shape == (shape[0], 1, 1)
+    torch.testing.assert_close(gain.flatten(), weight.double().flatten(1).norm(dim=1).to(dtype))
+    if dtype.itemsize > 2:
+        assert torch.equal(torch._weight_norm(weight, gain, 0), weight)
+    assert gain_of(weight.to("meta")).shape == gain.shape and not gain_of(torch.zeros(2, 3, 1)).any()
 
 
 def test_what_is_written_names_nemos_classes(tmp_path):
