@@ -1,4 +1,4 @@
-# make demo   encode and decode a speech clip with the embedded codec
+# make demo   encode and decode a speech clip with the bundled codec
 # make test   lint, types and the whole test suite
 # make setup  the environment of both, in .venv; another Python: make setup PYTHON=python3.11
 # make docs   build the documentation site in site/

@@ -10,7 +10,7 @@ call, [B, H, T] convolutions over padded copies, a mask built after each of them
 installed stock itself is timed too. Its fp32 has PyTorch's defaults, which is TF32 in cuDNN's
 convolutions.
 
-Agreement of tokens is measured on real speech with the embedded codec against fp32 on the CPU. Where soundfile or
+Agreement of tokens is measured on real speech with the bundled codec against fp32 on the CPU. Where soundfile or
 omegaconf are missing, --pack on a machine that has them writes the codec and speech into one file, which is used when
 it lies in the repository's root under the name above.
 
@@ -322,7 +322,7 @@ def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: lis
 
 
 def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
-    """The embedded codec and clips [T_audio] of speech, on the CPU."""
+    """The bundled codec and clips [T_audio] of speech, on the CPU."""
     if folder is None and PACKED.exists():
         held = torch.load(PACKED, weights_only=False)
         return Codec(TorchBackend(*held["parts"], held["sample_rate"])), held["clips"]
@@ -614,7 +614,7 @@ def main() -> int:
     parser.add_argument("--precisions", default="bf16,fp32,fp16,tf32", help="of latency and saturation")
     parser.add_argument("--batches", default="8,32,96", help="of saturation: clips of 10 s")
     parser.add_argument("--small", action="store_true", help="few channels and short clips: to try the script")
-    parser.add_argument("--pack", type=Path, help="write the embedded codec and speech, and stop")
+    parser.add_argument("--pack", type=Path, help="write the bundled codec and speech, and stop")
     parser.add_argument("--speech", type=Path, help="folder of recordings, beside the package's own")
     args = parser.parse_args()
     if args.pack:

@@ -116,7 +116,7 @@ def plot(samples: list[tuple[float, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a .nemo; the embedded codec if not given")
+    parser.add_argument("--model", help="a .nemo; the bundled codec if not given")
     parser.add_argument("--clips", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("tokens", type=expand_home, help="a folder that nemo-lfr tokenize wrote")
     parser.add_argument("--seconds", type=float, default=60, help="of training")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--model", help="the codec that made the tokens; the embedded one if not given")
+    parser.add_argument("--model", help="the codec that made the tokens; the bundled one if not given")
     parser.add_argument("--out", type=expand_home, default="sample.wav")
     args = parser.parse_args()
     torch.manual_seed(0)

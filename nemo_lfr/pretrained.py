@@ -27,13 +27,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 LICENCES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 
 
-def embedded_checkpoint() -> Path:
-    """The small codec inside the package."""
+def bundled_checkpoint() -> Path:
+    """Return the path of the bundled codec."""
     return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
 
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """A local `.nemo` for a path, a Hub id or a known name; `None` is the embedded codec.
+    """A local `.nemo` for a path, a Hub id or a known name; `None` is the bundled codec.
 
     Args:
         source: what to look for; see `locate_checkpoint` for paths.
@@ -43,7 +43,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         CheckpointError: if it is neither a file nor a repository that can be reached or is cached.
     """
     if source is None:
-        return embedded_checkpoint()
+        return bundled_checkpoint()
     text = os.fspath(source)
     repository = ALIASES.get(text, text)
     path = os.path.expanduser(text)
@@ -184,7 +184,7 @@ def load(
 
     Args:
         source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
-            for the small codec inside the package.
+            for the bundled codec.
         device: where to run; a GPU if there is one, else the CPU.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
         backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); what `source`
@@ -205,7 +205,7 @@ def load(
         )
     if opener.accepts is not None and (path is None or not opener.accepts(path)):
         raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {source} is not; {opener.advice}.")
-    options = OpenOptions("the embedded codec" if source is None else os.fspath(source), device, precision)
+    options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
     if opener.check is not None:
         opener.check(options)
     if path is None or opener.accepts is None:

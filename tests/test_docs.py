@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import nemo_lfr
-from nemo_lfr.pretrained import embedded_checkpoint
+from nemo_lfr.pretrained import bundled_checkpoint
 
 ROOT = Path(nemo_lfr.__file__).parents[1]
 README = ROOT / "README.md"
@@ -61,7 +61,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         soundfile.write(tmp_path / path, speech, SAMPLE_RATE)
     lines = [{"audio_filepath": f"speech/{name}.wav", "text": name, "duration": 2.0} for name in "ab"]
     (tmp_path / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shutil.copy(embedded_checkpoint(), tmp_path / "codec.nemo")
+    shutil.copy(bundled_checkpoint(), tmp_path / "codec.nemo")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

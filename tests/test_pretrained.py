@@ -19,7 +19,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from nemo_lfr.io.locate import looks_local
-from nemo_lfr.pretrained import ALIASES, LFR, embedded_checkpoint, find_checkpoint
+from nemo_lfr.pretrained import ALIASES, LFR, bundled_checkpoint, find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
 
@@ -54,7 +54,7 @@ def test_the_bundled_codec_has_the_released_layout():
     )
     assert codec.levels == (8, 7, 6, 6)
     assert codec.bit_rate == pytest.approx(1891, abs=1)
-    assert embedded_checkpoint().stat().st_size < 21e6
+    assert bundled_checkpoint().stat().st_size < 21e6
 
 
 @pytest.mark.parametrize("before", ["", "gc.disable()", "gc.freeze()", "import torch"])

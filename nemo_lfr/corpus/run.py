@@ -284,7 +284,7 @@ def _sum_up(job: Job, out: Path, codec: dict[str, Any], marks: list[Mark]) -> di
     samples = sum(mark.samples for mark in marks)
     summary = {
         "format": job.kind,
-        "codec": codec | {"model": job.model or "the embedded codec"},
+        "codec": codec | {"model": job.model or "the bundled codec"},
         "pad": job.pad,
         "context": job.context,
         "source": job.source,

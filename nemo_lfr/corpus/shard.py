@@ -53,7 +53,7 @@ class Job:
         source: the corpus, as `open_corpus` takes it.
         out: folder of the tokens; many machines must all see it.
         kind: of `SINKS`.
-        model: checkpoint or Hub id; None for the embedded codec.
+        model: checkpoint or Hub id; None for the bundled codec.
         precision: of the codec.
         pad: "encode" completes a last partial frame, as `AudioCodecModel.encode` does; "magpie" adds a whole frame of
             silence to clips that need none, as NeMo's Magpie datasets do where they encode audio themselves.

@@ -1,1 +1,1 @@
-"""How the codec inside the package was trained; README.md has the commands."""
+"""How the bundled codec was trained; README.md has the commands."""

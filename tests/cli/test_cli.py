@@ -153,7 +153,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, folder, monkeypatch
     assert text in line
 
 
-def test_info_describes_token_files_and_the_embedded_codec(capsys, folder):
+def test_info_describes_token_files_and_the_bundled_codec(capsys, folder):
     run(capsys, "encode", folder / "a.wav")
     code, out, _ = run(capsys, "info", folder / "a.lfr", "--json")
     described = json.loads(out)

@@ -106,7 +106,7 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
         pytest.importorskip(module, reason="pip install 'nemo-lfr[onnx,corpus,evaluate]'")
     commands = {
         "encode": "encode {in}/audio --out {out}/tokens --model {in}/tiny.nemo",
-        "encode with the codec inside the package": "encode {in}/audio/0.wav --out {out}/more",
+        "encode with the bundled codec": "encode {in}/audio/0.wav --out {out}/more",
         "decode": "decode {out}/tokens --out {out}/decoded --model {in}/tiny.nemo",
         "info": "info {out}/tokens/0.lfr {in}/tiny.nemo",
         "prepare": "prepare folder {in}/audio --out {out}/manifests",

@@ -40,9 +40,9 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    """The folder of the codec inside the package."""
-    folder = tmp_path_factory.mktemp("embedded")
+def bundled(tmp_path_factory):
+    """Export the bundled codec and return the folder."""
+    folder = tmp_path_factory.mktemp("bundled")
     export_onnx(nemo_lfr.load(), folder)
     return folder
 
@@ -85,10 +85,10 @@ def test_long_recordings_run_in_chunks(pair):
         exported.chunk_frames = codec.chunk_frames
 
 
-def test_both_files_pass_the_checker_and_say_whose_they_are(embedded):
+def test_both_files_pass_the_checker_and_say_whose_they_are(bundled):
     codec = nemo_lfr.load()
     for name in ("encoder.onnx", "decoder.onnx"):
-        model = onnx.load(embedded / name)
+        model = onnx.load(bundled / name)
         onnx.checker.check_model(model, full_check=True)
         said = json.loads({entry.key: entry.value for entry in model.metadata_props}["nemo_lfr"])
         assert said["fingerprint"] == codec.fingerprint and said["levels"] == [8, 7, 6, 6]
@@ -96,10 +96,10 @@ def test_both_files_pass_the_checker_and_say_whose_they_are(embedded):
         for value in [*model.graph.input, *model.graph.output]:
             dims = value.type.tensor_type.shape.dim
             assert dims[0].dim_param == "batch"
-    assert not list(embedded.glob(".writing*"))
+    assert not list(bundled.glob(".writing*"))
 
 
-def test_speech_and_files_without_torch(embedded, tmp_path):
+def test_speech_and_files_without_torch(bundled, tmp_path):
     """Nor anything else but ONNX Runtime, numpy and soundfile."""
     soundfile.write(tmp_path / "a.wav", synthesize(3), RATE)
     script = """
@@ -116,7 +116,7 @@ try:
 except nemo_lfr.NemoLfrError as error:
     print(error)
 """
-    command = [sys.executable, "-c", script, str(embedded)]
+    command = [sys.executable, "-c", script, str(bundled)]
     root = str(nemo_lfr.__path__[0]).rpartition("/")[0]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -142,27 +142,27 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_the_command_line_runs_the_folder_as_a_model(capsys, embedded, tmp_path):
+def test_the_command_line_runs_the_folder_as_a_model(capsys, bundled, tmp_path):
     for name, seconds in (("a", 2), ("b", 1.3)):
         soundfile.write(tmp_path / f"{name}.wav", synthesize(seconds), 16000)
-    assert run(capsys, "encode", tmp_path, "--model", embedded, "--out", tmp_path / "onnx")[0] == 0
+    assert run(capsys, "encode", tmp_path, "--model", bundled, "--out", tmp_path / "onnx")[0] == 0
     assert run(capsys, "encode", tmp_path, "--out", tmp_path / "torch")[0] == 0
     for name in ("a.lfr", "b.lfr"):
         assert (tmp_path / "onnx" / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
-    assert run(capsys, "decode", tmp_path / "onnx", "--model", embedded)[0] == 0
-    assert "ONNX files" in run(capsys, "info", embedded)[1]
-    code, _, err = run(capsys, "encode", tmp_path, "--model", embedded, "--precision", "bf16", "--overwrite")
+    assert run(capsys, "decode", tmp_path / "onnx", "--model", bundled)[0] == 0
+    assert "ONNX files" in run(capsys, "info", bundled)[1]
+    code, _, err = run(capsys, "encode", tmp_path, "--model", bundled, "--precision", "bf16", "--overwrite")
     assert code == 2 and "ONNX files run in fp32" in err
 
 
-def test_each_codec_opens_each_of_its_files_once(embedded, monkeypatch):
+def test_each_codec_opens_each_of_its_files_once(bundled, monkeypatch):
     opened = []
     session = onnxruntime.InferenceSession
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.setattr(
         onnxruntime, "InferenceSession", lambda *args, **more: opened.append(1) or session(*args, **more)
     )
-    pair = [Codec(OnnxBackend(embedded)), Codec(OnnxBackend(embedded))]
+    pair = [Codec(OnnxBackend(bundled)), Codec(OnnxBackend(bundled))]
     for _ in range(3):
         for codec in pair:
             codec.decode(codec.encode(synthesize(0.2))[0])
@@ -171,38 +171,38 @@ def test_each_codec_opens_each_of_its_files_once(embedded, monkeypatch):
     assert np.array_equal(copied.encode(synthesize(0.2))[0], pair[0].encode(synthesize(0.2))[0])
 
 
-def test_what_is_there_is_not_replaced_unasked(capsys, embedded):
-    code, _, err = run(capsys, "export", "onnx", "--out", embedded)
+def test_what_is_there_is_not_replaced_unasked(capsys, bundled):
+    code, _, err = run(capsys, "export", "onnx", "--out", bundled)
     assert code == 2 and "encoder.onnx exists; pass --overwrite" in err
 
 
-def test_what_was_exported_is_not_exported_again(capsys, embedded, tmp_path):
-    code, _, err = run(capsys, "export", "onnx", "--model", embedded, "--out", tmp_path / "again")
-    assert code == 2 and f"{embedded}: is exported already; give the checkpoint" in err
+def test_what_was_exported_is_not_exported_again(capsys, bundled, tmp_path):
+    code, _, err = run(capsys, "export", "onnx", "--model", bundled, "--out", tmp_path / "again")
+    assert code == 2 and f"{bundled}: is exported already; give the checkpoint" in err
 
 
-def test_one_file_without_the_other_does_its_half(embedded, tmp_path):
-    shutil.copy(embedded / "decoder.onnx", tmp_path)
-    shutil.copy(embedded / "codec.json", tmp_path)
+def test_one_file_without_the_other_does_its_half(bundled, tmp_path):
+    shutil.copy(bundled / "decoder.onnx", tmp_path)
+    shutil.copy(bundled / "codec.json", tmp_path)
     codec = nemo_lfr.load(tmp_path)
     assert codec.decode(np.zeros((8, 5), int))[0].shape == (1, 5 * 1024)
     with pytest.raises(CheckpointError, match=r"encoder\.onnx: no such file"):
         codec.encode(np.zeros(5000, np.float32))
 
 
-def test_what_is_no_pair_of_ours_is_refused(embedded, tmp_path):
+def test_what_is_no_pair_of_ours_is_refused(bundled, tmp_path):
     with pytest.raises(NemoLfrError, match="nemo-lfr export onnx --out FOLDER"):
         nemo_lfr.load(tmp_path, backend="onnx")
     with pytest.raises(NemoLfrError, match="backend 'tensorrt' is unknown"):
         nemo_lfr.load(backend="tensorrt")
     with pytest.raises(NemoLfrError, match="backend 'torch' needs the checkpoint"):
-        nemo_lfr.load(embedded, backend="torch")
+        nemo_lfr.load(bundled, backend="torch")
     with pytest.raises(NemoLfrError, match="'tpu' cannot be used here"):
-        nemo_lfr.load(embedded, "tpu")
+        nemo_lfr.load(bundled, "tpu")
     with pytest.raises(CheckpointError, match=r"no encoder\.onnx or decoder\.onnx"):
         OnnxBackend(tmp_path)
     with pytest.raises(NemoLfrError, match="does not stream"):
-        nemo_lfr.load(embedded).stream_encoder()
+        nemo_lfr.load(bundled).stream_encoder()
     with pytest.raises(NemoLfrError, match="exported in fp32"):
         export_onnx(nemo_lfr.load(precision="bf16"), tmp_path / "bf16")
 
@@ -374,8 +374,8 @@ def test_exporting_does_not_depend_on_the_callers_state(two_exports, tmp_path):
     assert np.array_equal(exported.encode(wave)[0], expected.encode(wave)[0])
 
 
-def test_bad_audio_and_tokens_are_refused_as_by_torch(embedded):
-    codec = nemo_lfr.load(embedded)
+def test_bad_audio_and_tokens_are_refused_as_by_torch(bundled):
+    codec = nemo_lfr.load(bundled)
     for bad in (
         np.zeros((1, 2, 3), np.float32), np.zeros(5, bool), np.full(5000, np.nan), np.full(5000, 1e4), "speech",
         [[1.0], [1.0, 2.0]], np.zeros((0, 5), np.float32), np.zeros(5, np.uint16), None,
@@ -394,11 +394,11 @@ def test_bad_audio_and_tokens_are_refused_as_by_torch(embedded):
 
 
 @pytest.mark.slow
-def test_a_corpus_is_tokenised_by_onnx_too(capsys, embedded, tmp_path):
+def test_a_corpus_is_tokenised_by_onnx_too(capsys, bundled, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(5):
         soundfile.write(tmp_path / "in" / f"{number}.wav", synthesize(1 + number / 5, number), RATE)
-    for name, options in (("torch", ()), ("onnx", ("--model", embedded))):
+    for name, options in (("torch", ()), ("onnx", ("--model", bundled))):
         out = tmp_path / name
         code, _, err = run(
             capsys, "tokenize", tmp_path / "in", "--out", out, "--format", "lfr", "--workers", 1, *options
@@ -430,26 +430,26 @@ class Unconvertible:
     ],
     ids=lambda audio: type(audio).__name__,
 )
-def test_what_is_no_audio_is_refused_by_both_backends(embedded, audio):
-    for codec in (nemo_lfr.load(embedded), cached_codec("symmetric")):
+def test_what_is_no_audio_is_refused_by_both_backends(bundled, audio):
+    for codec in (nemo_lfr.load(bundled), cached_codec("symmetric")):
         with pytest.raises(AudioError, match=r"^audio is (a |)"):
             codec.encode(audio)
 
 
-def test_audio_in_any_byte_order_has_the_same_tokens(embedded):
-    codec, wave = nemo_lfr.load(embedded), synthesize(0.3)
+def test_audio_in_any_byte_order_has_the_same_tokens(bundled):
+    codec, wave = nemo_lfr.load(bundled), synthesize(0.3)
     for dtype in ("<f4", ">f4", ">f8"):
         assert np.array_equal(codec.encode(wave.astype(dtype))[0], codec.encode(wave)[0])
 
 
-def test_a_folder_named_from_another_working_directory_still_runs(embedded, monkeypatch, tmp_path):
-    monkeypatch.chdir(embedded.parent)
-    codec = nemo_lfr.load(embedded.name)
+def test_a_folder_named_from_another_working_directory_still_runs(bundled, monkeypatch, tmp_path):
+    monkeypatch.chdir(bundled.parent)
+    codec = nemo_lfr.load(bundled.name)
     monkeypatch.chdir(tmp_path)
     assert codec.encode(synthesize(0.1))[0].shape == (1, 8, 3)
 
 
 @pytest.mark.parametrize("threads", ["0", "1", "4,2", "1000000000000", "9" * 5000, "many"])
-def test_any_number_of_threads_in_the_environment_is_borne(embedded, monkeypatch, threads):
+def test_any_number_of_threads_in_the_environment_is_borne(bundled, monkeypatch, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert nemo_lfr.load(embedded).encode(synthesize(0.1))[0].shape == (1, 8, 3)
+    assert nemo_lfr.load(bundled).encode(synthesize(0.1))[0].shape == (1, 8, 3)

@@ -21,7 +21,7 @@ CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "6"))
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Codec:
+def bundled() -> Codec:
     return load(None, "cpu")
 
 
@@ -81,10 +81,10 @@ def test_short_recordings_stream_as_whole(kind, length):
 
 
 @pytest.mark.slow
-def test_the_embedded_codec_streams_as_whole(embedded):
+def test_the_bundled_codec_streams_as_whole(bundled):
     rng = np.random.default_rng(1)
     for number in range(3):
-        assert_streams_as_whole(embedded, synthesize(3, seed=number), rng)
+        assert_streams_as_whole(bundled, synthesize(3, seed=number), rng)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -108,8 +108,8 @@ def test_a_frame_comes_out_as_soon_as_its_future_is_there(kind):
         assert samples <= frame * number
 
 
-def test_what_a_stream_keeps_does_not_grow(embedded):
-    encoder, decoder = embedded.stream_encoder(), embedded.stream_decoder()
+def test_what_a_stream_keeps_does_not_grow(bundled):
+    encoder, decoder = bundled.stream_encoder(), bundled.stream_decoder()
     sizes = []
     wave = synthesize(2)
     for _ in range(8):

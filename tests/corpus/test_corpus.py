@@ -921,5 +921,5 @@ def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, c
         alone = codec.decode(utterance.tokens)[0][0, : len(got)].numpy()
         assert np.abs(got - np.clip(np.round(alone * 32768), -32768, 32767)).max() <= 1
     with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments[:-4])])  # the embedded codec did not make them
+        main([*map(str, arguments[:-4])])  # the bundled codec did not make them
     assert exit_.value.code == 2 and "made by another codec" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def test_markdown_shows_text_as_it_is(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["nemo_lfr (embedded)", "0.5 (0.4 to 0.6)", "SI-SDR (dB)", "-3.2", "8 x 2016", "caf\u00e9"]
+    "text", ["nemo_lfr (bundled)", "0.5 (0.4 to 0.6)", "SI-SDR (dB)", "-3.2", "8 x 2016", "caf\u00e9"]
 )
 def test_plain_text_is_not_changed(text):
     assert escape_markdown(text) == plain_cell(text) == text

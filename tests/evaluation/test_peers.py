@@ -10,7 +10,7 @@ import torch
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.metrics import Signal, measure
 from nemo_lfr.evaluation.peers import Transmission, fit, ogg_payload, open_codec
-from nemo_lfr.pretrained import embedded_checkpoint, load
+from nemo_lfr.pretrained import bundled_checkpoint, load
 from tests.models import RATE, synthesize
 from tests.reference import assert_same_tokens
 
@@ -43,7 +43,7 @@ def test_ours_sends_what_the_codec_makes(speech):
 
 def test_stock_nemo_sends_what_ours_does(speech):
     pytest.importorskip("nemo", reason="stock NeMo is a peer: pip install 'nemo-lfr[nemo]'")
-    path = embedded_checkpoint()
+    path = bundled_checkpoint()
     stock, ours = open_codec(f"nemo:{path}", "cpu").send(speech, RATE), open_codec(str(path), "cpu").send(speech, RATE)
     check(stock, len(speech))
     codec = load(device="cpu")

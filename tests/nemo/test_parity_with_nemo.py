@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
 
 import nemo_lfr
-from nemo_lfr.pretrained import embedded_checkpoint
+from nemo_lfr.pretrained import bundled_checkpoint
 from tests.models import FULL_SIZE, KINDS, codec_config, speech_like, stock_model, write_nemo
 from tests.reference import TIE
 
@@ -26,11 +26,11 @@ AUDIO_TOLERANCE = 1e-5
 LENGTHS = (30_000, 12_288, 4_500)
 
 
-@pytest.fixture(scope="session", params=[*KINDS, "embedded", pytest.param("full size", marks=pytest.mark.slow)])
+@pytest.fixture(scope="session", params=[*KINDS, "bundled", pytest.param("full size", marks=pytest.mark.slow)])
 def reference(request, tmp_path_factory):
     """A checkpoint, stock NeMo on it, and what stock makes of some utterances."""
-    if request.param == "embedded":
-        path = embedded_checkpoint()
+    if request.param == "bundled":
+        path = bundled_checkpoint()
     else:
         folder = tmp_path_factory.mktemp("parity")
         full = request.param == "full size"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
 from nemo_lfr.nemo.training import Average
-from nemo_lfr.pretrained import embedded_checkpoint
+from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
@@ -578,7 +578,7 @@ def test_bf16_mixed_learns_what_fp32_does_and_quantizes_in_fp32(tmp_path, monkey
 def test_what_a_person_watches_is_logged(tmp_path):
     _, trainer = fitted(tmp_path)
     assert trainer.callback_metrics["samples_per_second"] > 0
-    model = AudioCodecModel.restore_from(embedded_checkpoint(), map_location="cpu")
+    model = AudioCodecModel.restore_from(bundled_checkpoint(), map_location="cpu")
     clips = [batch(1, frames=20), batch(1, frames=12)]
     (metrics,) = trainer.validate(model, torch.utils.data.DataLoader(clips, batch_size=None), verbose=False)
     tokens = torch.cat([model.encode(clip["audio"], clip["audio_lens"])[0] for clip in clips], dim=2)[0]
