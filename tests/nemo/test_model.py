@@ -338,7 +338,7 @@ def test_save_to_leaves_the_old_file_when_it_fails(nemo_file, tmp_path, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr(StockModel, "save_to", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         model.save_to(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.nemo"]
