@@ -34,7 +34,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.entropy.find import model_for
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.manifests import read_manifest
-from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStream, TokenStreamReader, TokenWriter
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStreamReader, TokenStreamWriter, TokenWriter
 from nemo_lfr.pretrained import load
 
 BLOCKS = (1, 8, 32, 64, 128, 256, 512, 1024)
@@ -55,7 +55,7 @@ def written(path: Path, metadata: Metadata, tokens: np.ndarray, num_samples: int
 def stream(metadata: Metadata, tokens: np.ndarray, model: EntropyModel | None, block: int) -> bytes:
     """A token file of blocks of so many frames."""
     file = io.BytesIO()
-    writer = TokenStream(file, metadata, model)
+    writer = TokenStreamWriter(file, metadata, model)
     for start in range(0, tokens.shape[1], block):
         writer.write(tokens[:, start : start + block])
     writer.finish(tokens.shape[1] * metadata.samples_per_frame)

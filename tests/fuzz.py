@@ -210,13 +210,13 @@ def compressed_seeds() -> list[bytes]:
     """Files of coding 1, with models that `read_lfr` finds beside its input."""
     import numpy as np
 
-    from nemo_lfr.io.token_file import Metadata, TokenStream
+    from nemo_lfr.io.token_file import Metadata, TokenStreamWriter
 
     made = []
     for model in small_models():
         spec = model.spec
         file = io.BytesIO()
-        stream = TokenStream(file, Metadata(22050, 16, spec.levels, spec.num_codebooks), model)
+        stream = TokenStreamWriter(file, Metadata(22050, 16, spec.levels, spec.num_codebooks), model)
         for frames in (3, 1, 40):
             stream.write(np.zeros((spec.num_codebooks, frames), np.int64))
         stream.write(np.full((spec.num_codebooks, 2), math.prod(spec.levels) - 1))

@@ -41,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         config: the whole model config.
-        parts: in eval mode; encoder and decoder have plain fp32 weights on the meta device until `fill`.
+        parts: in eval mode; encoder and decoder have plain fp32 weights on the meta device until `load_module`.
 
     Raises:
         CheckpointError: naming the file and the member or key, what was wrong, and what to do.
@@ -61,9 +61,9 @@ class Checkpoint:
         _OPEN.add(self)
         for part in self.parts.named().values():
             part.eval().requires_grad_(False)
-        self.fill("vector_quantizer")
+        self.load_module("vector_quantizer")
 
-    def fill(self, name: str, device: str | torch.device = "cpu") -> None:
+    def load_module(self, name: str, device: str | torch.device = "cpu") -> None:
         """Read the numbers of a part, unless that has been done.
 
         Raises:
@@ -76,11 +76,11 @@ class Checkpoint:
                 part.requires_grad_(False).to(device)
                 self._filled.add(name)
 
-    def numbers(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def iter_weights(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that a part would be filled with, sorted by their names, one at a time: none is kept.
 
         Raises:
-            CheckpointError: as `fill`.
+            CheckpointError: as `load_module`.
         """
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
@@ -104,7 +104,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
     """Load a codec for inference as `Checkpoint` does, with all numbers."""
     checkpoint = Checkpoint(path)
     for name in checkpoint.parts.named():
-        checkpoint.fill(name)
+        checkpoint.load_module(name)
     return checkpoint.parts, checkpoint.config
 
 

@@ -42,14 +42,14 @@ def fit(
     About an hour of speech suffices. The fit takes some minutes on a CPU. 4 percent of the utterances are held out to
     measure the model.
     """
-    from nemo_lfr.io.audio import refuse_overwrite
+    from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings
     from nemo_lfr.io.entropy.fit import fit as fit_model
     from nemo_lfr.io.entropy.model import SUFFIX, write_model
 
     if out.suffix != SUFFIX:
         raise EntropyModelError(f"--out {out}: an entropy model's name ends in {SUFFIX}.")
-    refuse_overwrite(out, overwrite)
+    check_overwrite(out, overwrite)
     utterances: list[Any] = []
     first: Any = None
     for path, metadata, values in _read(tokens):

@@ -175,7 +175,7 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
     Raises:
         NemoLfrError: before any work, if a result exists that is neither to be replaced nor to be kept.
     """
-    from nemo_lfr.io.audio import refuse_overwrite
+    from nemo_lfr.io.atomic import check_overwrite
 
     if overwrite and skip_existing:
         raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
@@ -189,7 +189,7 @@ def pending(jobs: Sequence[Job], overwrite: bool, skip_existing: bool) -> list[J
     for folder, own in names.items():
         sweep(folder, own)
     for job in left:
-        refuse_overwrite(job.target, overwrite)
+        check_overwrite(job.target, overwrite)
         _refuse_file_as_folder(job.target)
     return left
 

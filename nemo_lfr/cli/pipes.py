@@ -23,7 +23,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers import WavSamples, is_known, read_wav_header
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.media import looks_like_media
-from nemo_lfr.io.token_file import Metadata, TokenStream, TokenStreamReader
+from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -59,7 +59,7 @@ def encode_pipe(
     if not stream.exact:
         metadata = replace(metadata, precision=f"{metadata.precision}, lookahead {stream.delay_frames}")
     with _open_audio(source, codec.sample_rate) as reader:
-        tokens_out = TokenStream(sink, metadata, model)
+        tokens_out = TokenStreamWriter(sink, metadata, model)
         for samples in reader.blocks(block / codec.frame_rate):
             tokens_out.write(stream.push(samples))
         tokens_out.write(stream.flush())

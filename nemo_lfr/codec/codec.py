@@ -18,7 +18,8 @@ from nemo_lfr.codec.cpu.heap import flat
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
-from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate, refuse_itself, resample
+from nemo_lfr.io.atomic import check_distinct
+from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate, resample
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import expand_home
@@ -306,7 +307,7 @@ class Codec(Generic[Array]):
             NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         source, target = expand_home(source), expand_home(target)
-        refuse_itself(source, target)
+        check_distinct(source, target)
         self.backend.load("encode")  # once: the fingerprint then hashes the weights in memory
         model = model_to_write(self, compress, entropy_model)
         with (
@@ -347,7 +348,7 @@ class Codec(Generic[Array]):
             NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         source, target = expand_home(source), expand_home(target)
-        refuse_itself(source, target)
+        check_distinct(source, target)
         with TokenReader(source, recover, entropy_model) as reader:
             reader.check_codec(self)
             first, last = reader.samples_between(start, duration)

@@ -58,7 +58,7 @@ class LazyModule(Generic[M]):
         """
         if (checkpoint := self._checkpoint) is not None:
             with building_state(torch.device("cpu")):
-                checkpoint.fill(self._name, self.device)
+                checkpoint.load_module(self._name, self.device)
             self._checkpoint = None
         return self.module
 
@@ -69,7 +69,7 @@ class LazyModule(Generic[M]):
             CheckpointError: if they cannot be read.
         """
         if (checkpoint := self._checkpoint) is not None:
-            return checkpoint.numbers(self._name)
+            return checkpoint.iter_weights(self._name)
         return sorted(_plain_state(self.module).items())
 
 

@@ -16,13 +16,29 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from nemo_lfr.errors import NemoLfrError
+
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
 # Characters of the final name in a name aside, so that it fits a directory entry.
 KEPT = 60
 
 
-def open_aside(path: Path) -> IO[bytes]:
+def check_overwrite(path: Path, overwrite: bool) -> None:
+    """Raise unless `path` is free, or is a file that may be replaced."""
+    if os.path.isdir(path):
+        raise NemoLfrError(f"{path} is a folder, where a file is to be written; choose another name.")
+    if os.path.exists(path) and not overwrite:
+        raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+
+
+def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raise if a result would replace what it is made from, by whatever name."""
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
+
+
+def open_temporary(path: Path) -> IO[bytes]:
     """Open a new file beside `path`, to be renamed to it, with the permissions of any new file.
 
     It is locked until it is closed.
@@ -46,7 +62,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: naming `path`, as on a full disk.
     """
-    with naming(path), open_aside(path) as file, naming(path, Path(file.name)):
+    with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
         try:
             yield file
             file.flush()

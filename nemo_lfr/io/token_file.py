@@ -64,8 +64,7 @@ import numpy as np
 from nemo_lfr import frames
 from nemo_lfr._version import __version__
 from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError, shorten
-from nemo_lfr.io.atomic import naming, open_aside
-from nemo_lfr.io.audio import refuse_overwrite
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
 from nemo_lfr.io.entropy import coding as compressed
 from nemo_lfr.io.entropy.find import check_layout, find_model
 from nemo_lfr.io.entropy.model import HASH, EntropyModel
@@ -114,7 +113,7 @@ class Metadata(CodecSpec):
         Its values lie in a list, since their names would be a twentieth of a short file.
 
         Raises:
-            ValueError, TypeError or KeyError: for anything but what `TokenStream` writes.
+            ValueError, TypeError or KeyError: for anything but what `TokenStreamWriter` writes.
         """
         values = json.loads(raw)
         if not isinstance(values, list):
@@ -134,7 +133,7 @@ class Metadata(CodecSpec):
         return metadata
 
 
-class TokenStream:
+class TokenStreamWriter:
     """Writes the sections of a token file to an open binary file, each as soon as it is there.
 
     Args:
@@ -258,7 +257,7 @@ def _integers(tokens: Any) -> np.ndarray:
     return array
 
 
-class TokenWriter(TokenStream):
+class TokenWriter(TokenStreamWriter):
     """Writes a token file aside and renames it into place when it is whole.
 
     Args:
@@ -280,10 +279,10 @@ class TokenWriter(TokenStream):
         model: EntropyModel | None = None,
     ) -> None:
         self.path = expand_home(path)
-        refuse_overwrite(self.path, overwrite)
+        check_overwrite(self.path, overwrite)
         self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = open_aside(self.path)
+        self._aside = open_temporary(self.path)
         try:
             with naming(self.path):
                 super().__init__(

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nemo_lfr.io.atomic import open_aside, replacing, sweep, write_bytes, writing_folder
+from nemo_lfr.io.atomic import open_temporary, replacing, sweep, write_bytes, writing_folder
 
 HOLD = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from nemo_lfr.io.atomic import open_aside, writing_folder
-with writing_folder(Path(sys.argv[1])), open_aside(Path(sys.argv[1], "a.lfr")):
+from nemo_lfr.io.atomic import open_temporary, writing_folder
+with writing_folder(Path(sys.argv[1])), open_temporary(Path(sys.argv[1], "a.lfr")):
     print("ready", flush=True)
     sys.stdin.read()
 """
@@ -56,7 +56,7 @@ def test_nothing_is_opened_or_removed_through_a_link(tmp_path):
     os.symlink(tmp_path / "outside", folder / ".writing-01234567")
     write_bytes(folder / "a.json", b"new")
     sweep(folder, ["a.json"])
-    with writing_folder(folder), open_aside(folder / "b.lfr") as file:
+    with writing_folder(folder), open_temporary(folder / "b.lfr") as file:
         file.write(b"x")
     assert victim.read_bytes() == b"precious" and (folder / "a.json").read_bytes() == b"new"
     assert not (folder / "a.json.01234567.part").is_symlink()

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.errors import AudioError, NemoLfrError
-from nemo_lfr.io import audio
+from nemo_lfr.io import audio_writer
 from nemo_lfr.io.audio import BLOCK_SECONDS, AudioReader, AudioWriter, resample
 from tests.crash import on_a_full_disk
 from tests.models import synthesize
@@ -142,7 +142,7 @@ def test_an_mp3_cut_short_is_refused_and_a_whole_one_is_not(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full")])
 def test_what_happens_within_a_callback_of_libsndfile_is_not_lost(tmp_path, monkeypatch, error):
-    write, calls = audio._Sink.write, []
+    write, calls = audio_writer._SinkFile.write, []
 
     def struck(self, data):
         calls.append(1)
@@ -154,7 +154,7 @@ def test_what_happens_within_a_callback_of_libsndfile_is_not_lost(tmp_path, monk
         def write(self, data):
             raise error
 
-    monkeypatch.setattr(audio._Sink, "write", struck)
+    monkeypatch.setattr(audio_writer._SinkFile, "write", struck)
     expected = type(error) if isinstance(error, Exception) else error
     with pytest.raises(expected), AudioWriter(tmp_path / "a.wav", 22050) as writer:
         for _ in range(20):

@@ -14,7 +14,7 @@ from nemo_lfr.errors import EntropyModelError, TokenFileError, TokensError
 from nemo_lfr.io.entropy.blocks import encode_block
 from nemo_lfr.io.entropy.find import bundled_model
 from nemo_lfr.io.entropy.model import EntropyModel, ModelSpec, write_model
-from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStream, TokenStreamReader, TokenWriter
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStreamReader, TokenStreamWriter, TokenWriter
 from tests import entropy_reference
 from tests.io.test_entropy import likely_tokens, random_model, random_tokens
 from tests.io.test_format import RELEASED
@@ -37,7 +37,7 @@ def likely_model():
 def write(path, model, blocks, metadata=SMALL, gather=None):
     """One block of the file for each of `blocks`."""
     with open(path, "wb") as file:
-        stream = TokenStream(file, metadata, model, gather)
+        stream = TokenStreamWriter(file, metadata, model, gather)
         for block in blocks:
             stream.write(block)
         stream.finish(metadata.samples_per_frame * sum(block.shape[1] for block in blocks))
@@ -261,7 +261,7 @@ class TokenStreamReaderOf:
 def test_tokens_outside_the_codebook_are_refused(tmp_path):
     model = small_model()
     for gather in (None, 256):
-        stream = TokenStream(io.BytesIO(), SMALL, model, gather)
+        stream = TokenStreamWriter(io.BytesIO(), SMALL, model, gather)
         for value in (-1, 12):
             with pytest.raises(TokensError, match=str(value)):
                 stream.write(np.full((6, 3), value))

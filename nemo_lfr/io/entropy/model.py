@@ -297,10 +297,9 @@ def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bo
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
     """
-    from nemo_lfr.io.atomic import write_bytes
-    from nemo_lfr.io.audio import refuse_overwrite
+    from nemo_lfr.io.atomic import check_overwrite, write_bytes
 
     path = expand_home(path)
-    refuse_overwrite(path, overwrite)
+    check_overwrite(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, model.to_bytes())

@@ -1,0 +1,333 @@
+"""Read audio files block by block as mono float32 at any sample rate."""
+
+import io
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.errors import AudioError, MissingExtraError
+from nemo_lfr.io.containers import Splice, Stream, find_mpeg
+from nemo_lfr.io.containers.cache import cached_streams
+from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
+from nemo_lfr.io.media import MediaDecoder, looks_like_media
+from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, resample
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SECONDS = 10
+# Formats that libsndfile reads, but for which FFmpeg supports more codecs and tolerates more damage.
+FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
+# Values read at once over all channels. Bounds memory when a header claims a very high rate or channel count.
+MAX_BLOCK = 1 << 24
+
+
+class AudioReader:
+    """An audio file as mono float32 blocks at `sample_rate`.
+
+    All that can be decoded is read, whatever the header says of its length, and all recordings of a file that were
+    joined by `cat`. A stream that is itself cut short is an error; what loses no more than a part of the last frame of
+    MPEG audio is logged.
+
+    Args:
+        path: the file.
+        sample_rate: Hz of what is read; the file's own rate if None.
+        data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
+            this reader then owns; `path` is then a name for messages.
+        name: what messages call the file; `path` if not given.
+
+    Attributes:
+        native_rate: Hz of the file, of its first recording if it holds several.
+        channels: of the same.
+        samples_read: samples that `blocks` has yielded.
+        problem_at_end: tells, once all is read, what was wrong with a pipe; None if nothing.
+
+    Raises:
+        AudioError: if the file is missing, is not audio, is cut short, or holds NaN.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sample_rate: int | None,
+        data: bytes | int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.name = str(path) if name is None else name
+        self.problem_at_end: Callable[[], str | None] = lambda: None
+        self.samples_read = 0
+        if data is None and (problem := _not_a_file(self.path)):
+            raise AudioError(f"{self.name}: {problem}.")
+        self._source: BinaryIO | None = None
+        self._decoder: Decoder | None = None
+        self._spooled: tempfile.TemporaryDirectory[str] | None = None
+        self._index = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # samples and Hz of the streams that were asked for
+        try:
+            if isinstance(data, int):
+                self._pipe: int | None = data
+                self._streams = [Stream([], is_file=True)]
+            else:
+                self._pipe = None
+                self._source = io.BytesIO(data) if data is not None else self.path.open("rb")
+                self._streams = cached_streams(self._source)
+            if problem := next((stream.problem for stream in self._streams if stream.problem), None):
+                raise AudioError(f"{problem}.")
+            first = self._open(0)
+            if isinstance(first, SndfileDecoder) and not first.is_exact and not self._streams[0].by_name:
+                first = self._open_mpeg(first)
+            self.native_rate, self.channels = first.rate, first.channels
+            check_rate(self.native_rate)
+            self.sample_rate = self.native_rate if sample_rate is None else sample_rate
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, AudioError | MissingExtraError | OSError):
+                raise
+            reason = (error.strerror or str(error)) + "." if isinstance(error, OSError) else str(error)
+            kind = MissingExtraError if isinstance(error, MissingExtraError) else AudioError
+            raise kind(f"{self.name}: {reason}") from error
+
+    def __enter__(self) -> "AudioReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a reader may be closed more than once."""
+        for opened in (self._decoder, self._source):
+            if opened is not None:
+                opened.close()
+        if self._spooled is not None:
+            self._spooled.cleanup()
+        self._decoder = self._source = self._spooled = None
+
+    @property
+    def _file_name(self) -> Path | bytes:
+        """The path for libsndfile; its bytes where it may be one that Python cannot write as text."""
+        return self.path if os.name == "nt" else os.fsencode(self.path)
+
+    def _open(self, index: int) -> Decoder:
+        """Open the decoder of a stream, at its first sample.
+
+        Raises:
+            AudioError: if nothing here decodes it.
+        """
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
+        stream = self._streams[index]
+        if self._pipe is not None:
+            source: Any = self._pipe
+        elif stream.is_file and not isinstance(self._source, io.BytesIO):
+            source = self._file_name
+        else:
+            assert self._source is not None
+            source = self._source if stream.is_file else Splice(self._source, stream)
+            source.seek(0)
+            if stream.by_name:
+                source = self._spool(source)
+        try:
+            self._decoder = SndfileDecoder(source)
+        except (soundfile.LibsndfileError, TypeError) as error:
+            self._decoder = self._second_opinion(error, stream)
+        self._index = index
+        return self._decoder
+
+    def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
+        """Open MPEG audio that begins with something else, where libsndfile would guess how long it is."""
+        if self._source is None or not (found := find_mpeg(self._source)):
+            return first
+        self._streams = found
+        if problem := next((stream.problem for stream in found if stream.problem), None):
+            raise AudioError(f"{problem}.")
+        return self._open(0)
+
+    def _spool(self, source: BinaryIO | Splice) -> str:
+        """Copy a stream into a temporary file, and return its name."""
+        if self._spooled is not None:
+            self._spooled.cleanup()
+        # A folder: Windows does not let libsndfile open a file that is still open here.
+        self._spooled = tempfile.TemporaryDirectory(prefix="nemo-lfr-")
+        path = os.path.join(self._spooled.name, "audio")
+        with open(path, "wb") as file:
+            while piece := source.read(1 << 20):
+                file.write(piece)
+        return path
+
+    def _second_opinion(self, error: Exception, stream: Stream) -> Decoder:
+        """Open with FFmpeg a stream that libsndfile refuses."""
+        refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
+        if self._source is None:
+            raise refused from error
+        source: Any = self._source if stream.is_file else Splice(self._source, stream)
+        source.seek(0)
+        head = source.read(16)
+        if not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
+            raise refused from error
+        try:
+            return MediaDecoder(source)
+        except MissingExtraError as missing:
+            if not looks_like_media(head):
+                raise refused from error
+            raise MissingExtraError(
+                f"libsndfile does not read it ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need the media "
+                'extra: pip install ".[media]" in a clone of nemo_lfr, or pip install av.'
+            ) from missing
+        except AudioError as other:
+            raise AudioError(f"not an audio file that libsndfile or FFmpeg reads ({other}).") from error
+
+    @property
+    def duration(self) -> float:
+        """Seconds: by the header where it says so, else by decoding."""
+        return sum(count / rate for count, rate in map(self._extent, range(len(self._streams))))
+
+    def _extent(self, index: int) -> tuple[int, int]:
+        """Return the samples of a stream, and its rate in Hz; each stream is opened or counted once for it."""
+        if index not in self._extents:
+            if self._decoder is None or index != self._index:
+                if self._pipe is not None:
+                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                self._reopened(index)
+            decoder = self._decoder
+            assert decoder is not None
+            count = decoder.num_frames
+            if count is None:
+                if self._pipe is not None:
+                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                count = self._count(self._reopened(index))
+                self._reopened(0)
+            self._extents[index] = count, decoder.rate
+        return self._extents[index]
+
+    def _reopened(self, index: int) -> Decoder:
+        try:
+            return self._open(index)
+        except AudioError as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def _count(self, decoder: Decoder) -> int:
+        count = 0
+        while block := len(self._decode(decoder, MAX_BLOCK // decoder.channels // 16)):
+            count += block
+        return count
+
+    def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
+        """Decode the next samples [up to count, channels]; names the file if they are damaged."""
+        try:
+            return decoder.read(count)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.name}: damaged audio ({sndfile_reason(error)}).") from error
+        except AudioError as error:
+            raise AudioError(f"{self.name}: {error}.") from error
+
+    def segment(self, start: float, duration: float) -> np.ndarray:
+        """Read the samples [any] from second `start` on, for `duration` seconds or up to the end.
+
+        Raises:
+            AudioError: if it is damaged, or not finite.
+        """
+        pieces = [np.zeros(0, np.float32)]
+        for rate, block in self._parts(start, duration):
+            wave = self._mixed(block)
+            pieces.append(resample(wave, rate, self.sample_rate) if rate != self.sample_rate and len(wave) else wave)
+        return np.concatenate(pieces)
+
+    def channels_of(self, start: float, duration: float) -> np.ndarray:
+        """Read samples [channels, any] as they are, at the file's own rate; see `segment`.
+
+        Raises:
+            AudioError: if it is damaged, not finite, or joined of recordings that do not fit together.
+        """
+        blocks = [np.zeros((0, self.channels), np.float32)]
+        for rate, block in self._parts(start, duration):
+            if (rate, block.shape[1]) != (self.native_rate, self.channels):
+                raise AudioError(f"{self.name}: holds recordings of several rates or numbers of channels.")
+            check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
+            blocks.append(block)
+        return np.concatenate(blocks).T
+
+    def _parts(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the rate, and samples [n, channels], of each recording that has a share in a stretch of seconds."""
+        for index in range(len(self._streams)):
+            count, rate = self._extent(index)
+            first = min(int(start * rate), count) if start > 0 else 0
+            if first < count and duration > 0:
+                yield rate, self._part(index, first, min(count - first, math.ceil(duration * rate)))
+                duration -= (count - first) / rate
+            start -= count / rate
+            if duration <= 0:
+                break
+
+    def _part(self, index: int, first: int, count: int) -> np.ndarray:
+        decoder = self._decoder if index == self._index and self._decoder is not None else self._reopened(index)
+        try:
+            decoder.seek(first)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"{self.name}: damaged audio ({sndfile_reason(error)}).") from error
+        return self._decode(decoder, count)
+
+    def _mixed(self, block: np.ndarray) -> np.ndarray:
+        """Mix [n, channels] to mono, and check it."""
+        wave = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.name}:")
+        return wave
+
+    def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
+        """Yield consecutive samples [any], read `seconds` at a time; `samples_read` counts them.
+
+        Raises:
+            AudioError: if it is damaged, ends before its header says, or is not finite.
+        """
+        resampler: Resampler | None = None
+        rate = self.sample_rate
+        for index in range(len(self._streams)):
+            if index != self._index or self._decoder is None:
+                self._reopened(index)
+            decoder = self._decoder
+            assert decoder is not None
+            if note := self._streams[index].note:
+                logger.warning("%s: %s.", self.name, note)
+            if decoder.rate != rate:  # joined recordings of one rate are resampled as one
+                yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
+                rate = decoder.rate
+                resampler = Resampler(rate, self.sample_rate) if rate != self.sample_rate else None
+            size, num_read = max(1, min(round(seconds * rate), MAX_BLOCK // decoder.channels)), 0
+            while len(block := self._decode(decoder, size)):
+                num_read += len(block)
+                wave = self._mixed(block)
+                yield from self._counted(resampler.push(wave) if resampler else wave)
+            self._check_count(decoder, num_read)
+        if problem := self.problem_at_end():
+            raise AudioError(f"{self.name}: {problem}.")
+        yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
+
+    def _counted(self, wave: np.ndarray | None) -> Iterator[np.ndarray]:
+        if wave is not None and len(wave):
+            self.samples_read += len(wave)
+            yield wave
+
+    def _check_count(self, decoder: Decoder, num_read: int) -> None:
+        """Raise if a stream gave less than its header promises."""
+        promised = decoder.num_frames
+        share = 1.0 if decoder.is_exact else 0.99
+        if promised is not None and num_read < share * promised:
+            raise AudioError(f"{self.name}: was cut short after {num_read} of {promised} samples.")
+
+
+def _not_a_file(path: Path) -> str | None:
+    try:
+        if path.is_file():
+            return None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds NUL
+        return getattr(error, "strerror", None) or str(error)
+    if path.is_dir():
+        return "is a folder"
+    return "is not a file; give a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"

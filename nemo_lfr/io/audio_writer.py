@@ -1,0 +1,104 @@
+"""Write 16-bit mono audio files atomically."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
+from nemo_lfr.io.decoders import sndfile_reason
+
+
+class AudioWriter:
+    """16-bit mono audio written aside and renamed into place; the format follows the file's suffix.
+
+    Raises:
+        NemoLfrError: if the file exists and `overwrite` is not set, or its format is unknown.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        check_overwrite(self.path, overwrite)
+        kind = self.path.suffix[1:].upper()
+        if kind not in soundfile.available_formats():
+            raise NemoLfrError(
+                f"{path}: {self.path.suffix!r} is not a format that libsndfile writes; use .wav or .flac."
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._raw = open_temporary(self.path)
+        self._sink = _SinkFile(self._raw)
+        try:
+            self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            with contextlib.suppress(OSError):  # of a full disk, again
+                self._raw.close()
+            os.unlink(self._raw.name)
+            self._sink.check(self.path)
+            raise AudioError(
+                f"{path}: cannot be written as {kind} at {sample_rate} Hz ({sndfile_reason(error)})."
+            ) from error
+
+    def __enter__(self) -> "AudioWriter":
+        return self
+
+    def write(self, wave: np.ndarray) -> None:
+        """Append samples [T]; raises OSError if the disk is full."""
+        try:
+            self._file.write(wave)
+        except (AssertionError, soundfile.LibsndfileError) as error:  # soundfile's words for a failed callback
+            self._sink.check(self.path)
+            raise AudioError(f"{self.path}: could not be written; what is there of it is removed.") from error
+        self._sink.check(self.path)
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        aside = Path(self._raw.name)
+        try:
+            with naming(self.path, aside):
+                with self._raw:
+                    self._file.close()
+                    self._sink.check(self.path)
+                    self._raw.flush()
+                    os.fsync(self._raw.fileno())
+                if kind is None:
+                    aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+class _SinkFile:
+    """A file that remembers why it could not be written, since libsndfile's callbacks swallow exceptions."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._error: BaseException | None = None
+
+    def write(self, data: bytes) -> int:
+        return self._try(lambda: self._file.write(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._try(lambda: self._file.seek(offset, whence))  # writes what is in the buffer, too
+
+    def tell(self) -> int:
+        return self._try(lambda: self._file.tell())
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size) if self._error is None else b""
+
+    def _try(self, act: Callable[[], int]) -> int:
+        try:
+            return act() if self._error is None else 0
+        except BaseException as error:  # an interrupt too, which would be lost here
+            self._error = error
+            return 0
+
+    def check(self, path: Path) -> None:
+        if isinstance(self._error, OSError):
+            raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
+        if self._error is not None:
+            raise self._error
