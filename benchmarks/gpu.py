@@ -51,7 +51,7 @@ else:
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cuda import folded
-from nemo_lfr.codec.cuda.choice import Autotuner, gpu_seconds
+from nemo_lfr.codec.cuda.autotuner import Autotuner, gpu_seconds
 from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
 from nemo_lfr.codec.cuda.graphs import CudaCapture, GraphCache
 from nemo_lfr.codec.cuda.plan import AUTOTUNER, PRECISIONS, Plan, Step, find_kernels

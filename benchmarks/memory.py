@@ -36,8 +36,8 @@ clip = np.random.default_rng(0).standard_normal(44100).astype(np.float32) / 10
 """
 OURS = """
 import nemo_lfr
-from nemo_lfr.codec.cpu.heap import keep_heap
-keep_heap()  # as the command line does
+from nemo_lfr.codec.cpu.malloc import configure_malloc
+configure_malloc()  # as the command line does
 codec = nemo_lfr.load(model, device="cpu")
 short = codec.encode(clip)[0]
 if side == "decode":

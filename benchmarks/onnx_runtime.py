@@ -46,14 +46,14 @@ def main() -> None:
     from benchmarks.measure import alone, in_turns, machine, ratios, spread
     from benchmarks.streaming import read
     from nemo_lfr.cli.demo import demo_clip
-    from nemo_lfr.codec.cpu.heap import keep_heap
+    from nemo_lfr.codec.cpu.malloc import configure_malloc
     from nemo_lfr.codec.onnx.export import export_onnx
     from nemo_lfr.io.manifests import read_manifest
     from nemo_lfr.pretrained import load
     from tests.reference import assert_same_tokens
 
     torch.set_num_threads(arguments.threads)
-    keep_heap()
+    configure_malloc()
     codec = load(arguments.model, "cpu")
     paths = [demo_clip()]
     if arguments.manifest is not None:

@@ -29,7 +29,7 @@ from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX
 from nemo_lfr.cli.options import Number, UserPath
 from nemo_lfr.cli.terminal import lead_nowhere, note, progress, show
 from nemo_lfr.cli.tokenize import detokenize, tokenize
-from nemo_lfr.codec.cpu.heap import keep_heap
+from nemo_lfr.codec.cpu.malloc import configure_malloc
 from nemo_lfr.errors import NemoLfrError, printable
 from nemo_lfr.io.atomic import naming, sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files, find_matches
@@ -252,7 +252,7 @@ def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[Job]:
 def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
     from nemo_lfr.pretrained import LFR, load
 
-    keep_heap()
+    configure_malloc()
     if model is None:
         note(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
     return load(model, device, precision)

@@ -14,7 +14,7 @@ from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream
 from nemo_lfr.codec.compiling import outside_of_graphs
-from nemo_lfr.codec.cpu.heap import flat
+from nemo_lfr.codec.cpu.malloc import trim_between_windows
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
@@ -236,7 +236,9 @@ class Codec(Generic[Array]):
             Tokens [C, T] as int32 in order; together, exactly those of the whole recording.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
-        for wave, window in flat(rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)):
+        for wave, window in trim_between_windows(
+            rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)
+        ):
             padding = cutter.width(window.num_frames) * frame - len(wave)
             with self.backend.computing():  # not while the caller has the block
                 arrays = self.backend.arrays
@@ -249,7 +251,9 @@ class Codec(Generic[Array]):
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
         frame, cutter = self.samples_per_frame, self._token_cutter()
-        for piece, window in flat(rolling_windows(blocks, 1, self.chunk_frames, cutter.limits.context)):
+        for piece, window in trim_between_windows(
+            rolling_windows(blocks, 1, self.chunk_frames, cutter.limits.context)
+        ):
             missing = cutter.width(window.num_frames) - window.num_frames
             with self.backend.computing():
                 tokens, _ = self.check_tokens(np.pad(piece, ((0, 0), (0, missing))))

@@ -28,7 +28,7 @@ from nemo_lfr.modules.weights import one_look, weights_version
 from nemo_lfr.spec import CodecSpec
 
 if TYPE_CHECKING:
-    from nemo_lfr.codec.cuda.graphs import Engine
+    from nemo_lfr.codec.cuda.graphs import CudaModule
 
 Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 
@@ -192,7 +192,7 @@ class TorchBackend:
                 encoded = run_encoder(encoder, audio, num_frames, width)
             return quantize(self.quantizer, encoded.float())
         if self.device.type == "cuda":
-            return self._engine(encoder)(audio, num_frames, width)
+            return self._cuda_module(encoder)(audio, num_frames, width)
         with self.autocast():
             encoded = inference.encode_frames(encoder, audio, _ends(num_frames, width, encoder.min_frames))
         return quantize(self.quantizer, encoded.float())
@@ -207,16 +207,16 @@ class TorchBackend:
                 codes = self.quantizer.decode(tokens.transpose(0, 1))
                 return run_decoder(decoder, codes, num_frames, self.spec.samples_per_frame).float()
         if self.device.type == "cuda":
-            return self._engine(decoder)(tokens, num_frames, width)
+            return self._cuda_module(decoder)(tokens, num_frames, width)
         length = torch.tensor(num_frames, device=tokens.device) if min(num_frames) < width else None
         codes = self.quantizer.decode(tokens.transpose(0, 1), length)
         with self.autocast():
             return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
 
-    def _engine(self, module: HiFiGANEncoder | HiFiGANDecoder) -> "Engine":
+    def _cuda_module(self, module: HiFiGANEncoder | HiFiGANDecoder) -> "CudaModule":
         from nemo_lfr.codec.cuda import graphs  # where there is no GPU, it is not needed
 
-        return graphs.engine(module, self.quantizer, self.spec.precision, self.device)
+        return graphs.cuda_module(module, self.quantizer, self.spec.precision, self.device)
 
     # Streams.
 

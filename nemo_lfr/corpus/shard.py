@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_lfr.codec.arrays import to_numpy
-from nemo_lfr.codec.cpu.heap import after_batch, keep_heap
+from nemo_lfr.codec.cpu.malloc import configure_malloc, trim_after_batch
 from nemo_lfr.corpus.claim import check_claim
 from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, open_corpus
 from nemo_lfr.corpus.inventory import digest
@@ -289,7 +289,7 @@ def _encode(
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
     tokens, num_frames = codec.encode(audio, lengths)
-    after_batch()
+    trim_after_batch()
     rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])
     for clip, (_, *context) in batch:
@@ -320,7 +320,7 @@ class Worker:
 
         from nemo_lfr.pretrained import load
 
-        keep_heap()
+        configure_malloc()
 
         self.job = job
         self.codec = load(job.model, device, job.precision)

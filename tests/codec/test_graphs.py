@@ -10,8 +10,8 @@ import torch
 from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.cuda import graphs
-from nemo_lfr.codec.cuda.choice import Autotuner
-from nemo_lfr.codec.cuda.graphs import Captured, Engine, GraphCache, engine
+from nemo_lfr.codec.cuda.autotuner import Autotuner
+from nemo_lfr.codec.cuda.graphs import Captured, CudaModule, GraphCache, cuda_module
 from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.torch_backend import BATCHING, TorchBackend
 from nemo_lfr.codec.windows import group_widths
@@ -167,16 +167,16 @@ def test_an_optimiser_step_changes_the_weights_version():
 def test_an_engine_is_kept_until_the_weights_change():
     codec = fresh_codec()
     encoder = codec.encoder
-    first = engine(encoder, codec.quantizer, "fp32", CPU)
-    assert engine(encoder, codec.quantizer, "fp32", CPU) is first
-    assert engine(encoder, codec.quantizer, "bf16", CPU) is not first
-    assert engine(codec.decoder, codec.quantizer, "fp32", CPU) is not first
+    first = cuda_module(encoder, codec.quantizer, "fp32", CPU)
+    assert cuda_module(encoder, codec.quantizer, "fp32", CPU) is first
+    assert cuda_module(encoder, codec.quantizer, "bf16", CPU) is not first
+    assert cuda_module(codec.decoder, codec.quantizer, "fp32", CPU) is not first
     other = copy.deepcopy(codec.quantizer)
-    assert engine(encoder, other, "fp32", CPU) is not first
-    second = engine(encoder, codec.quantizer, "fp32", CPU)
+    assert cuda_module(encoder, other, "fp32", CPU) is not first
+    second = cuda_module(encoder, codec.quantizer, "fp32", CPU)
     with torch.no_grad():
         encoder.post_conv.conv.bias.add_(1.0)
-    third = engine(encoder, codec.quantizer, "fp32", CPU)
+    third = cuda_module(encoder, codec.quantizer, "fp32", CPU)
     assert third is not second
     audio = torch.randn(1, 40 * codec.samples_per_frame)
     assert not torch.equal(third(audio, [40], 40), second(audio, [40], 40))
@@ -185,18 +185,18 @@ def test_an_engine_is_kept_until_the_weights_change():
 def test_engines_go_with_their_parts():
     codec = fresh_codec()
     gc.collect()
-    kept = len(graphs._ENGINES)
+    kept = len(graphs._MODULES)
     for part in (codec.encoder, codec.decoder):
-        engine(part, codec.quantizer, "fp32", CPU)
-    assert len(graphs._ENGINES) == kept + 2
+        cuda_module(part, codec.quantizer, "fp32", CPU)
+    assert len(graphs._MODULES) == kept + 2
     del codec, part
     gc.collect()
-    assert len(graphs._ENGINES) == kept
+    assert len(graphs._MODULES) == kept
 
 
 def test_a_codec_whose_engines_are_made_can_be_copied():
     codec = fresh_codec()
-    engine(codec.encoder, codec.quantizer, "fp32", CPU)
+    cuda_module(codec.encoder, codec.quantizer, "fp32", CPU)
     audio = speech_like(600)
     expected = codec.encode(audio)[0]
     for copied in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
@@ -212,7 +212,7 @@ class GpuOnCpu(TorchBackend):
         super().__init__(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision)
         self.capture = Recorder()
         self.engines = {
-            part: Engine(part, codec.quantizer, precision, CPU, self.capture)
+            part: CudaModule(part, codec.quantizer, precision, CPU, self.capture)
             for part in (codec.encoder, codec.decoder)
         }
 
@@ -271,7 +271,7 @@ def test_nothing_of_the_callers_modes_reaches_an_engine():
     expected = codec.backend.encode_frames(audio, [48])
     capture = Recorder()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        run = Engine(codec.encoder, codec.quantizer, "fp32", CPU, capture)
+        run = CudaModule(codec.encoder, codec.quantizer, "fp32", CPU, capture)
         results = [run(audio, [48], 48) for _ in range(2)]
     results += [run(audio, [48], 48) for _ in range(2)]  # what was kept in inference mode serves outside
     assert capture.captures == 1
@@ -282,7 +282,7 @@ def test_nothing_of_the_callers_modes_reaches_an_engine():
 def test_large_batches_are_launched_without_a_graph(monkeypatch):
     monkeypatch.setattr(graphs, "GRAPH_FRAMES", 64)
     codec, capture = cached_codec("two_stages"), Recorder()
-    run = Engine(codec.encoder, codec.quantizer, "fp32", CPU, capture)
+    run = CudaModule(codec.encoder, codec.quantizer, "fp32", CPU, capture)
     for rows, captures in ((2, 1), (3, 1)):
         for _ in range(2):
             run(torch.zeros(rows, 32 * codec.samples_per_frame), [32] * rows, 32)

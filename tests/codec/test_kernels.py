@@ -14,7 +14,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from nemo_lfr.codec.cuda import folded, kernels, plan
-from nemo_lfr.codec.cuda.choice import Autotuner
+from nemo_lfr.codec.cuda.autotuner import Autotuner
 from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
 from nemo_lfr.codec.cuda.kernels import Tile
 from nemo_lfr.modules.activation import CodecActivation
@@ -229,7 +229,7 @@ types |= dict.fromkeys(fixed, "constexpr")
 at = kernel.arg_names.index
 # As a launch finds them: pointers and sizes are multiples of 16.
 aligned = [name for name in types if types[name][0] == "*" and name not in kernel_free]
-aligned += ["out_size", "signal_step", "residual_step", "num_sums", "shift", "period"]
+aligned += ["out_size", "signal_step", "residual_step", "reduction_size", "shift", "period"]
 source = ASTSource(
     kernel,
     types,

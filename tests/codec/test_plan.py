@@ -68,7 +68,7 @@ def test_layers_that_share_an_input_start_where_their_kernels_do():
 @pytest.mark.parametrize("piece", [inference.PIECE, 1])
 @pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
 def test_the_fast_way_gives_what_the_modules_give(kind, piece, monkeypatch):
-    monkeypatch.setattr(plan, "FAST_SIZE", 1)
+    monkeypatch.setattr(plan, "WINOGRAD_MIN_PRODUCTS", 1)
     monkeypatch.setattr(inference, "PIECE", piece)
     codec = cached_codec(kind)
     lengths = [20, 33, 31]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_lfr.codec.cuda.graphs import engine
+from nemo_lfr.codec.cuda.graphs import cuda_module
 from nemo_lfr.modules import weights
 from nemo_lfr.modules.weights import DerivedForms, one_look, weights_version
 from tests.models import cached_codec, synthesize
@@ -78,11 +78,11 @@ def test_both_checksums_change_with_any_byte_of_any_type(dtype, size):
 def test_the_gpus_engine_and_the_cpus_plan_follow_uncounted_writes(write):
     codec = copy.deepcopy(cached_codec("symmetric"))
     wave = synthesize(0.5)
-    first, tokens = engine(codec.encoder, codec.quantizer, "fp32", CPU), codec.encode(wave)[0]
-    assert engine(codec.encoder, codec.quantizer, "fp32", CPU) is first
+    first, tokens = cuda_module(codec.encoder, codec.quantizer, "fp32", CPU), codec.encode(wave)[0]
+    assert cuda_module(codec.encoder, codec.quantizer, "fp32", CPU) is first
     before = codec.fingerprint
     WRITES[write](codec.encoder)
-    assert engine(codec.encoder, codec.quantizer, "fp32", CPU) is not first
+    assert cuda_module(codec.encoder, codec.quantizer, "fp32", CPU) is not first
     fresh = copy.deepcopy(codec)
     assert torch.equal(codec.encode(wave)[0], fresh.encode(wave)[0])
     assert codec.fingerprint == fresh.fingerprint != before

@@ -21,10 +21,10 @@ from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.weights import DerivedForms
 
 # Fewest frames of a batch for which transformed weights, twice as large, pay.
-FAST_FRAMES = 48
+WINOGRAD_MIN_FRAMES = 48
 # Fewest products of channels and taps: below, the transforms cost more than they save (measured on Zen 4).
-FAST_SIZE = 1000
-WORST_BF16 = 0.05  # of the output's rms; rounding to 8 bits gives 0.003 to 0.01
+WINOGRAD_MIN_PRODUCTS = 1000
+MAX_BF16_ERROR = 0.05  # of the output's rms; rounding to 8 bits gives 0.003 to 0.01
 
 
 class Packed(NamedTuple):
@@ -151,8 +151,8 @@ class PackedWeights:
         size = conv.kernel_size[0]
         return (
             self.dtype == torch.float32
-            and num_frames >= FAST_FRAMES
-            and min(conv.in_channels, conv.out_channels) * size >= FAST_SIZE
+            and num_frames >= WINOGRAD_MIN_FRAMES
+            and min(conv.in_channels, conv.out_channels) * size >= WINOGRAD_MIN_PRODUCTS
             and conv.stride[0] == 1
             and size > 2
         )
@@ -187,7 +187,7 @@ class PackedWeights:
         shape = layer, padded.shape
         if self.dtype == torch.bfloat16 and shape not in self._checked:
             error = _error(layer, padded, _convolve(padded, way))
-            self._checked[shape] = error < WORST_BF16
+            self._checked[shape] = error < MAX_BF16_ERROR
             if not self._checked[shape]:
                 warnings.warn(
                     f"a convolution of {list(padded.shape)} with {list(layer.conv.weight.shape)} is wrong in bf16 on "

@@ -121,7 +121,7 @@ class GraphCache:
             self._graphs.popitem(last=False)
 
 
-class Engine:
+class CudaModule:
     """One part with its quantizer at one precision on one device.
 
     Args:
@@ -188,11 +188,11 @@ class Engine:
         return self.plan(codes.transpose(1, 2), num_frames.clamp(min=self._min_frames)).squeeze(2)
 
 
-_ENGINES: DerivedForms[Engine] = DerivedForms()
+_MODULES: DerivedForms[CudaModule] = DerivedForms()
 
 
-def engine(
+def cuda_module(
     part: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
-) -> Engine:
+) -> CudaModule:
     """Return the engine of an encoder or a decoder as its weights are now."""
-    return _ENGINES.get(part, precision, lambda: Engine(part, quantizer, precision, device), quantizer)
+    return _MODULES.get(part, precision, lambda: CudaModule(part, quantizer, precision, device), quantizer)

@@ -80,7 +80,7 @@ def _convolution(
     out_size,  # numbers of one example of `out`
     signal_step,
     residual_step,
-    num_sums,  # taps * inputs
+    reduction_size,  # taps * inputs
     stride,
     dilation,
     before,  # rows of padding
@@ -116,7 +116,7 @@ def _convolution(
     end = tl.minimum(tl.load(ends + example).to(tl.int32), num_in)
     signal += example * signal_step
     sums = tl.full((tile_time, tile_channels), 0.0, tl.float32)
-    for first in range(0, num_sums, tile_sums):
+    for first in range(0, reduction_size, tile_sums):
         place = first + tl.arange(0, tile_sums)
         if inputs % tile_sums == 0:  # one tap at a time: a row a line
             # Without the hints loads wait for one another: the compiler cannot see that they are aligned.
@@ -129,11 +129,13 @@ def _convolution(
             row, there = _inside(at, end, mode)
             row = tl.max_constancy(row, [1, run])
             there = tl.max_constancy(there, [1, run])
-        left = tl.load(signal + row * inputs + source[None, :], mask=there & (place < num_sums)[None, :], other=0.0)
+        left = tl.load(
+            signal + row * inputs + source[None, :], mask=there & (place < reduction_size)[None, :], other=0.0
+        )
         left = _activated(left, source[None, :], alpha, num_snake, kind, slope, pairs)
         right = tl.load(
-            weight + channel[None, :] * num_sums + place[:, None],
-            mask=(channel < outputs)[None, :] & (place < num_sums)[:, None],
+            weight + channel[None, :] * reduction_size + place[:, None],
+            mask=(channel < outputs)[None, :] & (place < reduction_size)[:, None],
             other=0.0,
         )
         sums = tl.dot(left.to(right.dtype), right, sums, input_precision=precision)

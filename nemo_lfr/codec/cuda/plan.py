@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo_lfr.codec.cuda import folded
-from nemo_lfr.codec.cuda.choice import Autotuner, Candidate, gpu_seconds
+from nemo_lfr.codec.cuda.autotuner import Autotuner, Candidate, gpu_seconds
 from nemo_lfr.codec.cuda.folded import Activation, Layer, Precision
 from nemo_lfr.errors import shorten
 from nemo_lfr.modules.activation import CodecActivation

@@ -5,7 +5,7 @@ import torch
 
 from nemo_lfr import frames
 from nemo_lfr.codec.backend import Batching
-from nemo_lfr.codec.cpu import heap
+from nemo_lfr.codec.cpu import malloc
 from nemo_lfr.codec.cpu import network as inference
 from tests.models import KINDS, cached_codec, speech_like
 
@@ -75,21 +75,21 @@ def test_the_width_of_the_memory_changes_no_token(monkeypatch):
         audio_back = found
 
 
-def test_the_heap_is_given_back_between_windows_of_two_widths_and_now_and_then(monkeypatch):
+def test_malloc_is_trimmed_between_widths_and_periodically(monkeypatch):
     released = []
-    monkeypatch.setattr(heap, "release_heap", lambda: released.append(len(seen)))
+    monkeypatch.setattr(malloc, "trim_malloc", lambda: released.append(len(seen)))
     widths = [138, *[144] * 16, 131]
     windows = [(number, frames.Window(0, width, 0, width)) for number, width in enumerate(widths)]
     seen = []
-    for window in heap.flat(windows):
+    for window in malloc.trim_between_windows(windows):
         seen.append(window)
     assert seen == windows
     assert released == [1, 8, 16, 17]
 
 
-def test_the_heap_is_kept_and_given_back_where_there_is_one_to_ask(monkeypatch):
-    heap.keep_heap()
-    heap.release_heap()
-    monkeypatch.setattr(heap, "_glibc", lambda: None)
-    heap.keep_heap()
-    heap.release_heap()
+def test_malloc_functions_do_nothing_without_glibc(monkeypatch):
+    malloc.configure_malloc()
+    malloc.trim_malloc()
+    monkeypatch.setattr(malloc, "_glibc", lambda: None)
+    malloc.configure_malloc()
+    malloc.trim_malloc()

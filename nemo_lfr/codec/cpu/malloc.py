@@ -1,0 +1,68 @@
+"""Settings of glibc's malloc that keep freed memory for the next window.
+
+By default glibc returns every large block to the system when it is freed. An encoder frees and allocates hundreds of
+megabytes per second of audio, and mapping and clearing these pages again takes up to a third of the time. A process
+that mainly runs a codec keeps them instead.
+"""
+
+import ctypes
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from nemo_lfr.frames import Window
+
+# Parameters of mallopt, and the highest threshold that it accepts.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MMAP_THRESHOLD = 32 * 2**20
+TRIM_THRESHOLD = 2**30
+# Windows between two trims. The window after a trim has to map its memory again.
+WINDOWS_PER_TRIM = 8
+# Corpus batches between two trims. Their many lengths fragment the heap more than windows do.
+BATCHES_PER_TRIM = 4
+
+_batches = itertools.count(1)
+_Items = TypeVar("_Items")
+
+
+def configure_malloc() -> None:
+    """Let malloc keep up to 1 GiB of freed memory; do nothing without glibc."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        library.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+
+
+def trim_malloc() -> None:
+    """Return freed memory to the system; do nothing without glibc."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def trim_after_batch() -> None:
+    """Count a corpus batch, and call `trim_malloc` after every few of them."""
+    if next(_batches) % BATCHES_PER_TRIM == 0:
+        trim_malloc()
+
+
+def trim_between_windows(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Window]]:
+    """Yield the windows unchanged, calling `trim_malloc` between some of them.
+
+    It trims periodically, so that memory does not grow with the duration of a recording, and before a window of
+    another width, whose blocks may not fit into the memory that is kept.
+    """
+    width = 0
+    for number, (items, window) in enumerate(windows):
+        if number and (window.num_frames != width or number % WINDOWS_PER_TRIM == 0):
+            trim_malloc()
+        width = window.num_frames
+        yield items, window
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if os.name != "posix":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
