@@ -262,8 +262,8 @@ class Cuts(Corpus):
         ]
 
     def read(self, part: Part) -> Iterator[Clip]:
-        cuts = read_cuts(self.path, self.allow_url)
-        for number, item in enumerate(islice(cuts, part["start"], part["start"] + part["count"])):
+        start = part["start"]
+        for number, item in enumerate(read_cuts(self.path, self.allow_url, start, start + part["count"])):
             yield _item_to_clip(item, str(self.path), _repeat(part, number), self.allow_url)
 
 

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,22 @@ def kind_of(path: Path) -> str | None:
     return None
 
 
-def read_cuts(path: Path, allow_url: bool = False) -> Iterator[CutItem]:
+def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | None = None) -> Iterator[CutItem]:
     """Yield the cuts of a cuts file, or a cut of each recording of a recordings file.
 
     The supervisions of recordings are read from the file beside, if there is one: see `supervisions_beside`.
+
+    Args:
+        path: the file.
+        allow_url: as of `check_cut`.
+        start, stop: yield only the items of this range; those before it are not parsed.
 
     Raises:
         ConfigError: if the file cannot be read.
     """
     whole = kind_of(path) == "recordings"
     supervisions = _supervisions(path) if whole else {}
-    for line in json_lines(path):
+    for line in islice(json_lines(path), start, stop):
         try:
             manifest = json.loads(line)
             if whole:

@@ -178,13 +178,13 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         "manifest",
         lambda f: ((f / "target_codes/s0/clip0.pt").unlink(), (f / "target_codes/s0/clip0.pt").mkdir()),
         2,
-        "not a file",
+        "not a regular file",
     ),
     "pt: a pipe": (
         "manifest",
         lambda f: ((f / "target_codes/s0/clip0.pt").unlink(), os.mkfifo(f / "target_codes/s0/clip0.pt")),
         2,
-        "not a file",
+        "not a regular file",
     ),
     "path: outside": (
         "manifest",

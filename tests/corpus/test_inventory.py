@@ -15,6 +15,7 @@ from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.shard import Job
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.cut_files import read_cuts
 from tests.corpora import write_codec
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
@@ -249,3 +250,12 @@ def test_a_manifest_with_keys_of_lhotse_is_a_manifest(folder, model):
     assert (
         tokenize(Job(str(path), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")["clips"] == 1
     )
+
+
+def test_a_part_of_cuts_parses_its_own_lines_alone(folder, monkeypatch):
+    path = lines(folder / "c.jsonl.gz", [cut(folder / "a.wav", id=f"c{number}") for number in range(50)])
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr("nemo_lfr.io.cut_files.json.loads", lambda text: parsed.append(0) or loads(text))
+    assert [item.id for item in read_cuts(path, start=40, stop=43)] == ["c40", "c41", "c42"]
+    assert len(parsed) <= 5  # of its cuts, and of the first, which says what the file holds
