@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_lfr.cli.main import main as cli
+from nemo_lfr.cli import main as cli
 from nemo_lfr.codec.torch_backend import BATCHING
 from nemo_lfr.io.token_file import TokenReader
 from tests.models import speech_like

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from nemo_lfr.cli.main import main as cli
+from nemo_lfr.cli import main as cli
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.containers import WavSamples, read_wav_header

@@ -16,7 +16,7 @@ import torch
 
 import nemo_lfr
 from nemo_lfr import AudioError, CheckpointError, NemoLfrError, TokensError
-from nemo_lfr.cli.main import main as cli
+from nemo_lfr.cli import main as cli
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
 from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
