@@ -16,6 +16,7 @@ from nemo_lfr.io.entropy.find import bundled_model
 from nemo_lfr.io.entropy.model import EntropyModel, ModelSpec, write_model
 from nemo_lfr.io.token_file import Metadata, TokenReader, TokenStreamReader, TokenStreamWriter, TokenWriter
 from tests import entropy_reference
+from tests.crash import ROOT, killed_at_random_moments
 from tests.io.test_entropy import likely_tokens, random_model, random_tokens
 from tests.io.test_format import RELEASED
 
@@ -286,3 +287,61 @@ def test_frames_live_in_one_block_each(tmp_path):
     tokens = random_tokens(model, 12)
     path = write(tmp_path / "a.lfr", model, np.split(tokens, 12, axis=1), metadata)
     assert np.array_equal(read(path, None), tokens)
+
+
+def test_the_documents_example_is_what_is_written_and_read(tmp_path):
+    text = (ROOT / "docs" / "concepts" / "lfr-format.md").read_text(encoding="utf-8")
+    text = text[text.index("## A compressed file, byte by byte") :]
+    dumps = [bytes.fromhex(dump) for dump in re.findall(r"^```\n((?:[0-9a-f]+\n)+)```$", text, re.MULTILINE)]
+    model = EntropyModel.from_bytes(dumps[0], "docs")
+    assert f"`{model.hash}`" in text
+    expected = np.array([line.split() for line in re.findall(r"^[0-5](?: [0-5]){16}$", text, re.MULTILINE)], int)
+    path = tmp_path / "a.lfr"
+    path.write_bytes(dumps[1])
+    with TokenReader(path, model=model) as reader:
+        assert np.array_equal(reader.read(), expected)
+        assert reader.num_samples == 17_384
+        metadata = reader.metadata
+    frames = entropy_reference.decode_file(dumps[1], entropy_reference.Model(dumps[0]))
+    assert np.array_equal(np.array(frames).T, expected)
+    file = io.BytesIO()
+    stream = TokenStream(file, metadata, model)
+    for block in (expected[:, :16], expected[:, 16:]):
+        stream.write(block)
+    stream.finish(17_384)
+    assert file.getvalue() == dumps[1]
+
+
+WRITER = """
+import sys
+import numpy as np
+from nemo_lfr.io.token_file import TokenWriter
+from tests.io.test_entropy import likely_tokens
+from tests.io.test_entropy_format import SMALL, small_model
+
+tokens, model = likely_tokens(small_model(), 40), small_model()
+while True:
+    with TokenWriter(sys.argv[1], SMALL, overwrite=True, model=model) as writer:
+        for _ in range(30):
+            writer.write(tokens)
+        writer.finish(1200 * 1024)
+    print(flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_writer_leaves_is_whole_or_recovers(tmp_path):
+    model = small_model()
+    expected = np.tile(likely_tokens(model, 40), (1, 30))
+    path = tmp_path / "a.lfr"
+    with TokenWriter(path, SMALL, model=model) as writer:
+        writer.write(expected)
+        writer.finish(1200 * 1024)
+    for _ in killed_at_random_moments(WRITER, path, within=0.1):
+        assert np.array_equal(read(path, model), expected)
+        for part in tmp_path.glob("*.part"):
+            if part.stat().st_size > 200:
+                found = read(part, model, recover=True)
+                assert found.shape[1] in (*range(0, 1200, 256), 1200)
+                assert np.array_equal(found, expected[:, : found.shape[1]])
+            part.unlink()

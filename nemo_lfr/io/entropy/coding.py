@@ -12,6 +12,7 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 CODING = 1
 MAX_BLOCK_FRAMES = 1024
 BLOCK_FRAMES = 256  # of a file that is not live; see docs/FORMAT.md for what other sizes cost
+LEAST_BLOCK_FRAMES = 2  # a frame without a past saves less than its length field costs
 SIZE = struct.Struct("<I")
 
 
@@ -29,8 +30,8 @@ def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int
     size = tokens.shape[1] * bytes_per_frame
     codebook_size = int(np.prod(model.spec.levels))
     check_range(tokens, codebook_size)
-    data = encode_block(model, tokens)
-    if len(data) >= size:
+    data = encode_block(model, tokens) if tokens.shape[1] >= LEAST_BLOCK_FRAMES else None
+    if data is None or len(data) >= size:
         data = pack(tokens, codebook_size, bytes_per_frame)
     return SIZE.pack(len(data)) + data
 
