@@ -305,7 +305,7 @@ def test_the_documents_example_is_what_is_written_and_read(tmp_path):
     frames = entropy_reference.decode_file(dumps[1], entropy_reference.Model(dumps[0]))
     assert np.array_equal(np.array(frames).T, expected)
     file = io.BytesIO()
-    stream = TokenStream(file, metadata, model)
+    stream = TokenStreamWriter(file, metadata, model)
     for block in (expected[:, :16], expected[:, 16:]):
         stream.write(block)
     stream.finish(17_384)
