@@ -1,6 +1,6 @@
 """Talk into the microphone and hear yourself through the codec, with the tokens between the two counted.
 
-    pip install 'nemo-lfr[live]'
+    pip install sounddevice
     python examples/microphone_to_speaker.py                          the default devices, until Ctrl-C
     python examples/microphone_to_speaker.py --list                   which devices there are
     python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    files instead of devices
@@ -114,7 +114,7 @@ def main() -> None:
         try:
             import sounddevice
         except (ImportError, OSError) as error:
-            sys.exit(f"devices need sounddevice and PortAudio: pip install 'nemo-lfr[live]' ({error})")
+            sys.exit(f"devices need sounddevice and PortAudio: pip install sounddevice ({error})")
         if arguments.list:
             print(sounddevice.query_devices())
             return

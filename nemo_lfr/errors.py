@@ -1,4 +1,13 @@
-"""Errors a user can cause. Each text names what came, what was expected and what to do."""
+"""Exceptions for bad input, and helpers that word their messages.
+
+Each message names the value that was passed, what was expected and what to do.
+"""
+
+import re
+from functools import cache
+
+# What the NeMo integration needs. The last two are named because some of their releases are excluded.
+NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
 class NemoLfrError(ValueError):
@@ -42,9 +51,43 @@ def shorten(text: object, length: int = 80) -> str:
     return printable(text[:length]) + ("..." if len(text) > length else "")
 
 
-clip = shorten  # the old name
-
-
 def printable(text: str) -> str:
     """Replace characters that a terminal would act on: controls, line ends and changes of writing direction."""
     return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def install_command(*packages: str) -> str:
+    """Return the pip command that installs optional packages.
+
+    The packages themselves are named rather than one of our extras, so that the command works however this package
+    was installed: from a clone, from a wheel or by hand.
+
+    Args:
+        packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".
+    """
+    return " ".join(["pip install", *(_quoted(_requirements().get(_key(name), name)) for name in packages)])
+
+
+@cache
+def _requirements() -> dict[str, str]:
+    """Return our distribution's requirements by package name; empty where the package is not installed."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        lines = requires("nemo-lfr") or []
+    except PackageNotFoundError:  # run from a clone, by its path
+        return {}
+    requirements: dict[str, str] = {}
+    for line in lines:
+        requirement = line.partition(";")[0].strip()
+        requirements.setdefault(_key(requirement), requirement)
+    return requirements
+
+
+def _key(requirement: str) -> str:
+    """Return the normalized name of the package that a requirement names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
+def _quoted(requirement: str) -> str:
+    return requirement if re.fullmatch(r"[\w.-]+", requirement) else f'"{requirement}"'

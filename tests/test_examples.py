@@ -70,15 +70,15 @@ def train(corpus: Path, out: Path, *overrides: str) -> Path:
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
 def test_a_configs_trainer_is_one_for_this_machine(config):
     """With a GPU or without: stock's configs ask for GPUs and end where there are none."""
-    pl = pytest.importorskip("lightning.pytorch", reason="needs NeMo's Lightning: pip install 'nemo-lfr[nemo]'")
-    hydra = pytest.importorskip("hydra", reason="needs NeMo's Hydra: pip install 'nemo-lfr[nemo]'")
+    pl = pytest.importorskip("lightning.pytorch", reason="needs NeMo's Lightning: pip install '.[nemo]'")
+    hydra = pytest.importorskip("hydra", reason="needs NeMo's Hydra: pip install '.[nemo]'")
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
         trainer = pl.Trainer(**hydra.compose(config, ["max_epochs=1"]).trainer)
     assert trainer.num_devices == (max(torch.cuda.device_count(), 1) if "debug" not in config else 1)
 
 
 def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, tmp_path):
-    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     checkpoints = train(corpus, tmp_path)
     saved = checkpoints / "AudioCodec.nemo"
     tokens, _ = load(saved, "cpu").encode(synthesize(1))
@@ -158,7 +158,7 @@ class Lives:
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, tmp_path):
     """NEMO_LFR_KILLS=20 kills it 20 times. Whenever it dies, what bears a checkpoint's final name is whole."""
-    pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "3")), np.random.default_rng(0)
     epochs = f"max_epochs={kills + 1}"
     whole = Lives(corpus, tmp_path / "whole", epochs)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("nemo", reason="the tutorials use NeMo's door: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="the tutorials use NeMo: pip install '.[nemo]'")
 
 import nbformat
 from nbclient import NotebookClient

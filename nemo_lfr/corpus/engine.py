@@ -155,7 +155,7 @@ def run_ray(job: Job, tasks: Sequence[Task], address: str, workers: int | None, 
     Raises:
         NemoLfrError: if the cluster cannot be reached, or a shard's workers die again and again.
     """
-    ray = require("ray", "ray")
+    ray = require("ray")
     started = not ray.is_initialized()
     processes = contextlib.ExitStack()
     pool: _Actors | None = None

@@ -34,7 +34,7 @@ from nemo_lfr.corpus.columns import (
 )
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id, path_inside
 from nemo_lfr.corpus.inventory import digest, list_digest, sampled_digest
-from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, shorten
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, install_command, shorten
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import (
     CutItem,
@@ -236,7 +236,7 @@ class Cuts(Corpus):
     """
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
-        require("lhotse", "corpus")
+        require("lhotse")
         self.path, self.allow_url = path, allow_url
 
     @property
@@ -274,7 +274,7 @@ class Shar(Corpus):
     """
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
-        require("lhotse", "corpus")
+        require("lhotse")
         self.path, self.allow_url = path, allow_url
         self.fields: dict[str, list[Path]] = {}
         for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
@@ -407,7 +407,7 @@ class Parquet(Table):
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
-        self.parquet = require("pyarrow.parquet", "corpus")
+        self.parquet = require("pyarrow.parquet")
         files = [path] if path.is_file() else parquet_files(path)
         splits = {split_of(file.relative_to(path)) or "" for file in files} if path.is_dir() else set()
         if len(splits) > 1:
@@ -656,8 +656,8 @@ def _item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> C
     return Clip(numbered_id(clean_id(item.id), number), place, partial(_raise, f"{place}: {problem}"))
 
 
-def require(module: str, extra: str = "") -> Any:
-    """An optional dependency, and the extra of this package that brings it, if one does.
+def require(module: str) -> Any:
+    """Import an optional dependency.
 
     Raises:
         MissingExtraError: if it is not installed.
@@ -668,8 +668,8 @@ def require(module: str, extra: str = "") -> Any:
         return import_module(module)
     except Exception as error:  # whatever that package does when it is imported
         package = module.partition(".")[0]
-        wanted = f"'nemo-lfr[{extra}]'" if extra else package
-        raise missing_extra(error, package, f"{package} is not installed; pip install {wanted}.") from error
+        message = f"{package} is not installed: {install_command(package)}"
+        raise missing_extra(error, package, message) from error
 
 
 def _number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:

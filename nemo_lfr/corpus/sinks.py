@@ -86,7 +86,7 @@ class Sink(ABC):
 class SharSink(Sink):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        require("lhotse", "corpus")
+        require("lhotse")
         from lhotse.shar.writers.array import ArrayTarWriter
 
         self._cuts: list[dict[str, Any]] = []
@@ -211,7 +211,7 @@ class LfrSink(ManifestSink):
 class ParquetSink(Sink):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        require("pyarrow.parquet", "corpus")
+        require("pyarrow.parquet")
         self._rows: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:

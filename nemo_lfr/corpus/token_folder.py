@@ -433,7 +433,7 @@ class _Parquet(_Reader):
 
     @staticmethod
     def _open(path: Path) -> Any:
-        return require("pyarrow.parquet", "corpus").ParquetFile(path)
+        return require("pyarrow.parquet").ParquetFile(path)
 
 
 class _Manifest(_Reader):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError
+from nemo_lfr.errors import AudioError, install_command
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 
 # Of the mel and STFT distance: (FFT size, hop, window) in samples and mel bands, those of the codec's training config.
@@ -35,7 +35,7 @@ class Undefined(NotMeasured):
 
 def missing(package: str) -> NotMeasured:
     """What stands for a metric whose package is not installed."""
-    return NotMeasured(f'not measured: needs {package}: pip install "nemo-lfr[evaluate]"')
+    return NotMeasured(f"not measured: needs {package}: {install_command(package)}")
 
 
 class Signal:

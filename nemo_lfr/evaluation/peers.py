@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NEMO_PACKAGES, NemoLfrError, install_command
 from nemo_lfr.evaluation import CODECS
 from nemo_lfr.io.audio import AudioReader, resample
 from nemo_lfr.io.shortage import missing_extra
@@ -136,7 +136,7 @@ class StockNeMo(Peer):
         try:
             from nemo.collections.tts.models import AudioCodecModel
         except Exception as error:  # whatever that package does when it is imported
-            raise missing_extra(error, "NeMo", 'nemo: needs NeMo: pip install "nemo-lfr[nemo]"') from error
+            raise missing_extra(error, "NeMo", f"nemo: needs NeMo: {install_command(*NEMO_PACKAGES)}") from error
         from nemo_lfr.checkpoint import read_config
         from nemo_lfr.codec.devices import choose_device
         from nemo_lfr.pretrained import find_checkpoint
@@ -234,7 +234,7 @@ class Transformers(Peer):
         try:
             import transformers
         except Exception as error:  # whatever that package does when it is imported
-            message = f"{kind}: needs transformers: pip install transformers"
+            message = f"{kind}: needs transformers: {install_command('transformers')}"
             raise missing_extra(error, "transformers", message) from error
         from nemo_lfr.codec.devices import choose_device
 

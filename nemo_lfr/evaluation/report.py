@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr._version import __version__
-from nemo_lfr.errors import printable
+from nemo_lfr.errors import install_command, printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
 from nemo_lfr.evaluation.judges import ALL_METRICS
@@ -25,6 +25,8 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.shortage import missing_extra
 
 EXAMPLE_SECONDS = 10.0
+# What the page and its metrics need.
+PACKAGES = ("jinja2", "matplotlib", "pystoi", "pesq", "librosa", "scipy", "jiwer")
 PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
 
 
@@ -35,7 +37,7 @@ def check_packages() -> None:
         import matplotlib  # noqa: F401
     except Exception as error:  # whatever that package does when it is imported
         name = getattr(error, "name", None) or "jinja2 and matplotlib"
-        raise missing_extra(error, name, f'the report needs {name}: pip install "nemo-lfr[evaluate]"') from error
+        raise missing_extra(error, name, f"the report needs {name}: {install_command(*PACKAGES)}") from error
 
 
 def write_report(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import soundfile
 
-from nemo_lfr.errors import AudioError, MissingExtraError
+from nemo_lfr.errors import AudioError, MissingExtraError, install_command
 from nemo_lfr.io.containers import Splice, Stream, find_mpeg
 from nemo_lfr.io.containers.cache import cached_streams
 from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
@@ -178,8 +178,8 @@ class AudioReader:
             if not looks_like_media(head):
                 raise refused from error
             raise MissingExtraError(
-                f"libsndfile does not read it ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need the media "
-                'extra: pip install ".[media]" in a clone of nemo_lfr, or pip install av.'
+                f"libsndfile does not read it ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need PyAV: "
+                f"{install_command('av')}"
             ) from missing
         except AudioError as other:
             raise AudioError(f"not an audio file that libsndfile or FFmpeg reads ({other}).") from error

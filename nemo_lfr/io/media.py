@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, shorten
+from nemo_lfr.errors import AudioError, install_command, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 # FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
@@ -59,7 +59,7 @@ class MediaDecoder:
         try:
             import av
         except Exception as error:  # whatever that package does when it is imported
-            raise missing_extra(error, "PyAV", 'PyAV is not installed; run: pip install ".[media]"') from error
+            raise missing_extra(error, "PyAV", f"PyAV is not installed: {install_command('av')}") from error
         self._av: Any = av
         self._source = source
         self._container: Any = None

@@ -32,7 +32,15 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, CheckpointError, ConfigError, MissingExtraError, shorten
+from nemo_lfr.errors import (
+    NEMO_PACKAGES,
+    AudioError,
+    CheckpointError,
+    ConfigError,
+    MissingExtraError,
+    install_command,
+    shorten,
+)
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.pretrained import ALIASES, find_checkpoint
@@ -49,7 +57,7 @@ try:
     from nemo_lfr.nemo.training import DISCRIMINATOR, WAVLM, TrainingSteps
 except Exception as error:  # whatever that package does when it is imported
     raise MissingExtraError(
-        f'NeMo\'s door needs NeMo, which cannot be imported ({error}); run: pip install "nemo-lfr[nemo]". '
+        f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
         "Encoding and decoding need no NeMo: nemo_lfr.load()."
     ) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_lfr.errors import ConfigError
+from nemo_lfr.errors import ConfigError, install_command
 from nemo_lfr.io.locate import check_model_name
 from nemo_lfr.io.shortage import missing_extra
 
@@ -48,7 +48,7 @@ class WavLM:
         try:
             from transformers import AutoModel
         except Exception as error:  # whatever that package does when it is imported
-            message = 'the SLM discriminator needs transformers: pip install "nemo-lfr[nemo]", or leave it out.'
+            message = f"the SLM discriminator needs transformers: {install_command('transformers')}, or leave it out."
             raise missing_extra(error, "transformers", message) from error
         try:
             check_model_name(self.name, ConfigError)

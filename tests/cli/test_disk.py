@@ -27,7 +27,7 @@ from tests.crash import ROOT
 from tests.models import RATE, synthesize
 
 for module, extra in (("lhotse", "corpus"), ("pyarrow", "corpus"), ("matplotlib", "evaluate"), ("onnxscript", "onnx")):
-    pytest.importorskip(module, reason=f"pip install 'nemo-lfr[{extra}]'")
+    pytest.importorskip(module, reason=f"pip install '.[{extra}]'")
 
 # What a command that is cut off goes on with: lines are added, and one that was cut is passed over.
 JOURNALS = {".opened.jsonl", "sent.jsonl", "metrics.jsonl", "lock"}

@@ -71,7 +71,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_an_empty_path_is_an_error_in_python(name, tmp_path, monkeypatch):
     if name == "export_onnx":
-        pytest.importorskip("onnxscript", reason="pip install 'nemo-lfr[onnx]'")
+        pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NemoLfrError, match="''"):
         CALLS[name]()

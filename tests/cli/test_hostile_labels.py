@@ -11,7 +11,7 @@ import soundfile
 from tests.cli.test_cli import run
 from tests.models import RATE, synthesize
 
-pytest.importorskip("matplotlib", reason="pip install 'nemo-lfr[evaluate]'")
+pytest.importorskip("matplotlib", reason="pip install '.[evaluate]'")
 
 LABELS = [
     "=cmd|' /C calc'!A0",

@@ -103,7 +103,7 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 80))  # s
 
 def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp_path):
     for module in ("onnxruntime", "onnxscript", "lhotse", "pyarrow", "matplotlib", "pesq"):
-        pytest.importorskip(module, reason="pip install 'nemo-lfr[onnx,corpus,evaluate]'")
+        pytest.importorskip(module, reason="pip install '.[onnx,corpus,evaluate]'")
     commands = {
         "encode": "encode {in}/audio --out {out}/tokens --model {in}/tiny.nemo",
         "encode with the bundled codec": "encode {in}/audio/0.wav --out {out}/more",
@@ -127,7 +127,7 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
 
 
 def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, folder, tmp_path):
-    pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     command = (
         "tokenize {in}/manifest.json --out {out}/tokens --model {in}/tiny.nemo --device cpu --ray local --format lfr"
     )
@@ -136,7 +136,7 @@ def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, 
 
 @pytest.mark.slow
 def test_training_asks_nothing_of_the_network(watcher, folder, tmp_path):
-    pytest.importorskip("nemo", reason="needs NeMo: pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     meta = [
         f"+{kind}_ds_meta.mine.{key}={value}"
         for kind in ("train", "val", "log")

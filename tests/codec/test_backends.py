@@ -31,7 +31,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 def write_onnx(folder: Path) -> Path:
     for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package, reason="pip install 'nemo-lfr[onnx]'")
+        pytest.importorskip(package, reason="pip install '.[onnx]'")
     from nemo_lfr.codec.onnx.export import export_onnx
 
     export_onnx(cached_codec(KIND), folder)

@@ -22,9 +22,9 @@ from nemo_lfr.io.token_file import TokenReader
 from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
-onnx = pytest.importorskip("onnx", reason="pip install 'nemo-lfr[onnx]'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'nemo-lfr[onnx]'")
-pytest.importorskip("onnxscript", reason="pip install 'nemo-lfr[onnx]'")
+onnx = pytest.importorskip("onnx", reason="pip install '.[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
+pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
 
 from nemo_lfr.codec.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402

@@ -14,8 +14,8 @@ from nemo_lfr.corpus.inputs import open_corpus, split_of
 from nemo_lfr.errors import AudioError, ConfigError
 from tests.models import RATE, synthesize
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
-pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 pq = pytest.importorskip("pyarrow.parquet")
 
 WAVE = synthesize(0.5)

@@ -36,8 +36,8 @@ from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.pretrained import load
 from tests.models import RATE, codec_config, synthesize, write_nemo
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("NEMO_LFR_KILLS", "6"))
@@ -731,7 +731,7 @@ def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_the
 def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model, tmp_path):
     """With Ray, its own processes (raylet, GCS ...) die too."""
     if engine:
-        pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+        pytest.importorskip("ray", reason="pip install '.[ray]'")
     whole = job(many, tmp_path / "whole", model, "parquet", shard_size=6, dataset=many.stem)
     tokenize(whole, device="cpu", workers=1)
     rng = random.Random(0)
@@ -759,7 +759,7 @@ def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model,
 
 @pytest.mark.slow
 def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, model, tmp_path):
-    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
     tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     rng = random.Random(0)
@@ -784,7 +784,7 @@ def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, mo
 
 @pytest.mark.slow
 def test_two_nodes_of_a_cluster_give_the_same_bytes_though_one_is_lost(many, model, tmp_path):
-    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
     from ray.cluster_utils import Cluster
 
     tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
@@ -811,7 +811,7 @@ def test_two_nodes_of_a_cluster_give_the_same_bytes_though_one_is_lost(many, mod
 
 @pytest.mark.slow
 def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model, tmp_path):
-    ray = pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
     ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
     mine = job(audio / "manifest.json", tmp_path / "out", model, shard_size=1)
     try:
@@ -828,7 +828,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model,
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
-    pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     with pytest.raises(NemoLfrError, match="no Ray cluster can be reached"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), ray="nowhere:bad")
 
@@ -839,7 +839,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
 @pytest.fixture(scope="module")
 def characters():
     """A text tokenizer's config, as NeMo's TTS datasets want it."""
-    pytest.importorskip("nemo", reason="pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="pip install '.[nemo]'")
     from omegaconf import OmegaConf
 
     module = "nemo.collections.common.tokenizers.text_to_speech.tts_tokenizers."

@@ -19,8 +19,8 @@ from nemo_lfr.corpus.sinks import SINKS
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 
 
 @pytest.fixture(scope="module")

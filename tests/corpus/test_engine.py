@@ -60,7 +60,7 @@ def marks(tmp_path, monkeypatch):
     def compute(name: str, kind: str) -> list[int]:
         job = Job("in", str(tmp_path), "lfr", dataset=kind)
         if name == "ray":
-            pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+            pytest.importorskip("ray", reason="pip install '.[ray]'")
             monkeypatch.setattr(engine, "Worker", Worker)
             found = engine.run_ray(job, TASKS, "local", 2, "cpu")
         else:

@@ -144,7 +144,7 @@ def test_paths_outside_a_folder_are_noticed_through_links_too(name, is_inside, t
 @pytest.fixture(scope="module")
 def colliding(tmp_path_factory) -> dict[str, Path]:
     """A corpus of each kind that has names, with five names of which two or three are the same on some systems."""
-    lhotse = pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+    lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
     from lhotse.cut import MonoCut
     from lhotse.shar import SharWriter
 

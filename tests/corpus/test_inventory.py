@@ -18,9 +18,9 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
 from tests.corpora import write_codec
 
-pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
-pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 
 RATE, SAMPLES = 22050, 4096
 

@@ -21,8 +21,8 @@ from tests.corpora import write_codec
 from tests.crash import ROOT, on_a_full_disk
 from tests.models import RATE, synthesize
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 PATIENCE = 300  # seconds, for a machine that is busy; a process that is left would stay for ever
 
@@ -125,7 +125,7 @@ def test_a_killed_driver_leaves_no_process_behind(moment, model, audio, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("process", ["gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"])
 def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp_path):
-    pytest.importorskip("ray", reason="pip install 'nemo-lfr[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     command = ["tokenize", audio, "--out", tmp_path / "out", "--model", model, "--ray", "local", "--workers", 1]
     driver, variable = start(command, tmp_path)
 

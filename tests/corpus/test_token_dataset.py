@@ -18,8 +18,8 @@ from nemo_lfr.corpus.sinks import SINKS
 from nemo_lfr.errors import NemoLfrError, TokenFileError
 from tests.corpora import write_tokens
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
+pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 
 UNEVEN = [5, 5, 2]
 

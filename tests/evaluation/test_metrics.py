@@ -22,7 +22,7 @@ def pair(speech):
 
 
 def test_distances_and_si_sdr_are_nemos(pair):
-    pytest.importorskip("nemo", reason="NeMo's losses are the reference: pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="NeMo's losses are the reference: pip install '.[nemo]'")
     from nemo.collections.tts.losses.audio_codec_loss import (
         MultiResolutionMelLoss,
         MultiResolutionSTFTLoss,

@@ -42,7 +42,7 @@ def test_ours_sends_what_the_codec_makes(speech):
 
 
 def test_stock_nemo_sends_what_ours_does(speech):
-    pytest.importorskip("nemo", reason="stock NeMo is a peer: pip install 'nemo-lfr[nemo]'")
+    pytest.importorskip("nemo", reason="stock NeMo is a peer: pip install '.[nemo]'")
     path = bundled_checkpoint()
     stock, ours = open_codec(f"nemo:{path}", "cpu").send(speech, RATE), open_codec(str(path), "cpu").send(speech, RATE)
     check(stock, len(speech))

@@ -19,9 +19,9 @@ from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import read_cuts, read_shar
 from tests.corpora import write_tokens
 
-pa = pytest.importorskip("pyarrow", reason="pip install 'nemo-lfr[corpus]'")
-pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'nemo-lfr[corpus]'")
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 
 HUGE = 60 << 30
 

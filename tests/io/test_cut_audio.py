@@ -24,7 +24,7 @@ from nemo_lfr.io.cut_audio import check_cut, read_cut
 from nemo_lfr.io.cut_files import read_cuts
 from tests.models import RATE, synthesize
 
-pytest.importorskip("lhotse", reason="pip install 'nemo-lfr[corpus]'")
+pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 
 WAVE = synthesize(1.0)
 

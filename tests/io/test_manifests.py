@@ -98,7 +98,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
 
 
 def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
-    pytest.importorskip("jinja2", reason="pip install 'nemo-lfr[eval]'")
+    pytest.importorskip("jinja2", reason="pip install '.[eval]'")
     soundfile.write(tmp_path / "a.wav", synthesize(0.5), RATE)
     lines = ['{"audio_filepath": "a.wav", "duration": 0.5}', '{"audio_filepath": "a.wav", "duration": Infinity}']
     (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-pytest.importorskip("nemo", reason="Lhotse comes with NeMo: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="Lhotse comes with NeMo: pip install '.[nemo]'")
 
 from lhotse import CutSet
 from lhotse.shar import SharWriter

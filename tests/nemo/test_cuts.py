@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-pytest.importorskip("nemo", reason="Lhotse comes with NeMo: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="Lhotse comes with NeMo: pip install '.[nemo]'")
 
 from lhotse import CutSet, MonoCut, Recording
 from lhotse.shar import SharWriter

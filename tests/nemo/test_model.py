@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 
-pytest.importorskip("nemo", reason="NeMo's door needs NeMo: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
 
 import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="these tests run NeMo's code: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="these tests run NeMo's code: pip install '.[nemo]'")
 
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel
 from nemo.collections.tts.modules.audio_codec_modules import GroupFiniteScalarQuantizer, VectorQuantizerIndexConverter

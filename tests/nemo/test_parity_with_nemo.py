@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 import nemo_lfr
 from nemo_lfr.pretrained import bundled_checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install 'nemo-lfr[nemo]'")
+pytest.importorskip("nemo", reason="stock NeMo is the reference here: pip install '.[nemo]'")
 
 import lightning.pytorch as pl
 from nemo.collections.tts.models.audio_codec import AudioCodecModel as StockModel

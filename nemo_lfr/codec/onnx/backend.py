@@ -10,7 +10,7 @@ import numpy as np
 from nemo_lfr.codec.backend import Direction, NumpyBackend
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA
 from nemo_lfr.codec.onnx.manifest import read_manifest, read_verified
-from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
+from nemo_lfr.errors import CheckpointError, NemoLfrError, install_command, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 
@@ -33,7 +33,7 @@ class OnnxBackend(NumpyBackend):
         try:
             import onnxruntime
         except Exception as error:  # whatever that package does when it is imported
-            message = "ONNX files need ONNX Runtime: pip install 'nemo-lfr[onnx]'"
+            message = f"ONNX files need ONNX Runtime: {install_command('onnxruntime')}"
             raise missing_extra(error, "ONNX Runtime", message) from error
         self._folder = Path(folder).absolute()  # files are opened later, perhaps from another working directory
         self.name = os.fspath(folder) if name is None else name

@@ -19,7 +19,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, install_command
 from nemo_lfr.io.atomic import naming, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
@@ -72,7 +72,7 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except Exception as error:  # whatever that package does when it is imported
-        message = "exporting to ONNX needs onnx and onnxscript: pip install 'nemo-lfr[onnx]'"
+        message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
         raise missing_extra(error, "one of onnx and onnxscript", message) from error
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
