@@ -12,6 +12,8 @@ raw and compressed and read back, which must give the same tokens. Tables:
    by frame means blocks of one frame, each written and read for itself; one block after the other is how a pipe is
    read; side by side is how a long file is read.
 
+The last row is the most memory that NumPy and Python hold while a file is read.
+
 Set OMP_NUM_THREADS=1 for figures of one core.
 """
 
@@ -21,6 +23,7 @@ import json
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,8 +149,19 @@ def main() -> None:
             )
             with TokenReader(path, model=model) as reader:
                 result[f"decode, {name}, side by side"] = speed(SPEED_FRAMES, codec.frame_rate, reader.read)
+        peaks = []
+        for times in (1, 4):
+            path.write_bytes(stream(metadata, np.tile(tokens, (1, times)), model, 256))
+            tracemalloc.start()
+            with TokenReader(path, model=model) as reader:
+                for _ in reader.blocks():
+                    pass
+            peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+            tracemalloc.stop()
     for name, value in result.items():
         print(f"| {name} | {value:.0f}x real time |")
+    lengths = " and ".join(f"{times * SPEED_FRAMES / codec.frame_rate:.0f} s" for times in (1, 4))
+    print(f"| memory to decode {lengths}, block by block | {peaks[0]:.1f} and {peaks[1]:.1f} MiB |")
     print(json.dumps({name: round(value, 1) for name, value in result.items()}))
 
 

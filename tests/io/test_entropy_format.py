@@ -2,8 +2,11 @@
 
 import io
 import itertools
+import json
 import re
+import shutil
 import struct
+import subprocess
 import zlib
 from dataclasses import replace
 
@@ -310,6 +313,20 @@ def test_the_documents_example_is_what_is_written_and_read(tmp_path):
         stream.write(block)
     stream.finish(17_384)
     assert file.getvalue() == dumps[1]
+
+
+@pytest.mark.parametrize("model", [random_model(size=40), bundled_model()], ids=["random", "bundled"])
+def test_javascript_decodes_to_the_same(tmp_path, model):
+    if (node := shutil.which("node")) is None:
+        pytest.skip("node is not installed")
+    metadata = replace(RELEASED, fingerprint=model.spec.fingerprint)
+    tokens = [likely_tokens(model, 30), random_tokens(model, 3)]
+    path = write(tmp_path / "a.lfr", model, tokens, metadata)
+    write_model(model, tmp_path / "a.lfrm")
+    script = ROOT / "tests" / "entropy_reference.mjs"
+    done = subprocess.run([node, script, tmp_path / "a.lfrm", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.array(json.loads(done.stdout)).T, np.hstack(tokens))
 
 
 WRITER = """
