@@ -1,21 +1,35 @@
 """`nemo-lfr demo`: a speech clip there and back, with what it costs and how much is lost."""
 
 import io
+import json
 import time
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import soundfile
+import click
 
+from nemo_lfr.cli.options import UserPath, model_options, open_codec
+from nemo_lfr.cli.terminal import print_table
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure, missing
 from nemo_lfr.io.atomic import sweep, write_bytes
-from nemo_lfr.io.audio import AudioWriter
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nemo_lfr.codec.codec import Codec
+
+
+@click.command(short_help="Encode and decode an example recording.")
+@click.option("--out", type=UserPath(file_okay=False), default=Path("demo_output"), show_default=True)
+@model_options
+def demo(out: Path, **options: Any) -> None:
+    """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
+    values = run(out, open_codec(options["model"], options["device"], options["precision"]))
+    if options["as_json"]:
+        click.echo(json.dumps(values, indent=2))
+    else:
+        print_table(values)
 
 
 def demo_clip() -> Path:
@@ -29,6 +43,11 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
     Returns:
         What was written, sizes, times and quality, by name, ready to print.
     """
+    import soundfile
+
+    from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure
+    from nemo_lfr.io.audio import AudioWriter
+
     out.mkdir(parents=True, exist_ok=True)
     original, tokens, decoded, picture = (
         out / name for name in ("original.wav", "speech.lfr", "decoded.wav", "spectrograms.png")
@@ -64,11 +83,13 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
     }
 
 
-def draw(audio: np.ndarray, output: np.ndarray, rate: int, bit_rate: float, path: Path) -> str:
+def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, path: Path) -> str:
     """Both spectrograms, one above the other on one colour scale; returns the path, or why there is no picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        from nemo_lfr.evaluation.metrics import missing
+
         return missing("matplotlib").replace("measured", "drawn")
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)

@@ -9,18 +9,18 @@ import click
 
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import UserPath
-from nemo_lfr.cli.terminal import note, show
+from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
 from nemo_lfr.errors import EntropyModelError, TokenFileError, shorten
 
 KEYS = ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint")
 
 
-@click.group()
+@click.group(short_help="Fit entropy models that compress token files.")
 def entropy() -> None:
     """Make entropy models, which compress token files without loss."""
 
 
-@entropy.command()
+@entropy.command(short_help="Fit an entropy model to tokens.")
 @click.argument("tokens", nargs=-1, required=True, type=UserPath())
 @click.option("--out", type=UserPath(dir_okay=False), required=True, help="Model file, NAME.lfrm.")
 @click.option("--epochs", type=click.FloatRange(min=0.1, max=1000), default=16, show_default=True)
@@ -71,7 +71,7 @@ def fit(
         codec.num_codebooks,
         codec.fingerprint,
         settings,
-        lambda line: note(f"nemo-lfr: {line}"),
+        lambda line: echo_stderr(f"nemo-lfr: {line}"),
     )
     write_model(model, out, overwrite)
     saved = 1 - figures["bits a frame"] / figures["uniform bits a frame"]
@@ -85,8 +85,8 @@ def fit(
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return
-    show(out)
-    note(
+    echo_stdout(out)
+    echo_stderr(
         f"nemo-lfr: entropy model {model.hash}: {figures['bits a frame']:.2f} bits a frame on held-out utterances, "
         f"{100 * saved:.1f} % less than uniform tokens have"
     )
@@ -115,7 +115,7 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
                         read += 1
                         yield path, folder.codec, utterance.tokens.numpy()
             continue
-        files = find_files(path, {TOKEN_SUFFIX}, report=note) if path.is_dir() else [path]
+        files = find_files(path, {TOKEN_SUFFIX}, report=echo_stderr) if path.is_dir() else [path]
         for file in files:
             try:
                 with TokenReader(file) as reader:
@@ -127,4 +127,4 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     if error is not None:
         if not read:
             raise error
-        note(f"nemo-lfr: {failed} utterances could not be read; the last one: {shorten(error, 300)}")
+        echo_stderr(f"nemo-lfr: {failed} utterances could not be read; the last one: {shorten(error, 300)}")

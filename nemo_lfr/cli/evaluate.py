@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from nemo_lfr.cli.options import UserPath
-from nemo_lfr.cli.terminal import note, progress, show
+from nemo_lfr.cli.terminal import echo_stderr, echo_stdout, progress
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import CODECS
 from nemo_lfr.io.regular import open_regular
 
 
-@click.command()
+@click.command(short_help="Measure codecs on recordings and write a report.")
 @click.argument("source", type=UserPath())
 @click.option("--codec", "codecs", multiple=True, help=f"May be given again and again: {CODECS}. Default: lfr.")
 @click.option(
@@ -81,7 +81,7 @@ def evaluate(
             raise NemoLfrError(f"{source}: no such folder; with --preset give that of the unpacked archives.")
         found = PRESETS[preset].recordings(source, seed)
         card, title = PRESETS[preset].card, f"Speech codecs on {preset}"
-        note(f"{preset}: {PRESETS[preset].selection}")
+        echo_stderr(f"{preset}: {PRESETS[preset].selection}")
     else:
         if source.exists() and not source.is_dir():
             open_regular(source).close()  # refuses a pipe by what it is
@@ -89,7 +89,7 @@ def evaluate(
             raise NemoLfrError(f"{source}: no such manifest; folders are turned into one by: nemo-lfr prepare folder")
         found = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)
         for problem in bad_lines:
-            note(f"nemo-lfr: {problem}")
+            echo_stderr(f"nemo-lfr: {problem}")
     if not found:
         raise NemoLfrError(f"{source}: holds no recording.")
     evaluation = evaluate(
@@ -109,6 +109,6 @@ def evaluate(
     for path in report.write_report(
         evaluation, out, title=title, command=command, by=by, examples=examples, card=card
     ):
-        show(path)
+        echo_stdout(path)
     if bad_lines or any(result.failures for result in evaluation.results):
         sys.exit(1)

@@ -1,13 +1,19 @@
-"""Types of the command line's options."""
+"""Option types and options that several commands share."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemo_lfr.cli.terminal import echo_stderr
+from nemo_lfr.codec.cpu.malloc import configure_malloc
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
 
 
 class Number(click.FloatRange):
@@ -34,3 +40,39 @@ class UserPath(click.Path):
             return super().convert(expand_home(value), param, ctx)
         except NemoLfrError as error:
             self.fail(str(error).rstrip("."), param, ctx)
+
+
+def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
+    from nemo_lfr.pretrained import LFR, load
+
+    configure_malloc()
+    if model is None:
+        echo_stderr(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
+    return load(model, device, precision)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True
+        ),
+        click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
+        click.option(
+            "--model",
+            help="A .nemo or .ckpt file, a folder of ONNX files, or a Hub id; the codec in the package if missing.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def entropy_model_option(text: str) -> Callable[..., Any]:
+    return click.option("--entropy-model", type=UserPath(dir_okay=False), help=text)
+
+
+lookahead_option = click.option(
+    "--lookahead",
+    type=click.IntRange(min=0),
+    help="Frames that a result from a pipe may wait for; all that it depends on if not given.",
+)

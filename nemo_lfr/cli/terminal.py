@@ -1,17 +1,17 @@
-"""What commands say while they work: lines and bars on stderr, as stdout is for results."""
+"""Print messages and progress on stderr, and results on stdout."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, Any, NoReturn
 
 import click
 
 from nemo_lfr.errors import printable
 
 
-def note(text: str) -> None:
+def echo_stderr(text: str) -> None:
     """Print one line on stderr; file names and labels in it may hold anything.
 
     A log on a full disk, or a terminal that is gone, does not end the work.
@@ -21,16 +21,16 @@ def note(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError:
-        lead_nowhere(sys.stderr)
+        discard_output(sys.stderr)
 
 
-def lead_nowhere(stream: IO[str]) -> None:
+def discard_output(stream: IO[str]) -> None:
     """Drop what is written to a stream from now on, and what waits in it, so that its end raises nothing."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def show(text: object) -> None:
+def echo_stdout(text: object) -> None:
     """Print one line of the result on stdout, where a program gets every name as it is, and a terminal a safe one."""
     click.echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
 
@@ -39,7 +39,7 @@ def show(text: object) -> None:
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal; its value is called for each finished file, and prints what there is to say of it."""
     if not sys.stderr.isatty():
-        yield lambda text: note(text) if text else None
+        yield lambda text: echo_stderr(text) if text else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,3 +54,17 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             bar.advance(task)
 
         yield advance
+
+
+def print_table(values: dict[str, Any]) -> None:
+    """Two columns on stdout."""
+    width = max(len(key) for key in values)
+    for key, value in values.items():
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        click.echo(printable(f"{key:<{width}}  {shown}"))
+
+
+def exit_with_error(text: str) -> NoReturn:
+    """Print an error as one line on stderr and exit with code 2."""
+    echo_stderr(f"nemo-lfr: error: {' '.join(text.split())}")
+    sys.exit(2)

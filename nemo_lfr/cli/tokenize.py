@@ -1,4 +1,4 @@
-"""`nemo-lfr tokenize` and `nemo-lfr detokenize`."""
+"""`nemo-lfr tokenize`."""
 
 import json
 import sys
@@ -11,13 +11,12 @@ from typing import Any
 import click
 
 from nemo_lfr.cli.options import Number, UserPath
-from nemo_lfr.cli.terminal import note, show
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
 
 FORMATS = ("shar", "manifest", "parquet", "lfr")
 
 
-@click.command()
+@click.command(short_help="Tokenize a corpus.")
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
@@ -96,11 +95,11 @@ def tokenize(
     if as_json:
         click.echo(json.dumps(done, indent=2))
     else:
-        show(out)
+        echo_stdout(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
     if done["failures"]:
         text += f"; {done['failures']} failed, see {out}/failures.jsonl; once they are mended, add --retry-failed"
-    note(text)
+    echo_stderr(text)
     if done["failures"]:
         sys.exit(1)
 
@@ -110,7 +109,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
     """A bar on a terminal, a line each half minute elsewhere; its value is called with the totals after each shard."""
     started = time.monotonic()
 
-    def said(totals: Any) -> str:
+    def summarize(totals: Any) -> str:
         hours = totals.samples / totals.sample_rate / 3600
         speed = totals.computed_samples / totals.sample_rate / max(time.monotonic() - started, 1e-9)
         return f"{totals.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(totals.failures)} failed"
@@ -122,7 +121,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
             nonlocal last
             if time.monotonic() - last > 30:
                 last = time.monotonic()
-                note(f"nemo-lfr: {totals.done} of {totals.shards} shards: {said(totals)}")
+                echo_stderr(f"nemo-lfr: {totals.done} of {totals.shards} shards: {summarize(totals)}")
 
         yield now_and_then
         return
@@ -138,33 +137,6 @@ def watching() -> Iterator[Callable[[Any], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda totals: bar.update(task, total=totals.shards, completed=totals.done, description=said(totals))
-
-
-@click.command()
-@click.argument("tokens", type=UserPath())
-@click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the audio.")
-@click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
-@click.option("--model", help="The codec that made the tokens; the one inside the package if not given.")
-@click.option("--device", help="cpu, cuda ...; a GPU if there is one.")
-@click.option("--limit", type=click.IntRange(min=1), help="Utterances; all if not given.")
-@click.option("--overwrite", is_flag=True, help="Decode again what is there.")
-@click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
-def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> None:
-    """Decode a folder that `tokenize` wrote into audio files; existing files are skipped.
-
-    Utterances that cannot be decoded are listed on stderr; the exit code is then 1.
-    """
-    from nemo_lfr.corpus.decode import decode_folder
-
-    decoded = failed = 0
-    for result in decode_folder(tokens, out, kind, overwrite=overwrite, **options):
-        if isinstance(result, NemoLfrError):
-            failed += 1
-            note(f"nemo-lfr: {shorten(result, 500)}")
-        else:
-            decoded += 1
-            show(result)
-    if failed:
-        note(f"nemo-lfr: {decoded} utterances, {failed} failed")
-        sys.exit(1)
+        yield lambda totals: bar.update(
+            task, total=totals.shards, completed=totals.done, description=summarize(totals)
+        )

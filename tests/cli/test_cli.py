@@ -274,7 +274,7 @@ def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys,
 
 def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monkeypatch):
     """a.wav and c.wav are encoded with b.flac, which breaks only where it is damaged, after a.lfr was written."""
-    monkeypatch.setattr(cli, "BATCH_SECONDS", 1)
+    monkeypatch.setattr("nemo_lfr.cli.encode.BATCH_SECONDS", 1)
     folder = tmp_path / "speech"
     folder.mkdir()
     for name in ("a", "c"):

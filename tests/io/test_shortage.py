@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_lfr.cli.main import Job, main, run_jobs
+from nemo_lfr.cli.files import FileTask, run_tasks
+from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.inputs import require
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
 from nemo_lfr.io.shortage import sharing, shortage_of
@@ -31,7 +32,7 @@ def raising(error: Exception) -> None:
 @pytest.mark.parametrize("name", SHORTAGES)
 def test_a_file_that_there_is_no_room_for_costs_that_file(name, tmp_path, capsys):
     run_short, said = SHORTAGES[name]
-    jobs = [Job(tmp_path / f"{number}.wav", tmp_path / f"{number}.lfr") for number in range(3)]
+    jobs = [FileTask(tmp_path / f"{number}.wav", tmp_path / f"{number}.lfr") for number in range(3)]
 
     def work(batch):
         for job in batch:
@@ -43,7 +44,7 @@ def test_a_file_that_there_is_no_room_for_costs_that_file(name, tmp_path, capsys
             }
 
     with pytest.raises(SystemExit) as stop:
-        run_jobs(jobs, work, 8, as_json=False)
+        run_tasks(jobs, work, 8, as_json=False)
     out, err = capsys.readouterr()
     assert stop.value.code == 1 and out.split() == [str(jobs[0].target), str(jobs[2].target)]
     assert err.count(said) == 1 and f"{jobs[1].source}: {said}" in err

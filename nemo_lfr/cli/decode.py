@@ -1,0 +1,113 @@
+"""`nemo-lfr decode`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
+from nemo_lfr.cli.identify import TOKEN_SUFFIX
+from nemo_lfr.cli.options import (
+    Number,
+    UserPath,
+    entropy_model_option,
+    lookahead_option,
+    model_options,
+    open_codec,
+)
+from nemo_lfr.cli.stdio import check_pipe, spooled
+from nemo_lfr.errors import NemoLfrError
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+AUDIO_FORMATS = ("wav", "flac")
+
+
+@click.command(short_help="Decode .lfr token files into audio.")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=UserPath(),
+    help="Folder for the audio, or NAME.wav for one input; beside the input by default.",
+)
+@click.option("--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Format of the audio; wav, or that of --out.")
+@click.option("--start", type=Number(min=0), default=0.0, help="Second to start at.")
+@click.option("--duration", type=Number(min=0), help="Seconds to decode; up to the end if not given.")
+@click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
+@entropy_model_option("The .lfrm file of compressed files, where it is neither in the package nor beside them.")
+@lookahead_option
+@model_options
+def decode(
+    inputs: tuple[str, ...],
+    out: Path | None,
+    kind: str | None,
+    start: float,
+    duration: float | None,
+    recover: bool,
+    overwrite: bool,
+    skip_existing: bool,
+    entropy_model: Path | None,
+    lookahead: int | None,
+    **options: Any,
+) -> None:
+    """Decode .lfr token files, folders or globs into audio of the original length.
+
+    `decode - -` reads a token file from stdin and writes audio to stdout, WAV while it comes in; `decode FILE -`
+    writes that file's there.
+    """
+    wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
+    if "-" in inputs:
+        check_pipe(inputs, out)
+        kind = kind or "wav"
+        streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
+        if lookahead is not None and not streams:
+            raise NemoLfrError("--lookahead is for a whole token file from stdin to WAV on stdout.")
+        if streams:
+            from nemo_lfr.cli.pipes import decode_pipe
+
+            codec = open_codec(options["model"], options["device"], options["precision"])
+            decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
+            return
+        with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as task:
+            codec = open_codec(options["model"], options["device"], options["precision"])
+            decode_task(task, codec, **wanted)
+        return
+    if lookahead is not None:
+        raise NemoLfrError("--lookahead is for pipes; files are decoded with all that follows in them.")
+    kind = output_format(kind, out)
+    tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
+    if not tasks:
+        run_tasks([], lambda batch: iter(()), 1, options["as_json"])
+        return
+    codec = open_codec(options["model"], options["device"], options["precision"])
+    run_tasks(
+        tasks,
+        lambda batch: iter([decode_task(task, codec, overwrite=overwrite, **wanted) for task in batch]),
+        1,
+        options["as_json"],
+    )
+
+
+def output_format(kind: str | None, out: Path | None) -> str:
+    """Return the audio format that --format or the suffix of --out asks for; WAV by default.
+
+    Raises:
+        NemoLfrError: if they differ.
+    """
+    suffix = "" if out is None or out.is_dir() else out.suffix[1:].lower()
+    if suffix not in AUDIO_FORMATS:
+        return kind or AUDIO_FORMATS[0]
+    if kind not in (None, suffix):
+        raise NemoLfrError(f"--out {out} does not agree with --format {kind}; leave one of them out.")
+    return suffix
+
+
+def decode_task(task: FileTask, codec: "Codec", **options: Any) -> dict[str, Any]:
+    started = time.perf_counter()
+    num_samples = codec.decode_file(task.source, task.target, **options)
+    return task_result(task, codec, num_samples, task.source, time.perf_counter() - started)

@@ -1,0 +1,122 @@
+"""`nemo-lfr encode`."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
+from nemo_lfr.cli.identify import TOKEN_SUFFIX
+from nemo_lfr.cli.options import UserPath, entropy_model_option, lookahead_option, model_options, open_codec
+from nemo_lfr.cli.stdio import check_pipe
+from nemo_lfr.cli.terminal import echo_stderr
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.folders import AUDIO_SUFFIXES
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+    from nemo_lfr.io.entropy.model import EntropyModel
+
+# Files up to this long may be encoded together; longer ones stream through bounded memory.
+BATCH_SECONDS = 60
+
+
+@click.command(short_help="Encode audio files into .lfr token files.")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=UserPath(),
+    help="Folder for the token files, or NAME.lfr for one input; beside the input by default.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
+@click.option(
+    "--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames at a time from a pipe."
+)
+@click.option("--compress", is_flag=True, help="Write files about a third smaller, without loss.")
+@entropy_model_option("A .lfrm file to compress with; for the codec in the package its own by default.")
+@lookahead_option
+@model_options
+def encode(
+    inputs: tuple[str, ...],
+    out: Path | None,
+    batch_size: int,
+    overwrite: bool,
+    skip_existing: bool,
+    block: int,
+    compress: bool,
+    entropy_model: Path | None,
+    lookahead: int | None,
+    **options: Any,
+) -> None:
+    """Encode audio files, folders or globs into .lfr token files.
+
+    `encode - -` reads audio from stdin and writes a token file to stdout, of WAV while it comes in; `encode FILE -`
+    writes that file's there.
+    """
+    if "-" in inputs:
+        from nemo_lfr.cli.pipes import encode_pipe
+        from nemo_lfr.io.entropy.find import model_to_write
+
+        check_pipe(inputs, out)
+        codec = open_codec(options["model"], options["device"], options["precision"])
+        source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
+        model = model_to_write(codec, compress, entropy_model)
+        reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
+        if reader.channels > 1:
+            echo_stderr(f"{reader.name}: {reader.channels} channels mixed to mono")
+        if not reader.samples_read:
+            echo_stderr(f"{reader.name}: holds no samples")
+        return
+    if lookahead is not None:
+        raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
+    from nemo_lfr.io.entropy.find import model_to_write
+
+    tasks = tasks_to_run(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
+    if not tasks:
+        run_tasks([], lambda batch: iter(()), 1, options["as_json"])
+        return
+    codec = open_codec(options["model"], options["device"], options["precision"])
+    model = model_to_write(codec, compress, entropy_model)
+    run_tasks(tasks, lambda batch: encode_tasks(batch, codec, overwrite, model), batch_size, options["as_json"])
+
+
+def encode_tasks(
+    tasks: list[FileTask], codec: "Codec", overwrite: bool, model: "EntropyModel | None" = None
+) -> Iterator[dict[str, Any]]:
+    """Short files as one batch, long ones as streams; `model` compresses their tokens."""
+    import numpy as np
+
+    from nemo_lfr.codec.arrays import to_numpy
+    from nemo_lfr.io.audio import AudioReader
+    from nemo_lfr.io.token_file import TokenWriter
+
+    started = time.perf_counter()
+    clips: dict[FileTask, Any] = {}
+    for task in tasks:
+        with AudioReader(task.source, codec.sample_rate) as reader:
+            if reader.channels > 1:
+                echo_stderr(f"{task.source}: {reader.channels} channels mixed to mono")
+            if len(tasks) > 1 and reader.duration <= BATCH_SECONDS:
+                clips[task] = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
+    tokens: dict[FileTask, Any] = {}
+    if clips:
+        audio = np.zeros((len(clips), max(map(len, clips.values()))), np.float32)
+        for row, clip in zip(audio, clips.values(), strict=True):
+            row[: len(clip)] = clip
+        batch, lengths = codec.encode(audio, [len(clip) for clip in clips.values()])
+        for task, row, length in zip(clips, to_numpy(batch), lengths.tolist(), strict=True):
+            tokens[task] = row[:, :length]
+    for task in tasks:
+        if task in tokens:
+            with TokenWriter.for_codec(task.target, codec, overwrite, model) as writer:
+                writer.write(tokens[task])
+                writer.finish(len(clips[task]))
+            num_samples = len(clips[task])
+        else:
+            num_samples = codec.encode_file(task.source, task.target, overwrite=overwrite, entropy_model=model)
+        yield task_result(task, codec, num_samples, task.target, (time.perf_counter() - started) / len(tasks))

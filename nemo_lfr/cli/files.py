@@ -1,0 +1,263 @@
+"""Plan, check and run the file tasks of `encode` and `decode`."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.cli.terminal import echo_stderr, echo_stdout, exit_with_error, progress
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files, find_matches
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.shortage import shortage_of
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """One input file and where its result goes."""
+
+    source: Path
+    target: Path
+
+
+def plan_tasks(
+    inputs: Sequence[str],
+    out: Path | None,
+    suffixes: Collection[str],
+    new_suffix: str,
+    report: Callable[[str], None] = echo_stderr,
+) -> list[FileTask]:
+    """Expand files, folders and globs into tasks; a folder's sub-folders are mirrored under `out`.
+
+    An `out` that ends in `new_suffix` is the result of a single file, unless there is a folder of that name.
+
+    Args:
+        inputs: as typed.
+        out: folder for the results, or the result of one file.
+        suffixes: of the files to take from folders, in lower case.
+        new_suffix: of the results.
+        report: called for each folder with the files that were passed over, after all else has been checked.
+
+    Raises:
+        NemoLfrError: if an input is missing or empty, or two inputs would write one file.
+    """
+    passed_over: list[str] = []
+    single = names_a_file(out, new_suffix)
+    tasks: list[FileTask] = []
+    for text in inputs:
+        text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
+        exists = text and os.path.lexists(text)  # "" would be the current folder
+        matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
+        if not matches:
+            raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
+        if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
+            raise NemoLfrError(
+                f"--out {out} names one {new_suffix} file, but the input is not one file; give a folder as --out."
+            )
+        for path in sorted(matches):
+            if path.is_dir():
+                files = find_files(path, suffixes, report=passed_over.append)
+                if not files and len(matches) == 1:
+                    reason = f" ({passed_over[-1].partition('found; ')[2]})" if passed_over else ""
+                    raise NemoLfrError(f"{path}: no {_kinds(suffixes)} file in this folder{reason}.")
+                tasks += [
+                    FileTask(file, _renamed((out or path) / file.relative_to(path), new_suffix)) for file in files
+                ]
+                continue
+            check_input(path, suffixes)
+            if single and out is not None:
+                tasks.append(FileTask(path, out))
+            else:
+                tasks.append(FileTask(path, _renamed((out or path.parent) / path.name, new_suffix)))
+    targets: dict[Path, Path] = {}
+    for task in dict.fromkeys(tasks):
+        if task.target in targets:
+            raise NemoLfrError(f"{targets[task.target]} and {task.source} would both be written to {task.target}.")
+        if task.target == task.source:
+            raise NemoLfrError(f"{task.source} would be replaced by its own result; give --out.")
+        targets[task.target] = task.source
+    for line in passed_over:
+        report(f"nemo-lfr: {line}")
+    return list(dict.fromkeys(tasks))
+
+
+def names_a_file(out: Path | None, suffix: str) -> bool:
+    """Whether --out is the name of one result rather than a folder.
+
+    Raises:
+        NemoLfrError: if it is a file of another kind.
+    """
+    if out is None or out.is_dir():
+        return False
+    if out.suffix.lower() == suffix:
+        return True
+    if out.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
+        raise NemoLfrError(f"--out {out}: the result is a {suffix} file; give a folder, or a name that ends so.")
+    if out.exists():
+        raise NemoLfrError(f"--out {out} is a file; give a folder, or a name that ends in {suffix} for one input.")
+    return False
+
+
+def check_input(path: Path, suffixes: Collection[str]) -> None:
+    """Refuse a file that is plainly what another command takes, rather than call it damaged.
+
+    Raises:
+        NemoLfrError: naming that command.
+    """
+    if not path.is_file():
+        return
+    wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
+    identity = identify(path)
+    if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind} - {wanted.kind}:
+        raise NemoLfrError(f"{path}: is {identity.text}, not {wanted.text}; {identity.advice}.")
+
+
+def _renamed(path: Path, suffix: str) -> Path:
+    return path.with_name(path.stem + suffix)
+
+
+def _kinds(suffixes: Collection[str]) -> str:
+    return "audio" if len(suffixes) > 1 else next(iter(suffixes))
+
+
+def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: bool) -> list[FileTask]:
+    """Return the tasks that are to be done.
+
+    Raises:
+        NemoLfrError: before any work, if a result exists that is neither to be replaced nor to be kept.
+    """
+    from nemo_lfr.io.atomic import check_overwrite
+
+    if overwrite and skip_existing:
+        raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
+    kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
+    if kept:
+        echo_stderr(f"nemo-lfr: {len(kept)} of {len(tasks)} results exist and are kept.")
+    left = [task for task in tasks if task not in kept]
+    names: dict[Path, list[str]] = {}
+    for task in left:
+        names.setdefault(task.target.parent, []).append(task.target.name)
+    for folder, own in names.items():
+        sweep(folder, own)
+    for task in left:
+        check_overwrite(task.target, overwrite)
+        _refuse_file_as_folder(task.target)
+    return left
+
+
+def tasks_to_run(
+    inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
+) -> list[FileTask]:
+    """Plan the tasks, keep those that are to be done, and say which files are not among them.
+
+    Raises:
+        NemoLfrError: as `plan_tasks` and `pending_tasks` do.
+    """
+    passed_over: list[str] = []
+    tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
+    for line in passed_over:
+        echo_stderr(line)
+    return tasks
+
+
+def _refuse_file_as_folder(target: Path) -> None:
+    """Raise if a file lies where a folder of a result is to be."""
+    for folder in target.parents:
+        if os.path.isdir(folder):
+            return
+        if os.path.lexists(folder):
+            raise NemoLfrError(f"{target} cannot be written: {folder} is not a folder; choose another --out.")
+
+
+def run_tasks(
+    tasks: Sequence[FileTask],
+    work: Callable[[list[FileTask]], Iterator[dict[str, Any]]],
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Do all tasks; a bad file is reported at the end and does not stop the others.
+
+    `work` takes some tasks and yields a result for each, in order, as soon as it is written. When a batch fails, what
+    is left of it is tried again task by task.
+    """
+    results: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    with progress(len(tasks)) as advance:
+        for start in range(0, len(tasks), batch_size):
+            batch = list(tasks[start : start + batch_size])
+            for result in _attempts(batch, work, failures):
+                results.append(result)
+                advance(_line(result))
+    if as_json:
+        click.echo(json.dumps({"files": results, "failures": failures}, indent=2))
+    else:
+        for result in results:
+            echo_stdout(result["output"])
+    if failures and len(tasks) == 1:
+        exit_with_error(failures[0]["error"])
+    for failure in failures:
+        echo_stderr(f"nemo-lfr: failed: {failure['error']}")
+    if failures:
+        echo_stderr(f"nemo-lfr: {len(failures)} of {len(tasks)} files failed.")
+        sys.exit(1)
+
+
+def _attempts(
+    batch: list[FileTask], work: Callable[[list[FileTask]], Iterator[dict[str, Any]]], failures: list[dict[str, str]]
+) -> Iterator[dict[str, Any]]:
+    done = 0
+    try:
+        for result in work(batch):
+            done += 1
+            yield result
+    except (NemoLfrError, OSError) as error:
+        if len(batch) > 1:
+            for task in batch[done:]:
+                yield from _attempts([task], work, failures)
+        else:
+            text = str(error)
+            if not isinstance(error, NemoLfrError):
+                text = f"{error.filename or batch[0].target}: {error.strerror or error}."
+            failures.append({"input": str(batch[0].source), "error": text})
+    except (MemoryError, RuntimeError) as error:
+        if (shortage := shortage_of(error)) is None:
+            raise
+        if len(batch) == 1:
+            failures.append({"input": str(batch[0].source), "error": f"{batch[0].source}: {shortage}"})
+            return
+        error.__traceback__ = None  # holds the arrays of this attempt
+        for task in batch[done:]:
+            yield from _attempts([task], work, failures)
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['input']} -> {result['output']}  {result['duration']:.2f} s  {result['bytes']} bytes  "
+        f"{result['bit_rate'] / 1000:.2f} kbit/s  {result['real_time_factor']:.1f}x real time"
+    )
+
+
+def task_result(task: FileTask, codec: "Codec", num_samples: int, token_file: Path, seconds: float) -> dict[str, Any]:
+    if not num_samples:
+        echo_stderr(f"{task.source}: holds no samples")
+    duration = num_samples / codec.sample_rate
+    size = token_file.stat().st_size
+    return {
+        "input": str(task.source),
+        "output": str(task.target),
+        "duration": round(duration, 4),
+        "samples": num_samples,
+        "bytes": size,
+        "bit_rate": round(8 * size / duration, 1) if duration else 0.0,
+        "real_time_factor": round(duration / max(seconds, 1e-9), 2),
+    }

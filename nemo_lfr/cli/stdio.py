@@ -1,0 +1,43 @@
+"""Check and spool stdin and stdout when they stand for files."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_lfr.cli.files import FileTask
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import naming
+
+
+def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
+    """Raise for a use of "-" that is no pipe: anything but from stdin or a file to stdout, or a terminal at an end."""
+    if "" in inputs:
+        raise NemoLfrError("'': no such file or folder.")
+    if out is not None or len(inputs) > 2 or inputs[-1] != "-":
+        raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
+    if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
+        raise NemoLfrError("-: stdin or stdout is closed; give it a pipe or a file.")
+    if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
+        raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
+
+
+@contextmanager
+def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
+    """A task between stdin or a file and stdout, through temporary files: for what needs to be there as a whole."""
+    with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
+        path = Path(source)
+        if source == "-":
+            path = Path(folder, f"stdin{suffix}")
+            with naming(path), open(path, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        task = FileTask(path, Path(folder, f"stdout{new_suffix}"))
+        try:
+            yield task
+        except NemoLfrError as error:
+            raise NemoLfrError(str(error).replace(str(path), "stdin") if source == "-" else str(error)) from error
+        with open(task.target, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
