@@ -1,4 +1,4 @@
-"""Speech tokens at 21.5 frames a second: NVIDIA's Low Frame-rate Speech Codec, fast and offline.
+"""NVIDIA's Low Frame-rate Speech Codec: speech tokens at 21.5 frames per second.
 
     codec = nemo_lfr.load()
     tokens, tokens_len = codec.encode(audio, sample_rate=16000)

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 
 def num_frames(num_samples: int, samples_per_frame: int) -> int:
-    """Frames that cover `num_samples`; the last one may be partly silence."""
+    """Return the number of frames that cover `num_samples`; the last may be partial."""
     return -(-num_samples // samples_per_frame)
 
 
 def bits_per_frame(levels: Sequence[int], num_codebooks: int) -> float:
-    """Information in one frame: num_codebooks * log2(product of levels), in bits."""
+    """Return the bits of information in one frame: num_codebooks * log2(prod(levels))."""
     return num_codebooks * math.log2(math.prod(levels))
 
 
 def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
-    """Bytes that hold any frame as one mixed-radix number: 11 for 8 x 2016."""
-    return ((math.prod(levels) ** num_codebooks - 1).bit_length() + 7) // 8
+    """Return the bytes that hold a frame as one mixed-radix number: 11 for 8 x 2016."""
+    largest: int = math.prod(levels) ** num_codebooks - 1
+    return (largest.bit_length() + 7) // 8
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Window:
 
     @property
     def num_frames(self) -> int:
+        """Frames to compute."""
         return self.stop - self.start
 
     @property
     def kept(self) -> slice:
-        """The exact frames, counted from the window's first."""
+        """Slice of the exact frames, relative to the first frame of the window."""
         return slice(self.keep_start - self.start, self.keep_stop - self.start)
 
 

@@ -1,4 +1,4 @@
-"""The NeMo integration under its public path; see `nemo_lfr.nemo.model`."""
+"""Public module of the NeMo integration; see `nemo_lfr.nemo.model`."""
 
 from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel, accelerate
 

@@ -1,4 +1,4 @@
-"""What the tokens of a codec are: the record that codecs, token files, corpora and exported models share."""
+"""`CodecSpec`: the description of tokens that codecs, files, corpora and exports share."""
 
 import math
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import Protocol
 from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
-MAX_TEXT = 200  # characters of a text in a file
+MAX_TEXT = 200  # most characters of a text in a file
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """What tokens stand for, and which codec made them.
+    """Description of tokens, and of the codec that produced them.
 
-    The order of the fields is that of the values in `.lfr` files and `tokens.json`.
+    The fields are in the order of the values in `.lfr` files and `tokens.json`.
 
     Attributes:
         sample_rate: Hz.
         samples_per_frame: samples that one frame stands for.
         levels: FSQ levels of each dimension of one codebook.
         num_codebooks: C, the tokens of one frame.
-        fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if it is not known.
-        precision: of the network that made the tokens; "fp32" gives the reference tokens.
+        fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if unknown.
+        precision: of the encoder; "fp32" gives the reference tokens.
     """
 
     sample_rate: int
@@ -53,10 +53,10 @@ class CodecSpec:
         return frames.bytes_per_frame(self.levels, self.num_codebooks)
 
     def validate(self) -> None:
-        """Check values that came from a file.
+        """Validate values that were read from a file.
 
         Raises:
-            ValueError: naming the first value that no codec has.
+            ValueError: for the first invalid value.
             TypeError: if `levels` is not a sequence.
         """
         for name, high in (("sample_rate", 1_000_000), ("samples_per_frame", 1_000_000), ("num_codebooks", 256)):
@@ -74,25 +74,25 @@ class CodecSpec:
 
 
 class KnownCodec(Protocol):
-    """A codec as far as files need to know it."""
+    """Properties of a codec that token files need."""
 
     @property
     def name(self) -> str:
-        """Where its weights came from, for messages."""
+        """Source of the weights, for messages."""
 
     @property
     def spec(self) -> CodecSpec:
-        """What its tokens are."""
+        """Description of the tokens."""
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether tokens with this fingerprint are this codec's."""
+        """Return whether this codec produces tokens with a fingerprint."""
 
 
 def check_text(name: str, value: object) -> None:
-    """Check a text that came from a file.
+    """Validate a text that was read from a file.
 
     Raises:
-        ValueError: if it is not one short printable text.
+        ValueError: if it is not a short printable text.
     """
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
         raise ValueError(f"{name} is {shorten(repr(value))}")

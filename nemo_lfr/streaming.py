@@ -1,4 +1,4 @@
-"""Streams under their public path; see `nemo_lfr.codec.streaming`."""
+"""Public module of streaming; see `nemo_lfr.codec.streaming`."""
 
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 

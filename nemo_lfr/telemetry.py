@@ -1,8 +1,8 @@
-"""Usage reports of the libraries that this package uses: off, unless the user's environment says otherwise.
+"""Switch for usage reports of other libraries: off, unless environment variables enable them.
 
-ONNX Runtime for Linux reports to its maker from the first import on, Ray when a cluster starts, and the Hub's client
-adds details about the machine to its requests. Each reads an environment variable when it is imported, so these are
-set when `nemo_lfr` is imported: before any of our modules imports a library, and for every process that is started. A
+ONNX Runtime for Linux reports usage from its first import on, Ray when a cluster starts, and the Hub's client adds
+details about the machine to its requests. Each library reads an environment variable when it is imported. These are
+set when `nemo_lfr` is imported, before any of its modules imports a library, and child processes inherit them. A
 variable that is already set keeps its value.
 """
 
@@ -16,6 +16,6 @@ VARIABLES = {
 
 
 def disable() -> None:
-    """Set the variables that are not set."""
+    """Disable usage reports, unless a variable is already set."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

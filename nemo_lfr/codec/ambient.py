@@ -1,9 +1,9 @@
-"""Settings of the caller that must not reach the codec: autocast, default device, inference mode, reduced precision.
+"""Isolation from the caller's PyTorch settings: autocast, default device, inference mode, reduced precision.
 
-PyTorch keeps them for a thread (autocast, default device, inference and grad mode) or for the whole process (default
-dtype, precision of fp32 products). `reference_state` turns off those that change results; the codec's own code names
-the dtype of every tensor it makes, so that the default dtype does not matter to it. `building_state` also sets the
-default dtype, for constructors that are not ours.
+These settings belong to a thread (autocast, default device, inference and grad mode) or to the process (default
+dtype, precision of fp32 products). `reference_state` turns off those that change results. The codec's own code passes
+the dtype of every tensor that it creates, so it does not depend on the default dtype. `building_state` also sets the
+default dtype, for constructors of other libraries.
 """
 
 import os
@@ -22,14 +22,14 @@ _MKLDNN: Any = torch.backends.mkldnn
 
 
 class ProcessSetting:
-    """A setting of the whole process that is changed while at least one thread computes.
+    """Process-wide setting that is changed while at least one thread computes.
 
-    The first thread to enter saves the caller's value and the last one to leave restores it. A thread that wants
-    another value waits until nobody uses this one.
+    The first thread to enter saves the caller's value and the last one to leave restores it. A thread that needs
+    another value waits until no thread uses this one.
 
     Args:
-        get: returns the present value.
-        put: sets it.
+        get: returns the current value.
+        put: sets the value.
     """
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
@@ -42,7 +42,7 @@ class ProcessSetting:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """In a forked process, where the threads that computed are not: restore the setting and free its lock."""
+        """Restore the setting in a forked process, in which the computing threads do not exist."""
         self._changed = threading.Condition()
         if self._users and self._saved != self._wanted:
             self._put(self._saved)
@@ -69,7 +69,7 @@ class ProcessSetting:
                     self._changed.notify_all()
 
     def differs(self, wanted: Any) -> bool:
-        """Whether the setting must be changed, or kept as it is now for the threads that use it."""
+        """Return whether `at` is needed: the value differs, or other threads use the setting."""
         return self._users > 0 or self._get() != wanted
 
 
@@ -87,16 +87,16 @@ def _put_cudnn_tf32(value: Any) -> None:
         except RuntimeError:
             value = "tf32" if value else "ieee"
     if isinstance(value, bool):
-        torch.backends.cudnn.set_flags(_allow_tf32=value)
+        _CUDNN.set_flags(_allow_tf32=value)
     else:
         _CUDNN.conv.fp32_precision = value
 
 
 def _attribute(owner: Any) -> ProcessSetting:
-    """oneDNN's precision of fp32 products, "none" where nobody has set it.
+    """Return oneDNN's precision of fp32 products as a setting.
 
-    A value that comes from the settings above it, of oneDNN or of all backends, is given back by "none": a later
-    change of those has its effect.
+    A value that is inherited from the settings of oneDNN or of all backends is restored as "none", so that later
+    changes of those take effect.
     """
 
     def get() -> str:
@@ -119,13 +119,13 @@ else:
 
 @contextmanager
 def reference_state(device: torch.device) -> Iterator[None]:
-    """Compute fp32 as fp32, without a graph, on the devices that are named, whatever the caller has set.
+    """Compute in full fp32 and without gradients, independent of the caller's settings.
 
     Args:
         device: of the codec; autocast is turned off there and on the CPU.
     """
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():  # what is kept from here must serve outside of it too
+        if torch.is_inference_mode_enabled():  # tensors that are cached here are used outside of it too
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
@@ -142,7 +142,7 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Construct modules with fp32 parameters that can be trained, whatever the caller has set.
+    """Construct trainable modules in fp32, independent of the caller's settings.
 
     Args:
         device: default device within the context; the caller's if not passed.
@@ -161,7 +161,7 @@ def building_state(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def convolutions(tf32: bool) -> Iterator[None]:
-    """cuDNN's fp32 convolutions with TF32 or without; PyTorch allows it by default."""
+    """Allow or forbid TF32 in fp32 convolutions of cuDNN; PyTorch allows it by default."""
     try:
         _ = torch.backends.cudnn.allow_tf32
         wanted: Any = tf32
@@ -172,7 +172,7 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 
 def check_weights(module: nn.Module, name: str) -> None:
-    """Raise unless all weights of an encoder or decoder are fp32, which the tokens are defined by.
+    """Raise an error unless all weights of a network are fp32, which defines the tokens.
 
     Raises:
         NemoLfrError: naming the dtype and what to do.

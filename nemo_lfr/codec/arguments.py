@@ -1,4 +1,4 @@
-"""Checks of what callers pass to the codec, and of what the network returns."""
+"""Validation of the arguments of the codec, and of the results of the network."""
 
 import math
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) ->
     Args:
         arrays: library to convert with.
         audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio].
-        audio_len: samples of each clip, [B]; all of them if not given.
+        audio_len: samples of each clip, [B]; default: the full length.
 
     Returns:
         Audio [B, T_audio] and the length of each clip.
 
     Raises:
-        AudioError: naming what came and what was expected.
+        AudioError: for another shape, type or length, or a NaN.
     """
     clips = arrays.convert(audio, "audio", AudioError)
     kind = arrays.kind(clips)
@@ -58,13 +58,13 @@ def check_tokens(
         arrays: library to convert with.
         spec: of the codec.
         tokens: integers, [C, T] or [B, C, T].
-        tokens_len: frames of each utterance, [B]; all of them if not given.
+        tokens_len: frames of each utterance, [B]; default: the full length.
 
     Returns:
         Tokens [B, C, T] and the frames of each utterance.
 
     Raises:
-        TokensError: naming what came and what was expected.
+        TokensError: for another shape or type, or a token outside the codebook.
     """
     ids = arrays.convert(tokens, "tokens", TokensError)
     if not arrays.kind(ids).is_integer:
@@ -94,7 +94,7 @@ def check_lengths(
     """Return lengths as Python integers in [0, limit], one per example; `limit` for each if `lengths` is None.
 
     Raises:
-        NemoLfrError: of the type passed, naming the argument.
+        NemoLfrError: of the type `error`, with the name of the argument.
     """
     if lengths is None:
         assert limit is not None
@@ -114,7 +114,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
     """Check that each utterance's samples end within its last frame.
 
     Raises:
-        TokensError: naming the first that does not.
+        TokensError: for the first utterance that does not.
     """
     for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
         if num_frames(count, samples_per_frame) != total:
@@ -123,7 +123,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
 
 
 def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError where tokens [B, C, T] of an encoder are outside the codebook."""
+    """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
     if not math.prod(tokens.shape) or _within(tokens, spec.codebook_size):
         return
     row = next(row for row, clip in enumerate(tokens) if not _within(clip, spec.codebook_size))
@@ -131,7 +131,7 @@ def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
 
 
 def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
-    """Raise NemoLfrError where audio [B, T_audio] of a decoder is NaN."""
+    """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
     if not math.prod(audio.shape) or not math.isnan(float(audio.max())):
         return
     row = next(row for row, clip in enumerate(audio) if math.isnan(float(clip.max())))
@@ -139,7 +139,7 @@ def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
 
 
 def _within(tokens: Any, codebook_size: int) -> bool:
-    """Return whether there are tokens, and all are in [0, codebook_size)."""
+    """Return whether tokens are not empty and all in [0, codebook_size)."""
     return math.prod(tokens.shape) > 0 and int(tokens.min()) >= 0 and int(tokens.max()) < codebook_size
 
 

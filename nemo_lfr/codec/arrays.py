@@ -1,4 +1,4 @@
-"""Array libraries: what the codec does with arrays besides computing the network, in terms of numpy's dtypes."""
+"""Array libraries: the array operations of the codec, in terms of numpy's dtypes."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -12,7 +12,7 @@ Array = TypeVar("Array")
 
 
 class Kind(Enum):
-    """What the elements of an array are."""
+    """Type of the elements of an array."""
 
     FLOAT = "floating point of any width"
     INT16 = "16-bit integers"
@@ -29,14 +29,14 @@ class Arrays(Protocol[Array]):
     """Array library of a backend, on the backend's device."""
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> Array:
-        """Return what a caller passed as an array, on whatever device it is.
+        """Convert an argument to an array without moving it to another device.
 
         Raises:
-            NemoLfrError: of the type passed, naming the argument, if `value` holds no numbers.
+            NemoLfrError: of the type `error`, with the name of the argument, if `value` is not numeric.
         """
 
     def kind(self, array: Array) -> Kind:
-        """Return what the elements are."""
+        """Return the type of the elements."""
 
     def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> Array:
         """Return zeros on the backend's device."""
@@ -55,7 +55,7 @@ class NumpyArrays:
         """Return `numpy.asarray(value)`, in this machine's byte order.
 
         Raises:
-            NemoLfrError: of the type passed, if numpy makes no array of numbers of it, or some are masked.
+            NemoLfrError: of the type `error`, if the value is not numeric or has masked elements.
         """
         if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
             raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
@@ -69,7 +69,7 @@ class NumpyArrays:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
     def kind(self, array: np.ndarray) -> Kind:
-        """Return what the elements are."""
+        """Return the type of the elements."""
         if array.dtype.kind == "f":
             return Kind.FLOAT
         if array.dtype.kind not in "iu":

@@ -1,4 +1,4 @@
-"""What a backend is: something that encodes and decodes whole frames, and says what its tokens are.
+"""Backends: the protocol that encodes and decodes whole frames for a `Codec`.
 
 `Codec` does everything else: argument checks, resampling, windows of long recordings, batches, files. The smallest
 backend is a subclass of `NumpyBackend` with a name, a `CodecSpec`, the limits of its two networks and two methods; one
@@ -20,15 +20,15 @@ Direction = Literal["encode", "decode"]
 
 
 class Limits(Protocol):
-    """An encoder or decoder, as far as cutting recordings into windows needs to know it."""
+    """Limits of an encoder or decoder, which determine the windows of a recording."""
 
     @property
     def context(self) -> Context:
-        """Frames on each side of a frame that its result depends on."""
+        """Frames on each side that a frame depends on."""
 
     @property
     def min_frames(self) -> int:
-        """Fewest frames that can be computed; shorter input is completed with silence."""
+        """Shortest valid input, in frames; shorter input is zero-padded."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ModuleLimits:
 
 @dataclass(frozen=True)
 class Batching:
-    """How recordings are cut and stacked for a device. Results do not depend on it.
+    """Window and batch sizes for a device. Results do not depend on them.
 
     Attributes:
-        chunk_frames: frames of one window of a long recording, without its context. On a CPU long windows leave the
-            cache; with their context those of the released config are 144 frames wide to encode and 158 to decode.
+        chunk_frames: frames of one window of a long recording, without its context. On a CPU long windows do not
+            fit the cache. With context, those of the released config are 144 frames to encode and 158 to decode.
         batch_frames: frames of one batch of windows.
-        pad_multiple: windows are computed in memory of a multiple of so many frames, so that few shapes occur.
+        pad_multiple: window widths are padded to a multiple of this many frames, so that few shapes occur.
         mix_widths: windows of similar widths share a batch, rather than only those of one width.
     """
 
@@ -58,7 +58,7 @@ class Batching:
 
 
 class Backend(Protocol[Array]):
-    """Encodes and decodes whole frames with one array library, on one device.
+    """Encoder and decoder of whole frames, with one array library on one device.
 
     Results must not depend on what else is in a batch, nor on the padding of an example.
     """
@@ -69,7 +69,7 @@ class Backend(Protocol[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """What the tokens are. Cheap: the fingerprint may be empty here, `fingerprints` is asked for it."""
+        """Description of the tokens. The fingerprint may be empty here; see `fingerprints`."""
 
     @property
     def encoder(self) -> Limits:
@@ -85,17 +85,17 @@ class Backend(Protocol[Array]):
 
     @property
     def batching(self) -> Batching:
-        """What suits the device."""
+        """Window and batch sizes that suit the device."""
 
     @property
     def device(self) -> object:
-        """Where the network runs; `str` of it is shown to users."""
+        """Device of the network; `str(device)` is shown to users."""
 
     def encode_frames(self, audio: Array, num_frames: list[int]) -> Array:
         """Encode whole frames.
 
         Args:
-            audio: float32, [B, T * samples_per_frame] with T >= `encoder.min_frames`; silent after each example's end.
+            audio: float32, [B, T * samples_per_frame] with T >= `encoder.min_frames`; zero after each example's end.
             num_frames: frames of each example, from 1 to T.
 
         Returns:
@@ -116,65 +116,68 @@ class Backend(Protocol[Array]):
         """
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Identify the weights and settings: the first is written to files, tokens with any of them are accepted."""
+        """Return fingerprints of weights and settings.
+
+        The first is written to files. Tokens with any of them are accepted.
+        """
 
     def load(self, direction: Direction) -> None:
-        """Read the weights of one direction now, if they have not been read yet."""
+        """Load the weights of one direction, if they are not loaded yet."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context that keeps the caller's settings (autocast, default device ...) from the computation."""
+        """Return a context that isolates the computation from the caller's settings (autocast, ...)."""
 
 
 class NumpyBackend:
-    """Base class of backends that take numpy arrays on a CPU: everything that `Backend` can leave at a default."""
+    """Base class of backends with numpy arrays, with defaults for the optional methods."""
 
     arrays: Arrays[np.ndarray] = NumpyArrays()
     batching = Batching()
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return nothing: tokens are not compared with the codec that decodes them."""
+        """Return no fingerprint, so that tokens are not compared with the codec."""
         return ()
 
     def load(self, direction: Direction) -> None:
-        """Do nothing: the weights are there."""
+        """Do nothing: the weights are loaded."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Do nothing: numpy has no settings that change results."""
+        """Return an empty context: numpy has no settings that change results."""
         return nullcontext()
 
 
 class Stream(Protocol):
-    """What streams of both directions say of themselves."""
+    """Properties of streams in both directions."""
 
     @property
     def delay_frames(self) -> int:
-        """Frames that a result waits for."""
+        """Frames of lookahead that a result waits for."""
 
     @property
     def exact(self) -> bool:
-        """Whether results are those of the whole recording."""
+        """Whether results equal those of the whole recording."""
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from a frame's last sample to its result, without the time to compute it."""
+        """Milliseconds from a frame's last sample to its result, excluding the computation."""
 
 
 class EncoderStream(Stream, Protocol):
-    """Takes samples of one recording as they come, and returns its tokens."""
+    """Stream of samples of one recording in, tokens out."""
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Take samples [n]; return the tokens [C, k] that are complete."""
+        """Push samples [n]; return the tokens [C, k] whose lookahead is complete."""
 
     def flush(self) -> np.ndarray:
         """End the recording; return the remaining tokens [C, k]."""
 
 
 class DecoderStream(Stream, Protocol):
-    """Takes tokens of one recording as they come, and returns its audio."""
+    """Stream of tokens of one recording in, samples out."""
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Take tokens [C, k]; return the samples [n] that are complete."""
+        """Push tokens [C, k]; return the samples [n] whose lookahead is complete."""
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
         """End the recording; return the remaining samples [n], up to `num_samples` of the whole recording."""

@@ -1,11 +1,11 @@
-"""Backends by name: PyTorch, ONNX Runtime, and those of other packages.
+"""Registry of backends: PyTorch, ONNX Runtime, and those of other packages.
 
 A backend is registered by one call,
 
     nemo_lfr.codec.backends.register("tflite", Opener(open_tflite, accepts=is_tflite, model="a .tflite file"))
 
-or by an entry point of its package in the group `nemo_lfr.backends`, whose name is the backend's and whose object is
-what `register` takes.
+or by an entry point in the group `nemo_lfr.backends`: its name is that of the backend, and its object is the second
+argument of `register`.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ ENTRY_POINTS = "nemo_lfr.backends"
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What the caller of `nemo_lfr.load` asked for.
+    """Arguments of `nemo_lfr.load` that are passed to a backend.
 
     Attributes:
         name: of the model, for messages.
-        device: None for what the backend thinks best.
-        precision: "fp32", or another that the backend has.
+        device: None for the backend's default.
+        precision: "fp32", or another that the backend supports.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Opener:
     Attributes:
         open: returns the backend of a model at a local path: a checkpoint, unless `accepts` says otherwise.
         accepts: whether a local path is a model of the backend's own kind; None if it opens checkpoints.
-        check: raises where the options cannot be met; called before a checkpoint is downloaded.
-        model: what `accepts` looks for, for messages.
+        check: raises an error for unsupported options; called before a checkpoint is downloaded.
+        model: kind of model that `accepts` recognizes, for messages.
         advice: how to make such a model, for messages.
     """
 
@@ -83,17 +83,17 @@ def register(name: str, opener: Opener | Open) -> None:
 
 
 def unregister(name: str) -> None:
-    """Forget a backend that was registered."""
+    """Remove a backend from the registry."""
     _OPENERS.pop(name, None)
 
 
 def backend_names() -> list[str]:
-    """Return the names of all backends, those of installed packages included."""
+    """Return the names of all backends, including those of installed packages."""
     return [*_OPENERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in _OPENERS)]
 
 
 def find_opener(name: str) -> Opener:
-    """Return how to open a backend.
+    """Return the opener of a backend.
 
     Raises:
         NemoLfrError: if there is no backend of this name.
@@ -109,7 +109,7 @@ def find_opener(name: str) -> Opener:
 
 
 def backend_of(path: Path) -> str | None:
-    """Return the name of the registered backend whose kind of model is at a local path; None for any other path."""
+    """Return the name of the backend that accepts a local path, or None."""
     return next((name for name, opener in _OPENERS.items() if opener.accepts and opener.accepts(path)), None)
 
 
@@ -123,7 +123,7 @@ def _check_torch(options: OpenOptions) -> None:
     with _gc_paused():
         try:
             import torch  # noqa: F401
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # importing it may raise anything
             raise missing_extra(
                 error,
                 "PyTorch",
@@ -170,7 +170,7 @@ _OPENERS = {
 
 @contextlib.contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Importing PyTorch makes objects that stay; to look for dead ones among them takes a seventh of the time."""
+    """Pause garbage collection, which takes a seventh of the time to import PyTorch."""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
@@ -179,7 +179,7 @@ def _gc_paused() -> Iterator[None]:
         yield
     finally:
         if not gc.get_freeze_count():
-            # Into the oldest generation, unseen: the next collection would go through all of them.
+            # Move the new objects to the oldest generation, so that the next collection skips them.
             gc.freeze()
             gc.unfreeze()
         gc.enable()

@@ -1,16 +1,16 @@
-"""How `torch.compile` gets past the codec, without importing torch where it is not in use."""
+"""Graph breaks for `torch.compile`, without importing torch where it is not used."""
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that `torch.compile` is neither to trace nor to compile piece by piece."""
+    """Decorate a function so that `torch.compile` neither traces nor compiles it."""
     disabled: Callable[P, R] | None = None
 
     @functools.wraps(function)
@@ -22,10 +22,12 @@ def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break()
-        if "torch._dynamo" not in sys.modules:  # to import it takes a second
+        if "torch._dynamo" not in sys.modules:  # importing it takes a second
             return function(*args, **kwargs)
         if disabled is None:
-            disabled = torch.compiler.disable(function)
+            compiler: Any = torch.compiler
+            disabled = compiler.disable(function)
+            assert disabled is not None
         return disabled(*args, **kwargs)
 
     return run

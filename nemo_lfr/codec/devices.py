@@ -1,4 +1,4 @@
-"""Where PyTorch runs."""
+"""Choice of the PyTorch device."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: "str | torch.device | None") -> "torch.device":
-    """Return the device asked for, or a GPU if there is one.
+    """Return the requested device; by default a GPU if there is one, else the CPU.
 
     Raises:
-        NemoLfrError: if the device is unknown or not there.
+        NemoLfrError: if the device is unknown or not available.
     """
     import torch
 
@@ -22,8 +22,8 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with all that it was built with
+        reason = str(error).splitlines()[0].partition(". ")[0]  # the rest of torch's message lists its backends
         raise NemoLfrError(f"device {str(device)!r} cannot be used here: {reason}") from error
     if chosen.type == "meta":
-        raise NemoLfrError("device 'meta' holds no numbers to compute with; use 'cpu' or 'cuda'.")
+        raise NemoLfrError("device 'meta' has no values to compute with; use 'cpu' or 'cuda'.")
     return chosen

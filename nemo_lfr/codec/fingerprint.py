@@ -1,8 +1,8 @@
-"""Which codec made these tokens: a hash of the weights and of every setting of the network that changes them.
+"""Fingerprint of a codec: a hash of its weights and of all settings that change tokens.
 
-It is read from the modules and not from a config, so that one codec has one fingerprint whether it is named by NeMo's
-classes or ours, and built with weight norm or without. `.lfr` files and corpora written before settings were part of
-it carry the hash of the weights alone, which `Codec.made` still accepts.
+It is computed from the modules and not from a config. A codec thus has one fingerprint, whether its config names
+NeMo's classes or ours, with weight norm or without. Older `.lfr` files and corpora contain the hash of the weights
+alone, which `Codec.made` still accepts.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def settings_of(
     decoder: nn.Module,
     sample_rate: int,
 ) -> dict[str, Any]:
-    """Return what tokens and audio depend on beside the weights, as plain values."""
+    """Return the settings that tokens and audio depend on, as plain values."""
     first = quantizer.fsqs[0] if isinstance(quantizer, GroupFiniteScalarQuantizer) else quantizer
     assert isinstance(first, FiniteScalarQuantizer)
     return {
@@ -51,10 +51,10 @@ def settings_of(
     }
 
 
-def _layers(part: nn.Module) -> list[list[Any]]:
-    """Name, kind and settings of every layer of an encoder or decoder, in the order of the names."""
+def _layers(network: nn.Module) -> list[list[Any]]:
+    """Return name, kind and settings of each layer of a network, sorted by name."""
     layers = []
-    for name, module in part.named_modules():
+    for name, module in network.named_modules():
         match module:
             case Conv1d(conv=conv):
                 sizes = [*conv.kernel_size, *conv.stride, *conv.dilation, conv.groups, *module.pad]

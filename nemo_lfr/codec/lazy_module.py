@@ -13,18 +13,18 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LazyModule(Generic[M]):
-    """Module of a codec, whose weights are read when they are first needed.
+    """Module of a codec whose weights are loaded on first access.
 
-    A copy, in this process or another, has its weights.
+    Copies and pickles contain the weights.
 
     Args:
-        module: complete, or on the meta device if there is a checkpoint.
-        checkpoint: where its weights are; None if it has them.
+        module: with weights, or on the meta device if there is a checkpoint.
+        checkpoint: source of the weights; None if the module has them.
         name: of the module in the checkpoint.
-        device: where it will be once its weights are read.
+        device: device of the module once its weights are loaded.
 
     Attributes:
-        module: for what depends on the config only.
+        module: the module, perhaps without weights; for properties that depend on the config only.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class LazyModule(Generic[M]):
 
     @property
     def is_read(self) -> bool:
-        """Whether the weights are in memory."""
+        """Whether the weights are loaded."""
         return self._checkpoint is None
 
     @property
     def device(self) -> torch.device:
-        """Where the module is, or will be."""
+        """Device of the module, also before its weights are loaded."""
         return self._device or next(self.module.parameters()).device
 
     def get(self) -> M:
@@ -63,7 +63,7 @@ class LazyModule(Generic[M]):
         return self.module
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Return weights by name, sorted and with weight norm folded; those that are not in memory are not kept.
+        """Return weights by name, sorted, with weight norm folded; loaded ones are not kept.
 
         Raises:
             CheckpointError: if they cannot be read.

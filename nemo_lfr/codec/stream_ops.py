@@ -1,8 +1,7 @@
-"""The network's operations on a recording that comes in piece by piece.
+"""Streaming operations of the network.
 
-Every layer keeps the inputs that its next output still needs, so that each sample is convolved once and the results
-are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they depend on
-is there.
+Every layer keeps the inputs that its next output still needs. Each sample is convolved once, and the results equal
+those of the whole recording for any chunk size. A frame is returned as soon as its lookahead is complete.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,7 +17,7 @@ from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 @dataclass(frozen=True)
 class LayerState:
-    """What one layer keeps: the inputs [B, H, n] that it still needs, and whether its first output is out."""
+    """State of a layer: the inputs [B, H, n] it still needs, and whether it has started."""
 
     items: torch.Tensor
     started: bool = False
@@ -29,20 +28,20 @@ State = dict[Hashable, LayerState]
 
 
 class StreamOps:
-    """Operations on one piece: each reads the state that the piece before has left, and writes the next.
+    """Operations on one chunk, which read and update the state of each layer.
 
     Signals are tensors [B, H, n], n >= 0: the items that have become available.
 
     Args:
         state: changed in place.
-        last: the recording ends with this piece.
+        last: the recording ends with this chunk.
     """
 
     def __init__(self, state: State, last: bool) -> None:
         self.state, self.last = state, last
 
     def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
-        """Return as many outputs as their inputs are there for."""
+        """Return the outputs whose inputs are complete."""
         new = signal if activation is None else activation(signal)
         hidden, started = self._join(layer, new)
         stride = layer.conv.stride[0]
@@ -58,7 +57,7 @@ class StreamOps:
         return layer.convolve(hidden[:, :, : (num_outputs - 1) * stride + layer.span])
 
     def upsample(self, layer: ConvTranspose1d, signal: torch.Tensor, activation: CodecActivation) -> torch.Tensor:
-        """Return what lies between the inputs that are there, which the next one cannot change any more."""
+        """Return the outputs between available inputs, which later inputs do not change."""
         new = activation(signal)
         hidden, started = self._join(layer, new)
         if not started:
@@ -76,23 +75,24 @@ class StreamOps:
         return out[:, :, layer.first_sample * (not started) : stop]
 
     def residual(self, layer: ResidualLayer, signal: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the branches, which waits for the slowest."""
+        """Return the mean of the branches, as far as all of them are available."""
         results = []
         for blocks in layer.branches:
             hidden = signal
             for block in blocks:
                 hidden = self._block(block, hidden)
             results.append(hidden)
-        return self._add_available(layer, results) / len(results)
+        total = self._add_available(layer, results)
+        return total / len(results)
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
-        """Return the block's result; its input waits for what is added to it."""
+        """Return the block's result; its input is kept until the convolutions catch up."""
         hidden = self.conv(block.input_conv, signal, block.input_activation)
         added = self.conv(block.skip_conv, hidden, block.skip_activation)
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of what every term has; the rest waits."""
+        """Return the sum of the items that all terms have; keep the others."""
         joined = [self._join((key, number), term)[0] for number, term in enumerate(terms)]
         ready = min(term.shape[2] for term in joined)
         for number, term in enumerate(joined):
@@ -108,15 +108,21 @@ class StreamOps:
 
 
 # One step of a network on a batch of streams: state (changed in place), new inputs [B, ..., n] and whether the
-# recordings end with them -> what comes out [B, ..., k].
+# recordings end with them -> outputs [B, ..., k].
 Step = Callable[[State, torch.Tensor, bool], torch.Tensor]
 
 
 def run_batched(states: Sequence[State], inputs: Sequence[torch.Tensor], last: bool, step: Step) -> list[torch.Tensor]:
-    """Apply `step` to each state and input [1, ..., n]; streams whose state and input have one shape, as one batch.
+    """Apply `step` to each stream, batching streams with equal shapes.
+
+    Args:
+        states: of each stream; changed in place.
+        inputs: of each stream, [1, ..., n].
+        last: the recordings end with these inputs.
+        step: computes a batch.
 
     Returns:
-        Of each stream, what came out [..., k].
+        Outputs of each stream, [..., k].
     """
     groups: dict[Hashable, list[int]] = {}
     for number, (state, new) in enumerate(zip(states, inputs, strict=True)):

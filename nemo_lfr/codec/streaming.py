@@ -1,12 +1,12 @@
-"""Encode and decode piece by piece, as the audio or the tokens come in.
+"""Streaming encoder and decoder.
 
-The results are those of the whole recording, however it is cut into pieces. Frames come out as soon as the future they
-depend on is there: 6 frames later to encode and 13 to decode with the released config, at once where the network is
-causal; `nemo_lfr.codec.stream_ops` says what layers keep meanwhile. `lookahead` shortens that at a price: a frame is
-then computed as if the recording ended a little later.
+Results equal those of the whole recording for any chunk size. A frame is returned as soon as its lookahead is
+complete: 6 frames later when encoding and 13 when decoding with the released config, immediately if the network is
+causal. `nemo_lfr.codec.stream_ops` describes the state of the layers. A smaller `lookahead` reduces latency at some
+cost in quality: a frame is then computed as if the recording ended after its lookahead.
 
-A stream takes one push at a time; several threads may push to several streams. A push that raises leaves every one of
-its streams as it was.
+A stream accepts one push at a time; several threads may push to different streams. A push that raises an error leaves
+all of its streams unchanged.
 """
 
 import copy
@@ -22,7 +22,7 @@ from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
-from nemo_lfr.modules.altered import refuse_altered
+from nemo_lfr.modules.altered import check_unaltered
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize, to_audio
@@ -30,7 +30,7 @@ from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQ
 
 
 class StreamModules(Protocol):
-    """What streams compute with: a backend of PyTorch modules."""
+    """Modules and settings that streams need from a PyTorch backend."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class StreamModules(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the modules are."""
+        """Device of the modules."""
 
     @property
     def encoder(self) -> HiFiGANEncoder:
@@ -56,16 +56,16 @@ class StreamModules(Protocol):
         """Return a context in which modules run at the codec's precision."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context that keeps the caller's settings away."""
+        """Return a context that isolates the computation from the caller's settings."""
 
 
 class _Stream:
-    """What both directions share: frames in, results out, in order and once.
+    """Base class of streams in both directions.
 
     Args:
         codec: checks arguments and results; a codec serves any number of streams.
         modules: of the codec's backend.
-        lookahead: frames that a result may wait for; None for all that it depends on.
+        lookahead: frames of lookahead; None for all that a result depends on.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class _Stream:
         self.exact = self.delay_frames == context
         self._min_frames = min_frames
         self._items_in, self._items_out = items  # of a frame
-        self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items taken at a time
+        self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items processed at a time
         self._state: State = {}
         self._num_in = 0  # frames
-        self._num_computed = 0  # items of the output whose whole future was there
-        self._num_out = 0  # items of the output that were given out
+        self._num_computed = 0  # items of the output whose lookahead is complete
+        self._num_out = 0  # items of the output that were returned
         self._finished = False
-        self._goes_on = False  # more frames of this push are to come
+        self._has_more = False  # this push has more frames
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is a stream of its own that goes on from here."""
+        """Return the state for a copy, which is an independent stream from here on."""
         return self.__dict__ | {"_state": dict(self._state), "_in_use": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class _Stream:
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from a frame's last sample to its result, the time to compute it left out."""
+        """Milliseconds from a frame's last sample to its result, excluding the computation."""
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _check_open(self) -> None:
@@ -112,17 +112,23 @@ class _Stream:
 
 
 class StreamEncoder(_Stream):
-    """Audio of one recording in, tokens out. Made by `Codec.stream_encoder`."""
+    """Streaming encoder of one recording; see `Codec.stream_encoder`."""
 
     def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         encoder = modules.encoder
         items = codec.samples_per_frame, 1
         super().__init__(codec, modules, encoder.context.future, encoder.min_frames, items, lookahead)
-        self._rest = np.zeros(0, np.float32)  # samples of a frame that is not whole
+        self._rest = np.zeros(0, np.float32)  # samples of an incomplete frame
         self.num_samples = 0
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Take samples [n] at the codec's rate, floating point in [-1, 1] or int16, n >= 0; tokens [C, k] as int32.
+        """Push samples and return the tokens whose lookahead is complete.
+
+        Args:
+            samples: [n], n >= 0, at the codec's rate; floating point in [-1, 1], or int16.
+
+        Returns:
+            Tokens [C, k] as int32; k may be 0.
 
         Raises:
             AudioError: for another shape or type, or a NaN.
@@ -131,8 +137,11 @@ class StreamEncoder(_Stream):
         return push_encoders([self], [samples])[0]
 
     def flush(self) -> np.ndarray:
-        """The recording ends: the tokens [C, k] that are left. A partial frame is completed with silence."""
-        with _in_turn([self]):
+        """End the recording and return the remaining tokens [C, k].
+
+        A partial frame is zero-padded.
+        """
+        with _exclusive([self]):
             return self._flush()
 
     def _flush(self) -> np.ndarray:
@@ -145,11 +154,11 @@ class StreamEncoder(_Stream):
         self._num_in = total
         if not total:
             return np.zeros((self.codec.num_codebooks, 0), np.int32)
-        given = self._num_out
-        return _advance_encoders([self], [torch.from_numpy(audio)[None]], last=True)[0][:, : total - given]
+        num_out = self._num_out
+        return _advance_encoders([self], [torch.from_numpy(audio)[None]], last=True)[0][:, : total - num_out]
 
     def _check(self, samples: np.ndarray) -> np.ndarray:
-        """Samples [n] that can be taken."""
+        """Validate samples [n] and convert them to float32."""
         self._check_open()
         if np.ndim(samples) != 1:
             raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
@@ -158,11 +167,11 @@ class StreamEncoder(_Stream):
         return self.codec.check_audio(samples)[0][0].cpu().numpy()
 
     def _has_frame(self, num_samples: int) -> bool:
-        """Whether so many samples more complete a frame."""
+        """Return whether `num_samples` more samples complete a frame."""
         return len(self._rest) + num_samples >= self.codec.samples_per_frame
 
     def _take(self, audio: np.ndarray) -> torch.Tensor:
-        """The whole frames [1, k * samples_per_frame] that are there with these samples [n]."""
+        """Add samples [n] and return all whole frames, [1, k * samples_per_frame]."""
         self.num_samples += len(audio)
         audio = np.concatenate([self._rest, audio])
         whole = len(audio) // self.codec.samples_per_frame * self.codec.samples_per_frame
@@ -172,7 +181,7 @@ class StreamEncoder(_Stream):
 
 
 class StreamDecoder(_Stream):
-    """Tokens of one recording in, audio out. Made by `Codec.stream_decoder`."""
+    """Streaming decoder of one recording; see `Codec.stream_decoder`."""
 
     def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         decoder = modules.decoder
@@ -185,7 +194,13 @@ class StreamDecoder(_Stream):
         return self.codec.num_codebooks * len(self.codec.levels)
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Take tokens [C, k], k >= 0; audio [n] as float32, whole frames.
+        """Push tokens and return the audio whose lookahead is complete.
+
+        Args:
+            tokens: [C, k], k >= 0.
+
+        Returns:
+            Audio [n] as float32, whole frames; n may be 0.
 
         Raises:
             TokensError: for another shape or type, or a token outside the codebook.
@@ -194,16 +209,16 @@ class StreamDecoder(_Stream):
         return push_decoders([self], [tokens])[0]
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
-        """The recording ends: the audio [n] that is left.
+        """End the recording and return the remaining audio [n].
 
         Args:
-            num_samples: of the recording that was encoded, to which the audio is cut; whole frames if not given. A
-                causal decoder has given the last frame's samples already: cut them yourself.
+            num_samples: length of the original recording, to which the audio is trimmed; default: whole frames. A
+                causal decoder has already returned the last frame, which the caller has to trim.
 
         Raises:
-            TokensError: if the frames do not make so many samples.
+            TokensError: if `num_samples` does not match the number of frames.
         """
-        with _in_turn([self]):
+        with _exclusive([self]):
             return self._flush(num_samples)
 
     def _flush(self, num_samples: int | None) -> np.ndarray:
@@ -216,11 +231,11 @@ class StreamDecoder(_Stream):
             return np.zeros(0, np.float32)
         silence = torch.zeros(1, self._dim, max(0, self._min_frames - self._num_in), dtype=torch.float32)
         total = self._num_in * frame if num_samples is None else num_samples
-        given = self._num_out
-        return _advance_decoders([self], [silence], last=True)[0][: max(0, total - given)]
+        num_out = self._num_out
+        return _advance_decoders([self], [silence], last=True)[0][: max(0, total - num_out)]
 
     def _check(self, tokens: np.ndarray) -> torch.Tensor:
-        """Tokens [C, k] that can be taken."""
+        """Validate tokens [C, k] and convert them to int64."""
         self._check_open()
         if np.ndim(tokens) != 2:
             raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
@@ -230,14 +245,14 @@ class StreamDecoder(_Stream):
         return num_frames > 0
 
     def _take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Dequantized frames [1, D, k] of tokens [C, k]."""
+        """Dequantize tokens [C, k] to frames [1, D, k]."""
         self._num_in += tokens.shape[1]
         return self.modules.quantizer.decode(tokens[:, None])
 
 
 @contextmanager
-def _in_turn(streams: Sequence[_Stream]) -> Iterator[None]:
-    """Keep streams to this thread, and the caller's settings away; undo what was taken if something raises.
+def _exclusive(streams: Sequence[_Stream]) -> Iterator[None]:
+    """Reserve streams for this thread, and restore their state after an error.
 
     Raises:
         NemoLfrError: if another thread uses one of them.
@@ -263,25 +278,25 @@ def _in_turn(streams: Sequence[_Stream]) -> Iterator[None]:
 
 
 def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Push to many streams of one codec at once; those in one phase are computed as one batch.
+    """Push to many streams of one codec, batching those with equal state shapes.
 
     Args:
-        streams: each once.
+        streams: distinct streams.
         samples: for each stream, [n].
 
     Returns:
         For each stream, tokens [C, k]: those of `StreamEncoder.push`.
 
     Raises:
-        AudioError: as `StreamEncoder.push`, and no stream has taken anything.
-        NemoLfrError: for streams of several codecs, one that is there twice or in use by another thread, or another
-            number of pieces than of streams.
+        AudioError: as `StreamEncoder.push`; all streams are unchanged.
+        NemoLfrError: for streams of different codecs, a stream that is passed twice or in use by another thread, or a
+            different number of chunks than streams.
     """
     return _push(streams, samples, StreamEncoder, _advance_encoders)
 
 
 def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """As `push_encoders`: for each stream tokens [C, k] in and audio [n] out."""
+    """Push tokens [C, k] to each stream and return its audio [n]; see `push_encoders`."""
     return _push(streams, tokens, StreamDecoder, _advance_decoders)
 
 
@@ -300,8 +315,8 @@ def _push(
         raise NemoLfrError("one stream is there twice; join its pieces, or push them one after the other.")
     if not streams:
         return []
-    with _in_turn(streams):
-        return _take_turn(streams, inputs, advance)
+    with _exclusive(streams):
+        return _push_checked(streams, inputs, advance)
 
 
 def _listed(values: Any, what: str) -> list[Any]:
@@ -311,10 +326,10 @@ def _listed(values: Any, what: str) -> list[Any]:
         raise NemoLfrError(f"{what} are {shorten(type(values).__name__)}; pass a list of them.") from None
 
 
-def _take_turn(
+def _push_checked(
     streams: Sequence[Any], inputs: Sequence[Any], advance: Callable[..., list[np.ndarray]]
 ) -> list[np.ndarray]:
-    """Check all inputs, then take them, in pieces that need no more memory than a chunk of a recording."""
+    """Validate all inputs, then process them in pieces of bounded size."""
     checked = [stream._check(new) for stream, new in zip(streams, inputs, strict=True)]
     size = streams[0]._piece
     longest = max(new.shape[-1] for new in checked)
@@ -323,7 +338,7 @@ def _take_turn(
         taken = []
         for stream, new in zip(streams, checked, strict=True):
             taken.append(stream._take(new[..., at : at + size]))
-            stream._goes_on = stream._has_frame(new.shape[-1] - at - size)
+            stream._has_more = stream._has_frame(new.shape[-1] - at - size)
         results.append(advance(streams, taken))
     return [np.concatenate(pieces, axis=-1) for pieces in zip(*results, strict=True)]
 
@@ -331,7 +346,7 @@ def _take_turn(
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
     check_weights(modules.encoder, f"the encoder of {modules.name}")
-    refuse_altered(modules.encoder, f"the encoder of {modules.name}")
+    check_unaltered(modules.encoder, f"the encoder of {modules.name}")
 
     def step(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
         with modules.autocast():
@@ -344,7 +359,7 @@ def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
     check_weights(modules.decoder, f"the decoder of {modules.name}")
-    refuse_altered(modules.decoder, f"the decoder of {modules.name}")
+    check_unaltered(modules.decoder, f"the decoder of {modules.name}")
 
     def step(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
         decoder = modules.decoder
@@ -362,16 +377,16 @@ def _advance(
     step: Step,
     check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
-    """Bring every stream forward by its input; what comes out of each, from the first item that was not given out."""
+    """Advance every stream by its input, and return the new items of each."""
     results = run_batched([stream._state for stream in streams], inputs, last, step)
     computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
     early = [
         number
         for number, stream in enumerate(streams)
-        if not (stream.exact or last or stream._goes_on) and inputs[number].numel()
+        if not (stream.exact or last or stream._has_more) and inputs[number].numel()
     ]
     if early:
-        # As if the recordings ended here: of that, the frames that are due.
+        # With a shorter lookahead, compute the frames that are due as if the recordings ended here.
         states = [copy.copy(streams[number]._state) for number in early]
         ends = []
         for number in early:
@@ -379,11 +394,13 @@ def _advance(
             ends.append(inputs[number].new_zeros(*inputs[number].shape[:-1], missing))
         for number, rest in zip(early, run_batched(states, ends, True, step), strict=True):
             results[number] = torch.cat([results[number], rest], dim=-1)
-    given = []
+    returned = []
     for stream, result, whole in zip(streams, results, computed, strict=True):
-        due = whole if stream.exact or stream._goes_on else (stream._num_in - stream.delay_frames) * stream._items_out
+        due = whole if stream.exact or stream._has_more else (stream._num_in - stream.delay_frames) * stream._items_out
         stop = max(whole, due, stream._num_out)
-        given.append(result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy())
+        returned.append(
+            result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy()
+        )
         stream._num_computed, stream._num_out = whole, stop
-        check(given[-1][None])
-    return given
+        check(returned[-1][None])
+    return returned

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nemo_lfr.codec.arrays import Kind
-from nemo_lfr.codec.tracing import refuse_wrapper
+from nemo_lfr.codec.tracing import check_plain_tensor
 from nemo_lfr.errors import NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
         raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({shorten(what)}).") from None
-    refuse_wrapper(tensor, name, error)
+    check_plain_tensor(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
     return tensor
@@ -97,7 +97,7 @@ def guard_after_fork() -> None:
     if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         logger.warning(
-            "this process was forked from one that had computed, so that PyTorch has one thread here; "
-            "start processes by 'spawn' to have all of them."
+            "this process was forked from one that used the codec, so PyTorch is limited to one thread here; "
+            "start processes with 'spawn' to use all threads."
         )
     _computed_in = os.getpid()

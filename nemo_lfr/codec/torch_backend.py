@@ -1,4 +1,4 @@
-"""The codec's networks in PyTorch, on a CPU or a GPU."""
+"""PyTorch backend, for CPU and GPU."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,14 +17,14 @@ from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights
 from nemo_lfr.codec.lazy_module import LazyModule
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 from nemo_lfr.codec.torch_arrays import TorchArrays, guard_after_fork
-from nemo_lfr.codec.tracing import refuse_tracing
+from nemo_lfr.codec.tracing import check_not_tracing
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.altered import is_altered, run_decoder, run_encoder
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.modules.weights import one_look, weights_version
+from nemo_lfr.modules.weights import checksum_once, weights_version
 from nemo_lfr.spec import CodecSpec
 
 if TYPE_CHECKING:
@@ -35,25 +35,25 @@ Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BATCHING = {
-    # oneDNN compiles kernels for every shape that it meets, which takes a third as long as to encode a sentence.
+    # oneDNN compiles kernels for every new shape, which takes a third of the time to encode a sentence.
     "cpu": Batching(pad_multiple=8),
-    # Long windows and large batches in few shapes: each shape costs a graph or cuDNN's search for a kernel.
+    # Long windows, large batches and few shapes: each shape costs a CUDA graph or a kernel search of cuDNN.
     "cuda": Batching(chunk_frames=512, batch_frames=4096, pad_multiple=16, mix_widths=True),
 }
 
 
 class TorchBackend:
-    """Encoder, quantizer and decoder as PyTorch modules.
+    """Backend of an encoder, a quantizer and a decoder in PyTorch.
 
     Args:
         encoder: audio -> encoded frames.
         quantizer: encoded frames <-> tokens.
         decoder: dequantized frames -> audio.
         sample_rate: Hz.
-        precision: "fp32", the reference tokens, without TF32 whatever PyTorch is set to; "tf32" lets a GPU's
-            convolutions drop 13 of 23 bits, as stock NeMo with PyTorch's defaults does (elsewhere it is "fp32");
-            "bf16" or "fp16" run the convolutions at that precision and change a few tokens in a hundred. FSQ is
-            fp32 always.
+        precision: "fp32" gives the reference tokens, without TF32, whatever PyTorch's settings are; "tf32" drops 13
+            of 23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does (elsewhere it is
+            "fp32"); "bf16" or "fp16" run the convolutions at that precision and change a few percent of the tokens.
+            FSQ always runs in fp32.
         name: where the weights came from, for messages.
 
     Raises:
@@ -88,10 +88,10 @@ class TorchBackend:
     def from_checkpoint(
         cls, path: Path, device: torch.device, *, precision: str = "fp32", name: str | None = None
     ) -> "TorchBackend":
-        """Open a checkpoint, whose keys and shapes are checked at once.
+        """Open a checkpoint and validate its keys and shapes.
 
-        The weights of the encoder and of the decoder are read when each is first needed, and raise CheckpointError
-        then if they are damaged.
+        The weights of the encoder and of the decoder are loaded on first use, which raises CheckpointError if they
+        are damaged.
 
         Args:
             path: `.nemo`, Lightning's `.ckpt` or the folder of an unpacked `.nemo`.
@@ -126,12 +126,12 @@ class TorchBackend:
         return self._decoder.get()
 
     def load(self, direction: Direction) -> None:
-        """Read the weights of the encoder or of the decoder."""
+        """Load the weights of the encoder or of the decoder."""
         (self._encoder if direction == "encode" else self._decoder).get()
 
     @property
     def device(self) -> torch.device:
-        """Where the modules are, or will be once they are read."""
+        """Device of the modules, also before their weights are loaded."""
         return self._decoder.device
 
     @property
@@ -141,19 +141,17 @@ class TorchBackend:
 
     @property
     def batching(self) -> Batching:
-        """What suits the device."""
+        """Window and batch sizes that suit the device."""
         return BATCHING.get(self.device.type, Batching())
 
-    # What made the tokens.
-
     def fingerprints(self) -> tuple[str, str]:
-        """Return the fingerprint of weights and settings, and the older kind, of the weights alone."""
+        """Return the fingerprint of weights and settings, and the older one of the weights alone."""
         digest = self._weights_digest()
         settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
         return fingerprint(digest, settings), digest[:LENGTH]
 
     def _weights_digest(self) -> str:
-        """Return the SHA-256 of all weights, computed again when they change."""
+        """Return the SHA-256 of all weights, recomputed when they change."""
         with self.computing():
             modules: tuple[LazyModule[Any], ...] = (self._encoder, self._decoder)
             in_memory = [lazy.module for lazy in modules if lazy.is_read]
@@ -163,14 +161,12 @@ class TorchBackend:
                 self._digest = version, weights_digest(weights)
             return self._digest[1]
 
-    # Computing.
-
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Keep the caller's settings of PyTorch from the computation, and refuse its tracers."""
+        """Isolate the computation from the caller's PyTorch settings, and reject tracers."""
         guard_after_fork()
-        refuse_tracing()
-        with reference_state(self.device), one_look():
+        check_not_tracing()
+        with reference_state(self.device), checksum_once():
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:

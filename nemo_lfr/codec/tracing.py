@@ -1,8 +1,7 @@
-"""What PyTorch runs a function through to look at it, or to transform it: the codec's arithmetic is not for that.
+"""Errors for tracers and transforms of PyTorch, which cannot run the codec.
 
-The codec reads values (lengths, peaks, whether weights have changed) and chooses by them. So `torch.compile` gets a
-break in its graph where the codec is called (`nemo_lfr.codec.compiling`), and whatever has no values to read is
-refused in words.
+The codec branches on values: lengths, peaks, whether weights have changed. `torch.compile` therefore breaks its graph
+at each call of the codec (`nemo_lfr.codec.compiling`), and tracers whose tensors have no values get an error.
 """
 
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from nemo_lfr.errors import NemoLfrError
 
+_JIT: Any = torch.jit
 _MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
 _NO_VALUES = tuple(
     (getattr(_MODES, key), what)
@@ -23,30 +23,30 @@ _NO_VALUES = tuple(
 )
 
 
-def refuse_tracing() -> None:
-    """Raise where this thread's tensors have no values.
+def check_not_tracing() -> None:
+    """Raise an error if tensors have no values in this thread.
 
     Raises:
         NemoLfrError: within a transform of `torch.func`, or while a graph is recorded.
     """
     what = "a transform of torch.func (vmap, grad, jvp ...)" if torch._C._functorch.maybe_current_level() else None
-    if torch.jit.is_tracing():
+    if _JIT.is_tracing():
         what = "torch.jit.trace"
     for key, mode in _NO_VALUES:
         if torch._C._get_dispatch_mode(key) is not None:
             what = mode
     if what:
         raise NemoLfrError(
-            f"the codec was called within {what}; it reads the values of its inputs, which are not there. Call it "
-            "before, and pass its results in; nemo-lfr export onnx makes graphs of it."
+            f"the codec was called within {what}; it reads the values of its inputs, which are not available "
+            "there. Call it outside and pass its results in; nemo-lfr export onnx exports it as a graph."
         )
 
 
-def refuse_wrapper(tensor: torch.Tensor, name: str, error: type[NemoLfrError]) -> None:
-    """Raise for a tensor that holds its values elsewhere, such as a DTensor, MaskedTensor or FakeTensor.
+def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError]) -> None:
+    """Raise an error for a wrapper, such as a DTensor, MaskedTensor or FakeTensor.
 
     Raises:
-        NemoLfrError: of the type given.
+        NemoLfrError: of the type `error`.
     """
     kind = type(tensor)
     is_wrapper = getattr(kind, "__torch_dispatch__", None) is not getattr(torch.Tensor, "__torch_dispatch__", None)

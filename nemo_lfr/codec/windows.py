@@ -1,4 +1,4 @@
-"""Recordings cut into windows, and windows stacked into batches."""
+"""Cutting of recordings into windows, and stacking of windows into batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ from nemo_lfr.frames import Context, Window, num_frames, plan_windows
 
 
 class PlacedWindow(NamedTuple):
-    """A window of one recording of a batch."""
+    """Window of one recording of a batch."""
 
     row: int
     window: Window
 
 
 class Batch(NamedTuple):
-    """Windows that are computed together.
+    """Batch of windows that are computed together.
 
     Attributes:
         places: row and window of each example.
@@ -35,12 +35,12 @@ class Batch(NamedTuple):
 
 
 class Cutter(NamedTuple):
-    """Cuts rows of items into windows and stacks them.
+    """Cutter of rows of items into batches of windows.
 
     Attributes:
         arrays: library of the rows.
         limits: of the encoder or decoder that computes the windows.
-        batching: what suits the device.
+        batching: window and batch sizes.
         chunk_frames: frames of one window of a long recording, without its context.
         items_per_frame: samples or tokens of one frame along the last axis of a row.
         dtype: of the rows.
@@ -54,12 +54,12 @@ class Cutter(NamedTuple):
     dtype: type[np.generic]
 
     def width(self, frames: int) -> int:
-        """Return the frames of memory that a window is computed in."""
+        """Return the padded width of a window, in frames."""
         multiple = self.batching.pad_multiple
         return -(-max(frames, self.limits.min_frames) // multiple) * multiple
 
     def batches(self, rows: Any, lengths: Sequence[int], totals: Sequence[int]) -> Iterator[Batch]:
-        """Cut every row into windows and stack those of one width, zero-padded to whole and enough frames.
+        """Cut every row into windows, and stack windows of equal padded width.
 
         Args:
             rows: array [B, ..., items].
@@ -71,7 +71,7 @@ class Cutter(NamedTuple):
             for window in plan_windows(total, self.chunk_frames, self.limits.context):
                 by_width.setdefault(self.width(window.num_frames), []).append(PlacedWindow(row, window))
         for width, places in group_widths(by_width, self.batching.mix_widths):
-            # Batches of 1, 2, 4 ... examples: few shapes, for which kernels are at hand.
+            # Batches of 1, 2, 4 ... examples: few shapes, so that kernels are reused.
             while places:
                 count = min(len(places), max(1, self.batching.batch_frames // width))
                 count = 1 << (count.bit_length() - 1)
@@ -90,11 +90,11 @@ class Cutter(NamedTuple):
 
 
 def group_widths(by_width: dict[int, list[Any]], mix: bool) -> Iterable[tuple[int, list[Any]]]:
-    """Return windows that may share a batch, with the width of the widest.
+    """Group windows that may share a batch, with the width of the widest.
 
     Args:
         by_width: windows of each width.
-        mix: windows of similar widths may share a batch, the widest first: a GPU wants few and large batches.
+        mix: let windows of similar widths share a batch, widest first, as a GPU is faster with few, large batches.
     """
     if not mix:
         return by_width.items()
@@ -114,7 +114,7 @@ def place_windows(
     items_per_frame: int = 1,
     limits: Sequence[int] | None = None,
 ) -> None:
-    """Write the exact frames of each window to their place in `out` [B, ..., items], cut at the row's limit."""
+    """Copy the exact frames of each window to `out` [B, ..., items], up to the row's limit."""
     for (row, window), result in zip(places, results, strict=True):
         start, stop = (edge * items_per_frame for edge in (window.keep_start, window.keep_stop))
         if limits is not None:
@@ -126,7 +126,7 @@ def place_windows(
 def rolling_windows(
     blocks: Iterable[np.ndarray], items_per_frame: int, chunk: int, context: Context
 ) -> Iterator[tuple[np.ndarray, Window]]:
-    """Plan windows as `frames.plan_windows` over a recording whose end is not known yet.
+    """Yield the windows of `frames.plan_windows` for a recording of unknown length.
 
     Args:
         blocks: consecutive items [..., any].
@@ -135,7 +135,7 @@ def rolling_windows(
         context: of the network.
 
     Yields:
-        Items of a window, as they come in, and the window.
+        The items of each window, and the window.
     """
     held: list[np.ndarray] = []  # items from frame `first` on
     num_held, first, done = 0, 0, 0
@@ -150,7 +150,7 @@ def rolling_windows(
             continue
         held.append(block)
         num_held += block.shape[-1]
-        # A window is ready once something is known to come after its context.
+        # A window is ready once at least one item follows its context.
         while num_held > (done + chunk + context.future - first) * items_per_frame:
             window = Window(first, done + chunk + context.future, done, done + chunk)
             yield take(window), window

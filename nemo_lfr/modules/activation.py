@@ -7,13 +7,17 @@ from nemo_lfr.errors import ConfigError
 
 
 class Snake(nn.Module):
-    """x + sin(alpha x)^2 / alpha with one learned alpha per channel (Ziyin et al., arXiv 2006.08195)."""
+    """Snake activation, x + sin(alpha x)^2 / alpha (Ziyin et al., arXiv 2006.08195).
+
+    Each channel has its own learned alpha.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, channels, 1, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the activation to [B, H, T]."""
         # 1e-9 is NeMo's guard against alpha = 0.
         return hidden + torch.sin(self.alpha * hidden).square() / (self.alpha + 1e-9)
 
@@ -27,6 +31,7 @@ class HalfSnake(nn.Module):
         self.lrelu = nn.LeakyReLU()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the activation to [B, H, T]."""
         periodic, linear = hidden.tensor_split([hidden.shape[1] // 2], dim=1)
         return torch.cat([self.snake_act(periodic), self.lrelu(linear)], dim=1)
 
@@ -35,11 +40,16 @@ class Clamp(nn.Module):
     """Limit to [-1, 1]."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Clamp every value."""
         return hidden.clamp(-1.0, 1.0)
 
 
 class CodecActivation(nn.Module):
-    """The activation named in a config: "lrelu", "elu", "snake" or "half_snake"."""
+    """Activation by its config name: "lrelu", "elu", "snake" or "half_snake".
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
 
     def __init__(self, name: str, channels: int) -> None:
         super().__init__()
@@ -57,11 +67,20 @@ class CodecActivation(nn.Module):
                 raise ConfigError(f"activation {name!r} is unknown; use 'lrelu', 'elu', 'snake' or 'half_snake'.")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.activation(hidden)
+        """Apply the activation to [B, H, T]."""
+        result: torch.Tensor = self.activation(hidden)
+        return result
 
 
 def output_activation(name: str) -> nn.Module:
-    """The last step of a decoder: "tanh" or "clamp"; both give audio in [-1, 1]."""
+    """Build the output activation of a decoder, which limits audio to [-1, 1].
+
+    Args:
+        name: "tanh" or "clamp".
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
     match name:
         case "tanh":
             return nn.Tanh()

@@ -1,8 +1,8 @@
-"""Encoders and decoders whose computation a caller has changed: by hooks, or by other modules in the place of ours.
+"""Detection of networks that a caller has changed with hooks or replaced layers.
 
-The forms that inference derives from the weights compute without the modules. A hook that reads or changes what a
-layer gives would not run, and weights that are computed before each call, as `torch.nn.utils.prune` and the older
-`weight_norm` and `spectral_norm` do, would never be computed again. Such a part runs as its modules stand.
+The derived forms used for inference (packed weights, CUDA plans) bypass the modules. Forward hooks would not run, and
+weights that are recomputed before each call, as with `torch.nn.utils.prune` and the older `weight_norm` and
+`spectral_norm`, would never be updated. Changed networks therefore run through their modules.
 """
 
 import torch
@@ -13,15 +13,15 @@ from nemo_lfr.modules.activation import CodecActivation
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling a layer does more than the arithmetic of `kind` on its weights."""
+    """Return whether a layer has hooks, or a `forward` other than that of `kind`."""
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
     return "forward" in layer.__dict__ or type(layer).forward is not kind.forward
 
 
-def is_altered(part: nn.Module) -> bool:
-    """Return whether an encoder or a decoder computes something else than its weights and settings say."""
-    for module in part.modules():
+def is_altered(network: nn.Module) -> bool:
+    """Return whether a network has hooks, patched methods or replaced layers."""
+    for module in network.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             return True
         for name, child in module._modules.items():
@@ -29,7 +29,7 @@ def is_altered(part: nn.Module) -> bool:
                 return True
             if name.endswith("_activation") and name != "out_activation" and not isinstance(child, CodecActivation):
                 return True
-    activations = getattr(part, "activations", ())
+    activations = getattr(network, "activations", ())
     return not all(isinstance(activation, CodecActivation) for activation in activations)
 
 
@@ -37,13 +37,13 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
     return nn.ConvTranspose1d if isinstance(layer, nn.ConvTranspose1d) else nn.Conv1d
 
 
-def refuse_altered(part: nn.Module, name: str) -> None:
-    """Raise if a part is altered, where only its derived forms can compute.
+def check_unaltered(network: nn.Module, name: str) -> None:
+    """Raise an error if a network is altered, where its modules are not called.
 
     Raises:
-        NemoLfrError: saying what can be called instead.
+        NemoLfrError: if the network is altered.
     """
-    if is_altered(part):
+    if is_altered(network):
         raise NemoLfrError(
             f"{name} has forward hooks or modules of another kind, which a stream does not call; remove them, or use "
             "encode and decode."
@@ -51,7 +51,7 @@ def refuse_altered(part: nn.Module, name: str) -> None:
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-    """Call an encoder for each clip of a batch [B, T_audio]; returns encoded frames [B, D, width]."""
+    """Encode each clip of a batch [B, T_audio] separately; return frames [B, D, width]."""
     frame = audio.shape[1] // width
     results = []
     for clip, count in zip(audio, num_frames, strict=True):
@@ -61,7 +61,7 @@ def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], 
 
 
 def run_decoder(decoder: nn.Module, inputs: torch.Tensor, num_frames: list[int], frame: int) -> torch.Tensor:
-    """Call a decoder for each utterance of a batch [B, D, T]; returns audio [B, T * frame]."""
+    """Decode each utterance of a batch [B, D, T] separately; return audio [B, T * frame]."""
     results = []
     for codes, count in zip(inputs, num_frames, strict=True):
         length = torch.tensor([count], device=inputs.device)

@@ -1,4 +1,4 @@
-"""How far a network sees, found by the same walk that computes it: context and shortest signal."""
+"""Receptive field and shortest input of a network, computed by the same walk as its output."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 @dataclass(frozen=True)
 class Field:
-    """What a signal depends on in the network's input, and how long that input has to be.
+    """Receptive field of a signal in the network's input, and the shortest valid input.
 
     Item t depends on the inputs from floor((t * stride - past) / split) to floor((t * stride + future) / split).
 
     Attributes:
         stride: inputs for each item; more than 1 after down-sampling.
         split: items for each input; more than 1 after up-sampling.
-        past: see above.
-        future: see above.
-        shortest: fewest inputs from which every layer can take its padding.
+        past: inputs before the current one, times `split`.
+        future: inputs after the current one, times `split`.
+        shortest: fewest inputs that are long enough for the padding of every layer.
     """
 
     stride: int = 1
@@ -31,7 +31,7 @@ class Field:
 
 
 class ContextOps:
-    """Operations that compute no signal, but what it depends on."""
+    """Operations that compute the receptive field of a signal instead of its values."""
 
     def conv(self, layer: Conv1d, signal: Field, activation: CodecActivation | None = None) -> Field:
         """Widen the field by the layer's span."""
@@ -45,7 +45,7 @@ class ContextOps:
         )
 
     def upsample(self, layer: ConvTranspose1d, signal: Field, activation: CodecActivation) -> Field:
-        """Split the field's items: output t sees inputs (t + first_sample) // stride and the one before."""
+        """Split the items: output t depends on input (t + first_sample) // stride and the one before."""
         assert signal.stride == 1
         stride, shift = layer.stride, layer.first_sample
         return replace(
@@ -72,6 +72,6 @@ class ContextOps:
 
 
 def residual_context(layer: ResidualLayer) -> tuple[int, int]:
-    """Items before and after that one output of a residual layer depends on."""
+    """Return the items before and after that an output of a residual layer depends on."""
     field = ContextOps().residual(layer, Field())
     return field.past, field.future

@@ -1,4 +1,4 @@
-"""Dequantized [B, D, T_encoded] -> wave [B, T_audio]: the HiFi-GAN generator."""
+"""HiFi-GAN decoder: dequantized frames [B, D, T_encoded] -> audio [B, T_audio]."""
 
 import functools
 import math
@@ -20,9 +20,9 @@ from nemo_lfr.modules.residual import ResidualLayer
 
 
 class HiFiGANDecoder(NeuralModule):
-    """Decoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
+    """HiFi-GAN decoder with the parameters and state-dict keys of NeMo's class.
 
-    With `causal=True` it is NeMo's `CausalHiFiGANDecoder` (NanoCodec).
+    With `causal=True` it corresponds to NeMo's `CausalHiFiGANDecoder` (NanoCodec).
 
     Args:
         input_dim: D, dimensions of a dequantized frame.
@@ -34,8 +34,8 @@ class HiFiGANDecoder(NeuralModule):
         resblock_dilation_sizes: residual blocks of each branch.
         activation: "lrelu", "elu", "snake" or "half_snake".
         output_activation: "tanh" or "clamp".
-        pad_mode: "reflect", "zeros" or "replicate"; causal convolutions pad with zeros whatever it says, as in NeMo.
-        n_groups_equal_to_out_channels: each transposed convolution sums two channels into one (NanoCodec's).
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions, which pad with zeros, as in NeMo.
+        n_groups_equal_to_out_channels: each transposed convolution has one group per output channel (NanoCodec).
         causal: no convolution looks ahead.
         weight_norm: False builds plain weights, for inference.
 
@@ -114,9 +114,9 @@ class HiFiGANDecoder(NeuralModule):
         return [UpStage._make(stage) for stage in layers]
 
     def run(self, ops: Ops[Signal], dequantized: Signal) -> Signal:
-        """Compute what the output activation makes audio of with the operations of a backend.
+        """Compute the input of the output activation with the operations of a backend.
 
-        A subclass may put the network together in another way.
+        A subclass with another topology overrides this method.
         """
         return decode(self, ops, dequantized)
 
@@ -126,7 +126,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Frames on each side that a frame's samples depend on: 13 and 13 for the released config."""
+        """Frames on each side that an output frame depends on: 13 and 13 for the released config."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),
@@ -134,27 +134,34 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def min_frames(self) -> int:
-        """Fewest frames whose edges can be reflected: 4 for the released config. Shorter input ends in zeros."""
+        """Shortest valid input, in frames: 4 for the released config. Shorter input is zero-padded."""
         return self._field.shortest
 
     def decode_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Clips of one length: [B, D, T] -> [B, T * samples_per_frame], T >= `min_frames`."""
+        """Decode clips of equal length.
+
+        Args:
+            inputs: dequantized frames [B, D, T], T >= `min_frames`.
+
+        Returns:
+            Audio [B, T * samples_per_frame].
+        """
         audio: torch.Tensor = self.out_activation(self.hidden_frames(inputs))
         return audio.squeeze(1)
 
     def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
+        """Compute the input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
         return self.run(ModuleOps(), inputs)
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode each clip as if it were alone.
+        """Decode each clip independently of the others.
 
         Args:
-            inputs: dequantized frames [B, D, T_encoded]; what lies after a clip's length is ignored.
+            inputs: dequantized frames [B, D, T_encoded]; values after a clip's length are ignored.
             input_len: frames of each clip, [B].
 
         Returns:
-            Audio [B, T_audio] in [-1, 1], zero after a clip's end, and its samples per clip [B]: whole frames.
+            Audio [B, T_audio] in [-1, 1], zero after a clip's end, and the samples of each clip [B]: whole frames.
         """
         frames = input_len.tolist()
         samples = [length * self.samples_per_frame for length in frames]

@@ -1,4 +1,4 @@
-"""Wave [B, T_audio] -> encoded [B, D, T_encoded]: a HiFi-GAN generator turned round."""
+"""HiFi-GAN encoder: audio [B, T_audio] -> encoded frames [B, D, T_encoded]."""
 
 import functools
 import math
@@ -19,20 +19,20 @@ from nemo_lfr.modules.residual import ResidualLayer
 
 
 class HiFiGANEncoder(NeuralModule):
-    """Encoder of the HiFi-GAN codecs; parameters and state-dict keys as NeMo's class of this name.
+    """HiFi-GAN encoder with the parameters and state-dict keys of NeMo's class.
 
-    With `causal=True` it is NeMo's `CausalHiFiGANEncoder`.
+    With `causal=True` it corresponds to NeMo's `CausalHiFiGANEncoder`.
 
     Args:
         encoded_dim: D, dimensions of an encoded frame.
         down_sample_rates: stride of each stage; their product is the samples per frame.
-        base_channels: channels at the audio's rate; each stage doubles them.
+        base_channels: channels at the sample rate; each stage doubles them.
         in_kernel_size: kernel of the first convolution.
         out_kernel_size: kernel of the last convolution.
         resblock_kernel_sizes: one residual branch per size.
         resblock_dilation_sizes: residual blocks of each branch.
         activation: "lrelu", "elu", "snake" or "half_snake".
-        pad_mode: "reflect", "zeros" or "replicate"; causal convolutions pad with zeros whatever it says, as in NeMo.
+        pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions, which pad with zeros, as in NeMo.
         causal: no convolution looks ahead.
         weight_norm: False builds plain weights, for inference.
 
@@ -105,7 +105,10 @@ class HiFiGANEncoder(NeuralModule):
         return [DownStage._make(stage) for stage in layers]
 
     def run(self, ops: Ops[Signal], audio: Signal) -> Signal:
-        """Compute the network with the operations of a backend; a subclass may put it together in another way."""
+        """Compute the network with the operations of a backend.
+
+        A subclass with another topology overrides this method.
+        """
         return encode(self, ops, audio)
 
     @functools.cached_property
@@ -115,26 +118,34 @@ class HiFiGANEncoder(NeuralModule):
     @property
     def context(self) -> Context:
         """Frames on each side that one encoded frame depends on: 6 and 6 for the released config."""
-        # A frame sees samples from its own first one less `past` to that one and `future` more.
+        # A frame depends on the samples from `past` before its first sample to `future` after it.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
 
     @property
     def min_frames(self) -> int:
-        """Fewest frames whose edges can be reflected: 4 for the released config. Shorter audio ends in silence."""
+        """Shortest valid input, in frames: 4 for the released config. Shorter audio is zero-padded."""
         return num_frames(self._field.shortest, self.samples_per_frame)
 
     def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
-        """Whole frames of clips of one length: [B, T * samples_per_frame] -> [B, D, T], T >= `min_frames`."""
+        """Encode whole frames of clips of equal length.
+
+        Args:
+            audio: [B, T * samples_per_frame], T >= `min_frames`.
+
+        Returns:
+            Encoded frames [B, D, T].
+        """
         return self.run(ModuleOps(), audio.unsqueeze(1))
 
     def forward(self, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode each clip as if it were alone.
+        """Encode each clip independently of the others.
 
-        A clip's last frame is completed with zeros; clips under `min_frames` are too, and give their own frames.
+        The last frame of a clip is zero-padded. Clips shorter than `min_frames` are zero-padded to that length, and
+        only their own frames are returned.
 
         Args:
-            audio: [B, T_audio]; what lies after a clip's length is ignored.
+            audio: [B, T_audio]; samples after a clip's length are ignored.
             audio_len: samples of each clip, [B].
 
         Returns:

@@ -1,11 +1,11 @@
-"""How the encoder and the decoder are put together, written once for every backend.
+"""Topology of the encoder and the decoder, written once for every backend.
 
-`encode` and `decode` are the only code that knows the order of the layers. What a layer computes is left to `Ops`, of
-which every backend brings its own: training and export run the modules (`ModuleOps`), a CPU its packed weights, CUDA a
-recorded plan, a stream layers that keep their state between pushes. `ContextOps` computes how far a frame sees.
+`encode` and `decode` are the only code that knows the order of the layers. Each backend implements `Ops`, which
+compute the layers: training and export run the modules (`ModuleOps`), the CPU uses packed weights, CUDA records a
+plan, and streams use layers that keep state between pushes. `ContextOps` computes the receptive field.
 
 A new kind of stage is a class in this folder and a change here, or a subclass of the encoder or the decoder that
-overrides `run`. As long as it is made of the three operations below, no backend needs to know of it.
+overrides `run`. If it consists of the three operations below, it runs on every backend without other changes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.residual import ResidualLayer
 
-# What flows from one operation to the next: for modules a tensor [B, H, T], for other backends a type of their own.
+# Values passed between operations: tensors [B, H, T] for modules, a type of its own for other backends.
 Signal = TypeVar("Signal")
 
 
@@ -58,7 +58,8 @@ class EncoderLayers(Protocol):
     post_conv: Conv1d
 
     @property
-    def stages(self) -> Sequence[DownStage]: ...
+    def stages(self) -> Sequence[DownStage]:
+        """Stages in order."""
 
 
 class DecoderLayers(Protocol):
@@ -69,11 +70,12 @@ class DecoderLayers(Protocol):
     post_conv: Conv1d
 
     @property
-    def stages(self) -> Sequence[UpStage]: ...
+    def stages(self) -> Sequence[UpStage]:
+        """Stages in order."""
 
 
 def encode(encoder: EncoderLayers, ops: Ops[Signal], audio: Signal) -> Signal:
-    """Compute encoded frames [B, D, T_encoded] of audio [B, 1, T_audio] with the operations of a backend."""
+    """Encode audio [B, 1, T_audio] to frames [B, D, T_encoded] with the operations of a backend."""
     hidden = ops.conv(encoder.pre_conv, audio)
     for stage in encoder.stages:
         hidden = ops.conv(stage.down, ops.residual(stage.residual, hidden), stage.activation)
@@ -81,7 +83,7 @@ def encode(encoder: EncoderLayers, ops: Ops[Signal], audio: Signal) -> Signal:
 
 
 def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Signal:
-    """Compute what the output activation makes audio of, [B, 1, T_audio], from frames [B, D, T_encoded]."""
+    """Decode frames [B, D, T_encoded] to the input of the output activation, [B, 1, T_audio]."""
     hidden = ops.conv(decoder.pre_conv, dequantized)
     for stage in decoder.stages:
         hidden = ops.residual(stage.residual, ops.upsample(stage.up, hidden, stage.activation))
@@ -89,7 +91,7 @@ def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Sig
 
 
 class ModuleOps:
-    """The modules themselves, for training and export: signals are tensors [B, H, T]."""
+    """Operations that call the modules, for training and export. Signals are [B, H, T]."""
 
     def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
         """Return `layer(activation(signal))`."""

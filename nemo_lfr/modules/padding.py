@@ -1,7 +1,7 @@
-"""Padding at the edges of a signal: its mirror ("reflect"), zeros ("constant") or its last value ("replicate").
+"""Padding at the edges of a signal: "reflect", zeros ("constant") or "replicate".
 
-`pad_signal` pads a signal that fills its memory. `fill_padding` writes the same values into memory in which every
-example of a batch has an end of its own. Triton's kernels, which copy nothing, find them by index.
+`pad_signal` pads a dense batch. `fill_padding` writes the same values into a batch whose examples have different
+lengths. The Triton kernels compute padding by index instead, without a copy.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# PyTorch's name of each padding that a config may ask for. "circular" would join the two ends of a recording.
+# Config names of padding modes, and PyTorch's. "circular" would join the two ends of a recording.
 PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"}
 
 
 def pad_signal(hidden: torch.Tensor, pad: tuple[int, int], mode: str) -> torch.Tensor:
-    """Return [B, H, before + T + after] of a signal [B, H, T]."""
+    """Pad a signal [B, H, T] to [B, H, before + T + after]."""
     if torch.compiler.is_exporting():
         return F.pad(hidden, pad, mode=mode)
     return F.pad(hidden.unsqueeze(2), (*pad, 0, 0), mode=mode).squeeze(2)
@@ -26,11 +26,11 @@ def fill_padding(
     """Write the padding before the first and after the last item of each example.
 
     Args:
-        padded: [B, H, before + T + after], whose inner items are there already; changed in place.
+        padded: [B, H, before + T + after] with the inner items filled in; changed in place.
         pad: items before and after.
         mode: "reflect", "constant" or "replicate".
-        ends: items of each example [B], at most T; T if None. Numbers are faster on a CPU; with a tensor on the same
-            device, a captured graph serves all lengths. What follows an example's padding stays as it is.
+        ends: items of each example [B], at most T; T if None. A list is faster on a CPU. With a tensor on the
+            same device, a captured graph works for all lengths. Items after an example's padding are not changed.
     """
     before, after = pad
     rows = padded.transpose(1, 2)  # [B, before + T + after, H]
@@ -47,21 +47,21 @@ def fill_padding(
 
 
 def _before(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
-    """Return what stands before the first item of [B, T, H]: [B, count or 1, H]."""
+    """Return the padding before the first item of [B, T, H]: [B, count or 1, H]."""
     if mode == "constant":
         return inner.new_zeros(1, 1, 1)
     return inner[:, :1] if mode == "replicate" else inner[:, 1 : count + 1].flip(1)
 
 
 def _after(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
-    """Return what follows the last item of [B, T, H]: [B, count or 1, H]."""
+    """Return the padding after the last item of [B, T, H]: [B, count or 1, H]."""
     if mode == "constant":
         return inner.new_zeros(1, 1, 1)
     return inner[:, -1:] if mode == "replicate" else inner[:, -1 - count : -1].flip(1)
 
 
 def _fill_after(rows: torch.Tensor, before: int, after: int, mode: str, ends: torch.Tensor) -> None:
-    """Write the `after` items that follow each example of [B, before + T + after, H]."""
+    """Write `after` items of padding after each example of [B, before + T + after, H]."""
     example = torch.arange(rows.shape[0], device=rows.device)[:, None]
     beyond = torch.arange(after, device=rows.device)
     last = before + ends[:, None] - 1

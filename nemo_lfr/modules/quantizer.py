@@ -1,8 +1,8 @@
-"""Encoded -> codes -> tokens, and back: finite scalar quantization (Mentzer et al., arXiv 2309.15505).
+"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505): encoded <-> codes <-> tokens.
 
-Each dimension is squashed to an odd or even number of levels and rounded; the levels of a group of dimensions, read
-as a mixed-radix number with the first dimension as the lowest digit, are one token. The arithmetic and the state-dict
-keys are those of NeMo's classes of the same names; it always runs in fp32, because tokens depend on it.
+Each dimension is squashed to an odd or even number of levels and rounded. A token is the mixed-radix number of the
+levels of a group of dimensions, with the first dimension as the lowest digit. The arithmetic and the state-dict keys
+are those of NeMo's classes with the same names. It always runs in fp32 because tokens depend on it.
 """
 
 import math
@@ -16,7 +16,7 @@ from nemo_lfr.modules.neural_module import NeuralModule
 
 
 def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
-    """Zero what lies after each example's length: values [B, ..., T], length [B]."""
+    """Zero the items after each example's length: values [B, ..., T], length [B]."""
     if length is None or bool((length == values.shape[-1]).all()):
         return values
     valid = torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None]
@@ -24,14 +24,14 @@ def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
 
 
 class FiniteScalarQuantizer(NeuralModule):
-    """One codebook: D dimensions with `num_levels` each.
+    """Quantizer with one codebook, which has D dimensions.
 
     Args:
         num_levels: levels of each dimension, each at least 2.
-        eps: the squashed range stops this share short of the outermost levels.
+        eps: fraction by which the squashed range is smaller than that of the levels.
 
     Raises:
-        ConfigError: for fewer levels, or more codes than an int32 token can tell.
+        ConfigError: for fewer levels, or more codes than an int32 token can represent.
     """
 
     input_names = ("inputs", "input_len")
@@ -55,6 +55,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def num_codebooks(self) -> int:
+        """Number of codebooks: 1."""
         return 1
 
     @property
@@ -69,17 +70,18 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def codebook_dim(self) -> int:
+        """NeMo's name for `dim`."""
         return self.dim
 
     @property
     def codes(self) -> torch.Tensor:
-        """Every entry of the codebook, [codebook_size, D], in the order of the tokens."""
+        """All entries of the codebook in token order, [codebook_size, D]."""
         tokens = torch.arange(self.codebook_size, device=self.num_levels.device)
         return self.decode(tokens.reshape(1, -1, 1)).squeeze(-1)
 
     @property
     def codebook(self) -> torch.Tensor:
-        """NeMo's second name for `codes`."""
+        """NeMo's other name for `codes`."""
         return self.codes
 
     @staticmethod
@@ -91,7 +93,7 @@ class FiniteScalarQuantizer(NeuralModule):
         """Squash [B, D, T] into the range of the levels, so that rounding gives one of them."""
         levels = self.num_levels.to(torch.float32)  # integers would divide into the default dtype
         half_range = (levels - 1) / 2 * (1 - self.eps)
-        offset = (levels % 2 == 0).to(torch.float32) * 0.5  # not torch.where: its scalars stand in a CUDA graph's way
+        offset = (levels % 2 == 0).to(torch.float32) * 0.5  # torch.where would copy scalars, which a CUDA graph cannot
         # tan, not atanh: released checkpoints were trained with it, and token ids depend on it.
         shift = (offset / half_range).tan()
         return half_range * (inputs + shift).tanh() - offset
@@ -117,34 +119,36 @@ class FiniteScalarQuantizer(NeuralModule):
         return _mask(codes, input_len), _mask(tokens, input_len).unsqueeze(0)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens of encoded frames: [B, D, T] -> [1, B, T]."""
-        return self(inputs, input_len)[1]
+        """Quantize encoded frames to tokens: [B, D, T] -> [1, B, T]."""
+        tokens: torch.Tensor = self(inputs, input_len)[1]
+        return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes of tokens: [1, B, T] -> [B, D, T]."""
+        """Dequantize tokens to codes: [1, B, T] -> [B, D, T]."""
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
         return _mask(self.nonnegative_to_codes(digits), input_len)
 
     # NeMo's names for the steps in between.
 
     def inputs_to_codes(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes of encoded frames, [B, D, T] -> [B, D, T], with a straight-through gradient."""
-        return self(inputs)[0]
+        """Quantize encoded frames to codes, [B, D, T] -> [B, D, T], with a straight-through gradient."""
+        codes: torch.Tensor = self(inputs)[0]
+        return codes
 
     def codes_to_nonnegative(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes in [-1, 1] to digits from 0 to the number of levels less one: [B, D, T] -> [B, D, T]."""
+        """Convert codes in [-1, 1] to digits in [0, num_levels): [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
         return middle * codes + middle
 
     def nonnegative_to_codes(self, codes_nonnegative: torch.Tensor) -> torch.Tensor:
-        """Digits from 0 to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
+        """Convert digits in [0, num_levels) to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
         digits = codes_nonnegative - middle
         # Integers would divide into the default dtype.
         return (digits if digits.is_floating_point() else digits.to(torch.float32)) / middle
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
-        """Tokens of codes in [-1, 1]: [B, D, T] -> [B, T] as int32.
+        """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, T] as int32.
 
         Raises:
             TokensError: for another number of dimensions.
@@ -160,7 +164,7 @@ def _check_dimensions(codes: torch.Tensor, dim: int) -> None:
 
 
 class GroupFiniteScalarQuantizer(NeuralModule):
-    """`num_groups` codebooks with the same levels, each for its own share of the dimensions.
+    """Quantizer with `num_groups` codebooks, each for a group of dimensions.
 
     Args:
         num_groups: C, the number of codebooks.
@@ -179,6 +183,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
 
     @property
     def num_codebooks(self) -> int:
+        """C, the number of codebooks."""
         return self.num_groups
 
     @property
@@ -188,6 +193,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
 
     @property
     def codebook_dim_per_group(self) -> int:
+        """Dimensions of one codebook."""
         return len(self.levels)
 
     @property
@@ -196,8 +202,8 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return self.num_groups * len(self.levels)
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
-        """Groups as extra examples: all codebooks share their levels, so one quantizer does them in one pass."""
-        return values.unflatten(1, (-1, len(self.levels))).flatten(0, 1)
+        """Fold groups into the batch: codebooks share their levels, so one quantizer handles all."""
+        return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
 
     def forward(
         self, inputs: torch.Tensor, input_len: torch.Tensor | None = None
@@ -209,11 +215,12 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return _mask(codes, input_len), _mask(tokens, input_len).transpose(0, 1)
 
     def encode(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens of encoded frames: [B, D, T] -> [C, B, T]."""
-        return self(inputs, input_len)[1]
+        """Quantize encoded frames to tokens: [B, D, T] -> [C, B, T]."""
+        tokens: torch.Tensor = self(inputs, input_len)[1]
+        return tokens
 
     def decode(self, indices: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes of tokens: [C, B, T] -> [B, D, T]."""
+        """Dequantize tokens to codes: [C, B, T] -> [B, D, T]."""
         batch, frames = indices.shape[1:]
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
@@ -221,7 +228,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
     def codes_to_indices(self, codes: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens of codes in [-1, 1]: [B, D, T] -> [B, C, T] as int32, zero after each example's end.
+        """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, C, T] as int32, zero-padded.
 
         Raises:
             TokensError: for another number of dimensions.
@@ -230,4 +237,4 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         quantizer = self.fsqs[0]
         assert isinstance(quantizer, FiniteScalarQuantizer)
         tokens = quantizer.codes_to_indices(self._fold(codes))
-        return _mask(tokens.unflatten(0, (codes.shape[0], self.num_groups)), input_len)
+        return _mask(torch.unflatten(tokens, 0, (codes.shape[0], self.num_groups)), input_len)

@@ -1,7 +1,7 @@
-"""Batches of unequal lengths: every example is computed as if it were alone.
+"""Batches of different lengths, in which every example is computed independently.
 
-NeMo masks the padding with zeros after each convolution, where a clip alone sees its own reflected edge, so a clip's
-tokens there depend on its neighbours. Here examples of one length run together and nothing runs on padding.
+NeMo masks the padding with zeros after each convolution, where a single clip would have its own reflected edge. A
+clip's last tokens then depend on the rest of the batch. Here examples of equal length run together, without padding.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 def map_by_length(
     function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, lengths: list[int], out_lengths: list[int]
 ) -> torch.Tensor:
-    """Apply `function` to `inputs[i, ..., :lengths[i]]` for every i, in groups of one length.
+    """Apply `function` to `inputs[i, ..., :lengths[i]]` for every i, grouped by length.
 
     Args:
         function: [b, ..., length] -> [b, ..., at least out_length].
@@ -21,7 +21,7 @@ def map_by_length(
         out_lengths: items of each result to keep.
 
     Returns:
-        [B, ..., max(out_lengths)], zero after each example's own items.
+        [B, ..., max(out_lengths)], zero after each example's end.
     """
     if len(set(lengths)) == 1 and lengths[0] > 0:
         return function(inputs[..., : lengths[0]])[..., : out_lengths[0]]

@@ -1,4 +1,4 @@
-"""Multi-kernel residual stacks, shared by both ends of the codec (HiFi-GAN's multi-receptive-field fusion)."""
+"""Residual layers of encoder and decoder (HiFi-GAN's multi-receptive-field fusion)."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -11,7 +11,7 @@ from nemo_lfr.modules.conv import Conv1d
 
 
 class ResidualBlock(nn.Module):
-    """activation, dilated convolution, activation, convolution; added to the input."""
+    """Residual block: activation, dilated convolution, activation, convolution."""
 
     def __init__(
         self,
@@ -40,12 +40,14 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the block: [B, H, T] -> [B, H, T]."""
         residual = self.input_conv(self.input_activation(hidden))
-        return hidden + self.skip_conv(self.skip_activation(residual))
+        result: torch.Tensor = hidden + self.skip_conv(self.skip_activation(residual))
+        return result
 
 
 class ResidualBranch(nn.Module):
-    """Residual blocks of one kernel size, one per dilation, in sequence."""
+    """Sequence of residual blocks with one kernel size, one block per dilation."""
 
     def __init__(
         self,
@@ -64,13 +66,14 @@ class ResidualBranch(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute the blocks in order: [B, H, T] -> [B, H, T]."""
         for block in self.res_blocks:
             hidden = block(hidden)
         return hidden
 
 
 class ResidualLayer(nn.Module):
-    """The mean of one residual branch per kernel size."""
+    """Mean of residual branches, one per kernel size."""
 
     def __init__(
         self,
@@ -94,7 +97,8 @@ class ResidualLayer(nn.Module):
         return [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in self.res_blocks]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        total = self.res_blocks[0](hidden)
+        """Compute the mean of the branches: [B, H, T] -> [B, H, T]."""
+        total: torch.Tensor = self.res_blocks[0](hidden)
         for branch in self.res_blocks[1:]:
             total = total + branch(hidden)
         return total / len(self.res_blocks)

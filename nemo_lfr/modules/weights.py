@@ -1,10 +1,10 @@
-"""`weights_version`: whether the weights that something was derived from are still what they were.
+"""Detection of changed weights, and a cache of forms that are derived from weights.
 
-PyTorch counts writes to a tensor, but not those through `.data`, a numpy view or another process. So the contents are
-compared too, by a checksum that reads every byte once, as fast as memory gives it: 0.15 to 0.25 ms for a million fp32
-weights on one CPU core, which is 1 to 4 % of the time to encode one second with them. The only uncounted change that
-it misses, but for accidents of 2^-64, is an exchange of weights that lie a multiple of 4,072 bytes apart. Within
-`one_look` the contents are read once, however many batches a call computes.
+PyTorch counts writes to a tensor, but not those through `.data`, a numpy view or another process. Contents are
+therefore compared too, by a checksum that reads every byte once, at memory speed: 0.15 to 0.25 ms for a million fp32
+weights on one CPU core, which is 1 to 4 % of the time to encode one second with them. Apart from collisions (2^-64),
+the only uncounted change that it misses is a swap of weights that are a multiple of 4,072 bytes apart. Within
+`checksum_once` the contents are read once per call of the codec, not once per batch.
 """
 
 import operator
@@ -21,17 +21,17 @@ from torch import nn
 # Columns of a checksum. It is prime so that a weight that moves by whole kernels or channels changes its column.
 COLUMNS = 509
 _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-# Smaller tensors are read together: on a CPU each costs as much time as some thousand weights, on a GPU a launch.
+# Smaller tensors are concatenated: each costs as much as thousands of weights on a CPU, and a launch on a GPU.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("contents seen", default=None)
+_SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("weight_checksums", default=None)
 
 
 @contextmanager
-def one_look() -> Iterator[None]:
-    """Read the contents of the same weights once within the context: nobody is to change them meanwhile."""
+def checksum_once() -> Iterator[None]:
+    """Compute checksums of the same weights once; they must not change within the context."""
     token = None if _SEEN.get() is not None else _SEEN.set({})
     try:
         yield
@@ -41,9 +41,9 @@ def one_look() -> Iterator[None]:
 
 
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
-    """Return a function whose result changes when any weight or buffer of `modules` does, or where one lies.
+    """Return a function whose result changes when a weight, buffer or address does.
 
-    It holds none of `modules`, but the tables that their children, parameters and buffers stand in.
+    It does not reference `modules`, only the dictionaries of their children, parameters and buffers.
     """
     found = [child for module in modules for child in module.modules()]
     children = [child._modules for child in found]
@@ -72,26 +72,26 @@ Form = TypeVar("Form")
 
 
 class DerivedForms(Generic[Form]):
-    """What was derived from the weights of modules: built when first needed, and again after the weights changed.
+    """Cache of forms derived from modules, rebuilt when their weights change.
 
-    Forms are kept by module and key, and go with the module, of which they must not hold more than layers.
+    Forms are stored by module and key, and dropped with the module. They may reference its layers, but not the module.
     """
 
     def __init__(self) -> None:
         self._forms: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Form]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
-        """Return the number of modules that something is derived from."""
+        """Return the number of modules with derived forms."""
         return len(self._forms)
 
     def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:
-        """Return the form of a module as its weights are now.
+        """Return a form of a module that matches its current weights.
 
         Args:
-            module: what the form is derived from.
-            key: tells forms of one module apart.
-            build: returns a new form; what is written to the weights meanwhile is noticed the next time.
-            others: modules that the form depends on too.
+            module: source of the form.
+            key: identifies the form among those of the module.
+            build: returns a new form. Weights written during this call are noticed by the next `get`.
+            others: further modules that the form depends on.
         """
         forms = self._forms.setdefault(module, {})
         entry = forms.get(key)
@@ -121,7 +121,7 @@ class _Entry(Generic[Form]):
 
 @torch.no_grad()
 def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Checksums that together change with any byte of `tensors`."""
+    """Return checksums, at least one of which changes with any byte of `tensors`."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:
@@ -137,7 +137,7 @@ def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
 
 
 def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
-    """The same numbers in few tensors: those of up to `small` elements together."""
+    """Concatenate tensors of up to `small` elements, and yield larger ones unchanged."""
     group: list[torch.Tensor] = []
     total = 0
     for member in members:
@@ -154,9 +154,9 @@ def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
 
 
 def _checksum(data: np.ndarray) -> int:
-    """Weighted sum of the columns of bytes [n] read as rows of `COLUMNS` integers, modulo 2^64.
+    """Return the weighted sum of the columns of bytes [n] read as rows of `COLUMNS` integers, modulo 2^64.
 
-    A factor is odd, so that a change of one integer always changes the sum.
+    Factors are odd, so a change of one integer always changes the sum.
     """
     row = COLUMNS * 8
     whole = len(data) // row * row
@@ -169,7 +169,7 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """The same idea on a GPU, where the result stays until it is asked for."""
+    """Compute a similar sum on the device, without synchronizing."""
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)
     whole = len(values) // COLUMNS * COLUMNS

@@ -166,7 +166,7 @@ def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
     monkeypatch.setattr(plan, "_convolve", lambda padded, way: convolve(padded, way) * 2)
     own = PackedWeights(Two(layer), torch.bfloat16)
     padded = torch.randn(1, 48, 200).bfloat16()
-    with pytest.warns(UserWarning, match="wrong in bf16") as caught:
+    with pytest.warns(UserWarning, match="inaccurate in bf16") as caught:
         found = [own.convolve(layer, padded) for _ in range(2)]
     assert len(caught) == 1
     for result in found:

@@ -46,7 +46,7 @@ TRACERS: dict[str, Callable[[torch.nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore")
 def test_a_tracer_is_refused_and_the_codec_is_as_before(tracer):
     expected = Tokens()(AUDIO)
-    with pytest.raises(NemoLfrError, match=r"Call it before"):
+    with pytest.raises(NemoLfrError, match=r"Call it outside"):
         TRACERS[tracer](Tokens())
     assert torch.equal(Tokens()(AUDIO), expected)
 

@@ -9,7 +9,7 @@ import torch
 
 from nemo_lfr.codec.cuda.graphs import cuda_module
 from nemo_lfr.modules import weights
-from nemo_lfr.modules.weights import DerivedForms, one_look, weights_version
+from nemo_lfr.modules.weights import DerivedForms, checksum_once, weights_version
 from tests.models import cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
@@ -137,7 +137,7 @@ def test_within_one_look_contents_are_read_once(monkeypatch):
     monkeypatch.setattr(weights, "_checksums", lambda tensors: looks.append(1) or read(tensors))
     codec = copy.deepcopy(cached_codec("two_stages"))
     now = weights_version(codec.encoder)
-    with one_look():
+    with checksum_once():
         before = now()
         assert now() == before and len(looks) == 1
         codec.encoder.pre_conv.conv.bias.add_(1.0)  # a write that PyTorch counts is noticed even there

@@ -1,11 +1,10 @@
-"""Encoder and decoder at inference: the modules' arithmetic and results, with fewer passes over memory.
+"""Inference on a CPU: the results of the modules, with fewer passes over memory.
 
-Activations and sums are taken by the convolutions before them or written straight into the padded input of those
-after, and the branches of a residual layer share theirs. Residual layers, which are most of the work, go through a
-long signal in pieces, which need little memory, with the context that a piece depends on at both sides. The examples
-of a batch may end at different lengths in memory of one width: after each of them stands, at every layer, what the
-layer would have padded it with, so that each comes out as if it were alone. A few widths then serve clips of every
-length, and oneDNN has a kernel for them at hand.
+Activations and sums are fused into the preceding convolution, or written directly into the padded input of the next
+one, which the branches of a residual layer share. Residual layers, which are most of the work, process long signals
+in pieces with context on both sides, which limits memory. The examples of a batch may have different lengths in a
+buffer of one width: every layer writes its padding after each of them, so the results are those of each example
+alone. A few widths then cover all lengths, and oneDNN can reuse its kernels.
 """
 
 from collections.abc import Iterator
@@ -26,21 +25,21 @@ from nemo_lfr.modules.finite import to_audio
 from nemo_lfr.modules.padding import fill_padding
 from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
-# Numbers of one array of a piece of a residual layer's signal: a dozen of these are in use at a time.
+# Elements of one piece of a residual layer's signal; about a dozen arrays of this size are in use at a time.
 PIECE = 1024 * 1024
 
 
 @torch.no_grad()
 def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
-    """Compute `HiFiGANEncoder.encode_frames` of clips that may be shorter than the memory they lie in.
+    """Compute `HiFiGANEncoder.encode_frames` for a batch of clips of different lengths.
 
     Args:
         encoder: in eval mode or not: it has no dropout.
         audio: finite samples [B, T * samples_per_frame].
-        num_frames: of each clip, at least `encoder.min_frames`; T if not given.
+        num_frames: of each clip, at least `encoder.min_frames`; default: T.
 
     Returns:
-        Encoded frames [B, D, T]; what comes after a clip's own means nothing.
+        Encoded frames [B, D, T]; values after the end of a clip are undefined.
     """
     rate = encoder.samples_per_frame
     ops = PackedOps(encoder, audio.shape[0] * audio.shape[1] // rate)
@@ -50,7 +49,16 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list
 
 @torch.no_grad()
 def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
-    """Compute `HiFiGANDecoder.decode_frames`: [B, D, T] -> [B, T * samples_per_frame]; as `encode_frames`."""
+    """Compute `HiFiGANDecoder.decode_frames` for utterances of different lengths.
+
+    Args:
+        decoder: in eval mode or not: it has no dropout.
+        inputs: dequantized frames [B, D, T].
+        num_frames: of each utterance, at least `decoder.min_frames`; default: T.
+
+    Returns:
+        Audio [B, T * samples_per_frame]; samples after the end of an utterance are undefined.
+    """
     ops = PackedOps(decoder, inputs.shape[0] * inputs.shape[2])
     with ops.without_autocast():
         hidden = decoder.run(ops, Batch(inputs, num_frames)).hidden
@@ -58,11 +66,11 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: lis
 
 
 class Batch(NamedTuple):
-    """Signal of several examples in memory of one width.
+    """Signal of examples of different lengths, in a buffer of one width.
 
     Attributes:
         hidden: [B, H, T].
-        ends: items of each example; None if all of them are full.
+        ends: items of each example; None if all of them fill the buffer.
     """
 
     hidden: torch.Tensor
@@ -70,9 +78,9 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """The network's operations with packed weights, or those of the modules where there are none.
+    """Operations with packed weights, or with the modules if there are none.
 
-    `torch.autocast("cpu", torch.bfloat16)` around it asks for weights in bf16.
+    Within `torch.autocast("cpu", torch.bfloat16)` the weights are bf16.
 
     Args:
         network: encoder or decoder.
@@ -86,7 +94,7 @@ class PackedOps:
         self._num_frames = num_frames
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Turn autocast off where it would cast what the weights' own precision has settled."""
+        """Return a context without autocast if the weights are packed, which sets the precision."""
         is_packed = not isinstance(self._weights, ModuleWeights)
         return torch.autocast("cpu", enabled=False) if is_packed and self._autocast else nullcontext()
 
@@ -105,7 +113,7 @@ class PackedOps:
         return Batch(kept, _scaled(ends, stride))
 
     def residual(self, layer: ResidualLayer, signal: Batch) -> Batch:
-        """Compute the mean of the branches, piece by piece: [B, H, T] -> [B, H, T]."""
+        """Compute the mean of the branches in pieces: [B, H, T] -> [B, H, T]."""
         hidden, ends = self._weights.cast(signal.hidden), signal.ends
         batch, channels, length = hidden.shape
         if length <= PIECE // (batch * channels):
@@ -113,13 +121,13 @@ class PackedOps:
         before, after = residual_context(layer)
         count = -(-length // max(PIECE // (batch * channels), 8 * (before + after)))
         piece = -(-length // count)
-        width = min(before + piece + after, length)  # of all pieces, as kernels are made for a width
+        width = min(before + piece + after, length)  # equal for all pieces, because kernels are compiled per width
         result = hidden.new_empty_strided(hidden.shape, (length * channels, 1, channels))
         for first in range(0, length, piece):
             start = min(max(first - before, 0), length - width)
-            # An example that ends before the piece has no part in it.
-            own = ends and [min(end - start, width) if end > first else width for end in ends]
-            mean = self._mean(layer.branches, Batch(hidden[:, :, start : start + width], own))
+            # The results of an example that ends before the piece are not used.
+            piece_ends = ends and [min(end - start, width) if end > first else width for end in ends]
+            mean = self._mean(layer.branches, Batch(hidden[:, :, start : start + width], piece_ends))
             result[:, :, first : first + piece] = mean[:, :, first - start : first - start + piece]
         return Batch(result, ends)
 
@@ -133,7 +141,7 @@ class PackedOps:
         return total.div_(len(branches))
 
     def _branch(self, blocks: list[ResidualBlock], signal: Batch, middle: torch.Tensor) -> torch.Tensor:
-        """Compute a branch, of whose first block the first convolution, `middle`, is there already."""
+        """Compute a branch; `middle` is the output of its first convolution."""
         hidden, ends = signal
         for block in blocks:
             if block is not blocks[0]:
@@ -144,7 +152,7 @@ class PackedOps:
         return hidden
 
     def _first_convs(self, blocks: list[ResidualBlock], signal: Batch) -> Iterator[torch.Tensor]:
-        """Yield what the branches' first convolutions, and the activations after them, make of the same input."""
+        """Yield the first convolution of each branch, with the activation after it."""
         if any(True for _ in blocks[0].input_activation.parameters()):
             for block in blocks:
                 yield self._conv(block.input_conv, signal, block.input_activation, block.skip_activation)
@@ -155,7 +163,7 @@ class PackedOps:
         behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
         shared = _padded(signal, pad, convs[0].pad_mode, blocks[0].input_activation, behind)
         starts = [pad[0] - conv.pad[0] for conv in convs]
-        after = blocks[0].skip_activation  # of all, as it has no parameters either
+        after = blocks[0].skip_activation  # the same for all, since it has no parameters either
         done = self._shared_winograd(convs, shared, starts, after)
         for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
             if number in done:
@@ -166,7 +174,7 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Return the results, by number, of those layers that are transformed together."""
+        """Return the results, by index, of the layers that share a Winograd transform."""
         numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
         if not numbers:
             return {}
@@ -181,9 +189,9 @@ class PackedOps:
         after: CodecActivation | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute activation, convolution, then another activation or the sum with `residual`, which is not changed.
+        """Compute activation and convolution, then an activation or the sum with `residual`.
 
-        [B, H_in, T] -> [B, H_out, T // stride].
+        [B, H_in, T] -> [B, H_out, T // stride]; `residual` is not changed.
         """
         if self._use_winograd(layer):
             behind = slack(layer.conv.dilation[0], layer.conv.kernel_size[0])
@@ -202,7 +210,8 @@ class PackedOps:
         if (slope := _slope(after)) is not None:
             return self._weights.convolve(layer, padded, slope, residual)
         assert after is not None
-        return after(self._weights.convolve(layer, padded))
+        result: torch.Tensor = after(self._weights.convolve(layer, padded))
+        return result
 
     def _use_winograd(self, layer: Conv1d) -> bool:
         return self._weights.use_winograd(layer, self._num_frames)
@@ -237,7 +246,7 @@ def _padded(
     activation: CodecActivation | None = None,
     behind: int = 0,
 ) -> torch.Tensor:
-    """The activated [B, H, T] between `pad` items of padding, channels-last; zeros for `behind` items after all."""
+    """Activate and pad [B, H, T], channels-last, with `behind` rows of zeros after the batch."""
     (batch, channels, length), (before, after) = signal.hidden.shape, pad
     width = before + length + after
     rows = signal.hidden.new_empty((batch * width + behind, channels))
@@ -248,10 +257,10 @@ def _padded(
         inner.copy_(signal.hidden)
     elif (slope := _slope(activation)) is None:
         inner.copy_(activation(signal.hidden))
-    else:  # straight into the padded memory
+    else:  # directly into the padded buffer
         torch.ops.aten.leaky_relu.out(signal.hidden, slope, out=inner)
     if signal.ends is not None:
-        # A tile of a convolution may reach beyond an example's own padding: NaN there would spread.
+        # A tile of a convolution may read past an example's padding, from where NaN would spread.
         padded[:, :, before + length :].zero_()
     fill_padding(padded, pad, mode, signal.ends)
     return padded

@@ -1,16 +1,17 @@
-"""A derived form of an encoder's or a decoder's weights, for inference on a CPU.
+"""Packed weights of an encoder or decoder, for inference on a CPU.
 
-Built when it is first needed, beside the module, whose parameters stay as they are; dropped when they change. It holds
+They are built on first use and dropped when the parameters of the module change. They consist of
 
-- the weights of each convolution, weight norm folded, in the layout that oneDNN's kernel reads, so that no call
-  computes or copies them; transposed convolutions are convolutions of two taps to all phases;
-- for wide layers in fp32, their Toom-Cook form: four outputs of four taps cost 7 products instead of 16;
-- in bf16, which is opt-in: each shape of each layer is compared with fp32 when it is first met, and runs in fp32, with
-  a warning, where it is wrong. The layers that read or write audio, codes or encoded frames stay in fp32.
+- the weights of each convolution, with weight norm folded, in the layout of oneDNN's kernel, so that no call computes
+  or copies them; transposed convolutions become convolutions with two taps to all phases;
+- for wide layers in fp32, the Toom-Cook transform, in which four outputs of four taps cost 7 products instead of 16.
+
+In bf16, which is opt-in, the first call with each shape of each layer is compared with fp32. Where the error is too
+large, the layer runs in fp32, with a warning. The layers at both ends of the network always run in fp32.
 """
 
 import warnings
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,16 @@ from nemo_lfr.codec.cpu import winograd
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.weights import DerivedForms
 
-# Fewest frames of a batch for which transformed weights, twice as large, pay.
+_MKLDNN: Any = torch.backends.mkldnn
+# Fewest frames of a batch for which transformed weights, which are twice as large, are faster.
 WINOGRAD_MIN_FRAMES = 48
-# Fewest products of channels and taps: below, the transforms cost more than they save (measured on Zen 4).
+# Smallest channels * taps for which the transforms save more time than they cost (measured on Zen 4).
 WINOGRAD_MIN_PRODUCTS = 1000
-MAX_BF16_ERROR = 0.05  # of the output's rms; rounding to 8 bits gives 0.003 to 0.01
+MAX_BF16_ERROR = 0.05  # relative to the rms of the output; rounding to 8 bits causes 0.003 to 0.01
 
 
 class Packed(NamedTuple):
-    """A convolution without padding as oneDNN takes it."""
+    """Weights of an unpadded convolution in oneDNN's layout."""
 
     packed: torch.Tensor
     bias: torch.Tensor | None
@@ -40,18 +42,18 @@ class Weights(Protocol):
     """Weights of an encoder or a decoder, and the convolutions with them."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Return an input of `layer` in the type that it is computed in; without it, of any inner layer."""
+        """Convert the input of `layer` to its dtype; without `layer`, to that of inner layers."""
 
     def convolve(
         self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute `Conv1d.convolve` and what comes after it, while the output is in the cache.
+        """Compute `Conv1d.convolve` with a fused activation or sum.
 
         Args:
-            layer: whose padding is there already.
-            padded: [B, H_in, T].
-            slope: of a leaky ReLU of the output; 1 is none.
-            residual: [B, H_out, T_out] to add, where there is no slope.
+            layer: the convolution.
+            padded: its padded input, [B, H_in, T].
+            slope: of a leaky ReLU after the convolution; 1 for none.
+            residual: added to the output, [B, H_out, T_out]; only with slope 1.
 
         Returns:
             [B, H_out, T_out], T_out = (T - span) // stride + 1.
@@ -66,24 +68,24 @@ class Weights(Protocol):
     def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Convolve one input with several layers of one dilation by Toom-Cook.
+        """Convolve one input with several layers of equal dilation by Toom-Cook.
 
         Args:
-            layers: for which `use_winograd`; their dilation is 1 where one of `starts` is not 0.
-            padded: [B, H_in, T], channels innermost, and `winograd.slack` rows of finite numbers in memory after it.
-            starts: of each layer, the first item of `padded` that its first output sees.
-            slope: of a leaky ReLU of the outputs; 1 is none.
+            layers: layers for which `use_winograd` is true; their dilation is 1 if any of `starts` is not 0.
+            padded: [B, H_in, T], channels innermost, followed in memory by `winograd.slack` rows of finite values.
+            starts: for each layer, the first item of `padded` that its first output depends on.
+            slope: of a leaky ReLU after the convolution; 1 for none.
 
         Returns:
-            Of each layer [B, H_out, T - start - span + 1] at least.
+            For each layer [B, H_out, n], n >= T - start - span + 1.
         """
 
 
 class ModuleWeights:
-    """The weights as the modules hold them, where they cannot be packed."""
+    """Weights in the modules, for networks whose weights cannot be packed."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Leave it to the caller's autocast."""
+        """Return the input unchanged: the caller's autocast converts it."""
         return hidden
 
     def convolve(
@@ -106,7 +108,7 @@ class ModuleWeights:
     def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Raise, as `use_winograd` is False."""
+        """Raise an error: `use_winograd` is False."""
         raise AssertionError("module weights are not transformed")
 
 
@@ -120,14 +122,14 @@ class PackedWeights:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        # They read or write audio, codes and encoded frames: cheap, and what is lost here is lost for all.
+        # The first and last layer stay in fp32: they are cheap, and errors there affect audio and tokens directly.
         self._ends = {network.pre_conv, network.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
         self._transformed: dict[nn.Module, winograd.Transformed] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """See `Weights`: the first and the last layer take what they are passed."""
+        """See `Weights`: the first and the last layer accept any dtype."""
         return hidden if layer in self._ends else hidden.to(self.dtype)
 
     def convolve(
@@ -182,20 +184,20 @@ class PackedWeights:
         slope: float = 1.0,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A convolution at the plan's precision, if that is right for this shape."""
-        way = self._get(layer, self.dtype)
+        """Convolve at the precision of the weights, or in fp32 if bf16 is inaccurate for the shape."""
+        packed = self._get(layer, self.dtype)
         shape = layer, padded.shape
         if self.dtype == torch.bfloat16 and shape not in self._checked:
-            error = _error(layer, padded, _convolve(padded, way))
+            error = _error(layer, padded, _convolve(padded, packed))
             self._checked[shape] = error < MAX_BF16_ERROR
             if not self._checked[shape]:
                 warnings.warn(
-                    f"a convolution of {list(padded.shape)} with {list(layer.conv.weight.shape)} is wrong in bf16 on "
-                    f"this machine (error {error:.2g} of its rms); it is computed in fp32, which is slower.",
+                    f"a convolution of {list(padded.shape)} with {list(layer.conv.weight.shape)} is inaccurate in "
+                    f"bf16 on this machine (error {error:.2g} of its rms); it runs in fp32, which is slower.",
                     stacklevel=2,
                 )
         if self.dtype == torch.float32 or self._checked[shape]:
-            return _convolve(padded, way, slope, residual)
+            return _convolve(padded, packed, slope, residual)
         result = F.leaky_relu(_exact(layer, padded), slope)
         return (result if residual is None else result + residual).to(self.dtype)
 
@@ -204,12 +206,12 @@ _WEIGHTS: DerivedForms[PackedWeights] = DerivedForms()
 
 
 def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
-    """Return the packed weights of an encoder or a decoder, or its modules' own where there can be none.
+    """Return the packed weights of a network, or those of its modules if it cannot be packed.
 
-    There can be none in training, on a GPU, in another precision than fp32 and bf16, and without oneDNN.
+    Weights are not packed in training, on a GPU, in precisions other than fp32 and bf16, and without oneDNN.
     """
     first = next(network.parameters())
-    usable = first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    usable = first.device.type == "cpu" and first.dtype == torch.float32 and _MKLDNN.is_available()
     if network.training or not usable or dtype not in (torch.float32, torch.bfloat16):
         _WEIGHTS.drop(network)
         return ModuleWeights()
@@ -217,36 +219,42 @@ def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers: AMX or AVX512-bf16, or what oneDNN knows on other kinds."""
+    """Return whether this CPU has bf16 instructions: AMX, AVX512-bf16 or, on others, per oneDNN."""
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(_MKLDNN.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
-    """[H_out, H_in, 1, K] in the layout of oneDNN's kernel.
+    """Reorder weights [H_out, H_in, 1, K] to the layout of oneDNN's kernel.
 
-    It is the same for every length from about 100 on, for more than one tap (measured): else oneDNN may pack anew in
-    each call.
+    With more than one tap, the layout is the same for every length from about 100 items on (measured). For others,
+    oneDNN may reorder the weights in each call.
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0], [1, stride], [1, dilation], 1, shape)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, [0, 0], [1, stride], [1, dilation], 1, shape
+    )
+    return packed
 
 
 def _convolve(
-    padded: torch.Tensor, way: Packed, slope: float = 1.0, residual: torch.Tensor | None = None
+    padded: torch.Tensor, weights: Packed, slope: float = 1.0, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     plane = padded.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    geometry = [0, 0], [1, way.stride], [1, way.dilation], 1
+    geometry = [0, 0], [1, weights.stride], [1, weights.dilation], 1
+    convolution: Any = torch.ops.mkldnn._convolution_pointwise
+    result: torch.Tensor
     if residual is not None:
         assert slope == 1.0
         other = residual.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            plane, other, way.packed, way.bias, *geometry, "add", 1.0, None, [], None
-        ).squeeze(2)
-    after = ("none", [], "") if slope == 1.0 else ("leaky_relu", [slope], "")
-    return torch.ops.mkldnn._convolution_pointwise(plane, way.packed, way.bias, *geometry, *after).squeeze(2)
+        addition = "add", 1.0, None, [], None
+        result = convolution.binary(plane, other, weights.packed, weights.bias, *geometry, *addition)
+    else:
+        after = ("none", [], "") if slope == 1.0 else ("leaky_relu", [slope], "")
+        result = convolution(plane, weights.packed, weights.bias, *geometry, *after)
+    return result.squeeze(2)
 
 
 def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
@@ -256,12 +264,12 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
-    """The rms difference to fp32 of 16 items spread over the output, as a share of their rms."""
+    """Return the relative rms error of 16 items of the output, compared with fp32."""
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1
     places = torch.linspace(0, result.shape[2] - 1, 16, dtype=torch.float64).long().tolist()
     seen = torch.stack([padded[0, :, place * stride : place * stride + span] for place in places])
     exact = _exact(layer, seen)[:, :, 0]
-    found = result[0, :, places].T.float()
-    return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-9))
+    actual = result[0, :, places].T.float()
+    return float((actual - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-9))

@@ -1,8 +1,8 @@
 """Toom-Cook convolution, also known as Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308).
 
-Seven samples of the input are evaluated as a polynomial at 7 points, four taps of the kernel too; their products,
-transformed back, are four outputs: 7 products instead of 16. Longer kernels are sums of such pieces, four samples
-apart, so that pieces and layers share what was transformed. In fp32 its rounding is 4 times that of a sum in order,
+Seven samples of the input and four taps of the kernel are evaluated as polynomials at 7 points. Their products,
+transformed back, are four outputs: 7 products instead of 16. Longer kernels are sums of such groups of four taps, so
+that groups and layers share the transformed input. In fp32 the rounding error is 4 times that of an ordinary sum,
 1e-6 of the output's rms.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nemo_lfr.modules.conv import Conv1d, fold
 
-# Numbers of one array of a block, per thread: 7 of these and what they give stay in the cache.
+# Elements of one array of a block, per thread: 7 of these and their products fit the cache.
 BLOCK = 192 * 1024
 TILE, POINTS = 4, 7
 # Pairs of points -a and a, each with the coefficients of the other two pairs: (x^2 - b^2)(x^2 - c^2); then infinity.
@@ -22,7 +22,10 @@ PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 
 
 def slack(dilation: int, kernel_size: int = 11) -> int:
-    """Rows behind a layer's padded input that its last tiles may read; what is there changes nothing but rounding."""
+    """Return the number of rows that the last tiles may read past the padded input.
+
+    Their values must be finite, and do not affect valid outputs beyond rounding.
+    """
     return TILE * dilation * (-(-kernel_size // TILE) + 3)
 
 
@@ -32,7 +35,7 @@ class Transformed(NamedTuple):
     Attributes:
         bank: [POINTS, pieces, H_out, H_in].
         bias: [H_out].
-        span: items of the input that one output sees.
+        span: inputs from the first to the last one that an output depends on.
         dilation: of the layer.
     """
 
@@ -55,7 +58,7 @@ class Transformed(NamedTuple):
 def transform(layer: Conv1d) -> Transformed:
     """Return the transformed weights of a layer of stride 1."""
     weight, bias = fold(layer)
-    weight = F.pad(weight, (0, -weight.shape[2] % TILE)).unflatten(2, (-1, TILE))
+    weight = torch.unflatten(F.pad(weight, (0, -weight.shape[2] % TILE)), 2, (-1, TILE))
     points = [weight @ taps for taps in _kernel_transform(weight)]  # [H_out, H_in, pieces] each
     bank = torch.stack(points).permute(0, 3, 1, 2).contiguous()
     return Transformed(bank, bias, layer.span, layer.conv.dilation[0])
@@ -64,22 +67,22 @@ def transform(layer: Conv1d) -> Transformed:
 def convolve(
     layers: Sequence[Transformed], padded: torch.Tensor, starts: Sequence[int], slope: float = 1.0
 ) -> list[torch.Tensor]:
-    """Convolve one input with several layers of one dilation.
+    """Convolve one input with several layers of equal dilation.
 
     Args:
-        layers: their dilation is 1 where one of `starts` is not 0.
-        padded: [B, H_in, T], channels innermost, in memory that goes on for `slack` rows of finite numbers.
-        starts: of each layer, the first item of `padded` that its first output sees.
-        slope: of a leaky ReLU of the outputs; 1 is none.
+        layers: their dilation is 1 if any of `starts` is not 0.
+        padded: [B, H_in, T], channels innermost, followed in memory by `slack` rows of finite values.
+        starts: for each layer, the first item of `padded` that its first output depends on.
+        slope: of a leaky ReLU after the convolution; 1 for none.
 
     Returns:
-        Of each layer [B, H_out, T - start - span + 1].
+        For each layer [B, H_out, T - start - span + 1].
     """
     batch, channels, width = padded.shape
     dilation = layers[0].dilation
     step = TILE * dilation  # samples of a tile, whose rows are `dilation` samples apart
     tiles = -(-batch * width // step)
-    # Tiles that the outputs of one tile see beyond it.
+    # Tiles after its own that the outputs of a tile depend on.
     ahead = max(start // step + layer.num_pieces - 1 for start, layer in zip(starts, layers, strict=True))
     rows = padded.as_strided((tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1))
     outputs = [padded.new_empty((tiles, TILE, dilation * layer.out_channels)) for layer in layers]
@@ -104,9 +107,9 @@ def convolve(
 
 
 def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None:
-    """Values of the input at each point [POINTS, n, H_in] -> tiles of four outputs [tiles, 4, W]."""
+    """Compute tiles of four outputs [tiles, 4, W] from the input at each point [POINTS, n, H_in]."""
     products = [
-        # 1 ^ n = 1: the bias comes back in every output.
+        # Point 1: since 1 ^ n = 1, the bias is added to every output.
         _sum_of_products(seen[point], layer.bank[point], layer.bias if point == 2 else None, layer.dilation)
         for point in range(POINTS)
     ]
@@ -116,9 +119,9 @@ def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None
 def _sum_of_products(
     seen: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, dilation: int
 ) -> torch.Tensor:
-    """A convolution of [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
+    """Convolve [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
 
-    Not oneDNN's, which packs the weights anew in each call for few rows, and for one tap for many numbers of them:
+    oneDNN's convolution would reorder the weights in each call for few rows, and for one tap for many row counts:
     3 to 25 GFLOP/s instead of 100 (measured).
     """
     count = seen.shape[0] - (len(weights) - 1) * dilation
@@ -129,7 +132,7 @@ def _sum_of_products(
 
 
 def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
-    """[POINTS, 4]: four taps as a polynomial at each point, divided by what the input's transform multiplies with."""
+    """Return the kernel transform [POINTS, 4], divided by the scale of the input transform."""
     rows = []
     for a, total, product in PAIRS:
         scale = 2 * a * (a**4 - total * a**2 + product)
@@ -138,7 +141,7 @@ def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
 
 
 def _evaluate(rows: torch.Tensor) -> torch.Tensor:
-    """Tiles [n + 1, 4, W] -> values at each point of a tile and three samples of the next: [POINTS, n, W]."""
+    """Evaluate each tile and three samples of the next at the points: [n + 1, 4, W] -> [POINTS, n, W]."""
     count = rows.shape[0] - 1
     sample = [rows[:count, number] for number in range(TILE)] + [rows[1:, number] for number in range(TILE - 1)]
     values = rows.new_empty((POINTS, count, rows.shape[2]))
@@ -157,7 +160,7 @@ def _evaluate(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(products: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Products at each point, [n, W] each, which are overwritten -> tiles of four outputs [n, 4, W]."""
+    """Write tiles of four outputs [n, 4, W] from products [n, W], which are overwritten."""
     halves, ones, twos = (products[at : at + 2] for at in (0, 2, 4))
     odd = [torch.sub(plus, minus) for plus, minus in (halves, ones, twos)]
     even = [plus.add_(minus) for plus, minus in (halves, ones, twos)]

@@ -1,1 +1,1 @@
-"""The network on a GPU: folded layers -> fused kernels -> the candidate measured fastest -> CUDA graphs."""
+"""CUDA backend: folded layers, fused Triton kernels, an autotuner and CUDA graphs."""

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -10,23 +11,24 @@ from nemo_lfr.errors import shorten
 
 logger = logging.getLogger("nemo_lfr")
 
+_CUDA: Any = torch.cuda
 Candidate = Callable[[], torch.Tensor]
 
-# Seconds of work beside which the time to launch it is nothing.
-LONG = 2e-3
-# How far a candidate may be from the first, relative to the largest result: a few roundings of its type.
+# Seconds from which on the launch overhead of a candidate is negligible.
+LONG_RUN = 2e-3
+# Largest difference from the reference, relative to the largest result: a few roundings of the dtype.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 
 
 @dataclass
 class Autotuner:
-    """The candidates chosen so far, by what was to be computed.
+    """Autotuner with a table of the fastest candidates.
 
     Attributes:
         benchmark: returns the seconds that a candidate takes.
         chosen: name of the candidate for each key.
-        measured: seconds of each candidate that agreed, by key; for reports.
-        force: use the candidate of this name wherever there is one, unmeasured; for benchmarks and tests.
+        measured: seconds of each valid candidate, by key; for reports.
+        force: name of a candidate to use without measuring, where it exists; for benchmarks and tests.
     """
 
     benchmark: Callable[[Candidate], float]
@@ -39,10 +41,10 @@ class Autotuner:
         """Return the result of the chosen candidate.
 
         Args:
-            key: kind, shapes and type of what is computed.
-            candidates: by name, each returning [B, T, H]; the first is the reference, and serves where nothing can be
-                measured.
-            ends: items of each example that the candidates must agree on, [B].
+            key: kind, shapes and dtype of the computation.
+            candidates: by name, each returning [B, T, H]; the first is the reference, and is used where nothing can
+                be measured.
+            ends: valid items of each example, [B]; only these are compared.
         """
         first = next(iter(candidates))
         if self.force is not None or len(candidates) == 1:
@@ -54,7 +56,7 @@ class Autotuner:
         return candidates.get(self.chosen[key], candidates[first])()
 
     def _measure(self, key: Hashable, candidates: Mapping[str, Candidate], ends: torch.Tensor) -> str:
-        """Return the name of the fastest candidate that agrees with the first."""
+        """Return the name of the fastest candidate that matches the reference."""
         first, *others = candidates
         reference = candidates[first]()
         beyond = torch.arange(reference.shape[1], device=reference.device) >= ends[:, None]
@@ -69,7 +71,7 @@ class Autotuner:
                     seconds[name] = self.benchmark(candidates[name])
                     continue
                 reason = f"is off by {error:.3g}, more than {bound:.3g}"
-            except Exception as failure:  # compilers and drivers raise what they like
+            except Exception as failure:  # compilers and drivers may raise anything
                 reason = f"fails ({type(failure).__name__}: {shorten(failure)})"
             if name not in self._warned:
                 self._warned.add(name)
@@ -83,12 +85,12 @@ def _is_capturing() -> bool:
 
 
 def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> float:
-    """Return a candidate's seconds on the GPU; short ones in a captured graph, so that launching does not count."""
+    """Benchmark a candidate on the GPU, in seconds, without launch overhead if it is short."""
 
     def fastest(run: Callable[[], object]) -> float:
         best = float("inf")
         for _ in range(rounds):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (_CUDA.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
             end.record()
@@ -98,16 +100,16 @@ def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> floa
 
     candidate()
     alone = fastest(candidate)
-    if alone > LONG:
+    if alone > LONG_RUN:
         return alone
     try:
         return fastest(_captured(candidate, repeats)) / repeats
-    except RuntimeError:  # it cannot be captured, and then it will not be
+    except RuntimeError:  # it cannot be captured, so launches count in use too
         return alone
 
 
 def _captured(candidate: Candidate, repeats: int) -> Callable[[], object]:
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = _CUDA.CUDAGraph(), _CUDA.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
@@ -118,4 +120,5 @@ def _captured(candidate: Candidate, repeats: int) -> Callable[[], object]:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     graph.replay()
-    return graph.replay
+    replay: Callable[[], object] = graph.replay
+    return replay

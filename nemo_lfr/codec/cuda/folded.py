@@ -1,8 +1,8 @@
-"""Layers of the codec as a GPU wants them: weight norm folded, numbers cast and laid out once for each precision.
+"""Folded layers for CUDA: weight norm folded, weights cast and laid out once per precision.
 
-Signals lie [B, T, H], channels innermost, and every example of a batch has its own end, in a tensor on the device, so
-that one captured graph serves clips of all lengths. `convolution` is the definition, in plain PyTorch, of what
-`kernels.convolution` does in one pass.
+Signals are [B, T, H], channels innermost. The length of every example of a batch is in a tensor on the device, so
+that one captured graph works for clips of all lengths. `convolution` is the reference, in plain PyTorch, for
+`kernels.convolution`, which does the same in one pass.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from nemo_lfr.modules.padding import fill_padding
 
 @dataclass(frozen=True)
 class Precision:
-    """How a network runs.
+    """Precision of a network.
 
     Attributes:
         dtype: of signals and weights.
-        tf32: products of fp32 numbers may drop 13 of their 23 bits.
+        tf32: allow TF32 in fp32 products, which drops 13 of 23 mantissa bits.
     """
 
     dtype: torch.dtype
@@ -31,10 +31,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Activation:
-    """A `CodecActivation`.
+    """Folded form of a `CodecActivation`.
 
     Attributes:
-        module: what it is; its parameters are the live ones.
+        module: the activation; its parameters are not copied.
         kind: "lrelu", "snake" (of the first channels; leaky ReLU of the others) or "other".
         slope: of the leaky ReLU.
         alpha: of the channels with snake, [up to H].
@@ -47,6 +47,7 @@ class Activation:
 
     @classmethod
     def of(cls, module: CodecActivation) -> "Activation":
+        """Return the folded form of an activation."""
         match inner := module.activation:
             case nn.LeakyReLU():
                 return cls(inner, "lrelu", inner.negative_slope)
@@ -57,26 +58,27 @@ class Activation:
         return cls(inner)
 
     def __call__(self, signal: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] activated; snake's sine is taken in fp32."""
+        """Apply the activation to [B, T, H]; the sine of snake is computed in fp32."""
         if self.kind == "lrelu":
             return F.leaky_relu(signal, self.slope)
-        return self.module(signal.float().transpose(1, 2)).transpose(1, 2).to(signal.dtype)
+        result: torch.Tensor = self.module(signal.float().transpose(1, 2))
+        return result.transpose(1, 2).to(signal.dtype)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, or a transposed one as a convolution with two taps to all phases of each channel.
+    """Folded convolution; a transposed one has two taps to all phases of each channel.
 
     Attributes:
-        weight: [H_out * upsample_stride, H_in, 1, K], H_in innermost in memory; of grouped transposed layers
+        weight: [H_out * upsample_stride, H_in, 1, K], H_in innermost in memory; for grouped transposed layers
             [H_in, 1, K].
         bias: fp32 [H_out * upsample_stride].
         pad: items before and after.
         mode: "reflect", "constant" (zeros) or "replicate".
-        upsample_stride: of a transposed layer.
-        trim_start: of its output's items, the first that is kept.
-        groups: more than 1 of a grouped transposed layer alone, which runs as PyTorch has it.
-        dot_precision: precision of products of fp32 numbers, as Triton names it.
+        upsample_stride: stride of a transposed layer; else 1.
+        trim_start: output items of a transposed layer that are trimmed at the start.
+        groups: more than 1 for a grouped transposed layer, which runs in PyTorch.
+        dot_precision: Triton's name of the precision of fp32 products.
     """
 
     weight: torch.Tensor
@@ -92,7 +94,7 @@ class Layer:
 
     @property
     def outputs(self) -> int:
-        """Channels of the convolution: those of all phases."""
+        """Output channels of the convolution, for all phases."""
         return self.weight.shape[0] if self.groups == 1 else self.upsample_stride * self.groups
 
     @property
@@ -102,20 +104,20 @@ class Layer:
 
     @property
     def reduction_size(self) -> int:
-        """Products that one output is the sum of."""
+        """Number of products that are summed for one output."""
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Items that the convolution gives, each of `upsample_stride` items of output."""
+        """Return the outputs of the convolution, each of `upsample_stride` items."""
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
-        """Items of output."""
+        """Return the items of the trimmed output."""
         return num_in * self.upsample_stride // self.stride
 
     @classmethod
     def of(cls, module: Conv1d | ConvTranspose1d, precision: Precision) -> "Layer":
-        """Return a copy of a module's weights, folded and laid out for a precision."""
+        """Copy and fold the weights of a module for a precision."""
         weight, bias = fold(module)
         assert bias is not None
         bias = bias.to(torch.float32, copy=True)
@@ -137,13 +139,13 @@ class Layer:
         )
 
     def convolve(self, padded: torch.Tensor, bias: bool = True) -> torch.Tensor:
-        """[B, T, H_in] -> [B, T_out, H_out] by PyTorch; what is padded is the caller's."""
-        own, up = self.bias.to(padded.dtype) if bias else None, self.upsample_stride
+        """Convolve a padded signal in PyTorch: [B, T, H_in] -> [B, T_out, H_out]."""
+        offset, up = self.bias.to(padded.dtype) if bias else None, self.upsample_stride
         if self.groups > 1:
-            full = F.conv_transpose1d(padded.transpose(1, 2), self.weight, own, stride=up, groups=self.groups)
+            full = F.conv_transpose1d(padded.transpose(1, 2), self.weight, offset, stride=up, groups=self.groups)
             return full[..., self.trim_start : self.trim_start + padded.shape[1] * up].transpose(1, 2).contiguous()
         plane = padded.transpose(1, 2).unsqueeze(2)
-        full = F.conv2d(plane, self.weight, own, stride=(1, self.stride), dilation=(1, self.dilation)).squeeze(2)
+        full = F.conv2d(plane, self.weight, offset, stride=(1, self.stride), dilation=(1, self.dilation)).squeeze(2)
         if up == 1:
             return full.transpose(1, 2)
         spread = interleave(full, up).transpose(1, 2)
@@ -151,7 +153,10 @@ class Layer:
 
 
 def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[H_out, H_in, K] -> [H_out, H_in, 1, K] with H_in innermost; also where PyTorch cannot tell, of one channel."""
+    """Rearrange [H_out, H_in, K] to [H_out, H_in, 1, K] with H_in innermost in memory.
+
+    The strides are set explicitly, as they are ambiguous for one channel.
+    """
     outputs, inputs, taps = weight.shape
     rows = weight.permute(0, 2, 1).to(dtype=dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
     return rows.as_strided((outputs, inputs, 1, taps), (taps * inputs, 1, taps * inputs, inputs))
@@ -160,21 +165,23 @@ def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def padded(
     signal: torch.Tensor, layer: Layer, ends: torch.Tensor, activation: Activation | None = None
 ) -> torch.Tensor:
-    """[B, T, H] activated, with what `layer` pads before its first item and after each example's last.
+    """Activate a signal and pad it at both ends of each example.
 
     Args:
         signal: [B, T, H].
+        layer: convolution whose padding is added.
         ends: items of each example, [B], at most T.
+        activation: applied before padding.
 
     Returns:
-        [B, before + T + after, H], meaningless after an example's padding.
+        [B, before + T + after, H], undefined after an example's padding.
     """
     batch, length, channels = signal.shape
     before, after = layer.pad
     out = signal.new_empty(batch, before + length + after, channels)
     inner = out[:, before : before + length]
     inner.copy_(signal if activation is None else activation(signal))
-    if layer.groups > 1:  # no padding, but an end that cuts off
+    if layer.groups > 1:  # no padding, but zeros after the end
         beyond = torch.arange(length, device=signal.device) >= ends[:, None]
         return inner.masked_fill_(beyond[..., None], 0)
     fill_padding(out.transpose(1, 2), layer.pad, layer.mode, ends)
@@ -193,18 +200,21 @@ def convolution(
     after: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """after(scale * (convolution(activation(signal)) + residual + total)), [B, T, H_in] -> [B, T_out, H_out].
+    """Compute after(scale * (convolution(activation(signal)) + residual + total)).
 
     Args:
         layer: the convolution, with its bias.
         signal: [B, T, H_in].
-        ends: items of each example, [B]; what comes after them is the layer's padding, whatever `signal` holds.
+        ends: items of each example, [B]; values of `signal` after them are replaced by the layer's padding.
         activation: before the convolution.
         residual: added to the result, [B, T_out, H_out].
-        total: added too.
+        total: also added, [B, T_out, H_out].
         scale: factor of the sum.
         after: activation of the result.
-        dtype: of the result; the signal's if not given.
+        dtype: of the result; default: that of the signal.
+
+    Returns:
+        [B, T_out, H_out].
     """
     result = layer.convolve(padded(signal, layer, ends, activation).to(layer.weight.dtype))
     for other in (residual, total):

@@ -1,7 +1,7 @@
-"""The codec on a GPU: a plan per part and precision, and CUDA graphs of small batches, which launching holds up.
+"""CUDA graphs for small batches, whose run time is dominated by kernel launches.
 
-A graph is captured the second time that a batch of one shape is met, and serves clips of all lengths that fit it. All
-that is derived here is dropped as soon as a part's numbers change or move.
+A graph is captured on the second batch of a shape, and works for clips of all lengths that fit. Plans and graphs are
+dropped when the weights of their network change or move.
 """
 
 import logging
@@ -27,6 +27,7 @@ logger = logging.getLogger("nemo_lfr")
 
 Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 Function = Callable[..., torch.Tensor]
+_CUDA: Any = torch.cuda
 
 # Frames of a batch up to which it is launched as a graph; larger ones keep a GPU busier than the launching process.
 GRAPH_FRAMES = 2048
@@ -47,9 +48,9 @@ Capture = Callable[[Function, tuple[torch.Tensor, ...]], Captured]
 
 
 class CudaCapture:
-    """Captures functions on the current device into graphs that share one pool of memory.
+    """Capture of functions into CUDA graphs that share one memory pool.
 
-    They may share it, as they run one after the other and what each gives is copied before the next runs.
+    Sharing is safe because graphs run one after the other, and each output is copied before the next one runs.
     """
 
     def __init__(self) -> None:
@@ -57,10 +58,11 @@ class CudaCapture:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, function: Function, inputs: tuple[torch.Tensor, ...]) -> Captured:
+        """Capture a call of `function` on the current device."""
         if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), _CUDA.Stream()
         held = tuple(value.clone() for value in inputs)
-        # On a side stream first, as libraries allocate and choose in their first run; then while recording.
+        # Warm up on a side stream first: libraries allocate memory and choose kernels in their first run.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             function(*held)
@@ -72,25 +74,31 @@ class CudaCapture:
 
 
 class GraphCache:
-    """Runs a function on inputs of a few shapes: as it is the first time, then captured, then replayed.
+    """Cache of graphs: runs a shape eagerly once, then captures it, then replays it.
 
     Args:
-        capture: makes a graph of a function and its inputs.
-        capacity: graphs kept.
+        capture: captures a function with its inputs.
+        capacity: largest number of graphs.
     """
 
     def __init__(self, capture: Capture, capacity: int = MAX_GRAPHS) -> None:
         self._capture = capture
         self._capacity = capacity
-        self._graphs: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: met once
+        self._graphs: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: seen once
         self._failed = False
 
     def __len__(self) -> int:
-        """Graphs that are held."""
+        """Return the number of graphs."""
         return sum(graph is not None for graph in self._graphs.values())
 
     def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
-        """function(*inputs), in memory of its own. `key` tells functions of one cache and their shapes apart."""
+        """Return `function(*inputs)` in new memory.
+
+        Args:
+            key: identifies the function; shapes and dtypes of the inputs are added to it.
+            function: computes with tensors on the device only.
+            inputs: tensors on the device.
+        """
         if self._failed:
             return function(*inputs)
         key = (key, *((value.shape, value.dtype) for value in inputs))
@@ -122,39 +130,42 @@ class GraphCache:
 
 
 class CudaModule:
-    """One part with its quantizer at one precision on one device.
+    """Encoder or decoder with its quantizer, at one precision on one device.
 
     Args:
-        part: encoder or decoder; copied, not held.
-        quantizer: held; its buffers never change.
+        network: encoder or decoder; its weights are copied.
+        quantizer: referenced; its buffers never change.
         precision: one of `PRECISIONS`.
         device: of both.
-        capture: of graphs; CUDA's if not given.
+        capture: captures graphs; default: `CudaCapture`.
     """
 
     def __init__(
         self,
-        part: HiFiGANEncoder | HiFiGANDecoder,
+        network: HiFiGANEncoder | HiFiGANDecoder,
         quantizer: Quantizer,
         precision: str,
         device: torch.device,
         capture: Capture | None = None,
     ) -> None:
-        self.plan = Plan(part, PRECISIONS[precision], find_kernels(device))
+        self.plan = Plan(network, PRECISIONS[precision], find_kernels(device))
         self.quantizer = quantizer
         self.graphs = GraphCache(capture or CudaCapture())
-        self._min_frames = part.min_frames
-        self._encodes = isinstance(part, HiFiGANEncoder)
+        self._min_frames = network.min_frames
+        self._encodes = isinstance(network, HiFiGANEncoder)
         self._lock = threading.Lock()
         self._finished: torch.cuda.Event | None = None
 
     def __call__(self, inputs: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-        """Audio [B, width * samples_per_frame] -> tokens [B, C, width], or those back into audio.
+        """Encode or decode a batch.
 
         Args:
-            inputs: of examples that end after `num_frames` each.
-            num_frames: at least 1.
-            width: frames of memory, at least `min_frames`.
+            inputs: audio [B, width * samples_per_frame], or tokens [B, C, width].
+            num_frames: valid frames of each example, at least 1.
+            width: padded width in frames, at least `min_frames`.
+
+        Returns:
+            Tokens [B, C, width], or audio [B, width * samples_per_frame].
         """
         state = reference_state(inputs.device)
         with self._lock, self._turn(inputs.device), state, convolutions(self.plan.precision.tf32):
@@ -166,7 +177,7 @@ class CudaModule:
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:
-        """All graphs work in the same memory: one follows the other, on whatever streams the callers are."""
+        """Run one call after the other on all streams, as graphs share their memory."""
         if device.type != "cuda":
             yield
             return
@@ -192,7 +203,7 @@ _MODULES: DerivedForms[CudaModule] = DerivedForms()
 
 
 def cuda_module(
-    part: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
+    network: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
 ) -> CudaModule:
-    """Return the engine of an encoder or a decoder as its weights are now."""
-    return _MODULES.get(part, precision, lambda: CudaModule(part, quantizer, precision, device), quantizer)
+    """Return the CUDA form of a network that matches its current weights."""
+    return _MODULES.get(network, precision, lambda: CudaModule(network, quantizer, precision, device), quantizer)

@@ -1,8 +1,8 @@
-"""The network as a GPU runs it: a list of steps over folded layers, each by the candidate that was measured fastest.
+"""Execution plan on CUDA: a list of steps over folded layers, each with its fastest candidate.
 
-A layer can run as the library's convolution (cuDNN) between two passes of a small kernel, or as one kernel of ours;
-without Triton, as plain PyTorch. The first and the last layer run in fp32 whatever the precision: they cost nothing,
-and tokens and audio depend on them directly.
+A layer can run as a cuDNN convolution between two pointwise kernels, or as one fused Triton kernel; without Triton it
+runs in plain PyTorch. The first and the last layer run in fp32 at any precision: they are cheap, and tokens and audio
+depend on them directly.
 """
 
 import functools
@@ -33,16 +33,16 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16),
 }
-# Channels up to which our kernels are tried. Wide layers wait for products, but there too the library's worst choices
-# need a rival: a clip of 10 s took 75 ms to decode on an H100 with 256 here, and 5 with 1024.
+# Most channels for which fused kernels are tried. Wide layers are limited by their products, but the library's worst
+# choices are slow there too: a clip of 10 s took 75 ms to decode on an H100 with 256 here, and 5 ms with 1024.
 FUSED_CHANNELS = 1024
-# Of the whole process: what is fastest depends on the device and on shapes, not on the weights.
+# One for the process: the fastest candidate depends on the device and on shapes, not on the weights.
 AUTOTUNER = Autotuner(gpu_seconds)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A `ResidualBlock`, folded."""
+    """Folded form of a `ResidualBlock`."""
 
     first: Layer
     second: Layer
@@ -51,6 +51,7 @@ class Block:
 
     @classmethod
     def of(cls, block: ResidualBlock, precision: Precision) -> "Block":
+        """Copy and fold the weights of a block for a precision."""
         return cls(
             Layer.of(block.input_conv, precision),
             Layer.of(block.skip_conv, precision),
@@ -61,13 +62,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of the network, which can be run and timed alone.
+    """Operation of the network that can be run and timed separately.
 
     Attributes:
         name: for reports.
         run: signal [B, T, H_in] and the ends of its examples [B] -> [B, T_out, H_out].
-        layers: that it runs.
-        rate: items of its input for each frame.
+        layers: folded layers of the step.
+        rate: input items per frame.
     """
 
     name: str
@@ -77,10 +78,10 @@ class Step:
 
 
 class Plan:
-    """Encoder or decoder at one precision, derived from its weights as they are now.
+    """Plan of an encoder or decoder at one precision, derived from its current weights.
 
     Args:
-        network: copied, not held.
+        network: its weights are copied.
         precision: of all but the first and last layer.
         kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
         autotuner: chooses how each layer runs.
@@ -100,24 +101,32 @@ class Plan:
         self._output = network.out_activation if isinstance(network, HiFiGANDecoder) else None
 
     def __call__(self, signal: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        """Signal [B, T, H_in] in fp32, frames of each example [B] -> [B, T_out, H_out] in fp32."""
+        """Run all steps in order.
+
+        Args:
+            signal: fp32 [B, T, H_in].
+            frames: of each example, [B].
+
+        Returns:
+            fp32 [B, T_out, H_out].
+        """
         for step in self.steps:
             signal = step.run(signal, frames * step.rate)
         return signal if self._output is None else to_audio(self._output, signal)
 
 
 class Recording(NamedTuple):
-    """A signal that is yet to be computed: the steps that do, and its items for each frame."""
+    """Signal that is not computed yet: the steps that compute it, and its items per frame."""
 
     steps: tuple[Step, ...]
     rate: int
 
 
 class CudaOps:
-    """Operations that compute nothing: they fold a layer's weights and record how it will be run.
+    """Operations that fold the weights of each layer and record steps, without computing.
 
     Args:
-        network: whose first and last layer are kept in fp32.
+        network: its first and last layer stay in fp32.
         precision: of all other layers.
         runner: runs folded layers.
     """
@@ -163,7 +172,7 @@ class CudaOps:
 
 
 class LayerRunner:
-    """Runs folded layers, each by the candidate that was measured fastest.
+    """Runner of folded layers, each with its fastest candidate.
 
     Args:
         precision: of the network.
@@ -183,7 +192,7 @@ class LayerRunner:
         signal: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the layer of the activated signal [B, T, H_in] as `dtype`, [B, T_out, H_out]."""
+        """Compute activation and layer: [B, T, H_in] -> [B, T_out, H_out] in `dtype`."""
         candidates: dict[str, Candidate] = {
             "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
         }
@@ -197,7 +206,7 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
 
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the branches [B, T, H], gathered as they end."""
+        """Return the mean of the branches [B, T, H], accumulated in their last blocks."""
         total: torch.Tensor | None = None
         for branch, blocks in enumerate(branches):
             result = signal
@@ -216,7 +225,7 @@ class LayerRunner:
         total: torch.Tensor | None = None,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """scale * (signal + block(signal) + total)."""
+        """Compute scale * (signal + block(signal) + total)."""
         first, second = block.first, block.second
         candidates: dict[str, Candidate] = {
             "library": lambda: self._block_by_library(block, signal, ends, total, scale)
@@ -226,7 +235,10 @@ class LayerRunner:
 
             def fused(tile: Any) -> torch.Tensor:
                 middle = kernels.convolution(first, signal, ends, tile, activation=block.before, after=block.between)
-                return kernels.convolution(second, middle, ends, tile, residual=signal, total=total, scale=scale)
+                result: torch.Tensor = kernels.convolution(
+                    second, middle, ends, tile, residual=signal, total=total, scale=scale
+                )
+                return result
 
             for tile in kernels.tiles(first, block.before):
                 candidates[f"fused {tuple(tile)}"] = functools.partial(fused, tile)
@@ -234,7 +246,10 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends)
 
     def _may_fuse(self, layer: Layer) -> bool:
-        """fp32 gives the tokens of record: they must not depend on what a measurement found fastest."""
+        """Return whether fused kernels may be tried.
+
+        Not in fp32: reference tokens must not depend on which candidate was measured fastest.
+        """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
         )
@@ -253,7 +268,8 @@ class LayerRunner:
             return folded.convolution(layer, signal, ends, activation=activation, dtype=dtype)
         result = layer.convolve(self._padded(layer, signal, ends, activation), bias=False)
         bias = layer.bias[: result.shape[2]]
-        return kernels.pointwise(result, ends, bias=bias, dtype=dtype or signal.dtype)
+        output: torch.Tensor = kernels.pointwise(result, ends, bias=bias, dtype=dtype or signal.dtype)
+        return output
 
     def _block_by_library(
         self,
@@ -271,7 +287,10 @@ class LayerRunner:
             )
         middle = first.convolve(self._padded(first, signal, ends, block.before), bias=False)
         result = second.convolve(self._padded(second, middle, ends, block.between, first.bias), bias=False)
-        return kernels.pointwise(result, ends, bias=second.bias, residual=signal, total=total, scale=scale)
+        output: torch.Tensor = kernels.pointwise(
+            result, ends, bias=second.bias, residual=signal, total=total, scale=scale
+        )
+        return output
 
     def _padded(
         self,
@@ -285,7 +304,7 @@ class LayerRunner:
         if activation is not None and activation.kind == "other":
             signal = activation(signal if bias is None else signal + bias.to(signal.dtype))
             activation = bias = None
-        return self._kernels.pointwise(
+        result: torch.Tensor = self._kernels.pointwise(
             signal,
             ends,
             pad=layer.pad,
@@ -294,6 +313,7 @@ class LayerRunner:
             activation=activation,
             dtype=layer.weight.dtype,
         )
+        return result
 
 
 def _shape(layer: Layer) -> tuple[Any, ...]:
@@ -306,13 +326,13 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Items to the next power of two, and the device: what is fastest changes no faster."""
+    """Return the number of items as a power of two, and the device, for the autotuner's key."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 
 @functools.cache
 def find_kernels(device: torch.device) -> ModuleType | None:
-    """`nemo_lfr.codec.cuda.kernels` where Triton compiles them for this device, and they give what PyTorch gives."""
+    """Return `nemo_lfr.codec.cuda.kernels` if Triton works and is correct on a device."""
     if device.type != "cuda":
         return None
     try:
@@ -321,9 +341,9 @@ def find_kernels(device: torch.device) -> ModuleType | None:
         signal = torch.randn(2, 40, 16, device=device, dtype=torch.float32)
         ends = torch.tensor([40, 33], device=device)
         with torch.cuda.device(device):
-            found = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
+            result = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
         expected = torch.cat([signal[:, 1:4].flip(1), signal, signal[:, -4:-1].flip(1)], 1) * 2
-        if not torch.equal(found[0], expected[0]):
+        if not torch.equal(result[0], expected[0]):
             raise RuntimeError("its result is wrong")
     except Exception as reason:  # no Triton, no C compiler, no driver for it
         logger.warning(

@@ -1,6 +1,6 @@
-"""The codec without PyTorch: `export` writes two ONNX files and a manifest, `backend` runs them with ONNX Runtime."""
+"""ONNX: `export` writes two files and a manifest, `backend` runs them in ONNX Runtime."""
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 MANIFEST = "codec.json"
-METADATA = "nemo_lfr"  # the key under which both files carry what the tokens mean
+METADATA = "nemo_lfr"  # metadata key in both files for the description of the tokens
 VERSION = 2

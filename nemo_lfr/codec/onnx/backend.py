@@ -1,4 +1,4 @@
-"""The exported codec in ONNX Runtime, with numpy arrays; torch is not imported."""
+"""ONNX Runtime backend, with numpy arrays and without torch."""
 
 import json
 import os
@@ -15,13 +15,15 @@ from nemo_lfr.io.shortage import missing_extra
 
 
 class OnnxBackend(NumpyBackend):
-    """Runs the files of `nemo-lfr export onnx`. Each is opened when it is first needed; one of the two will do.
+    """Backend of the files of `nemo-lfr export onnx`, which are opened on first use.
+
+    One of the two files is enough to encode or to decode.
 
     Args:
         folder: with codec.json and encoder.onnx or decoder.onnx. The hashes of the files are compared with those in
             codec.json.
         device: "cpu", "cuda", or None for a GPU if ONNX Runtime has one.
-        name: for messages; the folder if not given.
+        name: for messages; default: the folder.
 
     Raises:
         CheckpointError: if the files are missing, damaged, from several exports or not ours.
@@ -32,7 +34,7 @@ class OnnxBackend(NumpyBackend):
     def __init__(self, folder: str | os.PathLike[str], device: str | None = None, name: str | None = None) -> None:
         try:
             import onnxruntime
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # importing it may raise anything
             message = f"ONNX files need ONNX Runtime: {install_command('onnxruntime')}"
             raise missing_extra(error, "ONNX Runtime", message) from error
         self._folder = Path(folder).absolute()  # files are opened later, perhaps from another working directory
@@ -56,15 +58,15 @@ class OnnxBackend(NumpyBackend):
             read_verified(self._folder, file, self._manifest)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out: a copy, in this process or another, opens its own."""
+        """Return the state without sessions: a copy opens its own."""
         return vars(self) | {"_sessions": {}}
 
     def fingerprints(self) -> tuple[str, str]:
-        """Return those of the checkpoint that was exported."""
+        """Return the fingerprints of the exported checkpoint."""
         return self.spec.fingerprint, self._manifest.weights_fingerprint
 
     def load(self, direction: Direction) -> None:
-        """Open the file of a direction."""
+        """Open the file of one direction."""
         self._session(ENCODER if direction == "encode" else DECODER)
 
     def encode_frames(self, audio: np.ndarray, num_frames: list[int]) -> np.ndarray:
@@ -78,7 +80,7 @@ class OnnxBackend(NumpyBackend):
         return self._run(DECODER, inputs, (len(tokens), tokens.shape[2] * self.spec.samples_per_frame))
 
     def _run(self, file: str, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Return the only output of a file, which must have this shape."""
+        """Run a file and check the shape of its output."""
         session = self._session(file)
         try:
             result = session.run(None, inputs)[0]

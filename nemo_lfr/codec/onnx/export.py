@@ -1,4 +1,4 @@
-"""A codec as encoder.onnx (audio -> tokens, FSQ inside) and decoder.onnx (tokens -> audio), any batch and length."""
+"""Export of a codec to encoder.onnx and decoder.onnx, for any batch size and length."""
 
 import contextlib
 import hashlib
@@ -29,7 +29,7 @@ OPSET = 20
 
 
 class _Encoder(nn.Module):
-    """Whole frames of audio [B, T * samples_per_frame] -> tokens [B, C, T] as int32; -1 where they are not finite."""
+    """Encoder and FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T], -1 if not finite."""
 
     def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Tokens [B, C, T] as int64, silent after `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+    """FSQ and decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
 
     def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
@@ -53,16 +53,21 @@ class _Decoder(nn.Module):
 
 
 def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-    """Write encoder.onnx, decoder.onnx and codec.json into `folder`; each is written aside, checked and renamed.
+    """Export a codec to encoder.onnx, decoder.onnx and codec.json in `folder`.
 
-    Inputs and outputs are those of the two modules above. A length under `min_frames` has to be completed with
-    silence, and a batch is of one length; `nemo_lfr.load(folder)` does both. What the tokens mean is in codec.json,
-    whose format `nemo_lfr.codec.onnx.manifest` describes, and in the metadata of both files under "nemo_lfr".
+    The files are validated and written atomically. encoder.onnx maps audio [B, T * samples_per_frame] to int32 tokens
+    [B, C, T]; decoder.onnx maps int64 tokens [B, C, T] and tokens_len [B] to audio. Input shorter than `min_frames`
+    must be zero-padded, and all clips of a batch have one length; `nemo_lfr.load(folder)` takes care of both. The
+    tokens are described in codec.json (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both files under
+    "nemo_lfr".
 
     Args:
         codec: fp32, on any device.
-        folder: made if it is missing.
-        overwrite: replace files that exist.
+        folder: created if it does not exist.
+        overwrite: replace existing files.
+
+    Returns:
+        Paths of the three files.
 
     Raises:
         MissingExtraError: if onnx or onnxscript is not installed.
@@ -71,7 +76,7 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
-    except Exception as error:  # whatever that package does when it is imported
+    except Exception as error:  # importing them may raise anything
         message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
         raise missing_extra(error, "one of onnx and onnxscript", message) from error
     backend = codec.backend
@@ -116,7 +121,7 @@ def _write(backend: TorchBackend, targets: list[Path]) -> None:
     files = {}
     with writing_folder(folder) as aside:
         for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
-            with torch.no_grad(), warnings.catch_warnings(), _quiet(), _interruptible():
+            with torch.no_grad(), warnings.catch_warnings(), _QuietExporter(), _interruptible():
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
                     module.eval(),
@@ -141,7 +146,7 @@ def _write(backend: TorchBackend, targets: list[Path]) -> None:
 
 
 def _write_aside(path: Path, data: bytes, target: Path) -> str:
-    """Write a file that becomes `target` to the disk; returns its SHA-256."""
+    """Write the temporary file of `target` and return its SHA-256."""
     with naming(target, path), open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -150,7 +155,7 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
 
 
 def metadata(backend: TorchBackend) -> dict[str, Any]:
-    """Return what both files say of the codec."""
+    """Return the metadata of both files."""
     fingerprint, weights_fingerprint = backend.fingerprints()
     spec = asdict(replace(backend.spec, fingerprint=fingerprint))
     del spec["precision"]  # fp32 always
@@ -168,7 +173,7 @@ def metadata(backend: TorchBackend) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise an interrupt or an exit as itself, which torch's exporter wraps into an error of its own."""
+    """Re-raise KeyboardInterrupt and SystemExit, which torch's exporter wraps in its own error."""
     try:
         yield
     except Exception as error:
@@ -180,8 +185,8 @@ def _interruptible() -> Iterator[None]:
         raise
 
 
-class _quiet:
-    """Torch's exporter logs what it registers, which is nothing to a user."""
+class _QuietExporter:
+    """Context that silences the log of torch's exporter."""
 
     def __enter__(self) -> None:
         self._logger = logging.getLogger("torch.onnx")

@@ -1,12 +1,12 @@
-"""`codec.json` beside the ONNX files: what their tokens mean, and the SHA-256 of each file.
+"""Manifest `codec.json`: description of the tokens, and the SHA-256 of each ONNX file.
 
     {"version": 2, "sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8,
      "fingerprint": "...", "weights_fingerprint": "...", "written_by": "nemo_lfr ...",
      "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
-Both ONNX files carry the same values, but for "files", in their metadata. A file is read into memory, compared with
-its hash and then opened, so that what runs is what was exported.
+Both ONNX files have the same values, except "files", in their metadata. A file is read into memory, compared with its
+hash and then opened, so that a file that was changed after the export does not run.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ _AGAIN = "export it again with nemo-lfr export onnx"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `codec.json`, checked.
+    """Validated contents of `codec.json`.
 
     Attributes:
-        spec: what the tokens are.
-        weights_fingerprint: the older kind of fingerprint, of the weights alone.
+        spec: description of the tokens.
+        weights_fingerprint: the older fingerprint, of the weights alone.
         encoder, decoder: limits of the two networks.
         files: SHA-256 of each ONNX file, by name.
-        values: all but "files", as both ONNX files carry them.
+        values: all values but "files", as in the metadata of both ONNX files.
     """
 
     spec: CodecSpec
@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of an exported folder.
 
     Raises:
-        CheckpointError: if it is missing, or a value is not one of a codec's, naming the file and the value.
+        CheckpointError: if it is missing, or a value is invalid.
     """
     path = folder / MANIFEST
     try:
@@ -77,10 +77,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(values: Any) -> Manifest:
-    """Check the values of a manifest.
+    """Validate the values of a manifest.
 
     Raises:
-        CheckpointError: naming the first value that is not one of a codec's.
+        CheckpointError: for the first invalid value.
     """
     if not isinstance(values, dict):
         raise CheckpointError("it is not a JSON object.")
@@ -135,10 +135,10 @@ def _limits(values: dict[str, Any], name: str) -> ModuleLimits:
 
 
 def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """Read one of the ONNX files, which must be the one that was exported.
+    """Read one of the ONNX files and check its hash.
 
     Raises:
-        CheckpointError: if it is missing or another file than the manifest's.
+        CheckpointError: if it is missing, or its hash differs from the manifest.
     """
     path = folder / name
     if not path.is_file():
