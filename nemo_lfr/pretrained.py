@@ -1,4 +1,4 @@
-"""Where checkpoints come from: the package itself, a file, or the Hugging Face Hub."""
+"""`load()`: open the bundled codec, a file, or a repository of the Hugging Face Hub."""
 
 import contextlib
 import logging
@@ -33,14 +33,14 @@ def bundled_checkpoint() -> Path:
 
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """A local `.nemo` for a path, a Hub id or a known name; `None` is the bundled codec.
+    """Return the local `.nemo` of a path, a Hub id or a known name.
 
     Args:
-        source: what to look for; see `locate_checkpoint` for paths.
-        refresh: download again what the Hub's cache already has.
+        source: path (see `locate_checkpoint`), Hub id or name; None for the bundled codec.
+        refresh: download again, even if the file is in the Hub's cache.
 
     Raises:
-        CheckpointError: if it is neither a file nor a repository that can be reached or is cached.
+        CheckpointError: if it is neither a file nor a repository that can be downloaded or is cached.
     """
     if source is None:
         return bundled_checkpoint()
@@ -64,11 +64,11 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Find the repository's `.nemo` in the Hub's cache; None if it is not there, or one of several."""
+    """Find the repository's only `.nemo` in the Hub's cache; None if there is not exactly one."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # A damaged or strange cache is no reason not to download.
+    # With a damaged cache, download again.
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
@@ -99,12 +99,12 @@ def _in_snapshot(repository: str) -> list[Path]:
 
 
 def _usual_name(repository: str) -> str:
-    """Name a repository's `.nemo` by NVIDIA's habit, as NeMo's `from_pretrained` does."""
+    """Return the usual name of a repository's `.nemo`, as in NeMo's `from_pretrained`."""
     return repository.partition("/")[2] + ".nemo"
 
 
 def _download(repository: str, refresh: bool) -> Path:
-    """The repository's `.nemo`, from the Hub's cache if it is there."""
+    """Return the repository's `.nemo`, from the Hub's cache or by download."""
     from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -115,7 +115,7 @@ def _download(repository: str, refresh: bool) -> Path:
             logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
         try:
             return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
-        except LocalEntryNotFoundError:  # the network is not there; it is a kind of EntryNotFoundError
+        except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available
             raise
         except EntryNotFoundError:
             found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
@@ -126,7 +126,7 @@ def _download(repository: str, refresh: bool) -> Path:
             return Path(hf_hub_download(repository, found[0], force_download=refresh))
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the Hub's transport raises: requests, httpx, ... by version
+    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         if len(cached_files := _in_snapshot(repository)) > 1:
             names = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
@@ -135,8 +135,8 @@ def _download(repository: str, refresh: bool) -> Path:
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{repository}: cannot be had from the Hub and is not in its cache ({reason}); check the name and the "
-            "network, or give the path of a downloaded .nemo."
+            f"{repository}: could not be downloaded from the Hub and is not in the local cache ({reason}); "
+            "check the name and the network, or give the path of a downloaded .nemo."
         ) from error
 
 
@@ -179,13 +179,13 @@ def load(
 ) -> Codec[Any]:
     """Load a codec for inference.
 
-    A checkpoint's keys and shapes are checked at once; the weights of the encoder and of the decoder are read when
-    each is first needed, and raise CheckpointError then if they are damaged.
+    The keys and shapes of a checkpoint are validated here. The weights of the encoder and of the decoder are loaded on
+    first use, which raises CheckpointError if they are damaged.
 
     Args:
         source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
             for the bundled codec.
-        device: where to run; a GPU if there is one, else the CPU.
+        device: device of the network; default: a GPU if there is one, else the CPU.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
         backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); what `source`
             is for, if not given. With "onnx", torch is not imported.

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.codec.arrays import Arrays, Kind
+from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
-from nemo_lfr.io.audio import check_peak
+from nemo_lfr.io.audio import check_peak, resample
 from nemo_lfr.spec import CodecSpec
 
 
@@ -47,6 +47,30 @@ def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) ->
     for row, peak in enumerate(arrays.peaks(clips, lengths)):
         check_peak(peak, f"clip {row}")
     return clips, lengths
+
+
+def resample_clips(
+    arrays: Arrays[Any], audio: Any, lengths: Sequence[int], source_rate: int, target_rate: int
+) -> tuple[Any, list[int]]:
+    """Resample clips.
+
+    Args:
+        arrays: library to convert with.
+        audio: float32 [B, T_audio].
+        lengths: samples of each clip.
+        source_rate: of `audio`, Hz.
+        target_rate: of the result, Hz.
+
+    Returns:
+        Audio [B, T_audio] as float32, and the samples of each clip.
+    """
+    clips = [
+        resample(row[:length], source_rate, target_rate) for row, length in zip(to_numpy(audio), lengths, strict=True)
+    ]
+    padded = np.zeros((len(clips), max(map(len, clips))), np.float32)
+    for row, clip in zip(padded, clips, strict=True):
+        row[: len(clip)] = clip
+    return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
 
 
 def check_tokens(

@@ -8,7 +8,7 @@ has such a backend, and the contract that every backend must keep.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -181,3 +181,14 @@ class DecoderStream(Stream, Protocol):
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
         """End the recording; return the remaining samples [n], up to `num_samples` of the whole recording."""
+
+
+@runtime_checkable
+class StreamingBackend(Protocol):
+    """Additional methods of a backend that can stream."""
+
+    def stream_encoder(self, codec: Any, lookahead: int | None) -> EncoderStream:
+        """Return a stream; see `Codec.stream_encoder`."""
+
+    def stream_decoder(self, codec: Any, lookahead: int | None) -> DecoderStream:
+        """Return a stream; see `Codec.stream_decoder`."""

@@ -1,25 +1,25 @@
-"""The codec as a user holds it: audio in, tokens out, and back; any length, any batch, files and streams.
+"""`Codec`: encode and decode arrays, blocks, files and streams of any length, over any backend.
 
-Arrays are the backend's own, tensors or numpy's; nothing here imports torch.
+Arrays are tensors or numpy arrays, depending on the backend; this module does not import torch.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from os import PathLike
-from typing import Any, Generic, Protocol, cast, runtime_checkable
+from typing import Any, Generic, cast
 
 import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
-from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream
+from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, StreamingBackend
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.cpu.malloc import trim_between_windows
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.atomic import check_distinct
-from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate, resample
+from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import expand_home
@@ -28,19 +28,18 @@ from nemo_lfr.spec import CodecSpec
 
 
 class Codec(Generic[Array]):
-    """A codec over any backend. Takes numpy arrays and the backend's arrays, and returns the backend's.
+    """Codec over any backend. It accepts numpy arrays and the backend's, and returns the backend's.
 
-    Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. A batch is
-    computed clip by clip or in groups of one width, and long audio in windows that carry the context their frames
-    depend on.
+    Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. Batches are
+    computed in groups of equal width, and long audio in windows with the context that their frames depend on.
 
     Args:
         backend: computes whole frames.
-        chunk_frames: frames of one window of long audio; None for what suits the device.
+        chunk_frames: frames of one window of long audio; default: as the backend prefers.
 
     Attributes:
-        backend: the one passed.
-        chunk_frames: may be changed at any time; the result does not depend on it.
+        backend: computes whole frames.
+        chunk_frames: may be changed at any time; results do not depend on it.
     """
 
     def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
@@ -53,16 +52,14 @@ class Codec(Generic[Array]):
             f"{self.num_codebooks} x {self.codebook_size}, {self.bit_rate:.0f} bit/s, {self.device}, {self.precision})"
         )
 
-    # What the tokens are.
-
     @property
     def spec(self) -> CodecSpec:
-        """What the tokens are, fingerprint included: the record that files carry."""
+        """Description of the tokens, with the fingerprint, as it is stored in files."""
         return replace(self.backend.spec, fingerprint=self.fingerprint)
 
     @property
     def name(self) -> str:
-        """Where the weights came from, for messages."""
+        """Source of the weights, for messages."""
         return self.backend.name
 
     @property
@@ -111,33 +108,29 @@ class Codec(Generic[Array]):
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether tokens that carry this fingerprint, of today's kind or an older one, are this codec's."""
+        """Return whether this codec produces tokens with a fingerprint, current or older."""
         known = self.backend.fingerprints()
         return not known or fingerprint in known
 
-    # What computes them.
-
     @property
     def device(self) -> Any:
-        """Where the network runs."""
+        """Device of the network."""
         return self.backend.device
 
     @property
     def encoder(self) -> Any:
-        """The encoder: at least its `Limits`, and PyTorch's module where PyTorch computes."""
+        """Encoder: its `Limits`, and with PyTorch the module itself."""
         return self.backend.encoder
 
     @property
     def decoder(self) -> Any:
-        """The decoder, likewise."""
+        """Decoder: its `Limits`, and with PyTorch the module itself."""
         return self.backend.decoder
 
     @property
     def quantizer(self) -> Any:
-        """PyTorch's module between encoded frames and tokens; other backends have none."""
+        """Quantizer module of a PyTorch backend; other backends have none."""
         return cast(Any, self.backend).quantizer
-
-    # Arrays.
 
     @outside_of_graphs
     def encode(
@@ -149,19 +142,19 @@ class Codec(Generic[Array]):
         """Encode audio to tokens.
 
         Args:
-            audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio]. What lies after a clip's length is
-                ignored.
-            audio_len: samples of each clip, [B]; all of them if not given.
+            audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio]. Samples after a clip's length
+                are ignored.
+            audio_len: samples of each clip, [B]; default: the full length.
             sample_rate: Hz of `audio`; other rates than the codec's are resampled.
 
         Returns:
             Tokens [B, C, T_encoded] as int32, zero after a clip's end, and frames per clip [B] as int64:
-            ceil(samples / samples_per_frame). A last partial frame, and a clip shorter than the network can see, is
-            completed with silence.
+            ceil(samples / samples_per_frame). A partial last frame, and clips that are too short for the network, are
+            zero-padded.
 
         Raises:
             AudioError: for another shape, type or length, or a NaN.
-            NemoLfrError: if the encoder gives NaN or infinite values.
+            NemoLfrError: if the encoder returns NaN or infinite values.
         """
         with self.backend.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
@@ -184,15 +177,15 @@ class Codec(Generic[Array]):
 
         Args:
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
-            tokens_len: frames of each utterance, [B]; all of them if not given.
-            audio_len: samples to keep of each utterance, [B]: the length that was encoded. Whole frames if not given.
+            tokens_len: frames of each utterance, [B]; default: the full length.
+            audio_len: samples to keep of each utterance, [B]: the length before encoding. Default: whole frames.
 
         Returns:
             Audio [B, T_audio] in [-1, 1], zero after an utterance's end, and samples per utterance [B].
 
         Raises:
             TokensError: for another shape or type, a token outside the codebook, or lengths that do not fit.
-            NemoLfrError: if the decoder gives NaN or infinite values.
+            NemoLfrError: if the decoder returns NaN or infinite values.
         """
         frame, arrays = self.samples_per_frame, self.backend.arrays
         with self.backend.computing():
@@ -224,8 +217,6 @@ class Codec(Generic[Array]):
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
             return waves, self._integers(lengths)
 
-    # One recording of any length, in bounded memory.
-
     def encode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Encode one recording block by block.
 
@@ -240,7 +231,7 @@ class Codec(Generic[Array]):
             rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)
         ):
             padding = cutter.width(window.num_frames) * frame - len(wave)
-            with self.backend.computing():  # not while the caller has the block
+            with self.backend.computing():  # left before the caller gets the block
                 arrays = self.backend.arrays
                 clips = arrays.cast(arrays.convert(np.pad(wave, (0, padding))[None], "audio", AudioError), np.float32)
                 results: Any = self.backend.encode_frames(clips, [window.num_frames])
@@ -263,29 +254,27 @@ class Codec(Generic[Array]):
             yield audio
 
     def stream_encoder(self, lookahead: int | None = None) -> EncoderStream:
-        """Return a stream that takes one recording's samples as they come and gives its tokens.
+        """Return a streaming encoder for one recording.
 
         Args:
-            lookahead: frames that a token may wait for; None for all that it depends on (`encoder.context.future`),
-                with which the tokens are those of `encode`.
+            lookahead: frames of right context. Default: all that a token depends on (`encoder.context.future`), for
+                the same tokens as `encode`.
 
         Raises:
-            NemoLfrError: if it is no number of frames, or the backend does not stream.
+            NemoLfrError: if `lookahead` is not a number of frames, or the backend does not stream.
         """
         return self._streaming().stream_encoder(self, lookahead)
 
     def stream_decoder(self, lookahead: int | None = None) -> DecoderStream:
-        """Return a stream that takes one recording's tokens as they come and gives its audio; see `stream_encoder`."""
+        """Return a streaming decoder for one recording; see `stream_encoder`."""
         return self._streaming().stream_decoder(self, lookahead)
 
-    def _streaming(self) -> "StreamingBackend":
+    def _streaming(self) -> StreamingBackend:
         if isinstance(self.backend, StreamingBackend):
             return self.backend
         raise NemoLfrError(
             f"{self.name}: {type(self.backend).__name__} does not stream; load the checkpoint with PyTorch."
         )
-
-    # Files.
 
     def encode_file(
         self,
@@ -296,14 +285,14 @@ class Codec(Generic[Array]):
         compress: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Encode an audio file of any format and rate into a token file; returns the samples encoded.
+        """Encode an audio file of any format and rate to a token file; return its samples.
 
         Args:
             source: the audio file.
             target: the token file.
             overwrite: replace `target`.
             compress: make the token file about a third smaller, without loss.
-            entropy_model: model, or path of a `.lfrm` file, to compress with; the one inside the package by default.
+            entropy_model: model, or path of a `.lfrm` file, to compress with; default: the bundled one.
 
         Raises:
             AudioError: if `source` cannot be read.
@@ -334,21 +323,20 @@ class Codec(Generic[Array]):
         recover: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Decode a token file, or a span of it, into an audio file; returns the samples written.
+        """Decode a token file, or a span of it, to an audio file; return the samples written.
 
         Args:
             source: the `.lfr` file.
             target: the audio file.
             start: second to start at; only the frames that are needed are read.
-            duration: seconds; up to the original end if not given. The result equals the same slice of the fully
+            duration: seconds; default: up to the original end. The result equals the same slice of the fully
                 decoded file.
             overwrite: replace `target`.
-            recover: take the intact part of a damaged `source`.
-            entropy_model: model of a compressed file, or its path, where it is neither inside the package nor beside
-                the file.
+            recover: decode the intact part of a damaged `source`.
+            entropy_model: model of a compressed file, or its path, if it is neither bundled nor next to the file.
 
         Raises:
-            TokenFileError: if `source` is damaged or another codec's, or `start` lies after its end.
+            TokenFileError: if `source` is damaged or from another codec, or `start` lies after its end.
             NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
         """
         source, target = expand_home(source), expand_home(target)
@@ -369,8 +357,6 @@ class Codec(Generic[Array]):
                     remaining -= len(piece)
         return last - first
 
-    # Checks, which streams share.
-
     def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
         """Check clips and convert them to float32 [B, T_audio]; see `nemo_lfr.codec.arguments.check_audio`."""
         return arguments.check_audio(self.backend.arrays, audio, audio_len)
@@ -380,14 +366,12 @@ class Codec(Generic[Array]):
         return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
 
     def check_encoded(self, tokens: Array | np.ndarray) -> None:
-        """Raise NemoLfrError where tokens [B, C, T] of the encoder are outside the codebook."""
+        """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
         arguments.check_encoded(tokens, self.backend.spec, self.name)
 
     def check_decoded(self, audio: Array | np.ndarray) -> None:
-        """Raise NemoLfrError where audio [B, T_audio] of the decoder is NaN."""
+        """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
         arguments.check_decoded(audio, self.backend.spec, self.name)
-
-    # Parts of the above.
 
     def _audio_cutter(self) -> Cutter:
         backend = self.backend
@@ -400,34 +384,15 @@ class Codec(Generic[Array]):
         return Cutter(backend.arrays, backend.decoder, backend.batching, self.chunk_frames, 1, np.int64)
 
     def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
-        """Check clips and resample them to the codec's rate: float32 [B, T_audio], and samples of each clip."""
+        """Check clips and resample them to float32 [B, T_audio] at the codec's rate."""
         waves, lengths = self.check_audio(audio, audio_len)
         if sample_rate is None:
             return waves, lengths
         check_rate(sample_rate)
         if sample_rate == self.sample_rate:
             return waves, lengths
-        clips = [
-            resample(row[:length], sample_rate, self.sample_rate)
-            for row, length in zip(to_numpy(waves), lengths, strict=True)
-        ]
-        padded = np.zeros((len(clips), max(map(len, clips))), np.float32)
-        for row, clip in zip(padded, clips, strict=True):
-            row[: len(clip)] = clip
-        arrays = self.backend.arrays
-        return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
+        return arguments.resample_clips(self.backend.arrays, waves, lengths, sample_rate, self.sample_rate)
 
     def _integers(self, values: list[int]) -> Array:
         arrays = self.backend.arrays
         return arrays.cast(arrays.convert(values, "lengths", NemoLfrError), np.int64)
-
-
-@runtime_checkable
-class StreamingBackend(Protocol):
-    """What a backend has besides `Backend` if it can stream."""
-
-    def stream_encoder(self, codec: Codec[Any], lookahead: int | None) -> EncoderStream:
-        """Return a stream; see `Codec.stream_encoder`."""
-
-    def stream_decoder(self, codec: Codec[Any], lookahead: int | None) -> DecoderStream:
-        """Return a stream; see `Codec.stream_decoder`."""

@@ -187,7 +187,7 @@ def test_a_codec_built_in_any_state_has_fp32_weights(state):
 
 
 @states
-def test_nothing_of_a_state_is_changed_for_the_caller(state):
+def test_codec_restores_caller_settings(state):
     def settings() -> tuple:
         return (
             torch.is_autocast_enabled("cpu"),
@@ -241,7 +241,7 @@ USES = {
 
 @pytest.mark.parametrize("conversion", [*CONVERSIONS])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
-def test_converted_weights_are_refused_and_the_message_says_what_to_do(conversion, precision):
+def test_converted_weights_raise_with_advice(conversion, precision):
     codec = same_parts(build_codec("symmetric"), precision=precision)
     around = torch.nn.ModuleList([codec.encoder, codec.quantizer, codec.decoder])
     for part in (codec.encoder, codec.decoder):

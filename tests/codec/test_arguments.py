@@ -267,7 +267,7 @@ def codec():
 
 
 @pytest.mark.parametrize("name", GOOD_AUDIO)
-def test_audio_that_is_meant_is_understood(codec, name):
+def test_valid_audio_forms_are_accepted(codec, name):
     audio, lengths, rate = GOOD_AUDIO[name]
     tokens, tokens_len = codec.encode(audio, lengths, rate)
     expected, _ = codec.encode(PAIR)
@@ -276,7 +276,7 @@ def test_audio_that_is_meant_is_understood(codec, name):
 
 
 @pytest.mark.parametrize("name", BAD_AUDIO)
-def test_other_audio_is_refused_with_what_came(codec, name):
+def test_invalid_audio_raises_and_names_the_value(codec, name):
     audio, lengths, rate, message = BAD_AUDIO[name]
     with pytest.raises(AudioError, match=message) as caught:
         codec.encode(audio, lengths, rate)
@@ -284,13 +284,13 @@ def test_other_audio_is_refused_with_what_came(codec, name):
 
 
 @pytest.mark.parametrize("name", GOOD_TOKENS)
-def test_tokens_that_are_meant_are_understood(codec, name):
+def test_valid_token_forms_are_accepted(codec, name):
     audio, audio_len = codec.decode(GOOD_TOKENS[name])
     assert torch.equal(audio, codec.decode(torch.from_numpy(TOKENS))[0]) and audio_len.tolist() == [5120, 5120]
 
 
 @pytest.mark.parametrize("name", BAD_TOKENS)
-def test_other_tokens_are_refused_with_what_came(codec, name):
+def test_invalid_tokens_raise_and_name_the_value(codec, name):
     tokens, lengths, samples, message = BAD_TOKENS[name]
     with pytest.raises(TokensError, match=message) as caught:
         codec.decode(tokens, lengths, samples)

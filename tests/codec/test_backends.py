@@ -17,7 +17,7 @@ import nemo_lfr
 from nemo_lfr import AudioError, Codec, NemoLfrError, TokenFileError, TokensError
 from nemo_lfr.codec import backends
 from nemo_lfr.codec.arrays import to_numpy
-from nemo_lfr.codec.codec import StreamingBackend
+from nemo_lfr.codec.backend import StreamingBackend
 from nemo_lfr.io.token_file import TokenReader
 from tests import level_backend
 from tests.models import cached_codec, codec_config, synthesize, write_nemo
@@ -96,7 +96,7 @@ def test_every_registered_backend_is_under_contract():
     assert set(backends.backend_names()) == set(MODELS)
 
 
-def test_a_codec_says_what_its_tokens_are(codec):
+def test_codec_has_a_spec(codec):
     spec = codec.spec
     spec.validate()
     assert (codec.sample_rate, codec.samples_per_frame) == (spec.sample_rate, spec.samples_per_frame)
@@ -197,7 +197,7 @@ def test_files_of_another_codec_are_refused(codec, tmp_path):
         (lambda codec: codec.decode(np.zeros((codec.num_codebooks, 3), int), audio_len=[1]), TokensError),
     ],
 )
-def test_what_cannot_be_meant_is_refused(codec, call, error):
+def test_invalid_arguments_raise(codec, call, error):
     with pytest.raises(error):
         call(codec)
 
@@ -210,7 +210,7 @@ def test_copies_compute_the_same(codec, clone):
     assert_same(tokens_of(other, clip), tokens_of(codec, clip))
 
 
-def test_a_codec_streams_as_a_whole_or_says_that_it_does_not(codec):
+def test_codec_streams_equal_offline_or_raise(codec):
     if not isinstance(codec.backend, StreamingBackend):
         for open_stream in (codec.stream_encoder, codec.stream_decoder):
             with pytest.raises(NemoLfrError, match="does not stream"):

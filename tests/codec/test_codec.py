@@ -212,7 +212,7 @@ def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
 
 @pytest.mark.parametrize("chunk", [1, 7, 20, 128])
 @pytest.mark.parametrize("kind", ["symmetric", "nano", "causal", "two_stages"])
-def test_chunks_of_any_size_give_what_one_piece_gives(kind, chunk):
+def test_any_chunk_size_gives_the_same_result(kind, chunk):
     codec = cached_codec(kind)
     wave = synthesize(7, 9)[: 140 * codec.samples_per_frame - 77 % codec.samples_per_frame]
     chunked = same_parts(codec, chunk_frames=chunk)
@@ -284,7 +284,7 @@ def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
     assert small.encode_file(tmp_path / "in.wav", tmp_path / "a.lfr", overwrite=True) == samples
 
 
-def test_a_negative_length_is_told_without_a_limit_where_there_is_none(small):
+def test_negative_length_error_names_no_limit_without_one(small):
     with pytest.raises(TokensError, match=r"audio_len\[0\] is -1; it must not be negative\."):
         small.decode(torch.zeros(1, small.num_codebooks, 2, dtype=torch.int64), audio_len=[-1])
 
@@ -437,7 +437,7 @@ def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
     assert_same_tokens(second, wave, first.encode(wave)[0][0])
 
 
-def test_a_fingerprint_keeps_no_weights_that_nobody_asked_for():
+def test_fingerprint_does_not_load_weights_into_memory():
     whole, encoding, fresh = (nemo_lfr.load(device="cpu") for _ in range(3))
     expected = whole.encoder and whole.decoder and whole.fingerprint
     assert encoding.encoder and encoding.fingerprint == fresh.fingerprint == expected
@@ -572,7 +572,7 @@ def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
     assert audio.std() > 0.02 and (audio.abs() > 0.999).float().mean() < 0.01
 
 
-def test_using_a_codec_warns_of_nothing(small):
+def test_using_a_codec_gives_no_warnings(small):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wave = synthesize(0.2)
@@ -580,7 +580,7 @@ def test_using_a_codec_warns_of_nothing(small):
         small.decode(*small.encode(wave))
 
 
-def test_a_part_can_be_built_by_our_name_or_nemos():
+def test_modules_build_by_our_names_and_nemos():
     sizes = {"encoded_dim": 4, "causal": True, "base_channels": 2}
     for folder in ("modules", "codec"):  # today's, and that of older versions
         ours = sizes | {"_target_": f"nemo_lfr.{folder}.encoder.HiFiGANEncoder"}
@@ -607,7 +607,7 @@ sys.exit(os.waitpid(child, 0)[1])
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("way", ["whole", "stream"])
-def test_a_process_forked_from_one_that_had_computed_does_not_hang(way):
+def test_forked_process_does_not_hang(way):
     command = [sys.executable, "-c", FORKS, way]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == 0, ended.stderr

@@ -30,7 +30,7 @@ def piece(request, monkeypatch):
 
 
 @torch.no_grad()
-def test_both_ways_give_what_the_modules_give(codec, piece):
+def test_cpu_network_equals_modules(codec, piece):
     count = max(codec.encoder.min_frames, codec.decoder.min_frames) + 9
     audio = speech_like(2 * count * codec.samples_per_frame).reshape(2, -1)
     expected = codec.encoder.encode_frames(audio)
@@ -43,7 +43,7 @@ def test_both_ways_give_what_the_modules_give(codec, piece):
 
 
 @torch.no_grad()
-def test_examples_of_other_lengths_in_one_memory_are_each_as_if_alone(codec, piece):
+def test_examples_of_different_lengths_equal_single_examples(codec, piece):
     least = max(codec.encoder.min_frames, codec.decoder.min_frames)
     lengths = [least + 7, least, least + 3, least + 12]
     width, frame = least + 12, codec.samples_per_frame
@@ -63,7 +63,7 @@ def test_examples_of_other_lengths_in_one_memory_are_each_as_if_alone(codec, pie
         assert (decoded[row, : length * frame] - alone).abs().max() < 1e-5
 
 
-def test_the_width_of_the_memory_changes_no_token(monkeypatch):
+def test_padded_width_changes_no_token(monkeypatch):
     codec = cached_codec("symmetric")
     audio = speech_like(40_000)
     tokens, audio_back = codec.encode(audio)[0], None

@@ -78,7 +78,7 @@ def test_the_least_recently_used_graph_goes_first():
     assert capture.captures == 4
 
 
-def test_where_no_graph_can_be_captured_operations_run_one_by_one_and_it_is_said_once(caplog):
+def test_failed_capture_warns_once_and_runs_eagerly(caplog):
     def refuse(function, inputs):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -90,7 +90,7 @@ def test_where_no_graph_can_be_captured_operations_run_one_by_one_and_it_is_said
     assert len(cache) == 0
 
 
-def test_the_fastest_way_that_agrees_is_chosen_once(caplog):
+def test_autotuner_chooses_the_fastest_valid_candidate_once(caplog):
     seconds = {"library": 3.0, "fast": 1.0, "wrong": 0.1, "broken": 0.0}
     runs: list[str] = []
     values, ends = torch.randn(2, 5, 3), torch.tensor([5, 3])
@@ -119,7 +119,7 @@ def test_the_fastest_way_that_agrees_is_chosen_once(caplog):
     assert runs[-1] == "library"
 
 
-def test_a_chosen_way_that_is_not_offered_gives_way_to_the_first():
+def test_autotuner_uses_the_first_candidate_if_the_chosen_is_missing():
     autotuner = Autotuner(lambda _: 0.0, force="fused")
     values, ends = torch.ones(1, 1, 1), torch.tensor([1])
     assert autotuner.run("a", {"library": lambda: values, "fused": lambda: values * 2}, ends) == 2
@@ -133,7 +133,7 @@ def fresh_codec() -> Codec:
     return copy.deepcopy(cached_codec("two_stages"))
 
 
-def test_numbers_that_change_or_move_change_the_weights_version():
+def test_changed_or_moved_weights_change_the_weights_version():
     encoder = fresh_codec().encoder
     numbers = weights_version(encoder)
     changes = {
@@ -164,7 +164,7 @@ def test_an_optimiser_step_changes_the_weights_version():
     assert numbers() != before
 
 
-def test_an_engine_is_kept_until_the_weights_change():
+def test_cuda_module_is_kept_until_the_weights_change():
     codec = fresh_codec()
     encoder = codec.encoder
     first = cuda_module(encoder, codec.quantizer, "fp32", CPU)
@@ -182,7 +182,7 @@ def test_an_engine_is_kept_until_the_weights_change():
     assert not torch.equal(third(audio, [40], 40), second(audio, [40], 40))
 
 
-def test_engines_go_with_their_parts():
+def test_cuda_modules_are_freed_with_their_networks():
     codec = fresh_codec()
     gc.collect()
     kept = len(graphs._MODULES)
@@ -194,7 +194,7 @@ def test_engines_go_with_their_parts():
     assert len(graphs._MODULES) == kept
 
 
-def test_a_codec_whose_engines_are_made_can_be_copied():
+def test_codec_with_cuda_modules_can_be_copied():
     codec = fresh_codec()
     cuda_module(codec.encoder, codec.quantizer, "fp32", CPU)
     audio = speech_like(600)
@@ -265,7 +265,7 @@ def test_low_precision_keeps_the_quantizer_and_the_ends_in_fp32():
         assert plan(torch.zeros(1, 16 * 1024, 1), torch.tensor([16])).dtype == torch.float32
 
 
-def test_nothing_of_the_callers_modes_reaches_an_engine():
+def test_cuda_module_ignores_caller_modes():
     codec = fresh_codec()
     audio = torch.randn(1, 48 * codec.samples_per_frame) / 10
     expected = codec.backend.encode_frames(audio, [48])
@@ -305,14 +305,14 @@ def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision, monkeyp
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_without_a_gpu_triton_is_not_asked_for():
+def test_triton_is_not_imported_without_a_gpu():
     assert find_kernels(CPU) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision, share", [("fp32", 1.0), ("tf32", 0.98), ("bf16", 0.8), ("fp16", 0.95)])
-def test_on_a_gpu_tokens_and_audio_are_the_cpus(precision, share):
+def test_gpu_tokens_and_audio_equal_the_cpus(precision, share):
     codec = build_codec("symmetric")
     clips = [speech_like(length, seed=length) for length in (22050, 30000, 51000)]
     expected = [reference_encode(codec, clip.numpy()) for clip in clips]

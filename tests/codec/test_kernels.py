@@ -79,7 +79,7 @@ ACTIVATIONS = st.sampled_from(["none", "lrelu", "half_snake", "snake"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @torch.no_grad()
-def test_a_fused_convolution_gives_what_its_parts_give(data):
+def test_fused_convolution_equals_separate_operations(data):
     draw = data.draw
     inputs, outputs = draw(st.integers(1, 40), "inputs"), draw(st.integers(1, 20), "outputs")
     stride, dilation = draw(st.sampled_from([(1, 1), (1, 3), (1, 5), (2, 1), (3, 1), (4, 1)]), "stride, dilation")
@@ -119,7 +119,7 @@ def test_a_fused_convolution_gives_what_its_parts_give(data):
 
 
 @torch.no_grad()
-def test_what_lies_after_an_end_does_not_matter():
+def test_values_after_an_end_do_not_matter():
     layer = Layer.of(Conv1d(8, 8, 11, dilation=3).to(DEVICE), FP32)
     signal, ends = random_signal(2, 90, 8, torch.float32, 0), torch.tensor([90, 47], device=DEVICE)
     expected = kernels.convolution(layer, signal, ends, SMALL)
@@ -133,7 +133,7 @@ def test_what_lies_after_an_end_does_not_matter():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["reflect", "constant", "replicate"])
-def test_one_pass_around_a_library_gives_what_many_give(dtype, mode):
+def test_pointwise_kernel_equals_separate_operations(dtype, mode):
     signal, ends = random_signal(2, 61, 6, dtype, 0), torch.tensor([61, 40], device=DEVICE)
     activation = random_activation("half_snake", 6)
     bias = random_signal(1, 1, 6, torch.float32, 1).flatten()
@@ -159,7 +159,7 @@ def test_one_pass_around_a_library_gives_what_many_give(dtype, mode):
     assert torch.equal(rows, signal.float() + residual.float())
 
 
-def test_signals_may_be_parts_of_larger_ones():
+def test_signals_may_be_slices_of_larger_ones():
     layer = Layer.of(Conv1d(6, 6, 3).to(DEVICE), FP32)
     whole = random_signal(2, 40, 6, torch.float32, 0)
     part, ends = whole[:, 3:35], torch.tensor([32, 20], device=DEVICE)
@@ -184,7 +184,7 @@ def test_tiles_cover_every_layer_and_fit():
 @pytest.mark.parametrize("kind", ["two_stages", pytest.param("nano", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["library", f"fused {tuple(LARGE)}"])
 @torch.no_grad()
-def test_a_whole_network_gives_the_same_by_every_way(monkeypatch, kind, way):
+def test_every_candidate_gives_the_same_network_output(monkeypatch, kind, way):
     """Each example of a ragged batch as the modules give it alone, whatever stands around the convolutions."""
     monkeypatch.setattr(kernels, "tiles", lambda *_: [LARGE])
     codec = cached_codec(kind)

@@ -85,7 +85,7 @@ def test_long_recordings_run_in_chunks(pair):
         exported.chunk_frames = codec.chunk_frames
 
 
-def test_both_files_pass_the_checker_and_say_whose_they_are(bundled):
+def test_both_onnx_files_are_valid_and_have_metadata(bundled):
     codec = nemo_lfr.load()
     for name in ("encoder.onnx", "decoder.onnx"):
         model = onnx.load(bundled / name)
@@ -171,17 +171,17 @@ def test_each_codec_opens_each_of_its_files_once(bundled, monkeypatch):
     assert np.array_equal(copied.encode(synthesize(0.2))[0], pair[0].encode(synthesize(0.2))[0])
 
 
-def test_what_is_there_is_not_replaced_unasked(capsys, bundled):
+def test_export_does_not_overwrite_by_default(capsys, bundled):
     code, _, err = run(capsys, "export", "onnx", "--out", bundled)
     assert code == 2 and "encoder.onnx exists; pass --overwrite" in err
 
 
-def test_what_was_exported_is_not_exported_again(capsys, bundled, tmp_path):
+def test_exporting_an_exported_folder_raises(capsys, bundled, tmp_path):
     code, _, err = run(capsys, "export", "onnx", "--model", bundled, "--out", tmp_path / "again")
     assert code == 2 and f"{bundled}: is exported already; give the checkpoint" in err
 
 
-def test_one_file_without_the_other_does_its_half(bundled, tmp_path):
+def test_one_onnx_file_works_in_its_direction(bundled, tmp_path):
     shutil.copy(bundled / "decoder.onnx", tmp_path)
     shutil.copy(bundled / "codec.json", tmp_path)
     codec = nemo_lfr.load(tmp_path)
@@ -190,7 +190,7 @@ def test_one_file_without_the_other_does_its_half(bundled, tmp_path):
         codec.encode(np.zeros(5000, np.float32))
 
 
-def test_what_is_no_pair_of_ours_is_refused(bundled, tmp_path):
+def test_other_onnx_folders_raise(bundled, tmp_path):
     with pytest.raises(NemoLfrError, match="nemo-lfr export onnx --out FOLDER"):
         nemo_lfr.load(tmp_path, backend="onnx")
     with pytest.raises(NemoLfrError, match="backend 'tensorrt' is unknown"):
@@ -374,7 +374,7 @@ def test_exporting_does_not_depend_on_the_callers_state(two_exports, tmp_path):
     assert np.array_equal(exported.encode(wave)[0], expected.encode(wave)[0])
 
 
-def test_bad_audio_and_tokens_are_refused_as_by_torch(bundled):
+def test_onnx_rejects_bad_audio_and_tokens_like_torch(bundled):
     codec = nemo_lfr.load(bundled)
     for bad in (
         np.zeros((1, 2, 3), np.float32), np.zeros(5, bool), np.full(5000, np.nan), np.full(5000, 1e4), "speech",
@@ -394,7 +394,7 @@ def test_bad_audio_and_tokens_are_refused_as_by_torch(bundled):
 
 
 @pytest.mark.slow
-def test_a_corpus_is_tokenised_by_onnx_too(capsys, bundled, tmp_path):
+def test_onnx_tokenizes_a_corpus(capsys, bundled, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(5):
         soundfile.write(tmp_path / "in" / f"{number}.wav", synthesize(1 + number / 5, number), RATE)
@@ -430,7 +430,7 @@ class Unconvertible:
     ],
     ids=lambda audio: type(audio).__name__,
 )
-def test_what_is_no_audio_is_refused_by_both_backends(bundled, audio):
+def test_both_backends_reject_values_that_are_not_audio(bundled, audio):
     for codec in (nemo_lfr.load(bundled), cached_codec("symmetric")):
         with pytest.raises(AudioError, match=r"^audio is (a |)"):
             codec.encode(audio)
@@ -450,6 +450,6 @@ def test_a_folder_named_from_another_working_directory_still_runs(bundled, monke
 
 
 @pytest.mark.parametrize("threads", ["0", "1", "4,2", "1000000000000", "9" * 5000, "many"])
-def test_any_number_of_threads_in_the_environment_is_borne(bundled, monkeypatch, threads):
+def test_any_omp_num_threads_value_is_accepted(bundled, monkeypatch, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert nemo_lfr.load(bundled).encode(synthesize(0.1))[0].shape == (1, 8, 3)

@@ -41,7 +41,7 @@ def in_memory(batch: int, channels: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dilation", [1, 3, 5])
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 11])
-def test_four_outputs_of_seven_products_are_those_of_sixteen(kernel_size, dilation, batch):
+def test_winograd_equals_direct_convolution(kernel_size, dilation, batch):
     torch.manual_seed(0)
     layer = Conv1d(40, 48, kernel_size, dilation=dilation)
     padded = in_memory(batch, 40, 1301)
@@ -67,7 +67,7 @@ def test_layers_that_share_an_input_start_where_their_kernels_do():
 @torch.no_grad()
 @pytest.mark.parametrize("piece", [inference.PIECE, 1])
 @pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
-def test_the_fast_way_gives_what_the_modules_give(kind, piece, monkeypatch):
+def test_packed_weights_equal_modules(kind, piece, monkeypatch):
     monkeypatch.setattr(plan, "WINOGRAD_MIN_PRODUCTS", 1)
     monkeypatch.setattr(inference, "PIECE", piece)
     codec = cached_codec(kind)
@@ -114,7 +114,7 @@ def round_to_half(part):
 
 
 @pytest.mark.parametrize("change", [step, load, assign, copy, through_data, round_to_half])
-def test_a_plan_of_older_weights_is_never_used(change):
+def test_outdated_packed_weights_are_never_used(change):
     codec = build_codec()
     audio = speech_like(20 * 1024)[None]
     for part, run, reference in (
@@ -134,7 +134,7 @@ def test_a_plan_of_older_weights_is_never_used(change):
         assert not torch.equal(after, before)
 
 
-def test_training_keeps_no_plan_and_a_part_takes_its_plan_along():
+def test_training_and_deletion_free_packed_weights():
     codec = build_codec()
     assert isinstance(weights_of(codec.encoder, torch.float32), PackedWeights)
     assert isinstance(weights_of(codec.encoder.train(), torch.float32), ModuleWeights)
@@ -160,7 +160,7 @@ def test_bf16_is_near_fp32(recwarn):
 
 @needs_bf16
 @torch.no_grad()
-def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
+def test_inaccurate_bf16_shape_warns_once_and_runs_in_fp32(monkeypatch):
     layer = Conv1d(48, 48, 7)
     convolve = plan._convolve
     monkeypatch.setattr(plan, "_convolve", lambda padded, way: convolve(padded, way) * 2)
@@ -173,7 +173,7 @@ def test_a_shape_that_is_wrong_in_bf16_warns_once_and_runs_in_fp32(monkeypatch):
         assert (result.float() - layer.convolve(padded.float())).abs().max() < 0.05
 
 
-def test_bf16_is_refused_where_the_cpu_has_none(monkeypatch):
+def test_bf16_raises_without_cpu_support(monkeypatch):
     monkeypatch.setattr("nemo_lfr.codec.torch_backend.has_bf16", lambda: False)
     parts = cached_codec("symmetric")
     with pytest.raises(NemoLfrError, match="AVX512-bf16"):

@@ -81,14 +81,14 @@ def test_short_recordings_stream_as_whole(kind, length):
 
 
 @pytest.mark.slow
-def test_the_bundled_codec_streams_as_whole(bundled):
+def test_bundled_codec_streams_equal_offline(bundled):
     rng = np.random.default_rng(1)
     for number in range(3):
         assert_streams_as_whole(bundled, synthesize(3, seed=number), rng)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_frame_comes_out_as_soon_as_its_future_is_there(kind):
+def test_frame_is_returned_when_its_lookahead_is_complete(kind):
     codec = cached_codec(kind)
     wave = synthesize(3)
     encoder = codec.stream_encoder()
@@ -108,7 +108,7 @@ def test_a_frame_comes_out_as_soon_as_its_future_is_there(kind):
         assert samples <= frame * number
 
 
-def test_what_a_stream_keeps_does_not_grow(bundled):
+def test_stream_state_does_not_grow(bundled):
     encoder, decoder = bundled.stream_encoder(), bundled.stream_decoder()
     sizes = []
     wave = synthesize(2)
@@ -171,7 +171,7 @@ def test_streams_pushed_together_equal_each_alone():
             assert np.abs(heard - decode(codec, before, [before.shape[1]])[: len(heard)]).max() < 1e-5
 
 
-def test_what_does_not_belong_is_refused():
+def test_foreign_input_raises():
     codec = cached_codec("symmetric")
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     for bad in (np.zeros((2, 5), np.float32), np.array(1.0), np.array(["a"]), np.full(5, np.nan), np.full(5, 1e4)):
@@ -269,7 +269,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("misuse", [*MISUSES])
-def test_a_misused_stream_says_so_and_goes_on_as_if_nothing_had_been(misuse):
+def test_misused_stream_raises_and_stays_unchanged(misuse):
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     tokens = codec.encode(wave)[0][0].numpy()
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
@@ -349,7 +349,7 @@ def test_a_push_that_fails_halfway_is_undone(monkeypatch):
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
 
 
-def test_a_copied_stream_goes_on_by_itself():
+def test_copied_stream_is_independent():
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream = codec.stream_encoder()
     first = stream.push(wave[:9000])

@@ -44,7 +44,7 @@ TRACERS: dict[str, Callable[[torch.nn.Module], Any]] = {
 
 @pytest.mark.parametrize("tracer", [*TRACERS])
 @pytest.mark.filterwarnings("ignore")
-def test_a_tracer_is_refused_and_the_codec_is_as_before(tracer):
+def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     expected = Tokens()(AUDIO)
     with pytest.raises(NemoLfrError, match=r"Call it outside"):
         TRACERS[tracer](Tokens())

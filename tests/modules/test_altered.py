@@ -120,7 +120,7 @@ def test_a_changed_decoder_gives_what_its_modules_give(change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_stream_refuses_what_it_would_not_call(change):
+def test_stream_rejects_networks_with_hooks(change):
     codec = build_codec("two_stages")
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     change(codec.encoder)
@@ -143,7 +143,7 @@ def test_a_hook_is_called_and_leaves_when_it_is_removed():
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "nano", "causal", "two_stages"])
-def test_what_is_not_changed_stays_with_its_derived_forms(kind):
+def test_unchanged_networks_use_derived_forms(kind):
     codec = build_codec(kind)
     parametrize.register_parametrization(codec.encoder.pre_conv.conv, "weight", nn.Identity())
     for part in (codec.encoder, codec.decoder, same_parts(codec).encoder):

@@ -85,7 +85,7 @@ def test_context_counts_the_new_stages(causal):
 
 
 @torch.no_grad()
-def test_the_packed_weights_of_a_cpu_run_it(codec):
+def test_packed_weights_run_new_stages(codec):
     lengths = [40, 23]
     audio, codes = speech_like(2 * 40 * FRAME).reshape(2, -1), codes_of(codec, 40)
     encoded = inference.encode_frames(codec.encoder, audio, lengths)
@@ -98,7 +98,7 @@ def test_the_packed_weights_of_a_cpu_run_it(codec):
 
 
 @torch.no_grad()
-def test_a_gpus_plan_runs_it(codec):
+def test_cuda_plan_runs_new_stages(codec):
     lengths = torch.tensor([40, 23])
     audio, codes = speech_like(2 * 40 * FRAME).reshape(2, -1), codes_of(codec, 40)
     encoded = Plan(codec.encoder, PRECISIONS["fp32"], None)(audio[..., None], lengths)
@@ -111,7 +111,7 @@ def test_a_gpus_plan_runs_it(codec):
 
 
 @pytest.mark.parametrize("size", [7, 100, 1999])
-def test_streams_and_chunks_run_it(codec, size):
+def test_streams_and_chunks_run_new_stages(codec, size):
     codec = copy.copy(codec)
     codec.chunk_frames = 30
     wave = synthesize(0.1)
@@ -125,7 +125,7 @@ def test_streams_and_chunks_run_it(codec, size):
     assert np.abs(np.concatenate([*heard, decoder.flush()]) - expected).max() < 1e-5
 
 
-def test_it_is_trained():
+def test_new_stages_train():
     torch.manual_seed(0)
     encoder, decoder = DeeperEncoder(), DeeperDecoder()
     audio, audio_len = speech_like(2 * 40 * FRAME).reshape(2, -1), torch.tensor([40 * FRAME, 23 * FRAME + 4])

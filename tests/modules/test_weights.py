@@ -75,7 +75,7 @@ def test_both_checksums_change_with_any_byte_of_any_type(dtype, size):
 
 
 @pytest.mark.parametrize("write", ["data, one", "numpy view", "permuted outputs"])
-def test_the_gpus_engine_and_the_cpus_plan_follow_uncounted_writes(write):
+def test_cuda_module_and_packed_weights_notice_uncounted_writes(write):
     codec = copy.deepcopy(cached_codec("symmetric"))
     wave = synthesize(0.5)
     first, tokens = cuda_module(codec.encoder, codec.quantizer, "fp32", CPU), codec.encode(wave)[0]
@@ -91,7 +91,7 @@ def test_the_gpus_engine_and_the_cpus_plan_follow_uncounted_writes(write):
 
 @pytest.mark.parametrize("has_weight_norm", [False, True])
 @pytest.mark.parametrize("write", ["data, one", "numpy view", "permuted outputs"])
-def test_streams_follow_uncounted_writes(write, has_weight_norm):
+def test_streams_notice_uncounted_writes(write, has_weight_norm):
     codec = copy.deepcopy(cached_codec("two_stages"))
     wave = synthesize(0.05)
 
@@ -131,7 +131,7 @@ def test_forms_are_built_once_for_each_key_and_again_after_a_write():
     assert len(forms) == 0
 
 
-def test_within_one_look_contents_are_read_once(monkeypatch):
+def test_checksum_once_reads_contents_once(monkeypatch):
     looks = []
     read = weights._checksums
     monkeypatch.setattr(weights, "_checksums", lambda tensors: looks.append(1) or read(tensors))

@@ -249,7 +249,7 @@ def _convolve(
     if residual is not None:
         assert slope == 1.0
         other = residual.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        addition = "add", 1.0, None, [], None
+        addition: tuple[Any, ...] = ("add", 1.0, None, [], None)
         result = convolution.binary(plane, other, weights.packed, weights.bias, *geometry, *addition)
     else:
         after = ("none", [], "") if slope == 1.0 else ("leaky_relu", [slope], "")

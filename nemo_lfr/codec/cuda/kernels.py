@@ -1,8 +1,8 @@
-"""Triton kernels: a convolution with all that stands around it in one pass over memory, and that without convolution.
+"""Triton kernels: a convolution fused with its padding, activations and sums, and a pointwise kernel.
 
-Signals lie channels-last, [B, T, H] with H innermost. Each example of a batch has an end of its own, and what a layer
-sees outside of it (its mirror, zeros or the last value) is found by index, not copied, so a batch of clips of
-unequal lengths costs no mask and no padding. Imported on a GPU only, or by tests under TRITON_INTERPRET=1.
+Signals are [B, T, H], channels innermost. Each example of a batch has its own length, and its padding (reflected,
+zeros or the last value) is read by index, not copied, so a batch of clips of different lengths needs no mask and no
+padding. Imported on a GPU only, or by tests under TRITON_INTERPRET=1.
 """
 
 import math
@@ -16,10 +16,10 @@ from nemo_lfr.codec.cuda.folded import Activation, Layer
 
 
 class Tile(NamedTuple):
-    """How a convolution is cut up: outputs in time and channels, sums taken at a time, warps, stages of loads.
+    """Tile of a convolution: outputs in time and channels, summands per step, warps and stages.
 
-    With `pairs` a leaky ReLU before it takes two numbers at a time where the GPU can: every number is activated once
-    for each tap, which else may take as long as the products.
+    With `pairs`, a leaky ReLU before the convolution processes two values at a time on GPUs that can. Every value is
+    activated once per tap, which would otherwise take as long as the products.
     """
 
     time: int
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _inside(at, end, mode: tl.constexpr):
-    """Row of a signal of `end` rows that stands at `at`, before, inside or after it; and whether it is no zero."""
+    """Return the row of the signal for a padded position, and whether it is not a zero."""
     if mode == "reflect":
         at = tl.where(at < 0, -at, at)  # after tl.abs the compiler no longer sees what is aligned
         at = tl.where(at >= end, 2 * end - 2 - at, at)
@@ -44,7 +44,7 @@ def _inside(at, end, mode: tl.constexpr):
 
 @triton.jit
 def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.constexpr, pairs: tl.constexpr):
-    """Snake of the first channels, leaky ReLU of the others, in fp32; or, with `pairs`, two numbers at a time."""
+    """Apply snake to the first channels and leaky ReLU to the others, in fp32 or by `pairs`."""
     if kind != "none":
         if pairs != "":
             values = tl.inline_asm_elementwise(pairs, "=r,r", [values], values.dtype, is_pure=True, pack=2)
@@ -60,13 +60,13 @@ def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.
     return values
 
 
-# Numbers that differ from layer to layer, for none of which a kernel of its own is worth compiling.
+# Arguments that differ between layers, but do not justify a specialized kernel.
 FREE = ["ends", "num_in", "num_out", "dilation", "before", "num_snake", "num_snake_after", "alpha", "alpha_after"]
 
 
 @triton.jit(do_not_specialize=FREE)
 def _convolution(
-    signal,  # [B, num_in, inputs], examples `signal_step` numbers apart
+    signal,  # [B, num_in, inputs], examples `signal_step` elements apart
     weight,  # [outputs, taps * inputs]
     bias,  # [outputs], fp32
     residual,  # [B, num_out * outputs] less `shift`, examples `residual_step` apart; as `out`
@@ -77,15 +77,15 @@ def _convolution(
     alpha_after,
     num_in,
     num_out,
-    out_size,  # numbers of one example of `out`
+    out_size,  # elements of one example of `out`
     signal_step,
     residual_step,
     reduction_size,  # taps * inputs
     stride,
     dilation,
     before,  # rows of padding
-    shift,  # numbers that are cut off before the first one kept
-    period,  # channels after which `alpha_after` begins again
+    shift,  # elements that are trimmed at the start
+    period,  # channels after which `alpha_after` repeats
     num_snake,
     num_snake_after,
     scale,
@@ -105,9 +105,10 @@ def _convolution(
     tile_channels: tl.constexpr,
     tile_sums: tl.constexpr,
 ):
-    """out = after(scale * (conv(activation(signal)) + bias + residual + total)).
+    """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
 
-    A matrix product of [time, taps * inputs] with the weight, whose left side is gathered as it is needed.
+    It is a matrix product of [time, taps * inputs] with the weight, whose left side is gathered on the fly. Most
+    lines are arguments, which Triton cannot group.
     """
     tiles = tl.cdiv(outputs, tile_channels)
     time = (tl.program_id(0) // tiles) * tile_time + tl.arange(0, tile_time)
@@ -176,7 +177,7 @@ def _pointwise(
     has_total: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """out = activation(scale * (signal + bias + residual + total)) between its paddings."""
+    """Write the padded activation(scale * (signal + bias + residual + total)) to `out`."""
     place = tl.program_id(0) * tile + tl.arange(0, tile)
     example = tl.program_id(1).to(tl.int64)
     end = tl.minimum(tl.load(ends + example).to(tl.int32), num_in)
@@ -199,9 +200,9 @@ def _pointwise(
 
 
 def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
-    """Ways to cut up a layer that are worth a try; each costs a second of compiling when it is first met."""
+    """Return the tiles to try for a layer; compiling each takes a second on first use."""
     channels = max(16, min(128, triton.next_power_of_2(layer.outputs)))
-    # A tile of a power of two that leaves no channel empty, where there is one of use.
+    # Prefer a power of two that divides the channels, if it is large enough.
     exact = math.gcd(layer.outputs, 128)
     if exact >= 64:
         channels = exact
@@ -213,7 +214,7 @@ def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
 
 
 def fusable(layer: Layer, *activations: Activation | None) -> bool:
-    """Whether `convolution` knows this layer between these activations."""
+    """Return whether `convolution` supports a layer with these activations."""
     return layer.groups == 1 and all(activation is None or activation.kind != "other" for activation in activations)
 
 
@@ -230,19 +231,19 @@ def convolution(
     after: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """A layer, with what stands around it, in one kernel: `folded.convolution` is its definition.
+    """Compute `folded.convolution` in one kernel.
 
     Args:
         layer: `fusable`.
         signal: [B, T, H_in].
-        ends: items of each example, [B]; the rest of `signal` means nothing.
-        tile: of `tiles`.
+        ends: items of each example, [B]; values after them are ignored.
+        tile: one of `tiles`.
         activation: before the convolution.
         residual: added to the result, [B, T_out, H_out].
-        total: added too; contiguous.
+        total: also added; contiguous.
         scale: factor of the sum.
         after: activation of the result.
-        dtype: of the result; the signal's if not given.
+        dtype: of the result; default: that of the signal.
 
     Returns:
         [B, T_out, H_out].
@@ -316,13 +317,19 @@ def pointwise(
     activation: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """What stands around a convolution that another library does: bias, sums and scale, then activation and padding.
+    """Compute bias, sums, scale, activation and padding around a convolution of another library.
 
     Args:
         signal: [B, T, H].
-        ends: items of each example, [B], after which its padding stands.
-        pad: items before and after; None leaves all rows as they are.
+        ends: items of each example, [B], which are followed by its padding.
+        pad: items before and after; None for no padding.
         mode: "constant" (zeros), "reflect" or "replicate".
+        bias: added to the signal, [H].
+        residual: added too, [B, T, H].
+        total: added too, [B, T, H]; contiguous.
+        scale: factor of the sum.
+        activation: of the scaled sum.
+        dtype: of the result; default: that of the signal.
 
     Returns:
         [B, before + T + after, H].
@@ -363,13 +370,13 @@ def pointwise(
 
 
 def _rows(signal: torch.Tensor) -> torch.Tensor:
-    """The same values with rows that follow each other; only examples may lie further apart."""
+    """Return the signal with contiguous rows; examples may be further apart."""
     _, _, channels = signal.shape
     return signal if signal.stride()[1:] == (channels, 1) else signal.contiguous()
 
 
 def _pairs(signal: torch.Tensor, activation: Activation | None) -> str:
-    """PTX of a leaky ReLU of two bf16 or fp16 numbers; empty where it does not serve."""
+    """Return PTX of a leaky ReLU of two bf16 or fp16 values; empty if not supported."""
     if activation is None or activation.kind != "lrelu" or not 0 < activation.slope < 1 or not signal.is_cuda:
         return ""
     if torch.version.cuda is None or torch.cuda.get_device_capability(signal.device) < (9, 0):
@@ -381,7 +388,7 @@ def _pairs(signal: torch.Tensor, activation: Activation | None) -> str:
 
 
 def leaky_pairs(name: str, bits: int) -> str:
-    """PTX of max(x, slope * x) for two numbers of type `name`; `bits` are the slope's in that type."""
+    """Return PTX of max(x, slope * x) for two values of type `name`; `bits` encode the slope."""
     return (
         "{ .reg .b32 slope, scaled; "
         f"mov.b32 slope, 0x{bits:04x}{bits:04x}; mul.{name} scaled, $1, slope; max.{name} $0, $1, scaled; }}"
@@ -389,7 +396,7 @@ def leaky_pairs(name: str, bits: int) -> str:
 
 
 def _spec(activation: Activation | None, unused: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """The kind of an activation and its rates."""
+    """Return the kind of an activation and its alpha."""
     if activation is None:
         return "none", unused[:0]
     return activation.kind, unused[:0] if activation.alpha is None else activation.alpha
