@@ -27,9 +27,9 @@ import soundfile
 import torch
 
 from benchmarks.measure import machine, ratios, spread
+from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.run import Totals, tokenize
-from nemo_lfr.corpus.shard import Job
 from nemo_lfr.pretrained import find_checkpoint
 from tests.models import RATE, stock_model, synthesize
 
@@ -77,7 +77,7 @@ def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | 
     def watch(totals: Totals) -> None:
         times.append((time.perf_counter(), totals.samples))
 
-    job = Job(str(manifest), str(out), "lfr", model=model, shard_size=SHARD)
+    job = TokenizeConfig(str(manifest), str(out), "lfr", model=model, shard_size=SHARD)
     tokenize(job, workers=workers, device="cpu", ray=ray, watch=watch)
     (begin, before), (end, after) = times[workers], times[-1]
     return (after - before) / RATE / (end - begin)

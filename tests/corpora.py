@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.corpus.inputs import Clip, digest
-from nemo_lfr.corpus.shard import Mark
-from nemo_lfr.corpus.sinks import SINKS, finish
+from nemo_lfr.corpus.formats import get_format
+from nemo_lfr.corpus.inventory import digest
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.io.token_file import Metadata
 from nemo_lfr.pretrained import load
 from tests.models import codec_config, write_nemo
@@ -36,26 +37,27 @@ def write_tokens(
 ) -> dict[str, np.ndarray]:
     """Write shards of random tokens as `tokenize` does; returns the tokens [8, T] of each id."""
     metadata = codec_metadata(model)
+    output = get_format(kind)
     rng = np.random.default_rng(0)
     made: dict[str, np.ndarray] = {}
     for shard, count in enumerate(counts):
-        sink = SINKS[kind](out, out, shard, metadata, "made", context)
-        mark = Mark(shard, clips=count)
+        writer = output.writer(out, out, shard, metadata, "made", context)
+        record = ShardRecord(shard, clips=count)
         before = set(out.rglob("*"))
         for _ in range(count):
             num_frames = int(rng.integers(1, 9))
             tokens = rng.integers(0, metadata.codebook_size, (8, num_frames))
             clip = Clip(f"s{shard}/clip{len(made)}", "", silence, labels={"text": "a"})
             other = tokens[:, :2] if context and len(made) % 2 == 0 else None
-            sink.write(clip, tokens, 1024 * num_frames - 7, other)
+            writer.write(clip, tokens, 1024 * num_frames - 7, other)
             made[clip.id] = tokens
-        sink.close()
+        writer.close()
         for path in sorted({*out.rglob("*")} - before):
             if path.is_file():
                 name = path.relative_to(out).as_posix()
-                mark.files[name], mark.sizes[name] = digest(path), path.stat().st_size
-        mark.write(out)
-    finish(kind, out, len(counts), context)
+                record.files[name], record.sizes[name] = digest(path), path.stat().st_size
+        record.write(out)
+    output.finish(out, len(counts), context)
     codec: dict[str, Any] = asdict(metadata) | {"model": "made"}
     summary = {"format": kind, "codec": codec, "context": context, "shards": len(counts), "clips": sum(counts)}
     (out / "tokens.json").write_text(json.dumps(summary | {"shard_clips": counts}))

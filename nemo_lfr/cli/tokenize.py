@@ -12,8 +12,9 @@ import click
 
 from nemo_lfr.cli.options import Number, UserPath
 from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
+from nemo_lfr.corpus.formats import format_names
 
-FORMATS = ("shar", "manifest", "parquet", "lfr")
+FORMATS = format_names()
 
 
 @click.command(short_help="Tokenize a corpus.")
@@ -76,10 +77,10 @@ def tokenize(
     The same command again goes on where it was interrupted. Clips that cannot be tokenised are listed in
     failures.jsonl; the exit code is then 1.
     """
+    from nemo_lfr.corpus.config import TokenizeConfig
     from nemo_lfr.corpus.run import tokenize
-    from nemo_lfr.corpus.shard import Job
 
-    job = Job(
+    config = TokenizeConfig(
         str(corpus),
         str(out),
         kind,
@@ -90,7 +91,7 @@ def tokenize(
     )
     with watching() as watch:
         done = tokenize(
-            job, workers=workers, device=device, ray=ray, verify=verify, retry_failed=retry_failed, watch=watch
+            config, workers=workers, device=device, ray=ray, verify=verify, retry_failed=retry_failed, watch=watch
         )
     if as_json:
         click.echo(json.dumps(done, indent=2))

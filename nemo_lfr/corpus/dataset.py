@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, TokensError
 from nemo_lfr.io.shortage import sharing
 
-__all__ = ["TokenDataset", "Utterance", "collate"]
+__all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
+
+Utterance = TokenizedUtterance  # the name of earlier versions
 
 
 class TokenDataset(IterableDataset):
@@ -102,7 +104,7 @@ class TokenDataset(IterableDataset):
         clips, ranks = sum(self.tokens.counts), self.world_size
         return clips // ranks if self.drop_last else -(-clips // ranks)
 
-    def __iter__(self) -> Iterator[Utterance]:
+    def __iter__(self) -> Iterator[TokenizedUtterance]:
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         epoch = int(self._epoch)
@@ -132,20 +134,20 @@ class TokenDataset(IterableDataset):
             yield shards[place], begin, end
             start += end - begin
 
-    def _read(self, spans: Iterator[tuple[int, int, int]]) -> Iterator[Utterance]:
+    def _read(self, spans: Iterator[tuple[int, int, int]]) -> Iterator[TokenizedUtterance]:
         for span in spans:
             for utterance in self.tokens.read(*span):
-                if not isinstance(utterance, Utterance):
+                if not isinstance(utterance, TokenizedUtterance):
                     raise utterance
                 yield utterance
 
     @staticmethod
-    def collate(utterances: Sequence[Utterance], pad: int = 0) -> dict[str, Any]:
+    def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
         """See `collate`."""
         return collate(utterances, pad)
 
 
-def collate(utterances: Sequence[Utterance], pad: int = 0) -> dict[str, Any]:
+def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
     """Make a batch of utterances of different lengths.
 
     Args:
@@ -192,8 +194,10 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _buffered(utterances: Iterator[Utterance], order: random.Random, size: int) -> Iterator[Utterance]:
-    held: list[Utterance] = []
+def _buffered(
+    utterances: Iterator[TokenizedUtterance], order: random.Random, size: int
+) -> Iterator[TokenizedUtterance]:
+    held: list[TokenizedUtterance] = []
     for utterance in utterances:
         if len(held) < size:
             held.append(utterance)
@@ -209,4 +213,4 @@ def _buffered(utterances: Iterator[Utterance], order: random.Random, size: int) 
 with contextlib.suppress(ImportError):
     from torch.utils.data._utils.collate import default_collate_fn_map
 
-    default_collate_fn_map[Utterance] = lambda batch, *, collate_fn_map=None: collate(batch)
+    default_collate_fn_map[TokenizedUtterance] = lambda batch, *, collate_fn_map=None: collate(batch)

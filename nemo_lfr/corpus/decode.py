@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.corpus.ids import UniqueIds, path_inside
-from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.atomic import Sweeper
 from nemo_lfr.io.audio import AudioWriter
@@ -56,7 +56,7 @@ def decode_folder(
             if count == limit:
                 return
             count += 1
-            if not isinstance(utterance, Utterance):
+            if not isinstance(utterance, TokenizedUtterance):
                 yield utterance
                 continue
             try:

@@ -1,8 +1,7 @@
-"""One shard: the clips of a part in, files of tokens out. A pure function of the part, the codec and the options.
+"""Tokenize one shard: a pure function of the shard's clips, the codec and the options.
 
-A shard is computed in a folder of its own, its files are put on disk and renamed into place, and last comes its mark:
-a JSON file with what the shard holds and the hash of every file. A shard whose mark is there is whole; without one it
-is computed again, to the same bytes.
+A shard's files are written to a folder of their own, synchronized to disk and renamed into place. Its record is
+written last, which marks the shard as complete.
 """
 
 import json
@@ -11,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,214 +19,109 @@ import numpy as np
 from nemo_lfr.codec.arrays import to_numpy
 from nemo_lfr.codec.cpu.malloc import configure_malloc, trim_after_batch
 from nemo_lfr.corpus.claim import check_claim
-from nemo_lfr.corpus.inputs import Clip, Corpus, Part, Source, open_corpus
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.formats import get_format, register_format
+from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import digest
-from nemo_lfr.corpus.sinks import SINKS, STATE
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.sources import register_source
+from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec
 from nemo_lfr.errors import AudioError, NemoLfrError
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
-from nemo_lfr.io.journal import write_text
-from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.text import without_nonfinite
 from nemo_lfr.io.token_file import Metadata
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Audio that is encoded together, and held at a time.
+# Seconds of audio that are encoded in one batch.
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
-# Kernels that oneDNN keeps on a CPU, one for each layer and shape. By default it is 1,024, which the clips of a corpus
-# fill within minutes with half a megabyte each; with fewer it is as fast (measured).
+# Size of oneDNN's kernel cache, which has an entry for each layer and shape. The clips of a corpus fill the default
+# size of 1,024 within minutes, with half a megabyte each; the smaller cache is as fast (measured).
 KERNELS = 384
-PADS = ("encode", "magpie")
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-# A clip with its samples, and its context's where there is one.
-Loaded = tuple[Clip, list[np.ndarray]]
+# Shards that are queued for each worker, so that it never waits for the driver.
+QUEUED = 2
+# Number and specification of a shard.
+Task = tuple[int, ShardSpec]
+# A clip with its samples and, if it has one, those of its context.
+LoadedClip = tuple[Clip, list[np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A corpus to tokenise: all that a worker on any machine needs to know.
-
-    Attributes:
-        source: the corpus, as `open_corpus` takes it.
-        out: folder of the tokens; many machines must all see it.
-        kind: of `SINKS`.
-        model: checkpoint or Hub id; None for the bundled codec.
-        precision: of the codec.
-        pad: "encode" completes a last partial frame, as `AudioCodecModel.encode` does; "magpie" adds a whole frame of
-            silence to clips that need none, as NeMo's Magpie datasets do where they encode audio themselves.
-        context: tokenise contexts too.
-        shard_size: clips of a shard.
-        max_duration: seconds; longer clips are failures.
-        audio_dir: of a manifest's or table's relative paths.
-        allow_url: read audio that Lhotse's manifests place at an http(s) URL.
-        dataset: name of the corpus.
-        strict: stop at the first clip that fails.
-        threads: of one worker on a CPU.
-        readers: threads that decode and resample audio ahead of the codec.
-        claim: what `claim` gave for the output; nothing is put into place where it is no longer that.
-        compress: compress `.lfr` files without loss.
-        entropy_model: path of the model to compress with; the codec's own inside the package if None.
-    """
-
-    source: str
-    out: str
-    kind: str
-    model: str | None = None
-    precision: str = "fp32"
-    pad: str = "encode"
-    context: bool = False
-    shard_size: int = 256
-    max_duration: float = 3600.0
-    audio_dir: str | None = None
-    dataset: str = "corpus"
-    strict: bool = False
-    threads: int = 1
-    readers: int = 1
-    allow_url: bool = False
-    claim: str = ""
-    compress: bool = False
-    entropy_model: str | None = None
-
-    @property
-    def state(self) -> Path:
-        return Path(self.out, STATE)
-
-    def open(self, anew: bool = False) -> Corpus:
-        """The corpus; `anew`, a folder's files are listed again, as the driver of a run does before it has workers."""
-        audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", anew, self.allow_url)
-
-
-@dataclass
-class Mark:
-    """What a finished shard holds."""
-
-    index: int
-    clips: int = 0
-    samples: int = 0
-    frames: int = 0
-    failures: list[dict[str, str]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)  # path below the output -> SHA-256
-    sizes: dict[str, int] = field(default_factory=dict)  # path below the output -> bytes
-
-    @staticmethod
-    def folder(out: Path) -> Path:
-        return out / STATE / "done"
-
-    @classmethod
-    def path(cls, out: Path, index: int) -> Path:
-        return cls.folder(out) / f"{index:06d}.json"
-
-    @classmethod
-    def read(cls, out: Path, index: int) -> "Mark | None":
-        """The mark of a shard as it was written; None if there is none, or no whole one."""
-        path = cls.path(out, index)
-        try:
-            with open_regular(path) as file:
-                mark = cls(**json.load(file))
-            whole = mark.index == index and all(
-                type(count) is int and count >= 0 for count in (mark.clips, mark.samples, mark.frames)
-            )
-            whole = whole and all(isinstance(value, str) for pair in mark.files.items() for value in pair)
-            whole = whole and all(type(size) is int for size in mark.sizes.values())
-            whole = whole and all(isinstance(failure["error"], str) for failure in mark.failures)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
-        return mark if whole else None
-
-    @classmethod
-    def find(cls, out: Path, index: int, verify: bool = False) -> "Mark | None":
-        """The mark of a shard whose files are all there and have their sizes; with `verify`, their hashes too."""
-        mark = cls.read(out, index)
-        return mark if mark and not any(mark.damage(out, name, verify) for name in mark.files) else None
-
-    def damage(self, out: Path, name: str, verify: bool = False) -> str | None:
-        """What is wrong with one of the files; None if it is as it was written."""
-        path = out / name
-        if not path.is_file():
-            return f"{path}: no such file"
-        size = path.stat().st_size
-        if size != self.sizes.get(name, size):
-            return f"{path}: holds {size} bytes, but {self.sizes[name]} were written"
-        if verify and digest(path) != self.files[name]:
-            return f"{path}: is damaged: its SHA-256 is not that of what was written"
-        return None
-
-    def write(self, out: Path) -> None:
-        self.path(out, self.index).parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path(out, self.index), json.dumps(asdict(self), ensure_ascii=False))
-
-
-def tokenize_shard(job: Job, codec: "Codec", corpus: Corpus, part: Part, index: int) -> Mark:
-    """Compute a shard and put it in place.
+def tokenize_shard(
+    config: TokenizeConfig, codec: "Codec", corpus: CorpusReader, shard: ShardSpec, index: int
+) -> ShardRecord:
+    """Compute a shard and move its files into place.
 
     Raises:
-        AudioError: with `job.strict`, for a clip that cannot be tokenised.
-        NemoLfrError: if the output is no longer that of this run.
-        OSError: if its files cannot be written.
+        AudioError: with `config.strict`, for a clip that cannot be tokenized.
+        NemoLfrError: if the output folder no longer belongs to this run.
+        OSError: if files cannot be written.
     """
-    out = Path(job.out).resolve()
-    mark = Mark(index)
-    check_claim(job.state, job.claim)
-    staging = job.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
+    out = Path(config.out).resolve()
+    record = ShardRecord(index)
+    check_claim(config.state, config.claim)
+    staging = config.state / "staging" / f"{index:06d}.{uuid.uuid4().hex[:8]}"
     with naming(out, staging.parent):
         staging.mkdir(parents=True)
     try:
-        model = model_to_write(codec, job.compress, job.entropy_model)
-        sink = SINKS[job.kind](staging, out, index, Metadata.of(codec), job.dataset, job.context, model)
-        for clip, tokens, num_samples, context in _tokenize(job, codec, corpus.read(part), mark):
+        model = model_to_write(codec, config.compress, config.entropy_model)
+        writer = get_format(config.kind).writer(
+            staging, out, index, Metadata.of(codec), config.dataset, config.context, model
+        )
+        for clip, tokens, num_samples, context in _tokenize(config, codec, corpus.read(shard), record):
             clip = replace(clip, labels=without_nonfinite(clip.labels), cut=without_nonfinite(clip.cut))
-            sink.write(clip, tokens, num_samples, context)
-            mark.clips += 1
-            mark.samples += num_samples
-            mark.frames += tokens.shape[1]
-        sink.close()
-        check_claim(job.state, job.claim)
+            writer.write(clip, tokens, num_samples, context)
+            record.clips += 1
+            record.samples += num_samples
+            record.frames += tokens.shape[1]
+        writer.close()
+        check_claim(config.state, config.claim)
         for path in sorted(file for file in staging.rglob("*") if file.is_file()):
             name = str(path.relative_to(staging))
-            mark.files[name] = digest(path)
-            mark.sizes[name] = path.stat().st_size
+            record.files[name] = digest(path)
+            record.sizes[name] = path.stat().st_size
             with naming(out / name, staging):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, out / name)
-        mark.write(out)
+        record.write(out)
     except OSError:
-        check_claim(job.state, job.claim)  # of files that are gone with the folder
+        check_claim(config.state, config.claim)  # a better message if the folder was removed
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return mark
+    return record
 
 
 def _tokenize(
-    job: Job, codec: "Codec", clips: Iterator[Clip], mark: Mark
+    config: TokenizeConfig, codec: "Codec", clips: Iterator[Clip], record: ShardRecord
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
-    """Clips with their tokens, in order; those that fail go to the mark instead."""
+    """Yield clips with their tokens, in order; failures are added to the record."""
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
-    with ThreadPoolExecutor(job.readers) as readers:
-        read = _whole(job, _ahead(readers, job, codec.sample_rate, clips), mark)
-        for batch in _batches(read, limit):
-            yield from _encode(job, codec, batch)
+    with ThreadPoolExecutor(config.readers) as readers:
+        loaded = skip_failures(config, prefetch(readers, config, codec.sample_rate, clips), record)
+        for batch in _batches(loaded, limit):
+            yield from _encode(config, codec, batch)
 
 
-def _whole(job: Job, clips: Iterator[tuple[Clip, "Future[list[np.ndarray]]"]], mark: Mark) -> Iterator[Loaded]:
-    """Clips that could be read."""
+def skip_failures(
+    config: TokenizeConfig, clips: Iterator[tuple[Clip, "Future[list[np.ndarray]]"]], record: ShardRecord
+) -> Iterator[LoadedClip]:
+    """Yield the clips that can be read; failures are added to the record."""
     for clip, waves in clips:
         try:
             yield clip, waves.result()
         except (NemoLfrError, OSError) as error:
-            if job.strict:
+            if config.strict:
                 raise
-            mark.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
+            record.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
 
 
-def _batches(clips: Iterator[Loaded], limit: float) -> Iterator[list[Loaded]]:
-    """Clips of about `limit` samples together, and of no more than twice that as wide as their longest one."""
-    batch: list[Loaded] = []
+def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
+    """Yield batches of about `limit` samples, and of at most twice as many when padded to the longest clip."""
+    batch: list[LoadedClip] = []
     lengths: list[int] = []
     for clip, waves in clips:
         new = [len(wave) for wave in waves]
@@ -243,23 +137,23 @@ def _batches(clips: Iterator[Loaded], limit: float) -> Iterator[list[Loaded]]:
         yield batch
 
 
-def _ahead(
-    readers: ThreadPoolExecutor, job: Job, sample_rate: int, clips: Iterator[Clip]
+def prefetch(
+    readers: ThreadPoolExecutor, config: TokenizeConfig, sample_rate: int, clips: Iterator[Clip]
 ) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
-    """Clips whose audio is being read, a few ahead of the one that is asked for."""
+    """Yield clips with their audio, which is read a few clips ahead in other threads."""
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
-        waiting.append((clip, readers.submit(_read, clip, job, sample_rate)))
-        if len(waiting) > 4 * job.readers:
+        waiting.append((clip, readers.submit(_read, clip, config, sample_rate)))
+        if len(waiting) > 4 * config.readers:
             yield waiting.pop(0)
     yield from waiting
 
 
-def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
-    """A clip's samples, and its context's where that is asked for and there."""
-    sources: list[Source] = [clip.audio]
-    if job.context and clip.context is not None:
-        sources.append(clip.context)
+def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarray]:
+    """Load a clip's samples and, if contexts are tokenized, those of its context."""
+    loaders: list[AudioLoader] = [clip.audio]
+    if config.context and clip.context is not None:
+        loaders.append(clip.context)
     try:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
@@ -269,8 +163,8 @@ def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
     except UnicodeEncodeError:
         raise AudioError(f"{clip.origin}: a label of it holds half a character, as text cut in UTF-16 does.") from None
     waves = []
-    for source, what in zip(sources, ("", "its context "), strict=False):
-        wave = source(sample_rate, job.max_duration)
+    for loader, what in zip(loaders, ("", "its context "), strict=False):
+        wave = loader(sample_rate, config.max_duration)
         if not len(wave):
             raise AudioError(f"{clip.origin}: {what}holds no samples.")
         if not wave.any():
@@ -280,11 +174,11 @@ def _read(clip: Clip, job: Job, sample_rate: int) -> list[np.ndarray]:
 
 
 def _encode(
-    job: Job, codec: "Codec", batch: list[Loaded]
+    config: TokenizeConfig, codec: "Codec", batch: list[LoadedClip]
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     waves = [wave for _, waves in batch for wave in waves]
     frame = codec.samples_per_frame
-    lengths = [len(wave) + (frame if job.pad == "magpie" and len(wave) % frame == 0 else 0) for wave in waves]
+    lengths = [len(wave) + (frame if config.pad == "magpie" and len(wave) % frame == 0 else 0) for wave in waves]
     audio = _zeros(codec, len(waves), max(lengths))
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
@@ -298,8 +192,8 @@ def _encode(
 
 
 def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
-    """In memory that a GPU copies from by itself, without the processor's help, if the codec is on one."""
-    if getattr(codec.device, "type", None) != "cuda":  # a string of codecs that run without torch
+    """Allocate a batch, in pinned memory if the codec is on a GPU."""
+    if getattr(codec.device, "type", None) != "cuda":  # a string for codecs without torch
         return np.zeros((rows, columns), np.float32)
     import torch
 
@@ -307,31 +201,46 @@ def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
 
 
 class Worker:
-    """A process that tokenises shards: one codec, and the corpus it reads.
+    """Tokenizes shards in one process, with one codec and one corpus reader.
 
     Args:
-        job: what to do.
-        device: where the codec runs.
+        config: options of the run.
+        device: device of the codec.
+        plugins: output format and corpus reader of the run, to register in a process that does not know them.
+        codec: a loaded codec on the CPU to use if `device` is "cpu".
     """
 
-    def __init__(self, job: Job, device: str | None = None) -> None:
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read with the first kernel
+    def __init__(
+        self,
+        config: TokenizeConfig,
+        device: str | None = None,
+        plugins: tuple[type, ...] = (),
+        codec: "Codec | None" = None,
+    ) -> None:
+        for plugin in plugins:
+            if issubclass(plugin, OutputFormat):
+                register_format(plugin)
+            elif issubclass(plugin, CorpusReader):
+                register_source(plugin)
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # oneDNN reads it with the first kernel
         import torch
 
         from nemo_lfr.pretrained import load
 
         configure_malloc()
 
-        self.job = job
-        self.codec = load(job.model, device, job.precision)
+        self.config = config
+        if codec is None or device != "cpu":
+            codec = load(config.model, device, config.precision)
+        self.codec = codec
         if str(self.codec.device) == "cpu":
-            # PyTorch crashes where a process cannot have as many threads.
-            torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
-        self.corpus = job.open()
+            # PyTorch crashes if the process cannot start that many threads.
+            torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+        self.corpus = config.open()
 
     def ready(self) -> None:
-        """Answers once the worker is there."""
+        """Return once the worker is ready."""
 
-    def run(self, index: int, part: Part) -> dict[str, Any]:
-        """Compute a shard; what its mark says, as JSON."""
-        return asdict(tokenize_shard(self.job, self.codec, self.corpus, part, index))
+    def run(self, index: int, shard: ShardSpec) -> dict[str, Any]:
+        """Compute a shard and return its record as JSON."""
+        return asdict(tokenize_shard(self.config, self.codec, self.corpus, shard, index))

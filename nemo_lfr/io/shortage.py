@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
-from nemo_lfr.errors import MissingExtraError, NemoLfrError, shorten
+from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command, shorten
 
 # In messages of PyTorch and of the C++ library, whose errors have no class of their own.
 NO_MEMORY = (
@@ -65,3 +67,20 @@ def missing_extra(error: Exception, package: str, message: str) -> MissingExtraE
         return MissingExtraError(f"{package} cannot be imported: {shortage}")
     kind = type(error).__name__
     return MissingExtraError(f"{package} is installed, but cannot be imported ({kind}: {shorten(error, 200)}).")
+
+
+def require(module: str) -> Any:
+    """Import an optional dependency.
+
+    Args:
+        module: name of the module.
+
+    Raises:
+        MissingExtraError: if it is not installed or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:  # a package may raise anything while it is imported
+        package = module.partition(".")[0]
+        message = f"{package} is not installed: {install_command(package)}"
+        raise missing_extra(error, package, message) from error

@@ -20,7 +20,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.corpus.formats import BUILT_IN
 from tests.cli.test_cli import run
 from tests.corpora import write_codec, write_tokens
 from tests.crash import ROOT
@@ -39,7 +39,7 @@ COMMANDS = {
     "decode flac": "decode {tokens}/b/1.lfr --out {out} --model {model} --format flac --overwrite",
     **{
         f"tokenize {kind}": f"tokenize {{audio}} --out {{out}} --model {{model}} --format {kind} --workers 1"
-        for kind in SINKS
+        for kind in BUILT_IN
     },
     "detokenize": "detokenize {corpus} --out {out} --model {model}",
     "prepare": "prepare folder {audio} --out {out} --valid-share 0.5",

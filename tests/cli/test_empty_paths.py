@@ -5,9 +5,9 @@ import shlex
 import pytest
 
 from nemo_lfr.codec.onnx.export import export_onnx
+from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.run import tokenize
-from nemo_lfr.corpus.shard import Job
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.manifests import read_manifest
@@ -61,9 +61,9 @@ CALLS = {
     "encode_file": lambda: cached_codec("symmetric").encode_file("", "a.lfr"),
     "encode_file to": lambda: cached_codec("symmetric").encode_file("a.wav", ""),
     "decode_file": lambda: cached_codec("symmetric").decode_file("", "a.wav"),
-    "tokenize": lambda: tokenize(Job("", "out", "lfr")),
-    "tokenize to": lambda: tokenize(Job("audio", "", "lfr")),
-    "tokenize, audio_dir": lambda: tokenize(Job("audio", "out", "lfr", audio_dir="")),
+    "tokenize": lambda: tokenize(TokenizeConfig("", "out", "lfr")),
+    "tokenize to": lambda: tokenize(TokenizeConfig("audio", "", "lfr")),
+    "tokenize, audio_dir": lambda: tokenize(TokenizeConfig("audio", "out", "lfr", audio_dir="")),
     "export_onnx": lambda: export_onnx(cached_codec("symmetric"), ""),
 }
 

@@ -8,8 +8,9 @@ import pytest
 import soundfile
 
 from nemo_lfr.corpus.claim import NAME, check_claim, claim
-from nemo_lfr.corpus.run import METADATA, Totals, tokenize
-from nemo_lfr.corpus.shard import Job, Mark
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.records import METADATA, ShardRecord
+from nemo_lfr.corpus.run import Totals, tokenize
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_codec
 from tests.models import RATE, synthesize
@@ -30,8 +31,8 @@ def audio(tmp_path_factory) -> Path:
     return root
 
 
-def job(audio: Path, out: Path, model: Path) -> Job:
-    return Job(str(audio), str(out), "lfr", model=str(model), shard_size=1)
+def job(audio: Path, out: Path, model: Path) -> TokenizeConfig:
+    return TokenizeConfig(str(audio), str(out), "lfr", model=str(model), shard_size=1)
 
 
 def take_over(out: Path) -> None:
@@ -59,7 +60,7 @@ MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
     "its claim cut": (lambda out: (out / ".tokenize" / NAME).write_text("0123"), GONE),
     "a file removed": (lambda out: tokens_of(out)[0].unlink(), CHANGED),
     "a file cut": (lambda out: tokens_of(out)[0].write_bytes(b""), CHANGED),
-    "a mark removed": (lambda out: Mark.path(out, 0).unlink(), CHANGED),
+    "a mark removed": (lambda out: ShardRecord.path(out, 0).unlink(), CHANGED),
 }
 
 

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 
 from nemo_lfr.corpus.columns import chosen_columns, standard_labels
-from nemo_lfr.corpus.inputs import open_corpus, split_of
+from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.corpus.sources.parquet import split_of
 from nemo_lfr.errors import AudioError, ConfigError
 from tests.models import RATE, synthesize
 
@@ -30,7 +31,7 @@ def wav(tmp_path) -> Path:
 
 def clips_of(path: Path, audio_dir: Path | None = None) -> list:
     corpus = open_corpus(path, audio_dir, path.parent / "unused.json")
-    return [clip for part in corpus.parts(100) for clip in corpus.read(part)]
+    return [clip for part in corpus.shards(100) for clip in corpus.read(part)]
 
 
 def write(path: Path, columns: dict) -> Path:

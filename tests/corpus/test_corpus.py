@@ -25,12 +25,12 @@ import torch
 from nemo_lfr.cli.main import main
 from nemo_lfr.cli.tokenize import FORMATS
 from nemo_lfr.corpus import shard
+from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.dataset import TokenDataset
-from nemo_lfr.corpus.engine import Deaths
-from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.corpus.run import tokenize
-from nemo_lfr.corpus.shard import Job
-from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.corpus.worker_failures import WorkerFailures
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.pretrained import load
@@ -90,8 +90,10 @@ def expected(model, audio, clips) -> dict[str, torch.Tensor]:
     return {name: codec.encode(wave)[0][0].long() for name, wave in waves.items()}
 
 
-def job(source: Path, out: Path, model: Path, kind: str = "shar", **options) -> Job:
-    return Job(str(source), str(out), kind, model=str(model), shard_size=options.pop("shard_size", 4), **options)
+def job(source: Path, out: Path, model: Path, kind: str = "shar", **options) -> TokenizeConfig:
+    return TokenizeConfig(
+        str(source), str(out), kind, model=str(model), shard_size=options.pop("shard_size", 4), **options
+    )
 
 
 def files_of(out: Path) -> dict[str, str]:
@@ -116,7 +118,7 @@ def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert torch.equal(got[name], tokens), name
 
 
-@pytest.mark.parametrize("kind", list(SINKS))
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_every_layout_gives_back_the_tokens_of_each_clip_alone(kind, audio, model, expected, clips, tmp_path):
     done = tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind), device="cpu", workers=1)
     assert (done["clips"], done["shards"], done["failures"]) == (11, 3, 0)
@@ -203,7 +205,7 @@ def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, mo
 def test_no_name_leaves_the_output(name, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"audio_filepath": name}) + "\n")
     corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
-    (clip,) = corpus.read(corpus.parts(5)[0])
+    (clip,) = corpus.read(corpus.shards(5)[0])
     target = (tmp_path / clip.id).resolve()
     assert tmp_path in target.parents and "\0" not in clip.id and ":" not in clip.id
 
@@ -229,14 +231,14 @@ def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
     for name in ("a.parquet", "a.jsonl.gz"):
         with pytest.raises(ConfigError, match=name):
-            open_corpus(tmp_path / name, None, tmp_path / "unused").parts(3)
+            open_corpus(tmp_path / name, None, tmp_path / "unused").shards(3)
 
 
 # Runs.
 
 
 def test_the_command_line_knows_every_format():
-    assert tuple(SINKS) == FORMATS
+    assert BUILT_IN == FORMATS
 
 
 def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
@@ -246,7 +248,7 @@ def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-@pytest.mark.parametrize("kind", list(SINKS))
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_run_goes_on_with_what_is_whole(kind, audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model, kind)
     tokenize(job_, device="cpu", workers=1)
@@ -281,7 +283,7 @@ def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     with pytest.raises(NemoLfrError, match="holds tokens of another job"):
         tokenize(replace(job_, source=str(audio)), device="cpu", workers=1)
     assert files_of(tmp_path / "out") == before
-    with pytest.raises(NemoLfrError, match="holds other files"):
+    with pytest.raises(NemoLfrError, match="is not empty and contains no resumable run"):
         tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
 
 
@@ -366,8 +368,8 @@ def test_workers_that_cannot_start_stop_the_run_and_say_why(audio, model, tmp_pa
 
 
 def test_deaths_without_a_shard_stop_the_run(audio, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_lfr.corpus.engine.MAX_DEATHS", 1)
-    deaths = Deaths(job(audio / "manifest.json", tmp_path, model))
+    monkeypatch.setattr("nemo_lfr.corpus.worker_failures.MAX_DEATHS", 1)
+    deaths = WorkerFailures(job(audio / "manifest.json", tmp_path, model))
     deaths.count([0], RuntimeError("it is gone"))
     with pytest.raises(NemoLfrError, match=r"workers died 2 times and finished no shard \(it is gone\)"):
         deaths.count([1], RuntimeError("it is gone"))
@@ -497,7 +499,7 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_name_that_is_not_utf8_is_a_failure_of_its_own(kind, audio, model, tmp_path):
     (tmp_path / "audio").mkdir()
     clip = audio / "s0" / "clip0.wav"
@@ -607,7 +609,7 @@ def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
     (audio / "holes.json").write_text(
         "\n".join([*lines[:2], *['{"audio_filepath": "x.wav"}'] * 2, *lines[2:4]]) + "\n"
     )
-    for kind in SINKS:
+    for kind in BUILT_IN:
         done = tokenize(job(audio / "holes.json", tmp_path / kind, model, kind, shard_size=2), device="cpu", workers=1)
         assert (done["clips"], done["failures"], done["shards"]) == (4, 2, 3)
         assert len(read(tmp_path / kind)) == 4
@@ -909,7 +911,7 @@ def test_a_folder_that_holds_no_finished_tokens_is_refused(tmp_path):
         TokenDataset(tmp_path)
 
 
-@pytest.mark.parametrize("kind", list(SINKS))
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, clips, tmp_path, capsys):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind), device="cpu", workers=1)
     arguments = ["detokenize", tmp_path / "out", "--out", tmp_path / "back", "--model", model, "--device", "cpu"]

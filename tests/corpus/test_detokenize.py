@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.corpus.formats import BUILT_IN
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> dict[str, Path]:
     """Three clips in shards of two and one, in every format; copied before they are changed."""
-    made = {kind: tmp_path_factory.mktemp(kind) for kind in SINKS}
+    made = {kind: tmp_path_factory.mktemp(kind) for kind in BUILT_IN}
     for kind, folder in made.items():
         write_tokens(folder, kind, [2, 1], model)
     return made
@@ -123,7 +123,7 @@ IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt"
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
 
 
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("clip_id", IDS, ids=[ascii(name[:20]) for name in IDS])
 def test_no_id_leads_out_of_the_folder_or_onto_another(kind, clip_id, whole, model, tmp_path, capsys):
     if kind == "parquet" and "\ud800" in clip_id:

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.corpus.ids import MAX_COMPONENT_BYTES, UniqueIds, clean_id, numbered_id, path_inside
-from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.corpus.sources import open_corpus
 from tests.models import RATE, synthesize
 
 ORDINARY = [
@@ -171,7 +171,7 @@ def colliding(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("size", [1, 2, 256])
 def test_a_corpus_has_no_id_twice_whatever_its_shards(source, size, colliding, tmp_path):
     corpus = open_corpus(colliding[source], None, tmp_path / "list.json")
-    clips = [clip for part in json.loads(json.dumps(corpus.parts(size))) for clip in corpus.read(part)]
+    clips = [clip for part in json.loads(json.dumps(corpus.shards(size))) for clip in corpus.read(part)]
     keys = [unicodedata.normalize("NFC", clip.id.casefold()) for clip in clips]
     assert len(set(keys)) == len(clips) == 5
     lengths = [len(np.asarray(clip.audio(RATE, 10.0))) for clip in clips]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError, ConfigError
 from tests.models import RATE, synthesize
 
@@ -15,7 +15,7 @@ WAVE = synthesize(0.2)
 
 def clips_of(path, audio_dir=None) -> dict:
     corpus = open_corpus(path, audio_dir, path.parent / "unused.json")
-    return {clip.id: clip for part in corpus.parts(100) for clip in corpus.read(part)}
+    return {clip.id: clip for part in corpus.shards(100) for clip in corpus.read(part)}
 
 
 TRANSCRIPTS = {

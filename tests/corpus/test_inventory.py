@@ -11,9 +11,9 @@ import soundfile
 
 from nemo_lfr.cli.main import main
 from nemo_lfr.corpus import run as corpus_run
+from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.inventory import WHOLE_BYTES, sampled_digest
 from nemo_lfr.corpus.run import tokenize
-from nemo_lfr.corpus.shard import Job
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
 from tests.corpora import write_codec
@@ -98,7 +98,7 @@ INPUTS = {
 def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     source = INPUTS[kind](folder, "xyz")
     sizes = [path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()]
-    job = Job(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
+    job = TokenizeConfig(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3
     assert INPUTS[kind](folder, "pqr") == source
     assert sizes == [p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and "out" not in p.parts]
@@ -111,7 +111,7 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
 @pytest.mark.parametrize("kind", INPUTS)
 def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
     source = INPUTS[kind](folder, "xyz")
-    job = Job(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
+    job = TokenizeConfig(str(source), str(folder / "out"), "manifest", model=str(model), shard_size=1)
     originals = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix != ".wav" and path.is_file()}
 
     def edit(totals: corpus_run.Totals) -> None:
@@ -171,9 +171,9 @@ class _nothing:
 
 def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
     source = write_manifest(folder, "xyz")
-    tokenize(Job(str(source), str(folder / "out"), "manifest", model=str(model)), workers=1, device="cpu")
+    tokenize(TokenizeConfig(str(source), str(folder / "out"), "manifest", model=str(model)), workers=1, device="cpu")
     (folder / "out").rename(folder / "moved")
-    tokenize(Job(str(source), str(folder / "moved"), "manifest", model=str(model)), workers=1, device="cpu")
+    tokenize(TokenizeConfig(str(source), str(folder / "moved"), "manifest", model=str(model)), workers=1, device="cpu")
     for line in (folder / "moved" / "manifest.json").read_text().splitlines():
         assert Path(json.loads(line)["target_audio_codes_path"]).is_relative_to(folder / "moved")
 
@@ -182,7 +182,7 @@ def test_a_folder_that_was_moved_names_its_files_where_they_are(folder, model):
     "parts", [[], [1], [None], [{"start": -1, "count": 1}], [{"start": 10**9, "count": 3}], [{"start": 0, "count": 1}]]
 )
 def test_an_edited_plan_of_a_run_is_refused(parts, folder, model):
-    job = Job(str(write_manifest(folder, "xyz")), str(folder / "out"), "manifest", model=str(model))
+    job = TokenizeConfig(str(write_manifest(folder, "xyz")), str(folder / "out"), "manifest", model=str(model))
     tokenize(job, workers=1, device="cpu")
     plan = folder / "out" / ".tokenize" / "job.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"parts": parts}))
@@ -209,7 +209,7 @@ def test_tokens_of_another_codec_do_not_go_along(source, kind, folder, model):
         path = folder / "t.parquet"
         pq.write_table(pa.table({"audio": ["a.wav"], **{key: [value] for key, value in OTHER.items()}}), path)
     out = folder / "out"
-    tokenize(Job(str(path), str(out), kind, model=str(model)), workers=1, device="cpu")
+    tokenize(TokenizeConfig(str(path), str(out), kind, model=str(model)), workers=1, device="cpu")
     text = {
         "manifest": lambda: (out / "manifest.json").read_text(),
         "shar": lambda: gzip.decompress((out / "cuts" / "cuts.000000.jsonl.gz").read_bytes()).decode(),
@@ -222,7 +222,7 @@ def test_tokens_of_another_codec_do_not_go_along(source, kind, folder, model):
 def test_labels_are_written_as_json_that_every_reader_takes(kind, folder, model):
     (folder / "m.json").write_text('{"audio_filepath": "a.wav", "snr": Infinity, "more": {"x": [NaN, 1]}}\n')
     out = folder / "out"
-    tokenize(Job(str(folder / "m.json"), str(out), kind, model=str(model)), workers=1, device="cpu")
+    tokenize(TokenizeConfig(str(folder / "m.json"), str(out), kind, model=str(model)), workers=1, device="cpu")
     if kind == "manifest":
         text = (out / "manifest.json").read_text()
     else:
@@ -241,14 +241,17 @@ def test_a_field_of_a_shar_cannot_replace_what_a_cut_is(name, folder, model):
     lines(shar / "cuts.000000.jsonl.gz", [cut(folder / "a.wav"), cut(folder / "b.wav")])
     lines(shar / f"{name}.000000.jsonl", [{"cut_id": "a", name: "same"}, {"cut_id": "b", name: "same"}])
     with pytest.raises(NemoLfrError, match="is not a name for custom data"):
-        tokenize(Job(str(shar), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")
+        tokenize(TokenizeConfig(str(shar), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")
 
 
 def test_a_manifest_with_keys_of_lhotse_is_a_manifest(folder, model):
     entry = {"audio_filepath": "a.wav", "recording_id": "r", "start": 0.0, "num_features": 80, "sampling_rate": 1}
     path = lines(folder / "m.jsonl", [entry | {"sources": ["x"]}])
     assert (
-        tokenize(Job(str(path), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")["clips"] == 1
+        tokenize(TokenizeConfig(str(path), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")[
+            "clips"
+        ]
+        == 1
     )
 
 

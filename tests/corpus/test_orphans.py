@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.corpus.orphans import VARIABLE, _Kin, die_with
 from nemo_lfr.corpus.run import tokenize
-from nemo_lfr.corpus.shard import Job
-from nemo_lfr.corpus.sinks import SINKS
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_codec
 from tests.crash import ROOT, on_a_full_disk
@@ -206,7 +206,7 @@ def test_a_family_ends_with_its_head_only_if_that_was_killed(is_killed):
 @pytest.mark.parametrize("kind", ["lfr", "shar"])
 def test_leftovers_of_killed_runs_are_removed_and_never_written_through(kind, model, audio, tmp_path):
     out, victim, outside = tmp_path / "out", tmp_path / "victim", tmp_path / "outside"
-    job = Job(str(audio), str(out), kind, model=str(model))
+    job = TokenizeConfig(str(audio), str(out), kind, model=str(model))
     tokenize(job, device="cpu", workers=1)
     victim.write_text("precious")
     outside.mkdir()
@@ -231,17 +231,17 @@ def test_a_state_that_is_a_link_is_refused(name, model, audio, tmp_path):
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(NemoLfrError, match="is a link"):
-        tokenize(Job(str(audio), str(tmp_path / "out"), "lfr", model=str(model)), device="cpu", workers=1)
+        tokenize(TokenizeConfig(str(audio), str(tmp_path / "out"), "lfr", model=str(model)), device="cpu", workers=1)
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 # Shards that are damaged between runs.
 
 
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_shard_is_computed_again_to_the_same_bytes(kind, damage, model, audio, tmp_path):
-    job = Job(str(audio), str(tmp_path), kind, model=str(model), shard_size=2)
+    job = TokenizeConfig(str(audio), str(tmp_path), kind, model=str(model), shard_size=2)
     tokenize(job, device="cpu", workers=1)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     names = ("*.lfr", "*.pt", "*.parquet", "*.tar", "*.jsonl.gz")
@@ -263,4 +263,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(kind, free, model, au
     lines = text.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("nemo-lfr: error: "), text
     assert not (out / "tokens.json").exists() and not list(out.glob("*.part"))
-    assert tokenize(Job(str(audio), str(out), kind, model=str(model), dataset=audio.name), device="cpu")["clips"] == 4
+    assert (
+        tokenize(TokenizeConfig(str(audio), str(out), kind, model=str(model), dataset=audio.name), device="cpu")[
+            "clips"
+        ]
+        == 4
+    )

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nemo_lfr.corpus.dataset import TokenDataset, collate
-from nemo_lfr.corpus.sinks import SINKS
+from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.errors import NemoLfrError, TokenFileError
 from tests.corpora import write_tokens
 
@@ -28,7 +28,7 @@ UNEVEN = [5, 5, 2]
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Twelve clips in shards of five, in every format; never changed."""
     made = {}
-    for kind in SINKS:
+    for kind in BUILT_IN:
         made[kind] = tmp_path_factory.mktemp(kind)
         write_tokens(made[kind], kind, UNEVEN)
     return made
@@ -38,7 +38,7 @@ def ids_of(dataset: TokenDataset, **options) -> list[str]:
     return [utterance.id for utterance in DataLoader(dataset, batch_size=None, **options)]
 
 
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("has_records", [True, False])
 def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
     context = kind != "lfr"
@@ -72,7 +72,7 @@ def test_a_folder_that_was_moved_is_read(tmp_path):
 # Shares of ranks and workers.
 
 
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, folders):
     expected = sorted(utterance.id for utterance in TokenDataset(folders[kind]))
@@ -276,7 +276,7 @@ def test_what_is_damaged_or_ends_early_is_an_error(kind, name, damage, has_recor
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_verification_finds_a_flipped_bit(kind, tmp_path):
     write_tokens(tmp_path, kind, [3, 2])
     mark = json.loads((tmp_path / ".tokenize" / "done" / "000001.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_lfr.corpus.token_folder import TokenFolder, Utterance
+from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import AudioError, NemoLfrError, TokenFileError
 from nemo_lfr.io import bounded
 from nemo_lfr.io.cut_audio import read_cut
@@ -133,7 +133,7 @@ def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_pat
     folder = TokenFolder(tmp_path)
     (result,) = folder.read(0)
     assert isinstance(result, TokenFileError) and "claims 20000000 values" in str(result)
-    assert isinstance(next(folder.read(1)), Utterance)
+    assert isinstance(next(folder.read(1)), TokenizedUtterance)
 
 
 TRANSFORMS = {

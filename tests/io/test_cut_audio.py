@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_lfr.corpus.inputs import open_corpus
+from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.cut_audio import check_cut, read_cut
@@ -48,7 +48,7 @@ def write(path: Path, items: list) -> Path:
 
 def clips_of(path: Path, tmp_path: Path, **options) -> dict:
     corpus = open_corpus(path, None, tmp_path / "unused", **options)
-    return {clip.id: clip for part in corpus.parts(100) for clip in corpus.read(part)}
+    return {clip.id: clip for part in corpus.shards(100) for clip in corpus.read(part)}
 
 
 @pytest.fixture

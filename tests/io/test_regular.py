@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_lfr.corpus.shard import Mark
-from nemo_lfr.corpus.token_folder import TokenFolder, regular_file
+from nemo_lfr.corpus.formats.base import regular_file
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.journal import Journal
@@ -61,6 +62,6 @@ def test_a_transcript_that_is_no_file_costs_its_clip(kind, tmp_path, monkeypatch
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_that_is_no_file_is_no_record(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Mark.folder(Path()).mkdir(parents=True)
-    KINDS[kind](Mark.path(Path(), 0))
-    assert Mark.read(Path(), 0) is None
+    ShardRecord.folder(Path()).mkdir(parents=True)
+    KINDS[kind](ShardRecord.path(Path(), 0))
+    assert ShardRecord.read(Path(), 0) is None

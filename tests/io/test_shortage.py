@@ -11,9 +11,8 @@ import torch
 
 from nemo_lfr.cli.files import FileTask, run_tasks
 from nemo_lfr.cli.main import main
-from nemo_lfr.corpus.inputs import require
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
-from nemo_lfr.io.shortage import sharing, shortage_of
+from nemo_lfr.io.shortage import require, sharing, shortage_of
 from tests.corpora import write_tokens
 from tests.crash import ROOT
 

@@ -1,0 +1,103 @@
+"""Options of a tokenization run."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.corpus.formats import format_names, get_format
+from nemo_lfr.corpus.records import STATE
+from nemo_lfr.corpus.sources import open_corpus
+from nemo_lfr.corpus.sources.base import CorpusReader
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.locate import expand_home
+
+PADS = ("encode", "magpie")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """A corpus to tokenize and all options that a worker on any machine needs.
+
+    Attributes:
+        source: path of the corpus, see `open_corpus`.
+        out: folder of the tokens; with several machines, all of them must see it.
+        kind: name of the output format, see `nemo_lfr.corpus.formats`.
+        model: checkpoint or Hub id; None for the bundled codec.
+        precision: precision of the codec.
+        pad: "encode" completes a partial last frame, as `AudioCodecModel.encode` does; "magpie" also appends a frame
+            of silence to clips that fill their frames exactly, as NeMo's Magpie datasets do when they encode audio.
+        context: whether to tokenize context audio too.
+        shard_size: clips per shard.
+        max_duration: maximum duration in seconds; longer clips are failures.
+        audio_dir: folder of the relative paths in a manifest or table; its own folder if None.
+        allow_url: read audio that Lhotse manifests place at an http(s) URL.
+        dataset: name of the corpus.
+        strict: stop at the first clip that fails.
+        threads: threads of one worker on a CPU.
+        readers: threads that decode and resample audio ahead of the codec.
+        claim: text that identifies the run that owns the output, see `claim`; set by `tokenize`.
+        compress: compress `.lfr` files losslessly.
+        entropy_model: path of the entropy model for compression; the codec's bundled model if None.
+    """
+
+    source: str
+    out: str
+    kind: str
+    model: str | None = None
+    precision: str = "fp32"
+    pad: str = "encode"
+    context: bool = False
+    shard_size: int = 256
+    max_duration: float = 3600.0
+    audio_dir: str | None = None
+    dataset: str = "corpus"
+    strict: bool = False
+    threads: int = 1
+    readers: int = 1
+    allow_url: bool = False
+    claim: str = ""
+    compress: bool = False
+    entropy_model: str | None = None
+
+    @property
+    def state(self) -> Path:
+        """Folder of the run's state, below `out`."""
+        return Path(self.out, STATE)
+
+    def open(self, relist: bool = False) -> CorpusReader:
+        """Open the corpus; with `relist`, list a folder's files again, as the planning process does."""
+        audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
+        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", relist, self.allow_url)
+
+    def validate(self) -> None:
+        """Raise NemoLfrError for an unknown value or options that exclude each other."""
+        choices = (
+            ("format", self.kind, list(format_names())),
+            ("pad", self.pad, list(PADS)),
+            ("precision", self.precision, list(PRECISIONS)),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                raise NemoLfrError(f"{name} {value!r} is unknown; use one of {known}.")
+        output = get_format(self.kind)
+        if self.context and not output.supports_context:
+            raise NemoLfrError(f'format "{self.kind}" has no place for contexts; use another, or leave --context out.')
+        if (self.compress or self.entropy_model is not None) and not output.supports_compression:
+            raise NemoLfrError(f'format "{self.kind}" is not compressed, as trainers read it raw; use format "lfr".')
+
+    def absolute(self) -> "TokenizeConfig":
+        """Return a copy with absolute paths, for workers in other folders."""
+        paths = {
+            "source": self.source,
+            "out": self.out,
+            "audio_dir": self.audio_dir,
+            "model": self.model,
+            "entropy_model": self.entropy_model,
+        }
+        resolved: dict[str, Any] = {
+            name: str(expand_home(path).resolve())
+            for name, path in paths.items()
+            if path is not None and (name != "model" or expand_home(path).exists())  # a model may be a Hub id
+        }
+        return replace(self, **resolved)

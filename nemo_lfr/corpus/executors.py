@@ -1,0 +1,165 @@
+"""Executors: compute shards in this process, in processes of this machine, or on a Ray cluster.
+
+Each executor takes the shards to compute and yields their records as they are completed. If a worker dies, its shards
+are assigned to another one; a shard that kills its workers repeatedly stops the run.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.corpus.plan import Plan
+from nemo_lfr.corpus.ray_executor import run_ray
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.shard import QUEUED, Task, Worker
+from nemo_lfr.corpus.sources.base import ShardSpec
+from nemo_lfr.corpus.worker_failures import WorkerFailures, last_line
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.shortage import sharing
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+Executor = Callable[[Plan, Sequence[Task]], Iterator[ShardRecord]]
+
+
+def choose_executor(
+    config: TokenizeConfig, num_tasks: int, workers: int | None, device: str | None, ray: str | None
+) -> Executor:
+    """Choose where shards are computed.
+
+    Args:
+        config: options of the run.
+        num_tasks: number of shards to compute; not more workers are started.
+        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
+        ray: address of Ray; by default processes of this machine.
+    """
+    if ray is not None:
+        address = ray
+        return lambda plan, tasks: run_ray(plan.config, tasks, address, workers, device, _plugins(plan))
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        import torch
+
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    else:
+        devices = [str(chosen)]
+    count = workers or (len(devices) if chosen.type == "cuda" else max(1, _num_cores() // config.threads))
+    count = min(count, num_tasks)
+    if count <= 1:
+        return lambda plan, tasks: run_in_process(plan.config, tasks, devices[0], plan.codec)
+
+    def run(plan: Plan, tasks: Sequence[Task]) -> Iterator[ShardRecord]:
+        plan.codec = None  # frees its memory: each worker loads its own
+        return run_processes(plan.config, tasks, count, devices, _plugins(plan))
+
+    return run
+
+
+def _plugins(plan: Plan) -> tuple[type, ...]:
+    return plan.output, type(plan.corpus)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_in_process(
+    config: TokenizeConfig, tasks: Sequence[Task], device: str, codec: "Codec | None" = None
+) -> Iterator[ShardRecord]:
+    """Compute shards in this process, one after the other; `codec` saves loading it again."""
+    worker = Worker(config, device, codec=codec)
+    for index, shard in tasks:
+        yield ShardRecord(**worker.run(index, shard))
+
+
+_worker: Worker | NemoLfrError
+
+
+def _start_worker(
+    config: TokenizeConfig, devices: "SimpleQueue[str]", driver: int, plugins: tuple[type, ...] = ()
+) -> None:
+    """Initialize a worker process. It ignores SIGINT: the driver handles Ctrl-C for the process group.
+
+    If the worker cannot start, its first shard raises the error. An error raised here would end the process and look
+    like a death.
+    """
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(driver)
+    try:
+        _worker = Worker(config, devices.get(), plugins)
+    except Exception as error:  # loading a codec or a corpus may raise anything
+        _worker = NemoLfrError(f"a worker cannot start: {last_line(error)}")
+
+
+def _run_shard(index: int, shard: ShardSpec) -> dict[str, Any]:
+    if isinstance(_worker, NemoLfrError):
+        raise _worker
+    return _worker.run(index, shard)
+
+
+def run_processes(
+    config: TokenizeConfig,
+    tasks: Sequence[Task],
+    workers: int,
+    devices: Sequence[str],
+    plugins: tuple[type, ...] = (),
+) -> Iterator[ShardRecord]:
+    """Compute shards in processes of this machine, which are assigned to the devices in turn.
+
+    Args:
+        config: options of the run.
+        tasks: shards to compute.
+        workers: number of processes.
+        devices: devices of the codec.
+        plugins: registered classes that the workers need, see `Worker`.
+
+    Raises:
+        NemoLfrError: if workers die repeatedly.
+    """
+    remaining = dict(tasks)
+    failures = WorkerFailures(config)
+    context = get_context("spawn")
+    other_processes = multiprocessing.active_children()
+    while remaining:
+        with sharing("several --workers"):
+            assignments: SimpleQueue[str] = context.SimpleQueue()
+            arguments = (config, assignments, os.getpid(), plugins)
+            pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
+        for number in range(workers):
+            assignments.put(devices[number % len(devices)])
+        running: dict[Future[dict[str, Any]], int] = {}
+        waiting = deque(remaining)
+        try:
+            while running or waiting:
+                while waiting and len(running) < QUEUED * workers:
+                    index = waiting.popleft()
+                    running[pool.submit(_run_shard, index, remaining[index])] = index
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index = running[future]
+                    record = ShardRecord(**future.result())
+                    del running[future], remaining[index]
+                    failures.since_record = 0
+                    yield record
+        except BrokenProcessPool as error:
+            pool.shutdown(wait=True, cancel_futures=True)
+            failures.count(running.values(), error)
+        except BaseException:  # an interrupt or a shard's error: do not wait for the shards in progress
+            for process in multiprocessing.active_children():
+                if process not in other_processes:
+                    process.kill()  # a stopped process would not terminate
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,239 @@
+"""Base classes of output formats: a writer and a reader of one shard, and the summary of all shards.
+
+Tokens are stored as int16 if a codebook has at most 32,768 entries, else as int32. Equal clips give equal bytes.
+"""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nemo_lfr.corpus.ids import path_inside
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.sources.base import Clip
+from nemo_lfr.errors import MissingExtraError, TokenFileError, shorten
+from nemo_lfr.io.atomic import naming
+from nemo_lfr.io.bounded import MAX_LINE
+from nemo_lfr.io.entropy.model import EntropyModel
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.token_file import Metadata
+
+REPAIR = "run the same tokenize command again, which repairs it"
+
+
+class FormatWriter(ABC):
+    """Base class of writers: writes the clips of one shard below `folder`.
+
+    Args:
+        folder: an empty folder, whose files are moved to `final` when the shard is complete.
+        final: the output folder.
+        index: number of the shard.
+        codec: metadata of the tokens.
+        dataset: name of the corpus.
+        context: whether contexts are written.
+        model: entropy model that compresses token files, for formats that support compression.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        final: Path,
+        index: int,
+        codec: Metadata,
+        dataset: str,
+        context: bool,
+        model: EntropyModel | None = None,
+    ) -> None:
+        self.folder, self.final, self.index = folder, final, index
+        self.codec, self.dataset, self.context, self.model = codec, dataset, context, model
+        self.dtype = np.int16 if codec.codebook_size <= 2**15 else np.int32
+
+    @abstractmethod
+    def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        """Append a clip.
+
+        Args:
+            clip: the clip with its id and labels.
+            tokens: integer tokens [C, T].
+            num_samples: number of audio samples that the tokens represent.
+            context: tokens of the context [C, T]; None if the clip has none.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish the files; a shard without clips has them too."""
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        """Provide the path of a file to write; errors of the system then name its final path."""
+        path = self.folder / name
+        with naming(self.final / name, self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+
+    def _duration(self, num_samples: int) -> float:
+        return round(num_samples / self.codec.sample_rate, 6)
+
+
+class Damage(str):
+    """A message about damaged files of a shard, some of which may still be readable."""
+
+
+class Row:
+    """An utterance that is loaded on request, so that its errors affect no other."""
+
+    def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        self._load, self._arguments = load, arguments
+
+    def load(self) -> dict[str, Any]:
+        """Return "id", "tokens" [C, T], "num_samples", "labels" and, if there is one, "context" [C, T]."""
+        return self._load(*self._arguments)
+
+
+class ShardFiles:
+    """Files of a shard, compared with the shard's record before they are read.
+
+    Args:
+        folder: the output folder.
+        shard: number of the shard.
+        verify: compare hashes, not only sizes.
+        first: number of utterances in all shards before this one.
+    """
+
+    def __init__(self, folder: Path, shard: int, verify: bool, first: int = 0) -> None:
+        self.folder, self.shard, self.verify, self.first = folder, shard, verify, first
+        self._record = ShardRecord.read(folder, shard)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file by its name; raises TokenFileError unless it is intact and inside the folder."""
+        path, damage = self.path_and_damage(name)
+        if damage:
+            raise TokenFileError(damage)
+        return path
+
+    def path_and_damage(self, name: str) -> tuple[Path, Damage | None]:
+        """Return the path of a file and, if its size is wrong, a message: its beginning may be readable."""
+        path = self._path(name)
+        problem = self._damage(path)
+        if problem and self.verify:
+            raise TokenFileError(f"{problem}; {REPAIR}.")
+        return path, Damage(f"{problem}; {REPAIR}.") if problem else None
+
+    def _path(self, name: str) -> Path:
+        path = path_inside(self.folder, name)
+        if path is None:
+            raise TokenFileError(f"{self.folder}: {shorten(name, 200)!r} lies outside of this folder and is not read.")
+        return regular_file(path)
+
+    def _damage(self, path: Path) -> str | None:
+        if self._record is None:
+            return None
+        root = self.folder.resolve()
+        name = path.relative_to(root).as_posix()
+        if name not in self._record.files:
+            return None
+        return self._record.damage(root, name, verify=self.verify)
+
+
+class FormatReader(ABC):
+    """Base class of readers of one format.
+
+    Args:
+        folder: the output folder.
+        summary: content of `tokens.json`, validated.
+        codec: metadata of the tokens.
+    """
+
+    def __init__(self, folder: Path, summary: dict[str, Any], codec: Metadata) -> None:
+        self.folder, self.summary, self.codec = folder, summary, codec
+
+    @abstractmethod
+    def count_shards(self) -> list[int]:
+        """Count the utterances of each shard, for a folder without records."""
+
+    @abstractmethod
+    def num_files(self) -> int:
+        """Return an upper bound on the number of shards, from the number of files."""
+
+    @abstractmethod
+    def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        """Yield utterances [start, stop) of a shard, then any that follow, and messages about damaged files."""
+
+    def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
+        """Count the utterances of readable shards, and divide the remaining utterances among the others."""
+        counts: list[int | None] = []
+        for shard in range(self.summary["shards"]):
+            try:
+                counts.append(count(ShardFiles(self.folder, shard, verify=False)))
+            except MissingExtraError:
+                raise
+            except Exception:  # reading this shard raises it again
+                counts.append(None)
+        rest = max(0, self.summary["clips"] - sum(known or 0 for known in counts))
+        unknown = counts.count(None)
+        shares = iter([rest * (number + 1) // unknown - rest * number // unknown for number in range(unknown)])
+        return [next(shares) if known is None else known for known in counts]
+
+
+class OutputFormat:
+    """Base class of output formats; register a subclass with `register_format`.
+
+    Attributes:
+        name: value of `--format`.
+        writer: class that writes one shard.
+        reader: class that reads the shards.
+        supports_context: whether context tokens can be stored.
+        supports_compression: whether `writer` uses the entropy model.
+        summary_files: names of the files that `finish` writes.
+    """
+
+    name: ClassVar[str]
+    writer: ClassVar[type[FormatWriter]]
+    reader: ClassVar[type[FormatReader]]
+    supports_context: ClassVar[bool] = True
+    supports_compression: ClassVar[bool] = False
+    summary_files: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def finish(cls, out: Path, num_shards: int, context: bool) -> None:
+        """Write the files that summarize all shards; the default writes none.
+
+        Args:
+            out: the output folder.
+            num_shards: number of shards, all of which are complete.
+            context: whether contexts were written.
+        """
+
+
+def num_entries(folder: Path) -> int:
+    """Return the number of entries of a folder; 0 if it does not exist."""
+    return len(os.listdir(folder)) if folder.is_dir() else 0
+
+
+def regular_file(path: Path) -> Path:
+    """Return the path; raises TokenFileError if opening it would fail or block."""
+    try:
+        open_regular(path, TokenFileError, REPAIR).close()
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+        raise TokenFileError(f"{shorten(path, 300)}: {what}; {REPAIR}.") from error
+    return path
+
+
+def read_lines(file: Any, path: Path, keep_empty: bool = False) -> Iterator[bytes]:
+    """Yield lines of JSON, each of bounded length."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise TokenFileError(f"{path}: a line is longer than {MAX_LINE} bytes; it is damaged.")
+        if keep_empty or line.strip():
+            yield line
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark."""
+    return json.loads(data.decode("utf-8-sig"))

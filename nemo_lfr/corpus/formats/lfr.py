@@ -1,0 +1,62 @@
+"""A `.lfr` token file for each clip, and a manifest that names them with relative paths."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.corpus.formats import register_format
+from nemo_lfr.corpus.formats.base import ShardFiles, parse_json
+from nemo_lfr.corpus.formats.manifest import ManifestFormat, ManifestReader, ManifestWriter
+from nemo_lfr.corpus.records import METADATA
+from nemo_lfr.corpus.sources.base import Clip
+from nemo_lfr.errors import TokenFileError, shorten
+from nemo_lfr.io.token_file import TokenReader, TokenWriter
+
+
+class LfrWriter(ManifestWriter):
+    """Writes a token file for each clip, and the manifest lines of the shard."""
+
+    def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        path = f"tokens/{clip.id}.lfr"
+        with self._writing(path) as file, TokenWriter(file, self.codec, model=self.model) as writer:
+            writer.write(tokens)
+            writer.finish(num_samples)
+        duration = self._duration(num_samples)
+        self._lines.append({**clip.labels, "id": clip.id, "tokens_filepath": path, "duration": duration})
+
+
+class LfrReader(ManifestReader):
+    """Reads a manifest of `.lfr` files."""
+
+    def _load(self, files: ShardFiles, line: bytes) -> dict[str, Any]:
+        labels = parse_json(line)
+        name = labels["tokens_filepath"]
+        if not isinstance(name, str):
+            raise TokenFileError(f"{self.folder}: a path of the manifest is {shorten(repr(name))}, not a text.")
+        with TokenReader(files.path(name)) as reader:
+            expected, stored = self.codec, reader.metadata
+            for key in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
+                if getattr(expected, key) != getattr(stored, key):
+                    raise TokenFileError(
+                        f"{reader.path}: made by a codec with {key} {getattr(stored, key)}, but {METADATA} says "
+                        f"{getattr(expected, key)}."
+                    )
+            tokens = reader.read()
+            return {"id": labels["id"], "tokens": tokens, "num_samples": reader.num_samples, "labels": labels}
+
+
+@register_format
+class LfrFormat(ManifestFormat):
+    """Token files and a manifest."""
+
+    name = "lfr"
+    writer = LfrWriter
+    reader = LfrReader
+    supports_context = False
+    supports_compression = True
+
+    @classmethod
+    def current_lines(cls, lines: bytes, out: Path) -> bytes:
+        """Return a shard's lines unchanged: their paths are relative."""
+        return lines

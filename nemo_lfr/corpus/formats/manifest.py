@@ -1,0 +1,161 @@
+"""A NeMo manifest and a `.pt` file for each clip.
+
+`target_audio_codes_path` and, with contexts, `context_audio_codes_path` are absolute paths of plain tensors [C, T],
+which `torch.load` reads with `weights_only=True`.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.corpus.formats import register_format
+from nemo_lfr.corpus.formats.base import (
+    REPAIR,
+    Damage,
+    FormatReader,
+    FormatWriter,
+    OutputFormat,
+    Row,
+    ShardFiles,
+    parse_json,
+    read_lines,
+)
+from nemo_lfr.corpus.ids import path_inside
+from nemo_lfr.corpus.records import METADATA, STATE
+from nemo_lfr.corpus.sources.base import Clip
+from nemo_lfr.corpus.token_tensor import read_token_tensor
+from nemo_lfr.errors import TokenFileError, shorten
+from nemo_lfr.io.atomic import write_bytes
+
+LINES = f"{STATE}/lines"  # manifest lines of each shard, which `finish` joins
+
+
+class ManifestWriter(FormatWriter):
+    """Writes a `.pt` file for each clip, and the manifest lines of the shard."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lines: list[dict[str, Any]] = []
+
+    def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
+        for name, value in (("target", tokens), ("context", context)):
+            if value is not None:
+                path = f"{name}_codes/{clip.id}.pt"
+                self._save(path, value)
+                line[f"{name}_audio_codes_path"] = str(self.final / path)
+        self._lines.append(line)
+
+    def _save(self, path: str, tokens: np.ndarray) -> None:
+        import torch
+
+        buffer = io.BytesIO()  # torch.save would write a file's name into it
+        torch.save(torch.from_numpy(tokens.astype(self.dtype)), buffer)
+        with self._writing(path) as file:
+            file.write_bytes(buffer.getvalue())
+
+    def close(self) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
+        with self._writing(f"{LINES}/{self.index:06d}.json") as path:
+            path.write_text(text, encoding="utf-8")
+
+
+class ManifestReader(FormatReader):
+    """Reads a manifest of `.pt` files."""
+
+    _is_reported = False  # whether missing lines were reported, which concern no single shard
+
+    def count_shards(self) -> list[int]:
+        """Divide the lines evenly among the shards, since a line does not name its shard."""
+        clips, shards = self.summary["clips"], self.summary["shards"]
+        return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
+
+    def num_files(self) -> int:
+        return len(self._starts)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Offsets at which the lines begin, and the end of the last one, int64 [lines + 1]."""
+        starts, position = [], 0
+        with open(self._path, "rb") as file:
+            for line in read_lines(file, self._path, keep_empty=True):
+                if line.strip():
+                    starts.append(position)
+                position += len(line)
+        return np.array([*starts, position], np.int64)
+
+    @property
+    def _path(self) -> Path:
+        return ShardFiles(self.folder, 0, verify=False).path("manifest.json")
+
+    def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        lines, clips = len(self._starts) - 1, self.summary["clips"]
+        if lines != clips:
+            problem = f"holds {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
+            yield Damage("" if self._is_reported else f"{self._path}: {problem}")
+            self._is_reported = True
+        with open(self._path, "rb") as file:
+            for number in range(files.first + start, min(files.first + stop, lines)):
+                file.seek(int(self._starts[number]))
+                line = file.read(int(self._starts[number + 1] - self._starts[number]))
+                yield Row(self._load, files, line)
+
+    def _load(self, files: ShardFiles, line: bytes) -> dict[str, Any]:
+        labels = parse_json(line)
+        tokens, context = (
+            self._tensor(files, name, labels[f"{name}_audio_codes_path"])
+            if f"{name}_audio_codes_path" in labels
+            else None
+            for name in ("target", "context")
+        )
+        values = {"tokens": tokens, "context": context, "num_samples": labels["num_samples"]}
+        return {"id": labels["id"], "labels": labels} | values
+
+    def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
+        """Read a file by the absolute path at which it was written; the folder may have moved since."""
+        if not isinstance(text, str):
+            raise TokenFileError(f"{self.folder}: a path of the manifest is {shorten(repr(text))}, not a text.")
+        below = f"/{name}_codes/"
+        if path_inside(self.folder, text) is None and below in text:
+            text = f"{name}_codes/{text.rpartition(below)[2]}"
+        return read_token_tensor(files.path(text))
+
+
+@register_format
+class ManifestFormat(OutputFormat):
+    """NeMo manifest of `.pt` files."""
+
+    name = "manifest"
+    writer = ManifestWriter
+    reader = ManifestReader
+    summary_files = ("manifest.json",)
+
+    @classmethod
+    def finish(cls, out: Path, num_shards: int, context: bool) -> None:
+        """Write the manifest of all shards."""
+        shards = ((out / LINES / f"{index:06d}.json").read_bytes() for index in range(num_shards))
+        write_bytes(out / "manifest.json", (cls.current_lines(lines, out) for lines in shards))
+
+    @classmethod
+    def current_lines(cls, lines: bytes, out: Path) -> bytes:
+        """Return a shard's lines with paths that are valid below `out`, which may have moved since."""
+        return _with_current_paths(lines, out)
+
+
+def _with_current_paths(lines: bytes, out: Path) -> bytes:
+    """Return the lines of a shard with paths below `out`, which may have moved since they were written."""
+    moved = []
+    for line in lines.decode().split("\n")[:-1]:
+        entry = json.loads(line)
+        paths = {
+            f"{name}_audio_codes_path": str(out / f"{name}_codes/{entry['id']}.pt")
+            for name in ("target", "context")
+            if f"{name}_audio_codes_path" in entry
+        }
+        moved.append(json.dumps(entry | paths, ensure_ascii=False) + "\n")
+    return "".join(moved).encode()

@@ -1,0 +1,122 @@
+"""Parquet with one row for each clip.
+
+Columns: `id`, `nano_layer_1` ... `nano_layer_C`, with contexts `context_layer_1` ... `context_layer_C`, then
+`encoded_len`, `num_samples`, `text`, `speaker`, and `labels` with all other labels as JSON.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.corpus.formats import register_format
+from nemo_lfr.corpus.formats.base import (
+    Damage,
+    FormatReader,
+    FormatWriter,
+    OutputFormat,
+    Row,
+    ShardFiles,
+    num_entries,
+    parse_json,
+)
+from nemo_lfr.corpus.sources.base import Clip
+from nemo_lfr.io.bounded import check_columns
+from nemo_lfr.io.shortage import require
+
+ROWS = 64  # rows that are read at a time
+
+
+class ParquetWriter(FormatWriter):
+    """Writes a Parquet file with a row for each clip."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        require("pyarrow.parquet")
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        row: dict[str, Any] = {f"nano_layer_{number}": layer for number, layer in enumerate(tokens, start=1)}
+        if context is not None:
+            row |= {f"context_layer_{number}": layer for number, layer in enumerate(context, start=1)}
+        labels = dict(clip.labels)
+        row |= {"id": clip.id, "encoded_len": tokens.shape[1], "num_samples": num_samples}
+        for key in ("text", "speaker"):
+            value = labels.pop(key, None)
+            row[key] = None if value is None else str(value)
+        row["labels"] = json.dumps(labels, ensure_ascii=False)
+        self._rows.append(row)
+
+    def close(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        layer = pa.list_(pa.from_numpy_dtype(self.dtype))
+        layers = range(1, self.codec.num_codebooks + 1)
+        columns = [
+            ("id", pa.string()),
+            *((f"nano_layer_{number}", layer) for number in layers),
+            *((f"context_layer_{number}", layer) for number in layers if self.context),
+            ("encoded_len", pa.int32()),
+            ("num_samples", pa.int64()),
+            ("text", pa.string()),
+            ("speaker", pa.string()),
+            ("labels", pa.string()),
+        ]
+        table = pa.Table.from_pylist(self._rows, schema=pa.schema(columns))
+        with self._writing(f"data/{self.index:06d}.parquet") as path:
+            pq.write_table(table, path, compression="zstd")
+
+
+class ParquetReader(FormatReader):
+    """Reads Parquet files."""
+
+    def num_files(self) -> int:
+        return num_entries(self.folder / "data")
+
+    def count_shards(self) -> list[int]:
+        return self._shard_counts(lambda files: self._open(files.path(self._name(files.shard))).metadata.num_rows)
+
+    def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        path, damage = files.path_and_damage(self._name(files.shard))
+        if damage:
+            yield damage
+        with self._open(path) as file:
+            check_columns(file.metadata, path)
+            first = 0
+            for batch in file.iter_batches(ROWS):
+                for index in range(max(0, start - first), batch.num_rows):
+                    yield Row(self._load, batch, index)
+                first += batch.num_rows
+
+    def _load(self, batch: Any, index: int) -> dict[str, Any]:
+        row = batch.slice(index, 1).to_pylist()[0]
+        layers = range(1, self.codec.num_codebooks + 1)
+        labels = parse_json(row["labels"].encode())
+        if isinstance(labels, dict):
+            labels |= {key: row[key] for key in ("text", "speaker") if row[key] is not None}
+        context = None
+        if row.get("context_layer_1") is not None:
+            context = [row[f"context_layer_{number}"] for number in layers]
+        tokens = [row[f"nano_layer_{number}"] for number in layers]
+        values = {"tokens": tokens, "num_samples": row["num_samples"], "context": context, "labels": labels}
+        return {"id": row["id"]} | values
+
+    @staticmethod
+    def _name(shard: int) -> str:
+        return f"data/{shard:06d}.parquet"
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        return require("pyarrow.parquet").ParquetFile(path)
+
+
+@register_format
+class ParquetFormat(OutputFormat):
+    """Parquet."""
+
+    name = "parquet"
+    writer = ParquetWriter
+    reader = ParquetReader

@@ -1,0 +1,243 @@
+"""Lhotse Shar, as NeMo's Magpie trainer reads it.
+
+Files: `cuts/cuts.000000.jsonl.gz`, `target_codes/codes.000000.tar` and, with contexts,
+`context_codes/codes.000000.tar`. Arrays have shape [C, T]. `input_cfg.yaml` is the section of a training config that
+reads all shards.
+"""
+
+import gzip
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr.corpus.formats import register_format
+from nemo_lfr.corpus.formats.base import (
+    Damage,
+    FormatReader,
+    FormatWriter,
+    OutputFormat,
+    Row,
+    ShardFiles,
+    num_entries,
+    parse_json,
+    read_lines,
+)
+from nemo_lfr.corpus.sources.base import Clip
+from nemo_lfr.errors import TokenFileError, shorten
+from nemo_lfr.io.bounded import member_bytes, open_tar
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.reading import DURATION_SLACK
+from nemo_lfr.io.shortage import require
+
+SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # Magpie's notation of a speaker
+
+
+class SharWriter(FormatWriter):
+    """Writes a Shar shard: a cuts file, and an array file for each token field."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        require("lhotse")
+        from lhotse.shar.writers.array import ArrayTarWriter
+
+        self._cuts: list[dict[str, Any]] = []
+        fields = ["target_codes", *(["context_codes"] if self.context else [])]
+        self._arrays: dict[str, Any] = {}
+        for field in fields:
+            with self._writing(self._tar(field)) as path:
+                self._arrays[field] = ArrayTarWriter(str(path), None)
+                self._arrays[field].__enter__()
+
+    def _tar(self, field: str) -> str:
+        return f"{field}/codes.{self.index:06d}.tar"
+
+    def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        self._cuts.append(self._cut(clip, num_samples))
+        for field, value in (("target_codes", tokens), ("context_codes", context)):
+            if field not in self._arrays:
+                continue
+            with self._writing(self._tar(field)):
+                if value is None:
+                    self._arrays[field].write_placeholder(clip.id)
+                else:
+                    self._arrays[field].write(clip.id, value.astype(self.dtype), self._manifest(value))
+
+    def _manifest(self, tokens: np.ndarray) -> Any:
+        from lhotse.array import Array, TemporalArray
+
+        # The exact frame duration, 1024 / 22050 s; NVIDIA's script first rounds the frame rate to 21.5 Hz.
+        shift = self.codec.samples_per_frame / self.codec.sample_rate
+        return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
+
+    def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
+        """Return the clip's cut, or one made from its labels, with the speaker in Magpie's notation."""
+        duration = self._duration(num_samples)
+        default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
+        cut: dict[str, Any] = {"duration": duration, **(clip.cut or default), "id": clip.id}
+        labels = clip.labels
+        first = cut["supervisions"][0] if cut["supervisions"] else {"start": 0.0, "channel": 0}
+        supervision: dict[str, Any] = {"id": clip.id, "recording_id": clip.id, "duration": duration, **first}
+        language = str(labels.get("lang") or labels.get("language") or "en")
+        speaker = str(supervision.get("speaker") or labels.get("speaker") or "unknown")
+        if not SPEAKER.fullmatch(speaker):
+            names = (re.sub(r"\s+", "_", name) or "unknown" for name in (self.dataset, speaker))
+            language_word = re.sub(r"\W", "_", language)  # "zh-CN" has a hyphen
+            speaker = "| Language:{} Dataset:{} Speaker:{} |".format(language_word, *names)
+        supervision |= {
+            "text": str(supervision.get("text") or labels.get("text") or ""),
+            "language": language,
+            "speaker": speaker,
+        }
+        custom = {key: value for key, value in labels.items() if key not in ("text", "speaker", "lang", "language")}
+        supervision["custom"] = custom | (supervision.get("custom") or {})
+        cut["supervisions"] = [supervision, *cut["supervisions"][1:]]
+        audio = {} if clip.path is None else self._recording(clip.path, num_samples)
+        cut["custom"] = (cut.get("custom") or {}) | audio | {"lang": language, "num_samples": num_samples}
+        return cut
+
+    def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
+        """Return the clip's file as `target_audio`, for Magpie's speaker model; {} for an excerpt of a file."""
+        try:
+            info = soundfile.info(str(path))
+        except soundfile.LibsndfileError:  # Lhotse needs other packages to read it too
+            return {}
+        if info.channels != 1 or abs(info.duration - num_samples / self.codec.sample_rate) > DURATION_SLACK:
+            return {}
+        recording = {
+            "id": path.stem,
+            "sources": [{"type": "file", "channels": [0], "source": str(path)}],
+            "sampling_rate": info.samplerate,
+            "num_samples": info.frames,
+            "duration": info.frames / info.samplerate,
+            "channel_ids": [0],
+        }
+        return {"target_audio": recording}
+
+    def close(self) -> None:
+        for field, writer in self._arrays.items():
+            with self._writing(self._tar(field)) as path:
+                writer.close()
+                if not path.exists():  # Lhotse creates it with the first array
+                    _empty_tar(path)
+        text = "".join(json.dumps(cut, ensure_ascii=False) + "\n" for cut in self._cuts)
+        packed = gzip.compress(text.encode(), mtime=0)  # no timestamp, so that equal clips give equal bytes
+        with self._writing(f"cuts/cuts.{self.index:06d}.jsonl.gz") as path:
+            path.write_bytes(packed)
+
+
+class SharReader(FormatReader):
+    """Reads Shar shards without Lhotse, which silently ignores entries that are missing from a truncated file."""
+
+    def num_files(self) -> int:
+        return num_entries(self.folder / "cuts")
+
+    def count_shards(self) -> list[int]:
+        return self._shard_counts(lambda files: sum(1 for _ in self._cuts(files.path(self._cuts_name(files.shard)))))
+
+    def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        names = [self._cuts_name(files.shard)]
+        names += [f"{name}/codes.{files.shard:06d}.tar" for name in self._fields()]
+        paths = []
+        for name in names:
+            path, damage = files.path_and_damage(name)
+            paths.append(path)
+            if damage:
+                yield damage
+        columns = [self._arrays(path) for path in paths[1:]]
+        for number, line in enumerate(self._cuts(paths[0])):
+            items = [next(column, None) for column in columns]
+            if None in items:
+                missing = paths[1 + items.index(None)]
+                if number >= start:
+                    raise TokenFileError(f"{missing}: ends after {number} of {stop} utterances; it was cut short.")
+                return
+            if number >= start:
+                yield Row(self._load, line, items)
+        if any(next(column, None) is not None for column in columns):
+            raise TokenFileError(f"{paths[0]}: ends before its arrays do; it was cut short.")
+
+    def _fields(self) -> list[str]:
+        return ["target_codes", *(["context_codes"] if self.summary.get("context") else [])]
+
+    @staticmethod
+    def _cuts_name(shard: int) -> str:
+        return f"cuts/cuts.{shard:06d}.jsonl.gz"
+
+    @staticmethod
+    def _cuts(path: Path) -> Iterator[bytes]:
+        with gzip.open(path, "rb") as file:
+            yield from read_lines(file, path)
+
+    @staticmethod
+    def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
+        """Yield names and contents of a tar's arrays; the description that follows each array is redundant."""
+        with open_tar(path) as tar:
+            members = iter(tar)
+            for member in members:
+                data = member_bytes(tar, member)
+                if next(members, None) is None:
+                    raise TokenFileError(f"{path}: holds {shorten(member.name)!r}, which is no array; it is damaged.")
+                name, _, kind = member.name.rpartition(".")
+                yield name, None if kind == "nodata" else data
+
+    @staticmethod
+    def _load(line: bytes, items: list[tuple[str, bytes | None]]) -> dict[str, Any]:
+        cut = parse_json(line)
+        for name, _ in items:
+            if name != cut["id"]:
+                raise ValueError(f"the cut {shorten(repr(cut['id']))} stands beside the tokens of {shorten(name)!r}")
+        first = cut["supervisions"][0]
+        labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
+        arrays = [None if data is None else read_npy(data) for _, data in items]
+        return {
+            "id": cut["id"],
+            "tokens": arrays[0],
+            "num_samples": cut["custom"]["num_samples"],
+            "context": arrays[1] if len(arrays) > 1 else None,
+            "labels": labels | (first.get("custom") or {}),
+        }
+
+
+@register_format
+class SharFormat(OutputFormat):
+    """Lhotse Shar."""
+
+    name = "shar"
+    writer = SharWriter
+    reader = SharReader
+    summary_files = ("input_cfg.yaml",)
+
+    @classmethod
+    def finish(cls, out: Path, num_shards: int, context: bool) -> None:
+        """Write the section of a training config that reads all shards."""
+        from omegaconf import OmegaConf
+
+        numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation of a range
+        paths = {"cuts": f"{out.resolve()}/cuts/cuts.{numbers}.jsonl.gz"}
+        for field in ("target_codes", *(["context_codes"] if context else [])):
+            paths[field] = f"{out.resolve()}/{field}/codes.{numbers}.tar"
+        section = [{"type": "lhotse_shar", "shar_path": paths, "weight": 1.0}]
+        write_text(out / "input_cfg.yaml", OmegaConf.to_yaml(OmegaConf.create(section)))
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """Parse a `.npy` file without copying, so that a header with a huge shape allocates no memory."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("its array holds Python objects, which are not read")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _empty_tar(path: Path) -> None:
+    with tarfile.open(path, "w"):
+        pass

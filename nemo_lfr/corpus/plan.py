@@ -1,0 +1,193 @@
+"""The plan of a tokenization run: what is computed, and into which shards the corpus is split.
+
+A plan is stored in the output folder when a run starts. The same command finds it there, and resumes the run if the
+corpus, the codec and the options that affect the tokens are unchanged.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from nemo_lfr.corpus.claim import claim
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.formats import get_format
+from nemo_lfr.corpus.formats.base import OutputFormat
+from nemo_lfr.corpus.inventory import Watch
+from nemo_lfr.corpus.records import METADATA, STATE, ShardRecord
+from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.regular import open_regular
+
+if TYPE_CHECKING:
+    from nemo_lfr.codec.codec import Codec
+
+# Options that all shards of one output must agree on; the others may change when a run is resumed.
+FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset", "audio_dir")
+
+
+@dataclass
+class Plan:
+    """A run that is ready to be computed.
+
+    Attributes:
+        config: the options, with absolute paths and the claim of the output.
+        out: the output folder.
+        output: the output format.
+        corpus: the corpus.
+        inputs: detects changes of the corpus's files since they were planned.
+        spec: description of the codec for `tokens.json`.
+        shards: specification of each shard.
+        codec: the codec on the CPU with the precision of the run, for a worker in this process; None if the shards
+            are computed elsewhere.
+    """
+
+    config: TokenizeConfig
+    out: Path
+    output: type[OutputFormat]
+    corpus: CorpusReader
+    inputs: Watch
+    spec: dict[str, Any]
+    shards: list[ShardSpec]
+    codec: "Codec | None" = None
+
+
+@contextmanager
+def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
+    """Plan a run, and lock its output while it is computed.
+
+    Args:
+        config: the options.
+        on_cpu: whether the codec will run on this machine's CPU.
+
+    Raises:
+        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or the output is in use or contains
+            other files or the tokens of another run.
+    """
+    config.validate()
+    requested_out = config.out
+    config, out = config.absolute(), expand_home(config.out).resolve()
+    if out.exists() and not (out / STATE).exists() and (names := [path.name for path in out.iterdir()]):
+        raise NemoLfrError(
+            f"{requested_out}: is not empty and contains no resumable run (found {names[0]}); choose another --out."
+        )
+    spec, model, codec = _load_codec(config, on_cpu)
+    for path in (config.state, config.state / "lock", ShardRecord.folder(out)):
+        if path.is_symlink():
+            raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
+    config.state.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(config.state / "lock"):
+        output = get_format(config.kind)
+        _remove_leftovers(config, out, output)
+        config = replace(config, claim=claim(config.state))
+        corpus = config.open(relist=True)
+        inputs = Watch(corpus.files)
+        shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash)
+        if model is not None:  # the tokens can then be decoded wherever the folder is copied
+            write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
+        yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
+
+
+def load_or_create_plan(
+    config: TokenizeConfig, corpus: CorpusReader, spec: dict[str, Any], entropy_model: str | None
+) -> list[ShardSpec]:
+    """Return the shards of the corpus, from the stored plan of an earlier run if there is one.
+
+    Raises:
+        NemoLfrError: if the stored plan is damaged, or is that of another corpus, codec or option.
+    """
+    path = config.state / "job.json"
+    options = asdict(config)
+    expected = {key: options[key] for key in FIXED}
+    expected |= {"corpus": corpus.identity, "codec": spec, "entropy model": entropy_model}
+    if not path.exists():
+        shards = corpus.shards(config.shard_size)
+        write_text(path, json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)}))
+        return shards
+    stored = _read_plan(path, config)
+    if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
+        reasons = "; ".join(
+            "another corpus, or it has changed"
+            if key == "corpus"
+            else f"{key} {stored.get(key)!r}, now {expected[key]!r}"
+            for key in differ
+        )
+        raise NemoLfrError(f"{config.out}: holds tokens of another job ({reasons}); choose another --out.")
+    shards = stored["parts"]
+    return shards
+
+
+def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            stored = json.load(file)
+        shards = stored["parts"]
+        if not isinstance(stored, dict) or not isinstance(shards, list):
+            raise TypeError("expected a JSON object with a list of parts")
+        if stored.get("parts_digest") != _shards_digest(shards):
+            raise ValueError("its list of parts is not what was written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise NemoLfrError(
+            f"{path}: is damaged ({shorten(error, 200)}), so that the run cannot be resumed; "
+            f"remove {config.out}, or choose another --out."
+        ) from error
+    return stored
+
+
+def _shards_digest(shards: list[ShardSpec]) -> str:
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file of an output; raises NemoLfrError if another run holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise NemoLfrError(f"{path.parent.parent}: another run is writing there; wait for it, or stop it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _load_codec(config: TokenizeConfig, on_cpu: bool) -> tuple[dict[str, Any], EntropyModel | None, "Codec | None"]:
+    """Return the description of the tokens, the entropy model if they are compressed, and the codec for reuse.
+
+    Elsewhere than on this CPU, the precision is checked by the workers.
+    """
+    from nemo_lfr.io.token_file import Metadata
+    from nemo_lfr.pretrained import load
+
+    codec = load(config.model, "cpu", config.precision if on_cpu else "fp32")
+    metadata = asdict(Metadata.of(codec))
+    metadata.pop("written_by")
+    model = model_to_write(codec, config.compress, config.entropy_model)
+    spec = metadata | {"levels": list(metadata["levels"]), "precision": config.precision}
+    return spec, model, codec if on_cpu else None
+
+
+def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
+    """Remove temporary files of killed runs, without following links.
+
+    No other run writes here, since the caller holds the lock.
+    """
+    staging = config.state / "staging"
+    if staging.is_symlink():
+        staging.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
+    for folder in (config.state, ShardRecord.folder(out)):
+        sweep(folder, None)
+    sweep(out, (METADATA, "failures.jsonl", *output.summary_files))

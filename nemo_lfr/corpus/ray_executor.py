@@ -1,0 +1,201 @@
+"""Compute shards on a Ray cluster."""
+
+import contextlib
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.corpus.orphans import family
+from nemo_lfr.corpus.records import ShardRecord
+from nemo_lfr.corpus.shard import QUEUED, Task, Worker
+from nemo_lfr.corpus.sources.base import ShardSpec
+from nemo_lfr.corpus.worker_failures import WorkerFailures, first_line, last_line
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.shortage import require
+
+logger = logging.getLogger(__name__)
+
+
+def run_ray(
+    config: TokenizeConfig,
+    tasks: Sequence[Task],
+    address: str,
+    workers: int | None,
+    device: str | None,
+    plugins: tuple[type, ...] = (),
+) -> Iterator[ShardRecord]:
+    """Compute shards on a Ray cluster, with one actor for each GPU, or for each `config.threads` cores.
+
+    Args:
+        config: options of the run; its paths must lead to the same files on every node.
+        tasks: shards to compute.
+        address: "local" starts Ray on this machine; "auto" uses the Ray that runs on this machine, or starts one;
+            otherwise "HOST:PORT".
+        workers: number of actors; by default as many as the cluster has resources for.
+        device: "cuda" uses a GPU for each actor, "cpu" none; None uses GPUs if the cluster has any.
+        plugins: registered classes that the workers need, see `Worker`.
+
+    Raises:
+        NemoLfrError: if the cluster cannot be reached, or workers die repeatedly.
+    """
+    ray = require("ray")
+    started = not ray.is_initialized()
+    processes = contextlib.ExitStack()
+    pool: _Actors | None = None
+    try:
+        if started:
+            processes.enter_context(family())
+            address = _connect(ray, address)
+        gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
+        cores = config.threads + (config.readers if gpu else 0)
+        room = _room(ray, cores, gpu, address)
+        # We replace dead workers ourselves. One that Ray restarts would reject shards until it is ready again, and a
+        # rejected shard would look like another death.
+        make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=0, max_task_retries=0)(Worker)
+        pool = _Actors(ray, lambda: make.remote(config, "cuda" if gpu else "cpu", plugins))
+        for _ in range(min(workers or max(1, room), len(tasks))):
+            pool.start()
+        yield from _collect(ray, pool, tasks, WorkerFailures(config))
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise NemoLfrError(
+            f"the Ray cluster was lost ({first_line(error)}); the same command resumes the run."
+        ) from error
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
+            if pool is not None:
+                pool.kill()
+        if started:
+            ray.shutdown()
+        processes.close()
+
+
+def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerFailures) -> Iterator[ShardRecord]:
+    """Assign all shards to the actors, and yield their records."""
+    remaining, waiting = dict(tasks), deque(dict(tasks))
+    while remaining:
+        (done, *_), _ = ray.wait([*pool.running, *pool.starting], num_returns=1)
+        is_start = done in pool.starting
+        index, number = (None, pool.starting.pop(done)) if is_start else pool.running.pop(done)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except _lost_worker_errors(ray) as error:
+            if getattr(error, "actor_init_failed", False):
+                raise NemoLfrError(f"a worker cannot start: {last_line(error)}") from error
+            is_first = pool.replace(number)
+            if index is not None:
+                waiting.append(index)
+            failures.count([] if index is None else [index], error, is_death=is_first)
+        else:
+            if is_start:
+                pool.ready.add(number)
+            if index is not None:
+                del remaining[index]
+                failures.since_record = 0
+                yield ShardRecord(**result)
+        # Every actor gets one shard before any gets two.
+        for depth in range(1 if pool.starting else QUEUED):
+            for number in pool.with_room(depth):
+                if waiting:
+                    index = waiting.popleft()
+                    pool.run(number, index, remaining[index])
+
+
+class _Actors:
+    """Ray actors by number; a lost actor is replaced by one with a new number.
+
+    Attributes:
+        starting: number of each actor that is not ready yet, by its pending result. Only a ready actor is assigned
+            shards: one that the cluster has no resources for would keep them indefinitely.
+        ready: numbers of the actors that are ready.
+        running: (shard, actor) of each pending result.
+    """
+
+    def __init__(self, ray: Any, make: Callable[[], Any]) -> None:
+        self._ray, self._make = ray, make
+        self._actors: dict[int, Any] = {}
+        self._next = 0
+        self.starting: dict[Any, int] = {}
+        self.ready: set[int] = set()
+        self.running: dict[Any, tuple[int, int]] = {}
+
+    def start(self) -> None:
+        """Start an actor."""
+        actor = self._make()
+        self._actors[self._next] = actor
+        self.starting[actor.ready.remote()] = self._next
+        self._next += 1
+
+    def replace(self, number: int) -> bool:
+        """Replace a lost actor; returns False if it has been replaced already.
+
+        Its other shards stay in `running`: their results fail, or arrived before it died.
+        """
+        actor = self._actors.pop(number, None)
+        if actor is None:
+            return False
+        self.ready.discard(number)
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(actor)  # it may be alive if only the connection was lost
+        self.start()
+        return True
+
+    def with_room(self, depth: int) -> list[int]:
+        """Return the ready actors that have at most `depth` shards."""
+        loads = Counter(number for _, number in self.running.values())
+        return [number for number in sorted(self.ready) if loads[number] <= depth]
+
+    def run(self, number: int, index: int, shard: ShardSpec) -> None:
+        """Assign a shard to an actor."""
+        self.running[self._actors[number].run.remote(index, shard)] = index, number
+
+    def kill(self) -> None:
+        """End all actors."""
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+
+
+def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """Return the errors of a call to an actor that died or cannot be reached, or whose result was lost."""
+    errors = ray.exceptions
+    return errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.OutOfMemoryError
+
+
+def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
+    """Return the number of workers that the cluster has resources for now. It may grow, unless it is this machine.
+
+    Raises:
+        NemoLfrError: if this machine is the whole cluster and lacks the resources.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
+    if not room:
+        needed = f"{cores} cores" + (" and a GPU" if gpu else "")
+        if address == "local":
+            less = "--device cpu, or fewer --threads" if gpu else "fewer --threads"
+            raise NemoLfrError(f"--ray: this machine does not have the {needed} of a worker; ask for {less}.")
+        logger.warning("no node of the Ray cluster has the %s of a worker; waiting for one that has.", needed)
+    return room
+
+
+def _connect(ray: Any, address: str) -> str:
+    """Connect to Ray and return the address: "local" if "auto" started it here."""
+    options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
+    try:
+        if address == "auto":
+            try:
+                ray.init("auto", logging_level="error", log_to_driver=False)
+                return address
+            except ConnectionError:
+                address = "local"
+        if address == "local":
+            ray.init("local", **options)
+        else:
+            ray.init(address, logging_level="error", log_to_driver=False)
+    except Exception as error:  # each of Ray's transports raises its own
+        raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({first_line(error)}).") from error
+    return address

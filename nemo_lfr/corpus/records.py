@@ -1,0 +1,78 @@
+"""Records of finished shards, and the names of the files that belong to a run as a whole."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nemo_lfr.corpus.inventory import digest
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.regular import open_regular
+
+METADATA = "tokens.json"  # written last: its presence means that the output is complete
+STATE = ".tokenize"  # folder below the output that contains what a run needs to resume
+
+
+@dataclass
+class ShardRecord:
+    """The content of a finished shard: counts, failures, and the hash and size of every file.
+
+    A shard that has a record is complete. A shard without one is computed again, to the same bytes.
+    """
+
+    index: int
+    clips: int = 0
+    samples: int = 0
+    frames: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # path below the output -> SHA-256
+    sizes: dict[str, int] = field(default_factory=dict)  # path below the output -> bytes
+
+    @staticmethod
+    def folder(out: Path) -> Path:
+        """Return the folder of an output's records."""
+        return out / STATE / "done"
+
+    @classmethod
+    def path(cls, out: Path, index: int) -> Path:
+        """Return the path of a shard's record."""
+        return cls.folder(out) / f"{index:06d}.json"
+
+    @classmethod
+    def read(cls, out: Path, index: int) -> "ShardRecord | None":
+        """Read a shard's record; None if it does not exist or is damaged."""
+        path = cls.path(out, index)
+        try:
+            with open_regular(path) as file:
+                record = cls(**json.load(file))
+            is_valid = record.index == index and all(
+                type(count) is int and count >= 0 for count in (record.clips, record.samples, record.frames)
+            )
+            is_valid = is_valid and all(isinstance(value, str) for pair in record.files.items() for value in pair)
+            is_valid = is_valid and all(type(size) is int for size in record.sizes.values())
+            is_valid = is_valid and all(isinstance(failure["error"], str) for failure in record.failures)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return record if is_valid else None
+
+    @classmethod
+    def find(cls, out: Path, index: int, verify: bool = False) -> "ShardRecord | None":
+        """Read a shard's record if its files have the recorded sizes and, with `verify`, the recorded hashes."""
+        record = cls.read(out, index)
+        return record if record and not any(record.damage(out, name, verify) for name in record.files) else None
+
+    def damage(self, out: Path, name: str, verify: bool = False) -> str | None:
+        """Describe how a file differs from what was written; None if it does not."""
+        path = out / name
+        if not path.is_file():
+            return f"{path}: no such file"
+        size = path.stat().st_size
+        if size != self.sizes.get(name, size):
+            return f"{path}: holds {size} bytes, but {self.sizes[name]} were written"
+        if verify and digest(path) != self.files[name]:
+            return f"{path}: is damaged: its SHA-256 is not that of what was written"
+        return None
+
+    def write(self, out: Path) -> None:
+        """Write the record, which marks the shard as complete."""
+        self.path(out, self.index).parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path(out, self.index), json.dumps(asdict(self), ensure_ascii=False))

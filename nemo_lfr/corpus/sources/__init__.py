@@ -1,0 +1,62 @@
+"""Readers of the corpora that `tokenize` accepts: one file for each kind of input.
+
+A new kind of input is one subclass of `CorpusReader`, and a line in `SOURCES` or a call of `register_source`.
+"""
+
+from pathlib import Path
+
+from nemo_lfr.corpus.sources.base import CorpusReader, OpenOptions
+from nemo_lfr.corpus.sources.cuts import Cuts
+from nemo_lfr.corpus.sources.folder import Folder
+from nemo_lfr.corpus.sources.manifest import Manifest
+from nemo_lfr.corpus.sources.parquet import Parquet
+from nemo_lfr.corpus.sources.saved_dataset import SavedDataset
+from nemo_lfr.corpus.sources.shar import Shar
+from nemo_lfr.errors import ConfigError, NemoLfrError
+from nemo_lfr.io.regular import open_regular
+
+__all__ = ["SOURCES", "find_source", "open_corpus", "register_source"]
+
+# The first one that accepts a path reads it. `Manifest` accepts any file and `Folder` any folder.
+SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, Manifest, Folder]
+
+
+def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
+    """Add a kind of input, which is asked before all others; usable as a class decorator.
+
+    Define the class in a module that worker processes can import.
+    """
+    if source not in SOURCES:
+        SOURCES.insert(0, source)
+    return source
+
+
+def find_source(path: Path) -> type[CorpusReader]:
+    """Return the reader for a file or folder.
+
+    Raises:
+        NemoLfrError: if the path does not exist or is neither a file nor a folder.
+    """
+    if not path.exists():
+        raise NemoLfrError(f"{path}: no such file or folder.")
+    if not path.is_dir() and not path.is_file():
+        open_regular(path, ConfigError).close()  # raises, naming what the path is
+    return next(source for source in SOURCES if source.accepts(path))
+
+
+def open_corpus(
+    path: Path, audio_dir: Path | None, listing: Path, relist: bool = True, allow_url: bool = False
+) -> CorpusReader:
+    """Open the corpus at a path with the reader that accepts it.
+
+    Args:
+        path: file or folder.
+        audio_dir: folder of the relative paths in a manifest or table; its own folder if None.
+        listing: where the file list of a folder is written.
+        relist: list a folder again instead of reading `listing`.
+        allow_url: read audio that Lhotse manifests place at an http(s) URL.
+
+    Raises:
+        NemoLfrError: if the corpus cannot be read.
+    """
+    return find_source(path).open(path, OpenOptions(audio_dir, listing, relist, allow_url))

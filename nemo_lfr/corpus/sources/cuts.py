@@ -1,0 +1,178 @@
+"""Lhotse cuts and recordings in a JSON-lines file, and how a cut becomes a clip."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.corpus.columns import OTHER_TOKENS
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
+from nemo_lfr.corpus.inventory import digest, list_digest
+from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.cut_audio import read_cut
+from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
+from nemo_lfr.io.shortage import require
+from nemo_lfr.io.text import is_missing
+
+logger = logging.getLogger(__name__)
+
+
+class Cuts(CorpusReader):
+    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file, or recordings, each of which becomes one cut.
+
+    Relative paths are relative to the current folder, as in Lhotse.
+
+    Args:
+        path: the file.
+        allow_url: read audio that is at an http(s) URL.
+    """
+
+    def __init__(self, path: Path, allow_url: bool = False) -> None:
+        require("lhotse")
+        self.path, self.allow_url = path, allow_url
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+            return False
+        return path.suffix == ".gz" or kind_of(path) is not None
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "Cuts":
+        kind = kind_of(path)
+        if kind is None:
+            raise ConfigError(
+                f"{path}: holds neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
+            )
+        if kind not in ("cuts", "recordings"):
+            raise ConfigError(f"{path}: holds Lhotse {kind}, which name no audio; give cuts or recordings.")
+        return cls(path, options.allow_url)
+
+    @property
+    def identity(self) -> str:
+        return list_digest((path.name, digest(path)) for path in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
+        return [self.path] if beside is None else [self.path, beside]
+
+    def shards(self, size: int) -> list[ShardSpec]:
+        total, repeats = number_cuts([self.path])[0]
+        return [
+            {
+                "start": start,
+                "count": min(size, total - start),
+                "repeats": {
+                    str(index - start): repeats[index] for index in range(start, start + size) if index in repeats
+                },
+            }
+            for start in range(0, total, size)
+        ]
+
+    def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        start = shard["start"]
+        for number, item in enumerate(read_cuts(self.path, self.allow_url, start, start + shard["count"])):
+            yield item_to_clip(item, str(self.path), repeat_number(shard, number), self.allow_url)
+
+
+def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:
+    """Convert a Lhotse cut to a clip; `target_audio` replaces the cut's own audio if present, as in NeMo's loaders.
+
+    Several supervisions become one: their texts in order of start time, with the speaker and language of the first.
+
+    Args:
+        cut: the cut.
+        origin: name of the file, for messages.
+        number: which occurrence of its id the cut is, see `numbered_id`.
+        allow_url: read audio that is at an http(s) URL.
+    """
+    supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    labels: dict[str, Any] = {}
+    if supervisions:
+        texts = [str(item.text) for item in supervisions if not is_missing(item.text)]
+        first = supervisions[0]
+        labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
+    custom = getattr(cut, "custom", None) or {}
+    labels |= {key: value for key, value in custom.items() if isinstance(value, str | int | float | bool)}
+    labels = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
+    target = cut.target_audio if cut.has_custom("target_audio") else cut
+    context = None
+    if cut.has_custom("context_audio"):
+        context = partial(read_cut, cut.context_audio, allow_url=allow_url)
+    manifest = cut.to_dict()
+    # The cuts that are written beside the tokens do not refer to audio inside a Shar.
+    for place in (manifest, manifest.get("custom") or {}):
+        for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
+            del place[key]
+        for key in OTHER_TOKENS & place.keys():
+            del place[key]
+    if supervisions and manifest.get("supervisions"):
+        manifest["supervisions"] = [_joined(supervisions, labels.get("text"))]
+    return Clip(
+        numbered_id(clean_id(str(cut.id)), number),
+        f"{origin}, cut {cut.id}",
+        partial(read_cut, target, allow_url=allow_url),
+        context,
+        labels,
+        manifest if manifest.get("type") in ("MonoCut", "MultiCut") else None,  # other types have no supervisions
+    )
+
+
+def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
+    """Return the manifest of one supervision that joins several, which are in order of start time."""
+    joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
+    joined |= {} if text is None else {"text": text}
+    if isinstance(joined.get("custom"), dict):
+        joined["custom"] = {key: value for key, value in joined["custom"].items() if key not in OTHER_TOKENS}
+    if len(supervisions) > 1:
+        joined["duration"] = max(item.start + item.duration for item in supervisions) - supervisions[0].start
+        joined.pop("alignment", None)  # covers the first supervision only
+    return joined
+
+
+def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Clip:
+    """Convert a cut of a file, or return a clip whose `audio()` raises the reason that it is invalid."""
+    problem = item.problem
+    if problem is None:
+        try:
+            return cut_to_clip(item.cut, origin, number, allow_url)
+        except Exception as error:  # a cut's fields may hold anything
+            problem = f"not a Lhotse cut: {explain(error)}"
+    place = f"{origin}, cut {shorten(item.id)}"
+    return Clip(numbered_id(clean_id(item.id), number), place, unreadable(f"{place}: {problem}"))
+
+
+def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
+    """Count the cuts of each file, and number those whose id occurred before: index in the file -> number.
+
+    Raises:
+        ConfigError: if a file does not contain Lhotse cuts.
+    """
+    ids = UniqueIds()
+    counts = []
+    num_joined = 0
+    for path in paths:
+        count, repeats = 0, {}
+        for item in read_cuts(path):
+            if (number := ids.number(clean_id(item.id))) > 1:
+                repeats[count] = number
+            count += 1
+            num_joined += item.cut is not None and len(item.cut.supervisions) > 1
+        counts.append((count, repeats))
+    if num_joined:
+        text = "%s: %d cuts have several supervisions: their texts are joined in order, with the first's speaker."
+        logger.warning(text, paths[0], num_joined)
+    return counts
+
+
+def _is_data(value: Any) -> bool:
+    """Return whether a manifest's value is a recording or array whose bytes are stored in a Shar."""
+    if not isinstance(value, dict):
+        return False
+    sources = value.get("sources") or [value.get("array") or value]
+    manifests = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    kinds = [str(manifest.get("storage_type") or manifest.get("type")) for manifest in manifests]
+    return any(kind == "shar" or kind.startswith("memory") for kind in kinds)

@@ -1,0 +1,54 @@
+"""Folders of audio files."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.corpus.inventory import digest
+from nemo_lfr.corpus.sources.base import Clip, OpenOptions, unreadable
+from nemo_lfr.corpus.sources.manifest import Manifest
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.layouts import folder
+
+
+class Folder(Manifest):
+    """A folder of audio files, listed in a manifest that this package writes."""
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_dir()
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "Folder":
+        return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
+
+    def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
+        problem = labels.pop("problem", None)
+        result = super()._clip(name, labels)
+        return result if problem is None else replace(result, audio=unreadable(f"{result.origin}: {problem}."))
+
+    @property
+    def identity(self) -> str:
+        folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
+        return hashlib.sha256(folder_and_files).hexdigest()[:16]
+
+
+def list_folder(root: Path, manifest: Path) -> Folder:
+    """Write a manifest of the audio files in a folder and open it.
+
+    Raises:
+        NemoLfrError: if the folder contains no audio.
+    """
+    lines = []
+    for utterance in folder(root):
+        entry = {"audio_filepath": str(utterance.path), **utterance.labels}
+        entry |= {"speaker": utterance.speaker} if utterance.speaker else {}
+        entry |= {"problem": utterance.problem} if utterance.problem else {}
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    if not lines:
+        raise NemoLfrError(f"{root}: no audio file in this folder.")
+    write_text(manifest, "\n".join(lines) + "\n")
+    return Folder(manifest, root)

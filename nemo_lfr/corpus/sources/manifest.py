@@ -1,0 +1,133 @@
+"""NeMo manifests: JSON lines that name audio files."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nemo_lfr.corpus.columns import standard_labels
+from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
+from nemo_lfr.corpus.inventory import digest
+from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
+from nemo_lfr.io.reading import read_file
+from nemo_lfr.io.text import UTF16_MARKS
+
+# Number of leading lines among which a manifest must have a valid one.
+FIRST_LINES = 100
+
+
+class Manifest(CorpusReader):
+    """A NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+
+    Args:
+        path: the file.
+        audio_dir: folder of relative paths; the manifest's folder if None. See `resolve_audio_path`.
+
+    Raises:
+        ConfigError: if the file cannot be read, or none of its first lines is a manifest entry.
+    """
+
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
+        self.path = path
+        self.audio_dir = audio_dir or path.parent
+        try:
+            with open(path, "rb") as file:
+                lines = list(islice((line for line in file if line.strip()), FIRST_LINES))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # json.loads would accept each line
+        if is_utf16 or not any(_is_entry(line) for line in lines):
+            raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_file()
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "Manifest":
+        return cls(path, options.audio_dir)
+
+    @property
+    def identity(self) -> str:
+        return digest(self.path)[:16]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def shards(self, size: int) -> list[ShardSpec]:
+        """Return byte ranges; repeated names get a number, counted over the whole manifest."""
+        shards: list[ShardSpec] = []
+        ids = UniqueIds()
+        count = size
+        repeats: dict[str, int] = {}
+        with open(self.path, "rb") as file:
+            while line := file.readline():
+                if not line.strip():
+                    continue
+                if count == size:
+                    repeats, count = {}, 0
+                    shards.append({"start": file.tell() - len(line), "count": 0, "repeats": repeats})
+                if (number := ids.number(_name(line))) > 1:
+                    repeats[str(count)] = number
+                count += 1
+                shards[-1]["count"] = count
+        return shards
+
+    def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        with open(self.path, "rb") as file:
+            file.seek(shard["start"])
+            lines = islice((line for line in file if line.strip()), shard["count"])
+            for number, line in enumerate(lines):
+                name = numbered_id(_name(line), repeat_number(shard, number))
+                try:
+                    yield self._clip(name, json.loads(line))
+                except NOT_A_LINE as error:
+                    origin = f"{self.path}: {shorten(line.decode(errors='replace').strip())}"
+                    reason = f"{origin}: not a line of a manifest: {describe(error)}."
+                    yield Clip(name, origin, unreadable(reason))
+
+    def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
+        path = resolve_audio_path(self.audio_dir, labels["audio_filepath"])
+        context = None
+        if labels.get("context_audio_filepath"):
+            context_duration = seconds(labels, "context_audio_duration")
+            context_path = resolve_audio_path(self.audio_dir, labels["context_audio_filepath"])
+            context = partial(read_file, context_path, None, context_duration or None)
+        audio = partial(read_file, path, seconds(labels, "offset"), seconds(labels, "duration"))
+        return Clip(name, str(path), audio, context, standard_labels(labels), path=path)
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict) and "audio_filepath" in json.loads(line)
+    except NOT_A_LINE:
+        return False
+
+
+def _describe_content(lines: Sequence[bytes]) -> str:
+    """Describe the content of a file that is not a manifest."""
+    first = lines[0] if lines else b""
+    if first.startswith(UTF16_MARKS):
+        return "it is UTF-16 text; save it as UTF-8"
+    if b"\0" in b"".join(lines):
+        return "it is not text; give a manifest, a folder, cuts or a Parquet table, and unpack an archive first"
+    expected = 'expected {"audio_filepath": ...}'
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return f"it is one JSON list, {expected}, one object a line"
+    return f"its first line is {shorten(first.decode(errors='replace').strip())!r}, {expected}"
+
+
+def _name(line: bytes) -> str:
+    """Return a clip's name from its line: the path without suffix, with the offset if it has one."""
+    try:
+        labels = json.loads(line)
+        name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")
+        offset = float(labels.get("offset") or 0)
+        return clean_id(f"{name}-{round(offset * 1000):08d}" if offset else str(name))
+    except NOT_A_LINE:
+        return line_id(line)

@@ -1,0 +1,117 @@
+"""Parquet files."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.corpus.columns import parquet_features
+from nemo_lfr.corpus.ids import clean_id
+from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
+from nemo_lfr.corpus.sources.table import ROWS, Table
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.folders import find_files
+from nemo_lfr.io.shortage import require
+
+# Words for the splits of a dataset in the names of its files.
+SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval"}
+
+
+class Parquet(Table):
+    """A Parquet file or a folder of them; a shard consists of whole row groups of one file.
+
+    Raises:
+        ConfigError: if no file can be read, or a folder holds several splits of a dataset.
+    """
+
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
+        self.parquet = require("pyarrow.parquet")
+        files = [path] if path.is_file() else parquet_files(path)
+        splits = {split_of(file.relative_to(path)) or "" for file in files} if path.is_dir() else set()
+        if len(splits) > 1:
+            names = ", ".join(sorted(splits - {""})) + (" and files of no split" if "" in splits else "")
+            raise ConfigError(
+                f"{path}: holds the splits {names}, which are not mixed; give one file, or a "
+                "folder with the files of one split."
+            )
+        problems = []
+        for file in files:
+            try:
+                schema = self._open(file).schema_arrow
+                break
+            except ConfigError as error:
+                problems.append(error)
+        else:
+            raise problems[0]
+        super().__init__(path, files, schema, parquet_features(schema.metadata), audio_dir)
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.suffix == ".parquet" if path.is_file() else bool(parquet_files(path))
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "Parquet":
+        table = cls(path, options.audio_dir)
+        if options.relist:  # log in the driver only, not in each worker
+            table.log_choices()
+        return table
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return self.parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: not a Parquet file ({shorten(error, 200)}).") from error
+
+    def files_of(self, shard: ShardSpec) -> list[Path]:
+        return [self.files[shard["file"]]]
+
+    def shards(self, size: int) -> list[ShardSpec]:
+        shards: list[ShardSpec] = []
+        number = 0
+        for file in range(len(self.files)):
+            try:
+                metadata = self._open(self.files[file]).metadata
+            except ConfigError as error:
+                shards.append({"file": file, "groups": [], "start": number, "problem": str(error)})
+                continue
+            count = size
+            for group in range(metadata.num_row_groups):
+                if count >= size:
+                    shards.append({"file": file, "groups": [], "start": number})
+                    count = 0
+                shards[-1]["groups"].append(group)
+                count += metadata.row_group(group).num_rows
+                number += metadata.row_group(group).num_rows
+        return shards
+
+    def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        path = self.files[shard["file"]]
+        if "problem" in shard:
+            yield Clip(clean_id(path.stem), str(path), unreadable(shard["problem"]))
+            return
+        table = self._open(path)
+        number = shard["start"]
+        stop = number + sum(table.metadata.row_group(group).num_rows for group in shard["groups"])
+        try:
+            for rows in table.iter_batches(ROWS, row_groups=shard["groups"]):
+                yield from self._clips(rows, number)
+                number += rows.num_rows
+        except (OSError, ValueError) as error:
+            reason = shorten(error, 200)
+            for row in range(number, stop):
+                origin = f"{self.path}, row {row}"
+                yield Clip(f"{row:08d}", origin, unreadable(f"{origin}: damaged Parquet ({reason})."))
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the Parquet files below a folder, as `find_files` walks it."""
+    return find_files(folder, {".parquet"}, report=lambda _: None)
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split that a file's path names, as the Hub understands it: "train", "validation" or "test"."""
+    for part in reversed([*path.parts[:-1], path.stem]):
+        for split, words in SPLIT_WORDS.items():
+            if re.search(rf"(^|[\W_\d])({words})($|[\W_\d])", part, re.IGNORECASE):
+                return split
+    return None

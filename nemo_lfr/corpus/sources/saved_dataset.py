@@ -1,0 +1,83 @@
+"""Datasets that Hugging Face `datasets` saved with `save_to_disk`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_lfr.corpus.ids import path_inside
+from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec
+from nemo_lfr.corpus.sources.table import ROWS, Table
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.manifests import NOT_A_LINE, describe
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.shortage import require
+
+
+class SavedDataset(Table):
+    """A dataset that Hugging Face `datasets` saved with `save_to_disk`; `datasets` does not decode its audio."""
+
+    def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
+        datasets = require("datasets")
+        _check_files(path)
+        try:
+            self.rows = datasets.load_from_disk(str(path))
+            columns = self.rows.column_names
+        except Exception as error:  # `datasets` has many readers, each with its own errors
+            raise ConfigError(
+                f"{path}: not a dataset that datasets.load_from_disk reads ({shorten(error, 200)})."
+            ) from error
+        if isinstance(columns, dict):
+            raise ConfigError(f"{path}: holds the splits {', '.join(sorted(columns))}; give the folder of one.")
+        features = self.rows.features.to_dict()
+        self.rows = self.rows.with_format("arrow")
+        names = ("state.json", "dataset_info.json")
+        files = [*(path / name for name in names if (path / name).is_file()), *sorted(path.glob("*.arrow"))]
+        super().__init__(path, files, self.rows.features.arrow_schema, features, audio_dir)
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_dir() and any(
+            list(path.glob(name)) for name in ("state.json", "dataset_dict.json", "*/state.json")
+        )
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "SavedDataset":
+        if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+            splits = sorted(state.parent.name for state in path.glob("*/state.json"))
+            raise ConfigError(f"{path}: holds the saved datasets {', '.join(splits)}; give the folder of one.")
+        table = cls(path, options.audio_dir)
+        if options.relist:  # log in the driver only, not in each worker
+            table.log_choices()
+        return table
+
+    def shards(self, size: int) -> list[ShardSpec]:
+        total = len(self.rows)
+        return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
+
+    def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        stop = shard["start"] + shard["count"]
+        for start in range(shard["start"], stop, ROWS):
+            yield from self._clips(self.rows[start : min(start + ROWS, stop)], start)
+
+
+def _check_files(path: Path) -> None:
+    """Reject a saved dataset that names files outside of its folder, or contains pipes, which `datasets` would open.
+
+    Raises:
+        ConfigError: if a file is outside of the folder or not a regular file.
+    """
+    state = path / "state.json"
+    for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:
+        open_regular(file, ConfigError).close()
+    if not state.is_file():
+        return
+    try:
+        named = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        bad = next((name for name in named if not isinstance(name, str) or Path(name).name != name), None)
+    except NOT_A_LINE as error:
+        raise ConfigError(f"{state}: is damaged ({describe(error)}); save the dataset again.") from error
+    if bad is not None:
+        raise ConfigError(f"{state}: names {shorten(bad)!r}, which is not a file of this folder, and is not read.")
+    for name in named:
+        if path_inside(path, name) is None:
+            raise ConfigError(f"{path / name}: is a link out of this folder, which is not followed.")

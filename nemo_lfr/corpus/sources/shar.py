@@ -1,0 +1,75 @@
+"""Lhotse Shar folders."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_lfr.corpus.inventory import list_digest, sampled_digest
+from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number
+from nemo_lfr.corpus.sources.cuts import item_to_clip, number_cuts
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.io.cut_files import check_fields, read_shar
+from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.shortage import require
+
+
+class Shar(CorpusReader):
+    """Lhotse Shar: a folder with `cuts.*.jsonl.gz` and the files of its other fields, or one folder for each field.
+
+    Each input shard becomes one output shard, regardless of the shard size, so that both can be read in parallel.
+
+    Args:
+        path: the folder.
+        allow_url: read audio that is at an http(s) URL.
+
+    Raises:
+        ConfigError: if a field is missing or has another number of shards.
+    """
+
+    def __init__(self, path: Path, allow_url: bool = False) -> None:
+        require("lhotse")
+        self.path, self.allow_url = path, allow_url
+        self.fields: dict[str, list[Path]] = {}
+        for file in sorted([*path.glob("*.*.*"), *path.glob("*/*.*.*")]):
+            flat = file.parent == path
+            name = file.name.partition(".")[0] if flat or file.name.startswith("cuts.") else file.parent.name
+            if re.search(r"\.\d+\.(jsonl(\.gz)?|tar(\.gz)?)$", file.name):
+                self.fields.setdefault(name, []).append(file)
+        for files in self.fields.values():
+            for file in files:
+                open_regular(file, ConfigError).close()  # opening a pipe would block
+        check_fields(path, self.fields)
+        counts = {name: len(files) for name, files in self.fields.items()}
+        if len(set(counts.values())) != 1:
+            raise ConfigError(f"{path}: not a whole Lhotse Shar: its fields have {counts} shards.")
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        return path.is_dir() and any(list(path.glob(name)) for name in ("cuts.*.jsonl*", "cuts/cuts.*.jsonl*"))
+
+    @classmethod
+    def open(cls, path: Path, options: OpenOptions) -> "Shar":
+        return cls(path, options.allow_url)
+
+    @property
+    def identity(self) -> str:
+        return list_digest((str(file), sampled_digest(file)) for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for name in sorted(self.fields) for file in self.fields[name]]
+
+    def files_of(self, shard: ShardSpec) -> list[Path]:
+        return [files[shard["shard"]] for files in self.fields.values()]
+
+    def shards(self, size: int) -> list[ShardSpec]:
+        return [
+            {"shard": shard, "repeats": {str(index): number for index, number in repeats.items()}}
+            for shard, (_, repeats) in enumerate(number_cuts(self.fields["cuts"]))
+        ]
+
+    def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        fields = {name: files[shard["shard"]] for name, files in self.fields.items()}
+        cuts = fields.pop("cuts")
+        for number, item in enumerate(read_shar(cuts, fields, self.allow_url)):
+            yield item_to_clip(item, str(cuts), repeat_number(shard, number), self.allow_url)

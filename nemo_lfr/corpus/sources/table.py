@@ -1,0 +1,120 @@
+"""Rows with an audio column: what Parquet files and saved datasets have in common."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.corpus.columns import (
+    AUDIO,
+    CONTEXT,
+    RATES,
+    audio_cell,
+    audio_column,
+    chosen_columns,
+    class_names,
+    label_value,
+    standard_labels,
+)
+from nemo_lfr.corpus.ids import clean_id
+from nemo_lfr.corpus.inventory import list_digest, sampled_digest
+from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
+from nemo_lfr.errors import AudioError, ConfigError, shorten
+from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
+from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path
+from nemo_lfr.io.reading import read_bytes, read_file, read_samples
+from nemo_lfr.io.text import is_missing
+
+logger = logging.getLogger(__name__)
+
+# Rows whose audio is held in memory at a time.
+ROWS = 16
+
+
+class Table(CorpusReader):
+    """Base class of tables with an audio column.
+
+    A cell holds a file's bytes, its path, or decoded samples: see `audio_cell`. For the labels see `standard_labels`.
+
+    Args:
+        path: file or folder.
+        files: files that contain the rows.
+        schema: Arrow schema of the rows.
+        features: features of the columns, as `datasets` writes them.
+        audio_dir: folder of relative paths; the table's folder if None.
+
+    Raises:
+        ConfigError: if no column contains audio.
+    """
+
+    def __init__(
+        self, path: Path, files: list[Path], schema: Any, features: dict[str, Any], audio_dir: Path | None
+    ) -> None:
+        self.path, self._files = path, files
+        self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
+        self.columns: list[str] = schema.names
+        # The first of two columns with the same name is used.
+        types = dict(reversed(list(zip(self.columns, schema.types, strict=True))))
+        column = audio_column(self.columns, types)
+        if column is None:
+            raise ConfigError(
+                f"{path}: no audio column; expected one of {', '.join(AUDIO)}, found {shorten(self.columns, 300)}."
+            )
+        self.column = column
+        self.class_names = class_names(features)
+
+    @property
+    def identity(self) -> str:
+        return list_digest((file.name, sampled_digest(file)) for file in self.files)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._files
+
+    def log_choices(self) -> None:
+        """Log which columns become labels under another name, and audio files that no row refers to."""
+        if chosen := chosen_columns(self.columns):
+            text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
+            logger.warning("%s: %s.", self.path, text)
+        if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
+            text = "%s: its tables are read; of its %d audio files, only those that a row names."
+            logger.warning(text, self.path, len(audio_files))
+
+    def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
+        """Yield the clips of an Arrow table or record batch whose first row has this number."""
+        columns: dict[str, Any] = {}
+        for index, name in enumerate(rows.schema.names):  # the first of two columns with the same name
+            columns.setdefault(name, rows.column(index))
+        audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
+        for index in range(rows.num_rows):
+            yield self._clip(
+                number + index,
+                {name: cells[index] for name, cells in audio.items()},
+                {name: cells[index] for name, cells in columns.items()},
+            )
+
+    def _clip(self, number: int, audio: dict[str, Any], cells: dict[str, Any]) -> Clip:
+        origin = f"{self.path}, row {number}"
+        name = f"{number:08d}"
+        try:
+            values = {key: label_value(cell, self.class_names.get(key), key) for key, cell in cells.items()}
+            if (row_id := values.get("id")) is not None and not is_missing(row_id):
+                name = clean_id(f"{row_id}-{number:08d}")
+            labels = standard_labels(values)
+            rate = next((values[key] for key in RATES if key in values), None)
+            audio_loader = self._loader(audio.get(self.column), rate, origin)
+            context = None
+            if CONTEXT in audio and audio[CONTEXT].is_valid and self.column != CONTEXT:
+                context = self._loader(audio[CONTEXT], rate, f"{origin}, {CONTEXT}")
+        except (AudioError, *NOT_A_LINE) as error:
+            return Clip(name, origin, unreadable(f"{origin}, column {self.column!r}: {describe(error)}."))
+        return Clip(name, origin, audio_loader, context, labels)
+
+    def _loader(self, cell: Any, rate: Any, origin: str) -> AudioLoader:
+        audio = audio_cell(cell, rate)
+        if isinstance(audio, bytes):
+            return partial(read_bytes, audio, origin)
+        if isinstance(audio, str):
+            return partial(read_file, resolve_audio_path(self.audio_dir, audio), None, None)
+        return partial(read_samples, audio.array, audio.rate, origin)

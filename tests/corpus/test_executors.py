@@ -1,0 +1,98 @@
+"""Workers that die, cannot start or start slowly: each death is counted once by every executor."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_lfr.corpus import executors, ray_executor, worker_failures
+from nemo_lfr.corpus.config import TokenizeConfig
+from nemo_lfr.errors import NemoLfrError
+
+TASKS = [(index, {"index": index}) for index in range(4)]
+
+
+class Worker:
+    """A worker without a codec, which behaves as the config's dataset says: KIND or KIND:TIMES.
+
+    "dies" kills itself in the first TIMES runs of shard 1; "slow" also takes longer for each start after a death;
+    "cannot start" raises.
+    """
+
+    def __init__(self, config: TokenizeConfig, device: str | None = None, plugins: tuple[type, ...] = ()) -> None:
+        self.out = Path(config.out)
+        self.kind, _, times = config.dataset.partition(":")
+        self.times = int(times or 0)
+        if self.kind == "cannot start":
+            raise RuntimeError("first line\nno memory for it")
+        if self.kind == "slow" and list(self.out.glob("death.*")):
+            time.sleep(2)  # calls are rejected or delayed meanwhile
+
+    def ready(self) -> None:
+        """Return once the worker is ready."""
+
+    def run(self, index: int, part: dict[str, Any]) -> dict[str, Any]:
+        deaths = len(list(self.out.glob("death.*")))
+        if index == 1 and deaths < self.times:
+            (self.out / f"death.{deaths}").touch()
+            staging = self.out / ".tokenize" / "staging" / "000001.0123abcd"
+            staging.mkdir(parents=True, exist_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"index": index}
+
+
+def start(config: TokenizeConfig, devices: Any, driver: int, plugins: tuple[type, ...]) -> None:
+    """Initialize a process with the worker above."""
+    executors.Worker = Worker
+    START(config, devices, driver, plugins)
+
+
+START = executors._start_worker
+
+
+@pytest.fixture
+def computed_shards(tmp_path, monkeypatch):
+    """(executor, kind) -> indices of the computed shards."""
+
+    def compute(name: str, kind: str) -> list[int]:
+        config = TokenizeConfig("in", str(tmp_path), "lfr", dataset=kind)
+        if name == "ray":
+            pytest.importorskip("ray", reason="pip install '.[ray]'")
+            monkeypatch.setattr(ray_executor, "Worker", Worker)
+            computed = ray_executor.run_ray(config, TASKS, "local", 2, "cpu")
+        else:
+            monkeypatch.setattr(executors, "_start_worker", start)
+            computed = executors.run_processes(config, TASKS, 2, ["cpu"])
+        return sorted(record.index for record in computed)
+
+    return compute
+
+
+EXECUTORS = ["processes", pytest.param("ray", marks=pytest.mark.slow)]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills with a signal")
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize("kind", ["dies:2", "slow:2"])
+def test_deaths_are_counted_once_even_if_the_next_start_is_slow(name, kind, computed_shards, monkeypatch):
+    """The limit equals the number of deaths, so that one that is counted twice would end the run."""
+    monkeypatch.setattr(worker_failures, "MAX_DEATHS", 2)
+    assert computed_shards(name, kind) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_shard_that_always_kills_its_worker_stops_the_run(name, computed_shards, monkeypatch):
+    monkeypatch.setattr(worker_failures, "MAX_DEATHS", 1)
+    with pytest.raises(NemoLfrError, match=r"shard 1: its worker died 2 times|workers died 2 times"):
+        computed_shards(name, "dies:9")
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_worker_that_cannot_start_reports_the_reason_at_once(name, computed_shards, capfd):
+    with pytest.raises(NemoLfrError, match=r"^a worker cannot start: .*no memory for it$"):
+        computed_shards(name, "cannot start")
+    if name == "processes":
+        assert "Traceback" not in capfd.readouterr().err
