@@ -31,15 +31,19 @@ AUDIO_FORMATS = ("wav", "flac")
 @click.option(
     "--out",
     type=UserPath(),
-    help="Folder for the audio, or NAME.wav for one input; beside the input by default.",
+    help="Folder for the audio, or NAME.wav for one input (default: beside the input).",
 )
-@click.option("--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Format of the audio; wav, or that of --out.")
-@click.option("--start", type=Number(min=0), default=0.0, help="Second to start at.")
-@click.option("--duration", type=Number(min=0), help="Seconds to decode; up to the end if not given.")
-@click.option("--recover", is_flag=True, help="Decode what is whole of damaged or unfinished files.")
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
-@entropy_model_option("The .lfrm file of compressed files, where it is neither in the package nor beside them.")
+@click.option(
+    "--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Audio format (default: that of --out, else wav)."
+)
+@click.option("--start", type=Number(min=0), default=0.0, help="Start time in seconds (default 0).")
+@click.option("--duration", type=Number(min=0), help="Seconds to decode (default: to the end).")
+@click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@click.option("--skip-existing", is_flag=True, help="Skip inputs whose output exists.")
+@entropy_model_option(
+    "Entropy model (.lfrm) of compressed files (default: the bundled one, or HASH.lfrm beside them)."
+)
 @lookahead_option
 @model_options
 def decode(
@@ -57,8 +61,8 @@ def decode(
 ) -> None:
     """Decode .lfr token files, folders or globs into audio of the original length.
 
-    `decode - -` reads a token file from stdin and writes audio to stdout, WAV while it comes in; `decode FILE -`
-    writes that file's there.
+    `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive. `decode
+    FILE -` writes the audio of FILE to stdout.
     """
     wanted = {"start": start, "duration": duration, "recover": recover, "entropy_model": entropy_model}
     if "-" in inputs:
@@ -78,7 +82,7 @@ def decode(
             decode_task(task, codec, **wanted)
         return
     if lookahead is not None:
-        raise NemoLfrError("--lookahead is for pipes; files are decoded with all that follows in them.")
+        raise NemoLfrError("--lookahead is for pipes; files are always decoded with their full context.")
     kind = output_format(kind, out)
     tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
     if not tasks:

@@ -15,10 +15,10 @@ from nemo_lfr.errors import NemoLfrError, shorten
 @click.argument("tokens", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the audio.")
 @click.option("--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True)
-@click.option("--model", help="The codec that made the tokens; the one inside the package if not given.")
-@click.option("--device", help="cpu, cuda ...; a GPU if there is one.")
-@click.option("--limit", type=click.IntRange(min=1), help="Utterances; all if not given.")
-@click.option("--overwrite", is_flag=True, help="Decode again what is there.")
+@click.option("--model", help="Codec of the tokens: checkpoint or Hub id (default: the bundled codec).")
+@click.option("--device", help="Device: cpu, cuda ... (default: a GPU if there is one).")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of utterances to decode (default: all).")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> None:
     """Decode a folder that `tokenize` wrote into audio files; existing files are skipped.

@@ -29,16 +29,14 @@ BATCH_SECONDS = 60
 @click.option(
     "--out",
     type=UserPath(),
-    help="Folder for the token files, or NAME.lfr for one input; beside the input by default.",
+    help="Folder for the token files, or NAME.lfr for one input (default: beside the input).",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
-@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
-@click.option("--skip-existing", is_flag=True, help="Keep results that exist, and make the others.")
-@click.option(
-    "--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames at a time from a pipe."
-)
-@click.option("--compress", is_flag=True, help="Write files about a third smaller, without loss.")
-@entropy_model_option("A .lfrm file to compress with; for the codec in the package its own by default.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
+@click.option("--skip-existing", is_flag=True, help="Skip inputs whose output exists.")
+@click.option("--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames per chunk for pipes.")
+@click.option("--compress", is_flag=True, help="Compress files losslessly, to about two thirds of their size.")
+@entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
 @lookahead_option
 @model_options
 def encode(
@@ -55,8 +53,8 @@ def encode(
 ) -> None:
     """Encode audio files, folders or globs into .lfr token files.
 
-    `encode - -` reads audio from stdin and writes a token file to stdout, of WAV while it comes in; `encode FILE -`
-    writes that file's there.
+    `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives. `encode
+    FILE -` writes the token file of FILE to stdout.
     """
     if "-" in inputs:
         from nemo_lfr.cli.pipes import encode_pipe
@@ -73,7 +71,7 @@ def encode(
             echo_stderr(f"{reader.name}: holds no samples")
         return
     if lookahead is not None:
-        raise NemoLfrError("--lookahead is for pipes; files are encoded with all that follows in them.")
+        raise NemoLfrError("--lookahead is for pipes; files are always encoded with their full context.")
     from nemo_lfr.io.entropy.find import model_to_write
 
     tasks = tasks_to_run(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
@@ -88,7 +86,7 @@ def encode(
 def encode_tasks(
     tasks: list[FileTask], codec: "Codec", overwrite: bool, model: "EntropyModel | None" = None
 ) -> Iterator[dict[str, Any]]:
-    """Short files as one batch, long ones as streams; `model` compresses their tokens."""
+    """Encode short files as one batch and long ones as streams."""
     import numpy as np
 
     from nemo_lfr.codec.arrays import to_numpy

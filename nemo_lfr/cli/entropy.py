@@ -29,10 +29,10 @@ def entropy() -> None:
     type=click.IntRange(min=1),
     default=250_000,
     show_default=True,
-    help="Frames to fit; of more tokens, some utterances are chosen.",
+    help="Frames to fit; utterances are sampled if there are more.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the fit.")
-@click.option("--overwrite", is_flag=True, help="Replace a model file that exists.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def fit(
     tokens: Sequence[Path], out: Path, epochs: float, max_frames: int, seed: int, overwrite: bool, as_json: bool

@@ -16,7 +16,7 @@ from nemo_lfr.io.regular import open_regular
 
 @click.command(short_help="Measure codecs on recordings and write a report.")
 @click.argument("source", type=UserPath())
-@click.option("--codec", "codecs", multiple=True, help=f"May be given again and again: {CODECS}. Default: lfr.")
+@click.option("--codec", "codecs", multiple=True, help=f"Codec to compare, repeatable: {CODECS} (default: lfr).")
 @click.option(
     "--out",
     type=UserPath(file_okay=False),
@@ -26,26 +26,38 @@ from nemo_lfr.io.regular import open_regular
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
-    help="Take SOURCE for the unpacked archives of a test set of NVIDIA's card.",
+    help="Test set of NVIDIA's model card; SOURCE is the folder of its unpacked archives.",
 )
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Of the manifest's paths; its folder if not given.",
+    help="Base folder of the manifest's paths (default: the manifest's folder).",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Draw so many recordings.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of that draw.")
+@click.option("--limit", type=click.IntRange(min=1), help="Number of recordings to sample (default: all).")
+@click.option("--seed", type=int, default=0, show_default=True, help="Sampling seed for --limit.")
 @click.option(
-    "--rate", type=click.IntRange(8000, 48000), default=22050, show_default=True, help="Of the comparison, Hz."
+    "--rate",
+    type=click.IntRange(8000, 48000),
+    default=22050,
+    show_default=True,
+    help="Sample rate of the comparison, in Hz.",
 )
-@click.option("--asr", help="For CER and WER: a folder or Hub id (transformers), a .nemo file or nemo:HUB_ID.")
-@click.option("--speaker-model", help="For speaker similarity: as --asr.")
-@click.option("--by", multiple=True, help="A key of the manifest, such as lang, to give tables by.")
 @click.option(
-    "--examples", type=click.IntRange(min=0), default=4, show_default=True, help="Recordings to show and play."
+    "--asr", help="ASR model for CER and WER: a folder or Hub id (transformers), a .nemo file or nemo:HUB_ID."
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes for the metrics; one a core if not given.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.")
+@click.option("--speaker-model", help="Model for speaker similarity; same forms as --asr.")
+@click.option("--by", multiple=True, help="Manifest key to group tables by, such as lang; repeatable.")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Recordings shown in the report with audio players.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Number of processes for the metrics (default: one per core)."
+)
+@click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: a GPU if there is one).")
 def evaluate(
     source: Path,
     codecs: tuple[str, ...],
@@ -64,8 +76,8 @@ def evaluate(
 ) -> None:
     """Measure codecs on the recordings of a NeMo manifest, and write a report.
 
-    What was done is kept: the same command again goes on where it stopped, and another --codec or a larger --limit
-    adds to it. The exit code is 1 if a codec failed on a recording, which the report names, or if a line of the
+    Results are kept: the same command resumes an interrupted run, and another --codec or a larger --limit adds to
+    it. The exit code is 1 if a codec failed on a recording, which the report names, or if a line of the
     manifest could not be used.
     """
     from nemo_lfr.evaluation import report

@@ -20,8 +20,8 @@ def export() -> None:
     required=True,
     help="Folder for encoder.onnx and decoder.onnx.",
 )
-@click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
-@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--model", help="Checkpoint (.nemo or .ckpt) or Hub id (default: the bundled codec).")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> None:
     """Write encoder.onnx and decoder.onnx, for any length and batch; use the folder as --model of other commands."""
     from nemo_lfr.codec.onnx.export import export_onnx

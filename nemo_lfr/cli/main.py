@@ -36,7 +36,7 @@ DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nemo-lfr")
 def app() -> None:
-    """Speech to 21.5 frames of tokens a second, and back."""
+    """Encode speech to tokens at 21.5 frames per second, and decode it."""
 
 
 for command in (encode, decode, info, demo, export, prepare, tokenize, detokenize, evaluate, entropy):
@@ -45,7 +45,7 @@ for command in (encode, decode, info, demo, export, prepare, tokenize, detokeniz
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave no half-written file behind, as an interrupt does; `nohup` is kept."""
+    """Exit through SystemExit on SIGTERM and SIGHUP, so that no partial file is left; keep an ignored SIGHUP."""
     received: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -80,7 +80,7 @@ def _prepare_streams() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Console entry point: every user's mistake is one line on stderr."""
+    """Run the command line; a usage error is one line on stderr."""
     _prepare_streams()
     with _stopped_by_signals():
         _run(arguments)
@@ -102,6 +102,9 @@ def _run(arguments: Sequence[str] | None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         echo_stderr(error.format_message())
         sys.exit(2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "nemo-lfr"
+        exit_with_error(f"{error.format_message()} Try '{command} --help'.")
     except click.ClickException as error:
         exit_with_error(error.format_message())
     except click.Abort as error:

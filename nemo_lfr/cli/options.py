@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Number(click.FloatRange):
-    """A number in a range; NaN, which compares with no limit, is none."""
+    """Float option in a range, which refuses NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -47,7 +47,7 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec"
 
     configure_malloc()
     if model is None:
-        echo_stderr(f"using the small codec inside nemo_lfr; for NVIDIA's weights (non-commercial) pass --model {LFR}")
+        echo_stderr(f"using the bundled codec (PESQ 1.67); for NVIDIA's weights (non-commercial) pass --model {LFR}")
     return load(model, device, precision)
 
 
@@ -57,10 +57,10 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True
         ),
-        click.option("--device", help="cpu, cuda, cuda:1 ...; a GPU if there is one.", default=None),
+        click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: a GPU if there is one).", default=None),
         click.option(
             "--model",
-            help="A .nemo or .ckpt file, a folder of ONNX files, or a Hub id; the codec in the package if missing.",
+            help="Checkpoint (.nemo or .ckpt), folder of ONNX files, or Hub id (default: the bundled codec).",
         ),
     ):
         command = option(command)
@@ -74,5 +74,5 @@ def entropy_model_option(text: str) -> Callable[..., Any]:
 lookahead_option = click.option(
     "--lookahead",
     type=click.IntRange(min=0),
-    help="Frames that a result from a pipe may wait for; all that it depends on if not given.",
+    help="Frames of right context for pipes (default: all that a result depends on).",
 )

@@ -20,10 +20,12 @@ from nemo_lfr.io.layouts import LAYOUTS
     type=Number(0, 1),
     default=0.02,
     show_default=True,
-    help="Of the speakers, held out where the corpus has no validation set.",
+    help="Share of speakers held out for validation if the corpus has no validation set.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files opened at a time.")
-@click.option("--no-check", is_flag=True, help="Trust headers; by default every file is decoded to its end.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Number of files read in parallel."
+)
+@click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, no_check: bool, as_json: bool) -> None:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.

@@ -21,42 +21,58 @@ FORMATS = format_names()
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
-@click.option("--model", help="A .nemo or .ckpt file, or a Hub id; the codec inside the package if not given.")
-@click.option("--device", help="cpu, cuda, cuda:1 ...; every GPU there is, else the CPU.")
+@click.option("--model", help="Checkpoint (.nemo or .ckpt) or Hub id (default: the bundled codec).")
+@click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: all GPUs, else the CPU).")
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True)
-@click.option("--compress", is_flag=True, help="Make the files of --format lfr about a third smaller, without loss.")
+@click.option(
+    "--compress",
+    is_flag=True,
+    help="Compress the files of --format lfr losslessly, to about two thirds of their size.",
+)
 @click.option(
     "--entropy-model",
     type=UserPath(dir_okay=False),
-    help="A .lfrm file to compress with; for the codec in the package its own by default.",
+    help="Entropy model (.lfrm) to compress with (default for the bundled codec: its own).",
 )
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),
     default="encode",
     show_default=True,
-    help="magpie: a whole frame of silence after clips that fill their frames, as NeMo's Magpie datasets have it.",
+    help="Padding. magpie adds a frame of silence to clips that are whole frames long, as NeMo's Magpie datasets do.",
 )
-@click.option("--context", is_flag=True, help="Tokenise the context audio that the corpus names, too.")
+@click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus names.")
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Folder of relative paths; that of the manifest by default.",
+    help="Base folder of relative paths (default: the manifest's folder).",
 )
-@click.option("--dataset", help="Name of the corpus in Magpie's speaker labels; that of the input if not given.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips of a shard.")
-@click.option("--max-duration", type=Number(min=0), default=3600.0, show_default=True, help="Seconds.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes or actors; one a GPU or core if not given.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each worker on a CPU.")
-@click.option("--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Of audio, in each worker.")
-@click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
-@click.option("--allow-url", is_flag=True, help="Read audio that Lhotse cuts place at an http(s) URL.")
-@click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
-@click.option("--verify", is_flag=True, help="Compare hashes of shards that exist, not only their sizes.")
+@click.option("--dataset", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS).")
+@click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips per shard.")
 @click.option(
-    "--retry-failed", is_flag=True, help="Compute shards again in which clips failed, as after mending them."
+    "--max-duration",
+    type=Number(min=0),
+    default=3600.0,
+    show_default=True,
+    help="Longest clip to tokenize, in seconds.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what tokens.json holds.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Number of processes or actors (default: one per GPU or core)."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per worker on a CPU."
+)
+@click.option(
+    "--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Audio reading threads per worker."
+)
+@click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
+@click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
+@click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
+@click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only sizes.")
+@click.option(
+    "--retry-failed", is_flag=True, help="Recompute shards with failed clips, for example after repairing the files."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print tokens.json.")
 def tokenize(
     corpus: Path,
     out: Path,
@@ -72,9 +88,9 @@ def tokenize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tokenise a corpus: a NeMo manifest, Lhotse cuts or Shar, Parquet, a saved Hugging Face dataset, or a folder.
+    """Tokenize a corpus: a NeMo manifest, Lhotse cuts or Shar, Parquet, a saved Hugging Face dataset, or a folder.
 
-    The same command again goes on where it was interrupted. Clips that cannot be tokenised are listed in
+    If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
     failures.jsonl; the exit code is then 1.
     """
     from nemo_lfr.corpus.config import TokenizeConfig
@@ -107,7 +123,7 @@ def tokenize(
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """A bar on a terminal, a line each half minute elsewhere; its value is called with the totals after each shard."""
+    """Show a progress bar on a terminal, or else a line every 30 s; yield the function that takes the totals."""
     started = time.monotonic()
 
     def summarize(totals: Any) -> str:

@@ -46,7 +46,7 @@ def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsy
     assert code == 0
     assert out.split() == [str(tokens / "a.lfr"), str(tokens / "deep" / "b.lfr")]
     assert "2 channels mixed to mono" in err
-    assert "the small codec inside nemo_lfr" in err
+    assert "using the bundled codec (PESQ 1.67)" in err
     assert run(capsys, "decode", tokens, "--out", audio)[0] == 0
     assert soundfile.info(audio / "a.wav").frames == 12_345
     assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
@@ -148,7 +148,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, folder, monkeypatch
     code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
     assert code == 2
     assert out == ""
-    (line,) = [line for line in err.splitlines() if not line.startswith("using the small codec")]
+    (line,) = [line for line in err.splitlines() if not line.startswith("using the bundled codec")]
     assert line.startswith("nemo-lfr: error: ")
     assert text in line
 
@@ -216,7 +216,7 @@ def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tm
 @pytest.mark.parametrize("out", ["a.wav/x.lfr", "a.wav/deep/x.lfr", "a.wav/deep"])
 def test_a_file_where_a_folder_is_to_be_is_refused_before_any_work(capsys, folder, out):
     code, printed, err = run(capsys, "encode", folder / "a.wav", "--out", folder / out)
-    assert (code, printed) == (2, "") and "a.wav is not a folder" in err and "using the small codec" not in err
+    assert (code, printed) == (2, "") and "a.wav is not a folder" in err and "using the bundled codec" not in err
 
 
 def test_an_empty_name_is_not_the_current_folder(capsys):
@@ -235,6 +235,13 @@ def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path
     for word in ("bit rate", "times real time", "ESTOI", "PESQ-WB", "SI-SDR"):
         assert word in out
     assert soundfile.info(tmp_path / "original.wav").frames == soundfile.info(tmp_path / "decoded.wav").frames
+
+
+@pytest.mark.parametrize("command", sorted(cli.app.commands))
+def test_each_command_has_a_short_help_and_names_its_help_in_usage_errors(capsys, command):
+    assert cli.app.commands[command].short_help.endswith(".")
+    code, out, err = run(capsys, command, "--no-such-option")
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.endswith(f"Try 'nemo-lfr {command} --help'.\n")
 
 
 def test_help_imports_nothing_heavy():

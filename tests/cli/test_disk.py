@@ -104,7 +104,7 @@ def complaints(err: str) -> list[str]:
     lines = [line for line in err.splitlines() if re.match(r"nemo-lfr: (error|failed): ", line)]
     others = [line for line in err.splitlines() if line not in lines]
     usual = (
-        r"using the small codec|.* passed over: |.* x real time$|.*\dx real time$|nemo-lfr: \d+ of \d+ files failed"
+        r"using the bundled codec|.* passed over: |.* x real time$|.*\dx real time$|nemo-lfr: \d+ of \d+ files failed"
     )
     assert all(re.match(usual, line) for line in others), others
     return lines

@@ -48,7 +48,7 @@ def test_an_empty_path_is_one_line_in_every_command(line, tmp_path, capsys, monk
     for name in ("a.wav", "a.lfr", "audio/m.json"):
         (tmp_path / name).write_bytes(b"mine")
     code, printed, err = run(capsys, *shlex.split(line))
-    errors = [text for text in err.splitlines() if not text.startswith("using the small codec")]
+    errors = [text for text in err.splitlines() if not text.startswith("using the bundled codec")]
     assert (code, printed, len(errors)) == (2, "", 1) and "''" in errors[0], err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lfr", "a.wav", "audio"]
 
