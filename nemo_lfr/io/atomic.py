@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, and the removal of what killed runs left.
+"""Write files atomically, check output paths, and remove temporary files of killed runs.
 
-A result is written aside, as `NAME.xxxxxxxx.part` or in a folder `.writing-xxxxxxxx`, and renamed. While it is
-written, it is locked; one that nobody holds a lock on was left by a killed process, and the next run removes it.
-Nothing is ever opened through a link that lies where a file aside is to be.
+A result is written to a temporary file `NAME.xxxxxxxx.part`, or inside a temporary folder `.writing-xxxxxxxx`, and
+renamed when it is complete. Temporary files are locked while they are written. One without a lock was left by a killed
+process, and the next run removes it. Temporary files are never opened through a symbolic link.
 """
 
 import contextlib
@@ -20,31 +20,43 @@ from nemo_lfr.errors import NemoLfrError
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
-# Characters of the final name in a name aside, so that it fits a directory entry.
+# Characters of the final name that a temporary name keeps, so that it fits a directory entry.
 KEPT = 60
 
 
 def check_overwrite(path: Path, overwrite: bool) -> None:
-    """Raise unless `path` is free, or is a file that may be replaced."""
+    """Check that an output path does not exist yet or may be overwritten.
+
+    Args:
+        path: output file.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        NemoLfrError: if `path` is a folder, or exists and `overwrite` is not set.
+    """
     if os.path.isdir(path):
-        raise NemoLfrError(f"{path} is a folder, where a file is to be written; choose another name.")
+        raise NemoLfrError(f"{path} is a folder, not an output file; choose another name.")
     if os.path.exists(path) and not overwrite:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
 
 
 def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raise if a result would replace what it is made from, by whatever name."""
+    """Check that an output path is not the input file, under any name.
+
+    Raises:
+        NemoLfrError: if both paths are the same file, for instance through a link.
+    """
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
 
 
 def open_temporary(path: Path) -> IO[bytes]:
-    """Open a new file beside `path`, to be renamed to it, with the permissions of any new file.
+    """Open a new temporary file in the folder of `path`, locked until it is closed.
 
-    It is locked until it is closed.
+    Its permissions are those of any new file. The caller renames it to `path`.
 
     Raises:
-        OSError: naming `path`.
+        OSError: if it cannot be created; the error names `path`.
     """
     while True:
         aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
@@ -52,22 +64,22 @@ def open_temporary(path: Path) -> IO[bytes]:
             file = open(aside, "x+b")  # noqa: SIM115
             if lock(file.fileno()) is not False and os.path.lexists(aside):
                 return file
-            file.close()  # another process takes it for a leftover, since it saw it before it was locked
+            file.close()  # another process removes it as a leftover: it saw the file before the lock was taken
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a new file aside; it takes the place of `path` in the end, or is removed if an error is raised.
+    """Yield a temporary file that replaces `path` on success and is removed on error.
 
     Raises:
-        OSError: naming `path`, as on a full disk.
+        OSError: if it cannot be written, as on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "nt":  # which renames no open file, and has no locks to lose
+            if os.name == "nt":  # Windows cannot rename an open file, and has no lock that closing would release
                 file.close()
             os.replace(file.name, path)
         finally:
@@ -75,16 +87,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
-    """Replace a file at once, or not at all; returns its path.
+    """Write a file atomically and return its path.
 
-    What a killed run left of it is removed by `sweep`, which a command calls once for all of its files.
+    Leftovers of killed runs are not removed here: a command calls `sweep` once for all of its files.
 
     Args:
-        path: of the file.
-        data: its content, whole or piece by piece.
+        path: output file; an existing one is replaced.
+        data: content, as one piece or several.
 
     Raises:
-        OSError: naming `path`, as on a full disk.
+        OSError: if it cannot be written, as on a full disk; the error names `path`.
     """
     with replacing(path) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
@@ -93,10 +105,12 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
 
 @contextlib.contextmanager
 def writing_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder inside `parent` for files that are to be renamed, and remove it, and older ones, in the end.
+    """Yield a temporary folder inside `parent` and remove it at the end.
+
+    Temporary folders that killed runs left in `parent` are removed first.
 
     Raises:
-        OSError: naming `parent`, if no folder can be made there.
+        OSError: if the folder cannot be created; the error names `parent`.
     """
     sweep(parent)
     while True:
@@ -107,7 +121,7 @@ def writing_folder(parent: Path) -> Iterator[Path]:
         descriptor = _open_folder(folder)
         if descriptor is None or os.path.exists(folder):
             break
-        os.close(descriptor)  # taken for a leftover before it was locked
+        os.close(descriptor)  # another process removed it as a leftover before it was locked
     try:
         yield Path(folder)
     finally:
@@ -117,14 +131,15 @@ def writing_folder(parent: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
-    """Remove what killed runs left in a folder: `.writing-*`, and the `.part` files of some final names.
+    """Remove temporary files and folders that killed runs left in a folder.
 
-    What another process is writing stays, and so does everything that is not named as this module names it. What
-    cannot be removed is not an error.
+    Temporary files of running processes are kept, and so is every file that does not follow this module's naming.
+    Files that cannot be removed are ignored.
 
     Args:
         folder: need not exist.
-        names: final names; None for all, in a folder that holds this package's files alone.
+        names: final names whose `.part` files are removed; None for all, in a folder that holds only files of this
+            package.
     """
     shortened = None if names is None else {name[:KEPT] for name in names}
     try:
@@ -137,13 +152,13 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
 
 class Sweeper:
-    """Removes what killed runs left of files whose names come one by one; each folder is listed once."""
+    """Remove leftovers of killed runs for output files that become known one by one; lists each folder once."""
 
     def __init__(self) -> None:
         self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}
 
     def sweep(self, path: Path) -> None:
-        """Remove the `.part` files of one final name, as `sweep` does."""
+        """Remove the `.part` files of one output file, as `sweep` does."""
         if path.parent not in self._leftovers:
             self._leftovers[path.parent] = self._list(path.parent)
         for entry in self._leftovers[path.parent].pop(path.name[:KEPT], []):
@@ -151,12 +166,12 @@ class Sweeper:
 
     @staticmethod
     def _list(folder: Path) -> "dict[str, list[os.DirEntry[str]]]":
-        found: dict[str, list[os.DirEntry[str]]] = {}
+        leftovers: dict[str, list[os.DirEntry[str]]] = {}
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if (match := PART.fullmatch(entry.name)) and not entry.is_dir(follow_symlinks=False):
-                    found.setdefault(match["name"], []).append(entry)
-        return found
+                    leftovers.setdefault(match["name"], []).append(entry)
+        return leftovers
 
 
 def _remove(entry: "os.DirEntry[str]") -> None:
@@ -170,19 +185,20 @@ def _remove(entry: "os.DirEntry[str]") -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
-    """Have errors of the system name a file that a user knows.
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Make each OSError raised inside name the file that the user knows.
 
     Args:
-        path: for errors that come without a name, as those of a full disk do.
-        aside: a file or folder that becomes `path`; errors that name it, or what is inside it, name `path` too.
+        path: file name for errors without one, such as that of a full disk.
+        temporary: temporary file or folder that becomes `path`; errors that name it, or a file inside it, name `path`
+            instead.
     """
     try:
         yield
     except OSError as error:
         named = error.filename
-        is_aside = aside is not None and isinstance(named, str) and Path(named).is_relative_to(aside)
-        if error.errno is not None and (named is None or is_aside):
+        is_temporary = temporary is not None and isinstance(named, str) and Path(named).is_relative_to(temporary)
+        if error.errno is not None and (named is None or is_temporary):
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
@@ -195,19 +211,19 @@ def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bo
 
 
 def _is_free(path: str) -> bool:
-    """Whether no process holds the lock of a file aside."""
+    """Return whether no process holds the lock of a temporary file."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return False
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
-        # Windows has no locks, but removes no open files either.
+        # Windows has no such locks, but does not remove open files either.
         return lock(descriptor) or os.name == "nt"
     finally:
         os.close(descriptor)
 
 
 def _open_folder(folder: str) -> int | None:
-    """Open and lock a folder; None where another process holds its lock, or the system has no such locks."""
+    """Open and lock a folder; None if another process holds its lock or the system has no such locks."""
     if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -218,7 +234,11 @@ def _open_folder(folder: str) -> int | None:
 
 
 def lock(descriptor: int) -> bool | None:
-    """Lock an open file without waiting: False if another process holds the lock, None if there are no locks here."""
+    """Try to lock an open file without waiting.
+
+    Returns:
+        True if the lock was acquired, False if another process holds it, None if the system does not support locks.
+    """
     try:
         import fcntl
 

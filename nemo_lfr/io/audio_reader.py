@@ -29,27 +29,27 @@ MAX_BLOCK = 1 << 24
 
 
 class AudioReader:
-    """An audio file as mono float32 blocks at `sample_rate`.
+    """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All that can be decoded is read, whatever the header says of its length, and all recordings of a file that were
-    joined by `cat`. A stream that is itself cut short is an error; what loses no more than a part of the last frame of
-    MPEG audio is logged.
+    All samples that can be decoded are read, even if the header claims fewer, and so are all recordings of a file that
+    was concatenated with `cat`. A truncated stream is an error; the loss of a part of the last frame of MPEG audio is
+    only logged.
 
     Args:
         path: the file.
-        sample_rate: Hz of what is read; the file's own rate if None.
-        data: the file's bytes where it lies in a container, or the descriptor of a pipe that WAV comes through, which
-            this reader then owns; `path` is then a name for messages.
-        name: what messages call the file; `path` if not given.
+        sample_rate: Hz of the result; None for the file's own rate.
+        data: bytes of the file if it is in memory, or descriptor of a pipe with WAV data, which the reader closes.
+            `path` is then only a name for messages.
+        name: name of the file for messages; `path` by default.
 
     Attributes:
-        native_rate: Hz of the file, of its first recording if it holds several.
-        channels: of the same.
-        samples_read: samples that `blocks` has yielded.
-        problem_at_end: tells, once all is read, what was wrong with a pipe; None if nothing.
+        native_rate: sample rate of the file in Hz; of its first recording if there are several.
+        channels: number of channels, of the first recording too.
+        samples_read: number of samples that `blocks` has yielded.
+        problem_at_end: function that returns what is wrong with a pipe's data after all of it was read, or None.
 
     Raises:
-        AudioError: if the file is missing, is not audio, is cut short, or holds NaN.
+        AudioError: if the file is missing, is not audio, is truncated, or contains NaN.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class AudioReader:
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # samples and Hz of the streams that were asked for
+        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples, and Hz, of a stream
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -101,7 +101,7 @@ class AudioReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file; a reader may be closed more than once."""
+        """Close the file; closing it again has no effect."""
         for opened in (self._decoder, self._source):
             if opened is not None:
                 opened.close()
@@ -111,14 +111,14 @@ class AudioReader:
 
     @property
     def _file_name(self) -> Path | bytes:
-        """The path for libsndfile; its bytes where it may be one that Python cannot write as text."""
+        """The path for libsndfile, as bytes on POSIX, where a file name need not be valid UTF-8."""
         return self.path if os.name == "nt" else os.fsencode(self.path)
 
     def _open(self, index: int) -> Decoder:
         """Open the decoder of a stream, at its first sample.
 
         Raises:
-            AudioError: if nothing here decodes it.
+            AudioError: if neither libsndfile nor FFmpeg decodes it.
         """
         if self._decoder is not None:
             self._decoder.close()
@@ -137,24 +137,24 @@ class AudioReader:
         try:
             self._decoder = SndfileDecoder(source)
         except (soundfile.LibsndfileError, TypeError) as error:
-            self._decoder = self._second_opinion(error, stream)
+            self._decoder = self._open_with_ffmpeg(error, stream)
         self._index = index
         return self._decoder
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
-        """Open MPEG audio that begins with something else, where libsndfile would guess how long it is."""
-        if self._source is None or not (found := find_mpeg(self._source)):
+        """Open MPEG audio behind other bytes, whose length libsndfile would only estimate."""
+        if self._source is None or not (streams := find_mpeg(self._source)):
             return first
-        self._streams = found
-        if problem := next((stream.problem for stream in found if stream.problem), None):
+        self._streams = streams
+        if problem := next((stream.problem for stream in streams if stream.problem), None):
             raise AudioError(f"{problem}.")
         return self._open(0)
 
     def _spool(self, source: BinaryIO | Splice) -> str:
-        """Copy a stream into a temporary file, and return its name."""
+        """Copy a stream to a temporary file and return its name."""
         if self._spooled is not None:
             self._spooled.cleanup()
-        # A folder: Windows does not let libsndfile open a file that is still open here.
+        # A temporary folder, since on Windows libsndfile cannot open a NamedTemporaryFile that is still open.
         self._spooled = tempfile.TemporaryDirectory(prefix="nemo-lfr-")
         path = os.path.join(self._spooled.name, "audio")
         with open(path, "wb") as file:
@@ -162,8 +162,8 @@ class AudioReader:
                 file.write(piece)
         return path
 
-    def _second_opinion(self, error: Exception, stream: Stream) -> Decoder:
-        """Open with FFmpeg a stream that libsndfile refuses."""
+    def _open_with_ffmpeg(self, error: Exception, stream: Stream) -> Decoder:
+        """Open a stream that libsndfile refuses with FFmpeg."""
         refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
         if self._source is None:
             raise refused from error
@@ -186,11 +186,11 @@ class AudioReader:
 
     @property
     def duration(self) -> float:
-        """Seconds: by the header where it says so, else by decoding."""
+        """Duration in seconds, from the headers if they state it, else by decoding the file."""
         return sum(count / rate for count, rate in map(self._extent, range(len(self._streams))))
 
     def _extent(self, index: int) -> tuple[int, int]:
-        """Return the samples of a stream, and its rate in Hz; each stream is opened or counted once for it."""
+        """Return the number of samples of a stream and its rate in Hz; the result is cached."""
         if index not in self._extents:
             if self._decoder is None or index != self._index:
                 if self._pipe is not None:
@@ -220,7 +220,7 @@ class AudioReader:
         return count
 
     def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
-        """Decode the next samples [up to count, channels]; names the file if they are damaged."""
+        """Decode the next samples [up to count, channels]; errors name the file."""
         try:
             return decoder.read(count)
         except soundfile.LibsndfileError as error:
@@ -229,44 +229,58 @@ class AudioReader:
             raise AudioError(f"{self.name}: {error}.") from error
 
     def segment(self, start: float, duration: float) -> np.ndarray:
-        """Read the samples [any] from second `start` on, for `duration` seconds or up to the end.
+        """Read a segment of the file as mono samples.
+
+        Args:
+            start: seconds.
+            duration: seconds; a segment that exceeds the file ends with it.
+
+        Returns:
+            Samples [T_audio] at `sample_rate`.
 
         Raises:
-            AudioError: if it is damaged, or not finite.
+            AudioError: if the audio is damaged or not finite.
         """
         pieces = [np.zeros(0, np.float32)]
-        for rate, block in self._parts(start, duration):
-            wave = self._mixed(block)
+        for rate, block in self._read_seconds(start, duration):
+            wave = self._mix(block)
             pieces.append(resample(wave, rate, self.sample_rate) if rate != self.sample_rate and len(wave) else wave)
         return np.concatenate(pieces)
 
     def channels_of(self, start: float, duration: float) -> np.ndarray:
-        """Read samples [channels, any] as they are, at the file's own rate; see `segment`.
+        """Read a segment of the file without mixing or resampling.
+
+        Args:
+            start: seconds.
+            duration: seconds; a segment that exceeds the file ends with it.
+
+        Returns:
+            Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if it is damaged, not finite, or joined of recordings that do not fit together.
+            AudioError: if the audio is damaged or not finite, or if its recordings differ in rate or channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
-        for rate, block in self._parts(start, duration):
+        for rate, block in self._read_seconds(start, duration):
             if (rate, block.shape[1]) != (self.native_rate, self.channels):
                 raise AudioError(f"{self.name}: holds recordings of several rates or numbers of channels.")
             check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
             blocks.append(block)
         return np.concatenate(blocks).T
 
-    def _parts(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the rate, and samples [n, channels], of each recording that has a share in a stretch of seconds."""
+    def _read_seconds(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield rate and samples [n, channels] of each recording that overlaps a span of seconds."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(int(start * rate), count) if start > 0 else 0
             if first < count and duration > 0:
-                yield rate, self._part(index, first, min(count - first, math.ceil(duration * rate)))
+                yield rate, self._read_stream(index, first, min(count - first, math.ceil(duration * rate)))
                 duration -= (count - first) / rate
             start -= count / rate
             if duration <= 0:
                 break
 
-    def _part(self, index: int, first: int, count: int) -> np.ndarray:
+    def _read_stream(self, index: int, first: int, count: int) -> np.ndarray:
         decoder = self._decoder if index == self._index and self._decoder is not None else self._reopened(index)
         try:
             decoder.seek(first)
@@ -274,17 +288,20 @@ class AudioReader:
             raise AudioError(f"{self.name}: damaged audio ({sndfile_reason(error)}).") from error
         return self._decode(decoder, count)
 
-    def _mixed(self, block: np.ndarray) -> np.ndarray:
-        """Mix [n, channels] to mono, and check it."""
-        wave = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+    def _mix(self, block: np.ndarray) -> np.ndarray:
+        """Mix samples [n, channels] down to mono [n] and check their peak."""
+        wave: np.ndarray = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
         check_peak(float(np.abs(wave).max(initial=0.0)), f"{self.name}:")
         return wave
 
     def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
-        """Yield consecutive samples [any], read `seconds` at a time; `samples_read` counts them.
+        """Yield the whole file as consecutive mono blocks [n]; `samples_read` counts the samples.
+
+        Args:
+            seconds: duration to decode at once. Blocks vary in length, since the resampler delays samples.
 
         Raises:
-            AudioError: if it is damaged, ends before its header says, or is not finite.
+            AudioError: if the audio is damaged, not finite, or shorter than its header claims.
         """
         resampler: Resampler | None = None
         rate = self.sample_rate
@@ -295,14 +312,14 @@ class AudioReader:
             assert decoder is not None
             if note := self._streams[index].note:
                 logger.warning("%s: %s.", self.name, note)
-            if decoder.rate != rate:  # joined recordings of one rate are resampled as one
+            if decoder.rate != rate:  # concatenated recordings of the same rate are resampled as one signal
                 yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)
                 rate = decoder.rate
                 resampler = Resampler(rate, self.sample_rate) if rate != self.sample_rate else None
             size, num_read = max(1, min(round(seconds * rate), MAX_BLOCK // decoder.channels)), 0
             while len(block := self._decode(decoder, size)):
                 num_read += len(block)
-                wave = self._mixed(block)
+                wave = self._mix(block)
                 yield from self._counted(resampler.push(wave) if resampler else wave)
             self._check_count(decoder, num_read)
         if problem := self.problem_at_end():
@@ -315,18 +332,18 @@ class AudioReader:
             yield wave
 
     def _check_count(self, decoder: Decoder, num_read: int) -> None:
-        """Raise if a stream gave less than its header promises."""
-        promised = decoder.num_frames
+        """Raise AudioError if a stream has fewer samples than its header claims."""
+        expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
-        if promised is not None and num_read < share * promised:
-            raise AudioError(f"{self.name}: was cut short after {num_read} of {promised} samples.")
+        if expected is not None and num_read < share * expected:
+            raise AudioError(f"{self.name}: was cut short after {num_read} of {expected} samples.")
 
 
 def _not_a_file(path: Path) -> str | None:
     try:
         if path.is_file():
             return None
-    except (OSError, ValueError) as error:  # a name that is too long, or holds NUL
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL
         return getattr(error, "strerror", None) or str(error)
     if path.is_dir():
         return "is a folder"

@@ -16,10 +16,15 @@ from nemo_lfr.io.decoders import sndfile_reason
 
 
 class AudioWriter:
-    """16-bit mono audio written aside and renamed into place; the format follows the file's suffix.
+    """Write 16-bit mono audio to a temporary file, and rename it to the final name when it is complete.
+
+    Args:
+        path: output file; its suffix determines the format. Missing folders are created.
+        sample_rate: Hz.
+        overwrite: replace an existing file.
 
     Raises:
-        NemoLfrError: if the file exists and `overwrite` is not set, or its format is unknown.
+        NemoLfrError: if the file exists and `overwrite` is not set, or if the format is unknown.
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, overwrite: bool = False) -> None:
@@ -36,7 +41,7 @@ class AudioWriter:
         try:
             self._file = soundfile.SoundFile(self._sink, "w", sample_rate, 1, format=kind)
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-            with contextlib.suppress(OSError):  # of a full disk, again
+            with contextlib.suppress(OSError):  # a full disk makes closing fail too
                 self._raw.close()
             os.unlink(self._raw.name)
             self._sink.check(self.path)
@@ -48,31 +53,35 @@ class AudioWriter:
         return self
 
     def write(self, wave: np.ndarray) -> None:
-        """Append samples [T]; raises OSError if the disk is full."""
+        """Append samples [T].
+
+        Raises:
+            OSError: if the disk is full.
+        """
         try:
             self._file.write(wave)
-        except (AssertionError, soundfile.LibsndfileError) as error:  # soundfile's words for a failed callback
+        except (AssertionError, soundfile.LibsndfileError) as error:  # how soundfile reports a failed callback
             self._sink.check(self.path)
-            raise AudioError(f"{self.path}: could not be written; what is there of it is removed.") from error
+            raise AudioError(f"{self.path}: could not be written; the incomplete file is removed.") from error
         self._sink.check(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        aside = Path(self._raw.name)
+        temporary = Path(self._raw.name)
         try:
-            with naming(self.path, aside):
+            with naming(self.path, temporary):
                 with self._raw:
                     self._file.close()
                     self._sink.check(self.path)
                     self._raw.flush()
                     os.fsync(self._raw.fileno())
                 if kind is None:
-                    aside.replace(self.path)
+                    temporary.replace(self.path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 class _SinkFile:
-    """A file that remembers why it could not be written, since libsndfile's callbacks swallow exceptions."""
+    """File wrapper that stores the first exception, since libsndfile's callbacks swallow exceptions."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -82,7 +91,7 @@ class _SinkFile:
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._try(lambda: self._file.seek(offset, whence))  # writes what is in the buffer, too
+        return self._try(lambda: self._file.seek(offset, whence))  # may fail too, since it flushes the buffer
 
     def tell(self) -> int:
         return self._try(lambda: self._file.tell())
@@ -93,11 +102,12 @@ class _SinkFile:
     def _try(self, act: Callable[[], int]) -> int:
         try:
             return act() if self._error is None else 0
-        except BaseException as error:  # an interrupt too, which would be lost here
+        except BaseException as error:  # also KeyboardInterrupt, which libsndfile would swallow
             self._error = error
             return 0
 
     def check(self, path: Path) -> None:
+        """Raise the stored exception; an OSError names `path`."""
         if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
         if self._error is not None:

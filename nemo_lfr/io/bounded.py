@@ -1,7 +1,4 @@
-"""Bounds on what a small hostile file can make its reader do.
-
-Archives and columns expand, and lines need not end.
-"""
+"""Read archives, tables and JSON lines with limits on size, since small malicious files may expand without bound."""
 
 import gzip
 import tarfile
@@ -14,13 +11,13 @@ from nemo_lfr.errors import NemoLfrError, shorten
 
 MAX_LINE = 1 << 26  # bytes of one line of JSON
 MAX_MEMBER = 1 << 31  # bytes of one file in an archive
-# Tokens take about 11 bits each, and a column of them does not shrink to less than a byte for this many.
+# Limits of compression ratios. Tokens have about 11 bits each, so a real column never compresses this well.
 VALUES_PER_BYTE, FREE_VALUES = 64, 1 << 20
 BYTES_PER_BYTE, FREE_BYTES = 256, 1 << 26
 
 
 def lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a file; of one that is longer than `MAX_LINE`, only its first bytes."""
+    """Yield the lines of a binary file, each truncated to `MAX_LINE` bytes."""
     while line := file.readline(MAX_LINE):
         yield line
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
@@ -28,7 +25,7 @@ def lines(file: Any) -> Iterator[bytes]:
 
 
 class _Requests:
-    """A file that refuses to read more at once than a member may hold, as a header of a tar may ask for."""
+    """File wrapper that refuses reads larger than `MAX_MEMBER`, which a damaged tar header may request."""
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file, self._path = file, path
@@ -36,18 +33,18 @@ class _Requests:
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_MEMBER:
-            raise NemoLfrError(f"{self._path}: a header in it asks for {size} bytes; it is damaged.")
+            raise NemoLfrError(f"{self._path}: the archive is damaged: a header requests {size} bytes.")
         data: bytes = self._file.read(size)
         return data
 
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open a tar, compressed with gzip or not, whose members are to be read by `member_bytes`.
+    """Open a tar archive, with or without gzip; read its members with `member_bytes`.
 
     Raises:
         OSError: if it cannot be opened.
-        tarfile.TarError: if it is no tar.
+        tarfile.TarError: if it is not a tar archive.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -58,14 +55,16 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return the content of a file in a tar.
+    """Return the content of a regular file in a tar archive.
 
     Raises:
-        NemoLfrError: if it is no plain file, larger than `MAX_MEMBER`, or cut short. A sparse file, a few bytes that
-            stand for any number of zeros, is none.
+        NemoLfrError: if the member is not a regular file, is larger than `MAX_MEMBER`, or is truncated. Sparse files
+            are refused, since a few bytes may expand to any number of zeros.
     """
     if not member.isreg() or member.issparse() or member.size > MAX_MEMBER:
-        raise NemoLfrError(f"{tar.name!s}: {shorten(member.name)!r} in it is no plain file, or too large.")
+        raise NemoLfrError(
+            f"{tar.name!s}: its member {shorten(member.name)!r} is not a regular file, or is too large."
+        )
     file = tar.extractfile(member)
     data = b"" if file is None else file.read()
     if len(data) != member.size:
@@ -76,14 +75,14 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def check_columns(metadata: Any, path: Path) -> None:
-    """Refuse a Parquet file of tokens whose columns hold far more than its bytes can.
+    """Check that no column of a Parquet file of tokens expands to far more than real tokens do.
 
     Args:
-        metadata: of the file, as pyarrow gives it.
-        path: for the message.
+        metadata: pyarrow's metadata of the file.
+        path: the file, for messages.
 
     Raises:
-        NemoLfrError: naming the column.
+        NemoLfrError: if a column has an implausible compression ratio; the message names it.
     """
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
@@ -94,5 +93,5 @@ def check_columns(metadata: Any, path: Path) -> None:
             if values > VALUES_PER_BYTE * size + FREE_VALUES or expanded > BYTES_PER_BYTE * size + FREE_BYTES:
                 raise NemoLfrError(
                     f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values in {size} bytes; "
-                    "such a file is not read."
+                    "the file is damaged or malicious."
                 )

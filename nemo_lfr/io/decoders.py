@@ -9,28 +9,35 @@ from nemo_lfr.io.containers import UNKNOWN_BYTES
 
 
 class Decoder(Protocol):
-    """What decodes one stream of a file."""
+    """Interface of a decoder for one stream of an audio file.
+
+    Attributes:
+        rate: sample rate in Hz.
+        channels: number of channels.
+        num_frames: samples per channel; None if only decoding determines it.
+        is_exact: whether `num_frames` is exact rather than an estimate.
+    """
 
     rate: int
     channels: int
-    num_frames: int | None  # samples of a channel; None where only decoding tells
-    is_exact: bool  # whether that is all it must give; else about as many
+    num_frames: int | None
+    is_exact: bool
 
     def read(self, count: int) -> np.ndarray:
-        """Return the next samples, [up to count, channels] float32; none at the end."""
+        """Return the next samples, [up to count, channels] float32; empty at the end."""
 
     def seek(self, position: int) -> None:
-        """Go to a sample."""
+        """Set the position to a sample."""
 
     def close(self) -> None:
-        """Close what this decoder opened."""
+        """Close the files that this decoder opened."""
 
 
 class SndfileDecoder:
-    """Decoder of what libsndfile reads.
+    """Decoder that uses libsndfile.
 
     Args:
-        source: a path, its bytes, a file object or a descriptor, which is then owned.
+        source: path as text or bytes, file object, or file descriptor; the decoder closes a descriptor.
     """
 
     def __init__(self, source: Any) -> None:
@@ -39,21 +46,25 @@ class SndfileDecoder:
         self.channels: int = self._file.channels
         unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
         self.num_frames: int | None = None if unknown else self._file.frames
-        # Encoders of MPEG audio estimate; what its frames say was compared before.
+        # MPEG headers hold estimates. `find_streams` has already compared them with the frames.
         self.is_exact = self._file.format != "MP3"
-        # Beyond the samples of FLAC, which were counted before, libFLAC takes tags and padding for damage.
-        self._stops = self._file.format == "FLAC"
+        # libFLAC reports tags and padding behind the last sample as damage, so reading stops before them.
+        self._stops_at_end = self._file.format == "FLAC"
 
     def read(self, count: int) -> np.ndarray:
-        if self._stops and self.num_frames is not None:
+        """Return the next samples, [up to count, channels] float32; empty at the end."""
+        if self._stops_at_end and self.num_frames is not None:
             count = min(count, self.num_frames - self._file.tell())
-        # Into a buffer: without one, soundfile reads no more than the header promises.
-        return self._file.read(out=np.empty((count, self.channels), np.float32))
+        # Read into a buffer: without one, soundfile returns at most the number of samples that the header claims.
+        samples: np.ndarray = self._file.read(out=np.empty((count, self.channels), np.float32))
+        return samples
 
     def seek(self, position: int) -> None:
+        """Set the position to a sample."""
         self._file.seek(position)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

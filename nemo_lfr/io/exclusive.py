@@ -1,4 +1,4 @@
-"""One run at a time in a folder of results."""
+"""Lock an output folder so that only one run writes to it."""
 
 import errno
 import os
@@ -11,15 +11,16 @@ from nemo_lfr.errors import NemoLfrError
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which leaves no file in it and ends with the process, however that ends.
+    """Hold an exclusive lock on a folder.
 
-    On systems and file systems without such locks nothing is locked.
+    The lock needs no file, and the system releases it when the process ends in any way. Systems and file systems
+    without such locks are not locked.
 
     Args:
-        folder: the folder, which exists.
+        folder: an existing folder.
 
     Raises:
-        NemoLfrError: if another run holds it.
+        NemoLfrError: if another run holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY) if os.name != "nt" else None
     try:

@@ -1,4 +1,4 @@
-"""What a long job has done so far, so that it goes on from there when it is started again, and how it is watched."""
+"""Append-only JSON-lines log for resuming long jobs, and the progress-callback type."""
 
 import json
 import os
@@ -12,16 +12,20 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import lock, naming, write_bytes
 from nemo_lfr.io.regular import open_regular
 
-# A file's name need not be UTF-8; in JSON, the escape that this makes of a wrong byte reads back as that name.
+# File names need not be valid UTF-8. This error handler escapes an invalid byte in such a way that JSON restores it.
 ANY_NAME = "backslashreplace"
-# For a number of items, a context whose value is called after each one, with what there is to say of it.
+# `progress(total)` is a context manager that yields `advance(message)`, which is called after each item.
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 class Journal:
-    """JSON lines, each on disk before `add` returns; a line that was cut off with its job is passed by.
+    """Append-only JSON-lines file; each entry is on disk before `add` returns.
 
-    It is locked while it is open: what two jobs write at once would be taken for one's.
+    The file is locked while it is open, so that two jobs cannot write to it at the same time. Reading skips incomplete
+    lines of killed jobs.
+
+    Args:
+        path: the file; it is created if missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +34,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self.path.is_symlink():
             raise NemoLfrError(f"{self.path}: is a link, which is not followed; remove it, or choose another --out.")
-        if self.path.exists():  # opening a pipe to add to it would wait for its reader
+        if self.path.exists():  # opening a named pipe for appending would block until a reader opens it
             open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
@@ -39,7 +43,7 @@ class Journal:
                     f"{self.path.parent}: another run is writing there ({self.path.name}); wait for it, or stop it."
                 )
             with naming(self.path):
-                self._file.write("\n")  # ends a line that was cut off
+                self._file.write("\n")  # ends a line that a killed job left incomplete
                 self._file.flush()
         except BaseException:
             self.__exit__(None, None, None)
@@ -49,7 +53,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # of a full disk, as `add` has told already
+        with suppress(OSError):  # the full disk that `add` has already reported
             self._file.close()
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,12 +64,13 @@ class Journal:
                 continue
 
     def entries(self, length: int) -> Iterator[list[Any]]:
-        """Yield the entries that are lists of this length and begin with a text; an edited file may hold others."""
+        """Yield the entries that are lists of this length and start with a string; an edited file may hold others."""
         for entry in self:
             if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):
                 yield entry
 
     def add(self, entry: Any) -> None:
+        """Append an entry, which JSON can represent, and flush it to disk."""
         with naming(self.path):
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._file.flush()
@@ -73,5 +78,5 @@ class Journal:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Replace a file at once, or not at all; returns its path."""
+    """Write a text file atomically and return its path."""
     return write_bytes(path, text.encode("utf-8", ANY_NAME))

@@ -1,4 +1,4 @@
-"""Frames of tokens as bytes: each frame is one mixed-radix number, little-endian, in as few bytes as hold any frame.
+"""Pack frames of tokens into bytes: each frame is one mixed-radix number, little-endian, of a fixed number of bytes.
 
 The first codebook is the lowest digit. Eight codebooks of 2016 entries make 2016^8 < 2^88 values: 11 bytes.
 """
@@ -8,15 +8,23 @@ import numpy as np
 from nemo_lfr.errors import TokensError
 
 LIMB_BITS = 32
-# Up to so many frames Python's integers are faster than NumPy's calls: a live recording has a block for each frame.
+# Up to this many frames, Python integers are faster than NumPy. A live recording has one block for each frame.
 FEW_FRAMES = 16
 
 
 def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
-    """Tokens [C, T] -> T * num_bytes bytes.
+    """Pack tokens into bytes.
+
+    Args:
+        tokens: ids in [0, codebook_size), shape [C, T].
+        codebook_size: entries of each codebook.
+        num_bytes: bytes of each frame.
+
+    Returns:
+        T * num_bytes bytes.
 
     Raises:
-        TokensError: if a token is outside the codebook.
+        TokensError: if a token is out of range.
     """
     check_range(tokens, codebook_size)
     if tokens.shape[1] <= FEW_FRAMES:
@@ -33,16 +41,29 @@ def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
 
 
 def check_range(tokens: np.ndarray, codebook_size: int) -> None:
-    """Raise TokensError if a token is outside the codebook."""
+    """Check that all tokens are in [0, codebook_size).
+
+    Raises:
+        TokensError: if a token is out of range.
+    """
     if tokens.size and (tokens.min() < 0 or tokens.max() >= codebook_size):
         raise TokensError(f"tokens reach from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
 
 
 def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) -> np.ndarray:
-    """The inverse of `pack`: tokens [C, T] as int32.
+    """Unpack the bytes that `pack` returns.
+
+    Args:
+        data: T * num_bytes bytes.
+        codebook_size: entries of each codebook.
+        num_codebooks: number of codebooks C.
+        num_bytes: bytes of each frame.
+
+    Returns:
+        Tokens [C, T] as int32.
 
     Raises:
-        TokensError: if the bytes are not whole frames, or a frame is no number that `pack` writes.
+        TokensError: if `data` does not consist of complete frames, or the number of a frame is out of range.
     """
     if len(data) % num_bytes:
         raise TokensError(f"{len(data)} bytes are not whole frames of {num_bytes}.")

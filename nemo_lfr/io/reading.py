@@ -1,4 +1,4 @@
-"""Samples of a clip: of a file or a part of it, of bytes in a table, of numbers that a table holds decoded."""
+"""Read a clip of a corpus from an audio file, a section of one, encoded bytes, or an array of samples."""
 
 import math
 from pathlib import Path
@@ -8,28 +8,39 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 
-# A manifest's duration is rounded; a file that differs by more is not the one it describes.
-DURATION_SLACK = 0.1  # seconds, and a fiftieth
-# Durations of a manifest's cuts are rounded to this; one that ends so near to its file's end is the file.
+# Durations in manifests are rounded. A file that differs by more than this and 2% is not the one described.
+DURATION_SLACK = 0.1  # seconds
+# Rounding of a cut's duration in manifests. A cut that ends this close to the end of its file is the whole file.
 ROUNDED = 0.01  # seconds
 
 
 def read_file(
     path: Path, offset: float | None, duration: float | None, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read a file, or the part of it that a manifest names.
+    """Read an audio file, or the section of it that a manifest describes.
 
-    Without an offset it is the file's end that counts where the two differ by no more than rounding would have it.
+    Without an offset, a duration that differs from the file's by no more than rounding means the whole file.
+
+    Args:
+        path: the file.
+        offset: start in seconds; None for the beginning.
+        duration: seconds to read; None for the rest of the file.
+        sample_rate: Hz of the result.
+        longest: limit for the clip's duration, in seconds.
+
+    Returns:
+        Mono float32 samples [T].
 
     Raises:
-        AudioError: if it cannot be read, holds less than the manifest says, or lasts more than `longest` seconds.
+        AudioError: if the file cannot be read, is shorter than the manifest says, or if the clip lasts more than
+            `longest` seconds.
     """
     with AudioReader(path, sample_rate) as reader:
         return _read(reader, offset, duration, longest, str(path))
 
 
 def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """Read an audio file that lies in a table; raises as `read_file` does."""
+    """Read an encoded audio file from memory, such as a table's cell; see `read_file`."""
     with AudioReader(name, sample_rate, data) as reader:
         return _read(reader, None, None, longest, name)
 
@@ -37,12 +48,12 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 def read_part(
     source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read a part of a file, or of its bytes, to the sample of its own rate; raises as `read_file` does."""
+    """Read a section of an audio file or of its bytes, exact to a sample of its own rate; see `read_file`."""
     with AudioReader(
         source if isinstance(source, Path) else name, sample_rate, None if isinstance(source, Path) else source
     ) as reader:
         if offset or duration < reader.duration - ROUNDED:
-            # Seconds with eight digits are not whole samples: name the middle of the sample that is meant.
+            # Seconds with eight digits are not whole samples. Point inside the intended sample, not at its edge.
             rate = reader.native_rate
             offset, duration = (round(offset * rate) + 0.25) / rate, (round(duration * rate) - 0.25) / rate
         return _read(reader, offset, duration, longest, name)
@@ -51,13 +62,23 @@ def read_part(
 def read_samples(
     samples: np.ndarray, rate: object, name: str, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Convert decoded samples of a table, [T] or [C, T] or [T, C], to mono float32 at `sample_rate`.
+    """Convert decoded samples, such as a table's column, to mono float32 at `sample_rate`.
 
-    Integers are divided by the full scale of their type; int64, which is what a list of Python's integers becomes, is
-    taken for the smallest type that holds it.
+    Integers are divided by the full scale of their type. For int32 and int64, which lists of Python integers become,
+    this is the full scale of 16 bits if all values fit into 16 bits, else of 32 bits.
+
+    Args:
+        samples: shape [T], [C, T] or [T, C]; the shorter axis is that of the channels.
+        rate: sample rate of `samples` in Hz.
+        name: name of the clip for messages.
+        sample_rate: Hz of the result.
+        longest: limit for the clip's duration, in seconds.
+
+    Returns:
+        Mono float32 samples [T].
 
     Raises:
-        AudioError: if they are no audio, have no rate, or last more than `longest` seconds.
+        AudioError: if `samples` are not audio, have no rate, or last more than `longest` seconds.
     """
     if rate is None:
         raise AudioError(f"{name}: holds decoded samples without a sampling rate.")
@@ -68,7 +89,7 @@ def read_samples(
     assert isinstance(rate, int | float | np.number)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.number) or np.iscomplexobj(samples):
         raise AudioError(f"{name}: holds an array of shape {samples.shape}, {samples.dtype}; expected samples [T].")
-    wave = _to_float(samples)
+    wave: np.ndarray = _to_float(samples)
     if wave.ndim == 2:
         wave = wave.mean(axis=int(np.argmin(wave.shape)))
     _check_length(len(wave) / float(rate), longest, name)
@@ -95,7 +116,7 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
     rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
     if duration is not None and offset + duration > reader.duration + slack:
         raise AudioError(
-            f"{name}: holds {reader.duration:.2f} s, but its manifest says {offset + duration:.2f} s are there."
+            f"{name}: holds {reader.duration:.2f} s of audio, but its manifest says {offset + duration:.2f} s."
         )
     _check_length(reader.duration - offset if duration is None else duration, longest, name)
     if offset or (duration is not None and duration < reader.duration - rounded):
@@ -105,4 +126,4 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
 
 def _check_length(duration: float, longest: float, name: str) -> None:
     if duration > longest:
-        raise AudioError(f"{name}: lasts {duration:.1f} s, more than the {longest:g} s that are allowed.")
+        raise AudioError(f"{name}: lasts {duration:.1f} s, more than the limit of {longest:g} s.")

@@ -1,4 +1,4 @@
-"""Opening files that others name: a pipe or a device must not be waited for, or read, without end."""
+"""Open regular files only: reading a pipe or a device may block or never end."""
 
 import os
 import stat
@@ -10,15 +10,15 @@ from nemo_lfr.errors import NemoLfrError, printable
 def open_regular(
     path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError, advice: str = "give the file itself"
 ) -> IO[bytes]:
-    """Open a file for reading; a pipe, device, socket or folder is refused at once.
+    """Open a regular file for reading, without blocking on a pipe or a device.
 
     Args:
-        path: of the file.
-        error: class of what is raised.
-        advice: what a user can do about it.
+        path: the file.
+        error: exception class to raise.
+        advice: end of the message: what the user should do.
 
     Raises:
-        NemoLfrError: of class `error`, if it is no regular file.
+        NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder.
         OSError: if it cannot be opened.
     """
     try:

@@ -12,10 +12,18 @@ MAX_PEAK = 64.0
 
 
 def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Resample float32 samples [T] as `librosa.load` does: soxr's high quality, ceil(T * to_rate / from_rate) samples.
+    """Resample audio exactly as `librosa.load` does: soxr, high quality.
+
+    Args:
+        wave: float32 samples [T].
+        from_rate: Hz of `wave`.
+        to_rate: Hz of the result.
+
+    Returns:
+        ceil(T * to_rate / from_rate) samples.
 
     Raises:
-        AudioError: if a rate is not a number of Hz that audio has.
+        AudioError: if `from_rate` is not a valid sample rate.
     """
     check_rate(from_rate)
     resampler = Resampler(from_rate, to_rate)
@@ -23,11 +31,11 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 class Resampler:
-    """Resampler of one recording, block by block; the result does not depend on the blocks.
+    """Resampler for one recording, block by block; the result does not depend on the block sizes.
 
     Args:
-        from_rate: Hz of what is pushed.
-        to_rate: Hz of what comes out.
+        from_rate: Hz of the input.
+        to_rate: Hz of the output.
     """
 
     def __init__(self, from_rate: int, to_rate: int) -> None:
@@ -35,28 +43,48 @@ class Resampler:
 
         self._stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
         self._ratio = float(to_rate) / from_rate
-        self._taken = self._given = 0
+        self._num_input = self._num_output = 0
 
     def push(self, wave: np.ndarray, last: bool = False) -> np.ndarray:
-        """Take samples [n]; return those [k] that are ready, and with `last` all that are left."""
-        self._taken += len(wave)
-        resampled = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
+        """Resample the next block of samples.
+
+        Args:
+            wave: samples [n].
+            last: whether this is the last block.
+
+        Returns:
+            Output samples [k] that are complete; with `last`, all remaining ones.
+        """
+        self._num_input += len(wave)
+        resampled: np.ndarray = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
         if last:
-            # librosa's length, and its arithmetic; soxr rounds to the nearest.
-            missing = math.ceil(self._taken * self._ratio) - self._given - len(resampled)
+            # The length that librosa computes, with the same floating-point operations; soxr rounds to the nearest.
+            missing = math.ceil(self._num_input * self._ratio) - self._num_output - len(resampled)
             resampled = np.pad(resampled, (0, missing)) if missing > 0 else resampled[: len(resampled) + missing]
-        self._given += len(resampled)
+        self._num_output += len(resampled)
         return resampled
 
 
 def check_rate(rate: object) -> None:
-    """Raise AudioError unless `rate` is a number of Hz that audio has."""
+    """Check that a sample rate is a number in [100, 1,000,000] Hz.
+
+    Raises:
+        AudioError: if it is not.
+    """
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not MIN_RATE <= rate <= MAX_RATE:
         raise AudioError(f"sample_rate {rate!r} is not a number of Hz between {MIN_RATE} and {MAX_RATE}.")
 
 
 def check_peak(peak: float, what: str) -> None:
-    """Raise AudioError for a peak of samples that no microphone gives, naming `what` they are."""
+    """Check that the peak of some samples is finite and plausible for audio.
+
+    Args:
+        peak: largest absolute sample.
+        what: subject of the error message, such as a file name.
+
+    Raises:
+        AudioError: if the peak is NaN, infinite or larger than 64.
+    """
     if not math.isfinite(peak):
         raise AudioError(f"{what} holds NaN or infinite samples; clean it first.")
     if peak > MAX_PEAK:

@@ -1,4 +1,4 @@
-"""Told in one sentence: what the machine is short of, and an optional package that is there but cannot be imported."""
+"""One-line errors for exhausted system resources and for optional packages that cannot be imported."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command, shorten
 
-# In messages of PyTorch and of the C++ library, whose errors have no class of their own.
+# Parts of messages of PyTorch and the C++ library, which raise a plain RuntimeError or ImportError.
 NO_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
@@ -21,26 +21,26 @@ NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 
 
 def shortage_of(error: BaseException) -> str | None:
-    """Say what the machine was short of, and what to do; None for an error that is of another kind."""
+    """Return which system resource an error shows to be exhausted, and what to do; None for other errors."""
     text = " ".join(str(error).split())
     reason = f" ({shorten(text, 120)})" if text else ""
-    said_so = isinstance(error, RuntimeError | ImportError) and any(said in text for said in NO_MEMORY)
-    if isinstance(error, MemoryError) or said_so:
+    is_memory_message = isinstance(error, RuntimeError | ImportError) and any(phrase in text for phrase in NO_MEMORY)
+    if isinstance(error, MemoryError) or is_memory_message:
         return f"not enough memory{reason}; process less at a time: a smaller --batch-size, fewer --workers or --jobs."
-    if isinstance(error, RuntimeError) and any(said in text for said in NO_THREAD):
+    if isinstance(error, RuntimeError) and any(phrase in text for phrase in NO_THREAD):
         return f"no more threads can be started{reason}; see `ulimit -u`, or end other processes."
     return None
 
 
 @contextmanager
 def sharing(what: str) -> Iterator[None]:
-    """Make what processes share, such as locks and shared memory.
+    """Report a failure to create locks or shared memory, inside this context, in one sentence.
 
     Args:
-        what: begins the sentence where that fails, and says who needs it.
+        what: subject of the error message: who needs the shared memory.
 
     Raises:
-        NemoLfrError: if the system has none to give.
+        NemoLfrError: if the system cannot provide them.
     """
     try:
         yield
@@ -48,18 +48,19 @@ def sharing(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise NemoLfrError(
-            f"{what} need shared memory, and there is none to be had ({shorten(error, 200)}); free /dev/shm or make "
+            f"{what} need shared memory, which is not available ({shorten(error, 200)}); free /dev/shm or make "
             "it writable, or give a container more of it (--shm-size)."
         ) from error
 
 
 def missing_extra(error: Exception, package: str, message: str) -> MissingExtraError:
-    """The error for an optional package that could not be imported.
+    """Return the error for an optional package that could not be imported.
 
     Args:
-        error: what its import raised, of any class: a package may be there and yet fail.
-        package: its name.
-        message: if it, or something that it needs, is not installed: with the command that installs it.
+        error: exception that the import raised, of any class: an installed package may fail to import too.
+        package: name of the package.
+        message: message for a package, or a dependency of it, that is not installed; names the command that installs
+            it.
     """
     if isinstance(error, ModuleNotFoundError | MissingExtraError):
         return MissingExtraError(message)

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, which appear whole or not at all."""
+"""Write files of `torch.save` atomically."""
 
 from pathlib import Path
 from typing import IO, Any
@@ -9,20 +9,20 @@ from nemo_lfr.io.atomic import replacing
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Write a file that `torch.load` reads, in the place of an older one.
+    """Write a file that `torch.load` reads; an existing file is replaced.
 
     Raises:
-        OSError: naming `path`, as on a full disk; the older file is still there.
+        OSError: if it cannot be written, as on a full disk; the error names `path`, and an existing file is kept.
     """
     with replacing(path) as file:
         save_to_file(value, file)
 
 
 def save_to_file(value: Any, file: IO[bytes]) -> None:
-    """Call `torch.save`, and say why it failed.
+    """Call `torch.save`, and raise the original OSError if a write fails.
 
     Raises:
-        OSError: of the write that failed. PyTorch raises a RuntimeError on top of it, about positions in its archive.
+        OSError: the failed write. PyTorch hides it behind a RuntimeError about positions in its archive.
     """
     try:
         torch.save(value, file)

@@ -1,4 +1,4 @@
-"""Text files of other people: UTF-8, with or without a byte order mark, read line by line."""
+"""Read UTF-8 text files, with or without a byte order mark, line by line."""
 
 import codecs
 import math
@@ -12,10 +12,10 @@ UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decode(data: bytes) -> str:
-    """Decode UTF-8; a byte order mark, which Notepad and PowerShell write, is dropped.
+    """Decode UTF-8 text, without the byte order mark that Notepad and PowerShell write.
 
     Raises:
-        ValueError: if it is not UTF-8, saying what it looks like and what to do.
+        ValueError: if `data` is not UTF-8; the message names the likely encoding and what to do.
     """
     if data.startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
@@ -28,14 +28,19 @@ def decode(data: bytes) -> str:
 
 
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
-    """Return the lines of a file as bytes without their ends, for each to be decoded, and fail, on its own.
+    """Return the lines of a file as bytes, without line ends.
 
-    Only a line feed ends a line, as in JSON lines: a text may hold the other separators that Unicode knows.
+    Bytes let the caller decode each line separately, so that one invalid line does not affect the others. Only a line
+    feed ends a line, as in JSON lines, since a text may contain Unicode's other separators.
+
+    Args:
+        path: the file.
+        error: exception class for a path that is not a regular file.
 
     Raises:
-        ValueError: if it is UTF-16.
-        NemoLfrError: of class `error`, naming it, if it is no regular file.
-        OSError: if it cannot be read.
+        ValueError: if the file is UTF-16.
+        NemoLfrError: of class `error`, if `path` is not a regular file.
+        OSError: if the file cannot be read.
     """
     with open_regular(path, error) as file:
         data = file.read()
@@ -45,7 +50,7 @@ def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[byt
 
 
 def without_nonfinite(value: Any) -> Any:
-    """Replace NaN and infinity by None, in dicts and lists too: they are not JSON, which most readers refuse whole."""
+    """Replace NaN and infinity by None, recursively, since JSON does not allow them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -56,5 +61,5 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label holds no value: None, or the NaN that pandas writes for it."""
+    """Return whether a label has no value: None, or the NaN that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
