@@ -1,15 +1,15 @@
-"""`.nemo` files in and out: NeMo's names and our classes, read in place, never executed.
+"""Read and write `.nemo` checkpoints safely: in place, and without executing anything in them.
 
-A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`; the latter is a zip that holds a pickle of names
-and one record of raw numbers per tensor. A stranger may have written it, so every layer has its own guard:
+A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`. The latter is a zip with a pickle of names and one
+record of raw values per tensor. Files are untrusted, so each layer validates its input:
 
-    archive.py   tar -> the two members, where they lie
-    config.py    YAML -> plain values -> our modules; nothing else is ever built
-    tensors.py   zip and pickle -> tensors; nothing in the pickle is called
-    lightning.py the config of a training checkpoint (`.ckpt`), which is the zip alone
-    names.py     wrappers in the names of weights, spellings of weight norm
-    reader.py    tensors -> modules; every key, shape and number is judged
-    writer.py    the way back
+    archive.py   find the two members of the tar
+    config.py    parse the YAML config and build modules of an allow-list
+    tensors.py   read tensors from the zip, without calling anything in the pickle
+    lightning.py read the config of a training checkpoint (`.ckpt`), which is the zip alone
+    names.py     normalize weight names: wrappers, spellings of weight norm
+    reader.py    load modules; validates every key, shape and value
+    writer.py    write modules to a `.nemo`
 """
 
 from nemo_lfr.checkpoint.config import (

@@ -1,7 +1,7 @@
-"""Lightning's `.ckpt`: the model's config out of pickled objects that are never made.
+"""Read the model config of Lightning's `.ckpt` without creating the pickled objects.
 
-A training checkpoint is a bare PyTorch zip. Beside the state dict its pickle holds the config as OmegaConf objects,
-and whatever optimisers and callbacks keep. All of these become `Inert`, which remembers what it is given.
+A training checkpoint is a plain PyTorch zip. Its pickle holds the state dict, the config as OmegaConf objects, and the
+state of optimizers and callbacks. All objects of these classes become `Inert`, which only stores its state.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from nemo_lfr.errors import ConfigError
 
 
 class Inert:
-    """Stands for an object of any class in a pickle; whatever is done with it has no effect."""
+    """Placeholder for a pickled object of any class; operations on it have no effect."""
 
     __slots__ = ("state",)
 
@@ -32,14 +32,14 @@ class Inert:
         pass
 
     def append(self, item: Any) -> None:
-        pass
+        """Ignore an item of a pickled list."""
 
 
 def config_text(checkpoint: Any) -> str:
-    """The model config of an unpickled training checkpoint, as YAML.
+    """Return the model config of an unpickled training checkpoint as YAML.
 
     Raises:
-        ConfigError: if it has none, or one that is built to explode.
+        ConfigError: if it has no config, or one that expands to an excessive size.
     """
     parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
     config = _Plain().of(parameters)
@@ -47,16 +47,18 @@ def config_text(checkpoint: Any) -> str:
         config = config["cfg"]
     if not isinstance(config, dict):
         raise ConfigError("there are no hyper_parameters; it is not a training checkpoint of NeMo's.")
-    return yaml.safe_dump(config, sort_keys=False)
+    text: str = yaml.safe_dump(config, sort_keys=False)
+    return text
 
 
 class _Plain:
-    """OmegaConf's pickled containers -> dictionaries and lists; shared items are counted each time."""
+    """Convert OmegaConf's pickled containers to dicts and lists; shared items count each time they occur."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
+        """Convert a value; raise ConfigError if it is larger or deeper than any model config."""
         self.count += 1
         if self.count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
             raise ConfigError("its hyper_parameters are larger or deeper than any model config.")

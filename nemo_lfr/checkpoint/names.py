@@ -1,4 +1,4 @@
-"""Names of weights: what wrappers add to them, and the two ways to spell a weight-normed weight."""
+"""Normalize names of weights: prefixes of wrappers, and the two spellings of weight norm."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
@@ -10,35 +10,35 @@ from nemo_lfr.errors import CheckpointError, shorten
 
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
-# What `torch.compile`, `DistributedDataParallel`, FSDP and activation checkpointing put into the name of each weight
-# of the module that they wrap.
+# Name components that `torch.compile`, `DistributedDataParallel`, FSDP and activation checkpointing insert into the
+# names of a wrapped module's weights.
 WRAPPERS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 Value = TypeVar("Value")
 
 
 def plain_key(key: str) -> str:
-    """Return a weight's name without the names of wrappers, wherever in it they are."""
+    """Return a weight's name without the components that wrappers insert."""
     if "_orig_mod" not in key and "module" not in key:
         return key
     return ".".join(name for name in key.split(".") if name not in WRAPPERS)
 
 
 def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value]:
-    """Return the items under their plain names.
+    """Return items by names without the components that wrappers insert.
 
     Args:
-        items: weights or their places by name.
-        what: where they are from, for the message.
+        items: pairs of a weight's name and any value.
+        what: origin of the weights, for the message.
 
     Raises:
-        CheckpointError: if two names differ only in their wrappers.
+        CheckpointError: if two names differ only in such components.
     """
     plain: dict[str, Value] = {}
     for key, value in items:
         name = plain_key(key)
         if name in plain:
-            raise CheckpointError(f"{what}: {shorten(name)} is there with and without _orig_mod or module; keep one.")
+            raise CheckpointError(f"{what}: {shorten(name)} exists with and without _orig_mod or module; keep one.")
         plain[name] = value
     return plain
 
@@ -54,23 +54,25 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def gain_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return the gain of weight norm: the norm of each slice along the first dimension, kept broadcastable.
+    """Return the gain of weight norm: the norm of each slice along the first dimension, with size 1 in the others.
 
-    It is rounded as where weight norm is folded, so that plain weights that were split are the same when read again.
+    It is rounded as in folding weight norm, so that plain weights do not change when they are split and folded again.
     """
     if weight.is_meta:
         return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
     values = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32))
-    norm = torch._weight_norm_interface(values, values.new_ones(len(values), *[1] * (values.dim() - 1)), 0)[1]
+    norm: torch.Tensor = torch._weight_norm_interface(
+        values, values.new_ones(len(values), *[1] * (values.dim() - 1)), 0
+    )[1]
     return norm.reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
 
 
 def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict whose weights are weight-normed where those of another one are, and plain where they are.
+    """Convert weights between plain and weight-normed form to match the names of another state dict.
 
     Args:
-        expected: the names to meet. Weights that it does not have stay as they are.
-        state: tensors by plain name.
+        expected: names to match. Weights that are not among them stay unchanged.
+        state: tensors by name, without the components that wrappers insert.
     """
     spelled: dict[str, torch.Tensor] = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""`.nemo` or `.ckpt` -> modules: every key, shape and number of the codec is judged."""
+"""Load codec modules from a `.nemo` or `.ckpt` file; validates every key, shape and value."""
 
 import os
 import threading
@@ -22,29 +22,31 @@ _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
 
 def read_config(path: str | os.PathLike[str]) -> DictConfig:
-    """The model config inside a `.nemo` or a training checkpoint, unresolved.
+    """Read the model config of a `.nemo` file or training checkpoint, without resolving interpolations.
 
     Raises:
-        CheckpointError: if the file is not a readable `.nemo`.
+        CheckpointError: if the file is not a readable checkpoint.
     """
     path = Path(path)
     return _parse_config(path, read_members(path))
 
 
 class Checkpoint:
-    """A codec for inference, opened: every key and shape is judged, the numbers are read when they are asked for.
+    """Open checkpoint of a codec for inference: keys and shapes are validated, weights are loaded on request.
 
-    Discriminators, WavLM and loss buffers, which differ between NeMo versions, are neither read nor judged.
+    Weights that inference does not use (discriminators, WavLM, loss buffers) are neither read nor validated.
 
     Args:
-        path: the `.nemo`, or Lightning's `.ckpt`.
+        path: the `.nemo` file, or Lightning's `.ckpt`.
 
     Attributes:
         config: the whole model config.
-        parts: in eval mode; encoder and decoder have plain fp32 weights on the meta device until `load_module`.
+        parts: modules in eval mode; encoder and decoder have plain fp32 weights, on the meta device until
+            `load_module`.
 
     Raises:
-        CheckpointError: naming the file and the member or key, what was wrong, and what to do.
+        CheckpointError: if the file is damaged or does not match its config; the message names the file, the member or
+            key, and what to do.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,10 +66,14 @@ class Checkpoint:
         self.load_module("vector_quantizer")
 
     def load_module(self, name: str, device: str | torch.device = "cpu") -> None:
-        """Read the numbers of a part, unless that has been done.
+        """Load the weights of a module; loading them again has no effect.
+
+        Args:
+            name: name of the module in the checkpoint, such as "audio_encoder".
+            device: device for the weights.
 
         Raises:
-            CheckpointError: if they are damaged, or the file has been changed since it was opened.
+            CheckpointError: if the weights are damaged, or the file has changed since it was opened.
         """
         with self._lock:
             if name not in self._filled:
@@ -77,10 +83,10 @@ class Checkpoint:
                 self._filled.add(name)
 
     def iter_weights(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that a part would be filled with, sorted by their names, one at a time: none is kept.
+        """Yield the weights of a module, sorted by name, without keeping them in memory.
 
         Raises:
-            CheckpointError: as `load_module`.
+            CheckpointError: if the weights are damaged, or the file has changed since it was opened.
         """
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
@@ -90,18 +96,18 @@ class Checkpoint:
 _OPEN: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
 
 
-def _free_locks() -> None:
-    """In a forked process, where a thread that read a checkpoint is not: the lock it held would never be free."""
+def _reset_locks() -> None:
+    """Replace all locks in a forked process, since the threads that hold them do not exist there."""
     for checkpoint in list(_OPEN):
         checkpoint._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_locks)
+    os.register_at_fork(after_in_child=_reset_locks)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
-    """Load a codec for inference as `Checkpoint` does, with all numbers."""
+    """Load all modules of a codec for inference, and its config; see `Checkpoint`."""
     checkpoint = Checkpoint(path)
     for name in checkpoint.parts.named():
         checkpoint.load_module(name)
@@ -115,17 +121,21 @@ def load_parts(
     strict: bool = True,
     others: str | None = None,
 ) -> tuple[Parts, dict[str, torch.Tensor]]:
-    """Load a codec for training: parts with weight norm, and what else lies under a prefix.
+    """Load a codec for training: modules with weight norm, and the other tensors under a prefix.
 
     Args:
-        path: the `.nemo`, or Lightning's `.ckpt`.
-        config: the model config, if it is not to be the file's.
-        strict: every weight of each part must be there, and no other under its name; else what is missing is
-            initialised and what is unknown ignored.
-        others: prefix of further tensors to return as they are.
+        path: the `.nemo` file, or Lightning's `.ckpt`.
+        config: model config; that of the file by default.
+        strict: raise an error for missing and for unknown weights of the modules. Otherwise missing weights are
+            initialized and unknown ones ignored.
+        others: prefix of additional tensors to return unchanged.
+
+    Returns:
+        The modules, and the additional tensors by name.
 
     Raises:
-        CheckpointError: naming the file and the key, what was wrong, and what to do.
+        CheckpointError: if the file is damaged or does not match the config; the message names the file, the key, and
+            what to do.
     """
     path = Path(path)
     members = read_members(path)
@@ -153,12 +163,12 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
 
 
 def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> Parts:
-    """Parts that are about to be filled: on the meta device, so that nothing is allocated or initialised."""
+    """Build modules without weights: on the meta device, nothing is allocated or initialized."""
     try:
         values = codec_values(config)
         with torch.device("meta" if meta else "cpu"):
             parts = build_parts(values, weight_norm=weight_norm)
-        # Its buffers hold the levels, which come from the config.
+        # The quantizer's buffers follow from the levels in the config.
         with torch.device("cpu"):
             parts.quantizer = build_part(values["vector_quantizer"])  # type: ignore[assignment]
         return parts
@@ -167,24 +177,24 @@ def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: boo
 
 
 def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The part's keys under their plain names, each with the checkpoint's keys that it comes from."""
+    """Yield each weight's name without weight norm, and the keys of the checkpoint that it is computed from."""
     keys = {key.removeprefix(prefix + ".") for key in tensors.entries if key.startswith(prefix + ".")}
-    for own in keys:
+    for key in keys:
         for gain, direction in _SPELLINGS:
-            if own.endswith(gain) and own.removesuffix(gain) + direction in keys:
-                stem = own.removesuffix(gain)
-                yield stem + ".weight", (f"{prefix}.{own}", f"{prefix}.{stem}{direction}")
+            if key.endswith(gain) and key.removesuffix(gain) + direction in keys:
+                stem = key.removesuffix(gain)
+                yield stem + ".weight", (f"{prefix}.{key}", f"{prefix}.{stem}{direction}")
                 break
-            if own.endswith(direction) and own.removesuffix(direction) + gain in keys:
+            if key.endswith(direction) and key.removesuffix(direction) + gain in keys:
                 break
         else:
-            yield own, (f"{prefix}.{own}",)
+            yield key, (f"{prefix}.{key}",)
 
 
 def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict[str, tuple[str, ...]]:
-    """Each weight of a part under its plain name, with the tensors that it comes from, which have the right shapes.
+    """Map each weight of a module to the checkpoint's keys that it is computed from, and check their shapes.
 
-    `strict=False` leaves out a missing weight and ignores an unknown one; a wrong one is an error still.
+    With `strict=False`, missing and unknown weights are not errors, but weights of wrong shapes are.
     """
     path, expected = tensors.path, _expected(part)
     sources: dict[str, tuple[str, ...]] = {}
@@ -212,47 +222,47 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """The part's weights under their plain names, whichever way it was built."""
+    """Return a module's weights by their names without weight norm, whether or not it was built with weight norm."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 
 
 def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tuple[str, ...]], strict: bool) -> None:
-    """Fill a part, built with weight norm or without."""
-    own, expected = part.state_dict(), _expected(part)
+    """Load weights into a module that was built with or without weight norm."""
+    current, expected = part.state_dict(), _expected(part)
     state: dict[str, torch.Tensor] = {}
     for key, names in sources.items():
-        state |= _read(tensors, prefix, key, names, expected[key], key.removesuffix(".weight") + GAIN in own)
+        state |= _read(tensors, prefix, key, names, expected[key], key.removesuffix(".weight") + GAIN in current)
     part.load_state_dict(state, assign=True, strict=strict)
 
 
 def _read(
     tensors: Tensors, prefix: str, key: str, names: tuple[str, ...], want: torch.Tensor, has_norm: bool = False
 ) -> dict[str, torch.Tensor]:
-    """One weight by its plain name, or its gain and direction; every number is judged."""
+    """Read one weight, or its gain and direction if `has_norm`, and validate every value."""
     kept = has_norm or len(names) == 1
     *gains, direction = (_finite(tensors, name, want, kept or name != names[-1]) for name in names)
-    # FSQ's buffers follow from the config; other numbers there would give other tokens.
+    # FSQ's buffers follow from the config; other values would produce other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
             f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, the config says otherwise."
         )
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
-        sound = bool(norm.all())
-        found = {stem + GAIN: gains[0] if gains else norm, stem + DIRECTION: direction}
+        is_valid = bool(norm.all())
+        weights = {stem + GAIN: gains[0] if gains else norm, stem + DIRECTION: direction}
     elif gains:
-        found = {key: torch._weight_norm(direction, gains[0], 0)}
-        sound = _is_finite(found[key])
+        weights = {key: torch._weight_norm(direction, gains[0], 0)}
+        is_valid = _is_finite(weights[key])
     else:
-        found, sound = {key: direction}, True
-    if not sound:
+        weights, is_valid = {key: direction}, True
+    if not is_valid:
         raise CheckpointError(f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
-    return found
+    return weights
 
 
 def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:
-    """Shapes of a weight's sources: itself, or gain and direction."""
+    """Return the shapes of the tensors that a weight is computed from: its own, or those of gain and direction."""
     shape = tuple(want.shape)
     return [shape] if count == 1 else [(shape[0], *[1] * (len(shape) - 1)), shape]
 
@@ -268,7 +278,7 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
 
 
 def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:
-    """One tensor of the file in the dtype that the part has (fp16 files are widened), if it is sound."""
+    """Read a tensor, convert it to the module's dtype (from fp16, for instance), and check that it is finite."""
     value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
         raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")
@@ -276,5 +286,5 @@ def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torc
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    """Whether every number is finite; a sum, which NaN and infinity survive, is six times faster to look at."""
+    """Return whether all values are finite. Checking the sum first, which NaN and infinity survive, is 6x faster."""
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())

@@ -1,6 +1,6 @@
-"""Bytes of a checkpoint, read into memory on request.
+"""Random access to the bytes of a checkpoint, in a file or in memory.
 
-A file is read and not mapped: a mapped file that another program shortens kills the process that reads it.
+Files are not memory-mapped: if another program truncates a mapped file, reading it kills the process.
 """
 
 import os
@@ -19,7 +19,7 @@ def file_state(descriptor: int) -> tuple[int, int]:
 
 
 class ByteSource(Protocol):
-    """A sequence of bytes of which any piece can be read."""
+    """Interface of a sequence of bytes with random access."""
 
     size: int
 
@@ -27,32 +27,34 @@ class ByteSource(Protocol):
         """Fill a buffer with the bytes from `offset`."""
 
     def changed(self) -> bool:
-        """Whether the bytes may have changed since the source was opened."""
+        """Return whether the bytes may have changed since the source was opened."""
 
 
 class MemorySource:
-    """Bytes in memory, as of a decompressed archive."""
+    """Bytes in memory, such as those of a decompressed archive."""
 
     def __init__(self, contents: bytes | bytearray) -> None:
         self.size = len(contents)
         self._contents = memoryview(contents)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill a buffer with the bytes from `offset`."""
         buffer[:] = self._contents[offset : offset + len(buffer)]
 
     def changed(self) -> bool:
+        """Return False: bytes in memory do not change."""
         return False
 
 
 class FileSource:
-    """A piece of a file, which stays open as long as this object exists.
+    """Byte range of a file, which stays open as long as this object exists.
 
     Args:
-        path: for messages.
-        file: the file; it may be closed afterwards.
-        offset: where the piece begins.
-        size: bytes of the piece.
-        state: `file_state` from before anything of the file was read.
+        path: path for messages.
+        file: the file; the caller may close it afterwards.
+        offset: start of the range.
+        size: length of the range in bytes.
+        state: result of `file_state` before the file was first read.
     """
 
     def __init__(self, path: Path, file: IO[bytes], offset: int, size: int, state: tuple[int, int]) -> None:
@@ -69,7 +71,7 @@ class FileSource:
         """Fill a buffer with the bytes from `offset`.
 
         Raises:
-            CheckpointError: if the file has become shorter, or cannot be read any more.
+            CheckpointError: if the file was truncated or can no longer be read.
         """
         done = 0
         try:
@@ -82,10 +84,11 @@ class FileSource:
             raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror}).") from error
 
     def changed(self) -> bool:
+        """Return whether the file's size or modification time has changed since it was opened."""
         return file_state(self._descriptor) != self._state
 
     def _read_some(self, position: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):  # needs no lock, also between forked processes, which share a file's position
+        if hasattr(os, "preadv"):  # does not use the file position, which threads and forked processes share
             return os.preadv(self._descriptor, [buffer], position)
         with self._lock:
             os.lseek(self._descriptor, position, os.SEEK_SET)

@@ -10,34 +10,34 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
              H bytes   metadata, a JSON object in UTF-8 (below)
              4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
-             N * F     payload: frames, each one number as `packing.py` says; F bytes hold any frame (11 for 8 x 2016)
-             4 bytes   CRC of the CRC field of the section before, followed by this block before this field
+             N * F     payload: frames, each one number (see `packing.py`) of F bytes (11 for 8 x 2016)
+             4 bytes   CRC of the previous section's CRC field, followed by this block up to this field
     ...      further blocks
     end      4 bytes   0
-             8 bytes   number of samples that were encoded: at most frames * samples_per_frame, and more than one frame
-                       less holds
+             8 bytes   number of samples that were encoded; ceil(samples / samples_per_frame) is the number of frames
              4 bytes   outline: CRC of the header's CRC field, then of N and the CRC field of each block, in order
-             4 bytes   CRC of the end before this field
+             4 bytes   CRC of the end section up to this field
 
-Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and as information
-`fingerprint` (of the codec's weights and settings), `precision`, `written_by`.
+Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and for information
+`fingerprint` (of the codec's weights and settings), `precision` and `written_by`.
 
-Coding 1 (`nemo_lfr/io/entropy/`): N is at most 1024, and 4 more bytes behind N hold the length of the payload.
-The metadata is a list of the same values in the same order, and the name of the entropy model.
+Coding 1 (`nemo_lfr/io/entropy/`): N is at most 1024, and 4 additional bytes behind N hold the length of the payload.
+The metadata is a list of the same values in the same order, followed by the name of the entropy model.
 
-Version 1 has no outline, H takes the coding byte too, and each of its CRCs covers its own section only.
+Version 1 has no outline, its H has 4 bytes and no coding byte follows, and each CRC covers only its own section.
 
-A reader rejects another magic or version, a CRC that differs, a length out of range, a frame that is no number below
-codebook_size ^ num_codebooks, a file that stops before its end section, and bytes after it. No byte is ever executed.
-Block lengths alone lead from one block to the next, so that a reader finds any second without reading what is before.
+A reader rejects an unknown magic or version, a wrong CRC, a length out of range, a frame whose number is not below
+codebook_size ^ num_codebooks, a missing end section, and bytes after the end section. Nothing in a file is executed.
+The position of the next block follows from the block's length, so that a reader can seek without reading all blocks.
 
-A block's CRC continues the one before it, which lies in the four bytes in front of the block. A block that was moved,
+A block's CRC also covers the previous CRC field, in the four bytes in front of the block. A block that was moved,
 repeated, left out or taken from another file therefore fails its check when blocks are read in order, as from a pipe
-or with `recover`. The outline finds the same when a file is opened, from the lengths and CRC fields alone, so that a
-span in the middle of such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
+or with `recover`. The outline detects the same when a file is opened, from the lengths and CRC fields alone, so that
+seeking in such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
 
-Files are written aside, as `NAME.????????.part`, and renamed when they are whole. Each block reaches the file system
-as it is written: after a crash the `.part` file can be read with `recover=True` up to its last whole block.
+Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block reaches the
+file system as it is written. After a crash the `.part` file can be read with `recover=True` up to its last complete
+block.
 `docs/concepts/lfr-format.md` shows a file byte by byte.
 """
 
@@ -79,41 +79,41 @@ CODING = 0  # packed frames
 CODINGS = (CODING, compressed.CODING)
 MAX_METADATA_BYTES = 65536
 MAX_BLOCK_FRAMES = 65536
-BLOCKS_TOGETHER = 16  # compressed blocks that are decoded side by side, which is faster
+BLOCKS_TOGETHER = 16  # compressed blocks that are decoded as one batch
 
 
 @dataclass(frozen=True)
 class Metadata(CodecSpec):
-    """What a reader must know to decode, and what it may want to know.
+    """Metadata of a token file: the codec's specification and the program that wrote the file.
 
     Attributes:
-        written_by: the program that wrote the file.
+        written_by: name and version of the program.
     """
 
     written_by: str = f"nemo_lfr {__version__}"
 
     @classmethod
     def of(cls, codec: KnownCodec) -> "Metadata":
-        """Return the metadata of files that hold tokens of `codec`."""
+        """Return the metadata for token files of `codec`."""
         return cls(**asdict(codec.spec))
 
     @classmethod
     def from_json(cls, raw: bytes) -> "Metadata":
-        """Read the metadata of a file.
+        """Parse the metadata of an uncompressed file.
 
         Raises:
-            ValueError, TypeError or KeyError: for anything but what `of` makes.
+            ValueError: if it is invalid; also TypeError or KeyError.
         """
         return cls._from_values(json.loads(raw))
 
     @classmethod
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
-        """Read the metadata of a compressed file, and the name of its entropy model.
+        """Parse the metadata of a compressed file, and the name of its entropy model.
 
-        Its values lie in a list, since their names would be a twentieth of a short file.
+        It is a list without the names of the values, which would be 5% of a short file.
 
         Raises:
-            ValueError, TypeError or KeyError: for anything but what `TokenStreamWriter` writes.
+            ValueError: if it is invalid; also TypeError or KeyError.
         """
         values = json.loads(raw)
         if not isinstance(values, list):
@@ -134,16 +134,17 @@ class Metadata(CodecSpec):
 
 
 class TokenStreamWriter:
-    """Writes the sections of a token file to an open binary file, each as soon as it is there.
+    """Write the sections of a token file to an open binary file or pipe, each as soon as possible.
 
     Args:
-        file: a file or a pipe.
-        metadata: what the tokens are.
-        model: compresses them; packed frames are written if not given.
-        gather: frames of a block; the last may have half as many more. None: each call of `write` makes a block.
+        file: binary file or pipe.
+        metadata: metadata of the tokens.
+        model: entropy model for compression; None for packed frames.
+        gather: frames per block; the last block may have up to 1.5 times as many. None writes one block for each call
+            of `write`.
 
     Raises:
-        EntropyModelError: if `model` is for other levels or codebooks.
+        EntropyModelError: if `model` has different levels or codebooks.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class TokenStreamWriter:
         self._file = file
         self._model = model
         self._gather = gather
-        self._waiting: list[np.ndarray] = []
+        self._pending: list[np.ndarray] = []
         self.metadata = metadata
         self.frames_written = 0
         self._ended = False
@@ -163,21 +164,25 @@ class TokenStreamWriter:
         if model is not None:
             coding, values = compressed.CODING, [*asdict(metadata).values(), model.hash]
         text = json.dumps(values, separators=(",", ":")).encode()
-        self._checksum = self._section(MAGIC + struct.pack("<BI", VERSION, coding << 24 | len(text)) + text)
+        self._checksum = self._write_section(MAGIC + struct.pack("<BI", VERSION, coding << 24 | len(text)) + text)
         self._outline = zlib.crc32(self._checksum)
 
-    def _section(self, data: bytes, before: bytes = b"") -> bytes:
-        """Write a section and its CRC, which also covers `before`; returns the CRC field."""
+    def _write_section(self, data: bytes, before: bytes = b"") -> bytes:
+        """Write a section and its CRC, which also covers `before`; return the CRC field."""
         checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
         self._file.write(data + checksum)
-        self._file.flush()  # a killed process keeps what was written
+        self._file.flush()  # so that the block survives if the process is killed
         return checksum
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append frames, [C, T].
+        """Append frames.
+
+        Args:
+            tokens: integer ids in [0, codebook_size), shape [C, T].
 
         Raises:
-            TokensError: for values that are no integers, another number of codebooks, or after `finish`.
+            TokensError: if `tokens` are not integers, are out of range or have another number of codebooks, or if
+                `finish` was called before.
         """
         self._check_open()
         tokens = _integers(tokens)
@@ -187,17 +192,17 @@ class TokenStreamWriter:
             self._write_blocks(tokens, MAX_BLOCK_FRAMES if self._model is None else compressed.MAX_BLOCK_FRAMES)
             return
         check_range(tokens, self.metadata.codebook_size)
-        self._waiting.append(np.array(tokens))
-        waiting = sum(part.shape[1] for part in self._waiting)
-        # A short rest is left for the last block, as a block of its own would cost more.
-        if waiting >= self._gather * 3 // 2:
-            self._write_waiting((waiting - self._gather // 2) // self._gather * self._gather)
+        self._pending.append(np.array(tokens))
+        num_pending = sum(piece.shape[1] for piece in self._pending)
+        # Half a block is kept back: a short remainder costs less in a longer last block than as a separate block.
+        if num_pending >= self._gather * 3 // 2:
+            self._write_pending((num_pending - self._gather // 2) // self._gather * self._gather)
 
-    def _write_waiting(self, count: int) -> None:
-        """Write the first `count` frames that wait, in blocks."""
+    def _write_pending(self, count: int) -> None:
+        """Write the first `count` pending frames in blocks."""
         assert self._gather is not None
-        tokens = np.concatenate(self._waiting, axis=1)
-        self._waiting = [tokens[:, count:]]
+        tokens = np.concatenate(self._pending, axis=1)
+        self._pending = [tokens[:, count:]]
         self._write_blocks(tokens[:, :count], self._gather)
 
     def _write_blocks(self, tokens: np.ndarray, size: int) -> None:
@@ -209,28 +214,31 @@ class TokenStreamWriter:
             else:
                 payload = compressed.encode_payload(self._model, block, meta.bytes_per_frame)
             count = struct.pack("<I", block.shape[1])
-            self._checksum = self._section(count + payload, before=self._checksum)
+            self._checksum = self._write_section(count + payload, before=self._checksum)
             self._outline = zlib.crc32(count + self._checksum, self._outline)
             self.frames_written += block.shape[1]
 
     def finish(self, num_samples: int) -> None:
-        """Say how many samples the frames stand for; without it a file is not whole.
+        """Write the end section, without which a file is incomplete.
+
+        Args:
+            num_samples: number of samples that were encoded.
 
         Raises:
-            TokensError: for a count that does not belong to the frames, or if this was called before.
+            TokensError: if `num_samples` does not match the number of frames, or if `finish` was called before.
         """
         self._check_open()
         try:
             num_samples = operator.index(num_samples)
         except TypeError:
             raise TokensError(f"num_samples is {shorten(repr(num_samples))}; pass a whole number.") from None
-        if self._waiting:
-            rest = np.concatenate(self._waiting, axis=1)
-            self._waiting = []
-            self._write_blocks(rest, max(1, rest.shape[1]))
+        if self._pending:
+            remainder = np.concatenate(self._pending, axis=1)
+            self._pending = []
+            self._write_blocks(remainder, max(1, remainder.shape[1]))
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
             raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
-        self._section(struct.pack("<IQI", 0, num_samples, self._outline))
+        self._write_section(struct.pack("<IQI", 0, num_samples, self._outline))
         self._ended = True
 
     def _check_open(self) -> None:
@@ -239,16 +247,16 @@ class TokenStreamWriter:
 
 
 def _integers(tokens: Any) -> np.ndarray:
-    """Return tokens as an array of integers.
+    """Convert tokens to an array of integers.
 
     Raises:
-        TokensError: if they are anything else, even if their values are whole.
+        TokensError: if they are of another type, even floats with integral values.
     """
     if isinstance(tokens, np.ma.MaskedArray) and np.ma.is_masked(tokens):
         raise TokensError("tokens are a masked array with masked values; fill them first.")
     try:
         array = np.asarray(tokens)
-    except Exception as error:  # whatever the conversion of another library raises, as for a tensor on a GPU
+    except Exception as error:  # other libraries raise any class, as PyTorch for a tensor on a GPU
         raise TokensError(
             f"tokens are {shorten(type(tokens).__name__)}, not a numpy array ({shorten(error)})."
         ) from error
@@ -258,17 +266,17 @@ def _integers(tokens: Any) -> np.ndarray:
 
 
 class TokenWriter(TokenStreamWriter):
-    """Writes a token file aside and renames it into place when it is whole.
+    """Write a token file to a temporary name, and rename it when it is complete.
 
     Args:
-        path: the file; missing folders are made.
-        metadata: what the tokens are.
-        overwrite: replace a file that exists.
-        model: compresses the tokens, in blocks of `BLOCK_FRAMES` frames; they are packed if not given.
+        path: output file; missing folders are created.
+        metadata: metadata of the tokens.
+        overwrite: replace an existing file.
+        model: entropy model for compression, in blocks of `BLOCK_FRAMES` frames; None for packed frames.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
-        EntropyModelError: if `model` is for other levels or codebooks.
+        EntropyModelError: if `model` has different levels or codebooks.
     """
 
     def __init__(
@@ -282,16 +290,16 @@ class TokenWriter(TokenStreamWriter):
         check_overwrite(self.path, overwrite)
         self._finished = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = open_temporary(self.path)
+        self._temporary = open_temporary(self.path)
         try:
             with naming(self.path):
                 super().__init__(
-                    self._aside, metadata, model, gather=None if model is None else compressed.BLOCK_FRAMES
+                    self._temporary, metadata, model, gather=None if model is None else compressed.BLOCK_FRAMES
                 )
         except BaseException:
-            with contextlib.suppress(OSError):  # of a full disk, again
-                self._aside.close()
-            os.unlink(self._aside.name)
+            with contextlib.suppress(OSError):  # a full disk makes closing fail too
+                self._temporary.close()
+            os.unlink(self._temporary.name)
             raise
 
     @classmethod
@@ -302,48 +310,51 @@ class TokenWriter(TokenStreamWriter):
         overwrite: bool = False,
         model: EntropyModel | None = None,
     ) -> "TokenWriter":
+        """Return a writer for tokens of `codec`."""
         return cls(path, Metadata.of(codec), overwrite, model)
 
     def __enter__(self) -> "TokenWriter":
         return self
 
     def write(self, tokens: np.ndarray) -> None:
+        """Append frames [C, T]; see `TokenStreamWriter.write`."""
         with naming(self.path):
             super().write(tokens)
 
     def finish(self, num_samples: int) -> None:
+        """Write the end section; see `TokenStreamWriter.finish`."""
         with naming(self.path):
             super().finish(num_samples)
         self._finished = True
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        aside = Path(self._aside.name)
+        temporary = Path(self._temporary.name)
         try:
-            with naming(self.path, aside):
-                with self._aside as file:
+            with naming(self.path, temporary):
+                with self._temporary as file:
                     file.flush()
                     os.fsync(file.fileno())
                 if kind is None and not self._finished:
-                    raise TokensError(f"{self.path}: `finish` was not called, so that the file is not whole.")
+                    raise TokensError(f"{self.path}: `finish` was not called, so the file is incomplete.")
                 if kind is None:
-                    aside.replace(self.path)
+                    temporary.replace(self.path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 class _Sections:
-    """The sections of a token file, read one after the other and checked.
+    """Base class of readers, which reads and checks the sections of a token file.
 
     Args:
-        file: open for reading.
-        name: for messages.
-        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
+        file: binary file, open for reading.
+        name: name of the file for messages.
+        model: entropy model for a compressed file, or its path; by default `find_model` looks for it.
 
     Attributes:
-        metadata: the header's.
-        version: of the format.
-        coding: of the blocks' payload.
-        entropy_hash: of the entropy model of a compressed file, else None.
+        metadata: metadata of the header.
+        version: version of the format.
+        coding: coding of the blocks' payload.
+        entropy_hash: hash of a compressed file's entropy model, else None.
     """
 
     def __init__(
@@ -356,15 +367,15 @@ class _Sections:
         self.path = Path(name)
         self.entropy_hash: str | None = None
         self._passed_model = model
-        self._header_is_sound = False
+        self._header_is_valid = False
         self._outline = 0
         self.version, self.coding, self.metadata = self._read_header()
         self._bytes_per_frame = self.metadata.bytes_per_frame
         self._max_block_frames = MAX_BLOCK_FRAMES if self.coding == CODING else compressed.MAX_BLOCK_FRAMES
-        self._header_is_sound = True
+        self._header_is_valid = True
 
     def _fail(self, reason: str) -> TokenFileError:
-        hint = " What is whole can be read with --recover (recover=True)." if self._header_is_sound else ""
+        hint = " Read the intact part with --recover (recover=True)." if self._header_is_valid else ""
         return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.{hint}")
 
     def _take(self, size: int) -> bytes:
@@ -374,7 +385,7 @@ class _Sections:
         return data
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
-        """Read the CRC field of a section, which also covers `before`, and compare; returns the field."""
+        """Read and verify the CRC field of a section, which also covers `before`; return the field."""
         return self._compare(self._take(4), section, what, before)
 
     def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
@@ -418,7 +429,7 @@ class _Sections:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({shorten(error, 200)}).") from error
 
     def _read_count(self) -> int:
-        """Frames of the section that begins here; 0 is the end's."""
+        """Read the number of frames of the next section; 0 for the end section."""
         count: int = struct.unpack("<I", self._take(4))[0]
         if count > self._max_block_frames:
             raise self._fail(f"a block claims {count} frames")
@@ -429,7 +440,7 @@ class _Sections:
         """The entropy model of a compressed file.
 
         Raises:
-            EntropyModelError: if it is not found, or is for other levels or codebooks.
+            EntropyModelError: if it is not found, or has different levels or codebooks.
         """
         meta = self.metadata
         assert self.entropy_hash is not None
@@ -438,7 +449,7 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Length of the payload of a block of `count` frames, and the field that tells it, which may be empty."""
+        """Return the payload's length for a block of `count` frames, and the field that stores it, if there is one."""
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""
         field = self._take(4)
@@ -448,7 +459,7 @@ class _Sections:
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read a block behind its count: tokens [C, count], bytes of its payload, and its CRC field."""
+        """Read a block after its count; return tokens [C, count], the payload's length and the CRC field."""
         size, field = self._read_size(count)
         body = field + self._take(size)
         checksum = self._take(4)
@@ -456,24 +467,21 @@ class _Sections:
         return self._decode([(payload, count)])[0], size, checksum
 
     def _parse_payload(self, count: int, body: bytes, checksum: bytes, first: int, before: bytes) -> bytes:
-        """Check a block.
+        """Verify the CRC of a block and return its payload.
 
         Args:
-            count: its frames.
-            body: what is between its count and its CRC field.
-            checksum: its CRC field.
-            first: its first frame, for messages.
-            before: CRC field of the section in front of it.
-
-        Returns:
-            Its payload, which agrees with the CRC.
+            count: number of frames.
+            body: bytes between the count and the CRC field.
+            checksum: CRC field.
+            first: index of the first frame, for messages.
+            before: CRC field of the previous section.
         """
         section = struct.pack("<I", count) + body
         self._compare(checksum, section, f"the block at frame {first}", before if self.version > 1 else b"")
         return body if self.coding == CODING else body[compressed.SIZE.size :]
 
     def _decode(self, blocks: list[tuple[bytes, int]]) -> list[np.ndarray]:
-        """Tokens [C, T] as int32 of blocks, each given as its payload and frames."""
+        """Decode blocks, each a payload and its number of frames, to int32 tokens [C, T]."""
         meta = self.metadata
         try:
             if self.coding == CODING:
@@ -485,88 +493,87 @@ class _Sections:
         except ValueError as error:
             raise self._fail(str(error).rstrip(".")) from error
 
-    def _pass_block(self, count: int, checksum: bytes) -> None:
+    def _add_to_outline(self, count: int, checksum: bytes) -> None:
         """Add a block to the outline."""
         self._checksum = checksum
         self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
 
     def _read_end(self, num_frames: int) -> int:
-        """The samples that the end section tells, behind its zero."""
-        rest = self._take(8 if self.version == 1 else 12)
-        self._check(bytes(4) + rest, "the end")
+        """Read the end section after its zero; return the number of samples."""
+        fields = self._take(8 if self.version == 1 else 12)
+        self._check(bytes(4) + fields, "the end")
         if self._file.read(1):
             raise self._fail("there are bytes after its end")
-        if self.version > 1 and rest[8:] != struct.pack("<I", self._outline):
+        if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):
             raise self._fail("its blocks are not the ones that were written, or in another order")
-        num_samples: int = struct.unpack("<Q", rest[:8])[0]
+        num_samples: int = struct.unpack("<Q", fields[:8])[0]
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
             raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
         return num_samples
 
     def check_codec(self, codec: KnownCodec) -> None:
-        """Raise unless these tokens mean the same to `codec`.
+        """Check that `codec` can decode these tokens.
 
         Raises:
-            TokenFileError: if the layout or the weights differ.
+            TokenFileError: if its layout or its weights differ from those of the codec that wrote the file.
         """
-        mine: dict[str, Any] = asdict(self.metadata)
-        theirs: dict[str, Any] = asdict(Metadata.of(codec))
+        stored: dict[str, Any] = asdict(self.metadata)
+        expected: dict[str, Any] = asdict(Metadata.of(codec))
         for name in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
-            same = mine[name] == theirs[name] or (name == "fingerprint" and codec.made(mine[name]))
-            if mine[name] and not same:
+            same = stored[name] == expected[name] or (name == "fingerprint" and codec.made(stored[name]))
+            if stored[name] and not same:
                 raise TokenFileError(
-                    f"{self.path}: made by a codec with {name} {mine[name]}, but {codec.name} has {theirs[name]}; "
+                    f"{self.path}: made by a codec with {name} {stored[name]}, but {codec.name} has {expected[name]}; "
                     "give the checkpoint that encoded it with --model."
                 )
 
 
 class TokenStreamReader(_Sections):
-    """Reads a token file from first to last, as it comes through a pipe.
+    """Read a token file sequentially, for instance from a pipe.
 
     Args:
-        file: open for reading; nothing is sought in it.
-        name: for messages.
+        file: binary file, open for reading; it need not be seekable.
+        name: name of the file for messages.
 
     Attributes:
-        num_samples: samples that were encoded, once `blocks` has come to the end.
+        num_samples: number of samples that were encoded; None until `blocks` has reached the end.
 
     Raises:
-        TokenFileError: as `TokenReader` does.
+        TokenFileError: if the file is damaged or not a token file.
     """
 
     num_samples: int | None = None
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Tokens [C, T] as int32, each block as it comes in."""
+        """Yield int32 tokens [C, T] of each block as soon as it arrives."""
         num_frames = 0
         while count := self._read_count():
             tokens, _, checksum = self._read_tokens(count, num_frames, self._checksum)
-            self._pass_block(count, checksum)
+            self._add_to_outline(count, checksum)
             yield tokens
             num_frames += count
         self.num_samples = self._read_end(num_frames)
 
 
 class TokenReader(_Sections):
-    """Reads a token file; every section is checked before it is used.
+    """Read a token file; every section is checked before it is used.
 
     Threads and forked processes may read from one object at the same time.
 
     Args:
         path: the file.
-        recover: take what is whole of a file that was cut short or damaged, rather than refuse it.
-        model: the entropy model of a compressed file, or its path; looked for as `find_model` says if not given.
+        recover: read the intact part of a truncated or damaged file instead of raising an error.
+        model: entropy model for a compressed file, or its path; by default `find_model` looks for it.
 
     Attributes:
-        metadata: the header's.
-        version: of the format.
-        num_frames: frames in the file, counted on opening.
-        num_samples: samples that were encoded; of a recovered file, what its frames hold.
-        complete: whether the end section was there.
-        payload_bytes: bytes of the blocks' payloads together.
+        metadata: metadata of the header.
+        version: version of the format.
+        num_samples: number of samples that were encoded; for a recovered file, num_frames * samples_per_frame.
+        complete: whether the end section was read.
+        payload_bytes: total size of the blocks' payloads.
 
     Raises:
-        TokenFileError: naming the file, what is wrong with it, and what to do.
+        TokenFileError: if the file is missing, damaged or not a token file.
     """
 
     def __init__(
@@ -583,11 +590,11 @@ class TokenReader(_Sections):
         try:
             super().__init__(file, path, model)
             self._lock = threading.Lock()
-            # Where each block lies, and its first frame; as numbers, since a long live recording has millions.
+            # Position and first frame of each block. Compact arrays, since a long live recording has millions.
             self._positions, self._firsts = array("Q"), array("Q", [0])
             self.complete = True
             self.payload_bytes = 0
-            self._end = 0  # of the last block
+            self._end = 0  # position behind the last block
             try:
                 self.num_samples = self._read_outline(check=recover)
             except TokenFileError as error:
@@ -601,6 +608,7 @@ class TokenReader(_Sections):
 
     @property
     def num_frames(self) -> int:
+        """Number of frames in the file, counted when it is opened."""
         return self._firsts[-1]
 
     def __enter__(self) -> "TokenReader":
@@ -610,10 +618,10 @@ class TokenReader(_Sections):
         self._file.close()
 
     def _read_outline(self, check: bool) -> int:
-        """Note where each block lies, on the way to the end section; returns the samples that it tells.
+        """Record the position of each block up to the end section, and return the number of samples.
 
         Args:
-            check: read the blocks themselves too, and stop at the first that is damaged or out of place.
+            check: read and verify the blocks too, and stop at the first one that is damaged or out of place.
         """
         position = self._file.tell()
         while count := self._read_count():
@@ -623,7 +631,7 @@ class TokenReader(_Sections):
                 size, _ = self._read_size(count)
                 self._file.seek(size, os.SEEK_CUR)
                 checksum = self._take(4)
-            self._pass_block(count, checksum)
+            self._add_to_outline(count, checksum)
             self.payload_bytes += size
             self._positions.append(position)
             self._firsts.append(self.num_frames + count)
@@ -631,11 +639,11 @@ class TokenReader(_Sections):
         return self._read_end(self.num_frames)
 
     def _read_blocks(self, indices: range) -> list[np.ndarray]:
-        """Tokens [C, T] of blocks, their checksums verified."""
+        """Read blocks and verify their checksums; return their tokens [C, T]."""
         payloads = []
         for number in indices:
             first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
-            # The CRC field of the section before, the count, what is behind it, the CRC field.
+            # CRC field of the previous section, count, body, CRC field.
             begin = self._positions[number]
             end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
             data = self._read_at(begin - 4, 4 + end - begin)
@@ -645,7 +653,7 @@ class TokenReader(_Sections):
         return self._decode(payloads)
 
     def _read_at(self, position: int, size: int) -> bytes:
-        """Read bytes without the file's position, which threads and forked processes share."""
+        """Read bytes without using the file position, which threads and forked processes share."""
         if hasattr(os, "pread"):
             data = os.pread(self._file.fileno(), size, position)
         else:
@@ -657,7 +665,7 @@ class TokenReader(_Sections):
         return data
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Tokens [C, T] as int32 of frames [start, stop), block by block; only their blocks are read."""
+        """Yield int32 tokens [C, T] of frames [start, stop), block by block; only their blocks are read."""
         stop = self.num_frames if stop is None else min(stop, self.num_frames)
         number = max(0, bisect_right(self._firsts, start) - 1)
         together = 1 if self.coding == CODING else BLOCKS_TOGETHER
@@ -671,15 +679,19 @@ class TokenReader(_Sections):
             number = last
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [C, T] of frames [start, stop): all of them if not given."""
+        """Return int32 tokens [C, T] of frames [start, stop); all frames by default."""
         empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
         return np.concatenate([empty, *self.blocks(start, stop)], axis=1)
 
     def samples_between(self, start: float, duration: float | None) -> tuple[int, int]:
-        """Seconds to samples [first, last), cut at the end of the recording.
+        """Convert a segment in seconds to a range of samples [first, last).
+
+        Args:
+            start: seconds.
+            duration: seconds, up to the end of the recording at most; None for the rest of it.
 
         Raises:
-            TokenFileError: if there is nothing there.
+            TokenFileError: if the segment is outside the recording.
         """
         for name, value in (("start", start), ("duration", duration)):
             if name == "duration" and value is None:
@@ -690,7 +702,7 @@ class TokenReader(_Sections):
         seconds = self.num_samples / rate
         if not 0 <= start <= seconds or not (duration is None or 0 <= duration < math.inf):
             raise TokenFileError(
-                f"{self.path}: start {start!r} and duration {duration!r} are not a part of its {seconds:.3f} s."
+                f"{self.path}: start {start!r} and duration {duration!r} are outside the recording of {seconds:.3f} s."
             )
         first = round(start * rate)
         last = self.num_samples

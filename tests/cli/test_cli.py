@@ -265,7 +265,7 @@ def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
     assert len(part) == 16538
     assert np.abs(whole[33075:][:16538].astype(int) - part).max() <= 1
     code, _, err = run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "none", "--start", 60)
-    assert code == 2 and "not a part of its 3.628 s" in err and not (tmp_path / "none").exists()
+    assert code == 2 and "outside the recording of 3.628 s" in err and not (tmp_path / "none").exists()
 
 
 def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys, tmp_path):

@@ -257,7 +257,7 @@ def test_a_disk_that_is_full_from_the_start_keeps_no_file(tmp_path, monkeypatch)
     def full(self, data, before=b""):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(TokenWriter, "_section", full)
+    monkeypatch.setattr(TokenWriter, "_write_section", full)
     with pytest.raises(OSError, match="No space"):
         TokenWriter(tmp_path / "a.lfr", RELEASED)
     assert list(tmp_path.iterdir()) == []
@@ -669,7 +669,7 @@ def test_seconds_are_samples_within_the_recording(tmp_path, start, duration, spa
 )
 def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)
-    message = r"a\.lfr: start .* not a part of its 0\.136 s"
+    message = r"a\.lfr: start .* outside the recording of 0\.136 s"
     with TokenReader(path) as reader, pytest.raises(TokenFileError, match=message):
         reader.samples_between(start, duration)
 
