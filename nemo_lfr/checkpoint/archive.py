@@ -1,4 +1,4 @@
-"""tar -> the two members of a `.nemo`, without extracting anything."""
+"""Find the two members of a `.nemo` tar archive without extracting it."""
 
 import bz2
 import gzip
@@ -16,12 +16,12 @@ from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
 from nemo_lfr.io.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
-# Bounds on what a stranger's file may make us read. The released file has 7 kB of config and 620 MB of weights.
+# Limits against malicious archives. The released file has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
 MAX_READ = 4 << 20
-# Weights hardly compress; what unpacks to more than this many times its size is a bomb.
+# Weights hardly compress; an archive that expands by more than this factor is a decompression bomb.
 MAX_EXPANSION = 20
 
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
@@ -33,20 +33,23 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 
 @dataclass(frozen=True)
 class Members:
-    """The contents of a `.nemo`; a training checkpoint is all weights, and its config lies within."""
+    """Members of a `.nemo`. For a training checkpoint, `weights` is the whole file and `config` is None."""
 
     config: bytes | None
     weights: ByteSource
 
 
 def read_members(path: Path) -> Members:
-    """The config and the weights of a `.nemo` or a training checkpoint; other members are not looked at.
+    """Find the config and the weights of a `.nemo` or a training checkpoint; other members are ignored.
 
-    The weights of a plain tar are read when they are asked for, so that a gigabyte of discriminators beside the codec
-    costs nothing.
+    The weights of an uncompressed tar are read on request, so that unused ones, such as discriminators, cost nothing.
+
+    Args:
+        path: the file, or the folder of an unpacked `.nemo`.
 
     Raises:
-        CheckpointError: naming the file, the member, what was wrong, and what to do.
+        CheckpointError: if the file is missing, damaged or not a checkpoint; the message names the file, the member,
+            and what to do.
     """
     try:
         if path.is_dir():
@@ -65,7 +68,7 @@ def read_members(path: Path) -> Members:
 
 
 def _read_folder(folder: Path) -> Members:
-    """The contents of an unpacked `.nemo`."""
+    """Return the members of an unpacked `.nemo`."""
     config = folder / CONFIG_MEMBER
     for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
         if not os.path.exists(folder / name):
@@ -143,25 +146,28 @@ def _contents(stream: "_Bounded", member: tarfile.TarInfo) -> bytearray:
 
 
 class _Bounded:
-    """A file that gives little at once, since tarfile reads a header's claimed size whole, and unpacks no bomb."""
+    """File wrapper that limits single reads and the total size, against false header sizes and decompression bombs."""
 
     def __init__(self, file: Any, limit: int | None) -> None:
         self._file = file
         self._limit = limit
 
     def tell(self) -> int:
+        """Return the position."""
         return int(self._file.tell())
 
     def seek(self, offset: int) -> None:
-        self._judge(offset)
+        """Set the position."""
+        self._check_limit(offset)
         self._file.seek(offset)
 
     def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
         if not 0 <= size <= MAX_READ:
             raise tarfile.ReadError(f"a header claims {size} bytes")
-        self._judge(self.tell() + size)
+        self._check_limit(self.tell() + size)
         return bytes(self._file.read(size))
 
-    def _judge(self, position: int) -> None:
+    def _check_limit(self, position: int) -> None:
         if self._limit is not None and position > self._limit:
             raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, which no checkpoint does")

@@ -1,4 +1,4 @@
-"""YAML -> plain values -> our modules; a config can name the classes of this codec family and nothing else."""
+"""Parse model configs and build their modules, from an allow-list of classes of this codec family."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
 NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
 _NEMO_MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 
-# NeMo's class -> (ours, what NeMo's name means beyond ours, defaults that differ from ours).
+# NeMo's class -> (our class, arguments that NeMo's class implies, defaults that differ from those of our class).
 NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     _NEMO_MODULES + "HiFiGANEncoder": (HiFiGANEncoder, {}, {}),
     _NEMO_MODULES + "CausalHiFiGANEncoder": (HiFiGANEncoder, {"causal": True}, {"pad_mode": "zeros"}),
@@ -34,11 +34,11 @@ NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] 
     _NEMO_MODULES + "GroupFiniteScalarQuantizer": (GroupFiniteScalarQuantizer, {}, {}),
 }
 _OUR_CLASSES = {f"{ours.__module__}.{ours.__name__}": ours for ours, _, _ in NEMO_CLASSES.values()}
-# Configs and checkpoints of older versions name the modules by the folder that they were in.
+# Configs and checkpoints of older versions use the module paths of those versions.
 _OUR_CLASSES |= {name.replace(".modules.", ".codec."): ours for name, ours in _OUR_CLASSES.items()}
 
 
-# Bounds on what a config may make us build: the released codec has 112.7 M parameters in lists of at most 5 items.
+# Limits against malicious configs. The released codec has 112.7 M parameters, and lists of at most 5 items.
 MAX_CONFIG_EVENTS = 20_000
 MAX_CONFIG_DEPTH = 32
 MAX_RESOLVED = 1_000_000  # characters and nodes
@@ -47,14 +47,14 @@ MAX_LIST = 32
 MAX_GROUPS = 256
 MAX_PARAMETERS = 2_000_000_000
 
-# What NeMo registers with OmegaConf; OmegaConf's own would read the environment of whoever opens the file.
+# Resolvers that NeMo registers with OmegaConf. OmegaConf's built-in ones could read the user's environment variables.
 _RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
 _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
 
 @dataclass
 class Parts:
-    """The three modules of a codec, and what its config says of the audio."""
+    """The three modules of a codec, and its sample rate in Hz."""
 
     encoder: HiFiGANEncoder
     quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer
@@ -62,15 +62,15 @@ class Parts:
     sample_rate: int
 
     def named(self) -> dict[str, nn.Module]:
-        """The modules under their names in a checkpoint."""
+        """Return the modules by their names in a checkpoint."""
         return dict(zip(PARTS, (self.encoder, self.quantizer, self.decoder), strict=True))
 
 
 def parse_config(text: str) -> DictConfig:
-    """A model config from YAML, unresolved.
+    """Parse a model config from YAML, without resolving interpolations.
 
     Raises:
-        ConfigError: if it is not a mapping, is built to explode, or asks for a resolver that reads the environment.
+        ConfigError: if it is not a mapping, expands to an excessive size, or uses a resolver that is not NeMo's.
     """
     try:
         _check_yaml(text)
@@ -93,7 +93,7 @@ def parse_config(text: str) -> DictConfig:
 
 
 def _check_yaml(text: str) -> None:
-    """Nesting and aliases are refused before they are followed: nine lines of aliases make a billion nodes."""
+    """Refuse aliases and deep nesting before parsing: nine lines of aliases can expand to a billion nodes."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -112,10 +112,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def codec_values(config: DictConfig) -> dict[str, Any]:
-    """The keys of a model config that encoding and decoding depend on, as plain values.
+    """Return the keys of a model config that determine encoding and decoding, as plain values.
 
     Raises:
-        ConfigError: for what cannot be resolved, or another codec family's keys.
+        ConfigError: if a value cannot be resolved, or a key belongs to another codec family.
     """
     for key in ("semantic_codec", "semantic_codec_path"):
         if config.get(key):
@@ -132,10 +132,10 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
 
 
 class _Expansion:
-    """How long a config's values become when their `${...}` are followed, without following each one again.
+    """Compute how long a config's values become when `${...}` interpolations are resolved, without resolving them.
 
-    Thirty lines that name the line before twice would make a billion characters. Names that lead through another
-    interpolation are refused, as NeMo's configs have none.
+    Thirty lines that each refer to the previous one twice expand to a billion characters. Nested interpolations are
+    refused, since NeMo's configs have none.
     """
 
     def __init__(self, config: Any) -> None:
@@ -143,7 +143,7 @@ class _Expansion:
         self._sizes: dict[tuple[str, ...], int | None] = {}
 
     def check(self, key: str) -> None:
-        """Raise ConfigError where the value of a key would be larger than any config, or stand in itself."""
+        """Raise ConfigError if the value of a key would become excessively large or refers to itself."""
         if self._size((key,)) > MAX_RESOLVED:
             raise ConfigError(f"{key} cannot be resolved: its interpolations multiply beyond any model config.")
 
@@ -169,7 +169,7 @@ class _Expansion:
 
     @staticmethod
     def _target(path: tuple[str, ...], name: str) -> tuple[str, ...]:
-        """Where `${name}` in the value at `path` leads: from the root, or after dots from the value's own section."""
+        """Return the path that `${name}` in the value at `path` refers to; leading dots make it relative."""
         rest = name.strip().lstrip(".")
         up = len(name.strip()) - len(rest)
         base = path[: max(0, len(path) - up)] if up else ()
@@ -185,15 +185,15 @@ class _Expansion:
             elif isinstance(value, str) and "${" in value:
                 raise ConfigError(f"{path[0]} cannot be resolved: {'.'.join(path)} leads through {shorten(value)!r}.")
             else:
-                return None  # OmegaConf says so in its words
+                return None  # OmegaConf reports the missing key
         return value
 
 
 def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
-    """Our class for a config's `_target_`, the keywords it implies, and its own defaults.
+    """Return our class for a config's `_target_`, the arguments that the name implies, and its defaults.
 
     Raises:
-        ConfigError: if the name is not one of this codec family's.
+        ConfigError: if the name is not a class of this codec family.
     """
     if target in NEMO_CLASSES:
         return NEMO_CLASSES[target]
@@ -204,7 +204,7 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
 
 
 def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of one part's config under NeMo's class name, so that a NeMo without this package can build it."""
+    """Return a copy of a module's config with NeMo's class name, so that NeMo can build it without this package."""
     config = dict(config)
     target = str(config["_target_"])
     if target in NEMO_CLASSES:
@@ -223,10 +223,10 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
 
     Args:
         config: `_target_` (NeMo's name or ours) and the constructor's arguments.
-        weight_norm: False builds plain weights, for inference.
+        weight_norm: whether to build convolutions with weight norm, for training, or with plain weights.
 
     Raises:
-        ConfigError: for an unknown name or argument, or a value of the wrong type.
+        ConfigError: if a class or argument is unknown, or a value is invalid.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"is {shorten(config)}, not a mapping with a _target_.")
@@ -241,7 +241,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in ours(**arguments).parameters())
             if size > MAX_PARAMETERS:
-                raise ConfigError(f"{size} parameters are more than the {MAX_PARAMETERS} that are allowed.")
+                raise ConfigError(f"{size} parameters are more than the limit of {MAX_PARAMETERS}.")
         return ours(**arguments)
     except ConfigError:
         raise
@@ -255,7 +255,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
     for key, value in arguments.items():
         if isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_LIST:
             raise ConfigError(f"{key} has {len(value)} items; between 1 and {MAX_LIST} are allowed.")
-        # Every number is a size, but for FSQ's eps.
+        # Every number is a size, except FSQ's eps.
         least, most = (0, 1) if key == "eps" else (1, MAX_GROUPS if key == "num_groups" else MAX_SIZE)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, bool) or item is None or isinstance(item, str):
@@ -265,10 +265,10 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts:
-    """Build the three parts of a model config and check that they fit together.
+    """Build the three modules of a model config and check that they match.
 
     Raises:
-        ConfigError: naming the key, what it holds and what it must agree with.
+        ConfigError: if a key is missing or invalid; the message names the key, its value and what is expected.
     """
     for key in ("sample_rate", "samples_per_frame", *PARTS):
         if config.get(key) is None:

@@ -1,7 +1,7 @@
-"""zip and pickle -> tensors by name; nothing in the pickle is called.
+"""Read tensors by name from a PyTorch zip file, without calling anything in its pickle.
 
-`torch.load(weights_only=True)` guards against code too, but an environment variable turns that off, it checks no
-checksum, and it reads every tensor of the file.
+`torch.load(weights_only=True)` also prevents code execution, but an environment variable turns that off. It does not
+verify checksums, and it reads every tensor of the file.
 """
 
 import io
@@ -34,7 +34,7 @@ MAX_DIRECTORY_BYTES = 2 << 20
 MAX_DIMENSIONS = 16
 SINGLE = "the tensor"
 
-_PIECE = 1 << 20  # bytes read at once: their checksum is computed while they are in the cache
+_PIECE = 1 << 20  # bytes read at once: their checksum is computed while they are in the CPU cache
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 
 _STORAGE_DTYPES = {
@@ -52,7 +52,7 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
-# What `torch.save` writes for state dicts. Others make containers of 200 bytes from one byte of file.
+# Opcodes that `torch.save` writes for state dicts. Others create containers of 200 bytes from one byte of the file.
 _OPCODES = frozenset(
     """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS
     TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NEWTRUE NEWFALSE NONE BINPUT
@@ -63,7 +63,7 @@ _TRAINING_OPCODES = _OPCODES | {"NEWOBJ"}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies; nothing of it is read until it is asked for."""
+    """Position, dtype, shape and stride of a tensor in the file."""
 
     record: str
     dtype: torch.dtype
@@ -73,7 +73,7 @@ class Entry:
 
 
 class _RebuildTensor:
-    # Without attributes, so that a pickle cannot change it: BUILD would set a function's defaults.
+    # A class without attributes, which a pickle cannot modify: BUILD could set a function's defaults.
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Entry:
@@ -104,10 +104,10 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries and tensors.
+    """Unpickler that creates only dictionaries and tensor entries.
 
-    Any other name in a `.nemo`'s pickle is refused before anything of it is called; in a training checkpoint, which
-    is full of them, it stands for `Inert`.
+    Any other class in the pickle of a `.nemo` is refused. In a training checkpoint, which has many, it is replaced
+    by `Inert`.
     """
 
     def __init__(self, raw: bytes, training: bool) -> None:
@@ -115,6 +115,7 @@ class _Unpickler(pickle.Unpickler):
         self._training = training
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed class by name; raise UnpicklingError for others."""
         if (module, name) not in _NAMES:
             if self._training:
                 return Inert
@@ -122,6 +123,7 @@ class _Unpickler(pickle.Unpickler):
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
+        """Return the record and the dtype of a tensor's storage."""
         kind, dtype, record, *_ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str):
             raise pickle.UnpicklingError("it refers to something that is not a tensor's storage")
@@ -133,27 +135,27 @@ def _unpickle(raw: bytes, training: bool) -> Any:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(raw), start=1):
         if opcode.name not in allowed:
             raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which no state dict needs")
-        # The interpreter makes room for every index below the one that is used.
+        # The unpickler allocates memory for all memo indexes below the one in use.
         if count > MAX_PICKLE_OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
             raise pickle.UnpicklingError("its pickle is larger than any state dict's")
     return _Unpickler(raw, training).load()
 
 
 class Tensors:
-    """The tensors of a checkpoint by name, read one at a time.
+    """Tensors of a checkpoint by name, read one at a time.
 
     Args:
-        path: for messages.
-        source: the weights member, or the whole of a training checkpoint.
-        training: whether it is one.
-        single: whether the file is one tensor rather than a state dict; its name is then `SINGLE`.
+        path: path for messages.
+        source: bytes of the weights member, or of a whole training checkpoint.
+        training: whether `source` is a training checkpoint.
+        single: whether the file holds one tensor instead of a state dict; its name is then `SINGLE`.
 
     Attributes:
-        entries: where each tensor lies.
-        contents: the whole of what was pickled.
+        entries: position, dtype and shape of each tensor by name.
+        contents: the unpickled object.
 
     Raises:
-        CheckpointError: if it is not a PyTorch zip file of a state dict, or asks for more than that.
+        CheckpointError: if `source` is not a PyTorch zip file of a state dict, or contains other objects.
     """
 
     def __init__(self, path: Path, source: ByteSource, training: bool = False, *, single: bool = False) -> None:
@@ -182,7 +184,7 @@ class Tensors:
             self.contents = state = _unpickle(bytes(raw), training)
         except CheckpointError:
             raise
-        except Exception as error:  # a pickle can make its interpreter fail in any way it likes
+        except Exception as error:  # a malicious pickle can make the unpickler raise any exception
             self._check_unchanged(error)
             reason = shorten(str(error) or type(error).__name__, 200)
             raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
@@ -191,7 +193,7 @@ class Tensors:
             raise CheckpointError(f"{what} holds no tensor.")
         if single:
             state = {SINGLE: state}
-        # `dict`'s own methods: a pickle may put numbers in their place.
+        # Call the methods of `dict` itself: a pickle may have replaced those of the instance.
         if isinstance(state, dict) and isinstance(dict.get(state, "state_dict"), dict):
             state = dict.get(state, "state_dict")
         if not isinstance(state, dict) or not state:
@@ -201,15 +203,15 @@ class Tensors:
         self.entries: Mapping[str, Entry] = plain_keys(entries, what)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """Read one tensor into memory of its own, and verify its checksum.
+        """Read one tensor into new memory and verify its checksum.
 
         Raises:
-            CheckpointError: if it is damaged, or the file has changed since it was opened.
+            CheckpointError: if the tensor is damaged, or the file has changed since it was opened.
         """
         return self._read_tensor(key, kept=True)
 
     def temporary(self, key: str) -> torch.Tensor:
-        """Read one tensor as `[]` does, into memory that the next call uses again: new memory takes longer."""
+        """Read one tensor into a buffer that the next call reuses, which is faster than allocating new memory."""
         return self._read_tensor(key, kept=False)
 
     def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
@@ -223,9 +225,9 @@ class Tensors:
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
         if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
-                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record holds {available} numbers."
+                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record holds {available} values."
             )
-        # From the first to the last number of the tensor: others may share its record.
+        # Read from the first to the last value of the tensor only: other tensors may share its record.
         count = last + 1 - entry.offset
         flat = torch.empty(count, dtype=entry.dtype) if kept else self._scratch(count * item).view(entry.dtype)
         try:
@@ -236,7 +238,7 @@ class Tensors:
             self._check_unchanged(error)
             reason = shorten(str(error) or type(error).__name__, 200)
             raise CheckpointError(
-                f"{self.path}: the numbers of {shorten(key)} are damaged ({reason}); download it again."
+                f"{self.path}: the values of {shorten(key)} are damaged ({reason}); download it again."
             ) from error
         tensor = flat.as_strided(entry.shape, entry.stride)
         return tensor if numel == len(flat) else tensor.clone()
@@ -251,7 +253,7 @@ class Tensors:
             raise CheckpointError(f"{self.path}: was changed while it was open; load it again.") from cause
 
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
-        """Fill a buffer with the bytes of a stored record from `begin`, and check the sum of all of the record."""
+        """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum."""
         if name not in self._records:
             raise zipfile.BadZipFile(f"there is no record {name}")
         info = self._records[name]
@@ -283,7 +285,7 @@ class Tensors:
         return bytes(raw)
 
     def _checksum(self, offset: int, size: int, checksum: int = 0) -> int:
-        """Continue a checksum over bytes that are not kept."""
+        """Update a checksum with bytes of the source, without storing them."""
         scratch = memoryview(bytearray(min(size, _PIECE)))
         for done in range(0, size, _PIECE):
             piece = scratch[: size - done]
@@ -293,7 +295,7 @@ class Tensors:
 
 
 class _SourceFile(io.RawIOBase):
-    """A source as a file, from which `zipfile` reads no more than a sensible directory."""
+    """File object over a byte source that limits the size of the zip directory that `zipfile` reads."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
@@ -316,8 +318,8 @@ class _SourceFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._source.size - self._position)
-        size = left if size < 0 else min(size, left)
+        remaining = max(0, self._source.size - self._position)
+        size = remaining if size < 0 else min(size, remaining)
         if size > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile("its directory is larger than any state dict's")
         raw = bytearray(size)

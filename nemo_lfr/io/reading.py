@@ -101,14 +101,15 @@ def read_samples(
 def _to_float(samples: np.ndarray) -> np.ndarray:
     if np.issubdtype(samples.dtype, np.floating):
         return samples
-    wave = samples.astype(np.float64)
+    wave: np.ndarray = samples.astype(np.float64)
     if samples.dtype == np.uint8:
         return (wave - 128) / 128
     bits = {1: 8, 2: 16, 4: 32}.get(samples.dtype.itemsize)
     if samples.dtype.itemsize >= 4:
         bits = 16 if np.abs(wave).max(initial=0.0) <= 2**15 else 32
     assert bits is not None
-    return wave / 2 ** (bits - 1)
+    wave /= 2 ** (bits - 1)
+    return wave
 
 
 def _read(reader: AudioReader, offset: float | None, duration: float | None, longest: float, name: str) -> np.ndarray:

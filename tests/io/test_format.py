@@ -678,7 +678,7 @@ def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
 
 
 @pytest.mark.parametrize("version", WRITERS)
-def test_what_is_whole_of_a_cut_file_can_be_recovered(tmp_path, version):
+def test_intact_part_of_a_truncated_file_is_recovered(tmp_path, version):
     blocks = [random_tokens(RELEASED, size, size) for size in (2, 3, 1)]
     whole = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, 6 * 1024).read_bytes()
     first = whole.index(b"}") + 5

@@ -209,7 +209,7 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
         flags, count = struct.unpack(">II", tag[4:12])
         return count if flags & 1 else 0
     if len(frame_bytes) >= 54 and frame_bytes[36:40] == b"VBRI":
-        return struct.unpack(">I", frame_bytes[50:54])[0]
+        return int.from_bytes(frame_bytes[50:54], "big")
     return None
 
 

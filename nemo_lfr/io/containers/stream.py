@@ -1,13 +1,13 @@
-"""What containers are described with: the bytes of one recording, and files that are looked at and put together."""
+"""Byte ranges of recordings in a container, file objects over them, and random access to a file."""
 
 import io
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-# What programs write as the length of a WAV file before they know it is this or more.
+# Programs that do not know the length of a WAV file yet write this value or more.
 UNKNOWN_BYTES = 0x7FFF0000
 # A chunk's name. Samples hardly ever look like one: all four bytes would have to be letters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
@@ -30,12 +30,12 @@ class Stream:
     """One recording of a file.
 
     Attributes:
-        spans: bytes [start, stop) of the file that hold it, in order.
-        header: bytes to put before them.
-        is_file: the file as it is, so that a decoder can open it by itself.
-        problem: what is wrong with it; None if it is whole.
-        note: what is odd, and loses next to nothing; None if nothing is.
-        by_name: libsndfile reads this format (MPEG audio) right from a named file only.
+        spans: byte ranges [start, stop) of the file that hold the recording, in order.
+        header: bytes to insert before them.
+        is_file: whether the stream is the unchanged file, which a decoder can open by itself.
+        problem: error message if the recording cannot be read; None if it is complete.
+        note: warning about an irregularity that loses almost no audio; None if there is none.
+        by_name: whether libsndfile decodes the format (MPEG audio) correctly only from a named file.
     """
 
     spans: list[Span]
@@ -47,11 +47,11 @@ class Stream:
 
 
 class Splice(io.RawIOBase):
-    """A stream of a file, as a file.
+    """File object over a stream: its header, followed by its spans of a file.
 
     Args:
-        file: what the spans are of; its position changes.
-        stream: which bytes.
+        file: the file; its position changes.
+        stream: header and spans.
     """
 
     def __init__(self, file: "BinaryIO | Splice", stream: Stream) -> None:
@@ -62,20 +62,25 @@ class Splice(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def tell(self) -> int:
+        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set the position and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes; all remaining ones by default."""
         size = max(0, self._length - self._position) if size < 0 else size
         pieces = []
         while size:
@@ -87,7 +92,8 @@ class Splice(io.RawIOBase):
             size -= len(piece)
         return b"".join(pieces)
 
-    def readinto(self, buffer) -> int:  # any writable buffer
+    def readinto(self, buffer: Any) -> int:
+        """Read into a writable buffer and return the number of bytes."""
         piece = self.read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
@@ -162,16 +168,18 @@ def without_tags(window: Window, start: int, stop: int) -> int:
 
 
 def whole_file(size: int, problem: str | None = None) -> Stream:
+    """Return the stream of an unchanged file of `size` bytes."""
     return Stream([(0, size)], is_file=True, problem=problem)
 
 
 def cut_short(promised: int, available: int) -> str:
+    """Return the error message for a file that ends before its header says."""
     return f"was cut short: its header promises {promised} bytes, {available} are there"
 
 
-# What is wrong with a file that ends before its first sample.
+# Error message for a file that ends before its first sample.
 HEADER_CUT = "was cut short: it ends within its header"
-# What is wrong with a file of several recordings that cannot be taken apart.
+# Error message for a file of several recordings that cannot be separated.
 JOINED = "holds several recordings, one after the other; convert each to WAV by itself"
 
 
@@ -187,7 +195,7 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
         return False
     if left is None or len(rest) < 8 or rest[:4] in KNOWN_CHUNKS:
         return True
-    return struct.unpack_from(f"{order}I", rest, 4)[0] <= left - 8
+    return bool(struct.unpack_from(f"{order}I", rest, 4)[0] <= left - 8)
 
 
 def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
