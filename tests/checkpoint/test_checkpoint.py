@@ -708,7 +708,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle calls eval": (lambda: with_weights(pickled_in_zip(b"\x80\x02cbuiltins\neval\n(X\x01\0\0\x001tR.")), "eval"),
     "pickle calls getattr": (lambda: with_weights(pickled_in_zip(b"\x80\x02cbuiltins\ngetattr\n.")), "getattr"),
     "pickle names torch.load": (lambda: with_weights(pickled_in_zip(b"\x80\x02ctorch\nload\n.")), "torch.load"),
-    "pickle names ours": (lambda: with_weights(pickled_in_zip(b"\x80\x02cnemo_lfr.model\nos\n.")), "nemo_lfr.nemo.model.os"),
+    "pickle names ours": (lambda: with_weights(pickled_in_zip(b"\x80\x02cnemo_lfr.model\nos\n.")), "nemo_lfr.model.os"),
     "pickle of protocol 0": (lambda: with_weights(pickled_in_zip(b"cos\nsystem\n(S'touch escaped'\ntR.")), "os.system|STRING"),
     "pickle of protocol 4": (lambda: with_weights(pickled_in_zip(pickle.dumps(Payload(), 4))), "FRAME|SHORT_BIN"),
     "pickle imports by extension": (lambda: with_weights(pickled_in_zip(b"\x80\x02\x82\x01.")), "EXT1"),
