@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, TOKEN_SUFFIX, TOKENS, identify
+from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
 from nemo_lfr.cli.terminal import echo_stderr, echo_stdout, exit_with_error, progress
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import sweep
@@ -118,7 +118,7 @@ def check_input(path: Path, suffixes: Collection[str]) -> None:
         return
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify(path)
-    if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind} - {wanted.kind}:
+    if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind} - {wanted.kind}:
         raise NemoLfrError(f"{path}: is {identity.text}, not {wanted.text}; {identity.advice}.")
 
 
