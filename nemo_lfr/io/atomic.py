@@ -180,7 +180,9 @@ def _remove(entry: "os.DirEntry[str]") -> None:
             if (descriptor := _open_folder(entry.path)) is not None:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(descriptor)
-        elif not entry.is_file(follow_symlinks=False) or _is_free(entry.path):
+        elif entry.is_file(follow_symlinks=False):
+            _remove_free_file(entry.path)
+        else:
             os.unlink(entry.path)
 
 
@@ -210,14 +212,18 @@ def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bo
     return match is not None and (names is None or match["name"] in names) and not entry.is_dir(follow_symlinks=False)
 
 
-def _is_free(path: str) -> bool:
-    """Return whether no process holds the lock of a temporary file."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        return False
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+def _remove_free_file(path: str) -> None:
+    """Remove a temporary file unless another process holds its lock.
+
+    The lock is held until the file is gone: a writer that locks it afterwards sees that its name does not exist.
+    """
+    if os.name == "nt":  # no such locks, but Windows does not remove open files either
+        os.unlink(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # Windows has no such locks, but does not remove open files either.
-        return lock(descriptor) or os.name == "nt"
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and lock(descriptor):
+            os.unlink(path)
     finally:
         os.close(descriptor)
 
