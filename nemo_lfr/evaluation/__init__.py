@@ -1,6 +1,6 @@
-"""How good a codec is, from pairs of recordings."""
+"""Evaluation of codecs with objective metrics, and reports of the results."""
 
-# What `--codec` takes; here, where the command line reads it without importing the codecs.
+# Accepted values of `--codec`. Defined here so that the command line need not import the codecs.
 CODECS = (
     "lfr (the bundled codec), lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:CODEBOOKS, "
     "mimi:CODEBOOKS, original"

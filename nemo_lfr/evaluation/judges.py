@@ -1,6 +1,7 @@
-"""Metrics that need a trained model of somebody's: naturalness, recognition and speaker.
+"""Metrics computed by third-party trained models.
 
-A model that is not there leaves a `NotMeasured` in the table and never stops a run.
+These are naturalness, ASR error rates and speaker similarity. A model that is not available never stops an evaluation.
+Its metrics are reported as `NotMeasured` with the reason.
 """
 
 from abc import ABC, abstractmethod
@@ -34,11 +35,11 @@ ALL_METRICS = METRICS | JUDGED
 
 
 class Judge(ABC):
-    """A model that measures outputs.
+    """Base class of metrics that are computed by a trained model.
 
     Attributes:
-        name: what it is, for the report.
-        metrics: names out of `JUDGED` that it gives.
+        name: name of the model, for the report.
+        metrics: names in `JUDGED` of the metrics that the model computes.
     """
 
     name: str
@@ -46,11 +47,20 @@ class Judge(ABC):
 
     @abstractmethod
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
-        """Its metrics for one pair; `labels` is the line of the manifest."""
+        """Compute the metrics of one pair of recordings.
+
+        Args:
+            original: original recording.
+            output: reconstruction, of the same rate and length.
+            labels: manifest entry of the recording.
+
+        Returns:
+            The value of each of `metrics`, or a `NotMeasured` with the reason.
+        """
 
 
 class Squim(Judge):
-    """Torchaudio's reference-based estimate of the mean opinion score."""
+    """Mean opinion score estimated by torchaudio's SQUIM_SUBJECTIVE."""
 
     metrics = (SQUIM_MOS,)
     name = "torchaudio SQUIM_SUBJECTIVE"
@@ -65,6 +75,7 @@ class Squim(Judge):
         self.model, self.device = SQUIM_SUBJECTIVE.get_model().eval().to(device), device
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
+        """Estimate the mean opinion score of the output, with the original as reference."""
         import torch
 
         pair = (torch.from_numpy(signal.at_16k)[None].to(self.device) for signal in (output, original))
@@ -73,7 +84,12 @@ class Squim(Judge):
 
 
 class Recognizer(Judge):
-    """Error rates of an ASR model: a `.nemo` file or nemo:HUB_ID by NeMo, else a folder or Hub id by transformers."""
+    """Character and word error rates of an ASR model.
+
+    Args:
+        source: `.nemo` file or nemo:HUB_ID for a NeMo model; otherwise a folder or Hub id for transformers.
+        device: PyTorch device.
+    """
 
     metrics = ("CER", "WER")
 
@@ -85,6 +101,7 @@ class Recognizer(Judge):
         self._transcribe = _nemo_asr(source, device) if _is_nemo(source) else _transformers_asr(source, device)
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
+        """Compute CER and WER in percent, with the manifest's text as reference."""
         said = self._normalize(str(labels.get("text") or "")).strip()
         if not said:
             return dict.fromkeys(self.metrics, Undefined("the manifest has no text"))
@@ -93,7 +110,12 @@ class Recognizer(Judge):
 
 
 class Verifier(Judge):
-    """Speaker similarity: a `.nemo` file or nemo:HUB_ID by NeMo, else an x-vector model by transformers."""
+    """Speaker similarity of a speaker verification model.
+
+    Args:
+        source: `.nemo` file or nemo:HUB_ID for a NeMo model; otherwise an x-vector model for transformers.
+        device: PyTorch device.
+    """
 
     metrics = (SIMILARITY,)
 
@@ -102,6 +124,7 @@ class Verifier(Judge):
         self._embed = _nemo_speaker(source, device) if _is_nemo(source) else _transformers_speaker(source, device)
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
+        """Compute the cosine similarity of the speaker embeddings of original and output."""
         first, second = (self._embed(signal.at_16k).astype(np.float64) for signal in (original, output))
         norms = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
         return {SIMILARITY: float(first @ second) / max(norms, 1e-300)}
@@ -110,7 +133,16 @@ class Verifier(Judge):
 def open_judges(
     device: str, asr: str | None = None, speaker_model: str | None = None
 ) -> tuple[list[Judge], dict[str, NotMeasured]]:
-    """Those that can be had, and for each metric of the others why not."""
+    """Load the models of the model-based metrics.
+
+    Args:
+        device: PyTorch device.
+        asr: ASR model for `Recognizer`, or None to skip its metrics.
+        speaker_model: speaker model for `Verifier`, or None to skip its metrics.
+
+    Returns:
+        The models that could be loaded, and the reason for each metric that is not available.
+    """
     wanted: list[tuple[tuple[str, ...], Callable[[], Judge] | None, str]] = [
         (Squim.metrics, lambda: Squim(device), ""),
         (Recognizer.metrics, (lambda: Recognizer(asr, device)) if asr else None, "no --asr given"),
@@ -130,7 +162,7 @@ def open_judges(
                 continue
             except ModuleNotFoundError as error:
                 reason = NotMeasured(f"not measured: {error.name} is not installed")
-            except Exception as error:  # another package's model, from wherever the user says
+            except Exception as error:  # third-party model loaders can raise anything
                 reason = NotMeasured(f"not measured: {' '.join(str(error).split())[:200]}")
         absent.update(dict.fromkeys(metrics, reason))
     return judges, absent

@@ -1,7 +1,7 @@
-"""Figures for one pair of recordings: the original and what a codec made of it.
+"""Objective metrics of one pair of recordings, an original and its reconstruction.
 
-PESQ, STOI and pitch are other packages' (extra `evaluate`). Where there is no figure, there is a `NotMeasured` that
-says why; nothing stands in for it.
+PESQ, STOI and pitch are computed by third-party packages (extra `evaluate`). A metric without a value is reported as a
+`NotMeasured` with the reason; there are no fallback values.
 """
 
 import warnings
@@ -15,34 +15,41 @@ import numpy as np
 from nemo_lfr.errors import AudioError, install_command
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 
-# Of the mel and STFT distance: (FFT size, hop, window) in samples and mel bands, those of the codec's training config.
+# (n_fft, hop, window) in samples and mel bands of the mel and STFT distances, as in the codec's training config.
 RESOLUTIONS = tuple((size, size // 4, size) for size in (32, 64, 128, 256, 512, 1024, 2048))
 MEL_DIMS = (5, 10, 20, 40, 80, 160, 320)
-# Quieter than the last bit of 24: there is nothing to compare with.
+# Least significant bit of 24-bit audio; anything quieter counts as silence.
 SILENCE = 2.0**-23
-# P.862 is made for 8 to 20 s; its reference code keeps tables of fixed size.
+# P.862 is designed for 8 to 20 s, and its reference code uses tables of fixed size.
 PESQ_SECONDS = 60
 PITCH_HOP = 320  # 20 ms at 16 kHz
 
 
 class NotMeasured(str):
-    """Stands in a table where a figure would, and says why there is none."""
+    """Placeholder for a missing value, with the reason."""
 
 
 class Undefined(NotMeasured):
-    """A metric that has no value for this very pair, whoever measures it."""
+    """Placeholder for a metric that is not defined for this pair.
+
+    Repeating the measurement gives the same result, so it is stored like a value.
+    """
 
 
 def missing(package: str) -> NotMeasured:
-    """What stands for a metric whose package is not installed."""
+    """Return the placeholder for a metric whose package is not installed."""
     return NotMeasured(f"not measured: needs {package}: {install_command(package)}")
 
 
 class Signal:
-    """Mono audio [T] at `rate` Hz, and what several metrics want to know of it, each computed once.
+    """Mono audio with cached features that several metrics share.
+
+    Args:
+        wave: samples, shape [T].
+        rate: sample rate in Hz.
 
     Raises:
-        AudioError: if it is empty, not one-dimensional, NaN or beyond any level.
+        AudioError: if the audio is empty, is not one-dimensional, contains NaN or exceeds the maximum level.
     """
 
     def __init__(self, wave: np.ndarray, rate: int) -> None:
@@ -54,14 +61,17 @@ class Signal:
 
     @property
     def silent(self) -> bool:
+        """Return whether the peak is below the level of silence."""
         return float(np.abs(self.wave).max()) < SILENCE
 
     @cached_property
     def at_16k(self) -> np.ndarray:
+        """Return the audio resampled to 16 kHz, shape [T]."""
         return resample(self.wave, self.rate, 16000)
 
     @cached_property
     def spectra(self) -> Any:
+        """Return the `Spectra` of the audio, with batch size 1."""
         import torch
 
         from nemo_lfr.signal.spectra import Spectra
@@ -70,7 +80,10 @@ class Signal:
 
     @cached_property
     def pitch(self) -> tuple[np.ndarray, np.ndarray]:
-        """F0 in Hz and whether it is voiced, each [frames]; pYIN (Mauch and Dixon 2014) from 60 to 500 Hz."""
+        """Return F0 in Hz and the voicing decisions of pYIN, each of shape [frames].
+
+        pYIN is described by Mauch and Dixon (2014); the search range is 60 to 500 Hz and the hop 20 ms.
+        """
         import librosa
 
         f0, voiced, _ = librosa.pyin(self.at_16k, fmin=60, fmax=500, sr=16000, frame_length=1024, hop_length=PITCH_HOP)
@@ -81,18 +94,21 @@ Value = float | NotMeasured
 
 
 def si_sdr(original: Signal, output: Signal) -> Value:
+    """Compute the scale-invariant signal-to-distortion ratio in dB."""
     from nemo_lfr.signal.distances import si_sdr
 
     if output.silent:
-        return Undefined("the output is silent")  # NeMo's formula has 0 dB for it
+        return Undefined("the output is silent")  # NeMo's formula gives 0 dB here
     return _not_of_silence(original) or float(si_sdr(original.spectra.audio, output.spectra.audio))
 
 
 def mel_distance(original: Signal, output: Signal) -> Value:
+    """Compute the multi-resolution log-mel distance."""
     return _reconstruction(original, output, "mel_l1")
 
 
 def stft_distance(original: Signal, output: Signal) -> Value:
+    """Compute the multi-resolution log-magnitude STFT distance."""
     return _reconstruction(original, output, "stft")
 
 
@@ -114,6 +130,7 @@ def _reconstruction(original: Signal, output: Signal, term: str) -> Value:
 
 
 def pesq_wb(original: Signal, output: Signal) -> Value:
+    """Compute wideband PESQ (ITU-T P.862.2) as a MOS, at 16 kHz."""
     from pesq import PesqError, pesq
 
     if (silent := _not_of_silence(original)) is not None:
@@ -125,15 +142,17 @@ def pesq_wb(original: Signal, output: Signal) -> Value:
     except PesqError as error:
         text = error.args[0] if error.args else error
         return Undefined(text.decode() if isinstance(text, bytes) else str(text))
-    except ValueError:  # its C code's way to say that no level could be found
+    except ValueError:  # raised by pesq's C code when it finds no active speech level
         return Undefined("no speech in the output")
 
 
 def stoi(original: Signal, output: Signal) -> Value:
+    """Compute the short-time objective intelligibility (STOI)."""
     return _intelligibility(original, output, extended=False)
 
 
 def estoi(original: Signal, output: Signal) -> Value:
+    """Compute the extended short-time objective intelligibility (ESTOI)."""
     return _intelligibility(original, output, extended=True)
 
 
@@ -143,7 +162,7 @@ def _intelligibility(original: Signal, output: Signal, extended: bool) -> Value:
     if (silent := _not_of_silence(original)) is not None:
         return silent
     with warnings.catch_warnings():
-        # pystoi's way to say that 30 frames of speech are not there; it returns 1e-5 then.
+        # pystoi warns and returns 1e-5 when there are fewer than 30 frames of speech.
         warnings.simplefilter("error", RuntimeWarning)
         try:
             return float(stoi(original.wave, output.wave, original.rate, extended=extended))
@@ -152,6 +171,7 @@ def _intelligibility(original: Signal, output: Signal, extended: bool) -> Value:
 
 
 def f0_error(original: Signal, output: Signal) -> Value:
+    """Compute the RMS error of F0 in cents, over frames that are voiced in both."""
     (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
     both = voiced & voiced_output
     if not both.any():
@@ -160,11 +180,16 @@ def f0_error(original: Signal, output: Signal) -> Value:
 
 
 def voicing_error(original: Signal, output: Signal) -> Value:
+    """Compute the percentage of frames whose voicing decisions differ."""
     return 100 * float(np.mean(original.pitch[1] != output.pitch[1]))
 
 
 def lag(original: Signal, output: Signal) -> Value:
-    """Where the envelopes' correlation peaks, in ms within 100: positive if the output is late."""
+    """Compute the delay of the output's envelope in ms.
+
+    The delay is the peak of the cross-correlation of the two envelopes within 100 ms. It is positive if the output is
+    late.
+    """
     from scipy.ndimage import uniform_filter1d
     from scipy.signal import correlate
 
@@ -187,14 +212,16 @@ def _not_of_silence(original: Signal) -> Undefined | None:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a figure is.
+    """Description of a metric.
 
     Attributes:
-        unit: for the head of a table.
-        better: "higher" or "lower", if either.
-        definition: in a sentence, printed with the figures.
-        package: that it needs.
-        function: of original and output, `Signal`s of one rate and length; None for one that a model judges.
+        unit: unit for table headers, or an empty string.
+        better: "higher", "lower" or None if neither is better.
+        definition: definition in one sentence, printed with the results.
+        package: package that the metric needs, or an empty string.
+        function: function of the original and the output, two `Signal`s of equal rate and length; None for a metric
+            that a trained model computes.
+        digits: decimal places in tables.
     """
 
     unit: str
@@ -236,15 +263,23 @@ METRICS: dict[str, Metric] = {
     ),
     "lag": Metric("ms", None, "Of the output's envelope behind the original's, after compensation.", "scipy", lag, 1),
 }
-# What the demo shows and the quick check of a training run: seconds, not minutes.
+# Metrics of the demo and of validation during training, which take seconds instead of minutes.
 QUICK = ("ESTOI", "PESQ-WB", "SI-SDR")
 
 
 def measure(original: Signal, output: Signal, names: Collection[str] = tuple(METRICS)) -> dict[str, Value]:
-    """The metrics asked for, of two recordings of equal rate and length.
+    """Compute metrics of a pair of recordings.
+
+    Args:
+        original: original recording.
+        output: reconstruction, of the same rate and length.
+        names: names in `METRICS`.
+
+    Returns:
+        The value of each metric, or a `NotMeasured` with the reason.
 
     Raises:
-        AudioError: if rate or length differ.
+        AudioError: if the rates or lengths differ.
     """
     if original.rate != output.rate or len(original.wave) != len(output.wave):
         raise AudioError(

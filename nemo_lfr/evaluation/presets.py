@@ -1,7 +1,7 @@
-"""The test sets of NVIDIA's model card, from the published archives as they unpack.
+"""Test sets of NVIDIA's model card, read from the extracted public archives.
 
-The card names the sets and not the samples, so each choice here is ours, fixed and written down. Its figures are those
-of the released checkpoint (170k steps).
+The card names the data sets but not the samples, so that the selections here are our own. They are deterministic and
+documented. The values of the card are those of the released checkpoint (170k steps).
 """
 
 import random
@@ -23,12 +23,12 @@ DAPS_PIECE = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Preset:
-    """A test set.
+    """Description of a test set.
 
     Attributes:
-        recordings: of the unpacked archives' folder and a seed.
-        card: the card's figures, by metric.
-        selection: what is chosen, in a sentence.
+        recordings: function that selects the recordings, from the folder of the extracted archives and a seed.
+        card: values of the model card, by metric.
+        selection: description of the selection in one sentence.
     """
 
     recordings: Callable[[Path, int], list[Recording]]
@@ -37,10 +37,17 @@ class Preset:
 
 
 def card_mls(folder: Path, seed: int) -> list[Recording]:
-    """200 utterances of each language's test set.
+    """Select up to 200 utterances of each language's MLS test set.
+
+    Args:
+        folder: folder of the extracted archives.
+        seed: sampling seed.
+
+    Returns:
+        Recordings, sorted by language and path.
 
     Raises:
-        NemoLfrError: naming the languages that are not there.
+        NemoLfrError: if languages are missing; the message lists them.
     """
     by_language: dict[str, list[Recording]] = {}
     for utterance in mls(folder):
@@ -61,10 +68,19 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
 
 
 def card_daps(folder: Path, seed: int) -> list[Recording]:
-    """The clean recordings of speakers F10 and M10, in pieces of 10 s; what is left of a file is left out.
+    """Select the clean DAPS recordings of speakers F10 and M10 in 10 s segments.
+
+    A remainder of less than 10 s at the end of a file is dropped.
+
+    Args:
+        folder: folder of the extracted archive.
+        seed: unused, since the selection is not random.
+
+    Returns:
+        Recordings, sorted by speaker and path.
 
     Raises:
-        NemoLfrError: if a speaker is not there.
+        NemoLfrError: if a speaker is missing.
     """
     chosen = []
     for speaker in DAPS_SPEAKERS:
