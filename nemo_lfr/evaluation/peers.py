@@ -1,7 +1,8 @@
-"""Codecs behind one interface: this one, stock NeMo's, and those that a user would pick instead.
+"""Common interface to the codecs that an evaluation compares.
 
-A codec takes one recording, sends it through, and says what that took. Opus and Codec2 are the system's programs;
-EnCodec, DAC and Mimi are transformers', when their weights are there: nothing is downloaded.
+These are the codecs of this package, stock NeMo and alternatives. Opus and Codec2 run as external programs. EnCodec,
+DAC and Mimi are the implementations of transformers. Their weights must be available locally, since nothing is
+downloaded.
 """
 
 import math
@@ -30,15 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Transmission:
-    """What came of sending a recording.
+    """Result of encoding and decoding one recording.
 
     Attributes:
-        audio: float32 [T], of the recording's rate and length.
-        num_bytes: without a container.
-        file_bytes: of a file of its usual format, container and all.
-        encode_seconds, decode_seconds: as a user runs it; of the system's programs with their start.
-        tokens: [C, T], where the codec has tokens.
-        compressed_bytes, compressed_file_bytes: the same two, where an entropy model compresses the tokens.
+        audio: reconstruction, float32, shape [T], with the rate and length of the recording.
+        num_bytes: size of the payload without a container.
+        file_bytes: size of a file in the codec's usual format, including the container.
+        encode_seconds: wall-clock time of encoding; for external programs including their startup.
+        decode_seconds: wall-clock time of decoding, likewise.
+        tokens: token ids, shape [C, T_encoded], or None if the codec has no tokens.
+        compressed_bytes: as `num_bytes` with the tokens compressed by an entropy model, or None without a model.
+        compressed_file_bytes: as `file_bytes` with the tokens compressed by an entropy model, or None without a model.
     """
 
     audio: np.ndarray
@@ -52,13 +55,13 @@ class Transmission:
 
 
 class Peer(ABC):
-    """A codec at one setting.
+    """Base class of the compared codecs, each at one setting.
 
     Attributes:
-        name: for tables.
-        identity: what its results depend on: weights or version.
-        delay: seconds that its output is late, which `send` takes out.
-        levels: of each dimension of a codebook; (size,) for a codebook that is not FSQ's; () without tokens.
+        name: name in tables.
+        identity: string that identifies the weights or the version of the program, and thus the results.
+        delay: delay of the output in seconds, which `send` compensates.
+        levels: FSQ levels of each dimension of a codebook; (size,) for codebooks other than FSQ; () without tokens.
     """
 
     name: str
@@ -68,11 +71,19 @@ class Peer(ABC):
 
     @abstractmethod
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
-        """Encode and decode samples [T] at `rate` Hz."""
+        """Encode and decode one recording.
+
+        Args:
+            audio: mono samples, shape [T].
+            rate: sample rate of the audio in Hz.
+
+        Returns:
+            The reconstruction at the same rate and of the same length, with its sizes and times.
+        """
 
 
 class Original(Peer):
-    """No codec at all: what the metrics say of 16-bit audio that lost nothing."""
+    """Identity codec, whose metrics are the best possible; sizes are of 16-bit PCM."""
 
     name, identity = "original", "original"
 
@@ -81,11 +92,12 @@ class Original(Peer):
             raise NemoLfrError(f"original:{source}: the original has no options.")
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Return the audio unchanged."""
         return Transmission(audio, 2 * len(audio), 2 * len(audio) + 44, 0.0, 0.0)
 
 
 class LFR(Peer):
-    """A codec that this package loads."""
+    """Codec loaded by this package."""
 
     def __init__(self, source: str = "", device: str | None = None) -> None:
         from nemo_lfr.pretrained import load
@@ -95,6 +107,7 @@ class LFR(Peer):
         self.identity, self.levels = self.codec.fingerprint, self.codec.levels
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Encode and decode audio [T] with the standalone API."""
         from nemo_lfr.codec.arrays import to_numpy
         from nemo_lfr.io.entropy.find import model_if_any
 
@@ -117,7 +130,7 @@ class LFR(Peer):
     def _written(
         self, path: Path, tokens: np.ndarray, num_samples: int, model: "EntropyModel | None" = None
     ) -> tuple[int, int]:
-        """Write a token file; bytes of its blocks' payload, and of the file."""
+        """Write a token file, and return the bytes of its payload and of the file."""
         from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
         with TokenWriter.for_codec(path, self.codec, model=model) as writer:
@@ -128,21 +141,21 @@ class LFR(Peer):
 
 
 class StockNeMo(Peer):
-    """NeMo's own `AudioCodecModel`, without this package."""
+    """NeMo's own `AudioCodecModel`, without any code of this package."""
 
     def __init__(self, source: str = "", device: str | None = None) -> None:
         import torch
 
         try:
             from nemo.collections.tts.models import AudioCodecModel
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # a broken installation can raise anything
             raise missing_extra(error, "NeMo", f"nemo: needs NeMo: {install_command(*NEMO_PACKAGES)}") from error
         from nemo_lfr.checkpoint import read_config
         from nemo_lfr.codec.devices import choose_device
         from nemo_lfr.pretrained import find_checkpoint
 
         path = find_checkpoint(source or None)
-        read_config(path)  # ours refuses what stock would choke on, with a sentence
+        read_config(path)  # reports an unsupported checkpoint in one line, where NeMo would fail later
         self.device = choose_device(device)
         with torch.no_grad():
             self.model = AudioCodecModel.restore_from(str(path), map_location=self.device).eval()
@@ -151,6 +164,7 @@ class StockNeMo(Peer):
         self.levels = tuple(int(level) for level in self.model.vector_quantizer.fsqs[0].num_levels.flatten())
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Encode and decode audio [T] with NeMo."""
         import torch
 
         own = resampled(audio, rate, self.model.sample_rate)
@@ -170,7 +184,10 @@ class StockNeMo(Peer):
 
 
 class Opus(Peer):
-    """opusenc and opusdec (opus-tools) at a number of kbit/s, variable rate, as they come."""
+    """Opus at a variable bit rate in kbit/s.
+
+    Runs opusenc and opusdec (opus-tools) with default settings.
+    """
 
     def __init__(self, kilobits: str, device: str | None = None) -> None:
         self.kilobits = _number(kilobits, "opus", 6, 256, "kbit/s")
@@ -178,6 +195,7 @@ class Opus(Peer):
         self.identity = _version("opusenc", "opus-tools", "--version")
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Encode and decode audio [T] with opusenc and opusdec."""
         with tempfile.TemporaryDirectory() as name:
             source, coded, decoded = (Path(name, file) for file in ("in.wav", "coded.opus", "out.wav"))
             soundfile.write(source, audio, rate, subtype="PCM_16")
@@ -189,12 +207,16 @@ class Opus(Peer):
             )
 
 
-# Codec2's programs take no delay out. Seconds where ESTOI and the mel distance are best, measured within 1 ms.
+# Codec2's programs do not compensate their delay. Delays in seconds that give the best ESTOI and mel distance,
+# measured to within 1 ms.
 CODEC2_DELAYS = {mode: 0.02 for mode in ("3200", "2400", "1600", "1400", "1300", "1200")} | {"700C": 0.03}
 
 
 class Codec2(Peer):
-    """c2enc and c2dec (codec2) at a number of bit/s, of 8 kHz."""
+    """Codec2 at a bit rate in bit/s and a sample rate of 8 kHz.
+
+    Runs c2enc and c2dec (codec2).
+    """
 
     def __init__(self, mode: str, device: str | None = None) -> None:
         if mode not in CODEC2_DELAYS:
@@ -204,22 +226,23 @@ class Codec2(Peer):
         self.identity = f"{_version('c2enc', 'codec2')} {mode}"
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Encode and decode audio [T] with c2enc and c2dec."""
         with tempfile.TemporaryDirectory() as name:
             source, coded, decoded = (Path(name, file) for file in ("in.raw", "coded.bit", "out.raw"))
-            # What the encoder has not seen whole at the end, it does not send.
+            # The encoder drops an incomplete last frame.
             padded = np.pad(resampled(audio, rate, 8000), (0, 1000))
             (padded * 32767).clip(-32768, 32767).astype("<i2").tofile(source)
             encode = _timed("c2enc", self.mode, str(source), str(coded))
             decode = _timed("c2dec", self.mode, str(coded), str(decoded))
             output = np.fromfile(decoded, "<i2").astype(np.float32)[round(self.delay * 8000) :] / 32768
-            # c2enc fills a frame's last byte.
+            # c2enc pads each frame to whole bytes.
             bits = {"700C": 28 / 32, "1300": 52 / 56}.get(self.mode, 1.0)
             file_bytes = coded.stat().st_size * len(audio) / rate * 8000 / len(padded)
             size = file_bytes * bits
             return Transmission(fit(resampled(output, 8000, rate), len(audio)), size, file_bytes, encode, decode)
 
 
-# Class, Hub id, and what the setting is.
+# Model class, Hub id and unit of the setting.
 TRANSFORMERS = {
     "encodec": ("EncodecModel", "facebook/encodec_24khz", "kbit/s"),
     "dac": ("DacModel", "descript/dac_24khz", "codebooks"),
@@ -228,12 +251,18 @@ TRANSFORMERS = {
 
 
 class Transformers(Peer):
-    """EnCodec, DAC and Mimi: KIND:SETTING or KIND:SETTING:FOLDER, the setting being kbit/s or codebooks."""
+    """EnCodec, DAC or Mimi from transformers.
+
+    Args:
+        kind: key of `TRANSFORMERS`.
+        options: SETTING or SETTING:FOLDER, where the setting is a bit rate in kbit/s or a number of codebooks.
+        device: PyTorch device.
+    """
 
     def __init__(self, kind: str, options: str, device: str | None = None) -> None:
         try:
             import transformers
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # a broken installation can raise anything
             message = f"{kind}: needs transformers: {install_command('transformers')}"
             raise missing_extra(error, "transformers", message) from error
         from nemo_lfr.codec.devices import choose_device
@@ -260,6 +289,7 @@ class Transformers(Peer):
         self.identity = f"{source or hub} {getattr(model.config, '_commit_hash', None)}"
 
     def send(self, audio: np.ndarray, rate: int) -> Transmission:
+        """Encode and decode audio [T] with the transformers model."""
         import torch
 
         own = torch.from_numpy(resampled(audio, rate, self.rate))[None, None].to(self.device)
@@ -295,10 +325,17 @@ KINDS: dict[str, Callable[[str, str | None], Peer]] = {
 
 
 def open_codec(text: str, device: str | None = None) -> Peer:
-    """The codec that `text` names; `CODECS` has the forms, and a bare `.nemo` file or Hub id is one of ours.
+    """Open the codec that `text` names.
+
+    Args:
+        text: one of the forms in `CODECS`; a `.nemo` or `.ckpt` file or a Hub id without a prefix is opened as `LFR`.
+        device: PyTorch device; chosen automatically if None.
+
+    Returns:
+        The codec.
 
     Raises:
-        NemoLfrError: if it is unknown, or what it needs is not there.
+        NemoLfrError: if the codec is unknown, or a program, package or weights that it needs are missing.
     """
     kind, _, options = text.partition(":")
     if kind in KINDS:
@@ -309,22 +346,36 @@ def open_codec(text: str, device: str | None = None) -> Peer:
 
 
 def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
-    """A recording, or a part of one, as samples [T] at `rate` Hz."""
+    """Read a segment of a recording.
+
+    Args:
+        path: audio file.
+        rate: sample rate to convert to, in Hz.
+        offset: start of the segment in seconds.
+        duration: length of the segment in seconds.
+
+    Returns:
+        Mono samples, shape [T].
+    """
     with AudioReader(path, rate) as reader:
         return reader.segment(offset, duration)
 
 
 def resampled(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
+    """Resample audio [T]; equal rates return it unchanged."""
     return wave if from_rate == to_rate else resample(wave, from_rate, to_rate)
 
 
 def fit(wave: np.ndarray, length: int) -> np.ndarray:
-    """Cut, or filled with zeros, to `length` samples."""
+    """Trim or zero-pad audio [T] to `length` samples, as float32."""
     return np.pad(wave[:length], (0, max(length - len(wave), 0))).astype(np.float32)
 
 
 def ogg_payload(data: bytes) -> int:
-    """Bytes of an Ogg Opus file's audio packets: pages (RFC 3533) without their headers, nor the first two packets."""
+    """Count the bytes of the audio packets of an Ogg Opus file.
+
+    The headers of the pages (RFC 3533) and the first two packets, which hold headers and tags, are not counted.
+    """
     position, packets, size = 0, 0, 0
     while position < len(data):
         if data[position : position + 4] != b"OggS":
@@ -353,7 +404,7 @@ def _version(program: str, package: str, *arguments: str) -> str:
     path = shutil.which(program)
     if path is None:
         raise NemoLfrError(f"{program} is not installed; on Debian or Ubuntu: apt install {package}")
-    if not arguments:  # has no way to ask
+    if not arguments:  # the program cannot print its version
         return f"{program} of {Path(path).stat().st_size} bytes"
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 

@@ -1,7 +1,8 @@
-"""Recordings through several codecs, and every metric of what came out; `nemo-lfr evaluate` without its report.
+"""Resumable evaluation of several codecs: `nemo-lfr evaluate` without its report.
 
-OUT/codecs/NAME-IDENTITY/ holds what each codec made: KEY.wav (float), KEY.npy (tokens), and two journals, `sent.jsonl`
-and `metrics.jsonl`. A run that was interrupted, or is given more codecs or recordings, does what is missing.
+OUT/codecs/NAME-IDENTITY/ holds the output of each codec: KEY.wav (float samples), KEY.npy (tokens), and the journals
+`sent.jsonl` and `metrics.jsonl`, with one more journal for each model-based metric. A run that was interrupted, or is
+repeated with more codecs or recordings, only computes the missing results.
 """
 
 import hashlib
@@ -41,13 +42,17 @@ from nemo_lfr.io.shortage import sharing
 
 @dataclass
 class Result:
-    """What one codec made of the recordings.
+    """Results of one codec.
 
     Attributes:
-        sent: by recording's key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds; where tokens can be
-            compressed also frames, compressed_bytes, compressed_file_bytes.
-        values: by recording's key: the metrics.
-        failures: by recording's key: why there is nothing.
+        name: name of the codec in tables.
+        delay: delay of the codec in seconds, which is compensated.
+        levels: FSQ levels of the codebooks; see `Peer`.
+        folder: folder of the codec's outputs and journals.
+        sent: sizes and times by recording key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds. If an
+            entropy model is available also frames, compressed_bytes, compressed_file_bytes.
+        values: metrics by recording key.
+        failures: error messages by recording key.
     """
 
     name: str
@@ -59,19 +64,24 @@ class Result:
     failures: dict[str, str] = field(default_factory=dict)
 
     def audio(self, key: str) -> Path:
+        """Return the path of a recording's reconstruction."""
         return self.folder / f"{key}.wav"
 
     def tokens(self, key: str) -> Path:
+        """Return the path of a recording's tokens, if the codec has tokens."""
         return self.folder / f"{key}.npy"
 
 
 @dataclass
 class Evaluation:
-    """Results of all codecs on one choice of recordings.
+    """Results of all codecs on one selection of recordings.
 
     Attributes:
-        absent: for each metric that could not be had, why.
-        judges: for each metric that a model gave, which.
+        recordings: recordings by key.
+        rate: sample rate of the comparison in Hz.
+        results: results of each codec.
+        absent: reason for each metric that is not available.
+        judges: name of the model for each model-based metric.
     """
 
     recordings: dict[str, Recording]
@@ -82,7 +92,16 @@ class Evaluation:
 
 
 def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dict[str, Recording]:
-    """At most `limit` recordings, drawn by `seed`, in the manifest's order; by a key that is one in the manifest."""
+    """Select up to `limit` recordings at random.
+
+    Args:
+        recordings: recordings of the manifest.
+        limit: maximum number of recordings; None selects all.
+        seed: sampling seed.
+
+    Returns:
+        Recordings in the order of the manifest, by a key that is unique within it and does not depend on `limit`.
+    """
     indices = range(len(recordings))
     if limit is not None and limit < len(recordings):
         indices = sorted(random.Random(seed).sample(indices, limit))  # type: ignore[assignment]
@@ -102,20 +121,25 @@ def evaluate(
     speaker_model: str | None = None,
     progress: Progress,
 ) -> Evaluation:
-    """Send every recording through every codec, and measure.
+    """Encode and decode every recording with every codec, and compute the metrics.
 
     Args:
-        recordings: as `choose` gives them.
-        codecs: each as `open_codec` takes it.
-        out: folder for what the codecs make, and for the journals.
-        rate: Hz of the comparison; codecs of other rates are resampled.
-        device: for models.
-        jobs: processes for the metrics. Codecs run one recording at a time, with all threads, so that times are fair.
-        asr, speaker_model: see `judges`.
-        progress: see `nemo_lfr.io.journal`.
+        recordings: recordings by key, from `choose`.
+        codecs: codec names, as accepted by `open_codec`.
+        out: folder of the codecs' outputs and the journals.
+        rate: sample rate of the comparison in Hz; the output of codecs with another rate is resampled.
+        device: PyTorch device of the models; chosen automatically if None.
+        jobs: number of processes for the metrics. Codecs always run one recording at a time on all threads, so that
+            their times are comparable.
+        asr: ASR model for the error rates; see `open_judges`.
+        speaker_model: speaker model for the similarity; see `open_judges`.
+        progress: progress callback; see `nemo_lfr.io.journal`.
+
+    Returns:
+        Results of all codecs.
 
     Raises:
-        NemoLfrError: for a codec that cannot be had, or a folder that holds an evaluation of other recordings.
+        NemoLfrError: if a codec is not available, or `out` holds an evaluation of other recordings.
     """
     for name in (asr, speaker_model):
         if name is not None:
@@ -145,7 +169,7 @@ def _evaluate(
         for peer in peers:
             digest = hashlib.sha256(peer.identity.encode()).hexdigest()[:8]
             name = re.sub("[^A-Za-z0-9.]+", "-", peer.name).strip("-")[-60:]
-            names[peer.name] += 1  # two files may have one name
+            names[peer.name] += 1  # two checkpoints may have the same file name
             shown = f"{peer.name} #{names[peer.name]}" if names[peer.name] > 1 else peer.name
             result = Result(shown, peer.delay, peer.levels, out / "codecs" / f"{name}-{digest}")
             result.folder.mkdir(parents=True, exist_ok=True)
@@ -161,10 +185,14 @@ def _evaluate(
 
 
 def _claim(out: Path, recordings: dict[str, Recording], rate: int) -> None:
-    """Refuse a folder whose keys mean other recordings."""
+    """Record which recordings the keys in `out` stand for.
+
+    Raises:
+        NemoLfrError: if a key already stands for another recording, other contents or another rate.
+    """
     claims = out / "recordings.json"
     sweep(out, [claims.name])
-    paths = {item.path for item in recordings.values() if item.path.is_file()}  # of others nothing will be made
+    paths = {item.path for item in recordings.values() if item.path.is_file()}  # missing files produce no outputs
     contents = {path: digest(path)[:16] for path in paths}
     mine = {
         key: [str(item.path.resolve()), item.offset, item.duration, rate, contents[item.path]]
@@ -200,12 +228,12 @@ def _send_all(
                     audio = read(recording.path, rate, recording.offset, recording.duration)
                     if not len(audio):
                         raise NemoLfrError(f"{recording.path}: holds no samples at {recording.offset:g} s.")
-                    if not warm:  # the first call sets up threads and kernels
+                    if not warm:  # the first call initializes threads and kernels, and is not timed
                         peer.send(audio[:rate], rate)
                         warm = True
                     done = peer.send(audio, rate)
-                    Signal(done.audio, rate)  # refuses NaN before it is written
-                except Exception as error:  # of whichever package the codec is from
+                    Signal(done.audio, rate)  # validates the samples before they are written
+                except Exception as error:  # third-party codecs can raise anything
                     result.failures[key] = reason = _reason(error)
                     advance(f"{result.name}: {recording.name}: {reason}")
                     continue
@@ -216,13 +244,13 @@ def _send_all(
 
 
 def _is_sent(entry: Any) -> bool:
-    """Whether an entry of a journal is what `_keep` returns."""
+    """Return whether a journal entry has the fields that `_keep` returns."""
     keys = ("seconds", "num_bytes", "file_bytes", "encode_seconds", "decode_seconds")
     return isinstance(entry, dict) and all(key in entry and _is_number(entry[key]) for key in keys)
 
 
 def _are_values(values: Any) -> bool:
-    """Whether an entry of a journal holds metrics."""
+    """Return whether a journal entry maps metric names to values or reasons."""
     return isinstance(values, dict) and all(isinstance(value, str) or _is_number(value) for value in values.values())
 
 
@@ -231,12 +259,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _keep(done: Transmission, num_samples: int, rate: int, result: Result, key: str) -> dict[str, float]:
-    """Write what a codec made; what there is to say of it."""
+    """Write the audio and tokens of a recording, and return its journal entry."""
     if done.tokens is not None:
         array = io.BytesIO()
         np.save(array, done.tokens.astype(np.int32))
         write_bytes(result.tokens(key), array.getvalue())
-    # In memory first: libsndfile does not tell why it could not write, as on a full disk.
+    # Encode in memory first: libsndfile does not report why a write failed, for example on a full disk.
     audio = io.BytesIO()
     soundfile.write(audio, done.audio, rate, subtype="FLOAT", format="WAV")
     write_bytes(result.audio(key), audio.getvalue())
@@ -268,7 +296,7 @@ def _measure_all(
         if wanted:
             tasks.append((key, recording, rate, wanted))
     with ExitStack() as stack, progress(len(tasks)) as advance:
-        folders = dict.fromkeys(result.folder for result in results)  # two names of one codec share theirs
+        folders = dict.fromkeys(result.folder for result in results)  # two names of the same codec share a folder
         journals = {folder: stack.enter_context(Journal(folder / "metrics.jsonl")) for folder in folders}
         for key, found in _in_parallel(tasks, jobs):
             for number, values in found:
@@ -277,7 +305,7 @@ def _measure_all(
 
 
 def _recall(result: Result, recordings: dict[str, Recording]) -> None:
-    """Take from the journal what was measured of these recordings before."""
+    """Load the metrics of these recordings from the journal."""
     with Journal(result.folder / "metrics.jsonl") as journal:
         for key, values in journal.entries(2):
             if key in recordings and _are_values(values):
@@ -289,7 +317,10 @@ def _from_json(values: dict[str, Any]) -> dict[str, Value]:
 
 
 def _note(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
-    """Keep figures; one that a missing package left out is asked for again next time."""
+    """Store the metrics of a recording.
+
+    Metrics that need a missing package are not written to the journal, so that the next run computes them.
+    """
     result.values.setdefault(key, {}).update(values)
     final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}
     journal.add([key, final])
@@ -313,7 +344,10 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Found]:
 
 
 def _start(driver: int) -> None:
-    """What a process does first. An interrupt of the whole group of processes is the driver's to answer."""
+    """Initialize a worker process.
+
+    Workers ignore SIGINT, since the driver handles Ctrl-C for the process group.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(driver)
     import torch
@@ -322,7 +356,10 @@ def _start(driver: int) -> None:
 
 
 def _measure(task: Task) -> Found:
-    """All codecs' outputs for one recording: what the metrics want to know of the original is computed once."""
+    """Compute the metrics of all codecs for one recording.
+
+    One task covers all codecs, so that the features of the original are computed once.
+    """
     key, recording, rate, wanted = task
     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
     return key, [(number, measure(original, _output(path, original), names)) for number, path, names in wanted]
@@ -337,7 +374,7 @@ def _judge_all(
     judge: Judge, recordings: dict[str, Recording], results: Iterable[Result], rate: int, progress: Progress
 ) -> None:
     for result in results:
-        # Another model's figures are another metric's, and another transcript's another recording's.
+        # Stored results are valid only for the same model and the same text and language.
         with Journal(result.folder / f"{_identity(judge.name)}.jsonl") as journal:
             known: dict[str, dict[str, Any]] = {
                 entry[0]: entry[1]
@@ -351,7 +388,7 @@ def _judge_all(
                     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
                     try:
                         known[key] = judge.measure(original, _output(result.audio(key), original), recording.labels)
-                    except Exception as error:  # of somebody's model; asked for again next time
+                    except Exception as error:  # third-party models can raise anything; the next run tries again
                         known[key] = dict.fromkeys(judge.metrics, Undefined(f"not measured: {_reason(error)}"))
                     else:
                         journal.add([key, known[key], _labels(recording)])
@@ -361,14 +398,14 @@ def _judge_all(
 
 
 def _identity(model: str) -> str:
-    """A name for a judge's model; another one once the model's file has changed."""
+    """Return a short hash of a model's name, file size and modification time."""
     path = Path(model)
     known = f"{model} {path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else model
     return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def _labels(recording: Recording) -> str:
-    """What a judge reads of a recording's labels, as a short hash."""
+    """Return a short hash of the labels that model-based metrics depend on."""
     read = [str(recording.labels.get(key)) for key in ("text", "lang")]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:8]
 
