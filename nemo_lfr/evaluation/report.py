@@ -1,4 +1,4 @@
-"""An evaluation as one page that needs no network, as Markdown and as CSV."""
+"""Evaluation reports as a self-contained HTML page, as Markdown and as CSV."""
 
 import base64
 import io
@@ -25,17 +25,23 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.shortage import missing_extra
 
 EXAMPLE_SECONDS = 10.0
-# What the page and its metrics need.
+# Packages that the report and its metrics need, for the installation hint.
 PACKAGES = ("jinja2", "matplotlib", "pystoi", "pesq", "librosa", "scipy", "jiwer")
 PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
 
 
 def check_packages() -> None:
-    """Raise MissingExtraError before any work, if the page could not be made."""
+    """Check that the packages of the report are installed.
+
+    Called before any recording is processed, so that a missing package is reported at once.
+
+    Raises:
+        MissingExtraError: if jinja2 or matplotlib cannot be imported.
+    """
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
-    except Exception as error:  # whatever that package does when it is imported
+    except Exception as error:  # a broken installation can raise anything
         name = getattr(error, "name", None) or "jinja2 and matplotlib"
         raise missing_extra(error, name, f"the report needs {name}: {install_command(*PACKAGES)}") from error
 
@@ -50,14 +56,21 @@ def write_report(
     examples: int = 4,
     card: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Write report.html, report.md, summary.csv and recordings.csv into `out`; returns their paths.
+    """Write the evaluation report as HTML, Markdown and CSV.
+
+    The files are `report.html`, `report.md`, `summary.csv` and `recordings.csv`.
 
     Args:
-        title: of the page.
-        command: that was typed.
-        by: keys of the manifest to give tables by, such as "lang".
-        examples: recordings to show and play, spread over the selection.
-        card: figures of NVIDIA's card for the same set, by metric.
+        evaluation: results to report.
+        out: output folder.
+        title: title of the report.
+        command: command line that produced the evaluation, shown in the report.
+        by: manifest keys to group the quality table by, such as "lang".
+        examples: number of recordings to plot and play, spaced evenly over the evaluation.
+        card: values from NVIDIA's model card for the same test set, by metric.
+
+    Returns:
+        Paths of the files.
     """
     from jinja2 import Environment
 
@@ -88,7 +101,7 @@ def write_report(
         .from_string(template)
         .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
     )
-    page = "".join(char if char.isprintable() or char == "\n" else "?" for char in page)  # labels may hold anything
+    page = "".join(char if char.isprintable() or char == "\n" else "?" for char in page)  # labels are untrusted
     contents = {
         "report.html": page,
         "report.md": markdown(**common),
@@ -109,6 +122,21 @@ def markdown(
     command: str,
     versions: str,
 ) -> str:
+    """Format the report as Markdown.
+
+    Args:
+        title: title of the report.
+        subtitle: number and duration of the recordings.
+        quality: main quality table.
+        tables: additional tables.
+        gaps: failures and undefined metrics, one line each.
+        definitions: names and definitions of the metrics.
+        command: command line that produced the evaluation.
+        versions: package versions and processor, from `versions`.
+
+    Returns:
+        Markdown text with all labels escaped.
+    """
     command = printable(command)
     fence = code_fence(command)
     head = f"{subtitle} Means with 95 % bootstrap intervals over recordings."
@@ -123,6 +151,7 @@ def markdown(
 
 
 def versions() -> str:
+    """Return the versions of the installed packages and the processor name."""
     found = [f"nemo-lfr {__version__}", f"Python {platform.python_version()}"]
     for package in ("torch", "numpy", "pesq", "pystoi", "librosa", "jiwer", "transformers", "nemo_toolkit"):
         try:
@@ -196,7 +225,10 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _label(name: str) -> str:
-    """Keep a codec's name from being taken for mathematics, or for a label that the legend leaves out."""
+    """Escape a codec name for matplotlib.
+
+    Matplotlib parses "$" as math and hides legend labels that start with "_".
+    """
     return printable(name).replace("$", r"\$").lstrip("_")
 
 
@@ -223,13 +255,13 @@ def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[d
 
 
 def _play(wave: np.ndarray, rate: int) -> dict[str, str]:
-    """A spectrogram and a player's source, as data URIs."""
+    """Return a spectrogram and a FLAC copy of audio [T] as data URIs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 2.2), layout="constrained")
     axis = figure.subplots()
     look: dict[str, Any] = {"mode": "magnitude", "scale": "dB", "vmin": -105, "vmax": -30, "cmap": "magma"}
-    with np.errstate(divide="ignore"):  # of bins without any energy, beyond a narrow codec's band
+    with np.errstate(divide="ignore"):  # log10(0) of bins above a narrowband codec's cutoff
         axis.specgram(wave + 1e-6, NFFT=512, Fs=rate, noverlap=384, **look)
     ticks = range(0, rate // 2, 2000)
     axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])

@@ -1,4 +1,7 @@
-"""Means, intervals and codebook use of an evaluation, as rows of text for every format of the report."""
+"""Result tables of an evaluation.
+
+The tables hold means with confidence intervals, cost, compression and codebook use.
+"""
 
 import csv
 import io
@@ -19,7 +22,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Mean:
-    """Of `count` recordings, with the 95 % percentile-bootstrap interval over recordings."""
+    """Mean of `count` recordings with its 95 % percentile bootstrap interval."""
 
     value: float
     low: float
@@ -28,16 +31,18 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
+        """Compute the mean of at least one value and its bootstrap interval."""
         rng, found = np.random.default_rng(0), np.asarray(values, float)
-        # A few hundred at a time: all at once would take gigabytes for a large test set.
+        # Resample in blocks: all resamples at once would need gigabytes for a large test set.
         blocks = [rng.choice(found, (RESAMPLES // 50, len(found))).mean(axis=1) for _ in range(50)]
         draws = np.concatenate(blocks)
         low, high = np.quantile(draws, (0.025, 0.975))
         mean = float(np.mean(values))
-        # Sums in another order may put it beyond an end by rounding; an error bar takes no negative length.
+        # Rounding may put the mean outside the interval, and matplotlib rejects negative error bars.
         return cls(mean, min(mean, float(low)), max(mean, float(high)), len(values))
 
     def text(self, digits: int) -> str:
+        """Format the mean and its interval; a single value has no interval."""
         if self.count == 1:
             return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
@@ -45,18 +50,21 @@ class Mean:
 
 @dataclass(frozen=True)
 class Table:
+    """Table of text cells with a title and a header."""
+
     title: str
     head: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
+        """Format the table as Markdown, with escaped cells."""
         rows = [list(map(escape_markdown, line)) for line in (self.head, *self.rows)]
         cells = ("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(self.head), *rows[1:]))
         return "\n".join(([f"### {escape_markdown(self.title)}", ""] if self.title else []) + list(cells)) + "\n"
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Of each metric that has a figure for at least one of these recordings."""
+    """Compute the mean of each metric over the recordings that have a value."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():
@@ -68,7 +76,17 @@ def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
 def quality(
     evaluation: Evaluation, keys: Sequence[str], title: str = "", card: Mapping[str, float] | None = None
 ) -> Table:
-    """One row a codec: what it costs, then each metric that any codec has."""
+    """Tabulate bit rate and metrics, with one row for each codec.
+
+    Args:
+        evaluation: results to tabulate.
+        keys: keys of the recordings to include.
+        title: title of the table.
+        card: values of NVIDIA's model card for the same test set, by metric, added as a last row.
+
+    Returns:
+        A table with a column for each metric that any codec has.
+    """
     found = [means(result, keys) for result in evaluation.results]
     names = [name for name in ALL_METRICS if name in (card or {}) or any(name in own for own in found)]
     units = (ALL_METRICS[name].unit for name in names)
@@ -94,7 +112,7 @@ def _cell(mean: Mean | None, digits: int, count: int) -> str:
 
 
 def cost(evaluation: Evaluation) -> Table:
-    """One row a codec: bytes, delay and speed."""
+    """Tabulate bit rate, delay and speed, with one row for each codec."""
     rows = []
     for result in evaluation.results:
         seconds, encode, decode = (
@@ -123,9 +141,12 @@ def cost(evaluation: Evaluation) -> Table:
 
 
 def compression(evaluation: Evaluation) -> Table | None:
-    """One row a codec with an entropy model: bit rates with and without it, and the bits of a frame.
+    """Tabulate bit rates with and without entropy coding, one row for each codec.
 
-    The loss of a language model over the same tokens, in bits a frame, has the last column's unit.
+    The bits per frame can be compared with the loss of a language model over the same tokens, in bits per frame.
+
+    Returns:
+        The table, or None if no codec has an entropy model.
     """
     rows = []
     for result in evaluation.results:
@@ -151,7 +172,11 @@ def compression(evaluation: Evaluation) -> Table | None:
 
 
 def codebooks(evaluation: Evaluation) -> Table | None:
-    """One row a codec that has tokens: how much of each codebook it uses."""
+    """Tabulate the codebook use of each codec that has tokens.
+
+    Returns:
+        The table, or None if no codec has tokens.
+    """
     import torch
 
     from nemo_lfr.signal.codebooks import CodebookUse
@@ -183,7 +208,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
 
 
 def groups(evaluation: Evaluation, label: str) -> list[Table]:
-    """The quality table for each value of a key of the manifest."""
+    """Return a quality table for each value of the manifest key `label`."""
     by_value: dict[str, list[str]] = {}
     for key, recording in evaluation.recordings.items():
         by_value.setdefault(str(recording.labels.get(label, "(none)")), []).append(key)
@@ -191,7 +216,10 @@ def groups(evaluation: Evaluation, label: str) -> list[Table]:
 
 
 def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Of every metric: what it is, by which model, or why it is not there."""
+    """Return the name and definition of each metric.
+
+    The definition includes the metric's model, or the reason if the metric is missing.
+    """
     measured = {name for result in evaluation.results for own in result.values.values() for name in own}
     lines = []
     for name, metric in ALL_METRICS.items():
@@ -205,7 +233,7 @@ def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def gaps(evaluation: Evaluation) -> list[str]:
-    """What has no figure: recordings that failed, and pairs for which a metric is not defined, by reason."""
+    """List the failed recordings, and count the undefined metrics by reason."""
     lines = [
         f"{result.name}: {evaluation.recordings[key].name}: {why}"
         for result in evaluation.results
@@ -221,7 +249,7 @@ def gaps(evaluation: Evaluation) -> list[str]:
 
 
 def per_recording(evaluation: Evaluation) -> str:
-    """CSV with a line for each codec and recording; an empty cell where there is no figure."""
+    """Return a CSV with one line per codec and recording, and empty missing values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *ALL_METRICS])
@@ -238,7 +266,7 @@ def per_recording(evaluation: Evaluation) -> str:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """CSV with a line for each codec: its mean figures with their intervals."""
+    """Return a CSV with one line per codec: mean of each metric with its interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}{suffix}" for name in ALL_METRICS for suffix in ("", " low", " high", " n")]
@@ -256,6 +284,16 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> float:
+    """Compute the mean bit rate in kbit/s over recordings.
+
+    Args:
+        result: results of a codec.
+        keys: keys of the recordings.
+        kind: size to use, a key of `Result.sent`.
+
+    Returns:
+        Total bits by total duration, in kbit/s.
+    """
     own = [result.sent[key] for key in keys if key in result.sent]
     return sum(sent[kind] for sent in own) * 8 / 1000 / max(sum(sent["seconds"] for sent in own), 1e-9)
 
