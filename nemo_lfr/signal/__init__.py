@@ -1,1 +1,1 @@
-"""Measurements on audio and tokens that training and evaluation share: spectra, distances, codebook use."""
+"""Spectra, signal distances and codebook use, for training and evaluation."""

@@ -1,4 +1,4 @@
-"""How much of its codebooks a codec uses."""
+"""Codebook use statistics: perplexity and levels used."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ import torch
 
 
 class CodebookUse:
-    """Counts of each token of each codebook.
+    """Counter of the tokens of each codebook.
 
     Args:
-        num_codebooks: C.
-        levels: of each dimension of a codebook.
+        num_codebooks: number of codebooks, C.
+        levels: number of FSQ levels of each dimension of a codebook.
     """
 
     def __init__(self, num_codebooks: int, levels: Sequence[int]) -> None:
@@ -19,18 +19,27 @@ class CodebookUse:
         self.counts = torch.zeros(num_codebooks, math.prod(self.levels), dtype=torch.int64)
 
     def update(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> None:
-        """Count tokens [B, C, T] up to each example's length [B]."""
+        """Add the tokens of a batch to the counts.
+
+        Args:
+            tokens: token ids, shape [B, C, T_encoded].
+            tokens_len: valid frames of each example, shape [B]; frames after them are ignored.
+        """
         for example, length in zip(tokens.cpu().long(), tokens_len.tolist(), strict=True):
             own = example[:, :length]
             self.counts.scatter_add_(1, own, torch.ones_like(own))
 
     def perplexity(self) -> torch.Tensor:
-        """Of each codebook [C]: how many equally frequent entries would carry as much; between 1 and its size."""
+        """Compute the perplexity of each codebook.
+
+        Returns:
+            Number of equally frequent entries with the same entropy, from 1 to the codebook size, shape [C].
+        """
         share = self.counts / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
         return torch.special.entr(share).sum(dim=1).exp()
 
     def levels_used(self) -> float:
-        """Of all levels of all dimensions, the share that occurs."""
+        """Return the fraction of the FSQ levels of all dimensions that occur."""
         tokens = torch.arange(self.counts.shape[1])
         seen, base = [], 1
         for size in self.levels:

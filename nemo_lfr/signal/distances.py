@@ -1,7 +1,7 @@
-"""Distances between two signals: the reconstruction terms of training, and metrics of evaluation.
+"""Signal distances, used as reconstruction losses and as evaluation metrics.
 
-They are NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss` (equal to 1e-5),
-from one STFT of each signal per resolution. A term's mean is taken over each example's own length.
+They match NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss` within 1e-5,
+but compute only one STFT per signal and resolution. Means exclude the padding of shorter examples.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,15 +13,16 @@ from nemo_lfr.signal.spectra import Spectra
 
 
 class ReconstructionLoss(nn.Module):
-    """Distances between a recording and its reconstruction.
+    """Reconstruction losses between a recording and its reconstruction.
 
     Args:
-        sample_rate: Hz.
-        resolutions: (n_fft, hop, window) in samples.
-        mel_dims: mel bands at each resolution.
-        mel_guard, stft_guard: added before the logarithm. At NeMo's 1.0 the measure depends on level and hardly sees
-            quiet phones.
-        floor: magnitude under which the "log_mel" term, a measure of our own, sees silence.
+        sample_rate: sample rate in Hz.
+        resolutions: (n_fft, hop, window) of each resolution, in samples.
+        mel_dims: number of mel bands at each resolution.
+        mel_guard: constant added to mel magnitudes before the logarithm. With NeMo's value of 1.0 the loss depends on
+            the level and is nearly insensitive to quiet phones.
+        stft_guard: constant added to STFT magnitudes before the logarithm, with the same effect.
+        floor: lower bound of the mel magnitudes in the "log_mel" term, which NeMo does not have.
     """
 
     TERMS = ("mel_l1", "mel_l2", "stft", "log_mel", "time_domain", "si_sdr")
@@ -35,7 +36,7 @@ class ReconstructionLoss(nn.Module):
         stft_guard: float = 1.0,
         floor: float = 1e-3,
     ) -> None:
-        from librosa.filters import mel as mel_filters  # slow to import, and not needed for SI-SDR alone
+        from librosa.filters import mel as mel_filters  # slow to import, and not needed by `si_sdr`
 
         super().__init__()
         self.resolutions = [tuple(resolution) for resolution in resolutions]
@@ -51,12 +52,16 @@ class ReconstructionLoss(nn.Module):
         audio_len: torch.Tensor | None = None,
         terms: Collection[str] = ("mel_l1", "stft"),
     ) -> dict[str, torch.Tensor]:
-        """The terms asked for, each a scalar.
+        """Compute reconstruction losses.
 
         Args:
-            real, gen: audio [B, T_audio] and its reconstruction.
-            audio_len: samples of each example [B]; all of them if not given.
-            terms: names out of `TERMS`. "si_sdr" is negative, so that less is better.
+            real: spectra of the recording, audio of shape [B, T_audio].
+            gen: spectra of the reconstruction, of the same shape.
+            audio_len: valid samples of each example, shape [B]; None if all samples are valid.
+            terms: names in `TERMS`.
+
+        Returns:
+            The scalar loss of each term; lower is better, so that "si_sdr" is negated.
         """
         totals: dict[str, torch.Tensor] = {}
         for index, resolution in enumerate(self.resolutions):
@@ -84,7 +89,7 @@ class ReconstructionLoss(nn.Module):
             with torch.no_grad():
                 mel_real = real.mel(resolution, filters)
             mel_gen = gen.mel(resolution, filters)
-            frames = _frames(audio_len, mel_gen, hop, 0)  # NeMo's mel features leave the last frame out
+            frames = _frames(audio_len, mel_gen, hop, 0)  # NeMo's mel loss drops the last frame
             if {"mel_l1", "mel_l2"} & set(terms):
                 difference = (mel_gen + self.mel_guard).log() - (mel_real + self.mel_guard).log()
                 values["mel_l1"] = _mean(difference.abs(), frames)
@@ -102,14 +107,14 @@ class ReconstructionLoss(nn.Module):
 
 
 def _frames(audio_len: torch.Tensor | None, spectrum: torch.Tensor, hop: int, extra: int) -> torch.Tensor:
-    """Frames of each example that count, [B]."""
+    """Return the number of valid frames of each example, shape [B]."""
     if audio_len is None:
         return torch.full((spectrum.shape[0],), spectrum.shape[-1] - 1 + extra, device=spectrum.device)
     return audio_len // hop + extra
 
 
 def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Mean of [B, D, T] over D, over each example's length, then over the examples."""
+    """Average values [B, D, T] over D, over each example's valid frames, then over B."""
     if lengths is None:
         return values.mean(dim=1).mean(dim=1).mean()
     valid = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
@@ -117,7 +122,18 @@ def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
 
 
 def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean scale-invariant signal-to-distortion ratio in dB of audio [B, T_audio], as NeMo's `SISDRLoss` has it."""
+    """Compute the mean scale-invariant signal-to-distortion ratio of a batch.
+
+    The result matches NeMo's `SISDRLoss`.
+
+    Args:
+        real: recordings, shape [B, T_audio].
+        gen: reconstructions, shape [B, T_audio].
+        audio_len: valid samples of each example, shape [B]; None if all samples are valid.
+
+    Returns:
+        Mean ratio in dB, a scalar; higher is better.
+    """
     real, gen, eps = real.float(), gen.float(), 1e-8
     if audio_len is None:
         audio_len = torch.full((real.shape[0],), real.shape[-1], device=real.device)

@@ -1,4 +1,4 @@
-"""Audio of one batch and its STFTs, each computed once however many losses and discriminators look at it."""
+"""Cached STFTs of a batch of audio, shared by losses and discriminators."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,14 +9,18 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=64)
 def hann(length: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # validation may come first; what it caches must serve training too
+    """Return a symmetric Hann window [length], cached per length and device."""
+    with torch.inference_mode(False):  # a window cached during validation must also work with autograd
         return torch.hann_window(length, periodic=False, device=device)
 
 
 class Spectra:
-    """Short-time spectra of audio [B, T_audio], always in fp32.
+    """Cached short-time spectra of a batch of audio, always computed in fp32.
 
-    A resolution is (n_fft, hop, window) in samples; frames are centred, the signal is reflected at both ends.
+    A resolution is (n_fft, hop, window) in samples. Frames are centered, with reflection padding at both ends.
+
+    Args:
+        audio: samples, shape [B, T_audio].
     """
 
     def __init__(self, audio: torch.Tensor) -> None:
@@ -25,24 +29,34 @@ class Spectra:
         self._magnitudes: dict[tuple[int, ...], torch.Tensor] = {}
 
     def stft(self, resolution: Sequence[int]) -> torch.Tensor:
-        """Complex STFT, [B, bins, frames]."""
+        """Return the complex STFT, shape [B, bins, frames]."""
         key = tuple(resolution)
         if key not in self._stfts:
             self._stfts[key] = self._transform(self.audio, key, center=True)
         return self._stfts[key]
 
     def magnitude(self, resolution: Sequence[int]) -> torch.Tensor:
-        """sqrt(|STFT|^2 + 1e-5), [B, bins, frames]; the constant keeps its gradient finite at silence, as in NeMo."""
+        """Return the magnitude sqrt(|STFT|^2 + 1e-5), shape [B, bins, frames].
+
+        As in NeMo, the constant keeps the gradient finite at silence.
+        """
         key = tuple(resolution)
         if key not in self._magnitudes:
             self._magnitudes[key] = _magnitude(self.stft(key))
         return self._magnitudes[key]
 
     def mel(self, resolution: Sequence[int], filters: torch.Tensor) -> torch.Tensor:
-        """Mel magnitudes [B, num_mels, frames] for filters [num_mels, bins].
+        """Compute mel magnitudes.
 
-        NeMo's mel features see zeros beyond the signal's ends, its STFT loss a reflection: only the frames that touch
-        an end are computed twice.
+        NeMo's mel loss pads the signal with zeros, and its STFT loss by reflection. The cached STFT is therefore
+        reused for all frames except those that overlap the padding.
+
+        Args:
+            resolution: (n_fft, hop, window) in samples.
+            filters: mel filter bank, shape [num_mels, bins].
+
+        Returns:
+            Mel magnitudes, shape [B, num_mels, frames].
         """
         with torch.autocast(self.audio.device.type, enabled=False):
             return self._mel(tuple(resolution), filters)
@@ -51,7 +65,7 @@ class Spectra:
         n_fft, hop, _ = key
         half, samples = n_fft // 2, self.audio.shape[-1]
         count = samples // hop + 1
-        first, last = -(-half // hop), (samples - half) // hop + 1  # frames [first, last) lie within the signal
+        first, last = -(-half // hop), (samples - half) // hop + 1  # frames [first, last) do not overlap the padding
         if last <= first:
             padded = F.pad(self.audio, (half, half))
             return filters @ _magnitude(self._transform(padded, key, center=False))
