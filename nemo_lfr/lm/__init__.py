@@ -1,7 +1,7 @@
-"""Codec tokens for language models: sequence layouts, per-dimension codes and regrouping.
+"""Codec tokens for language models.
 
-Everything works on NumPy arrays and PyTorch tensors alike and returns what it was called with; importing this package
-does not import PyTorch.
+The package provides sequence layouts, per-dimension codes and regrouping. All functions accept NumPy arrays and
+PyTorch tensors, and return the type of their input. Importing this package does not import PyTorch.
 """
 
 from nemo_lfr.lm.codes import fold, regroup, unfold

@@ -1,4 +1,4 @@
-"""The few array operations that NumPy and PyTorch spell differently."""
+"""Array operations whose names or semantics differ between NumPy and PyTorch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,10 +14,17 @@ Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 def as_integers(value: Any, name: str) -> Any:
-    """Return `value` as an int64 array of its own library.
+    """Convert an array or tensor of integers to int64.
+
+    Args:
+        value: NumPy array or PyTorch tensor.
+        name: name of the argument for error messages.
+
+    Returns:
+        An int64 array of the same library and on the same device.
 
     Raises:
-        TokensError: if it is not an array of integers.
+        TokensError: if `value` is not an array of integers.
     """
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "iu":
@@ -35,7 +42,7 @@ def as_integers(value: Any, name: str) -> Any:
 
 
 def arange(stop: int, like: Array) -> Array:
-    """Return 0 ... stop - 1 as int64, where `like` is."""
+    """Return 0 ... stop - 1 as int64, in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
         return np.arange(stop)
     import torch
@@ -44,7 +51,7 @@ def arange(stop: int, like: Array) -> Array:
 
 
 def constant(values: Sequence[int], like: Array) -> Array:
-    """Return `values` as an int64 vector, where `like` is."""
+    """Return an int64 vector, in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, np.int64)
     import torch
@@ -53,7 +60,7 @@ def constant(values: Sequence[int], like: Array) -> Array:
 
 
 def where(condition: Any, value: Any, other: Any) -> Any:
-    """Return `value` where `condition` holds, else `other`; both may be integers."""
+    """Select `value` where `condition` is true, else `other`; both may be scalars."""
     if isinstance(condition, np.ndarray):
         return np.where(condition, value, other)
     import torch
@@ -62,5 +69,5 @@ def where(condition: Any, value: Any, other: Any) -> Any:
 
 
 def run_length(valid: Any) -> Any:
-    """Count the leading true entries of the last axis: [..., T] -> [...]."""
+    """Count the leading true entries along the last axis, [..., T] -> [...]."""
     return (valid * 1).cumprod(-1).sum(-1)

@@ -1,8 +1,8 @@
-"""FSQ tokens as digits, one for each dimension, and tokens of other groupings of the same dimensions.
+"""Conversion between FSQ tokens, per-dimension codes and other groupings.
 
-A token is a mixed-radix number whose digits are the FSQ levels of its dimensions, the first dimension being the least
-significant digit, as in NeMo's `FiniteScalarQuantizer`. So 8 codebooks of levels [8, 7, 6, 6] are 32 digits, which
-may be grouped again into 4 codebooks of 8 dimensions or into 16 of 2, without a codec and without loss.
+A token is a mixed-radix number. Its digits are the codes of the FSQ dimensions, and the first dimension is the least
+significant digit, as in NeMo's `FiniteScalarQuantizer`. Eight codebooks with levels [8, 7, 6, 6] therefore have 32
+digits, which can be regrouped losslessly into 4 codebooks of 8 dimensions or 16 codebooks of 2, without a codec.
 """
 
 import math
@@ -20,14 +20,14 @@ def unfold(tokens: Any, levels: Levels) -> Any:
 
     Args:
         tokens: ids in [0, codebook_size), shape [..., C, T].
-        levels: FSQ levels of a codebook, such as `codec.levels`; or one sequence for each codebook.
+        levels: FSQ levels of one codebook, such as `codec.levels`, or one sequence for each codebook.
 
     Returns:
-        Codes, int64, shape [..., D, T]: D is the number of dimensions of all codebooks, and the code of a dimension
-        lies in [0, its level). For 8 x [8, 7, 6, 6], D is 32.
+        Codes, int64, shape [..., D, T]. D is the total number of dimensions, which is 32 for 8 x [8, 7, 6, 6]. The
+        codes of a dimension are in [0, number of levels).
 
     Raises:
-        TokensError: for tokens outside the codebooks, or levels for another number of codebooks.
+        TokensError: if tokens are outside their codebook, or `levels` is for another number of codebooks.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")
@@ -44,17 +44,17 @@ def unfold(tokens: Any, levels: Levels) -> Any:
 
 
 def fold(codes: Any, levels: Levels) -> Any:
-    """Join per-dimension codes into tokens: the inverse of `unfold`.
+    """Join per-dimension codes into tokens, as the inverse of `unfold`.
 
     Args:
-        codes: shape [..., D, T]; the code of a dimension lies in [0, its level).
-        levels: as in `unfold`; one sequence stands for D / len(levels) codebooks.
+        codes: integers in [0, number of levels) of each dimension, shape [..., D, T].
+        levels: as in `unfold`; a single sequence is used for D / len(levels) codebooks.
 
     Returns:
         Tokens, int64, shape [..., C, T].
 
     Raises:
-        TokensError: for codes outside their levels, or another number of dimensions.
+        TokensError: if codes are outside their levels, or `levels` has another number of dimensions.
     """
     codes = as_integers(codes, "codes")
     if len(codes.shape) < 2:
@@ -81,21 +81,21 @@ def fold(codes: Any, levels: Levels) -> Any:
 
 
 def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
-    """Convert tokens to another grouping of the same FSQ dimensions, without loss.
+    """Convert tokens losslessly to another grouping of the same FSQ dimensions.
 
-    NeMo's `VectorQuantizerIndexConverter` does the same through the codes of two quantizers.
+    The result equals that of NeMo's `VectorQuantizerIndexConverter`, which needs two quantizers.
 
     Args:
-        tokens: shape [..., C, T].
-        levels: of the codebooks that `tokens` index; see `unfold`.
-        new_levels: of the codebooks to convert to, such as (8, 7, 6, 6, 8, 7, 6, 6) for half as many of twice the
-            dimensions, or (8, 7), (6, 6) in turn for twice as many.
+        tokens: ids in [0, codebook_size), shape [..., C, T].
+        levels: levels of the codebooks of `tokens`; see `unfold`.
+        new_levels: levels of the new codebooks. For tokens with levels (8, 7, 6, 6), a value of
+            (8, 7, 6, 6, 8, 7, 6, 6) halves the number of codebooks, and [(8, 7), (6, 6)] * C doubles it.
 
     Returns:
         Tokens, int64, shape [..., C_new, T].
 
     Raises:
-        TokensError: if the two groupings do not have the same levels in the same order.
+        TokensError: if the two groupings do not list the same levels in the same order.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")
@@ -117,10 +117,10 @@ def _is_nested(levels: Levels) -> bool:
 
 
 def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
-    """Return the levels of each codebook, or of the one that stands for all.
+    """Return the levels of each codebook; a flat sequence gives a single one.
 
     Raises:
-        TokensError: for levels below 2, none, or a codebook with more entries than an int64 token can tell.
+        TokensError: if levels are missing or below 2, or a codebook has more entries than int64 can index.
     """
     nested: Any = levels if _is_nested(levels) else [levels]
     try:
@@ -136,7 +136,7 @@ def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
 
 
 def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
-    """Return the levels of each of the codebooks of `tokens`."""
+    """Return the levels of each codebook of `tokens`."""
     if len(tokens.shape) < 2:
         raise TokensError(f"{name} have shape {list(tokens.shape)}; pass [..., C, T].")
     groups = _as_groups(levels)
@@ -148,7 +148,7 @@ def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
 
 
 def _first(groups: Sequence[Sequence[int]], index: int) -> int:
-    """Return the position of a codebook's first dimension among all."""
+    """Return the index of a codebook's first dimension among all dimensions."""
     return sum(map(len, groups[:index]))
 
 

@@ -1,4 +1,6 @@
-"""Layouts: how the C tokens of a frame become the sequence, or the parallel sequences, that a language model reads.
+"""Sequence layouts of multi-codebook tokens for language models.
+
+A layout arranges the C tokens of each frame as one sequence or as several parallel sequences:
 
     FlatLayout            DelayLayout             StackLayout(2)
     a0 b0 c0 a1 b1 c1     < a0 a1 a2 >  _  _      a0 a2
@@ -8,10 +10,10 @@
                                                   b1 b3
                                                   c1 c3
 
-(a, b, c are codebooks, 0, 1, 2 frames, < is BOS, > EOS and _ padding.)
+(Codebooks are a, b and c, frames are 0, 1 and 2, < is BOS, > is EOS and _ is padding.)
 
-A layout has ids of its own for padding, BOS, EOS and mask, behind those of the tokens. `restore` is the exact inverse
-of `arrange`. It also takes what a sampler made: it keeps the leading frames of which every token is there.
+The ids of padding, BOS, EOS and mask follow those of the tokens. `restore` is the exact inverse of `arrange`. It also
+accepts sampled ids, of which it keeps the leading complete frames.
 """
 
 from abc import ABC, abstractmethod
@@ -30,14 +32,17 @@ class Layout(ABC):
     """Base class of all layouts.
 
     Args:
-        num_codebooks: C, tokens of a frame.
-        codebook_size: entries of one codebook.
-        bos: begin every sequence with BOS.
-        eos: end every sequence with EOS.
-        first_id: id of the first token: 0, or the size of a text vocabulary that the tokens follow.
+        num_codebooks: number of codebooks, C.
+        codebook_size: number of entries of one codebook.
+        bos: whether sequences begin with BOS.
+        eos: whether sequences end with EOS.
+        first_id: id of the first token; 0, or the size of a text vocabulary that precedes the tokens.
+
+    Attributes:
+        num_streams: number of parallel sequences, S.
 
     Raises:
-        ConfigError: for sizes that are not positive.
+        ConfigError: if a size is not a positive integer, or `first_id` is negative.
     """
 
     num_streams: int = 1
@@ -57,47 +62,47 @@ class Layout(ABC):
 
     @property
     def num_token_ids(self) -> int:
-        """Ids that stand for tokens."""
+        """Number of ids that stand for tokens."""
         return self.codebook_size
 
     @property
     def pad_id(self) -> int:
-        """Id that fills a batch, and places without a token."""
+        """Padding id, also used for positions without a token."""
         return self.first_id + self.num_token_ids
 
     @property
     def bos_id(self) -> int:
-        """Id before the first token."""
+        """Beginning-of-sequence id."""
         return self.pad_id + 1
 
     @property
     def eos_id(self) -> int:
-        """Id after the last token."""
+        """End-of-sequence id."""
         return self.pad_id + 2
 
     @property
     def mask_id(self) -> int:
-        """Id for masked prediction; no layout writes it."""
+        """Mask id for masked prediction; `arrange` never produces it."""
         return self.pad_id + 3
 
     @property
     def vocab_size(self) -> int:
-        """Rows of an embedding for every id of this layout, and for those before `first_id`."""
+        """Number of rows of an embedding table, including the ids below `first_id`."""
         return self.pad_id + NUM_SPECIAL
 
     def arrange(self, tokens: Any, tokens_len: Any = None) -> tuple[Any, Any]:
         """Arrange tokens for a language model.
 
         Args:
-            tokens: ids in [0, codebook_size), [B, C, T], or [C, T] of one utterance.
-            tokens_len: frames of each utterance, [B]; T if not given.
+            tokens: ids in [0, codebook_size), shape [B, C, T], or [C, T] for one utterance.
+            tokens_len: valid frames of each utterance, shape [B]; T by default.
 
         Returns:
-            Ids, int64: [B, L] of a `FlatLayout`, [B, S, L] of the others, or without B. Also their lengths, [B]: BOS
-            and EOS included, padding after them not.
+            Ids, int64, shape [B, L] for `FlatLayout` and [B, S, L] for the other layouts, and their lengths, shape
+            [B]. The lengths include BOS and EOS but not the padding after them. For one utterance both lack B.
 
         Raises:
-            TokensError: for tokens of another shape or outside the codebook.
+            TokensError: if `tokens` has another shape, or ids are outside the codebook.
         """
         tokens = as_integers(tokens, "tokens")
         batched = len(tokens.shape) == 3
@@ -110,11 +115,11 @@ class Layout(ABC):
         real = arange(width, tokens)[None, None] < length[:, None, None]
         if bool((real & ((tokens < 0) | (tokens >= self.codebook_size))).any()):
             raise TokensError(f"tokens lie outside [0, {self.codebook_size}).")
-        if width == 0:  # indices need something to point at
+        if width == 0:  # the gather below needs at least one frame
             tokens = constant([0] * tokens.shape[0] * tokens.shape[1], tokens).reshape(*tokens.shape[:2], 1)
         steps = self._num_steps(length)
         longest = int(steps.max()) if len(steps) else 0
-        # Position 0 is that of the first frame; BOS lies before it.
+        # Position 0 is the first frame; BOS is at position -1.
         at = arange(longest + self.bos + self.eos, tokens)[None, None] - int(self.bos)  # [1, 1, L]
         ends, length = steps[:, None, None], length[:, None, None]
         codebook, frame = self._source(at, length)
@@ -131,20 +136,20 @@ class Layout(ABC):
         return (ids, ids_len) if batched else (ids[0], ids_len[0])
 
     def restore(self, ids: Any) -> tuple[Any, Any]:
-        """Restore tokens from ids, of `arrange` or of a sampler.
+        """Restore tokens from arranged or sampled ids.
 
-        A recording ends at the first frame that is not whole: at EOS, at padding, where the ids were cut off, or where
-        an id is not one of its codebook.
+        An utterance ends before its first incomplete frame, which is a frame with a special id, with an id of another
+        codebook, or beyond the end of truncated ids.
 
         Args:
-            ids: as `arrange` returns them.
+            ids: integers of the shape that `arrange` returns.
 
         Returns:
-            Tokens, int64, [B, C, T] and frames [B], as `Codec.decode` takes them; without B for one utterance. Tokens
-            beyond an utterance's frames are 0.
+            Tokens, int64, shape [B, C, T], and valid frames, shape [B], as accepted by `Codec.decode`. For one
+            utterance both lack B. Tokens beyond the valid frames are 0.
 
         Raises:
-            TokensError: for ids of another shape.
+            TokensError: if `ids` has another shape.
         """
         ids = as_integers(ids, "ids")
         dims = 2 if self._is_flat else 3
@@ -183,46 +188,63 @@ class Layout(ABC):
         return constant(values, tokens)
 
     def _offset(self, codebook: Any) -> Any:
-        """Return what is added to the tokens of a codebook."""
+        """Return the id offset of a codebook."""
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return where BOS stands, for positions [1, 1, L] and what `_source` has there."""
+        """Return a mask of the BOS ids at positions [1, 1, L], with frames from `_source`."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return where EOS stands, for positions [1, 1, L]."""
+        """Return a mask of the EOS ids at positions [1, 1, L]."""
         return at == steps
 
     @abstractmethod
     def _num_steps(self, length: Any) -> Any:
-        """Return the steps that hold tokens, of utterances of `length` frames, [B]."""
+        """Return the number of steps with tokens for utterances of `length` frames [B]."""
 
     @abstractmethod
     def _source(self, at: Any, length: Any) -> tuple[Any, Any]:
-        """Return codebook and frame of positions [1, 1, L], given lengths [B, 1, 1]; both broadcast to [B, S, L]."""
+        """Return the codebook and frame of each position.
+
+        Args:
+            at: positions, shape [1, 1, L].
+            length: frames of each utterance, shape [B, 1, 1].
+
+        Returns:
+            Codebooks and frames, each of which broadcasts to [B, S, L].
+        """
 
     @abstractmethod
     def _most_frames(self, width: int) -> int:
-        """Return the most frames that `width` steps can hold."""
+        """Return the maximum number of frames in `width` steps."""
 
     @abstractmethod
     def _target(self, codebook: Any, frame: Any, ids: Any) -> tuple[Any, Any]:
-        """Return stream and step of each token [1, C, 1], [1, 1, T]; `ids` [B, S, L] are what is restored."""
+        """Return the stream and step of each token.
+
+        Args:
+            codebook: codebooks, shape [1, C, 1].
+            frame: frames, shape [1, 1, T].
+            ids: ids to restore, shape [B, S, L].
+
+        Returns:
+            Streams and steps, each of which broadcasts to [B, C, T].
+        """
 
 
 class FlatLayout(Layout):
-    """One token after the other in a single sequence.
+    """Layout of all tokens in a single sequence.
 
     Args:
-        num_codebooks: C.
-        codebook_size: entries of one codebook.
-        order: "frame" interleaves the codebooks, frame by frame; "codebook" has all frames of the first codebook, then
-            those of the second, as coarse-to-fine models do. A sequence in the latter order that was cut off before
-            its last codebook holds no whole frame.
-        offsets: give each codebook ids of its own. Without them all codebooks share one range.
-        bos: begin with BOS.
-        eos: end with EOS.
+        num_codebooks: number of codebooks, C.
+        codebook_size: number of entries of one codebook.
+        order: "frame" interleaves the codebooks of each frame. "codebook" concatenates all frames of the first
+            codebook, all frames of the second and so on, as coarse-to-fine models do. In this order a sequence that is
+            truncated before its last codebook contains no complete frame.
+        offsets: whether each codebook has its own range of ids; otherwise all codebooks share one range.
+        bos: whether the sequence begins with BOS.
+        eos: whether the sequence ends with EOS.
         first_id: id of the first token.
     """
 
@@ -248,7 +270,7 @@ class FlatLayout(Layout):
 
     @property
     def num_token_ids(self) -> int:
-        """Ids that stand for tokens."""
+        """Number of ids that stand for tokens."""
         return self.codebook_size * (self.num_codebooks if self.offsets else 1)
 
     def _offset(self, codebook: Any) -> Any:
@@ -271,22 +293,23 @@ class FlatLayout(Layout):
             return codebook * 0, frame * self.num_codebooks + codebook
         first = ids[:, 0] - self.first_id
         frames = run_length((first >= 0) & (first < self.codebook_size))[:, None, None]
-        # A frame that the first codebook does not have lies nowhere.
+        # Frames after the end of the first codebook map to an invalid step.
         step = where(frame < frames, codebook * frames + frame, ids.shape[2])
         return codebook * 0, step
 
 
 class DelayLayout(Layout):
-    """One sequence for each codebook, each delayed against the one before it (Copet et al., arXiv 2306.05284).
+    """Layout of one sequence per codebook, each with its own delay.
 
-    With `delays` of 0 the codebooks are parallel.
+    This is the delay pattern of MusicGen (Copet et al., arXiv 2306.05284). With all delays 0 the codebooks are
+    parallel.
 
     Args:
-        num_codebooks: C, also the number of streams.
-        codebook_size: entries of one codebook.
-        delays: steps by which each codebook is late; 0, 1, 2 ... if not given.
-        bos: begin with BOS; the steps before a delayed codebook's first token are BOS too.
-        eos: end each codebook with EOS.
+        num_codebooks: number of codebooks, C, and of streams.
+        codebook_size: number of entries of one codebook.
+        delays: delay of each codebook in steps; 0, 1, 2 ... by default.
+        bos: whether sequences begin with BOS, which also fills the steps before the first token of a delayed codebook.
+        eos: whether the tokens of each codebook end with EOS.
         first_id: id of the first token.
     """
 
@@ -331,14 +354,14 @@ class DelayLayout(Layout):
 
 
 class StackLayout(Layout):
-    """Several frames in one step: frames_per_step x C parallel sequences, as short as they get.
+    """Layout of frames_per_step x C parallel sequences, with several frames per step.
 
     Args:
-        num_codebooks: C.
-        codebook_size: entries of one codebook.
-        frames_per_step: frames of one step; a last step that is not full is padded.
-        bos: begin with BOS.
-        eos: end with a step of EOS.
+        num_codebooks: number of codebooks, C.
+        codebook_size: number of entries of one codebook.
+        frames_per_step: number of frames per step; an incomplete last step is padded.
+        bos: whether sequences begin with BOS.
+        eos: whether sequences end with EOS.
         first_id: id of the first token.
     """
 
