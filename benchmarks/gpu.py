@@ -1,20 +1,20 @@
-"""The codec on a GPU: checked, then timed beside stock's arithmetic, stage by stage, in under 8 minutes.
+"""GPU benchmark of the codec: agreement, and speed compared with stock NeMo.
 
     python benchmarks/gpu.py [--device cuda] [--minutes 8] [--parts peaks,kernels,speech,latency,stages,saturation]
                              [--precisions bf16,fp32] [--batches 32] [--speech FOLDER]
     python benchmarks/gpu.py --pack .gpu_inputs.pt [--speech FOLDER]
 
-Needs torch and numpy, and Triton for the fused kernels; no network, no NeMo. The full-size codec (112.7 M parameters)
-has random weights: time does not depend on them. "Stock" is stock's arithmetic in plain PyTorch: weight norm on every
-call, [B, H, T] convolutions over padded copies, a mask built after each of them, FSQ group by group; where NeMo is
-installed stock itself is timed too. Its fp32 has PyTorch's defaults, which is TF32 in cuDNN's
-convolutions.
+The benchmark takes at most 8 minutes by default. It needs torch and numpy, and Triton for the fused kernels, but
+neither a network nor NeMo. The full-size codec (112.7 M parameters) has random weights, which do not affect its speed.
+"Stock" is an implementation of NeMo's operations in plain PyTorch: weight norm on every call, [B, H, T] convolutions
+over padded copies, a mask after each of them, and FSQ group by group. If NeMo is installed, it is timed as well. Its
+fp32 uses PyTorch's defaults, which means TF32 in the convolutions of cuDNN.
 
-Agreement of tokens is measured on real speech with the bundled codec against fp32 on the CPU. Where soundfile or
-omegaconf are missing, --pack on a machine that has them writes the codec and speech into one file, which is used when
-it lies in the repository's root under the name above.
+Agreement of tokens is measured on real speech with the bundled codec, relative to fp32 on the CPU. If soundfile or
+omegaconf are missing, run --pack on a machine that has them. It writes the codec and speech to one file, which is used
+if it is in the root of the repository under the name above.
 
-Every part is guarded and prints as it goes; a failure is named, and the exit code says whether there was one.
+The parts run independently and print results immediately. A failed part is reported, and makes the exit code nonzero.
 """
 
 import argparse
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 try:
     import soundfile  # noqa: F401
 except ImportError:
-    # The package imports it to read files, which nothing here does without it.
+    # The package imports soundfile, but only uses it to read audio files, which this script then avoids.
     sys.modules["soundfile"] = types.ModuleType("soundfile")
     HAS_SOUNDFILE = False
 else:
@@ -65,13 +65,13 @@ from nemo_lfr.modules.residual import ResidualLayer
 
 PACKED = ROOT / ".gpu_inputs.pt"
 RATE, FRAME = 22050, 1024
-# Largest error of a fused convolution against its definition, relative to the largest result.
+# Maximum error of a fused convolution relative to the largest value of the reference.
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 TF32_CLOSE = 4e-3
 
 
 class Stock:
-    """Stock's arithmetic: what `AudioCodecModel.encode` and `decode` compute, operation by operation."""
+    """Reference codec with the same operations as NeMo's `AudioCodecModel`."""
 
     def __init__(
         self, encoder: HiFiGANEncoder, quantizer: GroupFiniteScalarQuantizer, decoder: HiFiGANDecoder
@@ -80,6 +80,7 @@ class Stock:
 
     @torch.no_grad()
     def encode(self, audio: torch.Tensor, audio_len: torch.Tensor) -> torch.Tensor:
+        """Encode audio [B, T_audio] to tokens [B, C, T_encoded]."""
         frames = torch.where(audio_len % FRAME == 0, audio_len / FRAME, torch.ceil(audio_len / FRAME))
         length = FRAME * frames.int()
         hidden = F.pad(audio, (0, int(length.max().item()) - audio.shape[1])).unsqueeze(1)
@@ -100,6 +101,7 @@ class Stock:
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        """Decode tokens [B, C, T_encoded] to audio [B, T_audio]."""
         codes = []
         for group, fsq in zip(
             tokens.transpose(0, 1).chunk(self.quantizer.num_groups), self.quantizer.fsqs, strict=True
@@ -111,14 +113,15 @@ class Stock:
         return self.decoder.out_activation(hidden).squeeze(1)
 
 
-# [B, H, T], and items of each example [B].
+# Values [B, H, T] and the valid length of each example [B].
 Masked = tuple[torch.Tensor, torch.Tensor]
 
 
 class StockOps:
-    """Stock's operations: every one builds a mask and multiplies with it."""
+    """Operations of NeMo's layers, each of which builds a mask and multiplies by it."""
 
     def conv(self, layer: Conv1d, signal: Masked, activation: CodecActivation | None = None) -> Masked:
+        """Apply an activation, padding and a convolution."""
         hidden, length = signal
         conv = layer.conv
         padded = F.pad(hidden if activation is None else activation(hidden), layer.pad, mode=layer.pad_mode)
@@ -127,12 +130,14 @@ class StockOps:
         return masked(result, length), length
 
     def upsample(self, layer: ConvTranspose1d, signal: Masked, activation: CodecActivation) -> Masked:
+        """Apply an activation and a transposed convolution."""
         hidden, length = signal
         conv, rate = layer.conv, layer.conv.stride[0]
         result = F.conv_transpose1d(activation(hidden), conv.weight, conv.bias, rate, (rate + 1) // 2, rate % 2)
         return masked(result, length * rate), length * rate
 
     def residual(self, layer: ResidualLayer, signal: Masked) -> Masked:
+        """Average the residual branches of a layer."""
         results = []
         for blocks in layer.branches:
             result = signal
@@ -145,14 +150,14 @@ class StockOps:
 
 
 def masked(values: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-    """Values [B, ..., T] with zeros after each example's length [B]."""
+    """Zero values [B, ..., T] after each example's length [B]."""
     shape = (values.shape[0], *[1] * (values.dim() - 2), values.shape[-1])
     mask = torch.ones(shape, dtype=length.dtype, device=length.device).cumsum(dim=-1)
     return values * (mask <= length.reshape(-1, *[1] * (values.dim() - 1)))
 
 
 class Bench:
-    """What the parts share: the device, the clock, and what went wrong."""
+    """Shared state of the parts: device, time limit and failures."""
 
     def __init__(
         self, device: str, minutes: float, small: bool, precisions: Sequence[str], batches: Sequence[int]
@@ -165,11 +170,17 @@ class Bench:
         self.peak, self.bandwidth = float("nan"), float("nan")  # bf16 FLOP/s, bytes/s
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining time in seconds."""
         return self._end - time.monotonic()
 
     def part(self, name: str, needs: float, run: Callable[[], None]) -> None:
-        """Run a part that takes about `needs` seconds; what fails is printed, and the next one begins."""
+        """Run a part of the benchmark, and record its failure.
+
+        Args:
+            name: name of the part.
+            needs: approximate duration in seconds; the part fails if less time remains.
+            run: function to run; its exceptions are printed and do not stop the benchmark.
+        """
         print(f"\n## {name}\n", flush=True)
         started = time.monotonic()
         if self.left() < needs:
@@ -187,7 +198,15 @@ class Bench:
         print(f"\n({name}: {time.monotonic() - started:.1f} s)", flush=True)
 
     def seconds(self, way: Callable[[], Any], most: float = 4.0) -> list[float]:
-        """Seconds of a call, from its start until the device is done: up to 30 calls after two that do not count."""
+        """Time up to 30 synchronized calls after two warm-up calls.
+
+        Args:
+            way: function to time.
+            most: time limit in seconds for all calls.
+
+        Returns:
+            Seconds of each call, until the device has finished.
+        """
         took: list[float] = []
         started = time.monotonic()
         least = 3 if self.small else 5
@@ -202,12 +221,13 @@ class Bench:
         return took[2:]
 
     def wait(self) -> None:
+        """Wait until the device has finished."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
 
 def full_size(bench: Bench) -> tuple[Codec, Stock]:
-    """The released architecture with random weights: for us and, with weight norm, as stock has it."""
+    """Build the released architecture with random weights, as `Codec` and as `Stock`."""
     torch.manual_seed(0)
     small = bench.small
     encoder = HiFiGANEncoder(32, (2, 2, 4, 8, 8), 4 if small else 48, resblock_dilation_sizes=(1,))
@@ -218,18 +238,19 @@ def full_size(bench: Bench) -> tuple[Codec, Stock]:
 
 
 def with_precision(codec: Codec, precision: str) -> Codec:
+    """Return a codec with the same weights at another precision."""
     return Codec(TorchBackend(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, precision=precision))
 
 
 def clip(seconds: float, device: torch.device, batch: int = 1) -> torch.Tensor:
-    """Voiced-like noise [B, T_audio]."""
+    """Synthesize harmonics with noise, shape [B, T_audio]."""
     steps = torch.arange(round(seconds * RATE), device=device)
     tone = sum(torch.sin(steps * (0.03 * harmonic)) / harmonic for harmonic in range(1, 8))
     return 0.1 * tone + 0.03 * torch.randn(batch, len(steps), device=device)
 
 
 def peaks(bench: Bench) -> None:
-    """What this card reaches in this run."""
+    """Measure the peak matrix-product rates and copy bandwidth of the device."""
     size = 512 if bench.small else 8192
     rows = []
     for name, dtype, tf32 in (
@@ -254,7 +275,7 @@ def peaks(bench: Bench) -> None:
 
 @torch.no_grad()
 def check_kernels(bench: Bench) -> None:
-    """Fused convolutions on this device against their definition: every tile, in every type."""
+    """Compare fused convolutions with the reference, for all tiles and precisions."""
     kernels = find_kernels(bench.device)
     if kernels is None:
         print("no kernels on this device: everything below is plain PyTorch")
@@ -299,7 +320,7 @@ def check_kernels(bench: Bench) -> None:
                 kept = (ends * layer.upsample_stride // layer.stride).tolist()
                 tries[f"{title}, {called}, {tuple(tile)}"] = partial(_error_of, run, expected, kept, close)
     bench.wait()
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # compiling is what takes time
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # kernel compilation dominates the time
         found = dict(zip(tries, pool.map(lambda way: way(), tries.values()), strict=True))
     wrong = {what: error for what, error in found.items() if error}
     print(f"{len(found) - len(wrong)} of {len(found)} fused convolutions equal their definition")
@@ -309,7 +330,7 @@ def check_kernels(bench: Bench) -> None:
 
 @torch.no_grad()
 def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: list[int], close: float) -> str:
-    """What is wrong with a result; empty if nothing is."""
+    """Return a description of a mismatch, or an empty string."""
     try:
         found = run()
         errors = [
@@ -322,7 +343,7 @@ def _error_of(run: Callable[[], torch.Tensor], expected: torch.Tensor, kept: lis
 
 
 def real_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
-    """The bundled codec and clips [T_audio] of speech, on the CPU."""
+    """Load the bundled codec and speech clips [T_audio] on the CPU."""
     if folder is None and PACKED.exists():
         held = torch.load(PACKED, weights_only=False)
         return Codec(TorchBackend(*held["parts"], held["sample_rate"])), held["clips"]
@@ -349,7 +370,15 @@ def _load_speech(folder: Path | None) -> tuple[Codec, list[torch.Tensor]]:
 
 @torch.no_grad()
 def speech(bench: Bench, folder: Path | None) -> None:
-    """Tokens of real speech at each precision, against fp32 on the CPU; and audio of the same tokens."""
+    """Compare each precision with fp32 on the CPU, using real speech.
+
+    Args:
+        bench: benchmark state.
+        folder: folder of additional recordings, or None.
+
+    Raises:
+        AssertionError: if fp32 tokens on the device differ by more than rounding ties.
+    """
     codec, clips = real_speech(folder)
     lengths = [len(wave) for wave in clips]
     batch = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
@@ -363,7 +392,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
     agreement: dict[str, float] = {}
 
     def report(name: str, fast: Codec) -> None:
-        for _ in range(3):  # as it is, captured, replayed
+        for _ in range(3):  # runs eagerly, captures a CUDA graph, replays it
             found, heard = fast.encode(batch, lengths)[0].cpu(), fast.decode(tokens, counts)[0].cpu()
         same = int(((found == tokens) & valid[:, None]).sum())
         agreement[name] = same / total
@@ -381,7 +410,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
             report(precision, Codec(TorchBackend(*moved, codec.sample_rate, precision=precision)))
     finally:
         AUTOTUNER.force = None
-    if bench.on_gpu:  # other parts have engines of their own
+    if bench.on_gpu:  # kernels are chosen once per network; copies allow another choice
         report(
             "bf16, fused where faster", Codec(TorchBackend(*copy.deepcopy(moved), codec.sample_rate, precision="bf16"))
         )
@@ -393,7 +422,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
     for name, context in stock_ways(bench).items():
         with context():
             found = stock.encode(one, size).cpu()
-        # Its last frames see other samples where the clip goes on.
+        # The last frames differ, because the truncated clip lacks their lookahead.
         same = (found == expected)[..., : max(1, expected.shape[2] - 7)].float()
         print(f"stock's arithmetic, {name}, first clip: {100 * float(same.mean()):.2f} %")
     if agreement["fp32"] < 0.9995:
@@ -401,7 +430,7 @@ def speech(bench: Bench, folder: Path | None) -> None:
 
 
 def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
-    """Stock as users run it: PyTorch's defaults, and autocast."""
+    """Return the precisions of the reference: PyTorch's defaults, and autocast."""
     return {
         "fp32 (TF32 convolutions)" if bench.on_gpu else "fp32": nullcontext,
         "autocast bf16": lambda: torch.autocast(bench.device.type, dtype=torch.bfloat16),
@@ -409,7 +438,7 @@ def stock_ways(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 
 def nemo_stock(codec: Codec) -> Any:
-    """Stock's own model with these weights, or None where NeMo is not installed."""
+    """Build NeMo's full-size model, or return None if NeMo is not installed."""
     try:
         import nemo.collections.tts.models.audio_codec  # noqa: F401
     except Exception as reason:
@@ -426,7 +455,7 @@ def nemo_stock(codec: Codec) -> Any:
 
 
 def stock_calls(bench: Bench, codec: Codec, stock: Stock) -> dict[str, Any]:
-    """(encode, decode) by name."""
+    """Return the (encode, decode) functions of the reference implementations by name."""
     calls: dict[str, Any] = {"stock's arithmetic": (stock.encode, stock.decode)}
     model = nemo_stock(codec) if bench.on_gpu else None
     if model is not None:
@@ -439,7 +468,7 @@ def stock_calls(bench: Bench, codec: Codec, stock: Stock) -> dict[str, Any]:
 
 @torch.no_grad()
 def latency(bench: Bench, codec: Codec, stock: Stock) -> None:
-    """One clip at a time, from tensors on the device to tensors on the device."""
+    """Measure the latency of single clips, with input and output on the device."""
     for seconds in (0.5, 1.0) if bench.small else (1.0, 10.0):
         audio = clip(seconds, bench.device)
         audio_len = torch.tensor([audio.shape[1]], device=bench.device)
@@ -482,7 +511,7 @@ def _row(name: str, took: list[float], reference: float) -> str:
 
 @torch.no_grad()
 def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
-    """Seconds of audio a second at the batch that suits each best: 10 s clips."""
+    """Measure the throughput at the best batch size, with clips of 10 s."""
     sizes = [1, 2] if bench.small else bench.batches
     seconds = 1.0 if bench.small else 10.0
     print("| | encode | decode | both |\n| --- | --- | --- | --- |")
@@ -530,7 +559,11 @@ def saturation(bench: Bench, codec: Codec, stock: Stock) -> None:
 
 @torch.no_grad()
 def stages(bench: Bench, codec: Codec) -> None:
-    """Where a large bf16 batch spends its time, with and without the fused kernels; and their gain for one clip."""
+    """Profile each stage in bf16 with and without the fused kernels.
+
+    Prints the time, rate and bandwidth of each stage for a large batch, and the speedup of the fused kernels for the
+    large batch and for one clip.
+    """
     kernels = find_kernels(bench.device)
     batch, frames = (1, 32) if bench.small else (16, 224)
     precision = PRECISIONS["bf16"]
@@ -587,7 +620,15 @@ def stages(bench: Bench, codec: Codec) -> None:
 
 
 def work(step: Step, out: torch.Tensor) -> tuple[float, float]:
-    """FLOPs, and bytes of each layer's input, output and weights, of a step that gave `out` [B, T_out, H_out]."""
+    """Count the operations and memory traffic of a step.
+
+    Args:
+        step: step of a plan.
+        out: output of the step, shape [B, T_out, H_out].
+
+    Returns:
+        Floating-point operations, and bytes of the inputs, outputs and weights of the layers.
+    """
     batch, length, _ = out.shape
     flops = size = 0.0
     for layer in step.layers:
@@ -599,7 +640,7 @@ def work(step: Step, out: torch.Tensor) -> tuple[float, float]:
 
 
 def upload(bench: Bench) -> None:
-    """600 s of audio to the device, as a corpus's worker sends it."""
+    """Time the copy of 600 s of audio to the device, as in corpus tokenization."""
     count = RATE * (6 if bench.small else 600)
     ways = {"pageable": torch.zeros(count), "pinned": torch.zeros(count, pin_memory=bench.on_gpu)}
     for name, audio in ways.items():
@@ -607,6 +648,7 @@ def upload(bench: Bench) -> None:
 
 
 def main() -> int:
+    """Run the requested parts, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)

@@ -1,15 +1,17 @@
-"""Encode and decode beside stock NeMo, and beside EnCodec, DAC and Mimi as a user would run them.
+"""Speed of encoding and decoding, compared with stock NeMo, EnCodec, DAC and Mimi.
 
     python benchmarks/inference.py [--model FILE.nemo] [--threads N] [--rounds 3] [--plot docs/images/inference.png]
 
-Without --model a full-size checkpoint (112.7 M parameters) with random weights is written first. Everything runs in
-one process under `no_grad`, stock without its discriminator, and takes turns: single clips of 1, 10 and 60 s, 8 clips
-of 5 s, and 8 of 1 to 15 s, which stock computes as a padded batch. Before a case is timed its tokens are compared with
-stock's of each clip alone (equal but for ties) and its audio too (within 1e-4). bf16 has its share of equal tokens and
-the SNR of its audio printed instead. The other codecs have random weights too: time does not depend on them.
+Without --model, a full-size checkpoint (112.7 M parameters) with random weights is written first. All implementations
+run in one process under `no_grad` in alternating rounds; NeMo runs without its discriminator. The cases are single
+clips of 1, 10 and 60 s, 8 clips of 5 s, and 8 clips of 1 to 15 s, which NeMo computes as a padded batch. Before a case
+is timed, its results are compared with those of NeMo for each clip alone. Tokens must be equal except for rounding
+ties, and audio must agree within 1e-4. For bf16 the percentage of equal tokens and the SNR of the audio are printed
+instead. The other codecs also have random weights, which do not affect their speed.
 
-The last tables have the plan's convolutions by channels: their share of the time, the rate of the sums that they do (a
-few times fewer than the plain convolution's where they are Toom-Cook's), and its share of a large matrix product's.
+The last tables list the convolutions of the execution plan by their channels. They show the share of the time, the
+rate of the multiply-adds (Toom-Cook algorithms need a few times fewer than a direct convolution), and the rate
+relative to a large matrix product.
 """
 
 import argparse
@@ -46,13 +48,13 @@ PEER_CASES = ("1 s", "10 s")
 
 
 def pad(clips: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clips as a batch [B, T] with zeros after their ends, and their lengths."""
+    """Return clips as a zero-padded batch [B, T_audio], and their lengths [B]."""
     batch = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip) for clip in clips], batch_first=True)
     return batch, torch.tensor([len(clip) for clip in clips])
 
 
 class Case:
-    """Clips, and what stock makes of each alone: tokens, and audio of these tokens."""
+    """Test clips with NeMo's tokens and decoded audio of each clip alone."""
 
     def __init__(self, seconds: list[float], stock: Any, codec: Codec) -> None:
         self.clips = [synthesize(length, seed) for seed, length in enumerate(seconds)]
@@ -71,7 +73,7 @@ class Case:
         return [row[:, :size] for row, size in zip(tokens, self.tokens_len.tolist(), strict=True)]
 
     def check(self, codec: Codec) -> str:
-        """That fp32 gives stock's results."""
+        """Check that fp32 results equal those of NeMo, and return a summary."""
         ties = sum(
             assert_same_tokens(codec, clip, row, expected)
             for clip, row, expected in zip(self.clips, self._own_tokens(self.tokens), self.alone, strict=True)
@@ -86,7 +88,7 @@ class Case:
         return f"{ties} ties among {total} tokens, audio within {worst:.1e}"
 
     def agreement(self, codec: Codec) -> str:
-        """How far another precision is from stock's results."""
+        """Return a summary of how closely another precision agrees with NeMo."""
         tokens = self._own_tokens(codec.encode(self.audio, self.audio_len)[0])
         same = sum(int((row == expected).sum()) for row, expected in zip(tokens, self.alone, strict=True))
         audio = codec.decode(self.tokens, self.tokens_len)[0]
@@ -98,7 +100,11 @@ class Case:
 
 
 def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Ratios of each direction and precision, by case; prints them as they come."""
+    """Time all cases against NeMo, and print a table.
+
+    Returns:
+        Speedups over NeMo of each round, by direction and precision, then by case.
+    """
     names = list(codecs)
     found: dict[str, dict[str, list[float]]] = {}
     print(f"\n| seconds | stock | {' | '.join(names)} | {' | '.join(f'ratio, {name}' for name in names)} |")
@@ -129,7 +135,7 @@ def compare_with_stock(stock: Any, codecs: dict[str, Codec], rounds: int) -> dic
 
 
 def compare_with_peers(codec: Codec, rounds: int) -> None:
-    """Times real time of codecs whose users ask the same of a CPU."""
+    """Print the speed of other neural codecs on the same CPU, relative to real time."""
     import transformers
 
     dac = {"downsampling_ratios": [2, 4, 5, 8], "upsampling_ratios": [8, 5, 4, 2], "n_codebooks": 32}
@@ -162,7 +168,10 @@ def compare_with_peers(codec: Codec, rounds: int) -> None:
 
 
 class Convolutions(TorchDispatchMode):
-    """Seconds and multiply-adds of the plan's convolutions and products, by the channels of input and output."""
+    """Profiler of the plan's convolutions, by their input and output channels.
+
+    Sums the seconds and multiply-adds of convolutions and matrix products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +200,7 @@ class Convolutions(TorchDispatchMode):
 
 
 def stages(codec: Codec) -> None:
-    """Rate of the convolutions by their channels, beside a large matrix product's; and what is none."""
+    """Print the rate of the convolutions by channels, relative to a matrix product."""
     left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
     took = in_turns({"product": partial(torch.mm, left, right)}, 9)["product"]
     peak = 2 * 2048**3 / min(took) / 1e9
@@ -199,7 +208,7 @@ def stages(codec: Codec) -> None:
     clip = synthesize(6.0)
     tokens = codec.encode(clip)[0]
     for side, way in (("encode", partial(codec.encode, clip)), ("decode", partial(codec.decode, tokens))):
-        way()  # compiles oneDNN's kernels
+        way()  # warm up: oneDNN compiles its kernels on the first call
         started = time.perf_counter()
         with Convolutions() as found:
             way()
@@ -215,6 +224,7 @@ def stages(codec: Codec) -> None:
 
 
 def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> None:
+    """Plot the speedups over NeMo as bars with ranges."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -237,6 +247,7 @@ def plot(found: dict[str, dict[str, list[float]]], path: Path, what: str) -> Non
 
 @torch.no_grad()
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""What the benchmarks share: ways that take turns, medians with their spread, the machine's name."""
+"""Shared benchmark tools: timing, medians with ranges, and machine description."""
 
 import os
 import platform
@@ -13,7 +13,15 @@ from typing import Any
 
 
 def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each way takes in each round; the first round of all warms up and does not count."""
+    """Time several functions in alternating rounds.
+
+    Args:
+        ways: functions to time, by name.
+        rounds: number of timed rounds, after one warm-up round.
+
+    Returns:
+        Seconds of each round, by name.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -25,17 +33,17 @@ def in_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """How many times faster, round by round."""
+    """Return the speedup of `fast` over `slow` in each round."""
     return [theirs / own for theirs, own in zip(slow, fast, strict=True)]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, least and most."""
+    """Format the median, minimum and maximum."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-# For scripts of `alone`: MiB that the process has held at most. What getrusage says begins at the size of the process
-# that started it.
+# Peak resident memory in MiB, for scripts run by `alone`. The value of getrusage is not used, because it starts at the
+# size of the parent process.
 PEAK = """
 def peak():
     status = open("/proc/self/status").read()
@@ -45,7 +53,18 @@ def peak():
 
 
 def alone(script: str, *arguments: object) -> list[str]:
-    """The words of the last line that a Python script prints, run in a process of its own; it may call `peak()`."""
+    """Run a Python script in a new process.
+
+    Args:
+        script: source code, which may call `peak()` for the peak memory in MiB.
+        *arguments: command-line arguments of the script.
+
+    Returns:
+        Words of the last line that the script prints.
+
+    Raises:
+        SystemExit: if the script fails, with its standard error.
+    """
     done = subprocess.run(
         [sys.executable, "-c", PEAK + script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
@@ -59,7 +78,7 @@ def alone(script: str, *arguments: object) -> list[str]:
 
 
 def machine() -> str:
-    """Date, processor, cores, versions: what a table must name."""
+    """Return the date, processor, core count and torch version for a table."""
     import torch
 
     model = platform.processor() or platform.machine()
