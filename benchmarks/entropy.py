@@ -2,19 +2,19 @@
 
     python benchmarks/entropy.py MANIFEST [--min-seconds 10] [--model FILE.nemo] [--entropy-model FILE.lfrm]
 
-MANIFEST names recordings of speech that the model was not fitted to. Each is encoded once; its token file is written
-raw and compressed and read back, which must give the same tokens. Tables:
+MANIFEST lists speech recordings that the entropy model was not trained on. Each recording is encoded once. Its token
+file is written uncompressed and compressed, and must decode to the same tokens. The output shows:
 
-1. Bytes of the whole files (header, checksums and all), for those of at least `--min-seconds` and for all.
-2. Block sizes: bits a frame of the payload, and with all that a block costs, for independent blocks of so many frames.
-3. Tokens that nothing can compress: uniformly random ones.
-4. Speed on one thread: seconds of audio a second of CPU time, so that other work on the machine changes little. Frame
-   by frame means blocks of one frame, each written and read for itself; one block after the other is how a pipe is
-   read; side by side is how a long file is read.
+1. File sizes in bytes, including headers and checksums, for recordings of at least `--min-seconds` and for all.
+2. Block sizes: bits per frame of the payload, and with the overhead of a block, for each number of frames per block.
+3. The size of incompressible tokens, drawn uniformly at random.
+4. Speed on one thread as seconds of audio per second of CPU time, which other load on the machine hardly affects.
+   "Frame by frame" uses blocks of one frame that are written and read separately. "One after the other" decodes blocks
+   sequentially, as for a pipe. "Side by side" decodes the blocks of a file together.
 
-The last row is the most memory that NumPy and Python hold while a file is read.
+The last row is the peak memory that Python and NumPy allocate while a file is read.
 
-Set OMP_NUM_THREADS=1 for figures of one core.
+Set OMP_NUM_THREADS=1 to measure a single core.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SPEED_FRAMES = 4096
 
 
 def written(path: Path, metadata: Metadata, tokens: np.ndarray, num_samples: int, model: EntropyModel | None) -> int:
-    """Write a token file, check that it gives the same tokens, and return its bytes."""
+    """Write a token file, check that it decodes exactly, and return its bytes."""
     with TokenWriter(path, metadata, overwrite=True, model=model) as writer:
         writer.write(tokens)
         writer.finish(num_samples)
@@ -56,7 +56,7 @@ def written(path: Path, metadata: Metadata, tokens: np.ndarray, num_samples: int
 
 
 def stream(metadata: Metadata, tokens: np.ndarray, model: EntropyModel | None, block: int) -> bytes:
-    """A token file of blocks of so many frames."""
+    """Return the contents of a token file with `block` frames per block."""
     file = io.BytesIO()
     writer = TokenStreamWriter(file, metadata, model)
     for start in range(0, tokens.shape[1], block):
@@ -66,7 +66,7 @@ def stream(metadata: Metadata, tokens: np.ndarray, model: EntropyModel | None, b
 
 
 def speed(frames: int, frame_rate: float, work: Callable[[], object]) -> float:
-    """Seconds of audio a second of CPU time; the best of three."""
+    """Return the best of three speeds, in seconds of audio per second of CPU time."""
     best = float("inf")
     for _ in range(3):
         started = time.process_time()
@@ -76,6 +76,7 @@ def speed(frames: int, frame_rate: float, work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--min-seconds", type=float, default=10)

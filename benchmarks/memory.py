@@ -1,11 +1,12 @@
-"""Peak memory of encoding and decoding by the length of the recording, beside stock NeMo.
+"""Peak memory of encoding and decoding by duration, compared with stock NeMo.
 
     python benchmarks/memory.py [--model FILE.nemo] [--seconds 60 600] [--stock-seconds 60]
 
-Every figure is of a fresh process that loads a checkpoint, works on two seconds, gives back what is free, notes what
-it holds (the loaded model) and goes on with the recording: ours from disk to disk, stock's as its users do, in one
-call under `no_grad` (ten minutes of that need tens of GiB). Without --model a full-size checkpoint with random
-weights is written first. Tokens must be stock's but for one in ten thousand (ties).
+Every measurement is a new process that loads a checkpoint, processes two seconds of audio, returns free memory to the
+system, measures its resident memory (the loaded model) and processes the recording. nemo_lfr processes it from file to
+file. NeMo processes it in one call under `no_grad`, as is usual, which needs tens of GiB for ten minutes. Without
+--model, a full-size checkpoint with random weights is written first. At most one in ten thousand tokens may differ
+from NeMo's, because of rounding ties.
 """
 
 import argparse
@@ -71,6 +72,7 @@ print(peak() - before, max(whole, peak()), time.perf_counter() - started)
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--seconds", type=int, nargs="+", default=[60, 600])

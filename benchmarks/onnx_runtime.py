@@ -1,10 +1,10 @@
-"""ONNX Runtime beside PyTorch: the same tokens and audio, speed and memory.
+"""Comparison of ONNX Runtime and PyTorch: agreement, speed and memory.
 
     python benchmarks/onnx_runtime.py [MANIFEST] [--model FILE.nemo] [--threads 1] [--rounds 5]
 
-MANIFEST names recordings of speech, all of which are encoded by both: tokens must be equal but for ties, audio within
-1e-4. Then both take turns on recordings of 1, 10 and 60 s; medians, and their ratio. Memory is the peak of a fresh
-process that encodes and decodes 60 s.
+MANIFEST lists speech recordings, which both backends encode and decode. Tokens must be equal except for rounding ties,
+and audio within 1e-4. Speed is measured on recordings of 1, 10 and 60 s in alternating rounds. The table shows medians
+and their ratio. Memory is the peak of a new process that encodes and decodes 60 s.
 """
 
 import argparse
@@ -31,6 +31,7 @@ print(round(peak()))
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", nargs="?", type=Path)
     parser.add_argument("--model")

@@ -1,10 +1,11 @@
-"""From nothing to the first tokens, as a user's process: the light door against stock NeMo.
+"""Startup time until the first tokens, for the standalone API and stock NeMo.
 
     python benchmarks/startup.py [--checkpoint FILE.nemo] [--runs 5]
 
-Each run is a fresh process that imports, loads a checkpoint and encodes one second; the kinds take turns, and tokens
-must be equal. Without --checkpoint full-size ones with random weights are written first: one without discriminators,
-and one with those of the released checkpoint, WavLM in a local folder among them. `nemo-lfr --help` is timed too.
+Each run is a new process that imports the package, loads a checkpoint and encodes one second of audio. The two
+implementations alternate, and their tokens must be equal. Without --checkpoint, two full-size checkpoints with random
+weights are written first: one without discriminators, and one with the discriminators of the released checkpoint and
+WavLM in a local folder. `nemo-lfr --help` is timed as well.
 """
 
 import argparse
@@ -48,7 +49,7 @@ main()
 
 
 def write_released(folder: Path) -> Path:
-    """A checkpoint with the released one's discriminators, written by stock."""
+    """Write a checkpoint with the released model's discriminators, using NeMo."""
     from nemo.collections.tts.models.audio_codec import AudioCodecModel
     from omegaconf import OmegaConf
     from transformers import WavLMConfig, WavLMModel
@@ -63,6 +64,7 @@ def write_released(folder: Path) -> Path:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--runs", type=int, default=5)

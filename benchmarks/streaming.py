@@ -1,13 +1,13 @@
-"""Streams beside the whole recording: that they agree, what they cost, and what a shorter lookahead loses.
+"""Streaming compared with offline processing: agreement, speed and lookahead.
 
     python benchmarks/streaming.py [MANIFEST] [--model FILE.nemo] [--chunkings 200] [--threads 1]
 
-MANIFEST names recordings of speech; the one inside the package is used if it is not given. Every recording is streamed
-in pieces of random lengths (none, one sample, a frame, primes, up to 0.4 s) through the codec and through one with
-NanoCodec's causal decoder and random weights: tokens must be equal but for ties, audio within 1e-5. Then streams are
-timed: how long a push of 20, 80 and 320 ms takes, with one stream and with 16 of them pushed together; their real-time
-factor is seconds of audio a second, of all streams. The last table is of `lookahead`: tokens that differ from those
-with the whole future, and how far the decoded audio is from that with the whole future.
+MANIFEST lists speech recordings; the default is the clip inside the package. Every recording is streamed in chunks of
+random lengths (empty, one sample, one frame, a prime length, up to 0.4 s) through the codec, and through a codec with
+NanoCodec's causal decoder and random weights. Tokens must be equal to offline tokens except for rounding ties, and
+audio within 1e-5. The next table times pushes of 20, 80 and 320 ms for one stream and for 16 streams that are pushed
+together. Speed relative to real time is the total over all streams. The last tables show the effect of `lookahead`:
+the percentage of tokens that equal those with full lookahead, and the SNR and quality of the decoded audio.
 """
 
 import argparse
@@ -41,12 +41,13 @@ QUALITY = ("ESTOI", "mel distance")
 
 
 def read(path: Path, rate: int) -> np.ndarray:
+    """Read a recording as mono samples [T] at `rate` Hz."""
     with AudioReader(path, rate) as reader:
         return np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
 
 
 def cut(rng: np.random.Generator, total: int, frame: int, longest: int) -> list[tuple[int, int]]:
-    """Random pieces [start, stop) of `total` items."""
+    """Split `total` items into random chunks [start, stop)."""
     edges = [0]
     while edges[-1] < total:
         kind = int(rng.integers(6))
@@ -56,6 +57,7 @@ def cut(rng: np.random.Generator, total: int, frame: int, longest: int) -> list[
 
 
 def encode(codec: Codec, wave: np.ndarray, pieces: list[tuple[int, int]], lookahead: int | None = None) -> np.ndarray:
+    """Encode chunks of audio [T_audio] as a stream; returns tokens [C, T_encoded]."""
     stream = codec.stream_encoder(lookahead)
     return np.concatenate([*(stream.push(wave[a:b]) for a, b in pieces), stream.flush()], axis=1)
 
@@ -63,12 +65,23 @@ def encode(codec: Codec, wave: np.ndarray, pieces: list[tuple[int, int]], lookah
 def decode(
     codec: Codec, tokens: np.ndarray, pieces: list[tuple[int, int]], lookahead: int | None = None
 ) -> np.ndarray:
+    """Decode chunks of tokens [C, T_encoded] as a stream; returns audio [T_audio]."""
     stream = codec.stream_decoder(lookahead)
     return np.concatenate([*(stream.push(tokens[:, a:b]) for a, b in pieces), stream.flush()])
 
 
 def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> str:
-    """`chunkings` random ways to cut the recordings, both directions."""
+    """Check that streaming equals offline processing for random chunks.
+
+    Args:
+        codec: codec to check.
+        waves: recordings, each of shape [T_audio].
+        chunkings: number of random excerpts and chunkings.
+        seed: random seed.
+
+    Returns:
+        Summary of the agreement.
+    """
     rng = np.random.default_rng(seed)
     ties, worst, frames = 0, 0.0, 0
     for number in range(chunkings):
@@ -88,12 +101,12 @@ def check(codec: Codec, waves: list[np.ndarray], chunkings: int, seed: int) -> s
 
 
 def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of each push of `push_ms` to `count` streams together: encoders, decoders."""
+    """Time each push of `push_ms` to `count` streams, for encoders and decoders."""
     size = codec.sample_rate * push_ms // 1000
     encoders = [codec.stream_encoder() for _ in range(count)]
     decoders = [codec.stream_decoder() for _ in range(count)]
     took: tuple[list[float], list[float]] = ([], [])
-    # Streams are at different places, as those of a server's users are.
+    # Shift the audio of each stream, since the streams of a server carry different audio.
     waves = [np.roll(wave, 977 * number) for number in range(count)]
     for start in range(0, len(wave) - size + 1, size):
         begin = time.perf_counter()
@@ -106,6 +119,7 @@ def time_pushes(codec: Codec, wave: np.ndarray, push_ms: int, count: int) -> tup
 
 
 def speed(codec: Codec, wave: np.ndarray) -> None:
+    """Print the latency and speed of streams by number and push size."""
     print("\n| streams | push | encode: median, 95 % | decode: median, 95 % | x real time: encode, decode, both |")
     print("| --- | --- | --- | --- | --- |")
     for count in STREAMS:
@@ -127,7 +141,7 @@ def speed(codec: Codec, wave: np.ndarray) -> None:
 
 
 def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
-    """What waiting for less than all loses."""
+    """Print tokens and quality for each lookahead up to the full one."""
     frame_ms = 1000 / codec.frame_rate
     print("\n| frames of lookahead | delay | tokens as with all |")
     print("| --- | --- | --- |")
@@ -154,6 +168,7 @@ def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", nargs="?", type=Path)
     parser.add_argument("--model")

@@ -1,11 +1,11 @@
-"""A corpus to tokens beside a loop over stock NeMo's encode; Ray beside plain processes; memory over the run.
+"""Speed of corpus tokenization compared with stock NeMo and Ray, and memory use.
 
     python benchmarks/tokenize_corpus.py [--model FILE.nemo] [--clips 160] [--plot docs/images/tokenize_memory.png]
 
-Stock's loop is that of its users: load a file with NeMo's own reader, call `encode`, keep the tokens, on as many
-threads as the machine has; one clip at a time, and in padded batches of 8. It must give the tokens that we write, clip
-by clip (a stock batch does not: its tokens depend on their neighbours). Ours is `nemo-lfr tokenize` with one worker of
-one thread for each core. Rates leave out what both spend on loading. Rounds take turns; medians are of them.
+The NeMo loop reads a file with NeMo's own reader, calls `encode` and keeps the tokens. It uses one thread per core and
+runs on one clip at a time, and on padded batches of 8. Its tokens of single clips are compared with those of nemo_lfr;
+in a NeMo batch, tokens depend on the other clips. nemo_lfr runs `nemo-lfr tokenize` with one single-threaded worker
+per core. Speeds exclude the loading of models. Rounds alternate, and tables show medians over rounds.
 """
 
 import sys
@@ -37,7 +37,7 @@ SHARD = 4
 
 
 def write_corpus(root: Path, seconds: list[float]) -> Path:
-    """Clips of these lengths and their manifest."""
+    """Write synthetic clips of these durations and their manifest."""
     lines = []
     for number, length in enumerate(seconds):
         soundfile.write(root / f"{number}.wav", synthesize(length, seed=number), RATE)
@@ -50,7 +50,11 @@ def write_corpus(root: Path, seconds: list[float]) -> Path:
 def stock_loop(
     model: Any, manifest: Path, batch_size: int, limit: int | None = None
 ) -> tuple[float, list[torch.Tensor]]:
-    """Seconds for the corpus or its first clips, and the tokens of each clip."""
+    """Encode the corpus, or its first `limit` clips, with NeMo.
+
+    Returns:
+        Seconds of the loop, and the tokens of each clip, shape [C, T_encoded].
+    """
     from nemo.collections.asr.parts.preprocessing.segment import AudioSegment
 
     lines = manifest.read_text().splitlines()[:limit]
@@ -71,7 +75,11 @@ def stock_loop(
 
 
 def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | None = None) -> float:
-    """Seconds of audio a second, from the first shard of each worker to the last shard of all."""
+    """Run `nemo-lfr tokenize`, and return its speed.
+
+    Returns:
+        Seconds of audio per second, measured after the first shard of every worker.
+    """
     times: list[tuple[float, int]] = []
 
     def watch(totals: Totals) -> None:
@@ -84,7 +92,7 @@ def ours(manifest: Path, out: Path, model: str | None, workers: int, ray: str | 
 
 
 def memory_over_a_run(manifest: Path, out: Path, model: str | None) -> list[tuple[float, float]]:
-    """(seconds, MiB in memory) of a process that tokenises by itself."""
+    """Tokenize in this process, and return (seconds, MiB of resident memory) samples."""
     page, samples = os.sysconf("SC_PAGE_SIZE"), []
     done = threading.Event()
     started = time.perf_counter()
@@ -103,6 +111,7 @@ def memory_over_a_run(manifest: Path, out: Path, model: str | None) -> list[tupl
 
 
 def plot(samples: list[tuple[float, float]], path: Path) -> None:
+    """Plot resident memory over time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,6 +124,7 @@ def plot(samples: list[tuple[float, float]], path: Path) -> None:
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a .nemo; the bundled codec if not given")
     parser.add_argument("--clips", type=int, default=160)
@@ -146,10 +156,11 @@ def main() -> None:
 def compare_with_stock(
     manifest: Path, out: Callable[[], Path], model: str | None, rounds: int, cores: int, batches: bool
 ) -> None:
+    """Print the speed of `nemo-lfr tokenize` and the NeMo loop, and compare tokens."""
     torch.set_num_threads(cores)
     stock = stock_model(find_checkpoint(model)).eval()
     seconds = sum(json.loads(line)["duration"] for line in manifest.read_text().splitlines())
-    stock_loop(stock, manifest, 1, limit=4)  # warm
+    stock_loop(stock, manifest, 1, limit=4)  # warm up
     if batches:
         stock_loop(stock, manifest, 8, limit=8)
     own: list[float] = []
@@ -179,6 +190,7 @@ def compare_with_stock(
 
 
 def compare_with_ray(manifest: Path, out: Callable[[], Path], model: str | None, rounds: int) -> None:
+    """Print the speed of Ray workers relative to a single process."""
     import ray
 
     ray.init("local", include_dashboard=False, logging_level="error", log_to_driver=False)

@@ -1,12 +1,13 @@
-"""A training step of the released codec, ours beside stock NeMo's: time, losses and memory of both.
+"""Training steps of the released codec, compared with stock NeMo.
 
     python benchmarks/training.py [--batch-size 1] [--frames 24] [--rounds 3] [--device cuda] [--precision bf16-mixed]
 
-Full size: 112.7 M parameters of generator, 5 STFT and 5 period discriminators, WavLM base (random weights) as the SLM
-discriminator, which learn every second step; Adam, as in the released config. The two models have the same weights,
-live in a process each and take turns, two steps each; the first round is not counted, but its losses are compared.
-WavLM is in evaluation mode in both (stock leaves it in training mode, where it masks its input at random). What counts
-is the trainer's step: not its start, nor the loading of data.
+The benchmark compares time, losses and memory. The model has full size, as in the released config: a generator with
+112.7 M parameters, 5 STFT and 5 period discriminators, and WavLM base (random weights) as the SLM discriminator. The
+discriminators are updated every second step, and the optimizer is Adam. Both implementations start from the same
+weights, run in separate processes and alternate, two steps each. The first round is a warm-up whose times are
+discarded but whose losses are compared. WavLM is in evaluation mode in both; NeMo leaves it in training mode, where it
+masks its input at random. Times cover the training steps, without the startup of the trainer and data loading.
 """
 
 import argparse
@@ -35,10 +36,11 @@ from tests.models import FULL_SIZE, speech_like
 from tests.nemo.test_training_with_nemo import ALL_STFT, LOSSES, MODULES, training_config
 
 STOCK, OURS = "stock NeMo", "nemo_lfr"
-STEPS = 2  # of which the discriminators learn in one
+STEPS = 2  # the discriminators are updated in one of them
 
 
 def released_config(wavlm: str) -> dict[str, Any]:
+    """Return the training config of the released codec with a local WavLM folder."""
     slm = {"_target_": MODULES + "SLMDiscriminator", "slm_model_name": wavlm, "slm_sr": 16000, "input_sr": 22050}
     period = {"_target_": MODULES + "MultiPeriodDiscriminator"}
     resolutions = [[size, size // 4, size] for size in (32, 64, 128, 256, 512, 1024, 2048)]
@@ -54,9 +56,9 @@ def released_config(wavlm: str) -> dict[str, Any]:
 
 
 class Turns(pl.Callback):
-    """Takes `STEPS` steps whenever told to, and answers with the seconds a step; keeps the first step's losses.
+    """Callback that runs `STEPS` steps per request and reports the seconds per step.
 
-    WavLM is taken out of training mode, where stock leaves it.
+    It keeps the losses of the first step, and puts WavLM in evaluation mode.
     """
 
     def __init__(self, pipe: Connection, device: str) -> None:
@@ -65,6 +67,7 @@ class Turns(pl.Callback):
         self.started = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, number: int) -> None:
+        """Wait for a request before the first step of each group."""
         for module in model.modules():
             if type(module).__name__ == "WavLMModel":
                 module.eval()
@@ -75,6 +78,7 @@ class Turns(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, model: pl.LightningModule, outputs: Any, batch: Any, number: int
     ) -> None:
+        """Report the time after the last step of each group."""
         if (number + 1) % STEPS == 0:
             if self.device == "cuda":
                 torch.cuda.synchronize()
@@ -83,7 +87,7 @@ class Turns(pl.Callback):
 
 
 def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Train one of the two models in turns; at last send its first losses and the peak memory."""
+    """Train one model on request, then send its first losses and the peak memory."""
     torch.manual_seed(0)
     config = OmegaConf.create(released_config(folder))
     weights = Path(folder, "weights.pt")
@@ -120,6 +124,7 @@ def work(name: str, folder: str, args: argparse.Namespace, pipe: Connection) -> 
 
 
 def main() -> None:
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--frames", type=int, default=24)
