@@ -1,4 +1,4 @@
-"""What strangers' names and labels become in CSV cells, Markdown and on a terminal."""
+"""Tests of escaping untrusted text for CSV cells, Markdown and terminals."""
 
 import pytest
 

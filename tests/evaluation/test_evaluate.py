@@ -1,4 +1,4 @@
-"""`nemo-lfr evaluate` as a user types it: figures, resuming, the report in a real browser."""
+"""Tests of `nemo-lfr evaluate`: results, resuming, and the report in a browser."""
 
 import csv
 import html
@@ -41,7 +41,7 @@ def evaluate(capsys, corpus, out, *arguments):
 
 @pytest.fixture(scope="module")
 def report(corpus, tmp_path_factory):
-    """A finished evaluation of the original and the bundled codec."""
+    """Evaluate the original and the bundled codec, and return the output folder."""
     out = tmp_path_factory.mktemp("report")
     arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--jobs", "2", "--examples", "2"]
     main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
@@ -73,7 +73,7 @@ def test_markdown_has_every_table_and_says_what_is_missing(report):
     for part in ("| nemo_lfr (bundled) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
         assert part in text
     assert re.search(r"\*\*CER\*\*.*Not measured: no --asr given", text)
-    assert "CER" not in text.partition("### Cost")[0]  # no column without a figure
+    assert "CER" not in text.partition("### Cost")[0]  # a metric without values has no column
 
 
 def test_the_page_asks_nobody_for_anything_and_escapes_what_manifests_say(report):
@@ -86,7 +86,7 @@ def test_the_page_asks_nobody_for_anything_and_escapes_what_manifests_say(report
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
 def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_path):
-    """The page itself has no script: a copy gets one that sends what the browser made of it."""
+    """Add a script to a copy of the report, which sends what the browser has rendered."""
     sent: queue.Queue[bytes] = queue.Queue()
 
     class Listener(BaseHTTPRequestHandler):
@@ -139,11 +139,11 @@ def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_p
     monkeypatch.setattr(peers.LFR, "send", lambda self, *args: sent.append(1) or send(self, *args))
     monkeypatch.setattr(run, "measure", lambda *args: measured.append(args[2]) or measure(*args))
     assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--limit", 2)[0] == 0
-    assert len(sent) == 2 + 1 and len(measured) == 2  # one to warm up
+    assert len(sent) == 2 + 1 and len(measured) == 2  # 2 recordings and 1 warm-up call
     first = (tmp_path / "summary.csv").read_text()
     assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--limit", 2)[0] == 0
     assert len(sent) == 3 and len(measured) == 2 and (tmp_path / "summary.csv").read_text() == first
-    # A crash leaves half a line and half a file; another recording and another codec are added.
+    # Simulate a crash with a partial line and a partial file, then add a recording and a codec.
     folder = next((tmp_path / "codecs").iterdir())
     with open(folder / "sent.jsonl", "a") as file:
         file.write('["00001-')
@@ -204,7 +204,7 @@ def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
 
 
 class Counting(Judge):
-    """Counts letters, and cannot do without them."""
+    """Model-based metric that counts the letters of the text, and fails without text."""
 
     name, metrics = "counter", ("CER",)
 

@@ -1,4 +1,4 @@
-"""Metrics that need somebody's trained model: small random ones of the real classes, and none at all."""
+"""Tests of model-based metrics, with small random models and without any model."""
 
 import json
 
@@ -22,7 +22,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def wav2vec(tmp_path_factory):
-    """A recognizer that says what a random network says."""
+    """Save a small wav2vec 2.0 ASR model with random weights, and return its folder."""
     from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
     folder = tmp_path_factory.mktemp("wav2vec")

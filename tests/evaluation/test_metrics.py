@@ -1,4 +1,4 @@
-"""Figures of one pair against NeMo's and the libraries' own, and what they say of awkward pairs."""
+"""Tests of metrics against NeMo and other libraries, and of their edge cases."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_pitch_is_that_of_the_tone():
     time = np.arange(2 * RATE) / RATE
     low, high = (sum(np.sin(2 * np.pi * f0 * n * time) / n for n in range(1, 8)) / 4 for f0 in (110.0, 123.47))
     values = measure(Signal(low, RATE), Signal(high, RATE), ("F0 error", "voicing error"))
-    assert values["F0 error"] == pytest.approx(200, abs=15)  # a whole tone
+    assert values["F0 error"] == pytest.approx(200, abs=15)  # a whole tone is 200 cents
     assert values["voicing error"] < 5
 
 

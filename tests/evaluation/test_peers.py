@@ -1,4 +1,4 @@
-"""Codecs behind one interface: real programs, real model code, real byte counts."""
+"""Tests of the compared codecs, with the real programs and model implementations."""
 
 import math
 import shutil
@@ -48,7 +48,7 @@ def test_stock_nemo_sends_what_ours_does(speech):
     check(stock, len(speech))
     codec = load(device="cpu")
     assert_same_tokens(codec, speech, torch.from_numpy(ours.tokens), torch.from_numpy(stock.tokens))
-    tokens = torch.from_numpy(stock.tokens)[None]  # a tie may fall otherwise, and is another sound
+    tokens = torch.from_numpy(stock.tokens)[None]  # decode NeMo's tokens, since rounding ties may differ
     output, _ = codec.decode(tokens, [tokens.shape[2]], audio_len=[len(speech)])
     assert np.allclose(stock.audio, output[0].numpy(), atol=1e-5)
 
@@ -80,12 +80,12 @@ def test_codec2_has_its_delay_taken_out_and_its_bytes_counted(speech, mode, bits
     sent = peer.send(speech, RATE)
     check(sent, len(speech))
     assert peer.delay > 0
-    assert sent.num_bytes * 8 / 3 == pytest.approx(bits, rel=0.03)  # 700C's 28 bits lie in 4 bytes
+    assert sent.num_bytes * 8 / 3 == pytest.approx(bits, rel=0.03)  # a 700C frame of 28 bits takes 4 bytes
     assert abs(measure(Signal(speech, RATE), Signal(sent.audio, RATE), ["lag"])["lag"]) <= 8
 
 
 def tiny(kind: str, folder) -> None:
-    """A small model of a peer's own code with random weights, in a folder."""
+    """Save a small transformers codec with random weights in a folder."""
     import transformers
 
     torch.manual_seed(0)

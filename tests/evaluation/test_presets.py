@@ -1,4 +1,4 @@
-"""The card's test sets from miniature archives in their published layout."""
+"""Tests of the model card's test sets, using small archives of the same layout."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def write(path, seconds, rate=16000):
 
 @pytest.fixture(scope="module")
 def mls(tmp_path_factory):
-    """Twelve test utterances and two of training in each language."""
+    """Write 12 test and 2 training utterances in each language, and return the folder."""
     folder = tmp_path_factory.mktemp("mls")
     for language in MLS_LANGUAGES:
         for split, count in (("test", 12), ("train", 2)):
@@ -38,7 +38,7 @@ def test_mls_gives_a_fixed_draw_of_each_languages_test_set(mls, monkeypatch):
     assert all("/test/" in str(recording.path) and recording.path.is_file() for recording in found)
     assert all(recording.labels["text"].startswith("text ") and recording.duration == 0.1 for recording in found)
     assert found == PRESETS["card-mls"].recordings(mls, 0) != PRESETS["card-mls"].recordings(mls, 1)
-    # The draw that anyone gets: another one would change every figure that was published with it.
+    # The selection must be the same everywhere, since published results depend on it.
     drawn = ["100_000006", "101_000001", "101_000004", "101_000010", "102_000011"]
     assert [recording.path.stem.replace("_7", "") for recording in found[:5]] == drawn
 

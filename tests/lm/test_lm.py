@@ -1,4 +1,4 @@
-"""Token layouts and codes, against loops that follow their definitions, transformers and NeMo."""
+"""Tests of layouts and codes against their definitions, transformers and NeMo."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ LAYOUTS = {
     "stacked": StackLayout(C, K, frames_per_step=2),
     "bare": StackLayout(C, K, frames_per_step=4, bos=False, eos=False),
 }
-EXPECTED = {  # tokens [[0, 1, 2], [3, 4, 5], [6, 7, 8]]; BOS, EOS and padding by their signs
+EXPECTED = {  # for tokens [[0, 1, 2], [3, 4, 5], [6, 7, 8]]; BOS is <, EOS is > and padding is _
     "interleaved": "< 0 13 26 1 14 27 2 15 28 >",
     "shared ids": "< 0 3 6 1 4 7 2 5 8 >",
     "after text": "1000 1013 1026 1001 1014 1027 1002 1015 1028 >",
@@ -59,7 +59,7 @@ def test_restoring_inverts_arranging_for_any_lengths(data, name):
     tokens = np.random.default_rng(sum(lengths)).integers(0, K, (len(lengths), C, max(lengths)))
     ids, ids_len = layout.arrange(tokens, lengths)
     assert ids.max(initial=0) < layout.vocab_size
-    for row in range(len(lengths)):  # as if alone, then padding
+    for row in range(len(lengths)):  # equals the utterance alone, followed by padding
         alone, alone_len = layout.arrange(tokens[row, :, : lengths[row]])
         assert int(alone_len) == ids_len[row] == alone.shape[-1]
         assert (ids[row, ..., : ids_len[row]] == alone).all()
@@ -113,7 +113,7 @@ def test_a_special_id_among_the_tokens_ends_the_recording(name, garbage):
 def test_an_id_of_another_codebook_ends_the_recording():
     layout = LAYOUTS["interleaved"]
     ids, _ = layout.arrange(np.zeros((C, 5), int))
-    ids[1 + 3 * C] += K  # the fourth frame's first token
+    ids[1 + 3 * C] += K  # first token of the fourth frame
     assert int(layout.restore(ids)[1]) == 3
 
 
@@ -121,11 +121,11 @@ def test_the_delay_is_that_of_transformers():
     musicgen = pytest.importorskip("transformers.models.musicgen.modeling_musicgen")
     tokens = torch.randint(0, K, (2, C, 8), generator=torch.Generator().manual_seed(0))
 
-    class Host:  # the method reads nothing else of the model
+    class Host:  # the only attributes of the model that the method reads
         num_codebooks = C
         config = type("config", (), {"audio_channels": 1})
 
-    # Its prompt begins with BOS, and the pattern has no room for EOS.
+    # The prompt of MusicGen begins with BOS, and its pattern has no EOS.
     prompt = torch.cat([torch.full((2, C, 1), -2), tokens], dim=2).reshape(2 * C, 9)
     _, pattern = musicgen.MusicgenForCausalLM.build_delay_pattern_mask(
         Host(), prompt, pad_token_id=K, max_length=9 + C - 1
@@ -176,7 +176,7 @@ def test_every_token_survives_unfolding(library):
     tokens = library(np.arange(2016).reshape(1, 1, -1).repeat(2, 1))
     codes = unfold(tokens, LEVELS)
     assert tuple(codes.shape) == (1, 8, 2016)
-    assert [int(code) for code in codes[0, :4, 8 * 7 + 3]] == [3, 0, 1, 0]  # the first dimension is the lowest digit
+    assert [int(code) for code in codes[0, :4, 8 * 7 + 3]] == [3, 0, 1, 0]  # least significant digit first
     assert bool((fold(codes, LEVELS) == tokens).all())
 
 
@@ -201,7 +201,7 @@ def test_regrouping_and_unfolding_are_those_of_nemo(groups, levels):
     original = modules.GroupFiniteScalarQuantizer(num_groups=8, num_levels_per_group=list(LEVELS))
     tokens = torch.randint(0, 2016, (5, 8, 20_000), generator=torch.Generator().manual_seed(0))
     length = torch.full((5,), 20_000)
-    if levels is None:  # NeMo has no groups of unequal levels: its codes, read digit by digit
+    if levels is None:  # NeMo does not support groups of unequal levels, so compare with its codes
         codes = original.decode(indices=tokens.permute(1, 0, 2).int(), input_len=length)
         middle = torch.tensor(LEVELS * 8)[:, None] // 2
         assert torch.equal(unfold(tokens, LEVELS), (codes * middle + middle).round().long())

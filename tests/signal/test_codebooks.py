@@ -1,4 +1,4 @@
-"""Codebook use: perplexity and levels of known tokens."""
+"""Tests of codebook statistics: perplexity and levels of known tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_perplexity_counts_equally_frequent_tokens_and_nothing_after_the_end():
 def test_levels_are_counted_over_all_dimensions_of_all_codebooks():
     use = CodebookUse(2, (4, 3))
     assert use.levels_used() == 0
-    # Token 4 * b + a has level a in the first dimension and b in the second.
+    # Token 4 * b + a has level a in the first dimension and level b in the second.
     use.update(torch.tensor([[[0, 1, 2, 3], [0, 4, 8, 0]]]), torch.tensor([4]))
     assert use.levels_used() == pytest.approx((4 + 1 + 1 + 3) / 14)
 
