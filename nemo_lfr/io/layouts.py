@@ -20,7 +20,7 @@ MAX_FIELD = 1 << 17
 
 
 @dataclass(frozen=True)
-class Utterance:
+class CorpusUtterance:
     """One recording of a corpus.
 
     Attributes:
@@ -38,23 +38,25 @@ class Utterance:
     problem: str | None = None
 
 
-def librispeech(corpus: Path) -> Iterator[Utterance]:
+def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
     """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
     for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
         for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
             if name is None:
-                yield Utterance(Path(text), speaker, _split(part), problem=problem)
+                yield CorpusUtterance(Path(text), speaker, _split(part), problem=problem)
                 continue
             if not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield Utterance(place, speaker, _split(part), problem=f"{shorten(name)!r} is not the name of a file")
+                yield CorpusUtterance(
+                    place, speaker, _split(part), problem=f"{shorten(name)!r} is not the name of a file"
+                )
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
-            yield Utterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
+            yield CorpusUtterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
 
 
-def mls(corpus: Path) -> Iterator[Utterance]:
+def mls(corpus: Path) -> Iterator[CorpusUtterance]:
     """Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
     for transcript in _named(corpus, "transcripts.txt"):
         folder = transcript.parent
@@ -62,20 +64,20 @@ def mls(corpus: Path) -> Iterator[Utterance]:
         split = _split(folder.name)
         for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b"\t"), start=1):
             if name is None:
-                yield Utterance(Path(text), "", split, problem=problem)
+                yield CorpusUtterance(Path(text), "", split, problem=problem)
                 continue
             words = name.split("_")
             if len(words) != 3 or not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield Utterance(place, "", split, problem=f"{shorten(name)!r} is not SPEAKER_BOOK_NUMBER")
+                yield CorpusUtterance(place, "", split, problem=f"{shorten(name)!r} is not SPEAKER_BOOK_NUMBER")
                 continue
             stem = folder / "audio" / words[0] / words[1] / name
             path = next((found for kind in (".flac", ".opus") if (found := stem.with_suffix(kind)).exists()), None)
             path = (path or stem.with_suffix(".flac")).relative_to(corpus)
-            yield Utterance(path, words[0], split, {"lang": language, "text": text}, problem)
+            yield CorpusUtterance(path, words[0], split, {"lang": language, "text": text}, problem)
 
 
-def commonvoice(corpus: Path) -> Iterator[Utterance]:
+def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
     """Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
 
     Scripted Speech has the columns `client_id`, `path`, `sentence` and `locale`; Spontaneous Speech `client_id`,
@@ -95,7 +97,7 @@ def commonvoice(corpus: Path) -> Iterator[Utterance]:
             header, *rows = read_lines(table)
             columns = decode(header).split("\t")
         except (OSError, ValueError) as error:
-            yield Utterance(place, "", split, problem=_why(error, table))
+            yield CorpusUtterance(place, "", split, problem=_why(error, table))
             continue
         audio, text, folder = (
             ("audio_file", "transcription", "audios") if "audio_file" in columns else ("path", "sentence", "clips")
@@ -109,32 +111,32 @@ def commonvoice(corpus: Path) -> Iterator[Utterance]:
                 row = _row(line, columns)
                 path = _below(row[audio])
             except ValueError as error:
-                yield Utterance(Path(f"{place}, line {number}"), "", split, problem=str(error))
+                yield CorpusUtterance(Path(f"{place}, line {number}"), "", split, problem=str(error))
                 continue
             labels = {"lang": row.get("locale") or row.get("language") or table.parent.name}
             labels |= {"text": row[text]} if row[text] or not spontaneous else {}
             own = (_split(row["split"]) if row.get("split") else None) if spontaneous else split
-            yield Utterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
+            yield CorpusUtterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
 
 
-def vctk(corpus: Path) -> Iterator[Utterance]:
+def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
     """VCTK 0.92 (wav48_silence_trimmed, first microphone) and 0.80 (wav48), with txt/SPEAKER/*.txt."""
     for path in sorted([*_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *_named(corpus, "wav48/*/*.wav")]):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
         labels, problem = text_of(text)
-        yield Utterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
+        yield CorpusUtterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
 
 
-def folder(corpus: Path) -> Iterator[Utterance]:
+def folder(corpus: Path) -> Iterator[CorpusUtterance]:
     """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text."""
     for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
         own = path.relative_to(corpus)
         labels, problem = text_of(path.with_suffix(".txt"))
-        yield Utterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
+        yield CorpusUtterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
 
 
-LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
+LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
     "librispeech": librispeech,
     "mls": mls,
     "commonvoice": commonvoice,
@@ -143,7 +145,7 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[Utterance]]] = {
 }
 
 
-def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
+def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
     """Give those without a split one: whole speakers to "valid", or single files where there is but one speaker.
 
     Who is held out follows from a hash of the name, so that a corpus that grows keeps its validation set. Unless the
@@ -155,7 +157,7 @@ def hold_out(utterances: list[Utterance], share: float) -> list[Utterance]:
     """
     speakers = {utterance.speaker for utterance in utterances}
 
-    def name(utterance: Utterance) -> str:
+    def name(utterance: CorpusUtterance) -> str:
         return utterance.speaker if len(speakers) > 1 else utterance.path.as_posix()
 
     hashes = {

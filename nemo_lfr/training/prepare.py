@@ -13,7 +13,7 @@ from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
-from nemo_lfr.io.layouts import LAYOUTS, SPLITS, Utterance, hold_out
+from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import MAX_SECONDS
 
 FAILURES = "failures.jsonl"
@@ -86,7 +86,7 @@ def prepare(
 
 
 def _write_all(
-    kind: str, utterances: list[Utterance], corpus: Path, out: Path, jobs: int, check: bool, progress: Progress
+    kind: str, utterances: list[CorpusUtterance], corpus: Path, out: Path, jobs: int, check: bool, progress: Progress
 ) -> dict[str, Any]:
     """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
@@ -115,7 +115,7 @@ def _write_all(
     return result
 
 
-def _once(utterances: list[Utterance]) -> list[Utterance]:
+def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
     """Leave each file to the first row that names it: two would train on it twice, or validate on it."""
     seen: set[Path] = set()
     kept = []
@@ -133,7 +133,13 @@ def _expected(kind: str) -> str:
 
 
 def _open_all(
-    kind: str, utterances: list[Utterance], corpus: Path, journal: Path, jobs: int, check: bool, progress: Progress
+    kind: str,
+    utterances: list[CorpusUtterance],
+    corpus: Path,
+    journal: Path,
+    jobs: int,
+    check: bool,
+    progress: Progress,
 ) -> dict[str, float | str]:
     """Duration of each file in seconds, or why it cannot be used."""
     mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
@@ -183,7 +189,7 @@ def _decoded_duration(path: Path) -> float | str:
         return str(error).removeprefix(f"{path}: ")
 
 
-def _entry(utterance: Utterance, found: dict[str, float | str]) -> dict[str, Any] | None:
+def _entry(utterance: CorpusUtterance, found: dict[str, float | str]) -> dict[str, Any] | None:
     duration = found.get(str(utterance.path))
     if utterance.problem or duration is None or isinstance(duration, str):
         return None

@@ -11,7 +11,7 @@ import soundfile
 
 from nemo_lfr.cli.main import main
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.layouts import LAYOUTS, Utterance, hold_out
+from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.training import prepare as module
 from nemo_lfr.training.prepare import prepare
@@ -199,7 +199,9 @@ def test_what_is_there_of_another_run_is_named(tmp_path):
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.999])
 def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
     few = [
-        Utterance(Path(f"{speaker}/{index}.wav"), f"s{speaker}") for speaker in range(speakers) for index in range(2)
+        CorpusUtterance(Path(f"{speaker}/{index}.wav"), f"s{speaker}")
+        for speaker in range(speakers)
+        for index in range(2)
     ]
     assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
 
@@ -320,12 +322,14 @@ def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name
 
 
 def test_who_is_held_out_does_not_change_when_a_corpus_grows():
-    many = [Utterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)]
+    many = [
+        CorpusUtterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)
+    ]
     held = {utterance.speaker for utterance in hold_out(many, 0.1) if utterance.split == "valid"}
     assert 30 < len(held) < 70
     fewer = hold_out(many[:600], 0.1)
     assert {utterance.speaker for utterance in fewer if utterance.split == "valid"} == held & set(map(str, range(300)))
-    given = Utterance(Path("a.wav"), "a", "test")
+    given = CorpusUtterance(Path("a.wav"), "a", "test")
     assert hold_out([given], 1.0) == [given]
 
 
