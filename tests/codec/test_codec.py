@@ -441,8 +441,9 @@ def test_fingerprint_does_not_load_weights_into_memory():
     whole, encoding, fresh = (nemo_lfr.load(device="cpu") for _ in range(3))
     expected = whole.encoder and whole.decoder and whole.fingerprint
     assert encoding.encoder and encoding.fingerprint == fresh.fingerprint == expected
-    sides = [encoding._decoder, fresh._encoder, fresh._decoder]
-    assert all(parameter.is_meta for side in sides for parameter in side.parameters())
+    sides = [encoding.backend._decoder, fresh.backend._encoder, fresh.backend._decoder]
+    assert not any(side.is_read for side in sides)
+    assert all(parameter.is_meta for side in sides for parameter in side.module.parameters())
 
 
 def test_a_codec_is_first_used_after_the_main_thread_has_ended():

@@ -125,7 +125,7 @@ def test_a_file_that_needs_an_extra_costs_itself_alone(tmp_path, monkeypatch, ch
     (tmp_path / "corpus" / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", check=check)
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["audio_filepath"] == "b.m4a" and "media extra" in failure["reason"]
+    assert failure["audio_filepath"] == "b.m4a" and "need PyAV" in failure["reason"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
