@@ -1,1 +1,1 @@
-"""The NeMo integration: the only part of the package that imports NeMo."""
+"""NeMo integration: the only subpackage that imports NeMo."""

@@ -1,4 +1,7 @@
-"""Pictures of the logged clips, beside the audio that NeMo's `AudioCodecArtifactGenerator` logs."""
+"""Spectrogram images of logged clips, for NeMo's logging callback.
+
+NeMo's `AudioCodecArtifactGenerator` logs the audio of the same clips.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,24 @@ RESOLUTION = (1024, 256, 1024)
 
 
 class SpectrogramGenerator(ArtifactGenerator):
-    """Spectrograms in dB of each clip of `log_config`: the originals once, the reconstructions each time."""
+    """Generator of spectrogram images, in dB, for the clips of `log_config`.
+
+    The originals are logged once, the reconstructions at every logging step.
+    """
 
     def generate_artifacts(
         self, model: LightningModule, batch_dict: dict[str, Any], initial_log: bool = False
     ) -> tuple[list[AudioArtifact], list[ImageArtifact]]:
-        """No audio, and one image per clip; `initial_log` is NeMo's sign that training begins."""
+        """Return spectrogram images of a batch of clips.
+
+        Args:
+            model: codec model that reconstructs the clips.
+            batch_dict: batch with `audio` [B, T_audio], `audio_lens` [B], `dataset_names` and `audio_filepaths`.
+            initial_log: True at the start of training, when the originals are logged too.
+
+        Returns:
+            An empty list of audio artifacts, and the image artifacts.
+        """
         audio, audio_len = batch_dict["audio"], batch_dict["audio_lens"]
         with torch.no_grad():
             output, _ = model(audio=audio, audio_len=audio_len)

@@ -1,8 +1,9 @@
-"""NeMo's and Lhotse's iterators over manifests, made to lose one clip to a bad line instead of ending the training.
+"""Iterators over NeMo and Lhotse manifests that skip malformed lines.
 
-NeMo builds its data from configs, whose forms are many: lists, weights, groups, buckets. It does so here too; what it
-has built is then searched for the iterators that read lines, and each of them becomes one of the classes below. Shards
-of NeMo's tar files are read by NeMo alone, with an error that says which line to mend.
+A malformed line costs one clip instead of ending the training run. NeMo builds its data from configs of many forms
+(lists, weights, groups, buckets) and still does so here. The iterators that read lines are then located in the result,
+and each is changed to one of the classes below. NeMo alone reads the shards of its tar files; errors there name the
+malformed line.
 """
 
 import copy
@@ -34,7 +35,7 @@ _reported: set[str] = set()
 
 @contextmanager
 def careful_iterators() -> Iterator[None]:
-    """Have NeMo's loader, which is made inside, read its lines carefully."""
+    """Make NeMo data loaders built within this context skip malformed lines."""
     stock = nemo_dataloader.read_cutset_from_config
     nemo_dataloader.read_cutset_from_config = partial(_read, stock)
     try:
@@ -46,7 +47,7 @@ def careful_iterators() -> Iterator[None]:
 def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple[Any, bool]:
     cuts_path = config.get("cuts_path")
     if config.get("input_cfg") is None and config.get("shar_path") is None and _is_json_lines(cuts_path):
-        # As NeMo does it, but for the first line, from which Lhotse guesses what the file holds.
+        # Equivalent to NeMo's code, except that Lhotse does not inspect the first line to guess the file's content.
         cuts = CutSet(CarefulCuts(cuts_path)).map(partial(resolve_relative_paths, manifest_path=cuts_path))
         return cuts, False
     try:
@@ -66,9 +67,13 @@ def _is_json_lines(path: Any) -> bool:
 
 
 def make_careful(root: Any) -> None:
-    """Turn the iterators of lines below an object of Lhotse's or NeMo's into careful ones."""
+    """Make all line iterators inside a Lhotse or NeMo object skip malformed lines.
+
+    Args:
+        root: object to search; its iterators are changed in place.
+    """
     seen: set[int] = set()
-    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # with the lines of the manifest that holds it
+    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # each with the line class of its manifest
     while waiting:
         item, lines = waiting.pop()
         if id(item) in seen:
@@ -91,13 +96,20 @@ def make_careful(root: Any) -> None:
 
 
 class CarefulLines(LazyJsonlIterator):
-    """JSON lines; one that is not an object of JSON is named once and left out."""
+    """JSON-lines iterator that skips lines that are not JSON objects.
+
+    Each skipped line is logged once.
+    """
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (data for _, data in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the number of each line, from 1, and what it holds."""
+        """Yield each line's number, counted from 1, and its JSON object.
+
+        Raises:
+            ConfigError: if the file has lines but none is usable.
+        """
         losses = _Losses(self.path)
         with open_best(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -115,16 +127,20 @@ class CarefulLines(LazyJsonlIterator):
         losses.check()
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
-        """Report a line that cannot be used."""
+        """Record and log a line that is skipped."""
         losses.add(f"line {number}", reason)
 
 
 class StrictLines(CarefulLines):
-    """JSON lines of a manifest that NeMo reads side by side with other files: a line left out would shift them."""
+    """JSON-lines iterator that raises on a malformed line.
+
+    It is used for manifests that NeMo reads in parallel with other files, where skipping a line would misalign them.
+    """
 
     advice = "mend or remove it, and what belongs to it in the other files"
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
+        """Raise `ConfigError` for a malformed line."""
         raise ConfigError(
             f"{self.path}, line {number}: {reason}; NeMo reads other files side by side with this manifest, so that "
             f"no line can be left out: {self.advice}."
@@ -132,7 +148,10 @@ class StrictLines(CarefulLines):
 
 
 class TarredLines(StrictLines):
-    """JSON lines of a manifest whose entries NeMo looks up for each file of a tar."""
+    """JSON-lines iterator for the manifest of a tar file.
+
+    NeMo looks up an entry for each file of the tar, so a malformed line raises unless missing entries are allowed.
+    """
 
     advice = (
         "mend or remove it, and set skip_missing_manifest_entries: true in dataloader_params if its audio stays in "
@@ -141,10 +160,11 @@ class TarredLines(StrictLines):
 
 
 class CarefulCuts(LazyManifestIterator):
-    """Lhotse's cuts; a line that is none is named once and left out."""
+    """Iterator over Lhotse cuts that skips malformed lines and logs each once."""
 
     @staticmethod
     def can_replace(item: Any) -> bool:
+        """Return True: every Lhotse manifest iterator can be replaced."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -153,7 +173,7 @@ class CarefulCuts(LazyManifestIterator):
         for number, data in lines.numbered():
             try:
                 cut = deserialize_item(data)
-            except Exception as error:  # of Lhotse's many classes
+            except Exception as error:  # Lhotse raises many exception classes
                 losses.add(f"line {number}", f"not a Lhotse cut: {explain(error)}")
                 continue
             losses.used += 1
@@ -162,10 +182,14 @@ class CarefulCuts(LazyManifestIterator):
 
 
 class CarefulManifest(LazyNeMoIterator):
-    """NeMo's manifests; a line that is none, or whose file cannot be opened, is named once and left out."""
+    """Iterator over NeMo manifests that skips unusable lines and logs each once.
+
+    A line is unusable if it is malformed or its audio file cannot be opened.
+    """
 
     @staticmethod
     def can_replace(item: Any) -> bool:
+        """Return True: every NeMo manifest iterator can be replaced."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -179,7 +203,7 @@ class CarefulManifest(LazyNeMoIterator):
                     seconds(data, key)
                 single.source = [data]
                 cuts = list(single)
-            except Exception as error:  # of whichever of the audio libraries
+            except Exception as error:  # each audio library raises its own exception classes
                 losses.add(name, describe(error) if isinstance(error, NOT_A_LINE) else shorten(error, 300))
                 continue
             losses.used += 1
@@ -188,11 +212,17 @@ class CarefulManifest(LazyNeMoIterator):
 
 
 class CarefulShar(LazySharIterator):
-    """Lhotse's Shar; a cut that is damaged, or whose data is, is named once and left out."""
+    """Iterator over Lhotse Shar that skips damaged cuts and logs each once.
+
+    A cut is damaged if its manifest line or its data cannot be read.
+    """
 
     @staticmethod
     def can_replace(item: Any) -> bool:
-        """Whether all its files are here; others, as of cloud storage, are Lhotse's to open."""
+        """Return whether all shard files are local.
+
+        Lhotse itself opens other files, such as those in cloud storage.
+        """
         return all(Path(path).is_file() for shard in item.shards for path in shard.values())
 
     def __iter__(self) -> Iterator[Any]:
@@ -215,7 +245,7 @@ class CarefulShar(LazySharIterator):
         paths = {field: Path(path) for field, path in shard.items()}
         cuts = paths.pop("cuts")
         losses = _Losses(cuts)
-        # Audio at a URL is opened, or not, by the dataset.
+        # The dataset decides whether to open audio at a URL.
         for item in read_shar(cuts, paths, allow_url=True):
             if item.problem is None:
                 losses.used += 1
@@ -233,7 +263,10 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """What one pass over a file lost; each is reported once in the life of a process."""
+    """Record of the lines skipped during one pass over a file.
+
+    Each skipped line is logged once per process.
+    """
 
     def __init__(self, path: Any) -> None:
         self.path = path
@@ -250,10 +283,12 @@ class _Losses:
             logger.warning("%s", text)
 
     def check(self) -> None:
-        """Raise if nothing could be used: a training would wait forever for a batch.
+        """Raise an error if no line was usable.
+
+        Without this check, training would wait forever for a batch.
 
         Raises:
-            ConfigError: naming the first line that could not be used.
+            ConfigError: if lines were skipped and none was usable. The message names the first of them.
         """
         if self._count and not self.used:
             raise ConfigError(f"none of {self._count} lines can be used; the first: {self._first}")

@@ -1,4 +1,7 @@
-"""Batches from Lhotse cuts and Shar, to train on and, which stock cannot, to validate on."""
+"""Data loaders for Lhotse cuts and Shar, for training and validation.
+
+NeMo itself supports Lhotse for training only.
+"""
 
 import logging
 import random
@@ -23,19 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 class CutDataset(Dataset):
-    """Lhotse cuts as batches with NeMo's keys.
+    """Dataset that turns Lhotse cuts into batches with NeMo's keys.
 
-    A cut's `target_audio` is taken if it has one, as NeMo's `AudioCodecLhotseDataset` does, else the cut itself. A cut
-    that cannot be read is named once and left out.
+    If a cut has a `target_audio` field, its audio is used, as in NeMo's `AudioCodecLhotseDataset`; otherwise the audio
+    of the cut itself. Unreadable cuts are skipped and logged once.
 
-    No file of a dataset runs anything: audio comes from plain files and from memory. Lhotse's audio backends that
-    start a shell (sph2pipe, ffmpeg for legacy Opus) are switched off in this process: NeMo's loaders open files too.
+    No dataset file can execute commands: audio is read only from plain files and memory. Lhotse's audio backends that
+    start a shell (sph2pipe, and ffmpeg for legacy Opus) are disabled in this process, because NeMo's loaders open
+    files too.
 
     Args:
-        sample_rate: Hz.
-        segment_duration: seconds of the random segments; whole cuts if not given.
-        sanity_check_audio: NeMo's key; audio is always checked here.
-        allow_url: read cuts whose audio is at an http(s) URL.
+        sample_rate: sample rate of the batches, Hz.
+        segment_duration: duration of the random segments, seconds; None for entire cuts.
+        sanity_check_audio: accepted for compatibility with NeMo; audio is always checked.
+        allow_url: whether to read cuts whose audio is at an http(s) URL.
     """
 
     def __init__(
@@ -51,14 +55,20 @@ class CutDataset(Dataset):
         self._bad: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        forbid_programs()  # in a worker that was not forked
+        forbid_programs()  # spawned workers do not inherit the parent's setting
         self.__dict__.update(state)
 
     def __getitem__(self, cuts: Iterable[Any]) -> dict[str, torch.Tensor]:
-        """Cuts to audio [B, T_audio], padded with zeros, and audio_lens [B].
+        """Return a batch of audio.
+
+        Args:
+            cuts: Lhotse cuts of the batch.
+
+        Returns:
+            `audio`, float32, shape [B, T_audio], padded with zeros, and `audio_lens`, int32, shape [B].
 
         Raises:
-            AudioError: if none of them can be read.
+            AudioError: if none of the cuts can be read.
         """
         examples = [audio for audio in map(self._read, cuts) if audio is not None]
         if not examples:
@@ -74,35 +84,43 @@ class CutDataset(Dataset):
             audio = read_cut(source, self.sample_rate, allow_url=self.allow_url)
             if not len(audio):
                 raise AudioError("it holds no samples.")
-        except Exception as error:  # of whichever of Lhotse's many classes
+        except Exception as error:  # Lhotse raises many exception classes
             if cut.id not in self._bad:
                 self._bad.add(cut.id)
                 logger.warning("cut %s left out: %s", cut.id, shorten(error, 400))
             return None
         if self.segment is not None and len(audio) > self.segment:
-            start = random.randint(0, len(audio) - self.segment)  # seeded by Lhotse in each worker, as in NeMo
+            start = random.randint(0, len(audio) - self.segment)  # Lhotse seeds each worker, as in NeMo
             audio = audio[start : start + self.segment]
         return torch.from_numpy(np.ascontiguousarray(audio))
 
 
 def uses_lhotse(config: DictConfig) -> bool:
-    """Whether a data section asks for Lhotse, at either place where NeMo looks."""
+    """Return whether a data section sets `use_lhotse`.
+
+    The key may be in the section or in its `dataloader_params`; NeMo reads both.
+    """
     return bool(config.get("use_lhotse") or (config.get("dataloader_params") or {}).get("use_lhotse"))
 
 
 def cut_loader(
     config: DictConfig, sample_rate: int, global_rank: int, world_size: int, *, validation: bool = False
 ) -> DataLoader:
-    """The loader of a data section with `dataset_args` and Lhotse's `dataloader_params`, as NeMo's training has it.
+    """Build the data loader of a config section that uses Lhotse.
 
     Args:
-        config: the section.
-        sample_rate: Hz.
-        global_rank, world_size: which process this is, and how many there are.
-        validation: one pass over whole cuts in an order that stays, instead of shuffled segments without end.
+        config: data section with `dataset_args` and `dataloader_params`, as in NeMo's training configs.
+        sample_rate: sample rate of the batches, Hz.
+        global_rank: rank of this process.
+        world_size: number of processes.
+        validation: whether to make one pass over entire cuts in a fixed order, instead of drawing shuffled segments
+            without end.
+
+    Returns:
+        A data loader whose batches are those of `CutDataset`.
 
     Raises:
-        ConfigError: for a key that is not known or lacks.
+        ConfigError: for an unknown or missing key.
     """
     arguments: Any = OmegaConf.to_container(config.get("dataset_args") or OmegaConf.create(), resolve=True)
     given = config.get("dataloader_params") or OmegaConf.create()
@@ -125,7 +143,7 @@ def cut_loader(
     if validation:
         loader.force_finite = True
         loader.shuffle = False
-        loader.shard_seed = 0  # NeMo shuffles the shards of a Shar folder even so
+        loader.shard_seed = 0  # NeMo shuffles the shards of a Shar folder even with shuffle=False
     else:
         loader.min_duration = arguments["segment_duration"]
     with careful_iterators():

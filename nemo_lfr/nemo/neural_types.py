@@ -1,4 +1,7 @@
-"""Give the codec's modules NeMo's types: each has those of the NeMo class whose name it bears."""
+"""NeMo neural types for the codec's modules.
+
+Each module has the types of the NeMo class with the same name.
+"""
 
 from typing import Any
 
@@ -9,15 +12,21 @@ from nemo_lfr.modules import neural_module
 
 
 def lookup_types(module: nn.Module, direction: str) -> dict[str, Any]:
-    """Return NeMo's types of a module.
+    """Return the NeMo types of a module.
 
     Args:
-        module: an encoder, quantizer or decoder of ours, or of a class derived from one.
+        module: encoder, quantizer or decoder of this package, or an instance of a subclass.
         direction: "input_types" or "output_types".
+
+    Returns:
+        NeMo's type of each port, by port name.
+
+    Raises:
+        NotImplementedError: if NeMo has no class with the module's name.
     """
     for ours in type(module).__mro__:
         if (stock := getattr(audio_codec_modules, ours.__name__, None)) is not None:
-            types: dict[str, Any] = getattr(stock, direction).fget(module)  # properties that depend on no instance
+            types: dict[str, Any] = getattr(stock, direction).fget(module)  # these properties do not use the instance
             return types
     raise NotImplementedError(f"NeMo has no {type(module).__name__}.")
 

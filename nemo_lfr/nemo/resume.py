@@ -1,4 +1,4 @@
-"""Checkpoints of a training run that is killed: put in place whole, and tidied before NeMo looks for the last one."""
+"""Crash-safe training checkpoints: atomic writes and cleanup before resuming."""
 
 import logging
 import os
@@ -15,22 +15,29 @@ from nemo_lfr.io.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 
-# NeMo puts a file NAME-unfinished beside the checkpoint that it is about to write or remove.
+# NeMo creates a file NAME-unfinished next to a checkpoint before it writes or removes the checkpoint.
 MARKER = "-unfinished"
 LAST = "last.ckpt"
-# NeMo saves averaged weights beside a checkpoint, under its name with this end.
+# NeMo saves averaged weights next to a checkpoint, under the checkpoint's name with this suffix.
 AVERAGE = "-EMA"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, written aside in their own folder and renamed.
+    """Checkpoint writer for Lightning that replaces files atomically.
 
-    Lightning writes to the folder for temporary files and moves the result, which across file systems is a copy: a run
-    that is killed during it, or a full disk, would leave half a checkpoint under its final name.
+    Lightning writes to the system's folder for temporary files and then moves the result. Across file systems the move
+    is a copy, so a killed run or a full disk would leave a truncated checkpoint under its final name. This class
+    writes to a temporary file in the target folder and renames it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; paths of remote storage are left to Lightning."""
+        """Write a checkpoint atomically.
+
+        Args:
+            checkpoint: content of the checkpoint.
+            path: target file. Remote paths, which contain `://`, are passed on to Lightning.
+            storage_options: passed on to Lightning, which writes the file if this is set.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -40,27 +47,29 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
-    """Remove unfinished checkpoints, so that NeMo's `exp_manager` resumes from the last whole one.
+    """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
-    Call it before `exp_manager`, in one process. NeMo refuses to go on where the last checkpoint is unfinished, though
-    an older one is whole; if no whole one is the last, the newest other one becomes it.
+    Call it before `exp_manager`, in one process. NeMo refuses to resume if the last checkpoint is unfinished, even if
+    an older one is intact. If no intact checkpoint is marked as the last, the newest intact one becomes the last.
 
     Args:
-        experiment: folder of the run, such as EXP_DIR/NAME; nothing happens if it is not there.
+        experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.
     """
     for folder in sorted(Path(experiment).rglob("checkpoints")):
         _tidy(folder)
 
 
 def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
-    """Tidy the checkpoints of the run that `exp_manager` is about to resume.
+    """Remove unfinished checkpoints of the run that `exp_manager` will resume.
 
-    A script of your own calls it before `exp_manager`, on rank 0. No hook of the model can, since `exp_manager` looks
-    for the last checkpoint before the model exists. Without it, NeMo asks for a checkpoint to be removed by hand after
-    a kill between putting the only last one in place and removing its mark.
+    Call it in your own script before `exp_manager`, on rank 0. A hook of the model cannot do this, because
+    `exp_manager` looks for the last checkpoint before the model exists. If a run is killed after its only last
+    checkpoint is in place and before the marker file is removed, NeMo asks the user to remove the checkpoint by hand;
+    this function avoids that.
 
     Args:
-        settings: what `exp_manager` is given, such as `cfg.exp_manager`; nothing happens unless it is to resume.
+        settings: settings of `exp_manager`, such as `cfg.exp_manager`. Nothing happens unless `resume_if_exists` is
+            set.
     """
     if not settings or not settings.get("resume_if_exists"):
         return
@@ -78,7 +87,7 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
 
 def _tidy(folder: Path) -> None:
     sweep(folder, None)
-    # Of a folder, as distributed checkpoints are, NeMo's own mark stays.
+    # Distributed checkpoints are folders; NeMo manages their markers itself.
     markers = [path for path in folder.glob(f"*{MARKER}") if not Path(str(path).removesuffix(MARKER)).is_dir()]
     if not markers:
         return
@@ -86,8 +95,9 @@ def _tidy(folder: Path) -> None:
     files = sorted(filter(Path.is_file, folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime_ns)
     averages = {path for path in files if path.stem.endswith(AVERAGE)}
     marked = {path for path in files if path.stem.removesuffix(AVERAGE) in stems}
-    # A marked one is whole if the run was killed just after it was put in place, or before it was removed. With
-    # averaged weights it is one of two files, of which the other may be missing.
+    # A marked checkpoint is intact if the run was killed just after the rename or just before the removal. With
+    # averaged weights a checkpoint consists of two files, one of which may be missing, so every marked file counts as
+    # damaged.
     damaged = {path for path in marked if averages or not _is_whole(path)}
     whole = [path for path in files if path not in averages | damaged]
     kept = None
@@ -114,7 +124,7 @@ def _average_of(path: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has its end: that of the archive which `torch.save` makes."""
+    """Return whether a checkpoint has the zip archive's end that `torch.save` writes."""
     try:
         with zipfile.ZipFile(path):
             return True
@@ -123,6 +133,6 @@ def _is_whole(path: Path) -> bool:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copy a file, which appears whole."""
+    """Copy a file atomically."""
     with replacing(target) as file, open(path, "rb") as source:
         shutil.copyfileobj(source, file)

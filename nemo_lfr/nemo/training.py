@@ -1,4 +1,7 @@
-"""How `LFRCodecModel` learns: NeMo's updates in fewer steps of arithmetic."""
+"""Training and validation steps of `LFRCodecModel`.
+
+The updates equal NeMo's, with fewer redundant computations.
+"""
 
 import functools
 import logging
@@ -38,27 +41,34 @@ from nemo_lfr.training.losses import CodecLosses
 logger = logging.getLogger(__name__)
 
 DISCRIMINATOR = "discriminator."
-# WavLM inside the SLM discriminator: frozen, public, 380 MB. NeMo 3.0 saves it by mistake; we never do.
+# Prefix of WavLM in the SLM discriminator. NeMo 3.0 saves these frozen, public weights (380 MB); this package does
+# not.
 WAVLM = ".slm_model.ssl_model."
 
 
 class TrainingSteps(NeMoAudioCodecModel):
-    """The hooks that Lightning calls to train and validate; `nemo_lfr.nemo.model` adds the rest.
+    """Base model with the Lightning hooks for training and validation.
 
-    The discriminators are built when training starts (`setup("fit")`), not before: restoring needs neither WavLM nor
-    the network. Until then their weights are carried along, so that saving loses nothing.
+    `nemo_lfr.nemo.model` adds inference and checkpoints. The discriminators are built when training starts
+    (`setup("fit")`), so restoring a model needs neither WavLM nor the network. Until then the model keeps their
+    weights, so that saving it loses nothing.
     """
 
     discriminator: AudioDiscriminator | None
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _average: "Average | None"
-    _codebook_use: CodebookUse | None  # of the validation that is under way
+    _codebook_use: CodebookUse | None  # accumulated during a validation epoch
     _step_began: float
-    _is_random: bool  # no weights have been loaded
+    _is_random: bool  # True until weights are loaded
     _restored_from: Path | None
 
     def setup(self, stage: str | None = None) -> None:
+        """Build the discriminators and install atomic checkpoint writing for training.
+
+        Raises:
+            ConfigError: if the config sets a loss that this package does not train with.
+        """
         super().setup(stage)
         if stage in (None, "fit"):
             for key in ("mmd_loss", "mmd_time_loss"):
@@ -71,14 +81,14 @@ class TrainingSteps(NeMoAudioCodecModel):
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def build_discriminator(self) -> None:
-        """Build the discriminators of the config, with the weights that came with the checkpoint.
+        """Build the config's discriminators and load their checkpoint weights.
 
-        Lightning's `fit` calls this. WavLM is loaded by the first step that looks through it.
+        Lightning's `fit` calls this. WavLM is loaded at the first training step that uses it.
 
         Raises:
             ConfigError: for a discriminator that is not of this codec family.
         """
-        self.discriminator = getattr(self, "discriminator", None)  # callers delete it to free memory
+        self.discriminator = getattr(self, "discriminator", None)  # callers may have deleted it to free memory
         if self.discriminator is not None or not self.cfg.get("discriminator"):
             return
         config = OmegaConf.to_container(self.cfg.discriminator, resolve=True)
@@ -93,16 +103,22 @@ class TrainingSteps(NeMoAudioCodecModel):
 
     @property
     def losses(self) -> CodecLosses:
-        """The terms of the config, built when training or validation first needs them."""
+        """Return the config's losses, which are built on first access."""
         if self._losses is None:
             config = OmegaConf.to_container(self.cfg, resolve=True)
-            with torch.inference_mode(False):  # validation may be first to need it
+            with torch.inference_mode(False):  # the first access may be during validation
                 self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
         return self._losses
 
     @property
     def max_steps(self) -> int:
-        """Steps of the learning-rate schedule; `steps_per_epoch: null` is one pass over the data, as configs say."""
+        """Return the number of steps of the learning-rate schedule.
+
+        With `steps_per_epoch: null`, an epoch is one pass over the data.
+
+        Raises:
+            ConfigError: if an epoch has no defined length.
+        """
         config = self._cfg
         if config.get("max_steps") is not None or not config.get("max_epochs"):
             return super().max_steps
@@ -117,7 +133,10 @@ class TrainingSteps(NeMoAudioCodecModel):
         return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
 
     def get_dataset(self, cfg: DictConfig) -> Any:
-        """NeMo's loader, with our dataset in the place of its `VocoderDataset`."""
+        """Build a data loader with `CodecDataset` in place of NeMo's `VocoderDataset`.
+
+        Sections that `CodecDataset` does not support get NeMo's own loader.
+        """
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
 
@@ -125,16 +144,22 @@ class TrainingSteps(NeMoAudioCodecModel):
         return cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size)
 
     def setup_validation_data(self, cfg: DictConfig) -> None:
-        """Manifests or, beyond NeMo, Lhotse cuts."""
+        """Build the validation loader from manifests or from Lhotse cuts.
+
+        NeMo itself supports manifests only.
+        """
         if uses_lhotse(cfg):
             self._validation_dl = cut_loader(cfg, self.sample_rate, self.global_rank, self.world_size, validation=True)
         else:
             super().setup_validation_data(cfg)
 
     def configure_optimizers(self) -> Any:
-        """NeMo's; on a CPU Adam passes over each weight once ("fused"), unless the config says how it should."""
+        """Return NeMo's optimizers, with fused Adam on the CPU.
+
+        Fused Adam passes over each weight once. A `fused` or `foreach` setting in the config has precedence.
+        """
         configured = super().configure_optimizers()
-        # One optimizer, several, or lists of optimizers and of schedules.
+        # NeMo returns one optimizer, several, or a pair of lists: optimizers and schedules.
         several = configured if isinstance(configured, list | tuple) else [configured]
         for optimizer in several[0] if isinstance(several[0], list) else several:
             if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
@@ -144,9 +169,10 @@ class TrainingSteps(NeMoAudioCodecModel):
         return configured
 
     def configure_callbacks(self) -> list[Callback]:
-        """NeMo's callback that logs clips, which with `log_config.log_spectrograms` draws them too.
+        """Return NeMo's logging callback, with spectrograms if the config asks for them.
 
-        It reads the clips at once, so only to train: a file that training saved does not say where they were.
+        The key is `log_config.log_spectrograms`. The callback reads its clips immediately, so it is added for training
+        only: the config inside a checkpoint does not contain the folders of the clips.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return []
@@ -156,19 +182,30 @@ class TrainingSteps(NeMoAudioCodecModel):
         return callbacks
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
-        """NeMo's `init_from_*` keys; `init_from_ptl_ckpt`, which stock cannot read, is read as any checkpoint."""
+        """Load initial weights as configured by NeMo's `init_from_*` keys.
+
+        NeMo cannot read a codec through `init_from_ptl_ckpt`; here that file is read like any other checkpoint.
+
+        Args:
+            cfg: config with the `init_from_*` keys.
+            map_location: device to load the weights to.
+        """
         path = cfg.get("init_from_ptl_ckpt")
         if isinstance(path, str):
             with open_dict(cfg):
                 del cfg.init_from_ptl_ckpt
                 cfg.init_from_nemo_model = path
         if isinstance(path := cfg.get("init_from_nemo_model"), str):
-            self._restored_from = Path(path)  # in every process, though NeMo reads it in the first one alone
+            self._restored_from = Path(path)  # set in every process, although NeMo reads the file on rank 0 only
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
 
     def on_train_start(self) -> None:
+        """Initialize random weights from data, compile modules and start the average.
+
+        Which of these happen depends on the config.
+        """
         super().on_train_start()
-        # Whether weights were loaded is known to the process that loaded them for all.
+        # Only the process that loads the weights for all others knows whether weights were loaded.
         if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()
         self._is_random = False
@@ -184,15 +221,18 @@ class TrainingSteps(NeMoAudioCodecModel):
         return torch.nn.ModuleList([self.audio_encoder, self.audio_decoder])
 
     def initialize_from_data(self, num_segments: int = 32) -> None:
-        """Scale the generator's random weights by what speech makes of them; see `training.initialize`.
+        """Rescale the generator's random weights with a batch of training speech.
 
-        Every process draws its own segments and takes the first one's weights.
+        Every process draws its own segments, then rank 0 broadcasts its weights. See `nemo_lfr.training.initialize`.
+
+        Args:
+            num_segments: minimum number of segments to draw.
         """
         audio: list[torch.Tensor] = []
         loader = self._train_dl
         batches: Iterable[Mapping[str, torch.Tensor]] = loader
         if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Not by the loader's iterator: with persistent workers it is the one that training goes on with.
+            # Do not use the loader's iterator: with persistent workers, training would continue with the same one.
             batches = (loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler)
         for drawn in batches:
             audio += [*drawn["audio"]]
@@ -210,14 +250,14 @@ class TrainingSteps(NeMoAudioCodecModel):
     def reconstruct(
         self, batch: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Through the codec and back, with a graph.
+        """Encode and decode a batch, with gradients.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
 
         Returns:
-            Audio padded to whole frames, its lengths, the reconstruction [B, T_audio], the encoder's output [B, D, T]
-            and the tokens [B, C, T].
+            Audio padded to complete frames [B, T_audio], its lengths in samples [B], the reconstruction [B, T_audio],
+            the encoder output [B, D, T_encoded] and the tokens [B, C, T_encoded].
         """
         audio, audio_len = self.pad_audio(
             audio=batch["audio"], audio_len=batch["audio_lens"], samples_per_frame=self.samples_per_frame
@@ -233,16 +273,20 @@ class TrainingSteps(NeMoAudioCodecModel):
         return int(self.cfg.get("accumulate_grad_batches") or 1)
 
     def on_validation_model_zero_grad(self) -> None:
-        """Lightning's, but for batches whose gradients still wait for others of their update."""
+        """Clear gradients before validation, unless gradients are being accumulated."""
         if self._batches_per_update == 1:
             super().on_validation_model_zero_grad()
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """One update of the discriminators, when it is their turn, and one of the generator.
+        """Update the discriminators, when they are due, and then the generator.
 
-        The updates are NeMo's. Real audio is looked at once and without a graph, generated audio once; while the
-        generator learns, the discriminators are frozen. With `accumulate_grad_batches` in the model's config, that
-        many batches make an update.
+        The updates equal NeMo's. Discriminator inputs are computed once per signal, without a graph for real audio.
+        The discriminators are frozen during the generator's update. With `accumulate_grad_batches` in the model
+        config, an update uses the gradients of that many batches.
+
+        Args:
+            batch: `audio` [B, T_audio] and `audio_lens` [B].
+            batch_idx: index of the batch in its epoch.
         """
         every = self._batches_per_update
         first = batch_idx % every == 0
@@ -291,14 +335,31 @@ class TrainingSteps(NeMoAudioCodecModel):
             self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
 
     def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
-        """What the discriminators minimise; both kinds of audio in one pass, so that weights are normed once."""
+        """Compute the discriminators' loss.
+
+        Real and generated audio share one forward pass, so that weight norm is computed once.
+
+        Args:
+            views_real: discriminator inputs computed from real audio.
+            views_gen: discriminator inputs computed from generated audio.
+
+        Returns:
+            A scalar.
+        """
         assert self.discriminator is not None
         scores, _ = self.discriminator.judge([torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)])
         halves = [score.chunk(2) for score in scores]
         return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """NeMo's validation losses, from one STFT of each signal per resolution."""
+        """Compute and log NeMo's validation losses.
+
+        Each signal's STFT is computed once per resolution.
+
+        Args:
+            batch: `audio` [B, T_audio] and `audio_lens` [B].
+            batch_idx: index of the batch; not used.
+        """
         audio, audio_len, audio_gen, _, tokens = self.reconstruct(batch)
         if self._codebook_use is None:
             self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)
@@ -309,11 +370,14 @@ class TrainingSteps(NeMoAudioCodecModel):
         metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
 
-    # The running average of the weights, when the config has an `ema_decay`: validated, exported and resumed.
+    # Moving average of the weights, if the config sets `ema_decay`: it is validated, exported and saved for resuming.
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the generator's weights are their running average, if there is one."""
+        """Use the moving average of the generator's weights within this context.
+
+        The context has no effect if the model keeps no average.
+        """
         if self._average is None:
             yield
             return
@@ -324,12 +388,14 @@ class TrainingSteps(NeMoAudioCodecModel):
             self._average.swap(self._generator)
 
     def on_validation_start(self) -> None:
+        """Switch to the averaged weights for validation."""
         super().on_validation_start()
         if self._average is not None:
             self._average.swap(self._generator)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
-        # Not `on_validation_end`: checkpoints are written there, before a module's own hook.
+        """Log the use of the codebooks and switch back to the trained weights."""
+        # `on_validation_end` would be too late: callbacks write checkpoints there before the model's own hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
         if (use := self._codebook_use) is not None:
             self._codebook_use = None
@@ -341,11 +407,13 @@ class TrainingSteps(NeMoAudioCodecModel):
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the moving average of the weights to a checkpoint."""
         super().on_save_checkpoint(checkpoint)
         if self._average is not None:
             checkpoint["average"] = {"count": self._average.count, "weights": self._average.weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the moving average of the weights from a checkpoint."""
         super().on_load_checkpoint(checkpoint)
         if "average" in checkpoint and self.cfg.get("ema_decay"):
             self._average = Average(self._generator, float(self.cfg.ema_decay))
@@ -357,8 +425,9 @@ class Average:
     """Exponential moving average of a module's parameters.
 
     Args:
-        module: whose parameters to follow.
-        decay: share of the old average that each update keeps; less in the first steps, which it would outweigh.
+        module: module whose parameters are averaged.
+        decay: share of the old average that each update keeps. The first updates keep less, so that the initial
+            weights do not dominate.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -368,25 +437,29 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
+        """Update the average with the module's current parameters."""
         self.count += 1
         decay = min(self.decay, self.count / (self.count + 50))
         self._move(module)
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
 
     def swap(self, module: torch.nn.Module) -> None:
-        """Exchange the average and the module's own values; again, and they are back."""
+        """Exchange the averaged weights and the module's; a second call restores both."""
         self._move(module)
         for index, parameter in enumerate(module.parameters()):
             parameter.data, self.weights[index] = self.weights[index], parameter.data
 
     def _move(self, module: torch.nn.Module) -> None:
-        """To where the module is by now: a checkpoint is read before it goes to its GPU."""
-        with torch.inference_mode(False):  # a validation may come first
+        """Move the averaged weights to the device of the module.
+
+        A checkpoint is loaded before the model moves to its GPU.
+        """
+        with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)
             self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The WavLM inside a file that NeMo 3.0 saved, if it is there."""
+    """Return the WavLM weights inside a file saved by NeMo 3.0; empty if it has none."""
     _, rest = load_parts(path, others=DISCRIMINATOR)
     return {key.partition(WAVLM)[2]: value for key, value in rest.items() if WAVLM in key}
