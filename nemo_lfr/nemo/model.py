@@ -1,9 +1,11 @@
-"""The codec as NeMo sees it: `LFRCodecModel`, an `AudioCodecModel` whose parts are the modules of `nemo_lfr.codec`.
+"""NeMo model of the codec: `LFRCodecModel`, a drop-in for `AudioCodecModel`.
 
-    from nemo_lfr import AudioCodecModel                  # the one line that changes
+Its encoder, quantizer and decoder are modules of `nemo_lfr.modules`. To use it, change one import:
+
+    from nemo_lfr import AudioCodecModel
     model = AudioCodecModel.from_pretrained("nvidia/low-frame-rate-speech-codec-22khz")
 
-What it saves names NeMo's classes only, so that a NeMo without this package opens it.
+Saved files name only NeMo's classes, so NeMo can open them without this package.
 """
 
 import copy
@@ -55,17 +57,17 @@ try:
 
     from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
     from nemo_lfr.nemo.training import DISCRIMINATOR, WAVLM, TrainingSteps
-except Exception as error:  # whatever that package does when it is imported
+except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
         "Encoding and decoding need no NeMo: nemo_lfr.load()."
     ) from error
 
-# Configs may name this package's modules: NeMo builds a `_target_` only if it starts with a prefix listed here.
+# Configs may name modules of this package; NeMo builds a `_target_` only if its prefix is in this list.
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 
-# Parts that `restore_from` has read, for the constructor it calls: nothing is initialised only to be overwritten.
+# Modules that `restore_from` passes to the constructor, which then skips a random initialization.
 _READ_PARTS: ContextVar[Parts | None] = ContextVar("parts", default=None)
 _IDENTITY = {"_target_": "torch.nn.Identity"}
 _SMALLEST_QUANTIZER = {
@@ -75,18 +77,20 @@ _SMALLEST_QUANTIZER = {
 
 
 class LFRCodecModel(TrainingSteps):
-    """Drop-in for NeMo's `AudioCodecModel`, for the codecs whose parts are HiFi-GAN encoders, decoders and FSQ.
+    """NeMo model of the codec, a drop-in for NeMo's `AudioCodecModel`.
 
-    `encode`, `decode` and `forward` run without a graph, take positional arguments, move their inputs to the model,
-    take audio of any length, and give each utterance the tokens it has alone. `encode_audio`, `quantize`,
-    `dequantize` and `decode_audio` are NeMo's and keep the graph.
+    It supports codecs that consist of a HiFi-GAN encoder, FSQ and a HiFi-GAN decoder.
+
+    `encode`, `decode` and `forward` compute no gradients, accept positional arguments, move their inputs to the
+    model's device and accept audio of any length. Every utterance gets the tokens that it gets without a batch.
+    `encode_audio`, `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support gradients.
 
     Args:
-        cfg: a model config; its parts may be named by NeMo's classes or by ours.
-        trainer: as in NeMo.
+        cfg: model config, whose `_target_` values may name classes of NeMo or of this package.
+        trainer: Lightning trainer, as in NeMo.
 
     Raises:
-        ConfigError: for a config that is not of this codec family, naming the key.
+        ConfigError: for a config that is not of this codec family. The message names the key.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -98,7 +102,8 @@ class LFRCodecModel(TrainingSteps):
             cfg.target = NEMO_MODEL
             for name in PARTS:
                 cfg[name] = nemo_config(values[name])
-        # NeMo's constructor builds the losses and the data; the parts are ours.
+        # NeMo's constructor builds the losses and the data loaders. Minimal modules keep it cheap; they are replaced
+        # below.
         lean = copy.deepcopy(cfg)
         with open_dict(lean):
             lean.audio_encoder, lean.audio_decoder = dict(_IDENTITY), dict(_IDENTITY)
@@ -116,17 +121,20 @@ class LFRCodecModel(TrainingSteps):
         self._restored_from = None
         self.cfg = cfg
 
-    # Copies have no trainer, and the plain `training_step`: NeMo hangs a proxy around each instance's, which can be
-    # neither copied nor pickled.
+    # Copies have no trainer and an unwrapped `training_step`: NeMo wraps each instance's `training_step` in a proxy
+    # that cannot be copied or pickled.
 
     def __copy__(self) -> "LFRCodecModel":
-        """Return a model with the same weights, in which modules can be replaced without changing this one."""
+        """Return a model that shares the weights of this one.
+
+        Modules of the copy can be replaced without changing this model.
+        """
         state = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(self).items()}
         state.pop("_codec", None)
         return self._with_state(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LFRCodecModel":
-        """Return a model of its own that reads the same data."""
+        """Return an independent model that shares only the data loaders."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         shared = ("_train_dl", "_validation_dl", "_test_dl")
@@ -138,9 +146,9 @@ class LFRCodecModel(TrainingSteps):
         return other
 
     def __reduce__(self) -> Any:
-        """Pickle the config and the weights: torch refuses to pickle modules with weight norm.
+        """Pickle the config and the weights, because torch cannot pickle weight norm.
 
-        Optimizers, the moving average of the weights and attributes of a subclass are not kept.
+        Optimizers, the moving average of the weights and attributes of a subclass are not included.
         """
         modes = {plain_key(name): module.training for name, module in self.named_modules()}
         gradients = {plain_key(name): parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -154,15 +162,18 @@ class LFRCodecModel(TrainingSteps):
         other.__dict__.pop("training_step", None)
         return other
 
-    # Inference.
+    # Inference
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
-        """The light door on this model's own modules."""
+        """Return a standalone `Codec` that uses this model's modules.
+
+        The object is cached until a module, the sample rate or the device changes.
+        """
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
         kept, codec = self.__dict__.get("_codec", (None, None))
-        # The same object as long as it is of the same modules: streams of one codec can be pushed together.
+        # Return the same object while the modules are the same: only streams of one codec can be batched.
         if kept != made_of:
             codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
             self.__dict__["_codec"] = made_of, codec
@@ -171,20 +182,36 @@ class LFRCodecModel(TrainingSteps):
     def encode(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio [B, T_audio] to tokens [B, C, T_encoded] and their lengths; see `Codec.encode`.
+        """Encode audio to tokens; see `Codec.encode`.
 
-        Other sample rates are resampled as `Codec.encode` does, with soxr: NeMo's own resampler takes minutes for
-        rates such as 22,049 Hz.
+        Audio at another sample rate is resampled with soxr, because NeMo's resampler takes minutes for rates such as
+        22,049 Hz.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            Tokens [B, C, T_encoded] and their lengths in frames [B].
 
         Raises:
-            AudioError: for audio that cannot be encoded, or a sample rate that is no number of Hz.
+            AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
         return self.codec.encode(audio, audio_len, sample_rate)
 
     def decode(
         self, tokens: torch.Tensor, tokens_len: torch.Tensor, audio_len: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B, C, T_encoded] to audio [B, T_audio] and its lengths: whole frames, or `audio_len`.
+        """Decode tokens to audio; see `Codec.decode`.
+
+        Args:
+            tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
+            tokens_len: valid frames of each example, shape [B].
+            audio_len: samples to return for each example, shape [B]; complete frames by default.
+
+        Returns:
+            Audio [B, T_audio] and its lengths in samples [B].
 
         Raises:
             TokensError: for tokens that cannot be decoded.
@@ -194,7 +221,20 @@ class LFRCodecModel(TrainingSteps):
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode and decode: audio [B, T_audio] to its reconstruction, of the same duration, at the codec's rate."""
+        """Encode and decode audio.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            The reconstruction [B, T_audio] at the codec's sample rate, with the duration of the input, and its lengths
+            in samples [B].
+
+        Raises:
+            AudioError: for audio that cannot be encoded, or an invalid sample rate.
+        """
         codec = self.codec
         audio, audio_len = codec.resample(audio, audio_len, sample_rate)
         tokens, tokens_len = codec.encode(audio, audio_len)
@@ -203,10 +243,18 @@ class LFRCodecModel(TrainingSteps):
     def encode_audio(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio [B, T_audio] to encoded frames [B, D, T_encoded] and their lengths, with a graph.
+        """Compute the encoder's output, with gradients.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            Encoded frames [B, D, T_encoded] and their lengths in frames [B].
 
         Raises:
-            AudioError: for a sample rate that is no number of Hz, or one that asks to resample audio with a gradient.
+            AudioError: for an invalid sample rate, or if audio that requires a gradient would have to be resampled.
         """
         if sample_rate is not None:
             audio, audio_len = self._resampled(audio, audio_len, sample_rate)
@@ -229,15 +277,31 @@ class LFRCodecModel(TrainingSteps):
     def pad_audio(
         self, audio: torch.Tensor, audio_len: torch.Tensor, samples_per_frame: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """NeMo's padding to whole frames, but silent after each clip's end, whatever the batch holds there."""
+        """Pad audio with zeros to complete frames.
+
+        Unlike NeMo, it also sets the samples after each example's end to zero, so that the content of a batch's
+        padding has no effect.
+
+        Args:
+            audio: samples, shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            samples_per_frame: samples of one frame.
+
+        Returns:
+            Padded audio [B, T_audio] and its lengths in samples [B].
+        """
         positions = torch.arange(audio.shape[1], device=audio.device)
         audio = audio.masked_fill(positions >= audio_len[:, None], 0)
         return super().pad_audio(audio, audio_len, samples_per_frame)
 
-    # State.
+    # State dicts
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute; with `discriminator` its unused weights go too: callers delete it to free memory."""
+        """Delete an attribute.
+
+        Deleting `discriminator`, which callers do to free memory, also discards the discriminator weights that are not
+        in use.
+        """
         super().__delattr__(name)
         if name == "discriminator":
             self._unbuilt_discriminator = {}
@@ -245,10 +309,10 @@ class LFRCodecModel(TrainingSteps):
     def state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Everything but WavLM; discriminators that are not built yet included.
+        """Return the state dict without WavLM, and with discriminators not yet built.
 
-        Names and weight norm are those of stock NeMo, whether or not modules are wrapped by `torch.compile` or had
-        their weight norm removed.
+        Names and weight norm match NeMo's, even if modules are wrapped by `torch.compile` or their weight norm was
+        removed.
         """
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
@@ -260,15 +324,23 @@ class LFRCodecModel(TrainingSteps):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights of any NeMo version.
+        """Load a state dict saved by any NeMo version.
 
-        Names that `torch.compile` and `DistributedDataParallel` put before weights are understood. `strict` judges
-        the encoder, quantizer and decoder; what NeMo versions and configs differ in (discriminators, WavLM, windows
-        and filters of the losses) is loaded where it fits.
+        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. `strict` applies to the
+        encoder, quantizer and decoder. Tensors that vary between NeMo versions and configs (discriminators, WavLM,
+        windows and filters of the losses) are loaded if they fit.
+
+        Args:
+            state_dict: tensors by name.
+            strict: whether to raise if weights are missing or unknown.
+            assign: whether to use the tensors themselves instead of copying their values.
+
+        Returns:
+            The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            CheckpointError: if it is no state dict, or of a codec of other shapes or levels; if `strict`, and the
-                weights are incomplete or others.
+            CheckpointError: if `state_dict` is not a state dict, has other shapes or FSQ levels than the model, or,
+                with `strict`, lacks weights or has unknown ones.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -291,7 +363,7 @@ class LFRCodecModel(TrainingSteps):
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
-            if hasattr(self, "discriminator"):  # else the caller has deleted it
+            if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
                 self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
             state = {key: value for key, value in state.items() if key not in discriminator}
         result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
@@ -305,13 +377,16 @@ class LFRCodecModel(TrainingSteps):
         return result
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Torch's step of loading this model, also as a part of another one; renames weights as modules have them."""
+        """Rename weights to match the modules, then load them.
+
+        Torch calls this, also when the model is a submodule of another one.
+        """
         theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = super(NeMoAudioCodecModel, self).state_dict()
         state_dict.update({prefix + key: value for key, value in _spelled_for(own, theirs).items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    # Files.
+    # Files
 
     @classmethod
     def restore_from(
@@ -325,20 +400,25 @@ class LFRCodecModel(TrainingSteps):
         trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
     ) -> Any:
-        """Restore a `.nemo` of any NeMo version; see `nemo_lfr.checkpoint` for what is accepted.
+        """Restore a model from a `.nemo` file of any NeMo version.
+
+        See `nemo_lfr.checkpoint` for the accepted files.
 
         Args:
-            restore_path: the file, the folder of an unpacked `.nemo`, or a folder with one `.nemo`.
-            override_config_path: a YAML file or a config to use instead of the file's.
-            map_location: device; a GPU if there is one, else the CPU.
-            strict: every weight of the codec's three parts must be there.
-            return_config: return the file's config only.
-            save_restore_connector: NeMo's hook; one with an extracted folder is passed on to NeMo.
-            trainer: as in NeMo.
-            validate_access_integrity: as in NeMo; not used.
+            restore_path: `.nemo` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
+            override_config_path: YAML file or config to use instead of the file's config.
+            map_location: device of the model; a GPU if available, else the CPU.
+            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            return_config: whether to return only the file's config.
+            save_restore_connector: NeMo's connector; one with an extracted folder is passed on to NeMo.
+            trainer: Lightning trainer, as in NeMo.
+            validate_access_integrity: accepted for compatibility with NeMo; not used.
+
+        Returns:
+            The model in evaluation mode, or its config with `return_config`.
 
         Raises:
-            CheckpointError: naming the file, what was wrong, and what to do.
+            CheckpointError: if the file cannot be read. The message names the file, the problem and a remedy.
         """
         if getattr(save_restore_connector, "model_extracted_dir", None) is not None:
             return _stock(cls, "restore_from")(
@@ -372,7 +452,7 @@ class LFRCodecModel(TrainingSteps):
         parts, rest = load_parts(path, config, strict=strict, others=others)
         read_parts = _READ_PARTS.set(parts)
         try:
-            # While this is set, NeMo does not open the training data that the config names.
+            # With this flag, NeMo does not open the training data that the config names.
             cls._set_model_restore_state(is_being_restored=True)
             model = cls(cfg=config, trainer=trainer)
         except ConfigError as error:
@@ -400,15 +480,31 @@ class LFRCodecModel(TrainingSteps):
         save_restore_connector: Any = None,
         return_model_file: bool | None = False,
     ) -> Any:
-        """Restore a published checkpoint by its Hub id, or by a name from `list_available_models()`.
+        """Restore a published checkpoint by its Hub id or by a name of NeMo's list.
 
-        Once downloaded it is used from the cache, without the network. Arguments as in `restore_from`.
+        `list_available_models()` returns the names. A downloaded file is cached and then used without network access.
+        Other arguments are those of `restore_from`.
+
+        Args:
+            model_name: Hub id, name of a published model, or path of a file.
+            refresh_cache: whether to download the file again.
+            override_config_path: YAML file or config to use instead of the file's config.
+            map_location: device of the model; a GPU if available, else the CPU.
+            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            return_config: whether to return only the file's config.
+            trainer: Lightning trainer, as in NeMo.
+            save_restore_connector: NeMo's connector.
+            return_model_file: whether to return only the path of the downloaded file.
+
+        Returns:
+            The model in evaluation mode, its config with `return_config`, or the path of its file with
+            `return_model_file`.
 
         Raises:
-            CheckpointError: if it cannot be had or read.
+            CheckpointError: if the file cannot be downloaded or read.
         """
         name = ALIASES.get(model_name, model_name)
-        if "/" not in name and not looks_local(name):  # NVIDIA's NGC catalogue
+        if "/" not in name and not looks_local(name):  # a model of NVIDIA's NGC catalog
             return _stock(cls, "from_pretrained")(
                 model_name,
                 refresh_cache=refresh_cache,
@@ -435,7 +531,7 @@ class LFRCodecModel(TrainingSteps):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """NeMo's list, and the names that the model card and its tutorial use."""
+        """Return NeMo's published models and the aliases that the model card uses."""
         ours = [
             PretrainedModelInfo(
                 pretrained_model_name=alias,
@@ -448,10 +544,15 @@ class LFRCodecModel(TrainingSteps):
         return [*super().list_available_models(), *ours]
 
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a `.nemo` aside and rename it into place: a crash leaves the old file whole.
+        """Write a `.nemo` file atomically: a crash leaves an existing file intact.
+
+        Args:
+            save_path: path of the file to write.
+            *args: positional arguments passed on to NeMo.
+            **kwargs: keyword arguments passed on to NeMo.
 
         Raises:
-            CheckpointError: if it cannot be written there.
+            CheckpointError: if the file cannot be written.
         """
         if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
             raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")
@@ -484,27 +585,27 @@ AudioCodecModel = LFRCodecModel
 
 
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
-    """Put our parts, with the same weights, into a stock `AudioCodecModel` that other code already holds.
+    """Replace the modules of a loaded NeMo `AudioCodecModel` with this package's.
 
-    Parameters stay the same objects, with their dtype, device and `requires_grad`. Modules that `torch.compile` or
-    `DistributedDataParallel` wrapped are replaced together with their wrappers.
+    Weights are kept: parameters stay the same objects, with their dtype, device and `requires_grad`. Wrappers that
+    `torch.compile` or `DistributedDataParallel` put around these modules are removed.
 
     Args:
-        model: changed in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; of a subclass only the parts
-            are replaced.
+        model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a
+            subclass keeps its class.
 
     Returns:
         The same object.
 
     Raises:
-        ConfigError: if it is no such model, or not of this codec family; the model is then as it was.
+        ConfigError: if the model is not an `AudioCodecModel` of this codec family. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if isinstance(inner, LFRCodecModel):
         return model
     if not isinstance(inner, NeMoAudioCodecModel):
         raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
-    # All that can fail comes before the first change.
+    # Everything that can fail runs before the first change to the model.
     values = _checked_values(inner.cfg)
     with building_state(torch.device("cpu")):
         build_parts(values, weight_norm=False)
@@ -517,7 +618,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         setattr(inner, name, part)
     if is_stock:
         inner.__class__ = LFRCodecModel
-        # Training builds ours; until then its weights are carried along.
+        # Training builds this package's discriminators; keep their weights until then.
         inner._unbuilt_discriminator = {plain_key(key): value for key, value in state.items() if WAVLM not in key}
         if has_discriminator:
             inner.discriminator = None
@@ -526,7 +627,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner._codebook_use = None
         inner._is_random = False
         inner._restored_from = None
-        # NeMo hangs a proxy of its own around each instance's; copies have none, and a caller's own stays.
+        # Renew NeMo's proxy around this instance's `training_step`. Copies have no proxy; a function set by a caller is kept.
         if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
             del inner.training_step
         if "training_step" not in inner.__dict__:
@@ -535,10 +636,10 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
 
 
 def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.Module:
-    """Return our module with the very parameters of a stock one.
+    """Build this package's module around the parameters of a NeMo module.
 
     Raises:
-        ConfigError: if it is not the module that the config describes.
+        ConfigError: if the NeMo module is not the one that the config describes.
     """
     if not isinstance(stock, torch.nn.Module):
         raise ConfigError(f"the model's {name} is {shorten(repr(stock))}, not a module; load the model again.")
@@ -578,8 +679,11 @@ def _unpickled(
     has_discriminator: bool,
     attributes: dict[str, Any],
 ) -> LFRCodecModel:
-    """Build a model from what `LFRCodecModel.__reduce__` gives, on the device where its weights are."""
-    cls._set_model_restore_state(is_being_restored=True)  # no training data is opened
+    """Rebuild a model from the values that `LFRCodecModel.__reduce__` returned.
+
+    The model is on the device of its weights.
+    """
+    cls._set_model_restore_state(is_being_restored=True)  # prevents NeMo from opening the training data
     try:
         with building_state(torch.device("cpu")):
             model = cls(cfg=cfg)
@@ -597,10 +701,10 @@ def _unpickled(
 
 
 def _check_state_dict(state_dict: Any) -> None:
-    """Raise unless this is a mapping of names to tensors.
+    """Raise an error unless the argument maps names to tensors.
 
     Raises:
-        CheckpointError: naming what else it is.
+        CheckpointError: if it does not. The message says what it is instead.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
@@ -622,29 +726,33 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return the names that stock NeMo would have for the weights of a state dict: convolutions are weight-normed."""
+    """Return the names that NeMo uses for weight-normed convolutions of a state dict."""
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
 
 
 def _spelled_for(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of any spelling under the names that a model's modules have, wrappers included."""
+    """Rename the weights of a state dict to match a model's modules and wrappers."""
     names = {plain_key(key): key for key in own}
     plain = plain_keys(state_dict.items(), "the state dict")
     return {names.get(key, key): value for key, value in spell_as(names, plain).items()}
 
 
 def _stock(cls: type[LFRCodecModel], name: str) -> Any:
-    """NeMo's class method, bound to `cls`.
+    """Return NeMo's class method, bound to `cls`.
 
-    `super()` in a method that constructs models would give its frame a `__class__`, by which Lightning's
-    `save_hyperparameters` mistakes it for a constructor.
+    With `super()`, the frame of the calling method would contain `__class__`, and Lightning's `save_hyperparameters`
+    would mistake the method for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 
 
 def _checked_values(cfg: DictConfig) -> dict[str, Any]:
-    """`codec_values` of a config whose losses neither open a file nor ask the network."""
+    """Return `codec_values` of a config, after checking its losses.
+
+    Raises:
+        ConfigError: for a loss that would open a file or access the network.
+    """
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):
             raise ConfigError(f"{key} is set; nemo_lfr does not train codecs with it. Use NeMo's own AudioCodecModel.")
@@ -652,7 +760,10 @@ def _checked_values(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _without_folders(config: DictConfig) -> DictConfig:
-    """A copy whose data sections name files without the folders of the machine that trained."""
+    """Return a copy of a config without the folders of the training machine.
+
+    File names in data sections are kept, absolute paths are not.
+    """
 
     def shortened(value: Any) -> Any:
         if isinstance(value, dict):
@@ -670,7 +781,11 @@ def _without_folders(config: DictConfig) -> DictConfig:
 
 
 def _override_config(source: Any) -> DictConfig:
-    """A config given instead of the file's; one with a `model` section means that section."""
+    """Load the config that replaces a file's own, or its `model` section.
+
+    Raises:
+        ConfigError: if it is not a mapping.
+    """
     config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     if not isinstance(config, DictConfig):
