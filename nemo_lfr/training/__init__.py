@@ -1,1 +1,1 @@
-"""Training: losses and initialisation."""
+"""Training data, discriminators, losses and initialization."""

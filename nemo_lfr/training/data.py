@@ -1,7 +1,7 @@
-"""Segments of speech from NeMo manifests, of any format, rate and channels; broken files are named and passed by.
+"""Training segments from NeMo manifests, in any audio format and sample rate.
 
-NeMo's `VocoderDataset` reads float files as silence, makes a batch of a thousand channels from stereo, and stops at
-the first file that it cannot read.
+Unreadable files are skipped and logged once. NeMo's `VocoderDataset` reads float files as silence, builds a batch of a
+thousand channels from stereo files, and stops at the first unreadable file.
 """
 
 import logging
@@ -24,20 +24,24 @@ NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 
 
 class CodecDataset(Dataset):
-    """Recordings, or random segments of them, as float32 at one rate.
+    """Dataset of recordings, or of random segments of them.
+
+    Audio is float32, mono, at one sample rate.
 
     Args:
-        dataset_meta: name -> manifest_path, audio_dir (the manifest's folder if not given) and sample_weight. A line
-            that cannot be used is logged once and left out.
-        sample_rate: Hz.
-        n_samples: length of a segment; whole recordings if not given.
-        weighted_sampling_steps_per_epoch: draw so many batches by the datasets' weights; else one shuffled pass.
-        min_duration, max_duration: seconds; recordings outside are left out.
-        trunc_duration: seconds of a recording that are read at most.
-        volume_norm: scale to a peak of 0.95, as NeMo does.
+        dataset_meta: settings of each dataset by its name: `manifest_path`, `audio_dir` (the manifest's folder by
+            default) and `sample_weight`. Unusable manifest lines are skipped and logged once.
+        sample_rate: sample rate of the audio, Hz.
+        n_samples: length of a segment in samples; None for entire recordings.
+        weighted_sampling_steps_per_epoch: number of batches per epoch, drawn by the datasets' weights; None for one
+            shuffled pass over all recordings.
+        min_duration: minimum duration of a recording, seconds; shorter ones are skipped.
+        max_duration: maximum duration of a recording, seconds; longer ones are skipped.
+        trunc_duration: maximum duration that is read from a recording, seconds.
+        volume_norm: whether to scale the audio to a peak of 0.95, as NeMo does.
 
     Raises:
-        ConfigError: for a manifest that cannot be read, or no recording at all.
+        ConfigError: for an unreadable manifest, or if no recording remains.
     """
 
     def __init__(
@@ -73,7 +77,16 @@ class CodecDataset(Dataset):
             raise ConfigError(f"the manifests of {sorted(dataset_meta)} hold no recording of the wanted duration.")
 
     def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
-        """How an epoch of segments is drawn, and this process's share of it; whole recordings come in order."""
+        """Build the sampler of segments for one process.
+
+        Args:
+            batch_size: segments of a batch in one process.
+            world_size: number of processes.
+            rank: index of this process.
+
+        Returns:
+            A sampler, or None for entire recordings, which are read in order.
+        """
         if not self.n_samples:
             return None
         weights = torch.tensor(self.weights, dtype=torch.float64) if self.steps_per_epoch else None
@@ -84,7 +97,21 @@ class CodecDataset(Dataset):
         return len(self.recordings)
 
     def __getitem__(self, draw: "int | tuple[int, float]") -> dict[str, Any]:
-        """A recording, or of `(index, place)` the segment that starts at this share of what can be skipped."""
+        """Return a recording or a segment of one.
+
+        An unreadable recording is replaced by the next readable one.
+
+        Args:
+            draw: index of a recording, or a tuple (index, place). `place`, in [0, 1], selects where the segment starts
+                within the range of possible starts; without it the start is random.
+
+        Returns:
+            `dataset_name`, `audio_filepath`, `audio` (float32, shape [T_audio]) and `audio_len` in samples.
+
+        Raises:
+            IndexError: if the index is out of range.
+            AudioError: if no recording can be read.
+        """
         index, place = draw if isinstance(draw, tuple) else (draw, None)
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -92,7 +119,7 @@ class CodecDataset(Dataset):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
                 audio = self._read(recording, place)
-            except (NemoLfrError, OSError) as error:  # of a format that needs an extra, too
+            except (NemoLfrError, OSError) as error:  # including a missing extra for the file's format
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
                     logger.warning("skipped, the next recording is used instead: %s", error)
@@ -112,7 +139,7 @@ class CodecDataset(Dataset):
             spare = duration - self.n_samples / self.sample_rate
             if spare > 0:
                 start += (float(torch.rand(())) if place is None else place) * spare
-            # Resampling needs a little more than it gives.
+            # Read slightly more than a segment: resampling shortens its input.
             duration = min(duration, self.n_samples / self.sample_rate + 0.01)
         with AudioReader(recording.path, self.sample_rate) as reader:
             audio = reader.segment(start, duration)[: self.n_samples]
@@ -124,7 +151,15 @@ class CodecDataset(Dataset):
 
     @staticmethod
     def collate_fn(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Examples as a batch with NeMo's keys; audio [B, T_audio] is padded with zeros."""
+        """Collate examples to a batch with NeMo's keys.
+
+        Args:
+            examples: items of the dataset.
+
+        Returns:
+            `dataset_names`, `audio_filepaths`, `audio` (float32, shape [B, T_audio], padded with zeros) and
+            `audio_lens` (int32, shape [B]).
+        """
         audio = torch.nn.utils.rnn.pad_sequence([example["audio"] for example in examples], batch_first=True)
         return {
             "dataset_names": [example["dataset_name"] for example in examples],
@@ -135,17 +170,19 @@ class CodecDataset(Dataset):
 
 
 class SegmentSampler(DistributedSampler):
-    """Draws recordings and where their segments start, from the epoch's number alone.
+    """Sampler of recordings and segment starts that depends on the epoch alone.
 
-    A run that was killed and started again at an epoch draws what it would have drawn, whatever the number of worker
-    processes. It is a `DistributedSampler`, so that Lightning leaves it as it is and tells it the epoch.
+    A run that is killed and resumed at an epoch draws the same segments, with any number of worker processes. The
+    sampler is a `DistributedSampler`, so Lightning keeps it and sets its epoch.
 
     Args:
-        dataset: how many recordings there are.
-        count: draws in an epoch, of all processes together.
-        weights: of each recording, drawn with replacement; else one shuffled pass.
-        world_size, rank: processes, and which one this is.
-        seed: of all draws.
+        dataset: dataset to sample from.
+        count: number of draws per epoch, in all processes together.
+        weights: weight of each recording, float64, shape [len(dataset)], for draws with replacement; None for one
+            shuffled pass.
+        world_size: number of processes.
+        rank: index of this process.
+        seed: seed of all draws.
     """
 
     def __init__(
@@ -167,29 +204,32 @@ class SegmentSampler(DistributedSampler):
         else:
             indices = torch.randperm(self.count, generator=generator)
         places = torch.rand(self.count, generator=generator)
-        # Strategies that fork or spawn build the sampler before there are ranks.
+        # Strategies that fork or spawn build the sampler before ranks are assigned.
         group = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if group else self.rank
         own = slice(rank, len(self) * self.num_replicas, self.num_replicas)
         return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
 
     def __len__(self) -> int:
-        """This process's draws: the same number for each."""
+        """Return the number of draws per process, which is equal in all processes."""
         return self.count // self.num_replicas
 
 
 def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader | None:
-    """The loader of a data section whose dataset is NeMo's `VocoderDataset`, or ours by name.
+    """Build the data loader of a config section that uses `CodecDataset`.
+
+    A section that names NeMo's `VocoderDataset` gets `CodecDataset` too.
 
     Args:
-        config: the section, with `dataset` and `dataloader_params`.
-        world_size, rank: processes, and which one this is.
+        config: data section with `dataset` and `dataloader_params`.
+        world_size: number of processes.
+        rank: index of this process.
 
     Returns:
-        None for another dataset, or one that does more than read audio: NeMo's own loader is for these.
+        The loader, or None for another dataset or for options beyond reading audio, which need NeMo's own loader.
 
     Raises:
-        ConfigError: for an argument that the dataset does not know.
+        ConfigError: for an unknown argument of the dataset.
     """
     arguments = cast(dict[str, Any], OmegaConf.to_container(config.dataset, resolve=True))
     ours = f"{CodecDataset.__module__}.{CodecDataset.__name__}"
@@ -203,6 +243,6 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
         raise ConfigError(f"dataset: {error}") from error
     loader = dict(config.dataloader_params)
     sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
-    if sampler is not None:  # which shuffles
+    if sampler is not None:  # the sampler shuffles
         loader.pop("shuffle", None)
     return DataLoader(dataset, collate_fn=dataset.collate_fn, sampler=sampler, **loader)

@@ -1,8 +1,9 @@
-"""Discriminators: multi-period, multi-resolution complex STFT, WavLM ("SLM"), and their union.
+"""Discriminators: multi-period, multi-resolution complex STFT and WavLM ("SLM").
 
-Each looks at audio through a `view` (periods, spectra, WavLM's layers), which holds nothing to learn, and judges the
-view. A training step takes every view once: of real audio without a graph, of generated audio with one, which the
-discriminators' own update detaches. State-dict keys are those of NeMo's classes of the same names.
+Each discriminator first computes a representation of the audio without trainable weights (`views`: periods, spectra or
+hidden states of WavLM), then scores it (`judge`). A training step computes each representation once: without gradients
+for real audio, with gradients for generated audio. The discriminators' own update detaches the latter. State-dict keys
+match those of NeMo's classes with the same names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,23 @@ from nemo_lfr.training.wavlm import WavLM
 
 Views = list[torch.Tensor]
 PadMode = Literal["reflect", "zeros"]
-Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores, feature maps; one of each per network
+Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores and feature maps, one entry per network
 
 
 class Conv2d(nn.Module):
-    """A weight-normed convolution that keeps the size but for its stride; `pad_mode` is "reflect" or "zeros"."""
+    """Weight-normed 2-D convolution that keeps the size, apart from its stride.
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+        kernel_size: height and width of the kernel.
+        stride: stride in both dimensions.
+        dilation: dilation in both dimensions.
+        pad_mode: "reflect" or "zeros".
+
+    Raises:
+        ConfigError: for an unknown `pad_mode`.
+    """
 
     def __init__(
         self,
@@ -46,12 +59,14 @@ class Conv2d(nn.Module):
         self.conv = weight_norm(conv)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the convolution to hidden states [B, C, H, W]."""
         conv = self.conv
         zeros = conv.padding_mode == "zeros"
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
             return conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
-        # Columns never meet. As rows of a matrix product they keep a CPU at its peak, which convolutions over the
-        # deep layers' few rows do not, and the weights, larger than the signal there, are not copied.
+        # Kernels of width 1 treat columns independently, so the columns can be rows of a matrix product. On a CPU this
+        # runs near peak speed, unlike convolutions over the few rows of deep layers, and it does not copy the weights,
+        # which are larger than the signal there.
         columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
         mode = "constant" if zeros else "reflect"
         padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
@@ -60,7 +75,10 @@ class Conv2d(nn.Module):
 
 
 class _Network(nn.Module):
-    """Convolutions with leaky ReLUs, whose outputs are the feature maps, and one that gives the score."""
+    """Stack of convolutions with leaky ReLUs, followed by one that scores.
+
+    The outputs of all convolutions are the feature maps.
+    """
 
     def __init__(self, conv_layers: Sequence[Conv2d], conv_post: Conv2d, lrelu_slope: float) -> None:
         super().__init__()
@@ -69,7 +87,14 @@ class _Network(nn.Module):
         self.conv_post = conv_post
 
     def forward(self, view: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """View [B, C, H, W] -> score [B, W, H] and feature maps [B, C, H, W]."""
+        """Score a view.
+
+        Args:
+            view: representation of the audio, shape [B, C, H, W].
+
+        Returns:
+            Scores [B, W, H], and the feature maps, each [B, C, H, W].
+        """
         feature_maps = []
         hidden = view
         for conv in self.conv_layers:
@@ -81,32 +106,61 @@ class _Network(nn.Module):
 
 
 class AudioDiscriminator(nn.Module):
-    """One or more networks that tell real audio from generated."""
+    """Base class of discriminators, which consist of one or more networks."""
 
     @property
     def num_networks(self) -> int:
-        """Views that it takes, and scores that it gives."""
+        """Return the number of networks, which equals the number of views and scores."""
         raise NotImplementedError
 
     def views(self, audio: Spectra) -> Views:
-        """What each network looks at."""
+        """Compute the input of each network.
+
+        Args:
+            audio: signals [B, T_audio] with cached STFTs.
+
+        Returns:
+            One tensor per network.
+        """
         raise NotImplementedError
 
     def judge(self, views: Views) -> Verdict:
-        """Scores and feature maps of each network."""
+        """Score the views that `views` returned.
+
+        Args:
+            views: one tensor per network.
+
+        Returns:
+            The scores of each network, and the feature maps of each network.
+        """
         raise NotImplementedError
 
     def forward(
         self, audio_real: torch.Tensor, audio_gen: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor]], list[list[torch.Tensor]]]:
-        """Audio [B, T_audio], twice, to scores and feature maps in NeMo's order: real, gen, real, gen."""
+        """Score real and generated audio.
+
+        Args:
+            audio_real: recordings, shape [B, T_audio].
+            audio_gen: reconstructions, shape [B, T_audio].
+
+        Returns:
+            Scores of real audio, scores of generated audio, and the feature maps of both, in NeMo's order.
+        """
         scores_real, maps_real = self.judge(self.views(Spectra(audio_real)))
         scores_gen, maps_gen = self.judge(self.views(Spectra(audio_gen)))
         return scores_real, scores_gen, maps_real, maps_gen
 
 
 class PeriodDiscriminator(_Network):
-    """Looks at every `period`-th sample (HiFi-GAN, arXiv 2010.05646); `channels` of the first layer, 32 in NeMo."""
+    """Discriminator of audio folded to a period (HiFi-GAN, arXiv 2010.05646).
+
+    Args:
+        period: number of samples in a row of the folded audio.
+        lrelu_slope: negative slope of the leaky ReLUs.
+        channels: output channels of the first layer; 32 in NeMo.
+        pad_mode: "reflect" or "zeros".
+    """
 
     def __init__(
         self, period: int, lrelu_slope: float = 0.1, channels: int = 32, pad_mode: PadMode = "reflect"
@@ -119,27 +173,36 @@ class PeriodDiscriminator(_Network):
         self.period = period
 
     def view(self, audio: torch.Tensor) -> torch.Tensor:
-        """Audio [B, T_audio] -> [B, 1, T_audio / period, period]."""
+        """Fold audio [B, T_audio] to [B, 1, ceil(T_audio / period), period]."""
         missing = -audio.shape[-1] % self.period
         return F.pad(audio.unsqueeze(1), (0, missing), "reflect").unflatten(2, (-1, self.period))
 
 
 class _Networks(AudioDiscriminator):
-    """One network for each view."""
+    """Base class of discriminators that have one network for each view."""
 
     discriminators: nn.ModuleList
 
     @property
     def num_networks(self) -> int:
+        """Return the number of networks."""
         return len(self.discriminators)
 
     def judge(self, views: Views) -> Verdict:
+        """Score each view with its network."""
         verdicts = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
         return [score for score, _ in verdicts], [maps for _, maps in verdicts]
 
 
 class MultiPeriodDiscriminator(_Networks):
-    """One network for each of some prime periods."""
+    """Discriminator with one network for each of several prime periods.
+
+    Args:
+        periods: period of each network, samples.
+        lrelu_slope: negative slope of the leaky ReLUs.
+        channels: output channels of each network's first layer; 32 in NeMo.
+        pad_mode: "reflect" or "zeros".
+    """
 
     def __init__(
         self,
@@ -153,17 +216,34 @@ class MultiPeriodDiscriminator(_Networks):
         self.discriminators = nn.ModuleList(networks)
 
     def views(self, audio: Spectra) -> Views:
+        """Fold the audio to each period."""
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
 
 
 def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
-    """[B, 2, frames, bins], of unit energy; in memory real and imaginary parts alternate, as channels-last."""
+    """Return the STFT of audio as two channels, scaled to unit energy.
+
+    Real and imaginary parts alternate in memory, which is the channels-last layout.
+
+    Args:
+        audio: signals [B, T_audio] with cached STFTs.
+        resolution: (n_fft, hop, window) in samples.
+
+    Returns:
+        Real and imaginary parts, shape [B, 2, frames, bins].
+    """
     stft = audio.stft(resolution).transpose(1, 2) * resolution[0] ** -0.5
     return torch.view_as_real(stft).permute(0, 3, 1, 2)
 
 
 class DiscriminatorSTFT(_Network):
-    """Looks at real and imaginary part of an STFT (EnCodec, arXiv 2210.13438)."""
+    """Discriminator of a complex STFT (EnCodec, arXiv 2210.13438).
+
+    Args:
+        resolution: (n_fft, hop, window) in samples.
+        lrelu_slope: negative slope of the leaky ReLUs.
+        pad_mode: "reflect" or "zeros".
+    """
 
     def __init__(self, resolution: Sequence[int], lrelu_slope: float = 0.1, pad_mode: PadMode = "reflect") -> None:
         conv = partial(Conv2d, pad_mode=pad_mode)
@@ -172,15 +252,21 @@ class DiscriminatorSTFT(_Network):
         layers.append(conv(32, 32, kernel_size=(3, 3)))
         super().__init__(layers, conv(32, 1, kernel_size=(3, 3)), lrelu_slope)
         self.resolution = tuple(resolution)
-        # Always a Hann window: `Spectra` has its own. It is here because NeMo's checkpoints hold it.
+        # This Hann window is not used (`Spectra` has its own), but NeMo's checkpoints contain it.
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
 
     def view(self, audio: Spectra) -> torch.Tensor:
+        """Return the STFT of the audio as channels [B, 2, frames, bins]."""
         return stft_view(audio, self.resolution)
 
 
 class MultiResolutionDiscriminatorSTFT(_Networks):
-    """One network for each resolution (n_fft, hop, window)."""
+    """Discriminator with one STFT network for each resolution.
+
+    Args:
+        resolutions: (n_fft, hop, window) of each network, in samples.
+        pad_mode: "reflect" or "zeros".
+    """
 
     def __init__(self, resolutions: Sequence[Sequence[int]], pad_mode: PadMode = "reflect") -> None:
         super().__init__()
@@ -189,15 +275,18 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
         )
 
     def views(self, audio: Spectra) -> Views:
+        """Return the STFT of the audio at each resolution."""
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
 
 
 class MultiBandDiscriminatorSTFT(_Networks):
-    """One network for each band of one STFT (DAC, arXiv 2306.06546), as NanoCodec is trained with.
+    """Discriminator with one network per frequency band of an STFT (DAC).
+
+    See arXiv 2306.06546. NanoCodec is trained with it.
 
     Args:
         resolution: (n_fft, hop, window) in samples.
-        stft_bands: begin and end of each band as shares of the bins.
+        stft_bands: start and end of each band, as fractions of the number of bins.
     """
 
     def __init__(self, resolution: Sequence[int], stft_bands: Sequence[Sequence[float]]) -> None:
@@ -211,6 +300,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
 
     def views(self, audio: Spectra) -> Views:
+        """Return each frequency band of the audio's STFT."""
         view = stft_view(audio, self.resolution)
         return [view[..., band] for band in self.bands]
 
@@ -223,16 +313,18 @@ def _band_network() -> _Network:
 
 
 class SLMDiscriminator(AudioDiscriminator):
-    """Looks at all hidden states of a frozen WavLM (StyleTTS 2, arXiv 2306.07691; arXiv 2409.12117).
+    """Discriminator of all hidden states of a frozen WavLM.
+
+    See StyleTTS 2 (arXiv 2306.07691) and arXiv 2409.12117.
 
     Args:
-        slm_model_name: Hub id, or a folder with the model.
-        slm_sr: its sample rate in Hz.
-        input_sr: of the audio.
-        slm_hidden: its hidden size.
-        slm_layers: hidden states: its layers, and the input of the first.
-        initial_channel: width of the head.
-        use_spectral_norm: spectral instead of weight norm.
+        slm_model_name: Hub id of the WavLM model, or a folder that contains it.
+        slm_sr: sample rate of the model, Hz.
+        input_sr: sample rate of the audio, Hz.
+        slm_hidden: hidden size of the model.
+        slm_layers: number of hidden states: one per layer, and the input of the first layer.
+        initial_channel: channels of the discriminator's first layer.
+        use_spectral_norm: whether to use spectral norm instead of weight norm.
     """
 
     def __init__(
@@ -261,12 +353,15 @@ class SLMDiscriminator(AudioDiscriminator):
 
     @property
     def num_networks(self) -> int:
+        """Return 1: all hidden states form one view."""
         return 1
 
     def views(self, audio: Spectra) -> Views:
+        """Return the hidden states of WavLM, [B, slm_layers * slm_hidden, frames]."""
         return [self.slm(self.resample(audio.audio))]
 
     def judge(self, views: Views) -> Verdict:
+        """Score the hidden states."""
         hidden = self.pre(views[0])
         feature_maps = []
         for conv in self.convs:
@@ -276,7 +371,11 @@ class SLMDiscriminator(AudioDiscriminator):
 
 
 class Discriminator(AudioDiscriminator):
-    """All of the given discriminators as one."""
+    """Union of several discriminators.
+
+    Args:
+        discriminators: discriminators to combine.
+    """
 
     def __init__(self, discriminators: Sequence[AudioDiscriminator]) -> None:
         super().__init__()
@@ -287,12 +386,15 @@ class Discriminator(AudioDiscriminator):
 
     @property
     def num_networks(self) -> int:
+        """Return the number of networks of all discriminators."""
         return sum(discriminator.num_networks for discriminator in self._each())
 
     def views(self, audio: Spectra) -> Views:
+        """Return the views of all discriminators, in order."""
         return [view for discriminator in self._each() for view in discriminator.views(audio)]
 
     def judge(self, views: Views) -> Verdict:
+        """Score each discriminator's views, and concatenate scores and feature maps."""
         scores: list[torch.Tensor] = []
         feature_maps: list[list[torch.Tensor]] = []
         rest = iter(views)
@@ -304,7 +406,14 @@ class Discriminator(AudioDiscriminator):
 
 
 class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
-    """One `MultiBandDiscriminatorSTFT` for each resolution; NeMo's second `MultiResolutionDiscriminatorSTFT`."""
+    """Discriminator with one `MultiBandDiscriminatorSTFT` for each resolution.
+
+    It is the counterpart of the `MultiResolutionDiscriminatorSTFT` in NeMo's `audio_codec_modules`.
+
+    Args:
+        resolutions: (n_fft, hop, window) of each STFT, in samples.
+        stft_bands: start and end of each band, as fractions of the number of bins.
+    """
 
     def __init__(self, resolutions: Sequence[Sequence[int]], stft_bands: Sequence[Sequence[float]]) -> None:
         super().__init__([MultiBandDiscriminatorSTFT(resolution, stft_bands) for resolution in resolutions])
@@ -312,7 +421,13 @@ class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within, what is computed sends gradients through the module, but none to its parameters."""
+    """Freeze a module's parameters within this context.
+
+    Gradients still flow through the module to its inputs.
+
+    Args:
+        module: module to freeze.
+    """
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -324,7 +439,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 _NEMO = "nemo.collections.tts.modules."
-# NeMo's class -> ours.
+# Class of this package for each NeMo class
 NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "audio_codec_modules.Discriminator": Discriminator,
     _NEMO + "audio_codec_modules.MultiPeriodDiscriminator": MultiPeriodDiscriminator,
@@ -338,13 +453,17 @@ _OUR_DISCRIMINATORS = {f"{ours.__module__}.{ours.__name__}": ours for ours in NE
 
 
 def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
-    """Build the discriminators of a model config's `discriminator` section.
+    """Build the discriminator that a model config describes.
 
     Args:
-        config: `_target_`, NeMo's name or ours, and the constructor's arguments.
+        config: the `discriminator` section: `_target_`, which names a class of NeMo or of this package, and the
+            constructor's arguments.
+
+    Returns:
+        The discriminator, with random weights.
 
     Raises:
-        ConfigError: for an unknown name or argument.
+        ConfigError: for an unknown class or argument.
     """
     arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
     target = str(config.get("_target_", ""))

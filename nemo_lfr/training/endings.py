@@ -1,4 +1,4 @@
-"""How a training script ends when something outside of it fails: in one line rather than in a traceback."""
+"""One-line error messages for training scripts."""
 
 import errno
 import logging
@@ -8,22 +8,23 @@ from contextlib import contextmanager
 
 from nemo_lfr.errors import NemoLfrError
 
-# What the place that is written to may refuse; other errors of the system may be faults of a program.
+# Errors of the storage that is written to. Other system errors may be bugs and keep their traceback.
 PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
 ADVICE = "make room or choose another place, and start the same command again; what was there before is whole"
 
 
 @contextmanager
 def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """End the process with one line on stderr if a user's mistake, a full disk or a missing permission ends a run.
+    """Exit with one line on stderr if a run fails for a reason the user can fix.
 
-    Logs that cannot be written, as on a full disk, do not print a traceback for each line either.
+    Such reasons are a user's mistake, a full disk and a missing permission. Within this context, log records that
+    cannot be written, for example because the disk is full, print no tracebacks either.
 
     Args:
-        folder: of the run, to be named where an error does not say which file could not be written.
+        folder: folder of the run, which the message names if the error does not name a file.
 
     Raises:
-        SystemExit: in the place of such an error. Others pass.
+        SystemExit: in place of such an error. Other exceptions propagate.
     """
     before = logging.raiseExceptions
     logging.raiseExceptions = False
@@ -39,13 +40,13 @@ def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator
 
 
 def _line(error: BaseException, folder: str | os.PathLike[str] | None) -> str | None:
-    """Say in one line what failed; None for an error that may be a program's fault."""
+    """Describe an error in one line, or return None if it may be a bug."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in PLACE:
             return f"{cause.filename or folder or 'a file'}: {cause.strerror}; {ADVICE}."
         if isinstance(cause, NemoLfrError):
-            # One that comes from a loader's worker holds that process's traceback, which ends with the reason.
+            # An error from a loader's worker contains that process's traceback; its last line is the reason.
             lines = [line for line in str(cause).splitlines() if line.strip()]
             return lines[-1].strip() if lines else type(cause).__name__
         cause = cause.__cause__ or cause.__context__

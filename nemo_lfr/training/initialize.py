@@ -1,4 +1,7 @@
-"""Initialisation from data: without it FSQ sees an almost constant encoder and stays at one code for 1,000 steps."""
+"""Data-dependent initialization of a codec's weights.
+
+Without it, FSQ receives an almost constant encoder output and uses a single code for the first 1,000 steps.
+"""
 
 import torch
 from torch import nn
@@ -18,13 +21,17 @@ def initialize_from_data(
     encoded_spread: float = 0.9,
     output_spread: float = 0.1,
 ) -> None:
-    """Rescale every convolution, in the order of the data path, so that `audio` leaves it at unit scale.
+    """Rescale every convolution so that its output on speech has unit scale.
+
+    Convolutions are rescaled in the order of the data path.
 
     Args:
-        encoder, quantizer, decoder: the first and the last are changed in place.
-        audio: a batch of speech, [B, T_audio] of whole frames.
-        encoded_spread: standard deviation of each encoded dimension, which is also centred.
-        output_spread: standard deviation of the waveform before the output activation.
+        encoder: encoder to change in place.
+        quantizer: quantizer between encoder and decoder; not changed.
+        decoder: decoder to change in place.
+        audio: batch of speech in complete frames, shape [B, T_audio].
+        encoded_spread: target standard deviation of each encoded dimension, which is also centered.
+        output_spread: target standard deviation of the waveform before the output activation.
     """
 
     def rescale(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
@@ -53,6 +60,9 @@ def initialize_from_data(
 
 
 def _multiply_weight(conv: nn.Conv1d | nn.ConvTranspose1d, factor: torch.Tensor) -> None:
-    """Scale a convolution's weight, or under weight norm its gain; a factor may have one value per output channel."""
+    """Scale a convolution's weight, or its gain under weight norm.
+
+    The factor is a scalar or has one value per output channel.
+    """
     gain = dict(conv.named_parameters()).get(GAIN.removeprefix("."))
     (conv.weight if gain is None else gain).mul_(factor)

@@ -1,4 +1,4 @@
-"""The codec's losses: every term is a function of two signals or of discriminators' outputs, by name.
+"""Losses of codec training, as functions of signals or discriminator outputs.
 
 Distances between two signals are in `nemo_lfr.signal.distances`.
 """
@@ -20,10 +20,17 @@ _Loss = TypeVar("_Loss")
 
 
 def spread(encoded: torch.Tensor) -> torch.Tensor:
-    """Keep each encoded dimension [B, D, T] centred and at least 0.8 wide.
+    """Compute a penalty that keeps each encoded dimension centered and spread out.
 
-    Early on the codes are noise to the decoder, which is rewarded for an encoder that stops varying: without this
-    term a new codec is down to one token in each codebook after 50 steps.
+    It is zero if the mean of a dimension is 0 and its standard deviation at least 0.8. Early in training the codes are
+    noise to the decoder, and the other losses reward an encoder with a constant output: without this term, a new codec
+    uses a single token per codebook after 50 steps.
+
+    Args:
+        encoded: encoder output, shape [B, D, T_encoded].
+
+    Returns:
+        A scalar.
     """
     encoded = encoded.float()
     return (0.8 - encoded.std(dim=(0, 2))).clamp_min(0).mean() + encoded.mean(dim=(0, 2)).square().mean()
@@ -34,25 +41,36 @@ def _average(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def generator_squared(gen: Scores) -> torch.Tensor:
-    """Least-squares GAN: generated audio should score 1."""
+    """Compute the generator's least-squares GAN loss; its target score is 1."""
     return _average([(1 - score).square().mean() for score in gen])
 
 
 def generator_hinged(gen: Scores) -> torch.Tensor:
+    """Compute the generator's hinge GAN loss; its target score is at least 1."""
     return _average([F.relu(1 - score).mean() for score in gen])
 
 
 def discriminator_squared(real: Scores, gen: Scores) -> torch.Tensor:
-    """Least-squares GAN: real audio should score 1, generated audio 0."""
+    """Compute the discriminators' least-squares GAN loss.
+
+    The target score is 1 for real audio and 0 for generated audio.
+    """
     return _average([((1 - r).square().mean() + g.square().mean()) / 2 for r, g in zip(real, gen, strict=True)])
 
 
 def discriminator_hinged(real: Scores, gen: Scores) -> torch.Tensor:
+    """Compute the discriminators' hinge GAN loss.
+
+    The target score is at least 1 for real audio and at most -1 for generated audio.
+    """
     return _average([(F.relu(1 - r).mean() + F.relu(1 + g).mean()) / 2 for r, g in zip(real, gen, strict=True)])
 
 
 def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
-    """Mean absolute difference of the discriminators' layers (HiFi-GAN), each discriminator counting alike."""
+    """Compute the mean absolute difference of feature maps (HiFi-GAN).
+
+    All discriminators have equal weight.
+    """
     return _average(
         [
             _average([F.l1_loss(g, r) for r, g in zip(layers_real, layers_gen, strict=True)])
@@ -62,7 +80,10 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 
 
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
-    """`feature_matching` relative to each feature's size, by its last dimension (EnCodec, arXiv 2210.13438)."""
+    """Compute feature matching relative to the size of the real features.
+
+    The size is the mean magnitude along the last dimension (EnCodec, arXiv 2210.13438).
+    """
     return _average(
         [
             _average(
@@ -77,7 +98,7 @@ def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float 
 
 
 _NEMO_LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# NeMo's classes that a config may name.
+# NeMo classes that a config may name
 GENERATOR_LOSSES: dict[str, Callable[[Scores], torch.Tensor]] = {
     _NEMO_LOSSES + "GeneratorSquaredLoss": generator_squared,
     _NEMO_LOSSES + "GeneratorHingedLoss": generator_hinged,
@@ -90,25 +111,30 @@ FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = 
     "relative": relative_feature_matching,
     "absolute": feature_matching,
 }
-# Reconstruction term -> the config key of its weight, and NeMo's default.
+# Config key and default weight of each reconstruction term. Keys marked "not in NeMo" belong to this package.
 WEIGHTS = {
     "mel_l1": ("mel_loss_l1_scale", 1.0),
     "mel_l2": ("mel_loss_l2_scale", 1.0),
     "stft": ("stft_loss_scale", 0.0),
-    "log_mel": ("log_mel_loss_scale", 0.0),  # ours
+    "log_mel": ("log_mel_loss_scale", 0.0),  # not in NeMo
     "time_domain": ("time_domain_loss_scale", 1.0),
     "si_sdr": ("si_sdr_loss_scale", 0.0),
-    "spread": ("spread_loss_scale", 0.0),  # ours
+    "spread": ("spread_loss_scale", 0.0),  # not in NeMo
 }
 
 
 class CodecLosses(nn.Module):
-    """All that a codec's training minimises: named terms and their weights, from a model config with NeMo's keys.
+    """Named loss terms of codec training and their weights.
+
+    Args:
+        config: model config with NeMo's keys.
 
     Attributes:
-        reconstruction: the distances between signals.
-        weights: of every term that counts.
-        generator, discriminator, feature: the adversarial terms.
+        reconstruction: distances between signals.
+        weights: weight of every term with a nonzero weight.
+        generator: adversarial term of the generator.
+        discriminator: loss of the discriminators.
+        feature: feature-matching term of the generator.
 
     Raises:
         ConfigError: for a loss that is not one of NeMo's.
@@ -136,7 +162,17 @@ class CodecLosses(nn.Module):
     def terms(
         self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None, encoded: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The terms that count without discriminators; `encoded` [B, D, T] is the encoder's output."""
+        """Compute the terms that need no discriminator.
+
+        Args:
+            real: recordings [B, T_audio] with cached STFTs.
+            gen: reconstructions [B, T_audio] with cached STFTs.
+            audio_len: valid samples of each example, shape [B], or None.
+            encoded: encoder output, shape [B, D, T_encoded].
+
+        Returns:
+            A scalar per term, by name.
+        """
         wanted = [term for term in ReconstructionLoss.TERMS if term in self.weights]
         terms = self.reconstruction(real, gen, audio_len, wanted)
         if "spread" in self.weights:
@@ -146,7 +182,16 @@ class CodecLosses(nn.Module):
     def adversarial_terms(
         self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps
     ) -> dict[str, torch.Tensor]:
-        """The generator's terms of what the discriminators say."""
+        """Compute the generator's terms from discriminator outputs.
+
+        Args:
+            scores_gen: scores of generated audio.
+            maps_real: feature maps of real audio.
+            maps_gen: feature maps of generated audio.
+
+        Returns:
+            A scalar per term, by name.
+        """
         terms = {}
         if "gen" in self.weights:
             terms["gen"] = self.generator(scores_gen)
@@ -155,7 +200,7 @@ class CodecLosses(nn.Module):
         return terms
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum that the generator minimises."""
+        """Return the weighted sum of terms, which the generator minimizes."""
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 

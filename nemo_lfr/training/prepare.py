@@ -1,4 +1,4 @@
-"""`nemo-lfr prepare`: a downloaded corpus into NeMo manifests to train and validate on."""
+"""Manifest preparation from downloaded corpora, for `nemo-lfr prepare`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,12 +17,13 @@ from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import MAX_SECONDS
 
 FAILURES = "failures.jsonl"
-# What has been opened so far: a run that was cut off goes on from here.
+# Durations of the files opened so far, for resuming an interrupted run
 JOURNAL = ".opened.jsonl"
 
 
 @contextmanager
 def silent(total: int) -> Iterator[Callable[[str], None]]:
+    """Report no progress; the default of `prepare`."""
     yield lambda text: None
 
 
@@ -36,30 +37,30 @@ def prepare(
     check: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write OUT/train.json, valid.json and test.json, and failures.jsonl, as far as there are such.
+    """Write NeMo manifests of a corpus: train.json, valid.json and test.json.
 
-    One that is there already, and that this run has nothing for, is left and named in the result.
-
-    A line has `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` where the
-    corpus has them. Files that cannot be opened, or were cut short, are listed with the reason, and so are rows
-    and transcripts that cannot be read.
+    Only splits with utterances are written. Existing manifests of other splits are kept and named in the result.
+    Unusable files, rows and transcripts are listed with the reason in failures.jsonl. Each manifest line has
+    `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` if the corpus has
+    them.
 
     Args:
-        kind: one of `LAYOUTS`.
-        corpus: the unpacked archive; audio stays where it is.
-        out: folder for the manifests.
-        valid_share: of the speakers, to hold out where the corpus has no validation set.
-        jobs: files opened at a time.
-        check: decode every file to its end, so that one that is cut or damaged is a failure, and durations are those
-            of what can be decoded. Without it headers are trusted, which is quicker.
-        progress: gives, for the number of files that are to be opened, a context whose value is called after each,
-            with what there is to say of it.
+        kind: layout of the corpus, a key of `LAYOUTS`.
+        corpus: folder of the unpacked archive; audio files are not copied.
+        out: output folder of the manifests.
+        valid_share: fraction of the speakers to hold out if the corpus has no validation set.
+        jobs: number of files to open in parallel.
+        check: whether to decode every file to its end, so that truncated and damaged files are found and durations are
+            exact. Otherwise headers are trusted, which is faster.
+        progress: returns a context manager for a number of files; its value is called after each file, with a message
+            that may be empty.
 
     Returns:
-        Counts and hours by split, failures and paths, ready to print.
+        File, number of utterances, speakers and hours of each split, the failures, and the audio folder, as text to
+        print.
 
     Raises:
-        NemoLfrError: if the corpus has no utterance of this layout.
+        NemoLfrError: if the corpus does not match the layout, or no file can be opened.
     """
     if not corpus.is_dir():
         problem = "is not a folder; unpack an archive first" if corpus.exists() else "no such folder"
@@ -116,7 +117,10 @@ def _write_all(
 
 
 def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Leave each file to the first row that names it: two would train on it twice, or validate on it."""
+    """Mark repeated files as problems, so that each file is used once.
+
+    Otherwise training would use a file twice, or validation would use a training file.
+    """
     seen: set[Path] = set()
     kept = []
     for utterance in utterances:
@@ -141,7 +145,7 @@ def _open_all(
     check: bool,
     progress: Progress,
 ) -> dict[str, float | str]:
-    """Duration of each file in seconds, or why it cannot be used."""
+    """Return each file's duration in seconds, or the reason it is unusable."""
     mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | str] = {}
@@ -149,7 +153,7 @@ def _open_all(
         for entry in log:
             if isinstance(entry, dict):
                 ours = entry == mine
-            elif ours and _is_duration(entry):  # what failed may have been mended
+            elif ours and _is_duration(entry):  # failed files are opened again: they may have been repaired
                 found[entry[0]] = entry[1]
         log.add(mine)
         usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
@@ -180,7 +184,7 @@ def _duration(path: Path) -> float | str:
 
 
 def _decoded_duration(path: Path) -> float | str:
-    """Seconds that can be decoded of a file, or why it cannot be used."""
+    """Decode a file and return its duration in seconds, or why it is unusable."""
     try:
         with AudioReader(path, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())

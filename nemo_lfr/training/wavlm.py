@@ -1,4 +1,4 @@
-"""A frozen WavLM (arXiv 2110.13900) that a discriminator looks through."""
+"""Frozen WavLM (arXiv 2110.13900) for the SLM discriminator."""
 
 import logging
 import os
@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 class WavLM:
-    """All hidden states of a pretrained model, which is loaded when they are first asked for.
+    """Feature extractor that returns all hidden states of a pretrained WavLM.
 
-    It is no `nn.Module`, so that nothing saves it, trains it, or puts it into training mode, where it would drop
-    layers and mask its input.
+    The model is loaded on first use. This class is not an `nn.Module`, so that the model is never saved, trained or
+    set to training mode, in which it would drop layers and mask its input.
 
     Args:
-        name: Hub id, or a folder with the model.
-        hidden: its hidden size.
-        layers: its hidden states: the layers, and the input of the first.
+        name: Hub id of the model, or a folder that contains it.
+        hidden: hidden size of the model.
+        layers: number of hidden states: one per layer, and the input of the first layer.
 
     Attributes:
-        fallback: gives the weights out of a checkpoint that carries them (NeMo 3.0's do), for when `name` cannot be
-            had.
+        fallback: function that returns the weights inside a checkpoint, for when `name` is unavailable. Files saved by
+            NeMo 3.0 contain them.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:
@@ -37,7 +37,17 @@ class WavLM:
         self._model: nn.Module | None = None
 
     def __call__(self, audio: torch.Tensor) -> torch.Tensor:
-        """Audio [B, T_audio] at the model's rate -> [B, layers * hidden, frames]; gradients reach the audio."""
+        """Compute hidden states; gradients flow to the audio.
+
+        Args:
+            audio: samples at the model's sample rate, shape [B, T_audio].
+
+        Returns:
+            Hidden states, shape [B, layers * hidden, frames].
+
+        Raises:
+            ConfigError: if the model is unavailable, or has another size than configured.
+        """
         if self._model is None:
             self._model = self._load().eval().requires_grad_(False)
         model = self._model.to(audio.device)
@@ -47,7 +57,7 @@ class WavLM:
     def _load(self) -> nn.Module:
         try:
             from transformers import AutoModel
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # importing transformers can raise any exception
             message = f"the SLM discriminator needs transformers: {install_command('transformers')}, or leave it out."
             raise missing_extra(error, "transformers", message) from error
         try:
@@ -73,10 +83,17 @@ class WavLM:
 
 
 def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
-    """A WavLM of the base kind (layer norm after each block) around bare weights, whose shapes tell its sizes.
+    """Build a WavLM from weights alone, whose shapes determine its sizes.
+
+    Args:
+        weights: state dict of a WavLM of the base kind, with layer norm after each block.
+        layers: number of layers.
+
+    Returns:
+        The model.
 
     Raises:
-        ConfigError: if the weights are not one.
+        ConfigError: if the weights do not fit such a model.
     """
     from transformers import WavLMConfig, WavLMModel
 
