@@ -627,7 +627,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner._codebook_use = None
         inner._is_random = False
         inner._restored_from = None
-        # Renew NeMo's proxy around this instance's `training_step`. Copies have no proxy; a function set by a caller is kept.
+        # Renew NeMo's proxy around this instance's `training_step`. Copies have no proxy; a function that a caller set
+        # is kept.
         if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
             del inner.training_step
         if "training_step" not in inner.__dict__:
