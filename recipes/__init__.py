@@ -1,1 +1,1 @@
-"""Recipes: how weights that ship with this package were made."""
+"""Recipes that produced the weights shipped with this package."""

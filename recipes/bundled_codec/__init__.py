@@ -1,1 +1,1 @@
-"""How the bundled codec was trained; README.md has the commands."""
+"""Training recipe of the bundled codec; README.md lists the commands."""

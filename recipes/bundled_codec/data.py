@@ -1,4 +1,4 @@
-"""Speech in memory, and the batches of segments that are cut from it."""
+"""Training speech in memory, and batches of random segments."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.manifests import Recording, read_manifest
 from recipes.bundled_codec.model import SAMPLE_RATE
 
-FULL_SCALE = 32768  # of 16-bit samples
+FULL_SCALE = 32768  # amplitude of 16-bit samples
 GAIN_RANGE_DB = (-12.0, 6.0)
 MAX_PEAK = 0.98
 
@@ -21,8 +21,8 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
     """Read every utterance of a NeMo manifest.
 
     Args:
-        manifest: JSON lines with `audio_filepath` and `duration`.
-        audio_dir: base of relative paths; the manifest's folder if not given.
+        manifest: JSON-lines file with `audio_filepath` and `duration`.
+        audio_dir: base of relative paths; the manifest's folder by default.
 
     Returns:
         int16 samples at 22.05 kHz, one array [T_audio] per utterance.
@@ -38,14 +38,15 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
 
 
 class SpeechSegments:
-    """Utterances in one tensor on a device, from which batches of segments are cut there.
+    """Utterances in one tensor on a device, from which segments are cut.
 
-    A batch depends on its seed alone, so that a resumed run sees the same data as one that was never interrupted.
+    A batch depends only on its seed, so a resumed run sees the same data as an uninterrupted one.
 
     Args:
-        utterances: int16 samples, [T_audio] each; what is shorter than a segment is padded with zeros.
-        length: samples of a segment.
-        device: where the samples are kept.
+        utterances: int16 samples, one array [T_audio] per utterance. Utterances shorter than a segment are padded with
+            zeros.
+        length: samples per segment.
+        device: device of the samples.
     """
 
     def __init__(self, utterances: Sequence[np.ndarray], length: int, device: torch.device) -> None:
@@ -59,14 +60,20 @@ class SpeechSegments:
 
     @property
     def hours(self) -> float:
-        """Duration of all utterances together."""
+        """Return the duration of all utterances in hours."""
         return len(self.samples) / SAMPLE_RATE / 3600
 
     def draw(self, size: int, seed: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw segments: an utterance in proportion to its duration, a start and a gain evenly.
+        """Draw random segments and gains.
+
+        Utterances are drawn in proportion to their duration, starts and gains uniformly.
+
+        Args:
+            size: number of segments.
+            seed: seed of the draw.
 
         Returns:
-            First sample of each segment in `samples` and its gain, [B] each, on the CPU.
+            Index in `samples` of each segment's first sample, and its gain, [B] each, on the CPU.
         """
         rng = np.random.default_rng(list(seed))
         utterances = rng.choice(len(self.offsets), size, p=self.probabilities)
@@ -75,7 +82,15 @@ class SpeechSegments:
         return torch.from_numpy(starts), torch.from_numpy(gains.astype(np.float32))
 
     def cut(self, starts: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Cut drawn segments, [B, T_audio]; a gain is lowered where the segment would clip."""
+        """Cut segments and apply their gains, lowered where a segment would clip.
+
+        Args:
+            starts: index in `samples` of each segment's first sample, shape [B].
+            gains: gain of each segment, shape [B].
+
+        Returns:
+            Audio in [-1, 1], shape [B, T_audio].
+        """
         audio = self.samples[starts[:, None] + self.window].float() / FULL_SCALE
         peaks = audio.abs().amax(dim=1).clamp_min(1e-4)
         return audio * torch.minimum(gains, MAX_PEAK / peaks)[:, None]

@@ -1,4 +1,7 @@
-"""Discriminators for the end of a run: small, at a rate of their own, and heard only once they know something."""
+"""Discriminators for the last phase of a run.
+
+They are small and have their own learning rate. The generator starts to use them after they have trained alone.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,17 +27,19 @@ MAX_NORM = 10.0
 
 @dataclass
 class DiscriminatorConfig:
-    """When and how discriminators join; they never do unless `from_update` says so.
+    """Settings of the discriminators, which are off unless `from_update` is set.
 
     Attributes:
-        from_update: the update at which they join: when the log-mel distance no longer falls.
-        lr: of the discriminators, constant.
-        learn_alone: updates during which the generator does not hear them.
-        ramp: updates over which the weight of the score grows from zero; feature matching counts at once.
-        feature, score: weights of the generator's two terms.
-        batch_size: segments of a batch that they see; null for all.
-        generator_rate: factor of the generator's rate once they are heard.
-        period_channels: width of the multi-period discriminator; 0 leaves it out.
+        from_update: update at which they join; choose one after which the log-mel distance no longer falls.
+        lr: learning rate of the discriminators, constant.
+        learn_alone: number of updates before the generator uses their gradients.
+        ramp: number of updates over which the weight of the score grows from zero. Feature matching has its full
+            weight at once.
+        feature: weight of the generator's feature-matching term.
+        score: weight of the generator's score term.
+        batch_size: number of segments of a batch that they process; None for all.
+        generator_rate: factor on the generator's learning rate once it uses their gradients.
+        period_channels: channels of the multi-period discriminator; 0 omits it.
     """
 
     from_update: int | None = None
@@ -49,11 +54,11 @@ class DiscriminatorConfig:
 
 
 class Adversary:
-    """The discriminators and their optimizer.
+    """Discriminators and their optimizer.
 
     Args:
-        config: their sizes and rates.
-        device: where they live.
+        config: sizes and learning rates.
+        device: device of the discriminators.
     """
 
     def __init__(self, config: DiscriminatorConfig, device: torch.device) -> None:
@@ -71,27 +76,29 @@ class Adversary:
 
     @property
     def is_heard(self) -> bool:
-        """Whether the generator learns from them yet."""
+        """Return whether the generator uses the discriminators' gradients yet."""
         return self.updates >= self.config.learn_alone
 
     def begin_update(self) -> None:
-        """Set the rates of the next update."""
+        """Set the learning rate and the score weight of the next update."""
         heard = self.updates - self.config.learn_alone
         ramp = min(1.0, max(0.0, heard / self.config.ramp)) if self.config.ramp else 1.0
         self.lr.fill_(self.config.lr)
         self.score_weight.fill_(self.config.score * ramp)
 
     def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Update the discriminators, and judge for the generator.
+        """Update the discriminators, and compute the generator's gradient.
 
-        Both learn from one look at each signal: the generator does not see the discriminators after their update.
+        Both use the same forward pass, so the generator's gradient is that of the discriminators before their update.
 
         Args:
-            real, gen: audio [B, T_audio]; `gen.audio` requires a gradient.
-            heard: whether the generator learns from them.
+            real: recordings [B, T_audio] with cached STFTs.
+            gen: reconstructions [B, T_audio] with cached STFTs; `gen.audio` requires a gradient.
+            heard: whether to compute the generator's gradient.
 
         Returns:
-            The terms by name, and the gradient of the generator's two at `gen.audio`; None if not heard.
+            The loss terms by name, and the gradient of the generator's two terms with respect to `gen.audio`, or None
+            unless `heard`.
         """
         with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
             with torch.no_grad():
@@ -120,7 +127,7 @@ class Adversary:
         return terms, torch.autograd.grad(views_gen, gen.audio, gradients)[0] if heard else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, moments and the number of updates."""
+        """Return the weights, the optimizer's moments and the number of updates."""
         return {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -128,7 +135,7 @@ class Adversary:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, on any device."""
+        """Load a state dict that was saved on any device."""
         self.module.load_state_dict(state["module"])
         load_adamw(self.optimizer, state["optimizer"], self.lr)
         self.updates = state["updates"]

@@ -1,9 +1,9 @@
-"""Measure codecs on held-out speech: quality, intelligibility, pitch and voicing.
+"""Evaluate codecs on held-out speech: quality, intelligibility, pitch and voicing.
 
     python -m recipes.bundled_codec.evaluate bundled.nemo runs/bundled/state.pt --valid speech/valid.json
 
-Prints means with 95 % bootstrap intervals over recordings. Training calls `measure` at each evaluation. Opus, Codec2,
-recognizers and listening pages: `nemo-lfr evaluate`.
+Prints means with 95 % bootstrap intervals over recordings. Training uses the same metrics at each evaluation. For
+Opus, Codec2, recognizers and listening pages, use `nemo-lfr evaluate`.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from recipes.bundled_codec.model import SAMPLE_RATE, Generator
 from recipes.bundled_codec.states import read_generator
 
 CLOSE_CENTS = 50
-# Name: decimals in a table.
+# Decimals of each metric in the table
 METRICS = {"pesq": 2, "estoi": 3, "log_mel": 3, "f0_error": 0, "within_50_cents": 1, "voicing_error": 1}
 
 
 class Evaluator:
-    """Recordings to measure on, with what is known of them alone: their pitch is tracked once.
+    """Evaluator on a fixed set of recordings, whose pitch is tracked once.
 
     Args:
-        clips: int16 samples at 22.05 kHz, [T_audio] each.
+        clips: int16 samples at 22.05 kHz, one array [T_audio] per recording.
     """
 
     def __init__(self, clips: Sequence[np.ndarray]) -> None:
@@ -40,7 +40,14 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, generator: Generator) -> list[dict[str, float]]:
-        """Each recording's metrics, by name; NaN where one has no value."""
+        """Return the metrics of each recording, by name.
+
+        Args:
+            generator: generator to evaluate.
+
+        Returns:
+            One dictionary per recording. A metric that is undefined for a recording is NaN.
+        """
         return [self._compare(original, _reconstruct(generator, original)) for original in self.originals]
 
     def _compare(self, original: Signal, output: Signal) -> dict[str, float]:
@@ -56,7 +63,17 @@ class Evaluator:
 
 
 def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -> float:
-    """Percentage of the original's voiced frames that are voiced in the output and have F0 this close; NaN if none."""
+    """Return the percentage of voiced frames whose F0 is reproduced closely.
+
+    Args:
+        original: recording.
+        output: reconstruction.
+        cents: largest accepted F0 difference, cents.
+
+    Returns:
+        Percentage of the original's voiced frames that are voiced in the output and have a close F0; NaN if no frame
+        of the original is voiced.
+    """
     (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
     both = voiced & voiced_output
     close = np.abs(1200 * np.log2(f0_output[both] / f0[both])) < cents
@@ -64,7 +81,10 @@ def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's mean over the recordings that have it; NaN if none has."""
+    """Return the mean of each metric over the recordings for which it is defined.
+
+    The mean is NaN if the metric is defined for no recording.
+    """
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return {
         name: float(np.nanmean(column)) if np.isfinite(column).any() else float("nan")
@@ -73,19 +93,23 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _reconstruct(generator: Generator, original: Signal) -> Signal:
-    """Whole recording through the generator, in fp32, completed to whole frames with zeros and trimmed again."""
+    """Reconstruct an entire recording in fp32.
+
+    The recording is padded with zeros to complete frames, and the output is trimmed to its length.
+    """
     device = next(generator.parameters()).device
     samples = len(original.wave)
     num_frames = -(-samples // generator.samples_per_frame)
     audio = torch.zeros(1, num_frames * generator.samples_per_frame)
     audio[0, :samples] = torch.from_numpy(original.wave)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # every recording has its own length
+    # Without benchmark=False, cuDNN would benchmark again for each recording's length.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False):
         output, _, _ = generator(audio.to(device))
     return Signal(output[0, :samples].cpu().numpy(), SAMPLE_RATE)
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "models", type=expand_home, nargs="+", help=".nemo files or state.pt of a run (its averaged weights)"
@@ -116,7 +140,7 @@ def main() -> None:
 
 
 def spread_evenly(clips: Sequence[np.ndarray], count: int | None) -> list[np.ndarray]:
-    """At most `count` of the clips, evenly spread."""
+    """Return at most `count` of the clips, evenly spaced."""
     step = 1 if count is None else max(1, len(clips) // count)
     return list(clips[::step][:count])
 

@@ -1,9 +1,10 @@
-"""Write the averaged weights of a training state as a `.nemo` file that this package and stock NeMo 3.0 open.
+"""Export the averaged weights of a training state as a `.nemo` file.
 
     python -m recipes.bundled_codec.export runs/bundled/state.pt --out bundled.nemo
 
-Weights are stored in fp16, which halves the file and changes no metric. Convolutions get weight norm's two tensors
-(direction and gain), since NeMo's modules expect them.
+Both this package and NeMo 3.0 can open the file. Weights are stored in fp16, which halves the file size and changes no
+metric. Each convolution is stored as weight norm's two tensors (direction and gain), because NeMo's modules expect
+them.
 """
 
 import argparse
@@ -22,7 +23,15 @@ LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
 
 
 def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, Any]:
-    """The model config of a `.nemo` file."""
+    """Build the model config of a `.nemo` file.
+
+    Args:
+        network: sizes of the network.
+        samples_per_frame: samples per frame.
+
+    Returns:
+        The config as plain values.
+    """
     sizes = asdict(network)
     return {
         "sample_rate": SAMPLE_RATE,
@@ -35,7 +44,7 @@ def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, An
             "output_activation": "tanh",
         }
         | sizes["audio_decoder"],
-        # NeMo's constructor wants losses even for inference; these are the released config's.
+        # NeMo's constructor requires losses even for inference; these are the losses of the released config.
         "discriminator": None,
         "generator_loss": {"_target_": LOSSES + "GeneratorSquaredLoss"},
         "discriminator_loss": {"_target_": LOSSES + "DiscriminatorSquaredLoss"},
@@ -48,6 +57,11 @@ def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, An
 def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
     """Write a trained generator as a `.nemo` file with fp16 weights.
 
+    Args:
+        generator: trained generator.
+        network: sizes of its network.
+        path: file to write.
+
     Raises:
         ValueError: if a weight is beyond the range of fp16.
     """
@@ -57,7 +71,8 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
         for key, value in split_weight_norm(module).items()
     }
     for key in [key for key in state if key.endswith(DIRECTION)]:
-        # Weight norm has no direction for a filter of zeros, as the start has them: any will do, with a gain of zero.
+        # The initial weights contain filters of zeros, whose direction is undefined. Any direction is correct, because
+        # their gain is zero.
         empty = ~state[key].flatten(1).any(dim=1)
         state[key][empty] = 1
         state[key.removesuffix(DIRECTION) + GAIN][empty] = 0
@@ -68,7 +83,7 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py, or of the trial script")
     parser.add_argument("--out", type=expand_home, required=True, help="the .nemo file to write")

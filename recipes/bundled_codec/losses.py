@@ -1,7 +1,7 @@
-"""What the generator minimizes: four distances between a recording and its reconstruction.
+"""Distances between a recording and its reconstruction, which training minimizes.
 
-Each takes the two signals as `Spectra` (audio [B, T_audio] with cached STFTs) and returns a scalar; gradients flow
-into the second. Windows hop by a quarter of their length.
+Each function takes two signals, in most cases as `Spectra` (audio [B, T_audio] with cached STFTs), and returns
+scalars. Gradients flow to the second signal. STFT windows hop by a quarter of their length unless noted.
 """
 
 import math
@@ -18,18 +18,18 @@ from recipes.bundled_codec.model import SAMPLE_RATE
 
 
 def resolution(window: int, hops_per_window: int = 4) -> tuple[int, int, int]:
-    """(n_fft, hop, window) of an STFT, in samples."""
+    """Return (n_fft, hop, window) of an STFT, in samples."""
     return window, window // hops_per_window, window
 
 
 class LogMelDistance(nn.Module):
-    """Mean absolute difference of log-mel magnitudes, over several windows.
+    """Mean absolute difference of log-mel magnitudes at several window lengths.
 
     Args:
-        windows: samples.
-        num_mels: mel bands at each window.
-        floor: magnitude below which everything counts as silence, at a window of 1024; magnitudes of noise grow with
-            the root of the window, and the floor with them.
+        windows: window lengths in samples.
+        num_mels: number of mel bands for each window.
+        floor: magnitude below which everything counts as silence, for a window of 1024 samples. Noise magnitudes grow
+            with the square root of the window length, and so does the floor.
     """
 
     def __init__(self, windows: Sequence[int], num_mels: Sequence[int], floor: float = 1e-2) -> None:
@@ -43,7 +43,7 @@ class LogMelDistance(nn.Module):
             self.register_buffer(f"mel_{window}", filters, persistent=False)
 
     def forward(self, real: Spectra, gen: Spectra) -> torch.Tensor:
-        """The distance, a scalar."""
+        """Return the distance as a scalar."""
         total = torch.zeros((), device=gen.audio.device)
         for window, floor in zip(self.windows, self.floors, strict=True):
             filters = self.get_buffer(f"mel_{window}")
@@ -55,10 +55,19 @@ class LogMelDistance(nn.Module):
 
 
 def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], power: float = 0.3) -> torch.Tensor:
-    """Squared error of magnitudes |X|^power relative to their energy: harmonics that mel bands cannot resolve.
+    """Return the relative squared error of compressed STFT magnitudes |X|^power.
 
-    Above about 1 kHz a mel band is wider than the distance of two harmonics of a voice; at windows of 1024 and more
-    the STFT tells them apart.
+    It resolves harmonics that mel bands cannot: above about 1 kHz a mel band is wider than the spacing of a voice's
+    harmonics, whereas the STFT separates them at windows of 1024 samples and more.
+
+    Args:
+        real: recordings [B, T_audio] with cached STFTs.
+        gen: reconstructions [B, T_audio] with cached STFTs.
+        windows: window lengths in samples.
+        power: exponent of the compression.
+
+    Returns:
+        A scalar.
     """
     total = torch.zeros((), device=gen.audio.device)
     for window in windows:
@@ -76,17 +85,22 @@ WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: 20 ms, half overlapping
 
 
 def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    """log(1 + error / energy) of the waveform in low bands, in frames of 20 ms: keeps the phase of the fundamental.
+    """Return the waveform error in low-frequency bands, which preserves the phase.
 
-    The logarithm bounds what a band can cost whose phase is lost, and its gradient there. The energy of a frame is
-    floored at a thousandth of the segment's mean, so that pauses do not count.
+    Per band and 20 ms frame it is log(1 + error / energy). The logarithm bounds the cost of a band whose phase is
+    lost, and its gradient. A frame's energy has a floor of a thousandth of the segment's mean energy, so that pauses
+    do not count.
 
     Args:
-        real, gen: audio [B, T_audio].
+        real: recordings, shape [B, T_audio].
+        gen: reconstructions, shape [B, T_audio].
+
+    Returns:
+        A scalar.
     """
     samples = real.shape[-1]
     frequencies = torch.fft.rfftfreq(2 * samples, 1 / SAMPLE_RATE, device=real.device)
-    # As long again of zeros: a band's filter would wrap around the segment's ends.
+    # Pad with zeros to twice the length: otherwise the band filters would wrap around the ends of the segment.
     error_spectrum = torch.fft.rfft(F.pad(gen - real, (0, samples)))
     real_spectrum = torch.fft.rfft(F.pad(real, (0, samples)))
     total = torch.zeros((), device=real.device)
@@ -100,26 +114,27 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
 
 
 def _frame_energies(audio: torch.Tensor) -> torch.Tensor:
-    """Mean squares [B, frames] of audio [B, T_audio]."""
+    """Return the mean squares [B, frames] of audio [B, T_audio]."""
     return F.avg_pool1d(audio.square().unsqueeze(1), WAVEFORM_FRAME, WAVEFORM_HOP).squeeze(1)
 
 
 class PerceptualDistance(nn.Module):
-    """A differentiable distance in the manner of ITU-T P.862 (PESQ), without its alignment and level equalization.
+    """Differentiable distance similar to ITU-T P.862 (PESQ).
 
-    Powers in Bark bands become loudness (Zwicker's law above the threshold of hearing); differences of loudness
-    count once they leave a dead zone, and count again if something was added that the recording did not have.
+    P.862's alignment and level equalization are omitted. Powers in Bark bands are converted to loudness (Zwicker's law
+    above the threshold of hearing). Loudness differences count only outside a dead zone. Differences that add energy
+    to the recording count a second time, in the asymmetric disturbance.
 
     Args:
-        window: samples; 32 ms as in P.862, hopping by half.
-        bands: of equal width on the Bark scale, from 100 Hz to `top_hz`.
-        top_hz: P.862.2's band ends here.
+        window: window length in samples; the default is 32 ms, as in P.862. The hop is half a window.
+        bands: number of bands of equal width on the Bark scale, from 100 Hz to `top_hz`.
+        top_hz: upper end of the bands, Hz; the default is that of P.862.2.
     """
 
-    LEVEL_DB = 65.0  # of active speech, which playback is assumed to have
-    EXPONENT = 0.23  # of loudness over power
-    DEAD_ZONE = 0.25  # of the smaller loudness
-    ADDED_RATIO = (3.0, 12.0)  # of powers: below the first nothing was added, the second bounds the asymmetry
+    LEVEL_DB = 65.0  # assumed playback level of active speech
+    EXPONENT = 0.23  # exponent of loudness as a function of power
+    DEAD_ZONE = 0.25  # share of the smaller loudness
+    ADDED_RATIO = (3.0, 12.0)  # power ratios: below the first no energy was added; the second bounds the asymmetry
 
     def __init__(self, window: int = 704, bands: int = 42, top_hz: float = 8000.0) -> None:
         super().__init__()
@@ -136,7 +151,7 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("quiet", quiet, persistent=False)
 
     def forward(self, real: Spectra, gen: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
-        """Symmetric and asymmetric disturbance, a scalar each."""
+        """Return the symmetric and asymmetric disturbance, a scalar each."""
         with torch.no_grad():
             powers_real = self._powers(real)
             gain = self._playback_gain(powers_real)
@@ -152,15 +167,16 @@ class PerceptualDistance(nn.Module):
         ratio = torch.where(ratio < low, torch.zeros_like(ratio), ratio.clamp_max(high))
         symmetric = (disturbance.square().mean(1) + 1e-4).sqrt()  # [B, frames]
         asymmetric = (disturbance.abs() * ratio).mean(1)
-        emphasis = ((powers_real.sum(1) + 1e5) / 10 ** (self.LEVEL_DB / 10)) ** 0.04  # loud frames count a little less
+        # Loud frames get a slightly smaller weight.
+        emphasis = ((powers_real.sum(1) + 1e5) / 10 ** (self.LEVEL_DB / 10)) ** 0.04
         return _bad_frames_mean(symmetric / emphasis), _bad_frames_mean(asymmetric / emphasis)
 
     def _powers(self, spectra: Spectra) -> torch.Tensor:
-        """Powers in Bark bands, [B, bands, frames]."""
+        """Return the powers in Bark bands, [B, bands, frames]."""
         return self.get_buffer("filters") @ torch.view_as_real(spectra.stft(self.resolution)).square().sum(-1)
 
     def _playback_gain(self, powers: torch.Tensor) -> torch.Tensor:
-        """What brings active speech to `LEVEL_DB`, as a factor of power, [B, 1, 1]."""
+        """Return the power gain [B, 1, 1] that brings active speech to `LEVEL_DB`."""
         total = powers.sum(1)
         active = (total > 1e-3 * total.amax(-1, keepdim=True)).float()
         level = (total * active).sum(-1) / active.sum(-1).clamp_min(1)
@@ -176,15 +192,18 @@ def _bark(hertz: np.ndarray) -> np.ndarray:
 
 
 def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of each example's RMS over frames: bad frames count more than their share."""
+    """Return the batch mean of each example's RMS over frames.
+
+    The RMS gives bad frames more weight than a mean would.
+    """
     return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
 
 
 @dataclass
 class LossConfig:
-    """Weights of the terms, and where they look."""
+    """Weights and window lengths of the loss terms."""
 
-    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])  # of the log-mel distance
+    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])  # for the log-mel distance
     num_mels: list[int] = field(default_factory=lambda: [20, 40, 80, 80, 160])
     compressed_windows: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
     log_mel: float = 1.0
@@ -192,11 +211,15 @@ class LossConfig:
     symmetric: float = 1.0
     asymmetric: float = 0.3
     waveform: float = 0.3
-    variance: float = 2.0  # of the encoder's output, see `nemo_lfr.training.losses.spread`
+    variance: float = 2.0  # variance of the encoder output, see `nemo_lfr.training.losses.spread`
 
 
 class ReconstructionTerms(nn.Module):
-    """All distances by name, and their weighted sum."""
+    """All reconstruction distances by name, and their weighted sum.
+
+    Args:
+        config: weights and window lengths.
+    """
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
@@ -208,7 +231,7 @@ class ReconstructionTerms(nn.Module):
         self.perceptual = PerceptualDistance()
 
     def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
-        """The terms, a scalar each."""
+        """Return all terms by name, a scalar each."""
         log_mel = self.log_mel(real, gen)
         symmetric, asymmetric = self.perceptual(real, gen)
         return {
@@ -220,7 +243,7 @@ class ReconstructionTerms(nn.Module):
         }
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum of the terms."""
+        """Return the weighted sum of the terms."""
         return sum(
             (weight * terms[name] for name, weight in self.weights.items()),
             torch.zeros((), device=terms["log_mel"].device),

@@ -1,4 +1,7 @@
-"""The network of the bundled codec: encoder, FSQ and decoder without weight norm, padded with zeros."""
+"""Network of the bundled codec: encoder, FSQ and decoder.
+
+Convolutions have no weight norm and pad with zeros.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,7 +51,7 @@ class DecoderConfig:
 
 @dataclass
 class NetworkConfig:
-    """Sizes of the three modules, under the names that a codec's config uses."""
+    """Sizes of the encoder, quantizer and decoder, under a codec config's keys."""
 
     audio_encoder: EncoderConfig = field(default_factory=EncoderConfig)
     vector_quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -56,10 +59,13 @@ class NetworkConfig:
 
 
 class Generator(nn.Module):
-    """Encoder, FSQ and decoder, for training.
+    """Encoder, FSQ and decoder for training.
 
-    Weight norm would double the cost of small convolutions on a CPU. Zeros at the ends cost a convolution nothing,
-    where a reflection copies the signal of every layer.
+    Weight norm would double the cost of small convolutions on a CPU. Zero padding is free inside a convolution,
+    whereas reflection copies the signal of every layer.
+
+    Args:
+        config: sizes of the network.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -71,17 +77,17 @@ class Generator(nn.Module):
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples that one encoded frame stands for."""
+        """Return the number of samples per encoded frame."""
         return self.audio_encoder.samples_per_frame
 
     def forward(self, audio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encode and decode.
+        """Encode and decode audio.
 
         Args:
-            audio: whole frames, [B, T_encoded * samples_per_frame].
+            audio: complete frames, shape [B, T_encoded * samples_per_frame].
 
         Returns:
-            The reconstruction [B, T_audio], the encoder's output [B, D, T_encoded] and the tokens [C, B, T_encoded].
+            The reconstruction [B, T_audio], the encoder output [B, D, T_encoded] and the tokens [C, B, T_encoded].
         """
         encoded = self.audio_encoder.encode_frames(audio).float()
         codes, tokens = self.vector_quantizer(encoded)
@@ -89,5 +95,5 @@ class Generator(nn.Module):
 
 
 def num_parameters(modules: Sequence[nn.Module]) -> int:
-    """Trained values of all modules together."""
+    """Return the number of trained parameters of all modules."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())

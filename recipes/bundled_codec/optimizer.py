@@ -1,4 +1,4 @@
-"""Muon for the convolutions' matrices, AdamW for everything else; both can be recorded in a CUDA graph."""
+"""Optimizers that CUDA graphs can capture: Muon for convolutions, AdamW otherwise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,23 +10,31 @@ from nemo_lfr.modules.conv import channels_last
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """View a convolution's channels-last [H_out, H_in, K] as [H_out, K * H_in], in the same memory."""
+    """Return a matrix view of a convolution's channels-last weight.
+
+    Args:
+        weight: weight [H_out, H_in, K] in channels-last layout.
+
+    Returns:
+        A view of shape [H_out, K * H_in].
+    """
     return weight.transpose(1, 2).view(weight.shape[0], -1)
 
 
 class Muon:
-    """Momentum whose matrices are made orthogonal (Jordan et al., 2024), with the RMS of an AdamW update.
+    """Muon optimizer (Jordan et al., 2024), scaled to the RMS of an AdamW update.
 
-    `torch.optim.Muon` goes matrix by matrix, 2,000 small products an update, and cannot be recorded in a CUDA graph.
-    Here matrices of one shape are one batch, and the rate is a tensor.
+    Its update is the momentum, made orthogonal. `torch.optim.Muon` processes one matrix at a time, which takes 2,000
+    small products per update, and CUDA graphs cannot capture it. This class batches matrices of the same shape and
+    keeps the learning rate in a tensor.
 
     Args:
-        matrices: [H_out, H_in] each, changed in place.
-        momentum: share of the old momentum that is kept.
-        weight_decay: per update, relative to the rate.
+        matrices: matrices [H_out, H_in] to update in place.
+        momentum: share of the old momentum that each update keeps.
+        weight_decay: weight decay per update, relative to the learning rate.
     """
 
-    # Of the Newton-Schulz iteration: these do not converge to 1, but bring singular values near it in five steps.
+    # Coefficients of the Newton-Schulz iteration. Singular values do not converge to 1, but get close in five steps.
     COEFFICIENTS = (3.4445, -4.775, 2.0315)
     ITERATIONS = 5
 
@@ -42,7 +50,12 @@ class Muon:
 
     @torch.no_grad()
     def step(self, grads: Sequence[torch.Tensor], lr: torch.Tensor) -> None:
-        """Update every matrix by its gradient at the rate `lr` (a scalar tensor)."""
+        """Update every matrix.
+
+        Args:
+            grads: gradient of each matrix.
+            lr: learning rate, a scalar tensor.
+        """
         torch._foreach_mul_(self.matrices, 1 - lr * self.weight_decay)
         for group, moment in zip(self.groups.values(), self.moments, strict=True):
             grad = torch.stack([grads[index] for index in group])
@@ -63,28 +76,45 @@ class Muon:
 
 
 def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW:
-    """AdamW whose rate is a tensor, so that a recorded update sees it change."""
+    """Build an AdamW whose learning rate is a tensor.
+
+    A captured update then sees changes of the rate.
+
+    Args:
+        parameters: parameters to optimize.
+        lr: learning rate, a scalar tensor.
+
+    Returns:
+        The optimizer.
+    """
     return torch.optim.AdamW(
         parameters, lr=lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True, capturable=lr.is_cuda
     )
 
 
 def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch.Tensor) -> None:
-    """Load moments; the rate stays the tensor `lr`, on whichever device the state was saved."""
+    """Load the state of an AdamW and keep its learning-rate tensor.
+
+    Args:
+        optimizer: optimizer to change in place.
+        state: state dict, saved on any device.
+        lr: learning rate, a scalar tensor.
+    """
     optimizer.load_state_dict(dict(state))
     optimizer.param_groups[0]["capturable"] = lr.is_cuda
     optimizer.param_groups[0]["lr"] = lr
 
 
 class GeneratorOptimizer:
-    """Both optimizers of a generator, a limit of the gradient's norm, and a guard against what is not finite.
+    """Muon and AdamW for a generator, with gradient clipping.
 
-    Muon takes the convolutions with more than one channel on both sides, AdamW the others and the biases at a third
-    of Muon's rate. Gradients that are not finite move no parameter.
+    Muon updates the convolutions with more than one channel at input and output. AdamW updates the other convolutions
+    and the biases, at a third of Muon's learning rate. An update with non-finite gradients changes no parameter.
 
     Args:
-        parameters: of the generator, on their device; weights are laid out channels-last in place.
-        max_norm: of all gradients together.
+        parameters: parameters of the generator on their final device. Their weights are changed to channels-last
+            layout in place.
+        max_norm: maximum norm of all gradients together.
     """
 
     ADAM_DIVISOR = 3
@@ -106,13 +136,20 @@ class GeneratorOptimizer:
         return [value for value, is_matrix in zip(values, self._is_matrix, strict=True) if is_matrix == matrices]
 
     def set_rate(self, lr: float) -> None:
-        """Set the rate of the next update."""
+        """Set the learning rate of the next update."""
         self.lr.fill_(lr)
         self.adam_lr.fill_(lr / self.ADAM_DIVISOR)
 
     @torch.no_grad()
     def step(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Update the parameters by gradients of their shapes, in any precision; return the gradients' norm."""
+        """Update the parameters.
+
+        Args:
+            grads: gradient of each parameter, in any precision.
+
+        Returns:
+            The norm of all gradients before clipping, a scalar tensor.
+        """
         memory = [grad.transpose(1, 2).flatten() if grad.dim() == 3 else grad for grad in grads]
         flat = torch.cat(memory).float()
         norm = flat.norm()
@@ -134,11 +171,11 @@ class GeneratorOptimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments of both optimizers."""
+        """Return the moments of both optimizers."""
         return {"moments": self.muon.moments, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned, on any device."""
+        """Load a state dict that was saved on any device."""
         for moment, saved in zip(self.muon.moments, state["moments"], strict=True):
             moment.copy_(saved)
         load_adamw(self.adam, state["adam"], self.adam_lr)

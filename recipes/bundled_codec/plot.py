@@ -1,4 +1,4 @@
-"""Draw the curves of one or more runs.
+"""Plot the evaluation curves of one or more runs.
 
 python -m recipes.bundled_codec.plot runs/bundled runs/other --out curves.png
 """
@@ -22,11 +22,17 @@ PANELS = {
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """The points of a run's `curve.jsonl`, given it or its folder.
+    """Read the points of a run's `curve.jsonl`.
+
+    Args:
+        path: the file, or the folder of the run.
+
+    Returns:
+        One dictionary per evaluation.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it has no points, or is something else.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is empty or not a curve.
     """
     file = path / "curve.jsonl" if path.is_dir() else path
     try:
@@ -39,12 +45,12 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: str = "step") -> None:
-    """Draw every metric of every run.
+    """Plot every metric of every run.
 
     Args:
         curves: points of each run, by its name.
-        out: picture to write.
-        against: "step" or "minutes".
+        out: image file to write.
+        against: quantity on the x axis, "step" or "minutes".
     """
     from matplotlib.figure import Figure
 
@@ -65,7 +71,7 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=expand_home, nargs="+", help="folders of runs, or their curve.jsonl")
     parser.add_argument("--out", type=expand_home, required=True, help="the PNG to write")

@@ -1,4 +1,4 @@
-"""The settings of a run: `bundled.yaml`, with what the command line says on top."""
+"""Settings of a run: `bundled.yaml` with overrides from the command line."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ DEFAULT_CONFIG = Path(__file__).with_name("bundled.yaml")
 
 @dataclass
 class Settings:
-    """Everything that a run is told; `bundled.yaml` says what each value is."""
+    """All settings of a run; `bundled.yaml` describes each value."""
 
     train: list[str] = MISSING
     valid: str = MISSING
@@ -46,15 +46,22 @@ class Settings:
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a state file."""
+        """Return the settings as plain values, for a state file."""
         return asdict(self)
 
 
 def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file of settings and apply `key=value` overrides, such as `discriminators.from_update=40000`.
+    """Read a YAML file of settings and apply overrides.
+
+    Args:
+        config: YAML file.
+        overrides: `key=value` pairs, such as `discriminators.from_update=40000`.
+
+    Returns:
+        The validated settings.
 
     Raises:
-        ValueError: for a key that is unknown, a value of the wrong kind, or one that is missing.
+        ValueError: for an unknown key, an invalid value or a missing value.
     """
     listed = [
         f"train=[{text.removeprefix('train=')}]" if text.startswith("train=") and "[" not in text else text

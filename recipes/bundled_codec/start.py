@@ -1,33 +1,36 @@
-"""Weights to start from: a filter bank of the lowest frequencies, so that the waveform's phase is in the tokens.
+"""Initial weights that form a filter bank, so that tokens carry the phase.
 
-**Why.** A decoder at 21.5 frames a second that knows the pitch does not know where the periods lie: the phase of a
-harmonic is the integral of its frequency from the beginning. Spectral losses do not teach an encoder to send it
-within thousands of updates, and a waveform loss from random weights stays where the output is zero. Here the network
-transmits a waveform before the first update, and the losses only have to keep it.
+**Motivation.** At 21.5 frames/s, a decoder that knows only the pitch cannot place the pitch periods, because the phase
+of a harmonic is the integral of its frequency from the start of the recording. Spectral losses do not teach an encoder
+to transmit this phase within thousands of updates, and a waveform loss with random initial weights converges to an
+output of zero. With the weights of this module the network transmits a waveform before the first update, and the
+losses only have to preserve it.
 
-**A linear network.** Channels come in mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). With slope s a
-leaky ReLU gives f(u) - f(-u) = (1 + s) u, so a convolution with weights [w, -w] / (1 + s) on a pair is the linear map
-w of u, and with [w; -w] for its outputs the next pair is mirrored again. Residual branches end in zero weights. What
-is linear at first becomes anything that the gradient asks for.
+**Linear network.** Channels come in mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). For a leaky ReLU f
+with slope s, f(u) - f(-u) = (1 + s) u. A convolution with weights [w, -w] / (1 + s) on a pair is therefore the linear
+map w of u, and weights [w; -w] at its output mirror the next pair. Residual branches end in zero weights. Training can
+turn this linear network into any nonlinear one.
 
-**A filter bank.** With D encoded dimensions at frame rate F the network can send D real coefficients a frame, all that
-a band of B = D F / 2 holds: 344.5 Hz for D = 32 and F = 21.5 Hz. A stage of stride R that leads to the rate f does one
-of two things to the channels that carry the signal:
+**Filter bank.** With D encoded dimensions at frame rate F, the network can transmit D real coefficients per frame,
+which suffice for a bandwidth of B = D F / 2: 344.5 Hz for D = 32 and F = 21.5 Hz. A stage of stride R with output rate
+f applies one of two operations to the channels that carry the signal:
 
-- while one channel is enough for the band (B <= f / 2), it decimates: a Hann window of 2 R samples, a low-pass;
-- later n channels become n P with P <= R by an MDCT of stride R. Its basis of P functions of 2 R samples,
+- As long as one channel suffices for the band (B <= f / 2), the stage decimates. Its low-pass is a Hann window of
+  2 R samples.
+- Later stages expand n channels to n P channels, P <= R, by an MDCT of stride R. Its basis of P functions of 2 R
+  samples,
 
       b_k(t) = sqrt(2 / R) sin(pi (t + 1/2) / 2R) cos(pi / R (t + 1/2 + R/2) (k + 1/2)),  k < P,
 
-  is orthonormal with itself lapped by R (Princen and Bradley 1986); with P = R it loses nothing, with P < R it keeps
-  the lowest P / R of the band.
+  is orthonormal with overlap R (Princen and Bradley 1986). With P = R it is lossless; with P < R it keeps the lowest
+  P / R of the band.
 
-The decoder has the same windows and bases transposed: the inverse of an orthonormal transform. Channels that do not
-carry the signal are random features of it, which the output does not read yet.
+The decoder uses the same windows and bases, transposed, which is the inverse of an orthonormal transform. Channels
+that do not carry the signal hold random features of it, which the output initially ignores.
 
-**Scales.** The encoded dimensions of a batch of speech are centered and brought to a standard deviation of 0.9, which
-FSQ's levels cover; the decoder's first layer divides by that scale. One gain, by least squares, brings the output to
-the input's level.
+**Scales.** The encoded dimensions of a batch of speech are centered and scaled to a standard deviation of 0.9, which
+FSQ's levels cover. The decoder's first layer divides by that scale. A final gain, fitted by least squares, matches the
+output level to the input level.
 """
 
 import math
@@ -46,7 +49,14 @@ MIRROR = 1 / (1 + LEAKY_SLOPE)
 
 
 def mdct_basis(stride: int) -> torch.Tensor:
-    """The MDCT's windowed basis [stride, 2 * stride], orthonormal when lapped by `stride`."""
+    """Return the windowed MDCT basis, orthonormal with an overlap of `stride`.
+
+    Args:
+        stride: number of basis functions, and hop in samples.
+
+    Returns:
+        Basis functions, float32, shape [stride, 2 * stride].
+    """
     sample = torch.arange(2 * stride, dtype=torch.float64)[None]
     band = torch.arange(stride, dtype=torch.float64)[:, None]
     window = torch.sin(math.pi * (sample + 0.5) / (2 * stride))
@@ -55,7 +65,15 @@ def mdct_basis(stride: int) -> torch.Tensor:
 
 
 def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = SAMPLE_RATE) -> list[int]:
-    """Channels that carry the signal at the audio's rate and after each stage of the encoder.
+    """Return the number of signal channels at the input and after each stage.
+
+    Args:
+        rates: strides of the encoder's stages.
+        encoded_dim: number of encoded dimensions.
+        sample_rate: sample rate of the audio, Hz.
+
+    Returns:
+        The number of channels that carry the signal, for the audio and after each stage of the encoder.
 
     Raises:
         ValueError: if the strides do not lead to `encoded_dim` channels.
@@ -75,7 +93,16 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
 
 
 def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """An encoder stage's filters [after, before, 2 * stride]: a low-pass, or an MDCT's lowest bands."""
+    """Return the filters of an encoder stage: a low-pass, or an MDCT's lowest bands.
+
+    Args:
+        stride: stride of the stage.
+        before: number of signal channels at its input.
+        after: number of signal channels at its output.
+
+    Returns:
+        Filters, shape [after, before, 2 * stride].
+    """
     filters = torch.zeros(after, before, 2 * stride)
     if before == after:
         window = torch.hann_window(2 * stride, periodic=False)
@@ -88,7 +115,16 @@ def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
 
 
 def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """A decoder stage's filters [after, before, 2 * stride]: interpolation, or the inverse MDCT."""
+    """Return the filters of a decoder stage: interpolation, or the inverse MDCT.
+
+    Args:
+        stride: stride of the stage.
+        before: number of signal channels at its input.
+        after: number of signal channels at its output.
+
+    Returns:
+        Filters, shape [after, before, 2 * stride].
+    """
     filters = torch.zeros(after, before, 2 * stride)
     if before == after:
         filters[range(after), range(before)] = torch.hann_window(2 * stride, periodic=False)
@@ -101,7 +137,13 @@ def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
 
 @torch.no_grad()
 def looks_linear_(generator: Generator) -> None:
-    """Make the network linear: mirrored channels, random orthogonal filters, residual branches that add nothing."""
+    """Make a generator linear, in place.
+
+    Channels are mirrored, filters are random and orthogonal, and residual branches add nothing.
+
+    Args:
+        generator: generator with leaky ReLUs and without weight norm.
+    """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     for first, stages, last in (
         (encoder.pre_conv, encoder.down_sample_conv_layers, encoder.post_conv),
@@ -120,17 +162,17 @@ def looks_linear_(generator: Generator) -> None:
 
 @torch.no_grad()
 def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
-    """Start a generator as a filter bank and its inverse, in place.
+    """Initialize a generator as a filter bank and its inverse, in place.
 
     Args:
-        generator: with leaky ReLUs and without weight norm.
-        audio: a batch of speech, whole frames, [B, T_audio].
+        generator: generator with leaky ReLUs and without weight norm.
+        audio: batch of speech in complete frames, shape [B, T_audio].
 
     Returns:
-        The SNR in dB at which `audio` comes through, tokens and all.
+        The SNR of the reconstruction of `audio`, including quantization, in dB.
 
     Raises:
-        ValueError: for a network that cannot hold the filter bank.
+        ValueError: if the network is too small for the filter bank.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded_dim = encoder.encoded_dim
@@ -154,7 +196,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
     for stage, stride, before, after in stages:
         _put(_convolution(stage), inverse_filters(stride, before, after))
     output = decoder.post_conv.conv
-    output.weight.zero_()  # it reads the signal alone
+    output.weight.zero_()  # the output layer reads only the signal channels
     _put(output, _identity(1, output.kernel_size[0]), mirror_out=False)
 
     _normalize_encoded(generator, audio)
@@ -166,7 +208,10 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 
 
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
-    """Center and scale the encoder's output for FSQ; the decoder's signal channels undo the scale."""
+    """Center and scale the encoder output for FSQ.
+
+    The decoder's signal channels undo the scale.
+    """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)
     mean, scale = encoded.mean(dim=(0, 2)), ENCODED_STD / encoded.std(dim=(0, 2)).clamp_min(1e-6)
@@ -180,26 +225,29 @@ def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
 
 
 def _identity(channels: int, kernel_size: int) -> torch.Tensor:
-    """Filters [channels, channels, kernel_size] that pass everything."""
+    """Return identity filters [channels, channels, kernel_size]."""
     filters = torch.zeros(channels, channels, kernel_size)
     filters[..., kernel_size // 2] = torch.eye(channels)
     return filters
 
 
 def _convolution(layer: nn.Module) -> nn.Conv1d | nn.ConvTranspose1d:
-    """PyTorch's convolution inside one of the codec's layers."""
+    """Return the PyTorch convolution inside a layer of the codec."""
     conv = layer.conv
     assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)
     return conv
 
 
 def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
-    """The weight as [H_out, H_in, K], in its own memory."""
+    """Return a view of the weight as [H_out, H_in, K]."""
     return conv.weight.transpose(0, 1) if isinstance(conv, nn.ConvTranspose1d) else conv.weight
 
 
 def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
-    """Random orthogonal filters between mirrored channels; the bias is zero."""
+    """Fill a layer with random orthogonal filters between mirrored channels.
+
+    The bias is set to zero.
+    """
     weight = _out_in_taps(conv)
     num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
     filters = torch.empty(num_out, num_in * weight.shape[2])
@@ -221,7 +269,15 @@ def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
 def _put(
     conv: nn.Conv1d | nn.ConvTranspose1d, filters: torch.Tensor, *, mirror_in: bool = True, mirror_out: bool = True
 ) -> None:
-    """Give the first channels, and their mirror images, these filters [n_out, n_in, K], and read nothing else there.
+    """Set the filters of the first channels and their mirror images, in place.
+
+    These output channels read no other input channels.
+
+    Args:
+        conv: layer to change.
+        filters: filters, shape [n_out, n_in, K].
+        mirror_in: whether the input channels are mirrored.
+        mirror_out: whether the output channels are mirrored.
 
     Raises:
         ValueError: if the layer has too few channels.

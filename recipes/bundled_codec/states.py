@@ -1,10 +1,10 @@
-"""Files that a run writes and reads: its own states, those of the trial script, and `.nemo` files.
+"""Files of a training run: states of this recipe or the trial script, and `.nemo`.
 
 A state is `{"format": 1, "settings", "step", "seconds", "generator", "average", "trainer"}`, readable with
 `weights_only=True`.
 
-The trial script came before this recipe. Its state holds "args" (the command line as a dictionary), "model" and
-"average" (state dicts of a `Generator`), "moments" and "adam" (of the two optimizers), "step" and "seconds".
+The trial script preceded this recipe. Its state contains "args" (the command line as a dictionary), "model" and
+"average" (state dicts of a `Generator`), "moments" and "adam" (states of the two optimizers), "step" and "seconds".
 """
 
 import pickle
@@ -24,16 +24,24 @@ FORMAT = 1
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of this recipe; an interruption leaves the old file whole.
+    """Write a state of this recipe atomically.
+
+    Args:
+        path: file to write.
+        state: content of the state, without its format number.
 
     Raises:
-        OSError: naming `path`, as on a full disk.
+        OSError: if the file cannot be written, for example because the disk is full. The error names `path`.
     """
     save_tensors(path, {"format": FORMAT, **state})
 
 
 def _load(path: Path) -> Any:
-    """`torch.load` of plain values and tensors; raises `ValueError` for a file that is something else."""
+    """Load a file of plain values and tensors.
+
+    Raises:
+        ValueError: for any other file.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -43,8 +51,14 @@ def _load(path: Path) -> Any:
 def load_state(path: Path) -> dict[str, Any]:
     """Read a state of this recipe.
 
+    Args:
+        path: file to read.
+
+    Returns:
+        The state, with tensors on the CPU.
+
     Raises:
-        ValueError: if the file is something else.
+        ValueError: if the file is not such a state.
     """
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -53,14 +67,18 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def network_config(values: Mapping[str, Any]) -> NetworkConfig:
-    """A network's config from plain values."""
+    """Build a `NetworkConfig` from plain values."""
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(NetworkConfig), dict(values)))
     assert isinstance(config, NetworkConfig)
     return config
 
 
 def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a codec's config, what a `NetworkConfig` has."""
+    """Return the values of a codec config that a `NetworkConfig` contains.
+
+    Raises:
+        ValueError: if the codec does not pad with zeros.
+    """
     sizes = {}
     for section in fields(NetworkConfig):
         values = config[section.name]
@@ -72,7 +90,7 @@ def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
-    """The network that a trial's arguments describe."""
+    """Return the network config that the trial script's arguments describe."""
     return NetworkConfig(
         audio_encoder=EncoderConfig(
             down_sample_rates=list(args["enc_rates"]),
@@ -91,7 +109,7 @@ def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
     )
 
 
-# Of a trial's arguments: the setting that must have the same value for its updates to go on as they would have.
+# Setting that corresponds to each argument of the trial script. Equal values continue the trial's updates exactly.
 TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "batch": ("batch_size",),
@@ -110,17 +128,17 @@ TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Turn a state of the trial script into one of this recipe.
+    """Convert a state of the trial script to a state of this recipe.
 
     Args:
-        path: the trial's `state.pt`.
-        settings: of the run that goes on, as plain values.
+        path: `state.pt` of the trial script.
+        settings: settings of the run that continues from it, as plain values.
 
     Returns:
         The state, and a line for each setting that differs from the trial's.
 
     Raises:
-        ValueError: if the file is no such state, has discriminators or another network.
+        ValueError: if the file is not such a state, contains discriminators, or has another network.
     """
     trial = _load(path)
     keys = {"args", "model", "average", "moments", "adam", "step", "seconds"}
@@ -151,14 +169,20 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 
 
 def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
-    """The (averaged) weights of a `.nemo` file, a state of this recipe or one of the trial script.
+    """Read a generator from a `.nemo` file or a training state.
+
+    States of this recipe and of the trial script are accepted; their averaged weights are read.
+
+    Args:
+        path: file to read.
 
     Returns:
-        The generator in fp32, its config, and the number of updates (0 for a `.nemo`, which does not say).
+        The generator in fp32, its config, and the number of updates. The number is 0 for a `.nemo` file, which does
+        not contain it.
 
     Raises:
-        ValueError: if the file is none of them.
-        CheckpointError: for a `.nemo` that cannot be read.
+        ValueError: for any other file.
+        CheckpointError: for a `.nemo` file that cannot be read.
     """
     if path.suffix == ".nemo":
         modules, config = read_checkpoint(path)

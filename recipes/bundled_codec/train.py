@@ -1,10 +1,11 @@
-"""Train the bundled codec, or resume: the same command goes on where a stopped run was.
+"""Train the bundled codec; the same command resumes a stopped run.
 
     python -m recipes.bundled_codec.train train=speech/train.json valid=speech/valid.json out=runs/bundled
 
-Settings and what they mean are in `bundled.yaml`; any of them can be given as KEY=VALUE. OUT gets `state.pt` (every
-few minutes and at the end), `settings.yaml` and `curve.jsonl` (a line per evaluation). A resumed run makes the same
-updates as one that was never stopped: an update's batch depends on the seed and its number alone.
+`bundled.yaml` documents the settings; override any of them with KEY=VALUE. The run writes to the folder OUT:
+`state.pt` (every few minutes and at the end), `settings.yaml` and `curve.jsonl` (one line per evaluation). A resumed
+run makes the same updates as an uninterrupted one, because a batch depends only on the seed and the number of its
+update.
 """
 
 import argparse
@@ -35,19 +36,19 @@ from recipes.bundled_codec.start import transform_start_
 from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state
 from recipes.bundled_codec.trainer import Trainer
 
-AVERAGE_START = 50  # the average's memory grows with the updates: n / (n + 50), up to average_decay
+AVERAGE_START = 50  # the decay of the average after n updates is n / (n + 50), at most average_decay
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """A training run in a folder.
+    """Training run in a folder.
 
     Args:
-        settings: of the run.
-        utterances: the training speech, int16 samples [T_audio] each.
-        clips: the held-out speech to evaluate on.
-        state: what `Run.state` returned earlier; None starts anew.
+        settings: settings of the run.
+        utterances: training speech, one array [T_audio] of int16 samples per utterance.
+        clips: held-out speech to evaluate on, in the same form.
+        state: state returned by `Run.state` earlier; None starts a new run.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Run:
         self.trainer = Trainer(self.generator, segments, terms, settings.batch_size)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         self.evaluator = Evaluator([clip[: round(settings.evaluate_seconds * SAMPLE_RATE)] for clip in clips])
-        self.step, self.seconds = 0, 0.0  # updates made and the time they took
+        self.step, self.seconds = 0, 0.0  # completed updates and their duration
         if state is not None:
             if state["trainer"]["adversary"] is not None:
                 self.trainer.add_adversary(Adversary(settings.discriminators, self.device))
@@ -95,7 +96,7 @@ class Run:
         log.info("starting as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
 
     def _trim_curve(self) -> None:
-        """Drop evaluations of updates that were made after the last save and will be made again."""
+        """Remove evaluations later than the last save, which will be repeated."""
         path = self.out / "curve.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -104,12 +105,12 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the run that is over, by updates or by time, whichever is further."""
+        """Return the completed share of the run, by updates or time, whichever is larger."""
         by_time = self.seconds / 60 / self.settings.minutes if self.settings.minutes else 0.0
         return max(self.step / self.settings.updates, by_time)
 
     def learning_rate(self) -> float:
-        """Rate of the next update."""
+        """Return the learning rate of the next update."""
         settings = self.settings
         rate = settings.lr * min(1.0, (self.step + 1) / settings.warmup_updates)
         rate *= 1 - (1 - settings.final_lr) * self.progress
@@ -117,11 +118,11 @@ class Run:
         return rate * settings.discriminators.generator_rate if adversary and adversary.is_heard else rate
 
     def update(self) -> dict[str, torch.Tensor]:
-        """Make one update."""
+        """Make one update and return its loss terms."""
         began = time.monotonic()
         first = self.settings.discriminators.from_update
         if first is not None and self.step >= first and self.trainer.adversary is None:
-            torch.manual_seed(self.settings.seed)  # a resumed run starts them with the same weights
+            torch.manual_seed(self.settings.seed)  # a resumed run initializes them with the same weights
             self.trainer.add_adversary(Adversary(self.settings.discriminators, self.device))
         terms = self.trainer.step(self.learning_rate(), [self.settings.seed, self.step])
         self.step += 1
@@ -129,12 +130,12 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - decay)
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # what is queued belongs to this update's time
+            torch.cuda.synchronize()  # include queued kernels in this update's time
         self.seconds += time.monotonic() - began
         return terms
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on exactly, as plain values and tensors."""
+        """Return the state for exact resuming, as plain values and tensors."""
         return {
             "settings": self.settings.as_dict(),
             "step": self.step,
@@ -151,17 +152,24 @@ class Run:
         write_text(self.out / "settings.yaml", text)
 
     def evaluate(self, extra: dict[str, Any]) -> None:
-        """Measure the averaged weights and append a line to the curve."""
+        """Evaluate the averaged weights and append a line to the curve.
+
+        Args:
+            extra: additional values of the line.
+        """
         scores = means(self.evaluator.measure(self.average))
         line = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | extra
-        # NaN is no JSON.
+        # JSON has no NaN.
         line |= {name: round(value, 4) if math.isfinite(value) else None for name, value in scores.items()}
         with open(self.out / "curve.jsonl", "a") as curve:
             curve.write(json.dumps(line) + "\n")
         log.info("valid %s", line)
 
     def train(self) -> None:
-        """Update until the run is over, saving and evaluating on the way; SIGTERM ends it with a state saved."""
+        """Train until the run is complete, with periodic saves and evaluations.
+
+        SIGTERM stops the run after saving its state.
+        """
         settings, stopped = self.settings, False
 
         def stop(*_: object) -> None:
@@ -173,7 +181,7 @@ class Run:
         previous = signal.signal(signal.SIGTERM, stop)
         saved, logged = time.monotonic(), (self.step, self.seconds)
         counted = (self.step, self.seconds)
-        sums: dict[str, torch.Tensor] = {}  # since the last evaluation
+        sums: dict[str, torch.Tensor] = {}  # sums of the loss terms since the last evaluation
         try:
             while self.progress < 1 and not stopped:
                 terms = self.update()
@@ -214,7 +222,13 @@ class Run:
 
 
 def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | None:
-    """The state to go on from: the folder's own, else an imported one, else None."""
+    """Return the state to resume from, or None for a new run.
+
+    The state in the run's folder has precedence over an imported one.
+
+    Raises:
+        ValueError: if the state is unusable or belongs to another network.
+    """
     path = Path(settings.out) / "state.pt"
     if path.exists():
         if imported is not None:
@@ -238,7 +252,7 @@ def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | N
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top of the file's")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""One update of everything that learns; on a GPU it is recorded once as a CUDA graph and replayed."""
+"""One training update of all networks; on a GPU it is captured as a CUDA graph."""
 
 import copy
 import time
@@ -16,11 +16,17 @@ from recipes.bundled_codec.losses import ReconstructionTerms
 from recipes.bundled_codec.model import Generator
 from recipes.bundled_codec.optimizer import GeneratorOptimizer
 
-EAGER_UPDATES = 3  # before a graph is recorded: libraries choose kernels and allocate first
+EAGER_UPDATES = 3  # updates before the capture, in which libraries choose kernels and allocate memory
 
 
 class Stopwatch:
-    """Seconds spent in named parts; on a GPU, where kernels run later than they are launched, it measures nothing."""
+    """Stopwatch for named sections of an update.
+
+    It is disabled on a GPU, where kernels run later than they are launched.
+
+    Args:
+        enabled: whether to measure.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -28,29 +34,30 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the time of a `with` block to a part."""
+        """Add the duration of a `with` block to a section."""
         began = time.perf_counter()
         yield
         if self.enabled:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
     def pop(self) -> dict[str, float]:
-        """The seconds so far, which then start again from zero."""
+        """Return the seconds of each section, and reset them to zero."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
 class Trainer:
-    """Trains a generator, and discriminators once there are any.
+    """Trainer of a generator and, once they are added, of discriminators.
 
-    The weights learn in fp32; a bf16 copy computes, cast once per update rather than layer by layer. What changes from
-    update to update lies in tensors of fixed places: segments, gains and rates.
+    The optimizer updates fp32 weights, and a bf16 copy computes the network. The copy is cast once per update instead
+    of layer by layer. Values that change between updates (segments, gains and learning rates) are in tensors with
+    fixed addresses, as CUDA graphs require.
 
     Args:
-        generator: on its device; its weights are laid out channels-last in place.
-        segments: the training speech, on the same device.
-        terms: the losses, on the same device.
-        batch_size: segments of an update.
+        generator: generator on its final device. Its weights are changed to channels-last layout in place.
+        segments: training speech on the same device.
+        terms: losses on the same device.
+        batch_size: segments per update.
     """
 
     def __init__(
@@ -71,15 +78,20 @@ class Trainer:
         self._result: dict[str, torch.Tensor] = {}
 
     def add_adversary(self, adversary: Adversary) -> None:
-        """Train against these discriminators from now on."""
+        """Add discriminators, which take part in all further updates."""
         self.adversary = adversary
         self._forget_graph()
 
     def step(self, lr: float, seed: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Train on the batch of this seed.
+        """Train on one batch.
+
+        Args:
+            lr: learning rate of the generator.
+            seed: seed of the batch.
 
         Returns:
-            The terms, the gradients' norm, and the tokens [C, B, T_encoded]; the next call may overwrite them.
+            The loss terms, the norm of the gradients, and the tokens [C, B, T_encoded]. The next call may overwrite
+            these tensors.
         """
         drawn = self.segments.draw(len(self._starts), seed)
         for place, value in zip((self._starts, self._gains), drawn, strict=True):
@@ -87,7 +99,7 @@ class Trainer:
         self.optimizer.set_rate(lr)
         if self.adversary is not None:
             if self.adversary.updates == self.adversary.config.learn_alone:
-                self._forget_graph()  # from here on the generator hears them
+                self._forget_graph()  # from this update on, the generator uses their gradients
             self.adversary.begin_update()
         result = self._update() if self.device.type == "cpu" else self._update_on_gpu()
         if self.adversary is not None:
@@ -124,7 +136,7 @@ class Trainer:
         with self.stopwatch("losses"):
             terms = self.terms(real, gen)
             total = self.terms.total(terms)
-            # Discriminators look at the same spectra, which must then be kept.
+            # Discriminators use the same spectra, so keep the graph for them.
             (gradient,) = torch.autograd.grad(total, heard, retain_graph=self.adversary is not None)
         if self.adversary is not None:
             with self.stopwatch("discriminators"):
@@ -145,7 +157,10 @@ class Trainer:
     def _judge(
         adversary: Adversary, real: Spectra, gen: Spectra
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """What discriminators say of the batch, or its first segments; the others' gradient is zero."""
+        """Run the discriminators on a batch, or on its first segments.
+
+        The gradient of the remaining segments is zero.
+        """
         size = adversary.config.batch_size or len(real.audio)
         if size >= len(real.audio):
             return adversary.step(real, gen, adversary.is_heard)
@@ -156,12 +171,12 @@ class Trainer:
         return terms, torch.cat([gradient, gradient.new_zeros(len(real.audio) - size, gradient.shape[1])])
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be kept to go on exactly, besides the generator's weights."""
+        """Return the state that exact resuming needs, besides the generator's weights."""
         adversary = None if self.adversary is None else self.adversary.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "adversary": adversary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; discriminators must have been added before."""
+        """Load a state dict; its discriminators must have been added before."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.adversary is not None and state["adversary"] is not None:
             self.adversary.load_state_dict(state["adversary"])
