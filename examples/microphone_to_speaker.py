@@ -1,12 +1,12 @@
-"""Talk into the microphone and hear yourself through the codec, with the tokens between the two counted.
+"""Play the microphone's audio through the codec, and count the tokens.
 
     pip install sounddevice
-    python examples/microphone_to_speaker.py                          the default devices, until Ctrl-C
-    python examples/microphone_to_speaker.py --list                   which devices there are
-    python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    files instead of devices
+    python examples/microphone_to_speaker.py                          use the default devices until Ctrl-C
+    python examples/microphone_to_speaker.py --list                   list the devices
+    python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    use files instead of devices
 
-Use headphones. What is heard lags by what the codec waits for (`--lookahead`, both ways), a block, and the devices'
-own buffers. An output that runs dry is filled with silence and counted.
+Use headphones. The latency is the sum of the codec's lookahead in both directions (`--lookahead`), one block, and the
+devices' buffers. If no audio is ready, the output is filled with silence and the samples are counted.
 """
 
 import argparse
@@ -24,24 +24,31 @@ from nemo_lfr.io.audio import AudioReader, AudioWriter
 
 
 class Speaker:
-    """Plays what is written, as it comes."""
+    """Audio output that plays samples as they are written.
+
+    Args:
+        rate: sample rate, Hz.
+        device: name of the device; None for the default one.
+        block: samples per block.
+    """
 
     def __init__(self, rate: int, device: str | None, block: int) -> None:
         import sounddevice
 
         self._audio = np.zeros(0, np.float32)
         self._waiting: queue.Queue[np.ndarray] = queue.Queue()
-        self.dry = 0  # samples of silence
+        self.dry = 0  # number of samples filled with silence
         self._stream = sounddevice.OutputStream(
             samplerate=rate, channels=1, blocksize=block, device=device, callback=self._fill
         )
         self._stream.start()
 
     def write(self, audio: np.ndarray) -> None:
+        """Queue samples [T_audio] for playing."""
         self._waiting.put(audio)
 
     def finish(self) -> None:
-        """Wait until all is played."""
+        """Wait until all samples are played, then stop the output."""
         while len(self._audio) or not self._waiting.empty():
             time.sleep(0.05)
         self._stream.stop()
@@ -55,7 +62,16 @@ class Speaker:
 
 
 def microphone(rate: int, device: str | None, block: int) -> Iterator[np.ndarray]:
-    """Blocks of samples as they are spoken."""
+    """Yield blocks of microphone audio as they are recorded.
+
+    Args:
+        rate: sample rate, Hz.
+        device: name of the device; None for the default one.
+        block: samples per block.
+
+    Yields:
+        float32 samples, shape [block].
+    """
     import sounddevice
 
     heard: queue.Queue[np.ndarray] = queue.Queue()
@@ -71,7 +87,14 @@ def microphone(rate: int, device: str | None, block: int) -> Iterator[np.ndarray
 
 
 def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWriter", lookahead: int | None) -> None:
-    """Encode and decode block by block until the input ends or Ctrl-C."""
+    """Encode and decode block by block, until the input ends or Ctrl-C.
+
+    Args:
+        codec: codec to use.
+        blocks: blocks of float32 samples.
+        output: speaker or file that receives the decoded audio.
+        lookahead: frames of right context in each direction; None for all that the codec can use.
+    """
     encoder, decoder = codec.stream_encoder(lookahead), codec.stream_decoder(lookahead)
     computing, frames = 0.0, 0
     try:
@@ -100,6 +123,7 @@ def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWri
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", help="an audio file, or a device's name; the default microphone if not given")
     parser.add_argument("--output", help="an audio file, or a device's name; the default speaker if not given")

@@ -1,11 +1,13 @@
-"""A small language model on tokens, from a folder that `nemo-lfr tokenize` wrote to a recording of what it makes up.
+"""Train a small language model on tokens, and sample audio from it.
+
+The input is a folder written by `nemo-lfr tokenize`, the output a WAV file.
 
     nemo-lfr tokenize speech/ --out tokens/
     python examples/train_language_model.py tokens/ --seconds 60 --out sample.wav
 
-A causal transformer reads frames, each the sum of its codebooks' embeddings, and predicts all tokens of the next frame
-at once, one codebook's independent of another's: the simplest thing that shows how tokens are read. A minute on a CPU
-learns how often tokens are said, not what is said.
+A causal transformer reads frames, each embedded as the sum of its codebooks' embeddings, and predicts all tokens of
+the next frame at once, independently for each codebook. It is a minimal example of how to read tokens: in a minute of
+training on a CPU the model learns how frequent tokens are, but not to produce speech.
 """
 
 import argparse
@@ -22,17 +24,17 @@ from nemo_lfr import load
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.io.locate import expand_home
 
-FRAMES = 64  # of a training segment: 3 seconds
+FRAMES = 64  # frames per training segment: 3 seconds
 
 
 class FrameModel(nn.Module):
-    """Tokens [B, T, C] -> scores of the next frame's tokens [B, T, C, codebook_size].
+    """Causal transformer that predicts the tokens of the next frame.
 
     Args:
-        num_codebooks: C.
-        codebook_size: entries of one codebook.
+        num_codebooks: number of codebooks C.
+        codebook_size: entries per codebook.
         width: hidden channels.
-        layers: of the transformer.
+        layers: number of transformer layers.
     """
 
     def __init__(self, num_codebooks: int, codebook_size: int, width: int = 128, layers: int = 3) -> None:
@@ -47,6 +49,14 @@ class FrameModel(nn.Module):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Predict the tokens of each next frame.
+
+        Args:
+            tokens: ids in [0, codebook_size), shape [B, T, C].
+
+        Returns:
+            Logits, shape [B, T, C, codebook_size].
+        """
         num_codebooks, codebook_size = self.shape
         offsets = torch.arange(num_codebooks) * codebook_size
         hidden = self.embedding(tokens + offsets).sum(2) + self.position.weight[: tokens.shape[1]]
@@ -55,7 +65,15 @@ class FrameModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, start: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Go on from frames [1, T, C] for `num_frames` more."""
+        """Sample frames that continue a sequence.
+
+        Args:
+            start: first frames, shape [1, T, C].
+            num_frames: number of frames to sample.
+
+        Returns:
+            The first frames and the sampled ones, shape [1, T + num_frames, C].
+        """
         tokens = start
         for _ in range(num_frames):
             scores = self(tokens[:, -FRAMES:])[:, -1]  # [1, C, codebook_size]
@@ -65,7 +83,17 @@ class FrameModel(nn.Module):
 
 
 def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches [B, FRAMES + 1, C] without end; utterances follow each other, as text does."""
+    """Yield batches of training segments endlessly.
+
+    Utterances are concatenated, like documents in text training.
+
+    Args:
+        dataset: tokenized utterances.
+        batch_size: segments per batch.
+
+    Yields:
+        Tokens, shape [batch_size, FRAMES + 1, C].
+    """
     held = torch.zeros(0, dataset.num_codebooks, dtype=torch.int64)
     size = batch_size * (FRAMES + 1)
     while True:
@@ -77,6 +105,7 @@ def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=expand_home, help="a folder that nemo-lfr tokenize wrote")
     parser.add_argument("--seconds", type=float, default=60, help="of training")
