@@ -41,8 +41,7 @@ from nemo_lfr.training.losses import CodecLosses
 logger = logging.getLogger(__name__)
 
 DISCRIMINATOR = "discriminator."
-# Prefix of WavLM in the SLM discriminator. NeMo 3.0 saves these frozen, public weights (380 MB); this package does
-# not.
+# Key of WavLM inside the SLM discriminator. NeMo 3.0 saves these frozen, public weights of 380 MB by mistake.
 WAVLM = ".slm_model.ssl_model."
 
 

@@ -139,7 +139,7 @@ class CodecDataset(Dataset):
             spare = duration - self.n_samples / self.sample_rate
             if spare > 0:
                 start += (float(torch.rand(())) if place is None else place) * spare
-            # Read slightly more than a segment: resampling shortens its input.
+            # Read slightly more than a segment, because resampling may return fewer samples than expected.
             duration = min(duration, self.n_samples / self.sample_rate + 0.01)
         with AudioReader(recording.path, self.sample_rate) as reader:
             audio = reader.segment(start, duration)[: self.n_samples]

@@ -80,8 +80,8 @@ def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], pow
     return total
 
 
-LOW_BANDS = ((0.0, 600.0, 1.0), (600.0, 1200.0, 0.5), (1200.0, 2400.0, 0.25))  # Hz, Hz, weight
-WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: 20 ms, half overlapping
+LOW_BANDS = ((0.0, 600.0, 1.0), (600.0, 1200.0, 0.5), (1200.0, 2400.0, 0.25))  # low and high edge in Hz, weight
+WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: frames of 20 ms with 50 % overlap
 
 
 def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
