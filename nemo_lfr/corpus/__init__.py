@@ -1,1 +1,1 @@
-"""A corpus of audio to a corpus of tokens, shard by shard, and back."""
+"""Conversion of audio corpora to token corpora, shard by shard, and back."""

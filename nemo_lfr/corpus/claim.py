@@ -1,8 +1,8 @@
-"""Whose an output folder is: a run stops before it writes into a folder that was removed, or made anew by another run.
+"""Ownership of an output folder: runs stop before writing to a folder they lost.
 
-A lock keeps two runs apart as long as its file stays. Who removes the folder of a run that still works, perhaps on
-another machine, and starts a second one, has two that each hold a lock. So the folder also holds a random text, made
-with it, which every process of a run compares before it puts a file into place.
+A lock keeps two runs apart only while the lock file exists. If a user removes the folder of an active run, possibly on
+another machine, and starts a second run, both runs hold a lock. The folder therefore also contains a random text that
+is created with it. Every process of a run compares this text before it moves a file into place.
 """
 
 import secrets
@@ -13,14 +13,22 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.regular import open_regular
 
 NAME = "claim"
-LENGTH = 32  # hex digits
+LENGTH = 32  # number of hex digits
 
 
 def claim(state: Path) -> str:
-    """The text of an output's folder of state, which is made if there is none; to be called under the folder's lock.
+    """Return the claim text of an output's state folder.
+
+    The folder and the text are created if they do not exist. Call this function while holding the lock of the output.
+
+    Args:
+        state: the state folder of the output.
+
+    Returns:
+        The text that identifies the owner of the output.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the text cannot be written.
     """
     text = _read(state)
     if text is None:
@@ -30,7 +38,15 @@ def claim(state: Path) -> str:
 
 
 def check_claim(state: Path, text: str) -> None:
-    """Raise NemoLfrError unless the folder is the one that was claimed; an empty text is of nobody."""
+    """Raise NemoLfrError unless the state folder contains the claim text.
+
+    Args:
+        state: the state folder of the output.
+        text: the claim of the run; an empty text disables the check.
+
+    Raises:
+        NemoLfrError: if the folder does not exist or belongs to another run.
+    """
     if text and _read(state) != text:
         raise NemoLfrError(
             f"{state.parent}: was removed, or made anew by another run, while this one was writing there; stop the "
@@ -42,6 +58,6 @@ def _read(state: Path) -> str | None:
     try:
         with open_regular(state / NAME) as file:
             text = file.read(LENGTH + 1).decode("ascii")
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # NemoLfrError is one: a pipe or folder of that name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NemoLfrError for a pipe or folder
         return None
     return text if len(text) == LENGTH else None

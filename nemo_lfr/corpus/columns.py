@@ -1,4 +1,4 @@
-"""Columns of other people's tables: which one is the text, the speaker, the language, and what an audio cell holds."""
+"""Column detection for third-party tables: labels, audio, and audio cell types."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.text import is_missing
 
-# Label -> the columns that may hold it; of several, the first that has a value.
+# Label -> columns that may contain it; the first column with a value is used.
 LABELS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "lang": ("lang", "language", "locale"),
 }
-# Columns whose bytes are text.
+# Columns whose bytes are decoded as text.
 TEXT_COLUMNS = frozenset({"id", *(column for columns in LABELS.values() for column in columns)})
 AUDIO = (
     "audio",
@@ -36,7 +36,7 @@ AUDIO = (
     "filepath",
 )
 CONTEXT = "context_audio"
-# Columns, and keys of manifests and cuts, that hold another codec's tokens; beside ours they would be taken for ours.
+# Columns, and keys of manifests and cuts, with another codec's tokens; readers would mistake them for ours.
 OTHER_TOKENS = frozenset(
     {
         "target_audio_codes_path",
@@ -48,59 +48,77 @@ OTHER_TOKENS = frozenset(
         "tokens_filepath",
     }
 )
-# Fields and columns that hold the rate of samples.
+# Fields and columns that contain the sample rate.
 RATES = ("sampling_rate", "sample_rate")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded audio of a cell: an array of any shape and type, and its rate in Hz."""
+    """Decoded audio of a cell: an array of any shape and dtype, and its rate in Hz."""
 
     array: np.ndarray
     rate: Any
 
 
 def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the labels "text", "speaker" and "lang" from the columns of `LABELS`, and drop None and NaN.
+    """Add the standard labels "text", "speaker" and "lang" to a row's labels.
 
-    Columns that hold another codec's tokens are dropped too.
+    The values come from the columns listed in `LABELS`. None, NaN and columns that contain the tokens of another codec
+    are dropped. A number is accepted as a speaker but not as a language: it would be an index into names that are
+    unavailable.
 
-    A number is a speaker's name, but no language: it is an index into names that are not there.
+    Args:
+        labels: the values of a row by column.
+
+    Returns:
+        The remaining labels and the standard labels.
     """
     kept = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
     for label, columns in LABELS.items():
         for column in columns:
             value = kept.get(column)
             if isinstance(value, float) and value.is_integer():
-                value = int(value)  # pandas makes numbers with gaps into floats
+                value = int(value)  # pandas converts integer columns with missing values to float
             if isinstance(value, str) or (label != "lang" and isinstance(value, int) and column != label):
                 kept[label] = str(value)
                 break
-            if value is not None and column == label:  # as it is
+            if value is not None and column == label:  # the label keeps its name
                 break
     return kept
 
 
 def chosen_columns(columns: Iterable[str]) -> dict[str, str]:
-    """Return the labels that are taken from a column of another name, for a note: label -> column."""
+    """Return the labels that come from a column of another name: label -> column."""
     names = set(columns)
     found = {label: next((name for name in names_ if name in names), None) for label, names_ in LABELS.items()}
     return {label: name for label, name in found.items() if name is not None and name != label}
 
 
 def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
-    """Choose the column that holds audio: by its name, else the first that holds bytes or decoded samples.
+    """Return the name of the audio column of a table.
+
+    Columns with a known name come first, then the first column that contains bytes or decoded samples.
 
     Args:
-        names: of all columns.
-        types: their Arrow types.
+        names: names of all columns.
+        types: Arrow type of each column.
+
+    Returns:
+        The name, or None if no column can contain audio.
     """
     by_name = next((name for name in AUDIO if name in names), None)
     return by_name or next((name for name in names if _holds_audio(types.get(name))), None)
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the names that numbers of a column stand for, of the features that `datasets` writes as JSON."""
+    """Return the class names of integer columns, from features of `datasets` in JSON.
+
+    Args:
+        features: the features by column.
+
+    Returns:
+        The class names of each `ClassLabel` column.
+    """
     found = {}
     for column, feature in features.items():
         if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
@@ -111,7 +129,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """Return the features in the metadata of a Parquet file, if `datasets` wrote it."""
+    """Return the `datasets` features from Parquet metadata; {} if there are none."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -120,12 +138,18 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
-    """Return the value of a label's Arrow cell, or None if it is no text or number.
+    """Convert the Arrow cell of a label; return None for other than text or numbers.
 
-    Text may be stored as bytes, as TensorFlow and some databases export it; in other columns bytes are data.
+    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that are known to contain
+    text.
+
+    Args:
+        cell: the Arrow scalar.
+        names: class names of an integer column; None for other columns.
+        column: name of the column.
 
     Raises:
-        AudioError: if its text is not UTF-8.
+        AudioError: if the text is not valid UTF-8.
     """
     import pyarrow.types as is_
 
@@ -137,7 +161,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
             value = value.decode()
     except UnicodeDecodeError as error:
         raise AudioError(f"a label of it is not UTF-8 text ({error.reason})") from error
-    except (ValueError, OverflowError, ArithmeticError):  # a date that Python does not have
+    except (ValueError, OverflowError, ArithmeticError):  # a date that Python cannot represent
         return None
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None
@@ -145,15 +169,15 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
 
 
 def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
-    """Return what an Arrow cell of audio holds: a file's bytes, its path, or decoded samples.
+    """Return the audio in an Arrow cell: file bytes, a path, or decoded samples.
 
     Args:
         cell: bytes, text, a list of samples [T] or [C, T], or a struct of `bytes`, `path`, or `array` and
             `sampling_rate`, as `datasets` writes it.
-        rate: Hz of samples that are not in a struct.
+        rate: sample rate in Hz of samples that are not in a struct.
 
     Raises:
-        AudioError: if it holds none of these.
+        AudioError: if the cell contains none of these.
     """
     import pyarrow.types as is_
 
@@ -183,7 +207,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
 
 
 def _array(cell: Any) -> np.ndarray:
-    """Samples of an Arrow list, or of a list of lists of equal lengths."""
+    """Convert an Arrow list, or a list of lists of equal length, to an array."""
     if not _is_list(cell.type):
         raise AudioError(f"its samples are of type {cell.type}, expected a list of numbers")
     values = cell.values

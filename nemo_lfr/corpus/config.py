@@ -62,16 +62,20 @@ class TokenizeConfig:
 
     @property
     def state(self) -> Path:
-        """Folder of the run's state, below `out`."""
+        """Return the folder of the run's state, below `out`."""
         return Path(self.out, STATE)
 
     def open(self, relist: bool = False) -> CorpusReader:
-        """Open the corpus; with `relist`, list a folder's files again, as the planning process does."""
+        """Open the corpus.
+
+        Args:
+            relist: list the files of a folder again, as the planning process does.
+        """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
         return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", relist, self.allow_url)
 
     def validate(self) -> None:
-        """Raise NemoLfrError for an unknown value or options that exclude each other."""
+        """Raise NemoLfrError for unknown values and incompatible options."""
         choices = (
             ("format", self.kind, list(format_names())),
             ("pad", self.pad, list(PADS)),
@@ -87,7 +91,7 @@ class TokenizeConfig:
             raise NemoLfrError(f'format "{self.kind}" is not compressed, as trainers read it raw; use format "lfr".')
 
     def absolute(self) -> "TokenizeConfig":
-        """Return a copy with absolute paths, for workers in other folders."""
+        """Return a copy with absolute paths, for workers in other working directories."""
         paths = {
             "source": self.source,
             "out": self.out,

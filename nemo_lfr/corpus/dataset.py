@@ -1,4 +1,4 @@
-"""Tokens of a corpus as a PyTorch dataset, for a language model that is trained on them."""
+"""PyTorch dataset over a folder of tokens, for training language models."""
 
 import contextlib
 import random
@@ -16,31 +16,31 @@ from nemo_lfr.io.shortage import sharing
 
 __all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
 
-Utterance = TokenizedUtterance  # the name of earlier versions
+Utterance = TokenizedUtterance  # name in earlier versions
 
 
 class TokenDataset(IterableDataset):
-    """The utterances of a folder that `nemo-lfr tokenize` wrote, in any of its formats.
+    """Utterances of a folder of tokens in any format that `nemo-lfr tokenize` writes.
 
-    In a distributed training each rank reads its own share, and all shares are equally long in every epoch, for any
-    number of loader workers; do not add a sampler. Where there are several ranks or loader workers, call `set_epoch`
-    before each epoch, as with a `DistributedSampler`.
+    In distributed training each rank reads its own share. All shares have the same length in every epoch, for any
+    number of data loader workers. Do not add a sampler. With several ranks or data loader workers, call `set_epoch`
+    before each epoch, as for `DistributedSampler`.
 
     Args:
-        folder: the tokens.
-        shuffle: read shards in random order, and utterances through a buffer.
-        seed: of the order.
-        buffer_size: utterances of the buffer.
-        rank: number of this process; that of `torch.distributed` by default, or 0. Pass 0 if something else splits
-            the batches, as Accelerate and Hugging Face's Trainer do.
-        world_size: number of processes; that of `torch.distributed` by default, or 1, which goes with a rank of 0.
-        drop_last: leave out the last utterances where they do not suffice for every rank; otherwise some are
-            repeated, as `DistributedSampler` does it.
-        verify: compare the hash of every file before it is read, not only its size.
+        folder: the folder of tokens.
+        shuffle: read the shards in random order, and shuffle utterances in a buffer.
+        seed: random seed of the order.
+        buffer_size: size of the shuffle buffer in utterances.
+        rank: rank of this process; by default that of `torch.distributed`, or 0. Pass 0 if another component splits
+            the batches, as Accelerate and the Hugging Face Trainer do.
+        world_size: number of processes; by default that of `torch.distributed`, or 1 (valid only with rank 0).
+        drop_last: drop the last utterances if they do not suffice for every rank; otherwise some utterances are
+            repeated, as in `DistributedSampler`.
+        verify: compare the hash of every file before reading, not only its size.
 
     Raises:
-        NemoLfrError: if the folder holds no finished tokens, or the machine has no shared memory to give.
-        TokenFileError: while reading, for a file that is damaged or was cut short.
+        NemoLfrError: if the folder does not contain complete tokens, or shared memory cannot be allocated.
+        TokenFileError: while reading, for a damaged or truncated file.
     """
 
     def __init__(
@@ -65,42 +65,59 @@ class TokenDataset(IterableDataset):
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
         self.shuffle, self.seed, self.buffer_size, self.drop_last = shuffle, seed, buffer_size, drop_last
         self._given = None if rank is None or world_size is None else (rank, world_size)
-        self._epoch = _shared_zero()  # a loader's workers see it too
+        self._epoch = _shared_zero()  # shared memory, so that data loader workers see updates
 
     def __getstate__(self) -> dict[str, Any]:
-        """A loader's worker that is spawned knows no process group; what this process knows goes with the dataset."""
+        """Return the state for pickling, with the rank and world size resolved.
+
+        A spawned data loader worker has no process group and could not look them up.
+        """
         return self.__dict__ | ({"_given": self._place()} if _is_distributed() else {})
 
     @property
     def num_codebooks(self) -> int:
-        """C: tokens of one frame."""
+        """Return the number of codebooks C, which is the number of tokens per frame."""
         return self.tokens.codec.num_codebooks
 
     @property
     def codebook_size(self) -> int:
-        """Entries of one codebook."""
+        """Return the number of entries of one codebook."""
         return self.tokens.codec.codebook_size
 
     @property
     def rank(self) -> int:
+        """Return the rank of this process."""
         return self._place()[0]
 
     @property
     def world_size(self) -> int:
+        """Return the number of processes."""
         return self._place()[1]
 
     def _place(self) -> tuple[int, int]:
-        """Rank and world size, looked up when they are needed: the process group may come after the dataset."""
+        """Return the rank and the world size.
+
+        They are looked up on use because the process group may be initialized after the dataset is created.
+        """
         if self._given is not None:
             return self._given
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; without it, each pass of a single process without workers has another."""
+        """Set the epoch, which determines the order of the utterances.
+
+        Without this call, a single process without data loader workers uses a new order in each pass.
+
+        Args:
+            epoch: number of the epoch.
+        """
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        """Utterances that this rank reads in an epoch, over all loader workers; the same on every rank."""
+        """Return the number of utterances that this rank reads in an epoch.
+
+        It is the total over all data loader workers, and the same on every rank.
+        """
         clips, ranks = sum(self.tokens.counts), self.world_size
         return clips // ranks if self.drop_last else -(-clips // ranks)
 
@@ -108,7 +125,7 @@ class TokenDataset(IterableDataset):
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         epoch = int(self._epoch)
-        # Ranks must agree on the order, and one of them may have looked at the data once more than the others.
+        # Ranks must agree on the order, but one of them may have iterated more often than the others.
         if worker is None and self.world_size == 1:
             self._epoch += 1
         shards = list(range(len(self.tokens.counts)))
@@ -123,7 +140,10 @@ class TokenDataset(IterableDataset):
         return _buffered(utterances, random.Random(f"{self.seed} {epoch} {first} {number}"), self.buffer_size)
 
     def _spans(self, shards: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Parts (shard, first, end) of shards that hold positions [start, stop) of an epoch, which begins anew."""
+        """Yield the ranges (shard, first, end) for positions [start, stop) of an epoch.
+
+        Positions beyond the number of utterances start again at the first one.
+        """
         ends = np.cumsum([self.tokens.counts[shard] for shard in shards])
         while start < stop:
             offset = start % int(ends[-1])
@@ -143,24 +163,24 @@ class TokenDataset(IterableDataset):
 
     @staticmethod
     def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
-        """See `collate`."""
+        """Collate utterances into a batch; see `collate`."""
         return collate(utterances, pad)
 
 
 def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:
-    """Make a batch of utterances of different lengths.
+    """Collate utterances of different lengths into a padded batch.
 
     Args:
-        utterances: at least one.
-        pad: token behind the end of shorter ones.
+        utterances: at least one utterance.
+        pad: token that fills shorter utterances.
 
     Returns:
-        `id` and `labels`, lists; `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T], true where there is a frame,
-        `num_samples` [B]; where an utterance has a context also `context` [B, C, T], `context_len` [B], 0 where there
-        is none, and `context_mask` [B, T].
+        `id` and `labels` (lists), `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T] (true for valid frames) and
+        `num_samples` [B]. If any utterance has a context, also `context` [B, C, T], `context_len` [B] (0 for an
+        utterance without context) and `context_mask` [B, T].
 
     Raises:
-        TokensError: without utterances.
+        TokensError: if `utterances` is empty.
     """
     if not utterances:
         raise TokensError("no utterances to make a batch of; pass at least one.")
@@ -209,7 +229,7 @@ def _buffered(
     yield from held
 
 
-# A loader without `collate_fn` makes batches by type.
+# A data loader without `collate_fn` selects the function by the type of the items.
 with contextlib.suppress(ImportError):
     from torch.utils.data._utils.collate import default_collate_fn_map
 

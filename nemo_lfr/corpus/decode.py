@@ -1,4 +1,4 @@
-"""A folder of tokens to audio files, one for each utterance, all of them below one folder."""
+"""Decoding of a folder of tokens to one audio file per utterance."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,20 +24,23 @@ def decode_folder(
     overwrite: bool = False,
     verify: bool = False,
 ) -> Iterator[Path | NemoLfrError]:
-    """Decode the utterances of a folder that `tokenize` wrote; yields the path of each, or why it could not be made.
+    """Decode the utterances of a folder that `tokenize` wrote.
 
     Args:
-        tokens: the folder.
-        out: where the audio goes; ids are cleaned so that no path leads out of it, and no two are the same.
+        tokens: the folder of tokens.
+        out: output folder. Ids are cleaned so that every path is inside this folder and unique.
         kind: "wav" or "flac".
-        model: the codec that made the tokens; the one inside the package if not given.
-        device: "cpu", "cuda"; a GPU if there is one.
-        limit: utterances, those that fail included; all if not given.
-        overwrite: decode again what is there.
-        verify: compare the hash of every file before it is read, not only its size.
+        model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
+        device: "cpu" or "cuda"; None for a GPU if one is available.
+        limit: maximum number of utterances, including those that fail; None for all.
+        overwrite: decode utterances whose audio file exists again.
+        verify: compare the hash of every file before reading, not only its size.
+
+    Yields:
+        The path of each audio file, or the error that prevented its creation.
 
     Raises:
-        NemoLfrError: if the folder cannot be read, or another codec made its tokens.
+        NemoLfrError: if the folder cannot be read, or another codec produced its tokens.
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)

@@ -1,7 +1,7 @@
-"""Executors: compute shards in this process, in processes of this machine, or on a Ray cluster.
+"""Executors: compute shards in this process, in local processes, or on Ray.
 
 Each executor takes the shards to compute and yields their records as they are completed. If a worker dies, its shards
-are assigned to another one; a shard that kills its workers repeatedly stops the run.
+are assigned to another worker. A shard that kills its workers repeatedly stops the run.
 """
 
 import multiprocessing
@@ -40,10 +40,13 @@ def choose_executor(
 
     Args:
         config: options of the run.
-        num_tasks: number of shards to compute; not more workers are started.
+        num_tasks: number of shards to compute, which is also the maximum number of workers.
         workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores.
         device: "cpu" or "cuda"; by default a GPU if there is one.
-        ray: address of Ray; by default processes of this machine.
+        ray: address of Ray; by default local processes are used.
+
+    Returns:
+        A function that computes the tasks of a plan and yields their records.
     """
     if ray is not None:
         address = ray
@@ -78,7 +81,17 @@ def _num_cores() -> int:
 def run_in_process(
     config: TokenizeConfig, tasks: Sequence[Task], device: str, codec: "Codec | None" = None
 ) -> Iterator[ShardRecord]:
-    """Compute shards in this process, one after the other; `codec` saves loading it again."""
+    """Compute shards in this process, one after the other.
+
+    Args:
+        config: options of the run.
+        tasks: shards to compute.
+        device: device of the codec.
+        codec: a loaded codec to use instead of loading one.
+
+    Yields:
+        The record of each shard.
+    """
     worker = Worker(config, device, codec=codec)
     for index, shard in tasks:
         yield ShardRecord(**worker.run(index, shard))
@@ -90,10 +103,10 @@ _worker: Worker | NemoLfrError
 def _start_worker(
     config: TokenizeConfig, devices: "SimpleQueue[str]", driver: int, plugins: tuple[type, ...] = ()
 ) -> None:
-    """Initialize a worker process. It ignores SIGINT: the driver handles Ctrl-C for the process group.
+    """Initialize a worker process.
 
-    If the worker cannot start, its first shard raises the error. An error raised here would end the process and look
-    like a death.
+    The process ignores SIGINT: the driver handles Ctrl-C for the process group. If the worker cannot start, its first
+    shard raises the error. An error raised in this function would end the process and look like a worker death.
     """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -117,7 +130,7 @@ def run_processes(
     devices: Sequence[str],
     plugins: tuple[type, ...] = (),
 ) -> Iterator[ShardRecord]:
-    """Compute shards in processes of this machine, which are assigned to the devices in turn.
+    """Compute shards in local processes, which are assigned to the devices in turn.
 
     Args:
         config: options of the run.
@@ -125,6 +138,9 @@ def run_processes(
         workers: number of processes.
         devices: devices of the codec.
         plugins: registered classes that the workers need, see `Worker`.
+
+    Yields:
+        The record of each shard, in the order of completion.
 
     Raises:
         NemoLfrError: if workers die repeatedly.

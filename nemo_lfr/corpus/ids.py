@@ -1,7 +1,7 @@
-"""Clip ids: relative paths without suffix that every file system and archive takes, and that no two clips share.
+"""Clip ids: unique relative paths that every file system and archive accepts.
 
-The same rules apply where tokens are written and where a folder of tokens from elsewhere is read: a path joined from
-a folder, an id and a suffix never leaves the folder.
+Ids have no file suffix. The same rules apply when tokens are written and when a folder of tokens from another machine
+is read: a path joined from a folder, an id and a suffix never leaves the folder.
 """
 
 import hashlib
@@ -9,25 +9,26 @@ import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 
-# File systems take 255 bytes for each component of a path; the rest is for ".flac" and for what writers add meanwhile.
+# File systems allow 255 bytes per path component. The remainder is for ".flac" and for temporary suffixes of writers.
 MAX_COMPONENT_BYTES = 240
 MAX_ID_BYTES = 700
 HASH_DIGITS = 12
-# Characters that Windows refuses, and those that would change how a line of text is shown or split.
+# Characters that Windows rejects, and those that change how a line of text is displayed or split.
 _NOT_PORTABLE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]',
 )
-# Windows opens a device for these names, whatever their suffix.
+# Windows opens a device for these names, with any suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\.|$)", re.IGNORECASE)
-# A folder with such a name could be in the place of another clip's file.
+# A folder with such a name could collide with another clip's file.
 _FILE_SUFFIX = re.compile(r"\.(lfr|pt|wav|flac)$", re.IGNORECASE)
 
 
 def clean_id(name: str) -> str:
-    """Return a clip id for any name: a relative path without traversal, of portable characters and bounded length.
+    """Return a valid clip id for any name.
 
-    Ordinary names are returned as they are, and so is every result of this function. A component or a name that is
-    too long is cut, and ends with a hash of all of it, so that different names stay different.
+    The id is a relative path without traversal, with portable characters and bounded length. Ordinary names and
+    results of this function are returned unchanged. A component or name that is too long is truncated and ends with a
+    hash of the full text, so that different names stay different.
     """
     components = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".", "..")]
     if not components:
@@ -40,7 +41,7 @@ def clean_id(name: str) -> str:
 
 
 def numbered_id(clip_id: str, number: int) -> str:
-    """Return the id of the `number`-th clip that has the same name; that of the first is the name."""
+    """Return the id of the `number`-th clip with the same name (unchanged for 1)."""
     if number < 2:
         return clip_id
     folder, slash, last = clip_id.rpartition("/")
@@ -48,17 +49,19 @@ def numbered_id(clip_id: str, number: int) -> str:
 
 
 class UniqueIds:
-    """Numbers clips of one name, in the order in which they come.
+    """Counter that makes the ids of clips with the same name unique, in order.
 
-    Two ids are the same if a file system could take them for the same: upper and lower case, and the ways to write
-    an accent, do not make a difference.
+    Ids that a file system could treat as equal are the same: case and Unicode normalization make no difference.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def number(self, clip_id: str) -> int:
-        """Register a clean id; returns the number that makes it unique, see `numbered_id`."""
+        """Register a clean id and return the number that makes it unique.
+
+        See `numbered_id`.
+        """
         key = _collision_key(clip_id)
         number = self._counts.get(key, 0) + 1
         if number > 1:
@@ -69,32 +72,42 @@ class UniqueIds:
         return number
 
     def add(self, name: str) -> str:
-        """Return a clean id for any name that no clip before has got."""
+        """Return a clean id for any name that differs from all previous ids."""
         clip_id = clean_id(name)
         return numbered_id(clip_id, self.number(clip_id))
 
 
 def path_inside(folder: Path, name: str) -> Path | None:
-    """Return the path of a file that a text below `folder` names, or None if it lies elsewhere.
+    """Return the path of a file that `name` refers to, if it is inside the folder.
 
-    Absolute paths are allowed as long as they lead into the folder; links are followed before they are compared.
+    Absolute paths are allowed if they lead into the folder. Links are resolved before the comparison.
+
+    Args:
+        folder: the folder.
+        name: a relative or absolute path.
+
+    Returns:
+        The resolved path, or None if it is outside the folder.
     """
     try:
         path = Path(folder, name).resolve()
         return path if path.is_relative_to(folder.resolve()) else None
-    except (OSError, ValueError, RuntimeError):  # a loop of links, NUL, a name that is too long
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL character, or a name that is too long
         return None
 
 
 def _clean_component(text: str) -> str:
     text = _NOT_PORTABLE.sub("_", text)
-    kept = text.rstrip(". ")  # Windows drops them at the end
+    kept = text.rstrip(". ")  # Windows removes trailing dots and spaces
     text = kept + "_" * (len(text) - len(kept))
     return f"_{text}" if _RESERVED.match(text) else text
 
 
 def _shorten(text: str, of: str | None = None) -> str:
-    """Cut a component to the allowed length; with `of`, mark it with the hash of that text in any case."""
+    """Truncate a component to the allowed length, with a hash at the end.
+
+    With `of`, the result always ends with the hash of that text.
+    """
     data = text.encode()
     if of is None and len(data) <= MAX_COMPONENT_BYTES:
         return text

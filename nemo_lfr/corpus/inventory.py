@@ -1,7 +1,7 @@
-"""The files that list a corpus's clips: hashes that tell one list from another, and whether a file has changed.
+"""Hashes and change detection for the files that list the clips of a corpus.
 
-A run is resumed only with the list of clips that it was planned for, and stops if a file of the list is edited while
-it runs: parts are found again by their place in these files.
+A run is resumed only with the list of clips that it was planned for. It stops if a file of the list is edited while it
+runs, because clips are located by their position in these files.
 """
 
 import hashlib
@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Files up to this size are hashed whole; of larger ones, their ends and evenly spaced blocks.
+# Files up to this size are hashed completely; larger ones at their ends and in evenly spaced blocks.
 WHOLE_BYTES = 1 << 20
 END_BYTES = 1 << 16
 BLOCK_BYTES, BLOCKS = 1 << 12, 16
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
+    """Return the SHA-256 hash of a file in hex."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -26,9 +26,10 @@ def digest(path: Path) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Return a hash of a file's size and of blocks of it, in hex: quick for audio of any length.
+    """Return a hash of a file's size and of some of its blocks, in hex.
 
-    The ends, where Parquet keeps the sizes and statistics of all columns, are always among the blocks.
+    It is fast for audio of any length. The ends of the file, where Parquet stores the sizes and statistics of all
+    columns, are always among the blocks.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -45,13 +46,13 @@ def list_digest(files: Iterable[tuple[str, str]]) -> str:
 
 
 class Watch:
-    """Tells which of some files have changed since it was made, by their size and time of modification."""
+    """Change detection for a set of files, by their size and modification time."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._states = {path: _state(path) for path in files}
 
     def changed(self, files: Iterable[Path]) -> Path | None:
-        """Return the first of these files that is not as it was; None if all are."""
+        """Return the first of these files that has changed; None if none has."""
         return next((path for path in files if _state(path) != self._states.get(path)), None)
 
 

@@ -1,6 +1,6 @@
-"""No process outlives the run that started it, however that ended.
+"""Cleanup of processes that would outlive the run that started them.
 
-This file is also the program of a watcher: it imports the standard library alone, so that it starts at once.
+This file is also the program of a watcher process. It imports only the standard library so that it starts quickly.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.5
-# Processes that were being started when their driver was killed appear within this time.
+# Processes that were starting when their driver was killed appear within this time.
 QUIET_SECONDS = 3.0
 VARIABLE = "NEMO_LFR_RUN"
 PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """End this process as soon as its parent has ended, or now if it has already.
+    """End this process as soon as its parent has ended, or now if it already has.
 
     Args:
-        parent: the parent's process id, as the parent passed it. One that was asked for here could be that of
-            whoever adopts orphans.
+        parent: the parent's process id, as passed by the parent. Reading it in this process would be a race: if the
+            parent has ended, the parent id is that of the process that adopts orphans.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -53,17 +53,17 @@ def _is_alive(parent: int) -> bool:
 
 @contextmanager
 def family() -> Iterator[None]:
-    """Kill all processes that are started inside, and their children, if this one is killed before the end.
+    """Kill all processes that are started in this context if this process is killed.
 
-    A watcher in a session of its own waits for this process to end, and finds them by an environment variable, which
-    children inherit. It looks for them all the while, since some of Ray's overwrite their environment and lose their
-    parents. Without /proc nothing is done.
+    A watcher in its own session waits for this process to end. It finds the processes by an environment variable,
+    which children inherit. It scans them continuously, since some Ray processes overwrite their environment and lose
+    their parents. On systems without /proc, this context manager does nothing.
     """
     if not Path("/proc/self/environ").exists():
         yield
         return
     token = uuid.uuid4().hex
-    # -S: without site-packages.
+    # -S skips site-packages, which speeds up the start.
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, token],
         stdin=subprocess.PIPE,
@@ -77,7 +77,7 @@ def family() -> Iterator[None]:
     finally:
         os.environ.pop(VARIABLE, None)
         assert watcher.stdin is not None
-        with contextlib.suppress(OSError):  # it was killed
+        with contextlib.suppress(OSError):  # the watcher was killed
             watcher.stdin.write(b"end")
             watcher.stdin.flush()
         with contextlib.suppress(OSError):
@@ -86,24 +86,28 @@ def family() -> Iterator[None]:
 
 
 class _Kin:
-    """The processes that carry a token, or descend from one that does, as seen over time.
+    """Processes that carry a token or descend from one that does, tracked over time.
 
-    A process that is seen once stays known though it overwrites its environment, or its parent ends.
+    A process that was seen once stays known even if it overwrites its environment or its parent ends.
     """
 
     def __init__(self, token: str, head: int) -> None:
         self._variable = f"{VARIABLE}={token}".encode()
         self._head = head
-        self._started: dict[int, str] = {}  # of each process known, so that a number that is used again is not taken
+        self._started: dict[int, str] = {}  # start time by process id, to detect reused ids
         self._strangers: set[int] = set()
 
     def look(self, again: bool = False) -> None:
-        """Find new ones, among processes that were not there before or, with `again`, among all."""
+        """Find new processes of the run.
+
+        Args:
+            again: scan all processes, not only those that appeared since the last call.
+        """
         there = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - {os.getpid()}
         self._started = {pid: started for pid, started in self._started.items() if pid in there}
         self._strangers = set() if again else self._strangers & there
         states = {pid: state for pid in there - self._strangers if (state := _state(pid)) is not None}
-        # A number that was used again is no longer who it was.
+        # Drop process ids that were reused by another process.
         self._started = {pid: was for pid, was in self._started.items() if pid in states and states[pid][1] == was}
         unknown = {pid: parent for pid, (parent, _) in states.items() if pid not in self._started}
         found = {pid for pid in unknown if self._carries(pid)}
@@ -111,11 +115,11 @@ class _Kin:
             self._started |= {pid: states[pid][1] for pid in found}
             unknown = {pid: parent for pid, parent in unknown.items() if pid not in found}
             found = {pid for pid, parent in unknown.items() if parent in self._started}
-        # A child of the head has the variable only after it has begun its own program.
+        # A child of the head has the variable only after it has executed its own program.
         self._strangers |= {pid for pid, parent in unknown.items() if parent != self._head and pid != self._head}
 
     def kill(self) -> bool:
-        """Kill all that are known; whether there were any."""
+        """Kill all known processes; return whether any was killed."""
         killed = False
         for pid, started in self._started.items():
             state = _state(pid)
@@ -132,7 +136,7 @@ class _Kin:
 
 
 def _state(pid: int) -> tuple[int, str] | None:
-    """Parent and time of start of a process; None if it has ended."""
+    """Return the parent and start time of a process; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -141,11 +145,11 @@ def _state(pid: int) -> tuple[int, str] | None:
 
 
 def _watch(token: str) -> None:
-    """Wait until the run ends, and kill its processes if it did not say so."""
+    """Wait until the run ends, and kill its processes unless it ended normally."""
     kin = _Kin(token, os.getppid())
     while not select.select([0], [], [], POLL_SECONDS)[0]:
         kin.look()
-    if os.read(0, 1):  # the run came to its end
+    if os.read(0, 1):  # the run ended normally
         return
     last = time.monotonic()
     while time.monotonic() - last < QUIET_SECONDS:

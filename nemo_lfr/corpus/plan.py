@@ -1,4 +1,4 @@
-"""The plan of a tokenization run: what is computed, and into which shards the corpus is split.
+"""The plan of a tokenization run: its options, and how the corpus is split.
 
 A plan is stored in the output folder when a run starts. The same command finds it there, and resumes the run if the
 corpus, the codec and the options that affect the tokens are unchanged.
@@ -94,7 +94,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         corpus = config.open(relist=True)
         inputs = Watch(corpus.files)
         shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash)
-        if model is not None:  # the tokens can then be decoded wherever the folder is copied
+        if model is not None:  # a copy of the folder can then be decoded without other files
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
 
@@ -102,10 +102,16 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
 def load_or_create_plan(
     config: TokenizeConfig, corpus: CorpusReader, spec: dict[str, Any], entropy_model: str | None
 ) -> list[ShardSpec]:
-    """Return the shards of the corpus, from the stored plan of an earlier run if there is one.
+    """Return the shards of the corpus, from the stored plan of an earlier run if any.
+
+    Args:
+        config: options of the run.
+        corpus: the corpus.
+        spec: description of the codec.
+        entropy_model: hash of the entropy model; None without compression.
 
     Raises:
-        NemoLfrError: if the stored plan is damaged, or is that of another corpus, codec or option.
+        NemoLfrError: if the stored plan is damaged, or belongs to another corpus or codec or to other options.
     """
     path = config.state / "job.json"
     options = asdict(config)
@@ -164,9 +170,10 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 def _load_codec(config: TokenizeConfig, on_cpu: bool) -> tuple[dict[str, Any], EntropyModel | None, "Codec | None"]:
-    """Return the description of the tokens, the entropy model if they are compressed, and the codec for reuse.
+    """Return the description of the tokens, the entropy model, and the codec.
 
-    Elsewhere than on this CPU, the precision is checked by the workers.
+    The entropy model is None without compression. The codec is returned for reuse if it runs on this CPU; otherwise it
+    is None and the workers validate the precision.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load

@@ -1,4 +1,4 @@
-"""Compute shards on a Ray cluster."""
+"""Executor that computes shards on a Ray cluster."""
 
 import contextlib
 import logging
@@ -27,7 +27,9 @@ def run_ray(
     device: str | None,
     plugins: tuple[type, ...] = (),
 ) -> Iterator[ShardRecord]:
-    """Compute shards on a Ray cluster, with one actor for each GPU, or for each `config.threads` cores.
+    """Compute shards on a Ray cluster.
+
+    There is one actor for each GPU, or for each `config.threads` cores.
 
     Args:
         config: options of the run; its paths must lead to the same files on every node.
@@ -37,6 +39,9 @@ def run_ray(
         workers: number of actors; by default as many as the cluster has resources for.
         device: "cuda" uses a GPU for each actor, "cpu" none; None uses GPUs if the cluster has any.
         plugins: registered classes that the workers need, see `Worker`.
+
+    Yields:
+        The record of each shard, in the order of completion.
 
     Raises:
         NemoLfrError: if the cluster cannot be reached, or workers die repeatedly.
@@ -160,16 +165,21 @@ class _Actors:
 
 
 def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
-    """Return the errors of a call to an actor that died or cannot be reached, or whose result was lost."""
+    """Return the exception classes that mean a lost actor.
+
+    The actor died, cannot be reached, or its result was lost.
+    """
     errors = ray.exceptions
     return errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.OutOfMemoryError
 
 
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
-    """Return the number of workers that the cluster has resources for now. It may grow, unless it is this machine.
+    """Return the number of workers that the cluster has resources for now.
+
+    The number may grow later, unless this machine is the entire cluster.
 
     Raises:
-        NemoLfrError: if this machine is the whole cluster and lacks the resources.
+        NemoLfrError: if this machine is the entire cluster and lacks the resources.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
@@ -196,6 +206,6 @@ def _connect(ray: Any, address: str) -> str:
             ray.init("local", **options)
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
-    except Exception as error:  # each of Ray's transports raises its own
+    except Exception as error:  # each Ray transport raises its own exceptions
         raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({first_line(error)}).") from error
     return address

@@ -1,4 +1,4 @@
-"""Records of finished shards, and the names of the files that belong to a run as a whole."""
+"""Records of finished shards, and the names of files that belong to a run."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,9 +14,9 @@ STATE = ".tokenize"  # folder below the output that contains what a run needs to
 
 @dataclass
 class ShardRecord:
-    """The content of a finished shard: counts, failures, and the hash and size of every file.
+    """Record of a finished shard: counts, failures, and each file's hash and size.
 
-    A shard that has a record is complete. A shard without one is computed again, to the same bytes.
+    A shard that has a record is complete. A shard without one is computed again, with the same bytes as a result.
     """
 
     index: int
@@ -56,7 +56,13 @@ class ShardRecord:
 
     @classmethod
     def find(cls, out: Path, index: int, verify: bool = False) -> "ShardRecord | None":
-        """Read a shard's record if its files have the recorded sizes and, with `verify`, the recorded hashes."""
+        """Read a shard's record if its files are intact; return None otherwise.
+
+        Args:
+            out: the output folder.
+            index: number of the shard.
+            verify: compare the hashes of the files, not only their sizes.
+        """
         record = cls.read(out, index)
         return record if record and not any(record.damage(out, name, verify) for name in record.files) else None
 

@@ -1,4 +1,4 @@
-"""Tokenize a corpus in three steps: plan the shards, compute them, and write the summary of all."""
+"""Tokenize a corpus: plan the shards, compute them, and write the summary."""
 
 import json
 import platform
@@ -33,7 +33,7 @@ class Totals:
     failures: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, record: ShardRecord, computed: bool) -> None:
-        """Add a shard, which was computed by this run or found from an earlier one."""
+        """Add a shard, which this run computed or an earlier run completed."""
         self.done += 1
         self.clips += record.clips
         self.samples += record.samples
@@ -52,13 +52,15 @@ def tokenize(
     retry_failed: bool = False,
     watch: Callable[[Totals], None] = lambda totals: None,
 ) -> dict[str, Any]:
-    """Tokenize a corpus into `config.out`, keeping the shards that an earlier run of the same options completed.
+    """Tokenize a corpus into `config.out`.
+
+    Shards that an earlier run with the same options completed are kept.
 
     Args:
         config: corpus, output and options.
         workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores.
         device: "cpu" or "cuda"; by default a GPU if there is one.
-        ray: address of Ray: "local", "auto" or "HOST:PORT"; by default processes of this machine.
+        ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
         verify: compare the hashes of existing files, not only their sizes.
         retry_failed: compute shards with failed clips again.
         watch: called with the totals, once at the start and after every shard.
@@ -189,16 +191,16 @@ def command(config: TokenizeConfig) -> str:
 def _check_inputs(
     plan: Plan, computed: Iterator[ShardRecord], tasks: Mapping[int, ShardSpec]
 ) -> Iterator[ShardRecord]:
-    """Yield the records of shards whose inputs were not edited while they were computed.
+    """Yield the records of shards whose inputs did not change during computation.
 
     Raises:
-        NemoLfrError: if one was; the shards that were computed since are then discarded.
+        NemoLfrError: if an input was edited; the shards that were computed since are discarded.
     """
     waiting = dict(tasks)
     for record in computed:
         if path := plan.inputs.changed(plan.corpus.files_of(waiting[record.index])):
             if isinstance(computed, Generator):
-                computed.close()  # ends the workers
+                computed.close()  # stops the workers
             for index in waiting:
                 ShardRecord.path(plan.out, index).unlink(missing_ok=True)
             raise NemoLfrError(

@@ -1,7 +1,7 @@
-"""Tokenize one shard: a pure function of the shard's clips, the codec and the options.
+"""Tokenization of one shard, a pure function of its clips, the codec and options.
 
-A shard's files are written to a folder of their own, synchronized to disk and renamed into place. Its record is
-written last, which marks the shard as complete.
+A shard's files are written to a separate folder, synchronized to disk and renamed into place. Its record is written
+last and marks the shard as complete.
 """
 
 import json
@@ -88,7 +88,7 @@ def tokenize_shard(
                 os.replace(path, out / name)
         record.write(out)
     except OSError:
-        check_claim(config.state, config.claim)  # a better message if the folder was removed
+        check_claim(config.state, config.claim)  # gives a better message if the folder was removed
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -120,7 +120,10 @@ def skip_failures(
 
 
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
-    """Yield batches of about `limit` samples, and of at most twice as many when padded to the longest clip."""
+    """Yield batches of about `limit` samples.
+
+    A batch padded to its longest clip has at most twice as many samples.
+    """
     batch: list[LoadedClip] = []
     lengths: list[int] = []
     for clip, waves in clips:
@@ -193,7 +196,7 @@ def _encode(
 
 def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
     """Allocate a batch, in pinned memory if the codec is on a GPU."""
-    if getattr(codec.device, "type", None) != "cuda":  # a string for codecs without torch
+    if getattr(codec.device, "type", None) != "cuda":  # the device of codecs without torch is a string
         return np.zeros((rows, columns), np.float32)
     import torch
 
@@ -201,7 +204,7 @@ def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
 
 
 class Worker:
-    """Tokenizes shards in one process, with one codec and one corpus reader.
+    """Worker that tokenizes shards with one codec and one corpus reader.
 
     Args:
         config: options of the run.
@@ -222,7 +225,8 @@ class Worker:
                 register_format(plugin)
             elif issubclass(plugin, CorpusReader):
                 register_source(plugin)
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # oneDNN reads it with the first kernel
+        # oneDNN reads this variable when it creates the first kernel.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
         import torch
 
         from nemo_lfr.pretrained import load
@@ -239,7 +243,7 @@ class Worker:
         self.corpus = config.open()
 
     def ready(self) -> None:
-        """Return once the worker is ready."""
+        """Do nothing; a returned call means that the worker is ready."""
 
     def run(self, index: int, shard: ShardSpec) -> dict[str, Any]:
         """Compute a shard and return its record as JSON."""

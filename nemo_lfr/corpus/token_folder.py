@@ -1,8 +1,8 @@
-"""Read a folder of tokens that `nemo-lfr tokenize` wrote, and validate everything in it.
+"""Read and validate a folder of tokens that `nemo-lfr tokenize` wrote.
 
-What `tokenize` recorded is compared with what is there: the number of clips and the size of each file always, its
-hash with `verify`. Damage is yielded as an error in the place of the utterances that it costs, so that a caller may
-stop at it or continue. Nothing outside the folder is read, through no link either, and nothing in it is executed.
+The files are compared with the records of `tokenize`: always the number of clips and the size of each file, and with
+`verify` its hash. Damage is yielded as an error in place of the affected utterances, so that a caller can stop or
+continue. Nothing outside the folder is read, even through links, and nothing in it is executed.
 """
 
 import json
@@ -24,19 +24,19 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# More shards than there are files of them, and so missing or empty ones, than any damage leaves.
+# Allowed number of shards without files (missing or empty ones), more than any damage leaves.
 SPARE_SHARDS = 1000
 
 
 @dataclass(frozen=True)
 class TokenizedUtterance:
-    """One clip's tokens.
+    """Tokens of one clip.
 
     Attributes:
-        id: as `tokenize` named it.
-        tokens: int64 [C, T].
-        num_samples: the samples they stand for.
-        context: tokens of its context, int64 [C, T]; None if there is none.
+        id: clip id, as assigned by `tokenize`.
+        tokens: tokens [C, T], int64.
+        num_samples: number of audio samples that the tokens represent.
+        context: tokens of the context [C, T], int64; None if the clip has none.
         labels: "text", "speaker" and any other labels of the corpus.
     """
 
@@ -51,16 +51,16 @@ class TokenFolder:
     """A folder of tokens in any format of `tokenize`.
 
     Args:
-        folder: the tokens.
-        verify: compare the hash of every file before it is read, not only its size.
+        folder: the folder of tokens.
+        verify: compare the hash of every file before reading, not only its size.
 
     Attributes:
-        metadata: what `tokens.json` holds.
-        codec: what the tokens are.
-        counts: utterances of each shard.
+        metadata: content of `tokens.json`.
+        codec: metadata of the tokens.
+        counts: number of utterances of each shard.
 
     Raises:
-        NemoLfrError: if the folder holds no finished tokens, or its `tokens.json` is damaged.
+        NemoLfrError: if the folder does not contain complete tokens, or its `tokens.json` is damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -101,7 +101,7 @@ class TokenFolder:
         return Metadata.from_json(json.dumps(values["codec"]).encode())
 
     def _count(self) -> list[int]:
-        """The number of utterances of each shard: as recorded, or counted where nothing was."""
+        """Return the number of utterances of each shard, from records or by counting."""
         shards, clips = self.metadata["shards"], self.metadata["clips"]
         counts = self.metadata.get("shard_clips")
         if shards > SPARE_SHARDS:
@@ -126,7 +126,7 @@ class TokenFolder:
         return counts
 
     def _check_records(self) -> None:
-        """Raise TokenFileError unless the hashes of every shard are recorded: what is not there proves nothing."""
+        """Raise TokenFileError unless the hashes of every shard are recorded."""
         missing = [index for index in range(self.metadata["shards"]) if ShardRecord.read(self.path, index) is None]
         if missing:
             raise TokenFileError(
@@ -137,7 +137,16 @@ class TokenFolder:
     def read(
         self, shard: int, start: int = 0, stop: int | None = None
     ) -> Iterator[TokenizedUtterance | TokenFileError]:
-        """Utterances [start, stop) of a shard, in order; an error in the place of those that cannot be read."""
+        """Yield the utterances [start, stop) of a shard in order.
+
+        Args:
+            shard: number of the shard.
+            start: first utterance.
+            stop: end of the range; the end of the shard if None.
+
+        Yields:
+            Utterances, and an error in place of those that cannot be read.
+        """
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])
         seen = 0
@@ -149,7 +158,7 @@ class TokenFolder:
             except NemoLfrError as error:
                 yield TokenFileError(str(error))
                 return
-            except Exception as error:  # of whichever of the formats' readers
+            except Exception as error:  # the exceptions depend on the format's reader
                 if not damaged:
                     rest = f"utterances {start + seen} to {stop - 1}"
                     yield TokenFileError(f"{self.path}, shard {shard}: {rest} cannot be read ({reason_of(error)}).")
@@ -171,7 +180,7 @@ class TokenFolder:
                 yield self._utterance(item, f"{self.path}, shard {shard}, utterance {start + seen - 1}")
             except NemoLfrError as error:
                 yield TokenFileError(str(error))
-            except Exception as error:  # of torch, numpy or the row's own values
+            except Exception as error:  # raised by torch, numpy or the values of the row
                 yield TokenFileError(
                     f"{self.path}, shard {shard}, utterance {start + seen - 1}: cannot be read ({reason_of(error)})."
                 )
@@ -203,7 +212,10 @@ class TokenFolder:
         return TokenizedUtterance(clip_id, tokens, num_samples, context, labels)
 
     def _tokens(self, value: Any, num_frames: int | None, what: str) -> torch.Tensor:
-        """The tokens [C, T] as int64, whatever a file held: a tensor, an array, or lists."""
+        """Validate tokens and convert them to int64 [C, T].
+
+        The value in the file may be a tensor, an array, or lists.
+        """
         if isinstance(value, torch.Tensor):
             is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
             held = value.untyped_storage().nbytes() if value.layout == torch.strided else 0
@@ -233,7 +245,7 @@ class TokenFolder:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of another library in a few words on one line."""
+    """Summarize an error of another library on one line."""
     if isinstance(error, KeyError):
         return f"{shorten(repr(error.args[0] if error.args else ''))} is missing"
     lines = str(error).strip().splitlines()

@@ -1,7 +1,7 @@
-"""Read the `.pt` files of a NeMo manifest, one tensor of tokens each, without executing anything from them.
+"""Reader for `.pt` token tensors of a NeMo manifest that executes no code.
 
-`torch.load(weights_only=True)` is meant for that too, but several of its versions could be made to run code, and
-an environment variable turns its check off.
+`torch.load(weights_only=True)` has the same purpose, but several of its versions could be made to run code, and an
+environment variable disables its check.
 """
 
 import os
@@ -14,7 +14,7 @@ from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
 from nemo_lfr.errors import CheckpointError, TokenFileError, shorten
 from nemo_lfr.io.regular import open_regular
 
-# 12 hours of the released codec in int64, and room for the zip around them.
+# 12 hours of the released codec in int64, and the overhead of the zip archive.
 MAX_BYTES = 64 << 20
 
 

@@ -1,4 +1,4 @@
-"""Workers that die: how often, and over which shards."""
+"""Counting of workers that die, per shard and per run."""
 
 import shutil
 from collections import Counter
@@ -12,13 +12,13 @@ MAX_DEATHS = 20
 
 
 class WorkerFailures:
-    """Counts dead workers, and raises once they show that the run cannot succeed.
+    """Counter of dead workers that raises once the run cannot succeed.
 
     Args:
         config: options of the run.
 
     Attributes:
-        since_record: workers that died since the last complete shard.
+        since_record: number of workers that died since the last complete shard.
     """
 
     def __init__(self, config: TokenizeConfig) -> None:
@@ -55,11 +55,14 @@ class WorkerFailures:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class if the message is empty."""
+    """Return the first line of an error's message, or its class for an empty message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error's message, as of a traceback, or its class if the message is empty."""
+    """Return the last line of an error's message, or its class for an empty message.
+
+    This is the relevant line of a traceback.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
     return shorten(lines[-1].strip(), 500) if lines else type(error).__name__

@@ -1,8 +1,9 @@
-"""Output formats of `tokenize`: one file for each, which contains its writer, its reader and its summary files.
+"""Output formats of `tokenize`, one module each.
 
-A new format is one subclass of `OutputFormat`, decorated with `register_format`. A built-in one is a module of this
-folder with the format's name, listed in `BUILT_IN`, and is imported when it is first used: this file imports no
-other, so that the command line can list the formats at once.
+A module contains the writer, the reader and the summary files of its format. A new format is one subclass of
+`OutputFormat`, decorated with `register_format`. A built-in format is a module of this folder with the format's name,
+listed in `BUILT_IN`, and is imported on first use. This module imports no format, so that the command line can list
+the formats quickly.
 """
 
 from importlib import import_module
@@ -18,9 +19,15 @@ _registered: dict[str, "type[OutputFormat]"] = {}
 
 
 def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
-    """Add an output format under its `name`; usable as a class decorator.
+    """Register an output format under its `name`; usable as a class decorator.
 
     Define the class in a module that worker processes can import.
+
+    Args:
+        output: the format.
+
+    Returns:
+        The same class.
     """
     _registered[output.name] = output
     return output
@@ -32,13 +39,16 @@ def format_names() -> tuple[str, ...]:
 
 
 def get_format(name: str) -> "type[OutputFormat]":
-    """Return the format of a name.
+    """Return the output format with a name.
+
+    Args:
+        name: value of `--format`.
 
     Raises:
-        NemoLfrError: if no format of that name is registered.
+        NemoLfrError: if no format with that name is registered.
     """
     if name in BUILT_IN and name not in _registered:
-        import_module(f"{__name__}.{name}")  # registers it
+        import_module(f"{__name__}.{name}")  # the import registers the format
     if name not in _registered:
         raise NemoLfrError(f"format {name!r} is unknown; use one of {list(format_names())}.")
     return _registered[name]

@@ -1,6 +1,6 @@
-"""Base classes of output formats: a writer and a reader of one shard, and the summary of all shards.
+"""Base classes of output formats: shard writer, shard reader and summary.
 
-Tokens are stored as int16 if a codebook has at most 32,768 entries, else as int32. Equal clips give equal bytes.
+Tokens are stored as int16 if a codebook has at most 32,768 entries, else as int32. Equal clips produce equal bytes.
 """
 
 import json
@@ -66,11 +66,11 @@ class FormatWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the files; a shard without clips has them too."""
+        """Finish the files; a shard without clips has the same files."""
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """Provide the path of a file to write; errors of the system then name its final path."""
+        """Provide the path of a file to write; system errors then show its final path."""
         path = self.folder / name
         with naming(self.final / name, self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,17 @@ class Damage(str):
 
 
 class Row:
-    """An utterance that is loaded on request, so that its errors affect no other."""
+    """An utterance that is loaded on request, so that its errors do not affect others."""
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
 
     def load(self) -> dict[str, Any]:
-        """Return "id", "tokens" [C, T], "num_samples", "labels" and, if there is one, "context" [C, T]."""
+        """Load the utterance as a dictionary.
+
+        Returns:
+            "id", "tokens" [C, T], "num_samples", "labels" and, if the utterance has a context, "context" [C, T].
+        """
         return self._load(*self._arguments)
 
 
@@ -110,14 +114,21 @@ class ShardFiles:
         self._record = ShardRecord.read(folder, shard)
 
     def path(self, name: str) -> Path:
-        """Return the path of a file by its name; raises TokenFileError unless it is intact and inside the folder."""
+        """Return the path of a file of the shard by its name.
+
+        Raises:
+            TokenFileError: if the file is damaged or outside the folder.
+        """
         path, damage = self.path_and_damage(name)
         if damage:
             raise TokenFileError(damage)
         return path
 
     def path_and_damage(self, name: str) -> tuple[Path, Damage | None]:
-        """Return the path of a file and, if its size is wrong, a message: its beginning may be readable."""
+        """Return the path of a file and, if its size is wrong, a message.
+
+        The beginning of a file with the wrong size may still be readable.
+        """
         path = self._path(name)
         problem = self._damage(path)
         if problem and self.verify:
@@ -162,10 +173,13 @@ class FormatReader(ABC):
 
     @abstractmethod
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
-        """Yield utterances [start, stop) of a shard, then any that follow, and messages about damaged files."""
+        """Yield the utterances [start, stop) of a shard, and messages about damage.
+
+        Utterances of the shard beyond `stop` may follow.
+        """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Count the utterances of readable shards, and divide the remaining utterances among the others."""
+        """Count the utterances of readable shards, and divide the rest among the others."""
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
             try:
@@ -216,7 +230,11 @@ def num_entries(folder: Path) -> int:
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path; raises TokenFileError if opening it would fail or block."""
+    """Return the path of a regular file.
+
+    Raises:
+        TokenFileError: if opening the file would fail or block.
+    """
     try:
         open_regular(path, TokenFileError, REPAIR).close()
     except OSError as error:
@@ -226,7 +244,7 @@ def regular_file(path: Path) -> Path:
 
 
 def read_lines(file: Any, path: Path, keep_empty: bool = False) -> Iterator[bytes]:
-    """Yield lines of JSON, each of bounded length."""
+    """Yield the lines of a JSON-lines file; their length is limited."""
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE:
             raise TokenFileError(f"{path}: a line is longer than {MAX_LINE} bytes; it is damaged.")

@@ -1,4 +1,4 @@
-"""A `.lfr` token file for each clip, and a manifest that names them with relative paths."""
+"""Format `lfr`: a `.lfr` token file per clip, and a manifest with relative paths."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
 
 class LfrWriter(ManifestWriter):
-    """Writes a token file for each clip, and the manifest lines of the shard."""
+    """Writer of a token file for each clip, and of the manifest lines of the shard."""
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        """Write a clip's token file and append its manifest line."""
         path = f"tokens/{clip.id}.lfr"
         with self._writing(path) as file, TokenWriter(file, self.codec, model=self.model) as writer:
             writer.write(tokens)
@@ -27,7 +28,7 @@ class LfrWriter(ManifestWriter):
 
 
 class LfrReader(ManifestReader):
-    """Reads a manifest of `.lfr` files."""
+    """Reader of a manifest of `.lfr` files."""
 
     def _load(self, files: ShardFiles, line: bytes) -> dict[str, Any]:
         labels = parse_json(line)

@@ -36,13 +36,14 @@ LINES = f"{STATE}/lines"  # manifest lines of each shard, which `finish` joins
 
 
 class ManifestWriter(FormatWriter):
-    """Writes a `.pt` file for each clip, and the manifest lines of the shard."""
+    """Writer of a `.pt` file for each clip, and of the manifest lines of the shard."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._lines: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        """Write a clip's tensors and append its manifest line."""
         line = {**clip.labels, "id": clip.id, "duration": self._duration(num_samples), "num_samples": num_samples}
         for name, value in (("target", tokens), ("context", context)):
             if value is not None:
@@ -54,21 +55,22 @@ class ManifestWriter(FormatWriter):
     def _save(self, path: str, tokens: np.ndarray) -> None:
         import torch
 
-        buffer = io.BytesIO()  # torch.save would write a file's name into it
+        buffer = io.BytesIO()  # torch.save would store the file name in the file
         torch.save(torch.from_numpy(tokens.astype(self.dtype)), buffer)
         with self._writing(path) as file:
             file.write_bytes(buffer.getvalue())
 
     def close(self) -> None:
+        """Write the manifest lines of the shard."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
         with self._writing(f"{LINES}/{self.index:06d}.json") as path:
             path.write_text(text, encoding="utf-8")
 
 
 class ManifestReader(FormatReader):
-    """Reads a manifest of `.pt` files."""
+    """Reader of a manifest of `.pt` files."""
 
-    _is_reported = False  # whether missing lines were reported, which concern no single shard
+    _is_reported = False  # whether missing lines were reported; they belong to no particular shard
 
     def count_shards(self) -> list[int]:
         """Divide the lines evenly among the shards, since a line does not name its shard."""
@@ -76,11 +78,12 @@ class ManifestReader(FormatReader):
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
     def num_files(self) -> int:
+        """Return an upper bound on the number of shards."""
         return len(self._starts)
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Offsets at which the lines begin, and the end of the last one, int64 [lines + 1]."""
+        """Return the offsets of the lines and the end of the last one, int64 [lines + 1]."""
         starts, position = [], 0
         with open(self._path, "rb") as file:
             for line in read_lines(file, self._path, keep_empty=True):
@@ -94,6 +97,7 @@ class ManifestReader(FormatReader):
         return ShardFiles(self.folder, 0, verify=False).path("manifest.json")
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        """Yield the utterances [start, stop) of a shard, and messages about damage."""
         lines, clips = len(self._starts) - 1, self.summary["clips"]
         if lines != clips:
             problem = f"holds {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
@@ -117,7 +121,10 @@ class ManifestReader(FormatReader):
         return {"id": labels["id"], "labels": labels} | values
 
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
-        """Read a file by the absolute path at which it was written; the folder may have moved since."""
+        """Read a file by the absolute path at which it was written.
+
+        The folder may have been moved since.
+        """
         if not isinstance(text, str):
             raise TokenFileError(f"{self.folder}: a path of the manifest is {shorten(repr(text))}, not a text.")
         below = f"/{name}_codes/"
@@ -143,12 +150,15 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return a shard's lines with paths that are valid below `out`, which may have moved since."""
+        """Return a shard's lines with paths that are valid below `out`.
+
+        The folder may have been moved since the lines were written.
+        """
         return _with_current_paths(lines, out)
 
 
 def _with_current_paths(lines: bytes, out: Path) -> bytes:
-    """Return the lines of a shard with paths below `out`, which may have moved since they were written."""
+    """Return a shard's lines with paths below `out`, which may have been moved."""
     moved = []
     for line in lines.decode().split("\n")[:-1]:
         entry = json.loads(line)

@@ -26,11 +26,11 @@ from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.io.bounded import check_columns
 from nemo_lfr.io.shortage import require
 
-ROWS = 64  # rows that are read at a time
+ROWS = 64  # number of rows per read
 
 
 class ParquetWriter(FormatWriter):
-    """Writes a Parquet file with a row for each clip."""
+    """Writer of a Parquet file with a row for each clip."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -38,6 +38,7 @@ class ParquetWriter(FormatWriter):
         self._rows: list[dict[str, Any]] = []
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        """Append a clip as a row."""
         row: dict[str, Any] = {f"nano_layer_{number}": layer for number, layer in enumerate(tokens, start=1)}
         if context is not None:
             row |= {f"context_layer_{number}": layer for number, layer in enumerate(context, start=1)}
@@ -50,6 +51,7 @@ class ParquetWriter(FormatWriter):
         self._rows.append(row)
 
     def close(self) -> None:
+        """Finish the Parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -71,15 +73,18 @@ class ParquetWriter(FormatWriter):
 
 
 class ParquetReader(FormatReader):
-    """Reads Parquet files."""
+    """Reader of Parquet files."""
 
     def num_files(self) -> int:
+        """Return an upper bound on the number of shards."""
         return num_entries(self.folder / "data")
 
     def count_shards(self) -> list[int]:
+        """Count the rows of each shard."""
         return self._shard_counts(lambda files: self._open(files.path(self._name(files.shard))).metadata.num_rows)
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        """Yield the utterances [start, stop) of a shard, and messages about damage."""
         path, damage = files.path_and_damage(self._name(files.shard))
         if damage:
             yield damage
@@ -115,7 +120,7 @@ class ParquetReader(FormatReader):
 
 @register_format
 class ParquetFormat(OutputFormat):
-    """Parquet."""
+    """Parquet files with a row for each clip."""
 
     name = "parquet"
     writer = ParquetWriter

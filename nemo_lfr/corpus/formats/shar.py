@@ -40,7 +40,7 @@ SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # 
 
 
 class SharWriter(FormatWriter):
-    """Writes a Shar shard: a cuts file, and an array file for each token field."""
+    """Writer of a Shar shard: a cuts file, and an array file for each token field."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -59,6 +59,7 @@ class SharWriter(FormatWriter):
         return f"{field}/codes.{self.index:06d}.tar"
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
+        """Append a clip's cut and token arrays."""
         self._cuts.append(self._cut(clip, num_samples))
         for field, value in (("target_codes", tokens), ("context_codes", context)):
             if field not in self._arrays:
@@ -77,7 +78,10 @@ class SharWriter(FormatWriter):
         return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
 
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
-        """Return the clip's cut, or one made from its labels, with the speaker in Magpie's notation."""
+        """Return the clip's cut, or a cut made from its labels.
+
+        The speaker is in Magpie's notation.
+        """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
         cut: dict[str, Any] = {"duration": duration, **(clip.cut or default), "id": clip.id}
@@ -103,10 +107,13 @@ class SharWriter(FormatWriter):
         return cut
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
-        """Return the clip's file as `target_audio`, for Magpie's speaker model; {} for an excerpt of a file."""
+        """Return the clip's file as `target_audio`, for Magpie's speaker model.
+
+        The result is {} for an excerpt of a file.
+        """
         try:
             info = soundfile.info(str(path))
-        except soundfile.LibsndfileError:  # Lhotse needs other packages to read it too
+        except soundfile.LibsndfileError:  # Lhotse too would need other packages to read it
             return {}
         if info.channels != 1 or abs(info.duration - num_samples / self.codec.sample_rate) > DURATION_SLACK:
             return {}
@@ -121,6 +128,7 @@ class SharWriter(FormatWriter):
         return {"target_audio": recording}
 
     def close(self) -> None:
+        """Finish the array files and write the cuts file."""
         for field, writer in self._arrays.items():
             with self._writing(self._tar(field)) as path:
                 writer.close()
@@ -133,15 +141,21 @@ class SharWriter(FormatWriter):
 
 
 class SharReader(FormatReader):
-    """Reads Shar shards without Lhotse, which silently ignores entries that are missing from a truncated file."""
+    """Reader of Shar shards that does not use Lhotse.
+
+    Lhotse silently ignores entries that are missing from a truncated file.
+    """
 
     def num_files(self) -> int:
+        """Return an upper bound on the number of shards."""
         return num_entries(self.folder / "cuts")
 
     def count_shards(self) -> list[int]:
+        """Count the cuts of each shard."""
         return self._shard_counts(lambda files: sum(1 for _ in self._cuts(files.path(self._cuts_name(files.shard)))))
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
+        """Yield the utterances [start, stop) of a shard, and messages about damage."""
         names = [self._cuts_name(files.shard)]
         names += [f"{name}/codes.{files.shard:06d}.tar" for name in self._fields()]
         paths = []
@@ -177,7 +191,10 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield names and contents of a tar's arrays; the description that follows each array is redundant."""
+        """Yield the names and contents of the arrays in a tar file.
+
+        The description that follows each array is redundant.
+        """
         with open_tar(path) as tar:
             members = iter(tar)
             for member in members:
@@ -228,7 +245,10 @@ class SharFormat(OutputFormat):
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Parse a `.npy` file without copying, so that a header with a huge shape allocates no memory."""
+    """Parse a `.npy` file without copying.
+
+    A header with a huge shape therefore allocates no memory.
+    """
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -22,7 +22,7 @@ SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, Manifest
 
 
 def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
-    """Add a kind of input, which is asked before all others; usable as a class decorator.
+    """Register a kind of input, which takes precedence; usable as a class decorator.
 
     Define the class in a module that worker processes can import.
     """
@@ -40,7 +40,7 @@ def find_source(path: Path) -> type[CorpusReader]:
     if not path.exists():
         raise NemoLfrError(f"{path}: no such file or folder.")
     if not path.is_dir() and not path.is_file():
-        open_regular(path, ConfigError).close()  # raises, naming what the path is
+        open_regular(path, ConfigError).close()  # raises an error that says what kind of file the path is
     return next(source for source in SOURCES if source.accepts(path))
 
 

@@ -1,7 +1,7 @@
-"""Base classes of corpus readers: what a clip is, and how a corpus is split into shards.
+"""Base classes of corpus readers, the clip, and the shard specification.
 
 Planning reads no audio. A shard specification is a few numbers, from which any worker finds its clips again. Audio is
-opened only when it is requested, so an unreadable file is a failure of its clip alone.
+opened only on request, so an unreadable file is a failure of its clip alone.
 """
 
 from abc import ABC, abstractmethod
@@ -82,12 +82,15 @@ class CorpusReader(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Hash of the list of clips; a run is not resumed with a changed list."""
+        """Return a hash of the list of clips; a run is not resumed with a changed list."""
 
     @property
     @abstractmethod
     def files(self) -> list[Path]:
-        """Files that list the clips, in which a shard finds its clips again by their position."""
+        """Return the files that list the clips.
+
+        A shard locates its clips by their position in these files.
+        """
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
         """Return those of `files` from which a shard is read."""
@@ -99,11 +102,17 @@ class CorpusReader(ABC):
 
     @abstractmethod
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
-        """Yield the clips of a shard in order; a malformed entry yields a clip whose `audio()` raises AudioError."""
+        """Yield the clips of a shard in order.
+
+        A malformed entry yields a clip whose `audio()` raises AudioError.
+        """
 
 
 def repeat_number(shard: ShardSpec, index: int) -> int:
-    """Return which occurrence of its id a shard's clip is: 1 for the first, see `numbered_id`."""
+    """Return which occurrence of its id a shard's clip is: 1 for the first.
+
+    See `numbered_id`.
+    """
     number: int = shard.get("repeats", {}).get(str(index), 1)
     return number
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Cuts(CorpusReader):
-    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file, or recordings, each of which becomes one cut.
+    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file, or recordings as one cut each.
 
     Relative paths are relative to the current folder, as in Lhotse.
 
@@ -35,12 +35,14 @@ class Cuts(CorpusReader):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a file of Lhotse JSON lines, by name and content."""
         if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return False
         return path.suffix == ".gz" or kind_of(path) is not None
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Cuts":
+        """Open the file."""
         kind = kind_of(path)
         if kind is None:
             raise ConfigError(
@@ -52,14 +54,17 @@ class Cuts(CorpusReader):
 
     @property
     def identity(self) -> str:
+        """Return the hash of the file."""
         return list_digest((path.name, digest(path)) for path in self.files)
 
     @property
     def files(self) -> list[Path]:
+        """Return the file."""
         beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
         return [self.path] if beside is None else [self.path, beside]
 
     def shards(self, size: int) -> list[ShardSpec]:
+        """Split the cuts into shards of `size`."""
         total, repeats = number_cuts([self.path])[0]
         return [
             {
@@ -73,15 +78,17 @@ class Cuts(CorpusReader):
         ]
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        """Yield the clips of a shard in order."""
         start = shard["start"]
         for number, item in enumerate(read_cuts(self.path, self.allow_url, start, start + shard["count"])):
             yield item_to_clip(item, str(self.path), repeat_number(shard, number), self.allow_url)
 
 
 def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:
-    """Convert a Lhotse cut to a clip; `target_audio` replaces the cut's own audio if present, as in NeMo's loaders.
+    """Convert a Lhotse cut to a clip.
 
-    Several supervisions become one: their texts in order of start time, with the speaker and language of the first.
+    `target_audio` replaces the cut's own audio if present, as in NeMo's loaders. Several supervisions are merged into
+    one: their texts in order of start time, with the speaker and language of the first.
 
     Args:
         cut: the cut.
@@ -103,7 +110,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     if cut.has_custom("context_audio"):
         context = partial(read_cut, cut.context_audio, allow_url=allow_url)
     manifest = cut.to_dict()
-    # The cuts that are written beside the tokens do not refer to audio inside a Shar.
+    # Cuts that are written with the tokens do not refer to audio inside a Shar.
     for place in (manifest, manifest.get("custom") or {}):
         for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
             del place[key]
@@ -122,7 +129,10 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
-    """Return the manifest of one supervision that joins several, which are in order of start time."""
+    """Return the manifest of one supervision that merges several.
+
+    The supervisions are in order of start time.
+    """
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}
     if isinstance(joined.get("custom"), dict):
@@ -134,7 +144,10 @@ def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
 
 
 def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Clip:
-    """Convert a cut of a file, or return a clip whose `audio()` raises the reason that it is invalid."""
+    """Convert a cut of a file to a clip.
+
+    An invalid cut becomes a clip whose `audio()` raises the reason.
+    """
     problem = item.problem
     if problem is None:
         try:
@@ -146,7 +159,10 @@ def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Cl
 
 
 def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
-    """Count the cuts of each file, and number those whose id occurred before: index in the file -> number.
+    """Count the cuts of each file, and number those whose id occurred before.
+
+    Returns:
+        For each file, the number of cuts and a mapping: index in the file -> number.
 
     Raises:
         ConfigError: if a file does not contain Lhotse cuts.
@@ -169,7 +185,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
 
 
 def _is_data(value: Any) -> bool:
-    """Return whether a manifest's value is a recording or array whose bytes are stored in a Shar."""
+    """Return whether a value is a recording or array with its bytes in a Shar."""
     if not isinstance(value, dict):
         return False
     sources = value.get("sources") or [value.get("array") or value]

@@ -19,10 +19,12 @@ class Folder(Manifest):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a folder."""
         return path.is_dir()
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Folder":
+        """Open the stored list of the folder, or list it again."""
         return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
@@ -32,6 +34,7 @@ class Folder(Manifest):
 
     @property
     def identity(self) -> str:
+        """Return the hash of the list of clips."""
         folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
         return hashlib.sha256(folder_and_files).hexdigest()[:16]
 

@@ -21,7 +21,7 @@ FIRST_LINES = 100
 
 
 class Manifest(CorpusReader):
-    """A NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+    """NeMo manifest: JSON lines with `audio_filepath`, `offset` and `duration`.
 
     Args:
         path: the file.
@@ -45,22 +45,29 @@ class Manifest(CorpusReader):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a file."""
         return path.is_file()
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Manifest":
+        """Open the manifest."""
         return cls(path, options.audio_dir)
 
     @property
     def identity(self) -> str:
+        """Return the hash of the manifest."""
         return digest(self.path)[:16]
 
     @property
     def files(self) -> list[Path]:
+        """Return the manifest."""
         return [self.path]
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Return byte ranges; repeated names get a number, counted over the whole manifest."""
+        """Split the manifest into byte ranges of `size` clips.
+
+        Repeated names are numbered over the entire manifest.
+        """
         shards: list[ShardSpec] = []
         ids = UniqueIds()
         count = size
@@ -79,6 +86,7 @@ class Manifest(CorpusReader):
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        """Yield the clips of a shard in order."""
         with open(self.path, "rb") as file:
             file.seek(shard["start"])
             lines = islice((line for line in file if line.strip()), shard["count"])
@@ -123,7 +131,7 @@ def _describe_content(lines: Sequence[bytes]) -> str:
 
 
 def _name(line: bytes) -> str:
-    """Return a clip's name from its line: the path without suffix, with the offset if it has one."""
+    """Return a clip's name: the path without suffix, with the offset if there is one."""
     try:
         labels = json.loads(line)
         name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")

@@ -13,15 +13,15 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.folders import find_files
 from nemo_lfr.io.shortage import require
 
-# Words for the splits of a dataset in the names of its files.
+# Words in file names that identify the split of a dataset.
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval"}
 
 
 class Parquet(Table):
-    """A Parquet file or a folder of them; a shard consists of whole row groups of one file.
+    """A Parquet file or a folder of them; a shard is a range of row groups.
 
     Raises:
-        ConfigError: if no file can be read, or a folder holds several splits of a dataset.
+        ConfigError: if no file can be read, or a folder contains several splits of a dataset.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -47,10 +47,12 @@ class Parquet(Table):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a Parquet file or a folder that contains some."""
         return path.suffix == ".parquet" if path.is_file() else bool(parquet_files(path))
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Parquet":
+        """Open the files."""
         table = cls(path, options.audio_dir)
         if options.relist:  # log in the driver only, not in each worker
             table.log_choices()
@@ -63,9 +65,11 @@ class Parquet(Table):
             raise ConfigError(f"{file}: not a Parquet file ({shorten(error, 200)}).") from error
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
+        """Return the file from which a shard is read."""
         return [self.files[shard["file"]]]
 
     def shards(self, size: int) -> list[ShardSpec]:
+        """Split the row groups into shards of about `size` clips."""
         shards: list[ShardSpec] = []
         number = 0
         for file in range(len(self.files)):
@@ -85,6 +89,7 @@ class Parquet(Table):
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        """Yield the clips of a shard in order."""
         path = self.files[shard["file"]]
         if "problem" in shard:
             yield Clip(clean_id(path.stem), str(path), unreadable(shard["problem"]))
@@ -104,12 +109,15 @@ class Parquet(Table):
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files below a folder, as `find_files` walks it."""
+    """Return the Parquet files below a folder, as listed by `find_files`."""
     return find_files(folder, {".parquet"}, report=lambda _: None)
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's path names, as the Hub understands it: "train", "validation" or "test"."""
+    """Return the split in a file's path: "train", "validation" or "test".
+
+    The rules are those of the Hugging Face Hub.
+    """
     for part in reversed([*path.parts[:-1], path.stem]):
         for split, words in SPLIT_WORDS.items():
             if re.search(rf"(^|[\W_\d])({words})($|[\W_\d])", part, re.IGNORECASE):

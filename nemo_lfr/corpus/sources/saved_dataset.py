@@ -14,7 +14,10 @@ from nemo_lfr.io.shortage import require
 
 
 class SavedDataset(Table):
-    """A dataset that Hugging Face `datasets` saved with `save_to_disk`; `datasets` does not decode its audio."""
+    """A dataset that Hugging Face `datasets` saved with `save_to_disk`.
+
+    Its audio is decoded by this package, not by `datasets`.
+    """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         datasets = require("datasets")
@@ -36,12 +39,14 @@ class SavedDataset(Table):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a saved dataset."""
         return path.is_dir() and any(
             list(path.glob(name)) for name in ("state.json", "dataset_dict.json", "*/state.json")
         )
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "SavedDataset":
+        """Open the dataset."""
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             splits = sorted(state.parent.name for state in path.glob("*/state.json"))
             raise ConfigError(f"{path}: holds the saved datasets {', '.join(splits)}; give the folder of one.")
@@ -51,20 +56,24 @@ class SavedDataset(Table):
         return table
 
     def shards(self, size: int) -> list[ShardSpec]:
+        """Split the rows into shards of `size` clips."""
         total = len(self.rows)
         return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        """Yield the clips of a shard in order."""
         stop = shard["start"] + shard["count"]
         for start in range(shard["start"], stop, ROWS):
             yield from self._clips(self.rows[start : min(start + ROWS, stop)], start)
 
 
 def _check_files(path: Path) -> None:
-    """Reject a saved dataset that names files outside of its folder, or contains pipes, which `datasets` would open.
+    """Reject a saved dataset with files outside its folder or pipes.
+
+    `datasets` would open them.
 
     Raises:
-        ConfigError: if a file is outside of the folder or not a regular file.
+        ConfigError: if a file is outside the folder or not a regular file.
     """
     state = path / "state.json"
     for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:

@@ -14,9 +14,10 @@ from nemo_lfr.io.shortage import require
 
 
 class Shar(CorpusReader):
-    """Lhotse Shar: a folder with `cuts.*.jsonl.gz` and the files of its other fields, or one folder for each field.
+    """Lhotse Shar: a folder with `cuts.*.jsonl.gz` and the files of other fields.
 
-    Each input shard becomes one output shard, regardless of the shard size, so that both can be read in parallel.
+    The files may also be in one folder for each field. Each input shard
+    becomes one output shard, regardless of the shard size, so that both can be read in parallel.
 
     Args:
         path: the folder.
@@ -45,30 +46,37 @@ class Shar(CorpusReader):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
+        """Return whether the path is a Shar folder."""
         return path.is_dir() and any(list(path.glob(name)) for name in ("cuts.*.jsonl*", "cuts/cuts.*.jsonl*"))
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Shar":
+        """Open the folder."""
         return cls(path, options.allow_url)
 
     @property
     def identity(self) -> str:
+        """Return the hash of the files."""
         return list_digest((str(file), sampled_digest(file)) for file in self.files)
 
     @property
     def files(self) -> list[Path]:
+        """Return the files of all fields."""
         return [file for name in sorted(self.fields) for file in self.fields[name]]
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
+        """Return the files from which a shard is read."""
         return [files[shard["shard"]] for files in self.fields.values()]
 
     def shards(self, size: int) -> list[ShardSpec]:
+        """Return one shard for each cuts file."""
         return [
             {"shard": shard, "repeats": {str(index): number for index, number in repeats.items()}}
             for shard, (_, repeats) in enumerate(number_cuts(self.fields["cuts"]))
         ]
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
+        """Yield the clips of a shard in order."""
         fields = {name: files[shard["shard"]] for name, files in self.fields.items()}
         cuts = fields.pop("cuts")
         for number, item in enumerate(read_shar(cuts, fields, self.allow_url)):

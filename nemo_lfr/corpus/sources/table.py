@@ -1,4 +1,4 @@
-"""Rows with an audio column: what Parquet files and saved datasets have in common."""
+"""Base class for rows with an audio column: Parquet files and saved datasets."""
 
 import logging
 from collections.abc import Iterator
@@ -28,14 +28,15 @@ from nemo_lfr.io.text import is_missing
 
 logger = logging.getLogger(__name__)
 
-# Rows whose audio is held in memory at a time.
+# Number of rows whose audio is in memory at a time.
 ROWS = 16
 
 
 class Table(CorpusReader):
     """Base class of tables with an audio column.
 
-    A cell holds a file's bytes, its path, or decoded samples: see `audio_cell`. For the labels see `standard_labels`.
+    A cell contains a file's bytes, its path, or decoded samples: see `audio_cell`. For the labels see
+    `standard_labels`.
 
     Args:
         path: file or folder.
@@ -66,14 +67,16 @@ class Table(CorpusReader):
 
     @property
     def identity(self) -> str:
+        """Return the hash of the files."""
         return list_digest((file.name, sampled_digest(file)) for file in self.files)
 
     @property
     def files(self) -> list[Path]:
+        """Return the files that contain the rows."""
         return self._files
 
     def log_choices(self) -> None:
-        """Log which columns become labels under another name, and audio files that no row refers to."""
+        """Log the columns that are renamed to labels, and unreferenced audio files."""
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: %s.", self.path, text)
@@ -82,7 +85,7 @@ class Table(CorpusReader):
             logger.warning(text, self.path, len(audio_files))
 
     def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
-        """Yield the clips of an Arrow table or record batch whose first row has this number."""
+        """Yield the clips of an Arrow table or batch; `number` is that of its first row."""
         columns: dict[str, Any] = {}
         for index, name in enumerate(rows.schema.names):  # the first of two columns with the same name
             columns.setdefault(name, rows.column(index))
