@@ -1,9 +1,9 @@
-"""Audio of Lhotse cuts, of which nothing is run and nothing is fetched that was not asked for.
+"""Safe reading of the audio of Lhotse cuts: no programs, no unrequested downloads.
 
-Lhotse's own reading starts a shell for sources of type "command", for URLs that begin with "pipe:" and for names that
-end in ".sph", and opens whatever URL a manifest names. Here a source is a plain file, bytes in memory, or, where the
-caller allows it, an http(s) URL; Lhotse gets only its samples. `check_cut` refuses a whole cut by its manifest, and
-`read_cut` opens no source that `check_source` does not allow, whether it was checked before or not.
+Lhotse itself starts a shell for sources of type "command", for URLs that begin with "pipe:" and for file names that
+end in ".sph", and opens any URL in a manifest. This module accepts only plain files, bytes in memory and, if the
+caller allows it, http(s) URLs. It reads the source and passes only samples to Lhotse. `check_cut` rejects a cut by its
+manifest. `read_cut` opens only sources that `check_source` accepts, even if the cut was not checked before.
 
 Relative paths of cuts are relative to the current folder, as in Lhotse; `~` is expanded.
 """
@@ -23,32 +23,32 @@ from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
 from nemo_lfr.io.reading import read_part
 
-# How Lhotse stores arrays and images in plain files, in memory, or in a Shar. The others open URLs ("lilcom_url"), run
-# programs ("kaldiio"), or unpickle ("memory_raw").
+# Lhotse storage types for arrays and images in plain files, in memory, or in a Shar. The other types open URLs
+# ("lilcom_url"), run programs ("kaldiio"), or unpickle ("memory_raw").
 ARRAY_STORAGE = {
     "lilcom_files", "lilcom_chunky", "lilcom_hdf5", "chunked_lilcom_hdf5", "numpy_files", "numpy_hdf5",
     "memory_lilcom", "memory_npy", "shar", "pillow_files", "pillow_memory",
 }  # fmt: skip
 URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://|\s*pipe:")
-# Attributes of cuts, recordings and transforms that are rates in Hz, and how much faster or slower speech is made.
+# Attributes of cuts, recordings and transforms that are rates in Hz, and the limit of speed and tempo factors.
 RATE_ATTRIBUTES = ("sampling_rate", "source_sampling_rate", "target_sampling_rate")
 MAX_FACTOR = 20
-# Bytes that a URL may give.
+# Maximum size of a download in bytes.
 MAX_DOWNLOAD = 1 << 31
-DOWNLOAD_TIMEOUT = 60  # seconds without a byte
+DOWNLOAD_TIMEOUT = 60  # timeout in seconds without data
 MAX_DOWNLOAD_SECONDS = 900
 
 
 def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
-    """Refuse a cut that would run a program, or open what it should not, wherever in its manifest that is.
+    """Reject a cut that would run a program or open a disallowed source.
 
     Args:
-        manifest: the cut as a dict, of any type: its recording, custom recordings, tracks, supervisions, transforms,
-            features and arrays are looked at.
+        manifest: the cut of any type as a dict. The check covers its recording, custom recordings, tracks,
+            supervisions, transforms, features and arrays.
         allow_url: allow audio from http(s).
 
     Raises:
-        AudioError: saying which source, and what to do.
+        AudioError: if a source is not allowed, with the source and a remedy.
     """
     waiting: list[Any] = [manifest]
     while waiting:
@@ -66,7 +66,10 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
 
 
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
-    """Raise AudioError unless an audio source of Lhotse is a file, in memory, or an http(s) URL that is allowed."""
+    """Raise AudioError unless a Lhotse audio source is allowed.
+
+    Files and data in memory are allowed, and http(s) URLs if `allow_url` is set.
+    """
     shown = "..." if isinstance(source, bytes) else shorten(source)
     if kind == "command":
         raise AudioError(f"its audio is the output of a command ({shown}), and nothing is run; write it to a file.")
@@ -94,20 +97,20 @@ def _check_array(item: Mapping[str, Any]) -> None:
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
     """Read a Lhotse cut or recording, mixed to mono.
 
-    A cut of all channels of one source, without perturbation, has the samples that a manifest's line would have. Any
-    other is put together by Lhotse, from samples that are read here.
+    A cut of all channels of one source, without augmentation, has the same samples as a manifest entry for the same
+    audio. Lhotse assembles any other cut from samples that this module reads.
 
     Args:
         cut: a cut of any type, or a recording.
-        sample_rate: Hz of the result.
-        longest: seconds.
+        sample_rate: sample rate of the result in Hz.
+        longest: maximum duration in seconds.
         allow_url: read http(s) sources.
 
     Returns:
         Samples [T_audio], float32.
 
     Raises:
-        AudioError: if it cannot be read, is refused, or lasts more than `longest` seconds.
+        AudioError: if the cut cannot be read, is not allowed, or lasts more than `longest` seconds.
     """
     name = f"cut {shorten(getattr(cut, 'id', cut))}"
     try:
@@ -126,15 +129,16 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
         check_peak(float(np.abs(audio).max(initial=0.0)), "its audio")
         rate = int(cut.sampling_rate)
         return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
-    except Exception as error:  # of whichever of Lhotse's many parts
+    except Exception as error:  # any part of Lhotse may raise
         reason = _reason(error)
         raise AudioError(reason if reason.startswith(name) else f"{name}: {reason}") from error
 
 
 def forbid_programs() -> None:
-    """Take from Lhotse's default audio backends those that start a shell, for the life of this process.
+    """Remove the audio backends that start a shell from Lhotse's defaults.
 
-    NeMo's loaders open the files of their manifests for a sample rate, before a cut of them comes here.
+    The change lasts until this process ends. NeMo's loaders open the files of their manifests to read the sample rate
+    before a cut reaches this module.
     """
     from lhotse.audio.backend import (
         FfmpegSubprocessOpusBackend,
@@ -148,7 +152,7 @@ def forbid_programs() -> None:
 
 
 class OwnSource:
-    """Stands for an `AudioSource` in a recording, and reads its file or bytes without Lhotse's backends.
+    """Replacement for an `AudioSource` that does not use Lhotse's audio backends.
 
     Args:
         audio: the file, or its bytes.
@@ -163,10 +167,14 @@ class OwnSource:
         self.audio, self.channels = audio, channels
 
     def load_audio(self, offset: float = 0.0, duration: float | None = None, **_: Any) -> np.ndarray:
-        """Read samples [C, T] at the file's rate, from second `offset` on, for `duration` seconds or to the end.
+        """Read samples [C, T] at the sample rate of the file.
+
+        Args:
+            offset: start in seconds.
+            duration: duration in seconds; to the end of the file if None.
 
         Raises:
-            AudioError: if it cannot be read, or holds less.
+            AudioError: if the file cannot be read, or is shorter than requested.
         """
         name = str(self.audio) if isinstance(self.audio, Path) else "audio in memory"
         is_mono = len(self.channels) == 1
@@ -184,7 +192,10 @@ class OwnSource:
 
 
 def _only_source(cut: Any) -> Any:
-    """The source whose whole a cut or recording is a part of; None if Lhotse has to put it together."""
+    """Return the source of a cut that is a plain excerpt of one source; else None.
+
+    For None, Lhotse has to assemble the audio.
+    """
     if getattr(cut, "tracks", None) is not None:
         return None
     recording = getattr(cut, "recording", None) or cut
@@ -197,11 +208,11 @@ def _only_source(cut: Any) -> Any:
 
 
 def _with_own_sources(item: Any, allow_url: bool) -> Any:
-    """A copy of a cut, recording or transform, whose audio is read by `OwnSource`."""
+    """Return a copy of a cut, recording or transform that reads with `OwnSource`."""
     from lhotse.augmentation import AudioTransform
 
     changes: dict[str, Any] = {}
-    if isinstance(item, dict):  # a transform that has not been used yet
+    if isinstance(item, dict):  # a transform that has not been applied yet
         item = AudioTransform.from_dict(item)
     _check_numbers(item)
     for name in ("recording", "cut", "rir"):
@@ -216,7 +227,7 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
 
 
 def _check_numbers(item: Any) -> None:
-    """Refuse rates and factors of a cut, recording or transform that make days of audio of a second."""
+    """Reject rates and factors that would turn seconds of audio into days."""
     for name in RATE_ATTRIBUTES:
         if (rate := getattr(item, name, None)) is not None:
             check_rate(rate)
@@ -229,7 +240,7 @@ def _check_numbers(item: Any) -> None:
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
-    """The file or the bytes of an audio source, if it is allowed; a URL is fetched."""
+    """Return the file or the bytes of an allowed audio source; download a URL."""
     check_source(source.type, source.source, allow_url)
     if source.type == "file":
         return resolve_audio_path("", source.source)
@@ -243,10 +254,10 @@ def _open(source: Any, allow_url: bool) -> Path | bytes:
 
 
 def _download(url: str) -> bytes:
-    """Fetch a file from http(s); redirections lead to http(s) only.
+    """Download a file from http(s); redirects may lead only to http(s).
 
     Raises:
-        AudioError: if it cannot be downloaded, or is larger than `MAX_DOWNLOAD`.
+        AudioError: if the file cannot be downloaded, or is larger than `MAX_DOWNLOAD`.
     """
     import http.client
     import urllib.request
@@ -257,7 +268,7 @@ def _download(url: str) -> bytes:
     opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
     try:
         answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
-        if answer is None:  # no handler for the scheme that it is redirected to
+        if answer is None:  # the redirect has a scheme without a handler
             raise AudioError(f"{shorten(url)} leads elsewhere than to http(s).")
         with answer:
             data = _read_all(answer, url)
@@ -267,7 +278,7 @@ def _download(url: str) -> bytes:
 
 
 def _read_all(answer: Any, url: str) -> bytes:
-    """Read an answer in pieces, so that a server that sends a byte a minute does not hold the caller."""
+    """Read a response in pieces with a time limit, so that slow servers cannot block."""
     end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     pieces, size = [], 0
     while piece := answer.read1(1 << 16):
@@ -277,17 +288,17 @@ def _read_all(answer: Any, url: str) -> bytes:
             raise AudioError(f"{shorten(url)} is larger than {MAX_DOWNLOAD} bytes.")
         if time.monotonic() > end:
             raise AudioError(f"{shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
-    if answer.length:  # as `read` would say
+    if answer.length:  # as `read` would report
         raise AudioError(f"{shorten(url)} ends {answer.length} bytes too early.")
     return b"".join(pieces)
 
 
 def _check_count(count: int, rate: int, duration: float) -> None:
-    if count / rate < duration - 0.025:  # what Lhotse allows
+    if count / rate < duration - 0.025:  # Lhotse's tolerance
         raise AudioError(f"expected {duration:.2f} s of audio, but the file holds {count / rate:.2f} s.")
 
 
 def _reason(error: Exception) -> str:
-    """What an error of Lhotse says, on one line: the nested reasons too, which come last."""
+    """Return the message of a Lhotse error on one line, with the nested reasons."""
     text = str(error).partition("\n[extra info]")[0] or type(error).__name__
     return shorten(" ".join(text.split()), 400)

@@ -1,6 +1,7 @@
-"""Lhotse manifests, Shar and their tar files, read item by item: one that is broken or refused costs its clip.
+"""Fault-tolerant readers for Lhotse manifests, Shar and their tar files.
 
-Lhotse's own readers stop at the first item that they cannot read, or end in silence where a file of a Shar does.
+Items are read one by one; a malformed or disallowed item affects only its own clip. Lhotse's readers stop at the first
+item that they cannot read, and end silently where a file of a Shar ends.
 """
 
 import codecs
@@ -24,20 +25,20 @@ from nemo_lfr.io.text import UTF16_MARKS
 logger = logging.getLogger(__name__)
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
-# Attributes of a cut that a field of a Shar may hold.
+# Attributes of a cut that may be fields of a Shar.
 CUT_FIELDS = ("recording", "features")
-# Lines among which one must say what a file holds.
+# Number of leading lines that are searched for the kind of a file.
 FIRST_LINES = 100
 
 
 @dataclass(frozen=True)
 class CutItem:
-    """A cut of a file, or the reason why it cannot be used.
+    """A cut of a file, or the reason why it is invalid.
 
     Attributes:
-        id: the cut's, or one made of its line.
+        id: id of the cut, or one derived from its line.
         cut: the Lhotse cut; None if there is a problem.
-        problem: what is wrong with it.
+        problem: the reason why the cut is invalid; None if it is valid.
     """
 
     id: str
@@ -46,10 +47,12 @@ class CutItem:
 
 
 def json_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a JSON-lines file that are not blank, decompressed where it is gzip.
+    """Yield the lines of a JSON-lines file that are not blank.
+
+    Gzip files are decompressed.
 
     Raises:
-        ConfigError: if the file cannot be read, or was cut short.
+        ConfigError: if the file cannot be read, or is truncated.
     """
     try:
         with open(path, "rb") as raw:
@@ -70,7 +73,11 @@ def json_lines(path: Path) -> Iterator[bytes]:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return what Lhotse's JSON lines hold: "cuts", "recordings", "supervisions", "features", or None for neither."""
+    """Return the kind of a Lhotse JSON-lines file.
+
+    Returns:
+        "cuts", "recordings", "supervisions" or "features"; None if the file contains none of these.
+    """
     for _, line in zip(range(FIRST_LINES), json_lines(path), strict=False):
         try:
             item = json.loads(line)
@@ -80,7 +87,7 @@ def kind_of(path: Path) -> str | None:
             continue
         if item.get("type") in CUT_TYPES:
             return "cuts"
-        if "audio_filepath" in item:  # a NeMo manifest, whatever else its lines say
+        if "audio_filepath" in item:  # a NeMo manifest, regardless of its other lines
             return None
         if "sources" in item and "sampling_rate" in item:
             return "recordings"
@@ -93,14 +100,18 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | None = None) -> Iterator[CutItem]:
-    """Yield the cuts of a cuts file, or a cut of each recording of a recordings file.
+    """Yield the cuts of a cuts file, or a cut per recording of a recordings file.
 
-    The supervisions of recordings are read from the file beside, if there is one: see `supervisions_beside`.
+    The supervisions of recordings are read from the accompanying file, if there is one: see `supervisions_beside`.
 
     Args:
         path: the file.
-        allow_url: as of `check_cut`.
-        start, stop: yield only the items of this range; those before it are not parsed.
+        allow_url: allow audio from http(s), see `check_cut`.
+        start: first item to yield; earlier ones are not parsed.
+        stop: end of the range; None for the end of the file.
+
+    Yields:
+        Each cut, or the reason why it is invalid.
 
     Raises:
         ConfigError: if the file cannot be read.
@@ -121,10 +132,14 @@ def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | N
 
 
 def check_fields(folder: Path, fields: Iterable[str]) -> None:
-    """Refuse a Shar whose fields would replace what a cut is, such as its id or its methods.
+    """Reject a Shar whose fields would replace attributes or methods of a cut.
+
+    Args:
+        folder: the Shar, for messages.
+        fields: names of the fields.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: if a field has a reserved or invalid name.
     """
     from lhotse import MonoCut, MultiCut
 
@@ -138,12 +153,15 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
 
 
 def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:
-    """Yield the cuts of one shard of a Lhotse Shar, with what its other files hold of them.
+    """Yield the cuts of one shard of a Lhotse Shar, with the data of its other fields.
 
     Args:
-        cuts: the shard's `cuts.*.jsonl.gz`.
-        fields: name -> its `.tar` or `.jsonl`.
-        allow_url: as of `check_cut`.
+        cuts: the `cuts.*.jsonl.gz` of the shard.
+        fields: the `.tar` or `.jsonl` file of each field.
+        allow_url: allow audio from http(s), see `check_cut`.
+
+    Yields:
+        Each cut, or the reason why it is invalid.
     """
     readers = {name: _field(path, name) for name, path in fields.items()}
     broken: dict[str, str] = {}
@@ -155,7 +173,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
                     values[name] = next(reader)
                 except StopIteration:
                     broken[name] = f"{fields[name].name} is cut short (it ends here)"
-                except Exception as error:  # of tarfile, gzip or JSON
+                except Exception as error:  # raised by tarfile, gzip or JSON
                     broken[name] = (
                         f"{fields[name].name} is cut short ({shorten(str(error) or type(error).__name__, 200)})"
                     )
@@ -196,13 +214,13 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
             if member is not None:
                 fill_shar_placeholder(manifest=manifest, data=data, tarpath=member)
             setattr(item.cut, name, manifest)
-    except Exception as error:  # of Lhotse's many classes
+    except Exception as error:  # Lhotse classes may raise anything
         return CutItem(item.id, problem=explain(error))
     return item
 
 
 def explain(error: Exception) -> str:
-    """Say what is wrong with a cut, on one line."""
+    """Return a one-line message that explains why a cut is invalid."""
     if isinstance(error, AudioError):
         return shorten(error, 300)
     if isinstance(error, KeyError):
@@ -215,7 +233,10 @@ def _is_manifest(value: Mapping[str, Any]) -> bool:
 
 
 def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield, for each cut, its id and what a field's file holds of it: manifest, data and name of the data."""
+    """Yield the cut id and value of each item in a field's file.
+
+    The value is a tuple of manifest, data and name of the data; None if the cut has no value.
+    """
     if not re.search(r"\.tar(\.gz)?$", path.name):
         for line in json_lines(path):
             item = json.loads(line)
@@ -236,7 +257,10 @@ def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(data: bytes) -> Any:
-    """Parse the manifest in a tar; return None for a broken one, which costs its clip alone."""
+    """Parse a manifest in a tar; return None if it is malformed.
+
+    Such a manifest affects only its own clip.
+    """
     try:
         return json.loads(data)
     except NOT_A_LINE:
@@ -257,12 +281,12 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
         if manifest["type"] == "PaddingCut":
             return CutItem(name, problem="it is a PaddingCut, which holds no audio.")
         return CutItem(name, deserialize_cut(manifest))
-    except Exception as error:  # of Lhotse's many classes
+    except Exception as error:  # Lhotse classes may raise anything
         return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
 
 
 def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The manifest of a cut that is a whole recording."""
+    """Return the manifest of a cut that covers an entire recording."""
     channels = recording.get("channel_ids")
     if channels is None:
         channels = sorted(channel for source in recording["sources"] for channel in source["channels"])
@@ -278,7 +302,10 @@ def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[s
 
 
 def supervisions_beside(recordings: Path) -> Path | None:
-    """Return the supervisions that Lhotse's recipes write beside a file of recordings, if they are there."""
+    """Return the supervisions file that accompanies a recordings file, if it exists.
+
+    Lhotse's recipes write both files to the same folder.
+    """
     head, found, tail = recordings.name.rpartition("recordings")
     path = recordings.with_name(f"{head}supervisions{tail}")
     return path if found and path.is_file() else None

@@ -1,4 +1,4 @@
-"""One walk through folders for every command: which files are taken, and which are passed over and why."""
+"""Recursive file search for all commands, with a report of the skipped files."""
 
 import glob
 import logging
@@ -12,7 +12,8 @@ from nemo_lfr.errors import NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
 
-# What libsndfile reads by itself. Not .raw, which tells no rate, and .mat, which is rarely audio.
+# Suffixes that libsndfile reads without other packages. Excluded: .raw, which has no sample rate, and .mat, which is
+# rarely audio.
 SOUND_SUFFIXES = frozenset(
     {
         ".wav",
@@ -53,8 +54,8 @@ SOUND_SUFFIXES = frozenset(
         ".xi",
     }
 )
-# Containers and codecs that need the extra `media`; without it, reading one says so.
-# Not .ts, which is as often source code.
+# Containers and codecs that need the extra `media`; without it, reading one raises an error that names the extra.
+# Excluded: .ts, which is often source code.
 MEDIA_SUFFIXES = frozenset(
     {
         *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".3g2", ".webm", ".weba", ".mka", ".mkv"),
@@ -64,7 +65,7 @@ MEDIA_SUFFIXES = frozenset(
     }
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
-# What operating systems, network drives and notebooks leave, in lower case; hidden names are passed over anyway.
+# Folders of operating systems, network drives and notebooks, in lower case. Hidden names are always skipped.
 SYSTEM_FOLDERS = frozenset(
     {
         "__macosx",
@@ -81,10 +82,10 @@ SYSTEM_FOLDERS = frozenset(
         "temporary items",
     }
 )
-# Bytes of a file's name on the file systems of Linux, macOS and Windows.
+# Maximum length of a file name in bytes on the file systems of Linux, macOS and Windows.
 MAX_NAME = 255
 _SEPARATORS = {"/", os.sep}
-NAMED = 5  # kinds of passed-over files, and folders, that the one line lists
+NAMED = 5  # maximum number of reasons, and of folders, in the report
 
 
 def find_files(
@@ -96,19 +97,22 @@ def find_files(
 ) -> list[Path]:
     """Find the files below a folder that have one of some suffixes, in a fixed order.
 
-    Hidden files and folders are passed over, and so is what systems leave (`._*`, `__MACOSX`, `@eaDir` ...). Links are
-    followed; a folder that is reached more than once, as by a link to its parent, is read once. A link to a file that
-    is gone is returned too, so that opening it fails by name.
+    Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
+    folder that is reached more than once, for example by a link to its parent, is read once. A broken link is returned
+    too, so that opening it raises an error with its name.
 
     Args:
         root: the folder; it may itself be hidden.
-        suffixes: in lower case, with the dot; compared without regard to case.
-        silent_suffixes: suffixes of files that belong to the others, such as transcripts, and are not counted.
-        report: called at most once, with one line that says how many files were passed over and why.
+        suffixes: suffixes in lower case, with the dot; the comparison ignores case.
+        silent_suffixes: suffixes of companion files, such as transcripts, that are not counted as skipped.
+        report: called at most once, with one line that says how many files were skipped and why.
+
+    Returns:
+        The sorted paths.
 
     Raises:
-        NemoLfrError: if `root` is no folder.
-        OSError: if it cannot be read.
+        NemoLfrError: if `root` is not a folder.
+        OSError: if `root` cannot be read.
     """
     if not root.is_dir():
         raise NemoLfrError(f"{root}: no such folder.")
@@ -119,10 +123,11 @@ def find_files(
 
 
 def find_matches(pattern: str) -> list[str]:
-    """Return the paths that a glob matches, sorted; `**` stands for any number of folders.
+    """Return the paths that match a glob pattern, sorted.
 
-    As in `glob.glob`, hidden names match only where the pattern has their dot. Links to folders are followed, but a
-    folder that is reached more than once, as by a link to its parent, is read once. `FOLDER/**` is the folder.
+    `**` matches any number of folders, and `FOLDER/**` matches the folder. As in `glob.glob`, a hidden name matches
+    only if the pattern contains its dot. Links to folders are followed. A folder that is reached more than once, for
+    example by a link to its parent, is read once.
     """
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
@@ -140,7 +145,7 @@ def find_matches(pattern: str) -> list[str]:
 
 
 def _folders_below(root: str) -> Iterator[str]:
-    """Yield a folder and those below it that are not hidden, each once."""
+    """Yield a folder and all folders below it that are not hidden, once each."""
     seen = {_identity(os.stat(root))}
 
     def is_new(path: str) -> bool:
@@ -160,7 +165,7 @@ def _folders_below(root: str) -> Iterator[str]:
 
 
 class _Walk:
-    """The state of one walk."""
+    """State of one recursive search."""
 
     def __init__(self, root: Path, suffixes: frozenset[str], silent_suffixes: frozenset[str]) -> None:
         self.root = os.fspath(root)
@@ -171,7 +176,7 @@ class _Walk:
         self.unread: list[str] = []
         self._seen = {_identity(os.stat(root))}
         self._folders = [self.root]
-        # Read after all real folders, so that a link never takes the place of the folder that it leads to.
+        # Links are read after all real folders, so that a link never replaces the folder that it refers to.
         self._links: deque[str] = deque()
         while self._folders or self._links:
             if self._folders:
@@ -202,13 +207,13 @@ class _Walk:
     def _take(self, entry: "os.DirEntry[str]") -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         hidden = entry.name.startswith(".")
-        # Most entries are plain files, which the folder's listing tells without a look at each.
+        # Most entries are plain files. The folder listing contains their type, which avoids a `stat` call for each.
         is_file, status = entry.is_file(follow_symlinks=False), None
         if not is_file:
             try:
                 status = entry.stat()
             except OSError as error:
-                if not hidden and suffix in self.suffixes and entry.is_symlink():  # fails by name when it is opened
+                if not hidden and suffix in self.suffixes and entry.is_symlink():  # fails with its name when opened
                     self.found.append(Path(entry.path))
                 else:
                     self.passed[f"unreadable ({error.strerror})"] += 1
@@ -231,7 +236,7 @@ class _Walk:
         if entry.is_symlink():
             self._links.append(entry.path)
             return
-        identity = _identity(os.stat(entry.path))  # on Windows, that of the entry is always 0
+        identity = _identity(os.stat(entry.path))  # on Windows the inode of a directory entry is always 0
         if identity in self._seen:
             self.passed["folders reached twice"] += 1
         else:
@@ -239,7 +244,7 @@ class _Walk:
             self._folders.append(entry.path)
 
     def passed_over(self) -> str:
-        """One line about what was passed over; empty if nothing was."""
+        """Return a one-line report of the skipped files; empty if there are none."""
         if not self.passed and not self.unread:
             return ""
         order = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))

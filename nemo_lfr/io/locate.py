@@ -1,24 +1,30 @@
-"""Paths as users give them: `~`, and the checkpoint file, or the folder of an unpacked one, that one stands for."""
+"""Resolution of user paths: `~`, checkpoint files and unpacked checkpoints."""
 
 import os
 from pathlib import Path
 
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 
-# The members of a `.nemo`, and the files of an unpacked one.
+# Members of a `.nemo` archive, and files of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
-# Of files that people pass as models. A Hub repository's name may hold a dot, but does not end so.
+# Suffixes of model files. The name of a Hub repository may contain a dot but does not end with these.
 MODEL_SUFFIXES = frozenset(
     [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
 )
 
 
 def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> Path:
-    """Expand `~` and `~user`; a name that merely begins with it stays as it is.
+    """Expand `~` and `~user` in a path.
+
+    A name that begins with `~` but is not a home folder is returned unchanged.
+
+    Args:
+        path: the path.
+        error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if the path is empty: it would silently be the current folder.
+        NemoLfrError: of class `error`, if the path is empty: it would silently become the current folder.
     """
     if not os.fspath(path):
         raise error("the path '' is empty; give . if the current folder is meant.")
@@ -26,9 +32,10 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name that may be a file or a Hub repository is plainly that of a file, there or not.
+    """Return whether a name is a local path rather than a Hub repository.
 
-    It has the suffix of a file, starts as only a path does, or its first folder is there.
+    The path need not exist. A name is local if it has the suffix of a model file, starts like a path, or its first
+    folder exists.
     """
     path = os.path.expanduser(name)
     if path.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or "\\" in path:
@@ -40,17 +47,23 @@ def looks_local(name: str) -> bool:
 
 
 def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> None:
-    """Refuse what is plainly the path of a model and leads nowhere, before another package asks the Hub for it.
+    """Reject a local model path that does not exist.
+
+    Without this check, another package would request the name from the Hub.
+
+    Args:
+        name: the model name or path.
+        error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`.
+        NemoLfrError: of class `error`, if the path does not exist.
     """
     if not name or (looks_local(name) and not os.path.exists(os.path.expanduser(name))):
         raise error(f"{shorten(name, 300) or repr(name)}: no such file or folder.")
 
 
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
-    """Find the checkpoint that a local path stands for; `~` is the home directory.
+    """Return the checkpoint that a local path refers to; `~` is expanded.
 
     Args:
         source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, or a folder with one `.nemo` file, as
@@ -60,7 +73,8 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
         The file, or the folder of an unpacked `.nemo`.
 
     Raises:
-        CheckpointError: if there is none, or more than one, or it is no regular file (a pipe, device or socket).
+        CheckpointError: if there is no checkpoint, more than one, or the path is not a regular file (a pipe, device or
+            socket).
     """
     path = expand_home(source, CheckpointError)
     if os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""NeMo manifests: JSON lines, one recording each."""
+"""Reader for NeMo manifests: JSON lines with one recording each."""
 
 import hashlib
 import json
@@ -17,28 +17,28 @@ from nemo_lfr.io.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
 
-# Longer than any recording; a number beyond it is a mistake.
+# Longer than any recording; a larger value is an error.
 MAX_SECONDS = 1e7
-ID_DIGITS = 12  # hex digits of a hash that names a line
-# What a line raises that is no line of a manifest.
+ID_DIGITS = 12  # number of hex digits in the hash that identifies a line
+# Exceptions raised by a malformed manifest line.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 def line_id(line: bytes) -> str:
-    """Return an id for a line of a manifest that names no clip."""
+    """Return an id for a manifest line that has no usable clip name."""
     return "line-" + hashlib.sha256(line).hexdigest()[:ID_DIGITS]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One line of a manifest."""
+    """One entry of a manifest."""
 
     dataset: str
     path: Path
     name: Path  # relative to the dataset's audio_dir
     offset: float  # seconds
     duration: float
-    labels: dict[str, Any] = field(default_factory=dict, compare=False)  # the whole line
+    labels: dict[str, Any] = field(default_factory=dict, compare=False)  # all values of the entry
 
 
 def read_manifest(
@@ -47,19 +47,23 @@ def read_manifest(
     dataset: str = "",
     on_bad_line: Callable[[str], None] | None = None,
 ) -> list[Recording]:
-    """Read a NeMo manifest: JSON lines with `audio_filepath`, and `offset` and `duration` in seconds.
+    """Read a NeMo manifest in JSON lines.
 
-    A duration that is missing is read from the file's header. A line that cannot be used (broken JSON, an infinite
-    duration, a name that no file has) costs that recording: it is left out, and reported once.
+    Entries have `audio_filepath`, and `offset` and `duration` in seconds. A missing duration is read from the header
+    of the audio file. An invalid entry (malformed JSON, an infinite duration, an impossible file name) is skipped and
+    reported once.
 
     Args:
         path: the manifest; `~` is expanded.
-        audio_dir: folder of relative paths; the manifest's own if not given. See `resolve_audio_path`.
-        dataset: a name for the recordings.
-        on_bad_line: called with a sentence for each line that is left out; by default it is logged as a warning.
+        audio_dir: folder of relative paths; the manifest's folder if None. See `resolve_audio_path`.
+        dataset: name of the dataset, stored in each recording.
+        on_bad_line: called with a message for each skipped line; by default the message is logged as a warning.
+
+    Returns:
+        The recordings in order.
 
     Raises:
-        ConfigError: if the manifest cannot be read, or none of its lines can be used.
+        ConfigError: if the manifest cannot be read, or none of its lines is valid.
     """
     path = expand_home(path)
     folder = path.parent if audio_dir is None else expand_home(audio_dir)
@@ -90,14 +94,19 @@ def read_manifest(
 
 
 def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
-    """Return the path of an audio file that a table names, by the one rule for all commands and training.
+    """Return the path of an audio file named in a manifest or table.
 
-    An absolute path stays as it is. `~` and `~user` at the beginning are the home folder, as in NeMo. Any other path
-    is relative to `folder`: --audio-dir (`audio_dir` in training), or else the folder of the manifest or table.
+    All commands and training use this rule. An absolute path is returned unchanged. A leading `~` or `~user` is
+    expanded to the home folder, as in NeMo. Any other path is relative to `folder`: --audio-dir (`audio_dir` in
+    training), or by default the folder of the manifest or table.
+
+    Args:
+        folder: folder of relative paths.
+        name: the path in the manifest or table.
 
     Raises:
         TypeError: if `name` is not text.
-        ValueError: if no file can have this name.
+        ValueError: if `name` is not a valid file name.
     """
     if not isinstance(name, str):
         raise TypeError(f"the path of its audio is {shorten(name)}, not text")
@@ -112,10 +121,15 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:
-    """Return a line's number of seconds, or None if it has none.
+    """Return a value of an entry in seconds; None if it is missing.
+
+    Args:
+        labels: the values of the entry.
+        key: name of the value.
 
     Raises:
-        ValueError: if it is negative, not finite, or longer than any recording; TypeError if it is no number.
+        ValueError: if the value is negative, not finite, or longer than any recording.
+        TypeError: if the value is not a number.
     """
     if labels.get(key) is None:
         return None
@@ -126,7 +140,7 @@ def seconds(labels: dict[str, Any], key: str) -> float | None:
 
 
 def describe(error: BaseException) -> str:
-    """Say what is wrong with a line, on one line."""
+    """Return a one-line message that explains why an entry is invalid."""
     if isinstance(error, KeyError):
         return f"it has no key {error}"
     if isinstance(error, json.JSONDecodeError):

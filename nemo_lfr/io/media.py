@@ -1,4 +1,4 @@
-"""Audio of containers that libsndfile does not read (MP4, WebM, ASF, AAC, AC-3, WavPack ...), decoded by FFmpeg."""
+"""FFmpeg decoder for containers that libsndfile does not read (MP4, WebM ...)."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -8,15 +8,16 @@ import numpy as np
 from nemo_lfr.errors import AudioError, install_command, shorten
 from nemo_lfr.io.shortage import missing_extra
 
-# FFmpeg's names of the demuxers that may be used. Playlists, which name other files, are not among them.
+# FFmpeg names of the allowed demuxers. Playlists, which refer to other files, are excluded.
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg,"
     "ac3,eac3,dts,dtshd,wv,tta,ape,mpc,mpc8,tak,truehd,mlp,loas,rm,nut,dsf,iff,qcp,sox,nistsphere,shn,xwma,oma,voc"
 )
 
-# Demuxers of bare frames, whose duration FFmpeg estimates from the bit rate of the first ones.
+# Demuxers of raw frames, whose duration FFmpeg estimates from the bit rate of the first frames.
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "dtshd", "loas", "mp3", "truehd", "mlp", "amr"}
-# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with files of their own.
+# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with their own file
+# formats.
 _MAGIC = (
     *(b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba"),
     *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"DTSHDHDR", b"wvpk", b"TTA1", b"TTA2", b"MAC ", b"MP+", b"MPCK", b"tBaK"),
@@ -26,7 +27,7 @@ _MAGIC = (
 
 
 def looks_like_media(head: bytes) -> bool:
-    """Return whether the first 16 bytes of a file are those of a container for which this module is there."""
+    """Return whether the first 16 bytes of a file are those of a supported container."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
         or head.startswith(_MAGIC)
@@ -37,19 +38,19 @@ def looks_like_media(head: bytes) -> bool:
 
 
 class MediaDecoder:
-    """Decoder of a file's first audio track.
+    """Decoder of the first audio track of a file.
 
     Args:
-        source: the file, seekable; not closed here.
+        source: the file, seekable; the decoder does not close it.
 
     Attributes:
-        rate: Hz.
-        channels: of every block.
-        num_frames: None, since the container's figures are approximate.
+        rate: sample rate in Hz.
+        channels: number of channels.
+        num_frames: always None, since the durations in containers are approximate.
 
     Raises:
         MissingExtraError: if PyAV is not installed.
-        AudioError: if FFmpeg does not read it, or it has no audio track.
+        AudioError: if FFmpeg cannot read the file, or the file has no audio track.
     """
 
     num_frames: int | None = None
@@ -58,7 +59,7 @@ class MediaDecoder:
     def __init__(self, source: BinaryIO) -> None:
         try:
             import av
-        except Exception as error:  # whatever that package does when it is imported
+        except Exception as error:  # importing PyAV may raise anything
             raise missing_extra(error, "PyAV", f"PyAV is not installed: {install_command('av')}") from error
         self._av: Any = av
         self._source = source
@@ -69,7 +70,7 @@ class MediaDecoder:
         self._source.seek(0)
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "pipe"}
         try:
-            # A file object, since FFmpeg takes a name for a protocol and opens what it says.
+            # Pass a file object: FFmpeg would interpret a name as a protocol and open other resources.
             self._container = self._av.open(self._source, metadata_errors="ignore", container_options=options)
             tracks = self._container.streams.audio
             if not tracks:
@@ -106,14 +107,14 @@ class MediaDecoder:
                 yield part.to_ndarray().reshape(-1, self.channels)
         except (self._av.FFmpegError, ValueError, OSError) as error:
             raise AudioError(f"damaged audio ({_reason(error)})") from error
-        # A container's duration is that of its longest track, roughly.
+        # The duration of a container is approximately that of its longest track.
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
             if total / self.rate < 0.97 * seconds - 0.5:
                 raise AudioError(f"was cut short after {total / self.rate:.1f} of {seconds:.1f} s")
 
     def read(self, count: int) -> np.ndarray:
-        """Return the next samples, [up to count, channels] float32; none at the end."""
+        """Return the next samples, float32 [up to count, channels]; empty at the end."""
         pieces, size = [self._waiting], len(self._waiting)
         while size < count and (block := next(self._blocks, None)) is not None:
             pieces.append(block)
@@ -124,7 +125,10 @@ class MediaDecoder:
         return np.ascontiguousarray(joined[:count], dtype=np.float32)
 
     def seek(self, position: int) -> None:
-        """Go to a sample, by decoding what is before it: nothing else is exact in every container."""
+        """Seek to a sample by decoding everything before it.
+
+        No other method is exact in every container.
+        """
         if position < self._position:
             self.close()
             self._open()
@@ -132,10 +136,11 @@ class MediaDecoder:
             pass
 
     def close(self) -> None:
+        """Close the decoder, but not the source."""
         if self._container is not None:
             self._container.close()
 
 
 def _reason(error: Exception) -> str:
-    """Return FFmpeg's words without the file's name."""
+    """Return FFmpeg's error message without the file name."""
     return shorten(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
