@@ -1,8 +1,8 @@
-"""Where the audio lies in a file: container headers, compared with the bytes that are really there.
+"""Container parsing: find the audio in a file, and correct wrong headers.
 
-Decoders believe headers. Recorders that were killed, pipes and `cat` leave headers that are wrong: a length of 0, of a
-quarter, or of the first of several recordings. `find_streams` looks at the container itself and describes each
-recording of the file in such a way that libsndfile decodes all of it.
+Decoders trust headers. Killed recorders, pipes and `cat` leave headers with a wrong length: 0, too short, or only that
+of the first of several recordings. `find_streams` compares the container with the bytes in the file and describes each
+recording so that libsndfile decodes all of it.
 """
 
 import io
@@ -70,25 +70,25 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
 
 
 def find_streams(file: BinaryIO) -> list[Stream]:
-    """Find the recordings of an audio file, one after the other.
+    """Find the recordings of an audio file, in order.
 
     Args:
         file: opened for reading, seekable.
 
     Returns:
-        At least one stream. A format that is not known here is one stream, the file as it is.
+        At least one stream. A file of an unsupported format is one stream of the unchanged file.
     """
     size = file.seek(0, io.SEEK_END)
     window = Window(file, size)
     if skip := _tag_before(window):
-        # An ID3 tag, which some put in front of any format.
+        # Some programs write an ID3 tag before audio of any format.
         inner = Window(Splice(file, Stream([(skip, size)])), size - skip)
         return [moved(stream, [(skip, size)]) for stream in _find(inner)]
     return _find(window)
 
 
 def _tag_before(window: Window) -> int:
-    """Return the bytes of an ID3 tag before audio that is not MPEG audio; 0 if there is none."""
+    """Return the size of an ID3 tag before audio other than MPEG; 0 if there is none."""
     skip = after_id3(window, 0)
     head = window.at(skip, 12)
     if not skip or len(head) < 12 or head[:3] == b"ID3":
@@ -107,15 +107,20 @@ def _find(window: Window) -> list[Stream]:
 
 
 def find_mpeg(file: BinaryIO) -> list[Stream]:
-    """Find the recordings of MPEG audio that begins with something else: what is no frame is passed by.
+    """Find the recordings of MPEG audio that begins with other data.
+
+    Bytes that are not part of a frame are skipped.
+
+    Args:
+        file: opened for reading, seekable.
 
     Returns:
-        None of them if there is no such audio.
+        The streams; empty if the file has no MPEG audio.
     """
     return mpeg_streams(Window(file, file.seek(0, io.SEEK_END)))
 
 
 def is_known(head: bytes) -> bool:
-    """Return whether the first bytes of a file, a few thousand, are those of a format that is known here."""
+    """Return whether a file has a supported format, by its first few thousand bytes."""
     window = Window(io.BytesIO(head), len(head))
     return any(matches(head[:12], window) for matches, _ in _FORMATS)

@@ -1,6 +1,7 @@
-"""Remember the recordings of files that are opened again and again, as for the segments of a training run.
+"""Cache of scanned recordings for files that are opened repeatedly.
 
-Finding them reads a whole FLAC, MP3 or Ogg file: 0.2 to 1 s for an hour of audio, far more than a segment takes.
+Training opens a file for each segment. A scan reads an entire FLAC, MP3 or Ogg file: 0.2 to 1 s for an hour of audio,
+far longer than reading a segment takes.
 """
 
 import os
@@ -12,18 +13,21 @@ from nemo_lfr.io.containers.stream import Stream
 
 MAX_FILES = 4096
 MAX_STREAMS = 64
-# A file that was changed more recently may change again without another time of change.
+# A file that changed more recently may change again without a new modification time.
 SETTLED_NS = 2_000_000_000
 
-# Without a lock, which a fork could leave locked: each operation on the table is atomic.
+# Without a lock, which a fork could leave locked: each operation on the dictionary is atomic.
 _found: dict[tuple[int, ...], list[Stream]] = {}
 
 
 def cached_streams(file: BinaryIO) -> list[Stream]:
-    """Return the result of `find_streams`, from memory if this file was scanned before and has not changed.
+    """Return the result of `find_streams`, from the cache if the file is unchanged.
 
     Args:
-        file: opened for reading, seekable. What is not a file of a file system is scanned every time.
+        file: opened for reading, seekable. An object that is not a file of the file system is scanned every time.
+
+    Returns:
+        The recordings of the file, see `find_streams`.
     """
     key = _state(file)
     streams = None if key is None else _found.get(key)
@@ -37,10 +41,10 @@ def cached_streams(file: BinaryIO) -> list[Stream]:
 
 
 def _state(file: BinaryIO) -> tuple[int, ...] | None:
-    """Return what tells a file, and a version of it, from any other; None if nothing does."""
+    """Return a key that identifies a file and its version; None if there is none."""
     try:
         state = os.fstat(file.fileno())
-    except OSError:  # not a file of the system
+    except OSError:  # not a file of the file system
         return None
     if not state.st_ino or time.time_ns() - state.st_mtime_ns < SETTLED_NS:
         return None

@@ -1,4 +1,4 @@
-"""FLAC: streams one after the other, whose length may be left open."""
+"""FLAC: concatenated streams, whose length may be unknown."""
 
 import functools
 from collections.abc import Iterator
@@ -7,14 +7,15 @@ from nemo_lfr.io.containers.joined import next_file
 from nemo_lfr.io.containers.magic import after_tags
 from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, without_tags
 
-# A name and the length of the first block: compressed audio does not hold eight such bytes by chance.
+# The magic and the length of the first block. Compressed audio does not contain these eight bytes by chance.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
-FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes, as a rule and at most
+FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes: typical and maximum
 LAST_FRAME = "was cut short: its last frame is not whole"
 MAX_SAMPLES = (1 << 36) - 1
 
 
 def flac_streams(window: Window) -> list[Stream]:
+    """Find the FLAC streams of a file."""
     starts, found = [0], 8
     while (found := window.find(b"fLaC", found)) >= 0:
         if window.at(found, 8) in HEADS:
@@ -27,18 +28,18 @@ def flac_streams(window: Window) -> list[Stream]:
 
 
 def _stream(window: Window, start: int, stop: int) -> Stream:
-    """Describe one FLAC stream; the length is that of its frames, which are numbered."""
+    """Describe one FLAC stream; its length is taken from the frame numbers."""
     info = window.at(start + 8, 34)
     if len(info) < 34 or _after_metadata(window, start, stop) is None:
         return Stream([(start, stop)], problem=HEADER_CUT)
     known = int.from_bytes(info[13:18], "big")
     total = known & MAX_SAMPLES
-    # Frames of one size are numbered by frame: the number is worth something if the size is known.
+    # With a fixed block size, frames are numbered by frame; the sample number then requires the block size.
     block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
     end = without_tags(window, start, stop)
     is_file = start == 0 and stop == window.size
     counted, is_whole = _last_sample(window, start, end, block_size)
-    if counted is None and is_whole:  # the frames do not tell
+    if counted is None and is_whole:  # the frames do not contain the length
         return Stream([(start, end)], is_file=is_file)
     if total and counted is not None and is_whole and counted == total:
         return Stream([(start, end)], is_file=is_file)
@@ -47,13 +48,16 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
     problem = None if is_whole else LAST_FRAME
     if counted is not None and counted < total:
         problem = f"was cut short: its header promises {total} samples, {counted} are there"
-    # If there are more, libsndfile would stop at what is promised.
+    # If there are more samples than declared, libsndfile would stop at the declared number.
     header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
     return Stream([(start + len(header), end)], header, problem=problem)
 
 
 def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
-    """Describe a FLAC stream whose last bytes are no whole frame: it was cut, or something else follows it."""
+    """Describe a FLAC stream that does not end with a complete frame.
+
+    It is truncated, or other data follows it.
+    """
     ((start, stop),) = stream.spans
     first = _after_metadata(window, start, stop)
     position = stop if first is None else first
@@ -76,7 +80,10 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
 
 
 def _frame_ends(data: bytes) -> Iterator[int]:
-    """Yield where the frame that some bytes begin with may end: its CRC is 0 there, and by chance elsewhere."""
+    """Yield positions where the frame at the start of `data` may end.
+
+    The CRC of a complete frame is 0; it may be 0 elsewhere by chance.
+    """
     table, value = _crc_table(16, 0x8005), 0
     for index, byte in enumerate(data):
         value = (value << 8 ^ table[value >> 8 ^ byte]) & 0xFFFF
@@ -85,9 +92,9 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 
 
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
-    """Return the samples of a FLAC stream by its first and last frame, and whether the last one is whole.
+    """Return the number of samples of a FLAC stream, and whether its end is intact.
 
-    The count is None where the frames do not tell.
+    The number is computed from the first and last frames; it is None if they do not contain it.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -100,20 +107,23 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
             frame = tail[position:]
             if len(frame) <= 8 or frame[1] & 0xFE != 0xF8 or (span := _frame_span(frame, block_size)) is None:
                 continue
-            # The CRC of a whole frame with its own at the end is 0; compressed samples may look like a header.
+            # The CRC over a complete frame including its CRC field is 0. Compressed samples may resemble a header.
             if _crc(frame, 16, 0x8005) == 0:
                 return _counted(window, first, span[1], block_size), True
     return None, False
 
 
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
-    """Return the samples from the first frame on: of a part of a longer stream, it is not the frame 0."""
+    """Return the number of samples, counted from the first frame.
+
+    In an excerpt of a longer stream, the first frame does not have the number 0.
+    """
     span = None if first is None else _frame_span(window.at(first, 32), block_size)
     return None if span is None else end - span[0]
 
 
 def _after_metadata(window: Window, start: int, stop: int) -> int | None:
-    """Return where a FLAC stream's blocks of metadata end; None if they go beyond it."""
+    """Return the end of a stream's metadata blocks; None if they exceed the stream."""
     position, last = start + 4, False
     while not last and position + 4 <= stop:
         head = window.at(position, 4)
@@ -122,7 +132,10 @@ def _after_metadata(window: Window, start: int, stop: int) -> int | None:
 
 
 def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
-    """Return the numbers of a frame's first sample and of the one after it; None if its header is not one."""
+    """Return the numbers of a frame's first sample and of the one after its last.
+
+    The result is None if the header is invalid.
+    """
     code, rate_code = frame[2] >> 4, frame[2] & 15
     if code == 0 or rate_code == 15 or frame[3] & 1:
         return None
@@ -151,7 +164,7 @@ def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Return a CRC, highest bit first, that begins with 0."""
+    """Return a CRC, most significant bit first, with initial value 0."""
     table, mask, value = _crc_table(bits, polynomial), (1 << bits) - 1, 0
     for byte in data:
         value = (value << 8 ^ table[value >> (bits - 8) ^ byte]) & mask

@@ -1,16 +1,19 @@
-"""Find where another audio file begins behind the samples of one, as `cat` joins them."""
+"""Detection of another audio file after the samples of one, as `cat` joins files."""
 
 from nemo_lfr.io.containers.magic import after_tags, has_magic
 from nemo_lfr.io.containers.mpeg import frames_follow
 from nemo_lfr.io.containers.stream import JOINED, UNKNOWN_BYTES, Stream, Window, cut_short, whole_file
 
-# Bytes that tell MPEG audio and AAC: three of their largest frames.
+# Number of bytes that identify MPEG audio and AAC: three of their largest frames.
 LOOK_BYTES = 1 << 15
 ADTS_HEAD = 7
 
 
 def next_file(window: Window, position: int) -> int | None:
-    """Return where a file of any format begins at a position, after a pad byte, tags or zeros; None if none does."""
+    """Return the start of an audio file at a position; None if there is none.
+
+    A padding byte, tags or zeros before it are skipped.
+    """
     if position >= window.size:
         return None
     for start in (position, position + 1, after_tags(window, position)):
@@ -20,7 +23,10 @@ def next_file(window: Window, position: int) -> int | None:
 
 
 def adts_size(head: bytes) -> int | None:
-    """Return the bytes of the ADTS frame, of AAC, that begins with seven bytes; None if they begin none."""
+    """Return the size of an ADTS (AAC) frame from its first seven bytes.
+
+    The result is None if the bytes are not a frame header.
+    """
     if len(head) < ADTS_HEAD or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
         return None
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -28,7 +34,7 @@ def adts_size(head: bytes) -> int | None:
 
 
 def _adts_follows(window: Window, position: int) -> bool:
-    """Return whether three frames of AAC begin at a position."""
+    """Return whether three AAC frames begin at a position."""
     for _ in range(3):
         if (size := adts_size(window.at(position, ADTS_HEAD))) is None:
             return False
@@ -37,7 +43,16 @@ def _adts_follows(window: Window, position: int) -> bool:
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
-    """Compare the bytes of samples that are promised with those from `start` on; another file may follow them."""
+    """Compare the declared and the available number of bytes of samples.
+
+    Args:
+        window: the file.
+        start: position of the first sample.
+        promised: number of bytes that the header declares.
+
+    Returns:
+        The file as one stream, with a problem if it is truncated or another file follows the samples.
+    """
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:
         return [whole_file(window.size, cut_short(promised, available))]

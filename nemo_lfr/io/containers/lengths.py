@@ -1,4 +1,4 @@
-"""AU, AIFF, CAF and Wave64: containers with one length in their header."""
+"""AU, AIFF, CAF and Wave64: containers with one length field in their header."""
 
 import struct
 
@@ -15,7 +15,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 
-AU_HEADER = 24  # bytes
+AU_HEADER = 24  # size in bytes
 
 
 def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], window: Window) -> list[Stream]:
@@ -30,6 +30,7 @@ def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], w
 
 
 def au_streams(window: Window) -> list[Stream]:
+    """Find the audio of an AU file; correct the length in its header."""
     if window.size < AU_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
@@ -49,6 +50,7 @@ def au_streams(window: Window) -> list[Stream]:
 
 
 def aiff_streams(window: Window) -> list[Stream]:
+    """Find the audio of an AIFF or AIFC file; correct the length in its header."""
     position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -85,6 +87,7 @@ def aiff_streams(window: Window) -> list[Stream]:
 
 
 def caf_streams(window: Window) -> list[Stream]:
+    """Find the audio of a CAF file; correct the length in its header."""
     position = 8
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
@@ -107,6 +110,7 @@ def caf_streams(window: Window) -> list[Stream]:
 
 
 def w64_streams(window: Window) -> list[Stream]:
+    """Find the audio of a Wave64 file; correct the length in its header."""
     position = 40
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]
@@ -125,6 +129,9 @@ def w64_streams(window: Window) -> list[Stream]:
 
 
 def _another(window: Window, end: int, magic: bytes) -> bool:
-    """Return whether another file begins where the samples end, or one like this behind the chunks after them."""
+    """Return whether another file begins after the samples.
+
+    A file of the same format may also follow the chunks after the samples.
+    """
     found = window.find(magic, end)
     return next_file(window, end) is not None or (found >= 0 and window.at(found + 8, 4) == window.at(8, 4))

@@ -1,4 +1,4 @@
-"""Recognize the beginning of an audio file of any format, where another one ends."""
+"""Recognition of the beginning of any audio file, where another file ends."""
 
 import re
 import struct
@@ -6,7 +6,7 @@ import struct
 from nemo_lfr.io.containers.stream import TAGS, Window
 from nemo_lfr.io.media import looks_like_media
 
-# What the first 16 bytes of a file hold; samples do not hold such bytes by chance.
+# First 16 bytes of each format. Samples do not contain such bytes by chance.
 _MAGIC = re.compile(
     rb"(?:RIFF|RIFX|RF64|BW64).{4}(?:WAVE|AVI )|fLaC[\x00\x80]\x00\x00\x22|OggS\x00[\x02\x06]"
     rb"|FORM.{4}(?:AIFF|AIFC|8SVX|16SV)"
@@ -19,13 +19,13 @@ _SYNC = re.compile(rb"\xff[\xe0-\xff]|\x0b\x77|\x47\x40|\x56[\xe0-\xff]", re.DOT
 
 
 def has_magic(window: Window, position: int) -> bool:
-    """Return whether a file of a format with a magic of its own begins at a position."""
+    """Return whether a file of a format with a unique magic begins at a position."""
     head = window.at(position, 16)
     return _MAGIC.match(head) is not None or (_SYNC.match(head) is None and looks_like_media(head))
 
 
 def after_tags(window: Window, position: int) -> int:
-    """Return where the tags and the padding of zeros that begin at a position end."""
+    """Return the end of the tags and zero padding that begin at a position."""
     before = -1
     while before != position < window.size:
         before = position
@@ -48,7 +48,7 @@ def after_tags(window: Window, position: int) -> int:
 
 
 def after_id3(window: Window, position: int) -> int:
-    """Return the end of the ID3v2 tags at `position`; `position` itself where none is."""
+    """Return the end of the ID3v2 tags at a position; the position if there are none."""
     while (tag := window.at(position, 10))[:3] == b"ID3":
         if len(tag) < 10 or max(tag[6:10]) > 127:
             return position + 3
@@ -58,7 +58,7 @@ def after_id3(window: Window, position: int) -> int:
 
 
 def after_zeros(window: Window, position: int) -> int:
-    """Return where the run of zeros that begins at a position ends."""
+    """Return the end of the run of zeros that begins at a position."""
     while position < window.size:
         block = window.at(position, Window.BLOCK)
         rest = block.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""MPEG audio: frames one after the other, and what encoders promise in a first frame without sound."""
+"""MPEG audio: consecutive frames, and the silent header frame that encoders write."""
 
 import struct
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from nemo_lfr.io.containers.magic import after_id3, after_tags, has_magic
 from nemo_lfr.io.containers.stream import FEW_BYTES, HEADER_CUT, JOINED, TAGS, Span, Stream, Window, whole_file
 
 MAX_LEAD = 1 << 16  # bytes before the first frame
-MAX_PADDING = 4096  # bytes of tags and zeros behind the audio that are not worth a word
+MAX_PADDING = 4096  # number of bytes of tags and zeros after the audio that are ignored without a warning
 
 _BITRATES = {  # kbit/s by (is MPEG 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -18,25 +18,30 @@ _BITRATES = {  # kbit/s by (is MPEG 1, layer)
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-Kind = tuple[int, int, int]  # layer, rate, bytes of side information
+Kind = tuple[int, int, int]  # layer, sample rate in Hz, bytes of side information
 _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version bits
 
 
 @dataclass(frozen=True)
 class Frame:
+    """Header of an MPEG audio frame."""
+
     length: int  # bytes
     layer: int
     rate: int  # Hz
-    side: int  # bytes of side information, where layer 3 has it
+    side: int  # bytes of side information in layer 3
 
     @property
     def kind(self) -> Kind:
-        """What all frames of a recording have in common; `side` tells mono from stereo."""
+        """Return the properties shared by all frames of a recording.
+
+        `side` distinguishes mono from stereo.
+        """
         return self.layer, self.rate, self.side
 
 
 def read_frame(head: bytes) -> Frame | None:
-    """Read the four bytes that begin a frame; None if they do not."""
+    """Parse the first four bytes of a frame; return None if they are not a header."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
@@ -58,16 +63,16 @@ def read_frame(head: bytes) -> Frame | None:
 
 @dataclass
 class Piece:
-    """Frames that one encoder wrote."""
+    """Consecutive frames that one encoder wrote."""
 
-    spans: list[Span] = field(default_factory=list)  # bytes of the frames, without tags between them
+    spans: list[Span] = field(default_factory=list)  # byte ranges of the frames, without tags between them
     count: int = 0
-    promised: int | None = None  # frames, by its Xing header; that header is none of them
+    promised: int | None = None  # number of frames in the Xing header, excluding the header frame
     first: bytes = b""
     first_length: int = 0  # bytes of the first frame
-    problem: str | None = None  # what is wrong, unless there are as many frames as promised
-    is_joined: bool = False  # whether the problem is another file behind the frames
-    note: str | None = None  # what is odd, and loses next to nothing
+    problem: str | None = None  # error message, unless the number of frames is as declared
+    is_joined: bool = False  # whether the problem is another file after the frames
+    note: str | None = None  # warning about an irregularity that loses almost no audio
 
     def add(self, start: int, stop: int) -> None:
         """Add a frame."""
@@ -77,6 +82,7 @@ class Piece:
 
 
 def is_mpeg(head: bytes, window: Window) -> bool:
+    """Return whether a file is MPEG audio."""
     start = after_id3(window, 0) if head.startswith(b"ID3") else 0
     if head.startswith(b"ID3") and window.at(start, 4) == b"fLaC":
         return False
@@ -87,7 +93,10 @@ def is_mpeg(head: bytes, window: Window) -> bool:
 
 
 def is_late(_: bytes, window: Window) -> bool:
-    """Return whether MPEG audio begins behind something else, as the rest of a frame in a recorded stream."""
+    """Return whether MPEG audio begins after other data.
+
+    A recorded stream may begin with the rest of a frame.
+    """
     position = 0
     while (position := window.find(b"\xff", position, MAX_LEAD)) >= 0:
         if read_frame(window.at(position, 4)) is not None and frames_follow(window, position, 8):
@@ -97,7 +106,10 @@ def is_late(_: bytes, window: Window) -> bool:
 
 
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
-    """Return whether MPEG audio begins here: `least` frames of one kind, or fewer up to the end of the file."""
+    """Return whether MPEG audio begins at a position.
+
+    There are `least` frames of one kind, or fewer up to the end of the file.
+    """
     position = after_id3(window, position)
     kind: Kind | None = None
     for index in range(least):
@@ -114,7 +126,7 @@ def frames_follow(window: Window, position: int, least: int = 3) -> bool:
 def _pieces(window: Window) -> Iterator[Piece]:
     piece: Piece | None = None
     kind: Kind | None = None
-    skipped: int | None = None  # where what is no frame began
+    skipped: int | None = None  # start of the bytes that are not frames
     position = 0
     while position < window.size:
         head = window.at(position, 4)
@@ -127,7 +139,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
             if head[:3] == b"ID3":
                 position = after_id3(window, position)
                 kind = None
-            else:  # a tag of another kind, or damage: look for the next frame
+            else:  # a tag of another kind, or damage: search for the next frame
                 position = _next_sync(window, position + 1)
                 kind = None
             continue
@@ -158,7 +170,10 @@ def _pieces(window: Window) -> Iterator[Piece]:
 
 
 def _left_out(window: Window, start: int | None, stop: int) -> str | None:
-    """Return what to say of bytes [start, stop) that are no frames; None of tags and padding, which hold no audio."""
+    """Return a warning about bytes [start, stop) that are not frames, if any.
+
+    The result is None for tags and short padding, which contain no audio.
+    """
     if start is None:
         return None
     begin = min(after_tags(window, start), stop)
@@ -168,7 +183,10 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
-    """Return whether the file ends or another frame of the same kind follows: chance looks like one frame, not two."""
+    """Return whether the file ends or a frame of the same kind follows.
+
+    Random bytes may look like one frame, but hardly like two.
+    """
     following = position + frame.length
     if following > window.size:
         return False
@@ -177,7 +195,7 @@ def _confirmed(window: Window, position: int, frame: Frame) -> bool:
 
 
 def _is_end(window: Window, position: int) -> bool:
-    """Return whether the file ends at `position`, or a tag or padding begins there."""
+    """Return whether the file ends at a position, or a tag or padding begins there."""
     tagged = window.at(position, 11).startswith(TAGS)
     return tagged or window.is_zero(position, min(position + 64, window.size))
 
@@ -201,7 +219,10 @@ def _next_sync(window: Window, position: int) -> int:
 
 
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
-    """Return the frames that an encoder's first frame promises; None if it is a frame of sound."""
+    """Return the number of frames declared by an encoder's header frame.
+
+    The result is None if the frame contains audio.
+    """
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
@@ -214,6 +235,7 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
 
 
 def mpeg_streams(window: Window) -> list[Stream]:
+    """Find the recordings of MPEG audio."""
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
     if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
         return [whole_file(window.size, HEADER_CUT)]
@@ -228,16 +250,16 @@ def mpeg_streams(window: Window) -> list[Stream]:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
             if not stream.is_file:
                 stream.header, stream.spans = _true_header(window, piece)
-        else:  # no length, or that of the first of many: libsndfile would guess, and stop there
+        else:  # no length, or only that of the first recording: libsndfile would guess, and stop there
             stream.header = _xing_header(piece.first, piece.count)
         streams.append(stream)
     return streams
 
 
 def _is_plain(window: Window, piece: Piece) -> bool:
-    """Return whether only frames and an ID3v1 tag follow the ID3v2 tags of a file, and the size it states is true.
+    """Return whether a file consists of ID3v2 tags, frames and an ID3v1 tag only.
 
-    libmpg123 prints notes on stderr about all else.
+    The declared size must also be correct. libmpg123 prints messages to stderr about other files.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -252,7 +274,7 @@ def _is_plain(window: Window, piece: Piece) -> bool:
 
 
 def _xing_bytes(window: Window, piece: Piece) -> int | None:
-    """Return the size in bytes that the header of the encoder states; None if it states none."""
+    """Return the size in bytes declared by the header frame; None if there is none."""
     tag = _xing_tag(window, piece)
     return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
 
@@ -267,7 +289,7 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return the encoder's header with the true size in bytes, and the spans of the other frames."""
+    """Return the header frame with the correct size, and spans of the other frames."""
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)
@@ -278,7 +300,10 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 
 
 def _xing_header(head: bytes, count: int) -> bytes:
-    """Return a frame without sound that promises `count` frames like the one that begins with `head`."""
+    """Return a silent frame that declares `count` frames.
+
+    `head` is the beginning of a frame of the same kind.
+    """
     frame = read_frame(head)
     if frame is None or frame.layer != 3:
         return b""

@@ -1,4 +1,4 @@
-"""Ogg: logical streams one after the other, in pages that are numbered and have checksums."""
+"""Ogg: consecutive logical streams, in numbered pages with checksums."""
 
 import struct
 import zlib
@@ -8,6 +8,7 @@ from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window
 
 
 def ogg_streams(window: Window) -> list[Stream]:
+    """Find the recordings of an Ogg file."""
     links: list[Stream] = []
     open_serials: set[int] = set()
     numbers: dict[int, int] = {}
@@ -36,8 +37,8 @@ def ogg_streams(window: Window) -> list[Stream]:
         if _checksum(window.at(position, length)) != struct.unpack_from("<I", page, 22)[0]:
             problem = problem or f"is damaged: the Ogg page at byte {position} has a wrong checksum"
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
-        if flags & 2:  # begins a logical stream
-            if not in_heads:  # after the pages of others: the next recording
+        if flags & 2:  # the page begins a logical stream
+            if not in_heads:  # after pages of other streams: the next recording
                 links.append(Stream([(start, position)], problem=problem or _unfinished(open_serials)))
                 start, problem = position, None
                 open_serials, numbers = set(), {}
@@ -61,9 +62,9 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def _checksum(page: bytes) -> int:
-    """Return the CRC of a page, whose own field counts as zero.
+    """Return the CRC of a page, whose own checksum field counts as zero.
 
-    Ogg's CRC is zlib's with the bits of every byte, and of the result, in the other order, and without inversions.
+    Ogg's CRC equals that of zlib with the bits of every byte and of the result reversed, and without inversion.
     """
     cleared = page[:22] + bytes(4) + page[26:]
     inverted = zlib.crc32(cleared.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF

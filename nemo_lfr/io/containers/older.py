@@ -1,6 +1,6 @@
-"""SPHERE, VOC, 8SVX and AVR: whether all samples that their headers promise are there.
+"""Completeness checks for SPHERE, VOC, 8SVX and AVR.
 
-libsndfile reads what is there of a file that was cut short, and the headers of joined files as samples.
+libsndfile reads the available part of a truncated file, and decodes the headers of concatenated files as samples.
 """
 
 import re
@@ -14,17 +14,19 @@ SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
 SVX_FORMS = (b"8SVX", b"16SV")
 _SPHERE_FIELD = re.compile(rb"(?m)^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s*$")
 _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
-_SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # bytes
-_VOC_SOUND = {1: 2, 9: 12}  # kinds of blocks that begin sound, and the bytes of their fields
-_VOC_MORE, _VOC_LAST = 2, 9  # the kind of block that continues sound, and the last one there is
-_VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, as WAV numbers them
+_SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
+_VOC_SOUND = {1: 2, 9: 12}  # block types that begin sound, with the sizes of their fields
+_VOC_MORE, _VOC_LAST = 2, 9  # block type that continues sound, and the last defined type
+_VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, with their WAV format tags
 
 
 def is_sphere(head: bytes, _: Window) -> bool:
+    """Return whether a file is NIST SPHERE."""
     return head.startswith(SPHERE)
 
 
 def sphere_streams(window: Window) -> list[Stream]:
+    """Check the size of a SPHERE file."""
     own_size = window.at(8, 8).strip()
     start = int(own_size) if own_size.isdigit() else _SPHERE_HEADER
     header = window.at(0, min(start, _MAX_SPHERE_HEADER))
@@ -33,18 +35,22 @@ def sphere_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     if b"shorten" in header or b"sample_count" not in fields:
         return []
-    # One byte each, whatever the field says: libsndfile writes it as text.
+    # One byte each, regardless of the field: libsndfile writes it as text.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
     return compare_size(window, start, fields[b"sample_count"] * block)
 
 
 def is_voc(head: bytes, _: Window) -> bool:
+    """Return whether a file is Creative VOC."""
     return head == VOC[:12]
 
 
 def voc_streams(window: Window) -> list[Stream]:
-    """Walk over the blocks; libsndfile reads those after the first one, headers and all, as samples."""
+    """Find the samples in the blocks of a VOC file.
+
+    libsndfile would decode the headers of all blocks after the first one as samples.
+    """
     position = int.from_bytes(window.at(20, 2), "little")
     spans: list[Span] = []
     kinds: list[bytes] = []
@@ -77,7 +83,7 @@ def voc_streams(window: Window) -> list[Stream]:
 
 
 def _voc_format(block: bytes) -> bytes | None:
-    """Return the description of samples for a WAV file, from a block's kind and its fields; None if there is none."""
+    """Return the WAV format description of a sound block; None if it is unsupported."""
     if block[0] == 1:
         rate, bits, channels, codec = round(1_000_000 / (256 - block[1])), 8, 1, block[2]
     else:
@@ -89,10 +95,12 @@ def _voc_format(block: bytes) -> bytes | None:
 
 
 def is_svx(head: bytes, _: Window) -> bool:
+    """Return whether a file is 8SVX or 16SV."""
     return head[:4] == b"FORM" and head[8:12] in SVX_FORMS
 
 
 def svx_streams(window: Window) -> list[Stream]:
+    """Check the size of an 8SVX file."""
     position = 12
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -105,10 +113,12 @@ def svx_streams(window: Window) -> list[Stream]:
 
 
 def is_avr(head: bytes, _: Window) -> bool:
+    """Return whether a file is AVR."""
     return head.startswith(AVR)
 
 
 def avr_streams(window: Window) -> list[Stream]:
+    """Check the size of an AVR file."""
     head = window.at(0, _AVR_HEADER)
     if len(head) < _AVR_HEADER:
         return [whole_file(window.size, HEADER_CUT)]

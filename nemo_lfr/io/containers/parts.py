@@ -1,6 +1,6 @@
-"""Walk over the parts of AVI, ASF, FLV, AMR, ADTS, True Audio and WavPack files.
+"""Completeness checks for AVI, ASF, FLV, AMR, ADTS, True Audio and WavPack.
 
-FFmpeg reads them up to a cut, and the first of joined ones, without an error.
+FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
 """
 
 import struct
@@ -10,9 +10,9 @@ from nemo_lfr.io.containers.joined import ADTS_HEAD, adts_size, next_file
 from nemo_lfr.io.containers.stream import JOINED, Stream, Window, cut_short, whole_file
 
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # bytes; a tag of FLV with the size that follows it
+_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")
-_AMR_SIZES = {  # bytes of a frame by its type, with the type itself
+_AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
@@ -20,11 +20,12 @@ _TTA_HEAD = 22
 
 
 def is_avi(head: bytes, _: Window) -> bool:
+    """Return whether a file is AVI."""
     return head[:4] == b"RIFF" and head[8:12] == b"AVI "
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """AVI, which goes on in further RIFF chunks where it is large."""
+    """Check the chunks of an AVI file; large files consist of several RIFF chunks."""
     return _walked(window, _avi_parts(window))
 
 
@@ -32,17 +33,19 @@ def _avi_parts(window: Window) -> Iterator[int]:
     position = 0
     while window.at(position, 4) == b"RIFF" and (position == 0 or window.at(position + 8, 4) == b"AVIX"):
         size = int.from_bytes(window.at(position + 4, 4), "little")
-        if not size or size == 0xFFFFFFFF:  # left open
+        if not size or size == 0xFFFFFFFF:  # the size is unknown
             return
         yield 8 + size
         position += 8 + size + size % 2
 
 
 def is_asf(head: bytes, _: Window) -> bool:
+    """Return whether a file is ASF (WMA, WMV)."""
     return head == _ASF[:12]
 
 
 def asf_streams(window: Window) -> list[Stream]:
+    """Check the objects of an ASF file."""
     return _walked(window, _asf_parts(window))
 
 
@@ -57,10 +60,12 @@ def _asf_parts(window: Window) -> Iterator[int]:
 
 
 def is_flv(head: bytes, _: Window) -> bool:
+    """Return whether a file is Flash video."""
     return head[:4] == b"FLV\x01"
 
 
 def flv_streams(window: Window) -> list[Stream]:
+    """Check the tags of a Flash video file."""
     return _walked(window, _flv_parts(window))
 
 
@@ -74,10 +79,12 @@ def _flv_parts(window: Window) -> Iterator[int]:
 
 
 def is_amr(head: bytes, _: Window) -> bool:
+    """Return whether a file is AMR."""
     return head.startswith(_AMR)
 
 
 def amr_streams(window: Window) -> list[Stream]:
+    """Check the frames of an AMR file."""
     return _walked(window, _amr_parts(window))
 
 
@@ -85,17 +92,19 @@ def _amr_parts(window: Window) -> Iterator[int]:
     magic = next(magic for magic in _AMR if window.at(0, len(magic)) == magic)
     yield len(magic)
     position = len(magic)
-    while (head := window.at(position, 1)) and not head[0] & 0x83:  # bits that are always 0
+    while (head := window.at(position, 1)) and not head[0] & 0x83:  # these bits are always 0
         size = _AMR_SIZES[magic][head[0] >> 3 & 15]
         yield size
         position += size
 
 
 def is_wavpack(head: bytes, _: Window) -> bool:
+    """Return whether a file is WavPack."""
     return head[:4] == b"wvpk"
 
 
 def wavpack_streams(window: Window) -> list[Stream]:
+    """Check the blocks of a WavPack file."""
     return _walked(window, _wavpack_parts(window))
 
 
@@ -110,20 +119,25 @@ def _wavpack_parts(window: Window) -> Iterator[int]:
 
 
 def _is_further(window: Window, position: int) -> bool:
-    """Return whether a block of WavPack holds other channels of the samples before it."""
-    return not window.at(position + 25, 1)[0] & 8  # bit 11 of the flags: the first block of a group
+    """Return whether a WavPack block holds other channels of the preceding samples."""
+    return not window.at(position + 25, 1)[0] & 8  # bit 11 of the flags marks the first block of a group
 
 
 def is_tta(head: bytes, _: Window) -> bool:
+    """Return whether a file is True Audio."""
     return head[:4] == b"TTA1"
 
 
 def tta_streams(window: Window) -> list[Stream]:
+    """Check the frames of a True Audio file."""
     return _walked(window, _tta_parts(window))
 
 
 def _tta_parts(window: Window) -> Iterator[int]:
-    """True Audio: a header, a table of the sizes of its frames with a checksum, and the frames."""
+    """Yield the sizes of the sections of a True Audio file.
+
+    They are a header, a table of frame sizes with a checksum, and the frames.
+    """
     yield _TTA_HEAD
     rate, count = struct.unpack("<II", window.at(10, 8))
     num_frames = -(-count * 245 // (256 * rate)) if rate else 0
@@ -133,23 +147,24 @@ def _tta_parts(window: Window) -> Iterator[int]:
 
 
 def is_adts(head: bytes, window: Window) -> bool:
-    """AAC in ADTS frames: two in a row."""
+    """Return whether a file is AAC in ADTS frames, by two consecutive frames."""
     size = adts_size(head)
     return size is not None and (size >= window.size or adts_size(window.at(size, ADTS_HEAD)) is not None)
 
 
 def adts_streams(window: Window) -> list[Stream]:
+    """Check the frames of an ADTS file."""
     position = 0
     while (size := adts_size(window.at(position, ADTS_HEAD))) is not None and position + size <= window.size:
         position += size
-    if size is not None:  # FFmpeg takes a part of a frame for damage
+    if size is not None:  # FFmpeg reports a partial frame as damage
         note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are not read"
         return [Stream([(0, position)], note=note)]
     return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
 
 
 def _walked(window: Window, parts: Iterator[int]) -> list[Stream]:
-    """Add up parts, which must all be there, and refuse another file behind them."""
+    """Add up the sizes of sections, and report truncation or another file after them."""
     position = 0
     for size in parts:
         if position + size > window.size:

@@ -1,7 +1,8 @@
-"""Compare the sizes of formats with small fixed headers: IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX.
+"""Size checks for formats with small fixed headers, such as IRCAM, PAF and SDS.
 
-libsndfile reads a truncated file of these up to its end, without an error. IRCAM, PAF and PVF store no length: only a
-sample or block that is not whole shows that one of them was cut.
+The formats are IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX and HTK. libsndfile reads a truncated file of
+these formats up to its end without an error. IRCAM, PAF and PVF store no length: truncation is detected only by an
+incomplete sample or block.
 """
 
 import re
@@ -19,24 +20,26 @@ from nemo_lfr.io.containers.stream import (
 )
 
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
-_IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # bytes
-_PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples come in blocks of ten
+_IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
+_PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
 _PVF = re.compile(rb"PVF1\n(\d{1,9}) \d{1,9} (\d{1,2})\n")
 _WVE, _WVE_HEADER = b"ALawSoundFile**\0", 32
 _XI, _XI_HEADER, _XI_SAMPLE = b"Extended Instrument: ", 298, 40
 _MPC, _MPC_HEADER = b"\x01\x04", 42
-_MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes of a number by the tens of a matrix's type
+_MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes per value, by the tens digit of the matrix type
 _MAT5, _MAT5_HEADER = b"MATLAB 5.0 MAT-file", 128
-_MAT5_MATRIX = 14  # kind of element
-_SDS_HEADER, _SDS_PACKET, _SDS_BYTES = 21, 127, 120  # header, packet, and the packet's bytes of samples
+_MAT5_MATRIX = 14  # element type
+_SDS_HEADER, _SDS_PACKET, _SDS_BYTES = 21, 127, 120  # sizes in bytes: header, packet, and the samples of a packet
 _HTK_HEADER, _SOX_HEADER = 12, 32
 
 
 def is_ircam(head: bytes, _: Window) -> bool:
+    """Return whether a file is IRCAM."""
     return _IRCAM.match(head) is not None
 
 
 def ircam_streams(window: Window) -> list[Stream]:
+    """Check the size of an IRCAM file."""
     head = window.at(0, 16)
     if window.size < _IRCAM_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -45,10 +48,12 @@ def ircam_streams(window: Window) -> list[Stream]:
 
 
 def is_paf(head: bytes, _: Window) -> bool:
+    """Return whether a file is Ensoniq PARIS."""
     return head[:4] in (b" paf", b"fap ")
 
 
 def paf_streams(window: Window) -> list[Stream]:
+    """Check the size of an Ensoniq PARIS file."""
     if window.size < _PAF_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 1) == b" " else "<"
@@ -57,10 +62,12 @@ def paf_streams(window: Window) -> list[Stream]:
 
 
 def is_pvf(head: bytes, _: Window) -> bool:
+    """Return whether a file is Portable Voice Format."""
     return head.startswith(b"PVF1\n")
 
 
 def pvf_streams(window: Window) -> list[Stream]:
+    """Check the size of a Portable Voice Format file."""
     header = _PVF.match(window.at(0, 64))
     if header is None:
         return [whole_file(window.size, HEADER_CUT if b"\n" not in window.at(5, 64) else None)]
@@ -68,20 +75,24 @@ def pvf_streams(window: Window) -> list[Stream]:
 
 
 def is_wve(head: bytes, _: Window) -> bool:
+    """Return whether a file is Psion WVE."""
     return head == _WVE[:12]
 
 
 def wve_streams(window: Window) -> list[Stream]:
+    """Check the size of a Psion WVE file."""
     if window.size < _WVE_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     return compare_size(window, _WVE_HEADER, int.from_bytes(window.at(18, 4), "big"))
 
 
 def is_xi(head: bytes, _: Window) -> bool:
+    """Return whether a file is a FastTracker 2 instrument."""
     return head == _XI[:12]
 
 
 def xi_streams(window: Window) -> list[Stream]:
+    """Check the size of a FastTracker 2 instrument."""
     if window.size < _XI_HEADER + _XI_SAMPLE:
         return [whole_file(window.size, HEADER_CUT)]
     count = int.from_bytes(window.at(_XI_HEADER - 2, 2), "little")
@@ -90,7 +101,10 @@ def xi_streams(window: Window) -> list[Stream]:
 
 
 def is_mpc(head: bytes, window: Window) -> bool:
-    """Two bytes alone are too weak a magic: the name, volume, tuning and channels behind them must be possible too."""
+    """Return whether a file is Akai MPC 2000.
+
+    Its magic of two bytes is too short, so the name, volume, tuning and channels must also be valid.
+    """
     if not head.startswith(_MPC):
         return False
     header = window.at(0, _MPC_HEADER)
@@ -101,6 +115,7 @@ def is_mpc(head: bytes, window: Window) -> bool:
 
 
 def mpc_streams(window: Window) -> list[Stream]:
+    """Check the size of an Akai MPC 2000 file."""
     header = window.at(0, _MPC_HEADER)
     if len(header) < _MPC_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -109,11 +124,12 @@ def mpc_streams(window: Window) -> list[Stream]:
 
 
 def is_mat4(_: bytes, window: Window) -> bool:
+    """Return whether a file is MATLAB 4."""
     return window.at(20, 10) == b"samplerate"
 
 
 def mat4_streams(window: Window) -> list[Stream]:
-    """Walk over the matrices, which hold the rate and the samples."""
+    """Check the matrices of a MATLAB 4 file, which contain the rate and the samples."""
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
     while position < window.size:
@@ -132,18 +148,20 @@ def mat4_streams(window: Window) -> list[Stream]:
 
 
 def is_mat5(head: bytes, _: Window) -> bool:
+    """Return whether a file is MATLAB 5."""
     return head == _MAT5[:12]
 
 
 def mat5_streams(window: Window) -> list[Stream]:
-    """Walk over the elements, of which the largest holds the samples."""
+    """Check the elements of a MATLAB 5 file; the largest one contains the samples."""
     if window.size < _MAT5_HEADER + 8:
         return [whole_file(window.size, HEADER_CUT)]
     order = "<" if window.at(126, 2) == b"IM" else ">"
     position = _MAT5_HEADER
     while position + 8 <= window.size:
         kind, size = struct.unpack(f"{order}II", window.at(position, 8))
-        if kind == _MAT5_MATRIX:  # libsndfile writes its size 8 too large; flags, dimensions and name precede numbers
+        # libsndfile writes the size 8 bytes too large. Flags, dimensions and name precede the values.
+        if kind == _MAT5_MATRIX:
             position += 8
             for _ in range(3):
                 position += _mat5_element(window, position, order)
@@ -158,7 +176,10 @@ def mat5_streams(window: Window) -> list[Stream]:
 
 
 def _mat5_element(window: Window, position: int, order: str) -> int:
-    """Return the bytes of an element; one with up to four bytes of data has its size and kind in one word."""
+    """Return the size of an element in bytes.
+
+    An element with up to four bytes of data stores its size and type in one word.
+    """
     head = window.at(position, 8)
     if len(head) < 8:
         return 8
@@ -167,14 +188,16 @@ def _mat5_element(window: Window, position: int, order: str) -> int:
 
 
 def is_sds(head: bytes, _: Window) -> bool:
+    """Return whether a file is a MIDI sample dump."""
     return head[:2] == b"\xf0\x7e" and head[3:4] == b"\x01"
 
 
 def sds_streams(window: Window) -> list[Stream]:
+    """Check the packets of a MIDI sample dump."""
     header = window.at(0, _SDS_HEADER)
     if len(header) < _SDS_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
-    width = (header[6] + 6) // 7  # bytes of a sample, of seven bits each
+    width = (header[6] + 6) // 7  # bytes per sample; each byte holds seven bits
     count = header[10] | header[11] << 7 | header[12] << 14
     if not 1 <= width <= 4:
         return [whole_file(window.size)]
@@ -183,10 +206,12 @@ def sds_streams(window: Window) -> list[Stream]:
 
 
 def is_sox(head: bytes, _: Window) -> bool:
+    """Return whether a file is SoX's native format."""
     return head[:4] in (b".SoX", b"XoS.")
 
 
 def sox_streams(window: Window) -> list[Stream]:
+    """Check the size of a file in SoX's native format."""
     order = "<" if window.at(0, 1) == b"." else ">"
     if window.size < _SOX_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
@@ -195,16 +220,23 @@ def sox_streams(window: Window) -> list[Stream]:
 
 
 def is_htk(head: bytes, _: Window) -> bool:
-    """No magic, but samples of 2 bytes that are a waveform, with a period (in 100 ns) that audio has."""
+    """Return whether a file is an HTK waveform.
+
+    The format has no magic. The header must declare a waveform of 2-byte samples with a plausible period (in 100 ns).
+    """
     return head[8:12] == b"\0\x02\0\0" and 10 <= int.from_bytes(head[4:8], "big") <= 100_000
 
 
 def htk_streams(window: Window) -> list[Stream]:
+    """Check the size of an HTK waveform."""
     return compare_size(window, _HTK_HEADER, 2 * int.from_bytes(window.at(0, 4), "big"))
 
 
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
-    """Describe a file whose header stores no length: it no other may follow, and it ends with a whole sample."""
+    """Check a file whose header stores no length.
+
+    It must end with a complete block, and no other file may follow.
+    """
     if window.find(window.at(0, 16), start) >= 0:
         return [whole_file(window.size, JOINED)]
     rest = (window.size - start) % block if 0 < block < UNKNOWN_BYTES else 0

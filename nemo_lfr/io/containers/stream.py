@@ -1,4 +1,4 @@
-"""Byte ranges of recordings in a container, file objects over them, and random access to a file."""
+"""Byte ranges of recordings in a container, and file objects over them."""
 
 import io
 import re
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-# Programs that do not know the length of a WAV file yet write this value or more.
+# Programs that do not know the length of a WAV file yet write this value or a larger one.
 UNKNOWN_BYTES = 0x7FFF0000
-# A chunk's name. Samples hardly ever look like one: all four bytes would have to be letters.
+# Name of a chunk. Samples rarely match it: all four bytes would have to be such characters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
-# Chunks that programs write after the samples, believed even where they are cut short.
+# Chunks that programs write after the samples; accepted even if they are truncated.
 KNOWN_CHUNKS = frozenset(
     name.ljust(4)
     for name in b"LIST JUNK junk fact cue plst smpl inst bext iXML axml chna cart PEAK PAD FLLR id3 ID3 DISP acid "
     b"_PMX afsp minf elm1 regn umid RIFF RIFX RF64 BW64 fmt data".split()
 )
-# Tags that players append to any format.
+# Tags that players append to files of any format.
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
-# Fewer bytes than this after the audio are not audio.
+# Fewer bytes than this after the audio are not treated as audio.
 FEW_BYTES = 16
 
 Span = tuple[int, int]
@@ -80,7 +80,7 @@ class Splice(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to `size` bytes; all remaining ones by default."""
+        """Read up to `size` bytes; by default, all remaining bytes."""
         size = max(0, self._length - self._position) if size < 0 else size
         pieces = []
         while size:
@@ -128,7 +128,7 @@ class Window:
         return self._block[offset : offset + count]
 
     def find(self, pattern: bytes, position: int, stop: int | None = None) -> int:
-        """Return where `pattern` begins at or after `position`; -1 if it does not."""
+        """Return the position of `pattern` at or after `position`; -1 if not found."""
         stop = self.size if stop is None else min(stop, self.size)
         while position < stop:
             block = self.at(position, self.BLOCK)
@@ -151,7 +151,7 @@ class Window:
 
 
 def without_tags(window: Window, start: int, stop: int) -> int:
-    """Return where [start, stop) ends without the tags that players append: ID3v1, APE, Lyrics3."""
+    """Return the end of [start, stop) without appended ID3v1, APE and Lyrics3 tags."""
     before = None
     while before != stop:
         before = stop
@@ -184,12 +184,14 @@ JOINED = "holds several recordings, one after the other; convert each to WAV by 
 
 
 def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
-    """Return whether a chunk begins with some bytes: samples look like a name too, but seldom like its length.
+    """Return whether a RIFF chunk begins with some bytes.
+
+    Samples may look like the name of a chunk, but seldom like its length.
 
     Args:
         rest: the first bytes.
-        left: bytes up to the end of the file; None if that is not known.
-        order: byte order, as `struct` spells it.
+        left: number of bytes up to the end of the file; None if unknown.
+        order: byte order in the notation of `struct`.
     """
     if not CHUNK_NAME.match(rest):
         return False
@@ -199,15 +201,20 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 
 
 def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
-    """Return whether samples follow those that a WAV header declares, by the first bytes after them.
+    """Return whether more samples follow those that a WAV header declares.
 
-    They do not where a chunk (see `is_chunk`), another file or a tag begins, or where next to nothing follows.
+    They do not if a chunk (see `is_chunk`), another file or a tag begins, or if almost no bytes follow.
+
+    Args:
+        rest: the first bytes after the declared samples.
+        left: number of bytes up to the end of the file; None if unknown.
+        order: byte order in the notation of `struct`.
     """
     return len(rest) >= FEW_BYTES and not is_chunk(rest, left, order) and not rest.startswith(TAGS)
 
 
 def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
-    """Return a stream that was found in some spans of a file, put together, as one of the file itself."""
+    """Map a stream found in concatenated spans of a file to the file itself."""
     found: list[Span] = []
     for start, stop in stream.spans:
         at = 0

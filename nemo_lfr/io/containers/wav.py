@@ -1,4 +1,4 @@
-"""WAV: RIFF, RIFX, RF64 and BW64 files, from a disk or through a pipe."""
+"""WAV: RIFF, RIFX, RF64 and BW64, from a file or a pipe."""
 
 import io
 import struct
@@ -27,27 +27,28 @@ from nemo_lfr.io.containers.stream import (
 )
 
 SEVERAL = "holds several recordings; give it as a file, or convert each to WAV by itself"
-# Bytes of a chunk that describes samples; the header of a damaged file may claim gigabytes.
+# Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
-# Bytes that a pipe holds back to tell chunks from samples.
+# Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
 MAX_HELD = 1 << 24
-# Formats of the `fmt ` chunk: MPEG audio, layers 1 and 2, and layer 3.
+# Tags in the `fmt ` chunk for MPEG audio: layers 1 and 2, and layer 3.
 MPEG_TAGS = (b"\x50\0", b"\x55\0")
 
 
 def is_wav(head: bytes, _: Window) -> bool:
+    """Return whether a file is WAV."""
     return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
 
 
 @dataclass
 class WavHeader:
-    """The chunks of a WAV file before its samples.
+    """Chunks of a WAV file before its samples.
 
     Attributes:
-        magic: of the file.
-        format: the whole `fmt ` chunk.
-        data_size: bytes of samples, as the header has it.
-        long_size: the same of RF64's `ds64` chunk; None if there is none.
+        magic: the first bytes of the file.
+        format: content of the `fmt ` chunk.
+        data_size: number of bytes of samples, as declared in the header.
+        long_size: the same in the `ds64` chunk of RF64; None if there is none.
     """
 
     magic: bytes
@@ -57,30 +58,34 @@ class WavHeader:
 
     @property
     def order(self) -> str:
-        """Byte order, as `struct` spells it."""
+        """Return the byte order in the notation of `struct`."""
         return ">" if self.magic == b"RIFX" else "<"
 
     @property
     def declared(self) -> int:
-        """Bytes of samples that are promised."""
+        """Return the declared number of bytes of samples."""
         if self.data_size == 0xFFFFFFFF and self.long_size is not None:
             return self.long_size
         return self.data_size
 
     @property
     def is_mpeg(self) -> bool:
-        """Whether the samples are frames of MPEG audio."""
+        """Return whether the samples are frames of MPEG audio."""
         return self.order == "<" and self.format[:2] in MPEG_TAGS
 
     def is_unknown(self, available: int | None) -> bool:
-        """Return whether the header leaves the length open, where `available` bytes follow, if that is known."""
+        """Return whether the header leaves the length open.
+
+        Args:
+            available: number of bytes that follow; None if unknown.
+        """
         declared = self.declared
         if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
             return True
         return declared >= UNKNOWN_BYTES and (available is None or declared > available)
 
     def rebuilt(self, size: int | None) -> bytes:
-        """Return a header for `size` bytes of samples; for as many as come if None."""
+        """Return a header for `size` bytes of samples; None means an unknown length."""
         magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
         pad = b"\0" * (len(self.format) % 2)
         chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad
@@ -99,14 +104,14 @@ def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, byt
     """Read a WAV file up to its first sample.
 
     Args:
-        read: returns the next bytes, as many as it is asked for unless the file ends.
+        read: returns the requested number of bytes, or fewer at the end of the file.
 
     Returns:
-        The header, or None where it is not one or holds no samples; and what was read.
+        The header, or None if it is invalid or the file has no samples; and all bytes that were read.
     """
     taken = bytearray(read(12))
     header = WavHeader(bytes(taken[:4]))
-    if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # the head decides
+    if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # `is_wav` uses only the first bytes
         return None, bytes(taken)
     while len(taken) < 1 << 26:
         start = read(8)
@@ -133,14 +138,16 @@ def _note(header: WavHeader, name: bytes, body: bytes) -> None:
 
 
 class WavSamples:
-    """Filter that keeps the samples of a WAV file that comes in through a pipe, by the rules for files.
+    """Filter that extracts the samples of a WAV file from a pipe.
+
+    It applies the same rules as for files.
 
     Args:
-        header: what was read before the first sample.
-        header_size: its bytes.
+        header: the header before the first sample.
+        header_size: its size in bytes.
 
     Attributes:
-        problem: what is wrong with the file, once `finish` was called; None if it is whole.
+        problem: error message after `finish`; None if the file is complete.
     """
 
     def __init__(self, header: WavHeader, header_size: int) -> None:
@@ -151,22 +158,22 @@ class WavSamples:
         self._held = b""
         self._zeros: int | None = None
         self._skip = 0
-        self._unknown: bytes | None = None  # the name of the last chunk, where it may have been samples
+        self._unknown: bytes | None = None  # name of the last chunk, if it may have been samples
         self._done = False
         self._look = LOOK_BYTES
-        self._at_samples = True  # whether the last chunk was one of samples
+        self._at_samples = True  # whether the last chunk contained samples
         self._total = header_size
         self.problem: str | None = None
 
     def push(self, piece: bytes) -> bytes:
-        """Take the next bytes of the file; return the samples among them."""
+        """Process the next bytes of the file and return the samples among them."""
         self._total += len(piece)
         return self._filter(self._held + piece, last=False)
 
     def finish(self) -> bytes:
-        """Take the end of the file; return the samples that are left."""
+        """Process the end of the file and return the remaining samples."""
         samples = self._filter(self._held, last=True)
-        counted = self._declared in (self._total, self._total - 8)  # some recorders count the header as well
+        counted = self._declared in (self._total, self._total - 8)  # some recorders include the header in the length
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
         elif self._skip and self._unknown is not None:
@@ -202,9 +209,9 @@ class WavSamples:
         return b"".join(samples)
 
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
-        """Decide what follows samples or a chunk; return the data behind what was understood.
+        """Decide what follows samples or a chunk, and return the unprocessed data.
 
-        Where more bytes are needed to decide, all are held back.
+        If the decision needs more bytes, all data are kept.
         """
         window = Window(io.BytesIO(data), len(data))
         if not last and len(data) < MAX_HELD and self._is_open(window):
@@ -216,12 +223,13 @@ class WavSamples:
             self._done = True
             self.problem = SEVERAL
             return b""
-        # How much is left is not known, but no chunk after the samples is this large.
+        # The remaining size is unknown, but no chunk after the samples is this large.
         left, order = UNKNOWN_BYTES, self._order
         is_broken = _is_mock_chunk if last else _is_broken_chain
         is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
         if (goes_on(data, left, order) and goes_on(data[self._odd :], left, order)) or (is_mock and self._at_samples):
-            self._zeros = 0 if self._declared else None  # zeros after samples are padding; after none, silence
+            # Zeros after samples are padding; without samples, they are silence.
+            self._zeros = 0 if self._declared else None
             self._left = self._left if self._declared else None
             return data
         if not is_chunk(data, left, order):
@@ -239,7 +247,7 @@ class WavSamples:
         return data[8:]
 
     def _is_open(self, window: Window) -> bool:
-        """Return whether only what is still to come tells chunks and tags from samples."""
+        """Return whether only future bytes can distinguish chunks and tags from samples."""
         for start in {0, self._odd}:
             head = window.at(start, 8)
             if head.startswith(b"ID3") and after_tags(window, start) + LOOK_BYTES > window.size:
@@ -250,6 +258,7 @@ class WavSamples:
 
 
 def wav_streams(window: Window) -> list[Stream]:
+    """Find the recordings of a WAV file."""
     streams: list[Stream] = []
     start: int | None = 0
     while start is not None:
@@ -259,7 +268,7 @@ def wav_streams(window: Window) -> list[Stream]:
 
 
 def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
-    """Return the recording that begins at `start`, if there is one, and where the next one begins."""
+    """Return the recording at `start`, if any, and the start of the next one."""
     size = window.size
     header = WavHeader(window.at(start, 4))
     spans: list[Span] = []
@@ -301,12 +310,15 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
 
 
 def _is_tag(name: bytes) -> bool:
-    """Return whether four bytes begin a tag behind the chunks, and are not the chunk of a WAV file that holds one."""
+    """Return whether four bytes begin a tag that is not a known chunk of a WAV file."""
     return name not in KNOWN_CHUNKS and any(name.startswith(tag[:4]) for tag in TAGS)
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
-    """Return what is wrong with a WAV file whose chunks, up to `stop`, hold no samples or do not describe them."""
+    """Return the error message for a WAV file without usable samples.
+
+    Its chunks, up to `stop`, contain no samples or do not describe them.
+    """
     declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
     is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
     if not spans and stop + 8 > window.size and not is_whole:
@@ -315,7 +327,10 @@ def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans:
 
 
 def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
-    """The MPEG audio in a WAV file; libsndfile takes the header's guess of its length for its length."""
+    """Return the MPEG audio in a WAV file.
+
+    libsndfile would use the estimated length in the header.
+    """
     inner = Stream(spans)
     streams = [
         moved(stream, spans)
@@ -325,12 +340,12 @@ def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
-    """Return where samples that begin at `begin` end, what is wrong, and whether the header says the same."""
+    """Return the end of the samples, the problem, and whether the header agrees."""
     available, declared = window.size - begin, header.declared
     if header.is_unknown(available):
         return window.size, None, False
     if declared > available:
-        # Some recorders count the header as well.
+        # Some recorders include the header in the length.
         counted = declared in (window.size - start, window.size - start - 8)
         return window.size, None if counted else cut_short(declared, available), False
     stop = begin + declared
@@ -340,24 +355,33 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
 
 
 def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:
-    """Return whether samples follow those that a header declares, rather than chunks, tags or padding."""
+    """Return whether more samples follow those that a header declares.
+
+    Otherwise there are chunks, tags or padding.
+    """
     rest, left, odd = window.at(stop, 256), window.size - stop, declared % 2
     more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
     if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
         return False
-    # Zeros after samples are padding; after none, they are silence.
+    # Zeros after samples are padding; without samples, they are silence.
     return not declared or not window.is_zero(stop, window.size)
 
 
 def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
-    """Return whether bytes that look like a chunk are samples: its name is unknown, and its length leads to no end."""
+    """Return whether bytes that look like a chunk are samples.
+
+    The name is unknown, and its length leads beyond the end of the file or to unrecognized bytes.
+    """
     end = _end_of_chunks(window, position, order)
     is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
     return is_beyond or _is_broken_chain(window, position, order)
 
 
 def _is_broken_chain(window: Window, position: int, order: str) -> bool:
-    """Return whether chunks of unknown names lead to bytes that are no chunk, no other file, no tag and no padding."""
+    """Return whether a chain of unknown chunks ends in unrecognized bytes.
+
+    Recognized bytes are a chunk, another file, a tag or padding.
+    """
     if window.at(position, 11).startswith(TAGS):
         return False
     end = _end_of_chunks(window, position, order)
@@ -367,7 +391,7 @@ def _is_broken_chain(window: Window, position: int, order: str) -> bool:
 
 
 def _end_of_chunks(window: Window, position: int, order: str) -> int:
-    """Return where chunks of unknown names end, one after the other."""
+    """Return the end of consecutive chunks with unknown names."""
     while position + 8 <= window.size:
         head = window.at(position, 8)
         if not CHUNK_NAME.match(head) or head[:4] in KNOWN_CHUNKS:
@@ -377,7 +401,10 @@ def _end_of_chunks(window: Window, position: int, order: str) -> int:
 
 
 def _after(window: Window, begin: int, length: int) -> int:
-    """Return where the next chunk begins; some writers leave out the padding of an odd one."""
+    """Return the position of the next chunk.
+
+    Some writers omit the padding byte after a chunk of odd size.
+    """
     position = begin + length
     padded = position + length % 2
     if padded != position and CHUNK_NAME.match(window.at(position, 4)) and window.at(position, 1) != b"\0":
