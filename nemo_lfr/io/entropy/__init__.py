@@ -1,1 +1,1 @@
-"""Lossless entropy coding of FSQ tokens with integer arithmetic: coding 1 of `.lfr` files."""
+"""Lossless entropy coding of FSQ tokens in integer arithmetic (`.lfr` coding 1)."""

@@ -1,4 +1,7 @@
-"""Blocks of tokens as bytes, by an entropy model: each block is coded without those before it."""
+"""Conversion of token blocks to bytes with an entropy model, and back.
+
+Blocks are coded independently of each other.
+"""
 
 from collections.abc import Sequence
 
@@ -18,17 +21,31 @@ from nemo_lfr.io.entropy.predict import (
     tokens_to_digits,
 )
 
-# Fewest blocks for which decoding them side by side is faster than one after the other.
+# Minimum number of blocks for which decoding in parallel is faster than one by one.
 SIDE_BY_SIDE = 3
 
 
 def least_bytes(num_frames: int) -> int:
-    """Bytes that a block's payload has at least, so that few bytes cannot claim hours of work."""
+    """Return the minimum payload size of a block in bytes.
+
+    The bound prevents a few bytes from declaring hours of work.
+
+    Args:
+        num_frames: number of frames of the block.
+    """
     return -(-num_frames // 4)
 
 
 def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of the interval of each digit of a block: [T, D] -> 2 x [T, D] as int64."""
+    """Return the start and length of the interval of each digit of a block.
+
+    Args:
+        model: the entropy model.
+        digits: digits [T, D].
+
+    Returns:
+        Two arrays [T, D], int64.
+    """
     sums = hidden_sums(model, block_features(model.spec, digits))
     rows = np.arange(len(digits))
     starts, lengths = np.empty_like(digits), np.empty_like(digits)
@@ -41,23 +58,41 @@ def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
-    """Encode tokens [C, T], each below the codebook size."""
+    """Encode the tokens of a block.
+
+    Args:
+        model: the entropy model.
+        tokens: tokens [C, T], integers below the codebook size.
+    """
     starts, lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))
     data = encode_intervals(starts.ravel().tolist(), lengths.ravel().tolist())
     return data.ljust(least_bytes(tokens.shape[1]), b"\0")
 
 
 def block_bits(model: EntropyModel, tokens: np.ndarray) -> float:
-    """Code length of tokens [C, T] under a model, in bits, without what a block costs beside."""
+    """Return the code length of a block in bits, without overhead.
+
+    Args:
+        model: the entropy model.
+        tokens: tokens [C, T], integers below the codebook size.
+    """
     lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))[1]
     return float((FREQUENCY_BITS - np.log2(lengths)).sum())
 
 
 def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarray:
-    """The inverse of `encode_block`: tokens [C, T] as int32.
+    """Decode a block that `encode_block` encoded.
+
+    Args:
+        model: the entropy model.
+        data: the encoded bytes.
+        num_frames: number of frames of the block.
+
+    Returns:
+        Tokens [C, T], int32.
 
     Raises:
-        ValueError: if the bytes are not what `encode_block` writes for so many frames.
+        ValueError: if the bytes are not a valid encoding of that many frames.
     """
     decoder = Decoder(data)
     history = History(model.spec, 1)
@@ -77,7 +112,7 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
             np.floor(units, out=units)
             np.maximum(units, 0, out=units)
             np.minimum(units, HIDDEN_MAX, out=units)
-            # Few numbers: Python's are faster than NumPy's. As `frequencies`.
+            # The arrays are small: Python numbers are faster than NumPy. Equivalent to `frequencies`.
             values = np.floor(hidden @ output * third).tolist()
             best = max(values)
             weights = [exponentials[min(int(best - value), MAX_STEPS)] for value in values]
@@ -99,10 +134,17 @@ def _check_rest(rest: bytes, size: int, num_frames: int) -> None:
 
 
 def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> list[np.ndarray]:
-    """Decode several blocks, each given as its bytes and its number of frames, as `decode_block` does.
+    """Decode several blocks, in parallel where that is faster.
+
+    Args:
+        model: the entropy model.
+        blocks: bytes and number of frames of each block.
+
+    Returns:
+        Tokens [C, T], int32, of each block.
 
     Raises:
-        ValueError: as `decode_block` does, for any of them.
+        ValueError: if a block is invalid, see `decode_block`.
     """
     if len(blocks) < SIDE_BY_SIDE:
         return [decode_block(model, data, count) for data, count in blocks]
@@ -133,7 +175,7 @@ def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> l
 
 
 class _Tape:
-    """Decoders side by side; see `Decoder`."""
+    """Decoders of several blocks in parallel; see `Decoder`."""
 
     def __init__(self, data: Sequence[bytes]) -> None:
         self._states = np.array([Decoder(part).state for part in data], dtype=np.int64)
@@ -142,7 +184,10 @@ class _Tape:
         self._positions = self._ends - [len(part) - STATE_BYTES for part in data]
 
     def take(self, table: np.ndarray) -> np.ndarray:
-        """Next symbols of the first blocks, by their frequencies [B, levels]."""
+        """Return the next symbols of the first blocks.
+
+        The frequencies have shape [B, levels].
+        """
         batch = len(table)
         rows = np.arange(batch)
         states = self._states[:batch]
@@ -161,7 +206,7 @@ class _Tape:
         return symbols
 
     def finish(self, row: int) -> bytes:
-        """Bytes behind the last symbol of a block."""
+        """Return the bytes after the last symbol of a block."""
         if self._states[row] != LOW:
             raise ValueError("its coded digits do not end where they should")
         return self._data[self._positions[row] : self._ends[row]].astype(np.uint8).tobytes()

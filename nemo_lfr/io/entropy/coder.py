@@ -1,7 +1,7 @@
-"""rANS: symbols with integer frequencies as bytes, and back (Duda, arXiv 1311.2540).
+"""rANS coder for symbols with integer frequencies (Duda, arXiv 1311.2540).
 
-The state is an integer in [2^23, 2^31); frequencies of one symbol's alternatives sum to 2^15. The encoder takes the
-symbols from last to first, so that the decoder, which mirrors it step by step, gives them from first to last.
+The state is an integer in [2^23, 2^31). The frequencies of a symbol's alternatives sum to 2^15. The encoder processes
+the symbols from last to first, so that the decoder, which mirrors it step by step, returns them from first to last.
 """
 
 import struct
@@ -9,16 +9,19 @@ from collections.abc import Iterable
 
 FREQUENCY_BITS = 15
 TOTAL = 1 << FREQUENCY_BITS
-LOW = 1 << 23  # the state's lowest value, and its first
+LOW = 1 << 23  # minimum and initial value of the state
 STATE_BYTES = 4
 
 
 def encode_intervals(starts: list[int], frequencies: list[int]) -> bytes:
-    """Encode symbols, each given as its interval of [0, 2^15).
+    """Encode symbols, each represented by its interval of [0, 2^15).
 
     Args:
-        starts: first value of each interval, in the order in which they are to be decoded.
+        starts: first value of each interval, in decoding order.
         frequencies: length of each interval, at least 1.
+
+    Returns:
+        The encoded bytes.
     """
     state = LOW
     out = bytearray()
@@ -33,13 +36,13 @@ def encode_intervals(starts: list[int], frequencies: list[int]) -> bytes:
 
 
 class Decoder:
-    """Decode what `encode_intervals` wrote.
+    """Decoder for the output of `encode_intervals`.
 
     Args:
-        data: the bytes.
+        data: the encoded bytes.
 
     Raises:
-        ValueError: if they begin with no state.
+        ValueError: if the bytes do not begin with a valid state.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -52,10 +55,13 @@ class Decoder:
         self._position = STATE_BYTES
 
     def take(self, frequencies: Iterable[int]) -> int:
-        """Return the next symbol, one of as many as there are frequencies.
+        """Return the next symbol.
+
+        Args:
+            frequencies: frequency of each possible symbol.
 
         Raises:
-            ValueError: if the bytes end too early.
+            ValueError: if the data are truncated.
         """
         state = self.state
         rest = state & (TOTAL - 1)
@@ -75,10 +81,10 @@ class Decoder:
         return symbol
 
     def finish(self) -> bytes:
-        """Return the bytes behind the last symbol.
+        """Return the bytes after the last symbol.
 
         Raises:
-            ValueError: if the state is not the encoder's first one, so that something else was decoded.
+            ValueError: if the state is not the encoder's initial one, so the decoded symbols are wrong.
         """
         if self.state != LOW:
             raise ValueError("its coded digits do not end where they should")

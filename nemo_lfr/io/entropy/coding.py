@@ -1,4 +1,4 @@
-"""Coding 1 of `.lfr` files: what a block of frames is in the file when an entropy model compresses it."""
+"""Coding 1 of `.lfr` files: payloads of compressed frame blocks."""
 
 import struct
 from collections.abc import Sequence
@@ -11,18 +11,28 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 
 CODING = 1
 MAX_BLOCK_FRAMES = 1024
-BLOCK_FRAMES = 256  # of a file that is not live; see docs/FORMAT.md for what other sizes cost
-LEAST_BLOCK_FRAMES = 2  # a frame without a past saves less than its length field costs
+BLOCK_FRAMES = 256  # for files that are not live; docs/FORMAT.md compares other sizes
+LEAST_BLOCK_FRAMES = 2  # the first frame of a block saves less than the size of its length field
 SIZE = struct.Struct("<I")
 
 
 def payload_range(count: int, bytes_per_frame: int) -> range:
-    """Lengths that the payload of a block of `count` frames may have."""
+    """Return the valid payload sizes in bytes of a block of `count` frames."""
     return range(min(least_bytes(count), count * bytes_per_frame), count * bytes_per_frame + 1)
 
 
 def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int) -> bytes:
-    """Compress tokens [C, T], behind the length of the result; packed frames are taken where they are no longer.
+    """Compress tokens, with the length of the result in front.
+
+    Packed frames are used instead if they are not larger, and for very short blocks.
+
+    Args:
+        model: the entropy model.
+        tokens: tokens [C, T].
+        bytes_per_frame: size of a packed frame.
+
+    Returns:
+        The payload with its length field.
 
     Raises:
         TokensError: if a token is outside the codebook.
@@ -39,10 +49,19 @@ def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int
 def decode_payloads(
     model: EntropyModel, blocks: Sequence[tuple[bytes, int]], bytes_per_frame: int
 ) -> list[np.ndarray]:
-    """Tokens [C, T] as int32 of blocks, each given as its payload without the length, and its frames.
+    """Decode the payloads of several blocks.
+
+    Args:
+        model: the entropy model.
+        blocks: payload without its length field, and number of frames, of each block.
+        bytes_per_frame: size of a packed frame.
+
+    Returns:
+        Tokens [C, T], int32, of each block.
 
     Raises:
-        TokensError, ValueError: if a payload is not what `encode_payload` writes.
+        TokensError: if a payload contains an invalid token.
+        ValueError: if a payload is not a valid encoding.
     """
     spec = model.spec
     codebook_size = int(np.prod(spec.levels))

@@ -1,4 +1,4 @@
-"""Where entropy models come from: the package, a file that the user names, or a folder beside the token file."""
+"""Lookup of entropy models: in the package, by path, or next to the token file."""
 
 import os
 from functools import lru_cache
@@ -13,40 +13,50 @@ BUNDLED = "default.lfrm"
 
 
 def bundled_model_path() -> Path:
-    """The entropy model of the bundled codec."""
+    """Return the path of the entropy model of the bundled codec."""
     return Path(str(files("nemo_lfr") / "weights" / BUNDLED))
 
 
 @lru_cache(maxsize=1)
 def bundled_model() -> EntropyModel:
+    """Load the entropy model of the bundled codec."""
     return EntropyModel.read(bundled_model_path())
 
 
 def model_to_write(
     codec: KnownCodec, compress: bool, model: EntropyModel | str | os.PathLike[str] | None
 ) -> EntropyModel | None:
-    """Return the model for a new token file, None for packed frames.
+    """Return the model for a new token file; None for packed frames.
+
+    Args:
+        codec: the codec of the tokens.
+        compress: whether to compress; otherwise the result is None.
+        model: a model or its path; None for the bundled one.
 
     Raises:
-        EntropyModelError: as `model_for` does.
+        EntropyModelError: if there is no suitable model, see `model_for`.
     """
     return model_for(codec, model) if compress or model is not None else None
 
 
 def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyModel | None:
-    """Read a model that is given as a path.
+    """Return a model, reading it if its path is passed.
 
     Raises:
-        EntropyModelError: if it cannot be read.
+        EntropyModelError: if the file cannot be read.
     """
     return model if model is None or isinstance(model, EntropyModel) else EntropyModel.read(model)
 
 
 def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | None = None) -> EntropyModel:
-    """Return the model to compress a codec's tokens with: the one passed, or the one inside the package.
+    """Return the entropy model for a codec's tokens: `model` or the bundled one.
+
+    Args:
+        codec: the codec of the tokens.
+        model: a model or its path; None for the bundled one.
 
     Raises:
-        EntropyModelError: if the model is for other levels, or none was passed and the package has none for `codec`.
+        EntropyModelError: if the model is for other levels, or `model` is None and the package has none for `codec`.
     """
     found = as_model(model)
     if found is None:
@@ -61,7 +71,7 @@ def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | 
 
 
 def model_if_any(codec: KnownCodec) -> EntropyModel | None:
-    """Return the model inside the package if it is for this codec."""
+    """Return the bundled model if it is for this codec, else None."""
     try:
         return model_for(codec)
     except EntropyModelError:
@@ -69,7 +79,7 @@ def model_if_any(codec: KnownCodec) -> EntropyModel | None:
 
 
 def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: int, name: object) -> None:
-    """Raise EntropyModelError unless a model's frames have these levels and codebooks."""
+    """Raise EntropyModelError unless a model has these levels and codebooks."""
     spec = model.spec
     if (spec.levels, spec.num_codebooks) != (tuple(levels), num_codebooks):
         raise EntropyModelError(
@@ -81,16 +91,16 @@ def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: in
 def find_model(
     wanted: str, beside: Path, written_by: str, passed: EntropyModel | str | os.PathLike[str] | None = None
 ) -> EntropyModel:
-    """Find the model that a token file was compressed with.
+    """Find the entropy model that a token file was compressed with.
 
     Args:
-        wanted: its hash, from the token file.
-        beside: the token file; its folder, and the one above, may hold `HASH.lfrm`.
-        written_by: from the token file, for messages.
-        passed: a model or its path; the only place to look if given.
+        wanted: hash of the model, from the token file.
+        beside: path of the token file; its folder and the parent folder may contain `HASH.lfrm`.
+        written_by: name of the writer in the token file, for messages.
+        passed: a model or its path; if not None, no other place is searched.
 
     Raises:
-        EntropyModelError: if it is not found, or the file that was found is damaged or another model.
+        EntropyModelError: if no model is found, or the model is damaged or has another hash.
     """
     if passed is not None:
         model = as_model(passed)

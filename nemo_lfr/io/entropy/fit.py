@@ -1,7 +1,7 @@
-"""Fit an entropy model to tokens: a small network in PyTorch, then the integers that come nearest.
+"""Training of an entropy model: a small PyTorch network that is then quantized.
 
-The network is trained twice: with float weights, and, from there, with weights and activations rounded as the integer
-model has them (gradients pass the rounding), so that rounding costs almost nothing.
+The network is trained twice: first with float weights, then with weights and activations rounded as in the integer
+model, with straight-through gradients. The second stage makes the loss from rounding negligible.
 """
 
 import math
@@ -19,28 +19,30 @@ from nemo_lfr.io.entropy.blocks import block_bits
 from nemo_lfr.io.entropy.model import HIDDEN_MAX, EntropyModel, ModelSpec
 from nemo_lfr.io.entropy.predict import STEPS, block_features, tokens_to_digits
 
-HIDDEN_BITS = 5  # fractional bits of a hidden unit: 255 is a little less than 8
-INPUT_BITS = 7  # of a feature: 127 is a little less than 1
+HIDDEN_BITS = 5  # fractional bits of a hidden unit: the maximum 255 is slightly less than 8
+INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less than 1
 BLOCK_FRAMES = 256
 BATCH = 192
 WEIGHT_DECAY = 0.03
-# A live stream has short blocks, so some more of the frames are seen at the start of a block: so many in each 40.
+# Live streams have short blocks, so frames at the start of a block are oversampled: this many in each 40.
 START_FRAMES, START_EVERY = 8, 40
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to fit a model.
+    """Settings for fitting a model.
 
     Attributes:
-        past, averages, spreads: see `ModelSpec`.
+        past: number of past frames, see `ModelSpec`.
+        averages: time constants of running averages, see `ModelSpec`.
+        spreads: time constants of running distances, see `ModelSpec`.
         hidden: units of the two hidden layers.
         epochs: passes over the data with float weights.
         rounded_epochs: further passes with rounded weights.
-        max_frames: frames to fit; of more, some are chosen.
-        valid_share: of the utterances that are not fitted but measured.
-        learning_rate: highest one of Adam.
-        seed: of all that is random.
+        max_frames: maximum number of frames to fit; of more frames, a random subset is used.
+        valid_share: fraction of the utterances that are held out for validation.
+        learning_rate: peak learning rate of Adam.
+        seed: random seed.
     """
 
     past: int = 3
@@ -56,16 +58,19 @@ class FitSettings:
 
 
 class _Chain(torch.autograd.Function):
-    """The second hidden layer and the logits of each digit, one digit after the other.
+    """The second hidden layer and the logits of each digit, computed sequentially.
 
-    Autograd would do the same on tensors of [B, D, H2], which leave the cache, in three times the time.
+    Autograd would compute the same on tensors of [B, D, H2], which exceed the cache, and take three times as long.
     """
 
     @staticmethod
     def forward(
         ctx: Any, sums: torch.Tensor, digit: torch.Tensor, output: torch.Tensor, ones: torch.Tensor, rounded: bool
     ) -> torch.Tensor:
-        """Sums [B, H2], digit weights [D, L, H2], output weights [D, H2, L], digits [B, D, L] -> logits [B, D, L]."""
+        """Compute the logits [B, D, L].
+
+        The arguments are sums [B, H2], digit weights [D, L, H2], output weights [D, H2, L] and digits [B, D, L].
+        """
         running = sums.clone()
         logits = torch.empty_like(ones)
         units = []
@@ -81,6 +86,7 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients of the arguments of `forward`."""
         digit, output, ones, *units = ctx.saved_tensors
         (gradient,) = gradients
         running = torch.zeros_like(units[0])
@@ -95,12 +101,13 @@ class _Chain(torch.autograd.Function):
 
 
 class _Ordinal(nn.Module):
-    """A weight for each level of each digit, [D, L, H]: a parabola over the levels, and what departs from it.
+    """A weight for each level of each digit, [D, L, H]: a parabola plus a residual.
 
-    Levels are steps of one scale. What is learned of one so holds for its neighbors, from fewer tokens.
+    The levels are steps of one scale. With the parabola, what is learned for one level also applies to its neighbors,
+    which requires fewer tokens.
 
     Args:
-        levels: of each digit.
+        levels: number of levels of each digit.
         width: H.
     """
 
@@ -115,12 +122,13 @@ class _Ordinal(nn.Module):
         self.rest = nn.Parameter(torch.zeros(len(levels), max(levels), width))
 
     def forward(self) -> torch.Tensor:
+        """Return the weights [D, L, H]."""
         values: Any = self.values
         return self.rest + values * self.slope + (values**2 - 0.4) * self.bend
 
 
 class Network(nn.Module):
-    """The network in float: logits are in bits.
+    """The network in float; its logits are in bits.
 
     Args:
         spec: sizes.
@@ -142,7 +150,7 @@ class Network(nn.Module):
         self.exponents: dict[str, int] | None = None
 
     def weight(self, name: str) -> torch.Tensor:
-        """A weight, rounded as the integer model has it once `round_from_here` was called."""
+        """Return a weight, rounded as in the integer model after `round_from_here`."""
         module: nn.Module = getattr(self, name)
         value: Any = module() if isinstance(module, _Ordinal) else module.weight
         value = value.transpose(1, 2) if name == "output" else value
@@ -154,6 +162,7 @@ class Network(nn.Module):
         return value + (rounded - value).detach()
 
     def activate(self, sums: torch.Tensor) -> torch.Tensor:
+        """Apply the activation function, with rounding after `round_from_here`."""
         hidden = sums.clamp(0, HIDDEN_MAX * 2.0**-HIDDEN_BITS)
         if self.exponents is None:
             return hidden
@@ -161,7 +170,15 @@ class Network(nn.Module):
         return hidden + (rounded - hidden).detach()
 
     def forward(self, features: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-        """Code length of each digit in bits: features [B, F], digits [B, D] -> [B, D]."""
+        """Compute the code length of each digit in bits.
+
+        Args:
+            features: features [B, F].
+            digits: digits [B, D].
+
+        Returns:
+            Code lengths [B, D].
+        """
         hidden = self.activate(nn.functional.linear(features, self.weight("input"), self.input.bias))
         sums = nn.functional.linear(hidden, self.weight("hidden"), self.hidden.bias)
         sums = sums + nn.functional.linear(features, self.weight("skip"))
@@ -172,14 +189,15 @@ class Network(nn.Module):
         return bits / math.log(2)
 
     def round_from_here(self) -> None:
-        """Choose the exponents of the integer weights; `forward` rounds from now on."""
+        """Choose the exponents of the integer weights; `forward` rounds from then on."""
 
         def exponent(*values: torch.Tensor) -> int:
-            # A few outliers are clipped rather than make all others coarse.
+            """Return the largest exponent for which most weights fit in 8 bits."""
+            # A few outliers are clipped, which allows a finer resolution for all other weights.
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))
 
-        # Both parts of the second layer are summed in the same unit, though features have two more fractional bits.
+        # Both terms of the second layer are summed in the same unit, though features have two more fractional bits.
         extra = INPUT_BITS - HIDDEN_BITS
         hidden = min(exponent(self.hidden.weight), exponent(self.skip.weight) + extra)
         self.exponents = {
@@ -192,16 +210,25 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def to_model(self, spec: ModelSpec) -> EntropyModel:
-        """The integer model; raises ValueError if it would not be exact."""
+        """Convert the network to an integer model.
+
+        Args:
+            spec: sizes.
+
+        Raises:
+            ValueError: if float32 arithmetic would not be exact.
+        """
         assert self.exponents is not None
         scale = self.exponents
         rows = [slice(0, level) for level in spec.digit_levels]
 
         def integers(name: str, dtype: str) -> np.ndarray:
+            """Return a weight in integers."""
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            # Half a unit more makes the shift right, which rounds down, round to the nearest.
+            # Adding half a unit makes the right shift, which rounds down, round to nearest.
+            """Return a bias in integers."""
             half = (1 << shift) >> 1
             return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
 
@@ -241,18 +268,18 @@ def fit(
     """Fit an entropy model.
 
     Args:
-        utterances: tokens [C, T] of each.
-        levels: of one codebook.
+        utterances: tokens [C, T] of each utterance.
+        levels: levels of one codebook.
         num_codebooks: C.
-        fingerprint: of the codec that made them.
-        settings: sizes and times.
-        report: called with a line of text now and then.
+        fingerprint: fingerprint of the codec that produced the tokens.
+        settings: sizes and number of epochs.
+        report: called with progress messages.
 
     Returns:
-        The model, and figures: frames, and bits a frame on the utterances that were held out.
+        The model, and measurements: number of frames, and bits per frame on the held-out utterances.
 
     Raises:
-        EntropyModelError: if there is too little to fit, or the codec has more levels than models can have.
+        EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
     """
     try:
         spec = ModelSpec(
@@ -292,7 +319,13 @@ def fit(
 
 
 def measure(model: EntropyModel, utterances: Sequence[np.ndarray], block_frames: int = BLOCK_FRAMES) -> float:
-    """Bits a frame of a model's code for utterances in blocks, without what a block costs beside."""
+    """Return the code length in bits per frame, without the overhead of blocks.
+
+    Args:
+        model: the entropy model.
+        utterances: tokens [C, T] of each utterance.
+        block_frames: frames per block.
+    """
     frames = sum(part.shape[1] for part in utterances)
     return sum(block_bits(model, block) for part in utterances for block in _blocks(part, block_frames)) / frames
 
@@ -322,7 +355,7 @@ def _split(
 def _examples(
     spec: ModelSpec, utterances: list[np.ndarray], random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, F] as int8 and digits [N, D] as int64 of all frames."""
+    """Return features [N, F] as int8 and digits [N, D] as int64 of all frames."""
     features, digits = [], []
     for tokens in utterances:
         blocks = _blocks(tokens, BLOCK_FRAMES)

@@ -1,8 +1,8 @@
-"""The entropy model: integer weights that predict the digits of a frame, and the `.lfrm` file that holds them.
+"""Entropy model (`.lfrm` file): integer weights that predict a frame's digits.
 
-`docs/FORMAT.md` specifies the file and the arithmetic. All values are integers. They are computed as float32, which is
-exact because no sum of absolute values reaches 2^24: a model is refused when it is loaded unless this is proved for
-every input. The order of summation therefore does not matter, so any BLAS on any machine gives the same result.
+`docs/FORMAT.md` specifies the file and the arithmetic. All values are integers. They are computed in float32, which is
+exact because no sum of absolute values reaches 2^24: loading rejects a model unless this holds for every input. The
+order of summation therefore does not matter, and any BLAS on any machine gives the same result.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ MAX_FILE_BYTES = 1 << 26
 HASH_DIGITS = 16
 HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
-INPUT_MAX = 127  # of a feature
-HIDDEN_MAX = 255  # of a hidden unit
-EXACT_LIMIT = 1 << 24  # integers up to here are exact in float32
+INPUT_MAX = 127  # maximum of a feature
+HIDDEN_MAX = 255  # maximum of a hidden unit
+EXACT_LIMIT = 1 << 24  # integers up to this limit are exact in float32
 AVERAGE_BITS = 8  # fractional bits of a running average
 
 MAX_LEVELS, MAX_DIGITS, MAX_PAST, MAX_AVERAGES, MAX_HIDDEN, MAX_SHIFT = 64, 512, 16, 4, 1024, 20
@@ -44,15 +44,15 @@ class ModelSpec:
     """Sizes of a model, and the codec that it belongs to.
 
     Attributes:
-        levels: of one codebook, each from 2 to 64.
+        levels: levels of one codebook, each from 2 to 64.
         num_codebooks: C; a frame has `C * len(levels)` digits.
         past: number of past frames that are features.
-        averages: time constants of running averages, in powers of two of frames.
+        averages: time constants of running averages; k means 2^k frames.
         spreads: the same for running averages of distances from the middle level.
         hidden: units of the first and the second hidden layer.
         shifts: right shifts after the first layer, the second layer and the output layer.
-        fingerprint: of the codec whose tokens were fitted; information.
-        written_by: information.
+        fingerprint: fingerprint of the codec whose tokens were fitted; informational.
+        written_by: name and version of the writer; informational.
     """
 
     levels: tuple[int, ...]
@@ -67,15 +67,20 @@ class ModelSpec:
 
     @property
     def digit_levels(self) -> tuple[int, ...]:
-        """Levels of each digit of a frame: those of the codebooks in order, first dimension first."""
+        """Return the levels of each digit of a frame.
+
+        The order is that of the codebooks, first dimension first.
+        """
         return self.levels * self.num_codebooks
 
     @property
     def num_digits(self) -> int:
+        """Return the number of digits of a frame."""
         return len(self.levels) * self.num_codebooks
 
     @property
     def num_features(self) -> int:
+        """Return the number of features F."""
         return self.past * (self.num_digits + 1) + len(self.averages + self.spreads) * self.num_digits
 
     @classmethod
@@ -83,7 +88,9 @@ class ModelSpec:
         """Parse untrusted metadata.
 
         Raises:
-            ValueError, TypeError, KeyError: if it is anything else than what `EntropyModel.to_bytes` writes.
+            ValueError: if a value is invalid.
+            TypeError: if a value has another type.
+            KeyError: if a value is missing.
         """
         values = json.loads(text)
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
@@ -94,7 +101,7 @@ class ModelSpec:
         return spec
 
     def check(self) -> None:
-        """Raise ValueError for a value out of range."""
+        """Raise ValueError if a value is out of range."""
         for name, low, high, at_least, at_most in (
             ("levels", 2, MAX_LEVELS, 1, 16),
             ("averages", 1, 8, 0, MAX_AVERAGES),
@@ -119,7 +126,7 @@ class ModelSpec:
                 raise ValueError(f"{name} is {shorten(repr(value))}")
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of each tensor, in the order of the file."""
+        """Yield the name, dtype and shape of each tensor, in the order of the file."""
         first, second = self.hidden
         rows = sum(self.digit_levels)
         yield "input_weight", "<i1", (first, self.num_features)
@@ -133,11 +140,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)
 class EntropyModel:
-    """Integer weights; see `docs/FORMAT.md` for what each tensor does.
+    """Integer weights; `docs/FORMAT.md` describes each tensor.
 
     Args:
         spec: sizes.
-        weights: tensors as `ModelSpec.tensors` lists them.
+        weights: tensors as listed by `ModelSpec.tensors`.
 
     Raises:
         ValueError: if a tensor is missing or has another shape, or if a sum could reach 2^24.
@@ -155,7 +162,10 @@ class EntropyModel:
         self._prove_exact()
 
     def _prove_exact(self) -> None:
-        """Raise ValueError unless every partial sum of every layer, in any order, stays below 2^24."""
+        """Raise ValueError unless every partial sum of every layer stays below 2^24.
+
+        The bound holds for any order of summation.
+        """
         size = {name: np.abs(tensor.astype(np.int64)) for name, tensor in self.weights.items()}
         first = self.spec.hidden[0]
         digits = [part.max(axis=0) for part in np.split(size["digit_weight"], self.offsets[1:-1])]
@@ -173,11 +183,14 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """First row of each digit in the tensors that have a row for each level; then the number of rows."""
+        """Return the first row of each digit in tensors with a row per level.
+
+        The last item is the number of rows.
+        """
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
     def to_bytes(self) -> bytes:
-        """The `.lfrm` file; equal models give equal bytes."""
+        """Return the content of the `.lfrm` file; equal models give equal bytes."""
         text = json.dumps(asdict(self.spec), separators=(",", ":")).encode()
         head = MAGIC + struct.pack("<I", len(text) << 8 | VERSION) + text
         data = head + b"".join(self.weights[name].astype(dtype).tobytes() for name, dtype, _ in self.spec.tensors())
@@ -185,7 +198,10 @@ class EntropyModel:
 
     @cached_property
     def hash(self) -> str:
-        """The name of this model in `.lfr` files: the first 16 hex digits of the file's SHA-256."""
+        """Return the id of this model in `.lfr` files.
+
+        It is the first 16 hex digits of the file's SHA-256.
+        """
         return model_hash(self.to_bytes())
 
     @classmethod
@@ -193,14 +209,15 @@ class EntropyModel:
         """Parse the bytes of a `.lfrm` file.
 
         Args:
-            data: the file.
-            name: for messages.
+            data: content of the file.
+            name: name of the file, for messages.
 
         Raises:
-            EntropyModelError: naming the file and what is wrong with it.
+            EntropyModelError: if the file is damaged, with its name and the reason.
         """
 
         def fail(reason: str) -> EntropyModelError:
+            """Return an error that names the file and the reason."""
             return EntropyModelError(f"{name}: {reason}; the file is damaged or was cut short.")
 
         if data[:4] != MAGIC:
@@ -242,7 +259,7 @@ class EntropyModel:
         """Read a `.lfrm` file.
 
         Raises:
-            EntropyModelError: if it cannot be read or is damaged.
+            EntropyModelError: if the file cannot be read or is damaged.
         """
         path = Path(expand_home(path))
         try:
@@ -254,22 +271,25 @@ class EntropyModel:
             raise EntropyModelError(f"{path}: larger than any entropy model ({MAX_FILE_BYTES} bytes).")
         return cls.from_bytes(data, path)
 
-    # Derived forms, as float32 with exact integer values.
+    # Derived tensors, in float32 with exact integer values.
 
     @cached_property
     def layers(self) -> "Layers":
+        """Return the tensors in the layout for inference."""
         return Layers(self)
 
 
 class Layers:
-    """A model's tensors as float32, laid out for multiplication. Biases are the last row, for an input of 1.
+    """Tensors of a model in float32, laid out for matrix multiplication.
+
+    Biases are the last row, for an input of 1.
 
     Attributes:
         first: [F + 1, H1].
         second: [H1 + F + 1, H2].
-        digits: for each digit, what its value adds to the second layer, [levels, H2].
+        digits: for each digit, the contribution of its value to the second layer, [levels, H2].
         outputs: for each digit, [H2 + 1, levels].
-        scales: 2^-shift of the three layers; multiplying by a power of two is exact.
+        scales: 2^-shift of the three layers; multiplication by a power of two is exact.
     """
 
     def __init__(self, model: EntropyModel) -> None:
@@ -287,12 +307,17 @@ def _with_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 
 def model_hash(data: bytes) -> str:
-    """Return the name of a model with these bytes."""
+    """Return the id of a model from the bytes of its file."""
     return hashlib.sha256(data).hexdigest()[:HASH_DIGITS]
 
 
 def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a `.lfrm` file aside and rename it into place.
+    """Write a `.lfrm` file atomically.
+
+    Args:
+        model: the model.
+        path: the file.
+        overwrite: replace an existing file.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.

@@ -1,7 +1,7 @@
-"""From the frames and digits so far to the frequencies of the next digit, in integers.
+"""Integer prediction of the next digit's frequencies from past frames and digits.
 
-Everything here works on a batch, whose rows are frames of one block, or the same frame of several blocks. Arrays are
-float32 with integer values, which `EntropyModel` proves to be exact.
+All functions work on a batch, whose rows are the frames of one block or the same frame of several blocks. Arrays are
+float32 with integer values; `EntropyModel` verifies that they are exact.
 """
 
 import numpy as np
@@ -9,9 +9,9 @@ import numpy as np
 from nemo_lfr.io.entropy.coder import TOTAL
 from nemo_lfr.io.entropy.model import AVERAGE_BITS, HIDDEN_MAX, INPUT_MAX, EntropyModel, ModelSpec
 
-STEPS = 16  # of a logit, in one bit
+STEPS = 16  # logit steps per bit
 MAX_STEPS = 255
-# round(2^16 * 2^(-k / 16)); a whole bit less is a right shift by one.
+# round(2^16 * 2^(-k / 16)); for each full bit less, the value is shifted right by one.
 ROOTS = (
     *(65536, 62757, 60097, 57549, 55109, 52773, 50535, 48393),
     *(46341, 44376, 42495, 40693, 38968, 37316, 35734, 34219),
@@ -20,7 +20,7 @@ EXPONENTIALS = np.array([ROOTS[step % STEPS] >> step // STEPS for step in range(
 
 
 def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Split tokens [C, T] into their digits [T, C * len(levels)], first dimension first."""
+    """Split tokens [C, T] into digits [T, C * len(levels)], first dimension first."""
     digits = np.empty((tokens.shape[1], tokens.shape[0], len(levels)), dtype=np.int64)
     rest = tokens.T.astype(np.int64)
     for dimension, level in enumerate(levels):
@@ -29,7 +29,10 @@ def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `tokens_to_digits`: tokens [C, T] as int32."""
+    """Join digits [T, C * len(levels)] to tokens [C, T], int32.
+
+    This is the inverse of `tokens_to_digits`.
+    """
     parts = digits.reshape(len(digits), -1, len(levels)).astype(np.int32)
     tokens = np.zeros(parts.shape[:2], dtype=np.int32)
     for dimension in reversed(range(len(levels))):
@@ -38,14 +41,14 @@ def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 class History:
-    """The features of the next frame: past frames, which of them exist, running averages and spreads.
+    """Features of the next frame: past frames, their validity, averages and spreads.
 
     Args:
-        spec: says how many of each.
-        batch: B, number of blocks side by side.
+        spec: number of features of each kind.
+        batch: B, number of blocks in parallel.
 
     Attributes:
-        features: [B, F + 1] as float32; the last column is 1, for the bias. Changed in place.
+        features: features [B, F + 1], float32; the last column is 1, for the bias. Updated in place.
     """
 
     def __init__(self, spec: ModelSpec, batch: int) -> None:
@@ -59,7 +62,7 @@ class History:
         self._frames = 0
 
     def push(self, digits: np.ndarray) -> None:
-        """Add a frame of each block, [B, D]."""
+        """Append a frame of each block, digits [B, D]."""
         count, past, features = self._num_digits, self._past, self.features
         values = (2 * digits - self._levels) * self._steps
         features[:, count : past * count] = features[:, : (past - 1) * count].copy()
@@ -73,7 +76,7 @@ class History:
         for number, (average, time) in enumerate(zip(self._averages, self._times, strict=True)):
             if number == self._num_averages:
                 np.abs(values, out=values)
-            # A plain mean at first, so that a block learns of its recording from its first frames.
+            # A plain mean at first, so that a block adapts to its recording from its first frames.
             if self._frames < 1 << time:
                 average += (values - average) // self._frames
             else:
@@ -82,13 +85,21 @@ class History:
             at += count
 
     def keep(self, batch: int) -> None:
-        """Drop all blocks but the first ones."""
+        """Keep only the first `batch` blocks."""
         self.features = np.ascontiguousarray(self.features[:batch])
         self._averages = np.ascontiguousarray(self._averages[:, :batch])
 
 
 def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
-    """Features of each frame of a block that is known: digits [T, D] -> [T, F + 1] as float32."""
+    """Return the features of each frame of a known block.
+
+    Args:
+        spec: number of features of each kind.
+        digits: digits [T, D].
+
+    Returns:
+        Features [T, F + 1], float32.
+    """
     history = History(spec, 1)
     features = np.empty((len(digits), spec.num_features + 1), dtype=np.float32)
     for row, frame in zip(features, digits, strict=True):
@@ -98,7 +109,15 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Sums of the second hidden layer before any digit of the frame is known: [B, F + 1] -> [B, H2]."""
+    """Compute the second hidden layer's sums before any digit of the frame is known.
+
+    Args:
+        model: the entropy model.
+        features: features [B, F + 1].
+
+    Returns:
+        Sums [B, H2].
+    """
     layers = model.layers
     hidden = _activate(features @ layers.first, layers.scales[0])
     return np.concatenate([hidden, features], axis=1) @ layers.second
@@ -113,7 +132,16 @@ def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
 
 
 def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
-    """Sixteenths of a bit by which each level of a digit is likelier than others: [B, H2] -> [B, levels]."""
+    """Compute the logits of a digit's levels, in sixteenths of a bit.
+
+    Args:
+        model: the entropy model.
+        sums: sums of the second layer [B, H2].
+        digit: index of the digit.
+
+    Returns:
+        Logits [B, levels].
+    """
     layers = model.layers
     hidden = np.ones((len(sums), sums.shape[1] + 1), dtype=np.float32)
     units = hidden[:, :-1]
@@ -127,7 +155,14 @@ def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
 
 
 def frequencies(steps: np.ndarray) -> np.ndarray:
-    """Frequencies of each level, positive and 2^15 in all: logits [B, levels] -> [B, levels] as int64."""
+    """Convert logits to positive frequencies that sum to 2^15.
+
+    Args:
+        steps: logits [B, levels] in sixteenths of a bit.
+
+    Returns:
+        Frequencies [B, levels], int64.
+    """
     best = steps.argmax(axis=1)
     rows = np.arange(len(steps))
     below = np.minimum(steps[rows, best][:, None] - steps, MAX_STEPS).astype(np.int64)
