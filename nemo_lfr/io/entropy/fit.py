@@ -24,7 +24,7 @@ INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less
 BLOCK_FRAMES = 256
 BATCH = 192
 WEIGHT_DECAY = 0.03
-# Live streams have short blocks, so frames at the start of a block are oversampled: this many in each 40.
+# Live streams have short blocks. For every 40 frames, one more block of 8 frames is fitted to match them.
 START_FRAMES, START_EVERY = 8, 40
 
 
