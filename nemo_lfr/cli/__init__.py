@@ -1,1 +1,1 @@
-"""The command line, `nemo-lfr`."""
+"""Command line interface `nemo-lfr`."""

@@ -1,4 +1,4 @@
-"""`nemo-lfr decode`."""
+"""Command `nemo-lfr decode`."""
 
 import sys
 import time
@@ -98,10 +98,17 @@ def decode(
 
 
 def output_format(kind: str | None, out: Path | None) -> str:
-    """Return the audio format that --format or the suffix of --out asks for; WAV by default.
+    """Return the audio format that --format or the suffix of --out selects.
+
+    Args:
+        kind: value of --format, if it was passed.
+        out: value of --out, if it was passed.
+
+    Returns:
+        One of `AUDIO_FORMATS`; WAV if neither option selects a format.
 
     Raises:
-        NemoLfrError: if they differ.
+        NemoLfrError: if the two options differ.
     """
     suffix = "" if out is None or out.is_dir() else out.suffix[1:].lower()
     if suffix not in AUDIO_FORMATS:
@@ -112,6 +119,7 @@ def output_format(kind: str | None, out: Path | None) -> str:
 
 
 def decode_task(task: FileTask, codec: "Codec", **options: Any) -> dict[str, Any]:
+    """Decode one token file; `options` are those of `Codec.decode_file`."""
     started = time.perf_counter()
     num_samples = codec.decode_file(task.source, task.target, **options)
     return task_result(task, codec, num_samples, task.source, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""`nemo-lfr demo`: a speech clip there and back, with what it costs and how much is lost."""
+"""Command `nemo-lfr demo`: encode and decode a speech clip, and print sizes, times and quality."""
 
 import io
 import json
@@ -33,15 +33,24 @@ def demo(out: Path, **options: Any) -> None:
 
 
 def demo_clip() -> Path:
-    """The recording inside the package; weights/README.md says whose it is."""
+    """Return the path of the bundled recording; weights/README.md names its source and license."""
     return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
 
 
 def run(out: Path, codec: "Codec") -> dict[str, Any]:
-    """Write original.wav, speech.lfr, decoded.wav and spectrograms.png into `out`, replacing older ones.
+    """Encode and decode the demo clip, and write the results into a folder.
+
+    The files are original.wav, speech.lfr, decoded.wav and spectrograms.png. Existing files are replaced.
+
+    Args:
+        out: folder for the files; it is created.
+        codec: codec to use; its sample rate must be that of the clip.
 
     Returns:
-        What was written, sizes, times and quality, by name, ready to print.
+        Paths, sizes, times and quality by name, formatted for printing.
+
+    Raises:
+        NemoLfrError: if the codec has another sample rate than the clip.
     """
     import soundfile
 
@@ -84,7 +93,18 @@ def run(out: Path, codec: "Codec") -> dict[str, Any]:
 
 
 def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, path: Path) -> str:
-    """Both spectrograms, one above the other on one colour scale; returns the path, or why there is no picture."""
+    """Draw the spectrograms of both waveforms, one above the other.
+
+    Args:
+        audio: original waveform, float32 [T_audio].
+        output: decoded waveform, float32 [T_audio].
+        rate: sample rate in Hz.
+        bit_rate: bits per second of the token file, for the title.
+        path: PNG file to write.
+
+    Returns:
+        The path, or the reason why no picture was drawn.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""`nemo-lfr detokenize`."""
+"""Command `nemo-lfr detokenize`."""
 
 import sys
 from pathlib import Path

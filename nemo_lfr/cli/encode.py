@@ -1,4 +1,4 @@
-"""`nemo-lfr encode`."""
+"""Command `nemo-lfr encode`."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
     from nemo_lfr.io.entropy.model import EntropyModel
 
-# Files up to this long may be encoded together; longer ones stream through bounded memory.
+# Files up to this duration are batched; longer ones are encoded one at a time in bounded memory.
 BATCH_SECONDS = 60
 
 
@@ -86,7 +86,17 @@ def encode(
 def encode_tasks(
     tasks: list[FileTask], codec: "Codec", overwrite: bool, model: "EntropyModel | None" = None
 ) -> Iterator[dict[str, Any]]:
-    """Encode short files as one batch and long ones as streams."""
+    """Encode short files as one batch and longer ones one at a time, in bounded memory.
+
+    Args:
+        tasks: files to encode.
+        codec: codec to use.
+        overwrite: replace existing files.
+        model: entropy model that compresses the token files, if any.
+
+    Yields:
+        The `task_result` of each task, in order, as soon as its file is complete.
+    """
     import numpy as np
 
     from nemo_lfr.codec.arrays import to_numpy

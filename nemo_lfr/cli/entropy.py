@@ -1,4 +1,4 @@
-"""`nemo-lfr entropy fit`."""
+"""Command `nemo-lfr entropy fit`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -93,10 +93,12 @@ def fit(
 
 
 def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
-    """Path, metadata and tokens [C, T] of every utterance; those that cannot be read are named and passed over.
+    """Yield the path, metadata and tokens [C, T] of every utterance.
+
+    Utterances that cannot be read are skipped; their count and the last error are printed on stderr.
 
     Raises:
-        TokenFileError: if nothing but damaged files is found.
+        TokenFileError: if utterances were found but none could be read.
     """
     from nemo_lfr.corpus.token_folder import METADATA, TokenFolder
     from nemo_lfr.io.folders import find_files

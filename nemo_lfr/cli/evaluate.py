@@ -1,4 +1,4 @@
-"""`nemo-lfr evaluate`."""
+"""Command `nemo-lfr evaluate`."""
 
 import os
 import shlex
@@ -96,7 +96,7 @@ def evaluate(
         echo_stderr(f"{preset}: {PRESETS[preset].selection}")
     else:
         if source.exists() and not source.is_dir():
-            open_regular(source).close()  # refuses a pipe by what it is
+            open_regular(source).close()  # raises a specific error for pipes and devices
         if not source.is_file():
             raise NemoLfrError(f"{source}: no such manifest; folders are turned into one by: nemo-lfr prepare folder")
         found = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)

@@ -1,4 +1,4 @@
-"""`nemo-lfr export`."""
+"""Command group `nemo-lfr export`."""
 
 from pathlib import Path
 

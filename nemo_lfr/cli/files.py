@@ -1,4 +1,4 @@
-"""Plan, check and run the file tasks of `encode` and `decode`."""
+"""File tasks of `encode` and `decode`: planning, checks and execution."""
 
 import json
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileTask:
-    """One input file and where its result goes."""
+    """Input file and the path of its output."""
 
     source: Path
     target: Path
@@ -37,26 +37,31 @@ def plan_tasks(
     new_suffix: str,
     report: Callable[[str], None] = echo_stderr,
 ) -> list[FileTask]:
-    """Expand files, folders and globs into tasks; a folder's sub-folders are mirrored under `out`.
+    """Expand files, folders and globs into tasks.
 
-    An `out` that ends in `new_suffix` is the result of a single file, unless there is a folder of that name.
+    The subfolders of an input folder are mirrored under `out`. An `out` that ends in `new_suffix` is the output of a
+    single file, unless a folder of that name exists.
 
     Args:
-        inputs: as typed.
-        out: folder for the results, or the result of one file.
-        suffixes: of the files to take from folders, in lower case.
-        new_suffix: of the results.
-        report: called for each folder with the files that were passed over, after all else has been checked.
+        inputs: paths and glob patterns from the command line.
+        out: output folder, or output file of a single input; None writes beside the inputs.
+        suffixes: lower-case suffixes of the files to select in folders.
+        new_suffix: suffix of the outputs.
+        report: called with one line for each folder that has skipped files, after all checks have passed.
+
+    Returns:
+        Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or empty, or two inputs would write one file.
+        NemoLfrError: if an input is missing or of another kind, a folder has no matching file, or two inputs have the
+            same output.
     """
     passed_over: list[str] = []
     single = names_a_file(out, new_suffix)
     tasks: list[FileTask] = []
     for text in inputs:
         text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
-        exists = text and os.path.lexists(text)  # "" would be the current folder
+        exists = text and os.path.lexists(text)  # Path("") would be the current folder
         matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
         if not matches:
             raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
@@ -92,10 +97,14 @@ def plan_tasks(
 
 
 def names_a_file(out: Path | None, suffix: str) -> bool:
-    """Whether --out is the name of one result rather than a folder.
+    """Return whether --out names an output file rather than a folder.
+
+    Args:
+        out: value of --out, if it was passed.
+        suffix: suffix of the outputs.
 
     Raises:
-        NemoLfrError: if it is a file of another kind.
+        NemoLfrError: if it names a file of another kind.
     """
     if out is None or out.is_dir():
         return False
@@ -109,10 +118,16 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 
 
 def check_input(path: Path, suffixes: Collection[str]) -> None:
-    """Refuse a file that is plainly what another command takes, rather than call it damaged.
+    """Raise if a file is the input of another command.
+
+    Without this check the file would be reported as damaged.
+
+    Args:
+        path: input from the command line; anything but a regular file passes.
+        suffixes: suffixes that the command selects in folders.
 
     Raises:
-        NemoLfrError: naming that command.
+        NemoLfrError: if the contents are of another kind; the message names the right command or option.
     """
     if not path.is_file():
         return
@@ -131,10 +146,15 @@ def _kinds(suffixes: Collection[str]) -> str:
 
 
 def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: bool) -> list[FileTask]:
-    """Return the tasks that are to be done.
+    """Return the tasks that remain to be run, and remove temporary files of earlier runs.
+
+    Args:
+        tasks: planned tasks.
+        overwrite: value of --overwrite.
+        skip_existing: value of --skip-existing; tasks whose output exists are dropped.
 
     Raises:
-        NemoLfrError: before any work, if a result exists that is neither to be replaced nor to be kept.
+        NemoLfrError: if both options are set, an output exists and neither is set, or an output folder is a file.
     """
     from nemo_lfr.io.atomic import check_overwrite
 
@@ -158,10 +178,12 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
 def tasks_to_run(
     inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
 ) -> list[FileTask]:
-    """Plan the tasks, keep those that are to be done, and say which files are not among them.
+    """Plan the tasks, drop those to skip, and print the skipped files of folders.
+
+    See `plan_tasks` and `pending_tasks` for the arguments.
 
     Raises:
-        NemoLfrError: as `plan_tasks` and `pending_tasks` do.
+        NemoLfrError: for the errors of `plan_tasks` and `pending_tasks`.
     """
     passed_over: list[str] = []
     tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
@@ -171,7 +193,7 @@ def tasks_to_run(
 
 
 def _refuse_file_as_folder(target: Path) -> None:
-    """Raise if a file lies where a folder of a result is to be."""
+    """Raise if a parent folder of an output is an existing file."""
     for folder in target.parents:
         if os.path.isdir(folder):
             return
@@ -185,10 +207,16 @@ def run_tasks(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Do all tasks; a bad file is reported at the end and does not stop the others.
+    """Run all tasks and print their results; exit with code 1 if some failed.
 
-    `work` takes some tasks and yields a result for each, in order, as soon as it is written. When a batch fails, what
-    is left of it is tried again task by task.
+    A file that fails is reported at the end and does not stop the others. If a batch fails, its remaining tasks are
+    run one by one. If the only task fails, the exit code is 2.
+
+    Args:
+        tasks: tasks to run.
+        work: takes a batch of tasks and yields a `task_result` for each, in order, as soon as its file is complete.
+        batch_size: number of tasks per batch.
+        as_json: print one JSON object rather than the paths of the outputs.
     """
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
@@ -235,7 +263,7 @@ def _attempts(
         if len(batch) == 1:
             failures.append({"input": str(batch[0].source), "error": f"{batch[0].source}: {shortage}"})
             return
-        error.__traceback__ = None  # holds the arrays of this attempt
+        error.__traceback__ = None  # it keeps the arrays of the failed attempt alive
         for task in batch[done:]:
             yield from _attempts([task], work, failures)
 
@@ -248,6 +276,15 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def task_result(task: FileTask, codec: "Codec", num_samples: int, token_file: Path, seconds: float) -> dict[str, Any]:
+    """Return the figures of a finished task, as --json prints them.
+
+    Args:
+        task: the finished task.
+        codec: codec that was used.
+        num_samples: samples of the recording, at the codec's sample rate.
+        token_file: input or output that holds the tokens.
+        seconds: wall-clock time that the task took.
+    """
     if not num_samples:
         echo_stderr(f"{task.source}: holds no samples")
     duration = num_samples / codec.sample_rate

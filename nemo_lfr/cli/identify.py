@@ -1,4 +1,4 @@
-"""What a file or folder is, by its first bytes or its members, and which command takes it."""
+"""Identification of files by their first bytes, and of folders by their members."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,13 @@ HEAD_BYTES = 512
 
 
 class Identity(NamedTuple):
-    """A kind ("audio", "tokens", "checkpoint", ...), what it is in words, and what to do with it."""
+    """Kind of a file or folder.
+
+    Attributes:
+        kind: identifier, such as "audio", "tokens" or "checkpoint".
+        text: description for messages, such as "an audio file".
+        advice: the command or option that accepts it.
+    """
 
     kind: str
     text: str
@@ -24,7 +30,7 @@ AUDIO = Identity("audio", "an audio file", "nemo-lfr encode takes it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode takes it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "give it as --model")
 ENTROPY_MODEL = Identity("entropy model", "an entropy model", "give it as --entropy-model")
-# First bytes, at an offset.
+# Offset, magic bytes, identity.
 MAGIC = (
     (0, b"LFRT", TOKENS),
     (0, b"LFRM", ENTROPY_MODEL),
@@ -46,7 +52,7 @@ MAGIC = (
     (257, b"ustar", CHECKPOINT),
     (0, b"PK\x03\x04", CHECKPOINT),
 )
-# Members of a folder that tell what it is.
+# Members that identify a folder; the first match decides.
 MEMBERS = (
     ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "give it as --model")),
     ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "give it as --model")),
@@ -58,10 +64,13 @@ MEMBERS = (
 
 
 def identify(path: Path) -> Identity:
-    """Tell what a file or folder is.
+    """Identify a file or folder.
+
+    Args:
+        path: existing file or folder.
 
     Raises:
-        NemoLfrError: for a pipe, a device or a socket, which would be waited for without end.
+        NemoLfrError: for a pipe, a device or a socket, since reading one could block forever.
         OSError: if it cannot be read.
     """
     if path.is_dir():

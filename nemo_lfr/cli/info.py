@@ -1,4 +1,4 @@
-"""`nemo-lfr info`."""
+"""Command `nemo-lfr info`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from nemo_lfr.io.locate import expand_home
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Sample rate (Hz) for an audio reader that only reads the header.
+# Target rate (Hz) of an `AudioReader` that only reads headers; any valid value would do.
 INFO_RATE = 22050
 
 
@@ -47,10 +47,16 @@ def info(files: tuple[str, ...], as_json: bool) -> None:
 
 
 def describe(text: str | None) -> dict[str, Any]:
-    """Describe a file, a folder or a Hub id, and name the command that takes it; None is the bundled codec.
+    """Describe a file, a folder, a Hub id or the bundled codec.
+
+    Args:
+        text: path or Hub id; None for the bundled codec.
+
+    Returns:
+        Properties by name, as `nemo-lfr info` prints them.
 
     Raises:
-        NemoLfrError: if it is nothing that this package reads.
+        NemoLfrError: if the file is missing or this package cannot read it.
     """
     path = None if text is None else expand_home(text)
     if path is None or not os.path.lexists(path):

@@ -1,7 +1,7 @@
-"""The `nemo-lfr` command group and its entry point.
+"""Command group `nemo-lfr` and its entry point.
 
-Each command has its own file, which imports torch and other large packages when it runs, so that `--help` is fast.
-Results go to stdout and everything else to stderr. A usage error is one line and exit code 2.
+Each command has its own file and imports torch and other large packages only when it runs, so that `--help` is fast.
+Results go to stdout and everything else to stderr. Usage errors print one line and exit with code 2.
 """
 
 import errno
@@ -45,7 +45,10 @@ for command in (encode, decode, info, demo, export, prepare, tokenize, detokeniz
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Exit through SystemExit on SIGTERM and SIGHUP, so that no partial file is left; keep an ignored SIGHUP."""
+    """Raise SystemExit on SIGTERM and SIGHUP, so that cleanup removes partial files.
+
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored.
+    """
     received: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -69,25 +72,35 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Closed descriptors lead nowhere, rather than into the next file that is opened; any file name can be printed."""
+    """Open closed standard descriptors on the null device, and let stdout print any file name.
+
+    A file that is opened while descriptor 1 or 2 is closed would receive the output of print and of native libraries.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a usage error is one line on stderr."""
+    """Run the command line; the entry point of `nemo-lfr`.
+
+    Args:
+        arguments: arguments without the program name; default: those of the process.
+    """
     _prepare_streams()
     with _stopped_by_signals():
         _run(arguments)
 
 
 def _check_current_folder() -> None:
-    """Refuse to start in a folder that was removed, which ends Python's and PyTorch's own code at many places."""
+    """Exit with an error if the current folder was removed.
+
+    Python and PyTorch call `os.getcwd` in many places and would fail there with a traceback.
+    """
     try:
         os.getcwd()
     except OSError as error:
@@ -96,7 +109,7 @@ def _check_current_folder() -> None:
 
 def _run(arguments: Sequence[str] | None) -> None:
     _check_current_folder()
-    os.environ.setdefault("PATH", os.defpath)  # as in a bare environment; Lhotse cannot be imported without one
+    os.environ.setdefault("PATH", os.defpath)  # importing Lhotse fails without PATH
     try:
         app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -108,7 +121,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     except click.ClickException as error:
         exit_with_error(error.format_message())
     except click.Abort as error:
-        # click turns both of these into Abort; only one of them is an interrupt.
+        # click turns EOFError and KeyboardInterrupt into Abort; only the latter is an interrupt.
         if isinstance(error.__cause__ or error.__context__, EOFError):
             exit_with_error(f"a file ends too early ({error.__cause__ or error.__context__}).")
         echo_stderr("nemo-lfr: interrupted.")
@@ -123,7 +136,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         exit_with_error(str(error))
     except OSError as error:
         name = error.filename
-        if name is None and error.errno in DISK_FULL:  # what writes files names them
+        if name is None and error.errno in DISK_FULL:  # errors of our file writers have a name
             name = "stdout"
             discard_output(sys.stdout)
         exit_with_error(f"{name}: {error.strerror}." if name else f"{error.strerror or error}.")

@@ -1,4 +1,4 @@
-"""Option types and options that several commands share."""
+"""Option types, and options that several commands share."""
 
 import math
 from collections.abc import Callable
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class Number(click.FloatRange):
-    """Float option in a range, which refuses NaN."""
+    """Float option in a range; NaN is an error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value as a float in the range."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a number.", param, ctx)
@@ -27,15 +28,17 @@ class Number(click.FloatRange):
 
 
 class UserPath(click.Path):
-    """A path, given as a `Path`; its `~` is expanded, which a shell leaves alone in quotes and in `--out=~/tokens`.
+    """Path option with a `Path` as its value.
 
-    An empty one, as of a variable that is not set, is refused.
+    `~` is expanded, since a shell does not expand it in quotes or in `--out=~/tokens`. An empty path, which an unset
+    shell variable yields, is an error.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value as a `Path` with `~` expanded."""
         try:
             return super().convert(expand_home(value), param, ctx)
         except NemoLfrError as error:
@@ -43,6 +46,13 @@ class UserPath(click.Path):
 
 
 def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
+    """Load the codec that the options select; print a note on stderr if it is the bundled one.
+
+    Args:
+        model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
+        device: device of the network; None for the default.
+        precision: see `nemo_lfr.load`.
+    """
     from nemo_lfr.pretrained import LFR, load
 
     configure_malloc()
@@ -52,6 +62,7 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec"
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --model, --device, --precision and --json to a command."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
         click.option(
@@ -68,6 +79,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def entropy_model_option(text: str) -> Callable[..., Any]:
+    """Return the option --entropy-model with a help text."""
     return click.option("--entropy-model", type=UserPath(dir_okay=False), help=text)
 
 

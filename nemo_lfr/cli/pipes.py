@@ -1,4 +1,4 @@
-"""stdin and stdout: audio in and tokens out, or back, while the other side of the pipe still writes or reads."""
+"""Streaming from stdin to stdout for `encode - -` and `decode - -`."""
 
 import io
 import os
@@ -28,9 +28,9 @@ from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWrite
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Read of a stream before its format is known; what is none is not spooled to the disk.
+# Bytes of stdin to read for format detection; input of an unknown format is not spooled to disk.
 SNIFFED_BYTES = 1 << 16
-UNKNOWN_BYTES = 0xFFFFFFFF  # as the length of a WAV file that is still being written
+UNKNOWN_BYTES = 0xFFFFFFFF  # length field of a WAV file whose length is not known yet
 
 
 def encode_pipe(
@@ -41,18 +41,21 @@ def encode_pipe(
     lookahead: int | None = None,
     model: EntropyModel | None = None,
 ) -> AudioReader:
-    """Encode a recording while it comes in; returns its reader, closed.
+    """Encode a recording while it arrives.
 
     Args:
-        codec: encodes.
-        source: an audio file, or stdin: WAV is encoded as it comes, other formats once they have come.
-        sink: the token file, written block by block.
-        block: frames taken at a time. More make less work, fewer wait less.
-        lookahead: see `Codec.stream_encoder`.
-        model: compresses each block; longer blocks are compressed better.
+        codec: codec to use.
+        source: audio file, or stdin. WAV from stdin is encoded as it arrives, other formats once they are complete.
+        sink: receives the token file block by block.
+        block: frames per chunk; larger chunks need less computation and add delay.
+        lookahead: frames of right context; see `Codec.stream_encoder`.
+        model: entropy model that compresses each block, if any. Longer blocks compress better.
+
+    Returns:
+        The closed reader of the audio, for its name, channels and number of samples.
 
     Raises:
-        AudioError: if it is not audio, or damaged; what `sink` got is then no whole token file.
+        AudioError: if the input is not audio or is damaged; the token file in `sink` is then incomplete.
     """
     stream = codec.stream_encoder(lookahead)
     metadata = Metadata.of(codec)
@@ -74,20 +77,20 @@ def decode_pipe(
     lookahead: int | None = None,
     model: Path | None = None,
 ) -> None:
-    """Decode a token file while it comes in, to WAV of 16 bits.
+    """Decode a token file to 16-bit WAV while it arrives.
 
-    Its header tells an unknown length, as all programs do that write WAV into a pipe; where `sink` is a file, the
-    length is put right at the end.
+    The WAV header states an unknown length, as usual for WAV in a pipe. If `sink` is a regular file, the header is
+    corrected at the end.
 
     Args:
-        codec: decodes.
-        source: the token file, read block by block.
-        sink: the audio.
-        lookahead: see `Codec.stream_decoder`.
-        model: path of the entropy model of a compressed file, where it is not inside the package.
+        codec: codec to use.
+        source: token file, read block by block.
+        sink: receives the audio.
+        lookahead: frames of right context; see `Codec.stream_decoder`.
+        model: path of the entropy model of a compressed file; None to search for it by its hash.
 
     Raises:
-        TokenFileError: if the token file is damaged or another codec's.
+        TokenFileError: if the token file is damaged or belongs to another codec.
     """
     reader = TokenStreamReader(source, "stdin", model)
     reader.check_codec(codec)
@@ -95,7 +98,7 @@ def decode_pipe(
     start = _position(sink)
     sink.write(_wav_header(codec.sample_rate, None))
     num_samples = 0
-    waiting = np.zeros(0, np.float32)  # the last frame, which the recording may end in
+    waiting = np.zeros(0, np.float32)  # last decoded frame; only the end section says how many samples of it count
 
     def write(audio: np.ndarray) -> None:
         nonlocal num_samples
@@ -126,8 +129,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
     header, head = read_wav_header(source.read)
     if header is not None and not header.is_mpeg:
         samples = WavSamples(header, len(head))
-        rest = source.read(len(source.peek()))  # what is buffered; all that comes after is read past the buffer
-        # libsndfile reads WAV from a descriptor without seeking; the samples go through a pipe again.
+        rest = source.read(len(source.peek()))  # empty the buffer: `_feed` reads the descriptor directly
+        # libsndfile needs a descriptor, so the header and the samples pass through a second pipe.
         out, into = os.pipe()
         with _woken_by_signals() as wake:
             feeder = (header.rebuilt(None), rest, samples, source, into, wake)
@@ -149,7 +152,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
 
 
 def _may_be_audio(head: bytes) -> bool:
-    """Return whether a stream is worth spooling, by its first bytes."""
+    """Return whether the first bytes of a stream may be those of an audio file."""
     if is_known(head) or looks_like_media(head[:16]):
         return True
     try:
@@ -162,15 +165,24 @@ def _may_be_audio(head: bytes) -> bool:
 def _feed(
     header: bytes, rest: bytes, samples: WavSamples, source: io.BufferedReader, into: int, wake: int | None
 ) -> None:
-    """Write to a pipe a header and the samples that come, until they end or `wake` can be read."""
+    """Copy a WAV header and the samples of stdin into a pipe.
+
+    Args:
+        header: bytes to write first.
+        rest: samples that were already read from `source`.
+        samples: tracks the length of the sample data and finds its end.
+        source: stdin.
+        into: write end of the pipe; it is closed at the end.
+        wake: descriptor that becomes readable when copying must stop; None if there is none.
+    """
     read: Callable[[int], bytes]
     try:
-        # Not by the buffered reader, whose lock must be free when the process ends.
+        # Bypass the buffered reader: the interpreter needs its lock to shut down.
         descriptor = source.fileno()
         read = partial(os.read, descriptor)
-    except OSError:  # it has none
+    except OSError:  # `source` has no descriptor
         wake, read = None, source.read1
-    # OSError, ValueError: closed, as who reads was done first.
+    # OSError and ValueError mean that the reader has closed the pipe or the stream.
     with suppress(OSError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
         pipe.write(header)
         piece = rest or read(65536)
@@ -184,9 +196,10 @@ def _feed(
 
 @contextmanager
 def _woken_by_signals() -> Iterator[int | None]:
-    """A descriptor that can be read once a signal has come, and at the end.
+    """Provide a descriptor that becomes readable on a signal and when the context ends.
 
-    Python hears of a signal when the main thread comes back to it, but libsndfile, waiting in a pipe, waits on.
+    Python handles a signal only when the main thread returns to the interpreter. While libsndfile blocks in a read of
+    the pipe, it does not return, so the feeding thread watches this descriptor and closes the pipe.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield None
@@ -198,11 +211,11 @@ def _woken_by_signals() -> Iterator[int | None]:
         yield out
     finally:
         signal.set_wakeup_fd(before)
-        os.close(into)  # which wakes who still waits; `out` stays open for them
+        os.close(into)  # makes `out` readable, which ends a waiting `_feed`; `out` stays open for it
 
 
 def _position(sink: IO[bytes]) -> int | None:
-    """Where a file that is written here can be written again; None of a pipe, or of a file that is appended to."""
+    """Return the position in a seekable file; None for a pipe or a file in append mode."""
     with suppress(OSError, ImportError):
         import fcntl
 
@@ -212,7 +225,7 @@ def _position(sink: IO[bytes]) -> int | None:
 
 
 def _wav_header(sample_rate: int, num_samples: int | None) -> bytes:
-    """Of 16-bit mono PCM."""
+    """Return the WAV header of 16-bit mono PCM; `num_samples` is None if the length is unknown."""
     size = UNKNOWN_BYTES if num_samples is None else 2 * num_samples
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",

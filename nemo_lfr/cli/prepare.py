@@ -1,4 +1,4 @@
-"""`nemo-lfr prepare`."""
+"""Command `nemo-lfr prepare`."""
 
 import json
 import sys

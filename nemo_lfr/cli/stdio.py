@@ -1,4 +1,4 @@
-"""Check and spool stdin and stdout when they stand for files."""
+"""Checks and temporary files for "-", which stands for stdin or stdout."""
 
 import shutil
 import sys
@@ -13,7 +13,16 @@ from nemo_lfr.io.atomic import naming
 
 
 def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
-    """Raise for a use of "-" that is no pipe: anything but from stdin or a file to stdout, or a terminal at an end."""
+    """Check the arguments of a command that reads stdin or writes stdout.
+
+    Args:
+        inputs: inputs from the command line; at least one is "-".
+        out: value of --out, if it was passed.
+
+    Raises:
+        NemoLfrError: unless the inputs are `-`, `- -` or `FILE -`, --out is absent, and the streams are open and not a
+            terminal.
+    """
     if "" in inputs:
         raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
@@ -26,7 +35,15 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
 
 @contextmanager
 def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
-    """A task between stdin or a file and stdout, through temporary files: for what needs to be there as a whole."""
+    """Provide a task that reads stdin or a file and writes stdout through temporary files.
+
+    This is for work that needs complete files. The output is copied to stdout when the context ends without an error.
+
+    Args:
+        source: path of the input, or "-" for stdin.
+        suffix: suffix of the temporary input file.
+        new_suffix: suffix of the temporary output file.
+    """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(source)
         if source == "-":

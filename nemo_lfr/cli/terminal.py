@@ -1,4 +1,4 @@
-"""Print messages and progress on stderr, and results on stdout."""
+"""Output of messages and progress on stderr, and of results on stdout."""
 
 import os
 import sys
@@ -12,9 +12,12 @@ from nemo_lfr.errors import printable
 
 
 def echo_stderr(text: str) -> None:
-    """Print one line on stderr; file names and labels in it may hold anything.
+    """Print one line on stderr, with control characters replaced.
 
-    A log on a full disk, or a terminal that is gone, does not end the work.
+    Write errors, such as a log file on a full disk, are ignored so that they do not end the command.
+
+    Raises:
+        BrokenPipeError: if the reader of stderr has closed its pipe.
     """
     try:
         click.echo(printable(text), err=True)
@@ -25,19 +28,26 @@ def echo_stderr(text: str) -> None:
 
 
 def discard_output(stream: IO[str]) -> None:
-    """Drop what is written to a stream from now on, and what waits in it, so that its end raises nothing."""
+    """Redirect a stream to the null device, so that flushing it at exit does not raise."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def echo_stdout(text: object) -> None:
-    """Print one line of the result on stdout, where a program gets every name as it is, and a terminal a safe one."""
+    """Print one line on stdout; on a terminal, replace control characters."""
     click.echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; its value is called for each finished file, and prints what there is to say of it."""
+    """Show a progress bar on a terminal, or else plain lines.
+
+    Args:
+        total: number of files.
+
+    Yields:
+        A function to call once per finished file, with a line to print or "".
+    """
     if not sys.stderr.isatty():
         yield lambda text: echo_stderr(text) if text else None
         return
@@ -57,7 +67,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def print_table(values: dict[str, Any]) -> None:
-    """Two columns on stdout."""
+    """Print names and values as two columns on stdout."""
     width = max(len(key) for key in values)
     for key, value in values.items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else value

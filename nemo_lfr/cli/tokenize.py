@@ -1,4 +1,4 @@
-"""`nemo-lfr tokenize`."""
+"""Command `nemo-lfr tokenize`."""
 
 import json
 import sys
@@ -123,7 +123,11 @@ def tokenize(
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """Show a progress bar on a terminal, or else a line every 30 s; yield the function that takes the totals."""
+    """Show a progress bar on a terminal, or else print a line every 30 s.
+
+    Yields:
+        A function to call with the totals of the run so far.
+    """
     started = time.monotonic()
 
     def summarize(totals: Any) -> str:
