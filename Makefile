@@ -1,8 +1,8 @@
 # make demo   encode and decode a speech clip with the bundled codec
 # make test   lint, types and the whole test suite
-# make setup  the environment of both, in .venv; another Python: make setup PYTHON=python3.11
+# make setup  create .venv for both; another Python: make setup PYTHON=python3.11
 # make docs   build the documentation site in site/
-# make lock   write locks/ with the newest versions; needs uv
+# make lock   update locks/ to the newest versions; needs uv
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,8 +14,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 setup: $(VENV)/.full
 
-# The environment of the demo: every package but torch in the version and with a hash of locks/. For torch see
-# constraints.txt. What has no wheel is built by the packages of locks/build.txt, also without a download.
+# Environment of the demo. locks/ pins the version and hashes of every package except torch, which constraints.txt limits.
+# Packages without a wheel are built with the pinned build tools of locks/build.txt, without build isolation.
 $(VENV)/.light: pyproject.toml constraints.txt locks/build.txt locks/demo.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --require-hashes -r locks/build.txt
@@ -43,7 +43,7 @@ docs: $(VENV)/.light
 	$(PIP) install -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-# Newest versions that agree with pyproject.toml and constraints.txt; needs uv.
+# Newest versions that pyproject.toml and constraints.txt allow.
 COMPILE := uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package torch \
 	--custom-compile-command "make lock" -c constraints.txt
 lock:
