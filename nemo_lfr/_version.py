@@ -1,3 +1,3 @@
-"""The version of the package, which files, reports and the command line state."""
+"""Version of the package, as recorded in files and reports."""
 
 __version__ = "0.1.0"

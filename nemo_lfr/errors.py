@@ -1,4 +1,4 @@
-"""Exceptions for bad input, and helpers that word their messages.
+"""Exceptions for bad input, and helpers for their messages.
 
 Each message names the value that was passed, what was expected and what to do.
 """
@@ -6,44 +6,49 @@ Each message names the value that was passed, what was expected and what to do.
 import re
 from functools import cache
 
-# What the NeMo integration needs. The last two are named because some of their releases are excluded.
+# Packages of the NeMo integration. NeMo installs the last two; they are listed because some releases are excluded.
 NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
 class NemoLfrError(ValueError):
-    """Base of every error that this package raises for bad input."""
+    """Base class of all errors that this package raises for bad input."""
 
 
 class AudioError(NemoLfrError):
-    """A waveform, or an audio file, that cannot be encoded."""
+    """Waveform or audio file that cannot be encoded."""
 
 
 class TokensError(NemoLfrError):
-    """Tokens that this codec cannot decode."""
+    """Tokens with a shape, type or range that this codec cannot decode."""
 
 
 class TokenFileError(NemoLfrError):
-    """A token file that is damaged, unknown, or made for another codec."""
+    """Token file that is damaged, of an unknown version, or of another codec."""
 
 
 class EntropyModelError(TokenFileError):
-    """An entropy model that is damaged, missing, or for another codec."""
+    """Entropy model that is damaged, missing, or of another codec."""
 
 
 class CheckpointError(NemoLfrError):
-    """A checkpoint that cannot be read, or does not hold the codec that its config describes."""
+    """Checkpoint that cannot be read or does not match its own config."""
 
 
 class ConfigError(NemoLfrError):
-    """A model config with a missing, unknown or contradictory value."""
+    """Config with a missing, unknown or contradictory value."""
 
 
 class MissingExtraError(NemoLfrError, ImportError):
-    """A part of the package needs an optional dependency that is not installed."""
+    """Optional dependency that is needed but not installed."""
 
 
 def shorten(text: object, length: int = 80) -> str:
-    """Shorten untrusted text to one printable line for an error message."""
+    """Shorten untrusted text to one printable line for an error message.
+
+    Args:
+        text: any object; `str` is applied to it.
+        length: maximum number of characters before "...".
+    """
     try:
         text = str(text)
     except ValueError:  # an integer of thousands of digits
@@ -52,15 +57,18 @@ def shorten(text: object, length: int = 80) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace characters that a terminal would act on: controls, line ends and changes of writing direction."""
+    """Replace control characters, line ends and bidirectional overrides by "?".
+
+    A terminal would interpret these characters rather than show them.
+    """
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The packages themselves are named rather than one of our extras, so that the command works however this package
-    was installed: from a clone, from a wheel or by hand.
+    The command names the packages rather than one of our extras, so that it works for an installation from a clone,
+    from a wheel or by hand. Our own version limits are added.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".
@@ -75,7 +83,7 @@ def _requirements() -> dict[str, str]:
 
     try:
         lines = requires("nemo-lfr") or []
-    except PackageNotFoundError:  # run from a clone, by its path
+    except PackageNotFoundError:  # imported from a clone that is not installed
         return {}
     requirements: dict[str, str] = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""Length arithmetic: samples, frames and bits. Nothing else in the package divides lengths."""
+"""Length arithmetic for samples, frames and bits; no other module divides lengths."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def num_frames(num_samples: int, samples_per_frame: int) -> int:
-    """Return the number of frames that cover `num_samples`; the last may be partial."""
+    """Return the number of frames that cover `num_samples`, rounded up."""
     return -(-num_samples // samples_per_frame)
 
 
@@ -16,14 +16,14 @@ def bits_per_frame(levels: Sequence[int], num_codebooks: int) -> float:
 
 
 def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
-    """Return the bytes that hold a frame as one mixed-radix number: 11 for 8 x 2016."""
+    """Return the bytes of a frame packed as one mixed-radix number: 11 for 8 x 2016."""
     largest: int = math.prod(levels) ** num_codebooks - 1
     return (largest.bit_length() + 7) // 8
 
 
 @dataclass(frozen=True)
 class Context:
-    """Frames before and after a frame that its output depends on."""
+    """Numbers of frames before and after a frame that its output depends on."""
 
     past: int
     future: int
@@ -31,7 +31,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Window:
-    """Frames [start, stop) to compute so that frames [keep_start, keep_stop) come out exactly."""
+    """Frames [start, stop) to compute so that frames [keep_start, keep_stop) are exact."""
 
     start: int
     stop: int
@@ -50,10 +50,19 @@ class Window:
 
 
 def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
-    """Cover `total` frames with chunks of `chunk` frames, each computed with its context.
+    """Split `total` frames into chunks and yield a window with context for each.
 
-    Only the first and the last window touch the true ends, so only they see the network's own edge padding.
-    A last chunk that would be no longer than the future context joins the one before it.
+    Only the first and the last window reach the ends of the recording, so the network's edge padding affects only
+    them, as it does when the recording is computed at once. A last chunk that is not longer than the future context
+    is merged into the previous one.
+
+    Args:
+        total: frames of the recording.
+        chunk: frames to keep from each window.
+        context: frames around a frame that its output depends on.
+
+    Yields:
+        Windows in order; their kept frames cover the recording exactly once.
     """
     begin = 0
     while begin < total:

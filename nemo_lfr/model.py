@@ -1,4 +1,4 @@
-"""Public module of the NeMo integration; see `nemo_lfr.nemo.model`."""
+"""Public names of the NeMo integration; see `nemo_lfr.nemo.model`."""
 
 from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel, accelerate
 

@@ -1,4 +1,4 @@
-"""`load()`: open the bundled codec, a file, or a repository of the Hugging Face Hub."""
+"""`load()`, which opens the bundled codec, a file, or a repository of the Hugging Face Hub."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BACKEND = "torch"
 LFR = "nvidia/low-frame-rate-speech-codec-22khz"
-# Names that a card or a tutorial uses, and the Hub repository each stands for.
+# Model names in model cards and tutorials, and the Hub repositories that they refer to.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 LICENCES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
@@ -40,7 +40,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         refresh: download again, even if the file is in the Hub's cache.
 
     Raises:
-        CheckpointError: if it is neither a file nor a repository that can be downloaded or is cached.
+        CheckpointError: if it is neither a file nor a repository that is cached or can be downloaded.
     """
     if source is None:
         return bundled_checkpoint()
@@ -52,7 +52,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
         raise CheckpointError(f"{shorten(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
     if repository not in LICENCES and looks_local(text):
-        # A repository may be used beside a folder that has its owner's name, once it is in the cache.
+        # The owner's name is also a local folder. The repository is used only if it is already in the cache.
         if (cached := _cached(repository)) is not None and not refresh:
             return cached
         first = text.partition("/")[0]
@@ -68,7 +68,7 @@ def _cached(repository: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # With a damaged cache, download again.
+    # Errors of a damaged cache are ignored, so that the file is downloaded again.
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
@@ -86,7 +86,8 @@ def _cached(repository: str) -> Path | None:
 def _in_snapshot(repository: str) -> list[Path]:
     """List the `.nemo` files of the only snapshot in the Hub's cache.
 
-    The cache has no name for a snapshot that was downloaded by its commit, or copied without links and references.
+    A snapshot that was downloaded by its commit, or copied without links and references, has no branch name in the
+    cache, so the Hub's client does not find it.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -179,21 +180,24 @@ def load(
 ) -> Codec[Any]:
     """Load a codec for inference.
 
-    The keys and shapes of a checkpoint are validated here. The weights of the encoder and of the decoder are loaded on
-    first use, which raises CheckpointError if they are damaged.
+    The keys and shapes of a checkpoint are validated immediately. The weights of the encoder and of the decoder are
+    loaded on first use, which raises CheckpointError if they are damaged.
 
     Args:
-        source: path of a `.nemo`, of Lightning's `.ckpt` or of a folder of `nemo-lfr export onnx`, a Hub id, or None
-            for the bundled codec.
-        device: device of the network; default: a GPU if there is one, else the CPU.
+        source: path of a `.nemo`, of a Lightning `.ckpt` or of a folder that `nemo-lfr export onnx` wrote, a Hub id,
+            or None for the bundled codec.
+        device: device of the network, such as "cpu" or "cuda"; default: a GPU if there is one, else the CPU.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
-        backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); what `source`
-            is for, if not given. With "onnx", torch is not imported.
+        backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); default: the
+            backend that accepts `source`, else "torch". With "onnx", torch is not imported.
+
+    Returns:
+        The codec, ready to encode and decode.
 
     Raises:
         CheckpointError: if the checkpoint cannot be found or read.
-        NemoLfrError: for an unknown device, precision or backend.
-        MissingExtraError: where PyTorch, or for ONNX files ONNX Runtime, is not installed.
+        NemoLfrError: for an unknown device, precision or backend, or a backend that cannot open `source`.
+        MissingExtraError: if PyTorch, or ONNX Runtime for ONNX files, is not installed.
     """
     path = Path(os.path.expanduser(source)) if source else None
     owner = None if path is None else backend_of(path)

@@ -7,22 +7,22 @@ from typing import Protocol
 from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
-MAX_TEXT = 200  # most characters of a text in a file
+MAX_TEXT = 200  # maximum characters of a text field in a file
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """Description of tokens, and of the codec that produced them.
+    """Description of tokens and of the codec that produced them.
 
-    The fields are in the order of the values in `.lfr` files and `tokens.json`.
+    The fields have the order of the values in `.lfr` files and `tokens.json`.
 
     Attributes:
-        sample_rate: Hz.
+        sample_rate: sample rate of the audio in Hz.
         samples_per_frame: samples that one frame stands for.
         levels: FSQ levels of each dimension of one codebook.
-        num_codebooks: C, the tokens of one frame.
+        num_codebooks: number of codebooks C, which is also the number of tokens in one frame.
         fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if unknown.
-        precision: of the encoder; "fp32" gives the reference tokens.
+        precision: precision of the encoder; "fp32" gives the reference tokens.
     """
 
     sample_rate: int
@@ -39,7 +39,7 @@ class CodecSpec:
 
     @property
     def codebook_size(self) -> int:
-        """Entries of one codebook; 0 <= token < codebook_size."""
+        """Number of entries of one codebook; 0 <= token < codebook_size."""
         return math.prod(self.levels)
 
     @property
@@ -49,7 +49,7 @@ class CodecSpec:
 
     @property
     def bytes_per_frame(self) -> int:
-        """Bytes that hold any frame as one mixed-radix number."""
+        """Bytes of a frame packed as one mixed-radix number."""
         return frames.bytes_per_frame(self.levels, self.num_codebooks)
 
     def validate(self) -> None:
@@ -89,10 +89,14 @@ class KnownCodec(Protocol):
 
 
 def check_text(name: str, value: object) -> None:
-    """Validate a text that was read from a file.
+    """Validate a text field that was read from a file.
+
+    Args:
+        name: name of the field, for the message.
+        value: value of the field.
 
     Raises:
-        ValueError: if it is not a short printable text.
+        ValueError: if the value is not a string of at most `MAX_TEXT` printable characters.
     """
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
         raise ValueError(f"{name} is {shorten(repr(value))}")

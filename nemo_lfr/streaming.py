@@ -1,4 +1,4 @@
-"""Public module of streaming; see `nemo_lfr.codec.streaming`."""
+"""Public names for streaming; see `nemo_lfr.codec.streaming`."""
 
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 

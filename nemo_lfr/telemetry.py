@@ -1,8 +1,8 @@
-"""Switch for usage reports of other libraries: off, unless environment variables enable them.
+"""Environment variables that turn off the usage reports of other libraries.
 
-ONNX Runtime for Linux reports usage from its first import on, Ray when a cluster starts, and the Hub's client adds
-details about the machine to its requests. Each library reads an environment variable when it is imported. These are
-set when `nemo_lfr` is imported, before any of its modules imports a library, and child processes inherit them. A
+ONNX Runtime for Linux reports usage when it is imported, Ray reports usage when a cluster starts, and the Hub's client
+adds details about the machine to its requests. Each library reads an environment variable when it is imported.
+`nemo_lfr` sets these variables before any of its modules imports such a library, and child processes inherit them. A
 variable that is already set keeps its value.
 """
 
