@@ -1,4 +1,4 @@
-"""Fixtures, and one thread for tiny tensors."""
+"""Fixtures of all tests; PyTorch runs on one thread."""
 
 import os
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports Triton: without a GPU its kernels run in Python.
+    # Set before Triton is imported: without a GPU, its kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nemo_lfr.codec.codec import Codec
 from tests.models import KINDS, build_codec, cached_codec, synthesize
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and more still on a shared machine
+torch.set_num_threads(1)  # for tiny tensors, the overhead of threads exceeds their gain
 
 
 @pytest.fixture
 def one_thread():
-    """Tiny models run fastest on one thread, and much faster where the cores are shared."""
+    """Run PyTorch on one thread, which is fastest for tiny models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,23 +32,23 @@ def _one_thread_unless_slow(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def speech():
-    """(seconds, seed) -> synthetic speech, float32 [T_audio] at 22.05 kHz."""
+    """Return `synthesize(seconds, seed)`, which makes float32 [T_audio] at 22.05 kHz."""
     return synthesize
 
 
 @pytest.fixture(scope="session")
 def make_codec():
-    """(kind, **changes to the config) -> a tiny codec."""
+    """Return `build_codec(kind, **changes)`, which makes a tiny codec."""
     return build_codec
 
 
 @pytest.fixture(params=list(KINDS))
 def codec(request: pytest.FixtureRequest) -> Codec:
-    """A tiny codec of each kind."""
+    """Return a tiny codec of each kind."""
     return cached_codec(request.param)
 
 
 @pytest.fixture
 def small() -> Codec:
-    """The released layout with few channels."""
+    """Return a codec of the released layout with few channels."""
     return cached_codec("symmetric")

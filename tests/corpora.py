@@ -1,4 +1,4 @@
-"""Folders of tokens for tests, in every format, made without audio."""
+"""Tokenized corpora for tests, in every format, with random tokens."""
 
 import json
 from dataclasses import asdict
@@ -17,16 +17,17 @@ from tests.models import codec_config, write_nemo
 
 
 def silence(sample_rate: int, longest: float) -> np.ndarray:
+    """Return one sample of silence, as the audio of a clip."""
     return np.zeros(1, np.float32)
 
 
 def write_codec(path: Path) -> Path:
-    """A tiny codec of the released layout."""
+    """Write the checkpoint of a tiny codec of the released layout."""
     return write_nemo(path, codec_config())
 
 
 def codec_metadata(model: Path | None) -> Metadata:
-    """That of a codec; without one, of the released layout."""
+    """Return the token metadata of a codec, by default of the released layout."""
     if model is not None:
         return Metadata.of(load(str(model), "cpu"))
     return Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
@@ -35,7 +36,18 @@ def codec_metadata(model: Path | None) -> Metadata:
 def write_tokens(
     out: Path, kind: str, counts: list[int], model: Path | None = None, context: bool = False
 ) -> dict[str, np.ndarray]:
-    """Write shards of random tokens as `tokenize` does; returns the tokens [8, T] of each id."""
+    """Write shards of random tokens as `tokenize` does.
+
+    Args:
+        out: folder to write.
+        kind: output format.
+        counts: number of clips of each shard.
+        model: checkpoint of the codec; default: the released layout.
+        context: write context tokens for every second clip.
+
+    Returns:
+        Tokens [8, T] by clip id.
+    """
     metadata = codec_metadata(model)
     output = get_format(kind)
     rng = np.random.default_rng(0)

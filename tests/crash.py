@@ -1,4 +1,4 @@
-"""Processes that die: killed at random moments, or on a full disk."""
+"""Processes that are killed at random moments or fail on a full disk."""
 
 import os
 import signal
@@ -15,7 +15,16 @@ KILLS = int(os.environ.get("NEMO_LFR_KILLS", "20"))
 
 
 def killed_at_random_moments(script: str, *arguments: object, within: float) -> Iterator[int]:
-    """Run a script that prints a character once it writes, and kill it up to `within` seconds later, many times."""
+    """Run a script `KILLS` times and kill it at a random moment each time.
+
+    Args:
+        script: Python code that prints a character when it starts to write.
+        arguments: command-line arguments of the script.
+        within: longest time in seconds from that character to the kill.
+
+    Yields:
+        The number of the run, after its process has ended.
+    """
     rng = np.random.default_rng(0)
     for number in range(KILLS):
         writer = subprocess.Popen(
@@ -29,7 +38,7 @@ def killed_at_random_moments(script: str, *arguments: object, within: float) -> 
 
 
 def on_a_full_disk(script: str, free: int) -> str:
-    """Run a script whose files may not grow beyond `free` bytes, as on a full disk; returns its stderr."""
+    """Run a script that must fail because its files are limited to `free` bytes; return its stderr."""
     limit = f"""
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

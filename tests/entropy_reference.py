@@ -1,6 +1,6 @@
-"""A slow decoder of compressed `.lfr` files in Python's integers, written from docs/FORMAT.md alone.
+"""Slow decoder of compressed `.lfr` files, written from docs/concepts/lfr-format.md alone.
 
-It imports nothing of `nemo_lfr` and checks only what it needs.
+It uses Python's integers, does not import `nemo_lfr`, and validates only what it needs.
 """
 
 import json
@@ -26,14 +26,14 @@ ROOTS = [
 
 
 class Model:
-    """A `.lfrm` file."""
+    """Entropy model read from a `.lfrm` file."""
 
     def __init__(self, data: bytes) -> None:
         assert data[:5] == b"LFRM\x01"
         length = int.from_bytes(data[5:8], "little")
         self.meta = json.loads(data[8 : 8 + length])
         self._data, self._at = data, 8 + length
-        self.levels = self.meta["levels"] * self.meta["num_codebooks"]  # of each digit
+        self.levels = self.meta["levels"] * self.meta["num_codebooks"]  # number of levels of each digit
         first, second = self.meta["hidden"]
         self.past = self.meta["past"]
         self.times = self.meta["averages"] + self.meta["spreads"]
@@ -58,18 +58,20 @@ class Model:
 
 
 def dot(row: list[int], values: list[int]) -> int:
+    """Return the dot product of two vectors."""
     return sum(weight * value for weight, value in zip(row, values, strict=True))
 
 
 def clip(value: int) -> int:
+    """Clip a value to [0, 255]."""
     return min(max(value, 0), 255)
 
 
 def decode_payload(model: Model, payload: bytes, num_frames: int) -> list[list[int]]:
-    """Digits of each frame."""
+    """Decode the payload of a block to the digits of each frame."""
     shift1, shift2, shift3 = model.meta["shifts"]
     digits: list[list[int]] = []
-    inputs: list[list[int]] = []  # u of the frames so far
+    inputs: list[list[int]] = []  # u of the previous frames
     averages = [[0] * len(model.levels) for _ in model.times]
     state, at = int.from_bytes(payload[:4], "little"), 4
     assert 1 << 23 <= state < 1 << 31
@@ -111,7 +113,12 @@ def decode_payload(model: Model, payload: bytes, num_frames: int) -> list[list[i
 
 
 def decode_file(data: bytes, model: Model | None = None) -> list[list[int]]:
-    """Tokens of each frame of a file of coding 1; a model is needed unless all blocks are packed."""
+    """Decode a file of coding 1 to the tokens of each frame.
+
+    Args:
+        data: contents of the file.
+        model: entropy model; only files whose blocks are all packed need none.
+    """
     length = int.from_bytes(data[5:8], "little")
     assert data[:5] == b"LFRT\x02" and data[8] == 1
     meta = json.loads(data[9 : 9 + length])

@@ -1,13 +1,13 @@
-"""Coverage-guided fuzzing of the two readers with atheris (libFuzzer).
+"""Coverage-guided fuzzing of the file readers with atheris (libFuzzer).
 
     python -m tests.fuzz lfr    -max_total_time=1800
     python -m tests.fuzz lfrm   -max_total_time=1800
     python -m tests.fuzz nemo   -max_total_time=1800
 
-Whatever the bytes, a reader may raise its documented exception and nothing else. Checksums would keep the fuzzer
-outside, so `lfr` also reads its input with the checksums made right, and `pickle` and `config` put theirs into a sound
-`.nemo`. What is found goes to `tests/findings/`, which `test_fuzz.py` replays. Options are libFuzzer's; a folder given
-first keeps the corpus.
+For any input, a reader may only raise its documented exception. The fuzzer cannot guess checksums, so `lfr` and `lfrm`
+also read the input with corrected checksums, and `pickle` and `config` put the input into a valid `.nemo`. Findings
+are written to `tests/findings/`, which `test_fuzz.py` replays. Options are those of libFuzzer; if the first argument
+is a folder, it keeps the fuzzer's corpus.
 """
 
 import io
@@ -31,11 +31,11 @@ SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettem
 
 
 def with_right_checksums(data: bytes) -> bytes:
-    """A `.lfr` file of any version and coding whose every section that can be found has its CRC made right."""
+    """Return a `.lfr` file of any version and coding with corrected CRCs in all sections that can be located."""
     from nemo_lfr.io.token_file import Metadata
 
     def seal(begin: int, end: int) -> bytes:
-        """Put the CRC of [begin, end) at its end; returns it, or nothing if there is no room."""
+        """Write the CRC of [begin, end) at `end` and return it; return b"" if the file is too short."""
         if end + 4 > len(fixed):
             return b""
         fixed[end : end + 4] = struct.pack("<I", zlib.crc32(fixed[begin:end]))
@@ -74,16 +74,16 @@ def with_right_checksums(data: bytes) -> bytes:
 
 
 def read_lfr(data: bytes) -> None:
-    """Every way of reading: strict, recovering, which takes less for granted, and as a pipe.
+    """Read a `.lfr` file strictly, with recovery and as a pipe.
 
-    A whole file gives the same by all of them.
+    An intact file must give the same tokens by all three methods.
     """
     import numpy as np
 
     from nemo_lfr.errors import TokenFileError
     from nemo_lfr.io.token_file import TokenReader, TokenStreamReader
 
-    for model in small_models():  # of compressed files
+    for model in small_models():  # the reader finds them beside a compressed file
         path = SCRATCH.with_name(f"{model.hash}.lfrm")
         if not path.exists():
             path.write_bytes(model.to_bytes())
@@ -111,7 +111,7 @@ def read_lfr(data: bytes) -> None:
 
 
 def read_nemo(data: bytes) -> None:
-    """The light door's reader; what it accepts must be finite."""
+    """Read a `.nemo` with the standalone API; the weights of an accepted file must be finite."""
     from nemo_lfr.checkpoint import read_checkpoint
     from nemo_lfr.errors import CheckpointError
 
@@ -125,21 +125,21 @@ def read_nemo(data: bytes) -> None:
 
 
 def read_pickle(data: bytes) -> None:
-    """The input is the weights' pickle, in a zip and a tar that are sound."""
+    """Read a valid `.nemo` whose pickle of weights is the input."""
     from tests.checkpoint.test_checkpoint import pickled_in_zip, with_weights
 
     read_nemo(with_weights(pickled_in_zip(data, {"0": bytes(64)})))
 
 
 def read_config(data: bytes) -> None:
-    """The input is `model_config.yaml`."""
+    """Read a valid `.nemo` whose `model_config.yaml` is the input."""
     from tests.checkpoint.test_checkpoint import with_config
 
     read_nemo(with_config(data))
 
 
 def read_lfrm(data: bytes) -> None:
-    """The reader of entropy models; one that it accepts must encode and decode."""
+    """Read an entropy model; an accepted model must encode and decode tokens."""
     import zlib
 
     import numpy as np
@@ -169,7 +169,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def seeds(name: str) -> list[bytes]:
-    """Small files to start from: sound ones, and for `.nemo` the rows of the hostile table."""
+    """Return small files to start from: valid ones, and for `.nemo` also the malicious ones of the tests."""
     if name == "lfr":
         return lfr_seeds() + compressed_seeds()
     if name == "lfrm":
@@ -186,7 +186,7 @@ def seeds(name: str) -> list[bytes]:
 
 
 def lfr_seeds() -> list[bytes]:
-    """Files of both versions; the hostile ones have their blocks in another order."""
+    """Return files of both versions, some of them with their blocks in another order."""
     import numpy as np
 
     from nemo_lfr.io.token_file import Metadata
@@ -207,7 +207,7 @@ def lfr_seeds() -> list[bytes]:
 
 
 def compressed_seeds() -> list[bytes]:
-    """Files of coding 1, with models that `read_lfr` finds beside its input."""
+    """Return files of coding 1, compressed with the models of `small_models`."""
     import numpy as np
 
     from nemo_lfr.io.token_file import Metadata, TokenStreamWriter
@@ -227,6 +227,7 @@ def compressed_seeds() -> list[bytes]:
 
 @lru_cache(maxsize=1)
 def small_models() -> tuple["EntropyModel", ...]:
+    """Return two small entropy models with random weights."""
     from tests.io.test_entropy import random_model
 
     layouts = (((2,), 1), ((4, 3), 5))
@@ -234,10 +235,12 @@ def small_models() -> tuple["EntropyModel", ...]:
 
 
 def lfrm_seeds() -> list[bytes]:
+    """Return the files of the models of `small_models`."""
     return [model.to_bytes() for model in small_models()]
 
 
 def main() -> None:
+    """Run the fuzzer on the target that the first command-line argument names."""
     import atheris
 
     name, options = sys.argv[1], sys.argv[2:]

@@ -1,9 +1,9 @@
-"""As much of the Hugging Face Hub's HTTP protocol as a download of one file needs, on the loopback.
+"""Local HTTP server with the part of the Hugging Face Hub's protocol that downloads need.
 
     with HubServer({"nvidia/name": {"name.nemo": path}}) as hub:
         subprocess.run(..., env=hub.environment(home))
 
-A client needs `HF_ENDPOINT` in its environment before it imports huggingface_hub, hence a process of its own.
+huggingface_hub reads `HF_ENDPOINT` when it is imported, so a client must run in its own process.
 """
 
 import hashlib
@@ -18,7 +18,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves repositories, {id: {file name: path}}; `requests` lists what was asked, such as "GET /nvidia/..."."""
+    """Server of repositories, {id: {file name: path}}.
+
+    Attributes:
+        repositories: files by repository id and file name.
+        requests: requests so far, such as "GET /nvidia/...".
+    """
 
     def __init__(self, repositories: dict[str, dict[str, Path]]) -> None:
         self.repositories = repositories
@@ -28,10 +33,11 @@ class HubServer:
 
     @property
     def endpoint(self) -> str:
+        """URL of the server."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """The environment of a client with its own cache, without proxies and tokens."""
+        """Return the environment of a client with its own cache, without proxies and tokens."""
         drop = ("HF_", "HUGGING", "http_proxy", "https_proxy", "all_proxy")
         kept = {
             key: value for key, value in os.environ.items() if not key.lower().startswith(tuple(map(str.lower, drop)))

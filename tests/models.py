@@ -1,4 +1,4 @@
-"""Synthetic speech, and codecs of every kind of the family with random weights: as ours, as files, as stock NeMo."""
+"""Synthetic speech, and codecs of every kind with random weights, as our classes, as files and as NeMo's model."""
 
 import functools
 from pathlib import Path
@@ -15,12 +15,15 @@ from nemo_lfr.training.initialize import initialize_from_data
 RATE = 22050
 MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# `changes` of `codec_config` that give the released sizes: 112.7 M parameters.
+# Arguments of `codec_config` for the released size, 112.7 M parameters.
 FULL_SIZE: dict[str, Any] = {"audio_encoder": {"base_channels": 48}, "audio_decoder": {"base_channels": 1024}}
 
 
 def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
-    """A harmonic tone with gliding pitch under a syllable-like envelope, and noise: [T_audio] at 22.05 kHz."""
+    """Synthesize a speech-like waveform, float32 [T_audio] at 22.05 kHz.
+
+    It is a harmonic tone with gliding pitch and a syllable-like envelope, plus noise.
+    """
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * RATE)) / RATE
     pitch = 130 + 50 * np.sin(2 * np.pi * 0.7 * time + rng.uniform(0, 6)) + 30 * rng.uniform()
@@ -31,7 +34,7 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def speech_like(num_samples: int, seed: int = 0) -> torch.Tensor:
-    """`synthesize` as a tensor, [T_audio]."""
+    """Return `synthesize` as a tensor, float32 [T_audio]."""
     return torch.from_numpy(synthesize(num_samples / RATE, seed))
 
 
@@ -76,7 +79,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
-    """The released config with few channels, as one of `KINDS`; `changes` go into the sections they name."""
+    """Return the released config with few channels, changed to one of `KINDS`.
+
+    Args:
+        kind: key of `KINDS`.
+        changes: further changes; a dict is merged into the section of its name.
+    """
     config: dict[str, Any] = {
         "sample_rate": RATE,
         "samples_per_frame": 1024,
@@ -125,7 +133,7 @@ def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
 
 
 def random_parts(config: dict[str, Any], seed: int = 7) -> Parts:
-    """Parts with plain random weights whose encoder output fills the levels; the same whenever asked."""
+    """Build modules with random weights whose encoder output uses all levels; the result depends only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         parts = build_parts(config, weight_norm=False)
@@ -137,7 +145,7 @@ def random_parts(config: dict[str, Any], seed: int = 7) -> Parts:
 
 
 def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
-    """A codec of `random_parts`."""
+    """Build a codec from `random_parts`; see `codec_config` for the arguments."""
     parts = random_parts(codec_config(kind, **changes))
     for part in parts.named().values():
         part.eval().requires_grad_(False)
@@ -146,7 +154,10 @@ def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
 
 @torch.no_grad()
 def _centre_output(parts: Parts, audio: torch.Tensor) -> None:
-    """Zero mean and 0.1 rms, as speech has, before the output activation; saturated audio would equal anything."""
+    """Scale the decoder's output before its activation to zero mean and an RMS of 0.1, as speech has.
+
+    Comparisons of saturated audio would hide differences.
+    """
     codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
     before: list[torch.Tensor] = []
     conv = parts.decoder.post_conv
@@ -161,13 +172,13 @@ cached_codec = functools.cache(build_codec)
 
 
 def same_parts(codec: Codec, *, chunk_frames: int | None = None, **changes: Any) -> Codec:
-    """Another codec of the same parts."""
+    """Build another codec with the same modules and other options."""
     backend = TorchBackend(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, **changes)
     return Codec(backend, chunk_frames=chunk_frames)
 
 
 def write_nemo(path: Path, config: dict[str, Any], seed: int = 7) -> Path:
-    """A `.nemo` of `random_parts`."""
+    """Write the `.nemo` of `random_parts` and return its path."""
     parts = random_parts(config, seed)
     state = {f"{n}.{k}": v for n, part in parts.named().items() for k, v in split_weight_norm(part).items()}
     write_checkpoint(path, config, state)
@@ -175,7 +186,7 @@ def write_nemo(path: Path, config: dict[str, Any], seed: int = 7) -> Path:
 
 
 def stock_model(path: Path):
-    """NeMo's own AudioCodecModel, restored by NeMo's own reader."""
+    """Restore a `.nemo` as NeMo's AudioCodecModel with NeMo's reader."""
     from nemo.collections.tts.models.audio_codec import AudioCodecModel
 
     model = AudioCodecModel.restore_from(str(path), map_location="cpu").eval()

@@ -1,8 +1,8 @@
-"""Does each guard of the readers have a test that needs it? Takes them away one by one and runs the tests.
+"""Mutation test of the readers' guards: removes each one in turn and runs the tests.
 
     python -m tests.mutate
 
-Prints, for each guard, the tests that fail without it; exits with 1 if there are none.
+Prints the first test that fails without each guard. The exit code is 1 if no test fails without some guard.
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.crash import ROOT
 
-# (file, what stands there, what stands there without the guard)
+# (file, guard, replacement)
 GUARDS = [
     ("checkpoint/archive.py", "if name in found:", "if False:"),
     ("checkpoint/archive.py", "if not member.isreg() or member.issparse():", "if False:"),
@@ -53,11 +53,12 @@ GUARDS = [
 
 
 def limit_memory() -> None:
+    """Limit the address space of a child process to 8 GiB."""
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
 def failures_without(name: str, guard: str, replacement: str) -> list[str]:
-    """Names of the tests that fail once the guard is gone."""
+    """Return the names of the tests that fail without a guard."""
     with tempfile.TemporaryDirectory() as folder:
         for part in ("nemo_lfr", "tests", "docs", "pyproject.toml"):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
@@ -79,6 +80,7 @@ def failures_without(name: str, guard: str, replacement: str) -> list[str]:
 
 
 def main() -> None:
+    """Print the result for each guard, and exit with 1 if some guard has no test."""
     unguarded = 0
     for name, guard, replacement in GUARDS:
         failed = failures_without(name, guard, replacement)

@@ -1,4 +1,4 @@
-"""Watch what a process, its children and the native libraries in them ask of the network; see network.c."""
+"""Log of the network access of a process, its children and their native libraries; see network.c."""
 
 import os
 import shutil
@@ -10,13 +10,13 @@ import pytest
 
 from tests.crash import ROOT
 
-# What keeps libraries from the network in the test suite or in CI would hide what they do at a user's.
+# Variables that keep libraries off the network in tests and CI; a user's environment does not have them.
 HIDING = {"CI", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE", "DO_NOT_TRACK"}
 TELEMETRY = {"ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED"}
 
 
 def build_watcher(folder: Path) -> Path:
-    """Compile network.c; skips the test where that is not possible."""
+    """Compile network.c; skip the test if that is not possible."""
     compiler = shutil.which("cc")
     if not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("the watcher is a preloaded library: it needs Linux and a C compiler, cc")
@@ -27,9 +27,13 @@ def build_watcher(folder: Path) -> Path:
 
 
 def run_watched(watcher: Path, log: Path, command: list[object], **environment: str) -> subprocess.CompletedProcess:
-    """Run a command to its end; what it asks of the network is appended to `log`.
+    """Run a command and append its network access to a log.
 
-    A command may set NETWORK_LOG in its own environment to write elsewhere from there on.
+    Args:
+        watcher: library that `build_watcher` compiled.
+        log: file to append to. The command can set NETWORK_LOG in the environment of a child to use another file.
+        command: program and arguments.
+        environment: additional environment variables.
     """
     kept = {name: value for name, value in os.environ.items() if name not in HIDING | TELEMETRY}
     watched = {"LD_PRELOAD": str(watcher), "NETWORK_LOG": str(log), "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The definition of right tokens and audio: one clip, alone, in one piece; and the judge of differing tokens."""
+"""Reference tokens and audio, computed for one clip alone and at once, and a comparison that permits rounding ties."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,20 @@ import torch.nn.functional as F
 
 from nemo_lfr.codec.codec import Codec
 
-# How far from a rounding edge floating-point order can matter: values are about 1, float32 keeps 7 digits, and a
-# few hundred sums lie between audio and tokens.
+# Distance from a rounding edge within which the order of additions can change a token: values are about 1, float32 has
+# 7 digits, and there are a few hundred additions between audio and tokens.
 TIE = 1e-4
 
 
 @torch.no_grad()
 def reference_encode(codec: Codec, clip: np.ndarray) -> torch.Tensor:
-    """Tokens [C, T] of one clip by its definition: one piece, alone, completed with zeros."""
+    """Encode one clip alone, at once and padded with zeros, to tokens [C, T]."""
     return codec.quantizer.encode(_encoded(codec, clip))[:, 0, : -(-len(clip) // codec.samples_per_frame)]
 
 
 @torch.no_grad()
 def reference_decode(codec: Codec, tokens: torch.Tensor) -> torch.Tensor:
-    """Audio of tokens [C, T] in one piece, alone."""
+    """Decode tokens [C, T] alone and at once to audio [T_audio]."""
     inputs = codec.quantizer.decode(tokens[:, None])
     padding = max(0, codec.decoder.min_frames - tokens.shape[1])
     return codec.decoder.decode_frames(F.pad(inputs, (0, padding)))[0, : tokens.shape[1] * codec.samples_per_frame]
@@ -37,7 +37,10 @@ def _encoded(codec: Codec, clip: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expected: torch.Tensor | None = None) -> int:
-    """Tokens [C, T] must be equal but for ties, values within `TIE` of a rounding edge; returns the ties' number."""
+    """Assert that tokens [C, T] are equal except for rounding ties, and return the number of ties.
+
+    A tie is a value within `TIE` of a rounding edge.
+    """
     if expected is None:
         expected = reference_encode(codec, clip)
     assert got.shape == expected.shape
@@ -49,7 +52,7 @@ def assert_same_tokens(codec: Codec, clip: np.ndarray, got: torch.Tensor, expect
     to_edge = ((fsq.compress(encoded) % 1) - 0.5).abs().amin(dim=1)[:, : got.shape[1]]
     wrong = differ & (to_edge > TIE)
     assert not wrong.any(), f"{int(wrong.sum())} of {got.numel()} tokens differ and are no ties: {wrong.nonzero()[:5]}"
-    # Ties are rare by their nature; many of them would be a difference in disguise.
+    # Ties are rare, so a large number of them indicates a real difference.
     ties = int(differ.sum())
     assert ties <= 2 + got.numel() // 500
     return ties
@@ -62,7 +65,7 @@ def changed_frames(
     items_per_frame: int,
     frames_out: int,
 ) -> list[int]:
-    """Output frames that change at all when one input frame does."""
+    """Return the output frames that change when one input frame changes."""
     other = inputs.clone()
     where = slice(frame * items_per_frame, (frame + 1) * items_per_frame)
     other[..., where] += torch.randn(other[..., where].shape, dtype=other.dtype)

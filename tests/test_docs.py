@@ -1,4 +1,4 @@
-"""README and docs: every code block runs, links lead somewhere, and the README stays one page."""
+"""Checks of README and docs: code blocks run, links have targets, and the README stays short."""
 
 import json
 import os
@@ -22,14 +22,14 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-# Blocks of these commands change the environment; other tests and CI run them.
+# Blocks that begin with these commands change the environment; CI runs them.
 SETUP = re.compile(r"^(pip install|pip wheel|make|uv|\.venv/bin/python -m pytest|pre-commit) ", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 SAMPLE_RATE = 22050
 
 
 class Block(NamedTuple):
-    """A fenced code block of a page, and the number of its first line."""
+    """Fenced code block of a page, and the number of its first line."""
 
     language: str
     code: str
@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page that run, in order."""
+    """Return the blocks of a page that are run, in order."""
     text = page.read_text(encoding="utf-8")
     return [
         Block(match["language"], match["code"], text[: match.start("code")].count("\n") + 1)
@@ -52,7 +52,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the pages name: speech.wav, speech/, manifest.json and codec.nemo."""
+    """Enter a folder with the files that the pages use: speech.wav, speech/, manifest.json and codec.nemo."""
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     voice = sum(np.sin(2 * np.pi * 120 * k * time) / k for k in range(1, 20)) * (1 + np.sin(6 * time)) / 8
     speech = (voice + 0.003 * np.random.default_rng(0).standard_normal(len(time))).astype(np.float32)

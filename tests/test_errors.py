@@ -1,4 +1,4 @@
-"""Messages: shortened text, and the commands that install optional packages."""
+"""Tests of shortened text and of the commands that install optional packages."""
 
 import re
 from importlib import metadata

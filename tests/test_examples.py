@@ -1,4 +1,4 @@
-"""The scripts of `examples/`, run as a user runs them."""
+"""Tests that run the scripts of `examples/` as a user does."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Ten recordings and a manifest, in a folder whose name can be told from any other."""
+    """Return a folder with ten recordings and a manifest; tests search for its unique name."""
     folder = tmp_path_factory.mktemp("corpus-of-this-machine")
     lines = []
     for number in range(10):
@@ -51,7 +51,7 @@ def run(script: str, *arguments: object, cwd: Path) -> str:
 
 
 def tutorial(corpus: Path, out: Path, *overrides: str) -> list[str]:
-    """Arguments of NeMo's tutorial command with the debug config."""
+    """Return the arguments of NeMo's tutorial command with the debug config."""
     meta = [
         f"+{kind}_ds_meta.mine.{key}={value}"
         for kind in ("train", "val", "log")
@@ -62,14 +62,14 @@ def tutorial(corpus: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def train(corpus: Path, out: Path, *overrides: str) -> Path:
-    """Run it; returns the folder of checkpoints."""
+    """Run the tutorial's command and return the folder of checkpoints."""
     run("audio_codec.py", *tutorial(corpus, out, *overrides), cwd=out)
     return out / "AudioCodec" / "checkpoints"
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
 def test_a_configs_trainer_is_one_for_this_machine(config):
-    """With a GPU or without: stock's configs ask for GPUs and end where there are none."""
+    """Build the trainer of each config; NeMo's own configs require GPUs."""
     pl = pytest.importorskip("lightning.pytorch", reason="needs NeMo's Lightning: pip install '.[nemo]'")
     hydra = pytest.importorskip("hydra", reason="needs NeMo's Hydra: pip install '.[nemo]'")
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -92,16 +92,16 @@ def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(
     (last,) = checkpoints.glob("*last.ckpt")
     assert torch.equal(load(last, "cpu").encode(synthesize(1))[0], tokens)
     for key, start in (("init_from_nemo_model", saved), ("init_from_ptl_ckpt", last)):
-        # Without a step, what is saved is what it started from.
+        # Without a training step, the saved weights equal the initial ones.
         again = tmp_path / key
         again.mkdir()
-        # Validated every second epoch only, stock leaves nothing behind after one.
+        # With validation in every second epoch only, NeMo saves nothing after one epoch.
         shorter = "trainer.check_val_every_n_epoch=2"
         found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0", shorter) / "AudioCodec.nemo"
         assert torch.equal(load(found, "cpu").encode(synthesize(1))[0], tokens), key
 
 
-# NeMo takes longer to import than a debug training to run: a process has imported it once, and each life is its child.
+# Importing NeMo takes longer than a debug training, so one process imports it and forks a child for each run.
 MOTHER = """
 import os, runpy, sys
 import torch
@@ -120,7 +120,7 @@ for line in sys.stdin:
 
 
 class Lives:
-    """The debug training in one folder, which may be killed and started again."""
+    """Debug training in one folder that can be killed and restarted."""
 
     def __init__(self, corpus: Path, out: Path, *overrides: str) -> None:
         out.mkdir()
@@ -137,7 +137,7 @@ class Lives:
         )
 
     def live(self, killed_after: float | None = None) -> bool:
-        """Train, to the end or for so many seconds; whether it came to the end."""
+        """Train to the end or for `killed_after` seconds; return whether training finished."""
         assert self._mother.stdin is not None and self._mother.stdout is not None
         self._mother.stdin.write("live\n")
         self._mother.stdin.flush()
@@ -150,14 +150,14 @@ class Lives:
         return status == 0
 
     def end(self) -> dict[str, torch.Tensor]:
-        """What the last checkpoint holds."""
+        """Return the weights of the last checkpoint."""
         self._mother.communicate()
         (last,) = self.checkpoints.glob("*-last.ckpt")
         return torch.load(last, map_location="cpu", weights_only=False)
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, tmp_path):
-    """NEMO_LFR_KILLS=20 kills it 20 times. Whenever it dies, what bears a checkpoint's final name is whole."""
+    """Kill training several times (NEMO_LFR_KILLS); checkpoints with a final name are always complete."""
     pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "3")), np.random.default_rng(0)
     epochs = f"max_epochs={kills + 1}"

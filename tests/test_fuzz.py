@@ -1,4 +1,4 @@
-"""What fuzzing has found stays found, and a minute of it runs with every suite; see `tests/fuzz.py`."""
+"""Replay of the findings of `tests/fuzz.py`, and a short fuzzing run of each reader."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ def test_a_finding_raises_its_documented_exception(path):
     TARGETS[path.name.partition("-")[0]](path.read_bytes())
 
 
-# A minute or so of each reader. Work is asked for, not time, which says nothing on a busy machine.
+# About a minute for each reader. The number of runs is fixed, since the speed depends on the machine's load.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "runs"), [("lfr", 5000), ("lfrm", 3000), ("nemo", 500), ("pickle", 500), ("config", 500)]

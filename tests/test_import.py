@@ -11,7 +11,7 @@ ROOT = Path(nemo_lfr.__file__).parents[1]
 
 
 def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh process has imported once it has run `code`."""
+    """Return the top-level modules that a new process has imported after it ran `code`."""
     report = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -1,6 +1,6 @@
-"""Imports go down one list, and never in a circle: neither among folders nor among files.
+"""Tests that imports follow the order of `ORDER` and have no cycles, among folders and among files.
 
-Every import counts: those within functions and those for type checkers too.
+Imports in functions and imports for type checkers are included.
 """
 
 import ast
@@ -16,7 +16,7 @@ import nemo_lfr
 
 PACKAGE = Path(nemo_lfr.__file__).parent
 
-# What stands further down may import what stands above it.
+# A module may only import modules that are listed above it.
 ORDER = (
     "_version",
     "telemetry",
@@ -39,12 +39,12 @@ ORDER = (
     "cli",
     "__main__",
     "testing",
-    "__init__",  # of the package: the public names, which nothing inside imports
+    "__init__",  # of the package; no module imports its public names
 )
 
 
 class Import(NamedTuple):
-    """One import of one of our modules by another, by their names without the package's."""
+    """Import of one of our modules by another, named without the package's prefix."""
 
     importer: str
     imported: str
@@ -52,12 +52,12 @@ class Import(NamedTuple):
 
 
 def module_at(path: Path) -> str:
-    """Return the name of a file, in which a folder's own is `__init__`."""
+    """Return the module name of a file; that of a folder ends in `__init__`."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def resolve(parts: list[str]) -> str:
-    """Return the module that a dotted name means: a file, a folder's `__init__`, or the one that holds the name."""
+    """Return the module that a dotted name refers to: a file, a folder's `__init__`, or the module with that name."""
     while parts:
         if PACKAGE.joinpath(*parts).with_suffix(".py").is_file():
             return ".".join(parts)
@@ -119,7 +119,7 @@ def folders() -> list[str]:
 
 @pytest.mark.parametrize("folder", folders())
 def test_files_and_folders_import_each_other_in_no_circle(folder):
-    """Of one folder's members at a time; a subfolder counts as one of them."""
+    """Check the members of one folder at a time; a subfolder counts as one member."""
     prefix = folder + "." if folder else ""
     graph: dict[str, set[str]] = {}
     reasons: dict[tuple[str, str], str] = {}

@@ -1,4 +1,4 @@
-"""The locked environment of `make demo` agrees with pyproject.toml, is complete, and names no index and no folder."""
+"""Tests that the locks agree with pyproject.toml, are complete, and contain no index or path."""
 
 import re
 from pathlib import Path
@@ -12,14 +12,14 @@ PYTHONS = ("3.10.0", "3.11.7", "3.12.1", "3.13.0")
 
 
 def section(name: str) -> list[str]:
-    """The quoted strings of a list in pyproject.toml (Python 3.10 has no TOML reader)."""
+    """Return the strings of a list in pyproject.toml (Python 3.10 has no TOML reader)."""
     text = (ROOT / "pyproject.toml").read_text()
     found = re.search(rf"^{name} = \[(.*?)\]( *#.*)?$", text, re.MULTILINE | re.DOTALL)
     return re.findall(r'"([^"]+)"', found.group(1))
 
 
 def locked(name: str) -> list[tuple[Requirement, int]]:
-    """Requirements of a file in locks/, and the number of hashes of each."""
+    """Return the requirements of a file in locks/ with the number of hashes of each."""
     text = (ROOT / "locks" / name).read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
     return [(Requirement(line.partition("--hash")[0]), line.count("--hash=sha256:")) for line in lines]

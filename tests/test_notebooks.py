@@ -1,4 +1,4 @@
-"""The tutorials run from the first cell to the last, and show what they say they show."""
+"""Tests that the tutorials run and show their pictures and audio players."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ def test_a_tutorial_runs(tmp_path, monkeypatch, name, pictures, players):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("codec_tutorial"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # The kernel is this Python, whatever kernels the machine knows by name.
+    # Use this Python as the kernel rather than one that is installed on the machine.
     kernels = tmp_path / "jupyter" / "kernels" / "python3"
     kernels.mkdir(parents=True)
     command = '["' + sys.executable + '", "-m", "ipykernel_launcher", "-f", "{connection_file}"]'

@@ -28,7 +28,10 @@ ROOT = Path(nemo_lfr.__file__).parents[1]
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """huggingface_hub reads its environment on import, so its constant is changed too; the cache is empty."""
+    """Set huggingface_hub offline with an empty cache.
+
+    It reads its environment on import, so its constants are changed as well.
+    """
     import huggingface_hub.constants as constants
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -118,7 +121,7 @@ def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, so
 )  # fmt: skip
 @pytest.mark.parametrize("find", [nemo_lfr.load, find_checkpoint], ids=["load", "find"])
 def test_a_mistyped_path_never_asks_the_hub(source, find, tmp_path, monkeypatch):
-    """A server that nobody reaches stands for the Hub: asking it would be another error, and take retries."""
+    """Replace the Hub by an unreachable server, so that a request would raise another error after retries."""
     import huggingface_hub
 
     def fail(*arguments, **options):
@@ -188,7 +191,7 @@ else:
 
 
 def client(source: str, wave: Path, environment: dict[str, str]) -> tuple[dict, str]:
-    """What a fresh process makes of `nemo_lfr.load(source)`, and its log."""
+    """Run `nemo_lfr.load(source)` in a new process; return its results and its log."""
     done = subprocess.run(
         [sys.executable, "-c", CLIENT, source, wave],
         env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -250,7 +253,7 @@ def unpack(path: Path, folder: Path) -> Path:
 
 
 def link_blob(path: Path, folder: Path) -> Path:
-    """A folder as `snapshot_download` returns: a link to the file, under the name that it has on the Hub."""
+    """Return a folder like that of `snapshot_download`, with a link to the file under its name on the Hub."""
     (folder / "snapshot").mkdir(parents=True)
     (folder / "snapshot" / "codec.nemo").symlink_to(path)
     return folder / "snapshot"
@@ -325,7 +328,7 @@ def test_finding_a_local_file_asks_nobody(tmp_path, monkeypatch):
     assert find_checkpoint("nvidia/local") == Path("nvidia/local")
 
 
-# What a Hub's cache may look like: names of files in its snapshot, the text of refs/main, links to blobs or files.
+# Layouts of the Hub's cache: file names of the snapshot, the text of refs/main, and whether files are links to blobs.
 USUAL, OTHER, REVISION = "one.nemo", "codec.nemo", "a" * 40
 CACHES = {
     "as downloaded": ([USUAL], REVISION, True),
