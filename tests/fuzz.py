@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nemo_lfr.io.entropy.model import EntropyModel
 
 FINDINGS = Path(__file__).resolve().parent / "findings"
-# One file in memory, overwritten for each input.
+# Temporary file in memory that is overwritten for each input.
 SCRATCH = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir(), f"nemo-lfr-fuzz-{os.getpid()}")
 
 

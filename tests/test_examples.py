@@ -162,9 +162,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, t
     kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "3")), np.random.default_rng(0)
     epochs = f"max_epochs={kills + 1}"
     whole = Lives(corpus, tmp_path / "whole", epochs)
-    whole.live()  # the first life reads everything from the disk
+    whole.live()  # trains to the end and fills the disk cache
     began = time.perf_counter()
-    assert whole.live()  # nothing left to do: what starting takes
+    assert whole.live()  # training is finished, so this run takes only the start-up time
     starts = time.perf_counter() - began
     killed = Lives(corpus, tmp_path / "killed", epochs)
     deaths, epoch_takes = 0, 1.0
@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, t
         for path in files:
             load(path, "cpu")
         if not files:
-            epoch_takes *= 1.5  # a slower machine than thought
+            epoch_takes *= 1.5  # the machine is slower than assumed
     assert deaths == kills
     killed.live()
     expected, mine = whole.end(), killed.end()

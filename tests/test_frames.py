@@ -44,7 +44,7 @@ def test_windows_cover_every_frame_exactly_once_with_its_context(total, chunk, p
         assert window.start == max(0, window.keep_start - past)
         assert window.stop == min(total, window.keep_stop + future)
         assert list(range(window.start, window.stop))[window.kept] == list(range(window.keep_start, window.keep_stop))
-        # Memory is bounded: a last chunk may take in what would have been its future.
+        # Memory is bounded; the last chunk may include its own future context.
         assert window.num_frames <= chunk + past + 2 * future or total <= chunk + future
 
 

@@ -42,7 +42,7 @@ def test_the_demos_dependencies_are_locked_to_versions_that_pyproject_allows(pyt
         for pin, _ in locked("demo.txt")
         if pin.marker is None or pin.marker.evaluate(environment(python))
     }
-    assert "torch" not in pins  # its builds have hashes of their own
+    assert "torch" not in pins  # the hashes of its builds differ
     for wanted in map(Requirement, section("dependencies") + section("demo") + section("requires")):
         if wanted.name != "torch":
             assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted

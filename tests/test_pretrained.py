@@ -161,7 +161,7 @@ def test_a_folder_is_not_a_checkpoint(tmp_path):
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(NemoLfrError, match=device) as caught:
         nemo_lfr.load(device=device)
-    assert len(str(caught.value)) < 300  # torch's own words are up to 1500 letters
+    assert len(str(caught.value)) < 300  # messages of torch have up to 1500 characters
 
 
 def test_no_device_means_a_gpu_or_else_the_cpu():
@@ -173,7 +173,7 @@ def test_an_unknown_precision_is_named_before_anything_is_read():
         nemo_lfr.load("missing.nemo", precision="int4")
 
 
-# --- the Hub
+# Downloads from the Hub.
 
 CLIENT = """
 import json, sys, logging
@@ -212,14 +212,14 @@ def test_a_hub_id_loads_cold_then_from_the_cache_then_offline(tmp_path):
         environment = hub.environment(tmp_path / "home")
         answer, log = client(LFR, tmp_path / "wave.npy", environment)
         assert answer == expected
-        assert "non-commercial" in log  # the weights' licence, said at the first download
+        assert "non-commercial" in log  # the license is printed at the first download
         asked = len(hub.requests)
         assert f"GET /{LFR}/resolve/main/low-frame-rate-speech-codec-22khz.nemo" in hub.requests
 
         answer, log = client("audio_codec_low_frame_rate_22khz", tmp_path / "wave.npy", environment)
         assert answer == expected
         assert "non-commercial" not in log and len(hub.requests) == asked
-    # The server is gone.
+    # The server has stopped, so only the cache can answer.
     answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HUB_OFFLINE": "1"})
     assert answer == expected
     answer, _ = client(LFR, tmp_path / "wave.npy", environment | {"HF_HOME": str(tmp_path / "other")})
@@ -240,7 +240,7 @@ def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
         assert len(hub.requests) == asked, "it is in the cache"
         error = client("me/none", tmp_path / "wave.npy", environment)[0]["error"]
         assert "me/none" in error and "check the name" in error
-    # The server is gone.
+    # The server has stopped, so only the cache can answer.
     environment |= {"HF_HUB_OFFLINE": "1"}
     assert client("me/one", tmp_path / "wave.npy", environment)[0] == {"tokens": codec.encode(wave)[0].tolist()}
 
@@ -399,7 +399,7 @@ def test_a_forked_process_reads_what_a_thread_was_reading(tmp_path, monkeypatch)
     reading.wait()
     child = os.fork()
     if not child:
-        signal.alarm(60)  # which ends a process that waits for a thread that it does not have
+        signal.alarm(60)  # ends the child if it deadlocks on a lock of a thread that fork did not copy
         sound = all(value.isfinite().all() for value in codec.encoder.state_dict().values())
         os._exit(0 if sound and not codec.encoder.pre_conv.conv.weight.is_meta else 1)
     status = os.waitpid(child, 0)[1]
