@@ -174,7 +174,7 @@ def seeds(name: str) -> list[bytes]:
         return lfr_seeds() + compressed_seeds()
     if name == "lfrm":
         return lfrm_seeds()
-    from tests import test_checkpoint as table
+    from tests.checkpoint import test_checkpoint as table
 
     if name == "pickle":
         return [table.tensor_pickle((2, 3), (3, 1)), table.data_pickle(table.WEIGHTS_BYTES)]

@@ -29,26 +29,30 @@ GUARDS = [
     ("checkpoint/config.py", "if encoder.encoded_dim != quantizer.codebook_dim:", "if False:"),
     ("checkpoint/tensors.py", "if (module, name) not in _NAMES:", "if False:"),
     ("checkpoint/tensors.py", "if opcode.name not in allowed:", "if False:"),
-    ("checkpoint/tensors.py", " or zlib.crc32(raw) != info.CRC:", ":"),
-    ("checkpoint/tensors.py", "if last >= available or numel > available:", "if False:"),
-    ("checkpoint/tensors.py", "if len(piece) > MAX_DIRECTORY_BYTES:", "if False:"),
+    (
+        "checkpoint/tensors.py",
+        "if self._checksum(place + end, info.file_size - end, checksum) != info.CRC:",
+        "if False:",
+    ),
+    ("checkpoint/tensors.py", " and (last >= available or numel > available):", " and False:"),
+    ("checkpoint/tensors.py", "if size > MAX_DIRECTORY_BYTES:", "if False:"),
     ("checkpoint/reader.py", "if missing and strict:", "if False:"),
     ("checkpoint/reader.py", "if unexpected and strict:", "if False:"),
     ("checkpoint/reader.py", "if entry.shape != shape:", "if False:"),
     ("checkpoint/reader.py", "if not _is_finite(value):", "if False:"),
     ("checkpoint/reader.py", "if not want.is_floating_point() and not torch.equal(direction, want):", "if False:"),
-    ("tokens/format.py", "if version not in READABLE_VERSIONS:", "if False:"),
-    ("tokens/format.py", "if coding not in CODINGS:", "if False:"),
-    ("tokens/format.py", 'if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):', "if False:"),
-    ("tokens/format.py", 'before if self.version > 1 else b""', 'b""'),
-    ("tokens/format.py", 'if self.version > 1 and rest[8:] != struct.pack("<I", self._outline):', "if False:"),
-    ("tokens/format.py", "if self._file.read(1):", "if False:"),
+    ("io/token_file.py", "if version not in READABLE_VERSIONS:", "if False:"),
+    ("io/token_file.py", "if coding not in CODINGS:", "if False:"),
+    ("io/token_file.py", 'if checksum != struct.pack("<I", zlib.crc32(section, zlib.crc32(before))):', "if False:"),
+    ("io/token_file.py", 'before if self.version > 1 else b""', 'b""'),
+    ("io/token_file.py", 'if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):', "if False:"),
+    ("io/token_file.py", "if self._file.read(1):", "if False:"),
     (
-        "tokens/format.py",
+        "io/token_file.py",
         "if count > self._max_block_frames:",
         "if False:",
     ),
-    ("tokens/format.py", "if length > MAX_METADATA_BYTES:", "if False:"),
+    ("io/token_file.py", "if length > MAX_METADATA_BYTES:", "if False:"),
 ]
 
 
@@ -68,7 +72,7 @@ def failures_without(name: str, guard: str, replacement: str) -> list[str]:
         if text.count(guard) != 1:
             raise SystemExit(f"{name} holds {guard!r} {text.count(guard)} times, expected once.")
         source.write_text(text.replace(guard, replacement))
-        test = "tests/io/test_format.py" if name.startswith("tokens/") else "tests/checkpoint/test_checkpoint.py"
+        test = "tests/io/test_format.py" if name.startswith("io/") else "tests/checkpoint/test_checkpoint.py"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-m", "not slow", test]
         try:
             run = subprocess.run(

@@ -8,6 +8,7 @@ import pytest
 
 from tests.crash import ROOT
 from tests.fuzz import FINDINGS, TARGETS
+from tests.mutate import GUARDS
 
 
 @pytest.mark.parametrize("path", sorted(FINDINGS.glob("*-*")), ids=lambda path: path.name)
@@ -31,3 +32,8 @@ def test_fuzzing_finds_nothing(name, runs):
     assert run.returncode == 0, run.stderr[-3000:]
     done = re.search(r"Done (\d+) runs", run.stderr)
     assert done and int(done.group(1)) >= runs
+
+
+@pytest.mark.parametrize(("name", "guard"), [guard[:2] for guard in GUARDS])
+def test_mutation_test_names_guards_that_exist(name, guard):
+    assert (ROOT / "nemo_lfr" / name).read_text(encoding="utf-8").count(guard) == 1
