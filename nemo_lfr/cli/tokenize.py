@@ -115,7 +115,7 @@ def tokenize(
         echo_stdout(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
     if done["failures"]:
-        text += f"; {done['failures']} failed, see {out}/failures.jsonl; once they are mended, add --retry-failed"
+        text += f"; {done['failures']} failed, see {out}/failures.jsonl; fix them and run again with --retry-failed"
     echo_stderr(text)
     if done["failures"]:
         sys.exit(1)

@@ -417,7 +417,7 @@ def bad_files(root: Path) -> dict[str, str]:
         "loud.wav": (30_000 * wave / np.abs(wave).max(), "16-bit"),
         "silent.wav": (np.zeros(4000, np.float32), "silent"),
         "no-samples.wav": (np.zeros(0, np.float32), "no samples"),
-        "long.wav": (np.tile(wave, 9), "more than the 3 s"),
+        "long.wav": (np.tile(wave, 9), "more than the limit of 3 s"),
     }
     for name, (samples, reason) in waves.items():
         soundfile.write(root / name, samples, RATE, subtype="FLOAT")
