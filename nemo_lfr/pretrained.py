@@ -32,6 +32,9 @@ def bundled_checkpoint() -> Path:
     return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
 
 
+embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
+
+
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
     """Return the local `.nemo` of a path, a Hub id or a known name.
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -48,3 +49,18 @@ def test_every_error_is_a_nemo_lfr_error_and_a_value_error():
     for name in nemo_lfr.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(nemo_lfr, name), (nemo_lfr.NemoLfrError, ValueError))
+
+
+EARLIER_PATHS = {
+    "audio": ("AudioReader", "AudioWriter"),
+    "manifests": ("read_manifest",),
+    "pretrained": ("embedded_checkpoint",),
+    "streaming": ("push_decoders", "push_encoders"),
+    "tokens.format": ("Metadata", "TokenReader", "TokenWriter"),
+}
+
+
+@pytest.mark.parametrize("module", EARLIER_PATHS)
+def test_names_of_earlier_versions_still_import(module):
+    imported = importlib.import_module(f"nemo_lfr.{module}")
+    assert all(callable(getattr(imported, name)) for name in EARLIER_PATHS[module])

@@ -1,0 +1,1 @@
+"""Token files under their earlier path; see `nemo_lfr.io.token_file`."""
