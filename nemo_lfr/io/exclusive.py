@@ -1,12 +1,12 @@
 """Lock an output folder so that only one run writes to it."""
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import lock
 
 
 @contextmanager
@@ -24,19 +24,9 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY) if os.name != "nt" else None
     try:
-        if descriptor is not None:
-            _lock(descriptor, folder)
+        if descriptor is not None and lock(descriptor) is False:
+            raise NemoLfrError(f"{folder}: another run is writing there; wait for it, or stop it.")
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise NemoLfrError(f"{folder}: another run is writing there; wait for it, or stop it.") from error
