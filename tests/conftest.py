@@ -1,9 +1,17 @@
 """Fixtures of all tests; PyTorch runs on one thread."""
 
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+
+# Tests start many processes that import librosa, and numba's cache breaks if two of them compile into it at the same
+# time. So the tests have a cache of their own, which pytest fills before any worker starts.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "numba"))
 
 if not torch.cuda.is_available():
     # Set before Triton is imported: without a GPU, its kernels run in its interpreter.
@@ -11,6 +19,19 @@ if not torch.cuda.is_available():
 
 from nemo_lfr.codec.codec import Codec
 from tests.models import KINDS, build_codec, cached_codec, synthesize
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile librosa's kernels once, in the process that starts the workers."""
+    if hasattr(config, "workerinput") or not find_spec("librosa"):
+        return
+    compiled = Path(os.environ["NUMBA_CACHE_DIR"], "compiled")
+    if not compiled.exists():
+        code = "import librosa.core.audio, numpy\nfrom nemo_lfr.evaluation import pitch\n"
+        code += "pitch.estimate_pitch(numpy.zeros(8000, 'f'))"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+        compiled.touch()
+
 
 torch.set_num_threads(1)  # for tiny tensors, the overhead of threads exceeds their gain
 

@@ -22,7 +22,6 @@ MEL_DIMS = (5, 10, 20, 40, 80, 160, 320)
 SILENCE = 2.0**-23
 # P.862 is designed for 8 to 20 s, and its reference code uses tables of fixed size.
 PESQ_SECONDS = 60
-PITCH_HOP = 320  # 20 ms at 16 kHz
 
 
 class NotMeasured(str):
@@ -80,14 +79,10 @@ class Signal:
 
     @cached_property
     def pitch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return F0 in Hz and the voicing decisions of pYIN, each of shape [frames].
+        """Return F0 in Hz and the voicing decisions of `estimate_pitch`, each of shape [frames]."""
+        from nemo_lfr.evaluation.pitch import estimate_pitch
 
-        pYIN is described by Mauch and Dixon (2014); the search range is 60 to 500 Hz and the hop 20 ms.
-        """
-        import librosa
-
-        f0, voiced, _ = librosa.pyin(self.at_16k, fmin=60, fmax=500, sr=16000, frame_length=1024, hop_length=PITCH_HOP)
-        return f0, voiced
+        return estimate_pitch(self.at_16k)
 
 
 Value = float | NotMeasured
