@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,13 +69,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
-def test_every_code_block_runs(page: Path, workplace: Path) -> None:
-    names: dict[str, object] = {"__name__": "docs"}
+def test_every_code_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("docs")  # a real module, so that classes of a page can be pickled
+    monkeypatch.setitem(sys.modules, "docs", module)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for block in blocks(page):
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), module.__dict__)
         else:
             script = ["bash", "-eo", "pipefail", "-c", block.code]
             done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=600)

@@ -2,8 +2,8 @@
 
 `Codec` does everything else: argument checks, resampling, windows of long recordings, batches, files. The smallest
 backend is a subclass of `NumpyBackend` with a name, a `CodecSpec`, the limits of its two networks and two methods; one
-call of `nemo_lfr.codec.backends.register` lets `nemo_lfr.load(backend=...)` open it. `tests/codec/test_backends.py`
-has such a backend, and the contract that every backend must keep.
+call of `nemo_lfr.codec.backends.register` lets `nemo_lfr.load(backend=...)` open it. `nemo_lfr.testing` has the checks
+that every backend must pass.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,0 +1,398 @@
+"""Helpers for tests of code that uses this package: synthetic speech, small codecs and checks of backends.
+
+    codec = nemo_lfr.testing.build_codec()
+    tokens, tokens_len = codec.encode(nemo_lfr.testing.synthesize(2.0))
+
+A backend of another package is tested by running every check of `BACKEND_CHECKS` on a codec that uses it:
+
+    @pytest.mark.parametrize("check", BACKEND_CHECKS, ids=lambda check: check.__name__)
+    def test_backend(check):
+        check(nemo_lfr.load("model.tflite", backend="tflite"))
+
+The codecs have random weights, so that they decode to noise. Nothing here needs pytest or NeMo.
+"""
+
+import copy
+import dataclasses
+import functools
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from nemo_lfr import frames
+from nemo_lfr.codec.arrays import to_numpy
+from nemo_lfr.codec.backend import StreamingBackend
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import AudioError, NemoLfrError, TokenFileError, TokensError
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_lfr.checkpoint import Parts
+
+SAMPLE_RATE = 22050
+MODULES = "nemo.collections.tts.modules.audio_codec_modules."
+LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
+# Changes of `codec_config` for the fastest codec: two stages, and 15 samples per frame because of its odd strides.
+TWO_STAGES: dict[str, Any] = {
+    "samples_per_frame": 15,
+    "audio_encoder": {"down_sample_rates": [3, 5], "resblock_dilation_sizes": [1, 3]},
+    "audio_decoder": {"up_sample_rates": [5, 3], "resblock_dilation_sizes": [1, 2]},
+}
+
+
+def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
+    """Synthesize a speech-like waveform at 22.05 kHz.
+
+    It is a harmonic tone with gliding pitch and a syllable-like envelope, plus noise.
+
+    Args:
+        seconds: duration.
+        seed: seed of the noise, the phases and the pitch.
+
+    Returns:
+        Float32 [T_audio].
+    """
+    rng = np.random.default_rng(seed)
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    pitch = 130 + 50 * np.sin(2 * np.pi * 0.7 * time + rng.uniform(0, 6)) + 30 * rng.uniform()
+    phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
+    wave = sum((np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 20)), np.zeros_like(time))
+    wave = wave * (0.6 + 0.4 * np.sin(2 * np.pi * 3.1 * time)) + 0.3 * rng.standard_normal(len(time))
+    return (0.08 * wave).astype(np.float32)
+
+
+def codec_config(**changes: Any) -> dict[str, Any]:
+    """Return the config of the released codec with few channels, as in a `.nemo` file.
+
+    Args:
+        **changes: changed keys. A dict is merged into the section of its name, except that a `vector_quantizer` with
+            a `_target_` replaces the section. `codec_config(**TWO_STAGES)` is the fastest codec.
+    """
+    config: dict[str, Any] = {
+        "sample_rate": SAMPLE_RATE,
+        "samples_per_frame": 1024,
+        "mel_loss_l1_scale": 1.0,
+        "mel_loss_l2_scale": 0.0,
+        "stft_loss_scale": 20.0,
+        "time_domain_loss_scale": 0.0,
+        "commit_loss_scale": 0.0,
+        "loss_resolutions": [[512, 128, 512], [1024, 256, 1024]],
+        "mel_loss_dims": [80, 160],
+        "mel_loss_log_guard": 1.0,
+        "stft_loss_log_guard": 1.0,
+        "feature_loss_type": "absolute",
+        "discriminator": None,
+        "generator_loss": {"_target_": LOSSES + "GeneratorSquaredLoss"},
+        "discriminator_loss": {"_target_": LOSSES + "DiscriminatorSquaredLoss"},
+        "audio_encoder": {
+            "_target_": MODULES + "HiFiGANEncoder",
+            "encoded_dim": 32,
+            "down_sample_rates": [2, 2, 4, 8, 8],
+            "base_channels": 4,
+            "activation": "lrelu",
+            "resblock_dilation_sizes": [1],
+        },
+        "vector_quantizer": {
+            "_target_": MODULES + "GroupFiniteScalarQuantizer",
+            "num_groups": 8,
+            "num_levels_per_group": [8, 7, 6, 6],
+        },
+        "audio_decoder": {
+            "_target_": MODULES + "HiFiGANDecoder",
+            "input_dim": 32,
+            "up_sample_rates": [8, 8, 4, 2, 2],
+            "base_channels": 64,
+            "activation": "lrelu",
+            "output_activation": "tanh",
+        },
+    }
+    for key, value in changes.items():
+        replaces = key == "vector_quantizer" and "_target_" in value
+        merges = isinstance(config.get(key), dict) and not replaces
+        config[key] = config[key] | value if merges else value
+    return config
+
+
+def random_parts(config: dict[str, Any], seed: int = 7) -> "Parts":
+    """Build the modules of a codec with random weights that depend only on the seed.
+
+    The encoder's output uses all levels, and the decoder's output is as loud as speech.
+
+    Args:
+        config: see `codec_config`.
+        seed: seed of the weights.
+    """
+    import torch
+
+    from nemo_lfr.checkpoint import build_parts
+    from nemo_lfr.training.initialize import initialize_from_data
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = build_parts(config, weight_norm=False)
+        samples = 20 * 1024 // parts.encoder.samples_per_frame * parts.encoder.samples_per_frame
+        audio = torch.from_numpy(np.stack([synthesize(1, seed)[:samples] for seed in (100, 101)]))
+        initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, audio)
+    with torch.no_grad():
+        _center_output(parts, audio)
+    return parts
+
+
+def _center_output(parts: "Parts", audio: "torch.Tensor") -> None:
+    """Scale the decoder's output before its activation to zero mean and an RMS of 0.1.
+
+    Comparisons of saturated audio would hide differences.
+    """
+    codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
+    before: list[torch.Tensor] = []
+    conv = parts.decoder.post_conv
+    with conv.register_forward_hook(lambda module, inputs, output: before.append(output)):
+        parts.decoder.decode_frames(codes)
+    factor = 0.1 / before[0].std()
+    assert conv.conv.bias is not None
+    conv.conv.bias.sub_(before[0].mean()).mul_(factor)
+    conv.conv.weight.mul_(factor)
+
+
+def build_codec(config: dict[str, Any] | None = None, seed: int = 7) -> Codec[Any]:
+    """Build a codec with random weights.
+
+    Args:
+        config: see `codec_config`; by default that of two stages, which takes a few milliseconds per second of audio.
+        seed: seed of the weights.
+    """
+    from nemo_lfr.codec.torch_backend import TorchBackend
+
+    parts = random_parts(config or codec_config(**TWO_STAGES), seed)
+    for part in parts.named().values():
+        part.eval().requires_grad_(False)
+    return Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate))
+
+
+def write_checkpoint(path: str | os.PathLike[str], config: dict[str, Any] | None = None, seed: int = 7) -> Path:
+    """Write the `.nemo` file of `build_codec(config, seed)`, and return its path."""
+    from nemo_lfr.checkpoint import split_weight_norm
+    from nemo_lfr.checkpoint import write_checkpoint as write
+
+    config = config or codec_config(**TWO_STAGES)
+    parts = random_parts(config, seed)
+    state = {f"{n}.{k}": v for n, part in parts.named().items() for k, v in split_weight_norm(part).items()}
+    write(path, config, state)
+    return Path(path)
+
+
+def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: float = 1e-3) -> None:
+    """Assert that tokens are equal except for rounding ties.
+
+    Args:
+        actual: tokens of any shape.
+        expected: tokens of the same shape.
+        max_ties: largest fraction of tokens that may differ. The order of additions in fp32 decides a rounding tie.
+
+    Raises:
+        AssertionError: if shapes or more tokens differ.
+    """
+    _require(actual.shape == expected.shape, f"tokens have shape {actual.shape}, not {expected.shape}")
+    if actual.size and (actual != expected).mean() > max_ties:
+        np.testing.assert_array_equal(actual, expected)
+
+
+def assert_audio_close(actual: np.ndarray, expected: np.ndarray, atol: float = 1e-5) -> None:
+    """Assert that waveforms are equal except for the order of additions in fp32.
+
+    Args:
+        actual: audio of any shape.
+        expected: audio of the same shape.
+        atol: largest difference of a sample.
+
+    Raises:
+        AssertionError: if shapes or samples differ.
+    """
+    _require(actual.shape == expected.shape, f"audio has shape {actual.shape}, not {expected.shape}")
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def _require(condition: bool, message: str) -> None:
+    """Raise an AssertionError; unlike `assert`, also under `python -O`."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def _speech(codec: Codec[Any], num_frames: float, seed: int = 0) -> np.ndarray:
+    """Return synthetic speech of this many frames of a codec."""
+    num_samples = round(num_frames * codec.samples_per_frame)
+    return synthesize(num_samples / SAMPLE_RATE + 0.01, seed)[:num_samples]
+
+
+def _tokens(codec: Codec[Any], clip: np.ndarray) -> np.ndarray:
+    return to_numpy(codec.encode(clip)[0])[0]  # [C, T]
+
+
+def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
+    return to_numpy(codec.decode(tokens)[0])[0]  # [T_audio]
+
+
+def check_spec(codec: Codec[Any]) -> None:
+    """Check that the spec is valid and that the codec accepts tokens with its own fingerprint only."""
+    spec = codec.spec
+    spec.validate()
+    _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint is not that of its spec")
+    _require(codec.made(spec.fingerprint), "the codec does not accept its own fingerprint")
+    if spec.fingerprint:
+        _require(not codec.made("f" * 16), "the codec accepts the fingerprint of another codec")
+    _require(codec.name in repr(codec), f"{codec!r} does not contain the model's name {codec.name!r}")
+
+
+def check_lengths(codec: Codec[Any]) -> None:
+    """Check shapes, types and ranges for clips of zero samples, of one, and around a whole number of frames."""
+    for length in (0, 1, *(7 * codec.samples_per_frame + extra for extra in (-1, 0, 1))):
+        clip = synthesize(length / SAMPLE_RATE)[:length]
+        tokens, tokens_len = codec.encode(clip)
+        num_frames = frames.num_frames(length, codec.samples_per_frame)
+        shape = (1, codec.num_codebooks, num_frames)
+        _require(
+            tuple(tokens.shape) == shape, f"{length} samples: tokens have shape {tuple(tokens.shape)}, not {shape}"
+        )
+        _require(tokens_len.tolist() == [num_frames], f"{length} samples: tokens_len is {tokens_len}")
+        ids = to_numpy(tokens)
+        _require(ids.dtype == np.int32, f"tokens are {ids.dtype}, not int32")
+        _require(not ids.size or 0 <= ids.min() <= ids.max() < codec.codebook_size, "tokens outside the codebook")
+        audio, audio_len = codec.decode(tokens, tokens_len, [length])
+        samples = to_numpy(audio)
+        _require(samples.shape == (1, length), f"{length} samples: audio has shape {samples.shape}")
+        _require(audio_len.tolist() == [length], f"{length} samples: audio_len is {audio_len}")
+        _require(samples.dtype == np.float32, f"audio is {samples.dtype}, not float32")
+        _require(not samples.size or abs(samples).max() <= 1, "audio is not in [-1, 1]")
+
+
+def check_batches(codec: Codec[Any]) -> None:
+    """Check that a clip's result depends neither on other clips nor on the samples after its end.
+
+    Clips of 21 to 23 frames are similar enough to be computed together.
+    """
+    clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
+    batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
+    for row, clip in zip(batch, clips, strict=True):
+        row[: len(clip)] = clip
+    tokens, tokens_len = codec.encode(batch, [len(clip) for clip in clips])
+    ids = to_numpy(tokens).copy()
+    counts = tokens_len.tolist()
+    for clip, row, count in zip(clips, ids, counts, strict=True):
+        assert_tokens_equal(row[:, :count], _tokens(codec, clip))
+        _require(not row[:, count:].any(), "tokens after the end of a clip are not 0")
+        row[:, count:] = codec.codebook_size - 1
+    audio, audio_len = codec.decode(ids, tokens_len)
+    for row, length, tokens_row, count in zip(to_numpy(audio), audio_len.tolist(), ids, counts, strict=True):
+        assert_audio_close(row[:length], _audio(codec, tokens_row[:, :count]))
+        _require(not row[length:].any(), "audio after the end of a clip is not 0")
+
+
+def check_windows(codec: Codec[Any]) -> None:
+    """Check that windows of any length and blocks of a recording give the results of the whole recording."""
+    clip = _speech(codec, 40.3)
+    tokens = _tokens(codec, clip)
+    audio = _audio(codec, tokens)
+    for chunk_frames in (3, 11):
+        chunked = Codec(codec.backend, chunk_frames=chunk_frames)
+        assert_tokens_equal(_tokens(chunked, clip), tokens)
+        assert_tokens_equal(np.concatenate(list(chunked.encode_blocks(np.array_split(clip, 7))), axis=1), tokens)
+        assert_audio_close(_audio(chunked, tokens), audio)
+        blocks = np.array_split(tokens, 5, axis=1)
+        assert_audio_close(np.concatenate(list(chunked.decode_blocks(blocks))), audio)
+
+
+def check_files(codec: Codec[Any]) -> None:
+    """Check that a token file has the codec's spec, decodes to the same audio, and needs this codec."""
+    clip = _speech(codec, 20.5)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        soundfile.write(folder / "a.wav", clip, codec.sample_rate, subtype="FLOAT")
+        codec.encode_file(folder / "a.wav", folder / "a.lfr")
+        with TokenReader(folder / "a.lfr") as reader:
+            stored, tokens = reader.metadata, reader.read()
+        _require(stored == Metadata.of(codec), f"the file's spec {stored} is not {codec.spec}")
+        assert_tokens_equal(tokens, _tokens(codec, clip))
+        codec.decode_file(folder / "a.lfr", folder / "b.wav")
+        audio, sample_rate = soundfile.read(folder / "b.wav", dtype="float32")
+        _require(sample_rate == codec.sample_rate, f"decode_file wrote audio at {sample_rate} Hz")
+        assert_audio_close(audio, _audio(codec, tokens)[: len(clip)], atol=1e-4)  # the file has 16-bit samples
+        other = dataclasses.replace(Metadata.of(codec), num_codebooks=codec.num_codebooks + 1)
+        with TokenWriter(folder / "other.lfr", other) as writer:
+            writer.write(np.zeros((other.num_codebooks, 3), np.int32))
+            writer.finish(3 * codec.samples_per_frame)
+        _check_raises(TokenFileError, lambda: codec.decode_file(folder / "other.lfr", folder / "c.wav"), "other codec")
+        _require(not (folder / "c.wav").exists(), "a refused token file left an audio file")
+
+
+def check_invalid_arguments(codec: Codec[Any]) -> None:
+    """Check that invalid audio raises an AudioError, and invalid tokens a TokensError."""
+    count = codec.num_codebooks
+    audio: dict[str, tuple[Any, ...]] = {
+        "audio of NaN": (np.full(5000, np.nan, np.float32),),
+        "audio of int64": (np.zeros(5000, np.int64),),
+        "audio of bool": (np.zeros(5000, bool),),
+        "audio of three dimensions": (np.zeros((2, 3, 4), np.float32),),
+        "a string": ("audio",),
+        "audio_len greater than the audio": (np.zeros(50, np.float32), [51]),
+        "a sample rate of 0": (np.zeros(50, np.float32), None, 0),
+    }
+    tokens: dict[str, tuple[Any, ...]] = {
+        "tokens of float32": (np.zeros((count, 3), np.float32),),
+        "one codebook too many": (np.zeros((count + 1, 3), int),),
+        "a token of codebook_size": (np.full((count, 3), codec.codebook_size),),
+        "a token of -1": (np.full((count, 3), -1),),
+        "audio_len of fewer frames": (np.zeros((count, 3), int), None, [1]),
+    }
+    for case, arguments in audio.items():
+        _check_raises(AudioError, functools.partial(codec.encode, *arguments), case)
+    for case, arguments in tokens.items():
+        _check_raises(TokensError, functools.partial(codec.decode, *arguments), case)
+
+
+def _check_raises(error: type[Exception], call: Callable[[], object], case: str) -> None:
+    try:
+        call()
+    except error:
+        return
+    raise AssertionError(f"{case}: no {error.__name__} was raised")
+
+
+def check_copies(codec: Codec[Any]) -> None:
+    """Check that copies and a pickled codec have the same spec and give the same tokens."""
+    clip = _speech(codec, 6)
+    for other in (copy.copy(codec), copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
+        _require(other.spec == codec.spec, f"a copy has the spec {other.spec}, not {codec.spec}")
+        assert_tokens_equal(_tokens(other, clip), _tokens(codec, clip))
+
+
+def check_streams(codec: Codec[Any]) -> None:
+    """Check that streams give the results of the whole recording, or raise if the backend does not stream."""
+    if not isinstance(codec.backend, StreamingBackend):
+        for open_stream in (codec.stream_encoder, codec.stream_decoder):
+            _check_raises(NemoLfrError, open_stream, "a backend without streams")
+        return
+    clip, encoder, decoder = _speech(codec, 25.4), codec.stream_encoder(), codec.stream_decoder()
+    tokens = np.concatenate([*map(encoder.push, np.array_split(clip, 9)), encoder.flush()], axis=1)
+    assert_tokens_equal(tokens, _tokens(codec, clip))
+    pieces = [*map(decoder.push, np.array_split(tokens, 5, axis=1)), decoder.flush(len(clip))]
+    assert_audio_close(np.concatenate(pieces), _audio(codec, tokens)[: len(clip)])
+
+
+BACKEND_CHECKS: tuple[Callable[[Codec[Any]], None], ...] = (
+    check_spec,
+    check_lengths,
+    check_batches,
+    check_windows,
+    check_files,
+    check_invalid_arguments,
+    check_copies,
+    check_streams,
+)
