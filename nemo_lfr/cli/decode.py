@@ -118,7 +118,7 @@ def output_format(kind: str | None, out: Path | None) -> str:
     return suffix
 
 
-def decode_task(task: FileTask, codec: "Codec", **options: Any) -> dict[str, Any]:
+def decode_task(task: FileTask, codec: "Codec[Any]", **options: Any) -> dict[str, Any]:
     """Decode one token file; `options` are those of `Codec.decode_file`."""
     started = time.perf_counter()
     num_samples = codec.decode_file(task.source, task.target, **options)

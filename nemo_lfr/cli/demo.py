@@ -37,7 +37,7 @@ def demo_clip() -> Path:
     return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
 
 
-def run(out: Path, codec: "Codec") -> dict[str, Any]:
+def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
     """Encode and decode the demo clip, and write the results into a folder.
 
     The files are original.wav, speech.lfr, decoded.wav and spectrograms.png. Existing files are replaced.

@@ -84,7 +84,7 @@ def encode(
 
 
 def encode_tasks(
-    tasks: list[FileTask], codec: "Codec", overwrite: bool, model: "EntropyModel | None" = None
+    tasks: list[FileTask], codec: "Codec[Any]", overwrite: bool, model: "EntropyModel | None" = None
 ) -> Iterator[dict[str, Any]]:
     """Encode short files as one batch and longer ones one at a time, in bounded memory.
 

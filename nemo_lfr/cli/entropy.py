@@ -100,7 +100,8 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     Raises:
         TokenFileError: if utterances were found but none could be read.
     """
-    from nemo_lfr.corpus.token_folder import METADATA, TokenFolder
+    from nemo_lfr.corpus.records import METADATA
+    from nemo_lfr.corpus.token_folder import TokenFolder
     from nemo_lfr.io.folders import find_files
     from nemo_lfr.io.token_file import TokenReader
 

@@ -275,7 +275,9 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
-def task_result(task: FileTask, codec: "Codec", num_samples: int, token_file: Path, seconds: float) -> dict[str, Any]:
+def task_result(
+    task: FileTask, codec: "Codec[Any]", num_samples: int, token_file: Path, seconds: float
+) -> dict[str, Any]:
     """Return the figures of a finished task, as --json prints them.
 
     Args:

@@ -45,7 +45,7 @@ class UserPath(click.Path):
             self.fail(str(error).rstrip("."), param, ctx)
 
 
-def open_codec(model: str | None, device: str | None, precision: str) -> "Codec":
+def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[Any]":
     """Load the codec that the options select; print a note on stderr if it is the bundled one.
 
     Args:

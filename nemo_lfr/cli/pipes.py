@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -34,7 +34,7 @@ UNKNOWN_BYTES = 0xFFFFFFFF  # length field of a WAV file whose length is not kno
 
 
 def encode_pipe(
-    codec: "Codec",
+    codec: "Codec[Any]",
     source: Path | io.BufferedReader,
     sink: IO[bytes],
     block: int,
@@ -71,7 +71,7 @@ def encode_pipe(
 
 
 def decode_pipe(
-    codec: "Codec",
+    codec: "Codec[Any]",
     source: io.BufferedReader,
     sink: IO[bytes],
     lookahead: int | None = None,

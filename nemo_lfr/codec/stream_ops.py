@@ -58,7 +58,7 @@ class StreamOps:
 
     def upsample(self, layer: ConvTranspose1d, signal: torch.Tensor, activation: CodecActivation) -> torch.Tensor:
         """Return the outputs between available inputs, which later inputs do not change."""
-        new = activation(signal)
+        new: torch.Tensor = activation(signal)
         hidden, started = self._join(layer, new)
         if not started:
             if not hidden.shape[2]:

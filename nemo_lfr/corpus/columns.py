@@ -229,7 +229,7 @@ def _numbers(values: Any) -> np.ndarray:
 def _is_list(kind: Any) -> bool:
     import pyarrow.types as is_
 
-    return is_.is_list(kind) or is_.is_large_list(kind) or is_.is_fixed_size_list(kind)
+    return any(test(kind) for test in (is_.is_list, is_.is_large_list, is_.is_fixed_size_list))
 
 
 def _holds_audio(kind: Any) -> bool:
@@ -240,4 +240,4 @@ def _holds_audio(kind: Any) -> bool:
     if is_.is_struct(kind):
         names = {kind.field(number).name for number in range(kind.num_fields)}
         return bool(names & {"bytes", "array"})
-    return is_.is_binary(kind) or is_.is_large_binary(kind)
+    return any(test(kind) for test in (is_.is_binary, is_.is_large_binary))

@@ -2,9 +2,9 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ __all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
 Utterance = TokenizedUtterance  # name in earlier versions
 
 
-class TokenDataset(IterableDataset):
+class TokenDataset(IterableDataset[TokenizedUtterance]):
     """Utterances of a folder of tokens in any format that `nemo-lfr tokenize` writes.
 
     In distributed training each rank reads its own share. All shares have the same length in every epoch, for any
@@ -207,7 +207,9 @@ def _pad(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Te
 
 def _shared_zero() -> torch.Tensor:
     with sharing("a loader's workers"):
-        return torch.zeros((), dtype=torch.int64).share_memory_()
+        zero = torch.zeros((), dtype=torch.int64)
+        cast(Callable[[], torch.Tensor], zero.share_memory_)()  # torch declares no types for it
+        return zero
 
 
 def _is_distributed() -> bool:

@@ -79,7 +79,7 @@ def _num_cores() -> int:
 
 
 def run_in_process(
-    config: TokenizeConfig, tasks: Sequence[Task], device: str, codec: "Codec | None" = None
+    config: TokenizeConfig, tasks: Sequence[Task], device: str, codec: "Codec[Any] | None" = None
 ) -> Iterator[ShardRecord]:
     """Compute shards in this process, one after the other.
 

@@ -60,7 +60,7 @@ class Plan:
     inputs: Watch
     spec: dict[str, Any]
     shards: list[ShardSpec]
-    codec: "Codec | None" = None
+    codec: "Codec[Any] | None" = None
 
 
 @contextmanager
@@ -130,8 +130,8 @@ def load_or_create_plan(
             for key in differ
         )
         raise NemoLfrError(f"{config.out}: holds tokens of another job ({reasons}); choose another --out.")
-    shards = stored["parts"]
-    return shards
+    stored_shards: list[dict[str, Any]] = stored["parts"]
+    return stored_shards
 
 
 def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
@@ -169,7 +169,9 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _load_codec(config: TokenizeConfig, on_cpu: bool) -> tuple[dict[str, Any], EntropyModel | None, "Codec | None"]:
+def _load_codec(
+    config: TokenizeConfig, on_cpu: bool
+) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None"]:
     """Return the description of the tokens, the entropy model, and the codec.
 
     The entropy model is None without compression. The codec is returned for reuse if it runs on this CPU; otherwise it

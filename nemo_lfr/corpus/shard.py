@@ -49,7 +49,7 @@ LoadedClip = tuple[Clip, list[np.ndarray]]
 
 
 def tokenize_shard(
-    config: TokenizeConfig, codec: "Codec", corpus: CorpusReader, shard: ShardSpec, index: int
+    config: TokenizeConfig, codec: "Codec[Any]", corpus: CorpusReader, shard: ShardSpec, index: int
 ) -> ShardRecord:
     """Compute a shard and move its files into place.
 
@@ -96,7 +96,7 @@ def tokenize_shard(
 
 
 def _tokenize(
-    config: TokenizeConfig, codec: "Codec", clips: Iterator[Clip], record: ShardRecord
+    config: TokenizeConfig, codec: "Codec[Any]", clips: Iterator[Clip], record: ShardRecord
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     """Yield clips with their tokens, in order; failures are added to the record."""
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
@@ -177,7 +177,7 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
 
 
 def _encode(
-    config: TokenizeConfig, codec: "Codec", batch: list[LoadedClip]
+    config: TokenizeConfig, codec: "Codec[Any]", batch: list[LoadedClip]
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
     waves = [wave for _, waves in batch for wave in waves]
     frame = codec.samples_per_frame
@@ -194,7 +194,7 @@ def _encode(
         yield clip, row, num_samples, next(results)[0] if context else None
 
 
-def _zeros(codec: "Codec", rows: int, columns: int) -> np.ndarray:
+def _zeros(codec: "Codec[Any]", rows: int, columns: int) -> np.ndarray:
     """Allocate a batch, in pinned memory if the codec is on a GPU."""
     if getattr(codec.device, "type", None) != "cuda":  # the device of codecs without torch is a string
         return np.zeros((rows, columns), np.float32)
@@ -218,7 +218,7 @@ class Worker:
         config: TokenizeConfig,
         device: str | None = None,
         plugins: tuple[type, ...] = (),
-        codec: "Codec | None" = None,
+        codec: "Codec[Any] | None" = None,
     ) -> None:
         for plugin in plugins:
             if issubclass(plugin, OutputFormat):

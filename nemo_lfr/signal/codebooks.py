@@ -36,7 +36,8 @@ class CodebookUse:
             Number of equally frequent entries with the same entropy, from 1 to the codebook size, shape [C].
         """
         share = self.counts / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
-        return torch.special.entr(share).sum(dim=1).exp()
+        entropy: torch.Tensor = torch.special.entr(share).sum(dim=1)
+        return entropy.exp()
 
     def levels_used(self) -> float:
         """Return the fraction of the FSQ levels of all dimensions that occur."""

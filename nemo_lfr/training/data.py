@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 
 
-class CodecDataset(Dataset):
+class CodecDataset(Dataset[dict[str, Any]]):
     """Dataset of recordings, or of random segments of them.
 
     Audio is float32, mono, at one sample rate.
@@ -169,7 +169,7 @@ class CodecDataset(Dataset):
         }
 
 
-class SegmentSampler(DistributedSampler):
+class SegmentSampler(DistributedSampler[tuple[int, float]]):
     """Sampler of recordings and segment starts that depends on the epoch alone.
 
     A run that is killed and resumed at an epoch draws the same segments, with any number of worker processes. The
@@ -215,7 +215,7 @@ class SegmentSampler(DistributedSampler):
         return self.count // self.num_replicas
 
 
-def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader | None:
+def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader[dict[str, Any]] | None:
     """Build the data loader of a config section that uses `CodecDataset`.
 
     A section that names NeMo's `VocoderDataset` gets `CodecDataset` too.

@@ -6,7 +6,7 @@ Without it, FSQ receives an almost constant encoder output and uses a single cod
 import torch
 from torch import nn
 
-from nemo_lfr.checkpoint.reader import GAIN
+from nemo_lfr.checkpoint.names import GAIN
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder

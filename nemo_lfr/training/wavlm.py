@@ -62,7 +62,7 @@ class WavLM:
             raise missing_extra(error, "transformers", message) from error
         try:
             check_model_name(self.name, ConfigError)
-            model = AutoModel.from_pretrained(os.path.expanduser(self.name))
+            model: nn.Module = AutoModel.from_pretrained(os.path.expanduser(self.name))
         except (OSError, ValueError) as error:
             weights = self.fallback() if self.fallback is not None else {}
             if not weights:

@@ -193,7 +193,7 @@ class _Tape:
         states = self._states[:batch]
         rest = states & (TOTAL - 1)
         ends = table.cumsum(axis=1)
-        symbols = (rest[:, None] >= ends).sum(axis=1)
+        symbols: np.ndarray = (rest[:, None] >= ends).sum(axis=1)
         lengths = table[rows, symbols]
         states = lengths * (states >> FREQUENCY_BITS) + rest - ends[rows, symbols] + lengths
         while (short := np.flatnonzero(states < LOW)).size:

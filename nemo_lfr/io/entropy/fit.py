@@ -7,20 +7,17 @@ model, with straight-through gradients. The second stage makes the loss from rou
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from nemo_lfr.errors import EntropyModelError
 from nemo_lfr.io.entropy.blocks import block_bits
-from nemo_lfr.io.entropy.model import HIDDEN_MAX, EntropyModel, ModelSpec
-from nemo_lfr.io.entropy.predict import STEPS, block_features, tokens_to_digits
+from nemo_lfr.io.entropy.model import EntropyModel, ModelSpec
+from nemo_lfr.io.entropy.network import INPUT_BITS, Network
+from nemo_lfr.io.entropy.predict import block_features, tokens_to_digits
 
-HIDDEN_BITS = 5  # fractional bits of a hidden unit: the maximum 255 is slightly less than 8
-INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less than 1
 BLOCK_FRAMES = 256
 BATCH = 192
 WEIGHT_DECAY = 0.03
@@ -55,206 +52,6 @@ class FitSettings:
     valid_share: float = 0.04
     learning_rate: float = 3e-3
     seed: int = 0
-
-
-class _Chain(torch.autograd.Function):
-    """The second hidden layer and the logits of each digit, computed sequentially.
-
-    Autograd would compute the same on tensors of [B, D, H2], which exceed the cache, and take three times as long.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, sums: torch.Tensor, digit: torch.Tensor, output: torch.Tensor, ones: torch.Tensor, rounded: bool
-    ) -> torch.Tensor:
-        """Compute the logits [B, D, L].
-
-        The arguments are sums [B, H2], digit weights [D, L, H2], output weights [D, H2, L] and digits [B, D, L].
-        """
-        running = sums.clone()
-        logits = torch.empty_like(ones)
-        units = []
-        for number in range(len(digit)):
-            unit = running.clamp(0, HIDDEN_MAX * 2.0**-HIDDEN_BITS)
-            if rounded:
-                unit = unit.mul_(2.0**HIDDEN_BITS).round_().mul_(2.0**-HIDDEN_BITS)
-            units.append(unit)
-            logits[:, number] = unit @ output[number]
-            running.addmm_(ones[:, number], digit[number])
-        ctx.save_for_backward(digit, output, ones, *units)
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Compute the gradients of the arguments of `forward`."""
-        digit, output, ones, *units = ctx.saved_tensors
-        (gradient,) = gradients
-        running = torch.zeros_like(units[0])
-        for_digit, for_output = torch.empty_like(digit), torch.empty_like(output)
-        for number in reversed(range(len(digit))):
-            unit, part = units[number], gradient[:, number]
-            torch.mm(ones[:, number].T, running, out=for_digit[number])
-            torch.mm(unit.T, part, out=for_output[number])
-            inside = (unit > 0) & (unit < HIDDEN_MAX * 2.0**-HIDDEN_BITS)
-            running.addcmul_(part @ output[number].T, inside.to(unit.dtype))
-        return running, for_digit, for_output, None, None
-
-
-class _Ordinal(nn.Module):
-    """A weight for each level of each digit, [D, L, H]: a parabola plus a residual.
-
-    The levels are steps of one scale. With the parabola, what is learned for one level also applies to its neighbors,
-    which requires fewer tokens.
-
-    Args:
-        levels: number of levels of each digit.
-        width: H.
-    """
-
-    def __init__(self, levels: Sequence[int], width: int) -> None:
-        super().__init__()
-        values = torch.zeros(len(levels), max(levels), 1)
-        for row, level in zip(values, levels, strict=True):
-            row[:level, 0] = torch.linspace(-1, 1, level)
-        self.register_buffer("values", values)
-        self.slope = nn.Parameter(torch.randn(len(levels), 1, width) * 0.1)
-        self.bend = nn.Parameter(torch.zeros(len(levels), 1, width))
-        self.rest = nn.Parameter(torch.zeros(len(levels), max(levels), width))
-
-    def forward(self) -> torch.Tensor:
-        """Return the weights [D, L, H]."""
-        values: Any = self.values
-        return self.rest + values * self.slope + (values**2 - 0.4) * self.bend
-
-
-class Network(nn.Module):
-    """The network in float; its logits are in bits.
-
-    Args:
-        spec: sizes.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        first, second = spec.hidden
-        num_digits = spec.num_digits
-        self.most = most = max(spec.digit_levels)
-        self.input = nn.Linear(spec.num_features, first)
-        self.hidden = nn.Linear(first, second)
-        self.skip = nn.Linear(spec.num_features, second, bias=False)
-        self.digit = _Ordinal(spec.digit_levels, second)
-        self.output = _Ordinal(spec.digit_levels, second)
-        self.bias = nn.Parameter(torch.zeros(num_digits, most))
-        allowed = torch.arange(most)[None] < torch.tensor(spec.digit_levels)[:, None]
-        self.register_buffer("mask", torch.where(allowed, 0.0, -1e4))
-        self.exponents: dict[str, int] | None = None
-
-    def weight(self, name: str) -> torch.Tensor:
-        """Return a weight, rounded as in the integer model after `round_from_here`."""
-        module: nn.Module = getattr(self, name)
-        value: Any = module() if isinstance(module, _Ordinal) else module.weight
-        value = value.transpose(1, 2) if name == "output" else value
-        if self.exponents is None:
-            return value
-        exponent = self.exponents[name]
-        limit = 32767 if name == "digit" else 127
-        rounded = (value * 2.0**exponent).round().clamp(-limit, limit) * 2.0**-exponent
-        return value + (rounded - value).detach()
-
-    def activate(self, sums: torch.Tensor) -> torch.Tensor:
-        """Apply the activation function, with rounding after `round_from_here`."""
-        hidden = sums.clamp(0, HIDDEN_MAX * 2.0**-HIDDEN_BITS)
-        if self.exponents is None:
-            return hidden
-        rounded = (hidden * 2.0**HIDDEN_BITS).round() * 2.0**-HIDDEN_BITS
-        return hidden + (rounded - hidden).detach()
-
-    def forward(self, features: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-        """Compute the code length of each digit in bits.
-
-        Args:
-            features: features [B, F].
-            digits: digits [B, D].
-
-        Returns:
-            Code lengths [B, D].
-        """
-        hidden = self.activate(nn.functional.linear(features, self.weight("input"), self.input.bias))
-        sums = nn.functional.linear(hidden, self.weight("hidden"), self.hidden.bias)
-        sums = sums + nn.functional.linear(features, self.weight("skip"))
-        ones = nn.functional.one_hot(digits, self.most).to(sums.dtype)
-        rounded = self.exponents is not None
-        logits = _Chain.apply(sums, self.weight("digit"), self.weight("output"), ones, rounded) + self.bias + self.mask
-        bits = nn.functional.cross_entropy((logits * math.log(2)).transpose(1, 2), digits, reduction="none")
-        return bits / math.log(2)
-
-    def round_from_here(self) -> None:
-        """Choose the exponents of the integer weights; `forward` rounds from then on."""
-
-        def exponent(*values: torch.Tensor) -> int:
-            """Return the largest exponent for which most weights fit in 8 bits."""
-            # A few outliers are clipped, which allows a finer resolution for all other weights.
-            largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
-            return math.floor(math.log2(127 / max(largest, 1e-3)))
-
-        # Both terms of the second layer are summed in the same unit, though features have two more fractional bits.
-        extra = INPUT_BITS - HIDDEN_BITS
-        hidden = min(exponent(self.hidden.weight), exponent(self.skip.weight) + extra)
-        self.exponents = {
-            "input": exponent(self.input.weight),
-            "hidden": hidden,
-            "skip": hidden - extra,
-            "digit": hidden + HIDDEN_BITS,
-            "output": exponent(self.output()),
-        }
-
-    @torch.no_grad()
-    def to_model(self, spec: ModelSpec) -> EntropyModel:
-        """Convert the network to an integer model.
-
-        Args:
-            spec: sizes.
-
-        Raises:
-            ValueError: if float32 arithmetic would not be exact.
-        """
-        assert self.exponents is not None
-        scale = self.exponents
-        rows = [slice(0, level) for level in spec.digit_levels]
-
-        def integers(name: str, dtype: str) -> np.ndarray:
-            """Return a weight in integers."""
-            return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
-
-        def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            # Adding half a unit makes the right shift, which rounds down, round to nearest.
-            """Return a bias in integers."""
-            half = (1 << shift) >> 1
-            return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
-
-        shifts = (
-            scale["input"] + INPUT_BITS - HIDDEN_BITS,
-            scale["hidden"],
-            scale["output"] + HIDDEN_BITS - round(math.log2(STEPS)),
-        )
-        if min(shifts) < 0:
-            raise ValueError(f"weights so large that shifts are {shifts}")
-        digit, output = integers("digit", "<i2"), integers("output", "<i1").swapaxes(1, 2)
-        out_bias = bias(self.bias, scale["output"] + HIDDEN_BITS, shifts[2])
-        weights = {
-            "input_weight": integers("input", "<i1"),
-            "input_bias": bias(self.input.bias, scale["input"] + INPUT_BITS, shifts[0]),
-            "hidden_weight": np.hstack([integers("hidden", "<i1"), integers("skip", "<i1")]),
-            "hidden_bias": bias(self.hidden.bias, scale["hidden"] + HIDDEN_BITS, shifts[1]),
-            "digit_weight": np.concatenate([part[row] for part, row in zip(digit, rows, strict=True)]),
-            "output_weight": np.concatenate([part[row] for part, row in zip(output, rows, strict=True)]),
-            "output_bias": np.concatenate([part[row] for part, row in zip(out_bias, rows, strict=True)]),
-        }
-        return EntropyModel(replace(spec, shifts=shifts), weights)
-
-
-def _rank(value: torch.Tensor) -> int:
-    return max(1, math.ceil(value.numel() * 0.9995))
 
 
 def fit(
@@ -326,7 +123,7 @@ def measure(model: EntropyModel, utterances: Sequence[np.ndarray], block_frames:
         utterances: tokens [C, T] of each utterance.
         block_frames: frames per block.
     """
-    frames = sum(part.shape[1] for part in utterances)
+    frames: int = sum(part.shape[1] for part in utterances)
     return sum(block_bits(model, block) for part in utterances for block in _blocks(part, block_frames)) / frames
 
 

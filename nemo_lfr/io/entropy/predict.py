@@ -120,7 +120,8 @@ def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
     """
     layers = model.layers
     hidden = _activate(features @ layers.first, layers.scales[0])
-    return np.concatenate([hidden, features], axis=1) @ layers.second
+    sums: np.ndarray = np.concatenate([hidden, features], axis=1) @ layers.second
+    return sums
 
 
 def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
@@ -128,7 +129,8 @@ def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
     sums *= scale
     np.floor(sums, out=sums)
     np.maximum(sums, 0, out=sums)
-    return np.minimum(sums, HIDDEN_MAX, out=sums)
+    np.minimum(sums, HIDDEN_MAX, out=sums)
+    return sums
 
 
 def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
@@ -149,9 +151,10 @@ def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
     np.floor(units, out=units)
     np.maximum(units, 0, out=units)
     np.minimum(units, HIDDEN_MAX, out=units)
-    result = hidden @ layers.outputs[digit]
+    result: np.ndarray = hidden @ layers.outputs[digit]
     result *= layers.scales[2]
-    return np.floor(result, out=result)
+    np.floor(result, out=result)
+    return result
 
 
 def frequencies(steps: np.ndarray) -> np.ndarray:
@@ -167,6 +170,6 @@ def frequencies(steps: np.ndarray) -> np.ndarray:
     rows = np.arange(len(steps))
     below = np.minimum(steps[rows, best][:, None] - steps, MAX_STEPS).astype(np.int64)
     weights = EXPONENTIALS[below]
-    result = 1 + weights * (TOTAL - steps.shape[1]) // weights.sum(axis=1, keepdims=True)
+    result: np.ndarray = 1 + weights * (TOTAL - steps.shape[1]) // weights.sum(axis=1, keepdims=True)
     result[rows, best] += TOTAL - result.sum(axis=1)
     return result
