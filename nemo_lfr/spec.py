@@ -8,6 +8,9 @@ from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
 MAX_TEXT = 200  # maximum characters of a text field in a file
+# The fingerprint of the bundled codec, and those that it had on CPUs with other instructions.
+BUNDLED = "5b64da27f63acf8e"
+BUNDLED_OLDER = frozenset(("c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class KnownCodec(Protocol):
 
     def made(self, fingerprint: str) -> bool:
         """Return whether this codec produces tokens with a fingerprint."""
+
+
+def same_fingerprint(first: str, second: str) -> bool:
+    """Return whether two fingerprints are equal or both of the bundled codec."""
+    return first == second or {first, second} <= {BUNDLED, *BUNDLED_OLDER}
 
 
 def check_text(name: str, value: object) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.modules.weight_norm import fold_weight_norm, row_norms
 
 # Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
@@ -60,11 +61,7 @@ def gain_of(weight: torch.Tensor) -> torch.Tensor:
     """
     if weight.is_meta:
         return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
-    values = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32))
-    norm: torch.Tensor = torch._weight_norm_interface(
-        values, values.new_ones(len(values), *[1] * (values.dim() - 1)), 0
-    )[1]
-    return norm.reshape(-1, *[1] * (weight.dim() - 1)).to(weight)
+    return row_norms(weight).to(weight)
 
 
 def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -80,7 +77,7 @@ def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> di
         if key == stem + ".weight" and key not in expected and stem + DIRECTION in expected:
             spelled[stem + GAIN], spelled[stem + DIRECTION] = gain_of(value), value
         elif key == stem + DIRECTION and stem + ".weight" in expected and stem + GAIN in state:
-            spelled[stem + ".weight"] = torch._weight_norm(value, state[stem + GAIN], 0)
+            spelled[stem + ".weight"] = fold_weight_norm(value, state[stem + GAIN])
         elif not (key.endswith(GAIN) and key.removesuffix(GAIN) + ".weight" in expected):
             spelled[key] = value
     return spelled

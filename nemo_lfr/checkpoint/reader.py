@@ -17,6 +17,7 @@ from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.locate import CONFIG_MEMBER
+from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
@@ -40,6 +41,7 @@ class Checkpoint:
         path: the `.nemo` file, or Lightning's `.ckpt`.
 
     Attributes:
+        path: the file.
         config: the whole model config.
         parts: modules in eval mode; encoder and decoder have plain fp32 weights, on the meta device until
             `load_module`.
@@ -50,7 +52,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         members = read_members(path)
         self.config = _parse_config(path, members)
         self.parts = _empty_parts(path, self.config, weight_norm=False)
@@ -82,15 +84,19 @@ class Checkpoint:
                 part.requires_grad_(False).to(device)
                 self._filled.add(name)
 
-    def iter_weights(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def iter_weights(self, name: str, order: SumOrder = CANONICAL) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the weights of a module, sorted by name, without keeping them in memory.
+
+        Args:
+            name: name of the module in the checkpoint, such as "audio_encoder".
+            order: order of summation in folding weight norm.
 
         Raises:
             CheckpointError: if the weights are damaged, or the file has changed since it was opened.
         """
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
-            yield key, _read(self._tensors, name, key, names, expected[key])[key]
+            yield key, _read(self._tensors, name, key, names, expected[key], order=order)[key]
 
 
 _OPEN: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
@@ -237,7 +243,13 @@ def _fill(tensors: Tensors, prefix: str, part: nn.Module, sources: dict[str, tup
 
 
 def _read(
-    tensors: Tensors, prefix: str, key: str, names: tuple[str, ...], want: torch.Tensor, has_norm: bool = False
+    tensors: Tensors,
+    prefix: str,
+    key: str,
+    names: tuple[str, ...],
+    want: torch.Tensor,
+    has_norm: bool = False,
+    order: SumOrder = CANONICAL,
 ) -> dict[str, torch.Tensor]:
     """Read one weight, or its gain and direction if `has_norm`, and validate every value."""
     kept = has_norm or len(names) == 1
@@ -252,7 +264,7 @@ def _read(
         is_valid = bool(norm.all())
         weights = {stem + GAIN: gains[0] if gains else norm, stem + DIRECTION: direction}
     elif gains:
-        weights = {key: torch._weight_norm(direction, gains[0], 0)}
+        weights = {key: fold_weight_norm(direction, gains[0], order)}
         is_valid = _is_finite(weights[key])
     else:
         weights, is_valid = {key: direction}, True

@@ -11,6 +11,7 @@ from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import UserPath
 from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
 from nemo_lfr.errors import EntropyModelError, TokenFileError, shorten
+from nemo_lfr.spec import same_fingerprint
 
 KEYS = ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint")
 
@@ -55,10 +56,11 @@ def fit(
     for path, metadata, values in _read(tokens):
         first = first or (path, metadata)
         for key in KEYS:
-            if getattr(metadata, key) != getattr(first[1], key):
+            stored, expected = getattr(metadata, key), getattr(first[1], key)
+            if stored != expected and not (key == "fingerprint" and same_fingerprint(stored, expected)):
                 raise TokenFileError(
-                    f"{path}: made by a codec with {key} {getattr(metadata, key)}, but {first[0]} by one with "
-                    f"{getattr(first[1], key)}; fit a model to the tokens of one codec."
+                    f"{path}: made by a codec with {key} {stored}, but {first[0]} by one with "
+                    f"{expected}; fit a model to the tokens of one codec."
                 )
         utterances.append(values)
     if not utterances:

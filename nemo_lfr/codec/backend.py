@@ -6,6 +6,7 @@ call of `nemo_lfr.codec.backends.register` lets `nemo_lfr.load(backend=...)` ope
 that every backend must pass.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -115,7 +116,7 @@ class Backend(Protocol[Array]):
             `num_frames` are ignored.
         """
 
-    def fingerprints(self) -> tuple[str, ...]:
+    def fingerprints(self) -> Iterable[str]:
         """Return fingerprints of weights and settings.
 
         The first is written to files. Tokens with any of them are accepted.

@@ -2,7 +2,7 @@
 
 It is computed from the modules and not from a config. A codec thus has one fingerprint, whether its config names
 NeMo's classes or ours, with weight norm or without. Older `.lfr` files and corpora contain the hash of the weights
-alone, which `Codec.made` still accepts.
+alone, or fingerprints that depend on the CPU; `Codec.made` still accepts both.
 """
 
 import hashlib

@@ -24,6 +24,7 @@ from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.modules.weight_norm import CANONICAL, OTHERS, SumOrder
 from nemo_lfr.modules.weights import checksum_once, weights_version
 from nemo_lfr.spec import CodecSpec
 
@@ -80,7 +81,8 @@ class TorchBackend:
         self.spec = CodecSpec(
             sample_rate, samples_per_frame, quantizer.levels, quantizer.num_codebooks, precision=precision
         )
-        self._digest: tuple[Any, str] | None = None
+        self._digests: dict[SumOrder, str] = {}
+        self._digests_version: Any = None
         if precision == "bf16" and self.device.type == "cpu" and not has_bf16():
             raise NemoLfrError('precision "bf16": this CPU has neither AMX nor AVX512-bf16; use "fp32".')
 
@@ -144,22 +146,36 @@ class TorchBackend:
         """Window and batch sizes that suit the device."""
         return BATCHING.get(self.device.type, Batching())
 
-    def fingerprints(self) -> tuple[str, str]:
-        """Return the fingerprint of weights and settings, and the older one of the weights alone."""
-        digest = self._weights_digest()
-        settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
-        return fingerprint(digest, settings), digest[:LENGTH]
+    def fingerprints(self) -> Iterator[str]:
+        """Yield the fingerprint of weights and settings, the older one of the weights alone, and those of other CPUs.
 
-    def _weights_digest(self) -> str:
-        """Return the SHA-256 of all weights, recomputed when they change."""
+        Older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU.
+        """
+        settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
+        digests = set()
+        for order in (CANONICAL, *OTHERS):
+            digest = self._weights_digest(order)
+            if digest not in digests:
+                digests.add(digest)
+                yield fingerprint(digest, settings)
+                yield digest[:LENGTH]
+
+    def _weights_digest(self, order: SumOrder) -> str:
+        """Return the SHA-256 of all weights, recomputed when they change.
+
+        Args:
+            order: order of summation in folding weight norm.
+        """
         with self.computing():
             modules: tuple[LazyModule[Any], ...] = (self._encoder, self._decoder)
             in_memory = [lazy.module for lazy in modules if lazy.is_read]
             version = [id(module) for module in in_memory], weights_version(*in_memory)()
-            if self._digest is None or self._digest[0] != version:
-                weights = (weight for lazy in modules for weight in lazy.weights())
-                self._digest = version, weights_digest(weights)
-            return self._digest[1]
+            if version != self._digests_version:
+                self._digests, self._digests_version = {}, version
+            if order not in self._digests:
+                weights = (weight for lazy in modules for weight in lazy.weights(order))
+                self._digests[order] = weights_digest(weights)
+            return self._digests[order]
 
     @contextmanager
     def computing(self) -> Iterator[None]:

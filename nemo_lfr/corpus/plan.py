@@ -7,7 +7,7 @@ corpus, the codec and the options that affect the tokens are unchanged.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.spec import same_fingerprint
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
@@ -82,7 +83,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         raise NemoLfrError(
             f"{requested_out}: is not empty and contains no resumable run (found {names[0]}); choose another --out."
         )
-    spec, model, codec = _load_codec(config, on_cpu)
+    spec, model, codec, made = _load_codec(config, on_cpu)
     for path in (config.state, config.state / "lock", ShardRecord.folder(out)):
         if path.is_symlink():
             raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
@@ -93,14 +94,18 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         config = replace(config, claim=claim(config.state))
         corpus = config.open(relist=True)
         inputs = Watch(corpus.files)
-        shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash)
+        shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash, made)
         if model is not None:  # a copy of the folder can then be decoded without other files
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
 
 
 def load_or_create_plan(
-    config: TokenizeConfig, corpus: CorpusReader, spec: dict[str, Any], entropy_model: str | None
+    config: TokenizeConfig,
+    corpus: CorpusReader,
+    spec: dict[str, Any],
+    entropy_model: str | None,
+    made: Callable[[str], bool],
 ) -> list[ShardSpec]:
     """Return the shards of the corpus, from the stored plan of an earlier run if any.
 
@@ -109,6 +114,7 @@ def load_or_create_plan(
         corpus: the corpus.
         spec: description of the codec.
         entropy_model: hash of the entropy model; None without compression.
+        made: returns whether the codec produces tokens with a fingerprint.
 
     Raises:
         NemoLfrError: if the stored plan is damaged, or belongs to another corpus or codec or to other options.
@@ -122,6 +128,8 @@ def load_or_create_plan(
         write_text(path, json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)}))
         return shards
     stored = _read_plan(path, config)
+    if _has_older_fingerprint(stored.get("codec"), spec, made, config.kind):
+        stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(
             "another corpus, or it has changed"
@@ -132,6 +140,19 @@ def load_or_create_plan(
         raise NemoLfrError(f"{config.out}: holds tokens of another job ({reasons}); choose another --out.")
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
+
+
+def _has_older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool], kind: str) -> bool:
+    """Return whether a stored description of the codec differs only in a fingerprint that older versions computed.
+
+    Token files contain the fingerprint, which must be the same in one output, except for the bundled codec.
+    """
+    if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
+        return False
+    fingerprint = stored.get("fingerprint")
+    return isinstance(fingerprint, str) and (
+        same_fingerprint(fingerprint, spec["fingerprint"]) or (kind != "lfr" and made(fingerprint))
+    )
 
 
 def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
@@ -171,8 +192,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
-) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None"]:
-    """Return the description of the tokens, the entropy model, and the codec.
+) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
+    """Return the description of the tokens, the entropy model, the codec, and its method `made`.
 
     The entropy model is None without compression. The codec is returned for reuse if it runs on this CPU; otherwise it
     is None and the workers validate the precision.
@@ -185,7 +206,7 @@ def _load_codec(
     metadata.pop("written_by")
     model = model_to_write(codec, config.compress, config.entropy_model)
     spec = metadata | {"levels": list(metadata["levels"]), "precision": config.precision}
-    return spec, model, codec if on_cpu else None
+    return spec, model, codec if on_cpu else None, codec.made
 
 
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:

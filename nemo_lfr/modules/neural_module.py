@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from nemo_lfr.modules.weight_norm import folded_weight
+
 # Returns NeMo's types of a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so nothing here imports
 # NeMo.
 type_lookup: Callable[[nn.Module, str], dict[str, Any]] | None = None
@@ -84,4 +86,6 @@ class NeuralModule(nn.Module):
         """Replace each weight-normed weight by its value."""
         for module in self.modules():
             if parametrize.is_parametrized(module, "weight"):
+                weight = folded_weight(module)
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+                module.weight.data.copy_(weight)  # type: ignore[operator]

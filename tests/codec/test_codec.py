@@ -494,7 +494,7 @@ def test_a_setting_that_changes_tokens_or_audio_changes_the_fingerprint(setting)
         codecs.append(Codec(TorchBackend(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)))
     for side in ("encoder", "decoder"):
         getattr(codecs[1], side).load_state_dict(getattr(codecs[0], side).state_dict())
-    older = [codec.backend.fingerprints()[1] for codec in codecs]
+    older = [list(codec.backend.fingerprints())[1] for codec in codecs]
     assert older[0] == older[1]
     assert codecs[0].fingerprint != codecs[1].fingerprint
     assert not codecs[0].made(codecs[1].fingerprint)

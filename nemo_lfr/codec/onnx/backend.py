@@ -61,9 +61,9 @@ class OnnxBackend(NumpyBackend):
         """Return the state without sessions: a copy opens its own."""
         return vars(self) | {"_sessions": {}}
 
-    def fingerprints(self) -> tuple[str, str]:
+    def fingerprints(self) -> tuple[str, ...]:
         """Return the fingerprints of the exported checkpoint."""
-        return self.spec.fingerprint, self._manifest.weights_fingerprint
+        return self.spec.fingerprint, self._manifest.weights_fingerprint, *self._manifest.older_fingerprints
 
     def load(self, direction: Direction) -> None:
         """Open the file of one direction."""

@@ -156,7 +156,7 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
 
 def metadata(backend: TorchBackend) -> dict[str, Any]:
     """Return the metadata of both files."""
-    fingerprint, weights_fingerprint = backend.fingerprints()
+    fingerprint, weights_fingerprint, *older_fingerprints = backend.fingerprints()
     spec = asdict(replace(backend.spec, fingerprint=fingerprint))
     del spec["precision"]  # fp32 always
     return {
@@ -164,6 +164,7 @@ def metadata(backend: TorchBackend) -> dict[str, Any]:
         **spec,
         "levels": list(backend.spec.levels),
         "weights_fingerprint": weights_fingerprint,
+        "older_fingerprints": older_fingerprints,
         "written_by": f"nemo_lfr {__version__}",
     } | {
         name: {**asdict(module.context), "min_frames": module.min_frames}

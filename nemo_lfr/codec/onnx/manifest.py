@@ -1,7 +1,8 @@
 """Manifest `codec.json`: description of the tokens, and the SHA-256 of each ONNX file.
 
     {"version": 2, "sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8,
-     "fingerprint": "...", "weights_fingerprint": "...", "written_by": "nemo_lfr ...",
+     "fingerprint": "...", "weights_fingerprint": "...", "older_fingerprints": ["...", ...],
+     "written_by": "nemo_lfr ...",
      "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
@@ -36,6 +37,7 @@ class Manifest:
     Attributes:
         spec: description of the tokens.
         weights_fingerprint: the older fingerprint, of the weights alone.
+        older_fingerprints: those that older versions computed on CPUs with other instructions; they may be missing.
         encoder, decoder: limits of the two networks.
         files: SHA-256 of each ONNX file, by name.
         values: all values but "files", as in the metadata of both ONNX files.
@@ -43,6 +45,7 @@ class Manifest:
 
     spec: CodecSpec
     weights_fingerprint: str
+    older_fingerprints: tuple[str, ...]
     encoder: ModuleLimits
     decoder: ModuleLimits
     files: dict[str, str]
@@ -93,6 +96,9 @@ def parse_manifest(values: Any) -> Manifest:
     levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
     if math.prod(levels) >= 2**31:
         raise CheckpointError(f"levels {shorten(levels)} make a codebook of 2^31 entries or more.")
+    older = values.get("older_fingerprints", [])
+    if not isinstance(older, list) or len(older) > 16:
+        raise CheckpointError(f"older_fingerprints are {shorten(older)}; expected a list of hashes.")
     files = values.get("files")
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
         raise CheckpointError(f"files are {shorten(files)}; expected {ENCODER} and {DECODER}.")
@@ -105,6 +111,9 @@ def parse_manifest(values: Any) -> Manifest:
             fingerprint=_text(values, "fingerprint", _FINGERPRINT),
         ),
         weights_fingerprint=_text(values, "weights_fingerprint", _FINGERPRINT),
+        older_fingerprints=tuple(
+            _text({"older_fingerprints": item}, "older_fingerprints", _FINGERPRINT) for item in older
+        ),
         encoder=_limits(values, "encoder"),
         decoder=_limits(values, "decoder"),
         files={name: _text(files, name, _SHA256) for name in (ENCODER, DECODER)},

@@ -1,0 +1,127 @@
+"""Folding of weight norm with the same rounding on every CPU.
+
+PyTorch's kernel sums the squares of a row in an order that depends on the CPU's instructions, so that the last bits of
+folded weights differ between machines. A fingerprint hashes folded weights and must not. `fold_weight_norm` therefore
+adds in one fixed order, that of PyTorch's kernel for AVX2 and AVX-512. Every other operation is elementwise and is
+rounded by IEEE 754 in the same way everywhere. PyTorch's kernel is faster, and is used where it adds in this order.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+BLOCK = 1 << 16  # weights whose squares are summed at once: they fit into the CPU cache
+
+
+class SumOrder(NamedTuple):
+    """Order in which a row of n numbers is added.
+
+    Attributes:
+        lanes: number of partial sums; partial sum k adds the numbers k, k + lanes, k + 2 * lanes, ...
+        halving: whether the partial sums are added by halves, instead of one after the other. Rows shorter than
+            `lanes` are always added one number after the other.
+    """
+
+    lanes: int
+    halving: bool
+
+
+CANONICAL = SumOrder(8, True)
+# Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Fingerprints used to depend on them.
+OTHERS = (SumOrder(8, False), SumOrder(4, True))
+
+
+def row_norms(weight: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor:
+    """Return the L2 norm of each slice along the first dimension, on the CPU.
+
+    Args:
+        weight: at least two dimensions, on any device; smaller types than fp32 are converted to it.
+        order: order of summation.
+
+    Returns:
+        As many dimensions as `weight`, with size 1 in all but the first.
+    """
+    values = _values(weight)
+    if order == CANONICAL and values.dtype == torch.float32 and _kernel_is_canonical():
+        return _kernel_norms(values)
+    return _ordered_norms(values, order)
+
+
+def _values(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32)).contiguous()
+
+
+def _kernel_norms(values: torch.Tensor) -> torch.Tensor:
+    ones = values.new_ones(len(values), *[1] * (values.dim() - 1))
+    norms: torch.Tensor = torch._weight_norm_interface(values, ones, 0)[1]
+    return norms.reshape(ones.shape)
+
+
+@functools.cache
+def _kernel_is_canonical() -> bool:
+    """Return whether PyTorch's kernel adds in the canonical order on this CPU, as seen from random rows."""
+    values = np.random.default_rng(0).standard_normal(500 * 64).astype(np.float32)
+    sizes = (3, 8, 21, 100, 500)
+    rows = (torch.from_numpy(values[: 64 * size]).reshape(64, size) for size in sizes)
+    return all(torch.equal(_kernel_norms(row), _ordered_norms(row, CANONICAL)) for row in rows)
+
+
+def _ordered_norms(values: torch.Tensor, order: SumOrder) -> torch.Tensor:
+    rows = values.reshape(len(values), -1).numpy()
+    sums = np.empty(len(rows), rows.dtype)
+    step = max(1, BLOCK // max(1, rows.shape[1]))
+    with np.errstate(all="ignore"):  # callers check that weights are finite
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            sums[start : start + step] = _sum(block * block, order)
+    return torch.from_numpy(np.sqrt(sums)).reshape(-1, *[1] * (values.dim() - 1))
+
+
+def _sum(rows: np.ndarray, order: SumOrder) -> np.ndarray:
+    """Add [R, n] along the second dimension in the given order."""
+    lanes = order.lanes
+    whole = rows.shape[1] // lanes * lanes
+    if not whole:
+        return _in_sequence(rows)
+    # numpy adds along a dimension that is not the innermost one in order.
+    partial = np.add.reduce(rows[:, :whole].reshape(len(rows), -1, lanes), axis=1)
+    partial[:, : rows.shape[1] - whole] += rows[:, whole:]
+    if not order.halving:
+        return _in_sequence(partial)
+    while partial.shape[1] > 1:
+        half = partial.shape[1] // 2
+        partial = partial[:, :half] + partial[:, half:]
+    return partial[:, 0]
+
+
+def _in_sequence(rows: np.ndarray) -> np.ndarray:
+    return np.add.accumulate(rows, axis=1)[:, -1] if rows.shape[1] else np.zeros(len(rows), rows.dtype)
+
+
+def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor:
+    """Return the weight of a weight-normed layer, without gradient: each row of `direction` scaled to its `gain`.
+
+    Args:
+        direction: [N, ...].
+        gain: [N, 1, ...].
+        order: order of summation.
+
+    Returns:
+        New tensor with the shape, dtype and device of `direction`.
+    """
+    values = _values(direction)
+    return (values * (gain.detach().to(values) / row_norms(values, order))).to(direction)
+
+
+def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
+    """Return the weight of a convolution without gradient, with weight norm folded if it has any."""
+    if parametrize.is_parametrized(conv, "weight"):
+        weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
+        if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:
+            return fold_weight_norm(weight.original1, weight.original0, order)
+    plain: torch.Tensor = conv.weight  # type: ignore[assignment]
+    return plain.detach()

@@ -1,0 +1,159 @@
+"""A codec has one fingerprint on every CPU, and accepts those that older versions computed there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nemo_lfr
+from nemo_lfr.checkpoint import build_parts, write_checkpoint
+from nemo_lfr.checkpoint.names import GAIN
+from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
+from nemo_lfr.spec import BUNDLED, BUNDLED_OLDER
+from tests.models import KINDS, codec_config
+
+# Values of PyTorch's ATEN_CPU_CAPABILITY, which chooses among the kernels that the CPU can run.
+CAPABILITIES = ("default", "avx2", "avx512")
+# Prints the fingerprint of each codec before and after its weights are loaded, that of modules with weight norm, the
+# one that older versions computed, and which of the fingerprints of the first argument each form of the codec accepts.
+SCRIPT = """
+import copy, json, sys
+from pathlib import Path
+import torch, nemo_lfr
+from nemo_lfr.checkpoint import load_parts
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.fingerprint import fingerprint, settings_of, weights_digest
+from nemo_lfr.codec.torch_backend import TorchBackend
+
+@torch.no_grad()
+def older(parts):
+    "Compute fingerprints from weights that PyTorch's kernel folds."
+    weights = []
+    for part in (parts.encoder, parts.decoder):
+        state = {name: value for name, value in part.state_dict().items() if ".parametrizations." not in name}
+        for name, module in part.named_modules():
+            if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+                state[name + ".weight"] = module.weight
+        weights += sorted(state.items())
+    digest = weights_digest(weights)
+    settings = settings_of(parts.encoder, parts.quantizer, parts.decoder, parts.sample_rate)
+    return [fingerprint(digest, settings), digest[:16]]
+
+known = json.loads(sys.argv[1])
+results = {"capability": torch.backends.cpu.get_cpu_capability().lower()}
+for path in map(Path, sys.argv[2:]):
+    parts, _ = load_parts(path)
+    unread, loaded = nemo_lfr.load(path, "cpu"), nemo_lfr.load(path, "cpu")
+    unread.fingerprint, loaded.encoder, loaded.decoder
+    forms = [unread, loaded, copy.deepcopy(loaded), Codec(TorchBackend(*parts.named().values(), parts.sample_rate))]
+    values = known.get(path.name, [])
+    refused = [(index, value) for index, codec in enumerate(forms) for value in values if not codec.made(value)]
+    results[path.name] = {
+        "now": sorted({codec.fingerprint for codec in forms}), "older": older(parts), "refused": refused,
+    }
+print(json.dumps(results))
+"""
+
+
+def run(capability: str, known: dict[str, list[str]], paths: list[Path]) -> dict | None:
+    """Run the script with one kind of kernels; return None if this CPU does not have them."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(known), *map(str, paths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    return results if results.pop("capability") == capability else None
+
+
+def write_normed(path: Path, kind: str) -> Path:
+    """Write a `.nemo` whose gains are not the norms of its directions, as after training."""
+    torch.manual_seed(3)
+    config = codec_config(kind)
+    parts = build_parts(config, weight_norm=True)
+    state = {
+        f"{name}.{key}": value for name, part in parts.named().items() for key, value in part.state_dict().items()
+    }
+    for key, value in state.items():
+        if key.endswith(GAIN):
+            state[key] = value * torch.empty_like(value).uniform_(0.5, 2)
+    write_checkpoint(path, config, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def everywhere(tmp_path_factory) -> dict[str, dict]:
+    """Return the results of the script with each kind of kernels, and the files."""
+    folder = tmp_path_factory.mktemp("codecs")
+    paths = [write_normed(folder / f"{kind}.nemo", kind) for kind in KINDS]
+    paths.append(Path(nemo_lfr.__file__).parent / "weights" / "default.nemo")
+    first = {name: found for name in CAPABILITIES if (found := run(name, {}, paths)) is not None}
+    known: dict[str, list[str]] = {}
+    for results in first.values():
+        for name, values in results.items():
+            known.setdefault(name, []).extend(values["now"] + values["older"])
+    return {"first": first, "then": {name: run(name, known, paths) for name in first}}
+
+
+@pytest.mark.parametrize("name", [*KINDS, "default"])
+def test_a_codec_has_one_fingerprint_with_every_kernel(everywhere, name):
+    fingerprints = [value for results in everywhere["first"].values() for value in results[f"{name}.nemo"]["now"]]
+    assert len(set(fingerprints)) == 1
+
+
+@pytest.mark.parametrize("name", [*KINDS, "default"])
+def test_fingerprints_that_depended_on_the_kernel_are_accepted(everywhere, name):
+    results = [by_kernel[f"{name}.nemo"] for by_kernel in everywhere["then"].values()]
+    assert [values["refused"] for values in results] == [[]] * len(results)
+    older = {value for values in results for value in values["older"]}
+    assert len(everywhere["first"]) == 1 or len(older) > 2  # otherwise the kernels agree, and this test says nothing
+
+
+def test_fingerprint_of_the_bundled_codec():
+    codec = nemo_lfr.load(device="cpu")
+    assert codec.fingerprint == BUNDLED
+    assert set(codec.backend.fingerprints()) >= BUNDLED_OLDER
+    assert all(codec.made(value) for value in BUNDLED_OLDER) and not codec.made("0" * 16)
+
+
+def test_weights_that_were_written_after_loading_no_longer_have_the_older_fingerprints(tmp_path):
+    path = write_normed(tmp_path / "a.nemo", "two_stages")
+    codec = nemo_lfr.load(path, "cpu")
+    older = list(codec.backend.fingerprints())
+    assert len(older) > 2
+    with torch.no_grad():
+        codec.encoder.post_conv.conv.bias.add_(0.1)
+        codec.decoder.post_conv.conv.bias.add_(0.1)
+    assert not any(codec.made(value) for value in older)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "damaged"])
+def test_a_file_that_has_changed_since_it_was_loaded_costs_only_its_older_fingerprints(tmp_path, change):
+    path = write_normed(tmp_path / "a.nemo", "two_stages")
+    codec = nemo_lfr.load(path, "cpu")
+    before = list(codec.backend.fingerprints())
+    codec = nemo_lfr.load(path, "cpu")
+    assert codec.encoder and codec.decoder
+    path.unlink()
+    if change == "replaced":
+        write_normed(path, "causal")
+    elif change == "damaged":
+        path.write_bytes(b"no checkpoint")
+    assert [codec.made(value) for value in before] == [True, True] + [False] * (len(before) - 2)
+
+
+@pytest.mark.parametrize("older", sorted(BUNDLED_OLDER))
+def test_token_files_with_older_fingerprints_are_decoded(tmp_path, older):
+    codec = nemo_lfr.load(device="cpu")
+    metadata = Metadata.of(codec)
+    path = tmp_path / "a.lfr"
+    with TokenWriter(path, metadata.__class__(**vars(metadata) | {"fingerprint": older})) as writer:
+        writer.write(np.zeros((8, 4), np.int32))
+        writer.finish(4 * 1024)
+    with TokenReader(path) as reader:
+        reader.check_codec(codec)
+    assert codec.decode_file(path, tmp_path / "a.wav") == 4 * 1024
