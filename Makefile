@@ -34,6 +34,7 @@ demo: $(VENV)/.light
 lint: $(VENV)/.full
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m codespell_lib
 	$(VENV)/bin/python -m mypy nemo_lfr
 
 test: lint

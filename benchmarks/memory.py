@@ -29,7 +29,7 @@ def loaded():
     global whole
     ctypes.CDLL(None).malloc_trim(0)
     whole = peak()
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    open("/proc/self/clear_refs", "w").write("5")  # the peak restarts
     return peak()
 
 model, wave, tokens, audio, side = sys.argv[1:]

@@ -24,7 +24,7 @@ LFR = "nvidia/low-frame-rate-speech-codec-22khz"
 # Model names in model cards and tutorials, and the Hub repositories that they refer to.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-LICENCES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
+LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 
 
 def bundled_checkpoint() -> Path:
@@ -54,7 +54,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
         return locate_checkpoint(path)
     if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
         raise CheckpointError(f"{shorten(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
-    if repository not in LICENCES and looks_local(text):
+    if repository not in LICENSES and looks_local(text):
         # The owner's name is also a local folder. The repository is used only if it is already in the cache.
         if (cached := _cached(repository)) is not None and not refresh:
             return cached
@@ -115,8 +115,8 @@ def _download(repository: str, refresh: bool) -> Path:
     try:
         if not refresh and (cached := _cached(repository)) is not None:
             return cached
-        if repository in LICENCES:
-            logger.warning("%s: these weights are under %s.", repository, LICENCES[repository])
+        if repository in LICENSES:
+            logger.warning("%s: these weights are under %s.", repository, LICENSES[repository])
         try:
             return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
         except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available

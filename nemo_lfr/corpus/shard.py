@@ -160,7 +160,7 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
     try:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: its name is not UTF-8, in which tokens are labelled; rename it.") from None
+        raise AudioError(f"{clip.origin}: its name is not UTF-8, in which tokens are labeled; rename it.") from None
     try:
         json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:

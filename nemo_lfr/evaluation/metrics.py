@@ -196,9 +196,9 @@ def lag(original: Signal, output: Signal) -> Value:
         for envelope in (np.sqrt(uniform_filter1d(s.wave**2, 8 * hop)[::hop].clip(0)) for s in (original, output))
     )
     correlation = correlate(second, first, mode="full")
-    centre = len(first) - 1
-    around = correlation[max(centre - reach, 0) : centre + reach + 1]
-    return float(1000 * hop / original.rate * (int(around.argmax()) - min(reach, centre)))
+    middle = len(first) - 1
+    around = correlation[max(middle - reach, 0) : middle + reach + 1]
+    return float(1000 * hop / original.rate * (int(around.argmax()) - min(reach, middle)))
 
 
 def _not_of_silence(original: Signal) -> Undefined | None:

@@ -171,7 +171,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
         return []
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    colours = {result.name: f"C{index}" for index, result in enumerate(shown)}
+    colors = {result.name: f"C{index}" for index, result in enumerate(shown)}
     rate, spread = (Figure(figsize=(4.3 * columns, 3.2 * rows), layout="constrained") for _ in range(2))
     axes = rate.subplots(rows, columns, squeeze=False).flatten()
     boxes = spread.subplots(rows, columns, squeeze=False).flatten()
@@ -183,7 +183,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
             mean = found[result.name][name]
             errors = [[mean.value - mean.low], [mean.high - mean.value]]
             axis.errorbar(
-                tables.kilobits(result, keys), mean.value, errors, fmt="o", capsize=3, color=colours[result.name],
+                tables.kilobits(result, keys), mean.value, errors, fmt="o", capsize=3, color=colors[result.name],
                 label=_label(result.name),
             )  # fmt: skip
         axis.set_xscale("log")
@@ -201,7 +201,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
         ]
         drawn = box.boxplot(spreads, orientation="horizontal", patch_artist=True, widths=0.6, showfliers=True)
         for patch, result in zip(drawn["boxes"], own, strict=True):
-            patch.set_facecolor(colours[result.name])
+            patch.set_facecolor(colors[result.name])
             patch.set_alpha(0.6)
         box.set_yticks(range(1, len(own) + 1), [_label(result.name) for result in own])
         box.invert_yaxis()

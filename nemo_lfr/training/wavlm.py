@@ -68,10 +68,10 @@ class WavLM:
             if not weights:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ConfigError(
-                    f"the SLM discriminator's model {self.name!r} is neither a folder nor to be had from the Hub "
-                    f"({reason}); set slm_model_name to a downloaded copy, or leave this discriminator out."
+                    f"the SLM discriminator's model {self.name!r} is no folder and could not be downloaded from the "
+                    f"Hub ({reason}); set slm_model_name to a downloaded copy, or leave this discriminator out."
                 ) from error
-            logger.warning("%s cannot be had; using the copy inside the checkpoint.", self.name)
+            logger.warning("%s could not be downloaded; using the copy inside the checkpoint.", self.name)
             model = build_wavlm(weights, self.layers - 1)
         config: Any = model.config
         if (config.hidden_size, config.num_hidden_layers + 1) != (self.hidden, self.layers):

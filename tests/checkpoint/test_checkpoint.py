@@ -551,7 +551,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "bzip2 damaged": (lambda: flipped(bz2.compress(GOOD_TAR), 3000), ""),
     "xz damaged": (lambda: flipped(lzma.compress(GOOD_TAR), 3000), ""),
     "gzip of nothing": (lambda: gzip.compress(b""), ""),
-    # Configs that are none.
+    # Invalid configs.
     "config is empty": (lambda: with_config(b""), "no 'sample_rate'"),
     "config is binary": (lambda: with_config(bytes(range(128, 256))), "model_config.yaml"),
     "config is broken YAML": (lambda: with_config(b"a: [1, 2\nb: }"), "model_config.yaml"),
@@ -649,7 +649,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
             ("vector_quantizer__eps", 7, "eps"),
         ]
     },
-    # Weights that are none.
+    # Invalid weights.
     "weights are empty": (lambda: with_weights(b""), "model_weights.ckpt is not a PyTorch zip"),
     "weights are half": (lambda: with_weights(WEIGHTS_BYTES[: len(WEIGHTS_BYTES) // 2]), "model_weights.ckpt"),
     "weights are a bare pickle": (lambda: with_weights(pickle.dumps(Payload())), "bare pickle"),

@@ -340,7 +340,7 @@ def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_pat
     while not list(tmp_path.glob("out/*.part")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1)  # amid the recording: Python may lose an interrupt within an import
+    time.sleep(1)  # during the recording: Python may lose an interrupt within an import
     number = getattr(signal, name)
     process.send_signal(number)
     assert process.wait(60) == 128 + number

@@ -29,7 +29,7 @@ from tests.models import RATE, synthesize
 for module, extra in (("lhotse", "corpus"), ("pyarrow", "corpus"), ("matplotlib", "evaluate"), ("onnxscript", "onnx")):
     pytest.importorskip(module, reason=f"pip install '.[{extra}]'")
 
-# What a command that is cut off goes on with: lines are added, and one that was cut is passed over.
+# Journals from which an interrupted command resumes. Lines are appended, and an incomplete line is skipped.
 JOURNALS = {".opened.jsonl", "sent.jsonl", "metrics.jsonl", "lock"}
 COMMANDS = {
     "demo": "demo --out {out} --model {model}",

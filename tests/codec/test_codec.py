@@ -139,7 +139,9 @@ def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_ev
     assert codec.decoder.min_frames > 1
     tokens = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 1))
     with torch.no_grad():
-        expected, _ = codec.decoder(codec.quantizer.decode(tokens.transpose(0, 1)), torch.tensor([1]))  # NeMo's door
+        expected, _ = codec.decoder(
+            codec.quantizer.decode(tokens.transpose(0, 1)), torch.tensor([1])
+        )  # as the NeMo integration does
     torch.testing.assert_close(expected[0], reference_decode(codec, tokens[0]), **AUDIO)
     torch.testing.assert_close(torch.from_numpy(next(codec.decode_blocks([tokens[0].numpy()]))), expected[0], **AUDIO)
     torch.testing.assert_close(codec.decode(tokens)[0], expected, **AUDIO)

@@ -232,7 +232,7 @@ def cut(path: Path, keep: float) -> None:
 
 
 def set_metadata(path: Path, **changes: object) -> None:
-    """In the ONNX file itself, as somebody with onnx at hand would."""
+    """Change the metadata of an ONNX file with the onnx package."""
     model = onnx.load(path)
     model.metadata_props[0].value = json.dumps(json.loads(model.metadata_props[0].value) | changes)
     onnx.save(model, path)

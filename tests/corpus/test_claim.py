@@ -1,4 +1,4 @@
-"""A run whose output is removed, taken or changed under its hands says so, and claims no tokens that are not there."""
+"""Tests of runs whose output is removed, taken over or changed: they report it and claim no missing tokens."""
 
 import shutil
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-GONE = "was removed, or made anew by another run"
+GONE = "was removed, or created again by another run"
 CHANGED = "files of 1 of 4 shards .* were removed or changed"
 MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (shutil.rmtree, GONE),

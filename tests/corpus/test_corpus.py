@@ -457,7 +457,7 @@ def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, 
     names = [*odd, "good.wav", *reasons]
     random.Random(0).shuffle(names)
     lines = [json.dumps({"audio_filepath": name}) for name in names]
-    # Lines that are none, and one whose file holds less than it says.
+    # Invalid lines, and one whose file is shorter than its header says.
     lines[3:3] = [
         "not json",
         '{"no": 1}',
@@ -695,7 +695,7 @@ def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
 def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_theirs(
     name, are_stopped, many, model, tmp_path
 ):
-    """A terminal interrupts the whole group; `kill` and schedulers end the driver alone, amid shards of minutes."""
+    """A terminal interrupts the whole group; `kill` and schedulers end only the driver, during shards of minutes."""
     entry = json.loads(many.read_text().splitlines()[1])
     lines = [json.dumps(entry | {"audio_filepath": str(many.parent / entry["audio_filepath"])})] * 40_000
     (tmp_path / "long.json").write_text("\n".join(lines))

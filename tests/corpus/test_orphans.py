@@ -24,7 +24,7 @@ from tests.models import RATE, synthesize
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-PATIENCE = 300  # seconds, for a machine that is busy; a process that is left would stay for ever
+PATIENCE = 300  # seconds, for a machine that is busy; a process that is left would never end
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def test_impossible_arguments_are_refused(options, folders):
 
 
 def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, results: Path) -> None:
-    """A rank of a training that reduces at every step: it would wait for ever for a rank that has fewer steps."""
+    """A rank of a training that reduces at every step: it would wait without end for a rank with fewer steps."""
     torch.set_num_threads(1)
     before = TokenDataset(folders["lfr"])  # made before the group is there
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)

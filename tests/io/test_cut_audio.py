@@ -1,4 +1,4 @@
-"""Lhotse cuts of strangers: nothing runs, nothing is fetched, and one that is refused costs its clip alone."""
+"""Tests of untrusted Lhotse cuts: they run no program and download nothing; a refused cut costs only its own clip."""
 
 import copy
 import gzip
@@ -298,7 +298,7 @@ def test_a_broken_line_of_a_cuts_file_costs_its_clip_alone(wav, tmp_path):
         "[1, 2]",
         '{"id": "no type"}',
         json.dumps(cut_of(good, "no duration") | {"duration": None}),
-        json.dumps({"id": "strange", "type": "MonoCut", "colour": "red"}),
+        json.dumps({"id": "strange", "type": "MonoCut", "color": "red"}),
         {"id": "padding", "type": "PaddingCut", "duration": 1.0, "sampling_rate": RATE, "feat_value": 0.0},
         cut_of(None, "null"),
         cut_of({"id": "empty"}, "empty"),

@@ -136,7 +136,7 @@ def break_json_in_tar(folder: Path) -> list[int]:
 
 
 def cut_tar(folder: Path) -> list[int]:
-    """Ends amid the audio of the second clip."""
+    """Cut the tar in the audio of its second clip."""
     path = folder / "recording.000000.tar"
     with tarfile.open(path) as archive:
         second = next(member for member in archive if member.name.startswith("1."))

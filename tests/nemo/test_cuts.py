@@ -147,7 +147,7 @@ def test_training_draws_segments_without_end(shar):
     ("change", "match"),
     [
         ({"dataset_args": {}}, "segment_duration must be set"),
-        ({"dataset_args": {"segment_duration": 1, "colour": "red"}}, "colour"),
+        ({"dataset_args": {"segment_duration": 1, "color": "red"}}, "color"),
         ({"dataloader_params": {"batch_sise": 3}}, "batch_sise"),
         ({"dataloader_params": {"batch_size": None}}, "batch_size must be set"),
         ({"dataloader_params": {"truncate_duration": 1}}, "truncate_duration follows"),

@@ -1,4 +1,4 @@
-"""NeMo's door: construction, restoring, state, the Hub, training hooks."""
+"""Tests of the NeMo integration: construction, restoring, state, the Hub, training hooks."""
 
 import copy
 import json

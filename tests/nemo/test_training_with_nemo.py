@@ -445,7 +445,7 @@ def test_random_weights_are_scaled_by_the_training_speech_when_asked(tmp_path):
             encoded = model.audio_encoder.encode_frames(batch(4, 12)["audio"])
         spread[wanted] = float(encoded.std(dim=(0, 2)).mean())
     assert spread[False] < 0.2 and spread[True] == pytest.approx(0.9, abs=0.05)
-    # A second `fit` goes on with what the first one made.
+    # A second `fit` continues from the state of the first.
     before = generator_weights(model)
     model.audio_encoder.pre_conv.conv.bias.data += 1.0
     moved = generator_weights(model)

@@ -1,4 +1,4 @@
-"""Losses, spectra and initialisation; `test_training_with_nemo.py` compares whole steps with stock."""
+"""Losses, spectra and initialization; `test_training_with_nemo.py` compares whole steps with stock."""
 
 import math
 
@@ -37,7 +37,7 @@ def distances(loss, real, gen, *args):
 @pytest.mark.parametrize("samples", [1024, 1000, 700, 513, 24576])
 @pytest.mark.parametrize("resolution", [(32, 8, 32), (256, 64, 200), (512, 100, 512), (1024, 256, 1024)])
 def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
-    """As one STFT with zero padding has them; `Spectra` computes only the edges anew."""
+    """Compare with one STFT with zero padding; `Spectra` recomputes only the edges."""
     n_fft, hop, window = resolution
     audio, filters = speech(1.2)[:, :samples], torch.rand(7, n_fft // 2 + 1)
     stft = torch.stft(
@@ -139,7 +139,7 @@ def test_unknown_losses_are_refused_by_name(key, value):
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
-def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
+def test_initialization_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
     parts = build_parts(codec_config(), weight_norm=weight_norm)
     audio = torch.stack([torch.from_numpy(synthesize(1.86, seed)[: 40 * 1024]) for seed in range(6)])
     initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, audio, encoded_spread=0.9)
@@ -153,7 +153,7 @@ def test_initialisation_from_data_centres_and_spreads_the_encoder_and_fills_the_
     assert min(len(codebook.unique()) for codebook in tokens) >= 100
 
 
-def test_initialisation_leaves_no_hook_behind():
+def test_initialization_leaves_no_hook_behind():
     codec = build_codec()
     for part in (codec.encoder, codec.decoder):
         assert not any(module._forward_hooks for module in part.modules())
