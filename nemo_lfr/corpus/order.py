@@ -1,0 +1,126 @@
+"""Order in which a worker reads the utterances of an epoch: shard by shard, shuffled, grouped by length, resumable.
+
+Every stage can start at any utterance without state of an earlier run: the shuffle buffer is simulated with positions
+instead of utterances, and only the utterances that it would contain are read.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """Utterances of one worker of one rank in one epoch.
+
+    Attributes:
+        tokens: the folder of tokens.
+        shards: numbers of the shards in the order of the epoch.
+        positions: positions of the worker; they count the utterances of `shards`, and those beyond the last utterance
+            start again at the first one.
+        shuffle: shuffle the utterances in a buffer.
+        buffer_size: size of the buffer in utterances.
+        bucket_size: utterances of similar length that follow each other; None for no grouping.
+        buffer_seed: random seed of the shuffle buffer.
+        group_seed: random seed of the order of groups.
+    """
+
+    tokens: TokenFolder
+    shards: Sequence[int]
+    positions: range
+    shuffle: bool
+    buffer_size: int
+    bucket_size: int | None
+    buffer_seed: str
+    group_seed: str
+
+    def read(self, skip: int = 0) -> Iterator[TokenizedUtterance]:
+        """Yield the utterances.
+
+        Args:
+            skip: number of utterances to leave out at the beginning.
+
+        Raises:
+            TokenFileError: for a damaged file.
+        """
+        if self.bucket_size is not None:
+            return self._grouped(skip, self.bucket_size)
+        return self._shuffled(skip) if self.shuffle else self._sequential(skip)
+
+    def _sequential(self, skip: int) -> Iterator[TokenizedUtterance]:
+        for shard, first, stop in self._spans(self.positions[skip:]):
+            yield from self._read(shard, first, stop)
+
+    def _shuffled(self, skip: int) -> Iterator[TokenizedUtterance]:
+        total = len(self.positions)
+        size = min(self.buffer_size, total)
+        order = random.Random(self.buffer_seed)
+        held, following = list(range(size)), size
+        while skip and following < total:
+            held[order.randrange(size)] = following
+            following, skip = following + 1, skip - 1
+        buffer = self._at(held)
+        for utterance in self._sequential(following):
+            place = order.randrange(size)
+            yield buffer[place]
+            buffer[place] = utterance
+        order.shuffle(buffer)
+        yield from buffer[skip:]
+
+    def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
+        """Sort the utterances of each full buffer by length, and shuffle groups of `size`.
+
+        The order of the groups does not depend on the rank, so all ranks have batches of similar length in a step.
+        """
+        pool_size = max(1, self.buffer_size // size) * size
+        number, skip = divmod(skip, pool_size)
+        before = number * pool_size
+        utterances = self._shuffled(before) if self.shuffle else self._sequential(before)
+        while pool := list(islice(utterances, pool_size)):
+            pool.sort(key=lambda utterance: utterance.tokens.shape[1])
+            groups = [pool[first : first + size] for first in range(0, len(pool), size)]
+            incomplete = groups.pop() if len(groups[-1]) < size else []
+            if self.shuffle:
+                random.Random(f"{self.group_seed} groups {number}").shuffle(groups)
+            yield from [utterance for group in (*groups, incomplete) for utterance in group][skip:]
+            number, skip = number + 1, 0
+
+    def _at(self, positions: Sequence[int]) -> list[TokenizedUtterance]:
+        """Read utterances by position relative to the first one, in one run per shard."""
+        found: dict[int, TokenizedUtterance] = {}
+        wanted = sorted(positions)
+        while wanted:
+            first = wanted[0]
+            shard, begin, end = next(self._spans(self.positions[first : wanted[-1] + 1]))
+            count = next((n for n, position in enumerate(wanted) if position >= first + end - begin), len(wanted))
+            inside = set(wanted[:count])
+            last = wanted[count - 1]
+            for position, utterance in enumerate(self._read(shard, begin, begin + last - first + 1), first):
+                if position in inside:
+                    found[position] = utterance
+            wanted = wanted[count:]
+        return [found[position] for position in positions]
+
+    def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
+        """Yield the ranges (shard, first, end) for positions of an epoch."""
+        start, stop = positions.start, positions.stop
+        ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
+        while start < stop:
+            offset = start % int(ends[-1])
+            place = int(np.searchsorted(ends, offset, side="right"))
+            count = self.tokens.counts[self.shards[place]]
+            begin = offset - (int(ends[place]) - count)
+            end = min(count, begin + stop - start)
+            yield self.shards[place], begin, end
+            start += end - begin
+
+    def _read(self, shard: int, first: int, stop: int) -> Iterator[TokenizedUtterance]:
+        for utterance in self.tokens.read(shard, first, stop):
+            if not isinstance(utterance, TokenizedUtterance):
+                raise utterance
+            yield utterance
