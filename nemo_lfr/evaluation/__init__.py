@@ -1,7 +1,6 @@
-"""Evaluation of codecs with objective metrics, and reports of the results."""
+"""Evaluation of codecs with objective metrics, and reports of the results.
 
-# Accepted values of `--codec`. Defined here so that the command line need not import the codecs.
-CODECS = (
-    "lfr (the bundled codec), lfr:FILE_OR_HUB_ID, nemo:FILE, opus:KBIT, codec2:BIT, encodec:KBIT, dac:CODEBOOKS, "
-    "mimi:CODEBOOKS, original"
-)
+A compared codec is one file in `codecs/`, a metric that needs a trained model is one file in `model_metrics/`, and any
+other metric is a function and a row of `METRICS` in `metrics.py`. Other packages register theirs with
+`register_codec`, `register_model_metric` and `register_metric`; see `plugins.py`.
+"""

@@ -5,14 +5,15 @@ PESQ, STOI and pitch are computed by third-party packages (extra `evaluate`). A 
 """
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, install_command
+from nemo_lfr.errors import AudioError, NemoLfrError, install_command
+from nemo_lfr.evaluation.plugins import add_entry
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 
 # (n_fft, hop, window) in samples and mel bands of the mel and STFT distances, as in the codec's training config.
@@ -258,17 +259,37 @@ METRICS: dict[str, Metric] = {
     ),
     "lag": Metric("ms", None, "Of the output's envelope behind the original's, after compensation.", "scipy", lag, 1),
 }
+
+
+def register_metric(name: str, metric: Metric) -> None:
+    """Add a metric to `METRICS`, so that evaluations compute it and reports show it.
+
+    Args:
+        name: name of the metric in reports.
+        metric: its description. Define its `function` in a module that worker processes can import.
+
+    Raises:
+        NemoLfrError: if another metric has this name, or the metric has no function.
+    """
+    if metric.function is None:
+        raise NemoLfrError(f"metric {name!r} has no function; pass function=.")
+    add_entry(METRICS, name, metric, "metric")
+
+
 # Metrics of the demo and of validation during training, which take seconds instead of minutes.
 QUICK = ("ESTOI", "PESQ-WB", "SI-SDR")
 
 
-def measure(original: Signal, output: Signal, names: Collection[str] = tuple(METRICS)) -> dict[str, Value]:
+def measure(
+    original: Signal, output: Signal, names: Collection[str] | None = None, table: Mapping[str, Metric] = METRICS
+) -> dict[str, Value]:
     """Compute metrics of a pair of recordings.
 
     Args:
         original: original recording.
         output: reconstruction, of the same rate and length.
-        names: names in `METRICS`.
+        names: names in `table`; all of them if None.
+        table: descriptions of the metrics by name.
 
     Returns:
         The value of each metric, or a `NotMeasured` with the reason.
@@ -282,8 +303,8 @@ def measure(original: Signal, output: Signal, names: Collection[str] = tuple(MET
             f"{output.rate} Hz."
         )
     values: dict[str, Value] = {}
-    for name in names:
-        metric = METRICS[name]
+    for name in table if names is None else names:
+        metric = table[name]
         assert metric.function is not None
         try:
             value = metric.function(original, output)

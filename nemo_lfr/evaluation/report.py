@@ -16,10 +16,10 @@ from nemo_lfr._version import __version__
 from nemo_lfr.errors import install_command, printable
 from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
-from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
-from nemo_lfr.evaluation.peers import read
-from nemo_lfr.evaluation.run import Evaluation
+from nemo_lfr.evaluation.model_metrics import all_metrics
+from nemo_lfr.evaluation.recordings import read
+from nemo_lfr.evaluation.results import Evaluation
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.shortage import missing_extra
@@ -176,7 +176,7 @@ def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
     axes = rate.subplots(rows, columns, squeeze=False).flatten()
     boxes = spread.subplots(rows, columns, squeeze=False).flatten()
     for name, axis, box in zip(names, axes, boxes, strict=False):
-        metric = ALL_METRICS[name]
+        metric = all_metrics()[name]
         label = f"{name}{f' ({metric.unit})' if metric.unit else ''}, {metric.better} is better"
         own = [result for result in shown if name in found[result.name]]
         for result in own:
@@ -233,7 +233,7 @@ def _label(name: str) -> str:
 
 
 def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
-    whole = [key for key in keys if all(key in result.sent for result in evaluation.results)]
+    whole = [key for key in keys if all(key in result.round_trips for result in evaluation.results)]
     count = min(count, len(whole))
     shown = []
     for key in [whole[int((index + 0.5) * len(whole) / count)] for index in range(count)]:

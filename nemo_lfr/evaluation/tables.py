@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_lfr.evaluation.escape import escape_markdown, plain_cell
-from nemo_lfr.evaluation.judges import ALL_METRICS
 from nemo_lfr.evaluation.metrics import NotMeasured
-from nemo_lfr.evaluation.run import Evaluation, Result
+from nemo_lfr.evaluation.model_metrics import all_metrics
+from nemo_lfr.evaluation.results import Evaluation, Result
 
 RESAMPLES = 10_000
 NONE = "-"
@@ -88,16 +88,16 @@ def quality(
         A table with a column for each metric that any codec has.
     """
     found = [means(result, keys) for result in evaluation.results]
-    names = [name for name in ALL_METRICS if name in (card or {}) or any(name in own for own in found)]
-    units = (ALL_METRICS[name].unit for name in names)
-    arrows = ({"higher": " ↑", "lower": " ↓", None: ""}[ALL_METRICS[name].better] for name in names)
+    names = [name for name in all_metrics() if name in (card or {}) or any(name in own for own in found)]
+    units = (all_metrics()[name].unit for name in names)
+    arrows = ({"higher": " ↑", "lower": " ↓", None: ""}[all_metrics()[name].better] for name in names)
     head = ["codec", "kbit/s", "n"] + [
         f"{name}{f' ({unit})' if unit else ''}{arrow}" for name, unit, arrow in zip(names, units, arrows, strict=True)
     ]
     rows = []
     for result, own in zip(evaluation.results, found, strict=True):
-        count = sum(key in result.sent for key in keys)
-        cells = [_cell(own.get(name), ALL_METRICS[name].digits, count) for name in names]
+        count = sum(key in result.round_trips for key in keys)
+        cells = [_cell(own.get(name), all_metrics()[name].digits, count) for name in names]
         rows.append([result.name, _kilobits(result, keys, "num_bytes"), str(count), *cells])
     if card:
         cells = [f"{card[name]:g}" if name in card else NONE for name in names]
@@ -116,14 +116,14 @@ def cost(evaluation: Evaluation) -> Table:
     rows = []
     for result in evaluation.results:
         seconds, encode, decode = (
-            sum(sent[name] for sent in result.sent.values())
+            sum(sent[name] for sent in result.round_trips.values())
             for name in ("seconds", "encode_seconds", "decode_seconds")
         )
         rows.append(
             [
                 result.name,
-                _kilobits(result, result.sent, "num_bytes"),
-                _kilobits(result, result.sent, "file_bytes"),
+                _kilobits(result, result.round_trips, "num_bytes"),
+                _kilobits(result, result.round_trips, "file_bytes"),
                 f"{1000 * result.delay:g}",
                 f"{seconds / encode:.1f}" if encode else NONE,
                 f"{seconds / decode:.1f}" if decode else NONE,
@@ -150,11 +150,11 @@ def compression(evaluation: Evaluation) -> Table | None:
     """
     rows = []
     for result in evaluation.results:
-        keys = [key for key, sent in result.sent.items() if "compressed_bytes" in sent]
+        keys = [key for key, sent in result.round_trips.items() if "compressed_bytes" in sent]
         if not keys:
             continue
-        frames = sum(result.sent[key]["frames"] for key in keys)
-        bits = [8 * sum(result.sent[key][kind] for key in keys) for kind in ("num_bytes", "compressed_bytes")]
+        frames = sum(result.round_trips[key]["frames"] for key in keys)
+        bits = [8 * sum(result.round_trips[key][kind] for key in keys) for kind in ("num_bytes", "compressed_bytes")]
         kinds = ("num_bytes", "file_bytes", "compressed_bytes", "compressed_file_bytes")
         rows.append(
             [result.name, *(_kilobits(result, keys, kind) for kind in kinds), *(f"{bit / frames:.2f}" for bit in bits)]
@@ -183,7 +183,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
 
     rows = []
     for result in evaluation.results:
-        paths = [path for key in result.sent if (path := result.tokens(key)).exists()]
+        paths = [path for key in result.round_trips if (path := result.tokens(key)).exists()]
         if not result.levels or not paths:
             continue
         use: CodebookUse | None = None
@@ -222,10 +222,10 @@ def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
     """
     measured = {name for result in evaluation.results for own in result.values.values() for name in own}
     lines = []
-    for name, metric in ALL_METRICS.items():
+    for name, metric in all_metrics().items():
         text = metric.definition
-        if name in evaluation.judges:
-            text += f" Model: {evaluation.judges[name]}."
+        if name in evaluation.models:
+            text += f" Model: {evaluation.models[name]}."
         elif name in evaluation.absent or name not in measured:
             text += f" {str(evaluation.absent.get(name, 'not measured')).capitalize()}."
         lines.append((name, text))
@@ -252,12 +252,13 @@ def per_recording(evaluation: Evaluation) -> str:
     """Return a CSV with one line per codec and recording, and empty missing values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *ALL_METRICS])
+    writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *all_metrics()])
     for result in evaluation.results:
-        for key, sent in result.sent.items():
+        for key, sent in result.round_trips.items():
             recording, own = evaluation.recordings[key], result.values.get(key, {})
             cells = (
-                "" if isinstance(value := own.get(name, NotMeasured()), NotMeasured) else value for name in ALL_METRICS
+                "" if isinstance(value := own.get(name, NotMeasured()), NotMeasured) else value
+                for name in all_metrics()
             )
             costs = (sent["seconds"], sent["num_bytes"], sent["file_bytes"])
             names = (plain_cell(result.name), plain_cell(str(recording.name)))
@@ -269,13 +270,13 @@ def summary(evaluation: Evaluation) -> str:
     """Return a CSV with one line per codec: mean of each metric with its interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}{suffix}" for name in ALL_METRICS for suffix in ("", " low", " high", " n")]
+    columns = [f"{name}{suffix}" for name in all_metrics() for suffix in ("", " low", " high", " n")]
     writer.writerow(["codec", "kbit/s", "file kbit/s", "delay (s)", *columns])
     keys = list(evaluation.recordings)
     for result in evaluation.results:
         own = means(result, keys)
         cells: list[object] = []
-        for name in ALL_METRICS:
+        for name in all_metrics():
             mean = own.get(name)
             cells += [mean.value, mean.low, mean.high, mean.count] if mean else ["", "", "", 0]
         rates = [_kilobits(result, keys, kind) for kind in ("num_bytes", "file_bytes")]
@@ -289,14 +290,14 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
     Args:
         result: results of a codec.
         keys: keys of the recordings.
-        kind: size to use, a key of `Result.sent`.
+        kind: size to use, a key of `Result.round_trips`.
 
     Returns:
         Total bits by total duration, in kbit/s.
     """
-    own = [result.sent[key] for key in keys if key in result.sent]
+    own = [result.round_trips[key] for key in keys if key in result.round_trips]
     return sum(sent[kind] for sent in own) * 8 / 1000 / max(sum(sent["seconds"] for sent in own), 1e-9)
 
 
 def _kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
-    return f"{kilobits(result, keys, kind):.2f}" if result.sent else NONE
+    return f"{kilobits(result, keys, kind):.2f}" if result.round_trips else NONE

@@ -2,19 +2,21 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import lock
+
+LOCK_FILE = ".lock"
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder.
 
-    The lock needs no file, and the system releases it when the process ends in any way. Systems and file systems
-    without such locks are not locked.
+    The lock is on the folder itself. Network drives that only lock files get a file `.lock` in it, which stays. The
+    system releases the lock when the process ends in any way. Systems without such locks are not locked.
 
     Args:
         folder: an existing folder.
@@ -22,11 +24,17 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         NemoLfrError: if another run holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY) if os.name != "nt" else None
-    try:
-        if descriptor is not None and lock(descriptor) is False:
+    with ExitStack() as stack:
+        if os.name != "nt" and _lock(folder, stack) is False:
             raise NemoLfrError(f"{folder}: another run is writing there; wait for it, or stop it.")
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+
+
+def _lock(folder: Path, stack: ExitStack) -> bool | None:
+    """Try to lock a folder, or else a file in it; see `lock`. The stack closes what was opened."""
+    for path, flags in ((folder, os.O_RDONLY), (folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)):
+        descriptor = os.open(path, flags, 0o666)
+        stack.callback(os.close, descriptor)
+        if (locked := lock(descriptor)) is not None:
+            return locked
+    return None

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import lock, naming, write_bytes
+from nemo_lfr.io.atomic import naming, write_bytes
 from nemo_lfr.io.regular import open_regular
 
 # File names need not be valid UTF-8. This error handler escapes an invalid byte in such a way that JSON restores it.
@@ -21,8 +21,8 @@ Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 class Journal:
     """Append-only JSON-lines file; each entry is on disk before `add` returns.
 
-    The file is locked while it is open, so that two jobs cannot write to it at the same time. Reading skips incomplete
-    lines of killed jobs.
+    The caller holds the lock of the output folder (`nemo_lfr.io.exclusive`), so that two jobs cannot write to it at
+    the same time. Reading skips incomplete lines of killed jobs.
 
     Args:
         path: the file; it is created if missing.
@@ -38,10 +38,6 @@ class Journal:
             open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
-            if lock(self._file.fileno()) is False:
-                raise NemoLfrError(
-                    f"{self.path.parent}: another run is writing there ({self.path.name}); wait for it, or stop it."
-                )
             with naming(self.path):
                 self._file.write("\n")  # ends a line that a killed job left incomplete
                 self._file.flush()

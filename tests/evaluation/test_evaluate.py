@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import soundfile
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.evaluation import peers, run
-from nemo_lfr.evaluation.judges import Judge
+from nemo_lfr.evaluation import recordings, workers
+from nemo_lfr.evaluation.codecs.lfr import LFR
+from nemo_lfr.evaluation.metrics import Metric
+from nemo_lfr.evaluation.model_metrics import _registered
+from nemo_lfr.evaluation.model_metrics.base import ModelMetric
 from tests.cli.test_cli import run as command
 from tests.models import RATE, synthesize
 
@@ -72,7 +76,7 @@ def test_markdown_has_every_table_and_says_what_is_missing(report):
     text = (report / "report.md").read_text()
     for part in ("| nemo_lfr (bundled) | ", "### Cost", "### Codebooks", "### lang: de", "8 x 2016", "nemo-lfr 0."):
         assert part in text
-    assert re.search(r"\*\*CER\*\*.*Not measured: no --asr given", text)
+    assert re.search(r"\*\*CER\*\*.*Not measured: --asr was not passed", text)
     assert "CER" not in text.partition("### Cost")[0]  # a metric without values has no column
 
 
@@ -135,9 +139,9 @@ def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_pat
 
 def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_path, monkeypatch):
     sent, measured = [], []
-    send, measure = peers.LFR.send, run.measure
-    monkeypatch.setattr(peers.LFR, "send", lambda self, *args: sent.append(1) or send(self, *args))
-    monkeypatch.setattr(run, "measure", lambda *args: measured.append(args[2]) or measure(*args))
+    round_trip, measure = LFR.round_trip, workers.measure
+    monkeypatch.setattr(LFR, "round_trip", lambda self, *args: sent.append(1) or round_trip(self, *args))
+    monkeypatch.setattr(workers, "measure", lambda *args: measured.append(args[2]) or measure(*args))
     assert evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--limit", 2)[0] == 0
     assert len(sent) == 2 + 1 and len(measured) == 2  # 2 recordings and 1 warm-up call
     first = (tmp_path / "summary.csv").read_text()
@@ -157,9 +161,9 @@ def test_a_limit_draws_by_its_seed(corpus):
     from nemo_lfr.io.manifests import read_manifest
 
     found = read_manifest(corpus / "manifest.json", corpus) * 20
-    draws = [list(run.choose(found, 10, seed)) for seed in (0, 0, 1)]
+    draws = [list(recordings.choose(found, 10, seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and len(draws[0]) == 10
-    assert draws[0] == sorted(draws[0]) and set(draws[0]) <= set(run.choose(found, None, 0))
+    assert draws[0] == sorted(draws[0]) and set(draws[0]) <= set(recordings.choose(found, None, 0))
 
 
 def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, tmp_path):
@@ -176,14 +180,14 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
 
 
 def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_path, monkeypatch):
-    send = peers.LFR.send
+    round_trip = LFR.round_trip
 
     def choosy(self, audio, rate):
         if audio[100] == synthesize(1.5, 1)[100]:
             raise RuntimeError("Padding size should be\nless")
-        return send(self, audio, rate)
+        return round_trip(self, audio, rate)
 
-    monkeypatch.setattr(peers.LFR, "send", choosy)
+    monkeypatch.setattr(LFR, "round_trip", choosy)
     code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr")
     assert code == 1 and "1.wav: RuntimeError: Padding size should be less" in err and "Traceback" not in err
     assert len(rows(tmp_path / "recordings.csv")) == 2
@@ -203,47 +207,54 @@ def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
     assert code == 0, err
 
 
-class Counting(Judge):
-    """Model-based metric that counts the letters of the text, and fails without text."""
+class LetterCount(ModelMetric):
+    """Model metric that counts the letters of the text, and fails without text."""
 
-    name, metrics = "counter", ("CER",)
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
+    kind = "letters"
+    metrics: ClassVar = {"letters": Metric("", None, "Letters of the text.")}
+    texts: ClassVar[list[str]] = []
 
     def measure(self, original, output, labels):
-        self.asked.append(labels["text"])
+        self.texts.append(labels["text"])
         if not labels["text"]:
             raise IndexError("no letters")
-        return {"CER": float(len(labels["text"]))}
+        return {"letters": float(len(labels["text"]))}
 
 
-def test_a_judge_is_asked_again_where_the_text_has_changed_or_it_had_failed(capsys, corpus, tmp_path, monkeypatch):
-    judge = Counting()
-    monkeypatch.setattr(run, "open_judges", lambda *_: ([judge], {}))
+def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(capsys, corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(_registered, "letters", LetterCount)
     lines = [json.loads(line) for line in (corpus / "manifest.json").read_text().splitlines()]
-    found = []
+    counts = []
     for text in ("", "abc", "abc", "abcd"):
         lines[0]["text"] = text
         (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
         arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original", "--audio-dir", corpus]
+        arguments += ["--model-metric", "letters"]
         assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 0
-        found.append(rows(tmp_path / "out" / "recordings.csv")[0]["CER"])
-    assert found == ["", "3.0", "3.0", "4.0"]
-    assert [asked for asked in judge.asked if not asked.startswith("<b>")] == ["", "abc", "abcd"]
-    assert len(judge.asked) == 5
+        counts.append(rows(tmp_path / "out" / "recordings.csv")[0]["letters"])
+    assert counts == ["", "3.0", "3.0", "4.0"]
+    assert [text for text in LetterCount.texts if not text.startswith("<b>")] == ["", "abc", "abcd"]
+    assert len(LetterCount.texts) == 5
+
+
+@pytest.mark.parametrize("option", ["--asr", "--speaker-model", "--model-metric"])
+def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpus, tmp_path, option):
+    value = f"asr:{tmp_path / 'none'}" if option == "--model-metric" else tmp_path / "none"
+    code, _, err = evaluate(capsys, corpus, tmp_path / "out", "--codec", "original", "--limit", 1, option, value)
+    assert code == 1 and f"the model {tmp_path / 'none'} could not be loaded" in err
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["{corpus}/none.json"], "no such manifest"),
-        (["{corpus}"], "no such manifest; folders are turned into one by: nemo-lfr prepare"),
+        (["{corpus}"], "is a folder, not a manifest; write one with: nemo-lfr prepare folder"),
         (["{corpus}/manifest.json", "--preset", "card-mls"], "no such folder"),
         (["{corpus}", "--preset", "card-daps"], "unpack daps.tar.gz"),
-        (["{corpus}/manifest.json", "--codec", "mp3"], "unknown; use lfr"),
-        (["{corpus}/empty.json"], "holds no recording"),
-        (["{corpus}/gone.json"], "no recording went through any codec"),
+        (["{corpus}/manifest.json", "--codec", "mp3"], "unknown; use codec2:BIT"),
+        (["{corpus}/empty.json"], "contains no recordings"),
+        (["{corpus}/gone.json"], "no codec processed any recording"),
     ],
 )
 def test_mistakes_are_one_line(capsys, corpus, tmp_path, arguments, words):

@@ -191,22 +191,22 @@ def test_a_model_of_another_codec_with_the_same_levels_still_loses_nothing(tmp_p
 
 
 def test_an_evaluation_reports_both_rates_and_the_bits_of_a_frame(tmp_path):
-    from nemo_lfr.evaluation.peers import LFR
-    from nemo_lfr.evaluation.run import Evaluation, Result
+    from nemo_lfr.evaluation.codecs.lfr import LFR
+    from nemo_lfr.evaluation.results import Evaluation, Result
     from nemo_lfr.evaluation.tables import compression
 
     samples, rate = soundfile.read(demo_clip(), dtype="float32")
-    sent = LFR(device="cpu").send(samples[: 3 * rate], rate)
-    assert sent.tokens is not None and sent.compressed_bytes is not None and sent.compressed_file_bytes is not None
-    assert sent.compressed_bytes < 0.9 * sent.num_bytes
-    assert sent.compressed_bytes < sent.compressed_file_bytes < sent.file_bytes
+    trip = LFR(device="cpu").round_trip(samples[: 3 * rate], rate)
+    assert trip.tokens is not None and trip.compressed_bytes is not None and trip.compressed_file_bytes is not None
+    assert trip.compressed_bytes < 0.9 * trip.num_bytes
+    assert trip.compressed_bytes < trip.compressed_file_bytes < trip.file_bytes
     entry = {
         "seconds": 3.0,
-        "num_bytes": sent.num_bytes,
-        "file_bytes": sent.file_bytes,
-        "frames": sent.tokens.shape[1],
-        "compressed_bytes": sent.compressed_bytes,
-        "compressed_file_bytes": sent.compressed_file_bytes,
+        "num_bytes": trip.num_bytes,
+        "file_bytes": trip.file_bytes,
+        "frames": trip.tokens.shape[1],
+        "compressed_bytes": trip.compressed_bytes,
+        "compressed_file_bytes": trip.compressed_file_bytes,
     }
     older = {name: entry[name] for name in ("seconds", "num_bytes", "file_bytes")}
     results = [
@@ -217,4 +217,4 @@ def test_an_evaluation_reports_both_rates_and_the_bits_of_a_frame(tmp_path):
     assert table is not None
     (row,) = table.rows
     assert row[0] == "new" and row[-2] == "87.82"
-    assert float(row[-1]) == round(8 * sent.compressed_bytes / sent.tokens.shape[1], 2)
+    assert float(row[-1]) == round(8 * trip.compressed_bytes / trip.tokens.shape[1], 2)

@@ -1,12 +1,14 @@
 """Two runs at once in one folder of results: the second one is refused, and changes nothing."""
 
 import os
+import stat
 import subprocess
 import sys
 
 import pytest
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import lock
 from nemo_lfr.io.exclusive import exclusive
 from tests.cli.test_cli import run
 from tests.models import synthesize
@@ -37,3 +39,22 @@ def test_a_lock_ends_with_its_process(tmp_path):
     with exclusive(tmp_path), pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
+    """Stands for network drives, which lock only files that are open for writing."""
+    descriptors = []
+
+    def lock_files(descriptor):
+        descriptors.append(descriptor)
+        return lock(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+
+    monkeypatch.setattr("nemo_lfr.io.exclusive.lock", lock_files)
+    with exclusive(tmp_path), pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert len(descriptors) == 6
+    for descriptor in descriptors:
+        with pytest.raises(OSError):
+            os.fstat(descriptor)

@@ -30,15 +30,3 @@ def test_a_journal_that_is_no_regular_file_is_refused_at_once(make, tmp_path):
         Journal(tmp_path / "journal.jsonl"),
     ):
         pass
-
-
-@pytest.mark.skipif(os.name == "nt", reason="open files are not locked there")
-def test_two_jobs_do_not_write_one_journal(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
-        journal.add(1)
-        with pytest.raises(NemoLfrError, match="another run is writing there"), Journal(path):
-            pass
-        journal.add(2)
-    with Journal(path) as journal:
-        assert list(journal) == [1, 2]

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.codecs import open_codec
+from nemo_lfr.evaluation.codecs.base import RoundTrip, fit
+from nemo_lfr.evaluation.codecs.opus import ogg_payload
 from nemo_lfr.evaluation.metrics import Signal, measure
-from nemo_lfr.evaluation.peers import Transmission, fit, ogg_payload, open_codec
 from nemo_lfr.pretrained import bundled_checkpoint, load
 from tests.models import RATE, synthesize
 from tests.reference import assert_same_tokens
@@ -23,28 +25,31 @@ def speech():
     return synthesize(3.0, seed=3)
 
 
-def check(sent: Transmission, length: int) -> None:
-    assert sent.audio.shape == (length,) and sent.audio.dtype == np.float32
-    assert np.isfinite(sent.audio).all() and np.abs(sent.audio).max() > 0.01
-    assert sent.num_bytes > 0 and sent.encode_seconds > 0 and sent.decode_seconds > 0
+def check(trip: RoundTrip, length: int) -> None:
+    assert trip.audio.shape == (length,) and trip.audio.dtype == np.float32
+    assert np.isfinite(trip.audio).all() and np.abs(trip.audio).max() > 0.01
+    assert trip.num_bytes > 0 and trip.encode_seconds > 0 and trip.decode_seconds > 0
 
 
-def test_ours_sends_what_the_codec_makes(speech):
+def test_lfr_returns_the_output_of_the_codec(speech):
     codec = load(device="cpu")
-    sent = open_codec("lfr", "cpu").send(speech, RATE)
-    check(sent, len(speech))
+    trip = open_codec("lfr", "cpu").round_trip(speech, RATE)
+    check(trip, len(speech))
     tokens, tokens_len = codec.encode(speech)
-    assert np.array_equal(sent.tokens, tokens[0].numpy())
+    assert np.array_equal(trip.tokens, tokens[0].numpy())
     output, _ = codec.decode(tokens, tokens_len, audio_len=[len(speech)])
-    assert np.allclose(sent.audio, output[0].numpy(), atol=1e-6)
-    assert sent.num_bytes * 8 == pytest.approx(8 * math.log2(2016) * tokens.shape[2])
-    assert sent.num_bytes < sent.file_bytes < sent.num_bytes + 800
+    assert np.allclose(trip.audio, output[0].numpy(), atol=1e-6)
+    assert trip.num_bytes * 8 == pytest.approx(8 * math.log2(2016) * tokens.shape[2])
+    assert trip.num_bytes < trip.file_bytes < trip.num_bytes + 800
 
 
-def test_stock_nemo_sends_what_ours_does(speech):
-    pytest.importorskip("nemo", reason="stock NeMo is a peer: pip install '.[nemo]'")
+def test_stock_nemo_agrees_with_lfr(speech):
+    pytest.importorskip("nemo", reason="stock NeMo is a compared codec: pip install '.[nemo]'")
     path = bundled_checkpoint()
-    stock, ours = open_codec(f"nemo:{path}", "cpu").send(speech, RATE), open_codec(str(path), "cpu").send(speech, RATE)
+    stock, ours = (
+        open_codec(f"nemo:{path}", "cpu").round_trip(speech, RATE),
+        open_codec(str(path), "cpu").round_trip(speech, RATE),
+    )
     check(stock, len(speech))
     codec = load(device="cpu")
     assert_same_tokens(codec, speech, torch.from_numpy(ours.tokens), torch.from_numpy(stock.tokens))
@@ -53,35 +58,35 @@ def test_stock_nemo_sends_what_ours_does(speech):
     assert np.allclose(stock.audio, output[0].numpy(), atol=1e-5)
 
 
-def test_a_recording_of_another_rate_comes_back_at_its_own():
+def test_the_output_has_the_rate_of_the_recording():
     wave = synthesize(2.0, seed=1)[: 2 * 16000]
-    check(open_codec("lfr", "cpu").send(wave, 16000), 32000)
+    check(open_codec("lfr", "cpu").round_trip(wave, 16000), 32000)
 
 
 @opus_tools
-def test_opus_is_in_time_better_at_a_higher_rate_and_counted_without_its_container(speech):
-    found = []
+def test_opus_is_aligned_improves_with_bit_rate_and_is_counted_without_its_container(speech):
+    distances = []
     for kilobits in (8, 24):
-        peer = open_codec(f"opus:{kilobits}")
-        sent = peer.send(speech, RATE)
-        check(sent, len(speech))
-        assert 0.5 * kilobits < sent.num_bytes * 8 / 1000 / 3 < 1.5 * kilobits
-        assert sent.num_bytes < sent.file_bytes < sent.num_bytes + 2000
-        values = measure(Signal(speech, RATE), Signal(sent.audio, RATE), ("SI-SDR", "lag", "mel distance"))
+        codec = open_codec(f"opus:{kilobits}")
+        trip = codec.round_trip(speech, RATE)
+        check(trip, len(speech))
+        assert 0.5 * kilobits < trip.num_bytes * 8 / 1000 / 3 < 1.5 * kilobits
+        assert trip.num_bytes < trip.file_bytes < trip.num_bytes + 2000
+        values = measure(Signal(speech, RATE), Signal(trip.audio, RATE), ("SI-SDR", "lag", "mel distance"))
         assert abs(values["lag"]) <= 1
-        found.append(values["mel distance"])
-    assert found[1] < found[0]
+        distances.append(values["mel distance"])
+    assert distances[1] < distances[0]
 
 
 @codec2
 @pytest.mark.parametrize(("mode", "bits"), [("3200", 3200), ("1300", 1300), ("700C", 700)])
-def test_codec2_has_its_delay_taken_out_and_its_bytes_counted(speech, mode, bits):
-    peer = open_codec(f"codec2:{mode}")
-    sent = peer.send(speech, RATE)
-    check(sent, len(speech))
-    assert peer.delay > 0
-    assert sent.num_bytes * 8 / 3 == pytest.approx(bits, rel=0.03)  # a 700C frame of 28 bits takes 4 bytes
-    assert abs(measure(Signal(speech, RATE), Signal(sent.audio, RATE), ["lag"])["lag"]) <= 8
+def test_the_delay_of_codec2_is_compensated_and_its_bytes_are_counted(speech, mode, bits):
+    codec = open_codec(f"codec2:{mode}")
+    trip = codec.round_trip(speech, RATE)
+    check(trip, len(speech))
+    assert codec.delay > 0
+    assert trip.num_bytes * 8 / 3 == pytest.approx(bits, rel=0.03)  # a 700C frame of 28 bits takes 4 bytes
+    assert abs(measure(Signal(speech, RATE), Signal(trip.audio, RATE), ["lag"])["lag"]) <= 8
 
 
 def tiny(kind: str, folder) -> None:
@@ -118,18 +123,18 @@ def tiny(kind: str, folder) -> None:
 def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, setting, codebooks):
     pytest.importorskip("transformers", reason="comes with NeMo")
     tiny(kind, tmp_path)
-    peer = open_codec(f"{kind}:{setting}:{tmp_path}", "cpu")
-    sent = peer.send(speech, RATE)
-    assert sent.audio.shape == speech.shape and np.isfinite(sent.audio).all()
-    assert codebooks is None or len(sent.tokens) == codebooks
-    assert sent.num_bytes == pytest.approx(sent.tokens.size * 6 / 8)
-    assert peer.levels == (64,) and sent.tokens.max() < 64
+    codec = open_codec(f"{kind}:{setting}:{tmp_path}", "cpu")
+    trip = codec.round_trip(speech, RATE)
+    assert trip.audio.shape == speech.shape and np.isfinite(trip.audio).all()
+    assert codebooks is None or len(trip.tokens) == codebooks
+    assert trip.num_bytes == pytest.approx(trip.tokens.size * 6 / 8)
+    assert codec.levels == (64,) and trip.tokens.max() < 64
     if kind == "encodec":
         with pytest.raises(NemoLfrError, match=r"encodec:5: no bit rate of this model; use one of 1\.5, 3\.0"):
             open_codec(f"encodec:5:{tmp_path}", "cpu")
 
 
-def test_weights_that_are_not_there_are_named_and_not_fetched(tmp_path, monkeypatch):
+def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="comes with NeMo")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(NemoLfrError, match=r"mimi: no weights in .*; fetch them first: hf download"):
@@ -139,7 +144,7 @@ def test_weights_that_are_not_there_are_named_and_not_fetched(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mp3:64", "unknown; use lfr"),
+        ("mp3:64", "unknown; use codec2:BIT"),
         ("opus", "give a number of kbit/s from 6 to 256"),
         ("opus:fast", "give a number"),
         ("codec2:9600", "unknown mode; use one of 3200"),
@@ -148,7 +153,7 @@ def test_weights_that_are_not_there_are_named_and_not_fetched(tmp_path, monkeypa
         ("nemo:none.nemo", "no such file"),
     ],
 )
-def test_what_is_no_codec_is_refused_in_a_sentence(text, words):
+def test_unknown_codecs_and_settings_are_rejected(text, words):
     with pytest.raises(NemoLfrError, match=words):
         open_codec(text, "cpu")
 
@@ -162,7 +167,7 @@ def test_a_program_that_is_not_installed_is_named_with_its_package(monkeypatch, 
         open_codec(text)
 
 
-def test_ogg_pages_without_their_headers_are_counted():
+def test_ogg_payload_excludes_page_headers():
     def page(*packets: int) -> bytes:
         lacing = b"".join(b"\xff" * (size // 255) + bytes([size % 255]) for size in packets)
         return b"OggS" + bytes(22) + bytes([len(lacing)]) + lacing + bytes(sum(packets))
@@ -172,6 +177,6 @@ def test_ogg_pages_without_their_headers_are_counted():
         ogg_payload(page(19) + b"RIFF" + bytes(40))
 
 
-def test_outputs_are_cut_or_filled_to_length():
+def test_fit_trims_or_pads_to_a_length():
     assert fit(np.ones(5), 3).tolist() == [1, 1, 1]
     assert fit(np.ones(2), 4).tolist() == [1, 1, 0, 0]

@@ -8,8 +8,11 @@ import torch
 
 pytest.importorskip("transformers", reason="the models of --asr and --speaker-model: comes with NeMo")
 
-from nemo_lfr.evaluation.judges import JUDGED, Recognizer, Verifier, open_judges
-from nemo_lfr.evaluation.metrics import Signal, Undefined
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.metrics import METRICS, Signal, Undefined
+from nemo_lfr.evaluation.model_metrics import all_metrics, open_model_metrics
+from nemo_lfr.evaluation.model_metrics.recognition import ASRErrorRate
+from nemo_lfr.evaluation.model_metrics.speaker import SpeakerSimilarity
 from tests.models import RATE, synthesize
 
 
@@ -65,30 +68,48 @@ def test_error_rates_are_those_of_what_the_model_heard(pair, wav2vec):
     wave = pair[1].at_16k
     heard = pipeline("automatic-speech-recognition", model=wav2vec)({"raw": wave, "sampling_rate": 16000})["text"]
     assert heard.strip(), "the random recognizer must say something for this test"
-    values = Recognizer(wav2vec, "cpu").measure(*pair, {"text": "A bad, BAD face."})
-    said, heard = "a bad bad face", BasicTextNormalizer()(heard).strip()
-    assert values == {"CER": 100 * jiwer.cer(said, heard), "WER": 100 * jiwer.wer(said, heard)}
-    perfect = Recognizer(wav2vec, "cpu").measure(*pair, {"text": heard.upper() + "!"})
+    values = ASRErrorRate(wav2vec, "cpu").measure(*pair, {"text": "A bad, BAD face."})
+    expected, heard = "a bad bad face", BasicTextNormalizer()(heard).strip()
+    assert values == {"CER": 100 * jiwer.cer(expected, heard), "WER": 100 * jiwer.wer(expected, heard)}
+    perfect = ASRErrorRate(wav2vec, "cpu").measure(*pair, {"text": heard.upper() + "!"})
     assert perfect == {"CER": 0, "WER": 0}
 
 
 def test_a_recording_without_text_has_no_error_rate(pair, wav2vec):
-    values = Recognizer(wav2vec, "cpu").measure(*pair, {})
+    values = ASRErrorRate(wav2vec, "cpu").measure(*pair, {})
     assert set(values) == {"CER", "WER"} and all(isinstance(value, Undefined) for value in values.values())
 
 
 def test_a_speaker_is_most_similar_to_itself(pair, xvector):
-    judge = Verifier(xvector, "cpu")
-    (same,) = judge.measure(pair[0], pair[0], {}).values()
-    (other,) = judge.measure(*pair, {}).values()
+    metric = SpeakerSimilarity(xvector, "cpu")
+    (same,) = metric.measure(pair[0], pair[0], {}).values()
+    (other,) = metric.measure(*pair, {}).values()
     assert same == pytest.approx(1, abs=1e-5)
     assert other < same
 
 
-def test_models_that_are_not_there_are_said_so_and_fail_nothing(tmp_path):
-    judges, absent = open_judges("cpu", asr=str(tmp_path / "none"), speaker_model=str(tmp_path / "none.nemo"))
-    assert not judges and set(absent) == set(JUDGED)
-    assert all(reason.startswith("not measured: ") and len(reason) > 20 for reason in absent.values())
-    _, absent = open_judges("cpu")
-    assert absent["CER"] == "not measured: no --asr given"
-    assert absent["speaker similarity"] == "not measured: no --speaker-model given"
+def test_missing_models_are_reported_and_stop_nothing(tmp_path):
+    sources = {"asr": str(tmp_path / "none"), "speaker": str(tmp_path / "none.nemo")}
+    opened = open_model_metrics(sources, "cpu")
+    assert not opened.models and set(opened.absent) == set(all_metrics()) - set(METRICS)
+    assert all(reason.startswith("not measured: ") and len(reason) > 20 for reason in opened.absent.values())
+    assert set(opened.failed) == {"asr", "speaker"}
+
+
+def test_models_that_were_not_requested_are_reported_with_their_option():
+    opened = open_model_metrics({}, "cpu")
+    assert opened.absent["CER"] == "not measured: --asr was not passed"
+    assert opened.absent["speaker similarity"] == "not measured: --speaker-model was not passed"
+    assert not opened.failed
+
+
+@pytest.mark.parametrize("kind", ["asr", "speaker"])
+def test_a_kind_without_a_model_asks_for_one(kind):
+    assert "name one, as in --" in open_model_metrics({kind: ""}, "cpu").failed[kind]
+
+
+def test_unknown_kinds_are_rejected():
+    with pytest.raises(
+        NemoLfrError, match=r"model metric 'none' is unknown; use one of \['squim', 'asr', 'speaker'\]"
+    ):
+        open_model_metrics({"none": ""}, "cpu")

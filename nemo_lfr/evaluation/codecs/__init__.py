@@ -1,0 +1,66 @@
+"""Codecs that an evaluation compares: one file for each.
+
+A codec is a subclass of `ComparedCodec`, decorated with `register_codec`. All modules of this folder are imported when
+the first codec is opened; they import large packages only in functions.
+"""
+
+from typing import TYPE_CHECKING
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.evaluation.plugins import add_entry, import_submodules, in_order, load_plugins
+
+if TYPE_CHECKING:
+    from nemo_lfr.evaluation.codecs.base import ComparedCodec
+
+_registered: dict[str, "type[ComparedCodec]"] = {}
+
+
+def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
+    """Register a codec under its `kind`; usable as a class decorator.
+
+    Args:
+        codec: class of the codec.
+
+    Returns:
+        The same class.
+
+    Raises:
+        NemoLfrError: if another codec has this `kind`.
+    """
+    add_entry(_registered, codec.kind, codec, "codec")
+    return codec
+
+
+def codec_kinds() -> "dict[str, type[ComparedCodec]]":
+    """Return the class of each registered codec by `kind`, including those of installed packages."""
+    import_submodules(__name__)
+    load_plugins()
+    return in_order(_registered, __name__)
+
+
+def codec_usage() -> str:
+    """Return the accepted values of `--codec`, separated by commas."""
+    return ", ".join(codec.usage for codec in codec_kinds().values())
+
+
+def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
+    """Open the codec that `text` names.
+
+    Args:
+        text: one of the forms in `codec_usage()`. A `.nemo` or `.ckpt` file or a Hub id without a prefix is opened as
+            `lfr`.
+        device: PyTorch device; chosen automatically if None.
+
+    Returns:
+        The codec.
+
+    Raises:
+        NemoLfrError: if the codec is unknown, or a program, package or weights that it needs are missing.
+    """
+    kinds = codec_kinds()
+    kind, _, options = text.partition(":")
+    if kind in kinds:
+        return kinds[kind](options, device)
+    if text.endswith((".nemo", ".ckpt")) or "/" in text:
+        return kinds["lfr"](text, device)
+    raise NemoLfrError(f"--codec {text}: unknown; use {codec_usage()}.")

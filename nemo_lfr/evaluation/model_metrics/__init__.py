@@ -1,0 +1,92 @@
+"""Metrics that third-party trained models compute: one file for each model.
+
+A model metric is a subclass of `ModelMetric`, decorated with `register_model_metric`. A model that is not available
+never stops an evaluation: its metrics are reported as `NotMeasured` with the reason.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.evaluation.metrics import METRICS, Metric, NotMeasured
+from nemo_lfr.evaluation.model_metrics.base import ModelMetric
+from nemo_lfr.evaluation.plugins import add_entry, import_submodules, in_order, load_plugins
+
+_registered: dict[str, type[ModelMetric]] = {}
+
+
+class OpenedModels(NamedTuple):
+    """Models that were loaded, and why the others were not.
+
+    Attributes:
+        models: the loaded models.
+        absent: reason for each metric that is not available.
+        failed: kind of each requested model that could not be loaded, with the reason.
+    """
+
+    models: list[ModelMetric]
+    absent: dict[str, NotMeasured]
+    failed: dict[str, str]
+
+
+def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
+    """Register a model metric under its `kind`; usable as a class decorator.
+
+    Args:
+        metric: class of the model metric.
+
+    Returns:
+        The same class.
+
+    Raises:
+        NemoLfrError: if another model metric has this `kind`, or another metric one of its names.
+    """
+    others = set(METRICS).union(*(other.metrics for kind, other in _registered.items() if kind != metric.kind))
+    if taken := others & set(metric.metrics):
+        raise NemoLfrError(f"metric {min(taken)!r} is registered already; choose another name.")
+    add_entry(_registered, metric.kind, metric, "model metric")
+    return metric
+
+
+def model_metric_kinds() -> dict[str, type[ModelMetric]]:
+    """Return the class of each registered model metric by `kind`, including those of installed packages."""
+    import_submodules(__name__)
+    load_plugins()
+    return in_order(_registered, __name__)
+
+
+def all_metrics() -> dict[str, Metric]:
+    """Return the descriptions of all metrics by name; those of models come last."""
+    kinds = model_metric_kinds()
+    return METRICS | {name: metric for kind in kinds.values() for name, metric in kind.metrics.items()}
+
+
+def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
+    """Load the models that are requested or automatic.
+
+    Args:
+        sources: model to load for each requested `kind`; an empty string for the kind's default.
+        device: PyTorch device.
+
+    Raises:
+        NemoLfrError: if a kind is unknown.
+    """
+    kinds = model_metric_kinds()
+    if unknown := sources.keys() - kinds.keys():
+        raise NemoLfrError(f"model metric {min(unknown)!r} is unknown; use one of {list(kinds)}.")
+    opened = OpenedModels([], {}, {})
+    for kind, metric in kinds.items():
+        if kind not in sources and not metric.automatic:
+            reason = f"{metric.option or f'--model-metric {kind}'} was not passed"
+        else:
+            try:
+                opened.models.append(metric(sources.get(kind, ""), device))
+                continue
+            except ModuleNotFoundError as error:
+                reason = f"{error.name} is not installed"
+            except Exception as error:  # third-party model loaders can raise anything
+                reason = shorten(" ".join(str(error).split()), 200) or type(error).__name__
+            if kind in sources:
+                opened.failed[kind] = reason
+        opened.absent.update(dict.fromkeys(metric.metrics, NotMeasured(f"not measured: {reason}")))
+    return opened

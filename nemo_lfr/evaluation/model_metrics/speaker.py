@@ -1,0 +1,65 @@
+"""Similarity of the speaker before and after a codec."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.evaluation.metrics import Metric, Signal, Value
+from nemo_lfr.evaluation.model_metrics import register_model_metric
+from nemo_lfr.evaluation.model_metrics.base import ModelMetric
+from nemo_lfr.evaluation.model_metrics.nemo_models import is_nemo, open_nemo_model
+
+SIMILARITY = "speaker similarity"
+
+
+@register_model_metric
+class SpeakerSimilarity(ModelMetric):
+    """Speaker similarity of a speaker verification model.
+
+    Args:
+        source: `.nemo` file or nemo:HUB_ID for a NeMo model; otherwise an x-vector model for transformers.
+        device: PyTorch device.
+    """
+
+    kind = "speaker"
+    option = "--speaker-model"
+    metrics: ClassVar[dict[str, Metric]] = {
+        SIMILARITY: Metric("", "higher", "Cosine of the speaker model's embeddings of original and output."),
+    }
+
+    def __init__(self, source: str, device: str) -> None:
+        if not source:
+            raise ConfigError("no model is named; name one, as in --speaker-model microsoft/wavlm-base-plus-sv")
+        self.name = source
+        self._embed = _nemo_speaker(source, device) if is_nemo(source) else _transformers_speaker(source, device)
+
+    def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
+        """Compute the cosine similarity of the speaker embeddings of original and output."""
+        first, second = (self._embed(signal.at_16k).astype(np.float64) for signal in (original, output))
+        norms = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+        return {SIMILARITY: float(first @ second) / max(norms, 1e-300)}
+
+
+def _nemo_speaker(source: str, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    from nemo.collections.asr.models import EncDecSpeakerLabelModel
+
+    model = open_nemo_model(EncDecSpeakerLabelModel, source, device)
+    return lambda wave: model.infer_segment(wave)[0].squeeze().float().cpu().numpy()
+
+
+def _transformers_speaker(source: str, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+    from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
+
+    extract = AutoFeatureExtractor.from_pretrained(source)
+    model = AutoModelForAudioXVector.from_pretrained(source).eval().to(device)
+
+    def embed(wave: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return (
+                model(**extract(wave, sampling_rate=16000, return_tensors="pt").to(device)).embeddings[0].cpu().numpy()
+            )
+
+    return embed

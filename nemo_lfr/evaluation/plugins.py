@@ -1,0 +1,83 @@
+"""Discovery of codecs and metrics: the built-in ones, and those of installed packages.
+
+A codec or metric registers itself when its module is imported. A package lists such a module in the entry-point group
+`nemo_lfr.evaluation`, so that the command line imports it too:
+
+    [project.entry-points."nemo_lfr.evaluation"]
+    my_codecs = "my_package.codecs"
+"""
+
+import logging
+import pkgutil
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from nemo_lfr.errors import NemoLfrError, shorten
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "nemo_lfr.evaluation"
+
+
+@cache
+def import_submodules(package: str) -> None:
+    """Import all modules of a package, in alphabetical order."""
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+
+
+@cache
+def load_plugins() -> None:
+    """Import the modules that installed packages list in the entry-point group, once per process.
+
+    A module that cannot be imported is reported by a warning, and its codecs and metrics are missing.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:  # another package's module may raise anything
+            logger.warning(
+                "the codecs and metrics of %s are missing, since it cannot be imported (%s: %s)",
+                point.value, type(error).__name__, shorten(error, 200),
+            )  # fmt: skip
+
+
+def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
+    """Add an entry to a table of codecs or metrics.
+
+    An entry is replaced by a newer version of itself, so that a cell of a notebook can be run again.
+
+    Args:
+        table: the table.
+        name: name of the entry.
+        value: the entry: a class, or an object with a `function`.
+        kind: what the table holds, for the error message.
+
+    Raises:
+        NemoLfrError: if another entry has this name.
+    """
+    if name in table and _origin(table[name]) != _origin(value):
+        raise NemoLfrError(f"{kind} {name!r} is registered already; choose another name.")
+    table[name] = value
+
+
+def in_order(table: dict[str, Any], package: str) -> dict[str, Any]:
+    """Return a table of classes in an order that does not depend on which module was imported first.
+
+    Args:
+        table: classes by name.
+        package: package of the built-in classes, which come first.
+    """
+
+    def place(item: tuple[str, Any]) -> tuple[bool, str]:
+        module = item[1].__module__
+        return not module.startswith(f"{package}."), module
+
+    return dict(sorted(table.items(), key=place))
+
+
+def _origin(value: Any) -> tuple[str, str]:
+    defined = value if isinstance(value, type) else value.function
+    return getattr(defined, "__module__", ""), getattr(defined, "__qualname__", "")

@@ -1,0 +1,110 @@
+"""Selection of the recordings of an evaluation, and the record of what its folder holds."""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nemo_lfr.corpus.inventory import digest
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.journal import write_text
+from nemo_lfr.io.manifests import Recording
+from nemo_lfr.io.regular import open_regular
+
+CLAIMS = "recordings.json"
+SOURCE = "source"  # entry of the file that names where the recordings come from; keys of recordings start with digits
+
+
+def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dict[str, Recording]:
+    """Select up to `limit` recordings at random.
+
+    Args:
+        recordings: recordings of the manifest.
+        limit: maximum number of recordings; None selects all.
+        seed: sampling seed.
+
+    Returns:
+        Recordings in the order of the manifest, by a key that is unique within it and does not depend on `limit`.
+    """
+    indices = range(len(recordings))
+    if limit is not None and limit < len(recordings):
+        indices = sorted(random.Random(seed).sample(indices, limit))  # type: ignore[assignment]
+    return {f"{index:05d}-{re.sub('[^A-Za-z0-9._-]', '_', recordings[index].name.stem)[:60]}": recordings[index]
+            for index in indices}  # fmt: skip
+
+
+def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
+    """Read a segment of a recording.
+
+    Args:
+        path: audio file.
+        rate: sample rate to convert to, in Hz.
+        offset: start of the segment in seconds.
+        duration: length of the segment in seconds.
+
+    Returns:
+        Mono samples, shape [T].
+    """
+    with AudioReader(path, rate) as reader:
+        return reader.segment(offset, duration)
+
+
+def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
+    """Record which recordings the keys in `out` stand for.
+
+    One folder holds recordings of one source, such as a manifest. Otherwise its report would cover other recordings
+    than its stored results.
+
+    Args:
+        out: folder of the evaluation.
+        recordings: recordings by key, from `choose`.
+        rate: sample rate of the comparison in Hz.
+        source: where the recordings come from; an empty string if unknown.
+
+    Raises:
+        NemoLfrError: if `out` holds recordings of another source, or a position in the source already stands for
+            another recording, other contents or another rate.
+    """
+    path = out / CLAIMS
+    sweep(out, [path.name])
+    files = {item.path for item in recordings.values() if item.path.is_file()}  # missing files produce no outputs
+    contents = {file: digest(file)[:16] for file in files}
+    claims: dict[str, object] = {
+        key: [str(item.path.resolve()), item.offset, item.duration, rate, contents[item.path]]
+        for key, item in recordings.items()
+        if item.path in files
+    }
+    if source and files:
+        claims[SOURCE] = source
+    stored = _stored_claims(path)
+    keys = {_position(key): key for key in stored}
+    for key, value in claims.items():
+        if keys.get(_position(key), key) != key or stored.get(key, value) != value:
+            raise NemoLfrError(
+                f"{out}: holds an evaluation of other recordings, or of files that have changed, or at another rate; "
+                "choose another --out."
+            )
+    write_text(path, json.dumps(stored | claims, ensure_ascii=False, indent=0))
+
+
+def _stored_claims(path: Path) -> dict[str, object]:
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            stored = json.load(file)
+        if not isinstance(stored, dict):
+            raise ValueError("expected a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise NemoLfrError(f"{path}: is damaged ({shorten(error, 200)}); choose another --out.") from error
+    return stored
+
+
+def _position(key: str) -> str:
+    """Return the part of a recording's key that is its position in the source."""
+    return key.partition("-")[0]

@@ -1,0 +1,188 @@
+"""Computation of the metrics of an evaluation, in several processes."""
+
+import os
+import pickle
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.evaluation.codecs.base import fit
+from nemo_lfr.evaluation.metrics import METRICS, Metric, Signal, Undefined, Value, measure
+from nemo_lfr.evaluation.recordings import read
+from nemo_lfr.evaluation.results import Result
+from nemo_lfr.io.journal import Journal, Progress
+from nemo_lfr.io.manifests import Recording
+from nemo_lfr.io.shortage import sharing
+
+JOURNAL = "metrics.jsonl"
+MAX_WORKERS = 61  # of a process pool on Windows
+
+
+@dataclass(frozen=True)
+class Output:
+    """Output of one codec whose metrics are missing.
+
+    Attributes:
+        index: index of the codec in the results.
+        path: file of the output.
+        names: names of the missing metrics.
+    """
+
+    index: int
+    path: Path
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One recording with the outputs of all codecs, so that the features of the original are computed once.
+
+    Attributes:
+        key: key of the recording.
+        recording: the original.
+        rate: sample rate of the comparison in Hz.
+        outputs: outputs of the codecs.
+        table: descriptions of all metrics, since a worker process has not registered those of other packages.
+    """
+
+    key: str
+    recording: Recording
+    rate: int
+    outputs: list[Output]
+    table: Mapping[str, Metric]
+
+
+Measured = tuple[str, list[tuple[int, dict[str, Value]]]]
+
+
+def measure_all(
+    recordings: dict[str, Recording], results: Sequence[Result], rate: int, jobs: int, progress: Progress
+) -> None:
+    """Compute the metrics that the journals of the codecs do not contain, and store them.
+
+    Args:
+        recordings: recordings by key.
+        results: results of each codec; `values` is filled.
+        rate: sample rate of the comparison in Hz.
+        jobs: number of processes.
+        progress: progress callback; see `nemo_lfr.io.journal`.
+    """
+    for result in results:
+        _load_values(result, recordings)
+    tasks = []
+    for key, recording in recordings.items():
+        outputs = []
+        for index, result in enumerate(results):
+            names = [name for name in METRICS if key in result.round_trips and name not in result.values.get(key, {})]
+            if names:
+                outputs.append(Output(index, result.audio(key), names))
+        if outputs:
+            tasks.append(Task(key, recording, rate, outputs, METRICS))
+    with ExitStack() as stack, progress(len(tasks)) as advance:
+        folders = dict.fromkeys(result.folder for result in results)  # two names of the same codec share a folder
+        journals = {folder: stack.enter_context(Journal(folder / JOURNAL)) for folder in folders}
+        for key, measured in _in_parallel(tasks, jobs):
+            for index, values in measured:
+                _store_values(results[index], journals[results[index].folder], key, values)
+            advance("")
+
+
+def are_values(values: Any) -> bool:
+    """Return whether a journal entry maps metric names to values or reasons."""
+    return isinstance(values, dict) and all(isinstance(value, str) or is_number(value) for value in values.values())
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a journal entry is a number or null."""
+    return value is None or type(value) in (int, float)
+
+
+def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
+    """Return the metrics of a journal entry."""
+    return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def read_pair(recording: Recording, output: Path, rate: int) -> tuple[Signal, Signal]:
+    """Read a recording and the output of a codec for it, trimmed or padded to the same length."""
+    original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
+    return original, read_output(output, original)
+
+
+def read_output(path: Path, original: Signal) -> Signal:
+    """Read the output of a codec, trimmed or padded to the length of the original."""
+    audio, rate = soundfile.read(path, dtype="float32")
+    return Signal(fit(audio, len(original.wave)), rate)
+
+
+def _load_values(result: Result, recordings: dict[str, Recording]) -> None:
+    with Journal(result.folder / JOURNAL) as journal:
+        for key, values in journal.entries(2):
+            if key in recordings and are_values(values):
+                result.values.setdefault(key, {}).update(values_from_json(values))
+
+
+def _store_values(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
+    """Store the metrics of a recording.
+
+    Metrics that need a missing package are not written to the journal, so that the next run computes them.
+    """
+    result.values.setdefault(key, {}).update(values)
+    final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}
+    journal.add([key, final])
+
+
+def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
+    if jobs == 1 or len(tasks) < 2:
+        yield from map(_measure, tasks)
+        return
+    _check_functions(tasks[0].table)
+    with sharing("several --jobs"):
+        workers = min(jobs, len(tasks), MAX_WORKERS)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (os.getpid(),))
+    try:
+        for future in as_completed([pool.submit(_measure, task) for task in tasks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_functions(table: Mapping[str, Metric]) -> None:
+    """Raise an error for a metric whose function worker processes cannot import."""
+    for name, metric in table.items():
+        try:
+            pickle.dumps(metric)
+        except Exception as error:  # pickle raises errors of several classes
+            raise NemoLfrError(
+                f"metric {name!r} cannot be sent to worker processes ({shorten(error, 200)}); define its function at "
+                "the top level of a module, or use --jobs 1."
+            ) from error
+
+
+def _start(driver: int) -> None:
+    """Initialize a worker process.
+
+    Workers ignore SIGINT, since the driver handles Ctrl-C for the process group.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(driver)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _measure(task: Task) -> Measured:
+    recording = task.recording
+    original = Signal(read(recording.path, task.rate, recording.offset, recording.duration), task.rate)
+    return task.key, [
+        (output.index, measure(original, read_output(output.path, original), output.names, task.table))
+        for output in task.outputs
+    ]
