@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import os
 import queue
 import re
 import shutil
@@ -16,11 +17,14 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli.main import main
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation import recordings, workers
 from nemo_lfr.evaluation.codecs.lfr import LFR
 from nemo_lfr.evaluation.metrics import Metric
 from nemo_lfr.evaluation.model_metrics import _registered
 from nemo_lfr.evaluation.model_metrics.base import ModelMetric
+from nemo_lfr.io.exclusive import exclusive
+from nemo_lfr.io.manifests import read_manifest
 from tests.cli.test_cli import run as command
 from tests.models import RATE, synthesize
 
@@ -158,8 +162,6 @@ def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_p
 
 
 def test_a_limit_draws_by_its_seed(corpus):
-    from nemo_lfr.io.manifests import read_manifest
-
     found = read_manifest(corpus / "manifest.json", corpus) * 20
     draws = [list(recordings.choose(found, 10, seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and len(draws[0]) == 10
@@ -270,6 +272,61 @@ def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "other")
     code, _, err = evaluate(capsys, tmp_path / "other", tmp_path, "--codec", "original")
     assert code == 2 and "evaluation of other recordings" in err
+
+
+def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus, tmp_path):
+    """Their names differ from those of the first manifest, so that no result would be mixed up."""
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = []
+    for number in range(3):
+        shutil.copy(corpus / f"{number}.wav", other / f"other{number}.wav")
+        lines.append(json.dumps({"audio_filepath": f"other{number}.wav", "duration": 1.5}))
+    (other / "manifest.json").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    assert evaluate(capsys, corpus, out, "--codec", "original", "--limit", 1)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = evaluate(capsys, other, out, "--codec", "original", "--limit", 1)
+    assert code == 2 and "evaluation of other recordings" in err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"source": "manifest elsewhere.json"},  # another source, without recordings in common
+        {"00000-other": ["/other.wav", 0.0, 1.5, RATE, "0"]},  # an older file: another recording in the same place
+        {"00000-0": ["/other.wav", 0.0, 1.5, RATE, "0"]},
+    ],
+)
+def test_a_claim_on_other_recordings_is_kept(corpus, tmp_path, stored):
+    chosen = recordings.choose(read_manifest(corpus / "manifest.json"), None, 0)
+    (tmp_path / "recordings.json").write_text(json.dumps(stored))
+    with pytest.raises(NemoLfrError, match="evaluation of other recordings"):
+        recordings.claim(tmp_path, chosen, RATE, "manifest here.json")
+    assert json.loads((tmp_path / "recordings.json").read_text()) == stored
+
+
+def test_a_run_locks_its_folder_until_the_report_is_written(capsys, corpus, tmp_path, monkeypatch):
+    locked = []
+
+    def write(*arguments, **options):
+        with pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
+            locked.append(False)
+        locked.append(True)
+        return []
+
+    monkeypatch.setattr("nemo_lfr.evaluation.report.write_report", write)
+    assert evaluate(capsys, corpus, tmp_path, "--codec", "original", "--limit", 1)[0] == 0
+    assert locked == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_manifest_in_a_pipe_is_refused_with_advice(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = command(capsys, "evaluate", tmp_path / "pipe", "--out", tmp_path / "out")
+    assert code == 2 and "is a pipe, not a regular file; write the manifest to a file and pass its path." in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
