@@ -241,9 +241,11 @@ def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(c
 
 @pytest.mark.parametrize("option", ["--asr", "--speaker-model", "--model-metric"])
 def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpus, tmp_path, option):
-    value = f"asr:{tmp_path / 'none'}" if option == "--model-metric" else tmp_path / "none"
+    model = tmp_path / "folder without a model"
+    model.mkdir()
+    value = f"asr:{model}" if option == "--model-metric" else model
     code, _, err = evaluate(capsys, corpus, tmp_path / "out", "--codec", "original", "--limit", 1, option, value)
-    assert code == 1 and f"the model {tmp_path / 'none'} could not be loaded" in err
+    assert code == 1 and f"the model {model} could not be loaded" in err
     assert (tmp_path / "out" / "report.html").exists()
 
 
