@@ -1,5 +1,6 @@
 # make demo   encode and decode a speech clip with the bundled codec
-# make test   lint, types and the whole test suite
+# make check  lint, types and the fast tests, without NeMo: while you work
+# make test   lint, types and the whole test suite: before you push
 # make setup  create .venv for both; another Python: make setup PYTHON=python3.11
 # make docs   build the documentation site in site/
 # make lock   update locks/ to the newest versions; needs uv
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint docs lock clean
+.PHONY: setup demo check test lint docs lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -37,8 +38,13 @@ lint: $(VENV)/.full
 	$(VENV)/bin/python -m codespell_lib
 	$(VENV)/bin/python -m mypy nemo_lfr
 
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+check: lint
+	$(PYTEST) --hypothesis-profile=dev -m "not slow and not nemo and not network"
+
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 docs: $(VENV)/.light
 	$(PIP) install -c constraints.txt -e ".[docs]"

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         compiled.touch()
 
 
+hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)  # of `make check`
 torch.set_num_threads(1)  # for tiny tensors, the overhead of threads exceeds their gain
 
 
@@ -49,6 +51,14 @@ def one_thread():
 def _one_thread_unless_slow(request: pytest.FixtureRequest):
     if request.node.get_closest_marker("slow") is None:
         request.getfixturevalue("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _nemo_only_where_marked(request: pytest.FixtureRequest):
+    """Fail a test of the fast tier that imports NeMo, which takes 10 s of CPU time in every worker."""
+    yield
+    if "not nemo" in request.config.option.markexpr and "nemo" in sys.modules:
+        pytest.fail("this test imports NeMo: add @pytest.mark.nemo")
 
 
 @pytest.fixture(scope="session")

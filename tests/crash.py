@@ -14,6 +14,27 @@ ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("NEMO_LFR_KILLS", "20"))
 
 
+# Importing PyTorch takes longer than writing a file, so one process imports it and forks a child for each run.
+LAUNCHER = """
+import ast, os, sys
+import torch
+
+torch.set_num_threads(1)
+script = ast.parse(sys.argv[1])
+sys.argv = ["-c", *sys.argv[2:]]
+imports = [node for node in script.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+exec(compile(ast.Module(imports, []), "imports", "exec"))
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        print(os.getpid(), flush=True)
+        exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+        os._exit(1)
+    os.waitpid(child, 0)
+    print("\\nended", flush=True)
+"""
+
+
 def killed_at_random_moments(script: str, *arguments: object, within: float) -> Iterator[int]:
     """Run a script `KILLS` times and kill it at a random moment each time.
 
@@ -26,15 +47,20 @@ def killed_at_random_moments(script: str, *arguments: object, within: float) -> 
         The number of the run, after its process has ended.
     """
     rng = np.random.default_rng(0)
-    for number in range(KILLS):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, cwd=ROOT
-        )
-        assert writer.stdout is not None and writer.stdout.read(1)
-        time.sleep(rng.uniform(0, within))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        yield number
+    command = [sys.executable, "-c", LAUNCHER, script, *map(str, arguments)]
+    launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert launcher.stdin is not None and launcher.stdout is not None
+    with launcher:
+        for number in range(KILLS):
+            launcher.stdin.write("run\n")
+            launcher.stdin.flush()
+            writer = int(launcher.stdout.readline())
+            assert launcher.stdout.read(1)
+            time.sleep(rng.uniform(0, within))
+            os.kill(writer, signal.SIGKILL)
+            while launcher.stdout.readline() != "ended\n":
+                assert launcher.poll() is None
+            yield number
 
 
 def on_a_full_disk(script: str, free: int) -> str:

@@ -25,6 +25,7 @@ def test_importing_the_package_imports_neither_torch_nor_numpy():
     assert not modules_after("import nemo_lfr; dir(nemo_lfr); nemo_lfr.__version__") & {"torch", "numpy", "nemo"}
 
 
+@pytest.mark.slow
 def test_encoding_and_decoding_import_neither_nemo_nor_lightning_nor_transformers():
     code = (
         "import nemo_lfr, numpy as np\n"

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 from tests.crash import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nemo]
 
 
 @pytest.mark.parametrize(("name", "pictures", "players"), [("Inference", 4, 2), ("Training", 3, 2)])

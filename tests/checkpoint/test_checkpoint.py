@@ -228,6 +228,7 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_gives_the_same_tokens(nemo, spelling):
     path = nemo(SPELLINGS[spelling]())
@@ -875,6 +876,7 @@ def test_no_hostile_file_takes_memory(tmp_path):
     assert max(int(line[0]) for line in lines) < 64, run.stdout
 
 
+@pytest.mark.slow
 def test_checksums_are_checked_before_numbers_are_used(nemo):
     """Records of the codec, large and small: one flipped byte in each is found."""
     weights = GOOD_TAR.index(WEIGHTS_BYTES)
@@ -965,6 +967,7 @@ for _ in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_path):
     """Another program cuts, overwrites and restores the file meanwhile; the reader neither dies nor errs."""
     path, rounds = tmp_path / "model.nemo", 60
@@ -1051,6 +1054,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     assert half_written, "the kills never met a file half written"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
     path = tmp_path / "a.nemo"
     path.write_bytes(b"old")

@@ -223,6 +223,7 @@ def test_an_empty_name_is_not_the_current_folder(capsys):
     assert run(capsys, "info", "")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
     code, out, _ = run(capsys, "demo", "--out", tmp_path)
     assert code == 0
@@ -268,6 +269,7 @@ def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
     assert code == 2 and "outside the recording of 3.628 s" in err and not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(400_000).numpy(), 22050)
     run(capsys, "encode", tmp_path / "a.wav")
@@ -297,6 +299,7 @@ def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monk
     assert [entry["output"] for entry in result["files"]] == [str(tmp_path / "tokens" / f"{x}.lfr") for x in "ac"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
 def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(folder, tmp_path):
     odd = os.fsencode(folder) + b"/a\xff.wav"
@@ -310,6 +313,7 @@ def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(fol
     assert done.stdout == os.fsencode(tmp_path) + b"/a\xff.lfr\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="descriptors are closed by a shell")
 @pytest.mark.parametrize(
     ("line", "code", "text"),
@@ -327,6 +331,7 @@ def test_closed_descriptors_are_no_traceback(folder, line, code, text):
     assert text in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_path):

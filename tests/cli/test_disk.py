@@ -110,6 +110,7 @@ def complaints(err: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @every_command
 def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_no_cut_one(name, command, tmp_path, capsys):
@@ -162,6 +163,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["detokenize", "prepare", "evaluate", "encode a batch", "tokenize parquet"])
 def test_a_run_that_was_killed_amid_a_file_is_finished_by_the_next_one(name, command, tmp_path, capsys):
     """The system kills the process at the write that makes a file too large: no part of Python runs after it."""
@@ -177,6 +179,7 @@ def test_a_run_that_was_killed_amid_a_file_is_finished_by_the_next_one(name, com
     assert leftovers_of(out) == [] and results_of(out).keys() == results_of(whole).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize(
     "name", ["demo", "encode", "decode flac", "tokenize manifest", "detokenize", "prepare", "evaluate"]
@@ -203,6 +206,7 @@ def test_leftovers_go_and_are_never_opened_through_a_link(name, kind, command, t
     assert leftovers_of(out) == [] and victim.read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prepare", "evaluate"])
 def test_a_journal_that_is_a_link_is_not_followed(name, command, tmp_path, capsys):
     out, victim = tmp_path / "out", tmp_path / "victim"
@@ -237,6 +241,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command,
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 @pytest.mark.parametrize(
     ("line", "code", "said"),

@@ -31,6 +31,7 @@ class Tags(HTMLParser):
         self.found.add(tag)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="such names are not allowed there")
 def test_no_label_or_name_acts_in_a_table_a_page_or_a_terminal(tmp_path, capsys):
     lines = []

@@ -62,6 +62,7 @@ def wav(wave, rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> b
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
     """The thread that reads stdin must not hold what Python needs when it ends."""
     encoder = subprocess.Popen(
@@ -76,6 +77,7 @@ def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
     assert "stdin: not an audio file" in said.splitlines()[-1] and "Fatal" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_waits_for_its_input_can_be_told_to_end(number):
@@ -110,6 +112,7 @@ def said(done: Done) -> str:
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_pipes_give_what_files_give(piped, tmp_path):
     wave = speech_like(41_111).numpy()
     (tmp_path / "a.wav").write_bytes(wav(wave))
@@ -161,6 +164,7 @@ def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
     assert tokens_of(piped("encode", "-", stdin=bytes(data)).stdout).shape == (8, 30)
 
 
+@pytest.mark.slow
 def test_results_come_out_while_the_input_still_comes_in():
     """Half a recording goes in, and what its frames allow comes out, before the rest is sent."""
     process = [sys.executable, "-m", "nemo_lfr"]
@@ -187,6 +191,7 @@ def test_results_come_out_while_the_input_still_comes_in():
     assert encoder.wait() == decoder.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_file_behind_stdout_gets_its_length_and_one_appended_to_keeps_what_it_had(piped, tmp_path):
     tokens = piped("encode", "-", stdin=wav(speech_like(10_000))).stdout
     decode = [sys.executable, "-m", "nemo_lfr", "decode", "-", "-"]

@@ -99,7 +99,10 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "Lightning 64-true": lambda: lightning("DoublePrecision", "64-true", "forward_context"),
 }
 # Anomaly detection warns when it is entered.
-states = pytest.mark.parametrize("state", [*STATES])
+# Lightning imports NeMo's dependencies, and takes as long.
+states = pytest.mark.parametrize(
+    "state", [pytest.param(name, marks=pytest.mark.nemo) if "Lightning" in name else name for name in STATES]
+)
 pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection")
 
 
@@ -368,6 +371,7 @@ def nemo_model(tmp_path_factory):
     return model_module.LFRCodecModel.restore_from(path, map_location="cpu"), path
 
 
+@pytest.mark.nemo
 @states
 def test_nemos_model_gives_reference_tokens_in_any_state(state, nemo_model):
     model, _ = nemo_model
@@ -384,6 +388,7 @@ def test_nemos_model_gives_reference_tokens_in_any_state(state, nemo_model):
         assert torch.equal(result, value), state
 
 
+@pytest.mark.nemo
 @states
 def test_nemos_model_restored_in_any_state_works_and_trains_in_fp32(state, nemo_model):
     model, path = nemo_model
@@ -398,6 +403,7 @@ def test_nemos_model_restored_in_any_state_works_and_trains_in_fp32(state, nemo_
     encoded.sum().backward()
 
 
+@pytest.mark.nemo
 def test_nemos_model_of_converted_weights_says_what_to_do(nemo_model):
     model, _ = nemo_model
     around = torch.nn.ModuleDict({"codec": copy.deepcopy(model)}).to(torch.bfloat16)

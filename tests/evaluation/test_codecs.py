@@ -43,6 +43,7 @@ def test_lfr_returns_the_output_of_the_codec(speech):
     assert trip.num_bytes < trip.file_bytes < trip.num_bytes + 800
 
 
+@pytest.mark.nemo
 def test_stock_nemo_agrees_with_lfr(speech):
     pytest.importorskip("nemo", reason="stock NeMo is a compared codec: pip install '.[nemo]'")
     path = bundled_checkpoint()

@@ -21,6 +21,7 @@ def pair(speech):
     return Signal(speech, RATE), Signal(0.7 * speech + 0.02 * rng.standard_normal(len(speech)), RATE)
 
 
+@pytest.mark.nemo
 def test_distances_and_si_sdr_are_nemos(pair):
     pytest.importorskip("nemo", reason="NeMo's losses are the reference: pip install '.[nemo]'")
     from nemo.collections.tts.losses.audio_codec_loss import (

@@ -233,6 +233,7 @@ def test_a_format_that_refuses_its_settings_leaves_nothing(tmp_path):
             assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 24000, 44100, 48000, 22049])
 @pytest.mark.parametrize("num_samples", [1, 2, 100, 4799, 48001])
 def test_samples_are_those_of_librosa_load(tmp_path, rate, num_samples):

@@ -745,6 +745,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_and_a_part_that_reads
     assert len(recovered) > 3, "the kills never met a file half written"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000)
     before = path.read_bytes()

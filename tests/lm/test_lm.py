@@ -117,6 +117,7 @@ def test_an_id_of_another_codebook_ends_the_recording():
     assert int(layout.restore(ids)[1]) == 3
 
 
+@pytest.mark.slow
 def test_the_delay_is_that_of_transformers():
     musicgen = pytest.importorskip("transformers.models.musicgen.modeling_musicgen")
     tokens = torch.randint(0, K, (2, C, 8), generator=torch.Generator().manual_seed(0))
@@ -195,6 +196,7 @@ def test_an_uneven_grouping_needs_each_codebook_named():
     assert (regroup(regroup(tokens, LEVELS, uneven), uneven, LEVELS) == tokens).all()
 
 
+@pytest.mark.nemo
 @pytest.mark.parametrize(("groups", "levels"), [(4, LEVELS * 2), (16, None)])
 def test_regrouping_and_unfolding_are_those_of_nemo(groups, levels):
     modules = pytest.importorskip("nemo.collections.tts.modules.audio_codec_modules")

@@ -110,6 +110,7 @@ def test_cuda_plan_runs_new_stages(codec):
         assert (decoded[row, : length * FRAME, 0] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 100, 1999])
 def test_streams_and_chunks_run_new_stages(codec, size):
     codec = copy.copy(codec)

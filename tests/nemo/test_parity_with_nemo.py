@@ -7,6 +7,7 @@ equal but floating ties, where stock's own value before rounding lies within 1e-
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,26 +164,53 @@ def test_the_reference_uses_the_whole_range_of_tokens(reference):
     assert min(codebook.unique().numel() for codebook in tokens) > 0.3 * most
 
 
-def test_what_we_save_opens_in_a_process_that_has_only_stock(reference, tmp_path):
+# Reads paths of a checkpoint and a clip from stdin, one pair a line, and prints the tokens.
+STOCK = """
+import json, sys, numpy, torch
+from nemo.collections.tts.models import AudioCodecModel
+for line in sys.stdin:
+    model_path, clip_path = json.loads(line)
+    model = AudioCodecModel.restore_from(model_path, map_location="cpu").eval()
+    clip = torch.from_numpy(numpy.load(clip_path))
+    with torch.no_grad():
+        tokens, _ = model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
+    assert "nemo_lfr" not in sys.modules
+    print("tokens", json.dumps(tokens[0].tolist()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, Path], torch.Tensor]]:
+    """Encode a clip with a checkpoint in a process that has only stock.
+
+    One process serves all checkpoints, because importing NeMo takes much longer than opening one.
+    """
+    folder = tmp_path_factory.mktemp("stock")
+    errors = folder / "stderr.txt"
+    pipe = subprocess.PIPE
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", STOCK], stdin=pipe, stdout=pipe, stderr=stderr, text=True, cwd=folder
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+
+        def encode(model: Path, clip: Path) -> torch.Tensor:
+            process.stdin.write(json.dumps([str(model), str(clip)]) + "\n")
+            process.stdin.flush()
+            answer = next((line for line in process.stdout if line.startswith("tokens ")), None)
+            assert answer is not None, errors.read_text()[-2000:]
+            return torch.tensor(json.loads(answer.removeprefix("tokens ")))
+
+        yield encode
+
+
+def test_what_we_save_opens_in_a_process_that_has_only_stock(reference, stock_tokens, tmp_path):
     saved = tmp_path / "saved.nemo"
     nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
     np.save(tmp_path / "clip.npy", reference.clips[0].numpy())
-    script = """
-import json, sys, numpy, torch
-from nemo.collections.tts.models import AudioCodecModel
-model = AudioCodecModel.restore_from(sys.argv[1], map_location="cpu").eval()
-clip = torch.from_numpy(numpy.load(sys.argv[2]))
-with torch.no_grad():
-    tokens, _ = model.encode(audio=clip[None], audio_len=torch.tensor([len(clip)]))
-assert "nemo_lfr" not in sys.modules
-print(json.dumps(tokens[0].tolist()))
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script, saved, tmp_path / "clip.npy"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    tokens = torch.tensor(json.loads(run.stdout.strip().splitlines()[-1]))
-    assert torch.equal(tokens, reference.expected[0].tokens.long())
+    assert torch.equal(stock_tokens(saved, tmp_path / "clip.npy"), reference.expected[0].tokens.long())
 
 
 def test_the_cards_snippet_runs_as_printed(reference):

@@ -70,6 +70,7 @@ with ending_in_one_line("runs"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [0, 10, 10_000, 399_999, 400_500])
 def test_a_full_disk_names_the_file_of_tensors_and_keeps_the_old_one(free, tmp_path):
     path = tmp_path / "a.pt"

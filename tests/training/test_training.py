@@ -55,6 +55,7 @@ def test_mel_magnitudes_are_in_fp32_under_autocast():
     assert torch.equal(found, Spectra(audio).mel(resolution, filters))
 
 
+@pytest.mark.slow
 def test_each_stft_is_computed_once(loss, monkeypatch):
     lengths = []
     stft = torch.stft

@@ -1,0 +1,19 @@
+"""Marks all tests of this folder with `nemo`, and skips importing their files if they are deselected."""
+
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Ignore this folder under `-m "not nemo"`, because importing NeMo takes longer than a tenth of the fast tier."""
+    return True if "not nemo" in config.option.markexpr else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.nemo)
