@@ -4,9 +4,9 @@ This is the script of NeMo's audio codec tutorial, with the model of this packag
 
     python examples/audio_codec.py max_epochs=100 weighted_sampling_steps_per_epoch=1000 batch_size=16 \
         log_dir=logs exp_manager.exp_dir=runs \
-        +train_ds_meta.mine.manifest_path=train.json +train_ds_meta.mine.audio_dir=audio/ \
-        +val_ds_meta.mine.manifest_path=valid.json +val_ds_meta.mine.audio_dir=audio/ \
-        +log_ds_meta.mine.manifest_path=log.json +log_ds_meta.mine.audio_dir=audio/
+        +train_ds_meta.mine.manifest_path=manifests/train.json +train_ds_meta.mine.audio_dir=speech/ \
+        +val_ds_meta.mine.manifest_path=manifests/valid.json +val_ds_meta.mine.audio_dir=speech/ \
+        +log_ds_meta.mine.manifest_path=manifests/valid.json +log_ds_meta.mine.audio_dir=speech/
 
 To fine-tune, add `+init_from_nemo_model=codec.nemo`. To train on a CPU, add `trainer.accelerator=cpu trainer.devices=1
 trainer.strategy=auto`. `--config-name` selects another file of `conf/`, and `+seed=1` other random weights. The same

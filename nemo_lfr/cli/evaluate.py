@@ -98,7 +98,7 @@ def evaluate(
     device: str | None,
     **models: Any,
 ) -> None:
-    """Measure codecs on the recordings of a NeMo manifest, and write a report.
+    """Measure codecs on the recordings of a NeMo manifest or table, and write a report.
 
     Results are kept: the same command resumes an interrupted run, and another --codec or a larger --limit adds to
     it. The exit code is 1 if a codec failed on a recording, which the report names, if a line of the manifest could

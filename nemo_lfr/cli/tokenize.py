@@ -88,7 +88,7 @@ def tokenize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tokenize a corpus: a NeMo manifest, Lhotse cuts or Shar, Parquet, a saved Hugging Face dataset, or a folder.
+    """Tokenize a corpus: a manifest, a CSV or Parquet table, Lhotse cuts or Shar, a Hugging Face dataset or a folder.
 
     If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
     failures.jsonl; the exit code is then 1.

@@ -4,15 +4,20 @@ Lhotse has recipes for the same archives, which stop at the first file that cann
 utterances, and opening them is left to whoever can go on without one.
 """
 
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_lfr.errors import NemoLfrError, printable, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
+from nemo_lfr.io.manifests import resolve_audio_path
+from nemo_lfr.io.tables import METADATA_NAMES, is_table, read_table
 from nemo_lfr.io.text import decode, read_lines
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 # Longest field of a table, in characters; more is not a sentence but a quote or line end that is missing.
@@ -129,11 +134,51 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def folder(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text."""
+    """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text.
+
+    Labels in AudioFolder's `metadata.csv`, `.tsv` or `.jsonl` replace these.
+    """
+    rows = {row.path: row for row in _metadata(corpus)}
     for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
         own = path.relative_to(corpus)
-        labels, problem = text_of(path.with_suffix(".txt"))
-        yield CorpusUtterance(own, own.parts[0] if len(own.parts) > 1 else "", None, labels, problem)
+        row = rows.pop(own, None)
+        speaker = own.parts[0] if len(own.parts) > 1 else ""
+        if row is None or row.problem:
+            labels, problem = text_of(path.with_suffix(".txt"))
+            yield CorpusUtterance(own, speaker, None, labels, problem)
+        else:
+            yield replace(row, speaker=row.speaker or speaker)
+    for row in rows.values():
+        yield row if row.problem else replace(row, problem="is named in a table, but is not there")
+
+
+def table(path: Path) -> Iterator[CorpusUtterance]:
+    """A CSV, TSV or metadata.jsonl with a column that names the audio; paths are relative to the table's folder."""
+    for row in read_table(path):
+        if row.problem:
+            yield CorpusUtterance(Path(f"{path.name}, line {row.line}"), "", problem=row.problem)
+            continue
+        values = row.values
+        labels = {key: values[key] for key in ("lang", "text") if isinstance(values.get(key), str)}
+        split = _split(values["split"]) if isinstance(values.get("split"), str) else None
+        try:
+            name = resolve_audio_path("", values["audio_filepath"])
+        except ValueError as error:
+            yield CorpusUtterance(Path(f"{path.name}, line {row.line}"), "", split, problem=str(error))
+            continue
+        speaker = values.get("speaker")
+        yield CorpusUtterance(name, speaker if isinstance(speaker, str) else "", split, labels)
+
+
+def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
+    """Yield the rows of AudioFolder's tables below a folder."""
+    for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
+        folder_name = path.parent.relative_to(corpus)
+        try:
+            for row in table(path):
+                yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
+        except ConfigError as error:  # a table of another kind, such as LJSpeech's
+            logger.warning("%s Its labels are not used.", error)
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
@@ -142,6 +187,7 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
     "commonvoice": commonvoice,
     "vctk": vctk,
     "folder": folder,
+    "table": table,
 }
 
 

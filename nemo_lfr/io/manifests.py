@@ -13,6 +13,7 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.tables import is_table, read_table
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def read_manifest(
     dataset: str = "",
     on_bad_line: Callable[[str], None] | None = None,
 ) -> list[Recording]:
-    """Read a NeMo manifest in JSON lines.
+    """Read a NeMo manifest in JSON lines, or a table of `nemo_lfr.io.tables`.
 
     Entries have `audio_filepath`, and `offset` and `duration` in seconds. A missing duration is read from the header
     of the audio file. An invalid entry (malformed JSON, an infinite duration, an impossible file name) is skipped and
@@ -70,6 +71,15 @@ def read_manifest(
     on_bad_line = on_bad_line or _warn
     recordings = []
     problems = []
+    if is_table(path):
+        for row in read_table(path):
+            try:
+                if row.problem:
+                    raise ValueError(row.problem)
+                recordings.append(_recording(row.values, folder, dataset))
+            except (OSError, *NOT_A_LINE) as error:
+                problems.append(f"{path}, line {row.line}: left out: {describe(error)}")
+        return _usable(recordings, problems, "row of a table", on_bad_line)
     try:
         lines = read_lines(path, ConfigError)
     except ConfigError:
@@ -82,11 +92,18 @@ def read_manifest(
         if not line.strip():
             continue
         try:
-            recordings.append(_recording(decode(line), folder, dataset))
+            recordings.append(_recording(_parsed(decode(line)), folder, dataset))
         except (OSError, *NOT_A_LINE) as error:
             problems.append(f"{path}, line {number}: left out: {describe(error)}")
+    return _usable(recordings, problems, "line of a NeMo manifest", on_bad_line)
+
+
+def _usable(
+    recordings: list[Recording], problems: list[str], kind: str, on_bad_line: Callable[[str], None]
+) -> list[Recording]:
+    """Report the problems and return the recordings; raise ConfigError if there are only problems."""
     if problems and not recordings:
-        first = problems[0].replace("left out: ", "not a line of a NeMo manifest: ", 1)
+        first = problems[0].replace("left out: ", f"not a {kind}: ", 1)
         raise ConfigError(first + (f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""))
     for problem in problems:
         on_bad_line(problem)
@@ -152,10 +169,14 @@ def describe(error: BaseException) -> str:
     return shorten(error, 300)
 
 
-def _recording(line: str, folder: Path, dataset: str) -> Recording:
+def _parsed(line: str) -> dict[str, Any]:
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError(f"{shorten(line)} is not a JSON object")
+    return entry
+
+
+def _recording(entry: dict[str, Any], folder: Path, dataset: str) -> Recording:
     full = resolve_audio_path(folder, entry["audio_filepath"])
     duration = seconds(entry, "duration")
     if duration is None:

@@ -15,6 +15,7 @@ from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import MAX_SECONDS
+from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"
 # Durations of the files opened so far, for resuming an interrupted run
@@ -46,7 +47,7 @@ def prepare(
 
     Args:
         kind: layout of the corpus, a key of `LAYOUTS`.
-        corpus: folder of the unpacked archive; audio files are not copied.
+        corpus: folder of the unpacked archive, or the file of a table; audio files are not copied.
         out: output folder of the manifests.
         valid_share: fraction of the speakers to hold out if the corpus has no validation set.
         jobs: number of files to open in parallel.
@@ -62,8 +63,13 @@ def prepare(
     Raises:
         NemoLfrError: if the corpus does not match the layout, or no file can be opened.
     """
-    if not corpus.is_dir():
+    if kind == "table" and not is_table(corpus):
+        problem = "is not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
+        raise NemoLfrError(f"{corpus}: {problem}.")
+    if kind != "table" and not corpus.is_dir():
         problem = "is not a folder; unpack an archive first" if corpus.exists() else "no such folder"
+        if is_table(corpus):
+            problem = "is a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
         utterances = list(LAYOUTS[kind](corpus.resolve()))
@@ -71,7 +77,9 @@ def prepare(
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error}); {_expected(kind)}") from error
-    if kind != "folder" and utterances and all(utterance.problem for utterance in utterances):
+    if kind == "table":
+        corpus = corpus.parent
+    if kind not in ("folder", "table") and utterances and all(utterance.problem for utterance in utterances):
         first = utterances[0]
         raise NemoLfrError(
             f"{corpus}: not {kind} as it is published ({first.path}: {first.problem}); {_expected(kind)}"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_lfr.corpus.columns import chosen_columns, standard_labels
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.parquet import split_of
 from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.io.columns import chosen_columns, standard_labels
 from tests.models import RATE, synthesize
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -303,3 +303,18 @@ def test_a_saved_dataset_reads_nothing_outside_of_its_folder(kind, wav, tmp_path
     with pytest.raises(ConfigError) as error:
         clips_of(mine)
     assert "\n" not in str(error.value)
+
+
+def test_text_tables_are_read_as_corpora(wav):
+    path = wav.parent / "t.csv"
+    path.write_text("file_name,sentence,client_id\na.wav,hi,me\na.wav,again,me\nbad\ngone.wav,x,y\n")
+    clips = clips_of(path)
+    assert len({clip.id for clip in clips}) == 4 and clips[0].id == "a"
+    assert [clip.labels.get("text") for clip in clips] == ["hi", "again", None, "x"]
+    assert clips[0].labels["speaker"] == "me" and len(clips[0].audio(RATE, 60.0)) == len(WAVE)
+    for clip, reason in ((clips[2], "line 4: a row of 1 fields"), (clips[3], "gone.wav")):
+        with pytest.raises(AudioError, match=reason):
+            clip.audio(RATE, 60.0)
+    with pytest.raises(ConfigError, match="without rows"):
+        path.write_text("file_name,text\n")
+        clips_of(path)

@@ -76,7 +76,11 @@ def manifest(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_layout_is_tried():
+    assert {*MAKE, "table"} == {*LAYOUTS}
+
+
+@pytest.mark.parametrize("kind", MAKE)
 def test_a_published_layout_becomes_manifests_that_training_reads(tmp_path, kind):
     MAKE[kind](tmp_path / "corpus")
     prepare(kind, tmp_path / "corpus", tmp_path / "out", valid_share=0.1)
@@ -333,7 +337,7 @@ def test_who_is_held_out_does_not_change_when_a_corpus_grows():
     assert hold_out([given], 1.0) == [given]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", MAKE)
 def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
     with pytest.raises(NemoLfrError, match=f"no utterance of {kind} here"):
         prepare(kind, tmp_path, tmp_path / "out")
@@ -405,3 +409,39 @@ def test_an_edited_journal_is_read_as_far_as_it_makes_sense(tmp_path):
     (out / ".opened.jsonl").write_text("\n".join([claim, *bad]) + "\n")
     prepare("folder", corpus, out, valid_share=0)
     assert [entry["duration"] for entry in manifest(out / "train.json")] == [0.5] * 4
+
+
+def test_a_table_becomes_manifests_that_training_reads(tmp_path):
+    for name in "abc":
+        audio(tmp_path / "corpus" / "wavs" / f"{name}.wav", 0.1)
+    rows = [
+        "wavs/a.wav,hi,s1,train",
+        "wavs/b.wav,ho,s2,test",
+        "wavs/c.wav,hu,s1,dev",
+        "wavs/gone.wav,x,s1,train",
+        "bad",
+    ]
+    text(tmp_path / "corpus" / "t.csv", "\n".join(["file_name,sentence,client_id,split", *rows]))
+    result = prepare("table", tmp_path / "corpus" / "t.csv", tmp_path / "out")
+    assert result["audio_dir"] == str(tmp_path / "corpus")
+    for split, name, sentence in (("train", "a", "hi"), ("test", "b", "ho"), ("valid", "c", "hu")):
+        (entry,) = manifest(tmp_path / "out" / f"{split}.json")
+        assert entry["audio_filepath"] == f"wavs/{name}.wav" and entry["text"] == sentence
+    failures = {entry["audio_filepath"]: entry["reason"] for entry in manifest(tmp_path / "out" / "failures.jsonl")}
+    assert set(failures) == {"wavs/gone.wav", "t.csv, line 6"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("table", "none.csv", "no such file"),
+        ("table", ".", r"is not a \.csv"),
+        ("folder", "t.csv", "prepare table"),
+        ("table", "t.txt", r"is not a \.csv"),
+    ],
+)
+def test_a_table_is_not_mistaken_for_a_folder(tmp_path, kind, name, message):
+    for file in ("t.csv", "t.txt"):
+        text(tmp_path / file, "file_name\na.wav\n")
+    with pytest.raises(NemoLfrError, match=message):
+        prepare(kind, tmp_path / name, tmp_path / "out")

@@ -12,13 +12,14 @@ from nemo_lfr.corpus.sources.manifest import Manifest
 from nemo_lfr.corpus.sources.parquet import Parquet
 from nemo_lfr.corpus.sources.saved_dataset import SavedDataset
 from nemo_lfr.corpus.sources.shar import Shar
+from nemo_lfr.corpus.sources.text_table import TextTable
 from nemo_lfr.errors import ConfigError, NemoLfrError
 from nemo_lfr.io.regular import open_regular
 
 __all__ = ["SOURCES", "find_source", "open_corpus", "register_source"]
 
 # The first one that accepts a path reads it. `Manifest` accepts any file and `Folder` any folder.
-SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, Manifest, Folder]
+SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTable, Manifest, Folder]
 
 
 def register_source(source: type[CorpusReader]) -> type[CorpusReader]:

@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.corpus.columns import OTHER_TOKENS
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest, list_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.columns import OTHER_TOKENS
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
 from nemo_lfr.io.shortage import require

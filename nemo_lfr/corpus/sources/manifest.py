@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_lfr.corpus.columns import standard_labels
 from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.io.columns import standard_labels
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_file
 from nemo_lfr.io.text import UTF16_MARKS

@@ -6,21 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.corpus.columns import (
-    AUDIO,
-    CONTEXT,
-    RATES,
-    audio_cell,
-    audio_column,
-    chosen_columns,
-    class_names,
-    label_value,
-    standard_labels,
-)
+from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names, label_value
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.inventory import list_digest, sampled_digest
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unreadable
 from nemo_lfr.errors import AudioError, ConfigError, shorten
+from nemo_lfr.io.columns import AUDIO, CONTEXT, chosen_columns, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
 from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path
 from nemo_lfr.io.reading import read_bytes, read_file, read_samples

@@ -1,0 +1,175 @@
+"""Tables that name audio files: CSV, TSV, and the `metadata.jsonl` of Hugging Face's AudioFolder.
+
+A row becomes an entry like that of a NeMo manifest: `audio_filepath`, the standard labels of `nemo_lfr.io.columns`,
+and the other columns. A malformed row costs one entry.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
+from nemo_lfr.io.columns import AUDIO, standard_labels
+from nemo_lfr.io.text import decode, is_missing, read_lines
+
+TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
+# Names of AudioFolder's tables, in the folder of the audio.
+METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
+# Lines that a quoted field may span.
+MAX_LINES = 64
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table.
+
+    Attributes:
+        line: number of its first line in the file; the first line is 1.
+        values: its entry; empty if there is a problem.
+        problem: why the row cannot be used; None if it can.
+    """
+
+    line: int
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table, by its suffix or, for JSON lines, by the keys of its first line."""
+    suffix = path.suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        return path.is_file()
+    if suffix not in (".jsonl", ".json") or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            first = json.loads(decode(file.readline(1 << 20)))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and "audio_filepath" not in first and "file_name" in first
+
+
+def read_table(path: Path) -> Iterator[TableRow]:
+    """Yield the rows of a table.
+
+    Args:
+        path: CSV (delimiter comma; semicolon or tab if the header has no comma), TSV (tab, without quoting, as in
+            Common Voice) or JSON lines, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        ConfigError: if the file cannot be read, or no column names the audio.
+    """
+    try:
+        lines = read_lines(path, ConfigError)
+    except NemoLfrError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read: {reason}.") from error
+    rows = _delimited(path, lines) if path.suffix.lower() in TABLE_SUFFIXES else _json_lines(lines)
+    for row in rows:
+        yield row if row.problem else _entry(row)
+
+
+def _entry(row: TableRow) -> TableRow:
+    """Rename the audio column to `audio_filepath`, and add the standard labels."""
+    values = {key: value for key, value in row.values.items() if not is_missing(value) and value != ""}
+    column = next((name for name in AUDIO if name in row.values), None)
+    if column is None:
+        return TableRow(row.line, {}, f"it has no key {'file_name'!r}")
+    name = values.pop(column, None)
+    if not isinstance(name, str):
+        return TableRow(row.line, {}, f"its {column!r} is {'empty' if name is None else shorten(name)}")
+    if column != "audio_filepath":  # seconds of a section only beside NeMo's name of the file
+        values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
+    return TableRow(row.line, {"audio_filepath": name, **standard_labels(values)})
+
+
+def _json_lines(lines: Sequence[bytes]) -> Iterator[TableRow]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(decode(line))
+        except (ValueError, RecursionError) as error:
+            yield TableRow(number, {}, f"not JSON ({shorten(error)})")
+            continue
+        if isinstance(values, dict):
+            yield TableRow(number, values)
+        else:
+            yield TableRow(number, {}, f"{shorten(values)} is not a JSON object")
+
+
+def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
+    """Yield the rows of a CSV or TSV file."""
+    delimiter, columns = _header(path, lines[0] if lines else b"")
+    index = 1
+    while index < len(lines):
+        number = index + 1
+        if not lines[index].strip():
+            index += 1
+            continue
+        try:
+            fields, count = _fields(lines[index : index + MAX_LINES], delimiter, len(columns))
+        except (ValueError, csv.Error) as error:
+            yield TableRow(number, {}, shorten(error, 200))
+            index += 1
+            continue
+        index += count
+        if any(fields):
+            yield TableRow(number, dict(reversed(list(zip(columns, fields, strict=True)))))
+
+
+def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
+    """Return the delimiter of a table and the names of its columns."""
+    try:
+        text = decode(line)
+        delimiter = "\t"
+        if path.suffix.lower() == ".csv":
+            delimiter = next((mark for mark in ",;\t" if mark in text), ",")
+        columns = [name.strip() for name in _split([text], delimiter)]
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(f"{path}: its header cannot be read: {shorten(error, 200)}.") from error
+    if not any(name in columns for name in AUDIO):
+        raise ConfigError(
+            f"{path}: no column names the audio; expected one of {', '.join(AUDIO)} in its first line, found "
+            f"{shorten(columns, 300)}."
+        )
+    return delimiter, columns
+
+
+def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list[str], int]:
+    """Return the fields of the row that begins with the first line, and its number of lines.
+
+    Raises:
+        ValueError: if the row is not UTF-8, or has another number of fields.
+        csv.Error: if a quote is not closed, or a field is too long.
+    """
+    texts: list[str] = []
+    for line in lines:
+        texts.append(decode(line) + "\n")
+        try:
+            fields = _split(texts, delimiter)
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                continue
+            raise
+        if len(fields) != expected:
+            raise ValueError(f"a row of {len(fields)} fields, where the header has {expected}: {shorten(fields)}")
+        return fields, len(texts)
+    raise csv.Error("a quote is not closed")
+
+
+def _split(texts: list[str], delimiter: str) -> list[str]:
+    """Split the lines of one row; an unquoted field may contain quotes."""
+    if delimiter == "\t":
+        return texts[0].rstrip("\r\n").split("\t")
+    try:
+        return next(csv.reader(texts, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        if "expected after" not in str(error):  # text after a closing quote
+            raise
+        return next(csv.reader(texts, delimiter=delimiter))

@@ -1,0 +1,159 @@
+"""CSV and TSV tables, and AudioFolder's metadata.jsonl, as people save them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.io.layouts import LAYOUTS
+from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.io.tables import is_table, read_table
+from tests.models import RATE, synthesize
+
+
+def named(path: str, **labels: str) -> dict:
+    return {"audio_filepath": path, **labels}
+
+
+TWO = [named("a.wav", text="hi"), named("b.wav", text="ho")]
+SENTENCES = [entry | {"sentence": entry["text"]} for entry in TWO]
+JSON_LINES = b'\xef\xbb\xbf{"file_name": "a.wav", "text": "hi"}\n{"file_name": "b.wav", "text": "ho"}\n'
+GOOD: dict[str, tuple[str, bytes, list[dict]]] = {
+    "CSV": ("t.csv", b"file_name,text\na.wav,hi\nb.wav,ho\n", TWO),
+    "a byte order mark": ("t.csv", b"\xef\xbb\xbffile_name,text\r\na.wav,hi\r\nb.wav,ho\r\n", TWO),
+    "no line end at the end": ("t.csv", b"file_name,text\na.wav,hi\nb.wav,ho", TWO),
+    "blank lines": ("t.CSV", b"file_name,text\n\na.wav,hi\n,\nb.wav,ho\n\n", TWO),
+    "semicolons": ("t.csv", b"path;sentence\na.wav;hi\nb.wav;ho\n", SENTENCES),
+    "tabs in a CSV": ("t.csv", b"file_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
+    "TSV": ("t.tsv", b"file_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
+    "a quote in a TSV": ("t.tsv", b'path\ttext\na.wav\t"hi\n', [named("a.wav", text='"hi')]),
+    "quotes": ("t.csv", b'file_name,text\n"a.wav","hi, ""you"""\n', [named("a.wav", text='hi, "you"')]),
+    "lines in a field": ("t.csv", b'file_name,text\na.wav,"hi\nho"\n', [named("a.wav", text="hi\nho")]),
+    "a quote inside a field": ("t.csv", b'file_name,text\na.wav,5" disk\n', [named("a.wav", text='5" disk')]),
+    "text after a quote": ("t.csv", b'file_name,text\na.wav,"a" b\n', [named("a.wav", text="a b")]),
+    "spaces in the header": ("t.csv", b"file_name, text\na.wav,hi\n", TWO[:1]),
+    "a column twice": ("t.csv", b"file_name,text,text\na.wav,hi,no\n", TWO[:1]),
+    "an empty label": ("t.csv", b"file_name,text\na.wav,\n", [named("a.wav")]),
+    "durations in unknown units": ("t.csv", b"path,duration\na.wav,1500\n", [named("a.wav")]),
+    "NeMo's names": (
+        "t.csv",
+        b"audio_filepath,duration,offset\na.wav,0.5,0\n",
+        [named("a.wav", duration="0.5", offset="0")],
+    ),
+    "metadata.jsonl": ("metadata.jsonl", JSON_LINES, TWO),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_tables_are_read(tmp_path, case):
+    name, data, expected = GOOD[case]
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert is_table(path)
+    rows = list(read_table(path))
+    assert [row.problem for row in rows] == [None] * len(expected)
+    assert [row.values for row in rows] == expected
+
+
+BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
+    "too few fields": ("t.csv", b"a.wav", "a row of 1 fields, where the header has 2"),
+    "too many fields": ("t.csv", b"a.wav,hi,ho", "a row of 3 fields"),
+    "Latin-1": ("t.csv", b"a.wav,caf\xe9", "not UTF-8 text"),
+    "NUL": ("t.csv", b"a.wav,\0", "NUL"),
+    "a quote that is not closed": ("t.csv", b'a.wav,"hi', "quote is not closed"),
+    "a field of a megabyte": ("t.csv", b"a.wav," + b"x" * (1 << 20), "field larger than"),
+    "no name": ("t.csv", b",hi", "its 'file_name' is empty"),
+    "TSV": ("t.tsv", b"a.wav\thi\tho", "a row of 3 fields"),
+    "JSON": ("t.jsonl", b'{"file_name"', "not JSON"),
+    "JSON, a list": ("t.jsonl", b"[1]", "is not a JSON object"),
+    "JSON, a number": ("t.jsonl", b'{"file_name": 5}', "its 'file_name' is 5"),
+    "JSON, no name": ("t.jsonl", b'{"text": "a"}', "no key 'file_name'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_costs_one_row(tmp_path, case):
+    name, row, problem = BAD_ROWS[case]
+    good = {"t.csv": b"a.wav,hi", "t.tsv": b"a.wav\thi", "t.jsonl": b'{"file_name": "a.wav", "text": "hi"}'}[name]
+    header = {"t.csv": [b"file_name,text"], "t.tsv": [b"file_name\ttext"], "t.jsonl": []}[name]
+    path = tmp_path / name
+    path.write_bytes(b"\n".join([*header, good, row, good]) + b"\n")
+    rows = list(read_table(path))
+    assert [row.values for row in rows] == [TWO[0], {}, TWO[0]]
+    assert problem in (rows[1].problem or "") and rows[1].line == len(header) + 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no column names the audio"),
+        (b"id,text\n1,hi\n", r"no column names the audio.*'id', 'text'"),
+        (b"LJ001|Printing|Printing\n", "no column names the audio"),
+        (b"\xff\xfef\0i\0", "UTF-16"),
+        (b"file_name,\xe9\n", "header cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, data, message):
+    path = tmp_path / "t.csv"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        list(read_table(path))
+
+
+def test_manifests_and_cuts_are_no_tables(tmp_path):
+    for name, data in {
+        "m.json": '{"audio_filepath": "a.wav"}',
+        "c.jsonl": '{"id": "x", "start": 0}',
+        "n.csv": None,
+    }.items():
+        if data is not None:
+            (tmp_path / name).write_text(data)
+        assert not is_table(tmp_path / name)
+
+
+@pytest.fixture
+def audio_folder(tmp_path) -> Path:
+    (tmp_path / "wavs").mkdir()
+    for name in "abc":
+        soundfile.write(tmp_path / "wavs" / f"{name}.wav", synthesize(0.2), RATE)
+    return tmp_path
+
+
+def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
+    path = audio_folder / "t.csv"
+    path.write_text("file_name,sentence\nwavs/a.wav,hi\nbad\nwavs/b.wav,ho\n")
+    problems: list[str] = []
+    recordings = read_manifest(path, on_bad_line=problems.append)
+    assert [recording.path for recording in recordings] == [audio_folder / "wavs/a.wav", audio_folder / "wavs/b.wav"]
+    assert [recording.labels["text"] for recording in recordings] == ["hi", "ho"]
+    assert recordings[0].duration == pytest.approx(0.2, abs=1e-3)
+    assert len(problems) == 1 and "t.csv, line 3: left out: a row of 1 fields" in problems[0]
+    assert read_manifest(path, audio_folder / "wavs" / "..", on_bad_line=lambda _: None)[0].path.exists()
+    path.write_text("file_name,sentence\nbad\n")
+    with pytest.raises(ConfigError, match="line 2: not a row of a table"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_labels_of_audio_folders_are_used(audio_folder, name):
+    rows = [("a.wav", "hi"), ("b.wav", "ho"), ("gone.wav", "x")]
+    lines = ["file_name,transcription", *map(",".join, rows), "bad"]
+    if name.endswith("jsonl"):
+        lines = [*(json.dumps({"file_name": file, "transcription": text}) for file, text in rows), "{"]
+    (audio_folder / "wavs" / name).write_text("\n".join(lines))
+    (audio_folder / "wavs" / "a.txt").write_text("another text")
+    (audio_folder / "wavs" / "c.txt").write_text("from a file")
+    utterances = {str(utterance.path): utterance for utterance in LAYOUTS["folder"](audio_folder)}
+    texts = {path: utterance.labels.get("text") for path, utterance in utterances.items() if not utterance.problem}
+    assert texts == {"wavs/a.wav": "hi", "wavs/b.wav": "ho", "wavs/c.wav": "from a file"}
+    problems = {path: utterance.problem for path, utterance in utterances.items() if utterance.problem}
+    assert problems.pop("wavs/gone.wav") == "is named in a table, but is not there"
+    assert list(problems) == [f"wavs/{name}, line {len(lines)}"]
+
+
+def test_a_metadata_file_of_another_kind_changes_nothing(audio_folder, caplog):
+    (audio_folder / "metadata.csv").write_text("LJ001|Printing|Printing\n")
+    assert len(list(LAYOUTS["folder"](audio_folder))) == 3
+    assert "no column names the audio" in caplog.text
