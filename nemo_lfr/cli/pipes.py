@@ -20,9 +20,8 @@ import soundfile
 
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader
-from nemo_lfr.io.containers import WavSamples, is_known, read_wav_header
+from nemo_lfr.io.containers import WavSamples, is_known, looks_like_media, read_wav_header
 from nemo_lfr.io.entropy.model import EntropyModel
-from nemo_lfr.io.media import looks_like_media
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 
 if TYPE_CHECKING:

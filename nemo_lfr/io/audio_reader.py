@@ -13,10 +13,10 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import AudioError, MissingExtraError, install_command
-from nemo_lfr.io.containers import Splice, Stream, find_mpeg
+from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, unchecked_format
 from nemo_lfr.io.containers.cache import cached_streams
 from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
-from nemo_lfr.io.media import MediaDecoder, looks_like_media
+from nemo_lfr.io.media import MediaDecoder
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, resample
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 BLOCK_SECONDS = 10
 # Formats that libsndfile reads, but for which FFmpeg supports more codecs and tolerates more damage.
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
+TO_WAV = "convert it to WAV, for example with ffmpeg"
 # Values read at once over all channels. Bounds memory when a header claims a very high rate or channel count.
 MAX_BLOCK = 1 << 24
 
@@ -138,6 +139,8 @@ class AudioReader:
             self._decoder = SndfileDecoder(source)
         except (soundfile.LibsndfileError, TypeError) as error:
             self._decoder = self._open_with_ffmpeg(error, stream)
+        if isinstance(self._decoder, SndfileDecoder) and self._decoder.is_headerless:
+            raise AudioError(f"not an audio file: it has no header, and only its suffix names an encoding; {TO_WAV}.")
         self._index = index
         return self._decoder
 
@@ -170,7 +173,10 @@ class AudioReader:
         source: Any = self._source if stream.is_file else Splice(self._source, stream)
         source.seek(0)
         head = source.read(16)
-        if not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
+        if name := unchecked_format(head):
+            reason = f"is {name}, which is not read, since a cut file looks whole; {TO_WAV}."
+            raise AudioError(reason) from error
+        if not stream.is_checked or not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
             raise refused from error
         try:
             return MediaDecoder(source)
@@ -322,6 +328,8 @@ class AudioReader:
                 wave = self._mix(block)
                 yield from self._counted(resampler.push(wave) if resampler else wave)
             self._check_count(decoder, num_read)
+            if decoder.note:
+                logger.warning("%s: %s.", self.name, decoder.note)
         if problem := self.problem_at_end():
             raise AudioError(f"{self.name}: {problem}.")
         yield from self._counted(resampler.push(np.zeros(0, np.float32), last=True) if resampler else None)

@@ -16,12 +16,14 @@ class Decoder(Protocol):
         channels: number of channels.
         num_frames: samples per channel; None if only decoding determines it.
         is_exact: whether `num_frames` is exact rather than an estimate.
+        note: warning about audio that is not read, final when all is read; None if there is none.
     """
 
     rate: int
     channels: int
     num_frames: int | None
     is_exact: bool
+    note: str | None
 
     def read(self, count: int) -> np.ndarray:
         """Return the next samples, [up to count, channels] float32; empty at the end."""
@@ -38,7 +40,12 @@ class SndfileDecoder:
 
     Args:
         source: path as text or bytes, file object, or file descriptor; the decoder closes a descriptor.
+
+    Attributes:
+        is_headerless: whether libsndfile chose the encoding by the suffix of the file's name (.gsm, .vox).
     """
+
+    note: str | None = None
 
     def __init__(self, source: Any) -> None:
         self._file = soundfile.SoundFile(source)
@@ -48,6 +55,7 @@ class SndfileDecoder:
         self.num_frames: int | None = None if unknown else self._file.frames
         # MPEG headers hold estimates. `find_streams` has already compared them with the frames.
         self.is_exact = self._file.format != "MP3"
+        self.is_headerless = self._file.format == "RAW"
         # libFLAC reports tags and padding behind the last sample as damage, so reading stops before them.
         self._stops_at_end = self._file.format == "FLAC"
 

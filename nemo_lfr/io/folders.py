@@ -43,6 +43,7 @@ SOUND_SUFFIXES = frozenset(
         ".htk",
         ".sf",
         ".ircam",
+        ".gsm",
         ".paf",
         ".pvf",
         ".sds",
@@ -61,7 +62,9 @@ MEDIA_SUFFIXES = frozenset(
         *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".3g2", ".webm", ".weba", ".mka", ".mkv"),
         *(".aac", ".adts", ".wma", ".wmv", ".asf", ".amr", ".awb", ".avi", ".flv", ".ac3", ".eac3", ".ec3", ".dts"),
         *(".wv", ".tta", ".ape", ".mpc", ".tak", ".thd", ".mlp", ".latm", ".loas", ".ra", ".rm", ".spx", ".ogv"),
-        *(".ogx", ".mpg", ".mpeg", ".vob", ".dsf", ".dff", ".qcp", ".sox", ".shn", ".nut", ".oma", ".aa3"),
+        *(".ogx", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob", ".sox"),
+        # Refused, with a message that says to convert them.
+        *(".dsf", ".dff", ".qcp", ".shn", ".nut", ".oma", ".aa3"),
     }
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES

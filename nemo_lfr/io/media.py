@@ -6,35 +6,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nemo_lfr.errors import AudioError, install_command, shorten
+from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize
 from nemo_lfr.io.shortage import missing_extra
 
-# FFmpeg names of the allowed demuxers. Playlists, which refer to other files, are excluded.
+# FFmpeg names of the allowed demuxers. Excluded are playlists, which refer to other files, and formats without a check
+# in `containers`: FFmpeg reads the available part of a truncated file as if it were whole.
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg,"
-    "ac3,eac3,dts,dtshd,wv,tta,ape,mpc,mpc8,tak,truehd,mlp,loas,rm,nut,dsf,iff,qcp,sox,nistsphere,shn,xwma,oma,voc"
+    "ac3,eac3,dts,wv,tta,loas,rm,iff,sox,nistsphere,voc"
 )
-
 # Demuxers of raw frames, whose duration FFmpeg estimates from the bit rate of the first frames.
-_ESTIMATED = {"aac", "ac3", "eac3", "dts", "dtshd", "loas", "mp3", "truehd", "mlp", "amr"}
-# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with their own file
-# formats.
-_MAGIC = (
-    *(b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba"),
-    *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"DTSHDHDR", b"wvpk", b"TTA1", b"TTA2", b"MAC ", b"MP+", b"MPCK", b"tBaK"),
-    *(b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF", b"nut/multimed", b"DSD ", b"FRM8", b".SoX", b"XoS.", b"ajkg"),
-    *(b"ea3", b"EA3"),
-)
-
-
-def looks_like_media(head: bytes) -> bool:
-    """Return whether the first 16 bytes of a file are those of a supported container."""
-    return (
-        head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-        or head.startswith(_MAGIC)
-        or (head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"QLCM", b"XWMA"))
-        or head[4:8] in (b"\xf8\x72\x6f\xba", b"\xf8\x72\x6f\xbb")  # TrueHD, MLP
-        or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
-    )
+_ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
+# Number of packets at the end of a recorded stream that may belong to a unit that is not whole.
+_MAX_SUSPECTS = 32
 
 
 class MediaDecoder:
@@ -47,6 +31,7 @@ class MediaDecoder:
         rate: sample rate in Hz.
         channels: number of channels.
         num_frames: always None, since the durations in containers are approximate.
+        note: warning about audio that is not read, or None; final when all is read.
 
     Raises:
         MissingExtraError: if PyAV is not installed.
@@ -76,6 +61,8 @@ class MediaDecoder:
             if not tracks:
                 raise AudioError("it has no audio track")
             track = tracks[0]
+            count = len(tracks)
+            self.note = f"holds {count} audio tracks, of which the first is read" if count > 1 else None
             if track.codec_context is None:
                 raise AudioError("nothing decodes its audio track")
             track.thread_type = "NONE"
@@ -98,7 +85,9 @@ class MediaDecoder:
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
         total = 0
         try:
-            for frame in self._container.decode(track):
+            for frame in self._frames(track):
+                if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
+                    raise AudioError("changes its sample rate or number of channels; convert it to WAV with ffmpeg")
                 for part in self._resampler.resample(frame):
                     total += part.samples
                     yield part.to_ndarray().reshape(-1, self.channels)
@@ -106,12 +95,47 @@ class MediaDecoder:
                 total += part.samples
                 yield part.to_ndarray().reshape(-1, self.channels)
         except (self._av.FFmpegError, ValueError, OSError) as error:
+            if isinstance(error, AudioError):
+                raise
             raise AudioError(f"damaged audio ({_reason(error)})") from error
         # The duration of a container is approximately that of its longest track.
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
             if total / self.rate < 0.97 * seconds - 0.5:
                 raise AudioError(f"was cut short after {total / self.rate:.1f} of {seconds:.1f} s")
+
+    def _frames(self, track: Any) -> Iterator[Any]:
+        """Yield the frames of a track.
+
+        Recorded transport streams end within a frame, which is not decoded. FFmpeg would make up its missing bytes.
+
+        Raises:
+            AudioError: if packets before the last ones are not whole.
+        """
+        size_of = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
+        suspects: list[Any] = []  # packets from the first one on that is not whole
+        for packet in self._container.demux(track):
+            size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
+            packet_is_cut = size is not None and packet.size < size
+            if not packet.size or (not suspects and not packet.is_corrupt and not packet_is_cut):
+                yield from self._tail(suspects, size_of) if not packet.size else ()
+                yield from packet.decode()
+                continue
+            suspects.append(packet)
+            if len(suspects) > _MAX_SUSPECTS:
+                raise AudioError("is damaged: a packet of its audio is not whole")
+
+    def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
+        """Yield the frames of the last packets that are whole by their headers, and note the others."""
+        lost = 0
+        for packet in suspects:
+            size = size_of(bytes(memoryview(packet)[:FRAME_HEAD]))
+            if size is None or packet.size < size:
+                lost += packet.size
+            else:
+                yield from packet.decode()
+        if lost:
+            self.note = f"ends within a frame, as recorded streams do; its last {lost} bytes are not read"
 
     def read(self, count: int) -> np.ndarray:
         """Return the next samples, float32 [up to count, channels]; empty at the end."""

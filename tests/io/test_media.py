@@ -155,6 +155,140 @@ def test_chained_ogg_that_only_ffmpeg_reads_is_read_once(tmp_path, codec):
     assert np.array_equal(read(tmp_path / "a.ogg", 16000, data=data * 2), np.concatenate([one, one]))
 
 
+# Arguments of FFmpeg by format.
+ENDS = {
+    "mpeg": ["-c:a", "mp2", "-ar", "44100"],
+    "vob": ["-c:a", "ac3", "-ar", "48000"],
+    "mpegts": ["-c:a", "mp2", "-ar", "44100"],
+    "mpegts with time codes": ["-c:a", "ac3", "-ar", "48000", "-mpegts_m2ts_mode", "1"],
+    "dts": ["-c:a", "dca", "-strict", "-2", "-ar", "44100"],
+    "ac3": ["-c:a", "ac3", "-ar", "44100"],
+    "eac3": ["-c:a", "eac3", "-ar", "48000"],
+    "latm": ["-c:a", "aac"],
+    "adts": ["-c:a", "aac"],
+    "gsm": ["-c:a", "libgsm", "-ar", "8000"],
+    "rm": ["-c:a", "ac3", "-ar", "44100"],
+    "caf": ["-c:a", "alac"],
+    "ipod": ["-c:a", "aac"],
+    "mp4": ["-c:a", "aac", "-movflags", "frag_keyframe+empty_moov"],
+    "mov": ["-c:a", "pcm_s16le"],
+    "matroska": ["-c:a", "libvorbis"],
+    "webm": ["-c:a", "libopus"],
+    "asf": ["-c:a", "wmav2"],
+    "wv": ["-c:a", "wavpack"],
+    "tta": ["-c:a", "tta"],
+    "avi": ["-c:a", "pcm_s16le"],
+    "flv": ["-c:a", "aac"],
+    "w64": [],
+    "sox": [],
+    "ircam": ["-c:a", "pcm_s16le"],
+}
+TAG = b"TAG" + b"title".ljust(125, b"\0")
+
+
+def encoded(folder, kind, wave=None, rate=RATE, options=ENDS):
+    soundfile.write(folder / "source.wav", synthesize(1) if wave is None else wave, rate)
+    try:
+        ffmpeg("-i", folder / "source.wav", *options[kind], "-f", kind.partition(" ")[0], folder / "made")
+    except subprocess.CalledProcessError as error:
+        if b"Unknown encoder" in error.stderr:
+            pytest.skip(f"FFmpeg has no encoder for {kind}")
+        raise
+    return (folder / "made").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_whatever_the_end_of_a_file_no_sample_is_lost_or_made_up_silently(tmp_path, caplog, kind):
+    pytest.importorskip("av")
+    data = encoded(tmp_path, kind)
+    noise = np.random.default_rng(0).bytes(5000)
+
+    def outcome(data):
+        """Return the number of samples, 0 for an error, and the messages."""
+        caplog.clear()
+        try:
+            count = len(read("a", None, data=data))
+        except AudioError as error:
+            return 0, str(error)
+        return count, caplog.text
+
+    whole, message = outcome(data)
+    no_length = "has no length in its header"  # only a sample that is not whole shows
+    assert whole and (not message or (no_length in message and kind == "ircam"))
+    for size in (len(data) * 2 // 5 | 1, len(data) * 3 // 4 | 1, len(data) - 30):  # between two frames nothing shows
+        count, message = outcome(data[:size])
+        assert count == whole or message, size
+        assert count <= whole
+    count, message = outcome(data + data)
+    assert "holds several recordings" in message if not count else abs(count - 2 * whole) <= 2048
+    count, message = outcome(data + (tmp_path / "source.wav").read_bytes())
+    assert count == 0 and "holds several recordings" in message
+    if kind != "ircam":
+        count, message = outcome(data + noise)
+        assert count == whole and "5000 bytes" in message and "not read" in message
+    for tag in (TAG, TAG + bytes(700)):
+        assert (kind == "ircam" and len(tag) > 128) or outcome(data + tag)[0] == whole
+    assert kind == "ircam" or not outcome(data + TAG)[1]
+
+
+UNCHECKED = {
+    "nut": ["-c:a", "mp2", "-ar", "44100"],
+    "truehd": ["-c:a", "truehd", "-strict", "-2", "-ar", "44100"],
+    "mlp": ["-c:a", "mlp", "-strict", "-2", "-ar", "44100"],
+}
+
+
+@pytest.mark.parametrize("kind", UNCHECKED)
+def test_a_format_whose_truncation_would_not_show_is_refused(tmp_path, kind):
+    pytest.importorskip("av")
+    data = encoded(tmp_path, kind, options=UNCHECKED)
+    with pytest.raises(AudioError, match=r"a: is .*which is not read, since a cut file looks whole; convert it"):
+        read("a", data=data)
+
+
+@pytest.mark.parametrize("kinds", [("mpeg", "vob"), ("mpegts", "mpegts of another codec"), ("matroska", "webm")])
+@pytest.mark.parametrize("order", [1, -1])
+def test_joined_files_of_one_container_and_two_codecs_lose_nothing_silently(tmp_path, kinds, order):
+    pytest.importorskip("av")
+    options = {**ENDS, "mpegts of another codec": ["-c:a", "aac"]}
+    first, second = (encoded(tmp_path, kind, options=options) for kind in kinds[::order])
+    seconds = 0.0
+    for data in (first, second):
+        with AudioReader("a", None, data=data) as reader:
+            seconds += reader.duration
+    try:
+        with AudioReader("a", None, data=first + second) as reader:
+            assert reader.duration == pytest.approx(seconds, abs=0.1)
+    except AudioError as error:
+        assert "holds several recordings" in str(error) or "damaged" in str(error)
+
+
+def test_a_change_of_rate_within_a_track_is_refused(tmp_path):
+    pytest.importorskip("av")
+    options = {"mpegts": ["-c:a", "mp2", "-ar", "44100"], "mpegts faster": ["-c:a", "mp2", "-ar", "48000"]}
+    data = b"".join(encoded(tmp_path, kind, options=options) for kind in options)
+    with pytest.raises(AudioError, match="changes its sample rate or number of channels"):
+        read("a", None, data=data)
+
+
+def test_of_several_audio_tracks_the_first_is_read_and_said(tmp_path, caplog):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "1.wav", synthesize(1), RATE)
+    soundfile.write(tmp_path / "2.wav", synthesize(2, seed=1), RATE)
+    inputs = ["-i", tmp_path / "1.wav", "-i", tmp_path / "2.wav", "-map", "0", "-map", "1"]
+    ffmpeg(*inputs, "-c:a", "pcm_s16le", tmp_path / "a.mkv")
+    assert len(read(tmp_path / "a.mkv")) == RATE
+    assert "holds 2 audio tracks, of which the first is read" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["gsm", "vox"])
+def test_bytes_that_only_a_suffix_calls_audio_are_refused(tmp_path, suffix):
+    """libsndfile would decode any bytes as samples of 8 kHz."""
+    (tmp_path / f"a.{suffix}").write_bytes(b"These are no samples.\n" * 100)
+    with pytest.raises(AudioError, match="not an audio file: it has no header"):
+        read(tmp_path / f"a.{suffix}")
+
+
 def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
     pytest.importorskip("av")
     path = made(tmp_path, "aac")

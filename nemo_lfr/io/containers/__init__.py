@@ -7,20 +7,24 @@ recording so that libsndfile decodes all of it.
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO
 
-from nemo_lfr.io.containers import boxes, flac, older, parts, rare
+from nemo_lfr.io.containers import boxes, flac, frames, older, parts, program, rare
 from nemo_lfr.io.containers.flac import flac_streams
 from nemo_lfr.io.containers.lengths import aiff_streams, au_streams, caf_streams, w64_streams
-from nemo_lfr.io.containers.magic import after_id3
-from nemo_lfr.io.containers.mpeg import is_late, is_mpeg, mpeg_streams
+from nemo_lfr.io.containers.magic import after_id3, looks_like_media, unchecked_format
+from nemo_lfr.io.containers.mpeg import is_late, is_mpeg, mpeg_streams, read_frame
 from nemo_lfr.io.containers.ogg import ogg_streams
+from nemo_lfr.io.containers.sizes import FRAME_HEAD, FRAME_SIZES, FrameSize
 from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
 from nemo_lfr.io.containers.wav import WavHeader, WavSamples, is_wav, read_wav_header, wav_streams
-from nemo_lfr.io.media import looks_like_media
 
 __all__ = [
+    "FRAME_HEAD",
+    "PACKET_SIZES",
     "UNKNOWN_BYTES",
+    "FrameSize",
     "Splice",
     "Stream",
     "WavHeader",
@@ -28,7 +32,9 @@ __all__ = [
     "find_mpeg",
     "find_streams",
     "is_known",
+    "looks_like_media",
     "read_wav_header",
+    "unchecked_format",
 ]
 
 _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[Stream]]], ...] = (
@@ -56,17 +62,34 @@ _FORMATS: tuple[tuple[Callable[[bytes, Window], bool], Callable[[Window], list[S
     (rare.is_htk, rare.htk_streams),
     (boxes.is_matroska, boxes.matroska_streams),
     (boxes.is_mp4, boxes.mp4_streams),
-    (boxes.is_transport, boxes.transport_streams),
+    (program.is_transport, program.transport_streams),
+    (program.is_program, program.program_streams),
     (parts.is_avi, parts.avi_streams),
     (parts.is_asf, parts.asf_streams),
     (parts.is_flv, parts.flv_streams),
     (parts.is_amr, parts.amr_streams),
     (parts.is_wavpack, parts.wavpack_streams),
     (parts.is_tta, parts.tta_streams),
-    (parts.is_adts, parts.adts_streams),
+    (parts.is_real, parts.real_streams),
+    (frames.is_frames, frames.frames_streams),
+    (frames.is_gsm, frames.gsm_streams),
     (is_mpeg, mpeg_streams),
     (is_late, mpeg_streams),
 )
+
+
+def _mpeg_size(head: bytes) -> int | None:
+    frame = read_frame(head[:4])
+    return None if frame is None else frame.length
+
+
+# Sizes of the frames in packets, by FFmpeg's names of their decoders.
+PACKET_SIZES: dict[str, FrameSize] = {
+    **FRAME_SIZES,
+    "eac3": FRAME_SIZES["ac3"],
+    "dca": FRAME_SIZES["dts"],
+    **dict.fromkeys(("mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float"), _mpeg_size),
+}
 
 
 def find_streams(file: BinaryIO) -> list[Stream]:
@@ -103,7 +126,7 @@ def _find(window: Window) -> list[Stream]:
     for matches, find in _FORMATS:
         if matches(head, window):
             return find(window) or [whole_file(size)]
-    return [whole_file(size)]
+    return [replace(whole_file(size), is_checked=False)]
 
 
 def find_mpeg(file: BinaryIO) -> list[Stream]:

@@ -1,4 +1,4 @@
-"""Completeness checks for Matroska, MP4 and MPEG-TS, which FFmpeg decodes.
+"""Completeness checks for Matroska and MP4, which FFmpeg decodes.
 
 FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
 These checks look at the outermost elements of a file.
@@ -6,9 +6,10 @@ These checks look at the outermost elements of a file.
 
 import re
 import struct
+from dataclasses import replace
 
-from nemo_lfr.io.containers.joined import next_file
-from nemo_lfr.io.containers.stream import JOINED, Stream, Window, cut_short, whole_file
+from nemo_lfr.io.containers.joined import compare_end, find_header, next_file
+from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, cut_short, whole_file
 
 _BOX_NAME = re.compile(rb"[A-Za-z0-9]{3}[A-Za-z0-9 ]")
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
@@ -17,7 +18,6 @@ _IN_SEGMENT = {_CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A
 _IN_CLUSTER = {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0x5854}
 _ANYWHERE = {0xEC, 0xBF}  # Void, CRC-32
 _ELEMENTS = _IN_SEGMENT | _IN_CLUSTER | _ANYWHERE | {_EBML, _SEGMENT}
-_PACKET = 188
 
 
 def is_matroska(head: bytes, _: Window) -> bool:
@@ -28,14 +28,19 @@ def is_matroska(head: bytes, _: Window) -> bool:
 def matroska_streams(window: Window) -> list[Stream]:
     """Check the elements of a Matroska or WebM file.
 
-    Elements are nested, and the outer ones may have an unknown size.
+    Elements are nested, and the outer ones may have an unknown size. Each recording of a concatenated file begins with
+    an element of its own.
     """
-    position = 0
+    position, start = 0, 0
+    streams: list[Stream] = []
     while position < window.size:
         head = window.at(position, 12)
         name, begin = _number(head, 0, keep=True)
         if name not in _ELEMENTS:
-            return _followed(window, position)
+            break
+        if name == _EBML and position > start:
+            streams.append(Stream([(start, position)]))
+            start = position
         size, begin = _number(head, begin)
         if size is None:
             return [whole_file(window.size, "was cut short: its last element is not whole")]
@@ -43,15 +48,13 @@ def matroska_streams(window: Window) -> list[Stream]:
         if not unknown and position + begin + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position - begin))]
         position += begin + (0 if unknown or name == _SEGMENT else size)
-    return [whole_file(window.size)]
-
-
-def _followed(window: Window, position: int) -> list[Stream]:
-    """Reject another file at a position.
-
-    Other bytes there are padding, or damage that FFmpeg can handle.
-    """
-    return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
+    if window.find(_CLUSTER.to_bytes(4, "big"), position) >= 0 and next_file(window, position) is None:
+        return [whole_file(window.size, f"is damaged: the bytes at {position} are not Matroska elements")]
+    (last,) = compare_end(window, position)
+    return [
+        *streams,
+        replace(last, spans=[(start, stop) for _, stop in last.spans], is_file=last.is_file and not start),
+    ]
 
 
 def _width(name: int) -> int:
@@ -79,33 +82,23 @@ def is_mp4(head: bytes, _: Window) -> bool:
 
 def mp4_streams(window: Window) -> list[Stream]:
     """Check the boxes of an MP4, M4A, MOV or 3GP file."""
-    position, indexes = 0, 0
+    position, indexes, is_joined = 0, 0, False
     while position + 8 <= window.size:
         size, name = struct.unpack(">I4s", window.at(position, 8))
-        if not _BOX_NAME.fullmatch(name) and not indexes:
+        if not _BOX_NAME.fullmatch(name) or window.at(position, 11).startswith(TAGS):
             break
-        if not _BOX_NAME.fullmatch(name):
-            return _followed(window, position)
         if size == 1 and position + 16 <= window.size:
             size = struct.unpack(">Q", window.at(position + 8, 8))[0]
         if size == 0:  # the box extends to the end of the file
-            break
+            size = window.size - position
+            is_joined = is_joined or find_header(window, position + 8) is not None
         if size < 8:
             break
         if position + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position))]
         indexes += name == b"moov"
         position += size
-    return [whole_file(window.size, JOINED if indexes > 1 else None)]
-
-
-def is_transport(head: bytes, window: Window) -> bool:
-    """Return whether a file is MPEG-TS."""
-    return head[:1] == b"\x47" and all(window.at(_PACKET * index, 1) == b"\x47" for index in (1, 2, 3))
-
-
-def transport_streams(window: Window) -> list[Stream]:
-    """Check the packets of an MPEG-TS file, which all have the same size."""
-    rest = window.size % _PACKET
-    is_cut = rest and window.at(window.size - rest, 1) == b"\x47"
-    return [whole_file(window.size, "was cut short: its last packet is not whole" if is_cut else None)]
+    if indexes > 1 or is_joined:
+        return [whole_file(window.size, JOINED)]
+    (stream,) = compare_end(window, position)
+    return [replace(stream, spans=[(0, window.size)], is_file=True)]

@@ -1,12 +1,31 @@
 """Detection of another audio file after the samples of one, as `cat` joins files."""
 
+import re
+
 from nemo_lfr.io.containers.magic import after_tags, has_magic
 from nemo_lfr.io.containers.mpeg import frames_follow
-from nemo_lfr.io.containers.stream import JOINED, UNKNOWN_BYTES, Stream, Window, cut_short, whole_file
+from nemo_lfr.io.containers.sizes import codec_frames_follow
+from nemo_lfr.io.containers.stream import (
+    FEW_BYTES,
+    JOINED,
+    UNKNOWN_BYTES,
+    Stream,
+    Window,
+    cut_short,
+    whole_file,
+    without_tags,
+)
 
 # Number of bytes that identify MPEG audio and AAC: three of their largest frames.
 LOOK_BYTES = 1 << 15
-ADTS_HEAD = 7
+# Beginnings of files with at least eight constant bytes, which samples do not contain by chance.
+_HEADERS = re.compile(
+    rb"(?:RIFF|RIFX).{4}WAVE(?:fmt |bext|JUNK|LIST|fact)|R[FW]64.{4}WAVEds64|FORM.{4}AIF[FC](?:COMM|FVER)"
+    rb"|fLaC[\x00\x80]\0\0\x22|OggS\0\x02.{8}.{4}\0\0\0\0|caff\0\x01\0\0desc|riff\x2e\x91\xcf\x11|NIST_1A\n   1024"
+    rb"|\.snd\0\0\0[\x18-\x40].{4}\0\0\0|\0\0\0.ftyp[a-zA-Z0-9 ]{4}|Creative Voice File",
+    re.DOTALL,
+)
+HEADER_BYTES = 32  # at least the size of the longest of them
 
 
 def next_file(window: Window, position: int) -> int | None:
@@ -17,29 +36,64 @@ def next_file(window: Window, position: int) -> int | None:
     if position >= window.size:
         return None
     for start in (position, position + 1, after_tags(window, position)):
-        if has_magic(window, start) or frames_follow(window, start) or _adts_follows(window, start):
+        if has_magic(window, start) or frames_follow(window, start) or codec_frames_follow(window, start):
             return start
     return None
 
 
-def adts_size(head: bytes) -> int | None:
-    """Return the size of an ADTS (AAC) frame from its first seven bytes.
+def header_in(data: bytes) -> int | None:
+    """Return the position of the header of a file in some bytes; None if there is none."""
+    match = _HEADERS.search(data)
+    return None if match is None else match.start()
 
-    The result is None if the bytes are not a frame header.
+
+def find_header(window: Window, position: int) -> int | None:
+    """Search for the header of another file among samples whose length no header says.
+
+    Args:
+        window: the file.
+        position: start of the search.
+
+    Returns:
+        The position of the header; None if there is none.
     """
-    if len(head) < ADTS_HEAD or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
+    while position < window.size:
+        block = window.at(position, Window.BLOCK)
+        if (found := header_in(block)) is not None:
+            return position + found
+        if len(block) <= HEADER_BYTES:
+            break
+        position += len(block) - HEADER_BYTES
+    return None
+
+
+def until_end(window: Window, position: int) -> int | None:
+    """Return the end of samples that extend to the end of a file, without appended tags.
+
+    The result is None if another file follows.
+    """
+    return None if find_header(window, position) is not None else without_tags(window, position, window.size)
+
+
+def compare_end(window: Window, end: int) -> list[Stream]:
+    """Describe a file whose audio ends at a position.
+
+    Returns:
+        The file up to that position, with a problem if another file follows and a note if other bytes follow. Tags
+        and padding are ignored.
+    """
+    end = min(end, window.size)
+    if next_file(window, end) is not None:
+        return [whole_file(window.size, JOINED)]
+    return [Stream([(0, end)], is_file=end == window.size, note=note_after(window, end))]
+
+
+def note_after(window: Window, end: int) -> str | None:
+    """Return the warning about bytes after the end of the audio; None for tags and padding."""
+    start = after_tags(window, end)
+    if window.size - start < FEW_BYTES:
         return None
-    size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
-    return size if size > ADTS_HEAD else None
-
-
-def _adts_follows(window: Window, position: int) -> bool:
-    """Return whether three AAC frames begin at a position."""
-    for _ in range(3):
-        if (size := adts_size(window.at(position, ADTS_HEAD))) is None:
-            return False
-        position += size
-    return position <= window.size
+    return f"{window.size - start} bytes at {start} follow the audio, and are not read"
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
@@ -51,9 +105,9 @@ def compare_size(window: Window, start: int, promised: int) -> list[Stream]:
         promised: number of bytes that the header declares.
 
     Returns:
-        The file as one stream, with a problem if it is truncated or another file follows the samples.
+        The file up to the end of the samples, with a problem if it is truncated or another file follows.
     """
     available, end = max(0, window.size - start), start + promised
     if available < promised < UNKNOWN_BYTES:
         return [whole_file(window.size, cut_short(promised, available))]
-    return [whole_file(window.size, JOINED if promised and next_file(window, end) is not None else None)]
+    return compare_end(window, end) if 0 < promised < UNKNOWN_BYTES else [whole_file(window.size)]

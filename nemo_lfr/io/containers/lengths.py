@@ -1,8 +1,12 @@
 """AU, AIFF, CAF and Wave64: containers with one length field in their header."""
 
+import re
 import struct
+from collections.abc import Sequence
+from dataclasses import replace
 
-from nemo_lfr.io.containers.joined import next_file
+from nemo_lfr.io.containers.joined import compare_end, next_file, until_end
+from nemo_lfr.io.containers.magic import has_magic
 from nemo_lfr.io.containers.stream import (
     CHUNK_NAME,
     HEADER_CUT,
@@ -12,21 +16,34 @@ from nemo_lfr.io.containers.stream import (
     Window,
     cut_short,
     goes_on,
+    longer,
     whole_file,
 )
 
 AU_HEADER = 24  # size in bytes
+_CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
+# Name of a chunk of Wave64: letters, and a constant.
+_W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
+# Position, format in the notation of `struct`, added number of bytes, and unit in bytes of a length field.
+Field = tuple[int, str, int, int]
 
 
-def _patched(size: int, problem: str | None, patches: list[tuple[int, bytes]], window: Window) -> list[Stream]:
-    """Return the file with some bytes of its header replaced."""
-    if not patches:
-        return [whole_file(size, problem)]
-    end = max(position + len(value) for position, value in patches)
-    header = bytearray(window.at(0, end))
-    for position, value in patches:
-        header[position : position + len(value)] = value
-    return [Stream([(end, size)], bytes(header), problem=problem)]
+def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
+    """Return a file whose samples extend to its end, with the true length in its header.
+
+    Args:
+        window: the file.
+        begin: position of the first sample.
+        fields: the length fields of the header.
+        note: warning about the header.
+    """
+    end = until_end(window, begin)
+    if end is None:
+        return [whole_file(window.size, JOINED)]
+    header = bytearray(window.at(0, max(position + struct.calcsize(form) for position, form, _, _ in fields)))
+    for position, form, added, block in fields:
+        struct.pack_into(form, header, position, (end - begin) // block + added)
+    return [Stream([(len(header), end)], bytes(header), note=note)]
 
 
 def au_streams(window: Window) -> list[Stream]:
@@ -42,11 +59,12 @@ def au_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, JOINED)]
     if length != 0xFFFFFFFF and length > available:
         return [whole_file(window.size, cut_short(length, available))]
-    if length == available or length > UNKNOWN_BYTES:
-        return []
-    if length and not goes_on(window.at(offset + length, 256)):
-        return []
-    return _patched(window.size, None, [(8, struct.pack(f"{order}I", available))], window)
+    is_known = 0 < length <= UNKNOWN_BYTES
+    end = offset + length
+    if is_known and (not goes_on(window.at(end, 256)) or window.is_zero(end, window.size)):
+        return compare_end(window, end)
+    note = longer(length, available) if is_known else None
+    return _to_end(window, offset, [(8, f"{order}I", 0, 1)], note)
 
 
 def aiff_streams(window: Window) -> list[Stream]:
@@ -57,29 +75,29 @@ def aiff_streams(window: Window) -> list[Stream]:
         if name == b"COMM":
             common = position + 8
         if name == b"SSND":
-            begin, available = position + 16, window.size - position - 8
-            if common is None:
+            available = window.size - position - 8
+            if common is None or available < 8:
                 return []
+            offset = int.from_bytes(window.at(position + 8, 4), "big")
+            begin = position + 16 + offset
             channels, _, bits = struct.unpack(">hIh", window.at(common, 8))
             block = channels * -(-bits // 8)
-            unknown = length <= 8 or length >= UNKNOWN_BYTES
-            if not unknown and length > available:
+            is_known = 8 + offset < length < UNKNOWN_BYTES
+            if is_known and length > available:
                 return [whole_file(window.size, cut_short(length, available))]
-            if not unknown and length < available:
-                rest, left = window.at(position + 8 + length, 256), available - length
-                if _another(window, position + 8 + length, b"FORM"):
+            if is_known:
+                end = position + 8 + length
+                rest, left, odd = window.at(end, 256), available - length, length % 2
+                more = goes_on(rest, left, ">") and goes_on(rest[odd:], left - odd, ">")
+                if next_file(window, end) is not None:
                     return [whole_file(window.size, JOINED)]
-                odd = length % 2
-                unknown = goes_on(rest, left, ">") and goes_on(rest[odd:], left - odd, ">")
-                unknown = unknown and not window.is_zero(position + 8 + length, window.size)
-            if not unknown or block <= 0 or (compressed and window.at(common + 18, 4) not in (b"NONE", b"sowt")):
+                if not more or window.is_zero(end, window.size):
+                    return compare_end(window, _after_chunks(window, end + odd, ">I"))
+            if block <= 0 or (compressed and window.at(common + 18, 4) not in (b"NONE", b"sowt")):
                 return []
-            count = (window.size - begin) // block
-            patches = [
-                (common + 2, struct.pack(">I", count)),
-                (position + 4, struct.pack(">I", 8 + count * block)),
-            ]
-            return _patched(window.size, None, patches, window)
+            note = longer(length, available) if is_known else None
+            fields: list[Field] = [(common + 2, ">I", 0, block), (position + 4, ">I", 8 + offset, 1)]
+            return _to_end(window, begin, fields, note)
         if not CHUNK_NAME.match(name):
             return []
         position += 8 + length + length % 2
@@ -95,14 +113,14 @@ def caf_streams(window: Window) -> list[Stream]:
             available = window.size - position - 12
             if length > available:
                 return [whole_file(window.size, cut_short(length, available))]
+            end, note = position + 12 + length, None
             if length > 4:
-                end = position + 12 + length
-                rest = window.at(end, 256)
-                if _another(window, end, b"caff"):
+                if next_file(window, end) is not None:
                     return [whole_file(window.size, JOINED)]
-                if not goes_on(rest) or window.is_zero(end, window.size):
-                    return []
-            return _patched(window.size, None, [(position + 4, struct.pack(">q", available))], window)
+                if not goes_on(window.at(end, 256)) or window.is_zero(end, window.size):
+                    return compare_end(window, _after_chunks(window, end, ">q", _CAF_CHUNKS))
+                note = longer(length, available)
+            return _to_end(window, position + 12, [(position + 4, ">q", 0, 1)], note)
         if length < 0 or not CHUNK_NAME.match(name):
             return []
         position += 12 + length
@@ -118,20 +136,41 @@ def w64_streams(window: Window) -> list[Stream]:
             available = window.size - position
             if 24 < length < 1 << 62 and length > available:
                 return [whole_file(window.size, cut_short(length, available))]
-            if 24 < length < 1 << 62:
-                is_joined = _another(window, position + length, b"riff")
-                return [whole_file(window.size, JOINED)] if is_joined else []
-            return _patched(window.size, None, [(position + 16, struct.pack("<q", available))], window)
+            if not 24 < length < 1 << 62:
+                return _to_end(window, position + 24, [(position + 16, "<q", 24, 1)])
+            (stream,) = compare_end(window, _after_w64_chunks(window, position + length))
+            # libsndfile would decode all bytes up to the end of the file.
+            return [stream if stream.problem else replace(stream, spans=[(0, position + length)], is_file=False)]
         if length < 24:
             return []
         position += length + -length % 8
     return [whole_file(window.size, HEADER_CUT)]
 
 
-def _another(window: Window, end: int, magic: bytes) -> bool:
-    """Return whether another file begins after the samples.
+def _after_w64_chunks(window: Window, position: int) -> int:
+    """Return the end of the chunks of a Wave64 file that begin at a position, after optional padding."""
+    padded = position + -position % 8
+    position = padded if window.is_zero(position, padded) else position
+    while _W64_CHUNK.fullmatch(window.at(position, 16)) and not has_magic(window, position):
+        length = struct.unpack("<q", window.at(position + 16, 8).ljust(8, b"\0"))[0]
+        position += max(24, min(length + -length % 8, window.size))
+    return position
 
-    A file of the same format may also follow the chunks after the samples.
+
+def _after_chunks(window: Window, position: int, form: str, names: frozenset[bytes] | None = None) -> int:
+    """Return the end of the chunks that begin at a position.
+
+    Args:
+        window: the file.
+        position: end of the samples.
+        form: format of the length field, in the notation of `struct`.
+        names: names of chunks; by default, all names that consist of letters and digits.
     """
-    found = window.find(magic, end)
-    return next_file(window, end) is not None or (found >= 0 and window.at(found + 8, 4) == window.at(8, 4))
+    head = 4 + struct.calcsize(form)
+    while position + head <= window.size and not has_magic(window, position):
+        name = window.at(position, 4)
+        length = struct.unpack(form, window.at(position + 4, head - 4))[0]
+        if (name not in names if names is not None else not CHUNK_NAME.match(name)) or length < 0:
+            break
+        position += head + length + (length % 2 if names is None else 0)
+    return position

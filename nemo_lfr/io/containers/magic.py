@@ -4,7 +4,6 @@ import re
 import struct
 
 from nemo_lfr.io.containers.stream import TAGS, Window
-from nemo_lfr.io.media import looks_like_media
 
 # First 16 bytes of each format. Samples do not contain such bytes by chance.
 _MAGIC = re.compile(
@@ -16,6 +15,51 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _SYNC = re.compile(rb"\xff[\xe0-\xff]|\x0b\x77|\x47\x40|\x56[\xe0-\xff]", re.DOTALL)
+
+# Matroska and WebM, ASF, AMR, Flash video, MPEG transport and program streams, then codecs with their own file
+# formats.
+_MEDIA = (
+    *(b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"#!AMR", b"FLV\x01", b"\x47\x40", b"\0\0\x01\xba"),
+    *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"wvpk", b"TTA1", b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF"),
+    *(b".SoX", b"XoS."),
+)
+# Formats that FFmpeg decodes, but whose end nothing shows.
+_UNCHECKED = (
+    ((b"nut/multimed",), "NUT"),
+    ((b"MAC ",), "Monkey's Audio"),
+    ((b"MP+", b"MPCK"), "Musepack"),
+    ((b"tBaK",), "TAK"),
+    ((b"DSD ", b"FRM8"), "DSD audio"),
+    ((b"ea3", b"EA3"), "ATRAC"),
+    ((b"ajkg",), "Shorten"),
+    ((b"DTSHDHDR",), "DTS-HD"),
+    ((b"TTA2",), "True Audio 2"),
+)
+
+
+def unchecked_format(head: bytes) -> str | None:
+    """Return the name of a format that is refused since it has no completeness check; else None.
+
+    Args:
+        head: first 16 bytes of a file.
+    """
+    if head[4:8] in (b"\xf8\x72\x6f\xba", b"\xf8\x72\x6f\xbb"):
+        return "TrueHD or MLP"
+    if head[:4] == b"RIFF" and head[8:12] in (b"QLCM", b"XWMA"):
+        return "QCP or XWMA"
+    return next((name for magic, name in _UNCHECKED if head.startswith(magic)), None)
+
+
+def looks_like_media(head: bytes) -> bool:
+    """Return whether the first 16 bytes of a file are those of a container or codec that FFmpeg decodes."""
+    return (
+        head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+        or head.startswith(_MEDIA)
+        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+        or head[4:6] == b"\x47\x40"  # a transport stream with time codes
+        or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0)  # AAC in ADTS frames
+        or unchecked_format(head) is not None
+    )
 
 
 def has_magic(window: Window, position: int) -> bool:

@@ -6,7 +6,7 @@ libsndfile reads the available part of a truncated file, and decodes the headers
 import re
 import struct
 
-from nemo_lfr.io.containers.joined import compare_size, next_file
+from nemo_lfr.io.containers.joined import compare_end, compare_size, next_file, note_after
 from nemo_lfr.io.containers.stream import CHUNK_NAME, HEADER_CUT, JOINED, Span, Stream, Window, cut_short, whole_file
 from nemo_lfr.io.containers.wav import WavHeader
 
@@ -74,12 +74,12 @@ def voc_streams(window: Window) -> list[Stream]:
     if len(set(kinds)) > 1 or next_file(window, position) is not None:
         return [whole_file(window.size, JOINED)]
     if len(spans) == 1:
-        return [whole_file(window.size)]
+        return compare_end(window, position)
     form = _voc_format(kinds[0]) if kinds else None
     if form is None:
         return [whole_file(window.size, "is VOC in several blocks of an unknown encoding; convert it to WAV")]
     header = WavHeader(b"RIFF", form).rebuilt(sum(stop - start for start, stop in spans))
-    return [Stream(spans, header)]
+    return [Stream(spans, header, note=note_after(window, position))]
 
 
 def _voc_format(block: bytes) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Completeness checks for AVI, ASF, FLV, AMR, ADTS, True Audio and WavPack.
+"""Completeness checks for AVI, ASF, FLV, AMR, True Audio, WavPack and RealMedia.
 
 FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
 """
@@ -6,10 +6,15 @@ FFmpeg reads the available part of a truncated file, and the first of several co
 import struct
 from collections.abc import Iterator
 
-from nemo_lfr.io.containers.joined import ADTS_HEAD, adts_size, next_file
-from nemo_lfr.io.containers.stream import JOINED, Stream, Window, cut_short, whole_file
+from nemo_lfr.io.containers.joined import compare_end, next_file
+from nemo_lfr.io.containers.stream import JOINED, NO_LENGTH, Stream, Window, cut_short, whole_file
 
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+# First four bytes of the header, and of the objects after it: data and four kinds of index.
+_ASF_OBJECTS = (
+    (_ASF[:4],),
+    tuple(map(bytes.fromhex, ("3626b275", "90080033", "d329e2d6", "f803b1fe", "d03fb73c"))),
+)
 _ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")
 _AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
@@ -17,6 +22,7 @@ _AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
 _TTA_HEAD = 22
+_REAL_CHUNKS, _REAL_DATA_HEAD = (b".RMF", b"PROP", b"CONT", b"MDPR", b"DATA", b"INDX", b"RMMD", b"RMJE"), 18
 
 
 def is_avi(head: bytes, _: Window) -> bool:
@@ -33,9 +39,7 @@ def _avi_parts(window: Window) -> Iterator[int]:
     position = 0
     while window.at(position, 4) == b"RIFF" and (position == 0 or window.at(position + 8, 4) == b"AVIX"):
         size = int.from_bytes(window.at(position + 4, 4), "little")
-        if not size or size == 0xFFFFFFFF:  # the size is unknown
-            return
-        yield 8 + size
+        yield 0 if not size or size == 0xFFFFFFFF else 8 + size
         position += 8 + size + size % 2
 
 
@@ -51,11 +55,9 @@ def asf_streams(window: Window) -> list[Stream]:
 
 def _asf_parts(window: Window) -> Iterator[int]:
     position = 0
-    while len(head := window.at(position, _ASF_HEAD)) == _ASF_HEAD and (not position or head[:16] != _ASF):
+    while len(head := window.at(position, _ASF_HEAD)) == _ASF_HEAD and head[:4] in _ASF_OBJECTS[position > 0]:
         size = struct.unpack_from("<Q", head, 16)[0]
-        if size < _ASF_HEAD:
-            return
-        yield size
+        yield size if size >= _ASF_HEAD else 0
         position += size
 
 
@@ -72,7 +74,7 @@ def flv_streams(window: Window) -> list[Stream]:
 def _flv_parts(window: Window) -> Iterator[int]:
     yield _FLV_HEAD
     position = _FLV_HEAD
-    while len(head := window.at(position, 4)) == 4 and head[0] & 0x1F in (8, 9, 18):
+    while len(head := window.at(position, 4)) == 4 and head[0] & 0xDF in (8, 9, 18):
         size = _FLV_TAG + int.from_bytes(head[1:], "big")
         yield size
         position += size
@@ -146,28 +148,46 @@ def _tta_parts(window: Window) -> Iterator[int]:
         yield int.from_bytes(window.at(_TTA_HEAD + 4 * index, 4), "little")
 
 
-def is_adts(head: bytes, window: Window) -> bool:
-    """Return whether a file is AAC in ADTS frames, by two consecutive frames."""
-    size = adts_size(head)
-    return size is not None and (size >= window.size or adts_size(window.at(size, ADTS_HEAD)) is not None)
+def is_real(head: bytes, _: Window) -> bool:
+    """Return whether a file is RealMedia."""
+    return head[:4] == b".RMF"
 
 
-def adts_streams(window: Window) -> list[Stream]:
-    """Check the frames of an ADTS file."""
+def real_streams(window: Window) -> list[Stream]:
+    """Check the chunks of a RealMedia file, and the packets of its data chunks."""
+    return _walked(window, _real_parts(window))
+
+
+def _real_parts(window: Window) -> Iterator[int]:
     position = 0
-    while (size := adts_size(window.at(position, ADTS_HEAD))) is not None and position + size <= window.size:
+    while (head := window.at(position, 14))[:4] in _REAL_CHUNKS and (not position or head[:4] != b".RMF"):
+        size = int.from_bytes(head[4:8], "big")
+        if head[:4] == b"DATA":
+            yield _REAL_DATA_HEAD
+            position += _REAL_DATA_HEAD
+            for _ in range(int.from_bytes(head[10:14], "big")):
+                size = max(int.from_bytes(window.at(position + 2, 2), "big"), 1)
+                yield size
+                position += size
+            continue
+        if size < 10:
+            return
+        yield size
         position += size
-    if size is not None:  # FFmpeg reports a partial frame as damage
-        note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are not read"
-        return [Stream([(0, position)], note=note)]
-    return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
 
 
 def _walked(window: Window, parts: Iterator[int]) -> list[Stream]:
-    """Add up the sizes of sections, and report truncation or another file after them."""
+    """Add up the sizes of sections, and report truncation or other bytes after them.
+
+    A section of size 0 has an unknown size.
+    """
     position = 0
     for size in parts:
+        if not size:
+            return [whole_file(window.size, NO_LENGTH)]
         if position + size > window.size:
-            return [whole_file(window.size, cut_short(size, window.size - position))]
+            is_other = window.at(position, 4) != window.at(0, 4)
+            is_joined = is_other and next_file(window, position) is not None
+            return [whole_file(window.size, JOINED if is_joined else cut_short(size, window.size - position))]
         position += size
-    return [whole_file(window.size, JOINED if next_file(window, position) is not None else None)]
+    return compare_end(window, position)

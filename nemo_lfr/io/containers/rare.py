@@ -8,7 +8,7 @@ incomplete sample or block.
 import re
 import struct
 
-from nemo_lfr.io.containers.joined import compare_size
+from nemo_lfr.io.containers.joined import compare_end, compare_size, until_end
 from nemo_lfr.io.containers.stream import (
     HEADER_CUT,
     JOINED,
@@ -19,6 +19,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 
+_NO_LENGTH = "has no length in its header, so that nothing shows whether it was cut short"
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
 _IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
 _PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
@@ -27,8 +28,9 @@ _WVE, _WVE_HEADER = b"ALawSoundFile**\0", 32
 _XI, _XI_HEADER, _XI_SAMPLE = b"Extended Instrument: ", 298, 40
 _MPC, _MPC_HEADER = b"\x01\x04", 42
 _MAT4_SIZES = (8, 4, 4, 2, 2, 1)  # bytes per value, by the tens digit of the matrix type
+_MAT4_NAME, _MAT4_MATRICES = b"samplerate", 2
 _MAT5, _MAT5_HEADER = b"MATLAB 5.0 MAT-file", 128
-_MAT5_MATRIX = 14  # element type
+_MAT5_MATRIX, _MAT5_LAST = 14, 18  # element types
 _SDS_HEADER, _SDS_PACKET, _SDS_BYTES = 21, 127, 120  # sizes in bytes: header, packet, and the samples of a packet
 _HTK_HEADER, _SOX_HEADER = 12, 32
 
@@ -125,14 +127,14 @@ def mpc_streams(window: Window) -> list[Stream]:
 
 def is_mat4(_: bytes, window: Window) -> bool:
     """Return whether a file is MATLAB 4."""
-    return window.at(20, 10) == b"samplerate"
+    return window.at(20, 10) == _MAT4_NAME
 
 
 def mat4_streams(window: Window) -> list[Stream]:
     """Check the matrices of a MATLAB 4 file, which contain the rate and the samples."""
     position = 0
     order = "<" if window.at(0, 4) == bytes(4) else ">"
-    while position < window.size:
+    for _ in range(_MAT4_MATRICES):
         head = window.at(position, 20)
         if len(head) < 20:
             return [whole_file(window.size, HEADER_CUT)]
@@ -144,7 +146,9 @@ def mat4_streams(window: Window) -> list[Stream]:
         if size > window.size - start:
             return [whole_file(window.size, cut_short(size, max(0, window.size - start)))]
         position = start + size
-    return [whole_file(window.size)]
+    if window.at(position + 20, 10) == _MAT4_NAME:
+        return [whole_file(window.size, JOINED)]
+    return compare_end(window, position)
 
 
 def is_mat5(head: bytes, _: Window) -> bool:
@@ -157,7 +161,7 @@ def mat5_streams(window: Window) -> list[Stream]:
     if window.size < _MAT5_HEADER + 8:
         return [whole_file(window.size, HEADER_CUT)]
     order = "<" if window.at(126, 2) == b"IM" else ">"
-    position = _MAT5_HEADER
+    position = end = _MAT5_HEADER
     while position + 8 <= window.size:
         kind, size = struct.unpack(f"{order}II", window.at(position, 8))
         # libsndfile writes the size 8 bytes too large. Flags, dimensions and name precede the values.
@@ -166,13 +170,16 @@ def mat5_streams(window: Window) -> list[Stream]:
             for _ in range(3):
                 position += _mat5_element(window, position, order)
             continue
+        if not 0 < kind & 0xFFFF <= _MAT5_LAST:
+            break
         if kind >> 16:
             position += 8
             continue
         if size > window.size - position - 8:
             return [whole_file(window.size, cut_short(size, window.size - position - 8))]
+        end = position + 8 + size
         position += _mat5_element(window, position, order)
-    return [whole_file(window.size)]
+    return compare_end(window, end)
 
 
 def _mat5_element(window: Window, position: int, order: str) -> int:
@@ -235,9 +242,12 @@ def htk_streams(window: Window) -> list[Stream]:
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
     """Check a file whose header stores no length.
 
-    It must end with a complete block, and no other file may follow.
+    It must end with a complete block, and no other file may follow. Appended tags are not read. A file that is cut
+    between two blocks cannot be told from a whole one, hence the warning.
     """
-    if window.find(window.at(0, 16), start) >= 0:
+    end = until_end(window, start)
+    if end is None or window.find(window.at(0, 16), start) >= 0:
         return [whole_file(window.size, JOINED)]
-    rest = (window.size - start) % block if 0 < block < UNKNOWN_BYTES else 0
-    return [whole_file(window.size, "was cut short: its last sample is not whole" if rest else None)]
+    rest = (end - start) % block if 0 < block < UNKNOWN_BYTES else 0
+    problem = "was cut short: its last sample is not whole" if rest else None
+    return [Stream([(0, end)], is_file=end == window.size, problem=problem, note=_NO_LENGTH)]

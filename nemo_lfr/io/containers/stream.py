@@ -35,6 +35,7 @@ class Stream:
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
         note: warning about an irregularity that loses almost no audio; None if there is none.
+        is_checked: whether the format has a check that all of the recording is there.
         by_name: whether libsndfile decodes the format (MPEG audio) correctly only from a named file.
     """
 
@@ -44,6 +45,7 @@ class Stream:
     problem: str | None = None
     by_name: bool = False
     note: str | None = None
+    is_checked: bool = True
 
 
 class Splice(io.RawIOBase):
@@ -177,10 +179,18 @@ def cut_short(promised: int, available: int) -> str:
     return f"was cut short: its header promises {promised} bytes, {available} are there"
 
 
+def longer(promised: int, available: int) -> str:
+    """Return the warning about a file with more samples than its header says."""
+    return f"its header promises {promised} bytes, {available} are there, and all are read"
+
+
 # Error message for a file that ends before its first sample.
 HEADER_CUT = "was cut short: it ends within its header"
 # Error message for a file of several recordings that cannot be separated.
 JOINED = "holds several recordings, one after the other; convert each to WAV by itself"
+
+# Error message for a file whose header leaves the length open, where only the length would show a truncation.
+NO_LENGTH = "has no length in its header, as after an interrupted recording; convert it to WAV with ffmpeg"
 
 
 def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:

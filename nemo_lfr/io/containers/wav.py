@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nemo_lfr.io.containers.joined import LOOK_BYTES, next_file
+from nemo_lfr.io.containers.joined import HEADER_BYTES, LOOK_BYTES, find_header, header_in, next_file
 from nemo_lfr.io.containers.magic import after_tags, has_magic
 from nemo_lfr.io.containers.mpeg import mpeg_streams
 from nemo_lfr.io.containers.stream import (
@@ -22,6 +22,7 @@ from nemo_lfr.io.containers.stream import (
     cut_short,
     goes_on,
     is_chunk,
+    longer,
     moved,
     whole_file,
 )
@@ -194,7 +195,7 @@ class WavSamples:
                 samples.append(bytes(self._zeros))
                 self._zeros = self._left = None
             elif self._left is None:
-                samples.append(data)
+                samples.append(self._before_header(data, last))
                 break
             elif self._left:
                 samples.append(data[: self._left])
@@ -207,6 +208,15 @@ class WavSamples:
                 if self._held:
                     break
         return b"".join(samples)
+
+    def _before_header(self, data: bytes, last: bool) -> bytes:
+        """Return samples of unknown length; their end is held, since the header of another file may begin there."""
+        if (found := header_in(data)) is not None:
+            self._done, self.problem = True, SEVERAL
+            return data[:found]
+        count = len(data) if last else max(len(data) - HEADER_BYTES, 0)
+        self._held = data[count:]
+        return data[:count]
 
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
         """Decide what follows samples or a chunk, and return the unprocessed data.
@@ -272,7 +282,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     size = window.size
     header = WavHeader(window.at(start, 4))
     spans: list[Span] = []
-    problem, exact, following = None, True, None
+    problem, note, exact, following = None, None, True, None
     position = start + 12
     while position + 8 <= size:
         name, length = struct.unpack(f"{header.order}4sI", window.at(position, 8))
@@ -292,6 +302,8 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         header.data_size = length
         stop, problem, is_exact = _wav_data(window, header, start, begin)
         exact = exact and is_exact and not spans
+        if 0 < header.declared < stop - begin:
+            note = note or longer(header.declared, stop - begin)
         spans.append((begin, stop))
         position = _after(window, begin, stop - begin)
     if following is None and spans and (other := next_file(window, position)) is not None:
@@ -306,7 +318,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     if exact and start == 0 and following is None:
         return [whole_file(size, problem)], None
     length = sum(stop - begin for begin, stop in spans)
-    return [Stream(spans, header.rebuilt(length), problem=problem)], following
+    return [Stream(spans, header.rebuilt(length), problem=problem, note=note)], following
 
 
 def _is_tag(name: bytes) -> bool:
@@ -343,15 +355,23 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
     """Return the end of the samples, the problem, and whether the header agrees."""
     available, declared = window.size - begin, header.declared
     if header.is_unknown(available):
-        return window.size, None, False
+        return *_to_end(window, begin), False
     if declared > available:
         # Some recorders include the header in the length.
         counted = declared in (window.size - start, window.size - start - 8)
         return window.size, None if counted else cut_short(declared, available), False
     stop = begin + declared
     if next_file(window, stop) is None and _samples_follow(window, stop, declared, header.order):
-        return window.size, None, False
+        return *_to_end(window, stop), False
     return stop, None, True
+
+
+def _to_end(window: Window, position: int) -> tuple[int, str | None]:
+    """Return the end of samples that extend to the next recording or the end of the file, and the problem."""
+    found = find_header(window, position)
+    if found is None:
+        return window.size, None
+    return (found, None) if is_wav(window.at(found, 12), window) else (window.size, JOINED)
 
 
 def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:

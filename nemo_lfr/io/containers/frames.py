@@ -1,0 +1,82 @@
+"""Sizes of the frames of codecs whose files are nothing but frames, and checks of such files.
+
+FFmpeg reads the available part of a frame without an error, and takes whatever follows the last frame as a part of it.
+"""
+
+from collections.abc import Callable
+
+from nemo_lfr.io.containers.joined import compare_end, next_file
+from nemo_lfr.io.containers.sizes import FRAME_HEAD, FRAME_SIZES, FrameSize, frame_size_at
+from nemo_lfr.io.containers.stream import Stream, Window, whole_file
+
+_GSM_FRAME, _GSM_RATE, _GSM_SAMPLES = 33, 8000, 160
+
+
+def is_frames(head: bytes, window: Window) -> bool:
+    """Return whether a file consists of frames of AAC, AC-3, E-AC-3, DTS or LOAS, by two consecutive frames."""
+    return _size_of(head, window) is not None
+
+
+def _size_of(head: bytes, window: Window) -> FrameSize | None:
+    for size_of in FRAME_SIZES.values():
+        size = size_of(window.at(0, FRAME_HEAD))
+        if size is not None and (size >= window.size or frame_size_at(window, size, size_of) is not None):
+            return size_of
+    return None
+
+
+def frames_streams(window: Window) -> list[Stream]:
+    """Check the frames of a file up to its end."""
+    size_of = _size_of(window.at(0, FRAME_HEAD), window)
+    assert size_of is not None
+    return _walk(window, size_of)
+
+
+def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
+    position = 0
+    while (size := frame_size_at(window, position, size_of)) is not None and position + size <= window.size:
+        position += size
+    rest = window.at(position, FRAME_HEAD)
+    if size is not None or (0 < len(rest) < FRAME_HEAD and rest[:1] == window.at(0, 1)):
+        note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are not read"
+        return [Stream([(0, position)], note=note)]
+    if next_file(window, position) is None and (again := _resumed(window, position, size_of)) is not None:
+        problem = f"is damaged: {again - position} bytes at {position} are not frames of its codec"
+        return [whole_file(window.size, problem)]
+    return compare_end(window, position)
+
+
+def _resumed(window: Window, position: int, size_of: Callable[[bytes], int | None]) -> int | None:
+    """Return where frames continue after other bytes; None if they do not."""
+    sync = window.at(0, 1)
+    while (position := window.find(sync, position + 1)) >= 0:
+        start = position
+        for _ in range(4):
+            if (size := frame_size_at(window, start, size_of)) is None:
+                break
+            start += size
+        else:
+            return position
+    return None
+
+
+def is_gsm(head: bytes, window: Window) -> bool:
+    """Return whether a file consists of GSM 06.10 frames, whose first four bits are constant."""
+    starts = range(0, min(window.size - _GSM_FRAME, 32 * _GSM_FRAME) + 1, _GSM_FRAME)
+    return len(starts) > 3 and all(window.at(start, 1)[0] >> 4 == 0xD for start in starts)
+
+
+def gsm_streams(window: Window) -> list[Stream]:
+    """Check the frames of a GSM 06.10 file, which libsndfile decodes as AIFC.
+
+    Without a header, libsndfile would recognize the file by its suffix only.
+    """
+    (stream,) = _walk(window, lambda head: _GSM_FRAME if head[:1] and head[0] >> 4 == 0xD else None)
+    size = sum(stop - start for start, stop in stream.spans)
+    common = b"\0\x01" + (size // _GSM_FRAME * _GSM_SAMPLES).to_bytes(4, "big") + b"\0\x10"
+    # The rate is an 80-bit float: 8000 = 1.953125 * 2^12.
+    common += (0x400B).to_bytes(2, "big") + (_GSM_RATE << 51).to_bytes(8, "big") + b"GSM \0\0"
+    chunks = b"COMM" + len(common).to_bytes(4, "big") + common + b"SSND" + (8 + size).to_bytes(4, "big") + bytes(8)
+    header = b"FORM" + (4 + len(chunks) + size).to_bytes(4, "big") + b"AIFC" + chunks
+    stream.header, stream.is_file = header, False
+    return [stream]
