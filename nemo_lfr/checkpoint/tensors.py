@@ -6,7 +6,6 @@ verify checksums, and it reads every tensor of the file.
 
 import io
 import math
-import os
 import pickle
 import pickletools
 import struct
@@ -26,6 +25,7 @@ from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.checkpoint.source import ByteSource
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.locate import WEIGHTS_MEMBER
+from nemo_lfr.io.seekable import SeekableBytes
 
 # The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
 MAX_PICKLE_BYTES = 4 << 20
@@ -294,31 +294,15 @@ class Tensors:
         return checksum
 
 
-class _SourceFile(io.RawIOBase):
+class _SourceFile(SeekableBytes):
     """File object over a byte source that limits the size of the zip directory that `zipfile` reads."""
 
     def __init__(self, source: ByteSource) -> None:
+        super().__init__(source.size)
         self._source = source
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
-        if base + offset < 0:
-            raise OSError("seek before the first byte")
-        self._position = base + offset
-        return self._position
 
     def read(self, size: int = -1) -> bytes:
-        remaining = max(0, self._source.size - self._position)
+        remaining = max(0, self._length - self._position)
         size = remaining if size < 0 else min(size, remaining)
         if size > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile("its directory is larger than any state dict's")

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from nemo_lfr.corpus.claim import claim
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.formats import get_format
@@ -26,6 +24,7 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
@@ -84,11 +83,11 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
             f"{requested_out}: is not empty and contains no resumable run (found {names[0]}); choose another --out."
         )
     spec, model, codec, made = _load_codec(config, on_cpu)
-    for path in (config.state, config.state / "lock", ShardRecord.folder(out)):
+    for path in (config.state, ShardRecord.folder(out)):
         if path.is_symlink():
             raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
     config.state.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(config.state / "lock"):
+    with exclusive(out):
         output = get_format(config.kind)
         _remove_leftovers(config, out, output)
         config = replace(config, claim=claim(config.state))
@@ -174,20 +173,6 @@ def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
 
 def _shards_digest(shards: list[ShardSpec]) -> str:
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file of an output; raises NemoLfrError if another run holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise NemoLfrError(f"{path.parent.parent}: another run is writing there; wait for it, or stop it.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _load_codec(

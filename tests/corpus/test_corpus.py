@@ -32,6 +32,7 @@ from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.worker_failures import WorkerFailures
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
+from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.pretrained import load
 from tests.models import RATE, codec_config, synthesize, write_nemo
@@ -345,13 +346,8 @@ def test_the_others_are_not_waited_for_when_a_shard_fails(audio, model, tmp_path
 
 
 def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
-    from filelock import FileLock
-
     (tmp_path / "out" / ".tokenize").mkdir(parents=True)
-    with (
-        FileLock(tmp_path / "out" / ".tokenize" / "lock"),
-        pytest.raises(NemoLfrError, match="another run is writing"),
-    ):
+    with exclusive(tmp_path / "out"), pytest.raises(NemoLfrError, match="another run is writing"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), device="cpu", workers=1)
 
 

@@ -1,11 +1,12 @@
 """Byte ranges of recordings in a container, and file objects over them."""
 
-import io
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
+
+from nemo_lfr.io.seekable import SeekableBytes
 
 # Programs that do not know the length of a WAV file yet write this value or a larger one.
 UNKNOWN_BYTES = 0x7FFF0000
@@ -48,7 +49,7 @@ class Stream:
     is_checked: bool = True
 
 
-class Splice(io.RawIOBase):
+class Splice(SeekableBytes):
     """File object over a stream: its header, followed by its spans of a file.
 
     Args:
@@ -57,29 +58,10 @@ class Splice(io.RawIOBase):
     """
 
     def __init__(self, file: "BinaryIO | Splice", stream: Stream) -> None:
+        super().__init__(len(stream.header) + sum(stop - start for start, stop in stream.spans))
         self._file = file
         self._header = stream.header
         self._spans = stream.spans
-        self._length = len(stream.header) + sum(stop - start for start, stop in stream.spans)
-        self._position = 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position and return it."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes; by default, all remaining bytes."""

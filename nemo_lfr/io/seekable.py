@@ -1,0 +1,36 @@
+"""Base class of file objects whose bytes are put together from other places."""
+
+import io
+
+
+class SeekableBytes(io.RawIOBase):
+    """Read-only file object over a known number of bytes; a subclass defines `read`.
+
+    Args:
+        length: number of bytes.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Set the position and return it; one before the first byte becomes 0.
+
+        An error instead would pass through libsndfile, which cannot report it.
+        """
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
