@@ -12,51 +12,19 @@ all of its streams unchanged.
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.stream_modules import StreamModules
 from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
 from nemo_lfr.modules.altered import check_unaltered
-from nemo_lfr.modules.decoder import HiFiGANDecoder
-from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.finite import quantize, to_audio
-from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-
-
-class StreamModules(Protocol):
-    """Modules and settings that streams need from a PyTorch backend."""
-
-    @property
-    def name(self) -> str:
-        """Where the weights came from, for messages."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the modules."""
-
-    @property
-    def encoder(self) -> HiFiGANEncoder:
-        """Audio -> encoded frames."""
-
-    @property
-    def quantizer(self) -> FiniteScalarQuantizer | GroupFiniteScalarQuantizer:
-        """Encoded frames <-> tokens."""
-
-    @property
-    def decoder(self) -> HiFiGANDecoder:
-        """Dequantized frames -> audio."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which modules run at the codec's precision."""
-
-    def computing(self) -> AbstractContextManager[None]:
-        """Return a context that isolates the computation from the caller's settings."""
 
 
 class _Stream:

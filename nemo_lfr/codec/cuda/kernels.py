@@ -1,18 +1,15 @@
-"""Triton kernels: a convolution fused with its padding, activations and sums, and a pointwise kernel.
-
-Signals are [B, T, H], channels innermost. Each example of a batch has its own length, and its padding (reflected,
-zeros or the last value) is read by index, not copied, so a batch of clips of different lengths needs no mask and no
-padding. Imported on a GPU only, or by tests under TRITON_INTERPRET=1.
-"""
+"""Launches of the Triton kernels; imported on a GPU only, or by tests under TRITON_INTERPRET=1."""
 
 import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from nemo_lfr.codec.cuda.folded import Activation, Layer
+from nemo_lfr.codec.cuda.triton_kernels import convolution_kernel, pointwise_kernel
+
+POINTWISE_TILE = 1024
 
 
 class Tile(NamedTuple):
@@ -28,175 +25,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     pairs: bool = False
-
-
-@triton.jit
-def _inside(at, end, mode: tl.constexpr):
-    """Return the row of the signal for a padded position, and whether it is not a zero."""
-    if mode == "reflect":
-        at = tl.where(at < 0, -at, at)  # after tl.abs the compiler no longer sees what is aligned
-        at = tl.where(at >= end, 2 * end - 2 - at, at)
-    there = (at >= 0) & (at < end)
-    if mode != "constant":
-        there = at == at
-    return tl.minimum(tl.maximum(at, 0), end - 1), there
-
-
-@triton.jit
-def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.constexpr, pairs: tl.constexpr):
-    """Apply snake to the first channels and leaky ReLU to the others, in fp32 or by `pairs`."""
-    if kind != "none":
-        if pairs != "":
-            values = tl.inline_asm_elementwise(pairs, "=r,r", [values], values.dtype, is_pure=True, pack=2)
-        else:
-            values = values.to(tl.float32)
-            linear = tl.where(values > 0, values, values * slope)
-            if kind == "snake":
-                rate = tl.load(alpha + channel, mask=channel < num_snake, other=1.0)
-                wave = tl.sin(rate * values)
-                values = tl.where(channel < num_snake, values + wave * wave / (rate + 1e-9), linear)
-            else:
-                values = linear
-    return values
-
-
-# Arguments that differ between layers, but do not justify a specialized kernel.
-FREE = ["ends", "num_in", "num_out", "dilation", "before", "num_snake", "num_snake_after", "alpha", "alpha_after"]
-
-
-@triton.jit(do_not_specialize=FREE)
-def _convolution(
-    signal,  # [B, num_in, inputs], examples `signal_step` elements apart
-    weight,  # [outputs, taps * inputs]
-    bias,  # [outputs], fp32
-    residual,  # [B, num_out * outputs] less `shift`, examples `residual_step` apart; as `out`
-    total,  # as `out`
-    out,  # [B, out_size]
-    ends,  # [B]: rows of each example
-    alpha,  # of the activation before
-    alpha_after,
-    num_in,
-    num_out,
-    out_size,  # elements of one example of `out`
-    signal_step,
-    residual_step,
-    reduction_size,  # taps * inputs
-    stride,
-    dilation,
-    before,  # rows of padding
-    shift,  # elements that are trimmed at the start
-    period,  # channels after which `alpha_after` repeats
-    num_snake,
-    num_snake_after,
-    scale,
-    inputs: tl.constexpr,
-    outputs: tl.constexpr,
-    run: tl.constexpr,  # the largest power of two that divides `inputs` and `tile_sums`
-    mode: tl.constexpr,
-    kind: tl.constexpr,
-    slope: tl.constexpr,
-    kind_after: tl.constexpr,
-    slope_after: tl.constexpr,
-    has_residual: tl.constexpr,
-    has_total: tl.constexpr,
-    precision: tl.constexpr,
-    pairs: tl.constexpr,
-    tile_time: tl.constexpr,
-    tile_channels: tl.constexpr,
-    tile_sums: tl.constexpr,
-):
-    """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
-
-    It is a matrix product of [time, taps * inputs] with the weight, whose left side is gathered on the fly. Most
-    lines are arguments, which Triton cannot group.
-    """
-    tiles = tl.cdiv(outputs, tile_channels)
-    time = (tl.program_id(0) // tiles) * tile_time + tl.arange(0, tile_time)
-    channel = (tl.program_id(0) % tiles) * tile_channels + tl.arange(0, tile_channels)
-    example = tl.program_id(1).to(tl.int64)
-    end = tl.minimum(tl.load(ends + example).to(tl.int32), num_in)
-    signal += example * signal_step
-    sums = tl.full((tile_time, tile_channels), 0.0, tl.float32)
-    for first in range(0, reduction_size, tile_sums):
-        place = first + tl.arange(0, tile_sums)
-        if inputs % tile_sums == 0:  # one tap at a time: a row a line
-            # Without the hints loads wait for one another: the compiler cannot see that they are aligned.
-            source = tl.multiple_of(first % inputs, tile_sums) + tl.arange(0, tile_sums)
-            at = (time * stride + (first // inputs) * dilation - before)[:, None]
-            row, there = _inside(at, end, mode)
-        else:
-            source = tl.multiple_of(tl.max_contiguous(place % inputs, run), run)
-            at = (time * stride - before)[:, None] + (place // inputs * dilation)[None, :]
-            row, there = _inside(at, end, mode)
-            row = tl.max_constancy(row, [1, run])
-            there = tl.max_constancy(there, [1, run])
-        left = tl.load(
-            signal + row * inputs + source[None, :], mask=there & (place < reduction_size)[None, :], other=0.0
-        )
-        left = _activated(left, source[None, :], alpha, num_snake, kind, slope, pairs)
-        right = tl.load(
-            weight + channel[None, :] * reduction_size + place[:, None],
-            mask=(channel < outputs)[None, :] & (place < reduction_size)[:, None],
-            other=0.0,
-        )
-        sums = tl.dot(left.to(right.dtype), right, sums, input_precision=precision)
-    sums += tl.load(bias + channel, mask=channel < outputs, other=0.0)[None, :]
-    place = time[:, None] * outputs + channel[None, :] - shift
-    kept = (channel < outputs)[None, :] & (time < num_out)[:, None] & (place >= 0) & (place < out_size)
-    if has_residual:
-        sums += tl.load(residual + example * residual_step + place, mask=kept, other=0.0).to(tl.float32)
-    if has_total:
-        sums += tl.load(total + example * out_size + place, mask=kept, other=0.0).to(tl.float32)
-    channel = channel[None, :] % period
-    sums = _activated(sums * scale, channel, alpha_after, num_snake_after, kind_after, slope_after, "")
-    tl.store(out + example * out_size + place, sums.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit(do_not_specialize=["ends", "num_in", "num_out", "before", "num_snake", "alpha"])
-def _pointwise(
-    signal,
-    bias,
-    residual,
-    total,
-    out,
-    ends,
-    alpha,
-    num_in,
-    num_out,
-    signal_step,
-    residual_step,
-    before,
-    num_snake,
-    scale,
-    channels: tl.constexpr,
-    mode: tl.constexpr,
-    kind: tl.constexpr,
-    slope: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    has_total: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """Write the padded activation(scale * (signal + bias + residual + total)) to `out`."""
-    place = tl.program_id(0) * tile + tl.arange(0, tile)
-    example = tl.program_id(1).to(tl.int64)
-    end = tl.minimum(tl.load(ends + example).to(tl.int32), num_in)
-    if mode == "none":
-        row, there, kept = place // channels, place >= 0, place < num_out * channels
-    else:
-        row, there = _inside(place // channels - before, end, mode)
-        kept = place < num_out * channels
-    channel = place % channels
-    source = row * channels + channel
-    values = tl.load(signal + example * signal_step + source, mask=kept & there, other=0.0).to(tl.float32)
-    if has_bias:
-        values += tl.load(bias + channel, mask=kept & there, other=0.0)
-    if has_residual:
-        values += tl.load(residual + example * residual_step + source, mask=kept & there, other=0.0).to(tl.float32)
-    if has_total:
-        values += tl.load(total + example * (num_in * channels) + source, mask=kept & there, other=0.0).to(tl.float32)
-    values = _activated(values * scale, channel, alpha, num_snake, kind, slope, "")
-    tl.store(out + example * (num_out * channels) + place, values.to(out.dtype.element_ty), mask=kept)
 
 
 def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
@@ -250,16 +78,34 @@ def convolution(
     """
     signal = _rows(signal)
     batch, num_in, _ = signal.shape
-    num_out, kept = layer.num_out(num_in), layer.num_kept(num_in)
-    channels = layer.outputs // layer.upsample_stride
-    out = torch.empty((batch, kept, channels), dtype=dtype or signal.dtype, device=signal.device)
-    if out.numel() == 0:
-        return out
-    before_kind, alpha = _spec(activation, layer.bias)
-    after_kind, alpha_after = _spec(after, layer.bias)
+    shape = batch, layer.num_kept(num_in), layer.outputs // layer.upsample_stride
+    out = torch.empty(shape, dtype=dtype or signal.dtype, device=signal.device)
+    if out.numel():
+        _launch(layer, signal, ends, tile, out, activation, residual, total, scale, after)
+    return out
+
+
+def _launch(
+    layer: Layer,
+    signal: torch.Tensor,
+    ends: torch.Tensor,
+    tile: Tile,
+    out: torch.Tensor,
+    activation: Activation | None,
+    residual: torch.Tensor | None,
+    total: torch.Tensor | None,
+    scale: float,
+    after: Activation | None,
+) -> None:
+    """Launch the kernel that writes `convolution` to `out`."""
+    batch, num_in, _ = signal.shape
+    num_out = layer.num_out(num_in)
+    _, kept, channels = out.shape
+    kind, alpha = _spec(activation, layer.bias)
+    kind_after, alpha_after = _spec(after, layer.bias)
     residual = None if residual is None else _rows(residual)
     grid = (triton.cdiv(num_out, tile.time) * triton.cdiv(layer.outputs, tile.channels), batch)
-    _convolution[grid](
+    convolution_kernel[grid](
         signal,
         layer.weight,
         layer.bias,
@@ -283,25 +129,31 @@ def convolution(
         len(alpha),
         len(alpha_after),
         scale,
-        inputs=layer.inputs,
-        outputs=layer.outputs,
-        run=math.gcd(layer.inputs, tile.sums),
-        mode=layer.mode,
+        kind=kind,
+        slope=0.0 if activation is None else activation.slope,
+        kind_after=kind_after,
+        slope_after=0.0 if after is None else after.slope,
         has_residual=residual is not None,
         has_total=total is not None,
-        precision=layer.dot_precision,
         pairs=_pairs(signal, activation) if tile.pairs else "",
-        kind=before_kind,
-        slope=0.0 if activation is None else activation.slope,
-        kind_after=after_kind,
-        slope_after=0.0 if after is None else after.slope,
-        tile_time=tile.time,
-        tile_channels=tile.channels,
-        tile_sums=tile.sums,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_constants(layer, tile),
     )
-    return out
+
+
+def _constants(layer: Layer, tile: Tile) -> dict[str, Any]:
+    """Return the compile-time arguments that only depend on a layer and a tile."""
+    return {
+        "inputs": layer.inputs,
+        "outputs": layer.outputs,
+        "run": math.gcd(layer.inputs, tile.sums),
+        "mode": layer.mode,
+        "precision": layer.dot_precision,
+        "tile_time": tile.time,
+        "tile_channels": tile.channels,
+        "tile_sums": tile.sums,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def pointwise(
@@ -336,16 +188,13 @@ def pointwise(
     """
     signal = _rows(signal)
     batch, num_in, channels = signal.shape
-    num_out = num_in + (sum(pad) if pad is not None else 0)
+    num_out = num_in + sum(pad or ())
     out = torch.empty((batch, num_out, channels), dtype=dtype or signal.dtype, device=signal.device)
     residual = None if residual is None else _rows(residual)
     kind, alpha = _spec(activation, ends)
-    tile = 1024
-    _pointwise[(triton.cdiv(num_out * channels, tile), batch)](
+    pointwise_kernel[(triton.cdiv(num_out * channels, POINTWISE_TILE), batch)](
         signal,
-        signal if bias is None else bias,
-        signal if residual is None else residual,
-        signal if total is None else total,
+        *(signal if value is None else value for value in (bias, residual, total)),
         out,
         ends,
         alpha,
@@ -363,7 +212,7 @@ def pointwise(
         has_bias=bias is not None,
         has_residual=residual is not None,
         has_total=total is not None,
-        tile=tile,
+        tile=POINTWISE_TILE,
         num_warps=4,
     )
     return out
