@@ -140,7 +140,7 @@ def test_files_and_folders_import_each_other_in_no_circle(folder):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    ("text", "expected"),
     [
         ("import nemo_lfr.errors", {"errors"}),
         ("import nemo_lfr.errors as e, os", {"errors"}),

@@ -18,11 +18,13 @@ class Inert:
     __slots__ = ("state",)
 
     def __new__(cls, *_: Any) -> "Inert":
+        """Return a placeholder, whatever the arguments."""
         inert = super().__new__(cls)
         inert.state = None
         return inert
 
     def __call__(self, *_: Any) -> "Inert":
+        """Return a placeholder for the result of a pickled call."""
         return Inert()
 
     def __setstate__(self, state: Any) -> None:

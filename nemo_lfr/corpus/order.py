@@ -100,9 +100,8 @@ class EpochOrder:
             count = next((n for n, position in enumerate(wanted) if position >= first + end - begin), len(wanted))
             inside = set(wanted[:count])
             last = wanted[count - 1]
-            for position, utterance in enumerate(self._read(shard, begin, begin + last - first + 1), first):
-                if position in inside:
-                    found[position] = utterance
+            read = enumerate(self._read(shard, begin, begin + last - first + 1), first)
+            found |= {position: utterance for position, utterance in read if position in inside}
             wanted = wanted[count:]
         return [found[position] for position in positions]
 

@@ -25,7 +25,7 @@ from nemo_lfr.nemo.careful import careful_iterators
 logger = logging.getLogger(__name__)
 
 
-class CutDataset(Dataset):
+class CutDataset(Dataset[dict[str, Any]]):
     """Dataset that turns Lhotse cuts into batches with NeMo's keys.
 
     If a cut has a `target_audio` field, its audio is used, as in NeMo's `AudioCodecLhotseDataset`; otherwise the audio
@@ -105,7 +105,7 @@ def uses_lhotse(config: DictConfig) -> bool:
 
 def cut_loader(
     config: DictConfig, sample_rate: int, global_rank: int, world_size: int, *, validation: bool = False
-) -> DataLoader:
+) -> DataLoader[dict[str, Any]]:
     """Build the data loader of a config section that uses Lhotse.
 
     Args:
@@ -147,6 +147,7 @@ def cut_loader(
     else:
         loader.min_duration = arguments["segment_duration"]
     with careful_iterators():
-        return get_lhotse_dataloader_from_config(
+        batches: DataLoader[dict[str, Any]] = get_lhotse_dataloader_from_config(
             config=loader, global_rank=global_rank, world_size=world_size, dataset=dataset
         )
+    return batches

@@ -36,7 +36,8 @@ def initialize_from_data(
 
     def rescale(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         conv = module.conv
-        assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d) and conv.bias is not None
+        assert isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)
+        assert conv.bias is not None
         if module is encoder.post_conv:
             mean = output.mean(dim=(0, 2))
             scale = encoded_spread / output.std(dim=(0, 2)).clamp_min(1e-8)

@@ -120,7 +120,7 @@ def with_state(**changes: Any) -> bytes:
 
 @pytest.fixture
 def nemo(tmp_path):
-    """bytes -> a file of them."""
+    """Bytes -> a file of them."""
 
     def write(contents: bytes) -> Path:
         path = tmp_path / "stranger.nemo"

@@ -140,7 +140,7 @@ def test_a_pipe_without_samples_is_said_to_be_so(piped):
 
 
 @pytest.mark.parametrize(
-    "rate, subtype, kind", [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
+    ("rate", "subtype", "kind"), [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
 )
 def test_other_formats_rates_and_stereo_come_through_pipes_too(piped, tmp_path, rate, subtype, kind):
     wave = synthesize(1.5 * rate / RATE, 3)

@@ -265,9 +265,7 @@ def test_threads_in_different_states_do_not_disturb_each_other():
 
     def work(state: str) -> None:
         with STATES[state]():
-            for _ in range(5):
-                if not torch.equal(codec.encode(WAVE)[0], expected):
-                    wrong.append(state)
+            wrong.extend(state for _ in range(5) if not torch.equal(codec.encode(WAVE)[0], expected))
 
     names = ["autocast bf16", "inference mode", "device context meta", "nothing", "grad"]
     with onednn_in_bf16():

@@ -311,7 +311,7 @@ def test_triton_is_not_imported_without_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision, share", [("fp32", 1.0), ("tf32", 0.98), ("bf16", 0.8), ("fp16", 0.95)])
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("tf32", 0.98), ("bf16", 0.8), ("fp16", 0.95)])
 def test_gpu_tokens_and_audio_equal_the_cpus(precision, share):
     codec = build_codec("symmetric")
     clips = [speech_like(length, seed=length) for length in (22050, 30000, 51000)]

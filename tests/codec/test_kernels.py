@@ -214,7 +214,8 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nemo_lfr.codec.cuda.kernels import FREE as kernel_free, _convolution as kernel, leaky_pairs
+from nemo_lfr.codec.cuda.kernels import leaky_pairs
+from nemo_lfr.codec.cuda.triton_kernels import FREE as kernel_free, convolution_kernel as kernel
 
 kind, pairs, precision = sys.argv[1], sys.argv[2], sys.argv[3]
 fixed = dict(
@@ -244,7 +245,7 @@ print("wgmma" in made.asm["ptx"], "max.bf16x2" in made.asm["ptx"], loop.count("a
 
 
 @pytest.mark.parametrize(
-    "kind, pairs, precision", [("bf16", "pairs", "ieee"), ("fp32", "single", "tf32")], ids=["bf16", "tf32"]
+    ("kind", "pairs", "precision"), [("bf16", "pairs", "ieee"), ("fp32", "single", "tf32")], ids=["bf16", "tf32"]
 )
 def test_kernels_compile_for_hopper_where_there_is_no_gpu(tmp_path, kind, pairs, precision):
     """The interpreter knows neither tensor cores nor PTX."""

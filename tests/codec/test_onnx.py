@@ -326,7 +326,7 @@ def test_a_folder_that_is_not_as_it_was_exported_is_refused_in_one_line(damage, 
     assert "export" in message
 
 
-@pytest.mark.parametrize("key, value", [("num_codebooks", 9), ("samples_per_frame", 16), ("levels", [8, 8, 8, 8])])
+@pytest.mark.parametrize(("key", "value"), [("num_codebooks", 9), ("samples_per_frame", 16), ("levels", [8, 8, 8, 8])])
 def test_a_forged_folder_gives_no_tokens_that_contradict_it(key, value, two_exports, tmp_path):
     shutil.copytree(two_exports[0], tmp_path / "x")
     forge(tmp_path / "x", **{key: value})

@@ -56,5 +56,5 @@ def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert len(descriptors) == 6
     for descriptor in descriptors:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)

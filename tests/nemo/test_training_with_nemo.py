@@ -71,8 +71,10 @@ def batch(size: int = 2, frames: int = 12, seed: int = 0) -> dict[str, torch.Ten
 
 
 def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Tensor]:
-    """The first batch none of whose encoded values lies within 1e-3 of where its level changes: no rounding error of
-    an encoder turns its tokens."""
+    """Return the first batch without encoded values within 1e-3 of where their level changes.
+
+    No rounding error of an encoder turns its tokens.
+    """
     for seed in range(0, 100 * size, size):
         found = batch(size, frames, seed)
         with torch.no_grad():
