@@ -5,6 +5,7 @@ Each message names the value that was passed, what was expected and what to do.
 
 import re
 from functools import cache
+from typing import TypedDict
 
 # Packages of the NeMo integration. NeMo installs the last two; they are listed because some releases are excluded.
 NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
@@ -40,6 +41,38 @@ class ConfigError(NemoLfrError):
 
 class MissingExtraError(NemoLfrError, ImportError):
     """Optional dependency that is needed but not installed."""
+
+
+class Failure(TypedDict):
+    """Record of something that was asked for and not done, in JSON output and in `failures.jsonl`.
+
+    Attributes:
+        input: path or name of the input; a model or an output if that is what failed.
+        error: the message, on one line.
+        type: name of the exception's class, such as "AudioError".
+    """
+
+    input: str
+    error: str
+    type: str
+
+
+def failure(source: object, error: BaseException) -> Failure:
+    """Return the record of a failure.
+
+    Args:
+        source: path or name of the input.
+        error: the exception that the input caused.
+    """
+    return {"input": str(source), "error": message_of(error), "type": type(error).__name__}
+
+
+def message_of(error: BaseException) -> str:
+    """Return an exception's message on one line; that of an OSError names the file first."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."
+    return " ".join(text.split()) or type(error).__name__
 
 
 def shorten(text: object, length: int = 80) -> str:

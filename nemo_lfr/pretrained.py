@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from nemo_lfr.bundled import LFR, bundled_checkpoint, bundled_quality
 from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
@@ -20,16 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_BACKEND = "torch"
-LFR = "nvidia/low-frame-rate-speech-codec-22khz"
 # Model names in model cards and tutorials, and the Hub repositories that they refer to.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
-
-
-def bundled_checkpoint() -> Path:
-    """Return the path of the bundled codec."""
-    return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
 
 
 embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
@@ -184,7 +179,8 @@ def load(
     """Load a codec for inference.
 
     The keys and shapes of a checkpoint are validated immediately. The weights of the encoder and of the decoder are
-    loaded on first use, which raises CheckpointError if they are damaged.
+    loaded on first use, which raises CheckpointError if they are damaged. The bundled codec is named with its measured
+    quality in a log message of level WARNING.
 
     Args:
         source: path of a `.nemo`, of a Lightning `.ckpt` or of a folder that `nemo-lfr export onnx` wrote, a Hub id,
@@ -217,4 +213,9 @@ def load(
         opener.check(options)
     if path is None or opener.accepts is None:
         path = find_checkpoint(source)
-    return Codec(opener.open(path, options))
+    codec = Codec(opener.open(path, options))
+    # A worker process would repeat the line of the process that started it.
+    if source is None and multiprocessing.parent_process() is None:
+        text = "using the bundled codec (%s); NVIDIA's weights, for non-commercial use, are the model %s"
+        logger.warning(text, bundled_quality(), LFR)
+    return codec

@@ -21,6 +21,7 @@ ORDER = (
     "_version",
     "telemetry",
     "errors",
+    "bundled",
     "frames",
     "spec",
     "modules",

@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import (
     Number,
+    PathText,
     UserPath,
     entropy_model_option,
     lookahead_option,
     model_options,
     open_codec,
+    overwrite_option,
+    skip_existing_option,
 )
+from nemo_lfr.cli.results import FileFigures, FilesResult
+from nemo_lfr.cli.session import begin_work
 from nemo_lfr.cli.stdio import check_pipe, spooled
 from nemo_lfr.errors import NemoLfrError
 
@@ -26,8 +32,8 @@ if TYPE_CHECKING:
 AUDIO_FORMATS = ("wav", "flac")
 
 
-@click.command(short_help="Decode .lfr token files into audio.")
-@click.argument("inputs", nargs=-1, required=True)
+@click.command(cls=Command, result=FilesResult, short_help="Decode .lfr token files into audio.")
+@click.argument("inputs", nargs=-1, required=True, type=PathText())
 @click.option(
     "--out",
     type=UserPath(),
@@ -36,11 +42,15 @@ AUDIO_FORMATS = ("wav", "flac")
 @click.option(
     "--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Audio format (default: that of --out, else wav)."
 )
-@click.option("--start", type=Number(min=0), default=0.0, help="Start time in seconds (default 0).")
-@click.option("--duration", type=Number(min=0), help="Seconds to decode (default: to the end).")
+@overwrite_option
+@skip_existing_option
+@click.option(
+    "--start", type=Number(min=0), metavar="SECONDS", default=0.0, show_default=True, help="Start time, in seconds."
+)
+@click.option(
+    "--duration", type=Number(min=0), metavar="SECONDS", help="Length to decode, in seconds (default: to the end)."
+)
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
-@click.option("--skip-existing", is_flag=True, help="Skip inputs whose output exists.")
 @entropy_model_option(
     "Entropy model (.lfrm) of compressed files (default: the bundled one, or HASH.lfrm beside them)."
 )
@@ -58,7 +68,7 @@ def decode(
     entropy_model: Path | None,
     lookahead: int | None,
     **options: Any,
-) -> None:
+) -> dict[str, Any] | None:
     """Decode .lfr token files, folders or globs into audio of the original length.
 
     `decode - -` reads a token file from stdin and writes audio to stdout; WAV is written as tokens arrive. `decode
@@ -75,25 +85,23 @@ def decode(
             from nemo_lfr.cli.pipes import decode_pipe
 
             codec = open_codec(options["model"], options["device"], options["precision"])
+            begin_work()
             decode_pipe(codec, sys.stdin.buffer, sys.stdout.buffer, lookahead, entropy_model)  # type: ignore[arg-type]
-            return
+            return None
         with spooled(inputs[0], TOKEN_SUFFIX, f".{kind}") as task:
             codec = open_codec(options["model"], options["device"], options["precision"])
+            begin_work()
             decode_task(task, codec, **wanted)
-        return
+        return None
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are always decoded with their full context.")
     kind = output_format(kind, out)
     tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
     if not tasks:
-        run_tasks([], lambda batch: iter(()), 1, options["as_json"])
-        return
+        return {"files": []}
     codec = open_codec(options["model"], options["device"], options["precision"])
-    run_tasks(
-        tasks,
-        lambda batch: iter([decode_task(task, codec, overwrite=overwrite, **wanted) for task in batch]),
-        1,
-        options["as_json"],
+    return run_tasks(
+        tasks, lambda batch: iter([decode_task(task, codec, overwrite=overwrite, **wanted) for task in batch]), 1
     )
 
 
@@ -118,7 +126,7 @@ def output_format(kind: str | None, out: Path | None) -> str:
     return suffix
 
 
-def decode_task(task: FileTask, codec: "Codec[Any]", **options: Any) -> dict[str, Any]:
+def decode_task(task: FileTask, codec: "Codec[Any]", **options: Any) -> FileFigures:
     """Decode one token file; `options` are those of `Codec.decode_file`."""
     started = time.perf_counter()
     num_samples = codec.decode_file(task.source, task.target, **options)

@@ -1,7 +1,6 @@
 """Command `nemo-lfr demo`: encode and decode a speech clip, and print sizes, times and quality."""
 
 import io
-import json
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -9,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.options import UserPath, model_options, open_codec
-from nemo_lfr.cli.terminal import print_table
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.cli.results import DemoResult
+from nemo_lfr.cli.session import begin_work, note
+from nemo_lfr.cli.table import print_table
+from nemo_lfr.errors import NemoLfrError, install_command
 from nemo_lfr.io.atomic import sweep, write_bytes
 
 if TYPE_CHECKING:
@@ -20,16 +22,34 @@ if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
 
-@click.command(short_help="Encode and decode an example recording.")
-@click.option("--out", type=UserPath(file_okay=False), default=Path("demo_output"), show_default=True)
+@click.command(cls=Command, result=DemoResult, short_help="Encode and decode an example recording.")
+@click.option(
+    "--out",
+    type=UserPath(file_okay=False),
+    default=Path("demo_output"),
+    show_default=True,
+    help="Folder for the files.",
+)
 @model_options
-def demo(out: Path, **options: Any) -> None:
-    """Encode and decode a speech clip; write both, the tokens, and a picture of the spectrograms."""
-    values = run(out, open_codec(options["model"], options["device"], options["precision"]))
-    if options["as_json"]:
-        click.echo(json.dumps(values, indent=2))
-    else:
-        print_table(values)
+def demo(out: Path, model: str | None, device: str | None, precision: str) -> dict[str, Any]:
+    """Encode and decode a speech clip, and measure the result.
+
+    Writes the clip, its tokens, the decoded audio, and a picture of both spectrograms. Existing files are replaced.
+    """
+    codec = open_codec(model, device, precision)
+    begin_work()
+    values = run(out, codec)
+    print_table(values)
+    return values
+
+
+# Metrics of `measure` by their keys in the JSON output.
+QUALITY = {"pesq_wb": "PESQ-WB", "estoi": "ESTOI", "si_sdr_db": "SI-SDR"}
+
+
+def _rounded(value: Any) -> float | None:
+    """Round a metric; None if it was not measured."""
+    return round(value, 4) if isinstance(value, float) else None
 
 
 def demo_clip() -> Path:
@@ -47,14 +67,14 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
         codec: codec to use; its sample rate must be that of the clip.
 
     Returns:
-        Paths, sizes, times and quality by name, formatted for printing.
+        The keys of a `DemoResult`.
 
     Raises:
         NemoLfrError: if the codec has another sample rate than the clip.
     """
     import soundfile
 
-    from nemo_lfr.evaluation.metrics import METRICS, QUICK, NotMeasured, Signal, measure
+    from nemo_lfr.evaluation.metrics import QUICK, Signal, measure
     from nemo_lfr.io.audio import AudioWriter
 
     out.mkdir(parents=True, exist_ok=True)
@@ -77,22 +97,31 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
     finished = time.perf_counter()
     output, _ = soundfile.read(decoded, dtype="float32")
     duration, size = len(audio) / rate, tokens.stat().st_size
+    metrics = measure(Signal(audio, rate), Signal(output, rate), QUICK)
+    for name, value in metrics.items():
+        if not isinstance(value, float):
+            note(f"nemo-lfr: {name} {value}")
+    is_drawn = draw(audio, output, rate, 8 * size / duration, picture)
     return {
-        "codec": repr(codec),
-        "original": f"{original}  ({duration:.2f} s, {2 * len(audio)} bytes of 16-bit samples)",
-        "tokens": f"{tokens}  ({size} bytes, {2 * len(audio) / size:.0f} times smaller)",
+        "codec": codec.name,
+        "original": str(original),
+        "tokens": str(tokens),
         "decoded": str(decoded),
-        "picture": draw(audio, output, rate, 8 * size / duration, picture),
-        "bit rate": f"{8 * size / duration:.0f} bit/s in the file, of which {codec.bit_rate:.0f} are tokens",
-        "encoding": f"{encoded - started:.2f} s, {duration / (encoded - started):.1f} times real time",
-        "decoding": f"{finished - encoded:.2f} s, {duration / (finished - encoded):.1f} times real time",
-    } | {
-        name: value if isinstance(value, NotMeasured) else f"{value:.3f} {METRICS[name].unit}".rstrip()
-        for name, value in measure(Signal(audio, rate), Signal(output, rate), QUICK).items()
+        "spectrograms": str(picture) if is_drawn else None,
+        "duration_s": round(duration, 4),
+        "original_bytes": 2 * len(audio),
+        "token_file_bytes": size,
+        "bit_rate_bps": round(8 * size / duration, 1),
+        "codec_bit_rate_bps": round(codec.bit_rate, 1),
+        "encode_s": round(encoded - started, 4),
+        "decode_s": round(finished - encoded, 4),
+        "encode_times_real_time": round(duration / (encoded - started), 2),
+        "decode_times_real_time": round(duration / (finished - encoded), 2),
+        "quality": {key: _rounded(metrics[name]) for key, name in QUALITY.items()},
     }
 
 
-def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, path: Path) -> str:
+def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, path: Path) -> bool:
     """Draw the spectrograms of both waveforms, one above the other.
 
     Args:
@@ -103,14 +132,13 @@ def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, 
         path: PNG file to write.
 
     Returns:
-        The path, or the reason why no picture was drawn.
+        Whether the picture was drawn; it is not without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        from nemo_lfr.evaluation.metrics import missing
-
-        return missing("matplotlib").replace("measured", "drawn")
+        note(f"nemo-lfr: no picture is drawn without matplotlib: {install_command('matplotlib')}")
+        return False
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, wave, title in zip(
@@ -127,4 +155,5 @@ def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, 
     figure.colorbar(image, ax=axes, label="magnitude (dB)")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    return str(write_bytes(path, picture.getvalue()))
+    write_bytes(path, picture.getvalue())
+    return True

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
-from nemo_lfr.cli.options import UserPath, entropy_model_option, lookahead_option, model_options, open_codec
+from nemo_lfr.cli.options import (
+    PathText,
+    UserPath,
+    count_option,
+    entropy_model_option,
+    lookahead_option,
+    model_options,
+    open_codec,
+    overwrite_option,
+    skip_existing_option,
+)
+from nemo_lfr.cli.results import FileFigures, FilesResult
+from nemo_lfr.cli.session import begin_work, note
 from nemo_lfr.cli.stdio import check_pipe
-from nemo_lfr.cli.terminal import echo_stderr
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
 
@@ -24,17 +36,17 @@ if TYPE_CHECKING:
 BATCH_SECONDS = 60
 
 
-@click.command(short_help="Encode audio files into .lfr token files.")
-@click.argument("inputs", nargs=-1, required=True)
+@click.command(cls=Command, result=FilesResult, short_help="Encode audio files into .lfr token files.")
+@click.argument("inputs", nargs=-1, required=True, type=PathText())
 @click.option(
     "--out",
     type=UserPath(),
     help="Folder for the token files, or NAME.lfr for one input (default: beside the input).",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Files encoded together.")
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
-@click.option("--skip-existing", is_flag=True, help="Skip inputs whose output exists.")
-@click.option("--block", type=click.IntRange(min=1), default=8, show_default=True, help="Frames per chunk for pipes.")
+@overwrite_option
+@skip_existing_option
+@count_option("--batch-size", "Number of files to encode together.", 8)
+@count_option("--block", "Frames per chunk for pipes.", 8)
 @click.option("--compress", is_flag=True, help="Compress files losslessly, to about two thirds of their size.")
 @entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
 @lookahead_option
@@ -50,7 +62,7 @@ def encode(
     entropy_model: Path | None,
     lookahead: int | None,
     **options: Any,
-) -> None:
+) -> dict[str, Any] | None:
     """Encode audio files, folders or globs into .lfr token files.
 
     `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives. `encode
@@ -64,28 +76,28 @@ def encode(
         codec = open_codec(options["model"], options["device"], options["precision"])
         source = sys.stdin.buffer if inputs[0] == "-" else Path(inputs[0])
         model = model_to_write(codec, compress, entropy_model)
+        begin_work()
         reader = encode_pipe(codec, source, sys.stdout.buffer, block, lookahead, model)  # type: ignore[arg-type]
         if reader.channels > 1:
-            echo_stderr(f"{reader.name}: {reader.channels} channels mixed to mono")
+            note(f"{reader.name}: {reader.channels} channels mixed to mono")
         if not reader.samples_read:
-            echo_stderr(f"{reader.name}: holds no samples")
-        return
+            note(f"{reader.name}: holds no samples")
+        return None
     if lookahead is not None:
         raise NemoLfrError("--lookahead is for pipes; files are always encoded with their full context.")
     from nemo_lfr.io.entropy.find import model_to_write
 
     tasks = tasks_to_run(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
     if not tasks:
-        run_tasks([], lambda batch: iter(()), 1, options["as_json"])
-        return
+        return {"files": []}
     codec = open_codec(options["model"], options["device"], options["precision"])
     model = model_to_write(codec, compress, entropy_model)
-    run_tasks(tasks, lambda batch: encode_tasks(batch, codec, overwrite, model), batch_size, options["as_json"])
+    return run_tasks(tasks, lambda batch: encode_tasks(batch, codec, overwrite, model), batch_size)
 
 
 def encode_tasks(
     tasks: list[FileTask], codec: "Codec[Any]", overwrite: bool, model: "EntropyModel | None" = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[FileFigures]:
     """Encode short files as one batch and longer ones one at a time, in bounded memory.
 
     Args:
@@ -108,7 +120,7 @@ def encode_tasks(
     for task in tasks:
         with AudioReader(task.source, codec.sample_rate) as reader:
             if reader.channels > 1:
-                echo_stderr(f"{task.source}: {reader.channels} channels mixed to mono")
+                note(f"{task.source}: {reader.channels} channels mixed to mono")
             if len(tasks) > 1 and reader.duration <= BATCH_SECONDS:
                 clips[task] = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
     tokens: dict[FileTask, Any] = {}

@@ -1,47 +1,48 @@
 """Command `nemo-lfr entropy fit`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from nemo_lfr.cli.command import Command, Group
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
-from nemo_lfr.cli.options import UserPath
-from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
-from nemo_lfr.errors import EntropyModelError, TokenFileError, shorten
+from nemo_lfr.cli.options import Number, UserPath, count_option, overwrite_option
+from nemo_lfr.cli.results import EntropyFitResult
+from nemo_lfr.cli.session import begin_work, fail, note, print_line
+from nemo_lfr.errors import EntropyModelError, TokenFileError
 from nemo_lfr.spec import same_fingerprint
 
 KEYS = ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint")
 
 
-@click.group(short_help="Fit entropy models that compress token files.")
+@click.group(cls=Group, short_help="Fit entropy models that compress token files.")
 def entropy() -> None:
     """Make entropy models, which compress token files without loss."""
 
 
-@entropy.command(short_help="Fit an entropy model to tokens.")
-@click.argument("tokens", nargs=-1, required=True, type=UserPath())
+@entropy.command(cls=Command, result=EntropyFitResult, short_help="Fit an entropy model to tokens.")
+@click.argument("tokens", nargs=-1, required=True, type=UserPath(exists=True))
 @click.option("--out", type=UserPath(dir_okay=False), required=True, help="Model file, NAME.lfrm.")
-@click.option("--epochs", type=click.FloatRange(min=0.1, max=1000), default=16, show_default=True)
 @click.option(
-    "--max-frames",
-    type=click.IntRange(min=1),
-    default=250_000,
+    "--epochs",
+    type=Number(0.1, 1000),
+    metavar="NUMBER",
+    default=16,
     show_default=True,
-    help="Frames to fit; utterances are sampled if there are more.",
+    help="Passes over the tokens, from 0.1 to 1000.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@count_option("--max-frames", "Frames to fit; utterances are sampled if there are more.", 250_000)
+@count_option("--seed", "Random seed.", 0, low=0)
+@overwrite_option
 def fit(
-    tokens: Sequence[Path], out: Path, epochs: float, max_frames: int, seed: int, overwrite: bool, as_json: bool
-) -> None:
+    tokens: Sequence[Path], out: Path, epochs: float, max_frames: int, seed: int, overwrite: bool
+) -> dict[str, Any]:
     """Fit an entropy model to tokens of one codec: .lfr files, folders of them, or folders that `tokenize` wrote.
 
     About an hour of speech suffices. The fit takes some minutes on a CPU. 4 percent of the utterances are held out to
-    measure the model.
+    measure the model. Tokens that cannot be read are left out; the exit code is then 1.
     """
     from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings
@@ -51,6 +52,7 @@ def fit(
     if out.suffix != SUFFIX:
         raise EntropyModelError(f"--out {out}: an entropy model's name ends in {SUFFIX}.")
     check_overwrite(out, overwrite)
+    begin_work()
     utterances: list[Any] = []
     first: Any = None
     for path, metadata, values in _read(tokens):
@@ -73,31 +75,28 @@ def fit(
         codec.num_codebooks,
         codec.fingerprint,
         settings,
-        lambda line: echo_stderr(f"nemo-lfr: {line}"),
+        lambda line: note(f"nemo-lfr: {line}"),
     )
     write_model(model, out, overwrite)
-    saved = 1 - figures["bits a frame"] / figures["uniform bits a frame"]
-    values = {
-        "output": str(out),
-        "model": model.hash,
-        "bytes": len(model.to_bytes()),
-        **{name: round(value, 3) for name, value in figures.items()},
-        "saved": round(saved, 4),
-    }
-    if as_json:
-        click.echo(json.dumps(values, indent=2))
-        return
-    echo_stdout(out)
-    echo_stderr(
-        f"nemo-lfr: entropy model {model.hash}: {figures['bits a frame']:.2f} bits a frame on held-out utterances, "
-        f"{100 * saved:.1f} % less than uniform tokens have"
+    saved = 1 - figures["bits_per_frame"] / figures["uniform_bits_per_frame"]
+    print_line(out)
+    note(
+        f"nemo-lfr: entropy model {model.hash}: {figures['bits_per_frame']:.2f} bits per frame on held-out "
+        f"utterances, {100 * saved:.1f} % less than without compression"
     )
+    return {
+        "output": str(out),
+        "entropy_model": model.hash,
+        "file_bytes": len(model.to_bytes()),
+        **{name: round(value, 3) for name, value in figures.items()},
+        "saved_share": round(saved, 4),
+    }
 
 
 def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     """Yield the path, metadata and tokens [C, T] of every utterance.
 
-    Utterances that cannot be read are skipped; their count and the last error are printed on stderr.
+    Utterances that cannot be read are recorded as failures.
 
     Raises:
         TokenFileError: if utterances were found but none could be read.
@@ -107,29 +106,29 @@ def _read(paths: Sequence[Path]) -> Iterator[tuple[Path, Any, Any]]:
     from nemo_lfr.io.folders import find_files
     from nemo_lfr.io.token_file import TokenReader
 
-    read = failed = 0
-    error: Exception | None = None
+    read = 0
+    errors: list[tuple[Path, TokenFileError]] = []
     for path in paths:
         if (path / METADATA).is_file():
             folder = TokenFolder(path)
             for shard, _ in enumerate(folder.counts):
                 for utterance in folder.read(shard):
                     if isinstance(utterance, TokenFileError):
-                        failed, error = failed + 1, utterance
+                        errors.append((path, utterance))
                     else:
                         read += 1
                         yield path, folder.codec, utterance.tokens.numpy()
             continue
-        files = find_files(path, {TOKEN_SUFFIX}, report=echo_stderr) if path.is_dir() else [path]
+        files = find_files(path, {TOKEN_SUFFIX}, report=note) if path.is_dir() else [path]
         for file in files:
             try:
                 with TokenReader(file) as reader:
                     values = reader.read()
                 read += 1
                 yield file, reader.metadata, values
-            except TokenFileError as problem:
-                failed, error = failed + 1, problem
-    if error is not None:
-        if not read:
-            raise error
-        echo_stderr(f"nemo-lfr: {failed} utterances could not be read; the last one: {shorten(error, 300)}")
+            except TokenFileError as error:
+                errors.append((file, error))
+    if errors and not read:
+        raise errors[-1][1]
+    for source, problem in errors:
+        fail(source, problem)

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nemo_lfr.cli.options import UserPath
-from nemo_lfr.cli.terminal import echo_stderr, echo_stdout, progress
+from nemo_lfr.bundled import bundled_quality
+from nemo_lfr.cli.command import Command, RenamedOption
+from nemo_lfr.cli.options import PathText, UserPath, count_option, device_option
+from nemo_lfr.cli.progress import progress
+from nemo_lfr.cli.results import EvaluateResult
+from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.regular import open_regular
 
 if TYPE_CHECKING:
+    from nemo_lfr.evaluation.results import Evaluation
     from nemo_lfr.io.manifests import Recording
 
 
@@ -30,17 +35,17 @@ class RegistryOption(click.Option):
         return record and (record[0], record[1].replace("{}", names))
 
 
-@click.command(short_help="Measure codecs on recordings and write a report.")
+@click.command(cls=Command, result=EvaluateResult, short_help="Measure codecs on recordings and write a report.")
 @click.argument("source", type=UserPath())
 @click.option(
-    "--codec", "codecs", multiple=True, cls=RegistryOption, help="Codec to compare, repeatable: {} (default: lfr)."
+    "--codec",
+    "codecs",
+    multiple=True,
+    cls=RegistryOption,
+    metavar="CODEC",
+    help=f"Codec to compare, repeatable: {{}} (default: lfr; the bundled codec has {bundled_quality()}).",
 )
-@click.option(
-    "--out",
-    type=UserPath(file_okay=False),
-    required=True,
-    help="Folder for the report and all audio.",
-)
+@click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the report and all audio.")
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
@@ -49,40 +54,42 @@ class RegistryOption(click.Option):
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Base folder of the manifest's paths (default: the manifest's folder).",
+    help="Folder that relative paths start from (default: the manifest's folder).",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Number of recordings to sample (default: all).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Sampling seed for --limit.")
+@count_option("--limit", "Number of recordings to sample (default: all).")
+@count_option("--seed", "Random seed of --limit.", 0, low=None)
 @click.option(
     "--rate",
     type=click.IntRange(8000, 48000),
+    metavar="HZ",
     default=22050,
     show_default=True,
-    help="Sample rate of the comparison, in Hz.",
+    help="Sample rate of the comparison, from 8000 to 48000 Hz.",
 )
 @click.option(
-    "--asr", help="ASR model for CER and WER: a folder or Hub id (transformers), a .nemo file or nemo:HUB_ID."
+    "--asr",
+    type=PathText("model"),
+    help="ASR model for CER and WER: a folder or Hub id (transformers), a .nemo file or nemo:HUB_ID (default: none).",
 )
-@click.option("--speaker-model", help="Model for speaker similarity; same forms as --asr.")
+@click.option(
+    "--speaker-model",
+    type=PathText("model"),
+    help="Model for speaker similarity, in the same forms as --asr (default: none).",
+)
 @click.option(
     "--model-metric",
     "model_metrics",
     multiple=True,
     cls=RegistryOption,
-    help="Metric of another model, as KIND or KIND:MODEL, repeatable; kinds: {}.",
+    metavar="KIND[:MODEL]",
+    help="Metric of another model, repeatable; kinds: {} (default: none).",
 )
-@click.option("--by", multiple=True, help="Manifest key to group tables by, such as lang; repeatable.")
-@click.option(
-    "--examples",
-    type=click.IntRange(min=0),
-    default=4,
-    show_default=True,
-    help="Recordings shown in the report with audio players.",
+@click.option("--by", multiple=True, metavar="KEY", help="Manifest key to group tables by, such as lang; repeatable.")
+@count_option("--examples", "Number of recordings with audio players in the report.", 4, low=0)
+@count_option(
+    "--workers", "Number of processes for the metrics (default: one per core).", cls=RenamedOption, earlier="--jobs"
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Number of processes for the metrics (default: one per core)."
-)
-@click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: a GPU if there is one).")
+@device_option()
 def evaluate(
     source: Path,
     codecs: tuple[str, ...],
@@ -94,15 +101,15 @@ def evaluate(
     rate: int,
     by: tuple[str, ...],
     examples: int,
-    jobs: int | None,
+    workers: int | None,
     device: str | None,
     **models: Any,
-) -> None:
+) -> dict[str, Any]:
     """Measure codecs on the recordings of a NeMo manifest or table, and write a report.
 
     Results are kept: the same command resumes an interrupted run, and another --codec or a larger --limit adds to
-    it. The exit code is 1 if a codec failed on a recording, which the report names, if a line of the manifest could
-    not be used, or if a requested model could not be loaded.
+    it. The exit code is 1 if a codec failed on a recording, a line of the manifest could not be used, or a metric
+    that was asked for could not be measured.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.codecs import open_codec
@@ -111,7 +118,7 @@ def evaluate(
     from nemo_lfr.io.exclusive import exclusive
 
     report.check_packages()
-    recordings, look, bad_lines = _read_recordings(source, preset, audio_dir, seed)
+    recordings, look = _read_recordings(source, preset, audio_dir, seed)
     opened = [open_codec(text, device) for text in dict.fromkeys(codecs or ("lfr",))]
     requested = _requested_models(**models)
     out.mkdir(parents=True, exist_ok=True)
@@ -122,21 +129,46 @@ def evaluate(
             out,
             rate=rate,
             device=device,
-            jobs=jobs or os.cpu_count() or 1,
+            jobs=workers or os.cpu_count() or 1,
             models=requested,
             source=f"{preset or 'manifest'} {source.resolve()}",
             progress=progress,
         )
+        _record_failures(evaluation, requested)
         if not any(result.round_trips for result in evaluation.results):
             raise NemoLfrError(f"{source}: no codec processed any recording; the lines above say why.")
         command = shlex.join(["nemo-lfr", *sys.argv[1:]])
         paths = report.write_report(evaluation, out, command=command, by=by, examples=examples, **look)
     for path in paths:
-        echo_stdout(path)
+        print_line(path)
+    return {
+        "files": [str(path) for path in paths],
+        "recordings": len(evaluation.recordings),
+        "codecs": [result.name for result in evaluation.results],
+    }
+
+
+def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> None:
+    """Record the recordings that a codec failed on, and the metrics that were requested and not measured.
+
+    Args:
+        evaluation: the finished evaluation.
+        requested: model of each requested kind of model metric.
+    """
+    for result in evaluation.results:
+        for key, reason in result.failures.items():
+            fail(evaluation.recordings[key].path, NemoLfrError(f"{result.name}: {reason}"))
+    current().reported = len(current().failures)  # they were printed when they happened
     for kind, reason in evaluation.failed_models.items():
-        echo_stderr(f"nemo-lfr: {kind}: the model {requested[kind]} could not be loaded: {reason}")
-    if bad_lines or evaluation.failed_models or any(result.failures for result in evaluation.results):
-        sys.exit(1)
+        fail(requested[kind], NemoLfrError(f"{kind}: the model {requested[kind]} could not be loaded: {reason}"))
+    for metric, model in evaluation.models.items():
+        values = [
+            result.values.get(key, {}).get(metric) for result in evaluation.results for key in result.round_trips
+        ]
+        reasons = [str(value) for value in values if not isinstance(value, int | float)]
+        errors = [reason for reason in reasons if reason.startswith("not measured")]
+        if model in requested.values() and (errors or (reasons and len(reasons) == len(values))):
+            fail(model, NemoLfrError(f"{metric}: {len(errors or reasons)} of {len(values)} outputs: {reasons[0]}"))
 
 
 def _requested_models(asr: str | None, speaker_model: str | None, model_metrics: tuple[str, ...]) -> dict[str, str]:
@@ -148,27 +180,25 @@ def _requested_models(asr: str | None, speaker_model: str | None, model_metrics:
 
 def _read_recordings(
     source: Path, preset: str | None, audio_dir: Path | None, seed: int
-) -> "tuple[list[Recording], dict[str, Any], list[str]]":
-    """Return the recordings of a manifest or preset, the arguments of the report, and the unusable lines."""
+) -> "tuple[list[Recording], dict[str, Any]]":
+    """Return the recordings of a manifest or preset, and arguments of the report; record the unusable lines."""
     from nemo_lfr.evaluation.presets import PRESETS
     from nemo_lfr.io.manifests import read_manifest
 
-    bad_lines: list[str] = []
     if preset:
         if not source.is_dir():
             raise NemoLfrError(f"{source}: no such folder; with --preset, pass the folder of the unpacked archives.")
         recordings = PRESETS[preset].recordings(source, seed)
         look = {"title": f"Speech codecs on {preset}", "card": PRESETS[preset].card}
-        echo_stderr(f"{preset}: {PRESETS[preset].selection}")
+        note(f"{preset}: {PRESETS[preset].selection}")
     else:
         _check_manifest(source)
-        recordings = read_manifest(source, audio_dir, on_bad_line=bad_lines.append)
+        recordings = read_manifest(source, audio_dir, on_bad_line=lambda line: fail(source, NemoLfrError(line)))
         look = {"title": f"Speech codecs on {source.stem}"}
-        for problem in bad_lines:
-            echo_stderr(f"nemo-lfr: {problem}")
+        current().report_failures()
     if not recordings:
         raise NemoLfrError(f"{source}: contains no recordings.")
-    return recordings, look, bad_lines
+    return recordings, look
 
 
 def _check_manifest(source: Path) -> None:

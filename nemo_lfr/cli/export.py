@@ -1,30 +1,39 @@
 """Command group `nemo-lfr export`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from nemo_lfr.cli.options import UserPath, open_codec
-from nemo_lfr.cli.terminal import echo_stdout
+from nemo_lfr.cli.command import Command, Group
+from nemo_lfr.cli.options import UserPath, model_option, open_codec, overwrite_option
+from nemo_lfr.cli.results import ExportResult
+from nemo_lfr.cli.session import print_line
 
 
-@click.group(short_help="Export a codec to another runtime.")
+@click.group(cls=Group, short_help="Export a codec to another runtime.")
 def export() -> None:
     """Write a codec for another runtime."""
 
 
-@export.command("onnx", short_help="Export a codec to ONNX files.")
+@export.command("onnx", cls=Command, result=ExportResult, short_help="Export a codec to ONNX files.")
 @click.option(
     "--out",
     type=UserPath(file_okay=False),
     required=True,
     help="Folder for encoder.onnx and decoder.onnx.",
 )
-@click.option("--model", help="Checkpoint (.nemo or .ckpt) or Hub id (default: the bundled codec).")
-@click.option("--overwrite", is_flag=True, help="Replace existing files.")
-def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> None:
-    """Write encoder.onnx and decoder.onnx, for any length and batch; use the folder as --model of other commands."""
+@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@overwrite_option
+def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
+    """Write encoder.onnx and decoder.onnx, for audio of any length and batches of any size.
+
+    Pass the folder as --model to other commands.
+    """
     from nemo_lfr.codec.onnx.export import export_onnx
 
-    for path in export_onnx(open_codec(model, "cpu", "fp32"), out, overwrite=overwrite):
-        echo_stdout(path)
+    codec = open_codec(model, "cpu", "fp32")
+    paths = export_onnx(codec, out, overwrite=overwrite)
+    for path in paths:
+        print_line(path)
+    return {"files": [str(path) for path in paths]}

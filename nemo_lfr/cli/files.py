@@ -1,6 +1,5 @@
 """File tasks of `encode` and `decode`: planning, checks and execution."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -8,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from nemo_lfr.cli.identify import AUDIO, CHECKPOINT, ENTROPY_MODEL, TOKEN_SUFFIX, TOKENS, identify
-from nemo_lfr.cli.terminal import echo_stderr, echo_stdout, exit_with_error, progress
+from nemo_lfr.cli.progress import progress
+from nemo_lfr.cli.results import FileFigures
+from nemo_lfr.cli.session import current, fail, note, print_line
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files, find_matches
@@ -35,7 +34,7 @@ def plan_tasks(
     out: Path | None,
     suffixes: Collection[str],
     new_suffix: str,
-    report: Callable[[str], None] = echo_stderr,
+    report: Callable[[str], None] = note,
 ) -> list[FileTask]:
     """Expand files, folders and globs into tasks.
 
@@ -64,7 +63,7 @@ def plan_tasks(
         exists = text and os.path.lexists(text)  # Path("") would be the current folder
         matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
         if not matches:
-            raise NemoLfrError(f"{text or repr(text)}: no such file or folder.")
+            raise NemoLfrError(_not_found(text, inputs, new_suffix))
         if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
             raise NemoLfrError(
                 f"--out {out} names one {new_suffix} file, but the input is not one file; give a folder as --out."
@@ -94,6 +93,17 @@ def plan_tasks(
     for line in passed_over:
         report(f"nemo-lfr: {line}")
     return list(dict.fromkeys(tasks))
+
+
+def _not_found(text: str, inputs: Sequence[str], new_suffix: str) -> str:
+    """Return the message for an input that does not exist: a pattern, a path, or an output given as an input."""
+    if any(char in text for char in "*?["):
+        return f"{text}: no file matches this pattern."
+    missing = f"{text or repr(text)}: no such file or folder"
+    if len(inputs) > 1 and text == inputs[-1] and text:
+        is_output = Path(text).suffix.lower() in {new_suffix, ""}
+        return f"{missing}; if it is the output, give it as --out {text}." if is_output else f"{missing}."
+    return f"{missing}."
 
 
 def names_a_file(out: Path | None, suffix: str) -> bool:
@@ -162,7 +172,7 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
-        echo_stderr(f"nemo-lfr: {len(kept)} of {len(tasks)} results exist and are kept.")
+        note(f"nemo-lfr: {len(kept)} of {len(tasks)} results exist and are kept.")
     left = [task for task in tasks if task not in kept]
     names: dict[Path, list[str]] = {}
     for task in left:
@@ -188,7 +198,7 @@ def tasks_to_run(
     passed_over: list[str] = []
     tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
     for line in passed_over:
-        echo_stderr(line)
+        note(line)
     return tasks
 
 
@@ -201,83 +211,71 @@ def _refuse_file_as_folder(target: Path) -> None:
             raise NemoLfrError(f"{target} cannot be written: {folder} is not a folder; choose another --out.")
 
 
-def run_tasks(
-    tasks: Sequence[FileTask],
-    work: Callable[[list[FileTask]], Iterator[dict[str, Any]]],
-    batch_size: int,
-    as_json: bool,
-) -> None:
-    """Run all tasks and print their results; exit with code 1 if some failed.
+Work = Callable[[list[FileTask]], Iterator[FileFigures]]
 
-    A file that fails is reported at the end and does not stop the others. If a batch fails, its remaining tasks are
-    run one by one. If the only task fails, the exit code is 2.
+
+def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[str, Any]:
+    """Run all tasks and print the paths of the outputs.
+
+    A file that fails is recorded (`session.fail`) and does not stop the others. If a batch fails, its remaining tasks
+    are run one by one.
 
     Args:
         tasks: tasks to run.
         work: takes a batch of tasks and yields a `task_result` for each, in order, as soon as its file is complete.
         batch_size: number of tasks per batch.
-        as_json: print one JSON object rather than the paths of the outputs.
+
+    Returns:
+        The keys of a `FilesResult`.
     """
-    results: list[dict[str, Any]] = []
-    failures: list[dict[str, str]] = []
+    results: list[FileFigures] = []
+    shows_lines = not current().quiet and (current().verbose or sys.stderr.isatty())
     with progress(len(tasks)) as advance:
         for start in range(0, len(tasks), batch_size):
             batch = list(tasks[start : start + batch_size])
-            for result in _attempts(batch, work, failures):
+            for result in _attempts(batch, work):
                 results.append(result)
-                advance(_line(result))
-    if as_json:
-        click.echo(json.dumps({"files": results, "failures": failures}, indent=2))
-    else:
-        for result in results:
-            echo_stdout(result["output"])
-    if failures and len(tasks) == 1:
-        exit_with_error(failures[0]["error"])
-    for failure in failures:
-        echo_stderr(f"nemo-lfr: failed: {failure['error']}")
-    if failures:
-        echo_stderr(f"nemo-lfr: {len(failures)} of {len(tasks)} files failed.")
-        sys.exit(1)
+                advance(_line(result) if shows_lines else "")
+    for result in results:
+        print_line(result["output"])
+    current().report_failures(len(tasks))
+    return {"files": results}
 
 
-def _attempts(
-    batch: list[FileTask], work: Callable[[list[FileTask]], Iterator[dict[str, Any]]], failures: list[dict[str, str]]
-) -> Iterator[dict[str, Any]]:
+def _attempts(batch: list[FileTask], work: Work) -> Iterator[FileFigures]:
     done = 0
     try:
         for result in work(batch):
             done += 1
             yield result
+        return
     except (NemoLfrError, OSError) as error:
-        if len(batch) > 1:
-            for task in batch[done:]:
-                yield from _attempts([task], work, failures)
-        else:
-            text = str(error)
-            if not isinstance(error, NemoLfrError):
-                text = f"{error.filename or batch[0].target}: {error.strerror or error}."
-            failures.append({"input": str(batch[0].source), "error": text})
+        if len(batch) == 1:
+            if isinstance(error, OSError) and error.filename is None and not isinstance(error, NemoLfrError):
+                error.filename = str(batch[0].target)
+            fail(batch[0].source, error)
+            return
     except (MemoryError, RuntimeError) as error:
         if (shortage := shortage_of(error)) is None:
             raise
         if len(batch) == 1:
-            failures.append({"input": str(batch[0].source), "error": f"{batch[0].source}: {shortage}"})
+            fail(batch[0].source, type(error)(f"{batch[0].source}: {shortage}"))
             return
         error.__traceback__ = None  # it keeps the arrays of the failed attempt alive
-        for task in batch[done:]:
-            yield from _attempts([task], work, failures)
+    for task in batch[done:]:
+        yield from _attempts([task], work)
 
 
-def _line(result: dict[str, Any]) -> str:
+def _line(result: FileFigures) -> str:
     return (
-        f"{result['input']} -> {result['output']}  {result['duration']:.2f} s  {result['bytes']} bytes  "
-        f"{result['bit_rate'] / 1000:.2f} kbit/s  {result['real_time_factor']:.1f}x real time"
+        f"{result['input']} -> {result['output']}  {result['duration_s']:.2f} s  {result['token_file_bytes']} bytes  "
+        f"{result['bit_rate_bps'] / 1000:.2f} kbit/s  {result['times_real_time']:.1f}x real time"
     )
 
 
 def task_result(
     task: FileTask, codec: "Codec[Any]", num_samples: int, token_file: Path, seconds: float
-) -> dict[str, Any]:
+) -> FileFigures:
     """Return the figures of a finished task, as --json prints them.
 
     Args:
@@ -288,15 +286,15 @@ def task_result(
         seconds: wall-clock time that the task took.
     """
     if not num_samples:
-        echo_stderr(f"{task.source}: holds no samples")
+        note(f"{task.source}: holds no samples")
     duration = num_samples / codec.sample_rate
     size = token_file.stat().st_size
     return {
         "input": str(task.source),
         "output": str(task.target),
-        "duration": round(duration, 4),
+        "duration_s": round(duration, 4),
         "samples": num_samples,
-        "bytes": size,
-        "bit_rate": round(8 * size / duration, 1) if duration else 0.0,
-        "real_time_factor": round(duration / max(seconds, 1e-9), 2),
+        "token_file_bytes": size,
+        "bit_rate_bps": round(8 * size / duration, 1) if duration else 0.0,
+        "times_real_time": round(duration / max(seconds, 1e-9), 2),
     }

@@ -29,7 +29,7 @@ class Identity(NamedTuple):
 AUDIO = Identity("audio", "an audio file", "nemo-lfr encode takes it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode takes it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "give it as --model")
-ENTROPY_MODEL = Identity("entropy model", "an entropy model", "give it as --entropy-model")
+ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "give it as --entropy-model")
 # Offset, magic bytes, identity.
 MAGIC = (
     (0, b"LFRT", TOKENS),
@@ -56,7 +56,7 @@ MAGIC = (
 MEMBERS = (
     ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "give it as --model")),
     ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "give it as --model")),
-    ("tokens.json", Identity("corpus tokens", "a tokenized corpus", "nemo-lfr detokenize takes it")),
+    ("tokens.json", Identity("corpus_tokens", "a tokenized corpus", "nemo-lfr detokenize takes it")),
     ("recordings.json", Identity("evaluation", "the folder of an evaluation", "open its report.html")),
     ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),
     ("dataset_dict.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),

@@ -1,21 +1,25 @@
 """Command group `nemo-lfr` and its entry point.
 
 Each command has its own file and imports torch and other large packages only when it runs, so that `--help` is fast.
-Results go to stdout and everything else to stderr. Usage errors print one line and exit with code 2.
+Results go to stdout and everything else to stderr. Errors are one line. The exit codes are those of `EXIT_CODES`.
 """
 
 import errno
 import io
+import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 
 from nemo_lfr._version import __version__
+from nemo_lfr.cli.command import Group
 from nemo_lfr.cli.decode import decode
 from nemo_lfr.cli.demo import demo
 from nemo_lfr.cli.detokenize import detokenize
@@ -25,15 +29,24 @@ from nemo_lfr.cli.evaluate import evaluate
 from nemo_lfr.cli.export import export
 from nemo_lfr.cli.info import info
 from nemo_lfr.cli.prepare import prepare
-from nemo_lfr.cli.terminal import discard_output, echo_stderr, exit_with_error
+from nemo_lfr.cli.session import DONE, FAILED, USAGE, Session
+from nemo_lfr.cli.terminal import discard_output, echo_stderr
 from nemo_lfr.cli.tokenize import tokenize
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, failure
 from nemo_lfr.io.shortage import shortage_of
 
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+EXIT_CODES = {
+    DONE: "Everything was done.",
+    FAILED: "Something that was asked for was not done; stderr says what.",
+    USAGE: "Nothing was done: the command line or what it names is not valid.",
+}
+EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {text}" for code, text in EXIT_CODES.items())
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="nemo-lfr")
 def app() -> None:
     """Encode speech to tokens at 21.5 frames per second, and decode it."""
@@ -96,7 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(arguments)
 
 
-def _check_current_folder() -> None:
+def _exit_with_error(error: BaseException, session: Session, code: int) -> NoReturn:
+    """Print an error as one line on stderr, and as JSON if --json was passed, and exit."""
+    record = failure(getattr(error, "filename", None) or "", error)
+    if session.verbose and not isinstance(error, click.UsageError):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            echo_stderr(line)
+    session.report_failures()
+    echo_stderr(f"nemo-lfr: error: {record['error']}")
+    if session.as_json:
+        click.echo(json.dumps({"failures": [*session.failures, record]}, indent=2))
+    sys.exit(code)
+
+
+def _check_current_folder(session: Session) -> None:
     """Exit with an error if the current folder was removed.
 
     Python and PyTorch call `os.getcwd` in many places and would fail there with a traceback.
@@ -104,47 +130,69 @@ def _check_current_folder() -> None:
     try:
         os.getcwd()
     except OSError as error:
-        exit_with_error(f"the current folder cannot be used ({error.strerror}); go to another one.")
+        text = f"the current folder cannot be used ({error.strerror}); go to another one."
+        _exit_with_error(NemoLfrError(text), session, USAGE)
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    _check_current_folder()
+    session = Session()
+    _check_current_folder(session)
     os.environ.setdefault("PATH", os.defpath)  # importing Lhotse fails without PATH
     try:
-        app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        echo_stderr(error.format_message())
-        sys.exit(2)
+        app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False, obj=session)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "nemo-lfr"
-        exit_with_error(f"{error.format_message()} Try '{command} --help'.")
+        _exit_for_usage(error, session)
     except click.ClickException as error:
-        exit_with_error(error.format_message())
-    except click.Abort as error:
+        _exit_with_error(NemoLfrError(error.format_message()), session, USAGE)
+    except (click.Abort, KeyboardInterrupt) as error:
         # click turns EOFError and KeyboardInterrupt into Abort; only the latter is an interrupt.
-        if isinstance(error.__cause__ or error.__context__, EOFError):
-            exit_with_error(f"a file ends too early ({error.__cause__ or error.__context__}).")
-        echo_stderr("nemo-lfr: interrupted.")
-        sys.exit(130)
-    except KeyboardInterrupt:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, EOFError):
+            _exit_with_error(EOFError(f"a file ends too early ({cause})."), session, FAILED)
         echo_stderr("nemo-lfr: interrupted.")
         sys.exit(130)
     except BrokenPipeError:
         discard_output(sys.stdout)
-        sys.exit(1)
-    except NemoLfrError as error:
-        exit_with_error(str(error))
-    except OSError as error:
-        name = error.filename
-        if name is None and error.errno in DISK_FULL:  # errors of our file writers have a name
-            name = "stdout"
-            discard_output(sys.stdout)
-        exit_with_error(f"{name}: {error.strerror}." if name else f"{error.strerror or error}.")
-    except (MemoryError, RuntimeError) as error:
-        shortage = shortage_of(error)
-        if shortage is None:
-            raise
-        exit_with_error(shortage)
+        sys.exit(FAILED)
+    except Exception as error:
+        _exit_for(error, session)
+
+
+def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
+    """Print a usage error with the command that helps; the help of a group that was called without a command."""
+    no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
+    if isinstance(error, no_arguments):
+        click.echo(error.format_message(), err=True)
+        sys.exit(USAGE)
+    command = error.ctx.command_path if error.ctx else "nemo-lfr"
+    message = error.format_message()
+    text = f"{message}{'' if message.endswith(('.', '?')) else '.'} Try '{command} --help'."
+    _exit_with_error(click.UsageError(text), session, USAGE)
+
+
+def _exit_for(error: Exception, session: Session) -> NoReturn:
+    """Print an error of a command, and exit with the code for it.
+
+    An error of the arguments, which is raised before the work begins, is one of usage.
+    """
+    code = FAILED if session.started else USAGE
+    if isinstance(error, NemoLfrError):
+        _exit_with_error(error, session, code)
+    if isinstance(error, OSError):
+        if error.errno in DISK_FULL:
+            code = FAILED
+            if error.filename is None:  # errors of our file writers have a name
+                discard_output(sys.stdout)
+                error = OSError(error.errno, error.strerror, "stdout")
+        _exit_with_error(error, session, code)
+    shortage = shortage_of(error)
+    if shortage is not None:
+        _exit_with_error(NemoLfrError(shortage), session, FAILED)
+    hint = "" if session.verbose else " Pass --verbose for the traceback, and report this error."
+    text = f"unexpected {type(error).__name__}: {error}.{hint}"
+    unexpected = RuntimeError(text)
+    unexpected.__traceback__, unexpected.__cause__ = None, error
+    _exit_with_error(unexpected, session, FAILED)
 
 
 if __name__ == "__main__":

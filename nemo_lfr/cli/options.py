@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from nemo_lfr.cli.terminal import echo_stderr
+from nemo_lfr.bundled import bundled_quality
 from nemo_lfr.codec.cpu.malloc import configure_malloc
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
 
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Number(click.FloatRange):
@@ -45,46 +49,89 @@ class UserPath(click.Path):
             self.fail(str(error).rstrip("."), param, ctx)
 
 
+class PathText(click.ParamType):
+    """Text that may be a path, a pattern, a Hub id or "-"; a shell completes it as a path.
+
+    Args:
+        name: placeholder in help texts.
+    """
+
+    def __init__(self, name: str = "path") -> None:
+        self.name = name
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Let the shell complete file names."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[Any]":
-    """Load the codec that the options select; print a note on stderr if it is the bundled one.
+    """Load the codec that the options select.
 
     Args:
         model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
         device: device of the network; None for the default.
         precision: see `nemo_lfr.load`.
     """
-    from nemo_lfr.pretrained import LFR, load
+    from nemo_lfr.pretrained import load
 
     configure_malloc()
-    if model is None:
-        echo_stderr(f"using the bundled codec (PESQ 1.67); for NVIDIA's weights (non-commercial) pass --model {LFR}")
     return load(model, device, precision)
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --model, --device, --precision and --json to a command."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the results as JSON."),
-        click.option(
-            "--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True
-        ),
-        click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: a GPU if there is one).", default=None),
-        click.option(
-            "--model",
-            help="Checkpoint (.nemo or .ckpt), folder of ONNX files, or Hub id (default: the bundled codec).",
-        ),
-    ):
-        command = option(command)
-    return command
+def model_option(accepted: str = "checkpoint (.nemo or .ckpt), folder of ONNX files, or Hub id") -> Decorator:
+    """Return the option --model.
+
+    Args:
+        accepted: what the option accepts, for its help text.
+    """
+    text = f"Codec: {accepted} (default: the bundled codec, {bundled_quality()})."
+    return click.option("--model", type=PathText("model"), help=text)
 
 
-def entropy_model_option(text: str) -> Callable[..., Any]:
+def device_option(default: str = "a GPU if there is one, else the CPU") -> Decorator:
+    """Return the option --device."""
+    return click.option("--device", metavar="DEVICE", help=f"Device: cpu, cuda, cuda:1 ... (default: {default}).")
+
+
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Number format of the computation.",
+)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --model, --device and --precision to a command."""
+    return model_option()(device_option()(precision_option(command)))
+
+
+def entropy_model_option(text: str) -> Decorator:
     """Return the option --entropy-model with a help text."""
     return click.option("--entropy-model", type=UserPath(dir_okay=False), help=text)
 
 
-lookahead_option = click.option(
-    "--lookahead",
-    type=click.IntRange(min=0),
-    help="Frames of right context for pipes (default: all that a result depends on).",
+def count_option(name: str, text: str, default: int | None = None, low: int | None = 1, **options: Any) -> Decorator:
+    """Return an option whose value is a whole number.
+
+    Args:
+        name: the option, such as "--workers".
+        text: help text; it says the default if that is None.
+        default: default value.
+        low: smallest value; None for any.
+        options: more arguments of `click.option`.
+    """
+    return click.option(
+        name, type=click.IntRange(min=low), metavar="N", default=default, show_default=default is not None, help=text,
+        **options,
+    )  # fmt: skip
+
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
+skip_existing_option = click.option(
+    "--skip-existing", is_flag=True, help="Keep existing outputs and process the other inputs."
+)
+lookahead_option = count_option(
+    "--lookahead", "Frames of right context for pipes (default: all that a result depends on).", low=0
 )

@@ -1,44 +1,67 @@
 """Command `nemo-lfr prepare`."""
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from nemo_lfr.cli.options import Number, UserPath
-from nemo_lfr.cli.terminal import print_table, progress
+from nemo_lfr.cli.command import Command, RenamedOption
+from nemo_lfr.cli.options import Number, UserPath, count_option
+from nemo_lfr.cli.progress import progress
+from nemo_lfr.cli.results import PrepareResult
+from nemo_lfr.cli.session import current, print_line
 from nemo_lfr.io.layouts import LAYOUTS
 
 
-@click.command(short_help="Write training manifests for a corpus.")
-@click.argument("kind", type=click.Choice(list(LAYOUTS)))
+@click.command(cls=Command, result=PrepareResult, short_help="Write training manifests for a corpus.")
+@click.argument("kind", metavar="KIND", type=click.Choice(list(LAYOUTS)))
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the manifests.")
 @click.option(
     "--valid-share",
     type=Number(0, 1),
+    metavar="SHARE",
     default=0.02,
     show_default=True,
-    help="Share of speakers held out for validation if the corpus has no validation set.",
+    help="Share of the speakers, from 0 to 1, held out for validation if the corpus has no validation set.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Number of files read in parallel."
-)
+@count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def prepare(kind: str, corpus: Path, out: Path, valid_share: float, jobs: int, no_check: bool, as_json: bool) -> None:
+def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int, no_check: bool) -> dict[str, Any]:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
+
+    KIND is the layout of CORPUS: librispeech, mls, commonvoice, vctk, or folder, which is any folder of audio files.
 
     An interrupted run resumes where it stopped. Files that cannot be used are listed in failures.jsonl; the
     exit code is then 1.
     """
     from nemo_lfr.training.prepare import prepare
 
-    values = prepare(kind, corpus, out, valid_share=valid_share, jobs=jobs, check=not no_check, progress=progress)
-    if as_json:
-        click.echo(json.dumps(values, indent=2))
-    else:
-        print_table(values)
-    if "failures" in values:
-        sys.exit(1)
+    done = prepare(kind, corpus, out, valid_share=valid_share, jobs=workers, check=not no_check, progress=progress)
+    for split, figures in done.splits.items():
+        print_line(
+            f"{split:<9}  {figures.manifest}  ({figures.utterances} utterances, {figures.speakers} speakers, "
+            f"{figures.duration_s / 3600:.2f} hours)"
+        )
+    if done.failures_file is not None:
+        print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
+    for path in done.kept:
+        print_line(f"not of this run  {path}")
+    print_line(f"audio_dir  {corpus}")
+    session = current()
+    session.failures += done.failures
+    session.report_failures(shown=0)
+    return {
+        "splits": {
+            split: {
+                "manifest": str(figures.manifest),
+                "utterances": figures.utterances,
+                "speakers": figures.speakers,
+                "duration_s": figures.duration_s,
+            }
+            for split, figures in done.splits.items()
+        },
+        "failures_file": None if done.failures_file is None else str(done.failures_file),
+        "kept": [str(path) for path in done.kept],
+        "audio_dir": str(corpus),
+    }

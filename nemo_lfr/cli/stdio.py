@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_lfr.cli.files import FileTask
+from nemo_lfr.cli.session import current
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import naming
 
@@ -20,9 +21,11 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
         out: value of --out, if it was passed.
 
     Raises:
-        NemoLfrError: unless the inputs are `-`, `- -` or `FILE -`, --out is absent, and the streams are open and not a
-            terminal.
+        NemoLfrError: unless the inputs are `-`, `- -` or `FILE -`, --out and --json are absent, and the streams
+            are open and not a terminal.
     """
+    if current().as_json:
+        raise NemoLfrError("-: stdout receives the result, so --json cannot be used with pipes; leave it out.")
     if "" in inputs:
         raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":

@@ -1,14 +1,19 @@
-"""Output of messages and progress on stderr, and of results on stdout."""
+"""Output of messages and progress on stderr."""
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import click
 
 from nemo_lfr.errors import printable
+
+# Seconds between two lines that report progress where stderr is not a terminal.
+HEARTBEAT_S = 20.0
 
 
 def echo_stderr(text: str) -> None:
@@ -33,48 +38,58 @@ def discard_output(stream: IO[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def echo_stdout(text: object) -> None:
-    """Print one line on stdout; on a terminal, replace control characters."""
-    click.echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
+@contextmanager
+def heartbeat(describe: Callable[[], str]) -> Iterator[None]:
+    """Print a line on stderr every `HEARTBEAT_S` seconds while the context is open, from a thread of its own.
+
+    The line also comes while one long file is processed.
+
+    Args:
+        describe: returns what is done so far, such as "3 of 10 files".
+    """
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def run() -> None:
+        with suppress(BrokenPipeError):
+            while not ended.wait(HEARTBEAT_S):
+                echo_stderr(f"nemo-lfr: {describe()} done after {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=run, name="nemo-lfr heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar on a terminal, or else plain lines.
+def progress_bar(unit: str) -> Iterator[Callable[..., Any]]:
+    """Show a progress bar on a terminal.
 
     Args:
-        total: number of files.
+        unit: what is counted, such as "files".
 
     Yields:
-        A function to call once per finished file, with a line to print or "".
+        A function with the keywords `completed`, `total`, `text` (shown beside the bar) and `line` (printed above it).
     """
-    if not sys.stderr.isatty():
-        yield lambda text: echo_stderr(text) if text else None
-        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(unit),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("files", total=total)
+        task = bar.add_task(unit, total=None, text="")
 
-        def advance(text: str) -> None:
-            if text:
-                bar.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
-            bar.advance(task)
+        def update(line: str = "", **values: Any) -> None:
+            if line:
+                bar.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+            bar.update(task, **values)
 
-        yield advance
-
-
-def print_table(values: dict[str, Any]) -> None:
-    """Print names and values as two columns on stdout."""
-    width = max(len(key) for key in values)
-    for key, value in values.items():
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        click.echo(printable(f"{key:<{width}}  {shown}"))
-
-
-def exit_with_error(text: str) -> NoReturn:
-    """Print an error as one line on stderr and exit with code 2."""
-    echo_stderr(f"nemo-lfr: error: {' '.join(text.split())}")
-    sys.exit(2)
+        yield update

@@ -10,30 +10,37 @@ from typing import Any
 
 import click
 
-from nemo_lfr.cli.options import Number, UserPath
-from nemo_lfr.cli.terminal import echo_stderr, echo_stdout
+from nemo_lfr.cli.command import Command
+from nemo_lfr.cli.options import (
+    Number,
+    UserPath,
+    count_option,
+    device_option,
+    entropy_model_option,
+    model_option,
+    precision_option,
+)
+from nemo_lfr.cli.results import TokenizeResult
+from nemo_lfr.cli.session import begin_work, current, note, print_line
+from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
 from nemo_lfr.corpus.formats import format_names
+from nemo_lfr.errors import Failure
 
 FORMATS = format_names()
 
 
-@click.command(short_help="Tokenize a corpus.")
+@click.command(cls=Command, result=TokenizeResult, short_help="Tokenize a corpus.")
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
-@click.option("--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True)
-@click.option("--model", help="Checkpoint (.nemo or .ckpt) or Hub id (default: the bundled codec).")
-@click.option("--device", help="Device: cpu, cuda, cuda:1 ... (default: all GPUs, else the CPU).")
-@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True, help="Format of the tokens."
+)
 @click.option(
     "--compress",
     is_flag=True,
-    help="Compress the files of --format lfr losslessly, to about two thirds of their size.",
+    help="Compress the files of --format lfr without loss, to about two thirds of their size.",
 )
-@click.option(
-    "--entropy-model",
-    type=UserPath(dir_okay=False),
-    help="Entropy model (.lfrm) to compress with (default for the bundled codec: its own).",
-)
+@entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),
@@ -45,34 +52,35 @@ FORMATS = format_names()
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
-    help="Base folder of relative paths (default: the manifest's folder).",
+    help="Folder that relative paths start from (default: the manifest's folder).",
 )
-@click.option("--dataset", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS).")
-@click.option("--shard-size", type=click.IntRange(min=1), default=256, show_default=True, help="Clips per shard.")
+@click.option(
+    "--dataset", metavar="NAME", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS)."
+)
+@count_option("--shard-size", "Number of clips per shard.", 256)
 @click.option(
     "--max-duration",
     type=Number(min=0),
+    metavar="SECONDS",
     default=3600.0,
     show_default=True,
     help="Longest clip to tokenize, in seconds.",
 )
+@count_option("--workers", "Number of processes or Ray actors (default: one per GPU, or per core without a GPU).")
+@count_option("--threads", "Number of threads of each worker on a CPU.", 1)
+@count_option("--readers", "Number of threads of each worker that read audio.", 1)
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Number of processes or actors (default: one per GPU or core)."
+    "--ray", metavar="ADDRESS", help="Run on Ray: local, auto, or the address of a cluster (default: without Ray)."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per worker on a CPU."
-)
-@click.option(
-    "--readers", type=click.IntRange(min=1), default=1, show_default=True, help="Audio reading threads per worker."
-)
-@click.option("--ray", help="Run on Ray: local, auto, or the address of a cluster.")
 @click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
-@click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only sizes.")
+@click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only their sizes.")
 @click.option(
     "--retry-failed", is_flag=True, help="Recompute shards with failed clips, for example after repairing the files."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print tokens.json.")
+@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@device_option("all GPUs, else the CPU")
+@precision_option
 def tokenize(
     corpus: Path,
     out: Path,
@@ -85,9 +93,8 @@ def tokenize(
     ray: str | None,
     verify: bool,
     retry_failed: bool,
-    as_json: bool,
     **options: Any,
-) -> None:
+) -> dict[str, Any]:
     """Tokenize a corpus: a manifest, a CSV or Parquet table, Lhotse cuts or Shar, a Hugging Face dataset or a folder.
 
     If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
@@ -109,55 +116,68 @@ def tokenize(
         done = tokenize(
             config, workers=workers, device=device, ray=ray, verify=verify, retry_failed=retry_failed, watch=watch
         )
-    if as_json:
-        click.echo(json.dumps(done, indent=2))
-    else:
-        echo_stdout(out)
+    failures = out / "failures.jsonl"
+    print_line(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
     if done["failures"]:
-        text += f"; {done['failures']} failed, see {out}/failures.jsonl; fix them and run again with --retry-failed"
-    echo_stderr(text)
-    if done["failures"]:
-        sys.exit(1)
+        echo_stderr(f"{text}; {done['failures']} failed, see {failures}; fix them and run again with --retry-failed")
+    else:
+        note(text)
+    session = current()
+    session.failures += [_failure(json.loads(line)) for line in failures.read_text("utf-8").splitlines()]
+    session.reported = len(session.failures)
+    return {
+        "output": str(out),
+        "metadata": str(out / "tokens.json"),
+        "failures_file": str(failures),
+        "format": done["format"],
+        "shards": done["shards"],
+        "clips": done["clips"],
+        "frames": done["frames"],
+        "duration_s": round(3600 * done["hours"], 1),
+    }
+
+
+def _failure(record: dict[str, str]) -> Failure:
+    """Return a line of failures.jsonl without the clip's id; runs of earlier versions wrote no type."""
+    return {"input": record["input"], "error": record["error"], "type": record.get("type", "NemoLfrError")}
 
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """Show a progress bar on a terminal, or else print a line every 30 s.
+    """Show a progress bar on a terminal, and elsewhere a line now and then.
 
     Yields:
         A function to call with the totals of the run so far.
     """
     started = time.monotonic()
+    latest: Any = None
 
-    def summarize(totals: Any) -> str:
-        hours = totals.samples / totals.sample_rate / 3600
-        speed = totals.computed_samples / totals.sample_rate / max(time.monotonic() - started, 1e-9)
-        return f"{totals.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(totals.failures)} failed"
+    def watch(totals: Any) -> None:
+        nonlocal latest
+        latest = totals
+        begin_work()
 
-    if not sys.stderr.isatty():
-        last = started
+    def summarize() -> str:
+        if latest is None:
+            return "planning: no shards"
+        hours = latest.samples / latest.sample_rate / 3600
+        speed = latest.computed_samples / latest.sample_rate / max(time.monotonic() - started, 1e-9)
+        return f"{latest.clips} clips, {hours:.2f} h, {speed:.1f}x real time, {len(latest.failures)} failed"
 
-        def now_and_then(totals: Any) -> None:
-            nonlocal last
-            if time.monotonic() - last > 30:
-                last = time.monotonic()
-                echo_stderr(f"nemo-lfr: {totals.done} of {totals.shards} shards: {summarize(totals)}")
+    def describe() -> str:
+        return summarize() if latest is None else f"{latest.done} of {latest.shards} shards ({summarize()})"
 
-        yield now_and_then
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if current().quiet:
+        yield watch
+    elif not sys.stderr.isatty():
+        with heartbeat(describe):
+            yield watch
+    else:
+        with progress_bar("shards") as update:
 
-    columns = (
-        TextColumn("shards"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda totals: bar.update(
-            task, total=totals.shards, completed=totals.done, description=summarize(totals)
-        )
+            def show(totals: Any) -> None:
+                watch(totals)
+                update(total=totals.shards, completed=totals.done, text=summarize())
+
+            yield show

@@ -1,6 +1,6 @@
 """Decoding of a folder of tokens to one audio file per utterance."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_lfr.codec.arrays import to_numpy
@@ -23,6 +23,8 @@ def decode_folder(
     limit: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    precision: str = "fp32",
+    on_start: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Path | NemoLfrError]:
     """Decode the utterances of a folder that `tokenize` wrote.
 
@@ -35,6 +37,8 @@ def decode_folder(
         limit: maximum number of utterances, including those that fail; None for all.
         overwrite: decode utterances whose audio file exists again.
         verify: compare the hash of every file before reading, not only its size.
+        precision: precision of the codec; see `nemo_lfr.load`.
+        on_start: called once with the number of utterances to decode, after the folder and the codec were accepted.
 
     Yields:
         The path of each audio file, or the error that prevented its creation.
@@ -44,7 +48,7 @@ def decode_folder(
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)
-    codec = load(model, device)
+    codec = load(model, device, precision)
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):
         raise NemoLfrError(
@@ -53,6 +57,8 @@ def decode_folder(
         )
     out.mkdir(parents=True, exist_ok=True)
     ids, leftovers = UniqueIds(), Sweeper()
+    total = sum(folder.counts)
+    on_start(total if limit is None else min(total, limit))
     count = 0
     for shard in range(len(folder.counts)):
         for utterance in folder.read(shard):

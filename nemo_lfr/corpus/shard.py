@@ -26,7 +26,7 @@ from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.sources import register_source
 from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardSpec
-from nemo_lfr.errors import AudioError, NemoLfrError
+from nemo_lfr.errors import AudioError, NemoLfrError, failure
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.text import without_nonfinite
@@ -116,7 +116,9 @@ def skip_failures(
         except (NemoLfrError, OSError) as error:
             if config.strict:
                 raise
-            record.failures.append({"id": clip.id, "input": clip.origin, "error": str(error)})
+            told = failure(clip.origin, error)
+            fields = {"input": told["input"], "error": told["error"], "type": told["type"]}
+            record.failures.append({"id": clip.id} | fields)
 
 
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:

@@ -145,7 +145,7 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
         yield from map(_measure, tasks)
         return
     _check_functions(tasks[0].table)
-    with sharing("several --jobs"):
+    with sharing("several --workers"):
         workers = min(jobs, len(tasks), MAX_WORKERS)
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (os.getpid(),))
     try:
@@ -163,7 +163,7 @@ def _check_functions(table: Mapping[str, Metric]) -> None:
         except Exception as error:  # pickle raises errors of several classes
             raise NemoLfrError(
                 f"metric {name!r} cannot be sent to worker processes ({shorten(error, 200)}); define its function at "
-                "the top level of a module, or use --jobs 1."
+                "the top level of a module, or use --workers 1."
             ) from error
 
 

@@ -26,7 +26,7 @@ def shortage_of(error: BaseException) -> str | None:
     reason = f" ({shorten(text, 120)})" if text else ""
     is_memory_message = isinstance(error, RuntimeError | ImportError) and any(phrase in text for phrase in NO_MEMORY)
     if isinstance(error, MemoryError) or is_memory_message:
-        return f"not enough memory{reason}; process less at a time: a smaller --batch-size, fewer --workers or --jobs."
+        return f"not enough memory{reason}; process less at a time: a smaller --batch-size or fewer --workers."
     if isinstance(error, RuntimeError) and any(phrase in text for phrase in NO_THREAD):
         return f"no more threads can be started{reason}; see `ulimit -u`, or end other processes."
     return None

@@ -1,14 +1,14 @@
 """Manifest preparation from downloaded corpora, for `nemo-lfr prepare`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
@@ -20,6 +20,33 @@ from nemo_lfr.io.tables import is_table
 FAILURES = "failures.jsonl"
 # Durations of the files opened so far, for resuming an interrupted run
 JOURNAL = ".opened.jsonl"
+
+
+@dataclass
+class Split:
+    """Manifest of one split: its path, and the number of utterances and speakers and seconds of audio in it."""
+
+    manifest: Path
+    utterances: int
+    speakers: int
+    duration_s: float
+
+
+@dataclass
+class Prepared:
+    """Result of `prepare`.
+
+    Attributes:
+        splits: the manifests by split; only those with utterances.
+        failures: records of the files, rows and transcripts that cannot be used.
+        failures_file: path of failures.jsonl, which holds these records; None if there are none.
+        kept: manifests and failures.jsonl of earlier runs in the output folder, which this run did not write.
+    """
+
+    splits: dict[str, Split] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    failures_file: Path | None = None
+    kept: list[Path] = field(default_factory=list)
 
 
 @contextmanager
@@ -37,7 +64,7 @@ def prepare(
     jobs: int = 4,
     check: bool = True,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Prepared:
     """Write NeMo manifests of a corpus: train.json, valid.json and test.json.
 
     Only splits with utterances are written. Existing manifests of other splits are kept and named in the result.
@@ -57,8 +84,7 @@ def prepare(
             that may be empty.
 
     Returns:
-        File, number of utterances, speakers and hours of each split, the failures, and the audio folder, as text to
-        print.
+        The manifests, and what failed.
 
     Raises:
         NemoLfrError: if the corpus does not match the layout, or no file can be opened.
@@ -96,31 +122,30 @@ def prepare(
 
 def _write_all(
     kind: str, utterances: list[CorpusUtterance], corpus: Path, out: Path, jobs: int, check: bool, progress: Progress
-) -> dict[str, Any]:
+) -> Prepared:
     """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
-    problems = [(str(utterance.path), utterance.problem) for utterance in utterances if utterance.problem]
-    problems += [(path, value) for path, value in found.items() if isinstance(value, str)]
-    failures = [{"audio_filepath": path, "reason": reason} for path, reason in problems]
+    result = Prepared()
+    for utterance in utterances:
+        if utterance.problem:
+            result.failures.append({"input": str(utterance.path), "error": utterance.problem, "type": "NemoLfrError"})
+    result.failures += [value for value in found.values() if isinstance(value, dict)]
     if not any(_entry(utterance, found) for utterance in utterances):
-        _write(out / FAILURES, failures)
-        raise NemoLfrError(f"{corpus}: none of {len(failures)} files can be opened; {out / FAILURES} says why.")
-    result: dict[str, Any] = {}
+        _write(out / FAILURES, result.failures)
+        raise NemoLfrError(f"{corpus}: none of {len(result.failures)} files can be opened; {out / FAILURES} says why.")
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
         if own:
             path = _write(out / f"{split}.json", own)
-            hours = sum(entry["duration"] for entry in own) / 3600
-            speakers = len({entry["speaker"] for entry in own})
-            result[split] = f"{path}  ({len(own)} utterances, {speakers} speakers, {hours:.2f} hours)"
-    if failures:
-        result["failures"] = f"{_write(out / FAILURES, failures)}  ({len(failures)})"
-    names = {f"{split}.json": split for split in SPLITS} | {FAILURES: "failures"}
-    if others := [name for name, key in names.items() if key not in result and (out / name).exists()]:
-        result["not of this run"] = ", ".join(str(out / name) for name in others)
+            seconds = sum(entry["duration"] for entry in own)
+            result.splits[split] = Split(path, len(own), len({entry["speaker"] for entry in own}), round(seconds, 4))
+    if result.failures:
+        result.failures_file = _write(out / FAILURES, result.failures)
+    written = {f"{split}.json" for split in result.splits} | ({FAILURES} if result.failures else set())
+    names = [*(f"{split}.json" for split in SPLITS), FAILURES]
+    result.kept = [out / name for name in names if name not in written and (out / name).exists()]
     (out / JOURNAL).unlink(missing_ok=True)
-    result["audio_dir"] = str(corpus)
     return result
 
 
@@ -152,11 +177,11 @@ def _open_all(
     jobs: int,
     check: bool,
     progress: Progress,
-) -> dict[str, float | str]:
-    """Return each file's duration in seconds, or the reason it is unusable."""
+) -> dict[str, float | Failure]:
+    """Return each file's duration in seconds, or why it is unusable."""
     mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
     with Journal(journal) as log:
-        found: dict[str, float | str] = {}
+        found: dict[str, float | Failure] = {}
         ours = False
         for entry in log:
             if isinstance(entry, dict):
@@ -168,10 +193,10 @@ def _open_all(
         missing = [path for path in usable if path not in found]
         measure = _decoded_duration if check else _duration
         with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
-            for path, value in zip(missing, pool.map(lambda path: measure(corpus / path), missing), strict=True):
+            for path, value in zip(missing, pool.map(lambda path: measure(corpus, path), missing), strict=True):
                 found[path] = value
                 log.add([path, value])
-                advance(f"{path}: {value}" if isinstance(value, str) else "")
+                advance(f"{path}: {value['error']}" if isinstance(value, dict) else "")
     return found
 
 
@@ -181,29 +206,39 @@ def _is_duration(entry: Any) -> bool:
     return type(entry[1]) in (int, float) and 0 < entry[1] <= MAX_SECONDS
 
 
-def _duration(path: Path) -> float | str:
+def _duration(corpus: Path, name: str) -> float | Failure:
+    """Return a file's duration in seconds by its header, or why it is unusable."""
     try:
-        with AudioReader(path, None) as reader:
+        with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:
-                return "holds no samples"
+                raise AudioError("holds no samples")
             return round(reader.duration, 4)
     except (NemoLfrError, OSError) as error:
-        return str(error).removeprefix(f"{path}: ")
+        return _unusable(corpus, name, error)
 
 
-def _decoded_duration(path: Path) -> float | str:
+def _decoded_duration(corpus: Path, name: str) -> float | Failure:
     """Decode a file and return its duration in seconds, or why it is unusable."""
     try:
-        with AudioReader(path, None) as reader:
+        with AudioReader(corpus / name, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())
-            return round(num_samples / reader.native_rate, 4) if num_samples else "holds no samples"
+            if not num_samples:
+                raise AudioError("holds no samples")
+            return round(num_samples / reader.native_rate, 4)
     except (NemoLfrError, OSError) as error:
-        return str(error).removeprefix(f"{path}: ")
+        return _unusable(corpus, name, error)
 
 
-def _entry(utterance: CorpusUtterance, found: dict[str, float | str]) -> dict[str, Any] | None:
+def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
+    """Return the record of an unusable file, named relative to the corpus."""
+    record = failure(name, error)
+    record["error"] = record["error"].removeprefix(f"{corpus / name}: ")
+    return record
+
+
+def _entry(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> dict[str, Any] | None:
     duration = found.get(str(utterance.path))
-    if utterance.problem or duration is None or isinstance(duration, str):
+    if utterance.problem or duration is None or isinstance(duration, dict):
         return None
     return {
         "audio_filepath": str(utterance.path),
@@ -212,5 +247,5 @@ def _entry(utterance: CorpusUtterance, found: dict[str, float | str]) -> dict[st
     } | utterance.labels
 
 
-def _write(path: Path, entries: list[dict[str, Any]]) -> Path:
+def _write(path: Path, entries: Sequence[Mapping[str, Any]]) -> Path:
     return write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

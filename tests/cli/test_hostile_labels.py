@@ -42,7 +42,7 @@ def test_no_label_or_name_acts_in_a_table_a_page_or_a_terminal(tmp_path, capsys)
     lines.append({"audio_filepath": f"{LABELS[3]}-missing.wav", "duration": 0.5, "lang": LABELS[3]})
     manifest, out = tmp_path / "m.json", tmp_path / "out"
     manifest.write_text("\n".join(map(json.dumps, lines)))
-    arguments = ["--codec", "original", "--out", out, "--jobs", 1, "--by", "lang", "--examples", 5]
+    arguments = ["--codec", "original", "--out", out, "--workers", 1, "--by", "lang", "--examples", 5]
     code, _, err = run(capsys, "evaluate", manifest, *arguments)
     assert code == 1 and all(char.isprintable() or char == "\n" for char in err)
     with open(out / "recordings.csv", newline="", encoding="utf-8") as file:

@@ -118,7 +118,7 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
                 ("detokenize", f"{{out}}/tokenize-{kind}", "--device cpu"),
             )
         },
-        "evaluate": "evaluate {in}/manifest.json --out {out}/report --limit 2 --jobs 1 --codec lfr:{in}/tiny.nemo",
+        "evaluate": "evaluate {in}/manifest.json --out {out}/report --limit 2 --workers 1 --codec lfr:{in}/tiny.nemo",
         "export": "export onnx --model {in}/tiny.nemo --out {out}/onnx",
         "encode with ONNX Runtime": "encode {in}/audio --out {out}/onnx-tokens --model {out}/onnx",
         "decode with ONNX Runtime": "decode {out}/onnx-tokens --out {out}/onnx-audio --model {out}/onnx",

@@ -44,14 +44,14 @@ def corpus(tmp_path_factory):
 
 
 def evaluate(capsys, corpus, out, *arguments):
-    return command(capsys, "evaluate", corpus / "manifest.json", "--out", out, "--jobs", 1, *arguments)
+    return command(capsys, "evaluate", corpus / "manifest.json", "--out", out, "--workers", 1, *arguments)
 
 
 @pytest.fixture(scope="module")
 def report(corpus, tmp_path_factory):
     """Evaluate the original and the bundled codec, and return the output folder."""
     out = tmp_path_factory.mktemp("report")
-    arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--jobs", "2", "--examples", "2"]
+    arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--workers", "2", "--examples", "2"]
     main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
     return out
 
@@ -203,7 +203,7 @@ def test_every_rate_has_its_pictures(capsys, corpus, tmp_path):
 
 def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
     shutil.copy(corpus / "manifest.json", tmp_path / "manifest.json")
-    arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original"]
+    arguments = ["--out", tmp_path / "out", "--workers", 1, "--codec", "original"]
     assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 2
     code, _, err = command(capsys, "evaluate", tmp_path / "manifest.json", "--audio-dir", corpus, *arguments)
     assert code == 0, err
@@ -230,7 +230,7 @@ def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(c
     for text in ("", "abc", "abc", "abcd"):
         lines[0]["text"] = text
         (tmp_path / "manifest.json").write_text("\n".join(map(json.dumps, lines)))
-        arguments = ["--out", tmp_path / "out", "--jobs", 1, "--codec", "original", "--audio-dir", corpus]
+        arguments = ["--out", tmp_path / "out", "--workers", 1, "--codec", "original", "--audio-dir", corpus]
         arguments += ["--model-metric", "letters"]
         assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 0
         counts.append(rows(tmp_path / "out" / "recordings.csv")[0]["letters"])
@@ -265,7 +265,7 @@ def test_mistakes_are_one_line(capsys, corpus, tmp_path, arguments, words):
     (corpus / "empty.json").write_text("")
     (corpus / "gone.json").write_text('{"audio_filepath": "gone.wav", "duration": 1}')
     filled = [argument.format(corpus=corpus) for argument in arguments]
-    code, out, err = command(capsys, "evaluate", *filled, "--out", tmp_path / "out", "--jobs", 1)
+    code, out, err = command(capsys, "evaluate", *filled, "--out", tmp_path / "out", "--workers", 1)
     assert code == 2 and not out and words in err.splitlines()[-1] and "Traceback" not in err
 
 
@@ -338,7 +338,7 @@ def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
         soundfile.write(clean / f"{speaker}_script1_clean.wav", np.tile(synthesize(5.25, 1), 2), RATE)
     code, _, err = command(
         capsys, "evaluate", tmp_path, "--preset", "card-daps", "--codec", "original", "--out", tmp_path / "out",
-        "--jobs", 1,
+        "--workers", 1,
     )  # fmt: skip
     assert code == 0 and "consecutive pieces of 10 s" in err
     (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "NVIDIA's card" in line]

@@ -93,7 +93,7 @@ def manifest(tmp_path):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_evaluation_uses_a_codec_and_metrics_of_another_package(plugin, manifest, tmp_path, capsys, caplog, jobs):
-    arguments = ["--codec", "eightbits", "--model-metric", "letters:ab", "--jobs", jobs, "--examples", 1]
+    arguments = ["--codec", "eightbits", "--model-metric", "letters:ab", "--workers", jobs, "--examples", 1]
     code, _, err = command(capsys, "evaluate", manifest, "--out", tmp_path / "out", *arguments)
     assert code == 0, err
     with open(tmp_path / "out" / "recordings.csv", newline="") as file:
@@ -138,6 +138,6 @@ def test_a_metric_without_a_function_is_rejected():
 
 def test_a_metric_that_worker_processes_cannot_import_is_named(plugin, manifest, tmp_path, capsys):
     register_metric("local", Metric("", None, "Local.", function=lambda original, output: 0.0))
-    arguments = ["--codec", "original", "--out", tmp_path / "out", "--jobs", 2]
+    arguments = ["--codec", "original", "--out", tmp_path / "out", "--workers", 2]
     code, _, err = command(capsys, "evaluate", manifest, *arguments)
-    assert code == 2 and "metric 'local' cannot be sent to worker processes" in err and "use --jobs 1" in err
+    assert code == 2 and "metric 'local' cannot be sent to worker processes" in err and "use --workers 1" in err

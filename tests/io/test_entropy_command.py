@@ -62,12 +62,12 @@ def test_compressed_files_are_smaller_and_decode_to_the_same(capsys, speech, tmp
             assert run(capsys, "decode", path, "--out", out, "--overwrite", *options)[0] == 0
             waves.append(out.read_bytes())
         assert waves[0] == waves[1]
-    told = [json.loads(run(capsys, "info", path, "--json")[1]) for path in (raw, small)]
-    assert told[0]["payload bits a frame"] == 88
-    assert told[0]["entropy model"] == "none (packed frames)"
-    assert told[1]["entropy model"] == bundled_model().hash
-    assert told[1]["payload bits a frame"] < 80
-    assert told[1]["payload bit rate"] < told[1]["bit rate"] < told[0]["bit rate"]
+    told = [json.loads(run(capsys, "info", path, "--json")[1])["items"][0] for path in (raw, small)]
+    assert told[0]["payload_bits_per_frame"] == 88
+    assert told[0]["entropy_model"] is None
+    assert told[1]["entropy_model"] == bundled_model().hash
+    assert told[1]["payload_bits_per_frame"] < 80
+    assert told[1]["payload_bit_rate_bps"] < told[1]["bit_rate_bps"] < told[0]["bit_rate_bps"]
 
 
 def test_pipes_compress_block_by_block(piped, speech, tmp_path):  # noqa: F811
@@ -108,9 +108,9 @@ def test_a_model_is_fitted_and_used_from_the_command_line(capsys, tmp_path):
     assert code == 0, err
     values = json.loads(printed)
     model = EntropyModel.read(out)
-    assert values["model"] == model.hash
+    assert values["entropy_model"] == model.hash
     assert model.spec.fingerprint == "feedfeedfeedfeed"
-    assert values["bits a frame"] < values["uniform bits a frame"] == round(2 * math.log2(12), 3)
+    assert values["bits_per_frame"] < values["uniform_bits_per_frame"] == round(2 * math.log2(12), 3)
     code, printed, _ = run(capsys, "info", out)
     assert code == 0 and model.hash in printed
     code, _, err = run(capsys, "entropy", "fit", tmp_path / "tokens", "--out", out)
@@ -123,7 +123,7 @@ def test_fitted_models_find_what_digits_depend_on():
     model, figures = fit(tokens, (4, 3), 2, settings=SMALL_FIT)
     again, _ = fit(tokens, (4, 3), 2, settings=SMALL_FIT)
     assert model.to_bytes() == again.to_bytes()
-    assert figures["bits a frame"] < 4.2
+    assert figures["bits_per_frame"] < 4.2
     assert measure(model, correlated_tokens(5, seed=9)) < 4.2
     assert measure(model, correlated_tokens(5, seed=9), block_frames=1) > measure(model, correlated_tokens(5, seed=9))
 

@@ -103,7 +103,9 @@ def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
     lines = ['{"audio_filepath": "a.wav", "duration": 0.5}', '{"audio_filepath": "a.wav", "duration": Infinity}']
     (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--jobs", "1", "--device", "cpu"])
+        main(
+            ["evaluate", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--workers", "1", "--device", "cpu"]
+        )
     assert exit_.value.code == 1
     assert "line 2: left out: duration is inf seconds" in capsys.readouterr().err
     assert float(MAX_SECONDS) < float("inf")

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 
 from nemo_lfr.cli.files import FileTask, run_tasks
 from nemo_lfr.cli.main import main
+from nemo_lfr.cli.session import Session
 from nemo_lfr.errors import MissingExtraError, NemoLfrError
 from nemo_lfr.io.shortage import require, sharing, shortage_of
 from tests.corpora import write_tokens
@@ -37,15 +39,16 @@ def test_a_file_that_there_is_no_room_for_costs_that_file(name, tmp_path, capsys
         for job in batch:
             if len(batch) > 1 or job is jobs[1]:  # a batch is too much, and so is one of its files
                 run_short()
-            yield dict(input=str(job.source), output=str(job.target), duration=1.0, bytes=1) | {
-                "bit_rate": 1.0,
-                "real_time_factor": 1.0,
-            }
+            yield {"input": str(job.source), "output": str(job.target)}
 
-    with pytest.raises(SystemExit) as stop:
-        run_tasks(jobs, work, 8, as_json=False)
+    session = Session()
+    with click.Context(click.Command("encode"), obj=session):
+        run_tasks(jobs, work, 8)
     out, err = capsys.readouterr()
-    assert stop.value.code == 1 and out.split() == [str(jobs[0].target), str(jobs[2].target)]
+    assert [record["input"] for record in session.failures] == [str(jobs[1].source)] and out.split() == [
+        str(jobs[0].target),
+        str(jobs[2].target),
+    ]
     assert err.count(said) == 1 and f"{jobs[1].source}: {said}" in err
 
 

@@ -112,13 +112,11 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
     (chapter / "19-1-0000.flac").write_bytes(b"fLaC")
     (tmp_path / "corpus" / "LibriSpeech" / "dev-clean" / "84" / "1" / "84-1-0001.flac").unlink()
     result = prepare("librispeech", tmp_path / "corpus", tmp_path / "out")
-    failures = {
-        Path(entry["audio_filepath"]).name: entry["reason"] for entry in manifest(tmp_path / "out/failures.jsonl")
-    }
+    failures = {Path(entry["input"]).name: entry["error"] for entry in manifest(tmp_path / "out/failures.jsonl")}
     assert failures.keys() == {"19-1-0000.flac", "84-1-0001.flac"}
     assert "not an audio file" in failures["19-1-0000.flac"] and "no such file" in failures["84-1-0001.flac"]
     assert [len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid", "test")] == [1, 1, 2]
-    assert "(2)" in result["failures"]
+    assert len(result.failures) == 2
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -129,7 +127,7 @@ def test_a_file_that_needs_an_extra_costs_itself_alone(tmp_path, monkeypatch, ch
     (tmp_path / "corpus" / "b.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(500))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", check=check)
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["audio_filepath"] == "b.m4a" and "need PyAV" in failure["reason"]
+    assert failure["input"] == "b.m4a" and "need PyAV" in failure["error"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
@@ -176,7 +174,7 @@ def test_what_failed_is_opened_again(tmp_path):
         audio(tmp_path / "corpus" / f"{index}.wav")
     result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
     assert {"train", "valid"} < result.keys()
-    assert result["not of this run"] == str(tmp_path / "out" / "failures.jsonl")
+    assert result.kept == [tmp_path / "out" / "failures.jsonl"]
 
 
 def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_path, monkeypatch):
@@ -194,9 +192,9 @@ def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_pat
 
 def test_what_is_there_of_another_run_is_named(tmp_path):
     folder(tmp_path / "corpus")
-    assert "not of this run" not in prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5)
+    assert not prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5).kept
     again = prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
-    assert again["not of this run"] == str(tmp_path / "out" / "valid.json")
+    assert again.kept == [tmp_path / "out" / "valid.json"]
 
 
 @pytest.mark.parametrize("speakers", [1, 2, 5, 10])
@@ -213,7 +211,7 @@ def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
 def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monkeypatch):
     librispeech(tmp_path / "corpus")
     monkeypatch.chdir(tmp_path / "corpus" / "LibriSpeech" / "dev-clean")
-    assert "valid" in prepare("librispeech", Path("."), tmp_path / "out")
+    assert "valid" in prepare("librispeech", Path("."), tmp_path / "out").splits
     text(tmp_path / "cv" / "pl" / "train.tsv", "client_id\tpath\nme\ta.mp3\n")
     text(tmp_path / "mls" / "mls_polish" / "train" / "transcripts.txt", "name\ttext\n")
     for kind in ("commonvoice", "mls"):
@@ -247,7 +245,7 @@ def test_a_bad_transcript_costs_its_clip_alone(tmp_path, kind):
         "c.wav": "text of c",
     }
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["audio_filepath"] == "b.wav" and failure["reason"].startswith("its transcript b.txt: ")
+    assert failure["input"] == "b.wav" and failure["error"].startswith("its transcript b.txt: ")
 
 
 ROWS = {
@@ -275,7 +273,7 @@ def test_a_bad_row_of_common_voice_costs_its_clip_alone(tmp_path, kind):
     assert [(entry["speaker"], entry["text"]) for entry in entries] == [("s1", 'er sagte "hallo'), ("s3", "du")]
     assert {entry["lang"] for entry in entries} == {"de"}
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["audio_filepath"] == "de/train.tsv, line 3"
+    assert failure["input"] == "de/train.tsv, line 3"
 
 
 def test_spontaneous_speech_is_common_voice_too(tmp_path):
@@ -322,7 +320,7 @@ def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name
         prepare(layout, tmp_path / kind, tmp_path / f"{kind}-out")
         assert manifest(tmp_path / f"{kind}-out" / "train.json")
         (failure,) = manifest(tmp_path / f"{kind}-out" / "failures.jsonl")
-        assert " is not " in failure["reason"] and ", line " in failure["audio_filepath"]
+        assert " is not " in failure["error"] and ", line " in failure["input"]
 
 
 def test_who_is_held_out_does_not_change_when_a_corpus_grows():
@@ -374,7 +372,7 @@ def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kin
     prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
     assert [entry["audio_filepath"] for entry in manifest(tmp_path / "out" / "train.json")] == ["a.flac"]
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["audio_filepath"] == "b.flac" and failure["reason"]
+    assert failure["input"] == "b.flac" and failure["error"]
     prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
     # The last frame of FLAC tells a cut without decoding.
     assert len(manifest(tmp_path / "trusted" / "train.json")) == (1 if kind == "cut in the middle" else 2)

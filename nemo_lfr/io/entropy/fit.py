@@ -109,9 +109,9 @@ def fit(
     return model, {
         "utterances": len(fitted),
         "frames": sum(part.shape[1] for part in fitted),
-        "held out frames": sum(part.shape[1] for part in held),
-        "uniform bits a frame": num_codebooks * math.log2(math.prod(levels)),
-        "bits a frame": measure(model, held),
+        "held_out_frames": sum(part.shape[1] for part in held),
+        "uniform_bits_per_frame": num_codebooks * math.log2(math.prod(levels)),
+        "bits_per_frame": measure(model, held),
     }
 
 

@@ -1,0 +1,100 @@
+"""Classes of all commands: common options, JSON output, exit codes and suggestions."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from nemo_lfr.cli.session import FAILED, Session, current, output_rules, print_json
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Return a callback that stores a flag in the session."""
+
+    def store(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            session = context.find_object(Session)
+            assert session is not None
+            setattr(session, name, True)
+            if session.quiet and session.verbose:
+                raise click.UsageError("--quiet and --verbose exclude each other; give one of them.", context)
+
+    return store
+
+
+def _common_options() -> list[click.Parameter]:
+    """Return the options that every command has."""
+    texts = {
+        ("--json", "as_json"): "Print the result as JSON on stdout.",
+        ("--quiet", "quiet"): "Print only errors on stderr.",
+        ("--verbose", "verbose"): "Print the log of the package, and tracebacks of errors, on stderr.",
+    }
+    return [
+        click.Option([*names], is_flag=True, expose_value=False, is_eager=True, callback=_set(names[1]), help=text)
+        for names, text in texts.items()
+    ]
+
+
+class Command(click.Command):
+    """Command whose callback returns its result.
+
+    The callback prints lines for people with `print_line`, and returns the keys of `result` except `failures`, or None
+    if stdout received binary data. With --json, the result is printed instead of these lines. The exit code is 1 if
+    the callback recorded failures.
+
+    Args:
+        result: TypedDict of the JSON output, from `nemo_lfr.cli.results`.
+    """
+
+    def __init__(self, name: str | None, *, result: type, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.params += _common_options()
+        self.result = result
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the callback, print its result as JSON if asked for, and exit with code 1 if something failed."""
+        session = current()
+        with output_rules(session):
+            values = super().invoke(ctx)
+        session.report_failures()
+        if values is not None:
+            print_json(values)
+        if session.failures:
+            sys.exit(FAILED)
+
+
+class Group(click.Group):
+    """Group of commands that suggests the nearest name for an unknown one."""
+
+    command_class = Command
+    group_class = type
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the first argument names."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(self.list_commands(ctx))}."
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+class RenamedOption(click.Option):
+    """Option that also accepts the spelling of earlier versions, which help and completion do not show.
+
+    Args:
+        earlier: the earlier spelling, such as "--jobs".
+    """
+
+    def __init__(self, *args: Any, earlier: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.earlier = earlier
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add both spellings to the parser."""
+        super().add_to_parser(parser, ctx)
+        parser.add_option(obj=self, opts=[self.earlier], dest=self.name, action="store", nargs=self.nargs)

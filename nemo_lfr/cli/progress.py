@@ -1,0 +1,46 @@
+"""Progress of a command: a bar on a terminal, a line now and then elsewhere, nothing with --quiet."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nemo_lfr.cli.session import begin_work, current
+from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
+
+
+@contextmanager
+def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> Iterator[Callable[[str], None]]:
+    """Report the progress of work on a known number of items.
+
+    Args:
+        total: number of items.
+        unit: what is counted.
+        prints_lines: whether the command prints a line on stdout for each item, which replaces the bar.
+
+    Yields:
+        A function to call once per finished item, with a line to print or "".
+    """
+    begin_work()
+    done = 0
+
+    def count(line: str) -> None:
+        nonlocal done
+        done += 1
+        if line:
+            echo_stderr(line)
+
+    if current().quiet or (prints_lines and sys.stdout.isatty() and sys.stderr.isatty()):
+        yield count
+    elif not sys.stderr.isatty():
+        with heartbeat(lambda: f"{done} of {total} {unit}"):
+            yield count
+    else:
+        with progress_bar(unit) as update:
+            update(total=total)
+
+            def advance(line: str) -> None:
+                nonlocal done
+                done += 1
+                update(line, completed=done)
+
+            yield advance

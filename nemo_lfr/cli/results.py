@@ -1,0 +1,295 @@
+"""Output of `--json`: one TypedDict for each command.
+
+Keys are snake_case and end in the unit of their value: `_s` seconds, `_hz` hertz, `_bps` bits per second, `_bytes`
+bytes. Numbers are numbers, and paths are strings. Every output has `failures`, a list of `Failure` records, which is
+empty if everything was done. A command that was refused prints only that key.
+"""
+
+from typing import Literal, TypedDict
+
+from nemo_lfr.errors import Failure
+
+
+class Result(TypedDict):
+    """Keys of every output."""
+
+    failures: list[Failure]
+
+
+class Quality(TypedDict):
+    """Measured quality; None where the package for the metric is missing.
+
+    Attributes:
+        pesq_wb: PESQ-WB (ITU-T P.862.2), a MOS.
+        estoi: ESTOI.
+        si_sdr_db: SI-SDR in dB.
+    """
+
+    pesq_wb: float | None
+    estoi: float | None
+    si_sdr_db: float | None
+
+
+class FileFigures(TypedDict):
+    """One file that `encode` or `decode` wrote.
+
+    Attributes:
+        input: path of the input.
+        output: path of the output.
+        duration_s: duration of the recording.
+        samples: its number of samples, at the codec's sample rate.
+        token_file_bytes: size of the token file, which is the output of `encode` and the input of `decode`.
+        bit_rate_bps: bits of the token file per second of audio.
+        times_real_time: seconds of audio per second of processing.
+    """
+
+    input: str
+    output: str
+    duration_s: float
+    samples: int
+    token_file_bytes: int
+    bit_rate_bps: float
+    times_real_time: float
+
+
+class FilesResult(Result):
+    """Output of `encode` and `decode`; outputs that existed and were kept are not in `files`."""
+
+    files: list[FileFigures]
+
+
+class CodecFigures(TypedDict):
+    """A checkpoint, a folder of ONNX files, or the bundled codec, as described by `info`.
+
+    Attributes:
+        encoder_context_frames: frames before and after a frame that its tokens depend on.
+        decoder_context_frames: frames before and after a frame that its audio depends on.
+        encoder_parameters: number of parameters; None for ONNX files.
+        decoder_parameters: number of parameters; None for ONNX files.
+        file_bytes: size of the checkpoint; None for ONNX files.
+        bundled_pesq_wb: measured PESQ-WB of the bundled codec; None for other codecs.
+        bundled_estoi: measured ESTOI of the bundled codec; None for other codecs.
+    """
+
+    kind: Literal["codec"]
+    name: str
+    path: str
+    file_bytes: int | None
+    encoder_parameters: int | None
+    decoder_parameters: int | None
+    sample_rate_hz: int
+    samples_per_frame: int
+    frame_rate_hz: float
+    num_codebooks: int
+    codebook_size: int
+    levels: list[int]
+    bit_rate_bps: float
+    encoder_context_frames: list[int]
+    decoder_context_frames: list[int]
+    fingerprint: str
+    bundled_pesq_wb: float | None
+    bundled_estoi: float | None
+
+
+class TokenFileFigures(TypedDict):
+    """A token file, as described by `info`.
+
+    Attributes:
+        bit_rate_bps: bits of the whole file per second of audio.
+        payload_bit_rate_bps: the same of the tokens without header and checksums.
+        entropy_model: hash of the model that compresses the file; None for packed frames.
+    """
+
+    kind: Literal["tokens"]
+    path: str
+    compressed: bool
+    duration_s: float
+    samples: int
+    frames: int
+    file_bytes: int
+    bit_rate_bps: float
+    payload_bit_rate_bps: float
+    payload_bits_per_frame: float
+    entropy_model: str | None
+    sample_rate_hz: int
+    samples_per_frame: int
+    num_codebooks: int
+    levels: list[int]
+    codec_fingerprint: str
+    precision: str
+    written_by: str
+
+
+class EntropyModelFigures(TypedDict):
+    """An entropy model, as described by `info`."""
+
+    kind: Literal["entropy_model"]
+    path: str
+    entropy_model: str
+    file_bytes: int
+    num_codebooks: int
+    levels: list[int]
+    codec_fingerprint: str
+    past_frames: int
+    averages: list[int]
+    spreads: list[int]
+    hidden_units: list[int]
+    written_by: str
+    use: str
+
+
+class AudioFigures(TypedDict):
+    """An audio file, as described by `info`."""
+
+    kind: Literal["audio"]
+    path: str
+    duration_s: float
+    sample_rate_hz: int
+    channels: int
+    file_bytes: int
+    use: str
+
+
+class OtherFigures(TypedDict):
+    """Another file or folder, as described by `info`: what it is, and the command that accepts it."""
+
+    kind: Literal["corpus", "corpus_tokens", "evaluation", "files"]
+    path: str
+    description: str
+    use: str
+
+
+InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigures | OtherFigures
+
+
+class InfoResult(Result):
+    """Output of `info`, in the order of the arguments."""
+
+    items: list[InfoFigures]
+
+
+class DemoResult(Result):
+    """Output of `demo`.
+
+    Attributes:
+        original_bytes: size of the recording as 16-bit samples.
+        token_file_bytes: size of the token file.
+        bit_rate_bps: bits of the token file per second of audio.
+        codec_bit_rate_bps: bits of the tokens per second of audio.
+        encode_s: time that encoding took.
+        decode_s: time that decoding took.
+        spectrograms: path of the picture; None without matplotlib.
+        quality: measured quality of the decoded audio.
+        encode_times_real_time: seconds of audio encoded per second.
+        decode_times_real_time: seconds of audio decoded per second.
+    """
+
+    codec: str
+    original: str
+    tokens: str
+    decoded: str
+    spectrograms: str | None
+    duration_s: float
+    original_bytes: int
+    token_file_bytes: int
+    bit_rate_bps: float
+    codec_bit_rate_bps: float
+    encode_s: float
+    decode_s: float
+    encode_times_real_time: float
+    decode_times_real_time: float
+    quality: Quality
+
+
+class ExportResult(Result):
+    """Output of `export onnx`: the files that were written."""
+
+    files: list[str]
+
+
+class SplitFigures(TypedDict):
+    """One manifest that `prepare` wrote."""
+
+    manifest: str
+    utterances: int
+    speakers: int
+    duration_s: float
+
+
+class PrepareResult(Result):
+    """Output of `prepare`.
+
+    Attributes:
+        splits: the manifests, by split: train, valid, test.
+        failures_file: path of failures.jsonl; None if nothing failed.
+        kept: files of earlier runs in the output folder that this run did not write.
+        audio_dir: folder that the paths in the manifests are relative to.
+    """
+
+    splits: dict[str, SplitFigures]
+    failures_file: str | None
+    kept: list[str]
+    audio_dir: str
+
+
+class TokenizeResult(Result):
+    """Output of `tokenize`; tokens.json in the output folder has more.
+
+    Attributes:
+        output: the output folder.
+        metadata: path of tokens.json.
+        failures_file: path of failures.jsonl.
+    """
+
+    output: str
+    metadata: str
+    failures_file: str
+    format: str
+    shards: int
+    clips: int
+    frames: int
+    duration_s: float
+
+
+class DetokenizeResult(Result):
+    """Output of `detokenize`: the audio files, including those that existed."""
+
+    files: list[str]
+
+
+class EvaluateResult(Result):
+    """Output of `evaluate`.
+
+    Attributes:
+        files: the report in its formats; the CSV files have the figures.
+        recordings: number of recordings.
+        codecs: names of the compared codecs.
+    """
+
+    files: list[str]
+    recordings: int
+    codecs: list[str]
+
+
+class EntropyFitResult(Result):
+    """Output of `entropy fit`.
+
+    Attributes:
+        utterances: number of utterances that the model was fitted to.
+        frames: number of their frames.
+        held_out_frames: number of frames that the model was measured on.
+        entropy_model: hash of the model.
+        bits_per_frame: mean over the utterances that were held out.
+        uniform_bits_per_frame: bits of a frame without compression.
+        saved_share: share of these bits that the model saves.
+    """
+
+    output: str
+    entropy_model: str
+    file_bytes: int
+    utterances: int
+    frames: int
+    held_out_frames: int
+    bits_per_frame: float
+    uniform_bits_per_frame: float
+    saved_share: float

@@ -1,0 +1,41 @@
+"""Tables for people of the values that --json prints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_lfr.cli.session import print_line
+from nemo_lfr.errors import printable
+
+# Endings of keys, and the unit that they state.
+UNITS = {"_s": "s", "_hz": "Hz", "_bps": "bit/s", "_bytes": "bytes", "_db": "dB"}
+NAMES = {"pesq wb": "PESQ-WB", "estoi": "ESTOI", "si sdr": "SI-SDR", "num codebooks": "codebooks"}
+
+
+def print_table(values: Mapping[str, Any]) -> None:
+    """Print values as two columns on stdout, with units; nothing with --json.
+
+    Values that are None have no row.
+
+    Args:
+        values: values by the key of the JSON output, such as "bit_rate_bps", which is shown as "bit rate" in bit/s.
+    """
+    rows = dict(_rows(values))
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print_line(printable(f"{name:<{width}}  {text}"))
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        ending = next((ending for ending in UNITS if key.endswith(ending)), "")
+        name = key.removesuffix(ending).replace("_", " ")
+        for plain, proper in NAMES.items():
+            name = name.replace(plain, proper)
+        if isinstance(value, Mapping):
+            rows += _rows(value)
+        elif value is not None:
+            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = {"True": "yes", "False": "no"}.get(text, text)
+            rows.append((name, f"{text} {UNITS.get(ending, '')}".rstrip()))
+    return rows
