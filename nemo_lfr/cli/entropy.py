@@ -52,7 +52,6 @@ def fit(
     if out.suffix != SUFFIX:
         raise EntropyModelError(f"--out {out}: an entropy model's name ends in {SUFFIX}.")
     check_overwrite(out, overwrite)
-    begin_work()
     utterances: list[Any] = []
     first: Any = None
     for path, metadata, values in _read(tokens):
@@ -67,6 +66,7 @@ def fit(
         utterances.append(values)
     if not utterances:
         raise EntropyModelError(f"{', '.join(map(str, tokens))}: no tokens found.")
+    begin_work()
     codec = first[1]
     settings = FitSettings(epochs=epochs * 0.8, rounded_epochs=epochs * 0.2, max_frames=max_frames, seed=seed)
     model, figures = fit_model(

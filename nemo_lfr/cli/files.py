@@ -259,7 +259,8 @@ def _attempts(batch: list[FileTask], work: Work) -> Iterator[FileFigures]:
         if (shortage := shortage_of(error)) is None:
             raise
         if len(batch) == 1:
-            fail(batch[0].source, type(error)(f"{batch[0].source}: {shortage}"))
+            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError  # subclasses take other arguments
+            fail(batch[0].source, kind(f"{batch[0].source}: {shortage}"))
             return
         error.__traceback__ = None  # it keeps the arrays of the failed attempt alive
     for task in batch[done:]:
