@@ -117,7 +117,7 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
 
     Args:
         name: the option, such as "--workers".
-        text: help text; it says the default if that is None.
+        text: help text; it says the default unless `default` is set.
         default: default value.
         low: smallest value; None for any.
         options: more arguments of `click.option`.

@@ -30,7 +30,8 @@ from nemo_lfr.io.layouts import LAYOUTS
 def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int, no_check: bool) -> dict[str, Any]:
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
 
-    KIND is the layout of CORPUS: librispeech, mls, commonvoice, vctk, or folder, which is any folder of audio files.
+    KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk as published, folder for any
+    folder of audio files, or table for a .csv, .tsv or metadata.jsonl file.
 
     An interrupted run resumes where it stopped. Files that cannot be used are listed in failures.jsonl; the
     exit code is then 1.
@@ -47,7 +48,7 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     for path in done.kept:
         print_line(f"not of this run  {path}")
-    print_line(f"audio_dir  {corpus}")
+    print_line(f"audio_dir  {done.audio_dir}")
     session = current()
     session.failures += done.failures
     session.report_failures(shown=0)
@@ -63,5 +64,5 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
         },
         "failures_file": None if done.failures_file is None else str(done.failures_file),
         "kept": [str(path) for path in done.kept],
-        "audio_dir": str(corpus),
+        "audio_dir": str(done.audio_dir),
     }

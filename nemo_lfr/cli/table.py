@@ -14,7 +14,7 @@ NAMES = {"pesq wb": "PESQ-WB", "estoi": "ESTOI", "si sdr": "SI-SDR", "num codebo
 def print_table(values: Mapping[str, Any]) -> None:
     """Print values as two columns on stdout, with units; nothing with --json.
 
-    Values that are None have no row.
+    A value of None has no row.
 
     Args:
         values: values by the key of the JSON output, such as "bit_rate_bps", which is shown as "bit rate" in bit/s.

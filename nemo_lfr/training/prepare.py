@@ -37,12 +37,14 @@ class Prepared:
     """Result of `prepare`.
 
     Attributes:
+        audio_dir: folder that the paths in the manifests are relative to.
         splits: the manifests by split; only those with utterances.
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which holds these records; None if there are none.
         kept: manifests and failures.jsonl of earlier runs in the output folder, which this run did not write.
     """
 
+    audio_dir: Path
     splits: dict[str, Split] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | None = None
@@ -126,7 +128,7 @@ def _write_all(
     """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
     found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
-    result = Prepared()
+    result = Prepared(corpus)
     for utterance in utterances:
         if utterance.problem:
             result.failures.append({"input": str(utterance.path), "error": utterance.problem, "type": "NemoLfrError"})

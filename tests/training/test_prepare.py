@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import Failure, NemoLfrError
 from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, hold_out
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.training import prepare as module
@@ -146,11 +146,11 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
     opened = []
     duration = module._decoded_duration
 
-    def interrupted(path: Path) -> float | str:
+    def interrupted(corpus: Path, name: str) -> float | Failure:
         if len(opened) == 20:
             raise KeyboardInterrupt
-        opened.append(path)
-        return duration(path)
+        opened.append(name)
+        return duration(corpus, name)
 
     monkeypatch.setattr(module, "_decoded_duration", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +158,7 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "train.json").exists()
     with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
         journal.write('["7.wa')  # what a kill leaves
-    monkeypatch.setattr(module, "_decoded_duration", lambda path: opened.append(path) or duration(path))
+    monkeypatch.setattr(module, "_decoded_duration", lambda *path: opened.append(path[1]) or duration(*path))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
     assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
     total = sum(len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid"))
@@ -173,7 +173,7 @@ def test_what_failed_is_opened_again(tmp_path):
     for index in range(2):
         audio(tmp_path / "corpus" / f"{index}.wav")
     result = prepare("folder", tmp_path / "corpus", tmp_path / "out")
-    assert {"train", "valid"} < result.keys()
+    assert {"train", "valid"} == result.splits.keys()
     assert result.kept == [tmp_path / "out" / "failures.jsonl"]
 
 
@@ -354,7 +354,7 @@ def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert "no utterance of folder here" in error and error.count("\n") == 1
+    assert "no utterance of folder here" in error.splitlines()[-1]
 
 
 DAMAGE = {
@@ -421,11 +421,11 @@ def test_a_table_becomes_manifests_that_training_reads(tmp_path):
     ]
     text(tmp_path / "corpus" / "t.csv", "\n".join(["file_name,sentence,client_id,split", *rows]))
     result = prepare("table", tmp_path / "corpus" / "t.csv", tmp_path / "out")
-    assert result["audio_dir"] == str(tmp_path / "corpus")
+    assert result.audio_dir == tmp_path / "corpus"
     for split, name, sentence in (("train", "a", "hi"), ("test", "b", "ho"), ("valid", "c", "hu")):
         (entry,) = manifest(tmp_path / "out" / f"{split}.json")
         assert entry["audio_filepath"] == f"wavs/{name}.wav" and entry["text"] == sentence
-    failures = {entry["audio_filepath"]: entry["reason"] for entry in manifest(tmp_path / "out" / "failures.jsonl")}
+    failures = {entry["input"]: entry["error"] for entry in manifest(tmp_path / "out" / "failures.jsonl")}
     assert set(failures) == {"wavs/gone.wav", "t.csv, line 6"}
 
 
