@@ -15,9 +15,6 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # Longer ones, and why
 LONG_FILES = {
     "io/token_file.py": "specification, writer and reader of one file format",
-    "evaluation/peers.py": "to be split",
-    "evaluation/run.py": "to be split",
-    "io/containers/wav.py": "to be split",
     "nemo/model.py": "to be split",
     "nemo/training.py": "to be split",
     "training/discriminators.py": "to be split",

@@ -18,7 +18,8 @@ from nemo_lfr.io.containers.mpeg import is_late, is_mpeg, mpeg_streams, read_fra
 from nemo_lfr.io.containers.ogg import ogg_streams
 from nemo_lfr.io.containers.sizes import FRAME_HEAD, FRAME_SIZES, FrameSize
 from nemo_lfr.io.containers.stream import UNKNOWN_BYTES, Splice, Stream, Window, moved, whole_file
-from nemo_lfr.io.containers.wav import WavHeader, WavSamples, is_wav, read_wav_header, wav_streams
+from nemo_lfr.io.containers.wav import WavSamples, wav_streams
+from nemo_lfr.io.containers.wav_header import WavHeader, is_wav, read_wav_header
 
 __all__ = [
     "FRAME_HEAD",

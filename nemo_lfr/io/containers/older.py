@@ -8,7 +8,7 @@ import struct
 
 from nemo_lfr.io.containers.joined import compare_end, compare_size, next_file, note_after
 from nemo_lfr.io.containers.stream import CHUNK_NAME, HEADER_CUT, JOINED, Span, Stream, Window, cut_short, whole_file
-from nemo_lfr.io.containers.wav import WavHeader
+from nemo_lfr.io.containers.wav_header import WavHeader
 
 SPHERE, VOC, AVR = b"NIST_1A", b"Creative Voice File", b"2BIT"
 SVX_FORMS = (b"8SVX", b"16SV")

@@ -2,8 +2,7 @@
 
 import io
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nemo_lfr.io.containers.joined import HEADER_BYTES, LOOK_BYTES, find_header, header_in, next_file
 from nemo_lfr.io.containers.magic import after_tags, has_magic
@@ -26,116 +25,13 @@ from nemo_lfr.io.containers.stream import (
     moved,
     whole_file,
 )
+from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
 
 SEVERAL = "holds several recordings; give it as a file, or convert each to WAV by itself"
 # Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
 MAX_HELD = 1 << 24
-# Tags in the `fmt ` chunk for MPEG audio: layers 1 and 2, and layer 3.
-MPEG_TAGS = (b"\x50\0", b"\x55\0")
-
-
-def is_wav(head: bytes, _: Window) -> bool:
-    """Return whether a file is WAV."""
-    return head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE"
-
-
-@dataclass
-class WavHeader:
-    """Chunks of a WAV file before its samples.
-
-    Attributes:
-        magic: the first bytes of the file.
-        format: content of the `fmt ` chunk.
-        data_size: number of bytes of samples, as declared in the header.
-        long_size: the same in the `ds64` chunk of RF64; None if there is none.
-    """
-
-    magic: bytes
-    format: bytes = b""
-    data_size: int = 0
-    long_size: int | None = None
-
-    @property
-    def order(self) -> str:
-        """Return the byte order in the notation of `struct`."""
-        return ">" if self.magic == b"RIFX" else "<"
-
-    @property
-    def declared(self) -> int:
-        """Return the declared number of bytes of samples."""
-        if self.data_size == 0xFFFFFFFF and self.long_size is not None:
-            return self.long_size
-        return self.data_size
-
-    @property
-    def is_mpeg(self) -> bool:
-        """Return whether the samples are frames of MPEG audio."""
-        return self.order == "<" and self.format[:2] in MPEG_TAGS
-
-    def is_unknown(self, available: int | None) -> bool:
-        """Return whether the header leaves the length open.
-
-        Args:
-            available: number of bytes that follow; None if unknown.
-        """
-        declared = self.declared
-        if declared == 0 and self.magic in (b"RF64", b"BW64") and self.data_size == 0xFFFFFFFF:
-            return True
-        return declared >= UNKNOWN_BYTES and (available is None or declared > available)
-
-    def rebuilt(self, size: int | None) -> bytes:
-        """Return a header for `size` bytes of samples; None means an unknown length."""
-        magic, order, long = (b"RIFX", ">", b"") if self.magic == b"RIFX" else (b"RIFF", "<", b"")
-        pad = b"\0" * (len(self.format) % 2)
-        chunk = struct.pack(f"{order}4sI", b"fmt ", len(self.format)) + self.format + pad
-        total = 4 + len(chunk) + 8 + (size or 0)
-        if size is None:
-            total = size = 0xFFFFFFFF
-        elif total >= 0xFFFFFFF0:
-            magic, order = b"RF64", "<"
-            long = struct.pack("<4sIQQQI", b"ds64", 28, total + 36, size, 0, 0)
-            total = size = 0xFFFFFFFF
-        start = struct.pack(f"{order}4sI4s", magic, total, b"WAVE")
-        return start + long + chunk + struct.pack(f"{order}4sI", b"data", size)
-
-
-def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, bytes]:
-    """Read a WAV file up to its first sample.
-
-    Args:
-        read: returns the requested number of bytes, or fewer at the end of the file.
-
-    Returns:
-        The header, or None if it is invalid or the file has no samples; and all bytes that were read.
-    """
-    taken = bytearray(read(12))
-    header = WavHeader(bytes(taken[:4]))
-    if not is_wav(bytes(taken), None):  # type: ignore[arg-type]  # `is_wav` uses only the first bytes
-        return None, bytes(taken)
-    while len(taken) < 1 << 26:
-        start = read(8)
-        taken += start
-        if len(start) < 8:
-            break
-        name, size = start[:4], struct.unpack(f"{header.order}I", start[4:])[0]
-        if name == b"data":
-            header.data_size = size
-            return (header if header.format else None), bytes(taken)
-        if size > 1 << 26:
-            break
-        body = read(size + size % 2)
-        taken += body
-        _note(header, name, body[:size])
-    return None, bytes(taken)
-
-
-def _note(header: WavHeader, name: bytes, body: bytes) -> None:
-    if name == b"fmt " and not header.format:
-        header.format = body
-    elif name == b"ds64" and len(body) >= 16:
-        header.long_size = struct.unpack_from("<Q", body, 8)[0]
 
 
 class WavSamples:
@@ -295,7 +191,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
             break
         if name != b"data":
             is_read = name in (b"fmt ", b"ds64")
-            _note(header, name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
+            header.note(name, window.at(begin, min(length, MAX_HEADER_CHUNK)) if is_read else b"")
             position = _after(window, begin, length)
             exact = exact and (bool(spans) or position == begin + length + length % 2)
             continue
