@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import nemo_lfr
-from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec import Codec
 from nemo_lfr.io.audio import AudioReader, AudioWriter
 
 
