@@ -233,11 +233,13 @@ def _speech(codec: Codec[Any], num_frames: float, seed: int = 0) -> np.ndarray:
 
 
 def _tokens(codec: Codec[Any], clip: np.ndarray) -> np.ndarray:
-    return to_numpy(codec.encode(clip)[0])[0]  # [C, T]
+    tokens: np.ndarray = to_numpy(codec.encode(clip)[0])[0]  # [C, T]
+    return tokens
 
 
 def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
-    return to_numpy(codec.decode(tokens)[0])[0]  # [T_audio]
+    audio: np.ndarray = to_numpy(codec.decode(tokens)[0])[0]  # [T_audio]
+    return audio
 
 
 def check_spec(codec: Codec[Any]) -> None:

@@ -112,7 +112,7 @@ class MediaDecoder:
         Raises:
             AudioError: if packets before the last ones are not whole.
         """
-        size_of = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
+        size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
         suspects: list[Any] = []  # packets from the first one on that is not whole
         for packet in self._container.demux(track):
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None

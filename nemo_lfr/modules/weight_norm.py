@@ -88,7 +88,7 @@ def _sum(rows: np.ndarray, order: SumOrder) -> np.ndarray:
     if not whole:
         return _in_sequence(rows)
     # numpy adds along a dimension that is not the innermost one in order.
-    partial = np.add.reduce(rows[:, :whole].reshape(len(rows), -1, lanes), axis=1)
+    partial: np.ndarray = np.add.reduce(rows[:, :whole].reshape(len(rows), -1, lanes), axis=1)
     partial[:, : rows.shape[1] - whole] += rows[:, whole:]
     if not order.halving:
         return _in_sequence(partial)
