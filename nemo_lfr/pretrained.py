@@ -13,6 +13,7 @@ from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
+from nemo_lfr.io.shortage import check_address_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,6 +214,7 @@ def load(
         opener.check(options)
     if path is None or opener.accepts is None:
         path = find_checkpoint(source)
+        check_address_space()
     codec = Codec(opener.open(path, options))
     # A worker process would repeat the line of the process that started it.
     if source is None and multiprocessing.parent_process() is None:

@@ -1,5 +1,7 @@
 """One-line errors for exhausted system resources and for optional packages that cannot be imported."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,6 +20,36 @@ NO_MEMORY = (
     "failed to map segment",
 )
 NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
+
+# Address space in bytes that importing PyTorch takes, and that computing takes: in all, and per thread for its stack
+# and its part of the heap. Measured with the bundled codec on long files, and rounded up.
+_IMPORTED, _COMPUTING, _PER_THREAD = 600 << 20, 256 << 20, 64 << 20
+_MAX_THREADS = 16
+
+
+def check_address_space() -> None:
+    """Refuse to load PyTorch and compute below a limit on address space that is too low for them.
+
+    oneDNN does not check all of its allocations and ends the process with a segmentation fault where one fails.
+
+    Raises:
+        NemoLfrError: if the limit (`ulimit -v`) leaves too little.
+    """
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError, ValueError):  # not Linux
+        return
+    threads = min(os.cpu_count() or 1, _MAX_THREADS)
+    needed = used + _COMPUTING + _PER_THREAD * threads + (0 if "torch" in sys.modules else _IMPORTED)
+    if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
+        raise NemoLfrError(
+            f"not enough memory: computing needs about {needed >> 20} MB of address space, but the limit is "
+            f"{limit >> 20} MB; raise it with `ulimit -v {needed >> 10}` or more."
+        )
 
 
 def shortage_of(error: BaseException) -> str | None:

@@ -1,6 +1,7 @@
 """Too little memory, no shared memory, packages whose import fails: a sentence that says which."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from nemo_lfr.cli.files import FileTask, run_tasks
@@ -17,6 +19,7 @@ from nemo_lfr.errors import MissingExtraError, NemoLfrError
 from nemo_lfr.io.shortage import require, sharing, shortage_of
 from tests.corpora import write_tokens
 from tests.crash import ROOT
+from tests.models import synthesize
 
 SHORTAGES = {
     "numpy": (lambda: np.zeros(2**60, np.uint8), "not enough memory"),
@@ -119,3 +122,20 @@ def test_an_environment_without_a_path_gets_the_systems(monkeypatch, capsys):
     monkeypatch.delenv("PATH")
     main(["--version"])
     assert os.environ["PATH"] == os.defpath and Path(sys.executable).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+def test_a_limit_on_address_space_that_is_too_low_is_one_line(tmp_path):
+    """oneDNN would end the process with a segmentation fault at some limits between 0.7 and 1 GB."""
+    soundfile.write(tmp_path / "a.wav", synthesize(0.1), 22050)
+    command = f"ulimit -v 740000; exec {shlex.quote(sys.executable)} -m nemo_lfr encode a.wav"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and not (tmp_path / "a.lfr").exists()
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("nemo-lfr: error: not enough memory: computing needs about ") and "ulimit -v" in error
