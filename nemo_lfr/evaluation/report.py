@@ -1,6 +1,7 @@
 """Evaluation reports as a self-contained HTML page, as Markdown and as CSV."""
 
 import base64
+import hashlib
 import io
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,10 @@ import soundfile
 
 from nemo_lfr._version import __version__
 from nemo_lfr.errors import install_command, printable
-from nemo_lfr.evaluation import tables
+from nemo_lfr.evaluation import spreadsheets, tables
 from nemo_lfr.evaluation.escape import code_fence, escape_markdown
-from nemo_lfr.evaluation.metrics import NotMeasured
 from nemo_lfr.evaluation.model_metrics import all_metrics
+from nemo_lfr.evaluation.plots import metric_plots, spectrogram
 from nemo_lfr.evaluation.recordings import read
 from nemo_lfr.evaluation.results import Evaluation
 from nemo_lfr.io.atomic import sweep
@@ -27,7 +28,12 @@ from nemo_lfr.io.shortage import missing_extra
 EXAMPLE_SECONDS = 10.0
 # Packages that the report and its metrics need, for the installation hint.
 PACKAGES = ("jinja2", "matplotlib", "pystoi", "pesq", "librosa", "scipy", "jiwer")
-PLOTTED = ("PESQ-WB", "ESTOI", "mel distance", "STFT distance", "SI-SDR", "F0 error", "Squim MOS", "CER")
+INTERVALS = "Means over recordings, with 95 % bootstrap intervals in parentheses. ↑ higher is better, ↓ lower."
+PAIRED = (
+    "Mean of the first codec's value minus the second's, over the recordings that both have a value for, with the "
+    f"95 % bootstrap interval. {tables.FIRST} the first codec is better, {tables.SECOND} the second; without a mark, "
+    "the interval contains zero or there is only one recording."
+)
 
 
 def check_packages() -> None:
@@ -58,7 +64,7 @@ def write_report(
 ) -> list[Path]:
     """Write the evaluation report as HTML, Markdown and CSV.
 
-    The files are `report.html`, `report.md`, `summary.csv` and `recordings.csv`.
+    The files are `report.html`, `report.md`, `summary.csv`, `differences.csv` and `recordings.csv`.
 
     Args:
         evaluation: results to report.
@@ -72,50 +78,60 @@ def write_report(
     Returns:
         Paths of the files.
     """
-    from jinja2 import Environment
-
     keys = list(evaluation.recordings)
-    quality = tables.quality(evaluation, keys, card=card)
-    more = [tables.cost(evaluation)]
-    if compressed := tables.compression(evaluation):
-        more.append(compressed)
-    if use := tables.codebooks(evaluation):
-        more.append(use)
-    for label in by:
-        more += tables.groups(evaluation, label)
+    more = [tables.cost(evaluation), tables.compression(evaluation), tables.codebooks(evaluation)]
+    more += [table for label in by for table in tables.groups(evaluation, label)]
     seconds = sum(recording.duration for recording in evaluation.recordings.values())
-    subtitle = f"{len(keys)} recordings, {seconds / 60:.1f} minutes, compared at {evaluation.rate} Hz."
     common: dict[str, Any] = {
         "title": title,
-        "subtitle": subtitle,
-        "quality": quality,
-        "tables": more,
+        "subtitle": f"{len(keys)} recordings, {seconds / 60:.1f} minutes, compared at {evaluation.rate} Hz.",
+        "quality": tables.quality(evaluation, keys, card=card),
+        "differences": tables.differences(evaluation, keys),
+        "tables": [table for table in more if table is not None],
         "gaps": tables.gaps(evaluation),
         "definitions": tables.definitions(evaluation),
         "command": command,
         "versions": versions(),
     }
-    template = (files("nemo_lfr.evaluation") / "report.html.jinja").read_text(encoding="utf-8")
-    page = (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(**common, plots=_plots(evaluation, keys), examples=_examples(evaluation, keys, examples))
-    )
-    page = "".join(char if char.isprintable() or char == "\n" else "?" for char in page)  # labels are untrusted
+    plots = metric_plots(evaluation, keys, all_metrics())
     contents = {
-        "report.html": page,
+        "report.html": page(**common, plots=plots, examples=_examples(evaluation, keys, examples)),
         "report.md": markdown(**common),
-        "summary.csv": tables.summary(evaluation),
-        "recordings.csv": tables.per_recording(evaluation),
+        "summary.csv": spreadsheets.summary(evaluation),
+        "differences.csv": spreadsheets.differences(evaluation),
+        "recordings.csv": spreadsheets.per_recording(evaluation),
     }
     sweep(out, contents)
     return [write_text(out / name, text) for name, text in contents.items()]
+
+
+def page(**content: Any) -> str:
+    """Return the HTML page, which loads nothing and runs only its own script.
+
+    Args:
+        content: the arguments of `markdown`, and `plots` and `examples`.
+    """
+    from jinja2 import Environment
+
+    folder = files("nemo_lfr.evaluation")
+    template, style, script = (
+        (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("html.jinja", "css", "js")
+    )
+    # The labels of a manifest are untrusted. Even if one were not escaped, a browser would run no other script.
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(**content, style=style, script=script, script_hash=script_hash, intervals=INTERVALS, paired=PAIRED)
+    )
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
 
 
 def markdown(
     title: str,
     subtitle: str,
     quality: tables.Table,
+    differences: tables.Table | None,
     tables: Sequence[tables.Table],
     gaps: Sequence[str],
     definitions: Sequence[tuple[str, str]],
@@ -128,6 +144,7 @@ def markdown(
         title: title of the report.
         subtitle: number and duration of the recordings.
         quality: main quality table.
+        differences: paired differences of the codecs, or None.
         tables: additional tables.
         gaps: failures and undefined metrics, one line each.
         definitions: names and definitions of the metrics.
@@ -139,14 +156,15 @@ def markdown(
     """
     command = printable(command)
     fence = code_fence(command)
-    head = f"{subtitle} Means with 95 % bootstrap intervals over recordings."
-    parts = [f"# {escape_markdown(title)}", head, quality.markdown()]
+    parts = [f"# {escape_markdown(title)}", f"{subtitle} {INTERVALS} The best values are bold.", quality.markdown()]
+    if differences is not None:
+        parts.append(f"### Paired differences\n\n{PAIRED}\n\n{differences.markdown()}")
     parts += [table.markdown() for table in tables]
     if gaps:
-        parts.append("### Without a figure\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in gaps))
+        parts.append("### Missing values\n\n" + "\n".join(f"- {escape_markdown(line)}" for line in gaps))
     lines = [f"- **{name}**: {escape_markdown(text)}" for name, text in definitions]
-    parts.append("### What the figures are\n\n" + "\n".join(lines))
-    parts.append(f"### How it was made\n\n{fence}\n{command}\n{fence}\n\n{versions}")
+    parts.append("### Definitions of the metrics\n\n" + "\n".join(lines))
+    parts.append(f"### Command and versions\n\n{fence}\n{command}\n{fence}\n\n{versions}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -161,77 +179,6 @@ def versions() -> str:
     return ", ".join(found) + f"; {platform.processor() or platform.machine()}"
 
 
-def _plots(evaluation: Evaluation, keys: Sequence[str]) -> list[dict[str, str]]:
-    from matplotlib.figure import Figure
-
-    shown = [result for result in evaluation.results if result.name != "original"]
-    found = {result.name: tables.means(result, keys) for result in shown}
-    names = [name for name in PLOTTED if any(name in own for own in found.values())]
-    if not names:
-        return []
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    colors = {result.name: f"C{index}" for index, result in enumerate(shown)}
-    rate, spread = (Figure(figsize=(4.3 * columns, 3.2 * rows), layout="constrained") for _ in range(2))
-    axes = rate.subplots(rows, columns, squeeze=False).flatten()
-    boxes = spread.subplots(rows, columns, squeeze=False).flatten()
-    for name, axis, box in zip(names, axes, boxes, strict=False):
-        metric = all_metrics()[name]
-        label = f"{name}{f' ({metric.unit})' if metric.unit else ''}, {metric.better} is better"
-        own = [result for result in shown if name in found[result.name]]
-        for result in own:
-            mean = found[result.name][name]
-            errors = [[mean.value - mean.low], [mean.high - mean.value]]
-            axis.errorbar(
-                tables.kilobits(result, keys), mean.value, errors, fmt="o", capsize=3, color=colors[result.name],
-                label=_label(result.name),
-            )  # fmt: skip
-        axis.set_xscale("log")
-        rates = sorted({round(tables.kilobits(result, keys), 1) for result in own})
-        axis.set_xticks(rates, [f"{value:g}" for value in rates], minor=False)
-        axis.minorticks_off()
-        axis.set_xlabel("kbit/s")
-        spreads = [
-            [
-                value
-                for values in result.values.values()
-                if not isinstance(value := values.get(name, NotMeasured()), NotMeasured)
-            ]
-            for result in own
-        ]
-        drawn = box.boxplot(spreads, orientation="horizontal", patch_artist=True, widths=0.6, showfliers=True)
-        for patch, result in zip(drawn["boxes"], own, strict=True):
-            patch.set_facecolor(colors[result.name])
-            patch.set_alpha(0.6)
-        box.set_yticks(range(1, len(own) + 1), [_label(result.name) for result in own])
-        box.invert_yaxis()
-        for drawing in (axis, box):
-            drawing.set_title(label, fontsize=10, loc="left")
-            drawing.grid(alpha=0.3)
-            drawing.spines[["top", "right"]].set_visible(False)
-    for figure_axes in (axes, boxes):
-        for unused in figure_axes[len(names) :]:
-            unused.remove()
-    handles = {
-        text: handle
-        for axis in axes[: len(names)]
-        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    rate.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return [
-        {"title": "Quality against bit rate", "data": _png(rate)},
-        {"title": "Distribution over recordings", "data": _png(spread)},
-    ]
-
-
-def _label(name: str) -> str:
-    """Escape a codec name for matplotlib.
-
-    Matplotlib parses "$" as math and hides legend labels that start with "_".
-    """
-    return printable(name).replace("$", r"\$").lstrip("_")
-
-
 def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[dict[str, Any]]:
     whole = [key for key in keys if all(key in result.round_trips for result in evaluation.results)]
     count = min(count, len(whole))
@@ -240,43 +187,20 @@ def _examples(evaluation: Evaluation, keys: Sequence[str], count: int) -> list[d
         recording = evaluation.recordings[key]
         length = min(recording.duration, EXAMPLE_SECONDS)
         original = read(recording.path, evaluation.rate, recording.offset, length)
-        items = [{"name": "original", **_play(original, evaluation.rate)}]
+        items = [_play("original", original, evaluation.rate)]
         for result in evaluation.results:
             if result.name != "original":
                 output, _ = soundfile.read(result.audio(key), dtype="float32", frames=len(original))
-                items.append({"name": result.name, **_play(output, evaluation.rate)})
-        title = " · ".join(
-            str(part)
-            for part in (recording.name, recording.labels.get("lang"), recording.labels.get("speaker"))
-            if part
-        )
+                items.append(_play(result.name, output, evaluation.rate))
+        labels = (recording.name, recording.labels.get("lang"), recording.labels.get("speaker"))
+        title = " · ".join(str(label) for label in labels if label)
         shown.append({"title": title, "text": recording.labels.get("text"), "played": items})
     return shown
 
 
-def _play(wave: np.ndarray, rate: int) -> dict[str, str]:
-    """Return a spectrogram and a FLAC copy of audio [T] as data URIs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 2.2), layout="constrained")
-    axis = figure.subplots()
-    look: dict[str, Any] = {"mode": "magnitude", "scale": "dB", "vmin": -105, "vmax": -30, "cmap": "magma"}
-    with np.errstate(divide="ignore"):  # log10(0) of bins above a narrowband codec's cutoff
-        axis.specgram(wave + 1e-6, NFFT=512, Fs=rate, noverlap=384, **look)
-    ticks = range(0, rate // 2, 2000)
-    axis.set_yticks(ticks, [str(tick // 1000) for tick in ticks])
-    axis.tick_params(labelsize=7)
-    axis.set_ylabel("kHz", fontsize=7)
+def _play(name: str, wave: np.ndarray, rate: int) -> dict[str, str]:
+    """Return the name, a spectrogram as SVG, and a FLAC copy of audio [T] as a data URI."""
     audio = io.BytesIO()
     soundfile.write(audio, wave.clip(-1, 1), rate, format="FLAC", subtype="PCM_16")
-    return {"picture": _png(figure), "audio": _uri("audio/flac", audio.getvalue())}
-
-
-def _png(figure: Any) -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return _uri("image/png", picture.getvalue())
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    data = base64.b64encode(audio.getvalue()).decode()
+    return {"name": name, "picture": spectrogram(wave, rate, name), "audio": f"data:audio/flac;base64,{data}"}

@@ -3,21 +3,25 @@
 The tables hold means with confidence intervals, cost, compression and codebook use.
 """
 
-import csv
-import io
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from nemo_lfr.evaluation.escape import escape_markdown, plain_cell
-from nemo_lfr.evaluation.metrics import NotMeasured
+from nemo_lfr.evaluation.escape import escape_markdown
+from nemo_lfr.evaluation.metrics import Metric, NotMeasured
 from nemo_lfr.evaluation.model_metrics import all_metrics
 from nemo_lfr.evaluation.results import Evaluation, Result
 
 RESAMPLES = 10_000
 NONE = "-"
+CARD = "NVIDIA's card, released weights"
+FIRST, SECOND = "◀", "▶"  # which codec of a pair is better
+REFERENCES = ("original", CARD)  # rows that are no candidates for the best value
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,62 @@ class Mean:
 
 @dataclass(frozen=True)
 class Table:
-    """Table of text cells with a title and a header."""
+    """Table of text cells with a title and a header.
+
+    Attributes:
+        title: title, or an empty string.
+        head: names of the columns.
+        rows: rows of cells; the first cell of each is the codec's name.
+        better: for each column "higher" or "lower" if its best value is marked, else None; or an empty list.
+    """
 
     title: str
     head: list[str]
     rows: list[list[str]]
+    better: list[str | None] = field(default_factory=list)
+
+    @cached_property
+    def best(self) -> frozenset[tuple[int, int]]:
+        """Return row and column of the best values, as they are displayed.
+
+        The rows in `REFERENCES` do not compete, and a column of equal values has no best one.
+        """
+        found = set()
+        for column, better in enumerate(self.better):
+            values = {
+                row: value
+                for row, cells in enumerate(self.rows)
+                if cells[0] not in REFERENCES and (value := number(cells[column])) is not None
+            }
+            if better is not None and len(set(values.values())) > 1:
+                best = (max if better == "higher" else min)(values.values())
+                found |= {(row, column) for row, value in values.items() if value == best}
+        return frozenset(found)
 
     def markdown(self) -> str:
-        """Format the table as Markdown, with escaped cells."""
-        rows = [list(map(escape_markdown, line)) for line in (self.head, *self.rows)]
-        cells = ("| " + " | ".join(line) + " |" for line in (rows[0], ["---"] * len(self.head), *rows[1:]))
-        return "\n".join(([f"### {escape_markdown(self.title)}", ""] if self.title else []) + list(cells)) + "\n"
+        """Format the table as Markdown, with escaped cells and the best values in bold."""
+        cells = [
+            [self._bold(escape_markdown(text), (row, column)) for column, text in enumerate(line)]
+            for row, line in enumerate(self.rows)
+        ]
+        lines = [list(map(escape_markdown, self.head)), ["---"] * len(self.head), *cells]
+        title = [f"### {escape_markdown(self.title)}", ""] if self.title else []
+        return "\n".join(title + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+
+    def _bold(self, text: str, place: tuple[int, int]) -> str:
+        return f"**{text}**" if place in self.best else text
+
+
+def number(cell: str) -> float | None:
+    """Return the first number in a cell, or None if it has none."""
+    match = re.search(r"[-+]?\d+(\.\d+)?", cell)
+    return float(match[0]) if match else None
+
+
+def shorten_name(name: str, length: int) -> str:
+    """Return a name, or its start and end if it is longer than `length` characters."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
@@ -88,21 +137,77 @@ def quality(
         A table with a column for each metric that any codec has.
     """
     found = [means(result, keys) for result in evaluation.results]
-    names = [name for name in all_metrics() if name in (card or {}) or any(name in own for own in found)]
-    units = (all_metrics()[name].unit for name in names)
-    arrows = ({"higher": " ↑", "lower": " ↓", None: ""}[all_metrics()[name].better] for name in names)
-    head = ["codec", "kbit/s", "n"] + [
-        f"{name}{f' ({unit})' if unit else ''}{arrow}" for name, unit, arrow in zip(names, units, arrows, strict=True)
-    ]
+    metrics = all_metrics()
+    names = [name for name in metrics if name in (card or {}) or any(name in own for own in found)]
+    head = ["codec", "kbit/s", "n", *(heading(name, metrics[name]) for name in names)]
     rows = []
     for result, own in zip(evaluation.results, found, strict=True):
         count = sum(key in result.round_trips for key in keys)
-        cells = [_cell(own.get(name), all_metrics()[name].digits, count) for name in names]
-        rows.append([result.name, _kilobits(result, keys, "num_bytes"), str(count), *cells])
+        cells = [_cell(own.get(name), metrics[name].digits, count) for name in names]
+        rows.append([result.name, format_kilobits(result, keys, "num_bytes"), str(count), *cells])
     if card:
         cells = [f"{card[name]:g}" if name in card else NONE for name in names]
-        rows.append(["NVIDIA's card, released weights", "1.89", NONE, *cells])
-    return Table(title, head, rows)
+        rows.append([CARD, "1.89", NONE, *cells])
+    return Table(title, head, rows, [None, "lower", None, *(metrics[name].better for name in names)])
+
+
+def heading(name: str, metric: Metric) -> str:
+    """Return the column name of a metric, with its unit and an arrow that says whether higher or lower is better."""
+    arrow = {"higher": " ↑", "lower": " ↓", None: ""}[metric.better]
+    return f"{name}{f' ({metric.unit})' if metric.unit else ''}{arrow}"
+
+
+def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
+    """Tabulate the paired differences of each two codecs, over the recordings that both have values for.
+
+    Returns:
+        A table with a row for each pair of codecs, or None if there are fewer than two codecs besides "original". A
+        cell holds the mean of the first codec's value minus the second's and its interval. If the interval excludes
+        zero, FIRST or SECOND says which codec is better.
+    """
+    metrics = all_metrics()
+    codecs = [result for result in evaluation.results if result.name not in REFERENCES]
+    columns = [
+        name
+        for name in metrics
+        if any(not isinstance(own.get(name, NotMeasured()), NotMeasured) for r in codecs for own in r.values.values())
+    ]
+    rows = []
+    for first, second in itertools.combinations(codecs, 2):
+        cells = []
+        for name in columns:
+            mean = paired_mean(first, second, keys, name)
+            cells.append(NONE if mean is None else _difference(mean, metrics[name]))
+        rows.append([f"{first.name} minus {second.name}", *cells])
+    head = ["codecs", *(heading(name, metrics[name]) for name in columns)]
+    return Table("", head, rows) if rows else None
+
+
+def paired_mean(first: Result, second: Result, keys: Iterable[str], name: str) -> Mean | None:
+    """Compute the mean of one codec's values of a metric minus another's over the same recordings.
+
+    Args:
+        first: results of the first codec.
+        second: results of the second codec.
+        keys: keys of the recordings.
+        name: name of the metric.
+
+    Returns:
+        The mean with its bootstrap interval, or None if no recording has both values.
+    """
+    pairs = ([result.values.get(key, {}).get(name, NotMeasured()) for result in (first, second)] for key in keys)
+    found = [a - b for a, b in pairs if not isinstance(a, NotMeasured) and not isinstance(b, NotMeasured)]
+    return Mean.of(found) if found else None
+
+
+def _difference(mean: Mean, metric: Metric) -> str:
+    digits = metric.digits
+    if mean.count == 1:
+        return f"{mean.value:+.{digits}f}"
+    sign = 1 if mean.low > 0 else -1 if mean.high < 0 else 0
+    sign *= {"higher": 1, "lower": -1, None: 0}[metric.better]
+    mark = {1: f"{FIRST} ", -1: f"{SECOND} ", 0: ""}[sign]
+    return f"{mark}{mean.value:+.{digits}f} ({mean.low:+.{digits}f} to {mean.high:+.{digits}f})"
 
 
 def _cell(mean: Mean | None, digits: int, count: int) -> str:
@@ -122,8 +227,8 @@ def cost(evaluation: Evaluation) -> Table:
         rows.append(
             [
                 result.name,
-                _kilobits(result, result.round_trips, "num_bytes"),
-                _kilobits(result, result.round_trips, "file_bytes"),
+                format_kilobits(result, result.round_trips, "num_bytes"),
+                format_kilobits(result, result.round_trips, "file_bytes"),
                 f"{1000 * result.delay:g}",
                 f"{seconds / encode:.1f}" if encode else NONE,
                 f"{seconds / decode:.1f}" if decode else NONE,
@@ -133,11 +238,11 @@ def cost(evaluation: Evaluation) -> Table:
         "codec",
         "kbit/s",
         "kbit/s of its files",
-        "delay taken out (ms)",
-        "encodes x real time",
-        "decodes x real time",
+        "compensated delay (ms)",
+        "encoding, x real time",
+        "decoding, x real time",
     ]
-    return Table("Cost", head, rows)
+    return Table("Cost", head, rows, [None, "lower", "lower", "lower", "higher", "higher"])
 
 
 def compression(evaluation: Evaluation) -> Table | None:
@@ -157,7 +262,11 @@ def compression(evaluation: Evaluation) -> Table | None:
         bits = [8 * sum(result.round_trips[key][kind] for key in keys) for kind in ("num_bytes", "compressed_bytes")]
         kinds = ("num_bytes", "file_bytes", "compressed_bytes", "compressed_file_bytes")
         rows.append(
-            [result.name, *(_kilobits(result, keys, kind) for kind in kinds), *(f"{bit / frames:.2f}" for bit in bits)]
+            [
+                result.name,
+                *(format_kilobits(result, keys, kind) for kind in kinds),
+                *(f"{bit / frames:.2f}" for bit in bits),
+            ]
         )
     head = [
         "codec",
@@ -168,7 +277,8 @@ def compression(evaluation: Evaluation) -> Table | None:
         "bits a frame",
         "bits a frame compressed",
     ]
-    return Table("Lossless compression of the tokens", head, rows) if rows else None
+    better: list[str | None] = [None, *("lower" for _ in head[1:])]
+    return Table("Lossless compression of the tokens", head, rows, better) if rows else None
 
 
 def codebooks(evaluation: Evaluation) -> Table | None:
@@ -248,42 +358,6 @@ def gaps(evaluation: Evaluation) -> list[str]:
     return lines + [f"{codec}: {name} of {count} recordings: {why}" for (codec, name, why), count in reasons.items()]
 
 
-def per_recording(evaluation: Evaluation) -> str:
-    """Return a CSV with one line per codec and recording, and empty missing values."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *all_metrics()])
-    for result in evaluation.results:
-        for key, sent in result.round_trips.items():
-            recording, own = evaluation.recordings[key], result.values.get(key, {})
-            cells = (
-                "" if isinstance(value := own.get(name, NotMeasured()), NotMeasured) else value
-                for name in all_metrics()
-            )
-            costs = (sent["seconds"], sent["num_bytes"], sent["file_bytes"])
-            names = (plain_cell(result.name), plain_cell(str(recording.name)))
-            writer.writerow([*names, recording.offset, *costs, *cells])
-    return text.getvalue()
-
-
-def summary(evaluation: Evaluation) -> str:
-    """Return a CSV with one line per codec: mean of each metric with its interval."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}{suffix}" for name in all_metrics() for suffix in ("", " low", " high", " n")]
-    writer.writerow(["codec", "kbit/s", "file kbit/s", "delay (s)", *columns])
-    keys = list(evaluation.recordings)
-    for result in evaluation.results:
-        own = means(result, keys)
-        cells: list[object] = []
-        for name in all_metrics():
-            mean = own.get(name)
-            cells += [mean.value, mean.low, mean.high, mean.count] if mean else ["", "", "", 0]
-        rates = [_kilobits(result, keys, kind) for kind in ("num_bytes", "file_bytes")]
-        writer.writerow([plain_cell(result.name), *rates, result.delay, *cells])
-    return text.getvalue()
-
-
 def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> float:
     """Compute the mean bit rate in kbit/s over recordings.
 
@@ -299,5 +373,6 @@ def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> fl
     return sum(sent[kind] for sent in own) * 8 / 1000 / max(sum(sent["seconds"] for sent in own), 1e-9)
 
 
-def _kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
+def format_kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
+    """Format the bit rate of `kilobits`; a codec without outputs has none."""
     return f"{kilobits(result, keys, kind):.2f}" if result.round_trips else NONE

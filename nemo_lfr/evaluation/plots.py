@@ -1,0 +1,200 @@
+"""Plots of the HTML report as SVG: quality against bit rate, distributions, and spectrograms.
+
+Text stays text, and colors come from the classes `c0` to `c5` of the page, so that the plots follow its dark mode.
+Codecs also differ by the shape of their markers.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from nemo_lfr.evaluation import tables
+from nemo_lfr.evaluation.metrics import Metric, NotMeasured
+from nemo_lfr.evaluation.results import Evaluation, Result
+
+WIDTH = 340  # of a plot, in units of its view box; about as many pixels on a phone
+LEFT, RIGHT = 50, 12  # margins beside the axes
+ROW = 34  # height of one codec in a distribution
+NUM_COLORS = 6
+MAX_LABEL = 48  # characters of a codec's name that fit into a plot
+SHAPES = (
+    "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
+    "M-4 -4h8v8h-8z",  # square
+    "M0 -5.5L5.5 0L0 5.5L-5.5 0z",  # diamond
+    "M0 -5L5 4h-10z",  # triangle
+    "M0 5L5 -4h-10z",  # triangle that points down
+)
+SPECTROGRAM_SIZE = 512  # samples of a window
+SPECTROGRAM_COLUMNS = 480  # maximum; a plot is at most 430 pixels wide
+DECIBELS = (-105, -30)  # range of a spectrogram's colors
+
+
+def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
+    """Draw one figure for each metric that is better in one direction and has values.
+
+    Args:
+        evaluation: results to draw.
+        keys: keys of the recordings to include.
+        metrics: descriptions of the metrics by name.
+
+    Returns:
+        Title and SVG of each figure. The identity codec "original" is left out.
+    """
+    codecs = [result for result in evaluation.results if result.name != "original"]
+    means = [tables.means(result, keys) for result in codecs]
+    figures = []
+    for name, metric in metrics.items():
+        shown = [index for index, own in enumerate(means) if name in own]
+        if metric.better is None or not shown:
+            continue
+        rates = {index: tables.kilobits(codecs[index], keys) for index in shown}
+        drawings = []
+        if len({f"{rate:.1f}" for rate in rates.values()}) > 1:
+            drawings.append(_rate_plot(name, rates, {index: means[index][name] for index in shown}))
+        values = {index: _values(codecs[index], keys, name) for index in shown}
+        drawings.append(_distribution(name, {index: codecs[index].name for index in shown}, values))
+        unit = f" ({metric.unit})" if metric.unit else ""
+        figures.append({"title": f"{name}{unit}, {metric.better} is better", "svg": "\n".join(drawings)})
+    return figures
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return up to `count` + 1 round values in a range, for an axis.
+
+    Args:
+        low: start of the range.
+        high: end of the range, greater than `low`.
+        count: approximate number of ticks.
+    """
+    rough = (high - low) / count
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = magnitude * next(factor for factor in (1, 2, 5, 10) if factor * magnitude >= 0.7 * rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * number for number in range(first, last + 1)]
+
+
+def _values(result: Result, keys: Sequence[str], name: str) -> list[float]:
+    values = (result.values.get(key, {}).get(name, NotMeasured()) for key in keys)
+    return [value for value in values if not isinstance(value, NotMeasured)]
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    """Return a range with a margin, which is never empty."""
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _svg(label: str, height: float, content: Sequence[str]) -> str:
+    return f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {height:g}">{"".join(content)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _marker(index: int, x: float, y: float) -> str:
+    return f'<path class="{_color(index)}" transform="translate({x:.1f} {y:.1f})" d="{SHAPES[index % len(SHAPES)]}"/>'
+
+
+def _color(index: int) -> str:
+    return f"c{index % NUM_COLORS}"
+
+
+def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables.Mean]) -> str:
+    """Draw means with their intervals against the bit rate, on a logarithmic axis."""
+    top, height = 8, 190
+    bottom = height - 34
+    low, high = _padded(min(mean.low for mean in means.values()), max(mean.high for mean in means.values()))
+    start, end = _padded(*(math.log(limit(rates.values())) for limit in (min, max)))
+
+    def place_x(rate: float) -> float:
+        return LEFT + 8 + (math.log(rate) - start) / (end - start) * (WIDTH - LEFT - RIGHT - 16)
+
+    def place_y(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    content = []
+    for tick in nice_ticks(low, high):
+        content += [_line(LEFT, place_y(tick), WIDTH - RIGHT, place_y(tick), "grid")]
+        content += [_text(LEFT - 6, place_y(tick) + 4, f"{tick:.4g}", "end")]
+    last_label = -math.inf
+    for rate in sorted(rates.values()):
+        if place_x(rate) - last_label > 30:  # otherwise the labels would overlap
+            last_label = place_x(rate)
+            content += [_line(last_label, bottom, last_label, bottom + 4, "axis")]
+            content += [_text(last_label, bottom + 16, f"{rate:.3g}")]
+    content += [_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"), _text((LEFT + WIDTH) / 2, height - 4, "kbit/s")]
+    for index, mean in means.items():
+        x = place_x(rates[index])
+        content += [_line(x, place_y(mean.low), x, place_y(mean.high), f"bar {_color(index)}")]
+        content += [_marker(index, x, place_y(mean.value))]
+    return _svg(f"{name} against bit rate", height, content)
+
+
+def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequence[float]]) -> str:
+    """Draw a box for each codec: quartiles, values within 1.5 interquartile ranges of them, and the values beyond."""
+    height = ROW * len(names) + 28
+    bottom = height - 22
+    limits = [limit(own) for own in values.values() for limit in (min, max)]
+    low, high = _padded(min(limits), max(limits))
+
+    def place(value: float) -> float:
+        return RIGHT + (value - low) / (high - low) * (WIDTH - 2 * RIGHT)
+
+    content = []
+    for tick in nice_ticks(low, high):
+        content += [_line(place(tick), 0, place(tick), bottom, "grid"), _text(place(tick), bottom + 16, f"{tick:.4g}")]
+    content += [_line(RIGHT, bottom, WIDTH - RIGHT, bottom, "axis")]
+    for row, (index, own) in enumerate(values.items()):
+        first, median, third = (float(value) for value in np.percentile(own, (25, 50, 75)))
+        reach = 1.5 * (third - first)
+        inside = [value for value in own if first - reach <= value <= third + reach]
+        y = ROW * row + 24
+        label = tables.shorten_name(names[index], MAX_LABEL)
+        content += [_marker(index, RIGHT + 5, y - 15), _text(RIGHT + 15, y - 11, label, "start")]
+        content += [_line(place(min(inside)), y, place(max(inside)), y, f"bar {_color(index)}")]
+        content += [
+            f'<rect class="box {_color(index)}" x="{place(first):.1f}" y="{y - 5}" '
+            f'width="{max(place(third) - place(first), 0.5):.1f}" height="10"/>'
+        ]
+        content += [_line(place(median), y - 5, place(median), y + 5, "median")]
+        outside = [value for value in own if not first - reach <= value <= third + reach]
+        content += [f'<circle class="{_color(index)}" cx="{place(value):.1f}" cy="{y}" r="1.8"/>' for value in outside]
+    return _svg(f"distribution of {name} over recordings", height, content)
+
+
+def spectrogram(wave: np.ndarray, rate: int, label: str) -> str:
+    """Draw the spectrogram of audio [T] in dB, with axes in seconds and kHz."""
+    from matplotlib.image import imsave
+
+    padded = np.pad(wave, (0, max(SPECTROGRAM_SIZE - len(wave), 0)))
+    hop = max(SPECTROGRAM_SIZE // 4, -(-len(padded) // SPECTROGRAM_COLUMNS))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, SPECTROGRAM_SIZE)[::hop]
+    window = np.hanning(SPECTROGRAM_SIZE)
+    magnitudes = np.abs(np.fft.rfft(windows * window, axis=1))[:, 1:] / window.sum()  # [frames, bins]
+    halved = magnitudes.reshape(len(magnitudes), -1, 2).mean(axis=2)
+    decibels = 20 * np.log10(halved + 1e-6)
+    picture = io.BytesIO()
+    low, high = DECIBELS
+    imsave(picture, decibels.T, cmap="magma", vmin=low, vmax=high, origin="lower", format="png")
+    left, top, width, height = 30, 8, WIDTH - 34, 150
+    data = base64.b64encode(picture.getvalue()).decode()
+    content = [
+        f'<image x="{left}" y="{top}" width="{width}" height="{height}" preserveAspectRatio="none" '
+        f'href="data:image/png;base64,{data}"/>'
+    ]
+    for tick in nice_ticks(0, rate / 2000, 4):
+        content.append(_text(left - 5, top + height - tick * 2000 / rate * height + 4, f"{tick:g}", "end"))
+    duration = len(padded) / rate
+    for tick in nice_ticks(0, duration):
+        content.append(_text(left + tick / duration * width, top + height + 14, f"{tick:.3g}"))
+    content.append(_text(left + width / 2, top + height + 27, "seconds; vertical axis in kHz"))
+    return _svg(f"spectrogram of {label}", top + height + 32, content)
