@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.errors import AudioError, NemoLfrError, install_command
+from nemo_lfr.errors import AudioError, NemoLfrError, install_command, shorten
 from nemo_lfr.evaluation.plugins import add_entry
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 
@@ -310,5 +310,14 @@ def measure(
             value = metric.function(original, output)
         except ImportError as error:
             value = missing(error.name or metric.package)
-        values[name] = value if isinstance(value, NotMeasured) or np.isfinite(value) else Undefined("not a number")
+        except Exception as error:  # a metric of another package can raise anything
+            value = NotMeasured(f"not measured: {type(error).__name__}: {shorten(error, 200)}")
+        values[name] = checked(value)
     return values
+
+
+def checked(value: Value) -> Value:
+    """Return a metric's value as a `float`, or else a `NotMeasured`; NaN and infinity are `Undefined`."""
+    if isinstance(value, NotMeasured):
+        return value
+    return float(value) if np.isfinite(value) else Undefined("not a number")

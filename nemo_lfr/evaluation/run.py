@@ -20,7 +20,7 @@ import soundfile
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
-from nemo_lfr.evaluation.metrics import Signal, Undefined
+from nemo_lfr.evaluation.metrics import Signal, Undefined, checked
 from nemo_lfr.evaluation.model_metrics import open_model_metrics
 from nemo_lfr.evaluation.model_metrics.base import ModelMetric
 from nemo_lfr.evaluation.plugins import load_plugins
@@ -160,7 +160,8 @@ def _store_round_trip(trip: RoundTrip, num_samples: int, rate: int, result: Resu
     if trip.tokens is not None and trip.compressed_bytes is not None and trip.compressed_file_bytes is not None:
         entry["frames"] = trip.tokens.shape[1]
         entry |= {"compressed_bytes": trip.compressed_bytes, "compressed_file_bytes": trip.compressed_file_bytes}
-    return entry
+    # JSON cannot represent the numbers of numpy, which a codec of another package may return.
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in entry.items()}
 
 
 def _run_model_metric(
@@ -180,7 +181,8 @@ def _run_model_metric(
                     recording = recordings[key]
                     pair = read_pair(recording, result.audio(key), rate)
                     try:
-                        known[key] = model.measure(*pair, recording.labels)
+                        values = model.measure(*pair, recording.labels)
+                        known[key] = {name: checked(value) for name, value in values.items()}
                     except Exception as error:  # third-party models can raise anything; the next run tries again
                         known[key] = dict.fromkeys(model.metrics, Undefined(f"not measured: {_reason(error)}"))
                     else:

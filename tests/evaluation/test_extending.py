@@ -15,6 +15,7 @@ from tests.models import RATE, synthesize
 
 MODULES = {
     "dummy_codec": '''
+import numpy as np
 from nemo_lfr.evaluation.codecs import register_codec
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 
@@ -25,19 +26,25 @@ class EightBits(ComparedCodec):
     kind = usage = name = identity = "eightbits"
 
     def round_trip(self, audio, rate):
-        output = (audio * 127).round() / 127
-        return RoundTrip(output, len(audio), len(audio), 0.5, 0.25)
+        samples = (audio * 127).round()
+        return RoundTrip(samples / 127, np.int64(len(audio)), np.int64(len(audio)), 0.5, 0.25)
 ''',
     "dummy_metric": """
 import numpy as np
 from nemo_lfr.evaluation.metrics import Metric, register_metric
 
 def peak_error(original, output):
-    return float(np.abs(original.wave - output.wave).max())
+    return np.abs(original.wave - output.wave).max()
 
 register_metric("peak error", Metric("", "lower", "Largest difference of a sample.", function=peak_error))
+
+def failing(original, output):
+    raise KeyError("no such feature")
+
+register_metric("failing", Metric("", "lower", "Fails.", function=failing))
 """,
     "dummy_model_metric": '''
+import numpy as np
 from nemo_lfr.evaluation.metrics import Metric
 from nemo_lfr.evaluation.model_metrics import register_model_metric
 from nemo_lfr.evaluation.model_metrics.base import ModelMetric
@@ -50,7 +57,7 @@ class Letters(ModelMetric):
     metrics = {"letters": Metric("", None, "Letters of the text.")}
 
     def measure(self, original, output, labels):
-        return {"letters": float(len(labels["text"]) + len(self.name))}
+        return {"letters": np.float32(len(labels["text"]) + len(self.name))}
 ''',
 }
 
@@ -102,6 +109,7 @@ def test_an_evaluation_uses_a_codec_and_metrics_of_another_package(plugin, manif
     assert all(0 < float(row["peak error"]) <= 0.5 / 127 + 1e-6 and float(row["letters"]) == 6 for row in rows)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "peak error ↓" in report and "Largest difference of a sample." in report and "Model: ab." in report
+    assert "failing of 2 recordings: not measured: KeyError: 'no such feature'" in report
     assert "dummy_broken are missing, since it cannot be imported (ModuleNotFoundError" in caplog.text
 
 
