@@ -194,7 +194,7 @@ def _read_recordings(
     else:
         _check_manifest(source)
         recordings = read_manifest(source, audio_dir, on_bad_line=lambda line: fail(source, NemoLfrError(line)))
-        look = {"title": f"Speech codecs on {source.stem}"}
+        look = {"title": f"Speech codecs on {source.resolve().parent.name}/{source.name}"}
         current().report_failures()
     if not recordings:
         raise NemoLfrError(f"{source}: contains no recordings.")
