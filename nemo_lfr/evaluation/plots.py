@@ -191,10 +191,11 @@ def spectrogram(wave: np.ndarray, rate: int, label: str) -> str:
         f'<image x="{left}" y="{top}" width="{width}" height="{height}" preserveAspectRatio="none" '
         f'href="data:image/png;base64,{data}"/>'
     ]
-    for tick in nice_ticks(0, rate / 2000, 4):
-        content.append(_text(left - 5, top + height - tick * 2000 / rate * height + 4, f"{tick:g}", "end"))
-    duration = len(padded) / rate
-    for tick in nice_ticks(0, duration):
-        content.append(_text(left + tick / duration * width, top + height + 14, f"{tick:.3g}"))
-    content.append(_text(left + width / 2, top + height + 27, "seconds; vertical axis in kHz"))
-    return _svg(f"spectrogram of {label}", top + height + 32, content)
+    duration, bottom = len(padded) / rate, top + height
+    content += [
+        _text(left - 5, bottom - 2000 * tick / rate * height + 4, f"{tick:g}", "end")
+        for tick in nice_ticks(0, rate / 2000, 4)
+    ]
+    content += [_text(left + tick / duration * width, bottom + 14, f"{tick:.3g}") for tick in nice_ticks(0, duration)]
+    content.append(_text(left + width / 2, bottom + 27, "seconds; vertical axis in kHz"))
+    return _svg(f"spectrogram of {label}", bottom + 32, content)
