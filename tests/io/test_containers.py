@@ -124,6 +124,7 @@ WHOLE = {
     "two data chunks": wav(chunk(b"data", pcm()[:2000]), chunk(b"JUNK", b"12"), chunk(b"data", pcm()[2000:])),
     "RF64": rf64(SIZE),
     "RF64 whose long size is unknown": rf64(0),
+    "BW64": b"BW64" + rf64(SIZE)[4:],
     "FLAC": flac(),
     "FLAC of unknown length": flac(known=False),
     "AU of unknown length": au(0xFFFFFFFF),
@@ -503,6 +504,12 @@ NOT_TAKEN_APART = {
 def test_joined_recordings_that_are_not_taken_apart_are_refused(kind):
     with pytest.raises(AudioError, match=r"a\.wav: holds several recordings"):
         read(NOT_TAKEN_APART[kind])
+
+
+@pytest.mark.parametrize("sync", [b"\xfe\x7f\x01\x80", b"\xff\x1f\x00\xe8", b"\x72\xf8\x1f\x4e"])
+def test_coded_audio_in_linear_pcm_is_not_read_as_samples(sync):
+    with pytest.raises(AudioError, match="holds DTS or AC-3"):
+        read(wav(chunk(b"data", bytes(400) + sync + pcm())))
 
 
 def test_au_whose_samples_begin_beyond_its_end():

@@ -5,7 +5,7 @@ import struct
 from dataclasses import replace
 
 from nemo_lfr.io.containers.joined import HEADER_BYTES, LOOK_BYTES, find_header, header_in, next_file
-from nemo_lfr.io.containers.magic import after_tags, has_magic
+from nemo_lfr.io.containers.magic import after_tags, after_zeros, has_magic
 from nemo_lfr.io.containers.mpeg import mpeg_streams
 from nemo_lfr.io.containers.stream import (
     CHUNK_NAME,
@@ -32,6 +32,9 @@ SEVERAL = "holds several recordings; give it as a file, or convert each to WAV b
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
 MAX_HELD = 1 << 24
+# First bytes of DTS (16 and 14 bits) and of other coded audio (IEC 61937) in the samples of a CD.
+CODED = (b"\xfe\x7f\x01\x80", b"\xff\x1f\x00\xe8", b"\x72\xf8\x1f\x4e")
+LINEAR = (b"\x01\0", b"\xfe\xff")  # tags in the `fmt ` chunk
 
 
 class WavSamples:
@@ -211,7 +214,10 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
         return [Stream([(start, size)], problem=_no_samples(window, start, position, header, spans))], None
     if header.is_mpeg:
         return _mpeg_inside(window, spans, problem), following
-    if exact and start == 0 and following is None:
+    if header.format[:2] in LINEAR and window.at(after_zeros(window, spans[0][0]), 4) in CODED:
+        problem = problem or "holds DTS or AC-3 behind the header of linear PCM; convert it to WAV with ffmpeg"
+    # libsndfile does not read BW64, which differs from RF64 by its name only.
+    if exact and start == 0 and following is None and header.magic != b"BW64":
         return [whole_file(size, problem)], None
     length = sum(stop - begin for begin, stop in spans)
     return [Stream(spans, header.rebuilt(length), problem=problem, note=note)], following
