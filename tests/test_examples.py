@@ -159,7 +159,7 @@ class Lives:
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, tmp_path):
     """Kill training several times (NEMO_LFR_KILLS); checkpoints with a final name are always complete."""
     pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
-    kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "3")), np.random.default_rng(0)
+    kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "2")), np.random.default_rng(0)
     epochs = f"max_epochs={kills + 1}"
     whole = Lives(corpus, tmp_path / "whole", epochs)
     whole.live()  # trains to the end and fills the disk cache

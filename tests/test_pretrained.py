@@ -60,6 +60,7 @@ def test_the_bundled_codec_has_the_released_layout():
     assert bundled_checkpoint().stat().st_size < 21e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["", "gc.disable()", "gc.freeze()", "import torch"])
 def test_loading_leaves_the_garbage_collector_as_it_was(before):
     script = f"""
@@ -203,6 +204,7 @@ def client(source: str, wave: Path, environment: dict[str, str]) -> tuple[dict, 
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_id_loads_cold_then_from_the_cache_then_offline(tmp_path):
     codec = cached_codec("symmetric")
     path, wave = save(codec, tmp_path / "tiny.nemo"), synthesize(0.5)
@@ -226,6 +228,7 @@ def test_a_hub_id_loads_cold_then_from_the_cache_then_offline(tmp_path):
     assert LFR in answer["error"] and "path of a downloaded .nemo" in answer["error"]
 
 
+@pytest.mark.slow
 def test_a_repository_with_another_file_name_loads_its_only_nemo_file(tmp_path):
     codec = cached_codec("symmetric")
     path, wave = save(codec, tmp_path / "tiny.nemo"), synthesize(0.3)

@@ -78,6 +78,7 @@ def run_commands(watcher, folder, out, commands: dict[str, str], wait: float = 0
     assert seen(out, allowed) == {}
 
 
+@pytest.mark.slow
 def test_the_watcher_sees_python_native_code_and_children(watcher, tmp_path):
     look_up = "import socket; socket.getaddrinfo('name.invalid', 80)"
     connect = "import socket; socket.socket().connect(('192.0.2.1', 80))"  # an address of no host, by RFC 5737
@@ -101,6 +102,7 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 80))  # s
     assert not (tmp_path / "here.log").exists()
 
 
+@pytest.mark.slow
 def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp_path):
     for module in ("onnxruntime", "onnxscript", "lhotse", "pyarrow", "matplotlib", "pesq"):
         pytest.importorskip(module, reason="pip install '.[onnx,corpus,evaluate]'")
@@ -126,6 +128,7 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
     run_commands(watcher, folder, tmp_path, commands, wait=20)
 
 
+@pytest.mark.slow
 def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, folder, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     command = (
@@ -153,6 +156,7 @@ def test_training_asks_nothing_of_the_network(watcher, folder, tmp_path):
     assert seen(tmp_path) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "", "0", "another"])
 @pytest.mark.parametrize("name", sorted(telemetry.VARIABLES))
 def test_importing_the_package_turns_reports_off_unless_the_user_set_the_variable(name, value):

@@ -158,12 +158,14 @@ def assert_uses_right(codec: Codec, state: str, expected: Codec) -> None:
     assert not any(value.is_inference() or value.requires_grad for value in results)
 
 
+@pytest.mark.slow
 @states
 def test_every_use_gives_reference_tokens_in_any_state(state):
     kind = "nano" if "default" in state else "symmetric"  # snake and a grouped layer, or leaky ReLU and reflection
     assert_uses_right(build_codec(kind), state, cached_codec(kind))
 
 
+@pytest.mark.slow
 @states
 def test_a_codec_loaded_in_any_state_works_there_and_elsewhere(state, tmp_path):
     path = write_nemo(tmp_path / "a.nemo", codec_config())

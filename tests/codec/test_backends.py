@@ -3,6 +3,7 @@
 For a new backend, add a function that makes a model to `MODELS`.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,11 +50,16 @@ def levels() -> Iterator[None]:
     backends.unregister("levels")
 
 
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a backend's name to a model, which is made once: an ONNX export takes 10 s."""
+    return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
-def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Codec:
+def codec(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Codec:
     """A codec over each backend."""
-    model = MODELS[request.param](tmp_path_factory.mktemp(request.param))
-    return nemo_lfr.load(model, "cpu", backend=request.param)
+    return nemo_lfr.load(model_of(request.param), "cpu", backend=request.param)
 
 
 def test_every_registered_backend_is_under_contract():
@@ -76,8 +82,8 @@ def test_codec_repeats_its_spec(codec):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_load_finds_the_backend_by_the_kind_of_model(tmp_path, name):
-    model = MODELS[name](tmp_path)
+def test_load_finds_the_backend_by_the_kind_of_model(model_of, name):
+    model = model_of(name)
     expected = type(nemo_lfr.load(model, "cpu", backend=name).backend)
     assert type(nemo_lfr.load(model, "cpu").backend) is expected
 

@@ -99,12 +99,14 @@ def everywhere(tmp_path_factory) -> dict[str, dict]:
     return {"first": first, "then": {name: run(name, known, paths) for name in first}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*KINDS, "default"])
 def test_a_codec_has_one_fingerprint_with_every_kernel(everywhere, name):
     fingerprints = [value for results in everywhere["first"].values() for value in results[f"{name}.nemo"]["now"]]
     assert len(set(fingerprints)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*KINDS, "default"])
 def test_fingerprints_that_depended_on_the_kernel_are_accepted(everywhere, name):
     results = [by_kernel[f"{name}.nemo"] for by_kernel in everywhere["then"].values()]

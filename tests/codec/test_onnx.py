@@ -29,8 +29,11 @@ pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
 from nemo_lfr.codec.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
 
+# An export takes 5 to 15 s. The fast tests export once, in test_backends.py.
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(scope="module", params=[pytest.param(k, marks=() if k == "nano" else pytest.mark.slow) for k in KINDS])
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def pair(request, tmp_path_factory):
     """A codec and what it was exported to."""
     codec = cached_codec(request.param)

@@ -120,14 +120,15 @@ def test_stream_state_does_not_grow(bundled):
     assert sum(stored) == 4 * sizes[-1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind):
     codec = cached_codec(kind)
-    wave = synthesize(2)
+    wave = synthesize(2)[: 44 * codec.samples_per_frame]
     whole = codec.encode(wave)[0][0]
     context, frame = codec.encoder.context.future, codec.samples_per_frame
     assert torch.equal(encode(codec, wave, [3000] * 15, context), encode(codec, wave, [3000] * 15))
-    for lookahead in range(context):
+    for lookahead in sorted({0, 1, context // 2, context - 1} & set(range(context))):
         stream = codec.stream_encoder(lookahead)
         found = []
         for number in range(1, 44):

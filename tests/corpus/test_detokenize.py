@@ -429,6 +429,7 @@ def test_files_that_exist_stay_unless_they_may_be_replaced(whole, model, tmp_pat
     assert soundfile.info(str(out / "s0" / "clip0.wav")).frames > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits of files")
 def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
     arguments = ["detokenize", str(whole["lfr"]), "--out", str(tmp_path / "out"), "--model", str(model)]

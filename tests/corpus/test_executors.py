@@ -71,8 +71,8 @@ def computed_shards(tmp_path, monkeypatch):
     return compute
 
 
-EXECUTORS = ["processes", pytest.param("ray", marks=pytest.mark.slow)]
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills with a signal")
+EXECUTORS = ["processes", "ray"]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="kills with a signal")]
 
 
 @pytest.mark.parametrize("name", EXECUTORS)

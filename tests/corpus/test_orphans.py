@@ -89,6 +89,7 @@ def wait_until(condition, what: str) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_driver_has_died_already_ends_at_once():
     process = multiprocessing.get_context("spawn").Process(target=die_with, args=(os.getpid() + 1,))
     process.start()
@@ -148,6 +149,7 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
     )
 
 
+@pytest.mark.slow
 @in_proc
 def test_kin_that_lost_its_parent_and_overwrote_its_environment_is_still_known():
     """As Ray's agents are: their title is written over what they inherited, and they outlive who started them."""
@@ -177,6 +179,7 @@ def test_kin_that_lost_its_parent_and_overwrote_its_environment_is_still_known()
         stranger.wait()
 
 
+@pytest.mark.slow
 @in_proc
 @pytest.mark.parametrize("is_killed", [True, False])
 def test_a_family_ends_with_its_head_only_if_that_was_killed(is_killed):
@@ -254,6 +257,7 @@ def test_a_damaged_shard_is_computed_again_to_the_same_bytes(kind, damage, model
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits of files")
 @pytest.mark.parametrize(("kind", "free"), [("shar", 4000), ("manifest", 1500), ("parquet", 4000), ("lfr", 150)])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(kind, free, model, audio, tmp_path):

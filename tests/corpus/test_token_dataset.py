@@ -174,6 +174,7 @@ def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, re
     (results / f"{rank}.json").write_text(json.dumps(report))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_ranks_of_a_process_group_take_equal_steps(world_size, folders, tmp_path):

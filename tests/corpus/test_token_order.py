@@ -270,6 +270,7 @@ def _accelerated(rank: int, folder: Path, store: Path, results: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_accelerate_splits_the_utterances_once(folders, tmp_path):
     pytest.importorskip("accelerate", reason="pip install accelerate")
     torch.multiprocessing.spawn(_accelerated, (folders["lfr"], tmp_path / "store", tmp_path), nprocs=2, join=True)

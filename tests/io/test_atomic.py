@@ -21,6 +21,7 @@ with writing_folder(Path(sys.argv[1])), open_temporary(Path(sys.argv[1], "a.lfr"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks and links of POSIX")
 
 
+@pytest.mark.slow
 def test_what_another_process_writes_stays_and_goes_once_it_is_killed(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -98,6 +99,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path):
     """A limit on the size of files stands for the full disk: `write` fails in the same way."""
     script = """

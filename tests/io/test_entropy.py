@@ -144,6 +144,7 @@ def test_symbols_survive_the_coder(seed):
     assert 8 * len(data) <= bits * 1.001 + 32
 
 
+@pytest.mark.slow
 def test_a_damaged_payload_raises_or_gives_other_tokens():
     model = random_model()
     tokens = random_tokens(model, 5)

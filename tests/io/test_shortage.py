@@ -89,6 +89,7 @@ def test_no_shared_memory_is_one_sentence(error):
         raise FileNotFoundError(2, "No such file or directory", "/x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files, and with them of shared memory")
 def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
     pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
