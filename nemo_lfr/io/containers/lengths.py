@@ -37,12 +37,15 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
         fields: the length fields of the header.
         note: warning about the header.
     """
+    if begin > window.size:
+        return [whole_file(window.size, f"is damaged: its header says that samples begin at byte {begin}")]
     end = until_end(window, begin)
     if end is None:
         return [whole_file(window.size, JOINED)]
     header = bytearray(window.at(0, max(position + struct.calcsize(form) for position, form, _, _ in fields)))
     for position, form, added, block in fields:
-        struct.pack_into(form, header, position, (end - begin) // block + added)
+        most = (1 << 8 * struct.calcsize(form)) - 1  # a field of 32 bits that is too small says that it is unknown
+        struct.pack_into(form, header, position, min((end - begin) // block + added, most))
     return [Stream([(len(header), end)], bytes(header), note=note)]
 
 
