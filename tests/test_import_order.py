@@ -40,6 +40,7 @@ ORDER = (
     "model",
     "corpus",
     "evaluation",
+    "serve",
     "cli",
     "__main__",
     "testing",

@@ -29,6 +29,7 @@ from nemo_lfr.cli.evaluate import evaluate
 from nemo_lfr.cli.export import export
 from nemo_lfr.cli.info import info
 from nemo_lfr.cli.prepare import prepare
+from nemo_lfr.cli.serve import serve
 from nemo_lfr.cli.session import DONE, FAILED, USAGE, Session
 from nemo_lfr.cli.terminal import discard_output, echo_stderr
 from nemo_lfr.cli.tokenize import tokenize
@@ -52,7 +53,7 @@ def app() -> None:
     """Encode speech to tokens at 21.5 frames per second, and decode it."""
 
 
-for command in (encode, decode, info, demo, export, prepare, tokenize, detokenize, evaluate, entropy):
+for command in (encode, decode, info, demo, export, prepare, tokenize, detokenize, evaluate, entropy, serve):
     app.add_command(command)
 
 

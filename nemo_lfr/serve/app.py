@@ -1,0 +1,182 @@
+"""The web application: routes, access control, and descriptions of the API.
+
+`create_app` returns an ASGI application, which any ASGI server or Ray Serve can run.
+"""
+
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from nemo_lfr._version import __version__
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.serve.engine import Engine, EngineLimits, OverloadedError
+from nemo_lfr.serve.files import decode_file, encode_file
+from nemo_lfr.serve.metrics import Metrics
+from nemo_lfr.serve.openapi import OPENAPI
+from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError
+from nemo_lfr.serve.streams import StreamLimits, serve_stream
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a server.
+
+    Attributes:
+        engine: limits of the engine.
+        stream: limits of each WebSocket stream.
+        max_body_bytes: size of a file that is posted.
+        token: clients must send it as `Authorization: Bearer TOKEN` or as the parameter `token`; None admits everyone.
+        origins: web pages of other origins that may connect, such as "https://example.org".
+    """
+
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    stream: StreamLimits = field(default_factory=StreamLimits)
+    max_body_bytes: int = 100 << 20
+    token: str | None = None
+    origins: tuple[str, ...] = ()
+
+
+def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
+    """Return the application.
+
+    Its `state.engine` is the engine of its codec; the application closes it at shutdown.
+
+    Args:
+        codec: a PyTorch codec.
+        settings: limits and access control.
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+    engine = Engine(codec, settings.engine, metrics.on_step)
+    metrics.watch(engine)
+
+    def stream(kind: type[DecodeProtocol] | type[EncodeProtocol]) -> Callable[[WebSocket], Awaitable[None]]:
+        async def endpoint(websocket: WebSocket) -> None:
+            await serve_stream(websocket, kind, engine, settings.stream, metrics)
+
+        return endpoint
+
+    def file(serve: Callable[[Request, Engine, int], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await serve(request, engine, settings.max_body_bytes)
+
+        return endpoint
+
+    async def health(_: Request) -> Response:
+        status = "draining" if engine.draining else "ok"
+        return JSONResponse({"status": status, "streams": len(engine)}, 503 if engine.draining else 200)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            engine.close()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/encode", file(encode_file), methods=["POST"]),
+            Route("/v1/decode", file(decode_file), methods=["POST"]),
+            WebSocketRoute("/v1/encode/stream", stream(EncodeProtocol)),
+            WebSocketRoute("/v1/decode/stream", stream(DecodeProtocol)),
+            Route("/v1/info", lambda _: JSONResponse(_info(engine, settings))),
+            Route("/health", health),
+            Route("/metrics", lambda _: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
+            Route("/openapi.json", lambda _: JSONResponse(OPENAPI)),
+        ],
+        exception_handlers={NemoLfrError: _report},
+        lifespan=lifespan,
+    )
+    app.add_middleware(_Admission, settings=settings)
+    app.state.engine = engine
+    return app
+
+
+def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
+    codec = engine.codec
+    return {
+        "version": __version__,
+        "model": codec.name,
+        "fingerprint": codec.fingerprint,
+        "sample_rate": codec.sample_rate,
+        "samples_per_frame": codec.samples_per_frame,
+        "frame_rate": codec.frame_rate,
+        "num_codebooks": codec.num_codebooks,
+        "codebook_size": codec.codebook_size,
+        "bit_rate": codec.bit_rate,
+        "max_streams": settings.engine.max_streams,
+        "max_message_bytes": settings.stream.max_message_bytes,
+        "max_body_bytes": settings.max_body_bytes,
+    }
+
+
+async def _report(_: Request, error: Exception) -> Response:
+    """Return an error of ours as JSON."""
+    status = 400
+    if isinstance(error, OverloadedError):
+        status = 503
+    elif isinstance(error, ProtocolError) and error.code == CloseCode.TOO_BIG:
+        status = 413
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"error": str(error), "type": type(error).__name__}, status, headers)
+
+
+class _Admission:
+    """Middleware that checks the token, and the origin of requests that web pages make.
+
+    Without the second check, any web page that a user opens could use a server on that user's machine.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an admitted connection on, and refuse others with 401 or 403."""
+        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not self._is_known_origin(headers):
+            await _refuse(
+                scope, receive, send, 403, "this origin is not allowed; start the server with --allow-origin."
+            )
+        elif not self._has_token(headers, QueryParams(scope["query_string"])):
+            await _refuse(scope, receive, send, 401, "the token is missing or wrong.")
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_known_origin(self, headers: Headers) -> bool:
+        origin = headers.get("origin")
+        if origin is None or origin in self._settings.origins:
+            return True
+        return urlsplit(origin).netloc == headers.get("host")
+
+    def _has_token(self, headers: Headers, query: QueryParams) -> bool:
+        if self._settings.token is None:
+            return True
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            sent = query.get("token", "")
+        return hmac.compare_digest(sent.strip().encode(), self._settings.token.encode())
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:
+    if scope["type"] == "http":
+        await JSONResponse({"error": message, "type": "AccessError"}, status)(scope, receive, send)
+        return
+    websocket = WebSocket(scope, receive, send)
+    await websocket.accept()
+    await websocket.send_json({"type": "error", "code": int(CloseCode.POLICY), "error": message})
+    await websocket.close(CloseCode.POLICY, message)

@@ -1,0 +1,362 @@
+"""Continuous batching of live streams.
+
+One thread owns the network. At each step it takes the streams that have input, the most urgent first, and advances
+them as one batch. Results equal those of each stream alone, whatever the other streams do: `push_encoders` and
+`push_decoders` guarantee it.
+
+Memory is bounded: `Session.feed` waits while a stream has more unprocessed input than its limit, and a stream whose
+results are not collected is not advanced.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
+from nemo_lfr.errors import NemoLfrError
+
+
+class OverloadedError(NemoLfrError):
+    """The server has as many streams as it accepts, or is shutting down."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Limits of an engine.
+
+    Attributes:
+        max_streams: live streams at the same time.
+        max_batch: streams that one step advances.
+        chunk_frames: frames of one stream that one step advances. Larger chunks need less computation and let other
+            streams wait longer.
+        max_pending_s: seconds of unprocessed input of a stream; `Session.feed` waits until there is less.
+        max_uncollected_s: seconds of results that a stream keeps before it is no longer advanced.
+    """
+
+    max_streams: int = 64
+    max_batch: int = 64
+    chunk_frames: int = 4
+    max_pending_s: float = 10.0
+    max_uncollected_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Measurements of one step, for metrics.
+
+    Attributes:
+        kind: "encode" or "decode".
+        num_streams: streams in the batch.
+        num_frames: frames of all streams together.
+        seconds: duration of the step.
+    """
+
+    kind: str
+    num_streams: int
+    num_frames: int
+    seconds: float
+
+
+class Session:
+    """One live stream of an engine, used from one asyncio task.
+
+    Attributes:
+        kind: "encode" or "decode".
+        first_result_s: seconds from the first input to the first result; None before that.
+    """
+
+    def __init__(
+        self, engine: "Engine", stream: StreamEncoder | StreamDecoder, ramp: tuple[int, ...], live: bool
+    ) -> None:
+        self.kind = "encode" if isinstance(stream, StreamEncoder) else "decode"
+        self.first_result_s: float | None = None
+        self._engine, self._stream, self._live = engine, stream, live
+        self._loop = asyncio.get_running_loop()
+        self._results: asyncio.Queue[np.ndarray | BaseException | None] = asyncio.Queue()
+        self._room = asyncio.Event()
+        self._room.set()
+        # The attributes below are guarded by the engine's lock.
+        self._pending: deque[np.ndarray] = deque()
+        self._num_pending = 0  # items of the input that are not processed
+        self._num_uncollected = 0  # items of the output that were not collected
+        self._ramp = deque(ramp)  # frames of the next chunks
+        self._started: float | None = None
+        self._played_until: float | None = None  # when the audio so far will have been played
+        self._ended = self._finished = False
+        self._num_samples: int | None = None
+
+    @property
+    def delay_frames(self) -> int:
+        """Frames of lookahead that results wait for."""
+        return self._stream.delay_frames
+
+    @property
+    def _frame(self) -> int:
+        """Items of a frame of the input."""
+        return self._engine.codec.samples_per_frame if self.kind == "encode" else 1
+
+    @property
+    def _frame_out(self) -> int:
+        """Items of a frame of the output."""
+        return 1 if self.kind == "encode" else self._engine.codec.samples_per_frame
+
+    async def feed(self, items: np.ndarray) -> None:
+        """Queue input, and wait while too much of it is unprocessed.
+
+        Args:
+            items: valid samples [n] or tokens [C, k] of this stream's codec.
+        """
+        with self._engine._changed:
+            self._started = self._started or time.monotonic()
+            self._pending.append(items)
+            self._num_pending += items.shape[-1]
+            if self._num_pending > self._limit(self._engine.limits.max_pending_s) * self._frame:
+                self._room.clear()
+            self._engine._changed.notify()
+        await self._room.wait()
+
+    def end(self, num_samples: int | None = None) -> None:
+        """Mark the end of the input.
+
+        Args:
+            num_samples: for a decoder, the length of the original recording; None for whole frames.
+        """
+        with self._engine._changed:
+            self._ended, self._num_samples = True, num_samples
+            self._engine._changed.notify()
+
+    async def collect(self) -> np.ndarray | None:
+        """Return the next result, tokens [C, k] or samples [n], or None after the last one.
+
+        Raises:
+            NemoLfrError: the input cannot be encoded or decoded.
+        """
+        result = await self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        if result is not None:
+            with self._engine._changed:
+                self._num_uncollected -= result.shape[-1]
+                self._engine._changed.notify()
+        return result
+
+    def empty_result(self) -> np.ndarray:
+        """Return a result without frames: tokens [C, 0] or samples [0]."""
+        if self.kind == "decode":
+            return np.zeros(0, np.float32)
+        return np.zeros((self._engine.codec.num_codebooks, 0), np.int32)
+
+    def _limit(self, seconds: float) -> int:
+        return max(1, int(seconds * self._engine.codec.frame_rate))
+
+    def _ready(self) -> bool:
+        """Return whether a step could advance this stream."""
+        if (
+            self._finished
+            or self._num_uncollected > self._limit(self._engine.limits.max_uncollected_s) * self._frame_out
+        ):
+            return False
+        return self._ended or self._num_pending >= self._wanted() * self._frame
+
+    def _wanted(self) -> int:
+        return self._ramp[0] if self._ramp else 1
+
+    def _urgency(self) -> float:
+        """Return the time at which this stream needs a result; background streams come last."""
+        if not self._live:
+            return float("inf")
+        return self._played_until or self._started or 0.0
+
+    def _take(self) -> np.ndarray:
+        """Remove and return the next chunk of the input."""
+        frames = self._ramp.popleft() if self._ramp else self._engine.limits.chunk_frames
+        wanted = frames * self._frame
+        pieces: list[np.ndarray] = []
+        while self._pending and wanted > 0:
+            piece = self._pending.popleft()
+            if piece.shape[-1] > wanted:
+                self._pending.appendleft(piece[..., wanted:])
+                piece = piece[..., :wanted]
+            pieces.append(piece)
+            wanted -= piece.shape[-1]
+            self._num_pending -= piece.shape[-1]
+        if self._num_pending <= self._limit(self._engine.limits.max_pending_s) * self._frame:
+            self._call(self._room.set)
+        return np.concatenate(pieces, axis=-1) if pieces else self._empty()
+
+    def _empty(self) -> np.ndarray:
+        if self.kind == "encode":
+            return np.zeros(0, np.float32)
+        return np.zeros((self._engine.codec.num_codebooks, 0), np.int64)
+
+    def _deliver(self, result: np.ndarray) -> None:
+        """Pass a result to the asyncio task."""
+        if not result.shape[-1]:
+            return
+        now = time.monotonic()
+        if self.first_result_s is None and self._started is not None:
+            self.first_result_s = now - self._started
+        seconds = result.shape[-1] / self._frame_out / self._engine.codec.frame_rate
+        self._played_until = max(self._played_until or now, now) + seconds
+        self._num_uncollected += result.shape[-1]
+        self._call(self._results.put_nowait, result)
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._finished = True
+        self._call(self._results.put_nowait, error)
+        self._call(self._room.set)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the event loop was closed; nobody waits for this stream
+            self._finished = True
+
+
+class Engine:
+    """Encode and decode all live streams of one codec in a thread.
+
+    Args:
+        codec: a PyTorch codec; it may be used elsewhere as well.
+        limits: see `EngineLimits`.
+        on_step: called after each step, from the engine's thread.
+    """
+
+    def __init__(
+        self, codec: Codec[Any], limits: EngineLimits | None = None, on_step: Callable[[Step], None] | None = None
+    ) -> None:
+        self.codec, self.limits = codec, limits or EngineLimits()
+        self.draining = False
+        self._on_step = on_step
+        self._sessions: list[Session] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="nemo-lfr engine", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """Return the number of open sessions."""
+        return len(self._sessions)
+
+    @contextmanager
+    def encoder(self, lookahead: int | None = None, *, live: bool = True) -> Iterator[Session]:
+        """Open an encoder for one recording.
+
+        Args:
+            lookahead: see `Codec.stream_encoder`.
+            live: False for work that waits for all live streams.
+
+        Raises:
+            OverloadedError: there are `max_streams` streams, or the engine is draining.
+        """
+        yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
+
+    @contextmanager
+    def decoder(
+        self, lookahead: int | None = None, *, ramp: Sequence[int] = (), live: bool = True
+    ) -> Iterator[Session]:
+        """Open a decoder for one recording; see `encoder`.
+
+        Args:
+            lookahead: see `Codec.stream_decoder`.
+            ramp: frames of the first chunks, for example (1, 2, 4): each waits until so many frames have arrived.
+            live: False for work that waits for all live streams.
+        """
+        yield from self._open(lambda: self.codec.stream_decoder(lookahead), tuple(ramp), live)
+
+    def _open(self, open_stream: Callable[[], object], ramp: tuple[int, ...], live: bool) -> Iterator[Session]:
+        with self._changed:
+            if self.draining:
+                raise OverloadedError("the server is shutting down; connect to another one.")
+            if len(self._sessions) >= self.limits.max_streams:
+                raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
+            stream = open_stream()
+            if not isinstance(stream, StreamEncoder | StreamDecoder):
+                raise NemoLfrError(f"{self.codec.name}: streams of this backend cannot be batched; load a checkpoint.")
+            session = Session(self, stream, ramp, live)
+            self._sessions.append(session)
+        try:
+            yield session
+        finally:
+            with self._changed:
+                session._finished = True
+                self._sessions.remove(session)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop the thread; open sessions get no further results."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (batch := self._choose()) and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+                chunks = [session._take() for session in batch]
+            self._advance(batch, chunks)
+
+    def _choose(self) -> list[Session]:
+        """Return the streams to advance: the most urgent one, and others of its kind."""
+        ready = sorted((session for session in self._sessions if session._ready()), key=Session._urgency)
+        if ready and ready[0]._live:
+            ready = [session for session in ready if session._live]
+        return [session for session in ready if session.kind == ready[0].kind][: self.limits.max_batch]
+
+    def _advance(self, batch: list[Session], chunks: list[np.ndarray]) -> None:
+        started = time.monotonic()
+        results = self._push(batch, chunks)
+        for number, session in enumerate(batch):
+            last = session._ended and not session._num_pending
+            if last and not isinstance(results[number], BaseException):
+                results[number] = self._flush(session, results[number])
+        with self._changed:
+            for session, result in zip(batch, results, strict=True):
+                if isinstance(result, BaseException):
+                    session._finish(result)
+                    continue
+                session._deliver(result)
+                if session._stream._finished:
+                    session._finish(None)
+        if self._on_step:
+            frames = sum(chunk.shape[-1] for chunk in chunks) // batch[0]._frame
+            self._on_step(Step(batch[0].kind, len(batch), frames, time.monotonic() - started))
+
+    @staticmethod
+    def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:
+        """Push to all streams; if that fails, to each alone, so that only the cause of the error fails."""
+        push: Callable[..., list[np.ndarray]] = push_encoders if batch[0].kind == "encode" else push_decoders
+        streams = [session._stream for session in batch]
+        try:
+            return list(push(streams, chunks))
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        results: list[Any] = []
+        for stream, chunk in zip(streams, chunks, strict=True):
+            try:
+                results += push([stream], [chunk])
+            except Exception as error:  # reported to the client of this stream
+                results.append(error)
+        return results
+
+    @staticmethod
+    def _flush(session: Session, result: np.ndarray) -> Any:
+        stream = session._stream
+        try:
+            rest = stream.flush(session._num_samples) if isinstance(stream, StreamDecoder) else stream.flush()
+        except Exception as error:  # reported to the client of this stream
+            return error
+        return np.concatenate([result, rest], axis=-1)

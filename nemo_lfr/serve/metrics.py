@@ -1,0 +1,56 @@
+"""Prometheus metrics of a server."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from nemo_lfr.serve.engine import Engine, Session, Step
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class Metrics:
+    """Metrics of one engine, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._live = Gauge("nemo_lfr_streams", "Open streams.", registry=registry)
+        self._frames = Counter("nemo_lfr_frames", "Frames that were computed.", ["kind"], registry=registry)
+        self._batch = Histogram(
+            "nemo_lfr_batch_streams", "Streams in a step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
+        )
+        self._step = Histogram("nemo_lfr_step_seconds", "Duration of a step.", buckets=_SECONDS, registry=registry)
+        self._first = Histogram(
+            "nemo_lfr_first_result_seconds",
+            "Time from a stream's first input to its first result.",
+            ["kind"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._closed = Counter(
+            "nemo_lfr_streams_closed", "Closed streams by WebSocket close code.", ["kind", "code"], registry=registry
+        )
+
+    def watch(self, engine: Engine) -> None:
+        """Report the number of open streams of an engine."""
+        self._live.set_function(lambda: len(engine))
+
+    def on_step(self, step: Step) -> None:
+        """Count a step of the engine."""
+        self._frames.labels(step.kind).inc(step.num_frames)
+        self._batch.observe(step.num_streams)
+        self._step.observe(step.seconds)
+
+    def on_close(self, session: Session | None, kind: str, code: int) -> None:
+        """Count a stream that ended.
+
+        Args:
+            session: the stream; None if it was not admitted.
+            kind: "encode" or "decode".
+            code: WebSocket close code.
+        """
+        self._closed.labels(kind, str(code)).inc()
+        if session is not None and session.first_result_s is not None:
+            self._first.labels(kind).observe(session.first_result_s)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,85 @@
+"""OpenAPI description of the HTTP endpoints; the WebSocket streams are specified in docs/guides/serving.md."""
+
+from typing import Any
+
+from nemo_lfr._version import __version__
+
+
+def _binary(*media_types: str) -> dict[str, Any]:
+    return {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+
+
+def _json(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"type": "object", "properties": properties}}}
+
+
+def _format(*names: str) -> list[dict[str, Any]]:
+    return [{"name": "format", "in": "query", "schema": {"type": "string", "enum": list(names), "default": names[0]}}]
+
+
+_TOKENS = {
+    "type": "array",
+    "description": "Frames, each a list of one token per codebook.",
+    "items": {"type": "array", "items": {"type": "integer"}},
+}
+_INTEGER = {"type": "integer"}
+_ERRORS = {
+    status: {"description": text, "content": _json(error={"type": "string"}, type={"type": "string"})}
+    for status, text in {
+        "400": "The body or a parameter is not valid.",
+        "401": "The token is missing or wrong.",
+        "413": "The body is too large.",
+        "503": "Too many streams, or shutting down.",
+    }.items()
+}
+
+OPENAPI: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {"title": "nemo_lfr", "version": __version__, "description": "Speech tokens at 21.5 frames per second."},
+    "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    "paths": {
+        "/v1/encode": {
+            "post": {
+                "summary": "Encode an audio file to a token file or to JSON.",
+                "parameters": _format("lfr", "json"),
+                "requestBody": {"required": True, "content": _binary("audio/*", "application/octet-stream")},
+                "responses": {
+                    "200": {
+                        "description": "The tokens.",
+                        "content": _binary("application/octet-stream")
+                        | _json(
+                            tokens=_TOKENS, num_samples=_INTEGER, sample_rate=_INTEGER, samples_per_frame=_INTEGER
+                        ),
+                    }
+                }
+                | _ERRORS,
+            }
+        },
+        "/v1/decode": {
+            "post": {
+                "summary": "Decode a token file or JSON to an audio file.",
+                "parameters": _format("wav", "flac", "opus"),
+                "requestBody": {
+                    "required": True,
+                    "content": _binary("application/octet-stream") | _json(tokens=_TOKENS, num_samples=_INTEGER),
+                },
+                "responses": {
+                    "200": {"description": "The audio.", "content": _binary("audio/wav", "audio/flac", "audio/ogg")}
+                }
+                | _ERRORS,
+            }
+        },
+        "/v1/info": {
+            "get": {"summary": "Describe the codec and the limits.", "responses": {"200": {"description": "JSON."}}}
+        },
+        "/health": {
+            "get": {
+                "summary": "Whether new streams are accepted.",
+                "responses": {"200": {"description": "Accepted."}, "503": {"description": "Shutting down."}},
+            }
+        },
+        "/metrics": {
+            "get": {"summary": "Metrics for Prometheus.", "responses": {"200": {"description": "Text format 0.0.4."}}}
+        },
+    },
+}

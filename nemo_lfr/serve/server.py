@@ -1,0 +1,117 @@
+"""Run the application with uvicorn, and drain it on SIGTERM and SIGINT."""
+
+import asyncio
+import socket
+from contextlib import suppress
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from nemo_lfr.serve.app import Settings
+
+_POLL_S = 0.1
+
+
+class _WebSockets(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, which cuts off a client that does not read.
+
+    uvicorn would wait indefinitely for such a client, even after the application has closed the stream: the close
+    frame waits behind unread data.
+    """
+
+    send_s = 20.0
+    _cutoff: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Start the time limit: the client has not read enough for the buffer to empty."""
+        super().pause_writing()
+        self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """End the time limit."""
+        self._end_cutoff()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the time limit."""
+        self._end_cutoff()
+        super().connection_lost(exc)
+
+    def _end_cutoff(self) -> None:
+        if self._cutoff is not None:
+            self._cutoff.cancel()
+            self._cutoff = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn server that lets open streams end before it stops.
+
+    At the first signal, `/health` answers 503 and new streams are refused; streams that are open may go on for
+    `drain_s` seconds and are then closed with code 1012. A second signal stops the server at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
+        super().__init__(config)
+        self._app, self._drain_s = app, drain_s
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start to drain, or stop at the second signal."""
+        if self._draining is not None or self._loop is None:
+            super().handle_exit(sig, frame)
+            return
+        self._app.state.engine.draining = True
+        self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        end = asyncio.get_running_loop().time() + self._drain_s
+        while len(self._app.state.engine) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_POLL_S)
+        self.should_exit = True
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember the event loop, for `handle_exit`."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+
+def server_config(app: Starlette, host: str, port: int, settings: Settings) -> uvicorn.Config:
+    """Return uvicorn's settings; see `run`."""
+    websockets = type("WebSockets", (_WebSockets,), {"send_s": settings.stream.send_s})
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        ws=websockets,
+        ws_max_size=settings.stream.max_message_bytes * 2,  # larger messages are refused by uvicorn itself
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def run(app: Starlette, host: str, port: int, settings: Settings, drain_s: float = 30.0) -> int:
+    """Serve until a signal.
+
+    Args:
+        app: the result of `create_app`.
+        host: address to bind.
+        port: TCP port.
+        settings: of the application.
+        drain_s: seconds that open streams have after the first signal.
+
+    Returns:
+        The exit code of the process: 0 after SIGINT or SIGTERM.
+    """
+    server = Server(server_config(app, host, port, settings), app, drain_s)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received once it has stopped
+        server.run()
+    return 0 if server.started else 1

@@ -1,0 +1,183 @@
+"""WebSocket streams: `/v1/encode/stream` and `/v1/decode/stream`.
+
+A stream has two tasks. One reads messages into the engine and stops reading while the engine has enough input; the
+other sends the results and does not collect more while the client does not read. So a slow client holds a bounded
+amount of memory, and is disconnected after a while.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.resampling import Resampler
+from nemo_lfr.serve.engine import Engine, OverloadedError, Session
+from nemo_lfr.serve.metrics import Metrics
+from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, End, ProtocolError
+
+Protocol = DecodeProtocol | EncodeProtocol
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """Limits of a WebSocket stream.
+
+    Attributes:
+        idle_s: seconds without a message before the input ended.
+        send_s: seconds that the client may take to receive a message.
+        max_seconds: duration of a recording.
+        max_message_bytes: size of a message.
+    """
+
+    idle_s: float = 60.0
+    send_s: float = 20.0
+    max_seconds: float = 4 * 3600.0
+    max_message_bytes: int = 1 << 20
+
+
+async def serve_stream(
+    websocket: WebSocket,
+    protocol_of: Callable[..., Protocol],
+    engine: Engine,
+    limits: StreamLimits,
+    metrics: Metrics,
+) -> None:
+    """Serve one stream from the handshake to the close frame.
+
+    Args:
+        websocket: the connection, not accepted yet.
+        protocol_of: `EncodeProtocol` or `DecodeProtocol`.
+        engine: encodes or decodes.
+        limits: see `StreamLimits`.
+        metrics: counts the stream when it ends.
+    """
+    await websocket.accept()
+    kind = "encode" if protocol_of is EncodeProtocol else "decode"
+    code, reason, session = CloseCode.FAULT, "internal error", None
+    try:
+        protocol = protocol_of(engine.codec, websocket.query_params)
+        with _open(engine, protocol) as session:
+            await _send_text(websocket, _ready(engine, session), limits)
+            await _run(websocket, protocol, session, limits)
+        code, reason = CloseCode.DONE, ""
+    except ProtocolError as error:
+        code, reason = error.code, str(error)
+    except OverloadedError as error:
+        code, reason = CloseCode.RESTART if engine.draining else CloseCode.OVERLOADED, str(error)
+    except NemoLfrError as error:
+        code, reason = CloseCode.INVALID, str(error)
+    except WebSocketDisconnect:
+        code, reason = CloseCode.GONE, ""
+    except asyncio.CancelledError:
+        code, reason = CloseCode.RESTART, "the server is shutting down"
+        raise
+    finally:
+        metrics.on_close(session, kind, code)
+        if code != CloseCode.GONE:
+            with suppress(RuntimeError, WebSocketDisconnect, asyncio.TimeoutError, asyncio.CancelledError):
+                await _close(websocket, code, reason, limits)
+
+
+def _open(engine: Engine, protocol: Protocol) -> Any:
+    if isinstance(protocol, EncodeProtocol):
+        return engine.encoder(protocol.lookahead)
+    return engine.decoder(protocol.lookahead, ramp=protocol.ramp)
+
+
+def _ready(engine: Engine, session: Session) -> dict[str, Any]:
+    codec = engine.codec
+    return {
+        "type": "ready",
+        "sample_rate": codec.sample_rate,
+        "samples_per_frame": codec.samples_per_frame,
+        "num_codebooks": codec.num_codebooks,
+        "codebook_size": codec.codebook_size,
+        "lookahead_frames": session.delay_frames,
+    }
+
+
+async def _run(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
+    """Move messages in both directions until the recording has ended or one of them fails."""
+    reader = asyncio.create_task(_receive_all(websocket, protocol, session, limits))
+    writer = asyncio.create_task(_send_all(websocket, protocol, session, limits))
+    try:
+        done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # raises the error of a task that failed
+        await writer
+    finally:
+        for task in (reader, writer):
+            task.cancel()
+        await asyncio.gather(reader, writer, return_exceptions=True)
+
+
+async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
+    codec = protocol.codec
+    resampler = None
+    if isinstance(protocol, EncodeProtocol) and protocol.sample_rate != codec.sample_rate:
+        resampler = Resampler(protocol.sample_rate, codec.sample_rate)
+    rate = codec.frame_rate if isinstance(protocol, DecodeProtocol) else protocol.sample_rate
+    num_items = 0
+    while True:
+        items = protocol.parse(await _receive(websocket, limits))
+        if isinstance(items, End):
+            if resampler:
+                await session.feed(resampler.push(np.zeros(0, np.float32), last=True))
+            session.end(items.num_samples)
+            return
+        num_items += items.shape[-1]
+        if num_items > limits.max_seconds * rate:
+            raise ProtocolError(f"the recording is longer than {limits.max_seconds:.0f} s.", CloseCode.TOO_BIG)
+        await session.feed(resampler.push(items) if resampler else items)
+
+
+async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:
+    try:
+        message = await asyncio.wait_for(websocket.receive(), limits.idle_s)
+    except asyncio.TimeoutError:
+        raise ProtocolError(f"no message for {limits.idle_s:g} s.", CloseCode.POLICY) from None
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1005))
+    data: bytes | str | None = message.get("bytes")
+    if data is None:
+        data = message["text"]
+    if len(data) > limits.max_message_bytes:
+        raise ProtocolError(f"a message is larger than {limits.max_message_bytes} bytes.", CloseCode.TOO_BIG)
+    return data
+
+
+async def _send_all(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
+    num_items = 0
+    while (result := await session.collect()) is not None:
+        message = protocol.format(result)
+        await _send(
+            websocket.send_text(message) if isinstance(message, str) else websocket.send_bytes(message), limits
+        )
+        num_items += result.shape[-1]
+    unit = "num_frames" if isinstance(protocol, EncodeProtocol) else "num_samples"
+    await _send_text(websocket, {"type": "done", unit: num_items}, limits)
+
+
+async def _send_text(websocket: WebSocket, message: dict[str, Any], limits: StreamLimits) -> None:
+    await _send(websocket.send_text(json.dumps(message)), limits)
+
+
+async def _send(sending: Any, limits: StreamLimits) -> None:
+    try:
+        await asyncio.wait_for(sending, limits.send_s)
+    except asyncio.TimeoutError:
+        raise ProtocolError(f"a message was not read for {limits.send_s:g} s.", CloseCode.POLICY) from None
+
+
+async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
+    """Send the reason as a message, since a close frame holds only 123 bytes of it, and close."""
+    if code != CloseCode.DONE:
+        message = json.dumps({"type": "error", "code": int(code), "error": reason})
+        await asyncio.wait_for(websocket.send_text(message), limits.send_s)
+    await websocket.close(code, reason.encode()[:120].decode(errors="ignore"))

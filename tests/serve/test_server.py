@@ -1,0 +1,300 @@
+"""The server over real sockets: exact results, bad messages, limits, access, files and shutdown."""
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+pytest.importorskip("prometheus_client")
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.engine import EngineLimits
+from nemo_lfr.serve.streams import StreamLimits
+from tests.crash import ROOT
+from tests.models import synthesize
+from tests.serve.running import exchange, running, tokens_message
+
+END = '{"type": "end"}'
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tokens(server):
+    return np.asarray(server.codec.encode(synthesize(1.0))[0][0])
+
+
+def post(server, path, body, **headers):
+    request = urllib.request.Request(server.url(path), body, headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def wav(audio, rate=22050):
+    file = io.BytesIO()
+    soundfile.write(file, audio, rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
+def decoded(server, tokens, chunk, query="?audio=pcm_f32le"):
+    with server.connect("/v1/decode/stream" + query) as socket:
+        pieces = [tokens_message(tokens[:, start : start + chunk]) for start in range(0, tokens.shape[1], chunk)]
+        binary, texts, code = exchange(socket, [*pieces, END])
+    assert code == 1000 and texts[-1]["type"] == "done"
+    return np.frombuffer(b"".join(binary), "<f4")
+
+
+@pytest.mark.parametrize("query", ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_decoded_stream_equals_the_decoded_recording(server, tokens, chunk, query):
+    expected = np.asarray(server.codec.decode(tokens[None])[0][0])
+    np.testing.assert_allclose(decoded(server, tokens, chunk, query), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [22050, 16000, 48000])
+@pytest.mark.parametrize("form", ["pcm_f32le", "pcm_s16le"])
+def test_an_encoded_stream_has_the_tokens_of_the_recording(server, rate, form):
+    audio = synthesize(1.0, 3)[: round(rate * 0.7)]
+    if form == "pcm_s16le":
+        audio = np.rint(audio * 32767).astype("<i2")
+    with server.connect(f"/v1/encode/stream?audio={form}&sample_rate={rate}&tokens=json") as socket:
+        _, texts, code = exchange(
+            socket, [audio[start : start + 999].tobytes() for start in range(0, len(audio), 999)] + [END]
+        )
+    expected, _ = server.codec.encode(audio, sample_rate=rate)
+    received = [frame for text in texts for frame in text.get("tokens", [])]
+    assert code == 1000 and texts[-1] == {"type": "done", "num_frames": len(received)}
+    assert np.array_equal(np.array(received).T, np.asarray(expected[0]))
+
+
+def test_streams_side_by_side_get_what_each_gets_alone(server, tokens):
+    alone = [decoded(server, np.roll(tokens, number, axis=1), 5) for number in range(6)]
+    together = [None] * 6
+
+    def work(number):
+        together[number] = decoded(server, np.roll(tokens, number, axis=1), 5)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)  # sums of a batch may be in another order
+
+
+BAD = {
+    "decode": [
+        b"123",
+        struct.pack("<8h", *[2016] * 8),
+        struct.pack("<8h", *[-1] * 8),
+        "not json",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"tokens": [[1, 2]]}',
+        '{"tokens": [[1, 2, 3, 4, 5, 6, 7, 1e9]]}',
+        '{"tokens": [[1, 2, 3, 4, 5, 6, 7, 99999999999999999999999]]}',
+        '{"tokens": [[1, 2, 3, 4, 5, 6, 7, true]]}',
+        '{"tokens": {"0": 1}}',
+        '{"type": "end", "num_samples": -1}',
+        '{"type": "end", "num_samples": 5.0}',
+        '{"type": "end", "num_samples": 999999}',
+    ],
+    "encode": [b"123", struct.pack("<2f", float("nan"), 0), struct.pack("<f", 1e30), "text", '{"type": "done"}'],
+}
+
+
+@pytest.mark.parametrize(("kind", "message"), [(kind, message) for kind in BAD for message in BAD[kind]])
+def test_a_bad_message_ends_its_own_stream_with_the_reason(server, tokens, kind, message):
+    with server.connect("/v1/decode/stream?audio=pcm_f32le") as other:
+        other.send(tokens_message(tokens[:, :9]))
+        with server.connect(f"/v1/{kind}/stream?audio=pcm_f32le") as socket:
+            _, texts, code = exchange(socket, [message])
+        assert code == 1007 and texts[-1]["type"] == "error" and texts[-1]["code"] == 1007 and texts[-1]["error"]
+        binary, _, code = exchange(other, [tokens_message(tokens[:, 9:]), END])
+    expected = np.asarray(server.codec.decode(tokens[None])[0][0])
+    np.testing.assert_allclose(np.frombuffer(b"".join(binary), "<f4"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["?lookahead=-1", "?lookahead=x", "?ramp=0", "?ramp=1,,2", "?ramp=1,1,1,1,1,1,1,1,1", "?audio=mp3", "?volume=1"],
+)
+def test_a_bad_parameter_is_refused(server, query):
+    with server.connect("/v1/decode/stream" + query) as socket:
+        _, texts, code = exchange(socket, [])
+    assert code == 1007 and query[1:].partition("=")[0] in texts[-1]["error"]
+
+
+def test_an_empty_recording_is_done_at_once(server):
+    for kind, unit in (("decode", "num_samples"), ("encode", "num_frames")):
+        with server.connect(f"/v1/{kind}/stream") as socket:
+            binary, texts, code = exchange(socket, [END])
+        assert (binary, texts[-1], code) == ([], {"type": "done", unit: 0}, 1000)
+
+
+def test_files_are_encoded_and_decoded_like_streams(server):
+    audio = synthesize(0.9, 5)
+    expected, _ = server.codec.encode(audio)
+    status, lfr = post(server, "/v1/encode", wav(audio))
+    assert status == 200
+    status, text = post(server, "/v1/encode?format=json", wav(audio))
+    fields = json.loads(text)
+    assert np.array_equal(np.array(fields["tokens"]).T, np.asarray(expected[0])) and fields["num_samples"] == len(
+        audio
+    )
+    results = {}
+    for kind in ("wav", "flac", "opus"):
+        for body, headers in ((lfr, {}), (text, {"Content-Type": "application/json"})):
+            status, data = post(server, f"/v1/decode?format={kind}", body, **headers)
+            assert status == 200, data
+            result, rate = soundfile.read(io.BytesIO(data))
+            assert abs(len(result) / rate - len(audio) / 22050) < 0.001
+            results.setdefault(kind, result)
+            assert np.array_equal(results[kind], result)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/encode", b"", 400),
+        ("/v1/encode", b"no audio", 400),
+        ("/v1/decode", b"no tokens", 400),
+        ("/v1/decode?format=mp3", b"x", 400),
+        ("/v1/decode?x=1", b"x", 400),
+        ("/v1/nothing", b"x", 404),
+    ],
+)
+def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
+    assert post(server, path, body)[0] == status
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"\xff", b'{"tokens": 1}', b'{"type": "end"}', b'{"tokens": [], "num_samples": 1}']
+)
+def test_bad_json_is_an_error_of_the_client(server, body):
+    status, text = post(server, "/v1/decode", body, **{"Content-Type": "application/json"})
+    assert status == 400 and json.loads(text)["error"]
+
+
+def test_limits_end_what_exceeds_them(tokens):
+    limits = StreamLimits(idle_s=0.3, max_seconds=0.5, max_message_bytes=2000)
+    settings = Settings(EngineLimits(max_streams=2), limits, max_body_bytes=1000)
+    with running(settings) as server:
+        with server.connect("/v1/decode/stream") as socket:  # silent
+            assert exchange(socket, [])[2] == 1008
+        with server.connect("/v1/decode/stream") as socket:  # too long
+            assert exchange(socket, [tokens_message(tokens[:, :20])])[2] == 1009
+        with server.connect("/v1/encode/stream") as socket:  # too large
+            assert exchange(socket, [b"\0" * 2002])[2] == 1009
+        assert post(server, "/v1/encode", b"\0" * 1001)[0] == 413
+        with server.connect("/v1/decode/stream") as one, server.connect("/v1/decode/stream") as two:
+            assert json.loads(one.recv())["type"] == json.loads(two.recv())["type"] == "ready"
+            with server.connect("/v1/decode/stream") as third:
+                assert exchange(third, [])[2] == 1013
+            assert post(server, "/v1/encode", wav(synthesize(0.01)))[0] == 503
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_cut_off_and_holds_little(tokens):
+    limits = EngineLimits(max_pending_s=1, max_uncollected_s=1)
+    with running(Settings(limits, StreamLimits(send_s=0.5, idle_s=30))) as server:
+        message = tokens_message(np.tile(tokens, (1, 400)))  # 138 KB, and 35 MB of audio
+        with (
+            server.connect("/v1/decode/stream?audio=pcm_f32le", max_queue=1) as socket,
+            pytest.raises(ConnectionClosed),
+        ):
+            for _ in range(1000):
+                socket.send(message)
+        engine = server.app.state.engine
+        assert decoded(server, tokens, 5).size  # the server lives
+        assert len(engine) == 0
+
+
+def test_the_token_and_the_origin_are_checked():
+    with running(Settings(token="secret", origins=("https://a.example",))) as server:
+        assert post(server, "/v1/encode", b"x")[0] == 401
+        assert post(server, "/v1/encode", b"x", Authorization="Bearer wrong")[0] == 401
+        assert post(server, "/v1/encode?token=secret", b"x")[0] == 400
+        assert post(server, "/v1/encode", b"x", Authorization="Bearer secret")[0] == 400
+        assert urllib.request.urlopen(server.url("/health")).status == 200
+        for origin, code in (("https://b.example", 1008), ("https://a.example", 1000), (server.url(""), 1000)):
+            with server.connect("/v1/decode/stream?token=secret", origin=origin) as socket:
+                assert exchange(socket, [END])[2] == code
+        with server.connect("/v1/decode/stream?token=no") as socket:
+            assert exchange(socket, [])[2] == 1008
+
+
+def test_metrics_and_info_describe_the_server(server, tokens):
+    decoded(server, tokens, 4)
+    text = urllib.request.urlopen(server.url("/metrics")).read().decode()
+    assert 'nemo_lfr_streams_closed_total{code="1000",kind="decode"}' in text and "nemo_lfr_step_seconds_sum" in text
+    fields = json.loads(urllib.request.urlopen(server.url("/v1/info")).read())
+    assert fields["num_codebooks"] == 8 and fields["fingerprint"] == server.codec.fingerprint
+    description = json.loads(urllib.request.urlopen(server.url("/openapi.json")).read())
+    routes = {route.path for route in server.app.routes} - {"/openapi.json"}
+    assert set(description["paths"]) == {path for path in routes if "stream" not in path}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_sigterm_lets_open_streams_end_and_refuses_new_ones():
+    port = free_port()
+    command = [sys.executable, "-m", "nemo_lfr", "serve", "--port", str(port), "--drain", "60"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        url = f"ws://127.0.0.1:{port}/v1/decode/stream"
+        stream = None
+        while stream is None:
+            assert process.poll() is None
+            try:
+                stream = connect(url, proxy=None)
+            except OSError:
+                continue
+        with stream:
+            assert json.loads(stream.recv())["type"] == "ready"
+            process.send_signal(signal.SIGTERM)
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                except urllib.error.HTTPError as error:
+                    assert error.code == 503
+                    break
+            with connect(url, proxy=None) as refused:
+                assert exchange(refused, [])[2] == 1012
+            _, texts, code = exchange(stream, [tokens_message(np.zeros((8, 20), np.int64)), END])
+            assert code == 1000 and texts[-1]["num_samples"] == 20 * 1024
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
