@@ -1,12 +1,15 @@
 """Checks of README and docs: code blocks run, links have targets, and the README stays short."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +55,7 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Enter a folder with the files that the pages use: speech.wav, speech/, manifest.json and codec.nemo."""
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     voice = sum(np.sin(2 * np.pi * 120 * k * time) / k for k in range(1, 20)) * (1 + np.sin(6 * time)) / 8
@@ -64,7 +67,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "manifest.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.copy(bundled_checkpoint(), tmp_path / "codec.nemo")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    if (pid := tmp_path / "server.pid").exists():  # of a page that failed before it stopped its server
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -293,3 +293,15 @@ class EntropyFitResult(Result):
     bits_per_frame: float
     uniform_bits_per_frame: float
     saved_share: float
+
+
+class ServeResult(Result):
+    """Output of `serve`, when it stops.
+
+    Attributes:
+        url: address at which it served.
+        num_streams: number of streams that were opened, those of posted files included.
+    """
+
+    url: str
+    num_streams: int

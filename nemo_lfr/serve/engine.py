@@ -228,6 +228,10 @@ class Engine:
         codec: a PyTorch codec; it may be used elsewhere as well.
         limits: see `EngineLimits`.
         on_step: called after each step, from the engine's thread.
+
+    Attributes:
+        draining: whether new streams are refused.
+        num_opened: streams that were opened so far.
     """
 
     def __init__(
@@ -235,6 +239,7 @@ class Engine:
     ) -> None:
         self.codec, self.limits = codec, limits or EngineLimits()
         self.draining = False
+        self.num_opened = 0
         self._on_step = on_step
         self._sessions: list[Session] = []
         self._changed = threading.Condition()
@@ -283,6 +288,7 @@ class Engine:
                 raise NemoLfrError(f"{self.codec.name}: streams of this backend cannot be batched; load a checkpoint.")
             session = Session(self, stream, ramp, live)
             self._sessions.append(session)
+            self.num_opened += 1
         try:
             yield session
         finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -9,6 +10,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.app import Settings
 
 _POLL_S = 0.1
@@ -83,13 +85,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-def server_config(app: Starlette, host: str, port: int, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's settings; see `run`."""
+def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
+    """Return uvicorn's settings for an application."""
     websockets = type("WebSockets", (_WebSockets,), {"send_s": settings.stream.send_s})
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         ws=websockets,
         ws_max_size=settings.stream.max_message_bytes * 2,  # larger messages are refused by uvicorn itself
@@ -98,20 +98,38 @@ def server_config(app: Starlette, host: str, port: int, settings: Settings) -> u
     )
 
 
-def run(app: Starlette, host: str, port: int, settings: Settings, drain_s: float = 30.0) -> int:
-    """Serve until a signal.
+def run(
+    app: Starlette,
+    host: str,
+    port: int,
+    settings: Settings,
+    drain_s: float = 30.0,
+    on_start: Callable[[str], None] | None = None,
+) -> str:
+    """Serve until SIGTERM or SIGINT, and return the address at which it served.
 
     Args:
         app: the result of `create_app`.
         host: address to bind.
-        port: TCP port.
+        port: TCP port; 0 for a free one.
         settings: of the application.
         drain_s: seconds that open streams have after the first signal.
+        on_start: called with the address when it is bound.
 
-    Returns:
-        The exit code of the process: 0 after SIGINT or SIGTERM.
+    Raises:
+        NemoLfrError: the address cannot be bound.
     """
-    server = Server(server_config(app, host, port, settings), app, drain_s)
-    with suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received once it has stopped
-        server.run()
-    return 0 if server.started else 1
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise NemoLfrError(
+            f"{host}:{port} cannot be bound ({error.strerror or error}); choose another --port."
+        ) from error
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{bound.getsockname()[1]}"
+    if on_start:
+        on_start(url)
+    with bound, suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received once it has stopped
+        Server(server_config(app, settings), app, drain_s).run(sockets=[bound])
+    return url

@@ -1,6 +1,7 @@
 """A running server with a tiny codec, and clients for it."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -42,14 +43,15 @@ def running(settings: Settings | None = None, kind: str = "symmetric") -> Iterat
     """Run a server on a free port."""
     settings = settings or Settings()
     app = create_app(cached_codec(kind), settings)
-    server = uvicorn.Server(server_config(app, "127.0.0.1", 0, settings))
-    thread = threading.Thread(target=server.run)
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(server_config(app, settings))
+    thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(app, server.servers[0].sockets[0].getsockname()[1])
+        yield Running(app, bound.getsockname()[1])
     finally:
         server.should_exit = True
         thread.join()

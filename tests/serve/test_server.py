@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 from nemo_lfr.serve.app import Settings
 from nemo_lfr.serve.engine import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits
+from tests.cli.test_cli import run
 from tests.crash import ROOT
 from tests.models import synthesize
 from tests.serve.running import exchange, running, tokens_message
@@ -261,40 +262,37 @@ def test_metrics_and_info_describe_the_server(server, tokens):
     assert set(description["paths"]) == {path for path in routes if "stream" not in path}
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_sigterm_lets_open_streams_end_and_refuses_new_ones():
-    port = free_port()
-    command = [sys.executable, "-m", "nemo_lfr", "serve", "--port", str(port), "--drain", "60"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "nemo_lfr", "serve", "--port", "0", "--drain", "60", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
-        url = f"ws://127.0.0.1:{port}/v1/decode/stream"
-        stream = None
-        while stream is None:
-            assert process.poll() is None
-            try:
-                stream = connect(url, proxy=None)
-            except OSError:
-                continue
-        with stream:
+        line = next(line for line in process.stderr if "serving at" in line)
+        url = line.rpartition(" ")[2].strip()
+        stream_url = url.replace("http", "ws") + "/v1/decode/stream"
+        with connect(stream_url, proxy=None) as stream:
             assert json.loads(stream.recv())["type"] == "ready"
             process.send_signal(signal.SIGTERM)
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                except urllib.error.HTTPError as error:
-                    assert error.code == 503
-                    break
-            with connect(url, proxy=None) as refused:
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                while True:
+                    urllib.request.urlopen(url + "/health")
+            with connect(stream_url, proxy=None) as refused:
                 assert exchange(refused, [])[2] == 1012
             _, texts, code = exchange(stream, [tokens_message(np.zeros((8, 20), np.int64)), END])
             assert code == 1000 and texts[-1]["num_samples"] == 20 * 1024
-        assert process.wait() == 0
+        out, _ = process.communicate()
+        assert process.returncode == 0
+        assert json.loads(out) == {"url": url, "num_streams": 1, "failures": []}
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_port_in_use_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = run(capsys, "serve", "--port", port)
+    assert (code, out) == (1, "") and f"127.0.0.1:{port} cannot be bound" in err
