@@ -12,7 +12,13 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
 class NemoLfrError(ValueError):
-    """Base class of all errors that this package raises for bad input."""
+    """Base class of all errors that this package raises for bad input.
+
+    Control characters in the message, such as those of a file name, are replaced: see `printable`.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(value) if isinstance(value, str) else value for value in args))
 
 
 class AudioError(NemoLfrError):

@@ -12,7 +12,15 @@ from nemo_lfr.bundled import LFR, bundled_checkpoint, bundled_quality
 from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
-from nemo_lfr.io.locate import MODEL_SUFFIXES, locate_checkpoint, looks_local
+from nemo_lfr.io.locate import (
+    CONFIG_MEMBER,
+    MODEL_SUFFIXES,
+    WEIGHTS_MEMBER,
+    check_path,
+    is_unpacked,
+    locate_checkpoint,
+    looks_local,
+)
 from nemo_lfr.io.shortage import check_address_space
 
 if TYPE_CHECKING:
@@ -43,6 +51,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     """
     if source is None:
         return bundled_checkpoint()
+    check_path(source, CheckpointError)
     text = os.fspath(source)
     repository = ALIASES.get(text, text)
     path = os.path.expanduser(text)
@@ -71,9 +80,12 @@ def _cached(repository: str) -> Path | None:
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        found = sorted(Path(snapshot_download(repository, local_files_only=True)).rglob("*.nemo"))
+        snapshot = Path(snapshot_download(repository, local_files_only=True))
+        found = sorted(snapshot.rglob("*.nemo"))
         if len(found) == 1:
             return found[0]
+        if not found and is_unpacked(snapshot):
+            return snapshot
     found = _in_snapshot(repository)
     usual = [path for path in found if path.name == _usual_name(repository)]
     for candidates in (usual, found):
@@ -83,7 +95,7 @@ def _cached(repository: str) -> Path | None:
 
 
 def _in_snapshot(repository: str) -> list[Path]:
-    """List the `.nemo` files of the only snapshot in the Hub's cache.
+    """List the `.nemo` files of the only snapshot in the Hub's cache, or that snapshot if it is an unpacked one.
 
     A snapshot that was downloaded by its commit, or copied without links and references, has no branch name in the
     cache, so the Hub's client does not find it.
@@ -93,7 +105,9 @@ def _in_snapshot(repository: str) -> list[Path]:
     folder = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "snapshots")
     try:
         snapshots = [path for path in folder.iterdir() if path.is_dir()]
-        return sorted(snapshots[0].rglob("*.nemo")) if len(snapshots) == 1 else []
+        if len(snapshots) != 1:
+            return []
+        return sorted(snapshots[0].rglob("*.nemo")) or [path for path in snapshots if is_unpacked(path)]
     except OSError:
         return []
 
@@ -105,7 +119,7 @@ def _usual_name(repository: str) -> str:
 
 def _download(repository: str, refresh: bool) -> Path:
     """Return the repository's `.nemo`, from the Hub's cache or by download."""
-    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -118,7 +132,11 @@ def _download(repository: str, refresh: bool) -> Path:
         except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available
             raise
         except EntryNotFoundError:
-            found = [file for file in list_repo_files(repository) if file.endswith(".nemo")]
+            names = list_repo_files(repository)
+            found = [file for file in names if file.endswith(".nemo")]
+            members = [CONFIG_MEMBER, WEIGHTS_MEMBER]
+            if not found and set(members) <= set(names):
+                return Path(snapshot_download(repository, allow_patterns=members, force_download=refresh))
             if len(found) != 1:
                 raise CheckpointError(
                     f"{repository}: holds {len(found)} .nemo files, expected one: {found}."
@@ -128,10 +146,10 @@ def _download(repository: str, refresh: bool) -> Path:
         raise
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         if len(cached_files := _in_snapshot(repository)) > 1:
-            names = shorten(", ".join(path.name for path in cached_files), 200)
+            listing = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
-                f"{repository}: its copy in the Hub's cache holds {len(cached_files)} .nemo files ({names}), and the "
-                f"Hub cannot be asked; give the path of one of them, in {cached_files[0].parent}."
+                f"{repository}: its copy in the Hub's cache holds {len(cached_files)} .nemo files ({listing}), and "
+                f"the Hub cannot be asked; give the path of one of them, in {cached_files[0].parent}."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -199,6 +217,8 @@ def load(
         NemoLfrError: for an unknown device, precision or backend, or a backend that cannot open `source`.
         MissingExtraError: if PyTorch, or ONNX Runtime for ONNX files, is not installed.
     """
+    if source is not None:
+        check_path(source, CheckpointError)
     path = Path(os.path.expanduser(source)) if source else None
     owner = None if path is None else backend_of(path)
     chosen = backend or owner or DEFAULT_BACKEND

@@ -1,12 +1,15 @@
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ import nemo_lfr
 from nemo_lfr.checkpoint import reader, split_weight_norm, write_checkpoint
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from nemo_lfr.io.locate import looks_local
+from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.pretrained import ALIASES, LFR, bundled_checkpoint, find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
@@ -371,6 +376,101 @@ def test_a_cached_repository_loads_offline_however_it_came_there(tmp_path, offli
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
     assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint
+
+
+@pytest.mark.parametrize("layout", [name for name in CACHES if name != "in a folder"])
+def test_a_repositorys_folder_in_the_cache_is_a_path(tmp_path, layout):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    fill_cache(tmp_path / "cache", path, *CACHES[layout])
+    repository = tmp_path / "cache" / "models--me--one"
+    if layout == "by its commit, others beside":
+        with pytest.raises(CheckpointError, match=r"2 \.nemo files"):
+            nemo_lfr.load(repository)
+    else:
+        assert nemo_lfr.load(repository, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("source", ["id", "repository", "snapshot"])
+def test_a_cached_unpacked_checkpoint_is_read(tmp_path, offline, source, linked):
+    path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path / "members", filter="data")
+    snapshot = tmp_path / "cache" / "models--me--one" / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    fill_cache(tmp_path / "cache", path, [], REVISION if linked else None, linked)
+    for member in (tmp_path / "members").iterdir():
+        target = snapshot / member.name
+        target.symlink_to(member) if linked else shutil.copy(member, target)
+    place = {"id": "me/one", "repository": snapshot.parents[1], "snapshot": snapshot}[source]
+    assert nemo_lfr.load(place, "cpu").fingerprint == nemo_lfr.load(path, "cpu").fingerprint
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_cache_folder_without_one_snapshot_is_refused(tmp_path, count):
+    for number in range(count):
+        (tmp_path / "models--me--one" / "snapshots" / str(number)).mkdir(parents=True)
+    (tmp_path / "models--me--one" / "snapshots").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(CheckpointError, match=f"with {count} snapshots"):
+        nemo_lfr.load(tmp_path / "models--me--one")
+
+
+ENTRIES: dict[str, Callable[[Any], Any]] = {
+    "load": nemo_lfr.load,
+    "device": lambda value: nemo_lfr.load(None, value),
+    "precision": lambda value: nemo_lfr.load(None, "cpu", value),
+    "backend": lambda value: nemo_lfr.load(None, "cpu", backend=value),
+    "find_checkpoint": find_checkpoint,
+    "encode": lambda value: cached_codec("symmetric").encode(value),
+    "decode": lambda value: cached_codec("symmetric").decode(value),
+    "encode_file, source": lambda value: cached_codec("symmetric").encode_file(value, "a.lfr"),
+    "encode_file, target": lambda value: cached_codec("symmetric").encode_file("a.wav", value),
+    "decode_file, source": lambda value: cached_codec("symmetric").decode_file(value, "a.wav"),
+    "decode_file, target": lambda value: cached_codec("symmetric").decode_file("a.lfr", value),
+    "read_manifest": read_manifest,
+    "TokenFolder": TokenFolder,
+}
+VALUES: dict[str, Any] = {
+    "None": None,
+    "an int": 5,
+    "bytes": b"a.nemo",
+    "a list": ["a.nemo"],
+    "a dict": {"a": 1},
+    "a float": 1.5,
+    "a bool": True,
+    "an object": object(),
+    "NUL": "a\0b",
+}
+DEFAULTS = {"load", "find_checkpoint", "device", "backend"}  # None means a default
+
+
+@pytest.mark.parametrize("value", [*VALUES])
+@pytest.mark.parametrize("entry", [*ENTRIES])
+def test_arguments_of_a_wrong_type_are_our_errors(entry, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if entry in DEFAULTS and value == "None":
+        pytest.skip("None means a default")
+    with pytest.raises(nemo_lfr.NemoLfrError) as raised:
+        ENTRIES[entry](VALUES[value])
+    assert "\n" not in str(raised.value) and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\x07", "\nb", "\u202e", "\x9b"])
+@pytest.mark.parametrize("suffix", ["", ".nemo", ".ckpt", "/x.nemo"])
+@pytest.mark.parametrize("exists", ["nothing", "a file", "a folder"])
+def test_control_characters_of_a_path_are_not_in_messages(tmp_path, text, suffix, exists):
+    path = tmp_path / f"m{text}{suffix}"
+    if exists == "a folder":
+        path.mkdir(parents=True)
+    elif exists == "a file":
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no checkpoint")
+    for source in (path, str(path)):
+        with pytest.raises(CheckpointError) as raised:
+            nemo_lfr.load(source)
+        assert str(raised.value).isprintable() and "m?" in str(raised.value)
+        copied = pickle.loads(pickle.dumps(raised.value))
+        assert type(copied) is CheckpointError and str(copied) == str(raised.value)
 
 
 @pytest.mark.parametrize("reference", [REVISION, None])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_lfr.codec.backend import Backend
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.onnx import DECODER, ENCODER
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def find_opener(name: str) -> Opener:
     Raises:
         NemoLfrError: if there is no backend of this name.
     """
+    if not isinstance(name, str):
+        raise NemoLfrError(f"backend {shorten(repr(name))} is not a name; use one of {backend_names()}.")
     if name not in _OPENERS:
         for point in entry_points(group=ENTRY_POINTS, name=name):
             register(name, point.load())
@@ -132,7 +134,7 @@ def _check_torch(options: OpenOptions) -> None:
             ) from error
         from nemo_lfr.codec.torch_backend import PRECISIONS
 
-    if options.precision not in PRECISIONS:
+    if not isinstance(options.precision, str) or options.precision not in PRECISIONS:
         raise NemoLfrError(f"precision {options.precision!r} is unknown; use one of {list(PRECISIONS)}.")
     choose_device(options.device)
 

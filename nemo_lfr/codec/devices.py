@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +21,9 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # the rest of torch's message lists its backends
-        raise NemoLfrError(f"device {str(device)!r} cannot be used here: {reason}") from error
+        raise NemoLfrError(f"device {shorten(device)!r} cannot be used here: {reason}") from error
     if chosen.type == "meta":
         raise NemoLfrError("device 'meta' has no values to compute with; use 'cpu' or 'cuda'.")
     return chosen

@@ -183,6 +183,10 @@ class AudioReader:
         except MissingExtraError as missing:
             if not looks_like_media(head):
                 raise refused from error
+            if not isinstance(missing.__cause__, ModuleNotFoundError):
+                raise MissingExtraError(
+                    f"libsndfile does not read it ({sndfile_reason(error)}), and {missing}"
+                ) from missing
             raise MissingExtraError(
                 f"libsndfile does not read it ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need PyAV: "
                 f"{install_command('av')}"

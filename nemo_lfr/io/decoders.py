@@ -35,6 +35,14 @@ class Decoder(Protocol):
         """Close the files that this decoder opened."""
 
 
+class _Sequential(soundfile.SoundFile):
+    """A file in which libsndfile cannot seek, but reports that it can; soundfile would seek after every read."""
+
+    def seekable(self) -> bool:
+        """Return False."""
+        return False
+
+
 class SndfileDecoder:
     """Decoder that uses libsndfile.
 
@@ -49,6 +57,10 @@ class SndfileDecoder:
 
     def __init__(self, source: Any) -> None:
         self._file = soundfile.SoundFile(source)
+        # libsndfile seeks only to the beginning of DWVW, a codec of AIFF.
+        self._is_sequential = self._file.subtype.startswith("DWVW")
+        if self._is_sequential:
+            self._file.__class__ = _Sequential
         self.rate: int = self._file.samplerate
         self.channels: int = self._file.channels
         unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
@@ -69,7 +81,12 @@ class SndfileDecoder:
 
     def seek(self, position: int) -> None:
         """Set the position to a sample."""
-        self._file.seek(position)
+        if not self._is_sequential:
+            self._file.seek(position)
+            return
+        self._file.seek(0)
+        while position > 0 and (count := len(self.read(min(position, 1 << 16)))):
+            position -= count
 
     def close(self) -> None:
         """Close the file."""

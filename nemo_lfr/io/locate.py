@@ -1,6 +1,7 @@
 """Resolution of user paths: `~`, checkpoint files and unpacked checkpoints."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
@@ -14,6 +15,23 @@ MODEL_SUFFIXES = frozenset(
 )
 
 
+def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
+    """Reject an argument that is not a path.
+
+    Args:
+        path: the argument.
+        error: class of the exception.
+
+    Raises:
+        NemoLfrError: of class `error`, if `path` is neither text nor a path-like object for text, or contains a NUL.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise error(f"{shorten(repr(path))} is not a path; pass a str or a pathlib.Path.")
+    if "\0" in text:
+        raise error(f"{shorten(text, 300)!r} is not a path: it contains a NUL character.")
+
+
 def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> Path:
     """Expand `~` and `~user` in a path.
 
@@ -24,8 +42,10 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if the path is empty: it would silently become the current folder.
+        NemoLfrError: of class `error`, if `path` is neither text nor a path, or is empty: it would silently become the
+            current folder.
     """
+    check_path(path, error)
     if not os.fspath(path):
         raise error("the path '' is empty; give . if the current folder is meant.")
     return Path(os.path.expanduser(path))
@@ -66,8 +86,8 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     """Return the checkpoint that a local path refers to; `~` is expanded.
 
     Args:
-        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, or a folder with one `.nemo` file, as
-            `huggingface_hub.snapshot_download` returns.
+        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, a folder with one `.nemo` file, as
+            `huggingface_hub.snapshot_download` returns, or a repository's folder in the Hub's cache.
 
     Returns:
         The file, or the folder of an unpacked `.nemo`.
@@ -88,6 +108,33 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     return path
 
 
+def is_unpacked(folder: Path) -> bool:
+    """Return whether a folder is that of an unpacked `.nemo`."""
+    return all(os.path.exists(folder / name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER))
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the snapshot in a repository's folder of the Hub's cache (`models--OWNER--NAME`): that of `main`.
+
+    Raises:
+        CheckpointError: if there is none, or several without a reference to one.
+    """
+    try:
+        snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+        with suppress(OSError, ValueError):
+            commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+            if chosen := [path for path in snapshots if path.name == commit]:
+                return chosen[0]
+    except OSError as error:
+        raise CheckpointError(f"{folder / 'snapshots'}: cannot be read ({error.strerror}).") from error
+    if len(snapshots) != 1:
+        raise CheckpointError(
+            f"{folder}: a folder of the Hub's cache with {len(snapshots)} snapshots and no reference to one of them; "
+            "give the path of a snapshot, or download the repository again."
+        )
+    return snapshots[0]
+
+
 def _in_folder(folder: Path) -> Path:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -96,6 +143,8 @@ def _in_folder(folder: Path) -> Path:
     members = [name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER) if name in names]
     if len(members) == 2:
         return folder
+    if "snapshots" in names and not members and not any(name.endswith(".nemo") for name in names):
+        return _in_folder(_snapshot(folder))
     archives = [name for name in names if name.endswith(".nemo") and not os.path.isdir(folder / name)]
     if len(archives) == 1:
         return locate_checkpoint(folder / archives[0])

@@ -18,7 +18,7 @@ from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"
-# Durations of the files opened so far, for resuming an interrupted run
+# Durations of the files opened so far, with size and modification time, for resuming an interrupted run
 JOURNAL = ".opened.jsonl"
 
 
@@ -184,26 +184,40 @@ def _open_all(
     mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | Failure] = {}
+        known: dict[str, list[Any]] = {}
         ours = False
         for entry in log:
             if isinstance(entry, dict):
                 ours = entry == mine
             elif ours and _is_duration(entry):  # failed files are opened again: they may have been repaired
-                found[entry[0]] = entry[1]
+                known[entry[0]] = entry[1:]
         log.add(mine)
         usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
+        states = {path: _state(corpus / path) for path in usable}
+        for path, state in states.items():
+            if path in known and known[path][1:] == state:  # else it was replaced since
+                found[path] = known[path][0]
         missing = [path for path in usable if path not in found]
         measure = _decoded_duration if check else _duration
         with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
             for path, value in zip(missing, pool.map(lambda path: measure(corpus, path), missing), strict=True):
                 found[path] = value
-                log.add([path, value])
+                log.add([path, value, *states[path]])
                 advance(f"{path}: {value['error']}" if isinstance(value, dict) else "")
     return found
 
 
+def _state(path: Path) -> list[int]:
+    """Return the size and the modification time of a file; zeros if it is not there."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return [0, 0]
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _is_duration(entry: Any) -> bool:
-    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+    if not isinstance(entry, list) or len(entry) != 4 or not isinstance(entry[0], str):
         return False
     return type(entry[1]) in (int, float) and 0 < entry[1] <= MAX_SECONDS
 

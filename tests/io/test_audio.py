@@ -48,6 +48,15 @@ def test_resampling_keeps_a_tone_where_it_was():
     np.testing.assert_allclose(got[2000:-2000], expected[2000:-2000], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("subtype", ["DWVW_16", "PCM_16"])
+def test_a_section_is_read_where_libsndfile_cannot_seek(tmp_path, subtype):
+    soundfile.write(tmp_path / "a.aiff", synthesize(0.5), 22050, subtype=subtype)
+    whole = read(tmp_path / "a.aiff")
+    with AudioReader(tmp_path / "a.aiff", 22050) as reader:
+        assert np.array_equal(reader.segment(0.3, 0.1), whole[6615:8820])
+        assert np.array_equal(reader.segment(0.1, 0.1), whole[2205:4410])
+
+
 @pytest.mark.parametrize("rate", [0, -8000])
 def test_a_rate_that_is_none_is_refused(rate):
     with pytest.raises(AudioError, match=str(rate)):
@@ -65,6 +74,8 @@ def test_a_rate_that_is_none_is_refused(rate):
         ("wav", "PCM_U8", 2**-7),
         ("flac", "PCM_16", 2**-15),
         ("aiff", "PCM_16", 2**-15),
+        ("aiff", "DWVW_16", 2**-15),
+        ("aiff", "DWVW_24", 2**-22),
         ("ogg", "VORBIS", 0.15),
     ],
 )

@@ -296,17 +296,29 @@ def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
     assert np.array_equal(read("a.aac", data=tagged), read(path))
 
 
-def test_without_the_extra_the_message_names_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named 'av'"), r'pip install "?av\b'),
+        (
+            ImportError("libavcodec.so.61: cannot open shared object file"),
+            r"PyAV is installed, but cannot be imported \(ImportError: libavcodec\.so\.61: cannot open",
+        ),
+        (RuntimeError("module compiled against another ABI"), r"PyAV is installed.*another ABI"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_failed_import_of_the_extra_is_explained(tmp_path, monkeypatch, error, message):
     imported = builtins.__import__
 
     def missing(name, *arguments, **options):
         if name == "av":
-            raise ImportError(name)
+            raise error
         return imported(name, *arguments, **options)
 
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000))
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(MissingExtraError, match=r'a\.m4a: .*pip install "?av\b'):
+    with pytest.raises(MissingExtraError, match=rf"a\.m4a: libsndfile does not read it.*{message}"):
         AudioReader(tmp_path / "a.m4a", RATE)
 
 

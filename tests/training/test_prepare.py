@@ -165,6 +165,31 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
     assert total == 60
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("change", ["longer", "same size", "touched", "removed"])
+def test_a_file_replaced_since_an_interrupted_run_is_opened_again(tmp_path, monkeypatch, change, check):
+    path = tmp_path / "corpus" / "a.wav"
+    audio(path, 0.5)
+    audio(tmp_path / "corpus" / "b.wav", 0.5)
+    monkeypatch.setattr(module, "_write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0, check=check)
+    monkeypatch.undo()
+    if change == "removed":
+        path.unlink()
+        audio(tmp_path / "corpus" / "c.wav", 0.5)
+    elif change == "longer":
+        audio(path, 1.0)
+    elif change == "same size":
+        soundfile.write(path, synthesize(0.5), RATE // 2)
+    os.utime(path, (1e9, 1e9)) if path.exists() else None
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0, check=check)
+    durations = {entry["audio_filepath"]: entry["duration"] for entry in manifest(tmp_path / "out" / "train.json")}
+    expected = {"longer": 1.0, "same size": 1.0, "touched": 0.5}
+    assert durations.pop("a.wav", None) == expected.get(change)
+    assert set(durations.values()) == {0.5}
+
+
 def test_what_failed_is_opened_again(tmp_path):
     for index in range(2):
         text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
@@ -403,7 +428,18 @@ def test_an_edited_journal_is_read_as_far_as_it_makes_sense(tmp_path):
         audio(corpus / f"{name}.wav", 0.5)
     out.mkdir()
     claim = json.dumps({"kind": "folder", "corpus": str(corpus.resolve()), "check": True})
-    bad = ["5", "[]", '["x"]', '["a.wav", null]', '["b.wav", -5]', '["c.wav", 1e400]', '["d.wav", true]', '{"a": 1}']
+    bad = [
+        "5",
+        "[]",
+        '["x"]',
+        '["a.wav", null]',
+        '["b.wav", -5]',
+        '["c.wav", 1e400]',
+        '["d.wav", true]',
+        '{"a": 1}',
+        '["a.wav", 7]',
+    ]
+    bad += ['["a.wav", 7, 0, 0]', '["b.wav", 7, "x", null]', '["c.wav", 7, 1, 2, 3]']
     (out / ".opened.jsonl").write_text("\n".join([claim, *bad]) + "\n")
     prepare("folder", corpus, out, valid_share=0)
     assert [entry["duration"] for entry in manifest(out / "train.json")] == [0.5] * 4
