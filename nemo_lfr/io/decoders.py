@@ -35,7 +35,7 @@ class Decoder(Protocol):
         """Close the files that this decoder opened."""
 
 
-class _Sequential(soundfile.SoundFile):
+class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
     """A file in which libsndfile cannot seek, but reports that it can; soundfile would seek after every read."""
 
     def seekable(self) -> bool:

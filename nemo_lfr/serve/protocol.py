@@ -182,7 +182,8 @@ class DecodeProtocol:
         """Return the message for samples [n]."""
         if self.audio == "pcm_f32le":
             return audio.astype("<f4").tobytes()
-        return np.rint(audio.clip(-1, 1) * 32767).astype("<i2").tobytes()
+        samples: np.ndarray = np.rint(audio.clip(-1, 1) * 32767).astype("<i2")
+        return samples.tobytes()
 
 
 class EncodeProtocol:

@@ -53,13 +53,14 @@ def _transformers_speaker(source: str, device: str) -> Callable[[np.ndarray], np
     import torch
     from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-    extract = AutoFeatureExtractor.from_pretrained(source)
+    # Transformers declares no types for it
+    extract: Callable[..., Any] = AutoFeatureExtractor.from_pretrained(source)  # type: ignore[no-untyped-call]
     model = AutoModelForAudioXVector.from_pretrained(source).eval().to(device)
 
     def embed(wave: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return (
-                model(**extract(wave, sampling_rate=16000, return_tensors="pt").to(device)).embeddings[0].cpu().numpy()
-            )
+            inputs = extract(wave, sampling_rate=16000, return_tensors="pt").to(device)
+            embedding: np.ndarray = model(**inputs).embeddings[0].cpu().numpy()
+        return embedding
 
     return embed
