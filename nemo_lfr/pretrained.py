@@ -240,4 +240,5 @@ def load(
     if source is None and multiprocessing.parent_process() is None:
         text = "using the bundled codec (%s); NVIDIA's weights, for non-commercial use, are the model %s"
         logger.warning(text, bundled_quality(), LFR)
+    logger.info("opened %s on %s in %s", codec.name, codec.device, codec.precision)
     return codec

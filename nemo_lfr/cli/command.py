@@ -24,8 +24,8 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
     return store
 
 
-def _common_options() -> list[click.Parameter]:
-    """Return the options that every command has."""
+def common_options() -> list[click.Parameter]:
+    """Return the options that every command has; the program accepts them before the command too."""
     texts = {
         ("--json", "as_json"): "Print the result as JSON on stdout.",
         ("--quiet", "quiet"): "Print only errors on stderr.",
@@ -50,7 +50,7 @@ class Command(click.Command):
 
     def __init__(self, name: str | None, *, result: type, **options: Any) -> None:
         super().__init__(name, **options)
-        self.params += _common_options()
+        self.params += common_options()
         self.result = result
 
     def invoke(self, ctx: click.Context) -> Any:

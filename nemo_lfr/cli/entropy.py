@@ -31,7 +31,7 @@ def entropy() -> None:
     metavar="NUMBER",
     default=16,
     show_default=True,
-    help="Passes over the tokens, from 0.1 to 1000.",
+    help="Number of passes over the tokens.",
 )
 @count_option("--max-frames", "Frames to fit; utterances are sampled if there are more.", 250_000)
 @count_option("--seed", "Random seed.", 0, low=0)

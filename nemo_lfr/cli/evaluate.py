@@ -49,7 +49,7 @@ class RegistryOption(click.Option):
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
-    help="Test set of NVIDIA's model card; SOURCE is the folder of its unpacked archives.",
+    help="Test set of NVIDIA's model card; SOURCE is the folder of its unpacked archives (default: none).",
 )
 @click.option(
     "--audio-dir",
@@ -64,7 +64,7 @@ class RegistryOption(click.Option):
     metavar="HZ",
     default=22050,
     show_default=True,
-    help="Sample rate of the comparison, from 8000 to 48000 Hz.",
+    help="Sample rate of the comparison, in Hz.",
 )
 @click.option(
     "--asr",
@@ -84,7 +84,12 @@ class RegistryOption(click.Option):
     metavar="KIND[:MODEL]",
     help="Metric of another model, repeatable; kinds: {} (default: none).",
 )
-@click.option("--by", multiple=True, metavar="KEY", help="Manifest key to group tables by, such as lang; repeatable.")
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="KEY",
+    help="Manifest key to group tables by, such as lang, repeatable (default: none).",
+)
 @count_option("--examples", "Number of recordings with audio players in the report.", 4, low=0)
 @count_option(
     "--workers", "Number of processes for the metrics (default: one per core).", cls=RenamedOption, earlier="--jobs"

@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from nemo_lfr._version import __version__
-from nemo_lfr.cli.command import Group
+from nemo_lfr.cli.command import Group, common_options
 from nemo_lfr.cli.decode import decode
 from nemo_lfr.cli.demo import demo
 from nemo_lfr.cli.detokenize import detokenize
@@ -53,6 +53,7 @@ def app() -> None:
     """Encode speech to tokens at 21.5 frames per second, and decode it."""
 
 
+app.params += common_options()
 for command in (encode, decode, info, demo, export, prepare, tokenize, detokenize, evaluate, entropy, serve):
     app.add_command(command)
 

@@ -122,8 +122,9 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
         low: smallest value; None for any.
         options: more arguments of `click.option`.
     """
+    kind = click.INT if low is None else click.IntRange(min=low)
     return click.option(
-        name, type=click.IntRange(min=low), metavar="N", default=default, show_default=default is not None, help=text,
+        name, type=kind, metavar="N", default=default, show_default=default is not None, help=text,
         **options,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from nemo_lfr.io.layouts import LAYOUTS
     metavar="SHARE",
     default=0.02,
     show_default=True,
-    help="Share of the speakers, from 0 to 1, held out for validation if the corpus has no validation set.",
+    help="Share of the speakers that is held out for validation if the corpus has no validation set.",
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")

@@ -283,7 +283,14 @@ def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, 
         capsys, "encode", folder / "mixed", "--out", tmp_path, "--model", folder / "tiny.nemo", "--verbose"
     )
     assert code == 1 and "nemo-lfr: debug: nemo_lfr: " in err and "Traceback" in err and "AudioError" in err
-    assert "x real time" in err
+    assert "x real time" in err and "nemo-lfr: info: nemo_lfr.pretrained: opened " in err
+
+
+def test_common_options_are_accepted_before_the_command(folder, capsys):
+    code, out, err = run(capsys, "--json", "--quiet", "info", folder / "audio" / "a.wav")
+    assert (code, err) == (0, "") and json.loads(out)["items"][0]["kind"] == "audio"
+    code, _, err = run(capsys, "--quiet", "info", "--verbose")
+    assert code == 2 and "exclude each other" in err
 
 
 @pytest.mark.parametrize("name", ["encode", "tokenize"])
@@ -351,7 +358,7 @@ def test_help_fits_80_columns_and_describes_every_option(name, capsys, monkeypat
         if isinstance(option, click.Option):
             assert option.help and option.help[0].isupper() and option.help.endswith("."), option.name
             states_default = option.required or option.is_flag or option.show_default or "(default" in option.help
-            assert states_default or (name == "evaluate" and option.name in ("preset", "by")), option.name
+            assert states_default, option.name
     words = name.split()
     group = cli.app if len(words) == 1 else cli.app.commands[words[0]]
     _, listing, _ = run(capsys, *words[:-1], "--help")
