@@ -148,4 +148,4 @@ def test_a_metric_that_worker_processes_cannot_import_is_named(plugin, manifest,
     register_metric("local", Metric("", None, "Local.", function=lambda original, output: 0.0))
     arguments = ["--codec", "original", "--out", tmp_path / "out", "--workers", 2]
     code, _, err = command(capsys, "evaluate", manifest, *arguments)
-    assert code == 2 and "metric 'local' cannot be sent to worker processes" in err and "use --workers 1" in err
+    assert code == 1 and "metric 'local' cannot be sent to worker processes" in err and "use --workers 1" in err
