@@ -22,6 +22,7 @@ ORDER = (
     "telemetry",
     "errors",
     "bundled",
+    "plugins",
     "frames",
     "spec",
     "modules",

@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from nemo_lfr._version import __version__
-from nemo_lfr.cli.command import Group, common_options
+from nemo_lfr.cli.command import common_options
 from nemo_lfr.cli.decode import decode
 from nemo_lfr.cli.demo import demo
 from nemo_lfr.cli.detokenize import detokenize
@@ -28,6 +28,7 @@ from nemo_lfr.cli.entropy import entropy
 from nemo_lfr.cli.evaluate import evaluate
 from nemo_lfr.cli.export import export
 from nemo_lfr.cli.info import info
+from nemo_lfr.cli.plugins import PluginGroup
 from nemo_lfr.cli.prepare import prepare
 from nemo_lfr.cli.serve import serve
 from nemo_lfr.cli.session import DONE, FAILED, USAGE, Session
@@ -47,7 +48,7 @@ EXIT_CODES = {
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {text}" for code, text in EXIT_CODES.items())
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.group(cls=PluginGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="nemo-lfr")
 def app() -> None:
     """Encode speech to tokens at 21.5 frames per second, and decode it."""

@@ -23,18 +23,27 @@ from nemo_lfr.cli.options import (
 from nemo_lfr.cli.results import TokenizeResult
 from nemo_lfr.cli.session import begin_work, current, note, print_line
 from nemo_lfr.cli.terminal import echo_stderr, heartbeat, progress_bar
-from nemo_lfr.corpus.formats import format_names
+from nemo_lfr.corpus.formats import BUILT_IN, format_names
 from nemo_lfr.errors import Failure
 
-FORMATS = format_names()
+
+class FormatName(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
+    """Name of an output format, built in or of an installed package."""
+
+    def __init__(self) -> None:
+        super().__init__(BUILT_IN)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name if there is such a format."""
+        if value not in BUILT_IN and value not in format_names():
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, format_names()))}.", param, ctx)
+        return value
 
 
 @click.command(cls=Command, result=TokenizeResult, short_help="Tokenize a corpus.")
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the tokens.")
-@click.option(
-    "--format", "kind", type=click.Choice(FORMATS), default="shar", show_default=True, help="Format of the tokens."
-)
+@click.option("--format", "kind", type=FormatName(), default="shar", show_default=True, help="Format of the tokens.")
 @click.option(
     "--compress",
     is_flag=True,

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.onnx import DECODER, ENCODER
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.shortage import missing_extra
+from nemo_lfr.plugins import load_plugin, plugin_names
 
 if TYPE_CHECKING:
     import torch
@@ -89,21 +89,20 @@ def unregister(name: str) -> None:
 
 def backend_names() -> list[str]:
     """Return the names of all backends, including those of installed packages."""
-    return [*_OPENERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in _OPENERS)]
+    return [*dict.fromkeys((*_OPENERS, *plugin_names(ENTRY_POINTS)))]
 
 
 def find_opener(name: str) -> Opener:
     """Return the opener of a backend.
 
     Raises:
-        NemoLfrError: if there is no backend of this name.
+        NemoLfrError: if there is no backend of this name, or if a package's backend cannot be imported.
     """
     if not isinstance(name, str):
         raise NemoLfrError(f"backend {shorten(repr(name))} is not a name; use one of {backend_names()}.")
     if name not in _OPENERS:
-        for point in entry_points(group=ENTRY_POINTS, name=name):
-            register(name, point.load())
-            break
+        if (opener := load_plugin(ENTRY_POINTS, name)) is not None:
+            register(name, opener)
         else:
             names = [repr(known) for known in backend_names()]
             raise NemoLfrError(f"backend {name!r} is unknown; use {', '.join(names[:-1])} or {names[-1]}.")

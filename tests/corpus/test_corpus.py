@@ -23,7 +23,6 @@ import soundfile
 import torch
 
 from nemo_lfr.cli.main import main
-from nemo_lfr.cli.tokenize import FORMATS
 from nemo_lfr.corpus import shard
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.dataset import TokenDataset
@@ -236,10 +235,6 @@ def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
 
 
 # Runs.
-
-
-def test_the_command_line_knows_every_format():
-    assert BUILT_IN == FORMATS
 
 
 def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):

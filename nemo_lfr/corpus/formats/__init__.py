@@ -1,7 +1,8 @@
 """Output formats of `tokenize`, one module each.
 
 A module contains the writer, the reader and the summary files of its format. A new format is one subclass of
-`OutputFormat`, decorated with `register_format`. A built-in format is a module of this folder with the format's name,
+`OutputFormat`, decorated with `register_format`. A package lists it in the entry-point group `nemo_lfr.formats`, and
+`nemo-lfr tokenize --format` then accepts it. A built-in format is a module of this folder with the format's name,
 listed in `BUILT_IN`, and is imported on first use. This module imports no format, so that the command line can list
 the formats quickly.
 """
@@ -10,10 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.plugins import load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from nemo_lfr.corpus.formats.base import OutputFormat
 
+ENTRY_POINTS = "nemo_lfr.formats"
 BUILT_IN = ("shar", "manifest", "parquet", "lfr")
 _registered: dict[str, "type[OutputFormat]"] = {}
 
@@ -34,8 +37,8 @@ def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of all formats, the built-in ones first."""
-    return tuple(dict.fromkeys((*BUILT_IN, *_registered)))
+    """Return the names of all formats, the built-in ones first and those of installed packages last."""
+    return tuple(dict.fromkeys((*BUILT_IN, *_registered, *plugin_names(ENTRY_POINTS))))
 
 
 def get_format(name: str) -> "type[OutputFormat]":
@@ -45,10 +48,13 @@ def get_format(name: str) -> "type[OutputFormat]":
         name: value of `--format`.
 
     Raises:
-        NemoLfrError: if no format with that name is registered.
+        NemoLfrError: if no format with that name is registered, or if a package's format cannot be imported.
     """
-    if name in BUILT_IN and name not in _registered:
-        import_module(f"{__name__}.{name}")  # the import registers the format
     if name not in _registered:
-        raise NemoLfrError(f"format {name!r} is unknown; use one of {list(format_names())}.")
+        if name in BUILT_IN:
+            import_module(f"{__name__}.{name}")  # the import registers the format
+        elif (output := load_plugin(ENTRY_POINTS, name)) is not None:
+            _registered[name] = output
+        else:
+            raise NemoLfrError(f"format {name!r} is unknown; use one of {list(format_names())}.")
     return _registered[name]

@@ -163,13 +163,15 @@ class FormatReader(ABC):
     def __init__(self, folder: Path, summary: dict[str, Any], codec: Metadata) -> None:
         self.folder, self.summary, self.codec = folder, summary, codec
 
-    @abstractmethod
     def count_shards(self) -> list[int]:
-        """Count the utterances of each shard, for a folder without records."""
+        """Count the utterances of each shard, for a folder without records; the default reads them."""
+        return self._shard_counts(
+            lambda files: sum(isinstance(row, Row) for row in self.rows(files, 0, self.summary["clips"]))
+        )
 
-    @abstractmethod
     def num_files(self) -> int:
-        """Return an upper bound on the number of shards, from the number of files."""
+        """Return an upper bound on the number of shards, from the number of files; by default of all files."""
+        return sum(path.is_file() for path in self.folder.rglob("*"))
 
     @abstractmethod
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:

@@ -1,6 +1,7 @@
 """Readers of the corpora that `tokenize` accepts: one file for each kind of input.
 
-A new kind of input is one subclass of `CorpusReader`, and a line in `SOURCES` or a call of `register_source`.
+A new kind of input is one subclass of `CorpusReader`, and a line in `SOURCES`, a call of `register_source`, or a
+package's entry point in the group `nemo_lfr.sources`.
 """
 
 from pathlib import Path
@@ -15,9 +16,11 @@ from nemo_lfr.corpus.sources.shar import Shar
 from nemo_lfr.corpus.sources.text_table import TextTable
 from nemo_lfr.errors import ConfigError, NemoLfrError
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.plugins import load_plugin, plugin_names
 
 __all__ = ["SOURCES", "find_source", "open_corpus", "register_source"]
 
+ENTRY_POINTS = "nemo_lfr.sources"
 # The first one that accepts a path reads it. `Manifest` accepts any file and `Folder` any folder.
 SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTable, Manifest, Folder]
 
@@ -36,12 +39,15 @@ def find_source(path: Path) -> type[CorpusReader]:
     """Return the reader for a file or folder.
 
     Raises:
-        NemoLfrError: if the path does not exist or is neither a file nor a folder.
+        NemoLfrError: if the path does not exist or is neither a file nor a folder, or if the source of an installed
+            package cannot be imported.
     """
     if not path.exists():
         raise NemoLfrError(f"{path}: no such file or folder.")
     if not path.is_dir() and not path.is_file():
         open_regular(path, ConfigError).close()  # raises an error that says what kind of file the path is
+    for name in plugin_names(ENTRY_POINTS):
+        register_source(load_plugin(ENTRY_POINTS, name))
     return next(source for source in SOURCES if source.accepts(path))
 
 

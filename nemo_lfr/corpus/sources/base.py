@@ -4,6 +4,7 @@ Planning reads no audio. A shard specification is a few numbers, from which any 
 opened only on request, so an unreadable file is a failure of its clip alone.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.errors import AudioError
 
 # (sample rate in Hz, longest duration in seconds) -> samples [T_audio], float32.
@@ -80,9 +82,9 @@ class CorpusReader(ABC):
         """
 
     @property
-    @abstractmethod
     def identity(self) -> str:
-        """Return a hash of the list of clips; a run is not resumed with a changed list."""
+        """Return a hash of the list of clips, by default of `files`; a run is not resumed with a changed list."""
+        return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property
     @abstractmethod
