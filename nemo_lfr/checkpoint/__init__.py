@@ -20,7 +20,10 @@ from nemo_lfr.checkpoint.config import (
     build_part,
     build_parts,
     codec_values,
+    is_from_file,
+    mark_from_file,
     nemo_config,
+    sections_from_file,
 )
 from nemo_lfr.checkpoint.reader import Checkpoint, load_parts, read_checkpoint, read_config
 from nemo_lfr.checkpoint.writer import split_weight_norm, write_checkpoint
@@ -34,10 +37,13 @@ __all__ = [
     "build_part",
     "build_parts",
     "codec_values",
+    "is_from_file",
     "load_parts",
+    "mark_from_file",
     "nemo_config",
     "read_checkpoint",
     "read_config",
+    "sections_from_file",
     "split_weight_norm",
     "write_checkpoint",
 ]

@@ -1,5 +1,6 @@
 """Parse model configs and build their modules, from an allow-list of classes of this codec family."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -51,6 +52,9 @@ MAX_PARAMETERS = 2_000_000_000
 _RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
 _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
+# OmegaConf flag of configs that were read from a file
+_FROM_FILE = "nemo_lfr_from_file"
+
 
 @dataclass
 class Parts:
@@ -84,12 +88,49 @@ def parse_config(text: str) -> DictConfig:
         expansion = _Expansion(plain)
         for key in config:
             expansion.check(str(key))
+        mark_from_file(config)
         return config
     except ConfigError:
         raise
     except Exception as error:  # OmegaConf asserts, and PyYAML's constructors raise whatever Python does
         reason = " ".join(str(error).split())[:200] or "not a mapping"
         raise ConfigError(f"it is not a valid config: {reason}") from error
+
+
+def mark_from_file(config: Any) -> None:
+    """Mark a config and its sections as read from a file; OmegaConf's copies keep the mark."""
+    if isinstance(config, DictConfig | ListConfig):
+        config._set_flag(_FROM_FILE, True)
+        for node in _nodes(config):
+            mark_from_file(node)
+
+
+def is_from_file(config: Any) -> bool:
+    """Return whether a section of a config, or anything in it, was read from a file and not passed by the user."""
+    if not isinstance(config, DictConfig | ListConfig):
+        return False
+    return bool(config._get_flag(_FROM_FILE)) or any(is_from_file(node) for node in _nodes(config))
+
+
+def sections_from_file(config: Any) -> list[str]:
+    """Return the keys of a model config whose sections were read from a file."""
+    if not isinstance(config, DictConfig):
+        return []
+    found = []
+    for key in config:
+        with contextlib.suppress(OmegaConfBaseException):  # an interpolation without a value
+            if is_from_file(config.get(key)):
+                found.append(str(key))
+    return found
+
+
+def _nodes(config: DictConfig | ListConfig) -> list[Any]:
+    """Return the items of a config without resolving interpolations."""
+    if config._is_none() or config._is_missing() or config._is_interpolation():
+        return []
+    if isinstance(config, ListConfig):
+        return [config._get_node(index) for index in range(len(config))]
+    return [config._get_node(key) for key in config]
 
 
 def _check_yaml(text: str) -> None:

@@ -26,8 +26,10 @@ from nemo_lfr.checkpoint import (
     build_parts,
     codec_values,
     load_parts,
+    mark_from_file,
     nemo_config,
     read_config,
+    sections_from_file,
 )
 from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as, unwrapped
 from nemo_lfr.codec.ambient import building_state
@@ -57,6 +59,8 @@ try:
 
     from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
     from nemo_lfr.nemo.training import DISCRIMINATOR, WAVLM, TrainingSteps
+    from nemo_lfr.training import discriminators, losses
+    from nemo_lfr.training.components import import_components, register_component, registered_components
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
@@ -70,6 +74,8 @@ if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
 # Modules that `restore_from` passes to the constructor, which then skips a random initialization.
 _READ_PARTS: ContextVar[Parts | None] = ContextVar("parts", default=None)
 _IDENTITY = {"_target_": "torch.nn.Identity"}
+_BUILT_IN = {*discriminators.BUILT_IN, *losses.BUILT_IN}
+_ANY_LOSS = {"_target_": next(iter(losses.GENERATOR_LOSSES))}
 _SMALLEST_QUANTIZER = {
     "_target_": "nemo.collections.tts.modules.audio_codec_modules.FiniteScalarQuantizer",
     "num_levels": [2],
@@ -90,14 +96,19 @@ class LFRCodecModel(TrainingSteps):
         trainer: Lightning trainer, as in NeMo.
 
     Raises:
-        ConfigError: for a config that is not of this codec family. The message names the key.
+        ConfigError: for a config that is not of this codec family, or with a component of the user's own that cannot
+            be imported. The message names the key.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
+        from_file = sections_from_file(cfg)  # NeMo's conversion loses the marks
         cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
         values = _checked_values(cfg)
         parts = _READ_PARTS.get() or build_parts(values)
         cfg = copy.deepcopy(cfg)
+        for key in cfg if self._is_model_being_restored() else from_file:
+            mark_from_file(cfg._get_node(key))
+        import_components(cfg, built_in=_BUILT_IN)
         with open_dict(cfg):
             cfg.target = NEMO_MODEL
             for name in PARTS:
@@ -108,6 +119,9 @@ class LFRCodecModel(TrainingSteps):
         with open_dict(lean):
             lean.audio_encoder, lean.audio_decoder = dict(_IDENTITY), dict(_IDENTITY)
             lean.discriminator = None
+            for key in ("generator_loss", "discriminator_loss"):
+                if key in lean and _target_of(lean[key]) not in _BUILT_IN:  # the user's own; NeMo would refuse it
+                    lean[key] = dict(_ANY_LOSS)
             lean.commit_loss_scale = 0.0
             lean.vector_quantizer = dict(_SMALLEST_QUANTIZER)
         with building_state():
@@ -115,6 +129,7 @@ class LFRCodecModel(TrainingSteps):
         self.audio_encoder, self.vector_quantizer, self.audio_decoder = parts.encoder, parts.quantizer, parts.decoder
         self._unbuilt_discriminator = {}
         self._losses = None
+        self._metrics = None
         self._average = None
         self._codebook_use = None
         self._is_random = _READ_PARTS.get() is None
@@ -154,7 +169,9 @@ class LFRCodecModel(TrainingSteps):
         gradients = {plain_key(name): parameter.requires_grad for name, parameter in self.named_parameters()}
         kept = {"_is_random": self._is_random, "_restored_from": self._restored_from}
         has_discriminator = hasattr(self, "discriminator")
-        return _unpickled, (type(self), self.cfg, self.state_dict(), modes, gradients, has_discriminator, kept)
+        components = registered_components(self.cfg)
+        arguments = (type(self), self.cfg, self.state_dict(), modes, gradients, has_discriminator, kept, components)
+        return _unpickled, arguments
 
     def _with_state(self, state: dict[str, Any]) -> "LFRCodecModel":
         other = type(self).__new__(type(self))
@@ -623,6 +640,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         if has_discriminator:
             inner.discriminator = None
         inner._losses = None
+        inner._metrics = None
         inner._average = None
         inner._codebook_use = None
         inner._is_random = False
@@ -679,11 +697,14 @@ def _unpickled(
     gradients: dict[str, bool],
     has_discriminator: bool,
     attributes: dict[str, Any],
+    components: dict[str, type[torch.nn.Module]],
 ) -> LFRCodecModel:
     """Rebuild a model from the values that `LFRCodecModel.__reduce__` returned.
 
     The model is on the device of its weights.
     """
+    for name, component in components.items():
+        register_component(component, name=name)
     cls._set_model_restore_state(is_being_restored=True)  # prevents NeMo from opening the training data
     try:
         with building_state(torch.device("cpu")):
@@ -760,6 +781,10 @@ def _checked_values(cfg: DictConfig) -> dict[str, Any]:
     return codec_values(cfg)
 
 
+def _target_of(section: Any) -> str | None:
+    return section.get("_target_") if isinstance(section, Mapping | DictConfig) else None
+
+
 def _without_folders(config: DictConfig) -> DictConfig:
     """Return a copy of a config without the folders of the training machine.
 
@@ -785,9 +810,11 @@ def _override_config(source: Any) -> DictConfig:
     """Load the config that replaces a file's own, or its `model` section.
 
     Raises:
-        ConfigError: if it is not a mapping.
+        ConfigError: if it is not a mapping, or names a component that cannot be imported.
     """
     config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
+    if isinstance(config, DictConfig):
+        import_components(config.get("model") or config, built_in=_BUILT_IN)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     if not isinstance(config, DictConfig):
         raise ConfigError("the config given is a list, not a mapping.")

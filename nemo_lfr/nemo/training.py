@@ -27,14 +27,10 @@ from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator, Views, preprocess_audio, score_views
+from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.data import manifest_loader
-from nemo_lfr.training.discriminators import (
-    AudioDiscriminator,
-    SLMDiscriminator,
-    Views,
-    build_discriminator,
-    frozen,
-)
+from nemo_lfr.training.discriminators import SLMDiscriminator, build_discriminator, frozen
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
 
@@ -43,6 +39,8 @@ logger = logging.getLogger(__name__)
 DISCRIMINATOR = "discriminator."
 # Key of WavLM inside the SLM discriminator. NeMo 3.0 saves these frozen, public weights of 380 MB by mistake.
 WAVLM = ".slm_model.ssl_model."
+# Validation results, logged as `val_NAME`, whose names `metrics` may not use
+_VALIDATED = ("loss", "perplexity", "levels_used")
 
 
 class TrainingSteps(NeMoAudioCodecModel):
@@ -56,6 +54,7 @@ class TrainingSteps(NeMoAudioCodecModel):
     discriminator: AudioDiscriminator | None
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
+    _metrics: AudioTerms | None
     _average: "Average | None"
     _codebook_use: CodebookUse | None  # accumulated during a validation epoch
     _step_began: float
@@ -66,7 +65,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         """Build the discriminators and install atomic checkpoint writing for training.
 
         Raises:
-            ConfigError: if the config sets a loss that this package does not train with.
+            ConfigError: if the config sets a loss that this package does not train with, or has a component that
+                cannot be built.
         """
         super().setup(stage)
         if stage in (None, "fit"):
@@ -76,6 +76,8 @@ class TrainingSteps(NeMoAudioCodecModel):
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
             self.build_discriminator()
+            # Build them before a checkpoint is loaded, which may have tensors of the user's own losses.
+            _ = self.losses, self.metrics
             if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
@@ -108,6 +110,16 @@ class TrainingSteps(NeMoAudioCodecModel):
             with torch.inference_mode(False):  # the first access may be during validation
                 self._losses = CodecLosses(cast(dict[str, Any], config)).to(self.device)
         return self._losses
+
+    @property
+    def metrics(self) -> AudioTerms:
+        """Return the validation metrics of the config's `metrics`, which are built on first access."""
+        if self._metrics is None:
+            section = self.cfg.get("metrics")
+            config = None if section is None else OmegaConf.to_container(section, resolve=True)
+            with torch.inference_mode(False):
+                self._metrics = AudioTerms(cast(Any, config), "metrics", reserved=_VALIDATED).to(self.device)
+        return self._metrics
 
     @property
     def max_steps(self) -> int:
@@ -300,8 +312,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         }
         if self.discriminator is not None:
             with torch.no_grad():
-                views_real = self.discriminator.views(real)
-            views_gen = self.discriminator.views(gen)
+                views_real = preprocess_audio(self.discriminator, real)
+            views_gen = preprocess_audio(self.discriminator, gen)
             if self.should_update_disc(batch_idx // every):
                 loss = self.discriminator_loss(views_real, [view.detach() for view in views_gen])
                 metrics["d_loss"] = loss.detach()
@@ -314,8 +326,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         if self.discriminator is not None:
             with frozen(self.discriminator):
                 with torch.no_grad():
-                    _, maps_real = self.discriminator.judge(views_real)
-                scores_gen, maps_gen = self.discriminator.judge(views_gen)
+                    _, maps_real = score_views(self.discriminator, views_real)
+                scores_gen, maps_gen = score_views(self.discriminator, views_gen)
             terms |= self.losses.adversarial_terms(scores_gen, maps_real, maps_gen)
         if first:
             optim_gen.zero_grad()
@@ -346,12 +358,14 @@ class TrainingSteps(NeMoAudioCodecModel):
             A scalar.
         """
         assert self.discriminator is not None
-        scores, _ = self.discriminator.judge([torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)])
+        scores, _ = score_views(
+            self.discriminator, [torch.cat(pair) for pair in zip(views_real, views_gen, strict=True)]
+        )
         halves = [score.chunk(2) for score in scores]
         return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Compute and log NeMo's validation losses.
+        """Compute and log NeMo's validation losses, and the losses and metrics of the user's own.
 
         Each signal's STFT is computed once per resolution.
 
@@ -364,9 +378,12 @@ class TrainingSteps(NeMoAudioCodecModel):
             self._codebook_use = CodebookUse(self.vector_quantizer.num_codebooks, self.vector_quantizer.levels)
         self._codebook_use.update(tokens, audio_len // self.samples_per_frame)
         names = ("mel_l1", "mel_l2", "stft", "time_domain", "si_sdr")
-        terms = self.losses.reconstruction(Spectra(audio), Spectra(audio_gen), audio_len, names)
+        real, gen = Spectra(audio), Spectra(audio_gen)
+        terms = self.losses.reconstruction(real, gen, audio_len, names)
+        terms |= self.losses.custom(real, gen, audio_len)
         metrics = {f"val_loss_{name}": value for name, value in terms.items()}
         metrics["val_loss"] = terms["mel_l1"] + terms["stft"] + terms["time_domain"]
+        metrics |= {f"val_{name}": value for name, value in self.metrics(real, gen, audio_len).items()}
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
 
     # Moving average of the weights, if the config sets `ema_decay`: it is validated, exported and saved for resuming.

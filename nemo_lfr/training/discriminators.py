@@ -1,9 +1,10 @@
 """Discriminators: multi-period, multi-resolution complex STFT and WavLM ("SLM").
 
-Each discriminator first computes a representation of the audio without trainable weights (`views`: periods, spectra or
-hidden states of WavLM), then scores it (`judge`). A training step computes each representation once: without gradients
-for real audio, with gradients for generated audio. The discriminators' own update detaches the latter. State-dict keys
-match those of NeMo's classes with the same names.
+Each discriminator first computes a representation of the audio without trainable weights (`preprocess`: periods,
+spectra or hidden states of WavLM), then scores it (`score`). A training step computes each representation once:
+without gradients for real audio, with gradients for generated audio. The discriminators' own update detaches the
+latter. State-dict keys match those of NeMo's classes with the same names. A discriminator of the user's own is a
+subclass of `AudioDiscriminator`, see `nemo_lfr.training.components`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +21,17 @@ from torch.nn.utils.parametrizations import weight_norm
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.conv import convolve_by_product
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.audio_discriminator import (
+    AudioDiscriminator,
+    DiscriminatorOutput,
+    Views,
+    preprocess_audio,
+    score_views,
+)
+from nemo_lfr.training.components import build_component, check_accepts
 from nemo_lfr.training.wavlm import WavLM
 
-Views = list[torch.Tensor]
 PadMode = Literal["reflect", "zeros"]
-Verdict = tuple[list[torch.Tensor], list[list[torch.Tensor]]]  # scores and feature maps, one entry per network
 
 
 class Conv2d(nn.Module):
@@ -105,53 +112,6 @@ class _Network(nn.Module):
         return score.squeeze(1).transpose(1, 2), feature_maps
 
 
-class AudioDiscriminator(nn.Module):
-    """Base class of discriminators, which consist of one or more networks."""
-
-    @property
-    def num_networks(self) -> int:
-        """Return the number of networks, which equals the number of views and scores."""
-        raise NotImplementedError
-
-    def views(self, audio: Spectra) -> Views:
-        """Compute the input of each network.
-
-        Args:
-            audio: signals [B, T_audio] with cached STFTs.
-
-        Returns:
-            One tensor per network.
-        """
-        raise NotImplementedError
-
-    def judge(self, views: Views) -> Verdict:
-        """Score the views that `views` returned.
-
-        Args:
-            views: one tensor per network.
-
-        Returns:
-            The scores of each network, and the feature maps of each network.
-        """
-        raise NotImplementedError
-
-    def forward(
-        self, audio_real: torch.Tensor, audio_gen: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor]], list[list[torch.Tensor]]]:
-        """Score real and generated audio.
-
-        Args:
-            audio_real: recordings, shape [B, T_audio].
-            audio_gen: reconstructions, shape [B, T_audio].
-
-        Returns:
-            Scores of real audio, scores of generated audio, and the feature maps of both, in NeMo's order.
-        """
-        scores_real, maps_real = self.judge(self.views(Spectra(audio_real)))
-        scores_gen, maps_gen = self.judge(self.views(Spectra(audio_gen)))
-        return scores_real, scores_gen, maps_real, maps_gen
-
-
 class PeriodDiscriminator(_Network):
     """Discriminator of audio folded to a period (HiFi-GAN, arXiv 2010.05646).
 
@@ -188,10 +148,10 @@ class _Networks(AudioDiscriminator):
         """Return the number of networks."""
         return len(self.discriminators)
 
-    def judge(self, views: Views) -> Verdict:
+    def score(self, views: Views) -> DiscriminatorOutput:
         """Score each view with its network."""
-        verdicts = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
-        return [score for score, _ in verdicts], [maps for _, maps in verdicts]
+        outputs = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
+        return [score for score, _ in outputs], [maps for _, maps in outputs]
 
 
 class MultiPeriodDiscriminator(_Networks):
@@ -215,7 +175,7 @@ class MultiPeriodDiscriminator(_Networks):
         networks = [PeriodDiscriminator(period, lrelu_slope, channels, pad_mode) for period in periods]
         self.discriminators = nn.ModuleList(networks)
 
-    def views(self, audio: Spectra) -> Views:
+    def preprocess(self, audio: Spectra) -> Views:
         """Fold the audio to each period."""
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
 
@@ -274,7 +234,7 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
             DiscriminatorSTFT(resolution, pad_mode=pad_mode) for resolution in resolutions
         )
 
-    def views(self, audio: Spectra) -> Views:
+    def preprocess(self, audio: Spectra) -> Views:
         """Return the STFT of the audio at each resolution."""
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
 
@@ -299,7 +259,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         self.bands = [slice(int(low * bins), int(high * bins)) for low, high in stft_bands]
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
 
-    def views(self, audio: Spectra) -> Views:
+    def preprocess(self, audio: Spectra) -> Views:
         """Return each frequency band of the audio's STFT."""
         view = stft_view(audio, self.resolution)
         return [view[..., band] for band in self.bands]
@@ -356,11 +316,11 @@ class SLMDiscriminator(AudioDiscriminator):
         """Return 1: all hidden states form one view."""
         return 1
 
-    def views(self, audio: Spectra) -> Views:
+    def preprocess(self, audio: Spectra) -> Views:
         """Return the hidden states of WavLM, [B, slm_layers * slm_hidden, frames]."""
         return [self.slm(self.resample(audio.audio))]
 
-    def judge(self, views: Views) -> Verdict:
+    def score(self, views: Views) -> DiscriminatorOutput:
         """Score the hidden states."""
         hidden = self.pre(views[0])
         feature_maps = []
@@ -389,17 +349,17 @@ class Discriminator(AudioDiscriminator):
         """Return the number of networks of all discriminators."""
         return sum(discriminator.num_networks for discriminator in self._each())
 
-    def views(self, audio: Spectra) -> Views:
+    def preprocess(self, audio: Spectra) -> Views:
         """Return the views of all discriminators, in order."""
-        return [view for discriminator in self._each() for view in discriminator.views(audio)]
+        return [view for discriminator in self._each() for view in preprocess_audio(discriminator, audio)]
 
-    def judge(self, views: Views) -> Verdict:
+    def score(self, views: Views) -> DiscriminatorOutput:
         """Score each discriminator's views, and concatenate scores and feature maps."""
         scores: list[torch.Tensor] = []
         feature_maps: list[list[torch.Tensor]] = []
         rest = iter(views)
         for discriminator in self._each():
-            own = discriminator.judge([next(rest) for _ in range(discriminator.num_networks)])
+            own = score_views(discriminator, [next(rest) for _ in range(discriminator.num_networks)])
             scores += own[0]
             feature_maps += own[1]
         return scores, feature_maps
@@ -447,17 +407,17 @@ NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "audio_codec_modules.MultiResolutionDiscriminatorSTFT": MultiBandMultiResolutionDiscriminatorSTFT,
     _NEMO + "encodec_modules.MultiResolutionDiscriminatorSTFT": MultiResolutionDiscriminatorSTFT,
 }
-
-
 _OUR_DISCRIMINATORS = {f"{ours.__module__}.{ours.__name__}": ours for ours in NEMO_DISCRIMINATORS.values()}
+# Values of `_target_` that need no import
+BUILT_IN = {**NEMO_DISCRIMINATORS, **_OUR_DISCRIMINATORS}
 
 
 def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     """Build the discriminator that a model config describes.
 
     Args:
-        config: the `discriminator` section: `_target_`, which names a class of NeMo or of this package, and the
-            constructor's arguments.
+        config: the `discriminator` section: `_target_`, which names a class of NeMo or of this package or a registered
+            class, and the constructor's arguments.
 
     Returns:
         The discriminator, with random weights.
@@ -465,15 +425,26 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     Raises:
         ConfigError: for an unknown class or argument.
     """
-    arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
-    target = str(config.get("_target_", ""))
-    ours = NEMO_DISCRIMINATORS.get(target) or _OUR_DISCRIMINATORS.get(target)
+    ours = BUILT_IN.get(str(config.get("_target_", "")))
     if ours is None:
-        known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_DISCRIMINATORS))
-        raise ConfigError(f"discriminator: _target_ {shorten(target)!r} is unknown; known: {known}.")
-    if ours is Discriminator:
+        return _custom_discriminator(config)
+    arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
+    if ours is Discriminator and "discriminators" in arguments:
         arguments["discriminators"] = [build_discriminator(section) for section in arguments["discriminators"]]
     try:
         return ours(**arguments)
     except TypeError as error:
         raise ConfigError(f"discriminator: {ours.__name__} cannot be built: {error}") from error
+
+
+def _custom_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
+    """Build a registered discriminator."""
+    module = build_component(config, "discriminator", AudioDiscriminator, NEMO_DISCRIMINATORS)
+    what = f"discriminator: {config['_target_']}"
+    if type(module).score is AudioDiscriminator.score:
+        raise ConfigError(f"{what} does not define score(views).")
+    check_accepts(module.score, what, (), "views")
+    check_accepts(module.preprocess, what, (), "audio")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(f"{what} has no trainable parameters.")
+    return module

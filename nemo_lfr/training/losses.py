@@ -4,7 +4,7 @@ Distances between two signals are in `nemo_lfr.signal.distances`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from torch import nn
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.signal.distances import ReconstructionLoss
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.components import AudioTerms, ScoreLoss, split_scales
 
 Scores = Sequence[torch.Tensor]
 FeatureMaps = Sequence[Sequence[torch.Tensor]]
-_Loss = TypeVar("_Loss")
 
 
 def spread(encoded: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,8 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Scores, Scores], torch.Tensor]] = {
     _NEMO_LOSSES + "DiscriminatorSquaredLoss": discriminator_squared,
     _NEMO_LOSSES + "DiscriminatorHingedLoss": discriminator_hinged,
 }
+# Values of `_target_` that need no import
+BUILT_IN = {*GENERATOR_LOSSES, *DISCRIMINATOR_LOSSES}
 FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = {
     "relative": relative_feature_matching,
     "absolute": feature_matching,
@@ -121,23 +123,28 @@ WEIGHTS = {
     "si_sdr": ("si_sdr_loss_scale", 0.0),
     "spread": ("spread_loss_scale", 0.0),  # not in NeMo
 }
+# Keyword arguments of NeMo's adversarial losses, which those of the user's own share
+_GENERATOR_ARGUMENTS = ("disc_scores_gen",)
+_DISCRIMINATOR_ARGUMENTS = ("disc_scores_real", "disc_scores_gen")
 
 
 class CodecLosses(nn.Module):
     """Named loss terms of codec training and their weights.
 
     Args:
-        config: model config with NeMo's keys.
+        config: model config with NeMo's keys. The key `losses` adds terms of the user's own, see
+            `nemo_lfr.training.components`.
 
     Attributes:
         reconstruction: distances between signals.
+        custom: terms of the user's own.
         weights: weight of every term with a nonzero weight.
         generator: adversarial term of the generator.
         discriminator: loss of the discriminators.
         feature: feature-matching term of the generator.
 
     Raises:
-        ConfigError: for a loss that is not one of NeMo's.
+        ConfigError: for a loss that is neither NeMo's nor registered, or that cannot be built.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -152,12 +159,21 @@ class CodecLosses(nn.Module):
         self.weights = {term: float(config.get(key, default)) for term, (key, default) in WEIGHTS.items()}
         self.weights["gen"] = float(config.get("gen_loss_scale", 1.0))
         self.weights["feature"] = float(config.get("feature_loss_scale", 1.0))
+        sections, scales = split_scales(config.get("losses"))
+        self.custom = AudioTerms(sections, "losses", reserved=self.weights.keys())
+        self.weights |= scales
         self.weights = {term: weight for term, weight in self.weights.items() if weight}
-        self.generator = _chosen(GENERATOR_LOSSES, "generator_loss", config["generator_loss"]["_target_"])
-        self.discriminator = _chosen(
-            DISCRIMINATOR_LOSSES, "discriminator_loss", config["discriminator_loss"]["_target_"]
+        self.generator: Callable[[Scores], torch.Tensor] = _score_loss(
+            config, "generator_loss", GENERATOR_LOSSES, _GENERATOR_ARGUMENTS
         )
-        self.feature = _chosen(FEATURE_LOSSES, "feature_loss_type", config.get("feature_loss_type", "relative"))
+        self.discriminator: Callable[[Scores, Scores], torch.Tensor] = _score_loss(
+            config, "discriminator_loss", DISCRIMINATOR_LOSSES, _DISCRIMINATOR_ARGUMENTS
+        )
+        feature = config.get("feature_loss_type", "relative")
+        if feature not in FEATURE_LOSSES:
+            known = ", ".join(FEATURE_LOSSES)
+            raise ConfigError(f"feature_loss_type {shorten(feature)!r} is unknown; known: {known}.")
+        self.feature = FEATURE_LOSSES[feature]
 
     def terms(
         self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None, encoded: torch.Tensor
@@ -177,7 +193,7 @@ class CodecLosses(nn.Module):
         terms = self.reconstruction(real, gen, audio_len, wanted)
         if "spread" in self.weights:
             terms["spread"] = spread(encoded)
-        return terms
+        return terms | self.custom(real, gen, audio_len, self.weights)
 
     def adversarial_terms(
         self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps
@@ -204,7 +220,11 @@ class CodecLosses(nn.Module):
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 
-def _chosen(table: Mapping[str, _Loss], key: str, name: str) -> _Loss:
-    if name not in table:
-        raise ConfigError(f"{key} {shorten(name)!r} is unknown; known: {', '.join(table)}.")
-    return table[name]
+def _score_loss(
+    config: Mapping[str, Any], key: str, table: Mapping[str, Callable[..., torch.Tensor]], arguments: Sequence[str]
+) -> Callable[..., torch.Tensor]:
+    """Return the adversarial loss that a section of the config names."""
+    section = config[key]
+    if isinstance(section, Mapping) and section.get("_target_") in table:
+        return table[section["_target_"]]
+    return ScoreLoss(section, key, arguments, built_in=table)

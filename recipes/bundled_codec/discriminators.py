@@ -4,18 +4,19 @@ They are small and have their own learning rate. The generator starts to use the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.utils import parametrize
 
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator, preprocess_audio, score_views
 from nemo_lfr.training.discriminators import (
-    AudioDiscriminator,
     Discriminator,
     MultiPeriodDiscriminator,
     MultiResolutionDiscriminatorSTFT,
+    build_discriminator,
 )
 from nemo_lfr.training.losses import discriminator_squared, feature_matching, generator_squared
 from recipes.bundled_codec.losses import resolution
@@ -40,6 +41,7 @@ class DiscriminatorConfig:
         batch_size: number of segments of a batch that they process; None for all.
         generator_rate: factor on the generator's learning rate once it uses their gradients.
         period_channels: channels of the multi-period discriminator; 0 omits it.
+        custom: sections of further discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
     """
 
     from_update: int | None = None
@@ -51,6 +53,7 @@ class DiscriminatorConfig:
     batch_size: int | None = None
     generator_rate: float = 0.5
     period_channels: int = 8
+    custom: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Adversary:
@@ -59,16 +62,20 @@ class Adversary:
     Args:
         config: sizes and learning rates.
         device: device of the discriminators.
+
+    Raises:
+        ConfigError: if a discriminator of `config.custom` cannot be built.
     """
 
     def __init__(self, config: DiscriminatorConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        judges: list[AudioDiscriminator] = [
+        networks: list[AudioDiscriminator] = [
             MultiResolutionDiscriminatorSTFT([resolution(window) for window in STFT_WINDOWS], pad_mode="zeros")
         ]
         if config.period_channels:
-            judges.append(MultiPeriodDiscriminator(channels=config.period_channels, pad_mode="zeros"))
-        self.module = Discriminator(judges).to(device)
+            networks.append(MultiPeriodDiscriminator(channels=config.period_channels, pad_mode="zeros"))
+        networks += [build_discriminator(section) for section in config.custom]
+        self.module = Discriminator(networks).to(device)
         self.parameters = list(self.module.parameters())
         self.lr, self.score_weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.optimizer = adamw(self.parameters, self.lr)
@@ -102,11 +109,11 @@ class Adversary:
         """
         with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
             with torch.no_grad():
-                views_real = self.module.views(real)
-            views_gen = self.module.views(gen)
+                views_real = preprocess_audio(self.module, real)
+            views_gen = preprocess_audio(self.module, gen)
             inputs = [view.detach().requires_grad_(heard) for view in views_gen]
-            scores_real, maps_real = self.module.judge(views_real)
-            scores_gen, maps_gen = self.module.judge(inputs)
+            scores_real, maps_real = score_views(self.module, views_real)
+            scores_gen, maps_gen = score_views(self.module, inputs)
             loss = discriminator_squared(scores_real, scores_gen)
             terms = {
                 "score": generator_squared(scores_gen),

@@ -8,6 +8,7 @@ Opus, Codec2, recognizers and listening pages, use `nemo-lfr evaluate`.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from nemo_lfr.evaluation import metrics
 from nemo_lfr.evaluation.metrics import NotMeasured, Signal
 from nemo_lfr.evaluation.tables import Mean
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.training.components import AudioTerms
 from recipes.bundled_codec.data import FULL_SCALE, read_speech
 from recipes.bundled_codec.losses import LogMelDistance, LossConfig
 from recipes.bundled_codec.model import SAMPLE_RATE, Generator
@@ -25,15 +27,23 @@ CLOSE_CENTS = 50
 # Decimals of each metric in the table
 METRICS = {"pesq": 2, "estoi": 3, "log_mel": 3, "f0_error": 0, "within_50_cents": 1, "voicing_error": 1}
 
+# Other values in a line of the curve
+CURVE_KEYS = ("step", "minutes", "seconds_per_update", "parts", "training")
+
 
 class Evaluator:
     """Evaluator on a fixed set of recordings, whose pitch is tracked once.
 
     Args:
         clips: int16 samples at 22.05 kHz, one array [T_audio] per recording.
+        custom: sections of further metrics by name, each with a `_target_`; see `nemo_lfr.training.components`.
+
+    Raises:
+        ConfigError: if a metric of `custom` cannot be built.
     """
 
-    def __init__(self, clips: Sequence[np.ndarray]) -> None:
+    def __init__(self, clips: Sequence[np.ndarray], custom: Mapping[str, Any] | None = None) -> None:
+        self.custom = AudioTerms(custom, "metrics", reserved=(*METRICS, *CURVE_KEYS))
         self.originals = [Signal(clip.astype(np.float32) / FULL_SCALE, SAMPLE_RATE) for clip in clips]
         config = LossConfig()
         self.log_mel = LogMelDistance(config.windows, config.num_mels)
@@ -59,7 +69,10 @@ class Evaluator:
             "within_50_cents": within_cents(original, output),
             "voicing_error": metrics.voicing_error(original, output),
         }
-        return {name: float("nan") if isinstance(value, NotMeasured) else value for name, value in values.items()}
+        measured = {name: float("nan") if isinstance(value, NotMeasured) else value for name, value in values.items()}
+        return measured | {
+            name: value.item() for name, value in self.custom(original.spectra, output.spectra, None).items()
+        }
 
 
 def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -> float:

@@ -7,6 +7,7 @@ scalars. Gradients flow to the second signal. STFT windows hop by a quarter of t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.components import AudioTerms, split_scales
 from recipes.bundled_codec.model import SAMPLE_RATE
 
 
@@ -199,6 +201,10 @@ def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
     return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
 
 
+# Values that an update logs beside the reconstruction terms
+OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "variance", "gradient_norm", "tokens")
+
+
 @dataclass
 class LossConfig:
     """Weights and window lengths of the loss terms."""
@@ -211,6 +217,7 @@ class LossConfig:
     symmetric: float = 1.0
     asymmetric: float = 0.3
     waveform: float = 0.3
+    custom: dict[str, dict[str, Any]] = field(default_factory=dict)  # see `nemo_lfr.training.components`
     variance: float = 2.0  # variance of the encoder output, see `nemo_lfr.training.losses.spread`
 
 
@@ -219,6 +226,9 @@ class ReconstructionTerms(nn.Module):
 
     Args:
         config: weights and window lengths.
+
+    Raises:
+        ConfigError: if a loss of `config.custom` cannot be built.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -227,6 +237,9 @@ class ReconstructionTerms(nn.Module):
         self.weights = {
             name: getattr(config, name) for name in ("log_mel", "symmetric", "asymmetric", "compressed", "waveform")
         }
+        sections, scales = split_scales(config.custom)
+        self.custom = AudioTerms(sections, "losses", reserved=(*self.weights, *OTHER_TERMS))
+        self.weights |= scales
         self.log_mel = LogMelDistance(config.windows, config.num_mels)
         self.perceptual = PerceptualDistance()
 
@@ -240,6 +253,7 @@ class ReconstructionTerms(nn.Module):
             "asymmetric": asymmetric,
             "compressed": compressed_distance(real, gen, self.config.compressed_windows),
             "waveform": waveform_distance(real.audio, gen.audio),
+            **self.custom(real, gen, None),
         }
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -8,10 +8,13 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_lfr.training.components import import_components
+from nemo_lfr.training.discriminators import BUILT_IN
 from recipes.bundled_codec.discriminators import DiscriminatorConfig
 from recipes.bundled_codec.losses import LossConfig
 from recipes.bundled_codec.model import NetworkConfig
 
+_UNION = next(iter(BUILT_IN))
 DEFAULT_CONFIG = Path(__file__).with_name("bundled.yaml")
 
 
@@ -44,6 +47,7 @@ class Settings:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for a state file."""
@@ -51,7 +55,7 @@ class Settings:
 
 
 def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file of settings and apply overrides.
+    """Read a YAML file of settings, apply overrides, and import the components that they name.
 
     Args:
         config: YAML file.
@@ -62,6 +66,7 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
 
     Raises:
         ValueError: for an unknown key, an invalid value or a missing value.
+        ConfigError: if a component cannot be imported.
     """
     listed = [
         f"train=[{text.removeprefix('train=')}]" if text.startswith("train=") and "[" not in text else text
@@ -83,4 +88,10 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
     for name in ("updates", "batch_size", "segment_frames", "log_updates", "evaluate_updates", "evaluate_clips"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    named = {
+        "discriminator": {"_target_": _UNION, "discriminators": settings.discriminators.custom},
+        "losses": settings.losses.custom,
+        "metrics": settings.metrics,
+    }
+    import_components(named, BUILT_IN)
     return settings

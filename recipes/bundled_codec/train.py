@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.training.discriminators import build_discriminator
 from nemo_lfr.training.endings import ending_in_one_line
 from recipes.bundled_codec.data import SpeechSegments, read_speech
 from recipes.bundled_codec.discriminators import Adversary
@@ -49,6 +50,9 @@ class Run:
         utterances: training speech, one array [T_audio] of int16 samples per utterance.
         clips: held-out speech to evaluate on, in the same form.
         state: state returned by `Run.state` earlier; None starts a new run.
+
+    Raises:
+        ConfigError: if a component of the user's own cannot be built.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Run:
     ) -> None:
         self.settings, self.out = settings, Path(settings.out)
         self.device = torch.device(settings.device)
+        for section in settings.discriminators.custom:
+            build_discriminator(section)  # raises an error now instead of when the discriminators join
         torch.manual_seed(settings.seed)
         generator = Generator(settings.network)
         length = settings.segment_frames * generator.samples_per_frame
@@ -72,7 +78,8 @@ class Run:
         terms = ReconstructionTerms(settings.losses).to(self.device)
         self.trainer = Trainer(self.generator, segments, terms, settings.batch_size)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
-        self.evaluator = Evaluator([clip[: round(settings.evaluate_seconds * SAMPLE_RATE)] for clip in clips])
+        length = round(settings.evaluate_seconds * SAMPLE_RATE)
+        self.evaluator = Evaluator([clip[:length] for clip in clips], settings.metrics)
         self.step, self.seconds = 0, 0.0  # completed updates and their duration
         if state is not None:
             if state["trainer"]["adversary"] is not None:

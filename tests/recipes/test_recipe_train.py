@@ -109,6 +109,30 @@ def test_discriminators_learn_alone_then_their_score_counts_more_and_more(manife
     assert run.learning_rate() == pytest.approx(0.5 * full)
 
 
+OWN = "tests.own_components."
+WITH_COMPONENTS = [
+    "discriminators={from_update: 1, learn_alone: 1, period_channels: 0, "
+    f"custom: [{{_target_: {OWN}WaveDiscriminator}}]}}",
+    f"losses.custom.envelope={{_target_: {OWN}EnvelopeLoss, scale: 2.0}}",
+    f"metrics.snr={{_target_: {OWN}SignalToNoise}}",
+]
+
+
+def test_components_of_the_users_own_train_and_are_saved(manifest, tmp_path):
+    settings = settings_of(manifest, tmp_path / "run", *WITH_COMPONENTS)
+    run = run_of(settings, manifest)
+    run.train()
+    assert "discriminators.1.conv.weight" in run.trainer.adversary.module.state_dict()
+    line = json.loads((tmp_path / "run" / "curve.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(line["snr"]) and line["training"]["envelope"] > 0
+    again = run_of(settings, manifest, load_state(tmp_path / "run" / "state.pt"))
+    assert_equal(run.trainer.adversary.module.state_dict(), again.trainer.adversary.module.state_dict())
+    without = run_of(settings_of(manifest, tmp_path / "without"), manifest)
+    for _ in range(4):
+        without.update()
+    assert not torch.equal(*(next(other.generator.audio_decoder.parameters()) for other in (run, without)))
+
+
 def test_losses_fall(manifest, tmp_path):
     run = run_of(settings_of(manifest, tmp_path / "run", "updates=30"), manifest)
     totals = [float(run.trainer.terms.total(run.update())) for _ in range(30)]
@@ -248,6 +272,18 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
         (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "MANIFEST"], "manifest.json is not a"),
         (["train=EMPTY", "valid=MANIFEST", "out=OUT"], "EMPTY|empty.json"),
         (["train=x.json", "valid=x.json", "out=OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["train=x.json", "valid=x.json", "out=OUT", "metrics.a={_target_: no.A}"],
+            "metrics.a: .* cannot be imported",
+        ),
+        (
+            ["train=MANIFEST", "valid=MANIFEST", "out=OUT", "discriminators.custom=[{_target_: tests.crash.ROOT}]"],
+            "discriminator: .* a component is a subclass",
+        ),
+        (
+            ["train=MANIFEST", "valid=MANIFEST", "out=OUT", f"discriminators.custom=[{{_target_: {OWN}Scoreless}}]"],
+            "Scoreless does not define score",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(manifest, tmp_path, monkeypatch, capsys, arguments, message):

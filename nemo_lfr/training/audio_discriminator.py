@@ -1,0 +1,121 @@
+"""Base class of discriminators, and checks of their outputs."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.components import described
+
+Views = list[torch.Tensor]
+# Scores and feature maps, one entry per network
+DiscriminatorOutput = tuple[list[torch.Tensor], list[list[torch.Tensor]]]
+
+
+class AudioDiscriminator(nn.Module):
+    """Base class of discriminators, which consist of one or more networks.
+
+    A subclass defines `score`. One that scores anything but the waveform also defines `preprocess`, and one with
+    several networks `num_networks`.
+    """
+
+    @property
+    def num_networks(self) -> int:
+        """Return the number of networks, which equals the number of views and scores; 1 by default."""
+        return 1
+
+    def preprocess(self, audio: Spectra) -> Views:
+        """Compute the input of each network, without trainable weights.
+
+        Args:
+            audio: signals [B, T_audio] with cached STFTs.
+
+        Returns:
+            One tensor [B, ...] per network; the waveform [B, T_audio] by default.
+        """
+        return [audio.audio]
+
+    def score(self, views: Views) -> DiscriminatorOutput:
+        """Score the representations that `preprocess` returned.
+
+        Args:
+            views: one tensor per network.
+
+        Returns:
+            The scores [B, ...] of each network, and the feature maps [B, ...] of each network.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, audio_real: torch.Tensor, audio_gen: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+        """Score real and generated audio.
+
+        Args:
+            audio_real: recordings, shape [B, T_audio].
+            audio_gen: reconstructions, shape [B, T_audio].
+
+        Returns:
+            Scores of real audio, scores of generated audio, and the feature maps of both, in NeMo's order.
+        """
+        scores_real, maps_real = score_views(self, preprocess_audio(self, Spectra(audio_real)))
+        scores_gen, maps_gen = score_views(self, preprocess_audio(self, Spectra(audio_gen)))
+        return scores_real, scores_gen, maps_real, maps_gen
+
+
+def preprocess_audio(discriminator: AudioDiscriminator, audio: Spectra) -> Views:
+    """Return a discriminator's views of audio, checked.
+
+    Args:
+        discriminator: any discriminator.
+        audio: signals [B, T_audio] with cached STFTs.
+
+    Raises:
+        ConfigError: if `preprocess` does not return one tensor [B, ...] per network.
+    """
+    views = discriminator.preprocess(audio)
+    _check(discriminator, "preprocess", views, len(audio.audio))
+    return views
+
+
+def score_views(discriminator: AudioDiscriminator, views: Views) -> DiscriminatorOutput:
+    """Return a discriminator's scores and feature maps of its views, checked.
+
+    Args:
+        discriminator: any discriminator.
+        views: one tensor [B, ...] per network.
+
+    Raises:
+        ConfigError: if `score` does not return one tensor [B, ...] and a list of feature maps [B, ...] per network.
+    """
+    output = discriminator.score(views)
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise _wrong(discriminator, "score", "a pair: scores and feature maps", output)
+    scores, feature_maps = output
+    batch = len(views[0])
+    _check(discriminator, "score", scores, batch)
+    if not isinstance(feature_maps, list) or len(feature_maps) != len(scores):
+        raise _wrong(discriminator, "score", f"lists of feature maps of {len(scores)} networks", feature_maps)
+    for layers in feature_maps:
+        if not isinstance(layers, list) or not all(torch.is_tensor(layer) and len(layer) == batch for layer in layers):
+            raise _wrong(discriminator, "score", f"feature maps in a list of tensors with {batch} rows", layers)
+    return output
+
+
+def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int) -> None:
+    """Raise an error unless `values` is a list of tensors with `batch` rows, one per network."""
+    count = discriminator.num_networks
+    is_list = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
+    if not is_list or len(values) != count:
+        raise _wrong(discriminator, method, f"a list of {count} tensor{'s' if count > 1 else ''}", values)
+    for value in values:
+        if not value.dim() or len(value) != batch:
+            raise _wrong(discriminator, method, f"tensors [B, ...] with B = {batch}", value)
+
+
+def _wrong(discriminator: AudioDiscriminator, method: str, wanted: str, found: Any) -> ConfigError:
+    return ConfigError(
+        f"discriminator: {type(discriminator).__name__}.{method} returned {described(found)}; return {wanted}."
+    )

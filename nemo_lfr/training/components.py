@@ -1,0 +1,345 @@
+"""Discriminators, losses and metrics of the user's own, by the name that a training config gives them.
+
+A training config names a component by `_target_`: the import path of its class, such as
+`my_package.MyDiscriminator`, or a name under which `register_component` has registered it. Only a config that the user
+passes may cause an import (`import_components`). A config that was read from a file builds registered and built-in
+components only, so a file cannot choose code to run.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any, TypeVar, overload
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from nemo_lfr.checkpoint import is_from_file
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.signal.spectra import Spectra
+
+_REGISTERED: dict[str, type[nn.Module]] = {}
+# Keyword arguments of losses and metrics, as in NeMo's losses
+AUDIO_ARGUMENTS = ("audio_real", "audio_gen", "audio_len")
+
+Component = TypeVar("Component", bound=nn.Module)
+ComponentClass = TypeVar("ComponentClass", bound=type[nn.Module])
+
+
+@overload
+def register_component(component: ComponentClass, *, name: str | None = None) -> ComponentClass: ...
+@overload
+def register_component(*, name: str) -> Callable[[ComponentClass], ComponentClass]: ...
+def register_component(component: Any = None, *, name: str | None = None) -> Any:
+    """Register a discriminator, loss or metric; usable as a class decorator.
+
+    A class that is registered again replaces the earlier one of the same name.
+
+    Args:
+        component: a subclass of `torch.nn.Module`.
+        name: value of `_target_`; by default the import path of the class.
+
+    Returns:
+        The same class.
+
+    Raises:
+        ConfigError: if `component` is not a subclass of `torch.nn.Module`.
+    """
+    if component is None:
+        return lambda decorated: register_component(decorated, name=name)
+    _check_class(component, f"register_component({described(component)})")
+    _REGISTERED[name or f"{component.__module__}.{component.__qualname__}"] = component
+    return component
+
+
+def unregister_component(name: str) -> None:
+    """Remove a component from the registry; unknown names are ignored."""
+    _REGISTERED.pop(name, None)
+
+
+def registered_components(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
+    """Return the registered components that a model config names, by their names."""
+    targets = {target for _, target in _targets(config)}
+    return {target: _REGISTERED[target] for target in sorted(targets) if target in _REGISTERED}
+
+
+def import_components(config: Mapping[str, Any], built_in: Collection[str]) -> None:
+    """Import and register the components that a user's training config names.
+
+    Sections that were read from a file are skipped.
+
+    Args:
+        config: model config.
+        built_in: values of `_target_` that need no import.
+
+    Raises:
+        ConfigError: if a class cannot be imported or is not a subclass of `torch.nn.Module`.
+    """
+    for where, target in _targets(config, own=True):
+        if target not in built_in and target not in _REGISTERED:
+            _REGISTERED[target] = _imported(target, where)
+
+
+def _imported(target: str, where: str) -> type[nn.Module]:
+    module, _, name = target.rpartition(".")
+    if not module:
+        raise ConfigError(
+            f"{where}: _target_ {shorten(target)!r} is not registered; register it, or use package.Class."
+        )
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # importing a module may raise anything
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise ConfigError(
+            f"{where}: _target_ {shorten(target)!r} cannot be imported ({reason}); install its package, or add its "
+            "folder to PYTHONPATH."
+        ) from error
+    _check_class(found, f"{where}: _target_ {shorten(target)!r}")
+    component: type[nn.Module] = found
+    return component
+
+
+def _check_class(component: Any, what: str) -> None:
+    if not (isinstance(component, type) and issubclass(component, nn.Module)):
+        raise ConfigError(f"{what} is {described(component)}; a component is a subclass of torch.nn.Module.")
+
+
+def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the section and the `_target_` of each component of a model config.
+
+    Args:
+        config: model config, or a part of one.
+        own: whether to leave out sections that were read from a file.
+    """
+    for key in ("discriminator", "generator_loss", "discriminator_loss", "losses", "metrics"):
+        section = _plain_section(config, key, own)
+        if key in ("losses", "metrics"):
+            for name, item in section.items() if isinstance(section, dict) else ():
+                yield from _targets_in(f"{key}.{name}", item)
+        else:
+            yield from _targets_in(key, section)
+
+
+def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
+    """Return a section as plain values; None if it cannot be resolved, which building it reports."""
+    try:
+        section = config.get(key)
+        if not OmegaConf.is_config(section):
+            return section
+        return None if own and is_from_file(section) else OmegaConf.to_container(section, resolve=True)
+    except OmegaConfBaseException:
+        return None
+
+
+def _targets_in(where: str, section: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(section, dict) and isinstance(target := section.get("_target_"), str):
+        yield where, target
+        inner = section.get("discriminators")
+        for item in inner if isinstance(inner, list) else ():
+            yield from _targets_in(where, item)
+
+
+def build_component(
+    section: Mapping[str, Any], where: str, base: type[Component], built_in: Collection[str] = ()
+) -> Component:
+    """Build a registered component from its section of a training config.
+
+    Args:
+        section: `_target_` and the constructor's arguments.
+        where: name of the section, for messages.
+        base: class that the component must be derived from.
+        built_in: names that the section could have instead, for messages.
+
+    Returns:
+        The component.
+
+    Raises:
+        ConfigError: if the component is not registered, is not derived from `base`, or cannot be built from the
+            arguments.
+    """
+    target = section.get("_target_") if isinstance(section, Mapping) else None
+    if not isinstance(target, str):
+        raise ConfigError(f"{where} is {shorten(section)}; it must be a mapping with a _target_.")
+    component = _REGISTERED.get(target)
+    if component is None:
+        known = ", ".join(sorted(name.rpartition(".")[2] for name in built_in))
+        raise ConfigError(
+            f"{where}: _target_ {shorten(target)!r} is not registered. If it is your own class, import it and call "
+            f"nemo_lfr.training.components.register_component on it first.{f' Built in: {known}.' if known else ''}"
+        )
+    what = f"{where}: {target}"
+    if not issubclass(component, base):
+        raise ConfigError(f"{what} is not derived from {base.__module__}.{base.__qualname__}.")
+    arguments = {str(key): value for key, value in section.items() if not str(key).startswith("_")}
+    try:
+        inspect.signature(component).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{what} cannot be built: {error}.") from error
+    try:
+        return component(**arguments)
+    except Exception as error:  # constructors of the user's own may raise anything
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise ConfigError(f"{what} cannot be built from {shorten(arguments, 200)}: {reason}") from error
+
+
+def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str], *positional: str) -> None:
+    """Raise an error unless a method of a component can be called with some arguments.
+
+    Args:
+        method: bound method.
+        what: section and class, for the message.
+        arguments: keyword arguments.
+        *positional: names of positional arguments, for the message.
+
+    Raises:
+        ConfigError: if the method does not accept the arguments.
+    """
+    try:
+        inspect.signature(method).bind(*positional, **dict.fromkeys(arguments))
+    except TypeError as error:
+        call = f"{method.__name__}({', '.join([*positional, *(f'{name}=' for name in arguments)])})"
+        raise ConfigError(f"{what} cannot be called as {call}: {error}.") from error
+
+
+def check_scalar(value: Any, what: str) -> torch.Tensor:
+    """Return a scalar that a component computed, as a tensor.
+
+    Raises:
+        ConfigError: if it is neither a number nor a tensor without dimensions.
+    """
+    if isinstance(value, int | float):
+        return torch.tensor(float(value))
+    if not isinstance(value, torch.Tensor) or value.dim():
+        raise ConfigError(f"{what} returned {described(value)}; return a scalar tensor, such as error.mean().")
+    return value
+
+
+def described(value: Any) -> str:
+    """Describe what a component is or returned, for a message."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, type):
+        return f"class {value.__qualname__}"
+    if inspect.isroutine(value):
+        return f"function {getattr(value, '__qualname__', value)}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(described(item) for item in value[:3]) or 'nothing'}"
+    return f"a value of type {type(value).__name__}"
+
+
+class ScoreLoss(nn.Module):
+    """Loss of the user's own that is computed from discriminator scores.
+
+    Args:
+        section: `_target_` and the constructor's arguments.
+        where: key of the section.
+        arguments: keyword arguments of the loss, which are lists of scores.
+        built_in: names of the built-in losses, for messages.
+
+    Raises:
+        ConfigError: see `build_component`.
+    """
+
+    def __init__(
+        self, section: Mapping[str, Any], where: str, arguments: Sequence[str], built_in: Collection[str]
+    ) -> None:
+        super().__init__()
+        self.loss = build_component(section, where, nn.Module, built_in).requires_grad_(False)
+        self.what, self.arguments = f"{where}: {section['_target_']}", arguments
+        check_accepts(self.loss.forward, self.what, arguments)
+
+    def forward(self, *scores: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the loss, a scalar."""
+        named = {name: list(value) for name, value in zip(self.arguments, scores, strict=True)}
+        return check_scalar(self.loss(**named), self.what)
+
+
+class AudioTerms(nn.Module):
+    """Losses or metrics of the user's own that compare recordings with reconstructions.
+
+    Each is a `torch.nn.Module` that is called as `module(audio_real=..., audio_gen=..., audio_len=...)`, like NeMo's
+    losses, with signals [B, T_audio] and lengths [B], and returns a scalar. Its parameters are frozen.
+
+    Args:
+        sections: by name, `_target_` and the constructor's arguments.
+        where: key of the section, "losses" or "metrics".
+        reserved: names of built-in terms.
+
+    Raises:
+        ConfigError: for an invalid name, and see `build_component`.
+    """
+
+    def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:
+        super().__init__()
+        sections = {} if sections is None else sections
+        if not isinstance(sections, Mapping):
+            raise ConfigError(f"{where} is {shorten(sections)}; it must be a mapping from names to sections.")
+        self.terms = nn.ModuleDict()
+        self._what: dict[str, str] = {}
+        for name, section in sections.items():
+            if not re.fullmatch(r"[A-Za-z]\w*", str(name)) or name in reserved or hasattr(nn.ModuleDict, str(name)):
+                raise ConfigError(
+                    f"{where}: the name {shorten(str(name))!r} is taken or is not an identifier; rename it."
+                )
+            module = build_component(section, f"{where}.{name}", nn.Module).requires_grad_(False)
+            self._what[name] = f"{where}.{name}: {section['_target_']}"
+            check_accepts(module.forward, self._what[name], AUDIO_ARGUMENTS)
+            self.terms[name] = module
+
+    def forward(
+        self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None, names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Compute the terms.
+
+        Args:
+            real: recordings [B, T_audio].
+            gen: reconstructions [B, T_audio].
+            audio_len: valid samples of each example, shape [B]; None if all samples are valid.
+            names: terms to compute; all by default.
+
+        Returns:
+            A scalar per term, by name.
+
+        Raises:
+            ConfigError: if a term is not a scalar, or has no gradient where the reconstructions need one.
+        """
+        if audio_len is None:
+            audio_len = torch.full(real.audio.shape[:1], real.audio.shape[1], device=real.audio.device)
+        values = {}
+        for name, module in self.terms.items():
+            if names is None or name in names:
+                value = module(audio_real=real.audio, audio_gen=gen.audio, audio_len=audio_len)
+                values[name] = check_scalar(value, self._what[name])
+                if torch.is_grad_enabled() and gen.audio.requires_grad and not values[name].requires_grad:
+                    raise ConfigError(f"{self._what[name]} has no gradient with respect to audio_gen.")
+        return values
+
+
+def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
+    """Split the key `scale`, the weight of a loss, from the sections of `losses`.
+
+    Args:
+        sections: the value of `losses`.
+
+    Returns:
+        The sections without `scale`, and the weight of each loss, 1.0 by default.
+
+    Raises:
+        ConfigError: if a scale is not a number.
+    """
+    if not isinstance(sections, Mapping):
+        return sections, {}
+    rest: dict[str, Any] = {}
+    scales: dict[str, float] = {}
+    for name, section in sections.items():
+        rest[name] = section
+        if isinstance(section, Mapping):
+            rest[name] = {key: value for key, value in section.items() if key != "scale"}
+            scale = section.get("scale", 1.0)
+            if isinstance(scale, bool) or not isinstance(scale, int | float):
+                raise ConfigError(f"losses.{name}: scale is {shorten(scale)}; it must be a number.")
+            scales[name] = float(scale)
+    return rest, scales
