@@ -27,7 +27,7 @@ from nemo_lfr.corpus.formats import BUILT_IN, format_names
 from nemo_lfr.errors import Failure
 
 
-class FormatName(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
+class FormatName(click.Choice):
     """Name of an output format, built in or of an installed package."""
 
     def __init__(self) -> None:
