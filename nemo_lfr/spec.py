@@ -46,6 +46,11 @@ class CodecSpec:
         return math.prod(self.levels)
 
     @property
+    def zero_token(self) -> int:
+        """Token whose code is zero in every dimension, which stands for a codebook that is not used."""
+        return sum(level // 2 * math.prod(self.levels[:place]) for place, level in enumerate(self.levels))
+
+    @property
     def bit_rate(self) -> float:
         """Bits per second: frame_rate * num_codebooks * log2(codebook_size)."""
         return self.frame_rate * frames.bits_per_frame(self.levels, self.num_codebooks)

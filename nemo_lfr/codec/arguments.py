@@ -1,15 +1,16 @@
 """Validation of the arguments of the codec, and of the results of the network."""
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from nemo_lfr.codec.arrays import Arrays, Kind, to_numpy
-from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
+from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
 from nemo_lfr.frames import num_frames
-from nemo_lfr.io.audio import check_peak, resample
+from nemo_lfr.io.audio import check_peak, check_rate, resample
 from nemo_lfr.spec import CodecSpec
 
 
@@ -50,7 +51,7 @@ def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) ->
 
 
 def resample_clips(
-    arrays: Arrays[Any], audio: Any, lengths: Sequence[int], source_rate: int, target_rate: int
+    arrays: Arrays[Any], audio: Any, lengths: list[int], source_rate: int | None, target_rate: int
 ) -> tuple[Any, list[int]]:
     """Resample clips.
 
@@ -58,12 +59,20 @@ def resample_clips(
         arrays: library to convert with.
         audio: float32 [B, T_audio].
         lengths: samples of each clip.
-        source_rate: of `audio`, Hz.
+        source_rate: of `audio`, Hz; None for the target rate.
         target_rate: of the result, Hz.
 
     Returns:
         Audio [B, T_audio] as float32, and the samples of each clip.
+
+    Raises:
+        AudioError: for a rate that no audio has.
     """
+    if source_rate is None:
+        return audio, lengths
+    check_rate(source_rate)
+    if source_rate == target_rate:
+        return audio, lengths
     clips = [
         resample(row[:length], source_rate, target_rate) for row, length in zip(to_numpy(audio), lengths, strict=True)
     ]
@@ -73,8 +82,24 @@ def resample_clips(
     return arrays.cast(arrays.convert(padded, "audio", AudioError), np.float32), [len(clip) for clip in clips]
 
 
+def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
+    """Return a number of codebooks to use; all if None.
+
+    Raises:
+        TokensError: if the codec does not have as many.
+    """
+    if num_codebooks is None:
+        return spec.num_codebooks
+    number = operator.index(num_codebooks) if isinstance(num_codebooks, SupportsIndex) else 0
+    if isinstance(num_codebooks, bool) or not 1 <= number <= spec.num_codebooks:
+        raise TokensError(
+            f"num_codebooks is {shorten(repr(num_codebooks))}; pass an integer from 1 to {spec.num_codebooks}."
+        )
+    return number
+
+
 def check_tokens(
-    arrays: Arrays[Any], spec: CodecSpec, tokens: object, tokens_len: object = None
+    arrays: Arrays[Any], spec: CodecSpec, tokens: object, tokens_len: object = None, num_codebooks: int | None = None
 ) -> tuple[Any, list[int]]:
     """Check tokens and convert them to int64.
 
@@ -83,6 +108,7 @@ def check_tokens(
         spec: of the codec.
         tokens: integers, [C, T] or [B, C, T].
         tokens_len: frames of each utterance, [B]; default: the full length.
+        num_codebooks: use the first codebooks only. `tokens` may have as many, and the others get the token of zero.
 
     Returns:
         Tokens [B, C, T] and the frames of each utterance.
@@ -95,12 +121,15 @@ def check_tokens(
         raise TokensError(f"tokens are {ids.dtype}; pass integers.")
     if ids.ndim == 2:
         ids = ids[None]
-    if ids.ndim != 3 or ids.shape[1] != spec.num_codebooks or not ids.shape[0]:
-        raise TokensError(
-            f"tokens have shape {list(ids.shape)}; expected [B, {spec.num_codebooks}, T] (or without B)."
-        )
+    kept = check_num_codebooks(spec, num_codebooks)
+    if ids.ndim != 3 or ids.shape[1] not in (spec.num_codebooks, kept) or not ids.shape[0]:
+        raise TokensError(f"tokens have shape {list(ids.shape)}; expected [B, {kept}, T] (or without B).")
     totals = check_lengths(arrays, tokens_len, ids.shape[0], ids.shape[2], "tokens_len", TokensError)
     ids = arrays.cast(ids, np.int64)
+    if kept < spec.num_codebooks:
+        first = ids[:, :kept]
+        ids = arrays.zeros((ids.shape[0], spec.num_codebooks, ids.shape[2]), np.int64) + spec.zero_token
+        ids[:, :kept] = first
     if _within(ids, spec.codebook_size):
         return ids, totals  # one reduction for all rows: each synchronizes a GPU
     for row, total in enumerate(totals):

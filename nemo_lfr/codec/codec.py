@@ -19,7 +19,7 @@ from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
 from nemo_lfr.io.atomic import check_distinct
-from nemo_lfr.io.audio import AudioReader, AudioWriter, check_rate
+from nemo_lfr.io.audio import AudioReader, AudioWriter
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import expand_home
@@ -139,6 +139,7 @@ class Codec(Generic[Array]):
         audio: Array | np.ndarray,
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
+        num_codebooks: int | None = None,
     ) -> tuple[Array, Array]:
         """Encode audio to tokens.
 
@@ -147,6 +148,7 @@ class Codec(Generic[Array]):
                 are ignored.
             audio_len: samples of each clip, [B]; default: the full length.
             sample_rate: Hz of `audio`; other rates than the codec's are resampled.
+            num_codebooks: return only the first codebooks; useful if the codec was trained with codebook dropout.
 
         Returns:
             Tokens [B, C, T_encoded] as int32, zero after a clip's end, and frames per clip [B] as int64:
@@ -155,15 +157,16 @@ class Codec(Generic[Array]):
 
         Raises:
             AudioError: for another shape, type or length, or a NaN.
-            NemoLfrError: if the encoder returns NaN or infinite values.
+            NemoLfrError: if the encoder returns NaN or infinite values, or for an invalid `num_codebooks`.
         """
         with self.backend.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
             totals = [num_frames(length, self.samples_per_frame) for length in lengths]
-            tokens = self.backend.arrays.zeros((len(totals), self.num_codebooks, max(totals)), np.int32)
+            kept = arguments.check_num_codebooks(self.backend.spec, num_codebooks)
+            tokens = self.backend.arrays.zeros((len(totals), kept, max(totals)), np.int32)
             for batch in self._audio_cutter().batches(waves, lengths, totals):
-                results = self.backend.encode_frames(batch.inputs, batch.num_frames)
-                place_windows(tokens, batch.places, results)
+                results: Any = self.backend.encode_frames(batch.inputs, batch.num_frames)
+                place_windows(tokens, batch.places, results[:, :kept])
             self.check_encoded(tokens)
             return tokens, self._integers(totals)
 
@@ -173,6 +176,7 @@ class Codec(Generic[Array]):
         tokens: Array | np.ndarray,
         tokens_len: Array | np.ndarray | list[int] | None = None,
         audio_len: Array | np.ndarray | list[int] | None = None,
+        num_codebooks: int | None = None,
     ) -> tuple[Array, Array]:
         """Decode tokens to audio.
 
@@ -180,6 +184,7 @@ class Codec(Generic[Array]):
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames of each utterance, [B]; default: the full length.
             audio_len: samples to keep of each utterance, [B]: the length before encoding. Default: whole frames.
+            num_codebooks: decode only the first codebooks; `tokens` may then have as many.
 
         Returns:
             Audio [B, T_audio] in [-1, 1], zero after an utterance's end, and samples per utterance [B].
@@ -190,7 +195,7 @@ class Codec(Generic[Array]):
         """
         frame, arrays = self.samples_per_frame, self.backend.arrays
         with self.backend.computing():
-            ids, totals = self.check_tokens(tokens, tokens_len)
+            ids, totals = arguments.check_tokens(arrays, self.backend.spec, tokens, tokens_len, num_codebooks)
             samples = [total * frame for total in totals]
             if audio_len is not None:
                 samples = arguments.check_lengths(arrays, audio_len, len(totals), None, "audio_len", TokensError)
@@ -387,11 +392,6 @@ class Codec(Generic[Array]):
     def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
         """Check clips and resample them to float32 [B, T_audio] at the codec's rate."""
         waves, lengths = self.check_audio(audio, audio_len)
-        if sample_rate is None:
-            return waves, lengths
-        check_rate(sample_rate)
-        if sample_rate == self.sample_rate:
-            return waves, lengths
         return arguments.resample_clips(self.backend.arrays, waves, lengths, sample_rate, self.sample_rate)
 
     def _integers(self, values: list[int]) -> Array:

@@ -227,6 +227,35 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         codes = quantizer.decode(indices.transpose(0, 1).flatten(0, 1)[None])
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
+    def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:
+        """Set the dimensions of all but the first codebooks of each example to zero, which decodes as no information.
+
+        Args:
+            encoded: encoded frames or codes [B, D, T].
+            num_codebooks: codebooks to keep of each example [B].
+
+        Returns:
+            The same frames with zeros, [B, D, T].
+        """
+        groups = torch.arange(self.codebook_dim, device=encoded.device) // self.codebook_dim_per_group
+        is_dropped = groups >= num_codebooks.to(encoded.device)[:, None]
+        return encoded.masked_fill(is_dropped[:, :, None], 0)
+
+    def dropout_random_codebooks(self, encoded: torch.Tensor, rate: float) -> torch.Tensor:
+        """Keep a random number of codebooks, fewer than all, in a random share of the examples.
+
+        Args:
+            encoded: encoded frames or codes [B, D, T].
+            rate: probability that an example loses codebooks.
+
+        Returns:
+            The same frames with zeros, [B, D, T].
+        """
+        batch, device = [encoded.shape[0]], encoded.device
+        is_reduced = torch.rand(batch, device=device) < rate
+        kept = torch.randint(1, self.num_groups, batch, device=device)
+        return self.dropout_codebooks(encoded, torch.where(is_reduced, kept, self.num_groups))
+
     def codes_to_indices(self, codes: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, C, T] as int32, zero-padded.
 

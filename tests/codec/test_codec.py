@@ -630,3 +630,48 @@ def test_forked_process_does_not_hang(way):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("limited to one thread here") == 1
+
+
+# --- fewer codebooks
+
+
+@pytest.mark.parametrize("number", [1, 5, 8, np.int64(2)])
+def test_the_first_codebooks_are_encoded_and_decoded(number):
+    codec = cached_codec()
+    clips, lengths = padded([synthesize(0.4), synthesize(0.23)])
+    everything, tokens_len = codec.encode(clips, lengths)
+    tokens, fewer_len = codec.encode(clips, lengths, num_codebooks=number)
+    assert torch.equal(tokens, everything[:, :number]) and torch.equal(fewer_len, tokens_len)
+    assert tokens.is_contiguous() and tokens.dtype == torch.int32
+    # The encoded frame is zero in the dimensions of the other codebooks.
+    zero = int(codec.quantizer.codes_to_indices(torch.zeros(1, codec.quantizer.codebook_dim, 1))[0, 0, 0])
+    assert zero == codec.spec.zero_token
+    expected, expected_len = codec.decode(
+        torch.cat([tokens, torch.full_like(everything[:, number:], zero)], 1), tokens_len
+    )
+    for passed in (tokens, everything, tokens.numpy().astype(np.int16)):
+        audio, audio_len = codec.decode(passed, tokens_len, num_codebooks=number)
+        assert torch.equal(audio, expected) and torch.equal(audio_len, expected_len)
+    if number < 8:
+        assert not torch.equal(expected, codec.decode(everything, tokens_len)[0])
+
+
+@pytest.mark.parametrize("number", [0, -1, 9, True, 1.0, "2"])
+def test_an_impossible_number_of_codebooks_is_refused(number):
+    codec = cached_codec()
+    for call in (
+        lambda: codec.encode(synthesize(0.2), num_codebooks=number),
+        lambda: codec.decode(np.zeros((8, 5), int), num_codebooks=number),
+    ):
+        with pytest.raises(TokensError, match="from 1 to 8"):
+            call()
+
+
+def test_fewer_codebooks_than_the_codecs_are_only_decoded_on_request():
+    codec = cached_codec()
+    with pytest.raises(TokensError, match=r"expected \[B, 8, T\]"):
+        codec.decode(np.zeros((4, 5), int))
+    with pytest.raises(TokensError, match=r"expected \[B, 4, T\]"):
+        codec.decode(np.zeros((3, 5), int), num_codebooks=4)
+    with pytest.raises(TokensError, match="2016"):
+        codec.decode(np.full((4, 5), 2016), num_codebooks=4)

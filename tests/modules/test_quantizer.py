@@ -99,3 +99,27 @@ def test_quantization_is_fp32_inside_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = quantizer.encode(encoded)
     assert torch.equal(tokens, quantizer.encode(encoded))
+
+
+def test_dropped_codebooks_are_zero_and_the_others_unchanged():
+    torch.manual_seed(0)
+    quantizer = GroupFiniteScalarQuantizer(4, [8, 7, 6, 6])
+    encoded = torch.randn(5, 16, 3)
+    encoded[0, 8] = math.nan  # of a codebook that is dropped
+    kept = torch.tensor([1, 2, 3, 4, 1])
+    dropped = quantizer.dropout_codebooks(encoded, kept)
+    for row, number in enumerate(kept.tolist()):
+        assert torch.equal(dropped[row, : 4 * number], encoded[row, : 4 * number])
+        assert not dropped[row, 4 * number :].any()
+    assert torch.equal(quantizer.dropout_codebooks(dropped, torch.full((5,), 4)), dropped)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+def test_a_share_of_the_examples_keeps_each_smaller_number_of_codebooks(rate):
+    torch.manual_seed(0)
+    quantizer = GroupFiniteScalarQuantizer(4, [5, 5])
+    dropped = quantizer.dropout_random_codebooks(torch.ones(20_000, 8, 1), rate)
+    counts = torch.bincount(dropped[:, ::2, 0].sum(1).long(), minlength=5) / 20_000
+    # The standard deviation of a share of 20,000 examples is at most 0.0036.
+    expected = torch.tensor([0, rate / 3, rate / 3, rate / 3, 1 - rate])
+    torch.testing.assert_close(counts, expected, rtol=0, atol=0.015)
