@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
-from nemo_lfr.io.manifests import resolve_audio_path
 from nemo_lfr.io.tables import METADATA_NAMES, is_table, read_table
 from nemo_lfr.io.text import decode, read_lines
 
@@ -154,6 +153,8 @@ def folder(corpus: Path) -> Iterator[CorpusUtterance]:
 
 def table(path: Path) -> Iterator[CorpusUtterance]:
     """A CSV, TSV or metadata.jsonl with a column that names the audio; paths are relative to the table's folder."""
+    from nemo_lfr.io.manifests import resolve_audio_path  # imports the audio readers, which help texts do not need
+
     for row in read_table(path):
         if row.problem:
             yield CorpusUtterance(Path(f"{path.name}, line {row.line}"), "", problem=row.problem)
