@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         TokenFileError,
         TokensError,
     )
-    from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel, accelerate
+    from nemo_lfr.nemo.acceleration import accelerate
+    from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel
     from nemo_lfr.pretrained import load
 
 _PLACES = {
@@ -34,7 +35,7 @@ _PLACES = {
     "load": "pretrained",
     "AudioCodecModel": "nemo.model",
     "LFRCodecModel": "nemo.model",
-    "accelerate": "nemo.model",
+    "accelerate": "nemo.acceleration",
     "NemoLfrError": "errors",
     "AudioError": "errors",
     "TokensError": "errors",

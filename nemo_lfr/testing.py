@@ -35,7 +35,7 @@ from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
 if TYPE_CHECKING:
     import torch
 
-    from nemo_lfr.checkpoint import Parts
+    from nemo_lfr.checkpoint import CodecModules
 
 SAMPLE_RATE = 22050
 MODULES = "nemo.collections.tts.modules.audio_codec_modules."
@@ -121,7 +121,7 @@ def codec_config(**changes: Any) -> dict[str, Any]:
     return config
 
 
-def random_parts(config: dict[str, Any], seed: int = 7) -> "Parts":
+def random_parts(config: dict[str, Any], seed: int = 7) -> "CodecModules":
     """Build the modules of a codec with random weights that depend only on the seed.
 
     The encoder's output uses all levels, and the decoder's output is as loud as speech.
@@ -146,7 +146,7 @@ def random_parts(config: dict[str, Any], seed: int = 7) -> "Parts":
     return parts
 
 
-def _center_output(parts: "Parts", audio: "torch.Tensor") -> None:
+def _center_output(parts: "CodecModules", audio: "torch.Tensor") -> None:
     """Scale the decoder's output before its activation to zero mean and an RMS of 0.1.
 
     Comparisons of saturated audio would hide differences.

@@ -57,7 +57,7 @@ _FROM_FILE = "nemo_lfr_from_file"
 
 
 @dataclass
-class Parts:
+class CodecModules:
     """The three modules of a codec, and its sample rate in Hz."""
 
     encoder: HiFiGANEncoder
@@ -305,7 +305,7 @@ def _check_sizes(arguments: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key} is {shorten(value)}; whole numbers from {least} to {most} are allowed.")
 
 
-def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts:
+def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:
     """Build the three modules of a model config and check that they match.
 
     Raises:
@@ -340,4 +340,4 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Parts
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
         raise ConfigError(f"encoded_dim {encoder.encoded_dim} differs from the quantizer's {quantizer.codebook_dim}.")
-    return Parts(encoder, quantizer, decoder, sample_rate)
+    return CodecModules(encoder, quantizer, decoder, sample_rate)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nemo_lfr.checkpoint.archive import Members, read_members
-from nemo_lfr.checkpoint.config import Parts, build_part, build_parts, codec_values, parse_config
+from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.checkpoint.tensors import Tensors
@@ -112,7 +112,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_locks)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[Parts, DictConfig]:
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[CodecModules, DictConfig]:
     """Load all modules of a codec for inference, and its config; see `Checkpoint`."""
     checkpoint = Checkpoint(path)
     for name in checkpoint.parts.named():
@@ -126,7 +126,7 @@ def load_parts(
     *,
     strict: bool = True,
     others: str | None = None,
-) -> tuple[Parts, dict[str, torch.Tensor]]:
+) -> tuple[CodecModules, dict[str, torch.Tensor]]:
     """Load a codec for training: modules with weight norm, and the other tensors under a prefix.
 
     Args:
@@ -168,7 +168,7 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
         ) from error
 
 
-def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> Parts:
+def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:
     """Build modules without weights: on the meta device, nothing is allocated or initialized."""
     try:
         values = codec_values(config)

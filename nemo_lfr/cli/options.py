@@ -49,7 +49,7 @@ class UserPath(click.Path):
             self.fail(str(error).rstrip("."), param, ctx)
 
 
-class PathText(click.ParamType):
+class PathText(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases of click
     """Text that may be a path, a pattern, a Hub id or "-"; a shell completes it as a path.
 
     Args:

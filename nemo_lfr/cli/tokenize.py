@@ -27,7 +27,7 @@ from nemo_lfr.corpus.formats import BUILT_IN, format_names
 from nemo_lfr.errors import Failure
 
 
-class FormatName(click.Choice):
+class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent releases of click
     """Name of an output format, built in or of an installed package."""
 
     def __init__(self) -> None:

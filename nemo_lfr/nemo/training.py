@@ -6,8 +6,7 @@ The updates equal NeMo's, with fewer redundant computations.
 import functools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,50 +15,39 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils.data import IterableDataset
 
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
+from nemo_lfr.nemo.averaging import WeightAveraging
+from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.signal.codebooks import CodebookUse
 from nemo_lfr.signal.spectra import Spectra
-from nemo_lfr.training.audio_discriminator import AudioDiscriminator, Views, preprocess_audio, score_views
+from nemo_lfr.training.audio_discriminator import Views, preprocess_audio, score_views
+from nemo_lfr.training.average import Average
 from nemo_lfr.training.components import AudioTerms
 from nemo_lfr.training.data import manifest_loader
-from nemo_lfr.training.discriminators import SLMDiscriminator, build_discriminator, frozen
+from nemo_lfr.training.discriminators import build_discriminator, frozen
 from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
+from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
 logger = logging.getLogger(__name__)
 
-DISCRIMINATOR = "discriminator."
-# Key of WavLM inside the SLM discriminator. NeMo 3.0 saves these frozen, public weights of 380 MB by mistake.
-WAVLM = ".slm_model.ssl_model."
 # Validation results, logged as `val_NAME`, whose names `metrics` may not use
 _VALIDATED = ("loss", "perplexity", "levels_used")
 
 
-class TrainingSteps(NeMoAudioCodecModel):
-    """Base model with the Lightning hooks for training and validation.
+class TrainingSteps(WeightAveraging):
+    """Lightning hooks for training and validation.
 
-    `nemo_lfr.nemo.model` adds inference and checkpoints. The discriminators are built when training starts
-    (`setup("fit")`), so restoring a model needs neither WavLM nor the network. Until then the model keeps their
-    weights, so that saving it loses nothing.
+    The discriminators are built when training starts (`setup("fit")`), so restoring a model needs neither WavLM nor
+    the network. Until then the model keeps their weights, so that saving it loses nothing.
     """
-
-    discriminator: AudioDiscriminator | None
-    _unbuilt_discriminator: dict[str, torch.Tensor]
-    _losses: CodecLosses | None
-    _metrics: AudioTerms | None
-    _average: "Average | None"
-    _codebook_use: CodebookUse | None  # accumulated during a validation epoch
-    _step_began: float
-    _is_random: bool  # True until weights are loaded
-    _restored_from: Path | None
 
     def setup(self, stage: str | None = None) -> None:
         """Build the discriminators and install atomic checkpoint writing for training.
@@ -132,7 +120,8 @@ class TrainingSteps(NeMoAudioCodecModel):
         """
         config = self._cfg
         if config.get("max_steps") is not None or not config.get("max_epochs"):
-            return super().max_steps
+            steps: int = super().max_steps
+            return steps
         batches = config.get("steps_per_epoch")
         if batches is None:
             try:
@@ -187,7 +176,7 @@ class TrainingSteps(NeMoAudioCodecModel):
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return []
-        callbacks = super().configure_callbacks()
+        callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
         return callbacks
@@ -226,10 +215,6 @@ class TrainingSteps(NeMoAudioCodecModel):
                 part.compile(backend="inductor" if compiler is True else compiler)
         if self.cfg.get("ema_decay"):
             self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
-
-    @property
-    def _generator(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList([self.audio_encoder, self.audio_decoder])
 
     def initialize_from_data(self, num_segments: int = 32) -> None:
         """Rescale the generator's random weights with a batch of training speech.
@@ -386,93 +371,15 @@ class TrainingSteps(NeMoAudioCodecModel):
         metrics |= {f"val_{name}": value for name, value in self.metrics(real, gen, audio_len).items()}
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
 
-    # Moving average of the weights, if the config sets `ema_decay`: it is validated, exported and saved for resuming.
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Use the moving average of the generator's weights within this context.
-
-        The context has no effect if the model keeps no average.
-        """
-        if self._average is None:
-            yield
-            return
-        self._average.swap(self._generator)
-        try:
-            yield
-        finally:
-            self._average.swap(self._generator)
-
-    def on_validation_start(self) -> None:
-        """Switch to the averaged weights for validation."""
-        super().on_validation_start()
-        if self._average is not None:
-            self._average.swap(self._generator)
-
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
-        """Log the use of the codebooks and switch back to the trained weights."""
-        # `on_validation_end` would be too late: callbacks write checkpoints there before the model's own hook runs.
+        """Log the use of the codebooks."""
         result = super().on_validation_epoch_end(*args, **kwargs)
         if (use := self._codebook_use) is not None:
             self._codebook_use = None
             counts = self.all_gather(use.counts)
             use.counts = counts.sum(dim=0) if counts.dim() > use.counts.dim() else counts
             self.log_dict({"val_perplexity": use.perplexity().mean(), "val_levels_used": use.levels_used()})
-        if self._average is not None:
-            self._average.swap(self._generator)
         return result
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average of the weights to a checkpoint."""
-        super().on_save_checkpoint(checkpoint)
-        if self._average is not None:
-            checkpoint["average"] = {"count": self._average.count, "weights": self._average.weights}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the moving average of the weights from a checkpoint."""
-        super().on_load_checkpoint(checkpoint)
-        if "average" in checkpoint and self.cfg.get("ema_decay"):
-            self._average = Average(self._generator, float(self.cfg.ema_decay))
-            self._average.count = checkpoint["average"]["count"]
-            self._average.weights = list(checkpoint["average"]["weights"])
-
-
-class Average:
-    """Exponential moving average of a module's parameters.
-
-    Args:
-        module: module whose parameters are averaged.
-        decay: share of the old average that each update keeps. The first updates keep less, so that the initial
-            weights do not dominate.
-    """
-
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.count = 0
-        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Update the average with the module's current parameters."""
-        self.count += 1
-        decay = min(self.decay, self.count / (self.count + 50))
-        self._move(module)
-        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
-
-    def swap(self, module: torch.nn.Module) -> None:
-        """Exchange the averaged weights and the module's; a second call restores both."""
-        self._move(module)
-        for index, parameter in enumerate(module.parameters()):
-            parameter.data, self.weights[index] = self.weights[index], parameter.data
-
-    def _move(self, module: torch.nn.Module) -> None:
-        """Move the averaged weights to the device of the module.
-
-        A checkpoint is loaded before the model moves to its GPU.
-        """
-        with torch.inference_mode(False):  # the first call may be during validation
-            pairs = zip(self.weights, module.parameters(), strict=True)
-            self.weights = [weight.to(parameter.device) for weight, parameter in pairs]
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from nemo_lfr.training.audio_discriminator import (
     score_views,
 )
 from nemo_lfr.training.components import build_component, check_accepts
-from nemo_lfr.training.wavlm import WavLM
+from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
 PadMode = Literal["reflect", "zeros"]
 
@@ -70,7 +70,8 @@ class Conv2d(nn.Module):
         conv = self.conv
         zeros = conv.padding_mode == "zeros"
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
-            return conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
+            convolved: torch.Tensor = conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
+            return convolved
         # Kernels of width 1 treat columns independently, so the columns can be rows of a matrix product. On a CPU this
         # runs near peak speed, unlike convolutions over the few rows of deep layers, and it does not copy the weights,
         # which are larger than the signal there.
@@ -78,7 +79,7 @@ class Conv2d(nn.Module):
         mode = "constant" if zeros else "reflect"
         padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
         result = convolve_by_product(padded, conv.weight.squeeze(3), conv.bias, conv.stride[0], conv.dilation[0])
-        return result.unflatten(0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
+        return torch.unflatten(result, 0, (hidden.shape[0], -1)).permute(0, 2, 3, 1)
 
 
 class _Network(nn.Module):
@@ -135,7 +136,7 @@ class PeriodDiscriminator(_Network):
     def view(self, audio: torch.Tensor) -> torch.Tensor:
         """Fold audio [B, T_audio] to [B, 1, ceil(T_audio / period), period]."""
         missing = -audio.shape[-1] % self.period
-        return F.pad(audio.unsqueeze(1), (0, missing), "reflect").unflatten(2, (-1, self.period))
+        return torch.unflatten(F.pad(audio.unsqueeze(1), (0, missing), "reflect"), 2, (-1, self.period))
 
 
 class _Networks(AudioDiscriminator):
@@ -270,64 +271,6 @@ def _band_network() -> _Network:
     layers += [Conv2d(32, 32, kernel_size=(3, 9), stride=(1, 2)) for _ in range(3)]
     layers.append(Conv2d(32, 32, kernel_size=(3, 3)))
     return _Network(layers, Conv2d(32, 1, kernel_size=(3, 3)), lrelu_slope=0.1)
-
-
-class SLMDiscriminator(AudioDiscriminator):
-    """Discriminator of all hidden states of a frozen WavLM.
-
-    See StyleTTS 2 (arXiv 2306.07691) and arXiv 2409.12117.
-
-    Args:
-        slm_model_name: Hub id of the WavLM model, or a folder that contains it.
-        slm_sr: sample rate of the model, Hz.
-        input_sr: sample rate of the audio, Hz.
-        slm_hidden: hidden size of the model.
-        slm_layers: number of hidden states: one per layer, and the input of the first layer.
-        initial_channel: channels of the discriminator's first layer.
-        use_spectral_norm: whether to use spectral norm instead of weight norm.
-    """
-
-    def __init__(
-        self,
-        slm_model_name: str = "microsoft/wavlm-base-plus",
-        slm_sr: int = 16000,
-        input_sr: int = 22050,
-        slm_hidden: int = 768,
-        slm_layers: int = 13,
-        initial_channel: int = 64,
-        use_spectral_norm: bool = False,
-    ) -> None:
-        from nemo.collections.audio.parts.utils.transforms import Resample
-
-        super().__init__()
-        self.resample = Resample(orig_freq=input_sr, new_freq=slm_sr)
-        norm = nn.utils.spectral_norm if use_spectral_norm else weight_norm
-        self.slm = WavLM(slm_model_name, slm_hidden, slm_layers)
-        width = initial_channel
-        self.pre = norm(nn.Conv1d(slm_hidden * slm_layers, width, 1))
-        self.convs = nn.ModuleList(
-            norm(nn.Conv1d(inputs, outputs, 5, padding=2))
-            for inputs, outputs in ((width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width))
-        )
-        self.conv_post = norm(nn.Conv1d(4 * width, 1, 3, padding=1))
-
-    @property
-    def num_networks(self) -> int:
-        """Return 1: all hidden states form one view."""
-        return 1
-
-    def preprocess(self, audio: Spectra) -> Views:
-        """Return the hidden states of WavLM, [B, slm_layers * slm_hidden, frames]."""
-        return [self.slm(self.resample(audio.audio))]
-
-    def score(self, views: Views) -> DiscriminatorOutput:
-        """Score the hidden states."""
-        hidden = self.pre(views[0])
-        feature_maps = []
-        for conv in self.convs:
-            hidden = F.leaky_relu(conv(hidden), 0.1)
-            feature_maps.append(hidden.unsqueeze(-1))
-        return [self.conv_post(hidden)], [feature_maps]
 
 
 class Discriminator(AudioDiscriminator):

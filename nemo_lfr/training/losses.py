@@ -190,10 +190,11 @@ class CodecLosses(nn.Module):
             A scalar per term, by name.
         """
         wanted = [term for term in ReconstructionLoss.TERMS if term in self.weights]
-        terms = self.reconstruction(real, gen, audio_len, wanted)
+        terms: dict[str, torch.Tensor] = self.reconstruction(real, gen, audio_len, wanted)
         if "spread" in self.weights:
             terms["spread"] = spread(encoded)
-        return terms | self.custom(real, gen, audio_len, self.weights)
+        terms |= self.custom(real, gen, audio_len, self.weights)
+        return terms
 
     def adversarial_terms(
         self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps

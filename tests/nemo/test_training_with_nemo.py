@@ -17,9 +17,9 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
-from nemo_lfr.nemo.training import Average
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
+from nemo_lfr.training.average import Average
 from tests.crash import ROOT
 from tests.models import FULL_SIZE, LOSSES, MODULES, RATE, codec_config, speech_like, write_nemo
 

@@ -1,0 +1,97 @@
+"""`accelerate`: this package's modules in a model that other code has loaded with NeMo."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nemo_lfr.checkpoint import PARTS, build_part, build_parts
+from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, unwrapped
+from nemo_lfr.codec.ambient import building_state
+from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, NeMoAudioCodecModel, model_utils, wrapt
+from nemo_lfr.nemo.config import checked_values
+from nemo_lfr.nemo.model import LFRCodecModel
+
+
+def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
+    """Replace the modules of a loaded NeMo `AudioCodecModel` with this package's.
+
+    Weights are kept: parameters stay the same objects, with their dtype, device and `requires_grad`. Wrappers that
+    `torch.compile` or `DistributedDataParallel` put around these modules are removed.
+
+    Args:
+        model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a
+            subclass keeps its class.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigError: if the model is not an `AudioCodecModel` of this codec family. The model is then unchanged.
+    """
+    inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
+    if isinstance(inner, LFRCodecModel):
+        return model
+    if not isinstance(inner, NeMoAudioCodecModel):
+        raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
+    # Everything that can fail runs before the first change to the model.
+    values = checked_values(inner.cfg)
+    with building_state(torch.device("cpu")):
+        build_parts(values, weight_norm=False)
+        parts = {name: _replacement(name, values[name], getattr(inner, name, None)) for name in PARTS}
+    is_stock = type(inner) is NeMoAudioCodecModel
+    has_discriminator = hasattr(inner, "discriminator")
+    discriminator = getattr(inner, "discriminator", None)
+    state = {} if discriminator is None else discriminator.state_dict(prefix=DISCRIMINATOR)
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    if is_stock:
+        inner.__class__ = LFRCodecModel
+        # Training builds this package's discriminators; keep their weights until then.
+        kept = {plain_key(key): value for key, value in state.items() if WAVLM not in key}
+        inner.init_codec_state(is_random=False, discriminator=kept)
+        if has_discriminator:
+            inner.discriminator = None
+        # Renew NeMo's proxy around this instance's `training_step`. Copies have no proxy; a function that a caller set
+        # is kept.
+        if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
+            del inner.training_step
+        if "training_step" not in inner.__dict__:
+            inner.training_step = model_utils.wrap_training_step(inner.training_step)
+    return model
+
+
+def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.Module:
+    """Build this package's module around the parameters of a NeMo module.
+
+    Raises:
+        ConfigError: if the NeMo module is not the one that the config describes.
+    """
+    if not isinstance(stock, torch.nn.Module):
+        raise ConfigError(f"the model's {name} is {shorten(repr(stock))}, not a module; load the model again.")
+    stock = unwrapped(stock)
+    tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
+    needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
+    if any(value.is_meta for value in tensors.values()):
+        raise ConfigError(f"{name} is on the meta device, which holds no weights; load the model again.")
+    has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
+    with torch.device("meta"):
+        part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
+    levels = build_part(dict(config)).state_dict() if name == "vector_quantizer" else {}
+    differ = [key for key, value in levels.items() if key in tensors and not torch.equal(tensors[key].cpu(), value)]
+    try:
+        if differ:
+            raise ConfigError(f"{differ[0]} is {shorten(tensors[differ[0]].flatten().tolist())}")
+        part.load_state_dict(tensors, assign=True)
+    except (RuntimeError, ConfigError) as error:
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise ConfigError(f"{name} is not the module that the model's config describes: {reason}") from error
+    finally:
+        for key, value in tensors.items():
+            if value.requires_grad != needs_gradient[key]:
+                value.requires_grad_(needs_gradient[key])
+    modes = {plain_key(path): module.training for path, module in stock.named_modules()}
+    for path, module in part.named_modules():
+        module.training = modes.get(path, stock.training)
+    return part

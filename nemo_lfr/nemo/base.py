@@ -1,0 +1,81 @@
+"""What all parts of `LFRCodecModel` share: NeMo's model, and the attributes that this package adds to it.
+
+NeMo is imported here first, so that one that is missing or broken is reported in one line.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.errors import NEMO_PACKAGES, MissingExtraError, install_command
+from nemo_lfr.signal.codebooks import CodebookUse
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator
+from nemo_lfr.training.average import Average
+from nemo_lfr.training.components import AudioTerms
+from nemo_lfr.training.losses import CodecLosses
+
+try:
+    import wrapt
+    from lightning.pytorch import Trainer
+    from nemo.collections.tts.models.audio_codec import AudioCodecModel as NeMoAudioCodecModel
+    from nemo.core.classes import common
+    from nemo.core.classes.common import PretrainedModelInfo
+    from nemo.utils import logging, model_utils
+
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
+except Exception as error:  # importing NeMo can raise any exception
+    raise MissingExtraError(
+        f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
+        "Encoding and decoding need no NeMo: nemo_lfr.load()."
+    ) from error
+
+__all__ = [
+    "DISCRIMINATOR",
+    "WAVLM",
+    "BaseModel",
+    "NeMoAudioCodecModel",
+    "PretrainedModelInfo",
+    "Trainer",
+    "common",
+    "logging",
+    "model_utils",
+    "wrapt",
+]
+
+DISCRIMINATOR = "discriminator."
+# Key of WavLM inside the SLM discriminator. NeMo 3.0 saves these frozen, public weights of 380 MB by mistake.
+WAVLM = ".slm_model.ssl_model."
+
+
+class BaseModel(NeMoAudioCodecModel):
+    """NeMo's model with the attributes of this package, for the classes that make up `LFRCodecModel`."""
+
+    cfg: DictConfig
+    discriminator: AudioDiscriminator | None
+    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # with what it was made of
+    _unbuilt_discriminator: dict[str, torch.Tensor]
+    _losses: CodecLosses | None
+    _metrics: AudioTerms | None
+    _average: Average | None
+    _codebook_use: CodebookUse | None  # accumulated during a validation epoch
+    _step_began: float
+    _is_random: bool  # True until weights are loaded
+    _restored_from: Path | None
+
+    def init_codec_state(self, *, is_random: bool, discriminator: dict[str, torch.Tensor] | None = None) -> None:
+        """Set the attributes that this package adds, for a model that has not been trained.
+
+        Args:
+            is_random: whether the weights are random.
+            discriminator: weights of the discriminators, to keep until training builds them.
+        """
+        self._unbuilt_discriminator = discriminator or {}
+        self._losses = None
+        self._metrics = None
+        self._average = None
+        self._codebook_use = None
+        self._is_random = is_random
+        self._restored_from = None

@@ -1,0 +1,56 @@
+"""Configs of the NeMo model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_lfr.checkpoint import codec_values
+from nemo_lfr.errors import ConfigError
+from nemo_lfr.nemo.base import common
+from nemo_lfr.training import discriminators, losses
+from nemo_lfr.training.components import import_components
+
+# Configs may name modules of this package; NeMo builds a `_target_` only if its prefix is in this list.
+if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
+    common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
+
+IDENTITY = {"_target_": "torch.nn.Identity"}
+BUILT_IN = {*discriminators.BUILT_IN, *losses.BUILT_IN}
+ANY_LOSS = {"_target_": next(iter(losses.GENERATOR_LOSSES))}
+SMALLEST_QUANTIZER = {
+    "_target_": "nemo.collections.tts.modules.audio_codec_modules.FiniteScalarQuantizer",
+    "num_levels": [2],
+}
+
+
+def checked_values(cfg: DictConfig) -> dict[str, Any]:
+    """Return `codec_values` of a config, after checking its losses.
+
+    Raises:
+        ConfigError: for a loss that would open a file or access the network.
+    """
+    for key in ("use_scl_loss", "use_slm_loss"):
+        if cfg.get(key):
+            raise ConfigError(f"{key} is set; nemo_lfr does not train codecs with it. Use NeMo's own AudioCodecModel.")
+    return codec_values(cfg)
+
+
+def target_of(section: Any) -> str | None:
+    """Return the `_target_` of a section; None if it has none."""
+    return section.get("_target_") if isinstance(section, Mapping | DictConfig) else None
+
+
+def override_config(source: Any) -> DictConfig:
+    """Load the config that replaces a file's own, or its `model` section.
+
+    Raises:
+        ConfigError: if it is not a mapping, or names a component that cannot be imported.
+    """
+    config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
+    if isinstance(config, DictConfig):
+        import_components(config.get("model") or config, built_in=BUILT_IN)
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    if not isinstance(config, DictConfig):
+        raise ConfigError("the config given is a list, not a mapping.")
+    return config.model if "model" in config else config

@@ -1,0 +1,257 @@
+"""Reading and writing `.nemo` files with the NeMo model."""
+
+import copy
+import os
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_lfr.checkpoint import CodecModules, load_parts, read_config
+from nemo_lfr.codec.ambient import building_state
+from nemo_lfr.codec.devices import choose_device
+from nemo_lfr.errors import CheckpointError, ConfigError, shorten
+from nemo_lfr.io.atomic import writing_folder
+from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
+from nemo_lfr.nemo.base import (
+    DISCRIMINATOR,
+    WAVLM,
+    BaseModel,
+    NeMoAudioCodecModel,
+    PretrainedModelInfo,
+    Trainer,
+    logging,
+)
+from nemo_lfr.nemo.config import override_config
+from nemo_lfr.pretrained import ALIASES, find_checkpoint
+
+# Modules that `restore_from` passes to the constructor, which then skips a random initialization.
+READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
+
+
+class NemoFiles(BaseModel):
+    """Methods that restore a model from a `.nemo` file and save it to one."""
+
+    @classmethod
+    def restore_from(
+        cls,
+        restore_path: str | os.PathLike[str],
+        override_config_path: Any = None,
+        map_location: torch.device | str | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        save_restore_connector: Any = None,
+        trainer: Trainer | None = None,
+        validate_access_integrity: bool = True,
+    ) -> Any:
+        """Restore a model from a `.nemo` file of any NeMo version.
+
+        See `nemo_lfr.checkpoint` for the accepted files.
+
+        Args:
+            restore_path: `.nemo` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
+            override_config_path: YAML file or config to use instead of the file's config.
+            map_location: device of the model; a GPU if available, else the CPU.
+            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            return_config: whether to return only the file's config.
+            save_restore_connector: NeMo's connector; one with an extracted folder is passed on to NeMo.
+            trainer: Lightning trainer, as in NeMo.
+            validate_access_integrity: accepted for compatibility with NeMo; not used.
+
+        Returns:
+            The model in evaluation mode, or its config with `return_config`.
+
+        Raises:
+            CheckpointError: if the file cannot be read. The message names the file, the problem and a remedy.
+        """
+        if getattr(save_restore_connector, "model_extracted_dir", None) is not None:
+            return _stock(cls, "restore_from")(
+                str(restore_path),
+                override_config_path=override_config_path,
+                map_location=map_location,
+                strict=strict,
+                return_config=return_config,
+                save_restore_connector=save_restore_connector,
+                trainer=trainer,
+                validate_access_integrity=validate_access_integrity,
+            )
+        path = locate_checkpoint(restore_path).absolute()
+        config = read_config(path) if override_config_path is None else override_config(override_config_path)
+        if return_config:
+            return config
+        with building_state(torch.device("cpu")):
+            return cls._built_from(path, config, map_location, strict, save_restore_connector, trainer)
+
+    @classmethod
+    def _built_from(
+        cls,
+        path: Path,
+        config: DictConfig,
+        map_location: Any,
+        strict: bool,
+        save_restore_connector: Any,
+        trainer: Trainer | None,
+    ) -> Any:
+        others = DISCRIMINATOR if config.get("discriminator") else None
+        parts, rest = load_parts(path, config, strict=strict, others=others)
+        read_parts = READ_PARTS.set(parts)
+        try:
+            # With this flag, NeMo does not open the training data that the config names.
+            cls._set_model_restore_state(is_being_restored=True)
+            model = cls(cfg=config, trainer=trainer)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        finally:
+            cls._set_model_restore_state(is_being_restored=False)
+            READ_PARTS.reset(read_parts)
+        model._unbuilt_discriminator = {key: value for key, value in rest.items() if WAVLM not in key}
+        model._restored_from = path
+        if save_restore_connector is not None:
+            model._save_restore_connector = save_restore_connector
+        logging.info("%s restored from %s", cls.__name__, path)
+        return model.to(choose_device(map_location)).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str,
+        refresh_cache: bool = False,
+        override_config_path: Any = None,
+        map_location: torch.device | str | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: Trainer | None = None,
+        save_restore_connector: Any = None,
+        return_model_file: bool | None = False,
+    ) -> Any:
+        """Restore a published checkpoint by its Hub id or by a name of NeMo's list.
+
+        `list_available_models()` returns the names. A downloaded file is cached and then used without network access.
+        Other arguments are those of `restore_from`.
+
+        Args:
+            model_name: Hub id, name of a published model, or path of a file.
+            refresh_cache: whether to download the file again.
+            override_config_path: YAML file or config to use instead of the file's config.
+            map_location: device of the model; a GPU if available, else the CPU.
+            strict: whether every weight of the encoder, quantizer and decoder must be present.
+            return_config: whether to return only the file's config.
+            trainer: Lightning trainer, as in NeMo.
+            save_restore_connector: NeMo's connector.
+            return_model_file: whether to return only the path of the downloaded file.
+
+        Returns:
+            The model in evaluation mode, its config with `return_config`, or the path of its file with
+            `return_model_file`.
+
+        Raises:
+            CheckpointError: if the file cannot be downloaded or read.
+        """
+        name = ALIASES.get(model_name, model_name)
+        if "/" not in name and not looks_local(name):  # a model of NVIDIA's NGC catalog
+            return _stock(cls, "from_pretrained")(
+                model_name,
+                refresh_cache=refresh_cache,
+                override_config_path=override_config_path,
+                map_location=map_location,
+                strict=strict,
+                return_config=return_config,
+                trainer=trainer,
+                save_restore_connector=save_restore_connector,
+                return_model_file=return_model_file,
+            )
+        path = find_checkpoint(name, refresh=refresh_cache)
+        if return_model_file:
+            return str(path)
+        return cls.restore_from(
+            path,
+            override_config_path=override_config_path,
+            map_location=map_location,
+            strict=strict,
+            return_config=return_config,
+            save_restore_connector=save_restore_connector,
+            trainer=trainer,
+        )
+
+    @classmethod
+    def list_available_models(cls) -> list[PretrainedModelInfo]:
+        """Return NeMo's published models and the aliases that the model card uses."""
+        ours = [
+            PretrainedModelInfo(
+                pretrained_model_name=alias,
+                location=f"https://huggingface.co/{name}/resolve/main/{name.partition('/')[2]}.nemo",
+                description=f"Low Frame-rate Speech Codec; the model card is at https://huggingface.co/{name}",
+                class_=cls,
+            )
+            for alias, name in ALIASES.items()
+        ]
+        return [*super().list_available_models(), *ours]
+
+    def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a `.nemo` file atomically: a crash leaves an existing file intact.
+
+        Args:
+            save_path: path of the file to write.
+            *args: positional arguments passed on to NeMo.
+            **kwargs: keyword arguments passed on to NeMo.
+
+        Raises:
+            CheckpointError: if the file cannot be written.
+        """
+        if not isinstance(save_path, str | os.PathLike) or not os.fspath(save_path):
+            raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")
+        path = expand_home(save_path).absolute()
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder; pass the path of a .nemo file to write.")
+        try:
+            self._save_aside(path, *args, **kwargs)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+    def _save_aside(self, path: Path, *args: Any, **kwargs: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_folder(path.parent) as folder:
+            aside = Path(folder, path.name)
+            config = self.cfg
+            try:
+                self.cfg = _without_folders(config)
+                with self.averaged():
+                    super().save_to(str(aside), *args, **kwargs)
+            finally:
+                self.cfg = config
+            if aside.exists():  # ranks other than 0 write nothing
+                with open(aside, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(aside, path)
+
+
+def _stock(cls: type[BaseModel], name: str) -> Any:
+    """Return NeMo's class method, bound to `cls`.
+
+    With `super()`, the frame of the calling method would contain `__class__`, and Lightning's `save_hyperparameters`
+    would mistake the method for a constructor.
+    """
+    return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
+
+
+def _without_folders(config: DictConfig) -> DictConfig:
+    """Return a copy of a config without the folders of the training machine.
+
+    File names in data sections are kept, absolute paths are not.
+    """
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shortened(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shortened(item) for item in value]
+        return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    config = copy.deepcopy(config)
+    with open_dict(config):
+        for section in ("train_ds", "validation_ds", "test_ds", "log_config"):
+            if config.get(section) is not None:
+                config[section] = shortened(OmegaConf.to_container(config[section], resolve=False))
+    return config

@@ -1,0 +1,146 @@
+"""Encoding and decoding with the NeMo model."""
+
+import torch
+
+from nemo_lfr.checkpoint import PARTS
+from nemo_lfr.checkpoint.names import unwrapped
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import AudioError
+from nemo_lfr.nemo.base import BaseModel
+
+
+class Inference(BaseModel):
+    """Methods that encode and decode, without and with gradients."""
+
+    @property
+    def codec(self) -> Codec[torch.Tensor]:
+        """Return a standalone `Codec` that uses this model's modules.
+
+        The object is cached until a module, the sample rate or the device changes.
+        """
+        encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
+        made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
+        kept, codec = self._codec or (None, None)
+        # Return the same object while the modules are the same: only streams of one codec can be batched.
+        if codec is None or kept != made_of:
+            codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
+            self._codec = made_of, codec
+        return codec
+
+    def encode(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode audio to tokens; see `Codec.encode`.
+
+        Audio at another sample rate is resampled with soxr, because NeMo's resampler takes minutes for rates such as
+        22,049 Hz.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            Tokens [B, C, T_encoded] and their lengths in frames [B].
+
+        Raises:
+            AudioError: for audio that cannot be encoded, or an invalid sample rate.
+        """
+        return self.codec.encode(audio, audio_len, sample_rate)
+
+    def decode(
+        self, tokens: torch.Tensor, tokens_len: torch.Tensor, audio_len: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode tokens to audio; see `Codec.decode`.
+
+        Args:
+            tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
+            tokens_len: valid frames of each example, shape [B].
+            audio_len: samples to return for each example, shape [B]; complete frames by default.
+
+        Returns:
+            Audio [B, T_audio] and its lengths in samples [B].
+
+        Raises:
+            TokensError: for tokens that cannot be decoded.
+        """
+        return self.codec.decode(tokens, tokens_len, audio_len)
+
+    def forward(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode and decode audio.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            The reconstruction [B, T_audio] at the codec's sample rate, with the duration of the input, and its lengths
+            in samples [B].
+
+        Raises:
+            AudioError: for audio that cannot be encoded, or an invalid sample rate.
+        """
+        codec = self.codec
+        audio, audio_len = codec.resample(audio, audio_len, sample_rate)
+        tokens, tokens_len = codec.encode(audio, audio_len)
+        return codec.decode(tokens, tokens_len, audio_len)
+
+    def encode_audio(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the encoder's output, with gradients.
+
+        Args:
+            audio: samples in [-1, 1], shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+
+        Returns:
+            Encoded frames [B, D, T_encoded] and their lengths in frames [B].
+
+        Raises:
+            AudioError: for an invalid sample rate, or if audio that requires a gradient would have to be resampled.
+        """
+        if sample_rate is not None:
+            audio, audio_len = self._resampled(audio, audio_len, sample_rate)
+        encoded: tuple[torch.Tensor, torch.Tensor] = super().encode_audio(audio=audio, audio_len=audio_len)
+        return encoded
+
+    def _resampled(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        resampled, resampled_len = self.codec.resample(audio, audio_len, sample_rate)
+        if sample_rate == self.sample_rate:
+            return audio, audio_len
+        if torch.is_grad_enabled() and audio.requires_grad:
+            raise AudioError(
+                f"audio at {sample_rate} Hz carries a gradient, which resampling would cut; resample it to "
+                f"{self.sample_rate} Hz first, or pass audio.detach()."
+            )
+        dtype = audio.dtype if audio.is_floating_point() else torch.float32
+        return resampled.to(audio.device, dtype), resampled_len.to(audio_len.device, audio_len.dtype)
+
+    def pad_audio(
+        self, audio: torch.Tensor, audio_len: torch.Tensor, samples_per_frame: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad audio with zeros to complete frames.
+
+        Unlike NeMo, it also sets the samples after each example's end to zero, so that the content of a batch's
+        padding has no effect.
+
+        Args:
+            audio: samples, shape [B, T_audio].
+            audio_len: valid samples of each example, shape [B].
+            samples_per_frame: samples of one frame.
+
+        Returns:
+            Padded audio [B, T_audio] and its lengths in samples [B].
+        """
+        positions = torch.arange(audio.shape[1], device=audio.device)
+        audio = audio.masked_fill(positions >= audio_len[:, None], 0)
+        padded: tuple[torch.Tensor, torch.Tensor] = super().pad_audio(audio, audio_len, samples_per_frame)
+        return padded

@@ -1,0 +1,143 @@
+"""State dicts of the NeMo model: those of any NeMo version load, those returned have NeMo's names."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from nemo_lfr.checkpoint import PARTS
+from nemo_lfr.checkpoint.names import DIRECTION, plain_key, plain_keys, spell_as
+from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecModel
+
+
+class StateDicts(BaseModel):
+    """Methods that return and load state dicts."""
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute.
+
+        Deleting `discriminator`, which callers do to free memory, also discards the discriminator weights that are not
+        in use.
+        """
+        super().__delattr__(name)
+        if name == "discriminator":
+            self._unbuilt_discriminator = {}
+
+    def state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the state dict without WavLM, and with discriminators not yet built.
+
+        Names and weight norm match NeMo's, even if modules are wrapped by `torch.compile` or their weight norm was
+        removed.
+        """
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+        plain = plain_keys(own.items(), type(self).__name__)
+        plain = spell_as(_stock_names(plain), plain) | self._unbuilt_discriminator
+        state.update({prefix + key: value for key, value in plain.items() if not _is_wavlm(key)})
+        if (metadata := getattr(state, "_metadata", None)) is not None:
+            state._metadata = type(metadata)((plain_key(key), value) for key, value in metadata.items())
+        return cast(dict[str, Any], state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict saved by any NeMo version.
+
+        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. `strict` applies to the
+        encoder, quantizer and decoder. Tensors that vary between NeMo versions and configs (discriminators, WavLM,
+        windows and filters of the losses) are loaded if they fit.
+
+        Args:
+            state_dict: tensors by name.
+            strict: whether to raise if weights are missing or unknown.
+            assign: whether to use the tensors themselves instead of copying their values.
+
+        Returns:
+            The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            CheckpointError: if `state_dict` is not a state dict, has other shapes or FSQ levels than the model, or,
+                with `strict`, lacks weights or has unknown ones.
+        """
+        _check_state_dict(state_dict)
+        own = super(NeMoAudioCodecModel, self).state_dict()
+        shapes = {key: value.shape for key, value in own.items()}
+        state_dict = _spelled_for(own, state_dict)
+        other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
+        if judged := [key for key in other if key.partition(".")[0] in PARTS]:
+            raise CheckpointError(
+                f"the state dict is of another codec: {len(judged)} weights have other shapes, first {judged[0]}: "
+                f"{list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
+            )
+        levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
+        for key in levels:
+            if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
+                raise CheckpointError(
+                    f"the state dict is of another codec: {key} is {shorten(state_dict[key].flatten().tolist())}, the "
+                    f"model's is {shorten(own[key].flatten().tolist())}."
+                )
+        self._is_random = False
+        state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
+        if getattr(self, "discriminator", None) is None:
+            discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
+            if hasattr(self, "discriminator"):  # otherwise the caller has deleted it
+                self._unbuilt_discriminator = {key: value.detach().cpu() for key, value in discriminator.items()}
+            state = {key: value for key, value in state.items() if key not in discriminator}
+        result = super(NeMoAudioCodecModel, self).load_state_dict(state, strict=False, assign=assign)
+        for what, keys in (("lacks", result.missing_keys), ("has unknown", result.unexpected_keys)):
+            judged = [key for key in keys if key.partition(".")[0] in PARTS]
+            if strict and judged:
+                raise CheckpointError(
+                    f"the state dict {what} weights, {len(judged)} in all, first {judged[:5]}; "
+                    "pass strict=False to load what fits."
+                )
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Rename weights to match the modules, then load them.
+
+        Torch calls this, also when the model is a submodule of another one.
+        """
+        theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        own = super(NeMoAudioCodecModel, self).state_dict()
+        state_dict.update({prefix + key: value for key, value in _spelled_for(own, theirs).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_state_dict(state_dict: Any) -> None:
+    """Raise an error unless the argument maps names to tensors.
+
+    Raises:
+        CheckpointError: if it does not. The message says what it is instead.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise CheckpointError(
+            f"the state dict is {shorten(type(state_dict).__name__)}; pass names with their tensors."
+        )
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(
+                f"the state dict has {shorten(repr(key))} for a name; pass names with their tensors."
+            )
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            kind = "a meta tensor, without values" if isinstance(value, torch.Tensor) else type(value).__name__
+            hint = "; pass what is under that name" if key == "state_dict" else ""
+            raise CheckpointError(f"the state dict holds no tensor for {shorten(key)}, but {shorten(kind)}{hint}.")
+
+
+def _is_wavlm(key: str) -> bool:
+    return key.startswith(DISCRIMINATOR) and WAVLM in key
+
+
+def _stock_names(state: Mapping[str, Any]) -> set[str]:
+    """Return the names that NeMo uses for weight-normed convolutions of a state dict."""
+    stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
+    return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
+
+
+def _spelled_for(own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the weights of a state dict to match a model's modules and wrappers."""
+    names = {plain_key(key): key for key in own}
+    plain = plain_keys(state_dict.items(), "the state dict")
+    return {names.get(key, key): value for key, value in spell_as(names, plain).items()}

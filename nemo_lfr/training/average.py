@@ -1,0 +1,41 @@
+"""Exponential moving average of weights."""
+
+import torch
+
+
+class Average:
+    """Exponential moving average of a module's parameters.
+
+    Args:
+        module: module whose parameters are averaged.
+        decay: share of the old average that each update keeps. The first updates keep less, so that the initial
+            weights do not dominate.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.weights = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Update the average with the module's current parameters."""
+        self.count += 1
+        decay = min(self.decay, self.count / (self.count + 50))
+        self._move(module)
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
+
+    def swap(self, module: torch.nn.Module) -> None:
+        """Exchange the averaged weights and the module's; a second call restores both."""
+        self._move(module)
+        for index, parameter in enumerate(module.parameters()):
+            parameter.data, self.weights[index] = self.weights[index], parameter.data
+
+    def _move(self, module: torch.nn.Module) -> None:
+        """Move the averaged weights to the device of the module.
+
+        A checkpoint is loaded before the model moves to its GPU.
+        """
+        with torch.inference_mode(False):  # the first call may be during validation
+            pairs = zip(self.weights, module.parameters(), strict=True)
+            self.weights = [weight.to(parameter.device) for weight, parameter in pairs]

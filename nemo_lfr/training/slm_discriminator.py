@@ -1,0 +1,67 @@
+"""Discriminator of WavLM's hidden states ("SLM")."""
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from nemo_lfr.signal.spectra import Spectra
+from nemo_lfr.training.audio_discriminator import AudioDiscriminator, DiscriminatorOutput, Views
+from nemo_lfr.training.wavlm import WavLM
+
+
+class SLMDiscriminator(AudioDiscriminator):
+    """Discriminator of all hidden states of a frozen WavLM.
+
+    See StyleTTS 2 (arXiv 2306.07691) and arXiv 2409.12117.
+
+    Args:
+        slm_model_name: Hub id of the WavLM model, or a folder that contains it.
+        slm_sr: sample rate of the model, Hz.
+        input_sr: sample rate of the audio, Hz.
+        slm_hidden: hidden size of the model.
+        slm_layers: number of hidden states: one per layer, and the input of the first layer.
+        initial_channel: channels of the discriminator's first layer.
+        use_spectral_norm: whether to use spectral norm instead of weight norm.
+    """
+
+    def __init__(
+        self,
+        slm_model_name: str = "microsoft/wavlm-base-plus",
+        slm_sr: int = 16000,
+        input_sr: int = 22050,
+        slm_hidden: int = 768,
+        slm_layers: int = 13,
+        initial_channel: int = 64,
+        use_spectral_norm: bool = False,
+    ) -> None:
+        from nemo.collections.audio.parts.utils.transforms import Resample
+
+        super().__init__()
+        self.resample = Resample(orig_freq=input_sr, new_freq=slm_sr)
+        norm = nn.utils.spectral_norm if use_spectral_norm else weight_norm
+        self.slm = WavLM(slm_model_name, slm_hidden, slm_layers)
+        width = initial_channel
+        self.pre = norm(nn.Conv1d(slm_hidden * slm_layers, width, 1))
+        self.convs = nn.ModuleList(
+            norm(nn.Conv1d(inputs, outputs, 5, padding=2))
+            for inputs, outputs in ((width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width))
+        )
+        self.conv_post = norm(nn.Conv1d(4 * width, 1, 3, padding=1))
+
+    @property
+    def num_networks(self) -> int:
+        """Return 1: all hidden states form one view."""
+        return 1
+
+    def preprocess(self, audio: Spectra) -> Views:
+        """Return the hidden states of WavLM, [B, slm_layers * slm_hidden, frames]."""
+        return [self.slm(self.resample(audio.audio))]
+
+    def score(self, views: Views) -> DiscriminatorOutput:
+        """Score the hidden states."""
+        hidden = self.pre(views[0])
+        feature_maps = []
+        for conv in self.convs:
+            hidden = F.leaky_relu(conv(hidden), 0.1)
+            feature_maps.append(hidden.unsqueeze(-1))
+        return [self.conv_post(hidden)], [feature_maps]
