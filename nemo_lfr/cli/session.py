@@ -54,7 +54,7 @@ class Session:
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)
         for record in failures[:shown]:
-            echo_stderr(f"nemo-lfr: error: {_named(record)}")
+            echo_stderr(f"nemo-lfr: error: {record['error']}")
         if len(failures) > shown > 0:
             echo_stderr(f"nemo-lfr: {len(failures) - shown} more failed{see and f'; see {see}'}.")
         if failures and total > 1:
@@ -95,11 +95,6 @@ def fail(source: object, error: BaseException) -> None:
     """
     logger.debug("%s", source, exc_info=error)
     current().failures.append(failure(source, error))
-
-
-def _named(record: Failure) -> str:
-    """Return a record's message, with the input in front unless the message names it."""
-    return record["error"] if record["input"] in record["error"] else f"{record['input']}: {record['error']}"
 
 
 def print_json(values: Any) -> None:

@@ -214,7 +214,7 @@ def test_a_journal_that_is_a_link_is_not_followed(name, command, tmp_path, capsy
     journal.unlink(missing_ok=True)
     journal.symlink_to(victim)
     code, _, err = run(capsys, *command(name, out))
-    assert code in (1, 2) and "is a link, which is not followed" in complaints(err)[0]
+    assert code == (2 if name == "prepare" else 1) and "is a link, which is not followed" in complaints(err)[0]
     assert victim.read_text() == "precious"
 
 
@@ -244,15 +244,15 @@ def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command,
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("info --json >/dev/full", 2, "nemo-lfr: error: stdout: No space left on device.\n"),
+        ("info --json --quiet >/dev/full", 1, "nemo-lfr: error: stdout: No space left on device.\n"),
         (
             "encode {audio}/b/1.wav - --model {model} >/dev/full",
-            2,
+            1,
             "nemo-lfr: error: stdout: No space left on device.\n",
         ),
         (
             "decode {tokens}/b/1.lfr - --model {model} >/dev/full",
-            2,
+            1,
             "nemo-lfr: error: stdout: No space left on device.\n",
         ),
         ("encode {audio}/b/1.wav --model {model} --out {out} 2>/dev/full", 0, ""),
