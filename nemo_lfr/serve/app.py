@@ -1,4 +1,4 @@
-"""The web application: routes, access control, and descriptions of the API.
+"""ASGI application of the server: routes and access control.
 
 `create_app` returns an ASGI application, which any ASGI server or Ray Serve can run.
 """
@@ -36,9 +36,10 @@ class Settings:
     Attributes:
         engine: limits of the engine.
         stream: limits of each WebSocket stream.
-        max_body_bytes: size of a file that is posted.
-        token: clients must send it as `Authorization: Bearer TOKEN` or as the parameter `token`; None admits everyone.
-        origins: web pages of other origins that may connect, such as "https://example.org".
+        max_body_bytes: maximum size of a request body, in bytes.
+        token: access token, which clients send as `Authorization: Bearer TOKEN` or as the URL parameter `token`; None
+            to admit all clients.
+        origins: additional origins whose web pages may connect, such as "https://example.org".
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
@@ -49,13 +50,16 @@ class Settings:
 
 
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
-    """Return the application.
+    """Create the ASGI application that serves a codec.
 
-    Its `state.engine` is the engine of its codec; the application closes it at shutdown.
+    This starts the engine's thread. The application closes the engine at shutdown.
 
     Args:
-        codec: a PyTorch codec.
-        settings: limits and access control.
+        codec: PyTorch codec.
+        settings: limits and access control; the defaults of `Settings` if None.
+
+    Returns:
+        The application; its `state.engine` is the `Engine`.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -123,7 +127,7 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 
 async def _report(_: Request, error: Exception) -> Response:
-    """Return an error of ours as JSON."""
+    """Convert a `NemoLfrError` to a JSON response with status 400, 413 or 503."""
     status = 400
     if isinstance(error, OverloadedError):
         status = 503
@@ -134,16 +138,19 @@ async def _report(_: Request, error: Exception) -> Response:
 
 
 class _Admission:
-    """Middleware that checks the token, and the origin of requests that web pages make.
+    """Middleware that checks the access token and the `Origin` header.
 
-    Without the second check, any web page that a user opens could use a server on that user's machine.
+    Without the origin check, any web page that a user opens could use a server on that user's machine.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass an admitted connection on, and refuse others with 401 or 403."""
+        """Pass admitted connections on and refuse others.
+
+        A request is refused with status 401 or 403, a WebSocket with close code 1008. `/health` is always admitted.
+        """
         if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
             await self._app(scope, receive, send)
             return

@@ -1,11 +1,11 @@
 """Continuous batching of live streams.
 
-One thread owns the network. At each step it takes the streams that have input, the most urgent first, and advances
-them as one batch. Results equal those of each stream alone, whatever the other streams do: `push_encoders` and
-`push_decoders` guarantee it.
+One thread runs the network. At each step it selects the most urgent stream that has input and other streams of the
+same kind, and advances them as one batch. `push_encoders` and `push_decoders` guarantee that each stream gets the
+results that it would get alone.
 
-Memory is bounded: `Session.feed` waits while a stream has more unprocessed input than its limit, and a stream whose
-results are not collected is not advanced.
+Memory is bounded: `Session.feed` waits while a stream has too much unprocessed input, and a stream with too many
+uncollected results is not advanced.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from nemo_lfr.errors import NemoLfrError
 
 
 class OverloadedError(NemoLfrError):
-    """The server has as many streams as it accepts, or is shutting down."""
+    """Error for a new stream when the engine is full or shutting down."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class EngineLimits:
     """Limits of an engine.
 
     Attributes:
-        max_streams: live streams at the same time.
-        max_batch: streams that one step advances.
-        chunk_frames: frames of one stream that one step advances. Larger chunks need less computation and let other
-            streams wait longer.
-        max_pending_s: seconds of unprocessed input of a stream; `Session.feed` waits until there is less.
-        max_uncollected_s: seconds of results that a stream keeps before it is no longer advanced.
+        max_streams: maximum number of open sessions, including background sessions for files.
+        max_batch: maximum number of streams per step.
+        chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
+            other streams wait longer. The chunks of `ramp` do not depend on it.
+        max_pending_s: unprocessed input of one stream, in seconds, above which `Session.feed` waits.
+        max_uncollected_s: uncollected results of one stream, in seconds, above which it is not advanced.
     """
 
     max_streams: int = 64
@@ -54,8 +54,8 @@ class Step:
 
     Attributes:
         kind: "encode" or "decode".
-        num_streams: streams in the batch.
-        num_frames: frames of all streams together.
+        num_streams: number of streams in the batch.
+        num_frames: total number of input frames of these streams.
         seconds: duration of the step.
     """
 
@@ -66,11 +66,13 @@ class Step:
 
 
 class Session:
-    """One live stream of an engine, used from one asyncio task.
+    """One recording in an engine; used from a single event loop.
+
+    One task may feed the session while another collects its results.
 
     Attributes:
         kind: "encode" or "decode".
-        first_result_s: seconds from the first input to the first result; None before that.
+        first_result_s: seconds from the first input to the first result; None before the first result.
     """
 
     def __init__(
@@ -85,34 +87,34 @@ class Session:
         self._room.set()
         # The attributes below are guarded by the engine's lock.
         self._pending: deque[np.ndarray] = deque()
-        self._num_pending = 0  # items of the input that are not processed
-        self._num_uncollected = 0  # items of the output that were not collected
+        self._num_pending = 0  # unprocessed input: samples of an encoder, frames of a decoder
+        self._num_uncollected = 0  # uncollected output: frames of an encoder, samples of a decoder
         self._ramp = deque(ramp)  # frames of the next chunks
         self._started: float | None = None
-        self._played_until: float | None = None  # when the audio so far will have been played
+        self._played_until: float | None = None  # time at which playback of the results so far ends
         self._ended = self._finished = False
         self._num_samples: int | None = None
 
     @property
     def delay_frames(self) -> int:
-        """Frames of lookahead that results wait for."""
+        """Number of frames of right context that each result waits for."""
         return self._stream.delay_frames
 
     @property
     def _frame(self) -> int:
-        """Items of a frame of the input."""
+        """Number of input items per frame."""
         return self._engine.codec.samples_per_frame if self.kind == "encode" else 1
 
     @property
     def _frame_out(self) -> int:
-        """Items of a frame of the output."""
+        """Number of output items per frame."""
         return 1 if self.kind == "encode" else self._engine.codec.samples_per_frame
 
     async def feed(self, items: np.ndarray) -> None:
-        """Queue input, and wait while too much of it is unprocessed.
+        """Queue input, then wait while too much of it is unprocessed.
 
         Args:
-            items: valid samples [n] or tokens [C, k] of this stream's codec.
+            items: samples [n] at the codec's sample rate, or tokens [C, k]. The caller has validated them.
         """
         with self._engine._changed:
             self._started = self._started or time.monotonic()
@@ -127,17 +129,21 @@ class Session:
         """Mark the end of the input.
 
         Args:
-            num_samples: for a decoder, the length of the original recording; None for whole frames.
+            num_samples: for a decoder, the length of the original recording in samples, to which the audio is trimmed;
+                None for complete frames. Encoders ignore it.
         """
         with self._engine._changed:
             self._ended, self._num_samples = True, num_samples
             self._engine._changed.notify()
 
     async def collect(self) -> np.ndarray | None:
-        """Return the next result, tokens [C, k] or samples [n], or None after the last one.
+        """Wait for the next result and return it.
+
+        Returns:
+            Tokens [C, k] or float32 samples [n]; None after the last result.
 
         Raises:
-            NemoLfrError: the input cannot be encoded or decoded.
+            NemoLfrError: if the input cannot be encoded or decoded.
         """
         result = await self._results.get()
         if isinstance(result, BaseException):
@@ -149,7 +155,7 @@ class Session:
         return result
 
     def empty_result(self) -> np.ndarray:
-        """Return a result without frames: tokens [C, 0] or samples [0]."""
+        """Return an empty result: int32 tokens [C, 0] or float32 samples [0]."""
         if self.kind == "decode":
             return np.zeros(0, np.float32)
         return np.zeros((self._engine.codec.num_codebooks, 0), np.int32)
@@ -170,13 +176,13 @@ class Session:
         return self._ramp[0] if self._ramp else 1
 
     def _urgency(self) -> float:
-        """Return the time at which this stream needs a result; background streams come last."""
+        """Return the time at which this stream needs a result; infinity for background sessions."""
         if not self._live:
             return float("inf")
         return self._played_until or self._started or 0.0
 
     def _take(self) -> np.ndarray:
-        """Remove and return the next chunk of the input."""
+        """Remove and return the next chunk of the input, samples [n] or tokens [C, k]."""
         frames = self._ramp.popleft() if self._ramp else self._engine.limits.chunk_frames
         wanted = frames * self._frame
         pieces: list[np.ndarray] = []
@@ -217,21 +223,23 @@ class Session:
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the event loop was closed; nobody waits for this stream
+        except RuntimeError:  # the event loop is closed, so nothing waits for this stream
             self._finished = True
 
 
 class Engine:
-    """Encode and decode all live streams of one codec in a thread.
+    """Engine that encodes and decodes the sessions of one codec in a thread.
+
+    The constructor starts the thread, and `close` stops it.
 
     Args:
-        codec: a PyTorch codec; it may be used elsewhere as well.
-        limits: see `EngineLimits`.
-        on_step: called after each step, from the engine's thread.
+        codec: PyTorch codec; other threads may use it at the same time.
+        limits: limits of the engine; the defaults of `EngineLimits` if None.
+        on_step: function that the engine's thread calls after each step.
 
     Attributes:
-        draining: whether new streams are refused.
-        num_opened: streams that were opened so far.
+        draining: whether new sessions are refused. A server sets it to shut down.
+        num_opened: number of sessions opened so far.
     """
 
     def __init__(
@@ -253,14 +261,18 @@ class Engine:
 
     @contextmanager
     def encoder(self, lookahead: int | None = None, *, live: bool = True) -> Iterator[Session]:
-        """Open an encoder for one recording.
+        """Open a session that encodes one recording; it ends with the context.
 
         Args:
-            lookahead: see `Codec.stream_encoder`.
-            live: False for work that waits for all live streams.
+            lookahead: frames of right context, see `Codec.stream_encoder`.
+            live: whether the session is a live stream. Background sessions wait for all live streams.
+
+        Yields:
+            The session, for samples [n] at the codec's sample rate.
 
         Raises:
-            OverloadedError: there are `max_streams` streams, or the engine is draining.
+            OverloadedError: if the engine has `max_streams` sessions or is draining.
+            NemoLfrError: if `lookahead` is invalid, or streams of the codec's backend cannot be batched.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
 
@@ -268,12 +280,20 @@ class Engine:
     def decoder(
         self, lookahead: int | None = None, *, ramp: Sequence[int] = (), live: bool = True
     ) -> Iterator[Session]:
-        """Open a decoder for one recording; see `encoder`.
+        """Open a session that decodes one recording; it ends with the context.
 
         Args:
-            lookahead: see `Codec.stream_decoder`.
-            ramp: frames of the first chunks, for example (1, 2, 4): each waits until so many frames have arrived.
-            live: False for work that waits for all live streams.
+            lookahead: frames of right context, see `Codec.stream_decoder`.
+            ramp: number of frames of each of the first chunks, such as (1, 2, 4). A chunk waits until all of its
+                frames have arrived.
+            live: whether the session is a live stream. Background sessions wait for all live streams.
+
+        Yields:
+            The session, for tokens [C, k].
+
+        Raises:
+            OverloadedError: as for `encoder`.
+            NemoLfrError: as for `encoder`.
         """
         yield from self._open(lambda: self.codec.stream_decoder(lookahead), tuple(ramp), live)
 
@@ -298,7 +318,7 @@ class Engine:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread; open sessions get no further results."""
+        """Stop the thread after its current step; open sessions get no further results."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -315,7 +335,10 @@ class Engine:
             self._advance(batch, chunks)
 
     def _choose(self) -> list[Session]:
-        """Return the streams to advance: the most urgent one, and others of its kind."""
+        """Return the streams of the next step: the most urgent one and others of its kind.
+
+        Background sessions are chosen only if no live stream is ready.
+        """
         ready = sorted((session for session in self._sessions if session._ready()), key=Session._urgency)
         if ready and ready[0]._live:
             ready = [session for session in ready if session._live]
@@ -342,7 +365,10 @@ class Engine:
 
     @staticmethod
     def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:
-        """Push to all streams; if that fails, to each alone, so that only the cause of the error fails."""
+        """Push chunks to all streams, and return a result or an exception for each.
+
+        If the batch fails, each stream is advanced alone, so that only the streams with an error end.
+        """
         push: Callable[..., list[np.ndarray]] = push_encoders if batch[0].kind == "encode" else push_decoders
         streams = [session._stream for session in batch]
         try:

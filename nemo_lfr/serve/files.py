@@ -1,6 +1,7 @@
 """Whole files over HTTP: `POST /v1/encode` and `POST /v1/decode`.
 
-Files pass through the engine as background streams, so live streams go first and the results are the same.
+The engine processes files as background sessions, which wait for all live streams. Results equal those of a live
+stream.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, End, ProtocolErro
 
 T = TypeVar("T")
 
-OPUS_RATE = 24000  # Hz; Opus has 8, 12, 16, 24 and 48 kHz
+OPUS_RATE = 24000  # Hz; Opus supports 8, 12, 16, 24 and 48 kHz
 _FORMATS: dict[str, tuple[str, str, str]] = {
     "wav": ("WAV", "PCM_16", "audio/wav"),
     "flac": ("FLAC", "PCM_16", "audio/flac"),
@@ -37,14 +38,18 @@ async def encode_file(request: Request, engine: Engine, max_bytes: int) -> Respo
     """Encode the audio file in the body to a token file, or to JSON.
 
     Args:
-        request: `format` is lfr (default) or json.
-        engine: encodes.
-        max_bytes: limit of the body.
+        request: request whose URL parameter `format` is "lfr" (default) or "json".
+        engine: engine that encodes the audio.
+        max_bytes: maximum size of the body, in bytes.
+
+    Returns:
+        The token file; or JSON with `tokens` as a list of frames, `num_samples`, `sample_rate` and
+        `samples_per_frame`.
 
     Raises:
-        ProtocolError: the body is too large, or a parameter is invalid.
-        NemoLfrError: the audio cannot be read or encoded.
-        OverloadedError: the engine is full.
+        ProtocolError: if the body is too large, or a parameter is invalid.
+        OverloadedError: if the engine has no room for another session.
+        NemoLfrError: if the audio cannot be read or encoded.
     """
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", ("lfr", "json"))
@@ -68,14 +73,18 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int) -> Respo
     """Decode the token file in the body, or JSON with `tokens`, to an audio file.
 
     Args:
-        request: `format` is wav (default), flac or opus; the content type of JSON is application/json.
-        engine: decodes.
-        max_bytes: limit of the body.
+        request: request whose URL parameter `format` is "wav" (default), "flac" or "opus". A JSON body has the content
+            type `application/json`.
+        engine: engine that decodes the tokens.
+        max_bytes: maximum size of the body, in bytes.
+
+    Returns:
+        The audio file at the codec's sample rate, or at 24 kHz for Opus. Samples are clipped to [-1, 1].
 
     Raises:
-        ProtocolError: the body is too large, or a parameter is invalid.
-        NemoLfrError: the tokens cannot be read or decoded.
-        OverloadedError: the engine is full.
+        ProtocolError: if the body is too large, or a parameter or the JSON is invalid.
+        OverloadedError: if the engine has no room for another session.
+        NemoLfrError: if the tokens cannot be read or decoded.
     """
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", tuple(_FORMATS))
@@ -126,7 +135,16 @@ def _rates(engine: Engine) -> dict[str, Any]:
 
 
 async def _through(session: Any, pieces: AsyncIterator[np.ndarray], num_samples: int | None = None) -> np.ndarray:
-    """Pass all pieces through a session, and return the concatenated results."""
+    """Feed all pieces to a session and return the concatenated results.
+
+    Args:
+        session: session to feed and to end.
+        pieces: samples [n] or tokens [C, k].
+        num_samples: for a decoder, the length of the original recording; None for complete frames.
+
+    Returns:
+        Tokens [C, T] or samples [T_audio].
+    """
 
     async def feed() -> None:
         async for piece in pieces:
@@ -156,7 +174,7 @@ async def _through(session: Any, pieces: AsyncIterator[np.ndarray], num_samples:
 
 
 async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Run a blocking iterator in threads."""
+    """Yield the items of a blocking iterator, which runs in worker threads."""
     end = object()
     step: Callable[..., Any] = next
     while (item := await asyncio.to_thread(step, iterator, end)) is not end:
@@ -165,10 +183,11 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
 
 @asynccontextmanager
 async def _spooled(request: Request, max_bytes: int) -> AsyncIterator[Path]:
-    """Write the body to a temporary file.
+    """Write the body to a temporary file and yield its path.
 
     Raises:
-        ProtocolError: it has more than `max_bytes`.
+        ProtocolError: if the body has more than `max_bytes` bytes.
+        NemoLfrError: if the body is empty.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(folder, "body")

@@ -8,7 +8,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
-    """Metrics of one engine, in a registry of their own."""
+    """Metrics of one engine, in a separate registry."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -30,20 +30,20 @@ class Metrics:
         )
 
     def watch(self, engine: Engine) -> None:
-        """Report the number of open streams of an engine."""
+        """Report an engine's open sessions, both live streams and files."""
         self._live.set_function(lambda: len(engine))
 
     def on_step(self, step: Step) -> None:
-        """Count a step of the engine."""
+        """Record the frames, batch size and duration of an engine's step."""
         self._frames.labels(step.kind).inc(step.num_frames)
         self._batch.observe(step.num_streams)
         self._step.observe(step.seconds)
 
     def on_close(self, session: Session | None, kind: str, code: int) -> None:
-        """Count a stream that ended.
+        """Record the end of a WebSocket stream.
 
         Args:
-            session: the stream; None if it was not admitted.
+            session: session of the stream; None if it was not admitted.
             kind: "encode" or "decode".
             code: WebSocket close code.
         """
@@ -52,5 +52,5 @@ class Metrics:
             self._first.labels(kind).observe(session.first_result_s)
 
     def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)

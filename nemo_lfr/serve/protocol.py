@@ -1,7 +1,8 @@
 """Messages of the WebSocket streams, version 1; docs/guides/serving.md is the specification.
 
-A stream is one recording. Binary messages carry samples or tokens, little-endian; text messages are JSON objects with
-a `type`. Parsing validates everything, so that a bad message ends its own stream only.
+Each stream carries one recording. Binary messages hold little-endian samples or tokens. Text messages are JSON objects
+that hold either `tokens` or the `type` of a control message. Parsing validates every message, so an invalid one ends
+only its own stream.
 """
 
 import json
@@ -21,20 +22,24 @@ MAX_CHUNK = 64  # frames
 
 
 class CloseCode(IntEnum):
-    """WebSocket close codes of RFC 6455 that the server uses, and why."""
+    """WebSocket close codes of the server, from RFC 6455 and IANA's registry."""
 
     DONE = 1000
-    GONE = 1001  # never sent: the client closed the connection
-    INVALID = 1007  # a message or a parameter that this stream cannot take
-    POLICY = 1008  # wrong token or origin, idle for too long, or results that are not collected
-    TOO_BIG = 1009  # a message, or a recording, above the limit
-    FAULT = 1011
+    GONE = 1001  # counted in metrics but never sent: the client closed the connection
+    INVALID = 1007  # invalid message or parameter
+    POLICY = 1008  # wrong token or origin, client idle for too long, or results not read in time
+    TOO_BIG = 1009  # message or recording above its limit
+    FAULT = 1011  # unexpected error in the server
     RESTART = 1012  # the server is shutting down
-    OVERLOADED = 1013  # try again later
+    OVERLOADED = 1013  # too many streams; try again later
 
 
 class ProtocolError(NemoLfrError):
-    """Message or parameter that ends a stream.
+    """Error that ends a stream or rejects a request.
+
+    Args:
+        message: reason for the client.
+        code: close code of the stream. HTTP requests get status 413 for `TOO_BIG` and 400 for other codes.
 
     Attributes:
         code: the close code.
@@ -47,20 +52,27 @@ class ProtocolError(NemoLfrError):
 
 @dataclass(frozen=True)
 class End:
-    """End of the input.
+    """Message that ends the input of a stream.
 
     Attributes:
-        num_samples: length of the original recording, if the client knows it.
+        num_samples: length of the original recording in samples; None if the client did not send it.
     """
 
     num_samples: int | None = None
 
 
 def integer(query: Mapping[str, str], name: str, default: int | None, low: int, high: int) -> int | None:
-    """Return an integer parameter of a URL.
+    """Return an integer parameter of a URL, or `default` if it is absent.
+
+    Args:
+        query: parameters of the URL.
+        name: name of the parameter.
+        default: value of an absent parameter.
+        low: smallest valid value.
+        high: largest valid value.
 
     Raises:
-        ProtocolError: it is not an integer from `low` to `high`.
+        ProtocolError: if the parameter is not an integer from `low` to `high`.
     """
     text = query.get(name)
     if text is None:
@@ -71,10 +83,10 @@ def integer(query: Mapping[str, str], name: str, default: int | None, low: int, 
 
 
 def choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
-    """Return a parameter of a URL that is one of `choices`; the first is the default.
+    """Return a URL parameter that must be one of `choices`; the first is the default.
 
     Raises:
-        ProtocolError: it is another value.
+        ProtocolError: if the parameter has another value.
     """
     text = query.get(name, choices[0])
     if text not in choices:
@@ -83,10 +95,16 @@ def choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str
 
 
 def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the frames of a decoder's first chunks from the parameter `ramp`, such as `1,2,4`.
+    """Return the sizes of a decoder's first chunks from the URL parameter `ramp`.
+
+    Args:
+        query: parameters of the URL, such as `{"ramp": "1,2,4"}`.
+
+    Returns:
+        The number of frames of each chunk; empty if the parameter is absent.
 
     Raises:
-        ProtocolError: it is not a list of at most `MAX_RAMP` integers from 1 to `MAX_CHUNK`.
+        ProtocolError: if the parameter is not a list of at most `MAX_RAMP` integers from 1 to `MAX_CHUNK`.
     """
     text = query.get("ramp", "")
     names = text.split(",") if text else []
@@ -97,10 +115,10 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def check_names(query: Mapping[str, str], names: set[str]) -> None:
-    """Check that a URL has no unknown parameter.
+    """Reject a URL that has a parameter outside `names`.
 
     Raises:
-        ProtocolError: it has one.
+        ProtocolError: if a parameter is unknown. The message lists the known ones.
     """
     for name in query:
         if name not in names:
@@ -118,14 +136,14 @@ def _parse_text(text: str) -> dict[str, Any]:
 
 
 class DecodeProtocol:
-    """Messages of `/v1/decode/stream`.
+    """Parser and formatter of the messages of `/v1/decode/stream`.
 
     Args:
-        codec: determines codebooks and rates.
+        codec: codec of the server.
         query: parameters of the URL.
 
     Raises:
-        ProtocolError: an invalid parameter.
+        ProtocolError: if a parameter is invalid.
     """
 
     kind = "decode"
@@ -138,10 +156,16 @@ class DecodeProtocol:
         self.ramp = ramp(query)
 
     def parse(self, message: bytes | str) -> np.ndarray | End:
-        """Return the tokens [C, k] of a message, or the end.
+        """Parse a message of tokens or the end of the input.
+
+        Args:
+            message: int16 tokens, frame by frame, or JSON text.
+
+        Returns:
+            Tokens in [0, codebook_size), int64, shape [C, k], where k may be 0; or `End`.
 
         Raises:
-            ProtocolError: the message is not valid.
+            ProtocolError: if the message is invalid.
         """
         count, size = self.codec.num_codebooks, self.codec.codebook_size
         if isinstance(message, bytes):
@@ -179,7 +203,7 @@ class DecodeProtocol:
             raise ProtocolError("tokens are outside the codebook.") from None
 
     def format(self, audio: np.ndarray) -> bytes:
-        """Return the message for samples [n]."""
+        """Return the binary message for samples [n], clipped to [-1, 1] if they are sent as int16."""
         if self.audio == "pcm_f32le":
             return audio.astype("<f4").tobytes()
         samples: np.ndarray = np.rint(audio.clip(-1, 1) * 32767).astype("<i2")
@@ -187,7 +211,18 @@ class DecodeProtocol:
 
 
 class EncodeProtocol:
-    """Messages of `/v1/encode/stream`; see `DecodeProtocol`."""
+    """Parser and formatter of the messages of `/v1/encode/stream`.
+
+    Args:
+        codec: codec of the server.
+        query: parameters of the URL.
+
+    Attributes:
+        sample_rate: sample rate of the client's audio, Hz.
+
+    Raises:
+        ProtocolError: if a parameter is invalid.
+    """
 
     kind = "encode"
 
@@ -203,10 +238,16 @@ class EncodeProtocol:
         self.sample_rate = rate
 
     def parse(self, message: bytes | str) -> np.ndarray | End:
-        """Return the samples [n] of a message as float32, or the end.
+        """Parse a message of samples or the end of the input.
+
+        Args:
+            message: samples in the format of the parameter `audio`, or JSON text.
+
+        Returns:
+            Samples at `sample_rate`, float32, shape [n]; or `End`.
 
         Raises:
-            ProtocolError: the message is not valid.
+            ProtocolError: if the message is invalid.
         """
         if isinstance(message, str):
             if _parse_text(message).get("type") != "end":
@@ -225,7 +266,7 @@ class EncodeProtocol:
         return samples
 
     def format(self, tokens: np.ndarray) -> bytes | str:
-        """Return the message for tokens [C, k], frame by frame."""
+        """Return the message for tokens [C, k], as JSON or as int16, frame by frame."""
         if self.tokens == "json":
             return json.dumps({"tokens": tokens.T.tolist()})
         return np.ascontiguousarray(tokens.T).astype("<i2").tobytes()

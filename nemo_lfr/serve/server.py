@@ -1,4 +1,4 @@
-"""Run the application with uvicorn, and drain it on SIGTERM and SIGINT."""
+"""uvicorn server for the application, which drains open streams on SIGTERM and SIGINT."""
 
 import asyncio
 import socket
@@ -17,27 +17,27 @@ _POLL_S = 0.1
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, which cuts off a client that does not read.
+    """WebSocket protocol of uvicorn that disconnects clients that stop reading.
 
-    uvicorn would wait indefinitely for such a client, even after the application has closed the stream: the close
-    frame waits behind unread data.
+    uvicorn itself waits indefinitely for such a client, even after the application has closed the stream, because the
+    close frame is queued behind unread data.
     """
 
     send_s = 20.0
     _cutoff: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Start the time limit: the client has not read enough for the buffer to empty."""
+        """Start the time limit of `send_s` seconds when the write buffer is full."""
         super().pause_writing()
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """End the time limit."""
+        """Cancel the time limit when the client has read enough."""
         self._end_cutoff()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the time limit."""
+        """Cancel the time limit of a closed connection."""
         self._end_cutoff()
         super().connection_lost(exc)
 
@@ -48,10 +48,15 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn server that lets open streams end before it stops.
+    """uvicorn server that waits for open streams before it stops.
 
-    At the first signal, `/health` answers 503 and new streams are refused; streams that are open may go on for
-    `drain_s` seconds and are then closed with code 1012. A second signal stops the server at once.
+    After the first signal, `/health` returns 503 and new streams are refused. Open streams have `drain_s` seconds to
+    end and are then closed with code 1012. A second signal skips the rest of this wait.
+
+    Args:
+        config: uvicorn's settings.
+        app: application returned by `create_app`.
+        drain_s: maximum time that open streams have to end, in seconds.
     """
 
     def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
@@ -60,7 +65,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start to drain, or stop at the second signal."""
+        """Start draining at the first signal, and stop at the second one."""
         if self._draining is not None or self._loop is None:
             super().handle_exit(sig, frame)
             return
@@ -80,19 +85,19 @@ class Server(uvicorn.Server):
     _loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Remember the event loop, for `handle_exit`."""
+        """Start the server, and store its event loop for `handle_exit`."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
 
 def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's settings for an application."""
+    """Return uvicorn's configuration for an application with these limits."""
     websockets = type("WebSockets", (_WebSockets,), {"send_s": settings.stream.send_s})
     return uvicorn.Config(
         app,
         log_level="warning",
         ws=websockets,
-        ws_max_size=settings.stream.max_message_bytes * 2,  # larger messages are refused by uvicorn itself
+        ws_max_size=settings.stream.max_message_bytes * 2,  # uvicorn itself rejects larger messages
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
     )
@@ -106,18 +111,21 @@ def run(
     drain_s: float = 30.0,
     on_start: Callable[[str], None] | None = None,
 ) -> str:
-    """Serve until SIGTERM or SIGINT, and return the address at which it served.
+    """Serve an application until SIGTERM or SIGINT.
 
     Args:
-        app: the result of `create_app`.
+        app: application returned by `create_app`.
         host: address to bind.
         port: TCP port; 0 for a free one.
-        settings: of the application.
-        drain_s: seconds that open streams have after the first signal.
-        on_start: called with the address when it is bound.
+        settings: settings of the application.
+        drain_s: maximum time that open streams have to end after the first signal, in seconds.
+        on_start: function called with the server's URL after the address is bound.
+
+    Returns:
+        The URL of the server.
 
     Raises:
-        NemoLfrError: the address cannot be bound.
+        NemoLfrError: if the address cannot be bound.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -130,6 +138,6 @@ def run(
     url = f"http://{name}:{bound.getsockname()[1]}"
     if on_start:
         on_start(url)
-    with bound, suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received once it has stopped
+    with bound, suppress(KeyboardInterrupt):  # after it has stopped, uvicorn re-raises the signals it received
         Server(server_config(app, settings), app, drain_s).run(sockets=[bound])
     return url

@@ -1,8 +1,8 @@
 """WebSocket streams: `/v1/encode/stream` and `/v1/decode/stream`.
 
-A stream has two tasks. One reads messages into the engine and stops reading while the engine has enough input; the
-other sends the results and does not collect more while the client does not read. So a slow client holds a bounded
-amount of memory, and is disconnected after a while.
+Each stream has two tasks. The reader passes messages to the engine and pauses while the engine has enough input. The
+writer sends results and pauses while the client does not read. A slow client therefore occupies a bounded amount of
+memory. It is disconnected after `StreamLimits.send_s`.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ class StreamLimits:
     """Limits of a WebSocket stream.
 
     Attributes:
-        idle_s: seconds without a message before the input ended.
-        send_s: seconds that the client may take to receive a message.
-        max_seconds: duration of a recording.
-        max_message_bytes: size of a message.
+        idle_s: maximum time between two messages of the client before the end of its input, in seconds.
+        send_s: maximum time that the client may take to receive a message, in seconds.
+        max_seconds: maximum duration of a recording, in seconds.
+        max_message_bytes: maximum size of a message of the client: bytes, or characters of text.
     """
 
     idle_s: float = 60.0
@@ -51,11 +51,11 @@ async def serve_stream(
     """Serve one stream from the handshake to the close frame.
 
     Args:
-        websocket: the connection, not accepted yet.
-        protocol_of: `EncodeProtocol` or `DecodeProtocol`.
-        engine: encodes or decodes.
-        limits: see `StreamLimits`.
-        metrics: counts the stream when it ends.
+        websocket: the connection, before `accept`.
+        protocol_of: class of the stream's protocol, `EncodeProtocol` or `DecodeProtocol`.
+        engine: engine that encodes or decodes the stream.
+        limits: limits of the stream.
+        metrics: metrics that record the end of the stream.
     """
     await websocket.accept()
     kind = "encode" if protocol_of is EncodeProtocol else "decode"
@@ -103,7 +103,7 @@ def _ready(engine: Engine, session: Session) -> dict[str, Any]:
 
 
 async def _run(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
-    """Move messages in both directions until the recording has ended or one of them fails."""
+    """Transfer messages until the recording ends or one of the directions fails."""
     reader = asyncio.create_task(_receive_all(websocket, protocol, session, limits))
     writer = asyncio.create_task(_send_all(websocket, protocol, session, limits))
     try:
@@ -176,7 +176,10 @@ async def _send(sending: Any, limits: StreamLimits) -> None:
 
 
 async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
-    """Send the reason as a message, since a close frame holds only 123 bytes of it, and close."""
+    """Close the connection, after a message with the full reason of an error.
+
+    A close frame has room for a reason of 123 bytes only.
+    """
     if code != CloseCode.DONE:
         message = json.dumps({"type": "error", "code": int(code), "error": reason})
         await asyncio.wait_for(websocket.send_text(message), limits.send_s)
