@@ -1,4 +1,4 @@
-"""`accelerate`: this package's modules in a model that other code has loaded with NeMo."""
+"""Function `accelerate`, which installs this package's modules in a model loaded by NeMo."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from nemo_lfr.nemo.model import LFRCodecModel
 
 
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
-    """Replace the modules of a loaded NeMo `AudioCodecModel` with this package's.
+    """Replace the modules of a loaded NeMo `AudioCodecModel` by those of this package.
 
     Weights are kept: parameters stay the same objects, with their dtype, device and `requires_grad`. Wrappers that
     `torch.compile` or `DistributedDataParallel` put around these modules are removed.
@@ -28,7 +28,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         The same object.
 
     Raises:
-        ConfigError: if the model is not an `AudioCodecModel` of this codec family. The model is then unchanged.
+        ConfigError: if the model is not an `AudioCodecModel` of this codec family, or its modules do not match its
+            config. The model is then unchanged.
     """
     inner = unwrapped(model) if isinstance(model, torch.nn.Module) else model
     if isinstance(inner, LFRCodecModel):
@@ -53,8 +54,8 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         inner.init_codec_state(is_random=False, discriminator=kept)
         if has_discriminator:
             inner.discriminator = None
-        # Renew NeMo's proxy around this instance's `training_step`. Copies have no proxy; a function that a caller set
-        # is kept.
+        # Recreate NeMo's proxy around `training_step`, which wraps the method of the old class. Copies have no proxy
+        # yet. If a caller has set a function instead, keep it.
         if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
             del inner.training_step
         if "training_step" not in inner.__dict__:
@@ -64,6 +65,11 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
 
 def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.Module:
     """Build this package's module around the parameters of a NeMo module.
+
+    Args:
+        name: attribute of the module, such as "audio_encoder".
+        config: config section of the module.
+        stock: NeMo's module.
 
     Raises:
         ConfigError: if the NeMo module is not the one that the config describes.

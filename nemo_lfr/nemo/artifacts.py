@@ -18,7 +18,7 @@ RESOLUTION = (1024, 256, 1024)
 class SpectrogramGenerator(ArtifactGenerator):
     """Generator of spectrogram images, in dB, for the clips of `log_config`.
 
-    The originals are logged once, the reconstructions at every logging step.
+    Originals are logged once. Reconstructions are logged at every logging step.
     """
 
     def generate_artifacts(

@@ -11,7 +11,7 @@ from nemo_lfr.training.average import Average
 
 
 class WeightAveraging(BaseModel):
-    """Lightning hooks that validate, export and save the averaged weights."""
+    """Mixin of Lightning hooks that validate and save the averaged weights."""
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
@@ -19,7 +19,7 @@ class WeightAveraging(BaseModel):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use the moving average of the generator's weights within this context.
+        """Use the averaged weights of the encoder and decoder within this context.
 
         The context has no effect if the model keeps no average.
         """
@@ -40,7 +40,7 @@ class WeightAveraging(BaseModel):
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
         """Switch back to the trained weights."""
-        # `on_validation_end` would be too late: callbacks write checkpoints there before the model's own hook runs.
+        # Not in `on_validation_end`: callbacks write checkpoints there before the model's hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
         if self._average is not None:
             self._average.swap(self._generator)

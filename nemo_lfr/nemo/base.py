@@ -1,6 +1,6 @@
-"""What all parts of `LFRCodecModel` share: NeMo's model, and the attributes that this package adds to it.
+"""Base class of the mixins that make up `LFRCodecModel`.
 
-NeMo is imported here first, so that one that is missing or broken is reported in one line.
+Other modules import NeMo's classes from here, so that a missing or broken NeMo raises an error of one line.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
 
-    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns NeMo's types to the modules
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
@@ -46,16 +46,16 @@ __all__ = [
 ]
 
 DISCRIMINATOR = "discriminator."
-# Key of WavLM inside the SLM discriminator. NeMo 3.0 saves these frozen, public weights of 380 MB by mistake.
+# Key of WavLM in the SLM discriminator. NeMo 3.0 saves its frozen, public weights (380 MB) by mistake.
 WAVLM = ".slm_model.ssl_model."
 
 
 class BaseModel(NeMoAudioCodecModel):
-    """NeMo's model with the attributes of this package, for the classes that make up `LFRCodecModel`."""
+    """Base class of the mixins: NeMo's model and the attributes that this package adds."""
 
     cfg: DictConfig
     discriminator: AudioDiscriminator | None
-    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # with what it was made of
+    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # what it was built from, and the codec
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _metrics: AudioTerms | None
@@ -66,11 +66,11 @@ class BaseModel(NeMoAudioCodecModel):
     _restored_from: Path | None
 
     def init_codec_state(self, *, is_random: bool, discriminator: dict[str, torch.Tensor] | None = None) -> None:
-        """Set the attributes that this package adds, for a model that has not been trained.
+        """Initialize the attributes that this package adds.
 
         Args:
             is_random: whether the weights are random.
-            discriminator: weights of the discriminators, to keep until training builds them.
+            discriminator: discriminator weights by state-dict key, kept until training builds the discriminators.
         """
         self._unbuilt_discriminator = discriminator or {}
         self._losses = None

@@ -1,9 +1,9 @@
 """Iterators over NeMo and Lhotse manifests that skip malformed lines.
 
-A malformed line costs one clip instead of ending the training run. NeMo builds its data from configs of many forms
-(lists, weights, groups, buckets) and still does so here. The iterators that read lines are then located in the result,
-and each is changed to one of the classes below. NeMo alone reads the shards of its tar files; errors there name the
-malformed line.
+A malformed line costs one clip instead of ending the training run. NeMo still builds the data, since its configs have
+many forms (lists, weights, groups, buckets). `make_careful` then finds the iterators that read lines in NeMo's result
+and changes each to one of the classes below. Shards of NeMo's tar files are still read by NeMo's own iterator. If it
+cannot skip a malformed line, the error names that line.
 """
 
 import copy
@@ -47,7 +47,7 @@ def careful_iterators() -> Iterator[None]:
 def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple[Any, bool]:
     cuts_path = config.get("cuts_path")
     if config.get("input_cfg") is None and config.get("shar_path") is None and _is_json_lines(cuts_path):
-        # Equivalent to NeMo's code, except that Lhotse does not inspect the first line to guess the file's content.
+        # Equivalent to NeMo's code, except that Lhotse does not guess the file's content from its first line.
         cuts = CutSet(CarefulCuts(cuts_path)).map(partial(resolve_relative_paths, manifest_path=cuts_path))
         return cuts, False
     try:
@@ -73,7 +73,7 @@ def make_careful(root: Any) -> None:
         root: object to search; its iterators are changed in place.
     """
     seen: set[int] = set()
-    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # each with the line class of its manifest
+    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # pairs of an object and the line class for its manifest
     while waiting:
         item, lines = waiting.pop()
         if id(item) in seen:
@@ -96,10 +96,7 @@ def make_careful(root: Any) -> None:
 
 
 class CarefulLines(LazyJsonlIterator):
-    """JSON-lines iterator that skips lines that are not JSON objects.
-
-    Each skipped line is logged once.
-    """
+    """JSON-lines iterator that skips and logs lines that are not JSON objects."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (data for _, data in self.numbered())
@@ -108,7 +105,7 @@ class CarefulLines(LazyJsonlIterator):
         """Yield each line's number, counted from 1, and its JSON object.
 
         Raises:
-            ConfigError: if the file has lines but none is usable.
+            ConfigError: if the file has lines but none of them is a JSON object.
         """
         losses = _Losses(self.path)
         with open_best(self.path, "rb") as file:
@@ -127,7 +124,13 @@ class CarefulLines(LazyJsonlIterator):
         losses.check()
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
-        """Record and log a line that is skipped."""
+        """Record and log a skipped line.
+
+        Args:
+            losses: record of the skipped lines.
+            number: number of the line, counted from 1.
+            reason: why it is skipped.
+        """
         losses.add(f"line {number}", reason)
 
 
@@ -140,7 +143,11 @@ class StrictLines(CarefulLines):
     advice = "mend or remove it, and what belongs to it in the other files"
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
-        """Raise `ConfigError` for a malformed line."""
+        """Raise an error instead of skipping the line.
+
+        Raises:
+            ConfigError: always. The message names the file, the line and the reason.
+        """
         raise ConfigError(
             f"{self.path}, line {number}: {reason}; NeMo reads other files side by side with this manifest, so that "
             f"no line can be left out: {self.advice}."
@@ -150,7 +157,8 @@ class StrictLines(CarefulLines):
 class TarredLines(StrictLines):
     """JSON-lines iterator for the manifest of a tar file.
 
-    NeMo looks up an entry for each file of the tar, so a malformed line raises unless missing entries are allowed.
+    NeMo looks up an entry for each file in the tar file, so a malformed line is an error. Manifests whose missing
+    entries NeMo skips (`skip_missing_manifest_entries`) use `CarefulLines` instead.
     """
 
     advice = (
@@ -221,7 +229,7 @@ class CarefulShar(LazySharIterator):
     def can_replace(item: Any) -> bool:
         """Return whether all shard files are local.
 
-        Lhotse itself opens other files, such as those in cloud storage.
+        Lhotse's own iterator is kept for other files, such as those in cloud storage.
         """
         return all(Path(path).is_file() for shard in item.shards for path in shard.values())
 
@@ -245,7 +253,7 @@ class CarefulShar(LazySharIterator):
         paths = {field: Path(path) for field, path in shard.items()}
         cuts = paths.pop("cuts")
         losses = _Losses(cuts)
-        # The dataset decides whether to open audio at a URL.
+        # Allow URLs here; the dataset decides whether to read audio from one.
         for item in read_shar(cuts, paths, allow_url=True):
             if item.problem is None:
                 losses.used += 1
@@ -263,9 +271,15 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """Record of the lines skipped during one pass over a file.
+    """Record of the lines or cuts skipped during one pass over a file.
 
-    Each skipped line is logged once per process.
+    Each is logged once per process.
+
+    Args:
+        path: the file, for messages.
+
+    Attributes:
+        used: number of usable lines so far; the caller counts them.
     """
 
     def __init__(self, path: Any) -> None:

@@ -25,10 +25,11 @@ SMALLEST_QUANTIZER = {
 
 
 def checked_values(cfg: DictConfig) -> dict[str, Any]:
-    """Return `codec_values` of a config, after checking its losses.
+    """Return the config values that determine the codec, see `codec_values`.
 
     Raises:
-        ConfigError: for a loss that would open a file or access the network.
+        ConfigError: if the config enables a loss that would open a file or access the network, if a value cannot be
+            resolved, or if a key belongs to another codec family.
     """
     for key in ("use_scl_loss", "use_slm_loss"):
         if cfg.get(key):
@@ -42,10 +43,13 @@ def target_of(section: Any) -> str | None:
 
 
 def override_config(source: Any) -> DictConfig:
-    """Load the config that replaces a file's own, or its `model` section.
+    """Load a config that replaces the config of a checkpoint, with interpolations resolved.
+
+    Args:
+        source: path of a YAML file, or a config. If it has a `model` section, only that section is used.
 
     Raises:
-        ConfigError: if it is not a mapping, or names a component that cannot be imported.
+        ConfigError: if the config is not a mapping, or names a component that cannot be imported.
     """
     config = source if OmegaConf.is_config(source) else OmegaConf.load(source)
     if isinstance(config, DictConfig):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Attributes that copies do not have. NeMo wraps each instance's `training_step` in a proxy that cannot be copied or
+# Attributes that are not copied. NeMo wraps each instance's `training_step` in a proxy that cannot be copied or
 # pickled.
 _NOT_COPIED = ("_codec", "_fabric", "_trainer", "training_step")
 _NO_TRAINER = {"_trainer": None, "_fabric": None}
@@ -24,7 +24,7 @@ _DATA_LOADERS = ("_train_dl", "_validation_dl", "_test_dl")
 
 
 class Copies(BaseModel):
-    """Methods of `copy` and `pickle`. Copies have no trainer."""
+    """Mixin that supports `copy` and `pickle`. Copies have no trainer."""
 
     def __copy__(self) -> "Self":
         """Return a model that shares the weights of this one.

@@ -28,16 +28,17 @@ logger = logging.getLogger(__name__)
 class CutDataset(Dataset[dict[str, Any]]):
     """Dataset that turns Lhotse cuts into batches with NeMo's keys.
 
-    If a cut has a `target_audio` field, its audio is used, as in NeMo's `AudioCodecLhotseDataset`; otherwise the audio
-    of the cut itself. Unreadable cuts are skipped and logged once.
+    Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
+    cut's own audio otherwise. Unreadable cuts are skipped and logged once.
 
-    No dataset file can execute commands: audio is read only from plain files and memory. Lhotse's audio backends that
-    start a shell (sph2pipe, and ffmpeg for legacy Opus) are disabled in this process, because NeMo's loaders open
-    files too.
+    A dataset cannot make this process execute commands. Audio is read only from plain files, from memory and, with
+    `allow_url`, over HTTP. Lhotse's audio backends that start a shell (sph2pipe, and ffmpeg for legacy Opus) are
+    disabled in the whole process, because NeMo's loaders open files too.
 
     Args:
         sample_rate: sample rate of the batches, Hz.
-        segment_duration: duration of the random segments, seconds; None for entire cuts.
+        segment_duration: maximum duration of an example in seconds. A random segment is taken from longer cuts. None
+            for entire cuts.
         sanity_check_audio: accepted for compatibility with NeMo; audio is always checked.
         allow_url: whether to read cuts whose audio is at an http(s) URL.
     """
@@ -113,14 +114,14 @@ def cut_loader(
         sample_rate: sample rate of the batches, Hz.
         global_rank: rank of this process.
         world_size: number of processes.
-        validation: whether to make one pass over entire cuts in a fixed order, instead of drawing shuffled segments
-            without end.
+        validation: whether to make one pass over the cuts in a fixed order. Training draws shuffled cuts endlessly and
+            requires `segment_duration`.
 
     Returns:
-        A data loader whose batches are those of `CutDataset`.
+        A data loader that yields the batches of `CutDataset`.
 
     Raises:
-        ConfigError: for an unknown or missing key.
+        ConfigError: for an unknown, missing or conflicting key.
     """
     arguments: Any = OmegaConf.to_container(config.get("dataset_args") or OmegaConf.create(), resolve=True)
     given = config.get("dataloader_params") or OmegaConf.create()

@@ -27,12 +27,12 @@ from nemo_lfr.nemo.base import (
 from nemo_lfr.nemo.config import override_config
 from nemo_lfr.pretrained import ALIASES, find_checkpoint
 
-# Modules that `restore_from` passes to the constructor, which then skips a random initialization.
+# Modules that `restore_from` has loaded. The constructor uses them instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
 
 
 class NemoFiles(BaseModel):
-    """Methods that restore a model from a `.nemo` file and save it to one."""
+    """Mixin of the methods that restore a model from a `.nemo` file and save it."""
 
     @classmethod
     def restore_from(
@@ -46,17 +46,17 @@ class NemoFiles(BaseModel):
         trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
     ) -> Any:
-        """Restore a model from a `.nemo` file of any NeMo version.
+        """Restore a model from a checkpoint saved by any NeMo version.
 
         See `nemo_lfr.checkpoint` for the accepted files.
 
         Args:
-            restore_path: `.nemo` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
+            restore_path: `.nemo` or `.ckpt` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
             override_config_path: YAML file or config to use instead of the file's config.
             map_location: device of the model; a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
-            save_restore_connector: NeMo's connector; one with an extracted folder is passed on to NeMo.
+            save_restore_connector: NeMo's connector. If its `model_extracted_dir` is set, NeMo restores the model.
             trainer: Lightning trainer, as in NeMo.
             validate_access_integrity: accepted for compatibility with NeMo; not used.
 
@@ -64,7 +64,9 @@ class NemoFiles(BaseModel):
             The model in evaluation mode, or its config with `return_config`.
 
         Raises:
-            CheckpointError: if the file cannot be read. The message names the file, the problem and a remedy.
+            CheckpointError: if the file cannot be read or does not match the config. The message names the file, the
+                problem and a remedy.
+            ConfigError: if `override_config_path` is not a valid config.
         """
         if getattr(save_restore_connector, "model_extracted_dir", None) is not None:
             return _stock(cls, "restore_from")(
@@ -98,7 +100,7 @@ class NemoFiles(BaseModel):
         parts, rest = load_parts(path, config, strict=strict, others=others)
         read_parts = READ_PARTS.set(parts)
         try:
-            # With this flag, NeMo does not open the training data that the config names.
+            # While this flag is set, NeMo does not open the training data that the config names.
             cls._set_model_restore_state(is_being_restored=True)
             model = cls(cfg=config, trainer=trainer)
         except ConfigError as error:
@@ -126,10 +128,9 @@ class NemoFiles(BaseModel):
         save_restore_connector: Any = None,
         return_model_file: bool | None = False,
     ) -> Any:
-        """Restore a published checkpoint by its Hub id or by a name of NeMo's list.
+        """Restore a published checkpoint by its Hub id or its name in NeMo's list.
 
         `list_available_models()` returns the names. A downloaded file is cached and then used without network access.
-        Other arguments are those of `restore_from`.
 
         Args:
             model_name: Hub id, name of a published model, or path of a file.
@@ -148,6 +149,7 @@ class NemoFiles(BaseModel):
 
         Raises:
             CheckpointError: if the file cannot be downloaded or read.
+            ConfigError: if `override_config_path` is not a valid config.
         """
         name = ALIASES.get(model_name, model_name)
         if "/" not in name and not looks_local(name):  # a model of NVIDIA's NGC catalog
@@ -228,18 +230,18 @@ class NemoFiles(BaseModel):
 
 
 def _stock(cls: type[BaseModel], name: str) -> Any:
-    """Return NeMo's class method, bound to `cls`.
+    """Return a class method of NeMo's model, bound to `cls`.
 
-    With `super()`, the frame of the calling method would contain `__class__`, and Lightning's `save_hyperparameters`
-    would mistake the method for a constructor.
+    `super()` is not used because it adds `__class__` to the frame of the calling method. Lightning's
+    `save_hyperparameters` would then mistake that method for a constructor.
     """
     return getattr(NeMoAudioCodecModel, name).__func__.__get__(cls)
 
 
 def _without_folders(config: DictConfig) -> DictConfig:
-    """Return a copy of a config without the folders of the training machine.
+    """Return a copy of a config that does not reveal folders of the training machine.
 
-    File names in data sections are kept, absolute paths are not.
+    Absolute paths in the data sections are shortened to their last component.
     """
 
     def shortened(value: Any) -> Any:

@@ -11,7 +11,7 @@ from nemo_lfr.nemo.base import BaseModel
 
 
 class Inference(BaseModel):
-    """Methods that encode and decode, without and with gradients."""
+    """Mixin of the methods that encode and decode."""
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
@@ -42,7 +42,7 @@ class Inference(BaseModel):
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
 
         Returns:
-            Tokens [B, C, T_encoded] and their lengths in frames [B].
+            Tokens as int32, shape [B, C, T_encoded], and their lengths in frames, shape [B].
 
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
@@ -129,13 +129,13 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad audio with zeros to complete frames.
 
-        Unlike NeMo, it also sets the samples after each example's end to zero, so that the content of a batch's
-        padding has no effect.
+        Unlike NeMo's method, this also sets the samples after the end of each example to zero, so that the values in
+        the padding of a batch have no effect.
 
         Args:
             audio: samples, shape [B, T_audio].
             audio_len: valid samples of each example, shape [B].
-            samples_per_frame: samples of one frame.
+            samples_per_frame: number of samples per frame.
 
         Returns:
             Padded audio [B, T_audio] and its lengths in samples [B].

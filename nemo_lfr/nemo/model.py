@@ -1,4 +1,4 @@
-"""NeMo model of the codec: `LFRCodecModel`, a drop-in for `AudioCodecModel`.
+"""NeMo model of the codec: `LFRCodecModel`, a drop-in replacement for `AudioCodecModel`.
 
 Its encoder, quantizer and decoder are modules of `nemo_lfr.modules`. To use it, change one import:
 
@@ -25,21 +25,22 @@ from nemo_lfr.training.components import import_components
 
 
 class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
-    """NeMo model of the codec, a drop-in for NeMo's `AudioCodecModel`.
+    """NeMo model of the codec, a drop-in replacement for NeMo's `AudioCodecModel`.
 
     It supports codecs that consist of a HiFi-GAN encoder, FSQ and a HiFi-GAN decoder.
 
     `encode`, `decode` and `forward` compute no gradients, accept positional arguments, move their inputs to the
-    model's device and accept audio of any length. Every utterance gets the tokens that it gets without a batch.
+    model's device and accept audio of any length. The tokens of an utterance do not depend on the rest of its batch.
     `encode_audio`, `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support gradients.
 
     Args:
-        cfg: model config, whose `_target_` values may name classes of NeMo or of this package.
+        cfg: model config, whose `_target_` values may name classes of NeMo or of this package. Discriminators, losses
+            and metrics may also be custom classes.
         trainer: Lightning trainer, as in NeMo.
 
     Raises:
-        ConfigError: for a config that is not of this codec family, or with a component of the user's own that cannot
-            be imported. The message names the key.
+        ConfigError: if the config does not describe a codec of this family, or names a custom component that cannot be
+            imported. The message names the key.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
@@ -62,7 +63,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
             lean.audio_encoder, lean.audio_decoder = dict(IDENTITY), dict(IDENTITY)
             lean.discriminator = None
             for key in ("generator_loss", "discriminator_loss"):
-                if key in lean and target_of(lean[key]) not in BUILT_IN:  # the user's own; NeMo would refuse it
+                if key in lean and target_of(lean[key]) not in BUILT_IN:  # custom; NeMo would refuse it
                     lean[key] = dict(ANY_LOSS)
             lean.commit_loss_scale = 0.0
             lean.vector_quantizer = dict(SMALLEST_QUANTIZER)

@@ -19,7 +19,7 @@ def lookup_types(module: nn.Module, direction: str) -> dict[str, Any]:
         direction: "input_types" or "output_types".
 
     Returns:
-        NeMo's type of each port, by port name.
+        The NeMo type of each port by the port's name.
 
     Raises:
         NotImplementedError: if NeMo has no class with the module's name.

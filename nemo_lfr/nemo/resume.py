@@ -23,7 +23,7 @@ AVERAGE = "-EMA"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoint writer for Lightning that replaces files atomically.
+    """Lightning checkpoint plugin that writes files atomically.
 
     Lightning writes to the system's folder for temporary files and then moves the result. Across file systems the move
     is a copy, so a killed run or a full disk would leave a truncated checkpoint under its final name. This class
@@ -50,7 +50,8 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
     Call it before `exp_manager`, in one process. NeMo refuses to resume if the last checkpoint is unfinished, even if
-    an older one is intact. If no intact checkpoint is marked as the last, the newest intact one becomes the last.
+    an older one is intact. If no intact file is named `*last.ckpt`, the newest intact checkpoint is copied to such a
+    name.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.
@@ -63,13 +64,12 @@ def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     """Remove unfinished checkpoints of the run that `exp_manager` will resume.
 
     Call it in your own script before `exp_manager`, on rank 0. A hook of the model cannot do this, because
-    `exp_manager` looks for the last checkpoint before the model exists. If a run is killed after its only last
-    checkpoint is in place and before the marker file is removed, NeMo asks the user to remove the checkpoint by hand;
-    this function avoids that.
+    `exp_manager` looks for the last checkpoint before the model exists. Without this function, a run that is killed
+    while it writes a checkpoint may leave a file that the user has to delete by hand before NeMo resumes.
 
     Args:
-        settings: settings of `exp_manager`, such as `cfg.exp_manager`. Nothing happens unless `resume_if_exists` is
-            set.
+        settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless
+            `resume_if_exists` is set.
     """
     if not settings or not settings.get("resume_if_exists"):
         return
@@ -95,9 +95,9 @@ def _tidy(folder: Path) -> None:
     files = sorted(filter(Path.is_file, folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime_ns)
     averages = {path for path in files if path.stem.endswith(AVERAGE)}
     marked = {path for path in files if path.stem.removesuffix(AVERAGE) in stems}
-    # A marked checkpoint is intact if the run was killed just after the rename or just before the removal. With
-    # averaged weights a checkpoint consists of two files, one of which may be missing, so every marked file counts as
-    # damaged.
+    # A marked file may be intact: the run may have been killed just after the rename or just before the removal. With
+    # averaged weights, a checkpoint consists of two files, one of which may be missing. Then every marked file is
+    # treated as damaged.
     damaged = {path for path in marked if averages or not _is_whole(path)}
     whole = [path for path in files if path not in averages | damaged]
     kept = None
@@ -124,7 +124,7 @@ def _average_of(path: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint has the zip archive's end that `torch.save` writes."""
+    """Return whether a file ends with the zip directory that `torch.save` writes last."""
     try:
         with zipfile.ZipFile(path):
             return True

@@ -1,4 +1,7 @@
-"""State dicts of the NeMo model: those of any NeMo version load, those returned have NeMo's names."""
+"""State dicts of the NeMo model.
+
+State dicts from any NeMo version can be loaded. Returned state dicts use NeMo's names.
+"""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -12,13 +15,12 @@ from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecMo
 
 
 class StateDicts(BaseModel):
-    """Methods that return and load state dicts."""
+    """Mixin of the methods that return and load state dicts."""
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute.
 
-        Deleting `discriminator`, which callers do to free memory, also discards the discriminator weights that are not
-        in use.
+        Callers delete `discriminator` to free memory. This also discards the weights of discriminators not yet built.
         """
         super().__delattr__(name)
         if name == "discriminator":
@@ -27,10 +29,15 @@ class StateDicts(BaseModel):
     def state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the state dict without WavLM, and with discriminators not yet built.
+        """Return the state dict under NeMo's names.
 
-        Names and weight norm match NeMo's, even if modules are wrapped by `torch.compile` or their weight norm was
-        removed.
+        It includes the weights of discriminators that are not yet built and leaves out WavLM. Modules that are wrapped
+        by `torch.compile`, or whose weight norm was removed, have the same names and tensors as in NeMo.
+
+        Args:
+            destination: dict to add the tensors to, as in `torch.nn.Module.state_dict`.
+            prefix: prefix of the names.
+            keep_vars: whether to return parameters with their autograd state instead of detached tensors.
         """
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
@@ -44,21 +51,21 @@ class StateDicts(BaseModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict saved by any NeMo version.
 
-        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. `strict` applies to the
-        encoder, quantizer and decoder. Tensors that vary between NeMo versions and configs (discriminators, WavLM,
-        windows and filters of the losses) are loaded if they fit.
+        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. WavLM is not loaded.
+        Other tensors that vary between NeMo versions and configs (discriminators, windows and filters of the losses)
+        are loaded if their shape fits.
 
         Args:
             state_dict: tensors by name.
-            strict: whether to raise if weights are missing or unknown.
+            strict: whether to raise if weights of the encoder, quantizer or decoder are missing or unknown.
             assign: whether to use the tensors themselves instead of copying their values.
 
         Returns:
             The missing and unexpected keys, as in `torch.nn.Module.load_state_dict`.
 
         Raises:
-            CheckpointError: if `state_dict` is not a state dict, has other shapes or FSQ levels than the model, or,
-                with `strict`, lacks weights or has unknown ones.
+            CheckpointError: if `state_dict` does not map names to tensors, or if its shapes or FSQ levels differ from
+                the model's. With `strict`, also if weights are missing or unknown.
         """
         _check_state_dict(state_dict)
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -97,7 +104,7 @@ class StateDicts(BaseModel):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Rename weights to match the modules, then load them.
 
-        Torch calls this, also when the model is a submodule of another one.
+        PyTorch calls this method even if the model is a submodule of another one.
         """
         theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -106,10 +113,10 @@ class StateDicts(BaseModel):
 
 
 def _check_state_dict(state_dict: Any) -> None:
-    """Raise an error unless the argument maps names to tensors.
+    """Check that an argument maps names to tensors.
 
     Raises:
-        CheckpointError: if it does not. The message says what it is instead.
+        CheckpointError: if it does not. The message describes the invalid item.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """Training and validation steps of `LFRCodecModel`.
 
-The updates equal NeMo's, with fewer redundant computations.
+The updates equal NeMo's but avoid redundant computations.
 """
 
 import functools
@@ -38,15 +38,15 @@ from nemo_lfr.training.slm_discriminator import SLMDiscriminator
 
 logger = logging.getLogger(__name__)
 
-# Validation results, logged as `val_NAME`, whose names `metrics` may not use
+# Names of built-in validation results, logged as `val_NAME`. The config's `metrics` may not use them.
 _VALIDATED = ("loss", "perplexity", "levels_used")
 
 
 class TrainingSteps(WeightAveraging):
     """Lightning hooks for training and validation.
 
-    The discriminators are built when training starts (`setup("fit")`), so restoring a model needs neither WavLM nor
-    the network. Until then the model keeps their weights, so that saving it loses nothing.
+    The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
+    network access. Until then the model keeps their weights in memory, and saving the model includes them.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -64,7 +64,7 @@ class TrainingSteps(WeightAveraging):
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
             self.build_discriminator()
-            # Build them before a checkpoint is loaded, which may have tensors of the user's own losses.
+            # Build losses and metrics before a checkpoint is loaded, because it may contain tensors of custom ones.
             _ = self.losses, self.metrics
             if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
@@ -75,7 +75,7 @@ class TrainingSteps(WeightAveraging):
         Lightning's `fit` calls this. WavLM is loaded at the first training step that uses it.
 
         Raises:
-            ConfigError: for a discriminator that is not of this codec family.
+            ConfigError: if the config names an unknown discriminator, or one that cannot be built.
         """
         self.discriminator = getattr(self, "discriminator", None)  # callers may have deleted it to free memory
         if self.discriminator is not None or not self.cfg.get("discriminator"):
@@ -92,7 +92,11 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def losses(self) -> CodecLosses:
-        """Return the config's losses, which are built on first access."""
+        """Return the losses of the config, which are built on first access.
+
+        Raises:
+            ConfigError: if a loss cannot be built.
+        """
         if self._losses is None:
             config = OmegaConf.to_container(self.cfg, resolve=True)
             with torch.inference_mode(False):  # the first access may be during validation
@@ -101,7 +105,11 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def metrics(self) -> AudioTerms:
-        """Return the validation metrics of the config's `metrics`, which are built on first access."""
+        """Return the validation metrics of the config, which are built on first access.
+
+        Raises:
+            ConfigError: if a metric cannot be built.
+        """
         if self._metrics is None:
             section = self.cfg.get("metrics")
             config = None if section is None else OmegaConf.to_container(section, resolve=True)
@@ -116,7 +124,7 @@ class TrainingSteps(WeightAveraging):
         With `steps_per_epoch: null`, an epoch is one pass over the data.
 
         Raises:
-            ConfigError: if an epoch has no defined length.
+            ConfigError: if `steps_per_epoch` is not set and the training data is endless.
         """
         config = self._cfg
         if config.get("max_steps") is not None or not config.get("max_epochs"):
@@ -135,7 +143,7 @@ class TrainingSteps(WeightAveraging):
     def get_dataset(self, cfg: DictConfig) -> Any:
         """Build a data loader with `CodecDataset` in place of NeMo's `VocoderDataset`.
 
-        Sections that `CodecDataset` does not support get NeMo's own loader.
+        NeMo builds the loader of a section that `CodecDataset` does not support.
         """
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
@@ -156,7 +164,7 @@ class TrainingSteps(WeightAveraging):
     def configure_optimizers(self) -> Any:
         """Return NeMo's optimizers, with fused Adam on the CPU.
 
-        Fused Adam passes over each weight once. A `fused` or `foreach` setting in the config has precedence.
+        Fused Adam reads each weight only once per step. A `fused` or `foreach` setting in the config has precedence.
         """
         configured = super().configure_optimizers()
         # NeMo returns one optimizer, several, or a pair of lists: optimizers and schedules.
@@ -169,10 +177,10 @@ class TrainingSteps(WeightAveraging):
         return configured
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return NeMo's logging callback, with spectrograms if the config asks for them.
+        """Return NeMo's logging callback, with spectrograms if the config enables them.
 
-        The key is `log_config.log_spectrograms`. The callback reads its clips immediately, so it is added for training
-        only: the config inside a checkpoint does not contain the folders of the clips.
+        The key is `log_config.log_spectrograms`. The callback is added for training only, because it reads its clips
+        immediately and a saved config does not contain their folders.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return []
@@ -205,7 +213,7 @@ class TrainingSteps(WeightAveraging):
         Which of these happen depends on the config.
         """
         super().on_train_start()
-        # Only the process that loads the weights for all others knows whether weights were loaded.
+        # Only rank 0, which loads the weights for all processes, knows whether weights were loaded.
         if self.cfg.get("initialize_from_data") and self.trainer.strategy.broadcast(self._is_random):
             self.initialize_from_data()
         self._is_random = False
@@ -219,7 +227,7 @@ class TrainingSteps(WeightAveraging):
     def initialize_from_data(self, num_segments: int = 32) -> None:
         """Rescale the generator's random weights with a batch of training speech.
 
-        Every process draws its own segments, then rank 0 broadcasts its weights. See `nemo_lfr.training.initialize`.
+        Every process draws its own segments. Rank 0 then broadcasts its weights. See `nemo_lfr.training.initialize`.
 
         Args:
             num_segments: minimum number of segments to draw.
@@ -228,7 +236,7 @@ class TrainingSteps(WeightAveraging):
         loader = self._train_dl
         batches: Iterable[Mapping[str, torch.Tensor]] = loader
         if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Do not use the loader's iterator: with persistent workers, training would continue with the same one.
+            # Bypass the loader's iterator: with persistent workers, training would continue the same iterator.
             batches = (loader.collate_fn([loader.dataset[row] for row in rows]) for rows in loader.batch_sampler)
         for drawn in batches:
             audio += [*drawn["audio"]]
@@ -274,11 +282,11 @@ class TrainingSteps(WeightAveraging):
             super().on_validation_model_zero_grad()
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Update the discriminators, when they are due, and then the generator.
+        """Update the discriminators, if this step is due for it, and then the generator.
 
-        The updates equal NeMo's. Discriminator inputs are computed once per signal, without a graph for real audio.
+        The updates equal NeMo's. Discriminator inputs are computed once per signal, under `no_grad` for real audio.
         The discriminators are frozen during the generator's update. With `accumulate_grad_batches` in the model
-        config, an update uses the gradients of that many batches.
+        config, an update uses the gradients of that many batches. The last update of an epoch may use fewer.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
@@ -336,8 +344,8 @@ class TrainingSteps(WeightAveraging):
         Real and generated audio share one forward pass, so that weight norm is computed once.
 
         Args:
-            views_real: discriminator inputs computed from real audio.
-            views_gen: discriminator inputs computed from generated audio.
+            views_real: discriminator inputs computed from real audio, one tensor [B, ...] per network.
+            views_gen: discriminator inputs computed from generated audio, with the same shapes.
 
         Returns:
             A scalar.
@@ -350,9 +358,9 @@ class TrainingSteps(WeightAveraging):
         return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Compute and log NeMo's validation losses, and the losses and metrics of the user's own.
+        """Compute and log NeMo's validation losses and the custom losses and metrics.
 
-        Each signal's STFT is computed once per resolution.
+        The STFT of each signal is computed once per resolution.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
@@ -372,7 +380,7 @@ class TrainingSteps(WeightAveraging):
         self.log_dict(metrics, on_epoch=True, sync_dist=True, batch_size=audio.shape[0])
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
-        """Log the use of the codebooks."""
+        """Log the codebook perplexity and the fraction of FSQ levels in use."""
         result = super().on_validation_epoch_end(*args, **kwargs)
         if (use := self._codebook_use) is not None:
             self._codebook_use = None
