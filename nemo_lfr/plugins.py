@@ -1,4 +1,4 @@
-"""Entry points by which installed packages extend this one.
+"""Entry points through which installed packages extend this package.
 
 A package lists its extensions in `pyproject.toml`:
 
@@ -6,7 +6,7 @@ A package lists its extensions in `pyproject.toml`:
     text = "my_package.text_format:TextFormat"
 
 The groups are `nemo_lfr.backends`, `nemo_lfr.sources`, `nemo_lfr.formats` and `nemo_lfr.commands`. An extension is
-imported when it is used.
+imported when it is used. For codecs and metrics of evaluations, see `nemo_lfr.evaluation.plugins`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def plugin_names(group: str) -> list[str]:
-    """Return the names of a group's extensions in installed packages, without importing them."""
+    """Return the sorted names of a group's entry points, without importing them."""
     from importlib.metadata import entry_points  # slow to import
 
     return sorted({point.name for point in entry_points(group=group)})
@@ -28,7 +28,7 @@ def load_plugin(group: str, name: str) -> Any:
     """Import an extension of an installed package.
 
     Args:
-        group: such as "nemo_lfr.formats".
+        group: group of the entry point, such as "nemo_lfr.formats".
         name: name of the entry point.
 
     Returns:

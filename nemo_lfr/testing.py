@@ -3,13 +3,13 @@
     codec = nemo_lfr.testing.build_codec()
     tokens, tokens_len = codec.encode(nemo_lfr.testing.synthesize(2.0))
 
-A backend of another package is tested by running every check of `BACKEND_CHECKS` on a codec that uses it:
+To test a backend of another package, run each check of `BACKEND_CHECKS` on a codec that uses it:
 
     @pytest.mark.parametrize("check", BACKEND_CHECKS, ids=lambda check: check.__name__)
     def test_backend(check):
         check(nemo_lfr.load("model.tflite", backend="tflite"))
 
-The codecs have random weights, so that they decode to noise. Nothing here needs pytest or NeMo.
+The codecs have random weights, so they decode to noise. This module requires neither pytest nor NeMo.
 """
 
 import copy
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SAMPLE_RATE = 22050
 MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# Changes of `codec_config` for the fastest codec: two stages, and 15 samples per frame because of its odd strides.
+# Changes to `codec_config` for the fastest codec: two stages with strides 3 and 5, so 15 samples per frame.
 TWO_STAGES: dict[str, Any] = {
     "samples_per_frame": 15,
     "audio_encoder": {"down_sample_rates": [3, 5], "resblock_dilation_sizes": [1, 3]},
@@ -54,11 +54,11 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
     It is a harmonic tone with gliding pitch and a syllable-like envelope, plus noise.
 
     Args:
-        seconds: duration.
+        seconds: duration in seconds.
         seed: seed of the noise, the phases and the pitch.
 
     Returns:
-        Float32 [T_audio].
+        Samples, float32, shape [T_audio].
     """
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
@@ -70,11 +70,16 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def codec_config(**changes: Any) -> dict[str, Any]:
-    """Return the config of the released codec with few channels, as in a `.nemo` file.
+    """Return the config of the released codec, but with few channels.
+
+    `codec_config(**TWO_STAGES)` is the config of the fastest codec.
 
     Args:
-        **changes: changed keys. A dict is merged into the section of its name, except that a `vector_quantizer` with
-            a `_target_` replaces the section. `codec_config(**TWO_STAGES)` is the fastest codec.
+        **changes: changed keys. A dict is merged into the section of that name, but a `vector_quantizer` with a
+            `_target_` replaces the section.
+
+    Returns:
+        The model config, with the keys of the config in a `.nemo` file.
     """
     config: dict[str, Any] = {
         "sample_rate": SAMPLE_RATE,
@@ -122,13 +127,16 @@ def codec_config(**changes: Any) -> dict[str, Any]:
 
 
 def random_parts(config: dict[str, Any], seed: int = 7) -> "CodecModules":
-    """Build the modules of a codec with random weights that depend only on the seed.
+    """Build the modules of a codec with reproducible random weights.
 
-    The encoder's output uses all levels, and the decoder's output is as loud as speech.
+    The encoder's output uses all FSQ levels, and the decoder's output is as loud as speech.
 
     Args:
-        config: see `codec_config`.
+        config: model config, see `codec_config`.
         seed: seed of the weights.
+
+    Returns:
+        The modules in training mode, on the CPU, without weight norm.
     """
     import torch
 
@@ -149,7 +157,11 @@ def random_parts(config: dict[str, Any], seed: int = 7) -> "CodecModules":
 def _center_output(parts: "CodecModules", audio: "torch.Tensor") -> None:
     """Scale the decoder's output before its activation to zero mean and an RMS of 0.1.
 
-    Comparisons of saturated audio would hide differences.
+    Otherwise the activation would saturate and hide differences between outputs.
+
+    Args:
+        parts: modules, which are changed in place.
+        audio: speech [B, T_audio] of complete frames.
     """
     codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
     before: list[torch.Tensor] = []
@@ -163,10 +175,11 @@ def _center_output(parts: "CodecModules", audio: "torch.Tensor") -> None:
 
 
 def build_codec(config: dict[str, Any] | None = None, seed: int = 7) -> Codec[Any]:
-    """Build a codec with random weights.
+    """Build a codec with random weights, on the CPU.
 
     Args:
-        config: see `codec_config`; by default that of two stages, which takes a few milliseconds per second of audio.
+        config: model config, see `codec_config`. The default is `codec_config(**TWO_STAGES)`, whose codec takes a few
+            milliseconds per second of audio.
         seed: seed of the weights.
     """
     from nemo_lfr.codec.torch_backend import TorchBackend
@@ -178,7 +191,7 @@ def build_codec(config: dict[str, Any] | None = None, seed: int = 7) -> Codec[An
 
 
 def write_checkpoint(path: str | os.PathLike[str], config: dict[str, Any] | None = None, seed: int = 7) -> Path:
-    """Write the `.nemo` file of `build_codec(config, seed)`, and return its path."""
+    """Write the codec of `build_codec(config, seed)` to a `.nemo` file and return its path."""
     from nemo_lfr.checkpoint import split_weight_norm
     from nemo_lfr.checkpoint import write_checkpoint as write
 
@@ -195,10 +208,10 @@ def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: floa
     Args:
         actual: tokens of any shape.
         expected: tokens of the same shape.
-        max_ties: largest fraction of tokens that may differ. The order of additions in fp32 decides a rounding tie.
+        max_ties: maximum fraction of tokens that may differ. Rounding ties depend on the order of fp32 additions.
 
     Raises:
-        AssertionError: if shapes or more tokens differ.
+        AssertionError: if the shapes differ, or more than this fraction of the tokens.
     """
     _require(actual.shape == expected.shape, f"tokens have shape {actual.shape}, not {expected.shape}")
     if actual.size and (actual != expected).mean() > max_ties:
@@ -206,28 +219,28 @@ def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: floa
 
 
 def assert_audio_close(actual: np.ndarray, expected: np.ndarray, atol: float = 1e-5) -> None:
-    """Assert that waveforms are equal except for the order of additions in fp32.
+    """Assert that waveforms are equal up to fp32 rounding.
 
     Args:
         actual: audio of any shape.
         expected: audio of the same shape.
-        atol: largest difference of a sample.
+        atol: maximum absolute difference of a sample.
 
     Raises:
-        AssertionError: if shapes or samples differ.
+        AssertionError: if the shapes differ, or a sample differs by more than `atol`.
     """
     _require(actual.shape == expected.shape, f"audio has shape {actual.shape}, not {expected.shape}")
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 def _require(condition: bool, message: str) -> None:
-    """Raise an AssertionError; unlike `assert`, also under `python -O`."""
+    """Raise an AssertionError if a condition is false, even under `python -O`."""
     if not condition:
         raise AssertionError(message)
 
 
 def _speech(codec: Codec[Any], num_frames: float, seed: int = 0) -> np.ndarray:
-    """Return synthetic speech of this many frames of a codec."""
+    """Return synthetic speech of a duration in codec frames, shape [T_audio]."""
     num_samples = round(num_frames * codec.samples_per_frame)
     return synthesize(num_samples / SAMPLE_RATE + 0.01, seed)[:num_samples]
 
@@ -243,7 +256,7 @@ def _audio(codec: Codec[Any], tokens: np.ndarray) -> np.ndarray:
 
 
 def check_spec(codec: Codec[Any]) -> None:
-    """Check that the spec is valid and that the codec accepts tokens with its own fingerprint only."""
+    """Check that the spec is valid and that the codec accepts only its own fingerprint."""
     spec = codec.spec
     spec.validate()
     _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint is not that of its spec")
@@ -254,7 +267,10 @@ def check_spec(codec: Codec[Any]) -> None:
 
 
 def check_lengths(codec: Codec[Any]) -> None:
-    """Check shapes, types and ranges for clips of zero samples, of one, and around a whole number of frames."""
+    """Check shapes, types and ranges of results for clips of several lengths.
+
+    The lengths are 0 and 1 samples, and 7 frames minus 1, exactly, and plus 1 sample.
+    """
     for length in (0, 1, *(7 * codec.samples_per_frame + extra for extra in (-1, 0, 1))):
         clip = synthesize(length / SAMPLE_RATE)[:length]
         tokens, tokens_len = codec.encode(clip)
@@ -276,9 +292,9 @@ def check_lengths(codec: Codec[Any]) -> None:
 
 
 def check_batches(codec: Codec[Any]) -> None:
-    """Check that a clip's result depends neither on other clips nor on the samples after its end.
+    """Check that a clip's result does not depend on other clips or the samples after its end.
 
-    Clips of 21 to 23 frames are similar enough to be computed together.
+    Clips of 21 to 23 frames have similar lengths, so a backend may compute them together.
     """
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
@@ -298,7 +314,7 @@ def check_batches(codec: Codec[Any]) -> None:
 
 
 def check_windows(codec: Codec[Any]) -> None:
-    """Check that windows of any length and blocks of a recording give the results of the whole recording."""
+    """Check that processing in windows or blocks gives the results of the whole recording."""
     clip = _speech(codec, 40.3)
     tokens = _tokens(codec, clip)
     audio = _audio(codec, tokens)
@@ -312,7 +328,7 @@ def check_windows(codec: Codec[Any]) -> None:
 
 
 def check_files(codec: Codec[Any]) -> None:
-    """Check that a token file has the codec's spec, decodes to the same audio, and needs this codec."""
+    """Check that token files store the spec, decode to the same audio and need their own codec."""
     clip = _speech(codec, 20.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -335,7 +351,7 @@ def check_files(codec: Codec[Any]) -> None:
 
 
 def check_invalid_arguments(codec: Codec[Any]) -> None:
-    """Check that invalid audio raises an AudioError, and invalid tokens a TokensError."""
+    """Check that invalid audio raises AudioError and invalid tokens raise TokensError."""
     count = codec.num_codebooks
     audio: dict[str, tuple[Any, ...]] = {
         "audio of NaN": (np.full(5000, np.nan, np.float32),),
@@ -368,7 +384,7 @@ def _check_raises(error: type[Exception], call: Callable[[], object], case: str)
 
 
 def check_copies(codec: Codec[Any]) -> None:
-    """Check that copies and a pickled codec have the same spec and give the same tokens."""
+    """Check that copied and unpickled codecs have the same spec and give the same tokens."""
     clip = _speech(codec, 6)
     for other in (copy.copy(codec), copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
         _require(other.spec == codec.spec, f"a copy has the spec {other.spec}, not {codec.spec}")
@@ -376,7 +392,10 @@ def check_copies(codec: Codec[Any]) -> None:
 
 
 def check_streams(codec: Codec[Any]) -> None:
-    """Check that streams give the results of the whole recording, or raise if the backend does not stream."""
+    """Check that streams give the results of the whole recording.
+
+    If the backend does not support streaming, check that opening a stream raises NemoLfrError.
+    """
     if not isinstance(codec.backend, StreamingBackend):
         for open_stream in (codec.stream_encoder, codec.stream_decoder):
             _check_raises(NemoLfrError, open_stream, "a backend without streams")

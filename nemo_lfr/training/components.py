@@ -1,9 +1,9 @@
-"""Discriminators, losses and metrics of the user's own, by the name that a training config gives them.
+"""Registry of custom discriminators, losses and metrics for training configs.
 
 A training config names a component by `_target_`: the import path of its class, such as
 `my_package.MyDiscriminator`, or a name under which `register_component` has registered it. Only a config that the user
-passes may cause an import (`import_components`). A config that was read from a file builds registered and built-in
-components only, so a file cannot choose code to run.
+passes may cause an import (`import_components`). A config that was read from a checkpoint can use only registered and
+built-in components, so a checkpoint cannot choose code to run.
 """
 
 import inspect
@@ -36,14 +36,14 @@ def register_component(*, name: str) -> Callable[[ComponentClass], ComponentClas
 def register_component(component: Any = None, *, name: str | None = None) -> Any:
     """Register a discriminator, loss or metric; usable as a class decorator.
 
-    A class that is registered again replaces the earlier one of the same name.
+    A class replaces an earlier class of the same name.
 
     Args:
         component: a subclass of `torch.nn.Module`.
         name: value of `_target_`; by default the import path of the class.
 
     Returns:
-        The same class.
+        The same class, or a decorator if `component` is not passed.
 
     Raises:
         ConfigError: if `component` is not a subclass of `torch.nn.Module`.
@@ -61,7 +61,7 @@ def unregister_component(name: str) -> None:
 
 
 def registered_components(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
-    """Return the registered components that a model config names, by their names."""
+    """Return a dict from name to class of the registered components in a model config."""
     targets = {target for _, target in _targets(config)}
     return {target: _REGISTERED[target] for target in sorted(targets) if target in _REGISTERED}
 
@@ -69,7 +69,7 @@ def registered_components(config: Mapping[str, Any]) -> dict[str, type[nn.Module
 def import_components(config: Mapping[str, Any], built_in: Collection[str]) -> None:
     """Import and register the components that a user's training config names.
 
-    Sections that were read from a file are skipped.
+    Sections that were read from a checkpoint are skipped.
 
     Args:
         config: model config.
@@ -112,7 +112,7 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 
     Args:
         config: model config, or a part of one.
-        own: whether to leave out sections that were read from a file.
+        own: whether to leave out sections that were read from a checkpoint.
     """
     for key in ("discriminator", "generator_loss", "discriminator_loss", "losses", "metrics"):
         section = _plain_section(config, key, own)
@@ -124,7 +124,10 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 
 
 def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
-    """Return a section as plain values; None if it cannot be resolved, which building it reports."""
+    """Return a section as plain values, or None if it cannot be resolved.
+
+    Building the section reports the error.
+    """
     try:
         section = config.get(key)
         if not OmegaConf.is_config(section):
@@ -150,8 +153,8 @@ def build_component(
     Args:
         section: `_target_` and the constructor's arguments.
         where: name of the section, for messages.
-        base: class that the component must be derived from.
-        built_in: names that the section could have instead, for messages.
+        base: required base class of the component.
+        built_in: built-in values of `_target_` for this section, for messages.
 
     Returns:
         The component.
@@ -180,18 +183,18 @@ def build_component(
         raise ConfigError(f"{what} cannot be built: {error}.") from error
     try:
         return component(**arguments)
-    except Exception as error:  # constructors of the user's own may raise anything
+    except Exception as error:  # custom constructors may raise anything
         reason = shorten(" ".join(str(error).split()), 200)
         raise ConfigError(f"{what} cannot be built from {shorten(arguments, 200)}: {reason}") from error
 
 
 def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str], *positional: str) -> None:
-    """Raise an error unless a method of a component can be called with some arguments.
+    """Check that a method of a component accepts the arguments of a call.
 
     Args:
         method: bound method.
         what: section and class, for the message.
-        arguments: keyword arguments.
+        arguments: names of keyword arguments.
         *positional: names of positional arguments, for the message.
 
     Raises:
@@ -205,10 +208,14 @@ def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str
 
 
 def check_scalar(value: Any, what: str) -> torch.Tensor:
-    """Return a scalar that a component computed, as a tensor.
+    """Convert the result of a component to a scalar tensor.
+
+    Args:
+        value: result of the component.
+        what: section and class, for the message.
 
     Raises:
-        ConfigError: if it is neither a number nor a tensor without dimensions.
+        ConfigError: if the result is neither a number nor a tensor without dimensions.
     """
     if isinstance(value, int | float):
         return torch.tensor(float(value))
@@ -218,7 +225,7 @@ def check_scalar(value: Any, what: str) -> torch.Tensor:
 
 
 def described(value: Any) -> str:
-    """Describe what a component is or returned, for a message."""
+    """Describe a value by its type or shape, for an error message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, type):
@@ -231,13 +238,13 @@ def described(value: Any) -> str:
 
 
 class ScoreLoss(nn.Module):
-    """Loss of the user's own that is computed from discriminator scores.
+    """Custom loss that is computed from discriminator scores.
 
     Args:
         section: `_target_` and the constructor's arguments.
         where: key of the section.
-        arguments: keyword arguments of the loss, which are lists of scores.
-        built_in: names of the built-in losses, for messages.
+        arguments: names of the loss's keyword arguments. Each is a list of scores, one tensor [B, ...] per network.
+        built_in: values of `_target_` of the built-in losses, for messages.
 
     Raises:
         ConfigError: see `build_component`.
@@ -252,24 +259,35 @@ class ScoreLoss(nn.Module):
         check_accepts(self.loss.forward, self.what, arguments)
 
     def forward(self, *scores: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the loss, a scalar."""
+        """Compute the loss.
+
+        Args:
+            *scores: lists of scores in the order of `arguments`, one tensor [B, ...] per network.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ConfigError: if the loss does not return a scalar.
+        """
         named = {name: list(value) for name, value in zip(self.arguments, scores, strict=True)}
         return check_scalar(self.loss(**named), self.what)
 
 
 class AudioTerms(nn.Module):
-    """Losses or metrics of the user's own that compare recordings with reconstructions.
+    """Custom losses or metrics that compare recordings with reconstructions.
 
-    Each is a `torch.nn.Module` that is called as `module(audio_real=..., audio_gen=..., audio_len=...)`, like NeMo's
-    losses, with signals [B, T_audio] and lengths [B], and returns a scalar. Its parameters are frozen.
+    Each is a `torch.nn.Module` with frozen parameters. Like NeMo's losses, it is called as
+    `module(audio_real=..., audio_gen=..., audio_len=...)` with signals [B, T_audio] and lengths in samples [B]. It
+    returns a scalar.
 
     Args:
-        sections: by name, `_target_` and the constructor's arguments.
-        where: key of the section, "losses" or "metrics".
-        reserved: names of built-in terms.
+        sections: a section with `_target_` and the constructor's arguments for each name; None for no terms.
+        where: key of the sections, "losses" or "metrics".
+        reserved: names of built-in terms, which are not allowed.
 
     Raises:
-        ConfigError: for an invalid name, and see `build_component`.
+        ConfigError: if a name is reserved or not an identifier, or a component cannot be built.
     """
 
     def __init__(self, sections: Mapping[str, Any] | None, where: str, reserved: Collection[str]) -> None:
@@ -304,7 +322,8 @@ class AudioTerms(nn.Module):
             A scalar per term, by name.
 
         Raises:
-            ConfigError: if a term is not a scalar, or has no gradient where the reconstructions need one.
+            ConfigError: if a term is not a scalar, or does not depend differentiably on reconstructions that require
+                gradients.
         """
         if audio_len is None:
             audio_len = torch.full(real.audio.shape[:1], real.audio.shape[1], device=real.audio.device)
@@ -319,13 +338,14 @@ class AudioTerms(nn.Module):
 
 
 def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
-    """Split the key `scale`, the weight of a loss, from the sections of `losses`.
+    """Separate the weights of custom losses from the constructors' arguments.
 
     Args:
-        sections: the value of `losses`.
+        sections: value of the config's `losses`. The key `scale` of a section is the weight of its loss.
 
     Returns:
-        The sections without `scale`, and the weight of each loss, 1.0 by default.
+        The sections without `scale`, and a dict of weights by name. The default weight is 1.0. A value that is not a
+        mapping is returned unchanged, without weights.
 
     Raises:
         ConfigError: if a scale is not a number.
