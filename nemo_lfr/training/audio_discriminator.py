@@ -17,8 +17,8 @@ DiscriminatorOutput = tuple[list[torch.Tensor], list[list[torch.Tensor]]]
 class AudioDiscriminator(nn.Module):
     """Base class of discriminators, which consist of one or more networks.
 
-    A subclass defines `score`. One that scores anything but the waveform also defines `preprocess`, and one with
-    several networks `num_networks`.
+    A subclass defines `score`. It also defines `preprocess` if its input is not the waveform, and `num_networks` if it
+    has several networks.
     """
 
     @property

@@ -3,8 +3,8 @@
 Each discriminator first computes a representation of the audio without trainable weights (`preprocess`: periods,
 spectra or hidden states of WavLM), then scores it (`score`). A training step computes each representation once:
 without gradients for real audio, with gradients for generated audio. The discriminators' own update detaches the
-latter. State-dict keys match those of NeMo's classes with the same names. A discriminator of the user's own is a
-subclass of `AudioDiscriminator`, see `nemo_lfr.training.components`.
+latter. State-dict keys match those of NeMo's classes with the same names. A custom discriminator is a subclass of
+`AudioDiscriminator`, see `nemo_lfr.training.components`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -236,7 +236,7 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
         )
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Return the STFT of the audio at each resolution."""
+        """Return the STFT of the audio at each resolution, shape [B, 2, frames, bins]."""
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
 
 
@@ -261,7 +261,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Return each frequency band of the audio's STFT."""
+        """Return each frequency band of the audio's STFT, shape [B, 2, frames, bins of the band]."""
         view = stft_view(audio, self.resolution)
         return [view[..., band] for band in self.bands]
 

@@ -123,7 +123,7 @@ WEIGHTS = {
     "si_sdr": ("si_sdr_loss_scale", 0.0),
     "spread": ("spread_loss_scale", 0.0),  # not in NeMo
 }
-# Keyword arguments of NeMo's adversarial losses, which those of the user's own share
+# Keyword arguments of NeMo's adversarial losses; custom ones take the same.
 _GENERATOR_ARGUMENTS = ("disc_scores_gen",)
 _DISCRIMINATOR_ARGUMENTS = ("disc_scores_real", "disc_scores_gen")
 
@@ -132,12 +132,11 @@ class CodecLosses(nn.Module):
     """Named loss terms of codec training and their weights.
 
     Args:
-        config: model config with NeMo's keys. The key `losses` adds terms of the user's own, see
-            `nemo_lfr.training.components`.
+        config: model config with NeMo's keys. The key `losses` adds custom terms, see `nemo_lfr.training.components`.
 
     Attributes:
         reconstruction: distances between signals.
-        custom: terms of the user's own.
+        custom: custom loss terms.
         weights: weight of every term with a nonzero weight.
         generator: adversarial term of the generator.
         discriminator: loss of the discriminators.
