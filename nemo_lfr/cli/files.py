@@ -111,10 +111,10 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 
     Args:
         out: value of --out, if it was passed.
-        suffix: suffix of the outputs.
+        suffix: suffix of the outputs in lower case, such as ".lfr".
 
     Raises:
-        NemoLfrError: if it names a file of another kind.
+        NemoLfrError: if --out has the suffix of another kind of output, or is an existing file with another suffix.
     """
     if out is None or out.is_dir():
         return False

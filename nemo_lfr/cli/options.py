@@ -24,7 +24,7 @@ class Number(click.FloatRange):
     """Float option in a range; NaN is an error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the value as a float in the range."""
+        """Convert the value to a float within the range; NaN is an error."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a number.", param, ctx)

@@ -37,7 +37,7 @@ class FileFigures(TypedDict):
         input: path of the input.
         output: path of the output.
         duration_s: duration of the recording.
-        samples: its number of samples, at the codec's sample rate.
+        samples: number of samples of the recording at the codec's sample rate.
         token_file_bytes: size of the token file, which is the output of `encode` and the input of `decode`.
         bit_rate_bps: bits of the token file per second of audio.
         times_real_time: seconds of audio per second of processing.
@@ -139,7 +139,13 @@ class EntropyModelFigures(TypedDict):
 
 
 class AudioFigures(TypedDict):
-    """An audio file, as described by `info`."""
+    """An audio file, as described by `info`.
+
+    Attributes:
+        duration_s: duration in seconds.
+        sample_rate_hz: sample rate of the file in Hz.
+        use: hint that names the command for the file.
+    """
 
     kind: Literal["audio"]
     path: str

@@ -1,4 +1,4 @@
-"""Tables for people of the values that --json prints."""
+"""Human-readable tables of the values that --json prints."""
 
 from collections.abc import Mapping
 from typing import Any

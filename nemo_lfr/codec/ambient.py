@@ -142,10 +142,12 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Construct trainable modules in fp32, independent of the caller's settings.
+    """Use this context to build trainable fp32 modules despite the caller's settings.
+
+    It disables inference mode and CPU autocast, and sets the default dtype to fp32.
 
     Args:
-        device: default device within the context; the caller's if not passed.
+        device: default device within the context; None for the caller's.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():

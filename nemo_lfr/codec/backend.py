@@ -171,7 +171,7 @@ class EncoderStream(Stream, Protocol):
         """Push samples [n]; return the tokens [C, k] whose lookahead is complete."""
 
     def flush(self) -> np.ndarray:
-        """End the recording; return the remaining tokens [C, k]."""
+        """End the recording and return the remaining tokens, int32, shape [C, k]."""
 
 
 class DecoderStream(Stream, Protocol):

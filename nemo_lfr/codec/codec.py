@@ -69,7 +69,7 @@ class Codec(Generic[Array]):
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples that one frame stands for."""
+        """Number of samples per frame."""
         return self.backend.spec.samples_per_frame
 
     @property

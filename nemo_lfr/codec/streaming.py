@@ -180,11 +180,12 @@ class StreamDecoder(_Stream):
         """End the recording and return the remaining audio [n].
 
         Args:
-            num_samples: length of the original recording, to which the audio is trimmed; default: whole frames. A
-                causal decoder has already returned the last frame, which the caller has to trim.
+            num_samples: length of the original recording in samples, to which the audio is trimmed; complete frames by
+                default. A causal decoder has already returned the last frame, so the caller has to trim it.
 
         Raises:
             TokensError: if `num_samples` does not match the number of frames.
+            NemoLfrError: if the stream was flushed before.
         """
         with _exclusive([self]):
             return self._flush(num_samples)

@@ -96,14 +96,14 @@ class TorchBackend:
         are damaged.
 
         Args:
-            path: `.nemo`, Lightning's `.ckpt` or the folder of an unpacked `.nemo`.
-            device: where to run.
+            path: `.nemo` file, Lightning `.ckpt` file or folder of an unpacked `.nemo`.
+            device: device of the modules.
             precision: as in the constructor.
-            name: for messages; the path if not given.
+            name: name of the codec in messages; the path by default.
 
         Raises:
             CheckpointError: if the checkpoint cannot be read.
-            NemoLfrError: as the constructor.
+            NemoLfrError: as in the constructor.
         """
         with building_state(torch.device("cpu")):
             checkpoint = Checkpoint(path)

@@ -19,13 +19,13 @@ class EpochOrder:
     """Utterances of one worker of one rank in one epoch.
 
     Attributes:
-        tokens: the folder of tokens.
+        tokens: folder of tokens.
         shards: numbers of the shards in the order of the epoch.
-        positions: positions of the worker; they count the utterances of `shards`, and those beyond the last utterance
-            start again at the first one.
-        shuffle: shuffle the utterances in a buffer.
+        positions: positions that this worker reads, in the sequence of all utterances of `shards`. Positions past the
+            end of the sequence wrap around.
+        shuffle: whether to shuffle the utterances in a buffer.
         buffer_size: size of the buffer in utterances.
-        bucket_size: utterances of similar length that follow each other; None for no grouping.
+        bucket_size: number of consecutive utterances of similar length; None for no grouping.
         buffer_seed: random seed of the shuffle buffer.
         group_seed: random seed of the order of groups.
     """

@@ -184,11 +184,11 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
 
 
 def paired_mean(first: Result, second: Result, keys: Iterable[str], name: str) -> Mean | None:
-    """Compute the mean of one codec's values of a metric minus another's over the same recordings.
+    """Compute the mean paired difference of a metric between two codecs.
 
     Args:
         first: results of the first codec.
-        second: results of the second codec.
+        second: results of the second codec, which are subtracted.
         keys: keys of the recordings.
         name: name of the metric.
 

@@ -107,7 +107,7 @@ def is_number(value: Any) -> bool:
 
 
 def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
-    """Return the metrics of a journal entry."""
+    """Convert a journal entry to metric values; text is the reason for an undefined value."""
     return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 

@@ -26,7 +26,7 @@ class Decoder(Protocol):
     note: str | None
 
     def read(self, count: int) -> np.ndarray:
-        """Return the next samples, [up to count, channels] float32; empty at the end."""
+        """Return up to `count` samples, float32, shape [n, channels]; n is 0 at the end."""
 
     def seek(self, position: int) -> None:
         """Set the position to a sample."""
@@ -72,7 +72,7 @@ class SndfileDecoder:
         self._stops_at_end = self._file.format == "FLAC"
 
     def read(self, count: int) -> np.ndarray:
-        """Return the next samples, [up to count, channels] float32; empty at the end."""
+        """Return up to `count` samples, float32, shape [n, channels]; n is 0 at the end."""
         if self._stops_at_end and self.num_frames is not None:
             count = min(count, self.num_frames - self._file.tell())
         # Read into a buffer: without one, soundfile returns at most the number of samples that the header claims.

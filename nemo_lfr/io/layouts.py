@@ -193,14 +193,18 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
 
 
 def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
-    """Give those without a split one: whole speakers to "valid", or single files where there is but one speaker.
+    """Assign the utterances without a split to "train" or "valid".
 
-    Who is held out follows from a hash of the name, so that a corpus that grows keeps its validation set. Unless the
-    share is 0 or 1 there is at least one on each side.
+    Speakers are held out as a whole. If there is only one speaker, files are held out. The choice depends on a hash of
+    the name, so a growing corpus keeps its validation set. With a share between 0 and 1 and at least two names, both
+    splits get at least one name.
 
     Args:
-        utterances: with `split` None where one is wanted.
-        share: of speakers, or files, to hold out.
+        utterances: utterances, whose `split` is None if it is to be assigned.
+        share: fraction of the speakers or files to hold out.
+
+    Returns:
+        The utterances in the same order, all with a split.
     """
     speakers = {utterance.speaker for utterance in utterances}
 

@@ -76,7 +76,7 @@ def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> Non
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if the path does not exist.
+        NemoLfrError: of class `error`, if the name is empty or the path does not exist.
     """
     if not name or (looks_local(name) and not os.path.exists(os.path.expanduser(name))):
         raise error(f"{shorten(name, 300) or repr(name)}: no such file or folder.")

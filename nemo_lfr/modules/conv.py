@@ -209,11 +209,14 @@ class ConvTranspose1d(nn.Module):
 
 
 def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a layer's weight with weight norm folded, and its bias, without gradient.
+    """Return a layer's weight with weight norm folded, and its bias, without gradients.
+
+    A transposed layer without groups is converted to an ordinary convolution. Its input must be padded by one item at
+    both ends, and `interleave` turns its output into the signal.
 
     Returns:
-        Weight [H_out, H_in, K] and bias [H_out]. For a transposed layer without groups, [stride * H_out, H_in, 2] and
-        [stride * H_out]: a convolution of the input, padded by one item at both ends, to phases for `interleave`.
+        Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are
+        [stride * H_out, H_in, 2] and [stride * H_out].
     """
     weight, bias = layer.conv.weight.detach(), layer.conv.bias
     bias = None if bias is None else bias.detach()

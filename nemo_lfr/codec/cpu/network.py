@@ -52,9 +52,9 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: lis
     """Compute `HiFiGANDecoder.decode_frames` for utterances of different lengths.
 
     Args:
-        decoder: in eval mode or not: it has no dropout.
+        decoder: decoder in training or evaluation mode, which give equal results.
         inputs: dequantized frames [B, D, T].
-        num_frames: of each utterance, at least `decoder.min_frames`; default: T.
+        num_frames: valid frames of each utterance, at least `decoder.min_frames`; T for all by default.
 
     Returns:
         Audio [B, T * samples_per_frame]; samples after the end of an utterance are undefined.

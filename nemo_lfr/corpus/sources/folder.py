@@ -34,7 +34,7 @@ class Folder(Manifest):
 
     @property
     def identity(self) -> str:
-        """Return the hash of the list of clips."""
+        """Return a hash of the folder's path and its list of clips, 16 hex digits."""
         folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
         return hashlib.sha256(folder_and_files).hexdigest()[:16]
 

@@ -71,11 +71,11 @@ class ComparedCodec(ABC):
         """Encode and decode one recording.
 
         Args:
-            audio: mono samples, shape [T].
+            audio: mono samples in [-1, 1], shape [T].
             rate: sample rate of the audio in Hz.
 
         Returns:
-            The reconstruction at the same rate and of the same length, with its sizes and times.
+            The reconstruction at the same rate and of the same length, with its sizes in bytes and times in seconds.
         """
 
 

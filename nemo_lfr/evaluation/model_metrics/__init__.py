@@ -62,11 +62,16 @@ def all_metrics() -> dict[str, Metric]:
 
 
 def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
-    """Load the models that are requested or automatic.
+    """Load the models of all requested metrics and of those that need no request.
+
+    A model that cannot be loaded is reported in the result.
 
     Args:
         sources: model to load for each requested `kind`; an empty string for the kind's default.
         device: PyTorch device.
+
+    Returns:
+        The loaded models, and the reasons why metrics are not available.
 
     Raises:
         NemoLfrError: if a kind is unknown.

@@ -1,4 +1,4 @@
-"""Mean opinion scores that a model estimates."""
+"""Mean opinion scores estimated by a model."""
 
 from collections.abc import Mapping
 from pathlib import Path

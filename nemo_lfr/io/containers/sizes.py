@@ -43,7 +43,11 @@ def ac3_size(head: bytes) -> int | None:
 
 
 def dts_size(head: bytes) -> int | None:
-    """Return the size of a DTS frame, or of a DTS-HD extension of it, from its first ten bytes."""
+    """Return the size in bytes of a DTS core frame or DTS-HD extension; None if it is neither.
+
+    Args:
+        head: first bytes of the frame, at least `FRAME_HEAD`.
+    """
     fields = int.from_bytes(head[4:10], "big")
     if len(head) < FRAME_HEAD:
         return None
