@@ -191,7 +191,7 @@ def build_codec(config: dict[str, Any] | None = None, seed: int = 7) -> Codec[An
 
 
 def write_checkpoint(path: str | os.PathLike[str], config: dict[str, Any] | None = None, seed: int = 7) -> Path:
-    """Write the codec of `build_codec(config, seed)` to a `.nemo` file and return its path."""
+    """Write `build_codec(config, seed)` to a `.nemo` file and return its path."""
     from nemo_lfr.checkpoint import split_weight_norm
     from nemo_lfr.checkpoint import write_checkpoint as write
 
@@ -292,8 +292,9 @@ def check_lengths(codec: Codec[Any]) -> None:
 
 
 def check_batches(codec: Codec[Any]) -> None:
-    """Check that a clip's result does not depend on other clips or the samples after its end.
+    """Check that clips in a batch do not affect each other.
 
+    The samples after the end of a clip must not affect its result either.
     Clips of 21 to 23 frames have similar lengths, so a backend may compute them together.
     """
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
@@ -314,7 +315,7 @@ def check_batches(codec: Codec[Any]) -> None:
 
 
 def check_windows(codec: Codec[Any]) -> None:
-    """Check that processing in windows or blocks gives the results of the whole recording."""
+    """Check that windows and blocks give the results of the whole recording."""
     clip = _speech(codec, 40.3)
     tokens = _tokens(codec, clip)
     audio = _audio(codec, tokens)
@@ -328,7 +329,7 @@ def check_windows(codec: Codec[Any]) -> None:
 
 
 def check_files(codec: Codec[Any]) -> None:
-    """Check that token files store the spec, decode to the same audio and need their own codec."""
+    """Check that token files store the spec and decode only with their own codec."""
     clip = _speech(codec, 20.5)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -384,7 +385,7 @@ def _check_raises(error: type[Exception], call: Callable[[], object], case: str)
 
 
 def check_copies(codec: Codec[Any]) -> None:
-    """Check that copied and unpickled codecs have the same spec and give the same tokens."""
+    """Check that copied and unpickled codecs have the same spec and tokens."""
     clip = _speech(codec, 6)
     for other in (copy.copy(codec), copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
         _require(other.spec == codec.spec, f"a copy has the spec {other.spec}, not {codec.spec}")

@@ -107,7 +107,10 @@ def is_number(value: Any) -> bool:
 
 
 def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
-    """Convert a journal entry to metric values; text is the reason for an undefined value."""
+    """Convert a journal entry to metric values.
+
+    Text becomes `Undefined` with that reason.
+    """
     return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 

@@ -209,7 +209,7 @@ class ConvTranspose1d(nn.Module):
 
 
 def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a layer's weight with weight norm folded, and its bias, without gradients.
+    """Return a layer's folded weight (without weight norm) and bias, detached.
 
     A transposed layer without groups is converted to an ordinary convolution. Its input must be padded by one item at
     both ends, and `interleave` turns its output into the signal.

@@ -1,4 +1,4 @@
-"""Function `accelerate`, which installs this package's modules in a model loaded by NeMo."""
+"""Function `accelerate` for models that were loaded by NeMo."""
 
 from collections.abc import Mapping
 from typing import Any

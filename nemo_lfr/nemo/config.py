@@ -43,7 +43,7 @@ def target_of(section: Any) -> str | None:
 
 
 def override_config(source: Any) -> DictConfig:
-    """Load a config that replaces the config of a checkpoint, with interpolations resolved.
+    """Load and resolve a config that replaces the config of a checkpoint.
 
     Args:
         source: path of a YAML file, or a config. If it has a `model` section, only that section is used.

@@ -1,4 +1,4 @@
-"""NeMo model of the codec: `LFRCodecModel`, a drop-in replacement for `AudioCodecModel`.
+"""NeMo model of the codec, a drop-in replacement for `AudioCodecModel`.
 
 Its encoder, quantizer and decoder are modules of `nemo_lfr.modules`. To use it, change one import:
 

@@ -176,7 +176,7 @@ class Session:
         return self._ramp[0] if self._ramp else 1
 
     def _urgency(self) -> float:
-        """Return the time at which this stream needs a result; infinity for background sessions."""
+        """Return when this stream needs a result; infinity for background sessions."""
         if not self._live:
             return float("inf")
         return self._played_until or self._started or 0.0

@@ -203,7 +203,7 @@ class DecodeProtocol:
             raise ProtocolError("tokens are outside the codebook.") from None
 
     def format(self, audio: np.ndarray) -> bytes:
-        """Return the binary message for samples [n], clipped to [-1, 1] if they are sent as int16."""
+        """Return the binary message for samples [n]; int16 samples are clipped."""
         if self.audio == "pcm_f32le":
             return audio.astype("<f4").tobytes()
         samples: np.ndarray = np.rint(audio.clip(-1, 1) * 32767).astype("<i2")

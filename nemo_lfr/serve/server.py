@@ -1,4 +1,4 @@
-"""uvicorn server for the application, which drains open streams on SIGTERM and SIGINT."""
+"""uvicorn server that drains open streams on SIGTERM and SIGINT."""
 
 import asyncio
 import socket

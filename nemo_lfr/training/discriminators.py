@@ -261,7 +261,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Return each frequency band of the audio's STFT, shape [B, 2, frames, bins of the band]."""
+        """Return the bands of the audio's STFT, each [B, 2, frames, bins of the band]."""
         view = stft_view(audio, self.resolution)
         return [view[..., band] for band in self.bands]
 

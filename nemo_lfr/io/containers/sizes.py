@@ -43,7 +43,9 @@ def ac3_size(head: bytes) -> int | None:
 
 
 def dts_size(head: bytes) -> int | None:
-    """Return the size in bytes of a DTS core frame or DTS-HD extension; None if it is neither.
+    """Return the size in bytes of a DTS core frame or DTS-HD extension.
+
+    The size is None for other or too few bytes.
 
     Args:
         head: first bytes of the frame, at least `FRAME_HEAD`.
