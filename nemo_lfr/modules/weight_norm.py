@@ -31,6 +31,7 @@ class SumOrder(NamedTuple):
 
 
 CANONICAL = SumOrder(8, True)
+IN_FP64 = SumOrder(4, False)  # of the same kernels; for fp64 it is the only order
 # Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Fingerprints used to depend on them.
 OTHERS = (SumOrder(8, False), SumOrder(4, True))
 
@@ -73,6 +74,7 @@ def _kernel_is_canonical() -> bool:
 def _ordered_norms(values: torch.Tensor, order: SumOrder) -> torch.Tensor:
     rows = values.reshape(len(values), -1).numpy()
     sums = np.empty(len(rows), rows.dtype)
+    order = IN_FP64 if rows.dtype == np.float64 else order
     step = max(1, BLOCK // max(1, rows.shape[1]))
     with np.errstate(all="ignore"):  # callers check that weights are finite
         for start in range(0, len(rows), step):
