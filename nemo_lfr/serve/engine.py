@@ -9,6 +9,7 @@ uncollected results is not advanced.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ import numpy as np
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 from nemo_lfr.errors import NemoLfrError
+
+logger = logging.getLogger(__name__)
 
 
 class OverloadedError(NemoLfrError):
@@ -117,10 +120,13 @@ class Session:
             items: samples [n] at the codec's sample rate, or tokens [C, k]. The caller has validated them.
         """
         with self._engine._changed:
+            # Nobody takes the input of a finished stream, and an empty piece would stay in the queue until the next.
+            if self._finished or not items.shape[-1]:
+                return
             self._started = self._started or time.monotonic()
             self._pending.append(items)
             self._num_pending += items.shape[-1]
-            if self._num_pending > self._limit(self._engine.limits.max_pending_s) * self._frame:
+            if self._is_full():
                 self._room.clear()
             self._engine._changed.notify()
         await self._room.wait()
@@ -143,7 +149,8 @@ class Session:
             Tokens [C, k] or float32 samples [n]; None after the last result.
 
         Raises:
-            NemoLfrError: if the input cannot be encoded or decoded.
+            NemoLfrError: the input cannot be encoded or decoded.
+            OverloadedError: the engine was closed.
         """
         result = await self._results.get()
         if isinstance(result, BaseException):
@@ -170,7 +177,11 @@ class Session:
             or self._num_uncollected > self._limit(self._engine.limits.max_uncollected_s) * self._frame_out
         ):
             return False
-        return self._ended or self._num_pending >= self._wanted() * self._frame
+        return self._ended or self._is_full() or self._num_pending >= self._wanted() * self._frame
+
+    def _is_full(self) -> bool:
+        """Return whether `feed` waits for this stream to be advanced."""
+        return self._num_pending > self._limit(self._engine.limits.max_pending_s) * self._frame
 
     def _wanted(self) -> int:
         return self._ramp[0] if self._ramp else 1
@@ -194,7 +205,7 @@ class Session:
             pieces.append(piece)
             wanted -= piece.shape[-1]
             self._num_pending -= piece.shape[-1]
-        if self._num_pending <= self._limit(self._engine.limits.max_pending_s) * self._frame:
+        if not self._is_full():
             self._call(self._room.set)
         return np.concatenate(pieces, axis=-1) if pieces else self._empty()
 
@@ -216,6 +227,9 @@ class Session:
         self._call(self._results.put_nowait, result)
 
     def _finish(self, error: BaseException | None) -> None:
+        """End the stream: wake its tasks, and let `collect` raise the error or return None."""
+        if self._finished:
+            return
         self._finished = True
         self._call(self._results.put_nowait, error)
         self._call(self._room.set)
@@ -299,7 +313,7 @@ class Engine:
 
     def _open(self, open_stream: Callable[[], object], ramp: tuple[int, ...], live: bool) -> Iterator[Session]:
         with self._changed:
-            if self.draining:
+            if self.draining or self._closing:
                 raise OverloadedError("the server is shutting down; connect to another one.")
             if len(self._sessions) >= self.limits.max_streams:
                 raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
@@ -318,21 +332,41 @@ class Engine:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread after its current step; open sessions get no further results."""
+        """Stop the thread; `collect` of open sessions raises `OverloadedError` after the results so far."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        with self._changed:
+            for session in self._sessions:
+                session._finish(OverloadedError("the server is shutting down; connect to another one."))
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (batch := self._choose()) and not self._closing:
-                    self._changed.wait()
-                if self._closing:
-                    return
-                chunks = [session._take() for session in batch]
-            self._advance(batch, chunks)
+        while batch := self._next_batch():
+            try:
+                with self._changed:
+                    chunks = [session._take() for session in batch]
+                step = self._advance(batch, chunks)
+            except Exception as error:  # the thread must live on for the other streams
+                logger.exception("a step of %d streams failed", len(batch))
+                with self._changed:
+                    for session in batch:
+                        session._finish(error)
+                continue
+            try:
+                if self._on_step:
+                    self._on_step(step)
+            except Exception:  # of the caller
+                logger.exception("on_step failed")
+
+    def _next_batch(self) -> list[Session]:
+        """Wait for streams to advance, and return them; none when the engine is being closed."""
+        with self._changed:
+            while not self._closing:
+                if batch := self._choose():
+                    return batch
+                self._changed.wait()
+        return []
 
     def _choose(self) -> list[Session]:
         """Return the streams of the next step: the most urgent one and others of its kind.
@@ -344,7 +378,7 @@ class Engine:
             ready = [session for session in ready if session._live]
         return [session for session in ready if session.kind == ready[0].kind][: self.limits.max_batch]
 
-    def _advance(self, batch: list[Session], chunks: list[np.ndarray]) -> None:
+    def _advance(self, batch: list[Session], chunks: list[np.ndarray]) -> Step:
         started = time.monotonic()
         results = self._push(batch, chunks)
         for number, session in enumerate(batch):
@@ -359,9 +393,8 @@ class Engine:
                 session._deliver(result)
                 if session._stream._finished:
                     session._finish(None)
-        if self._on_step:
-            frames = sum(chunk.shape[-1] for chunk in chunks) // batch[0]._frame
-            self._on_step(Step(batch[0].kind, len(batch), frames, time.monotonic() - started))
+        frames = sum(chunk.shape[-1] for chunk in chunks) // batch[0]._frame
+        return Step(batch[0].kind, len(batch), frames, time.monotonic() - started)
 
     @staticmethod
     def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:

@@ -1,0 +1,107 @@
+"""The engine without a server: streams that end, take turns and hold little, whatever their tasks do."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.serve.engine import Engine, EngineLimits, OverloadedError
+from tests.models import cached_codec
+
+TIMEOUT = 20  # seconds; what should not wait takes milliseconds
+
+
+def with_engine(work, limits=None, on_step=None):
+    """Run `work(engine)`, a coroutine, on a new engine."""
+    engine = Engine(cached_codec("symmetric"), limits, on_step)
+    try:
+        return asyncio.run(asyncio.wait_for(work(engine), TIMEOUT))
+    finally:
+        engine.close()
+
+
+def tokens(frames):
+    return np.zeros((8, frames), np.int64)
+
+
+async def collect_all(session):
+    results = []
+    while (result := await session.collect()) is not None:
+        results.append(result)
+    return np.concatenate(results, axis=-1)
+
+
+async def decode(engine, frames=3):
+    with engine.decoder() as session:
+        await session.feed(tokens(frames))
+        session.end()
+        return await collect_all(session)
+
+
+def test_a_step_that_fails_ends_its_streams_only(monkeypatch):
+    async def work(engine):
+        monkeypatch.setattr(Engine, "_push", staticmethod(lambda *_: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            await decode(engine)
+        monkeypatch.undo()
+        return await decode(engine)
+
+    assert len(with_engine(work)) == 3 * 1024
+
+
+def test_an_error_of_on_step_does_not_stop_the_engine():
+    async def work(engine):
+        await decode(engine)
+        return await decode(engine)
+
+    assert len(with_engine(work, on_step=lambda step: 1 / 0)) == 3 * 1024
+
+
+def test_closing_the_engine_ends_open_streams_and_refuses_new_ones():
+    async def work(engine):
+        with engine.decoder() as session:
+            waiting = asyncio.create_task(session.collect())
+            await asyncio.sleep(0)
+            engine.close()
+            with pytest.raises(OverloadedError, match="shutting down"):
+                await waiting
+            await session.feed(tokens(1000))  # more than may be pending: does not wait
+        with pytest.raises(OverloadedError), engine.decoder():
+            pass
+
+    with_engine(work)
+
+
+def test_input_after_an_error_does_not_wait():
+    async def work(engine):
+        with engine.decoder() as session:
+            await session.feed(tokens(3))
+            session.end(num_samples=99999)
+            with pytest.raises(NemoLfrError):
+                await session.collect()
+            for _ in range(2):
+                await session.feed(tokens(1000))
+
+    with_engine(work)
+
+
+def test_empty_pieces_are_not_kept():
+    async def work(engine):
+        with engine.decoder() as session:
+            for _ in range(100):
+                await session.feed(tokens(0))
+            assert not session._pending
+
+    with_engine(work)
+
+
+def test_a_ramp_longer_than_the_input_that_may_wait_does_not_block():
+    async def work(engine):
+        with engine.decoder(ramp=[64]) as session:
+            await session.feed(tokens(30))
+            await session.feed(tokens(1))
+            session.end()
+            return await collect_all(session)
+
+    assert len(with_engine(work, EngineLimits(max_pending_s=1.0))) == 31 * 1024
