@@ -94,7 +94,8 @@ class Session:
         self._num_uncollected = 0  # uncollected output: frames of an encoder, samples of a decoder
         self._ramp = deque(ramp)  # frames of the next chunks
         self._started: float | None = None
-        self._played_until: float | None = None  # time at which playback of the results so far ends
+        self._played_until: float | None = None  # when the audio so far will have been played
+        self._taken_at = 0.0  # when the last step with this stream began
         self._ended = self._finished = False
         self._num_samples: int | None = None
 
@@ -186,14 +187,16 @@ class Session:
     def _wanted(self) -> int:
         return self._ramp[0] if self._ramp else 1
 
-    def _urgency(self) -> float:
-        """Return when this stream needs a result; infinity for background sessions."""
-        if not self._live:
-            return float("inf")
-        return self._played_until or self._started or 0.0
+    def _urgency(self) -> tuple[bool, float]:
+        """Return a key that sorts live streams first, by the time at which they need a result.
+
+        Background streams follow, and take turns.
+        """
+        return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 
     def _take(self) -> np.ndarray:
-        """Remove and return the next chunk of the input, samples [n] or tokens [C, k]."""
+        """Remove and return the next chunk of the input."""
+        self._taken_at = time.monotonic()
         frames = self._ramp.popleft() if self._ramp else self._engine.limits.chunk_frames
         wanted = frames * self._frame
         pieces: list[np.ndarray] = []

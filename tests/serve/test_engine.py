@@ -1,6 +1,7 @@
 """The engine without a server: streams that end, take turns and hold little, whatever their tasks do."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -105,3 +106,19 @@ def test_a_ramp_longer_than_the_input_that_may_wait_does_not_block():
             return await collect_all(session)
 
     assert len(with_engine(work, EngineLimits(max_pending_s=1.0))) == 31 * 1024
+
+
+def test_files_take_turns():
+    steps = []
+
+    async def work(engine):
+        with engine.encoder(live=False) as encoder, engine.decoder(live=False) as decoder:
+            await encoder.feed(np.zeros(1024 * 200, np.float32))
+            encoder.end()
+            await decoder.feed(tokens(12))
+            decoder.end()
+            await collect_all(decoder)
+            return len(steps)
+
+    # The step that is running when the first file has arrived, then one of each in turn.
+    assert with_engine(work, EngineLimits(), lambda step: (steps.append(step.kind), time.sleep(0.01))) <= 10
