@@ -20,6 +20,7 @@ from nemo_lfr.io.resampling import Resampler
 from nemo_lfr.serve.engine import Engine, OverloadedError, Session
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, End, ProtocolError
+from nemo_lfr.serve.tasks import stop_tasks
 
 Protocol = DecodeProtocol | EncodeProtocol
 
@@ -112,9 +113,7 @@ async def _run(websocket: WebSocket, protocol: Protocol, session: Session, limit
             task.result()  # raises the error of a task that failed
         await writer
     finally:
-        for task in (reader, writer):
-            task.cancel()
-        await asyncio.gather(reader, writer, return_exceptions=True)
+        await stop_tasks((reader, writer))
 
 
 async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
