@@ -133,7 +133,13 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
         num_items += items.shape[-1]
         if num_items > limits.max_seconds * rate:
             raise ProtocolError(f"the recording is longer than {limits.max_seconds:.0f} s.", CloseCode.TOO_BIG)
-        await session.feed(resampler.push(items) if resampler else items)
+        if resampler is None:
+            await session.feed(items)
+            continue
+        # One message may hold hours at a low rate, which resampling would multiply.
+        second = int(rate)
+        for start in range(0, items.shape[-1], second):
+            await session.feed(resampler.push(items[start : start + second]))
 
 
 async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:

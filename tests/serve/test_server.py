@@ -24,6 +24,7 @@ pytest.importorskip("prometheus_client")
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from nemo_lfr.io.resampling import Resampler
 from nemo_lfr.serve.app import Settings
 from nemo_lfr.serve.engine import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits
@@ -150,6 +151,22 @@ def test_a_bad_parameter_is_refused(server, query):
     with server.connect("/v1/decode/stream" + query) as socket:
         _, texts, code = exchange(socket, [])
     assert code == 1007 and query[1:].partition("=")[0] in texts[-1]["error"]
+
+
+def test_a_message_at_a_low_rate_is_resampled_piece_by_piece(server, monkeypatch):
+    sizes = []
+    push = Resampler.push
+
+    def recorded(self, samples, last=False):
+        result = push(self, samples, last=last)
+        sizes.append(len(result))
+        return result
+
+    monkeypatch.setattr(Resampler, "push", recorded)
+    with server.connect("/v1/encode/stream?sample_rate=100") as socket:
+        _, texts, code = exchange(socket, [bytes(2 * 3000), END])  # 30 s
+    assert code == 1000 and texts[-1]["num_frames"] == 646  # 30 * 22050 / 1024, rounded up
+    assert max(sizes) < 10 * 22050  # at 100 Hz the resampler itself holds 8 s
 
 
 def test_an_empty_recording_is_done_at_once(server):
