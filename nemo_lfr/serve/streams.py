@@ -178,6 +178,8 @@ async def _send(sending: Any, limits: StreamLimits) -> None:
         await asyncio.wait_for(sending, limits.send_s)
     except asyncio.TimeoutError:
         raise ProtocolError(f"a message was not read for {limits.send_s:g} s.", CloseCode.POLICY) from None
+    except RuntimeError as error:  # of uvicorn, after it has closed the connection itself
+        raise WebSocketDisconnect(1006) from error
 
 
 async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
