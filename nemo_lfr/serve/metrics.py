@@ -47,7 +47,7 @@ class Metrics:
             kind: "encode" or "decode".
             code: WebSocket close code.
         """
-        self._closed.labels(kind, str(code)).inc()
+        self._closed.labels(kind, str(int(code))).inc()  # str() of an IntEnum is its name in Python 3.10
         if session is not None and session.first_result_s is not None:
             self._first.labels(kind).observe(session.first_result_s)
 
