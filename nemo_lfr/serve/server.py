@@ -99,6 +99,8 @@ def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
         ws=websockets,
         ws_max_size=settings.stream.max_message_bytes * 2,  # uvicorn itself rejects larger messages
         ws_per_message_deflate=False,
+        # Pings without a time limit: the pong of a client waits while the server does not read, which may take longer.
+        ws_ping_timeout=None,
         timeout_graceful_shutdown=5,
     )
 

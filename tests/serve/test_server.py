@@ -9,8 +9,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from enum import IntEnum
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ from websockets.sync.client import connect
 
 from nemo_lfr.io.resampling import Resampler
 from nemo_lfr.serve.app import Settings
-from nemo_lfr.serve.engine import EngineLimits
+from nemo_lfr.serve.engine import Engine, EngineLimits
+from nemo_lfr.serve.metrics import Metrics
+from nemo_lfr.serve.server import server_config
 from nemo_lfr.serve.streams import StreamLimits
 from tests.cli.test_cli import run
 from tests.crash import ROOT
@@ -252,6 +256,43 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_little(tokens):
         engine = server.app.state.engine
         assert decoded(server, tokens, 5).size  # the server lives
         assert len(engine) == 0
+
+
+def test_a_client_whose_pongs_wait_is_not_cut_off(server, tokens, monkeypatch):
+    """The server does not read while it has enough input, so pongs wait."""
+    settings = Settings(EngineLimits(max_pending_s=0.1))
+    monkeypatch.setattr("tests.serve.running.server_config", _with_fast_pings)
+    step = Engine._advance
+
+    def slow(self, *arguments):
+        time.sleep(0.1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_advance", slow)
+    with running(settings) as slow_server:
+        assert decoded(slow_server, np.tile(tokens, (1, 2)), 8).size
+
+
+def _with_fast_pings(app, settings):
+    config = server_config(app, settings)
+    config.ws_ping_interval = 0.1
+    config.ws_ping_timeout = config.ws_ping_timeout and 0.1
+    return config
+
+
+def test_close_codes_are_numbers_in_metrics():
+    metrics = Metrics()
+    metrics.on_close(None, "decode", OldIntEnum.POLICY)
+    assert 'code="1008"' in metrics.text().decode()
+
+
+class OldIntEnum(IntEnum):
+    """IntEnum with the text of Python 3.10."""
+
+    POLICY = 1008
+
+    def __str__(self):
+        return "CloseCode.POLICY"
 
 
 def test_the_token_and_the_origin_are_checked():
