@@ -65,8 +65,10 @@ def serve(
     from nemo_lfr.serve.streams import StreamLimits
 
     token = os.environ.get("NEMO_LFR_TOKEN")
-    if token is not None and not token.strip():
-        raise NemoLfrError("NEMO_LFR_TOKEN is empty; unset it, or set it to a secret.")
+    if token is not None:
+        token = token.strip()  # files of secrets end with a newline
+        if not token or not token.isascii() or not token.isprintable():
+            raise NemoLfrError("NEMO_LFR_TOKEN is empty or not printable ASCII; unset it, or set it to a secret.")
     settings = Settings(
         EngineLimits(max_streams=max_streams, chunk_frames=chunk),
         StreamLimits(idle_s=idle),
