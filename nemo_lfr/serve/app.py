@@ -7,6 +7,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -168,7 +169,11 @@ class _Admission:
         origin = headers.get("origin")
         if origin is None or origin in self._settings.origins:
             return True
-        return urlsplit(origin).netloc == headers.get("host")
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
+        return _is_address(parts.hostname) and parts.netloc == headers.get("host")
 
     def _has_token(self, headers: Headers, query: QueryParams) -> bool:
         if self._settings.token is None:
@@ -177,6 +182,20 @@ class _Admission:
         if scheme.lower() != "bearer":
             sent = query.get("token", "")
         return hmac.compare_digest(sent.strip().encode(), self._settings.token.encode())
+
+
+def _is_address(host: str | None) -> bool:
+    """Return whether a host is an IP address or localhost.
+
+    A page of any other name may come from elsewhere: its owner can let the name point to this server (DNS rebinding).
+    """
+    if host is None or host == "localhost":
+        return host is not None
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str) -> None:

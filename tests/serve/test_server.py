@@ -74,6 +74,29 @@ def decoded(server, tokens, chunk, query="?audio=pcm_f32le"):
     return np.frombuffer(b"".join(binary), "<f4")
 
 
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("http://evil.example:8000", "evil.example:8000", 403),  # DNS rebinding: the page's own name points here
+        ("http://[", "127.0.0.1:8000", 403),
+        ("null", "", 403),
+        ("http://localhost:8000", "localhost:8000", 400),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000", 400),
+        ("http://[::1]:8000", "[::1]:8000", 400),
+        ("http://127.0.0.1:9000", "127.0.0.1:8000", 403),
+    ],
+)
+def test_only_pages_of_an_address_are_of_the_same_origin(server, origin, host, status):
+    assert post(server, "/v1/encode", b"", Origin=origin, Host=host)[0] == status
+
+
+@pytest.mark.parametrize("token", ["", " ", "s\u00e9cret", "a\nb"])
+def test_a_token_that_no_client_can_send_is_refused(capsys, monkeypatch, token):
+    monkeypatch.setenv("NEMO_LFR_TOKEN", token)
+    code, _, err = run(capsys, "serve", "--port", "0")
+    assert code == 2 and "NEMO_LFR_TOKEN" in err
+
+
 @pytest.mark.parametrize("query", ["?audio=pcm_f32le", "?audio=pcm_f32le&ramp=1,2,4", "?audio=pcm_f32le&lookahead=50"])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_a_decoded_stream_equals_the_decoded_recording(server, tokens, chunk, query):
