@@ -3,6 +3,7 @@
 `create_app` returns an ASGI application, which any ASGI server or Ray Serve can run.
 """
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, QueryParams
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,16 +37,17 @@ class Settings:
 
     Attributes:
         engine: limits of the engine.
-        stream: limits of each WebSocket stream.
-        max_body_bytes: maximum size of a request body, in bytes.
-        token: access token, which clients send as `Authorization: Bearer TOKEN` or as the URL parameter `token`; None
-            to admit all clients.
-        origins: additional origins whose web pages may connect, such as "https://example.org".
+        stream: limits of each WebSocket stream; `idle_s` and `max_seconds` apply to files too.
+        max_body_bytes: size of a file that is posted.
+        max_files: files that are received or processed at the same time.
+        token: clients must send it as `Authorization: Bearer TOKEN` or as the parameter `token`; None admits everyone.
+        origins: web pages of other origins that may connect, such as "https://example.org".
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
     stream: StreamLimits = field(default_factory=StreamLimits)
     max_body_bytes: int = 100 << 20
+    max_files: int = 16
     token: str | None = None
     origins: tuple[str, ...] = ()
 
@@ -66,6 +68,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
     metrics = Metrics()
     engine = Engine(codec, settings.engine, metrics.on_step)
     metrics.watch(engine)
+    files = asyncio.Semaphore(settings.max_files)
 
     def stream(kind: type[DecodeProtocol] | type[EncodeProtocol]) -> Callable[[WebSocket], Awaitable[None]]:
         async def endpoint(websocket: WebSocket) -> None:
@@ -73,9 +76,14 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
 
         return endpoint
 
-    def file(serve: Callable[[Request, Engine, int], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def file(
+        serve: Callable[[Request, Engine, int, StreamLimits], Awaitable[Response]],
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return await serve(request, engine, settings.max_body_bytes)
+            if files.locked():
+                raise OverloadedError(f"the server has {settings.max_files} files, its limit; try again later.")
+            async with files:
+                return await serve(request, engine, settings.max_body_bytes, settings.stream)
 
         return endpoint
 
@@ -101,7 +109,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             Route("/metrics", lambda _: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
             Route("/openapi.json", lambda _: JSONResponse(OPENAPI)),
         ],
-        exception_handlers={NemoLfrError: _report},
+        exception_handlers={NemoLfrError: _report, ClientDisconnect: _drop},
         lifespan=lifespan,
     )
     app.add_middleware(_Admission, settings=settings)
@@ -128,14 +136,17 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 
 async def _report(_: Request, error: Exception) -> Response:
-    """Convert a `NemoLfrError` to a JSON response with status 400, 413 or 503."""
-    status = 400
-    if isinstance(error, OverloadedError):
-        status = 503
-    elif isinstance(error, ProtocolError) and error.code == CloseCode.TOO_BIG:
-        status = 413
+    """Return an error of ours as JSON."""
+    status = 503 if isinstance(error, OverloadedError) else 400
+    if isinstance(error, ProtocolError):
+        status = {CloseCode.TOO_BIG: 413, CloseCode.POLICY: 408}.get(error.code, status)
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": str(error), "type": type(error).__name__}, status, headers)
+
+
+async def _drop(_: Request, error: Exception) -> Response:
+    """Return a response that nobody receives, so that a disconnect is not logged as a fault."""
+    return Response(status_code=400)
 
 
 class _Admission:

@@ -28,7 +28,8 @@ _ERRORS = {
     for status, text in {
         "400": "The body or a parameter is not valid.",
         "401": "The token is missing or wrong.",
-        "413": "The body is too large.",
+        "408": "The body stalled.",
+        "413": "The body is too large, or the recording too long.",
         "503": "Too many streams, or shutting down.",
     }.items()
 }

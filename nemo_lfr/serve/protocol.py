@@ -125,7 +125,12 @@ def check_names(query: Mapping[str, str], names: set[str]) -> None:
             raise ProtocolError(f"unknown parameter {shorten(name)}; known: {', '.join(sorted(names))}.")
 
 
-def _parse_text(text: str) -> dict[str, Any]:
+def parse_text(text: str) -> dict[str, Any]:
+    """Return the JSON object of a text message.
+
+    Raises:
+        ProtocolError: it is not a JSON object.
+    """
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):
@@ -167,22 +172,37 @@ class DecodeProtocol:
         Raises:
             ProtocolError: if the message is invalid.
         """
-        count, size = self.codec.num_codebooks, self.codec.codebook_size
+        count = self.codec.num_codebooks
         if isinstance(message, bytes):
             if len(message) % (2 * count):
                 raise ProtocolError(f"{len(message)} bytes are not frames of {count} tokens of int16.")
             tokens = np.frombuffer(message, "<i2").reshape(-1, count).T
         else:
-            fields = _parse_text(message)
-            if fields.get("type") == "end":
-                return self._end(fields)
-            tokens = self._from_lists(fields.get("tokens"), count)
+            fields = parse_text(message)
+            return self.end_of(fields) if fields.get("type") == "end" else self.tokens_of(fields)
+        return self._checked(tokens)
+
+    def tokens_of(self, fields: Mapping[str, Any]) -> np.ndarray:
+        """Return the tokens [C, k] of a JSON object.
+
+        Raises:
+            ProtocolError: they are not valid.
+        """
+        return self._checked(self._from_lists(fields.get("tokens"), self.codec.num_codebooks))
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        size = self.codec.codebook_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             raise ProtocolError(f"tokens are outside 0 to {size - 1}.")
         return tokens.astype(np.int64)
 
     @staticmethod
-    def _end(fields: dict[str, Any]) -> End:
+    def end_of(fields: Mapping[str, Any]) -> End:
+        """Return the end of the input with the length in a JSON object.
+
+        Raises:
+            ProtocolError: the length is not valid.
+        """
         num_samples = fields.get("num_samples")
         if num_samples is not None and (type(num_samples) is not int or num_samples < 0):
             raise ProtocolError("num_samples is not a non-negative integer.")
@@ -250,7 +270,7 @@ class EncodeProtocol:
             ProtocolError: if the message is invalid.
         """
         if isinstance(message, str):
-            if _parse_text(message).get("type") != "end":
+            if parse_text(message).get("type") != "end":
                 raise ProtocolError('expected samples in a binary message, or {"type": "end"}.')
             return End()
         kind = np.dtype("<i2" if self.audio == "pcm_s16le" else "<f4")

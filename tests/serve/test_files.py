@@ -1,0 +1,109 @@
+"""Files over HTTP: limits, clients that leave, and threads that read."""
+
+import asyncio
+import io
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+pytest.importorskip("prometheus_client")
+
+from nemo_lfr.serve import files
+from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.engine import Engine
+from nemo_lfr.serve.streams import StreamLimits
+from tests.models import synthesize
+from tests.serve.running import running
+from tests.serve.test_server import post, wav
+
+
+@contextmanager
+def posting(server, body, missing=0):
+    """Send a request whose body lacks `missing` bytes, and yield its socket."""
+    head = f"POST /v1/encode HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body) + missing}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + body)
+        yield connection
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_recording_that_is_too_long_is_refused():
+    with running() as server:
+        _, lfr = post(server, "/v1/encode", wav(synthesize(1.0)))
+    frames = json.dumps({"tokens": np.zeros((22, 8), int).tolist()}).encode()
+    silence = io.BytesIO()
+    soundfile.write(silence, np.zeros(22050), 22050, format="FLAC")
+    with running(Settings(stream=StreamLimits(max_seconds=0.5))) as server:
+        assert post(server, "/v1/encode", silence.getvalue())[0] == 413
+        assert post(server, "/v1/decode", lfr)[0] == 413
+        assert post(server, "/v1/decode", frames, **{"Content-Type": "application/json"})[0] == 413
+        assert len(server.app.state.engine) == 0
+
+
+def test_a_body_that_stalls_is_refused():
+    with running(Settings(stream=StreamLimits(idle_s=0.2))) as server, posting(server, b"x", missing=9) as connection:
+        assert b" 408 " in connection.recv(1000).splitlines()[0]
+
+
+def test_more_files_than_the_limit_are_refused():
+    with running(Settings(max_files=1)) as server:
+        with posting(server, b"x", missing=9):
+            wait_for(lambda: post(server, "/v1/encode", b"x")[0] == 503)
+        wait_for(lambda: post(server, "/v1/encode", b"x")[0] == 400)
+
+
+def test_a_file_whose_client_has_left_is_not_computed(monkeypatch, caplog):
+    step = Engine._advance
+
+    def slow(self, *arguments):
+        time.sleep(0.1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_advance", slow)
+    with running() as server:
+        engine = server.app.state.engine
+        with posting(server, wav(np.zeros(120 * 22050, np.float32))):  # 65 s of steps
+            wait_for(lambda: len(engine) == 1)
+        wait_for(lambda: len(engine) == 0)
+    assert "Exception" not in caplog.text
+
+
+def test_a_thread_that_reads_is_awaited_when_its_task_is_cancelled():
+    reading, proceed = threading.Event(), threading.Event()
+
+    def blocks():
+        reading.set()
+        proceed.wait(10)
+        yield 1
+
+    async def read():
+        async for _ in files._steps(blocks()):
+            pass
+
+    async def work():
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(reading.wait, 10)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0.01)
+            assert not task.done()
+        proceed.set()
+        await asyncio.wait([task], timeout=10)
+        return task.cancelled()
+
+    assert asyncio.run(work())
