@@ -25,7 +25,8 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
 
-    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  assigns NeMo's types to the modules
+    from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  these import more of NeMo and Lightning
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "

@@ -1,6 +1,7 @@
 """Tests of the NeMo integration: construction, restoring, state, the Hub, training hooks."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -21,13 +22,22 @@ from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError
+from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError, MissingExtraError
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.checkpoint.test_checkpoint import HOSTILE
 from tests.hub_server import HubServer
 from tests.models import MODULES, codec_config, speech_like, stock_model, write_nemo
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("module", ["cuts", "artifacts", "resume"])
+def test_a_nemo_without_some_of_its_modules_is_reported_as_missing(monkeypatch, module):
+    monkeypatch.delitem(sys.modules, "nemo_lfr.nemo.base")
+    monkeypatch.delattr(f"nemo_lfr.nemo.{module}")
+    monkeypatch.setitem(sys.modules, f"nemo_lfr.nemo.{module}", None)  # its import fails
+    with pytest.raises(MissingExtraError, match="the NeMo integration needs NeMo, which cannot be imported"):
+        importlib.import_module("nemo_lfr.nemo.base")
 
 
 @pytest.fixture(scope="module")
