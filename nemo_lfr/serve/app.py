@@ -58,11 +58,11 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
     This starts the engine's thread. The application closes the engine at shutdown.
 
     Args:
-        codec: PyTorch codec.
-        settings: limits and access control; the defaults of `Settings` if None.
+        codec: a PyTorch codec.
+        settings: limits and access control.
 
-    Returns:
-        The application; its `state.engine` is the `Engine`.
+    Raises:
+        NemoLfrError: if streams of the codec's backend cannot be batched.
     """
     settings = settings or Settings()
     metrics = Metrics()

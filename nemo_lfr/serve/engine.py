@@ -254,6 +254,9 @@ class Engine:
         limits: limits of the engine; the defaults of `EngineLimits` if None.
         on_step: function that the engine's thread calls after each step.
 
+    Raises:
+        NemoLfrError: if streams of the codec's backend cannot be batched.
+
     Attributes:
         draining: whether new sessions are refused. A server sets it to shut down.
         num_opened: number of sessions opened so far.
@@ -262,6 +265,9 @@ class Engine:
     def __init__(
         self, codec: Codec[Any], limits: EngineLimits | None = None, on_step: Callable[[Step], None] | None = None
     ) -> None:
+        for stream in (codec.stream_encoder(), codec.stream_decoder()):  # loads the weights, too
+            if not isinstance(stream, StreamEncoder | StreamDecoder):
+                raise NemoLfrError(f"{codec.name}: streams of this backend cannot be batched; load a checkpoint.")
         self.codec, self.limits = codec, limits or EngineLimits()
         self.draining = False
         self.num_opened = 0
@@ -321,8 +327,7 @@ class Engine:
             if len(self._sessions) >= self.limits.max_streams:
                 raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
             stream = open_stream()
-            if not isinstance(stream, StreamEncoder | StreamDecoder):
-                raise NemoLfrError(f"{self.codec.name}: streams of this backend cannot be batched; load a checkpoint.")
+            assert isinstance(stream, StreamEncoder | StreamDecoder)
             session = Session(self, stream, ramp, live)
             self._sessions.append(session)
             self.num_opened += 1

@@ -1,6 +1,7 @@
 """The engine without a server: streams that end, take turns and hold little, whatever their tasks do."""
 
 import asyncio
+import copy
 import time
 
 import numpy as np
@@ -38,6 +39,13 @@ async def decode(engine, frames=3):
         await session.feed(tokens(frames))
         session.end()
         return await collect_all(session)
+
+
+def test_a_codec_whose_streams_cannot_be_batched_is_refused():
+    codec = copy.copy(cached_codec("symmetric"))
+    codec.stream_decoder = lambda: object()
+    with pytest.raises(NemoLfrError, match="cannot be batched"):
+        Engine(codec)
 
 
 def test_a_step_that_fails_ends_its_streams_only(monkeypatch):
