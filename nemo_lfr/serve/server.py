@@ -5,9 +5,11 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from nemo_lfr.errors import NemoLfrError
@@ -45,6 +47,46 @@ class _WebSockets(WebSocketsSansIOProtocol):
         if self._cutoff is not None:
             self._cutoff.cancel()
             self._cutoff = None
+
+
+class _HeaderLimit(asyncio.Protocol):
+    """Mixin of uvicorn's HTTP protocols that closes a connection whose request does not arrive.
+
+    uvicorn limits only the time between two requests.
+    """
+
+    idle_s = 60.0
+    transport: asyncio.Transport
+    cycle: Any  # the last request; None before the first
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the time limit."""
+        super().connection_made(transport)
+        self._start_limit()
+
+    def data_received(self, data: bytes) -> None:
+        """End the time limit when the headers of a request are complete, or start it for the next request."""
+        super().data_received(data)
+        is_served = self.cycle is not None and not self.cycle.response_complete
+        if is_served or self.transport.get_protocol() is not self:  # a WebSocket has a protocol of its own
+            self._end_limit()
+        else:
+            self._start_limit()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the time limit."""
+        self._end_limit()
+        super().connection_lost(exc)
+
+    def _start_limit(self) -> None:
+        if self._limit is None:
+            self._limit = asyncio.get_running_loop().call_later(self.idle_s, self.transport.close)
+
+    def _end_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
 
 
 class Server(uvicorn.Server):
@@ -91,11 +133,13 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's configuration for an application with these limits."""
+    """Return uvicorn's settings for an application."""
+    http = type("Http", (_HeaderLimit, AutoHTTPProtocol), {"idle_s": settings.stream.idle_s})
     websockets = type("WebSockets", (_WebSockets,), {"send_s": settings.stream.send_s})
     return uvicorn.Config(
         app,
         log_level="warning",
+        http=http,
         ws=websockets,
         ws_max_size=settings.stream.max_message_bytes * 2,  # uvicorn itself rejects larger messages
         ws_per_message_deflate=False,

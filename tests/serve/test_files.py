@@ -60,6 +60,25 @@ def test_a_body_that_stalls_is_refused():
         assert b" 408 " in connection.recv(1000).splitlines()[0]
 
 
+def test_a_connection_without_a_complete_request_is_closed():
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(Settings(stream=StreamLimits(idle_s=0.3))) as server:
+        for complete, partial in ((b"", b""), (b"", b"GET /hea"), (request, b"GET /hea")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=4) as connection:
+                if complete:
+                    connection.sendall(complete)
+                    assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                connection.sendall(partial)
+                while connection.recv(1000):
+                    pass
+        with socket.create_connection(("127.0.0.1", server.port), timeout=4) as connection:
+            connection.sendall(request)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+            connection.sendall(request)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 def test_more_files_than_the_limit_are_refused():
     with running(Settings(max_files=1)) as server:
         with posting(server, b"x", missing=9):
