@@ -5,6 +5,7 @@ stream.
 """
 
 import asyncio
+import functools
 import io
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -15,10 +16,10 @@ from typing import Any, TypeVar
 import numpy as np
 import soundfile
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.audio import AudioReader, resample
+from nemo_lfr.io.audio import AudioReader, Resampler
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.engine import Engine, Session
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, ProtocolError, check_names, choice, parse_text
@@ -27,7 +28,8 @@ from nemo_lfr.serve.tasks import stop_tasks
 
 T = TypeVar("T")
 
-OPUS_RATE = 24000  # Hz; Opus supports 8, 12, 16, 24 and 48 kHz
+_PIECE = 1 << 18  # bytes of a file that are sent at once
+OPUS_RATE = 24000  # Hz; Opus has 8, 12, 16, 24 and 48 kHz
 _FORMATS: dict[str, tuple[str, str, str]] = {
     "wav": ("WAV", "PCM_16", "audio/wav"),
     "flac": ("FLAC", "PCM_16", "audio/flac"),
@@ -58,8 +60,10 @@ async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: 
             await asyncio.to_thread(AudioReader, path, rate, name="the body") as reader,
             engine.encoder(live=False) as session,
         ):
-            tokens = await _through(request, session, _steps(_limited(reader.blocks(), limits, rate)))
+            results = [session.empty_result()]
+            await _through(request, session, _steps(_limited(reader.blocks(), limits, rate)), results.append)
             num_samples = reader.samples_read
+    tokens = np.concatenate(results, axis=1)
     return await asyncio.to_thread(_tokens_response, tokens, num_samples, engine, kind)
 
 
@@ -85,8 +89,9 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
         read = _read_json if is_json else _read_lfr
         tokens, num_samples = await asyncio.to_thread(read, path, engine, limits)
     with engine.decoder(live=False) as session:
-        audio = await _through(request, session, _steps(iter([tokens])), num_samples)
-    return await asyncio.to_thread(_audio_response, audio, engine.codec.sample_rate, kind)
+        audio = _AudioFile(engine.codec.sample_rate, kind)
+        await _through(request, session, _steps(iter([tokens])), audio.write, num_samples)
+    return await asyncio.to_thread(audio.response)
 
 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
@@ -133,13 +138,35 @@ def _tokens_response(tokens: np.ndarray, num_samples: int, engine: Engine, kind:
     return Response(file.getvalue(), media_type="application/octet-stream")
 
 
-def _audio_response(audio: np.ndarray, sample_rate: int, kind: str) -> Response:
-    container, subtype, media_type = _FORMATS[kind]
-    if kind == "opus":
-        audio, sample_rate = resample(audio, sample_rate, OPUS_RATE), OPUS_RATE
-    file = io.BytesIO()
-    soundfile.write(file, audio.clip(-1, 1), sample_rate, format=container, subtype=subtype)
-    return Response(file.getvalue(), media_type=media_type)
+class _AudioFile:
+    """Audio file that is written piece by piece, to a temporary file without a name.
+
+    Args:
+        sample_rate: of the pieces, Hz.
+        kind: key of `_FORMATS`.
+    """
+
+    def __init__(self, sample_rate: int, kind: str) -> None:
+        container, subtype, self._media_type = _FORMATS[kind]
+        rate = OPUS_RATE if kind == "opus" else sample_rate
+        self._resampler = Resampler(sample_rate, rate) if rate != sample_rate else None
+        self._file = tempfile.TemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  lives as long as the response
+        self._writer = soundfile.SoundFile(self._file, "w", rate, 1, subtype, format=container)
+
+    def write(self, audio: np.ndarray, last: bool = False) -> None:
+        """Write samples [n]."""
+        if self._resampler is not None:
+            audio = self._resampler.push(audio, last=last)
+        self._writer.write(audio.clip(-1, 1))
+
+    def response(self) -> Response:
+        """End the file, and return the response that sends it."""
+        self.write(np.zeros(0, np.float32), last=True)
+        self._writer.close()
+        size = self._file.seek(0, io.SEEK_END)
+        self._file.seek(0)
+        pieces = iter(functools.partial(self._file.read, _PIECE), b"")
+        return StreamingResponse(pieces, headers={"Content-Length": str(size)}, media_type=self._media_type)
 
 
 def _rates(engine: Engine) -> dict[str, Any]:
@@ -147,14 +174,17 @@ def _rates(engine: Engine) -> dict[str, Any]:
 
 
 async def _through(
-    request: Request, session: Session, pieces: AsyncIterator[np.ndarray], num_samples: int | None = None
-) -> np.ndarray:
-    """Pass all pieces through a session, and return the concatenated results.
+    request: Request,
+    session: Session,
+    pieces: AsyncIterator[np.ndarray],
+    consume: Callable[[np.ndarray], None],
+    num_samples: int | None = None,
+) -> None:
+    """Pass all pieces through a session, and its results to `consume`, in a thread.
 
     Raises:
-        ClientDisconnect: nobody waits for them any more.
+        ClientDisconnect: nobody waits for the results any more.
     """
-    results: list[np.ndarray] = []
 
     async def feed() -> None:
         async for piece in pieces:
@@ -163,7 +193,7 @@ async def _through(
 
     async def collect() -> None:
         while (result := await session.collect()) is not None:
-            results.append(result)
+            await asyncio.to_thread(consume, result)
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -180,7 +210,6 @@ async def _through(
                 task.result()  # raises the error of a task that failed
     finally:
         await stop_tasks(tasks)
-    return np.concatenate(results, axis=-1) if results else session.empty_result()
 
 
 async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:

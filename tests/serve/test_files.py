@@ -102,6 +102,25 @@ def test_a_file_whose_client_has_left_is_not_computed(monkeypatch, caplog):
     assert "Exception" not in caplog.text
 
 
+def test_a_decoded_file_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 1000)
+    audio = synthesize(3.0)
+    for kind in files._FORMATS:
+        file = files._AudioFile(22050, kind)
+        for start in range(0, len(audio), 4096):
+            file.write(audio[start : start + 4096])
+        response = file.response()
+
+        async def body(response=response):
+            return [piece async for piece in response.body_iterator]
+
+        pieces = asyncio.run(body())
+        assert max(map(len, pieces)) == 1000
+        assert int(response.headers["content-length"]) == sum(map(len, pieces))
+        result, rate = soundfile.read(io.BytesIO(b"".join(pieces)))
+        assert abs(len(result) / rate - 3.0) < 0.001
+
+
 def test_a_thread_that_reads_is_awaited_when_its_task_is_cancelled():
     reading, proceed = threading.Event(), threading.Event()
 
