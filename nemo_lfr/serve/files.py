@@ -21,8 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.audio import AudioReader, Resampler
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
-from nemo_lfr.serve.engine import Engine, Session
+from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, ProtocolError, check_names, choice, parse_text
+from nemo_lfr.serve.session import Session
 from nemo_lfr.serve.streams import StreamLimits
 from nemo_lfr.serve.tasks import stop_tasks
 

@@ -2,7 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nemo_lfr.serve.engine import Engine, Session, Step
+from nemo_lfr.serve.engine import Engine, Step
+from nemo_lfr.serve.session import Session
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 

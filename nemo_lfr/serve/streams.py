@@ -17,9 +17,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.resampling import Resampler
-from nemo_lfr.serve.engine import Engine, OverloadedError, Session
+from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, End, ProtocolError
+from nemo_lfr.serve.session import Session
 from nemo_lfr.serve.tasks import stop_tasks
 
 Protocol = DecodeProtocol | EncodeProtocol

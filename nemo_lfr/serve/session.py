@@ -1,0 +1,184 @@
+"""One live stream of an engine: its queues, between an asyncio task and the engine's thread."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
+
+if TYPE_CHECKING:
+    from nemo_lfr.serve.engine import Engine
+
+
+class Session:
+    """One live stream of an engine, used from one asyncio task.
+
+    Attributes:
+        kind: "encode" or "decode".
+        first_result_s: seconds from the first input to the first result; None before that.
+    """
+
+    def __init__(
+        self, engine: "Engine", stream: StreamEncoder | StreamDecoder, ramp: tuple[int, ...], live: bool
+    ) -> None:
+        self.kind = "encode" if isinstance(stream, StreamEncoder) else "decode"
+        self.first_result_s: float | None = None
+        self._engine, self._stream, self._live = engine, stream, live
+        self._loop = asyncio.get_running_loop()
+        self._results: asyncio.Queue[np.ndarray | BaseException | None] = asyncio.Queue()
+        self._room = asyncio.Event()
+        self._room.set()
+        # The attributes below are guarded by the engine's lock.
+        self._pending: deque[np.ndarray] = deque()
+        self._num_pending = 0  # items of the input that are not processed
+        self._num_uncollected = 0  # items of the output that were not collected
+        self._ramp = deque(ramp)  # frames of the next chunks
+        self._started: float | None = None
+        self._played_until: float | None = None  # when the audio so far will have been played
+        self._taken_at = 0.0  # when the last step with this stream began
+        self._ended = self._finished = False
+        self._num_samples: int | None = None
+
+    @property
+    def delay_frames(self) -> int:
+        """Frames of lookahead that results wait for."""
+        return self._stream.delay_frames
+
+    @property
+    def _frame(self) -> int:
+        """Items of a frame of the input."""
+        return self._engine.codec.samples_per_frame if self.kind == "encode" else 1
+
+    @property
+    def _frame_out(self) -> int:
+        """Items of a frame of the output."""
+        return 1 if self.kind == "encode" else self._engine.codec.samples_per_frame
+
+    async def feed(self, items: np.ndarray) -> None:
+        """Queue input, and wait while too much of it is unprocessed.
+
+        Args:
+            items: valid samples [n] or tokens [C, k] of this stream's codec.
+        """
+        with self._engine._changed:
+            # Nobody takes the input of a finished stream, and an empty piece would stay in the queue until the next.
+            if self._finished or not items.shape[-1]:
+                return
+            self._started = self._started or time.monotonic()
+            self._pending.append(items)
+            self._num_pending += items.shape[-1]
+            if self._is_full():
+                self._room.clear()
+            self._engine._changed.notify()
+        await self._room.wait()
+
+    def end(self, num_samples: int | None = None) -> None:
+        """Mark the end of the input.
+
+        Args:
+            num_samples: for a decoder, the length of the original recording; None for whole frames.
+        """
+        with self._engine._changed:
+            self._ended, self._num_samples = True, num_samples
+            self._engine._changed.notify()
+
+    async def collect(self) -> np.ndarray | None:
+        """Return the next result, tokens [C, k] or samples [n], or None after the last one.
+
+        Raises:
+            NemoLfrError: the input cannot be encoded or decoded.
+            OverloadedError: the engine was closed.
+        """
+        result = await self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        if result is not None:
+            with self._engine._changed:
+                self._num_uncollected -= result.shape[-1]
+                self._engine._changed.notify()
+        return result
+
+    def empty_result(self) -> np.ndarray:
+        """Return a result without frames: tokens [C, 0] or samples [0]."""
+        if self.kind == "decode":
+            return np.zeros(0, np.float32)
+        return np.zeros((self._engine.codec.num_codebooks, 0), np.int32)
+
+    def _limit(self, seconds: float) -> int:
+        return max(1, int(seconds * self._engine.codec.frame_rate))
+
+    def _ready(self) -> bool:
+        """Return whether a step could advance this stream."""
+        if (
+            self._finished
+            or self._num_uncollected > self._limit(self._engine.limits.max_uncollected_s) * self._frame_out
+        ):
+            return False
+        return self._ended or self._is_full() or self._num_pending >= self._wanted() * self._frame
+
+    def _is_full(self) -> bool:
+        """Return whether `feed` waits for this stream to be advanced."""
+        return self._num_pending > self._limit(self._engine.limits.max_pending_s) * self._frame
+
+    def _wanted(self) -> int:
+        return self._ramp[0] if self._ramp else 1
+
+    def _urgency(self) -> tuple[bool, float]:
+        """Return a key that sorts live streams first, by the time at which they need a result.
+
+        Background streams follow, and take turns.
+        """
+        return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
+
+    def _take(self) -> np.ndarray:
+        """Remove and return the next chunk of the input."""
+        self._taken_at = time.monotonic()
+        frames = self._ramp.popleft() if self._ramp else self._engine.limits.chunk_frames
+        wanted = frames * self._frame
+        pieces: list[np.ndarray] = []
+        while self._pending and wanted > 0:
+            piece = self._pending.popleft()
+            if piece.shape[-1] > wanted:
+                self._pending.appendleft(piece[..., wanted:])
+                piece = piece[..., :wanted]
+            pieces.append(piece)
+            wanted -= piece.shape[-1]
+            self._num_pending -= piece.shape[-1]
+        if not self._is_full():
+            self._call(self._room.set)
+        return np.concatenate(pieces, axis=-1) if pieces else self._empty()
+
+    def _empty(self) -> np.ndarray:
+        if self.kind == "encode":
+            return np.zeros(0, np.float32)
+        return np.zeros((self._engine.codec.num_codebooks, 0), np.int64)
+
+    def _deliver(self, result: np.ndarray) -> None:
+        """Pass a result to the asyncio task."""
+        if not result.shape[-1]:
+            return
+        now = time.monotonic()
+        if self.first_result_s is None and self._started is not None:
+            self.first_result_s = now - self._started
+        seconds = result.shape[-1] / self._frame_out / self._engine.codec.frame_rate
+        self._played_until = max(self._played_until or now, now) + seconds
+        self._num_uncollected += result.shape[-1]
+        self._call(self._results.put_nowait, result)
+
+    def _finish(self, error: BaseException | None) -> None:
+        """End the stream: wake its tasks, and let `collect` raise the error or return None."""
+        if self._finished:
+            return
+        self._finished = True
+        self._call(self._results.put_nowait, error)
+        self._call(self._room.set)
+
+    def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the event loop was closed; nobody waits for this stream
+            self._finished = True
