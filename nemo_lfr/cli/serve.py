@@ -61,7 +61,7 @@ def serve(
     except ImportError as error:
         packages = install_command("starlette", "uvicorn[standard]", "prometheus_client")
         raise MissingExtraError(f"nemo-lfr serve needs {error.name}: {packages}") from error
-    from nemo_lfr.serve.engine import EngineLimits
+    from nemo_lfr.serve.session import EngineLimits
     from nemo_lfr.serve.streams import StreamLimits
 
     token = os.environ.get("NEMO_LFR_TOKEN")

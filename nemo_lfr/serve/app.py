@@ -23,11 +23,12 @@ from starlette.websockets import WebSocket
 from nemo_lfr._version import __version__
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.serve.engine import Engine, EngineLimits, OverloadedError
+from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.files import decode_file, encode_file
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError
+from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits, serve_stream
 
 

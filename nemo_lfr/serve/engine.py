@@ -21,33 +21,13 @@ import numpy as np
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.serve.session import Session
+from nemo_lfr.serve.session import EngineLimits, Session
 
 logger = logging.getLogger(__name__)
 
 
 class OverloadedError(NemoLfrError):
     """Error for a new stream when the engine is full or shutting down."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Limits of an engine.
-
-    Attributes:
-        max_streams: maximum number of open sessions, including background sessions for files.
-        max_batch: maximum number of streams per step.
-        chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
-            other streams wait longer. The chunks of `ramp` do not depend on it.
-        max_pending_s: unprocessed input of one stream, in seconds, above which `Session.feed` waits.
-        max_uncollected_s: uncollected results of one stream, in seconds, above which it is not advanced.
-    """
-
-    max_streams: int = 64
-    max_batch: int = 64
-    chunk_frames: int = 4
-    max_pending_s: float = 10.0
-    max_uncollected_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +131,7 @@ class Engine:
                 raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
             stream = open_stream()
             assert isinstance(stream, StreamEncoder | StreamDecoder)
-            session = Session(self, stream, ramp, live)
+            session = Session(self.codec, self.limits, self._changed, stream, ramp, live)
             self._sessions.append(session)
             self.num_opened += 1
         try:

@@ -1,17 +1,37 @@
 """One live stream of an engine: its queues, between an asyncio task and the engine's thread."""
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder
 
-if TYPE_CHECKING:
-    from nemo_lfr.serve.engine import Engine
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Limits of an engine.
+
+    Attributes:
+        max_streams: maximum number of open sessions, including background sessions for files.
+        max_batch: maximum number of streams per step.
+        chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
+            other streams wait longer. The chunks of `ramp` do not depend on it.
+        max_pending_s: unprocessed input of one stream, in seconds, above which `Session.feed` waits.
+        max_uncollected_s: uncollected results of one stream, in seconds, above which it is not advanced.
+    """
+
+    max_streams: int = 64
+    max_batch: int = 64
+    chunk_frames: int = 4
+    max_pending_s: float = 10.0
+    max_uncollected_s: float = 10.0
 
 
 class Session:
@@ -23,11 +43,18 @@ class Session:
     """
 
     def __init__(
-        self, engine: "Engine", stream: StreamEncoder | StreamDecoder, ramp: tuple[int, ...], live: bool
+        self,
+        codec: Codec[Any],
+        limits: EngineLimits,
+        changed: threading.Condition,
+        stream: StreamEncoder | StreamDecoder,
+        ramp: tuple[int, ...],
+        live: bool,
     ) -> None:
         self.kind = "encode" if isinstance(stream, StreamEncoder) else "decode"
         self.first_result_s: float | None = None
-        self._engine, self._stream, self._live = engine, stream, live
+        self._codec, self._limits, self._changed = codec, limits, changed
+        self._stream, self._live = stream, live
         self._loop = asyncio.get_running_loop()
         self._results: asyncio.Queue[np.ndarray | BaseException | None] = asyncio.Queue()
         self._room = asyncio.Event()
@@ -51,12 +78,12 @@ class Session:
     @property
     def _frame(self) -> int:
         """Items of a frame of the input."""
-        return self._engine.codec.samples_per_frame if self.kind == "encode" else 1
+        return self._codec.samples_per_frame if self.kind == "encode" else 1
 
     @property
     def _frame_out(self) -> int:
         """Items of a frame of the output."""
-        return 1 if self.kind == "encode" else self._engine.codec.samples_per_frame
+        return 1 if self.kind == "encode" else self._codec.samples_per_frame
 
     async def feed(self, items: np.ndarray) -> None:
         """Queue input, and wait while too much of it is unprocessed.
@@ -64,7 +91,7 @@ class Session:
         Args:
             items: valid samples [n] or tokens [C, k] of this stream's codec.
         """
-        with self._engine._changed:
+        with self._changed:
             # Nobody takes the input of a finished stream, and an empty piece would stay in the queue until the next.
             if self._finished or not items.shape[-1]:
                 return
@@ -73,7 +100,7 @@ class Session:
             self._num_pending += items.shape[-1]
             if self._is_full():
                 self._room.clear()
-            self._engine._changed.notify()
+            self._changed.notify()
         await self._room.wait()
 
     def end(self, num_samples: int | None = None) -> None:
@@ -82,9 +109,9 @@ class Session:
         Args:
             num_samples: for a decoder, the length of the original recording; None for whole frames.
         """
-        with self._engine._changed:
+        with self._changed:
             self._ended, self._num_samples = True, num_samples
-            self._engine._changed.notify()
+            self._changed.notify()
 
     async def collect(self) -> np.ndarray | None:
         """Return the next result, tokens [C, k] or samples [n], or None after the last one.
@@ -97,32 +124,29 @@ class Session:
         if isinstance(result, BaseException):
             raise result
         if result is not None:
-            with self._engine._changed:
+            with self._changed:
                 self._num_uncollected -= result.shape[-1]
-                self._engine._changed.notify()
+                self._changed.notify()
         return result
 
     def empty_result(self) -> np.ndarray:
         """Return a result without frames: tokens [C, 0] or samples [0]."""
         if self.kind == "decode":
             return np.zeros(0, np.float32)
-        return np.zeros((self._engine.codec.num_codebooks, 0), np.int32)
+        return np.zeros((self._codec.num_codebooks, 0), np.int32)
 
     def _limit(self, seconds: float) -> int:
-        return max(1, int(seconds * self._engine.codec.frame_rate))
+        return max(1, int(seconds * self._codec.frame_rate))
 
     def _ready(self) -> bool:
         """Return whether a step could advance this stream."""
-        if (
-            self._finished
-            or self._num_uncollected > self._limit(self._engine.limits.max_uncollected_s) * self._frame_out
-        ):
+        if self._finished or self._num_uncollected > self._limit(self._limits.max_uncollected_s) * self._frame_out:
             return False
         return self._ended or self._is_full() or self._num_pending >= self._wanted() * self._frame
 
     def _is_full(self) -> bool:
         """Return whether `feed` waits for this stream to be advanced."""
-        return self._num_pending > self._limit(self._engine.limits.max_pending_s) * self._frame
+        return self._num_pending > self._limit(self._limits.max_pending_s) * self._frame
 
     def _wanted(self) -> int:
         return self._ramp[0] if self._ramp else 1
@@ -137,7 +161,7 @@ class Session:
     def _take(self) -> np.ndarray:
         """Remove and return the next chunk of the input."""
         self._taken_at = time.monotonic()
-        frames = self._ramp.popleft() if self._ramp else self._engine.limits.chunk_frames
+        frames = self._ramp.popleft() if self._ramp else self._limits.chunk_frames
         wanted = frames * self._frame
         pieces: list[np.ndarray] = []
         while self._pending and wanted > 0:
@@ -155,7 +179,7 @@ class Session:
     def _empty(self) -> np.ndarray:
         if self.kind == "encode":
             return np.zeros(0, np.float32)
-        return np.zeros((self._engine.codec.num_codebooks, 0), np.int64)
+        return np.zeros((self._codec.num_codebooks, 0), np.int64)
 
     def _deliver(self, result: np.ndarray) -> None:
         """Pass a result to the asyncio task."""
@@ -164,7 +188,7 @@ class Session:
         now = time.monotonic()
         if self.first_result_s is None and self._started is not None:
             self.first_result_s = now - self._started
-        seconds = result.shape[-1] / self._frame_out / self._engine.codec.frame_rate
+        seconds = result.shape[-1] / self._frame_out / self._codec.frame_rate
         self._played_until = max(self._played_until or now, now) + seconds
         self._num_uncollected += result.shape[-1]
         self._call(self._results.put_nowait, result)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.serve.engine import Engine, EngineLimits, OverloadedError
+from nemo_lfr.serve.engine import Engine, OverloadedError
+from nemo_lfr.serve.session import EngineLimits
 from tests.models import cached_codec
 
 TIMEOUT = 20  # seconds; what should not wait takes milliseconds

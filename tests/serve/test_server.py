@@ -28,9 +28,10 @@ from websockets.sync.client import connect
 
 from nemo_lfr.io.resampling import Resampler
 from nemo_lfr.serve.app import Settings
-from nemo_lfr.serve.engine import Engine, EngineLimits
+from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.server import server_config
+from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits
 from tests.cli.test_cli import run
 from tests.crash import ROOT
