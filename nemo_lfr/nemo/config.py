@@ -37,6 +37,20 @@ def checked_values(cfg: DictConfig) -> dict[str, Any]:
     return codec_values(cfg)
 
 
+def check_codebook_dropout(rate: Any, num_codebooks: int) -> None:
+    """Validate the config's `codebook_dropout_rate`.
+
+    Raises:
+        ConfigError: if it is not a probability, or the codec has one codebook.
+    """
+    if not rate:
+        return
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise ConfigError(f"codebook_dropout_rate is {rate!r}; it must be a probability, 0 to 1.")
+    if num_codebooks < 2:
+        raise ConfigError(f"codebook_dropout_rate is {rate}, but the codec has one codebook; remove the key.")
+
+
 def target_of(section: Any) -> str | None:
     """Return the `_target_` of a section; None if it has none."""
     return section.get("_target_") if isinstance(section, Mapping | DictConfig) else None

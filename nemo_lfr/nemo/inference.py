@@ -29,7 +29,11 @@ class Inference(BaseModel):
         return codec
 
     def encode(
-        self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
+        self,
+        audio: torch.Tensor,
+        audio_len: torch.Tensor,
+        sample_rate: int | None = None,
+        num_codebooks: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode audio to tokens; see `Codec.encode`.
 
@@ -40,17 +44,30 @@ class Inference(BaseModel):
             audio: samples in [-1, 1], shape [B, T_audio].
             audio_len: valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
+            num_codebooks: codebooks to use; all by default. As in NeMo, the tokens of the others stand for zero.
 
         Returns:
             Tokens as int32, shape [B, C, T_encoded], and their lengths in frames, shape [B].
 
         Raises:
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
+            TokensError: for an invalid `num_codebooks`.
         """
-        return self.codec.encode(audio, audio_len, sample_rate)
+        codec = self.codec
+        tokens, tokens_len = codec.encode(audio, audio_len, sample_rate, num_codebooks)
+        missing = codec.num_codebooks - tokens.shape[1]
+        if not missing:
+            return tokens, tokens_len
+        is_valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
+        zeros = (is_valid * codec.spec.zero_token).to(tokens.dtype)[:, None].expand(-1, missing, -1)
+        return torch.cat([tokens, zeros], 1), tokens_len
 
     def decode(
-        self, tokens: torch.Tensor, tokens_len: torch.Tensor, audio_len: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        tokens_len: torch.Tensor,
+        audio_len: torch.Tensor | None = None,
+        num_codebooks: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode tokens to audio; see `Codec.decode`.
 
@@ -58,6 +75,7 @@ class Inference(BaseModel):
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
             tokens_len: valid frames of each example, shape [B].
             audio_len: samples to return for each example, shape [B]; complete frames by default.
+            num_codebooks: codebooks to use; all by default. `tokens` may have as many.
 
         Returns:
             Audio [B, T_audio] and its lengths in samples [B].
@@ -65,7 +83,7 @@ class Inference(BaseModel):
         Raises:
             TokensError: for tokens that cannot be decoded.
         """
-        return self.codec.decode(tokens, tokens_len, audio_len)
+        return self.codec.decode(tokens, tokens_len, audio_len, num_codebooks)
 
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None

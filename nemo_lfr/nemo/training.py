@@ -23,6 +23,7 @@ from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
 from nemo_lfr.nemo.averaging import WeightAveraging
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
+from nemo_lfr.nemo.config import check_codebook_dropout
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
 from nemo_lfr.nemo.resume import WholeCheckpoints
 from nemo_lfr.signal.codebooks import CodebookUse
@@ -53,8 +54,8 @@ class TrainingSteps(WeightAveraging):
         """Build the discriminators and install atomic checkpoint writing for training.
 
         Raises:
-            ConfigError: if the config sets a loss that this package does not train with, or has a component that
-                cannot be built.
+            ConfigError: if the config sets a loss that this package does not train with, an invalid dropout rate, or
+                a component that cannot be built.
         """
         super().setup(stage)
         if stage in (None, "fit"):
@@ -63,6 +64,7 @@ class TrainingSteps(WeightAveraging):
                     raise ConfigError(
                         f"{key} is set; nemo_lfr does not train with it. Use NeMo's own AudioCodecModel."
                     )
+            check_codebook_dropout(self.cfg.get("codebook_dropout_rate"), self.num_codebooks)
             self.build_discriminator()
             # Build losses and metrics before a checkpoint is loaded, because it may contain tensors of custom ones.
             _ = self.losses, self.metrics
@@ -269,6 +271,8 @@ class TrainingSteps(WeightAveraging):
         encoded, encoded_len = self.encode_audio(audio=audio, audio_len=audio_len)
         noisy = encoded if self.encoder_noise is None else self.encoder_noise(encoded)
         codes, tokens = self.vector_quantizer(inputs=noisy, input_len=encoded_len)
+        if self.training and (rate := self.cfg.get("codebook_dropout_rate")):
+            codes = self.vector_quantizer.dropout_random_codebooks(codes, float(rate))
         audio_gen, _ = self.audio_decoder(inputs=codes, input_len=encoded_len)
         return audio, audio_len, audio_gen, encoded, tokens.transpose(0, 1)
 

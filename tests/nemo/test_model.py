@@ -419,3 +419,22 @@ def test_the_cards_snippet_runs_from_the_hub_cold_then_cached_then_offline(nemo_
             [sys.executable, "-c", START, nemo_file], env=offline, capture_output=True, text=True, cwd=tmp_path
         )
         assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_unused_codebooks_hold_the_token_of_zero_as_in_nemo(nemo_file):
+    """NeMo after 3.0.0 sets the encoded dimensions of the other codebooks to zero before it quantizes."""
+    model = AudioCodecModel.restore_from(str(nemo_file), map_location="cpu").eval()
+    stock = stock_model(nemo_file)
+    audio = torch.stack([speech_like(9 * 1024), speech_like(9 * 1024, 1)])
+    audio_len = torch.tensor([9 * 1024, 6 * 1024])
+    with torch.no_grad():
+        encoded, encoded_len = model.encode_audio(audio=audio, audio_len=audio_len)
+        encoded[:, 4 * 3 :] = 0
+        expected = stock.quantize(encoded=encoded, encoded_len=encoded_len)
+    tokens, tokens_len = model.encode(audio=audio, audio_len=audio_len, num_codebooks=3)
+    assert tokens.shape == (2, 8, 9) and torch.equal(tokens_len, encoded_len)
+    assert torch.equal(tokens[:, 3:], expected[:, 3:])
+    assert torch.equal(tokens[:, :3], model.encode(audio, audio_len)[0][:, :3])
+    decoded, _ = model.decode(tokens=tokens, tokens_len=tokens_len)
+    for passed in (tokens, tokens[:, :3]):
+        assert torch.equal(model.decode(passed, tokens_len, num_codebooks=3)[0], decoded)

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_lfr import AudioCodecModel, ConfigError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
+from nemo_lfr.nemo.config import check_codebook_dropout
 from nemo_lfr.pretrained import bundled_checkpoint
 from nemo_lfr.signal import spectra
 from nemo_lfr.training.average import Average
@@ -620,3 +621,61 @@ def test_compiled_parts_learn_the_same(tmp_path):
     assert compiled.logged[0]["g_loss_mel_l1"] == pytest.approx(plain.logged[0]["g_loss_mel_l1"], rel=1e-5)
     for key, gradient in plain.gradients[0].items():
         assert (compiled.gradients[0][key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, key
+
+
+# Codebook dropout, with the key of NeMo after 3.0.0, which this test's NeMo does not know.
+
+
+def test_without_codebook_dropout_no_random_number_is_drawn(tmp_path):
+    for changes in ({}, {"codebook_dropout_rate": 0.0}, {"codebook_dropout_rate": None}):
+        _, model = models(tmp_path, training_config([], **changes))
+        model.train()
+        torch.manual_seed(0)
+        model.reconstruct(batch())
+        expected = torch.manual_seed(0).get_state()
+        torch.manual_seed(0)
+        model.reconstruct(batch())
+        assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_codebook_dropout_reaches_the_decoder_in_training_only(tmp_path):
+    stock, model = models(tmp_path, training_config([], codebook_dropout_rate=1.0))
+    plain = model.eval().reconstruct(batch())
+    model.train()
+    torch.manual_seed(3)
+    _, _, audio, encoded, tokens = model.reconstruct(batch())
+    # NeMo draws who loses codebooks, then how many each example keeps.
+    torch.manual_seed(3)
+    torch.rand(2)
+    kept = torch.randint(1, 8, [2])
+    codes, _ = stock.vector_quantizer(inputs=encoded, input_len=torch.full((2,), 12))
+    for row, number in enumerate(kept.tolist()):
+        codes[row, 4 * number :] = 0
+    expected, _ = model.audio_decoder(inputs=codes, input_len=torch.full((2,), 12))
+    torch.testing.assert_close(audio, expected, rtol=0, atol=1e-5)
+    assert torch.equal(tokens, plain[4]) and not torch.allclose(audio, plain[2])
+    # Dimensions that are dropped get no gradient.
+    encoded.retain_grad()
+    audio.sum().backward()
+    for row, number in enumerate(kept.tolist()):
+        assert encoded.grad[row, : 4 * number].any() and not encoded.grad[row, 4 * number :].any()
+
+
+def test_a_model_trains_with_codebook_dropout(tmp_path):
+    _, model = models(tmp_path, training_config([STFT], codebook_dropout_rate=0.5))
+    before = generator_weights(model)
+    train(model, [batch(4)] * 2)
+    assert generator_weights(model).isfinite().all() and not torch.equal(generator_weights(model), before)
+
+
+@pytest.mark.parametrize("rate", [1.5, -0.1, True, "often"])
+def test_an_invalid_codebook_dropout_is_refused(rate):
+    model = AudioCodecModel(OmegaConf.create(training_config([], codebook_dropout_rate=rate)))
+    with pytest.raises(ConfigError, match="must be a probability"):
+        train(model, [batch()])
+
+
+def test_codebook_dropout_needs_several_codebooks():
+    check_codebook_dropout(0.1, 2)
+    with pytest.raises(ConfigError, match="has one codebook"):
+        check_codebook_dropout(0.1, 1)
