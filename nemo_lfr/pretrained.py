@@ -13,10 +13,9 @@ from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.locate import (
-    CONFIG_MEMBER,
     MODEL_SUFFIXES,
-    WEIGHTS_MEMBER,
     check_path,
+    folder_files,
     is_unpacked,
     locate_checkpoint,
     looks_local,
@@ -40,7 +39,7 @@ embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
 
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """Return the local `.nemo` of a path, a Hub id or a known name.
+    """Return the local `.nemo`, or the folder that is a checkpoint, of a path, a Hub id or a known name.
 
     Args:
         source: path (see `locate_checkpoint`), Hub id or name; None for the bundled codec.
@@ -72,7 +71,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Find the repository's only `.nemo` in the Hub's cache; None if there is not exactly one."""
+    """Find the repository's only `.nemo`, or its unpacked checkpoint, in the Hub's cache; None if there is not one."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -118,7 +117,7 @@ def _usual_name(repository: str) -> str:
 
 
 def _download(repository: str, refresh: bool) -> Path:
-    """Return the repository's `.nemo`, from the Hub's cache or by download."""
+    """Return the repository's `.nemo`, or a folder that is a checkpoint, from the Hub's cache or by download."""
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -134,9 +133,8 @@ def _download(repository: str, refresh: bool) -> Path:
         except EntryNotFoundError:
             names = list_repo_files(repository)
             found = [file for file in names if file.endswith(".nemo")]
-            members = [CONFIG_MEMBER, WEIGHTS_MEMBER]
-            if not found and set(members) <= set(names):
-                return Path(snapshot_download(repository, allow_patterns=members, force_download=refresh))
+            if not found and (files := folder_files(names)):
+                return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
             if len(found) != 1:
                 raise CheckpointError(
                     f"{repository}: holds {len(found)} .nemo files, expected one: {found}."

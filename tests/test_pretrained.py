@@ -18,6 +18,7 @@ import torch
 
 import nemo_lfr
 from nemo_lfr.checkpoint import reader, split_weight_norm, write_checkpoint
+from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.token_folder import TokenFolder
@@ -260,6 +261,13 @@ def unpack(path: Path, folder: Path) -> Path:
     return folder
 
 
+def to_safetensors(path: Path, folder: Path, *others: str) -> Path:
+    export_safetensors(path, folder)
+    for name in others:
+        (folder / name).write_text("something else")
+    return folder
+
+
 def link_blob(path: Path, folder: Path) -> Path:
     """Return a folder like that of `snapshot_download`, with a link to the file under its name on the Hub."""
     (folder / "snapshot").mkdir(parents=True)
@@ -278,6 +286,8 @@ def beside(path: Path, folder: Path, *others: str) -> Path:
 PLACES = {
     "unpacked": unpack,
     "unpacked, named as a file": lambda path, folder: unpack(path, folder.with_suffix(".nemo")),
+    "safetensors": to_safetensors,
+    "safetensors and other files": lambda path, folder: to_safetensors(path, folder, "README.md", "model_config.yaml"),
     "snapshot": link_blob,
     "one .nemo and other files": lambda path, folder: beside(path, folder, "README.md", ".hidden.nemo", "last.ckpt"),
     "one .nemo, and a folder of that suffix": lambda path, folder: (
@@ -303,6 +313,8 @@ def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, ho
         (["a.nemo", "b.nemo"], r"holds 2 \.nemo files \(a\.nemo, b\.nemo\); give one"),
         (["model_config.yaml"], "but not the model_weights.ckpt"),
         (["model_weights.ckpt"], "but not the model_config.yaml"),
+        (["model.safetensors"], r"but not the config\.json"),
+        (["config.json"], "a folder without a checkpoint"),
         (["last.ckpt"], "a folder without a checkpoint"),
         ([], "a folder without a checkpoint"),
     ],

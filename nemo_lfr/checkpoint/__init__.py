@@ -8,6 +8,8 @@ record of raw values per tensor. Files are untrusted, so each layer validates it
     tensors.py   read tensors from the zip, without calling anything in the pickle
     lightning.py read the config of a training checkpoint (`.ckpt`), which is the zip alone
     names.py     normalize weight names: wrappers, spellings of weight norm
+    safetensors.py  read tensors from a safetensors file
+    folder.py    write a folder of `config.json` and `model.safetensors`
     reader.py    load modules; validates every key, shape and value
     writer.py    write modules to a `.nemo`
 """

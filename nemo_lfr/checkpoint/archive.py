@@ -12,7 +12,14 @@ from typing import IO, Any, cast
 
 from nemo_lfr.checkpoint.source import ByteSource, FileSource, MemorySource, file_state
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.io.locate import (
+    CONFIG_MEMBER,
+    FOLDERS,
+    SAFETENSORS,
+    SAFETENSORS_CONFIG,
+    WEIGHTS_MEMBER,
+    folder_files,
+)
 from nemo_lfr.io.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -33,10 +40,21 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 
 @dataclass(frozen=True)
 class Members:
-    """Members of a `.nemo`. For a training checkpoint, `weights` is the whole file and `config` is None."""
+    """Members of a `.nemo`. For a training checkpoint, `weights` is the whole file and `config` is None.
+
+    `is_safetensors` is set for a folder with `config.json` and `model.safetensors`.
+    """
 
     config: bytes | None
     weights: ByteSource
+    is_safetensors: bool = False
+
+    @property
+    def config_name(self) -> str:
+        """Return the name of the config, for messages."""
+        if self.is_safetensors:
+            return SAFETENSORS_CONFIG
+        return "config" if self.config is None else CONFIG_MEMBER
 
 
 def read_members(path: Path) -> Members:
@@ -68,21 +86,21 @@ def read_members(path: Path) -> Members:
 
 
 def _read_folder(folder: Path) -> Members:
-    """Return the members of an unpacked `.nemo`."""
-    config = folder / CONFIG_MEMBER
-    for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+    """Return the members of an unpacked `.nemo`, or of a folder with a safetensors file."""
+    names = folder_files(os.listdir(folder)) or FOLDERS[0]
+    config, weights = (folder / name for name in names)
+    for name in names:
         if not os.path.exists(folder / name):
             raise CheckpointError(f"{folder}: is a folder without {name}; give a .nemo or .ckpt file.")
     with open_regular(config, CheckpointError) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{config}: is larger than {MAX_CONFIG_BYTES} bytes.")
-    weights = folder / WEIGHTS_MEMBER
     with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:
             raise CheckpointError(f"{weights}: the file is empty; download it again.")
-        return Members(text, FileSource(weights, file, 0, state[0], state))
+        return Members(text, FileSource(weights, file, 0, state[0], state), is_safetensors=weights.name == SAFETENSORS)
 
 
 def _read_members(path: Path, file: IO[bytes]) -> Members:

@@ -14,9 +14,10 @@ from nemo_lfr.checkpoint.archive import Members, read_members
 from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
+from nemo_lfr.checkpoint.safetensors import SafeTensors
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
-from nemo_lfr.io.locate import CONFIG_MEMBER
+from nemo_lfr.io.locate import SAFETENSORS
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
@@ -55,7 +56,7 @@ class Checkpoint:
         self.path = path = Path(path)
         members = read_members(path)
         self.config = _parse_config(path, members)
-        self.parts = _empty_parts(path, self.config, weight_norm=False)
+        self.parts = _empty_parts(path, members.config_name, self.config, weight_norm=False)
         self._tensors = _tensors(path, members)
         self._sources = {
             name: _match(self._tensors, name, part, strict=True) for name, part in self.parts.named().items()
@@ -97,6 +98,17 @@ class Checkpoint:
         expected = _expected(self.parts.named()[name])
         for key, names in sorted(self._sources[name].items()):
             yield key, _read(self._tensors, name, key, names, expected[key], order=order)[key]
+
+    def iter_stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of all modules as they are stored, by their whole names.
+
+        Raises:
+            CheckpointError: if a tensor is damaged, or the file has changed since it was opened.
+        """
+        for sources in self._sources.values():
+            for names in sources.values():
+                for name in names:
+                    yield name, self._tensors[name]
 
 
 _OPEN: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
@@ -145,8 +157,9 @@ def load_parts(
     """
     path = Path(path)
     members = read_members(path)
+    name = members.config_name if config is None else "the config given"
     config = _parse_config(path, members) if config is None else config
-    parts = _empty_parts(path, config, weight_norm=True, meta=strict)
+    parts = _empty_parts(path, name, config, weight_norm=True, meta=strict)
     tensors = _tensors(path, members)
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
@@ -154,6 +167,8 @@ def load_parts(
 
 
 def _tensors(path: Path, members: Members) -> Tensors:
+    if members.is_safetensors:
+        return SafeTensors(path / SAFETENSORS, members.weights)
     return Tensors(path, members.weights, training=members.config is None)
 
 
@@ -163,12 +178,10 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
             return parse_config(config_text(_tensors(path, members).contents))
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path}: {CONFIG_MEMBER if members.config else 'config'} is refused: {error}"
-        ) from error
+        raise CheckpointError(f"{path}: {members.config_name} is refused: {error}") from error
 
 
-def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:
+def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:
     """Build modules without weights: on the meta device, nothing is allocated or initialized."""
     try:
         values = codec_values(config)
@@ -179,7 +192,7 @@ def _empty_parts(path: Path, config: DictConfig, *, weight_norm: bool, meta: boo
             parts.quantizer = build_part(values["vector_quantizer"])  # type: ignore[assignment]
         return parts
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {CONFIG_MEMBER}: {error}") from error
+        raise CheckpointError(f"{path}: {name}: {error}") from error
 
 
 def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -16,6 +16,30 @@ def export() -> None:
     """Write a codec for another runtime."""
 
 
+@export.command("safetensors", cls=Command, result=ExportResult, short_help="Export a codec to a safetensors file.")
+@click.option(
+    "--out",
+    type=UserPath(file_okay=False),
+    required=True,
+    help="Folder for config.json and model.safetensors.",
+)
+@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@overwrite_option
+def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
+    """Write config.json and model.safetensors, with the names that NeMo gives to weights.
+
+    Pass the folder as --model to other commands.
+    """
+    from nemo_lfr.checkpoint.folder import export_safetensors
+    from nemo_lfr.pretrained import find_checkpoint
+
+    open_codec(model, "cpu", "fp32")  # validates the model, and names the default one
+    paths = export_safetensors(find_checkpoint(model), out, overwrite=overwrite)
+    for path in paths:
+        print_line(path)
+    return {"files": [str(path) for path in paths]}
+
+
 @export.command("onnx", cls=Command, result=ExportResult, short_help="Export a codec to ONNX files.")
 @click.option(
     "--out",

@@ -208,7 +208,7 @@ class DemoResult(Result):
 
 
 class ExportResult(Result):
-    """Output of `export onnx`: the files that were written."""
+    """Output of `export onnx` and `export safetensors`: the files that were written."""
 
     files: list[str]
 

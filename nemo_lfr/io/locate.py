@@ -1,6 +1,7 @@
 """Resolution of user paths: `~`, checkpoint files and unpacked checkpoints."""
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 # Members of a `.nemo` archive, and files of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
+# Files of a folder that `nemo-lfr export safetensors` wrote.
+SAFETENSORS_CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+# Folders that are a checkpoint have both files of one of these pairs; the first pair has precedence.
+FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
 # Suffixes of model files. The name of a Hub repository may contain a dot but does not end with these.
 MODEL_SUFFIXES = frozenset(
     [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
@@ -86,11 +92,12 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     """Return the checkpoint that a local path refers to; `~` is expanded.
 
     Args:
-        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, a folder with one `.nemo` file, as
-            `huggingface_hub.snapshot_download` returns, or a repository's folder in the Hub's cache.
+        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, a folder with `config.json` and
+            `model.safetensors`, a folder with one `.nemo` file, as `huggingface_hub.snapshot_download` returns, or a
+            repository's folder in the Hub's cache.
 
     Returns:
-        The file, or the folder of an unpacked `.nemo`.
+        The file, or the folder of an unpacked `.nemo` or of a safetensors file.
 
     Raises:
         CheckpointError: if there is no checkpoint, more than one, or the path is not a regular file (a pipe, device or
@@ -108,9 +115,14 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     return path
 
 
+def folder_files(names: Collection[str]) -> tuple[str, str] | None:
+    """Find the config and the weights among the names in a folder; None unless the folder is a checkpoint."""
+    return next((pair for pair in FOLDERS if all(name in names for name in pair)), None)
+
+
 def is_unpacked(folder: Path) -> bool:
-    """Return whether a folder is that of an unpacked `.nemo`."""
-    return all(os.path.exists(folder / name) for name in (CONFIG_MEMBER, WEIGHTS_MEMBER))
+    """Return whether a folder is that of an unpacked `.nemo`, or has `config.json` and `model.safetensors`."""
+    return any(all(os.path.exists(folder / name) for name in pair) for pair in FOLDERS)
 
 
 def _snapshot(folder: Path) -> Path:
@@ -143,18 +155,27 @@ def _in_folder(folder: Path) -> Path:
     members = [name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER) if name in names]
     if len(members) == 2:
         return folder
-    if "snapshots" in names and not members and not any(name.endswith(".nemo") for name in names):
+    if (
+        "snapshots" in names
+        and not members
+        and SAFETENSORS not in names
+        and not any(name.endswith(".nemo") for name in names)
+    ):
         return _in_folder(_snapshot(folder))
     archives = [name for name in names if name.endswith(".nemo") and not os.path.isdir(folder / name)]
     if len(archives) == 1:
         return locate_checkpoint(folder / archives[0])
+    if not archives and folder_files(names):
+        return folder
     if archives:
         listing = shorten(", ".join(archives), 200)
         raise CheckpointError(f"{folder}: holds {len(archives)} .nemo files ({listing}); give one of them.")
     if members:
         missing = WEIGHTS_MEMBER if members[0] == CONFIG_MEMBER else CONFIG_MEMBER
         raise CheckpointError(f"{folder}: has {members[0]}, but not the {missing} that belongs to it.")
+    if SAFETENSORS in names:
+        raise CheckpointError(f"{folder}: has {SAFETENSORS}, but not the {SAFETENSORS_CONFIG} that belongs to it.")
+    pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
-        f"{folder}: a folder without a checkpoint: no .nemo file, no {CONFIG_MEMBER} with {WEIGHTS_MEMBER}, no ONNX "
-        "files; give a .nemo or .ckpt file."
+        f"{folder}: a folder without a checkpoint: no .nemo file, {pairs}, no ONNX files; give a .nemo or .ckpt file."
     )

@@ -1,0 +1,99 @@
+"""Read the tensors of a safetensors file, with the checks and the interface of `Tensors`.
+
+The file is the length of a header (8 bytes, little-endian), the header, and the values. The header is JSON with the
+dtype, the shape and the byte range of every tensor.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_lfr.checkpoint.names import plain_keys
+from nemo_lfr.checkpoint.source import ByteSource
+from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
+from nemo_lfr.errors import CheckpointError, shorten
+
+LENGTH_BYTES = 8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafeTensors(Tensors):
+    """Tensors of a safetensors file by name, read one at a time.
+
+    Args:
+        path: path for messages.
+        source: bytes of the file.
+
+    Raises:
+        CheckpointError: if `source` is damaged or not a safetensors file.
+    """
+
+    def __init__(self, path: Path, source: ByteSource) -> None:
+        self.path = path
+        self.contents = None
+        self._source = source
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        try:
+            entries = [(name, self._entry(value)) for name, value in self._header().items() if name != "__metadata__"]
+        except CheckpointError:
+            raise
+        except Exception as error:  # wrong types and values of the header raise various exceptions
+            reason = shorten(str(error) or type(error).__name__, 200)
+            raise CheckpointError(f"{path}: is damaged or not a safetensors file ({reason}).") from error
+        self._check_unchanged()
+        if not entries:
+            raise CheckpointError(f"{path}: holds no tensors.")
+        self.entries: Mapping[str, Entry] = plain_keys(entries, str(path))
+
+    def _header(self) -> dict[str, Any]:
+        length = int.from_bytes(self._bytes(0, LENGTH_BYTES), "little")
+        if length > MAX_PICKLE_BYTES:
+            raise ValueError(f"its header claims {length} bytes")
+        self._begin = LENGTH_BYTES + length
+        header = json.loads(self._bytes(LENGTH_BYTES, length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        return header
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        if offset + size > self._source.size:
+            raise ValueError(f"it ends after {self._source.size} bytes")
+        raw = bytearray(size)
+        self._source.read_into(offset, memoryview(raw))
+        return bytes(raw)
+
+    def _entry(self, value: Any) -> Entry:
+        dtype, shape, (first, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
+        if not all(type(count) is int and 0 <= count < 1 << 62 for count in (first, end, *shape)):
+            raise ValueError("a shape or offset is not a count")
+        if len(shape) > MAX_DIMENSIONS or end - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"a tensor of shape {shorten(shape)} has {end - first} bytes")
+        if self._begin + end > self._source.size:
+            raise ValueError(f"it ends after {self._source.size} bytes")
+        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return Entry("", dtype, self._begin + first, tuple(shape), stride)
+
+    def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
+        entry = self.entries[key]
+        count = math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        flat = torch.empty(count, dtype=entry.dtype) if kept else self._scratch(count * entry.dtype.itemsize)
+        self._source.read_into(entry.offset, flat.view(torch.uint8).numpy().data)
+        self._check_unchanged()
+        return flat.view(entry.dtype).reshape(entry.shape)

@@ -1,0 +1,170 @@
+"""Tests of folders with `config.json` and `model.safetensors`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import nemo_lfr
+from nemo_lfr.checkpoint.folder import export_safetensors
+from nemo_lfr.cli.main import app
+from nemo_lfr.errors import CheckpointError, NemoLfrError
+from tests.hub_server import HubServer
+from tests.models import KINDS, codec_config, speech_like, write_nemo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def nemo_file(tmp_path_factory):
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
+
+
+@pytest.fixture
+def folder(nemo_file, tmp_path):
+    export_safetensors(nemo_file, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tmp_path):
+    source = write_nemo(tmp_path / "tiny.nemo", codec_config(kind))
+    paths = export_safetensors(source, tmp_path / "out")
+    assert (
+        [path.name for path in paths] == sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    )
+    first, second = (nemo_lfr.load(path, "cpu") for path in (source, tmp_path / "out"))
+    audio = speech_like(9000)
+    tokens, _ = first.encode(audio)
+    assert torch.equal(second.encode(audio)[0], tokens)
+    assert torch.equal(second.decode(tokens)[0], first.decode(tokens)[0])
+    assert second.fingerprint == first.fingerprint
+
+
+def test_safetensors_and_ours_read_each_others_files(folder):
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"audio_encoder", "vector_quantizer", "audio_decoder"}
+    before = nemo_lfr.load(folder, "cpu")
+    audio = speech_like(9000)
+    expected = before.encode(audio)[0]
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    after = nemo_lfr.load(folder, "cpu")
+    assert torch.equal(after.encode(audio)[0], expected) and after.fingerprint == before.fingerprint
+
+
+def test_a_folder_is_exported_again_from_itself(folder, tmp_path):
+    export_safetensors(folder, tmp_path / "again")
+    for name in os.listdir(folder):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(NemoLfrError, match=r"config\.json exists; pass --overwrite"):
+        export_safetensors(folder, tmp_path / "again")
+    assert len(export_safetensors(folder, tmp_path / "again", overwrite=True)) == 2
+
+
+def test_the_command_exports_a_folder(nemo_file, tmp_path):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["export", "safetensors", "--model", str(nemo_file), "--out", str(out)])
+    assert result.exit_code == 0 and result.stdout.split() == [
+        str(out / "config.json"),
+        str(out / "model.safetensors"),
+    ]
+    assert nemo_lfr.load(out, "cpu").fingerprint == nemo_lfr.load(nemo_file, "cpu").fingerprint
+
+
+def _header(change):
+    def damage(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    return damage
+
+
+def _first(header):
+    return next(value for name, value in header.items() if name != "__metadata__")
+
+
+def _drop(header):
+    del header[next(name for name in header if name.startswith("audio_decoder"))]
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "five bytes": lambda data: data[:5],
+    "a cut header": lambda data: data[:100],
+    "cut values": lambda data: data[:-1],
+    "a giant header": lambda data: b"\xff" * 8 + data[8:],
+    "not JSON": lambda data: data[:8] + b"x" + data[9:],
+    "a list": lambda data: (2).to_bytes(8, "little") + b"[]",
+    "no tensors": lambda data: (2).to_bytes(8, "little") + b"{}",
+    "an unknown dtype": _header(lambda header: _first(header).update(dtype="F8_E4M3")),
+    "a negative offset": _header(lambda header: _first(header).update(data_offsets=[-4, 0])),
+    "an offset that is no integer": _header(lambda header: _first(header).update(data_offsets=[0.0, 4.0])),
+    "offsets of another size": _header(lambda header: _first(header).update(data_offsets=[0, 3])),
+    "a giant shape": _header(lambda header: _first(header).update(shape=[2**61, 2**61])),
+    "no shape": _header(lambda header: _first(header).pop("shape")),
+    "an entry that is a number": _header(lambda header: header.update(x=3)),
+    "a missing weight": _header(_drop),
+    "a pickle": lambda data: b"\x80\x02}q\x00." + data,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_file_is_refused_by_name(damage, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError) as error:
+        nemo_lfr.load(folder, "cpu")
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1}', "\xff"])
+def test_a_damaged_config_is_refused_by_name(text, folder):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError) as error:
+        nemo_lfr.load(folder, "cpu")
+    assert str(folder) in str(error.value) and "config.json" in str(error.value)
+
+
+def test_infinite_weights_are_refused_when_they_are_used(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")  # of the decoder's weights, since names are sorted
+    path.write_bytes(data[:begin] + b"\xff" * 1000 + data[begin + 1000 :])
+    codec = nemo_lfr.load(folder, "cpu")
+    tokens, _ = codec.encode(speech_like(9000))
+    with pytest.raises(CheckpointError, match="NaN"):
+        codec.decode(tokens)
+
+
+LOAD = """
+import nemo_lfr
+print(nemo_lfr.load("someone/codec", "cpu").fingerprint)
+"""
+
+
+def test_a_repository_of_the_hub_holds_safetensors(folder, tmp_path):
+    expected = nemo_lfr.load(folder, "cpu").fingerprint
+    files = {name: folder / name for name in os.listdir(folder)}
+    with HubServer({"someone/codec": files}) as hub:
+        for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+            environment = hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT), **more)
+            run = subprocess.run(
+                [sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, cwd=tmp_path
+            )
+            assert run.returncode == 0, run.stderr[-2000:]
+            assert run.stdout.strip() == expected
+
+
+def test_a_folder_needs_both_files(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError):
+        nemo_lfr.load(folder, "cpu")
