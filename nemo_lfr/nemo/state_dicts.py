@@ -84,7 +84,6 @@ class StateDicts(BaseModel):
                     f"the state dict is of another codec: {key} is {shorten(state_dict[key].flatten().tolist())}, the "
                     f"model's is {shorten(own[key].flatten().tolist())}."
                 )
-        self._is_random = False
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:
             discriminator = {key: value for key, value in state.items() if key.startswith(DISCRIMINATOR)}
@@ -99,6 +98,7 @@ class StateDicts(BaseModel):
                     f"the state dict {what} weights, {len(judged)} in all, first {judged[:5]}; "
                     "pass strict=False to load what fits."
                 )
+        self._is_random = False
         return result
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -251,6 +251,8 @@ class EncodeProtocol:
         self.codec = codec
         self.audio = choice(query, "audio", ("pcm_s16le", "pcm_f32le"))
         self.tokens = choice(query, "tokens", ("int16", "json"))
+        if self.tokens == "int16" and codec.codebook_size > 1 << 15:
+            raise ProtocolError(f"tokens up to {codec.codebook_size - 1} do not fit into int16; pass tokens=json.")
         self.lookahead = integer(query, "lookahead", None, 0, 1000)
         self.ramp: tuple[int, ...] = ()
         rate = integer(query, "sample_rate", codec.sample_rate, MIN_RATE, MAX_RATE)
