@@ -14,11 +14,19 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 class NemoLfrError(ValueError):
     """Base class of all errors that this package raises for bad input.
 
-    Control characters in the message, such as those of a file name, are replaced: see `printable`.
+    Control characters in the message, such as those of a file name, are replaced: see `printable`. PyTorch's data
+    loader raises an error of a worker process again with that process's traceback as its message, of which the last
+    line is kept.
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(value) if isinstance(value, str) else value for value in args))
+        super().__init__(*(_one_line(value) if isinstance(value, str) else value for value in args))
+
+
+def _one_line(message: str) -> str:
+    if message.startswith("Caught ") and "\n" in message:
+        message = message.strip().rpartition("\n")[2]
+    return printable(message)
 
 
 class AudioError(NemoLfrError):

@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -73,8 +73,34 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
+@pytest.fixture
+def _registries() -> Iterator[None]:
+    """Remove what a page registers, since its functions cannot be imported by other tests' processes."""
+    from nemo_lfr.codec import backends
+    from nemo_lfr.corpus import formats, sources
+    from nemo_lfr.evaluation import codecs, metrics, model_metrics
+    from nemo_lfr.training import components
+
+    tables: list[Any] = [
+        *(backends._OPENERS, formats._registered, codecs._registered, model_metrics._registered),
+        *(metrics.METRICS, components._REGISTERED, sources.SOURCES),
+    ]
+    yield
+    for table in tables:
+        if isinstance(table, dict):
+            for name in [name for name, value in table.items() if _is_of_page(value)]:
+                del table[name]
+        else:
+            table[:] = [value for value in table if not _is_of_page(value)]
+
+
+def _is_of_page(value: Any) -> bool:
+    return getattr(getattr(value, "function", value), "__module__", "") == "docs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+@pytest.mark.usefixtures("_registries")
 def test_every_code_block_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("docs")  # a real module, so that classes of a page can be pickled
     monkeypatch.setitem(sys.modules, "docs", module)

@@ -163,6 +163,7 @@ def _describe_codec(text: str | None) -> CodecFigures:
     quality = BUNDLED_QUALITY if text is None else {}
     return {
         "kind": "codec",
+        "format": "onnx" if text is not None and is_exported(text) else "checkpoint",
         "name": codec.name,
         "path": str(path),
         "file_bytes": size,

@@ -72,6 +72,7 @@ class CodecFigures(TypedDict):
     """
 
     kind: Literal["codec"]
+    format: Literal["checkpoint", "onnx"]
     name: str
     path: str
     file_bytes: int | None

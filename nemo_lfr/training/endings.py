@@ -46,8 +46,6 @@ def _line(error: BaseException, folder: str | os.PathLike[str] | None) -> str | 
         if isinstance(cause, OSError) and cause.errno in PLACE:
             return f"{cause.filename or folder or 'a file'}: {cause.strerror}; {ADVICE}."
         if isinstance(cause, NemoLfrError):
-            # An error from a loader's worker contains that process's traceback; its last line is the reason.
-            lines = [line for line in str(cause).splitlines() if line.strip()]
-            return lines[-1].strip() if lines else type(cause).__name__
+            return str(cause).strip() or type(cause).__name__
         cause = cause.__cause__ or cause.__context__
     return None

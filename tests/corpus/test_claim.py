@@ -78,6 +78,8 @@ def test_an_output_that_changes_under_a_run_is_an_error_and_no_loss(meddling, wo
             is_done = True
             meddle(out)
 
+    if workers > 1:  # a worker that starts late does not find the folder's description
+        reason += "|a worker cannot start: .*No such file"
     with pytest.raises(NemoLfrError, match=reason):
         tokenize(job(audio, out, model), device="cpu", workers=workers, watch=watch)
     assert is_done and not (out / METADATA).exists()
