@@ -3,11 +3,8 @@
 import shutil
 import sys
 
-import pytest
-
-pytest.importorskip("nemo", reason="the tutorials use NeMo: pip install '.[nemo]'")
-
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from tests.crash import ROOT
@@ -17,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.nemo]
 
 @pytest.mark.parametrize(("name", "pictures", "players"), [("Inference", 4, 2), ("Training", 3, 2)])
 def test_a_tutorial_runs(tmp_path, monkeypatch, name, pictures, players):
+    pytest.importorskip("nemo", reason="the tutorials use NeMo: pip install '.[nemo]'")
     for folder in ("examples", "conf"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("codec_tutorial"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
