@@ -21,16 +21,16 @@ class StockNeMo(ComparedCodec):
     def __init__(self, options: str = "", device: str | None = None) -> None:
         import torch
 
-        try:
-            from nemo.collections.tts.models import AudioCodecModel
-        except Exception as error:  # a broken installation can raise anything
-            raise missing_extra(error, "NeMo", f"nemo: needs NeMo: {install_command(*NEMO_PACKAGES)}") from error
         from nemo_lfr.checkpoint import read_config
         from nemo_lfr.codec.devices import choose_device
         from nemo_lfr.pretrained import find_checkpoint
 
         path = find_checkpoint(options or None)
         read_config(path)  # reports an unsupported checkpoint in one line, where NeMo would fail later
+        try:
+            from nemo.collections.tts.models import AudioCodecModel
+        except Exception as error:  # a broken installation can raise anything
+            raise missing_extra(error, "NeMo", f"nemo: needs NeMo: {install_command(*NEMO_PACKAGES)}") from error
         self.device = choose_device(device)
         with torch.no_grad():
             self.model = AudioCodecModel.restore_from(str(path), map_location=self.device).eval()
