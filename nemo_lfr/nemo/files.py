@@ -80,24 +80,25 @@ class NemoFiles(BaseModel):
                 validate_access_integrity=validate_access_integrity,
             )
         path = locate_checkpoint(restore_path).absolute()
-        config = read_config(path) if override_config_path is None else override_config(override_config_path)
+        override = None if override_config_path is None else override_config(override_config_path)
         if return_config:
-            return config
+            return read_config(path) if override is None else override
         with building_state(torch.device("cpu")):
-            return cls._built_from(path, config, map_location, strict, save_restore_connector, trainer)
+            return cls._built_from(path, override, map_location, strict, save_restore_connector, trainer)
 
     @classmethod
     def _built_from(
         cls,
         path: Path,
-        config: DictConfig,
+        override: DictConfig | None,
         map_location: Any,
         strict: bool,
         save_restore_connector: Any,
         trainer: Trainer | None,
     ) -> Any:
+        config = read_config(path) if override is None else override
         others = DISCRIMINATOR if config.get("discriminator") else None
-        parts, rest = load_parts(path, config, strict=strict, others=others)
+        parts, rest = load_parts(path, override, strict=strict, others=others)
         read_parts = READ_PARTS.set(parts)
         try:
             # While this flag is set, NeMo does not open the training data that the config names.
