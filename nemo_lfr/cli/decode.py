@@ -11,7 +11,6 @@ from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.files import FileTask, run_tasks, task_result, tasks_to_run
 from nemo_lfr.cli.identify import TOKEN_SUFFIX
 from nemo_lfr.cli.options import (
-    Number,
     PathText,
     UserPath,
     entropy_model_option,
@@ -19,6 +18,7 @@ from nemo_lfr.cli.options import (
     model_options,
     open_codec,
     overwrite_option,
+    seconds_option,
     skip_existing_option,
 )
 from nemo_lfr.cli.results import FileFigures, FilesResult
@@ -44,12 +44,8 @@ AUDIO_FORMATS = ("wav", "flac")
 )
 @overwrite_option
 @skip_existing_option
-@click.option(
-    "--start", type=Number(min=0), metavar="SECONDS", default=0.0, show_default=True, help="Start time, in seconds."
-)
-@click.option(
-    "--duration", type=Number(min=0), metavar="SECONDS", help="Length to decode, in seconds (default: to the end)."
-)
+@seconds_option("--start", "Start time, in seconds.", 0.0)
+@seconds_option("--duration", "Length to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
     "Entropy model (.lfrm) of compressed files (default: the bundled one, or HASH.lfrm beside them)."

@@ -35,9 +35,7 @@ def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict
 
     open_codec(model, "cpu", "fp32")  # validates the model, and names the default one
     paths = export_safetensors(find_checkpoint(model), out, overwrite=overwrite)
-    for path in paths:
-        print_line(path)
-    return {"files": [str(path) for path in paths]}
+    return _printed(paths)
 
 
 @export.command("onnx", cls=Command, result=ExportResult, short_help="Export a codec to ONNX files.")
@@ -58,6 +56,11 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
 
     codec = open_codec(model, "cpu", "fp32")
     paths = export_onnx(codec, out, overwrite=overwrite)
+    return _printed(paths)
+
+
+def _printed(paths: list[Path]) -> dict[str, Any]:
+    """Print the paths of the exported files, and return them as the command's result."""
     for path in paths:
         print_line(path)
     return {"files": [str(path) for path in paths]}

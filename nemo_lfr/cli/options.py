@@ -129,6 +129,25 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
     )  # fmt: skip
 
 
+def seconds_option(name: str, text: str, default: float | None = None, low: float = 0) -> Decorator:
+    """Return an option whose value is a number of seconds.
+
+    Args:
+        name: the option, such as "--duration".
+        text: help text; it says the default unless `default` is set.
+        default: default value.
+        low: smallest value.
+    """
+    return click.option(
+        name,
+        type=Number(min=low),
+        metavar="SECONDS",
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
+
+
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace existing files.")
 skip_existing_option = click.option(
     "--skip-existing", is_flag=True, help="Keep existing outputs and process the other inputs."

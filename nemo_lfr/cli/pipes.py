@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from nemo_lfr.errors import AudioError
-from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.audio import AudioReader, pcm16
 from nemo_lfr.io.containers import WavSamples, is_known, looks_like_media, read_wav_header
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
@@ -101,7 +101,7 @@ def decode_pipe(
 
     def write(audio: np.ndarray) -> None:
         nonlocal num_samples
-        sink.write(np.rint(audio.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        sink.write(pcm16(audio))
         sink.flush()
         num_samples += len(audio)
 

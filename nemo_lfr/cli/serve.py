@@ -6,10 +6,18 @@ from typing import Any
 import click
 
 from nemo_lfr.cli.command import Command
-from nemo_lfr.cli.options import Number, count_option, device_option, model_option, open_codec, precision_option
+from nemo_lfr.cli.options import (
+    count_option,
+    device_option,
+    model_option,
+    open_codec,
+    precision_option,
+    seconds_option,
+)
 from nemo_lfr.cli.results import ServeResult
 from nemo_lfr.cli.session import begin_work, note
-from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command
+from nemo_lfr.errors import NemoLfrError, install_command
+from nemo_lfr.io.shortage import missing_extra
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -26,22 +34,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 )
 @count_option("--max-streams", "Limit of open streams.", 64)
 @count_option("--chunk", "Frames of one stream that a step computes.", 4)
-@click.option(
-    "--idle",
-    type=Number(min=1),
-    metavar="SECONDS",
-    default=60.0,
-    show_default=True,
-    help="Time that a client may be silent, in seconds.",
-)
-@click.option(
-    "--drain",
-    type=Number(min=0),
-    metavar="SECONDS",
-    default=30.0,
-    show_default=True,
-    help="Time that open streams have at shutdown, in seconds.",
-)
+@seconds_option("--idle", "Time that a client may be silent, in seconds.", 60.0, low=1)
+@seconds_option("--drain", "Time that open streams have at shutdown, in seconds.", 30.0)
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Origin of web pages that may connect; repeatable.")
 @model_option("checkpoint (.nemo or .ckpt), or Hub id")
 @device_option()
@@ -60,7 +54,9 @@ def serve(
         from nemo_lfr.serve.server import run
     except ImportError as error:
         packages = install_command("starlette", "uvicorn[standard]", "prometheus_client")
-        raise MissingExtraError(f"nemo-lfr serve needs {error.name}: {packages}") from error
+        raise missing_extra(
+            error, "a package of the server", f"nemo-lfr serve needs {error.name}: {packages}"
+        ) from error
     from nemo_lfr.serve.session import EngineLimits
     from nemo_lfr.serve.streams import StreamLimits
 

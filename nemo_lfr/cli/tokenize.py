@@ -12,13 +12,13 @@ import click
 
 from nemo_lfr.cli.command import Command
 from nemo_lfr.cli.options import (
-    Number,
     UserPath,
     count_option,
     device_option,
     entropy_model_option,
     model_option,
     precision_option,
+    seconds_option,
 )
 from nemo_lfr.cli.results import TokenizeResult
 from nemo_lfr.cli.session import begin_work, current, note, print_line
@@ -67,14 +67,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     "--dataset", metavar="NAME", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS)."
 )
 @count_option("--shard-size", "Number of clips per shard.", 256)
-@click.option(
-    "--max-duration",
-    type=Number(min=0),
-    metavar="SECONDS",
-    default=3600.0,
-    show_default=True,
-    help="Longest clip to tokenize, in seconds.",
-)
+@seconds_option("--max-duration", "Longest clip to tokenize, in seconds.", 3600.0)
 @count_option("--workers", "Number of processes or Ray actors (default: one per GPU, or per core without a GPU).")
 @count_option("--threads", "Number of threads of each worker on a CPU.", 1)
 @count_option("--readers", "Number of threads of each worker that read audio.", 1)

@@ -1,7 +1,7 @@
 """Read, write and resample audio files in any format that libsndfile or FFmpeg decodes."""
 
 from nemo_lfr.io.audio_reader import BLOCK_SECONDS, MAX_BLOCK, AudioReader
-from nemo_lfr.io.audio_writer import AudioWriter
+from nemo_lfr.io.audio_writer import AudioWriter, pcm16
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, resample
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Resampler",
     "check_peak",
     "check_rate",
+    "pcm16",
     "resample",
 ]

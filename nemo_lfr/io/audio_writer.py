@@ -15,6 +15,12 @@ from nemo_lfr.io.atomic import check_overwrite, naming, open_temporary
 from nemo_lfr.io.decoders import sndfile_reason
 
 
+def pcm16(wave: np.ndarray) -> bytes:
+    """Return samples [T] in [-1, 1] as little-endian 16-bit PCM; others are clipped."""
+    samples: np.ndarray = np.rint(wave.clip(-1, 1) * 32767).astype("<i2")
+    return samples.tobytes()
+
+
 class AudioWriter:
     """Write 16-bit mono audio to a temporary file, and rename it to the final name when it is complete.
 

@@ -26,6 +26,9 @@ from nemo_lfr.serve.session import EngineLimits, Session
 logger = logging.getLogger(__name__)
 
 
+SHUTTING_DOWN = "the server is shutting down; connect to another one."
+
+
 class OverloadedError(NemoLfrError):
     """Error for a new stream when the engine is full or shutting down."""
 
@@ -126,7 +129,7 @@ class Engine:
     def _open(self, open_stream: Callable[[], object], ramp: tuple[int, ...], live: bool) -> Iterator[Session]:
         with self._changed:
             if self.draining or self._closing:
-                raise OverloadedError("the server is shutting down; connect to another one.")
+                raise OverloadedError(SHUTTING_DOWN)
             if len(self._sessions) >= self.limits.max_streams:
                 raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
             stream = open_stream()
@@ -150,7 +153,7 @@ class Engine:
         self._thread.join()
         with self._changed:
             for session in self._sessions:
-                session._finish(OverloadedError("the server is shutting down; connect to another one."))
+                session._finish(OverloadedError(SHUTTING_DOWN))
 
     def _run(self) -> None:
         while batch := self._next_batch():

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import io
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from nemo_lfr.serve.engine import Engine
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, ProtocolError, check_names, choice, parse_text
 from nemo_lfr.serve.session import Session
 from nemo_lfr.serve.streams import StreamLimits
-from nemo_lfr.serve.tasks import stop_tasks
+from nemo_lfr.serve.tasks import stop_tasks, within
 
 T = TypeVar("T")
 
@@ -104,8 +104,7 @@ def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) ->
     num_items = 0
     for piece in pieces:
         num_items += piece.shape[-1]
-        if num_items > limits.max_seconds * rate:
-            raise ProtocolError(f"the recording is longer than {limits.max_seconds:g} s.", CloseCode.TOO_BIG)
+        limits.check_duration(num_items, rate)
         yield piece
 
 
@@ -115,7 +114,7 @@ def _read_lfr(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndar
         reader.check_codec(engine.codec)
         blocks = list(_limited(reader.blocks(), limits, engine.codec.frame_rate))
     count = engine.codec.num_codebooks
-    return np.concatenate([np.zeros((count, 0), np.int32), *blocks], axis=1).astype(np.int64), reader.num_samples
+    return np.concatenate([np.zeros((count, 0), np.int32), *blocks], axis=1), reader.num_samples
 
 
 def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.ndarray, int | None]:
@@ -250,7 +249,7 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
         path = Path(folder, "body")
         size = 0
         with path.open("wb") as file:
-            while (part := await _before(next_part(), limits.idle_s)) is not None:
+            while (part := await within(limits.idle_s, next_part(), "no part of the body")) is not None:
                 size += len(part)
                 if size > max_bytes:
                     raise ProtocolError(f"the body is larger than {max_bytes} bytes.", CloseCode.TOO_BIG)
@@ -258,10 +257,3 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
         if not size:
             raise NemoLfrError("the body is empty.")
         yield path
-
-
-async def _before(part: Awaitable[T], seconds: float) -> T:
-    try:
-        return await asyncio.wait_for(part, seconds)
-    except asyncio.TimeoutError:
-        raise ProtocolError(f"no part of the body for {seconds:g} s.", CloseCode.POLICY) from None

@@ -15,6 +15,7 @@ import numpy as np
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import AudioError, NemoLfrError, shorten
+from nemo_lfr.io.audio import pcm16
 from nemo_lfr.io.resampling import MAX_RATE, MIN_RATE, check_peak
 
 MAX_RAMP = 8  # chunks
@@ -226,8 +227,7 @@ class DecodeProtocol:
         """Return the binary message for samples [n]; int16 samples are clipped."""
         if self.audio == "pcm_f32le":
             return audio.astype("<f4").tobytes()
-        samples: np.ndarray = np.rint(audio.clip(-1, 1) * 32767).astype("<i2")
-        return samples.tobytes()
+        return pcm16(audio)
 
 
 class EncodeProtocol:

@@ -104,6 +104,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
         super().__init__(config)
         self._app, self._drain_s = app, drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None  # None before `startup`
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -123,8 +124,6 @@ class Server(uvicorn.Server):
         while len(self._app.state.engine) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_POLL_S)
         self.should_exit = True
-
-    _loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the server, and store its event loop for `handle_exit`."""

@@ -7,7 +7,6 @@ memory. It is disconnected after `StreamLimits.send_s`.
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, End, ProtocolError
 from nemo_lfr.serve.session import Session
-from nemo_lfr.serve.tasks import stop_tasks
+from nemo_lfr.serve.tasks import stop_tasks, within
 
 Protocol = DecodeProtocol | EncodeProtocol
 
@@ -42,10 +41,23 @@ class StreamLimits:
     max_seconds: float = 4 * 3600.0
     max_message_bytes: int = 1 << 20
 
+    def check_duration(self, num_items: int, rate: float) -> None:
+        """Check the duration of a recording so far.
+
+        Args:
+            num_items: number of its samples or frames.
+            rate: of them, Hz.
+
+        Raises:
+            ProtocolError: if it is longer than `max_seconds`.
+        """
+        if num_items > self.max_seconds * rate:
+            raise ProtocolError(f"the recording is longer than {self.max_seconds:g} s.", CloseCode.TOO_BIG)
+
 
 async def serve_stream(
     websocket: WebSocket,
-    protocol_of: Callable[..., Protocol],
+    protocol_of: type[EncodeProtocol] | type[DecodeProtocol],
     engine: Engine,
     limits: StreamLimits,
     metrics: Metrics,
@@ -60,7 +72,6 @@ async def serve_stream(
         metrics: metrics that record the end of the stream.
     """
     await websocket.accept()
-    kind = "encode" if protocol_of is EncodeProtocol else "decode"
     code, reason, session = CloseCode.FAULT, "internal error", None
     try:
         protocol = protocol_of(engine.codec, websocket.query_params)
@@ -80,7 +91,7 @@ async def serve_stream(
         code, reason = CloseCode.RESTART, "the server is shutting down"
         raise
     finally:
-        metrics.on_close(session, kind, code)
+        metrics.on_close(session, protocol_of.kind, code)
         if code != CloseCode.GONE:
             with suppress(RuntimeError, WebSocketDisconnect, asyncio.TimeoutError, asyncio.CancelledError):
                 await _close(websocket, code, reason, limits)
@@ -132,8 +143,7 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
             session.end(items.num_samples)
             return
         num_items += items.shape[-1]
-        if num_items > limits.max_seconds * rate:
-            raise ProtocolError(f"the recording is longer than {limits.max_seconds:.0f} s.", CloseCode.TOO_BIG)
+        limits.check_duration(num_items, rate)
         if resampler is None:
             await session.feed(items)
             continue
@@ -144,10 +154,7 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
 
 
 async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:
-    try:
-        message = await asyncio.wait_for(websocket.receive(), limits.idle_s)
-    except asyncio.TimeoutError:
-        raise ProtocolError(f"no message for {limits.idle_s:g} s.", CloseCode.POLICY) from None
+    message = await within(limits.idle_s, websocket.receive(), "no message")
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1005))
     data: bytes | str | None = message.get("bytes")
@@ -176,9 +183,7 @@ async def _send_text(websocket: WebSocket, message: dict[str, Any], limits: Stre
 
 async def _send(sending: Any, limits: StreamLimits) -> None:
     try:
-        await asyncio.wait_for(sending, limits.send_s)
-    except asyncio.TimeoutError:
-        raise ProtocolError(f"a message was not read for {limits.send_s:g} s.", CloseCode.POLICY) from None
+        await within(limits.send_s, sending, "a message was not read")
     except RuntimeError as error:  # of uvicorn, after it has closed the connection itself
         raise WebSocketDisconnect(1006) from error
 
