@@ -57,6 +57,26 @@ class MissingExtraError(NemoLfrError, ImportError):
     """Optional dependency that is needed but not installed."""
 
 
+class ServerError(NemoLfrError):
+    """Failure of a request or stream of `nemo_lfr.client` that the server reports, such as a fault of its own."""
+
+
+class ServerRefusedError(ServerError):
+    """Input, parameter, access token or recording that a server refuses; the same request fails again."""
+
+
+class ServerFullError(ServerError):
+    """Server that has too many streams or files; try again later."""
+
+
+class ServerShutdownError(ServerError):
+    """Server that is shutting down; connect to another one."""
+
+
+class ServerLostError(ServerError):
+    """Server that cannot be reached, does not answer, or closes the connection without a reason."""
+
+
 class Failure(TypedDict):
     """Record of something that was asked for and not done, in JSON output and in `failures.jsonl`.
 

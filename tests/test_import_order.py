@@ -29,6 +29,7 @@ ORDER = (
     "signal",
     "lm",
     "io",
+    "client",
     "audio",
     "manifests",
     "tokens",

@@ -33,6 +33,10 @@ class OverloadedError(NemoLfrError):
     """Error for a new stream when the engine is full or shutting down."""
 
 
+class ShutdownError(OverloadedError):
+    """Error for a stream when the engine is shutting down."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Measurements of one step, for metrics.
@@ -100,7 +104,7 @@ class Engine:
             The session, for samples [n] at the codec's sample rate.
 
         Raises:
-            OverloadedError: if the engine has `max_streams` sessions or is draining.
+            OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if it is draining.
             NemoLfrError: if `lookahead` is invalid, or streams of the codec's backend cannot be batched.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
@@ -129,7 +133,7 @@ class Engine:
     def _open(self, open_stream: Callable[[], object], ramp: tuple[int, ...], live: bool) -> Iterator[Session]:
         with self._changed:
             if self.draining or self._closing:
-                raise OverloadedError(SHUTTING_DOWN)
+                raise ShutdownError(SHUTTING_DOWN)
             if len(self._sessions) >= self.limits.max_streams:
                 raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
             stream = open_stream()
@@ -146,14 +150,14 @@ class Engine:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread; `collect` of open sessions raises `OverloadedError` after the results so far."""
+        """Stop the thread; `collect` of open sessions raises `ShutdownError` after the results so far."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
         with self._changed:
             for session in self._sessions:
-                session._finish(OverloadedError(SHUTTING_DOWN))
+                session._finish(ShutdownError(SHUTTING_DOWN))
 
     def _run(self) -> None:
         while batch := self._next_batch():

@@ -118,7 +118,7 @@ class Session:
 
         Raises:
             NemoLfrError: the input cannot be encoded or decoded.
-            OverloadedError: the engine was closed.
+            ShutdownError: the engine was closed.
         """
         result = await self._results.get()
         if isinstance(result, BaseException):

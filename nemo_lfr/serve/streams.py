@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.resampling import Resampler
-from nemo_lfr.serve.engine import Engine, OverloadedError
+from nemo_lfr.serve.engine import Engine, OverloadedError, ShutdownError
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, End, ProtocolError
 from nemo_lfr.serve.session import Session
@@ -82,7 +82,8 @@ async def serve_stream(
     except ProtocolError as error:
         code, reason = error.code, str(error)
     except OverloadedError as error:
-        code, reason = CloseCode.RESTART if engine.draining else CloseCode.OVERLOADED, str(error)
+        code = CloseCode.RESTART if isinstance(error, ShutdownError) else CloseCode.OVERLOADED
+        reason = str(error)
     except NemoLfrError as error:
         code, reason = CloseCode.INVALID, str(error)
     except WebSocketDisconnect:

@@ -1,0 +1,259 @@
+"""Client for asyncio."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_lfr.client.conversation import Conversation, SampleType
+from nemo_lfr.client.files import AudioFormat, EncodedFile, ServerInfo, decode_tokens, encode_file, get_info
+from nemo_lfr.client.server import RETRIED, Server, require_websockets
+from nemo_lfr.client.sockets import closed_by, connect_options, handshake_error, ramp_of
+from nemo_lfr.errors import ServerError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AsyncClient:
+    """Client of a server, for asyncio; see `Client` for the arguments."""
+
+    def __init__(
+        self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 60, retry_s: float = 0
+    ) -> None:
+        self._server = Server(url, token, timeout, retry_s)
+
+    async def info(self) -> ServerInfo:
+        """Return the codec and the limits of the server; see `Client.info`."""
+        return await asyncio.to_thread(get_info, self._server)
+
+    async def encode_file(self, audio: bytes | str | os.PathLike[str]) -> EncodedFile:
+        """Encode an audio file; see `Client.encode_file`."""
+        return await asyncio.to_thread(encode_file, self._server, audio)
+
+    async def decode(self, tokens: Any, num_samples: int | None = None, *, audio_format: AudioFormat = "wav") -> bytes:
+        """Decode tokens to the content of an audio file; see `Client.decode`."""
+        return await asyncio.to_thread(decode_tokens, self._server, tokens, num_samples, audio_format)
+
+    def decode_stream(
+        self, *, lookahead: int | None = None, ramp: Sequence[int] = (), sample_type: SampleType = "float32"
+    ) -> "AsyncDecodeStream":
+        """Return a stream that decodes one recording, to open with `async with`.
+
+        Args:
+            lookahead: frames of right context; None for all that a result depends on.
+            ramp: frames that the first steps wait for and take, such as (1, 2, 4).
+            sample_type: type of the samples that are received.
+        """
+        parameters = {"lookahead": lookahead, "ramp": ramp_of(ramp)}
+        return AsyncDecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
+
+    def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "AsyncEncodeStream":
+        """Return a stream that encodes one recording, to open with `async with`.
+
+        Args:
+            sample_rate: sample rate of the samples, Hz; None for that of the codec.
+            lookahead: frames of right context; None for all that a result depends on.
+        """
+        parameters = {"sample_rate": sample_rate, "lookahead": lookahead}
+        return AsyncEncodeStream(self._server, Conversation(self._server, "encode", "float32", **parameters))
+
+
+class _AsyncStream:
+    """Base class of streams.
+
+    `async with` connects, with the errors of `Client.decode_stream`. Receive results in one task and send the input in
+    another, or use `through`: the server stops reading if the client does, and disconnects it after 20 s.
+
+    Attributes:
+        conversation: messages of the stream, with the fields of the codec once it is open.
+    """
+
+    _socket: Any = None
+
+    def __init__(self, server: Server, conversation: Conversation) -> None:
+        websockets = require_websockets()
+        self._server, self.conversation = server, conversation
+        self._connect, self._closed = websockets.asyncio.client.connect, websockets.exceptions.ConnectionClosed
+        self._is_waiting_for_end = False
+
+    async def __aenter__(self) -> "Self":
+        waits = self._server.waits()
+        while True:
+            try:
+                await self._open()
+                return self
+            except RETRIED:
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+            await asyncio.sleep(wait)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _open(self) -> None:
+        try:
+            self._socket = await self._connect(self.conversation.address, **connect_options(self._server))
+        except Exception as error:
+            raise handshake_error(self._server, error) from error
+        try:
+            self.conversation.open(await self._receive(self._server.timeout))
+        except BaseException:
+            await self.close()
+            raise
+
+    @property
+    def sample_rate(self) -> int:
+        """Sample rate of the codec, Hz."""
+        return self.conversation.sample_rate
+
+    @property
+    def delay_frames(self) -> int:
+        """Frames of lookahead that results wait for."""
+        return self.conversation.delay_frames
+
+    async def close(self) -> None:
+        """Close the connection; results that have not arrived are lost."""
+        if self._socket is not None:
+            await self._socket.close()
+
+    async def _send_items(self, items: Any) -> None:
+        for message in self.conversation.messages(items):
+            await self._send(message)
+
+    async def _end(self, num_samples: int | None = None) -> None:
+        await self._send(self.conversation.end(num_samples))
+        self._is_waiting_for_end = True
+
+    async def __aiter__(self) -> AsyncIterator[np.ndarray]:
+        """Yield results as they arrive, until the last one.
+
+        Yields:
+            Samples [n] of a decoder, or tokens [C, k] of an encoder.
+
+        Raises:
+            ServerError: if the server ends the stream or is lost.
+        """
+        while not self.conversation.done:
+            result = self.conversation.result(await self._receive())
+            if result is not None:
+                yield result
+
+    async def through(self, source: AsyncIterator[Any], num_samples: int | None = None) -> AsyncIterator[np.ndarray]:
+        """Send all items of a source in a task, then the end, and yield the results.
+
+        Args:
+            source: pieces of the input, as for `send`.
+            num_samples: of a decoder, the length of the recording in samples; None for whole frames.
+
+        Yields:
+            Samples [n] of a decoder, or tokens [C, k] of an encoder.
+
+        Raises:
+            ServerError: if the server ends the stream or is lost.
+            Exception: any error of the source.
+        """
+
+        async def send() -> None:
+            async for items in source:
+                await self._send_items(items)
+            await self._end(num_samples)
+
+        sending = asyncio.create_task(send())
+        # An error of the source ends the connection, and with it the results.
+        sending.add_done_callback(lambda task: _abort(self._socket) if _has_failed(task) else None)
+        try:
+            async for result in self:
+                yield result
+        except ServerError:
+            cause = sending.exception() if _has_failed(sending) else None
+            if cause is None or isinstance(cause, ServerError):
+                raise
+            raise cause from None
+        finally:
+            sending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await sending
+
+    async def _send(self, message: bytes | str) -> None:
+        try:
+            await self._socket.send(message)
+        except self._closed as error:
+            raise closed_by(self.conversation, error) from error
+
+    async def _receive(self, timeout: float | None = None) -> bytes | str:
+        limit = self._server.timeout if self._is_waiting_for_end else timeout
+        try:
+            message: bytes | str = await asyncio.wait_for(self._socket.recv(), limit)
+        except asyncio.TimeoutError:
+            raise self.conversation.closed(None, f"no answer for {limit:g} s") from None
+        except self._closed as error:
+            raise closed_by(self.conversation, error) from error
+        return message
+
+
+def _has_failed(task: "asyncio.Task[None]") -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
+
+
+def _abort(socket: Any) -> None:
+    """Close a connection without waiting for the server."""
+    socket.transport.abort()
+
+
+class AsyncDecodeStream(_AsyncStream):
+    """Stream that decodes one recording; see `AsyncClient.decode_stream`."""
+
+    async def send(self, tokens: Any) -> None:
+        """Send tokens, and wait while the server has enough of them.
+
+        Args:
+            tokens: integers of shape [C, k], or [C] for one frame.
+
+        Raises:
+            TokensError: if the tokens are not valid.
+            ServerError: if the server ends the stream or is lost.
+        """
+        await self._send_items(tokens)
+
+    async def end(self, num_samples: int | None = None) -> None:
+        """End the recording; the remaining audio follows.
+
+        Args:
+            num_samples: length of the recording in samples; None for whole frames.
+
+        Raises:
+            ServerError: if the server ends the stream or is lost.
+        """
+        await self._end(num_samples)
+
+
+class AsyncEncodeStream(_AsyncStream):
+    """Stream that encodes one recording; see `AsyncClient.encode_stream`."""
+
+    async def send(self, samples: Any) -> None:
+        """Send samples, and wait while the server has enough of them.
+
+        Args:
+            samples: floating point in [-1, 1] or int16, shape [n].
+
+        Raises:
+            AudioError: if the samples are not valid.
+            ServerError: if the server ends the stream or is lost.
+        """
+        await self._send_items(samples)
+
+    async def end(self) -> None:
+        """End the recording; the remaining tokens follow.
+
+        Raises:
+            ServerError: if the server ends the stream or is lost.
+        """
+        await self._end()

@@ -1,0 +1,222 @@
+"""Messages of one stream, without input and output; docs/reference/protocol.md is the specification."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from nemo_lfr.client.server import Server
+from nemo_lfr.errors import (
+    AudioError,
+    NemoLfrError,
+    ServerError,
+    ServerFullError,
+    ServerLostError,
+    ServerRefusedError,
+    ServerShutdownError,
+    TokensError,
+    shorten,
+)
+
+SampleType = Literal["float32", "int16"]
+
+_WIRE = {"float32": ("pcm_f32le", "<f4"), "int16": ("pcm_s16le", "<i2")}
+_MAX_MESSAGE = 1 << 16  # bytes
+_INT16_SIZE = 1 << 15  # largest codebook whose tokens fit into int16
+_ERRORS: dict[int, type[ServerError]] = {
+    1007: ServerRefusedError,
+    1008: ServerRefusedError,
+    1009: ServerRefusedError,
+    1011: ServerError,
+    1012: ServerShutdownError,
+    1013: ServerFullError,
+}
+_REASONS = {
+    1012: "the server is shutting down; connect to another one.",
+    1013: "the server is full; try again later.",
+}
+
+
+class Conversation:
+    """Messages of one stream.
+
+    Args:
+        server: the server.
+        kind: "encode" or "decode".
+        sample_type: type of the samples on the wire.
+        parameters: parameters of the URL; None omits one.
+
+    Attributes:
+        sample_rate: sample rate of the codec, Hz.
+        samples_per_frame: samples that one frame stands for.
+        num_codebooks: tokens of a frame.
+        codebook_size: number of values of a token.
+        delay_frames: frames of lookahead that results wait for.
+        done: whether all results have arrived.
+    """
+
+    sample_rate: int
+    samples_per_frame: int
+    num_codebooks: int
+    codebook_size: int
+    delay_frames: int
+
+    def __init__(
+        self,
+        server: Server,
+        kind: Literal["encode", "decode"],
+        sample_type: SampleType = "float32",
+        **parameters: object,
+    ) -> None:
+        if sample_type not in _WIRE:
+            raise NemoLfrError(f"sample_type {shorten(sample_type)} is not one of {', '.join(_WIRE)}.")
+        self.kind, self._server = kind, server
+        audio, self._dtype = _WIRE[sample_type]
+        form = {"tokens": "json"} if kind == "encode" else {}
+        self.address = server.address(f"/v1/{kind}/stream", {"audio": audio, **form, **parameters}, "ws")
+        self.done = False
+        self._ended = False
+        self._num_sent = self._num_received = 0  # items
+
+    def open(self, message: bytes | str) -> None:
+        """Read the server's first message.
+
+        Raises:
+            ServerError: if the server refuses the stream.
+        """
+        values = self._control(message)
+        if values.get("type") != "ready":
+            raise self._unknown()
+        try:
+            self.sample_rate, self.samples_per_frame = values["sample_rate"], values["samples_per_frame"]
+            self.num_codebooks, self.codebook_size = values["num_codebooks"], values["codebook_size"]
+            self.delay_frames = values["lookahead_frames"]
+        except KeyError:
+            raise self._unknown() from None
+
+    def messages(self, items: Any) -> Iterator[bytes | str]:
+        """Yield the messages for input, in pieces of bounded size.
+
+        Args:
+            items: samples [n], or tokens [C, k] or of one frame, [C].
+
+        Raises:
+            AudioError: if the samples are not valid.
+            TokensError: if the tokens are not valid.
+            NemoLfrError: if the input has ended.
+        """
+        if self._ended:
+            raise NemoLfrError("the input of this stream has ended; open another stream.")
+        array = self._samples(items) if self.kind == "encode" else self._tokens(items)
+        width = array.itemsize * (array.shape[1] if array.ndim == 2 else 1)
+        step = max(1, _MAX_MESSAGE // width)
+        for start in range(0, len(array), step):
+            piece = array[start : start + step]
+            self._num_sent += len(piece)
+            yield json.dumps({"tokens": piece.tolist()}) if piece.dtype == np.int64 else piece.tobytes()
+
+    def _samples(self, items: Any) -> np.ndarray:
+        samples = np.asarray(items)
+        if samples.ndim != 1 or not (samples.dtype == np.int16 or np.issubdtype(samples.dtype, np.floating)):
+            raise AudioError(
+                f"samples are {samples.dtype} of shape {list(samples.shape)}; push float or int16 samples [n]."
+            )
+        if samples.dtype == np.int16:
+            samples = samples / np.float32(1 << 15)
+        return samples.astype("<f4")
+
+    def _tokens(self, items: Any) -> np.ndarray:
+        """Return frames [k, C], as int64 if they are sent as JSON."""
+        tokens = np.asarray(items)
+        frames = tokens[None] if tokens.ndim == 1 else tokens.T
+        if frames.ndim != 2 or frames.shape[1] != self.num_codebooks or not np.issubdtype(frames.dtype, np.integer):
+            raise TokensError(
+                f"tokens are {tokens.dtype} of shape {list(tokens.shape)}; push integers of shape "
+                f"[{self.num_codebooks}, k], or [{self.num_codebooks}] for one frame."
+            )
+        if frames.size and not 0 <= frames.min() <= frames.max() < self.codebook_size:
+            raise TokensError(f"tokens are outside 0 to {self.codebook_size - 1}.")
+        return np.ascontiguousarray(frames, "<i2" if self.codebook_size <= _INT16_SIZE else np.int64)
+
+    def end(self, num_samples: int | None = None) -> str:
+        """Return the message that ends the input.
+
+        Args:
+            num_samples: of a decoder, the length of the recording in samples; None for whole frames.
+
+        Raises:
+            NemoLfrError: if the input has ended.
+        """
+        if self._ended:
+            raise NemoLfrError("the input of this stream has ended; open another stream.")
+        self._ended = True
+        return json.dumps({"type": "end"} | ({} if num_samples is None else {"num_samples": int(num_samples)}))
+
+    def result(self, message: bytes | str) -> np.ndarray | None:
+        """Return the result in a message of the server: samples [n] or tokens [C, k]; None after the last one.
+
+        Raises:
+            ServerError: if the message is an error.
+        """
+        if isinstance(message, bytes):
+            if self.kind == "encode" or len(message) % np.dtype(self._dtype).itemsize:
+                raise self._unknown()
+            samples = np.frombuffer(message, self._dtype)
+            self._num_received += len(samples)
+            return samples
+        values = self._control(message)
+        if values.get("type") == "done":
+            self.done = True
+            return None
+        if self.kind == "decode" or "tokens" not in values:
+            raise self._unknown()
+        tokens = np.array(values["tokens"], np.int32).reshape(-1, self.num_codebooks).T
+        self._num_received += tokens.shape[1]
+        return tokens
+
+    def joined(self, results: list[np.ndarray]) -> np.ndarray:
+        """Return results as one array; an empty one if there are none."""
+        shape = (self.num_codebooks, 0) if self.kind == "encode" else (0,)
+        empty = np.zeros(shape, np.int32 if self.kind == "encode" else self._dtype)
+        return np.concatenate([empty, *results], axis=-1)
+
+    def _control(self, message: bytes | str) -> dict[str, Any]:
+        """Return the object of a text message.
+
+        Raises:
+            ServerError: if it is an error.
+        """
+        try:
+            values = json.loads(message) if isinstance(message, str) else None
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise self._unknown()
+        if values.get("type") == "error":
+            code, reason = values.get("code"), shorten(values.get("error", ""), 500)
+            raise _ERRORS.get(code, ServerError)(f"{self._server.url}: {reason}")  # type: ignore[arg-type]
+        return values
+
+    def closed(self, code: int | None, reason: str) -> ServerError:
+        """Return the error for a connection that was closed before the last result.
+
+        Args:
+            code: WebSocket close code; None if the connection was cut.
+            reason: reason in the close frame, or of the cut.
+        """
+        if code in _ERRORS and code != 1011:  # of a proxy, since the server sends a message first
+            text = shorten(reason or _REASONS.get(code, f"closed the connection with code {code}."), 500)
+            return _ERRORS[code](f"{self._server.url}: {text}")
+        unit_in, unit_out = ("samples", "frames") if self.kind == "encode" else ("frames", "samples")
+        detail = f"code {code}" if code else "no close frame"
+        return ServerLostError(
+            f"the connection to {self._server.url} was lost ({shorten(reason, 200) or detail}) after "
+            f"{self._num_sent} {unit_in} were sent and {self._num_received} {unit_out} received; open another "
+            f"stream and send the recording again."
+        )
+
+    def _unknown(self) -> ServerError:
+        return ServerError(
+            f"{self._server.url} sent a message that is not of protocol version 1; update this package."
+        )

@@ -1,0 +1,164 @@
+"""Requests for whole files over HTTP."""
+
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from nemo_lfr.client.server import Server
+from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, TokensError, shorten
+
+R = TypeVar("R")
+AudioFormat = Literal["wav", "flac", "opus"]
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """Codec and limits of a server.
+
+    Attributes:
+        version: version of nemo_lfr.
+        model: name of the codec.
+        fingerprint: fingerprint of the codec.
+        sample_rate: sample rate of the codec, Hz.
+        samples_per_frame: samples that one frame stands for.
+        frame_rate: frames per second, Hz.
+        num_codebooks: tokens of a frame.
+        codebook_size: number of values of a token.
+        bit_rate: bits per second.
+        max_streams: limit of open streams.
+        max_message_bytes: limit of a message of a stream.
+        max_body_bytes: limit of a file.
+    """
+
+    version: str
+    model: str
+    fingerprint: str
+    sample_rate: int
+    samples_per_frame: int
+    frame_rate: float
+    num_codebooks: int
+    codebook_size: int
+    bit_rate: float
+    max_streams: int
+    max_message_bytes: int
+    max_body_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedFile:
+    """Tokens of an audio file.
+
+    Attributes:
+        tokens: ids in [0, codebook_size), int32, shape [C, T_encoded].
+        num_samples: length of the recording in samples at `sample_rate`.
+        sample_rate: sample rate of the codec, Hz.
+        samples_per_frame: samples that one frame stands for.
+    """
+
+    tokens: np.ndarray
+    num_samples: int
+    sample_rate: int
+    samples_per_frame: int
+
+
+def get_info(server: Server) -> ServerInfo:
+    """Return the codec and the limits of a server.
+
+    Raises:
+        ServerError: if the server fails or cannot be reached.
+    """
+    values = _json(server, server.retry(lambda: _request(server, "/v1/info", None)))
+    return _record(server, ServerInfo, values)
+
+
+def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> EncodedFile:
+    """Encode an audio file.
+
+    Args:
+        server: the server.
+        audio: path or content of the file.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ServerError: if the server refuses the file, fails or cannot be reached.
+    """
+    body = audio if isinstance(audio, bytes) else Path(audio).read_bytes()
+    address = "/v1/encode?format=json"
+    values = _json(server, server.retry(lambda: _request(server, address, body, {"Content-Type": "audio/*"})))
+    tokens = np.array(values.get("tokens", []), np.int32).reshape(len(values.get("tokens", [])), -1).T
+    return _record(server, EncodedFile, values | {"tokens": tokens})
+
+
+def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_format: AudioFormat) -> bytes:
+    """Decode tokens to the content of an audio file.
+
+    Args:
+        server: the server.
+        tokens: integers, shape [C, T_encoded].
+        num_samples: length of the recording in samples; None for whole frames.
+        audio_format: format of the file.
+
+    Raises:
+        TokensError: if `tokens` are not integers of two axes.
+        ServerError: if the server refuses the tokens, fails or cannot be reached.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise TokensError(f"tokens are {array.dtype} of shape {list(array.shape)}; pass integers [C, T_encoded].")
+    body = json.dumps({"tokens": array.T.tolist(), "num_samples": num_samples}).encode()
+    headers = {"Content-Type": "application/json"}
+    return server.retry(lambda: _request(server, f"/v1/decode?format={audio_format}", body, headers))
+
+
+def _request(server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None) -> bytes:
+    request = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
+    handlers = [urllib.request.ProxyHandler({})] if server.is_local else []
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=server.timeout) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _refusal(server, error.code, error.read(100_000)) from None
+    except urllib.error.URLError as error:
+        raise server.lost(error.reason) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise server.lost(error) from error
+
+
+def _refusal(server: Server, status: int, content: bytes) -> ServerError:
+    """Return the error for a response that is not 200."""
+    try:
+        values = json.loads(content)
+        reason, kind = str(values["error"]), values.get("type")
+    except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy, for example
+        reason, kind = http.client.responses.get(status, "error") + ".", None
+    message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
+    if status == 503:
+        return ServerShutdownError(message) if kind == "ShutdownError" else ServerFullError(message)
+    return ServerRefusedError(message) if 400 <= status < 500 else ServerError(message)
+
+
+def _json(server: Server, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ServerError(f"{server.url} does not answer with JSON; is it the address of `nemo-lfr serve`?")
+    return values
+
+
+def _record(server: Server, kind: type[R], values: dict[str, Any]) -> R:
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if missing := [name for name in names if name not in values]:
+        raise ServerError(f"{server.url} does not report {', '.join(missing)}; is it the address of `nemo-lfr serve`?")
+    return kind(**{name: values[name] for name in names})

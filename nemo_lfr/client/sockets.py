@@ -1,0 +1,49 @@
+"""WebSocket connections of both clients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_lfr.client.conversation import Conversation
+from nemo_lfr.client.server import Server, require_websockets
+from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError
+
+
+def connect_options(server: Server) -> dict[str, Any]:
+    """Return the options of a connection."""
+    options: dict[str, Any] = {
+        "additional_headers": server.headers,
+        "compression": None,
+        "max_size": None,
+        "open_timeout": server.timeout,
+        "close_timeout": 5,
+        # No time limit: the pong waits while the server has enough input, which may take longer.
+        "ping_timeout": None,
+    }
+    return options | ({"proxy": None} if server.is_local else {})
+
+
+def handshake_error(server: Server, error: Exception) -> Exception:
+    """Return the error for a connection that could not be opened."""
+    websockets = require_websockets()
+    if isinstance(error, websockets.exceptions.InvalidStatus):
+        status = error.response.status_code
+        message = f"{server.url} refuses the stream with HTTP status {status}"
+        if status in (429, 503):
+            return ServerFullError(f"{message}; try again later.")
+        if 400 <= status < 500:
+            return ServerRefusedError(f"{message}; check its address and the access token.")
+        return ServerError(f"{message}.")
+    if isinstance(error, OSError | websockets.exceptions.WebSocketException):
+        return server.lost(error)
+    return error
+
+
+def ramp_of(ramp: Sequence[int]) -> str | None:
+    """Return the parameter `ramp`; None for an empty ramp."""
+    return ",".join(str(size) for size in ramp) or None
+
+
+def closed_by(conversation: Conversation, error: Any) -> ServerError:
+    """Return the error for a `ConnectionClosed` of websockets before the last result."""
+    frame = error.rcvd
+    return conversation.closed(frame and frame.code, frame.reason if frame else "")

@@ -1,0 +1,419 @@
+"""Clients and a server with a tiny codec: results, refusals, limits, and servers that go away."""
+
+import asyncio
+import io
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import soundfile
+
+pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+pytest.importorskip("prometheus_client")
+
+from nemo_lfr.client import AsyncClient, Client
+from nemo_lfr.errors import (
+    AudioError,
+    NemoLfrError,
+    ServerError,
+    ServerFullError,
+    ServerLostError,
+    ServerRefusedError,
+    ServerShutdownError,
+    TokensError,
+)
+from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.engine import Engine
+from nemo_lfr.serve.session import EngineLimits
+from nemo_lfr.serve.streams import StreamLimits
+from tests.models import synthesize
+from tests.serve.running import running
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def audio():
+    return synthesize(0.5)
+
+
+@pytest.fixture(scope="module")
+def tokens(server, audio):
+    return np.asarray(server.codec.encode(audio)[0][0])
+
+
+def client_of(server, **options):
+    return Client(server.url(""), **options)
+
+
+async def pieces(array, size):
+    for start in range(0, array.shape[-1], size):
+        yield array[..., start : start + size]
+
+
+def decode(client, tokens, size, **options):
+    with client.decode_stream(**options) as stream:
+        parts = [stream.push(tokens[:, start : start + size]) for start in range(0, tokens.shape[1], size)]
+        return np.concatenate([*parts, stream.flush()])
+
+
+def decode_async(server, tokens, size, **options):
+    async def work():
+        async with AsyncClient(server.url("")).decode_stream(**options) as stream:
+            return np.concatenate([part async for part in stream.through(pieces(tokens, size))])
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("options", [{}, {"ramp": (1, 2, 4)}, {"lookahead": 50}, {"sample_type": "int16"}], ids=str)
+def test_both_clients_decode_what_the_codec_decodes(server, tokens, size, options):
+    expected = np.asarray(server.codec.decode(tokens[None])[0][0])
+    for audio in (decode(client_of(server), tokens, size, **options), decode_async(server, tokens, size, **options)):
+        assert audio.dtype == options.get("sample_type", "float32")
+        scale = 32768 if audio.dtype == np.int16 else 1
+        np.testing.assert_allclose(audio / scale, expected.clip(-1, 1), atol=1e-5 if scale == 1 else 1 / 16384)
+
+
+@pytest.mark.parametrize("rate", [22050, 16000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
+def test_both_clients_encode_what_the_codec_encodes(server, audio, rate, dtype):
+    samples = np.rint(audio * 32767).astype(np.int16) if dtype == np.int16 else audio.astype(dtype)
+    expected, _ = server.codec.encode(samples, sample_rate=rate)
+    with client_of(server).encode_stream(sample_rate=rate) as stream:
+        parts = [stream.push(samples[:3000]), stream.push(samples[3000:]), stream.flush()]
+
+    async def work():
+        async with AsyncClient(server.url("")).encode_stream(sample_rate=rate) as stream:
+            sending = asyncio.create_task(stream.send(samples))
+            await sending
+            await stream.end()
+            return [part async for part in stream]
+
+    for received in (parts, asyncio.run(work())):
+        assert np.array_equal(np.concatenate(received, axis=1), np.asarray(expected[0]))
+
+
+def test_files_are_encoded_and_decoded(server, audio, tokens, tmp_path):
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, audio, 22050, subtype="FLOAT")
+    client = client_of(server)
+    encoded = client.encode_file(path)
+    assert np.array_equal(encoded.tokens, tokens) and encoded.num_samples == len(audio)
+    assert np.array_equal(client.encode_file(path.read_bytes()).tokens, tokens)
+    for audio_format in ("wav", "flac", "opus"):
+        content = client.decode(encoded.tokens, encoded.num_samples, audio_format=audio_format)
+        result, rate = soundfile.read(io.BytesIO(content))
+        assert abs(len(result) / rate - len(audio) / 22050) < 0.001
+
+    async def work():
+        other = AsyncClient(server.url("/"))
+        return (await other.encode_file(path)).tokens, await other.decode(tokens), await other.info()
+
+    other_tokens, content, info = asyncio.run(work())
+    assert np.array_equal(other_tokens, tokens) and content == client.decode(tokens)
+    assert info == client.info() and info.fingerprint == server.codec.fingerprint
+
+
+def test_a_push_longer_than_all_buffers_does_not_block(server, tokens, monkeypatch):
+    monkeypatch.setattr("nemo_lfr.client.conversation._MAX_MESSAGE", 16)  # a frame
+    limits = EngineLimits(max_pending_s=0.1, max_uncollected_s=0.1)
+    with running(Settings(limits, StreamLimits(send_s=5))) as server:
+        long = np.tile(tokens, (1, 3))
+        assert decode(client_of(server), long, long.shape[1]).size == long.shape[1] * 1024
+        assert decode_async(server, long, long.shape[1]).size == long.shape[1] * 1024
+
+
+def test_an_empty_recording_has_an_empty_result(server):
+    with client_of(server).decode_stream() as stream:
+        assert stream.push(np.zeros((8, 0), int)).shape == (0,) and stream.flush().shape == (0,)
+    with client_of(server).encode_stream() as stream:
+        assert stream.push(np.zeros(0)).shape == (8, 0) and stream.flush().shape == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "items", "error"),
+    [
+        ("decode", np.zeros((7, 3), int), TokensError),
+        ("decode", np.zeros((8, 3)), TokensError),
+        ("decode", np.full((8, 3), 2016), TokensError),
+        ("decode", np.full((8, 3), -1), TokensError),
+        ("decode", np.full((8, 3), 1 << 16), TokensError),  # would be 0 as int16
+        ("decode", [[[1]]], TokensError),
+        ("encode", np.zeros((1, 9), np.float32), AudioError),
+        ("encode", np.zeros(9, np.int32), AudioError),
+        ("encode", ["a"], AudioError),
+        ("encode", np.full(9, np.nan), ServerRefusedError),
+        ("encode", np.full(9, 1e30), ServerRefusedError),
+    ],
+)
+def test_bad_input_is_an_error_of_both_clients(server, kind, items, error):
+    with getattr(client_of(server), f"{kind}_stream")() as stream, pytest.raises(error):
+        stream.push(items)
+        stream.flush()
+
+    async def source():
+        yield items
+
+    async def work():
+        async with getattr(AsyncClient(server.url("")), f"{kind}_stream")() as stream:
+            async for _ in stream.through(source()):
+                pass
+
+    with pytest.raises(error):
+        asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_an_error_of_the_source_is_raised(server):
+    async def source():
+        yield np.zeros((8, 3), int)
+        raise KeyError("sampler")
+
+    async def work():
+        async with AsyncClient(server.url("")).decode_stream() as stream:
+            async for _ in stream.through(source()):
+                pass
+
+    with pytest.raises(KeyError, match="sampler"):
+        asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def attempts(client, tokens):
+    """Return what a client can do with a server."""
+    return {
+        "info": client.info,
+        "encode_file": lambda: client.encode_file(b"x"),
+        "decode": lambda: client.decode(tokens),
+        "decode_stream": lambda: decode(client, tokens, 9),
+        "encode_stream": lambda: client.encode_stream().close(),
+    }
+
+
+def async_attempt(url, **options):
+    async def work():
+        async with AsyncClient(url, **options).decode_stream():
+            pass
+
+    return lambda: asyncio.run(work())
+
+
+def check_all(url, tokens, error, match, skip=(), **options):
+    calls = attempts(Client(url, **options), tokens) | {"async stream": async_attempt(url, **options)}
+    for name, call in calls.items():
+        if name not in skip:
+            with pytest.raises(error, match=match) as caught:
+                call()
+            assert type(caught.value) is error, name
+            assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_wrong_token_is_refused_and_the_right_one_is_not(tokens):
+    with running(Settings(token="secret")) as server:
+        check_all(server.url(""), tokens, ServerRefusedError, "token", token="secretive")
+        check_all(server.url(""), tokens, ServerRefusedError, "token")
+        client = client_of(server, token="secret")
+        assert client.info().num_codebooks == 8 and decode(client, tokens, 9).size
+
+
+def test_a_full_server_is_an_error_that_a_retry_may_outlast(tokens):
+    with running(Settings(EngineLimits(max_streams=1))) as server:
+        with client_of(server).decode_stream() as only:
+            check_all(server.url(""), tokens, ServerFullError, "limit; try again", skip=("info", "encode_file"))
+            threading.Timer(0.3, only.close).start()
+            started = time.monotonic()
+            assert decode(client_of(server, retry_s=20), tokens, 9).size
+            assert time.monotonic() - started < 10
+        async_attempt(server.url(""), retry_s=20)()
+
+
+def test_a_server_that_shuts_down_refuses_with_a_clear_error(tokens):
+    with running() as server, client_of(server).decode_stream() as stream:
+        server.app.state.engine.draining = True
+        check_all(server.url(""), tokens, ServerShutdownError, "shutting down", skip=("info", "encode_file"))
+        stream.push(tokens[:, :5])
+        assert stream.flush().size <= 5 * 1024
+
+
+def test_streams_that_a_shutdown_cuts_have_a_clear_error(tokens):
+    with running() as server:
+        stream = client_of(server).decode_stream()
+        stream.push(tokens[:, :5])
+    with pytest.raises(ServerShutdownError, match="shutting down"):
+        stream.flush()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return bound.getsockname()[1]
+
+
+def test_a_server_that_cannot_be_reached_is_lost(tokens):
+    check_all(f"http://127.0.0.1:{free_port()}", tokens, ServerLostError, "cannot be reached")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        check_all(url, tokens, ServerLostError, "cannot be reached|no answer", timeout=0.1)
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """A server that answers requests for `/` with text and others with 404."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.send_response(200 if self.path == "/mounted/v1/info" else 404)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"hi")
+        self.close_connection = True
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_another_server_is_recognized(tokens):
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
+        threading.Thread(target=other.serve_forever).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        try:
+            check_all(url, tokens, ServerRefusedError, "404")
+            with pytest.raises(ServerError, match="is it the address of"):
+                Client(url + "/mounted/").info()
+        finally:
+            other.shutdown()
+
+
+def relay(port, cut):
+    """Forward one connection to a server until `cut` is set, and return the port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source, target):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+
+    def work():
+        with listener, listener.accept()[0] as near, socket.create_connection(("127.0.0.1", port)) as far:
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=lambda pair=pair: _quietly(copy, *pair), daemon=True).start()
+            cut.wait(20)
+            for one in (near, far):
+                one.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=work, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def _quietly(function, *arguments):
+    with suppress(OSError):
+        function(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["push", "flush", "async"])
+def test_a_connection_that_is_cut_is_lost_with_its_progress(server, tokens, kind):
+    cut = threading.Event()
+    url = f"http://127.0.0.1:{relay(server.port, cut)}"
+
+    def blocking():
+        with Client(url).decode_stream() as stream:
+            stream.push(tokens[:, :5])
+            cut.set()
+            while kind == "push":
+                stream.push(tokens[:, :0])
+                stream.push(tokens[:, :1])
+            stream.flush()
+
+    async def work():
+        async def source():
+            yield tokens[:, :5]
+            cut.set()
+            await asyncio.sleep(20)
+
+        async with AsyncClient(url).decode_stream() as stream:
+            async for _ in stream.through(source()):
+                pass
+
+    with pytest.raises(ServerLostError, match=r"was lost .* after \d+ frames were sent and \d+ samples received"):
+        asyncio.run(asyncio.wait_for(work(), 20)) if kind == "async" else blocking()
+
+
+def test_a_server_that_does_not_answer_is_lost(server, tokens, monkeypatch):
+    release = threading.Event()
+    advance = Engine._advance
+    monkeypatch.setattr(Engine, "_advance", lambda *arguments: release.wait(20) and advance(*arguments))
+
+    async def work():
+        async with AsyncClient(server.url(""), timeout=0.3).decode_stream() as stream:
+            await stream.send(tokens[:, :3])
+            await stream.end()
+            return [part async for part in stream]
+
+    try:
+        with client_of(server, timeout=0.3).decode_stream() as stream, pytest.raises(ServerLostError, match=r"0\.3 s"):
+            stream.flush()
+        with pytest.raises(ServerLostError, match=r"0\.3 s"):
+            asyncio.run(work())
+    finally:
+        release.set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"url": "127.0.0.1:8000"},
+        {"url": "ftp://a"},
+        {"url": "http://"},
+        {"url": "http://["},
+        {"url": "http://a:99999"},
+        {"url": "http://a/?b=c"},
+        {"token": "s\u00e9cret"},
+        {"token": "a\nb"},
+        {"timeout": 0},
+        {"retry_s": -1},
+    ],
+    ids=str,
+)
+def test_a_bad_argument_of_a_client_is_an_error(arguments):
+    for kind in (Client, AsyncClient):
+        with pytest.raises(NemoLfrError):
+            kind(**arguments)
+
+
+def test_a_flushed_stream_takes_nothing(server, tokens):
+    with client_of(server).decode_stream() as stream:
+        stream.flush()
+        for call in (stream.flush, lambda: stream.push(tokens)):
+            with pytest.raises(NemoLfrError, match="open another"):
+                call()
+    with pytest.raises(NemoLfrError, match="sample_type"):
+        client_of(server).decode_stream(sample_type="mp3")
+    with pytest.raises(ServerRefusedError, match="ramp"):
+        client_of(server).decode_stream(ramp=(0,))
+
+
+def test_a_missing_package_is_named():
+    code = (
+        "import sys; sys.modules['websockets'] = None\n"
+        "import nemo_lfr.client, nemo_lfr.errors\n"
+        "try: nemo_lfr.client.Client().decode_stream()\n"
+        "except nemo_lfr.errors.MissingExtraError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install" in done.stdout and "websockets" in done.stdout
+
+
+def test_a_client_imports_no_torch():
+    code = "import nemo_lfr.client, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
