@@ -168,12 +168,12 @@ class _AsyncStream:
 
         sending = asyncio.create_task(send())
         # An error of the source ends the connection, and with it the results.
-        sending.add_done_callback(lambda task: _abort(self._socket) if _has_failed(task) else None)
+        sending.add_done_callback(lambda task: _abort(self._socket) if _error_of(task) else None)
         try:
             async for result in self:
                 yield result
         except ServerError:
-            cause = sending.exception() if _has_failed(sending) else None
+            cause = _error_of(sending)
             if cause is None or isinstance(cause, ServerError):
                 raise
             raise cause from None
@@ -199,8 +199,12 @@ class _AsyncStream:
         return message
 
 
-def _has_failed(task: "asyncio.Task[None]") -> bool:
-    return task.done() and not task.cancelled() and task.exception() is not None
+def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
+    """Return the error with which a task has ended."""
+    try:
+        return task.exception()
+    except (asyncio.CancelledError, asyncio.InvalidStateError):  # canceled, or still running
+        return None
 
 
 def _abort(socket: Any) -> None:
