@@ -42,6 +42,7 @@ ORDER = (
     "model",
     "corpus",
     "evaluation",
+    "web",
     "serve",
     "cli",
     "__main__",

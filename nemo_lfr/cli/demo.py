@@ -3,6 +3,7 @@
 import io
 import time
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ def demo(out: Path, model: str | None, device: str | None, precision: str) -> di
     begin_work()
     values = run(out, codec)
     print_table(values)
+    if find_spec("starlette") and find_spec("uvicorn"):
+        note("nemo-lfr: to record and hear your own voice in a browser, run: nemo-lfr serve")
+    else:
+        packages = install_command("starlette", "uvicorn[standard]", "prometheus_client")
+        note(f"nemo-lfr: to record and hear your own voice in a browser, run: {packages} && nemo-lfr serve")
     return values
 
 

@@ -44,7 +44,7 @@ def serve(
     host: str, port: int, max_streams: int, chunk: int, idle: float, drain: float, allow_origin: tuple[str, ...],
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Serve encoding and decoding of files and live streams.
+    """Serve encoding and decoding of files and live streams, and a page for browsers at /.
 
     All live streams advance together in batches. If the environment variable NEMO_LFR_TOKEN is set, clients must send
     its value. SIGTERM and Ctrl-C let open streams end before the server stops.

@@ -27,6 +27,7 @@ from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.files import decode_file, encode_file
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
+from nemo_lfr.serve.page import is_page, page_routes
 from nemo_lfr.serve.protocol import CloseCode, DecodeProtocol, EncodeProtocol, ProtocolError
 from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.serve.streams import StreamLimits, serve_stream
@@ -109,6 +110,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             Route("/health", health),
             Route("/metrics", lambda _: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
             Route("/openapi.json", lambda _: JSONResponse(OPENAPI)),
+            *page_routes(),
         ],
         exception_handlers={NemoLfrError: _report, ClientDisconnect: _drop},
         lifespan=lifespan,
@@ -130,6 +132,8 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
         "num_codebooks": codec.num_codebooks,
         "codebook_size": codec.codebook_size,
         "bit_rate": codec.bit_rate,
+        "encoder_lookahead": codec.encoder.context.future,
+        "decoder_lookahead": codec.decoder.context.future,
         "max_streams": settings.engine.max_streams,
         "max_message_bytes": settings.stream.max_message_bytes,
         "max_body_bytes": settings.max_body_bytes,
@@ -162,9 +166,10 @@ class _Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass admitted connections on and refuse others.
 
-        A request is refused with status 401 or 403, a WebSocket with close code 1008. `/health` is always admitted.
+        A request is refused with status 401 or 403, a WebSocket with close code 1008. `/health` and the page are
+        always admitted.
         """
-        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
+        if scope["type"] not in ("http", "websocket") or scope["path"] == "/health" or is_page(scope["path"]):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)

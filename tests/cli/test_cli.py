@@ -224,8 +224,8 @@ def test_an_empty_name_is_not_the_current_folder(capsys):
 
 @pytest.mark.slow
 def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
-    code, out, _ = run(capsys, "demo", "--out", tmp_path)
-    assert code == 0
+    code, out, err = run(capsys, "demo", "--out", tmp_path)
+    assert code == 0 and err.splitlines()[-1].endswith("nemo-lfr serve")
     assert {path.name for path in tmp_path.iterdir()} == {
         "original.wav",
         "speech.lfr",

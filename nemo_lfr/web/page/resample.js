@@ -1,0 +1,73 @@
+/** Resampling with a windowed sinc, whose phases are computed once. */
+
+const ZERO_CROSSINGS = 32; // on each side; the transition band is about 6 % of the band
+const ROLLOFF = 0.95; // of the lower Nyquist frequency
+const BETA = 10; // of the Kaiser window: 100 dB
+
+/**
+ * Resample a whole recording.
+ *
+ * @param {Float32Array} samples
+ * @param {number} from Hz
+ * @param {number} to Hz
+ * @returns {Float32Array} round(length * to / from) samples
+ */
+export function resample(samples, from, to) {
+  if (from === to) return samples;
+  const divisor = gcd(from, to);
+  const up = to / divisor;
+  const down = from / divisor;
+  const cutoff = ROLLOFF * Math.min(1, to / from);
+  const half = Math.ceil(ZERO_CROSSINGS / cutoff);
+  const phases = Array.from({ length: up }, (_, phase) => filter(phase / up, cutoff, half));
+  const out = new Float32Array(Math.round((samples.length * to) / from));
+  for (let index = 0; index < out.length; index++) {
+    const position = index * down;
+    const first = Math.floor(position / up) - half + 1;
+    const taps = phases[position % up];
+    let sum = 0;
+    const end = Math.min(taps.length, samples.length - first);
+    for (let tap = Math.max(0, -first); tap < end; tap++) sum += taps[tap] * samples[first + tap];
+    out[index] = sum;
+  }
+  return out;
+}
+
+/**
+ * @param {number} offset of the output behind an input sample, in samples of the input
+ * @param {number} cutoff as a part of the input's Nyquist frequency
+ * @param {number} half taps on each side
+ * @returns {Float64Array}
+ */
+function filter(offset, cutoff, half) {
+  const taps = new Float64Array(2 * half);
+  let sum = 0;
+  for (let tap = 0; tap < taps.length; tap++) {
+    const x = tap - half + 1 - offset;
+    const edge = Math.max(0, 1 - (x / half) ** 2);
+    const sinc = x ? Math.sin(Math.PI * cutoff * x) / (Math.PI * x) : cutoff;
+    taps[tap] = sinc * (bessel(BETA * Math.sqrt(edge)) / bessel(BETA));
+    sum += taps[tap];
+  }
+  return taps.map((tap) => tap / sum);
+}
+
+/**
+ * @param {number} x
+ * @returns {number} the modified Bessel function of order 0
+ */
+function bessel(x) {
+  let sum = 1;
+  let term = 1;
+  for (let k = 1; term > sum * 1e-12; k++) sum += term *= (x / (2 * k)) ** 2;
+  return sum;
+}
+
+/**
+ * @param {number} a
+ * @param {number} b
+ * @returns {number}
+ */
+function gcd(a, b) {
+  return b ? gcd(b, a % b) : a;
+}
