@@ -244,13 +244,16 @@ class TokenizeResult(Result):
 
     Attributes:
         output: the output folder.
-        metadata: path of tokens.json.
-        failures_file: path of failures.jsonl.
+        metadata: path of tokens.json; None if shards of other parts are missing.
+        failures_file: path of failures.jsonl; None if shards of other parts are missing.
+        missing_shards: number of shards that other parts of the run have not completed; the counts are then those of
+            this part.
     """
 
     output: str
-    metadata: str
-    failures_file: str
+    metadata: str | None
+    failures_file: str | None
+    missing_shards: int
     format: str
     shards: int
     clips: int

@@ -74,6 +74,12 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--ray", metavar="ADDRESS", help="Run on Ray: local, auto, or the address of a cluster (default: without Ray)."
 )
+@click.option(
+    "--shard-of",
+    metavar="I/N",
+    help="Compute only the shards of process I of N, where I counts from 0. auto reads I and N from the variables of "
+    "torchrun or Slurm (default: all shards).",
+)
 @click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
 @click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only their sizes.")
@@ -93,6 +99,7 @@ def tokenize(
     workers: int | None,
     device: str | None,
     ray: str | None,
+    shard_of: str | None,
     verify: bool,
     retry_failed: bool,
     **options: Any,
@@ -101,8 +108,12 @@ def tokenize(
 
     If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
     failures.jsonl; the exit code is then 1.
+
+    With --shard-of, several machines share a run without Ray. The process that ends last completes the output; so does
+    the same command without --shard-of.
     """
     from nemo_lfr.corpus.config import TokenizeConfig
+    from nemo_lfr.corpus.part import parse_part
     from nemo_lfr.corpus.run import tokenize
 
     config = TokenizeConfig(
@@ -112,26 +123,59 @@ def tokenize(
         audio_dir=None if audio_dir is None else str(audio_dir),
         entropy_model=None if entropy_model is None else str(entropy_model),
         dataset=dataset or corpus.resolve().name.partition(".")[0],
+        part=None if shard_of is None else parse_part(shard_of),
         **options,
     )
+    failures: list[dict[str, str]] = []
+
     with watching() as watch:
+
+        def watch_failures(totals: Any) -> None:
+            failures[:] = totals.failures
+            watch(totals)
+
         done = tokenize(
-            config, workers=workers, device=device, ray=ray, verify=verify, retry_failed=retry_failed, watch=watch
+            config,
+            workers=workers,
+            device=device,
+            ray=ray,
+            verify=verify,
+            retry_failed=retry_failed,
+            watch=watch_failures,
         )
-    failures = out / "failures.jsonl"
+    return _report(out, done, failures)
+
+
+def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> dict[str, Any]:
+    """Print the result, and return it for `--json`.
+
+    Args:
+        out: the output folder.
+        done: what `tokenize` returned.
+        failures: failures of this run, in a part of a run that is not complete.
+    """
+    missing = done.get("missing_shards", 0)
+    failures_file = out / "failures.jsonl"
+    if not missing:
+        failures = [json.loads(line) for line in failures_file.read_text("utf-8").splitlines()]
     print_line(out)
     text = f"nemo-lfr: {done['clips']} clips, {done['hours']:.2f} hours"
-    if done["failures"]:
-        echo_stderr(f"{text}; {done['failures']} failed, see {failures}; fix them and run again with --retry-failed")
+    if missing:
+        text += f" in part {done['part']}; {out} is complete when the other parts have added {missing} shards"
+    if failures and missing:
+        echo_stderr(f"{text}; {len(failures)} clips failed, which failures.jsonl will list")
+    elif failures:
+        echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; fix them and run again with --retry-failed")
     else:
         note(text)
     session = current()
-    session.failures += [_failure(json.loads(line)) for line in failures.read_text("utf-8").splitlines()]
+    session.failures += [_failure(failure) for failure in failures]
     session.reported = len(session.failures)
     return {
         "output": str(out),
-        "metadata": str(out / "tokens.json"),
-        "failures_file": str(failures),
+        "metadata": None if missing else str(out / "tokens.json"),
+        "failures_file": None if missing else str(failures_file),
+        "missing_shards": missing,
         "format": done["format"],
         "shards": done["shards"],
         "clips": done["clips"],

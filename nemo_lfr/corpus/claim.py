@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import write_new
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.regular import open_regular
 
@@ -20,6 +21,7 @@ def claim(state: Path) -> str:
     """Return the claim text of an output's state folder.
 
     The folder and the text are created if they do not exist. Call this function while holding the lock of the output.
+    The parts of a run, which share the lock, get the same text.
 
     Args:
         state: the state folder of the output.
@@ -33,7 +35,11 @@ def claim(state: Path) -> str:
     text = _read(state)
     if text is None:
         text = secrets.token_hex(LENGTH // 2)
-        write_text(state / NAME, text)
+        if not write_new(state / NAME, text.encode()):
+            written = _read(state)  # by another part of the run, unless it is damaged
+            if written is not None:
+                return written
+            write_text(state / NAME, text)
     return text
 
 

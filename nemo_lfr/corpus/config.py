@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.corpus.formats import format_names, get_format
+from nemo_lfr.corpus.part import FOLDER as PARTS
+from nemo_lfr.corpus.part import Part
 from nemo_lfr.corpus.records import STATE
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.base import CorpusReader
@@ -39,6 +41,8 @@ class TokenizeConfig:
         claim: text that identifies the run that owns the output, see `claim`; set by `tokenize`.
         compress: compress `.lfr` files losslessly.
         entropy_model: path of the entropy model for compression; the codec's bundled model if None.
+        part: the part of the shards to compute, if several processes without a common driver tokenize the corpus; None
+            for all shards. See `nemo_lfr.corpus.part`.
     """
 
     source: str
@@ -59,6 +63,7 @@ class TokenizeConfig:
     claim: str = ""
     compress: bool = False
     entropy_model: str | None = None
+    part: Part | None = None
 
     @property
     def state(self) -> Path:
@@ -72,7 +77,9 @@ class TokenizeConfig:
             relist: list the files of a folder again, as the planning process does.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        return open_corpus(Path(self.source), audio_dir, self.state / "folder.json", relist, self.allow_url)
+        # Each part has its own list: a part that finds another list in the folder must not change that of the others
+        listing = "folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json"
+        return open_corpus(Path(self.source), audio_dir, self.state / listing, relist, self.allow_url)
 
     def validate(self) -> None:
         """Raise NemoLfrError for unknown values and incompatible options."""

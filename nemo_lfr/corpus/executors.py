@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.orphans import die_with
+from nemo_lfr.corpus.part import Part
 from nemo_lfr.corpus.plan import Plan
 from nemo_lfr.corpus.ray_executor import run_ray
 from nemo_lfr.corpus.records import ShardRecord
@@ -41,7 +42,8 @@ def choose_executor(
     Args:
         config: options of the run.
         num_tasks: number of shards to compute, which is also the maximum number of workers.
-        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores.
+        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores,
+            of which the parts on the same machine get equal shares.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray; by default local processes are used.
 
@@ -58,7 +60,10 @@ def choose_executor(
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     else:
         devices = [str(chosen)]
-    count = workers or (len(devices) if chosen.type == "cuda" else max(1, _num_cores() // config.threads))
+    part = config.part or Part(0, 1)
+    devices = devices[part.local_index :: part.local_count] or [devices[part.local_index % len(devices)]]
+    cores = _num_cores() // part.local_count
+    count = workers or (len(devices) if chosen.type == "cuda" else max(1, cores // config.threads))
     count = min(count, num_tasks)
     if count <= 1:
         return lambda plan, tasks: run_in_process(plan.config, tasks, devices[0], plan.codec)

@@ -18,14 +18,13 @@ from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.formats import get_format
 from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import Watch
+from nemo_lfr.corpus.part import reserve
 from nemo_lfr.corpus.records import METADATA, STATE, ShardRecord
 from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
 from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.io.atomic import sweep
+from nemo_lfr.io.atomic import sweep, write_new
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
-from nemo_lfr.io.exclusive import exclusive
-from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.spec import same_fingerprint
@@ -62,6 +61,12 @@ class Plan:
     shards: list[ShardSpec]
     codec: "Codec[Any] | None" = None
 
+    @property
+    def indices(self) -> list[int]:
+        """Return the numbers of the shards to compute: all, or those of a part."""
+        part = self.config.part
+        return [index for index in range(len(self.shards)) if part is None or part.owns(index)]
+
 
 @contextmanager
 def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
@@ -87,7 +92,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         if path.is_symlink():
             raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
     config.state.mkdir(parents=True, exist_ok=True)
-    with exclusive(out):
+    with reserve(out, config.state, config.part):
         output = get_format(config.kind)
         _remove_leftovers(config, out, output)
         config = replace(config, claim=claim(config.state))
@@ -124,8 +129,9 @@ def load_or_create_plan(
     expected |= {"corpus": corpus.identity, "codec": spec, "entropy model": entropy_model}
     if not path.exists():
         shards = corpus.shards(config.shard_size)
-        write_text(path, json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)}))
-        return shards
+        text = json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)})
+        if write_new(path, text.encode()):
+            return shards  # else another part of this run has stored its plan meanwhile
     stored = _read_plan(path, config)
     if _has_older_fingerprint(stored.get("codec"), spec, made, config.kind):
         stored["codec"] = spec
@@ -197,11 +203,17 @@ def _load_codec(
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
     """Remove temporary files of killed runs, without following links.
 
-    No other run writes here, since the caller holds the lock.
+    No other run writes here, since the caller holds the lock. A part of a run removes only those of its own shards.
     """
     staging = config.state / "staging"
     if staging.is_symlink():
         staging.unlink()
+    if config.part is not None:
+        for folder in staging.glob("*.*"):
+            number = folder.name.partition(".")[0]
+            if number.isdecimal() and config.part.owns(int(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+        return
     shutil.rmtree(staging, ignore_errors=True)
     for folder in (config.state, ShardRecord.folder(out)):
         sweep(folder, None)

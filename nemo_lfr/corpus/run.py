@@ -54,7 +54,9 @@ def tokenize(
 ) -> dict[str, Any]:
     """Tokenize a corpus into `config.out`.
 
-    Shards that an earlier run with the same options completed are kept.
+    Shards that an earlier run with the same options completed are kept. With `config.part`, only the shards of that
+    part are computed. The part that completes the last shard writes the summary; so does a run without a part, which
+    computes what is missing.
 
     Args:
         config: corpus, output and options.
@@ -66,24 +68,27 @@ def tokenize(
         watch: called with the totals, once at the start and after every shard.
 
     Returns:
-        The content of `tokens.json`: codec, layout, counts and hours.
+        The content of `tokens.json`: codec, layout, counts and hours. If shards of other parts are not complete, that
+        file does not exist yet, and the result has the counts of this part and also "part" and "missing_shards".
 
     Raises:
-        NemoLfrError: if the corpus or codec cannot be read, or the output contains the tokens of another run.
+        NemoLfrError: if the corpus or codec cannot be read, or the output contains the tokens of another run, or is
+            being written by another run.
         AudioError: with `config.strict`, for the first clip that fails.
     """
+    if ray is not None and config.part is not None:
+        raise NemoLfrError("Ray distributes all shards to its machines; leave out either --ray or --shard-of.")
     on_cpu = ray is None and choose_device(device).type == "cpu"
     with open_plan(config, on_cpu) as plan:
         records = find_records(plan, verify, retry_failed)
-        missing = [(index, shard) for index, shard in enumerate(plan.shards) if index not in records]
-        executor = choose_executor(plan.config, len(missing), workers, device, ray)
-        return finish(plan, compute(plan, executor, records, watch))
+        executor = choose_executor(plan.config, len(plan.indices) - len(records), workers, device, ray)
+        return finish_part(plan, compute(plan, executor, records, watch))
 
 
 def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, ShardRecord]:
-    """Return the records of shards that need not be computed, by index."""
+    """Return the records of the run's shards that need not be computed, by index."""
     records: dict[int, ShardRecord] = {}
-    for index in range(len(plan.shards)):
+    for index in plan.indices:
         record = ShardRecord.find(plan.out, index, verify)
         if record and not (retry_failed and record.failures):
             records[index] = record
@@ -93,7 +98,7 @@ def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, Shar
 def compute(
     plan: Plan, executor: Executor, complete: Mapping[int, ShardRecord], watch: Callable[[Totals], None]
 ) -> list[ShardRecord]:
-    """Compute the shards of a plan that are not complete yet.
+    """Compute the shards of a plan, or of its part, that are not complete yet.
 
     Args:
         plan: the plan.
@@ -102,17 +107,17 @@ def compute(
         watch: called with the totals, once at the start and after every shard.
 
     Returns:
-        The records of all shards in order.
+        The records of these shards in order.
 
     Raises:
         NemoLfrError: if an input or the output is changed meanwhile, or workers fail repeatedly.
     """
     records = dict(complete)
-    totals = Totals(len(plan.shards), plan.spec["sample_rate"])
+    totals = Totals(len(plan.indices), plan.spec["sample_rate"])
     for record in records.values():
         totals.add(record, computed=False)
     watch(totals)
-    tasks = [(index, shard) for index, shard in enumerate(plan.shards) if index not in records]
+    tasks = [(index, plan.shards[index]) for index in plan.indices if index not in records]
     computed = executor(plan, tasks) if tasks else iter(())
     for record in _check_inputs(plan, computed, dict(tasks)):
         if ShardRecord.find(plan.out, record.index) is None:
@@ -124,7 +129,35 @@ def compute(
         records[record.index] = record
         totals.add(record, computed=True)
         watch(totals)
-    return [records[index] for index in range(len(plan.shards))]
+    return [records[index] for index in plan.indices]
+
+
+def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
+    """Write the summary if no shard of another part is missing; parts that end at the same time write the same bytes.
+
+    Args:
+        plan: the plan.
+        records: records of the shards of this run.
+
+    Returns:
+        See `tokenize`.
+
+    Raises:
+        NemoLfrError: if files of a shard were removed or changed meanwhile.
+    """
+    part = plan.config.part
+    if part is None:
+        return finish(plan, records)
+    everything = range(len(plan.shards))
+    missing = sum(not ShardRecord.path(plan.out, index).exists() for index in everything)
+    if not missing:  # else the files need not be looked at
+        found = [ShardRecord.find(plan.out, index) for index in everything]
+        complete = [record for record in found if record is not None]
+        if len(complete) == len(found):
+            return finish(plan, complete)
+        missing = len(found) - len(complete)
+    check_claim(plan.config.state, plan.config.claim)
+    return _counts(plan, records) | {"part": str(part), "missing_shards": missing}
 
 
 def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
@@ -147,8 +180,21 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     failures = [failure for record in records for failure in record.failures]
     lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures)
     write_text(out / "failures.jsonl", lines)
+    summary = _counts(plan, records) | {
+        "nemo_lfr": __version__,
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "command": command(config),
+    }
+    write_text(out / METADATA, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
+    """Return the description of the tokens and the counts of some shards."""
+    config = plan.config
     samples = sum(record.samples for record in records)
-    summary = {
+    return {
         "format": config.kind,
         "codec": plan.spec | {"model": config.model or "the bundled codec"},
         "pad": config.pad,
@@ -157,16 +203,10 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         "shards": len(records),
         "clips": sum(record.clips for record in records),
         "shard_clips": [record.clips for record in records],
-        "failures": len(failures),
+        "failures": sum(len(record.failures) for record in records),
         "frames": sum(record.frames for record in records),
         "hours": round(samples / plan.spec["sample_rate"] / 3600, 4),
-        "nemo_lfr": __version__,
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "command": command(config),
     }
-    write_text(out / METADATA, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    return summary
 
 
 def command(config: TokenizeConfig) -> str:
@@ -201,6 +241,7 @@ def _check_inputs(
         if path := plan.inputs.changed(plan.corpus.files_of(waiting[record.index])):
             if isinstance(computed, Generator):
                 computed.close()  # stops the workers
+            check_claim(plan.config.state, plan.config.claim)  # the whole output may have been removed
             for index in waiting:
                 ShardRecord.path(plan.out, index).unlink(missing_ok=True)
             raise NemoLfrError(

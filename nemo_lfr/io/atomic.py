@@ -6,6 +6,7 @@ process, and the next run removes it. Temporary files are never opened through a
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -22,6 +23,8 @@ PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
 # Characters of the final name that a temporary name keeps, so that it fits a directory entry.
 KEPT = 60
+# Errors of file systems without hard links.
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 def check_overwrite(path: Path, overwrite: bool) -> None:
@@ -101,6 +104,36 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     with replacing(path) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
     return path
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a file atomically unless it exists, also if several machines do so at the same time.
+
+    Args:
+        path: output file; an existing one is kept.
+        data: content.
+
+    Returns:
+        Whether the file was written.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; the error names `path`.
+    """
+    with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(file.name, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS or os.path.lexists(path):
+                raise
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+    return True
 
 
 @contextlib.contextmanager
@@ -239,8 +272,12 @@ def _open_folder(folder: str) -> int | None:
     return None
 
 
-def lock(descriptor: int) -> bool | None:
+def lock(descriptor: int, shared: bool = False) -> bool | None:
     """Try to lock an open file without waiting.
+
+    Args:
+        descriptor: the open file.
+        shared: take a lock that other processes may share, instead of an exclusive one.
 
     Returns:
         True if the lock was acquired, False if another process holds it, None if the system does not support locks.
@@ -248,7 +285,7 @@ def lock(descriptor: int) -> bool | None:
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # Windows, or a network drive
