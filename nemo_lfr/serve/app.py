@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, QueryParams
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -25,6 +26,7 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.engine import Engine, OverloadedError
 from nemo_lfr.serve.files import decode_file, encode_file
+from nemo_lfr.serve.health import find_fault
 from nemo_lfr.serve.metrics import Metrics
 from nemo_lfr.serve.openapi import OPENAPI
 from nemo_lfr.serve.page import is_page, page_routes
@@ -90,8 +92,10 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
         return endpoint
 
     async def health(_: Request) -> Response:
-        status = "draining" if engine.draining else "ok"
-        return JSONResponse({"status": status, "streams": len(engine)}, 503 if engine.draining else 200)
+        fault = None if engine.draining else await find_fault(engine)
+        status = "draining" if engine.draining else "broken" if fault else "ok"
+        reason = {"error": fault} if fault else {}
+        return JSONResponse({"status": status, "streams": len(engine), **reason}, 200 if status == "ok" else 503)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -115,9 +119,21 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
         exception_handlers={NemoLfrError: _report, ClientDisconnect: _drop},
         lifespan=lifespan,
     )
-    app.add_middleware(_Admission, settings=settings)
+    _control_access(app, settings)
     app.state.engine = engine
     return app
+
+
+def _control_access(app: Starlette, settings: Settings) -> None:
+    app.add_middleware(_Admission, settings=settings)
+    if settings.origins:  # outside `_Admission`: browsers send the preflight request without the token
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
 
 
 def _info(engine: Engine, settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
-from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.serve.session import EngineLimits, Session
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Engine:
     Attributes:
         draining: whether new sessions are refused. A server sets it to shut down.
         num_opened: number of sessions opened so far.
+        fault: unexpected error of the last step; None after a step in which a stream advanced.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Engine:
         self.codec, self.limits = codec, limits or EngineLimits()
         self.draining = False
         self.num_opened = 0
+        self.fault: str | None = None
+        self._step_started: float | None = None  # while a step is running
         self._on_step = on_step
         self._sessions: list[Session] = []
         self._changed = threading.Condition()
@@ -91,6 +94,17 @@ class Engine:
     def __len__(self) -> int:
         """Return the number of open sessions."""
         return len(self._sessions)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread is running."""
+        return self._thread.is_alive()
+
+    @property
+    def step_s(self) -> float:
+        """Seconds for which the current step has been running; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else time.monotonic() - started
 
     @contextmanager
     def encoder(self, lookahead: int | None = None, *, live: bool = True) -> Iterator[Session]:
@@ -162,15 +176,19 @@ class Engine:
     def _run(self) -> None:
         while batch := self._next_batch():
             try:
+                self._step_started = time.monotonic()
                 with self._changed:
                     chunks = [session._take() for session in batch]
                 step = self._advance(batch, chunks)
             except Exception as error:  # the thread must live on for the other streams
                 logger.exception("a step of %d streams failed", len(batch))
+                self.fault = _description(error)
                 with self._changed:
                     for session in batch:
                         session._finish(error)
                 continue
+            finally:
+                self._step_started = None
             try:
                 if self._on_step:
                     self._on_step(step)
@@ -203,6 +221,7 @@ class Engine:
             last = session._ended and not session._num_pending
             if last and not isinstance(results[number], BaseException):
                 results[number] = self._flush(session, results[number])
+        self._note_fault(results)
         with self._changed:
             for session, result in zip(batch, results, strict=True):
                 if isinstance(result, BaseException):
@@ -213,6 +232,13 @@ class Engine:
                     session._finish(None)
         frames = sum(chunk.shape[-1] for chunk in chunks) // batch[0]._frame
         return Step(batch[0].kind, len(batch), frames, time.monotonic() - started)
+
+    def _note_fault(self, results: list[Any]) -> None:
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if len(errors) < len(results):
+            self.fault = None
+        elif faults := [error for error in errors if not isinstance(error, NemoLfrError)]:
+            self.fault = _description(faults[0])
 
     @staticmethod
     def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:
@@ -243,3 +269,7 @@ class Engine:
         except Exception as error:  # reported to the client of this stream
             return error
         return np.concatenate([result, rest], axis=-1)
+
+
+def _description(error: BaseException) -> str:
+    return f"{type(error).__name__}: {shorten(' '.join(str(error).split()), 200)}"

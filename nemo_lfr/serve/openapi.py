@@ -76,7 +76,10 @@ OPENAPI: dict[str, Any] = {
         "/health": {
             "get": {
                 "summary": "Whether new streams are accepted.",
-                "responses": {"200": {"description": "Accepted."}, "503": {"description": "Shutting down."}},
+                "responses": {
+                    "200": {"description": "Accepted."},
+                    "503": {"description": "Shutting down, or broken."},
+                },
             }
         },
         "/metrics": {
