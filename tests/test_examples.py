@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,65 @@ def train(corpus: Path, out: Path, *overrides: str) -> Path:
     return out / "AudioCodec" / "checkpoints"
 
 
+# Importing NeMo takes longer than a debug training, so one process imports it and forks a child for each training.
+LAUNCHER = """
+import json, os, runpy, sys
+import torch
+import nemo_lfr.nemo.model
+torch.set_num_threads(1)
+for line in sys.stdin:
+    folder, *command = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Launcher:
+    """Process that starts debug trainings with NeMo imported."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+
+    def train(self, corpus: Path, out: Path, *overrides: str, kill_after: float | None = None) -> bool:
+        """Train to the end or for `kill_after` seconds; return whether training finished."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        command = [str(ROOT / "examples" / "audio_codec.py"), *tutorial(corpus, out, *overrides)]
+        self.process.stdin.write(json.dumps([str(out), *command]) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        ended, _, _ = select.select([self.process.stdout], [], [], kill_after)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+        status = int(self.process.stdout.readline())
+        assert status in (0, signal.SIGKILL), (out / "output.txt").read_text()[-3000:]
+        return status == 0
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
+    launcher = Launcher()
+    yield launcher
+    launcher.process.communicate()
+
+
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
 def test_a_configs_trainer_is_one_for_this_machine(config):
     """Build the trainer of each config; NeMo's own configs require GPUs."""
@@ -77,8 +138,7 @@ def test_a_configs_trainer_is_one_for_this_machine(config):
     assert trainer.num_devices == (max(torch.cuda.device_count(), 1) if "debug" not in config else 1)
 
 
-def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, tmp_path):
-    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
+def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, launcher, tmp_path):
     checkpoints = train(corpus, tmp_path)
     saved = checkpoints / "AudioCodec.nemo"
     tokens, _ = load(saved, "cpu").encode(synthesize(1))
@@ -97,97 +157,50 @@ def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(
         again.mkdir()
         # With validation in every second epoch only, NeMo saves nothing after one epoch.
         shorter = "trainer.check_val_every_n_epoch=2"
-        found = train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0", shorter) / "AudioCodec.nemo"
-        assert torch.equal(load(found, "cpu").encode(synthesize(1))[0], tokens), key
+        assert launcher.train(corpus, again, f"+{key}='{start}'", "model.optim.lr=0", shorter)
+        assert torch.equal(
+            load(again / "AudioCodec" / "checkpoints" / "AudioCodec.nemo", "cpu").encode(synthesize(1))[0], tokens
+        ), key
 
 
-# Importing NeMo takes longer than a debug training, so one process imports it and forks a child for each run.
-MOTHER = """
-import os, runpy, sys
-import torch
-import nemo_lfr.nemo.model
-torch.set_num_threads(1)
-sys.argv = sys.argv[1:]
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        os.dup2(2, 1)  # NeMo logs to stdout, which is for what the mother says
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
+def last_checkpoint(out: Path) -> dict[str, Any]:
+    (last,) = (out / "AudioCodec" / "checkpoints").glob("*-last.ckpt")
+    return torch.load(last, map_location="cpu", weights_only=False)
 
 
-class Lives:
-    """Debug training in one folder that can be killed and restarted."""
-
-    def __init__(self, corpus: Path, out: Path, *overrides: str) -> None:
-        out.mkdir()
-        self.checkpoints, self.said = out / "AudioCodec" / "checkpoints", out / "said.txt"
-        command = [ROOT / "examples" / "audio_codec.py", *tutorial(corpus, out, *overrides)]
-        self._mother = subprocess.Popen(
-            [sys.executable, "-c", MOTHER, *map(str, command)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said.open("w"),
-            text=True,
-            cwd=out,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-
-    def live(self, killed_after: float | None = None) -> bool:
-        """Train to the end or for `killed_after` seconds; return whether training finished."""
-        assert self._mother.stdin is not None and self._mother.stdout is not None
-        self._mother.stdin.write("live\n")
-        self._mother.stdin.flush()
-        child = int(self._mother.stdout.readline())
-        ended, _, _ = select.select([self._mother.stdout], [], [], killed_after)
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-        status = int(self._mother.stdout.readline())
-        assert status in (0, signal.SIGKILL), self.said.read_text()[-3000:]
-        return status == 0
-
-    def end(self) -> dict[str, torch.Tensor]:
-        """Return the weights of the last checkpoint."""
-        self._mother.communicate()
-        (last,) = self.checkpoints.glob("*-last.ckpt")
-        return torch.load(last, map_location="cpu", weights_only=False)
-
-
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, launcher, tmp_path):
     """Kill training several times (NEMO_LFR_KILLS); checkpoints with a final name are always complete."""
-    pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "2")), np.random.default_rng(0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
     epochs = f"max_epochs={kills + 1}"
-    whole = Lives(corpus, tmp_path / "whole", epochs)
-    whole.live()  # trains to the end and fills the disk cache
+    launcher.train(corpus, whole, epochs)  # trains to the end and fills the disk cache
     began = time.perf_counter()
-    assert whole.live()  # training is finished, so this run takes only the start-up time
+    assert launcher.train(corpus, whole, epochs)  # training is finished, so this run takes only the start-up time
     starts = time.perf_counter() - began
-    killed = Lives(corpus, tmp_path / "killed", epochs)
     deaths, epoch_takes = 0, 1.0
     while deaths < kills:
-        if killed.live(starts + rng.uniform(0, 2) * epoch_takes):
+        if launcher.train(corpus, killed, epochs, kill_after=starts + rng.uniform(0, 2) * epoch_takes):
             break
         deaths += 1
-        files = [path for path in killed.checkpoints.glob("*") if path.suffix in (".ckpt", ".nemo")]
+        files = [
+            path for path in (killed / "AudioCodec" / "checkpoints").glob("*") if path.suffix in (".ckpt", ".nemo")
+        ]
         for path in files:
             load(path, "cpu")
         if not files:
             epoch_takes *= 1.5  # the machine is slower than assumed
     assert deaths == kills
-    killed.live()
-    expected, mine = whole.end(), killed.end()
-    assert mine["global_step"] == expected["global_step"]
-    assert mine["state_dict"].keys() == expected["state_dict"].keys()
+    launcher.train(corpus, killed, epochs)
+    expected, resumed = last_checkpoint(whole), last_checkpoint(killed)
+    assert resumed["global_step"] == expected["global_step"]
+    assert resumed["state_dict"].keys() == expected["state_dict"].keys()
     for key, value in expected["state_dict"].items():
-        assert torch.equal(value, mine["state_dict"][key]), key
-    optimizers = zip(expected["optimizer_states"], mine["optimizer_states"], strict=True)
-    for theirs, own in optimizers:
-        for index, state in theirs["state"].items():
-            assert all(torch.equal(value, own["state"][index][name]) for name, value in state.items())
+        assert torch.equal(value, resumed["state_dict"][key]), key
+    for before, after in zip(expected["optimizer_states"], resumed["optimizer_states"], strict=True):
+        for index, state in before["state"].items():
+            assert all(torch.equal(value, after["state"][index][name]) for name, value in state.items())
 
 
 def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
