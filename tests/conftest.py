@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nemo_lfr.codec.codec import Codec
-from tests.models import KINDS, build_codec, cached_codec, synthesize
+from tests.kinds import ALL_KINDS
+from tests.models import build_codec, cached_codec, synthesize
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,7 +74,7 @@ def make_codec():
     return build_codec
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=ALL_KINDS)
 def codec(request: pytest.FixtureRequest) -> Codec:
     """Return a tiny codec of each kind."""
     return cached_codec(request.param)

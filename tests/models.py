@@ -1,6 +1,9 @@
 """Codecs of every kind with random weights, as our classes, as files and as NeMo's model; see `nemo_lfr.testing`."""
 
+import copy
 import functools
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,6 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.testing import LOSSES, MODULES, random_parts, synthesize
 from nemo_lfr.testing import SAMPLE_RATE as RATE
-from nemo_lfr.testing import write_checkpoint as write_nemo
 
 __all__ = ["LOSSES", "MODULES", "RATE", "random_parts", "synthesize", "write_nemo"]
 
@@ -74,12 +76,34 @@ def codec_config(kind: str = "symmetric", **changes: Any) -> dict[str, Any]:
     return testing.codec_config(**merged)
 
 
+# Random weights are fitted to a signal, which takes 0.3 s of CPU time, so each codec is built once and copied.
+@functools.cache
+def _built(config: str) -> Codec:
+    return testing.build_codec(json.loads(config))
+
+
+_written: dict[tuple[str, int], bytes] = {}
+
+
 def build_codec(kind: str = "symmetric", **changes: Any) -> Codec:
     """Build a codec from `random_parts`; see `codec_config` for the arguments."""
-    return testing.build_codec(codec_config(kind, **changes))
+    return copy.deepcopy(_built(json.dumps(codec_config(kind, **changes))))
 
 
-cached_codec = functools.cache(build_codec)
+@functools.cache
+def cached_codec(kind: str = "symmetric") -> Codec:
+    """Return a codec that all tests share, so they must not change it."""
+    return build_codec(kind)
+
+
+def write_nemo(path: str | os.PathLike[str], config: dict[str, Any] | None = None, seed: int = 7) -> Path:
+    """Write `testing.write_checkpoint(path, config, seed)`."""
+    key = json.dumps(config), seed
+    if key in _written:
+        Path(path).write_bytes(_written[key])
+    elif testing.write_checkpoint(path, config, seed).stat().st_size < 10_000_000:
+        _written[key] = Path(path).read_bytes()
+    return Path(path)
 
 
 def same_parts(codec: Codec, *, chunk_frames: int | None = None, **changes: Any) -> Codec:

@@ -15,7 +15,8 @@ from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.cli.main import app
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from tests.hub_server import HubServer
-from tests.models import KINDS, codec_config, speech_like, write_nemo
+from tests.kinds import ALL_KINDS
+from tests.models import codec_config, speech_like, write_nemo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def folder(nemo_file, tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tmp_path):
     source = write_nemo(tmp_path / "tiny.nemo", codec_config(kind))
     paths = export_safetensors(source, tmp_path / "out")
@@ -151,6 +152,7 @@ print(nemo_lfr.load("someone/codec", "cpu").fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_a_repository_of_the_hub_holds_safetensors(folder, tmp_path):
     expected = nemo_lfr.load(folder, "cpu").fingerprint
     files = {name: folder / name for name in os.listdir(folder)}

@@ -46,7 +46,6 @@ class Case(NamedTuple):
     extras: tuple[str, ...] = ()
 
 
-SLOW = ("export onnx", "demo")
 LFR = "--codec lfr:{in}/tiny.nemo --workers 1 --examples 0"
 CASES = {
     "encode": Case("{in}/audio --out {out} --model {in}/tiny.nemo", "{in}/mixed --out {out} --model {in}/tiny.nemo"),
@@ -73,6 +72,10 @@ CASES = {
         "{in}/tokens --out {out}/m.lfrm --epochs 0.1", "{in}/tokens {in}/cut --out {out}/m.lfrm --epochs 0.1"
     ),
 }
+SLOW = ("export onnx", "demo")
+run_of_every_command = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(CASES)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +155,7 @@ def test_every_command_has_a_case_and_a_type_of_its_output():
     assert all(isinstance(command, Command) and typing.is_typeddict(command.result) for command in COMMANDS.values())
 
 
-@every_command
+@run_of_every_command
 def test_json_is_all_of_stdout_and_has_the_documented_type(name, folder, tmp_path, capsys):
     need(CASES[name])
     code, out, err = run(capsys, *arguments_of(name, CASES[name].success, folder, tmp_path / "out"), "--json")
@@ -259,6 +262,7 @@ def test_exit_codes_are_documented():
         assert f"{code}  {text}" in cli.EPILOG and len(cli.EPILOG.split("\n")[code + 2]) < 78
 
 
+@pytest.mark.slow
 def test_a_model_for_metrics_that_cannot_be_loaded_is_a_failure(folder, tmp_path, capsys):
     pytest.importorskip("jinja2")
     arguments = arguments_of("evaluate", CASES["evaluate"].success, folder, tmp_path / "out")

@@ -318,6 +318,7 @@ def test_a_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name)
     assert reader.num_samples == num_samples and np.array_equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_what_is_not_audio_is_refused_before_it_is_spooled():
     """A writer that never ends is left after the first kilobytes."""
     writer = subprocess.Popen(["yes"], stdout=subprocess.PIPE)

@@ -56,7 +56,10 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+every_model = [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=every_model)
 def codec(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Codec:
     """A codec over each backend."""
     return nemo_lfr.load(model_of(request.param), "cpu", backend=request.param)
@@ -81,7 +84,7 @@ def test_codec_repeats_its_spec(codec):
 # The registry.
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", every_model)
 def test_load_finds_the_backend_by_the_kind_of_model(model_of, name):
     model = model_of(name)
     expected = type(nemo_lfr.load(model, "cpu", backend=name).backend)

@@ -7,10 +7,11 @@ from nemo_lfr import frames
 from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.cpu import malloc
 from nemo_lfr.codec.cpu import network as inference
-from tests.models import KINDS, cached_codec, speech_like
+from tests.kinds import ALL_KINDS
+from tests.models import cached_codec, speech_like
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=ALL_KINDS)
 def codec(request):
     return cached_codec(request.param)
 

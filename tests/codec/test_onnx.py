@@ -19,7 +19,8 @@ from nemo_lfr import AudioError, CheckpointError, NemoLfrError, TokensError
 from nemo_lfr.cli import main as cli
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
-from tests.models import KINDS, RATE, build_codec, cached_codec, synthesize
+from tests.kinds import ALL_KINDS
+from tests.models import RATE, build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
 
 onnx = pytest.importorskip("onnx", reason="pip install '.[onnx]'")
@@ -33,7 +34,7 @@ from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=ALL_KINDS)
 def pair(request, tmp_path_factory):
     """A codec and what it was exported to."""
     codec = cached_codec(request.param)

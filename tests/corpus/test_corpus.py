@@ -151,6 +151,7 @@ def test_magpies_padding_adds_a_frame_to_clips_that_fill_theirs(audio, model, ex
 # Inputs.
 
 
+@pytest.mark.slow
 def test_every_kind_of_corpus_gives_the_same_tokens(audio, model, expected, clips, tmp_path):
     import datasets
     import pyarrow as pa
@@ -237,6 +238,7 @@ def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
 # Runs.
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
     for workers in (1, 3):
         job_ = job(audio / "manifest.json", tmp_path / str(workers), model, "parquet", shard_size=2)
@@ -334,6 +336,7 @@ def test_a_long_clip_does_not_widen_the_batch_of_many_short_ones(model, tmp_path
     assert torch.equal(read(tmp_path / "out")["040"], load(model, "cpu").encode(wave)[0][0].long())
 
 
+@pytest.mark.slow
 def test_the_others_are_not_waited_for_when_a_shard_fails(audio, model, tmp_path):
     (audio / "ends.json").write_text('{"audio_filepath": "x.wav"}\n' + (audio / "manifest.json").read_text() * 20)
     with pytest.raises(AudioError, match=r"x\.wav"):
@@ -347,6 +350,7 @@ def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), device="cpu", workers=1)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_stop_the_run_and_say_why(audio, model, tmp_path):
     # A worker needs the checkpoint; the driver has read it before.
     doomed = tmp_path / "doomed.nemo"

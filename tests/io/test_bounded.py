@@ -118,6 +118,7 @@ def test_shards_that_no_file_is_there_for_are_refused_at_once(kind, keep_records
         TokenFolder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_path):
     write_tokens(tmp_path, "parquet", [1, 1])
     path = tmp_path / "data" / "000000.parquet"

@@ -47,6 +47,7 @@ def correlated_tokens(count, seed=0, num_codebooks=2):
     return result
 
 
+@pytest.mark.slow
 def test_compressed_files_are_smaller_and_decode_to_the_same(capsys, speech, tmp_path):
     raw, small = tmp_path / "raw.lfr", tmp_path / "small.lfr"
     assert run(capsys, "encode", speech / "a.wav", "--out", raw)[0] == 0
@@ -70,6 +71,7 @@ def test_compressed_files_are_smaller_and_decode_to_the_same(capsys, speech, tmp
     assert told[1]["payload_bit_rate_bps"] < told[1]["bit_rate_bps"] < told[0]["bit_rate_bps"]
 
 
+@pytest.mark.slow
 def test_pipes_compress_block_by_block(piped, speech, tmp_path):  # noqa: F811
     wave = (speech / "a.wav").read_bytes()
     raw, small = (piped("encode", "-", "-", *options, stdin=wave) for options in ((), ("--compress", "--block", 32)))
@@ -117,6 +119,7 @@ def test_a_model_is_fitted_and_used_from_the_command_line(capsys, tmp_path):
     assert code == 2 and "--overwrite" in err
 
 
+@pytest.mark.slow
 def test_fitted_models_find_what_digits_depend_on():
     """A frame that kept all digits but for the chances above has about 2 * (1.1 + 0.4) bits of 7.2."""
     tokens = correlated_tokens(60)

@@ -53,7 +53,9 @@ def read(path, model, recover=False):
         return reader.read()
 
 
-@pytest.mark.parametrize("blocks", [[], [1], [1, 5, 2], [1024, 3], [4] * 40], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [[], [1], [1, 5, 2], pytest.param([1024, 3], marks=pytest.mark.slow), [4] * 40], ids=str
+)
 def test_tokens_survive_writing_and_every_way_of_reading(tmp_path, blocks):
     model = small_model()
     parts = [

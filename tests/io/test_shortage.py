@@ -125,6 +125,7 @@ def test_an_environment_without_a_path_gets_the_systems(monkeypatch, capsys):
     assert os.environ["PATH"] == os.defpath and Path(sys.executable).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 def test_a_limit_on_address_space_that_is_too_low_is_one_line(tmp_path):
     """oneDNN would end the process with a segmentation fault at some limits between 0.7 and 1 GB."""
