@@ -4,6 +4,7 @@ The input is a folder written by `nemo-lfr tokenize`, the output a WAV file.
 
     nemo-lfr tokenize speech/ --out tokens/
     python examples/train_language_model.py tokens/ --seconds 60 --out sample.wav
+    python examples/train_language_model.py tokens/ --server http://127.0.0.1:8000    # decode while sampling
 
 A causal transformer reads frames, each embedded as the sum of its codebooks' embeddings, and predicts all tokens of
 the next frame at once, independently for each codebook. It is a minimal example of how to read tokens: in a minute of
@@ -15,12 +16,14 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nemo_lfr import load
+from nemo_lfr.client import Client
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.io.locate import expand_home
 
@@ -63,7 +66,6 @@ class FrameModel(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
         return self.head(self.layers(hidden, mask=mask, is_causal=True)).unflatten(2, self.shape)
 
-    @torch.no_grad()
     def sample(self, start: torch.Tensor, num_frames: int) -> torch.Tensor:
         """Sample frames that continue a sequence.
 
@@ -74,12 +76,39 @@ class FrameModel(nn.Module):
         Returns:
             The first frames and the sampled ones, shape [1, T + num_frames, C].
         """
+        return torch.stack(list(self.frames(start, num_frames)))[None]
+
+    @torch.no_grad()
+    def frames(self, start: torch.Tensor, num_frames: int) -> Iterator[torch.Tensor]:
+        """Yield the frames of `sample` one by one, each of shape [C], as soon as they are known."""
+        yield from start[0]
         tokens = start
         for _ in range(num_frames):
             scores = self(tokens[:, -FRAMES:])[:, -1]  # [1, C, codebook_size]
             frame = torch.multinomial(scores[0].softmax(-1), 1).T
             tokens = torch.cat([tokens, frame[None]], dim=1)
-        return tokens
+            yield frame[0]
+
+
+def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]:
+    """Decode frames on a server while they are sampled.
+
+    Args:
+        frames: tokens, shape [C] each.
+        server: URL of `nemo-lfr serve`.
+
+    Returns:
+        Audio, float32 [T_audio], and its sample rate in Hz. A real application plays each piece at once.
+    """
+    pieces, started, first = [], time.monotonic(), None
+    with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
+        for number, frame in enumerate(frames):
+            pieces.append(stream.push(frame.numpy()))
+            if first is None and len(pieces[-1]):
+                first = number + 1
+                print(f"first audio after {time.monotonic() - started:.2f} s, at frame {first}")
+        pieces.append(stream.flush())
+        return np.concatenate(pieces), stream.sample_rate
 
 
 def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
@@ -111,6 +140,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of training")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--model", help="the codec that made the tokens; the bundled one if not given")
+    parser.add_argument("--server", help="URL of nemo-lfr serve; it decodes each frame as soon as it is sampled")
     parser.add_argument("--out", type=expand_home, default="sample.wav")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -131,11 +161,16 @@ def main() -> None:
             print(f"step {step}: {loss.item():.3f} nats a token", flush=True)
         if time.monotonic() - started > args.seconds:
             break
-    made = model.sample(batch[:1, :8], num_frames=64)
-    codec = load(args.model)
-    audio, _ = codec.decode(made.transpose(1, 2))
-    soundfile.write(args.out, audio[0].cpu().numpy(), codec.sample_rate)
-    print(f"{args.out}: {audio.shape[1] / codec.sample_rate:.1f} s, the first {8 / codec.frame_rate:.1f} s given")
+    start, num_frames = batch[:1, :8], 64
+    if args.server:
+        audio, sample_rate = speak(model.frames(start, num_frames), args.server)
+    else:
+        codec = load(args.model)
+        decoded, _ = codec.decode(model.sample(start, num_frames).transpose(1, 2))
+        audio, sample_rate = decoded[0].cpu().numpy(), codec.sample_rate
+    soundfile.write(args.out, audio, sample_rate)
+    prompt_s = len(audio) / sample_rate * 8 / (8 + num_frames)
+    print(f"{args.out}: {len(audio) / sample_rate:.1f} s; the first {prompt_s:.1f} s are of the corpus")
 
 
 if __name__ == "__main__":

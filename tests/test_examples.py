@@ -214,6 +214,15 @@ def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
     assert losses[-1] < losses[0] - 0.5, said
     audio, rate = soundfile.read(tmp_path / "sample.wav")
     assert rate == RATE and len(audio) == 72 * 1024 and audio.std() > 1e-3
+    pytest.importorskip("prometheus_client", reason="the server's packages are not installed: pip install '.[serve]'")
+    from tests.serve.running import running
+
+    with running() as server:
+        options = ["--seconds", 0, "--server", server.url(""), "--out", "spoken.wav"]
+        output = run("train_language_model.py", tmp_path / "tokens", *options, cwd=tmp_path)
+    assert "first audio after" in output
+    spoken, rate = soundfile.read(tmp_path / "spoken.wav")
+    assert rate == RATE and len(spoken) == 72 * 1024
 
 
 def test_what_is_spoken_is_heard_through_the_codec(tmp_path):

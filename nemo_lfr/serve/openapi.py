@@ -1,4 +1,4 @@
-"""OpenAPI description of the HTTP endpoints; the WebSocket streams are specified in docs/guides/serving.md."""
+"""OpenAPI description of the HTTP endpoints; the WebSocket streams are specified in docs/reference/protocol.md."""
 
 from typing import Any
 
