@@ -95,7 +95,7 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
         )
     with AudioWriter(original, rate, overwrite=True) as writer:
         writer.write(audio)
-    codec.decode(codec.encode(audio[:rate])[0])  # the first call sets up threads and kernels
+    codec.decode(codec.encode(audio[:rate], sample_rate=rate)[0])  # the first call sets up threads and kernels
     started = time.perf_counter()
     codec.encode_file(original, tokens, overwrite=True)
     encoded = time.perf_counter()

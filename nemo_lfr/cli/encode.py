@@ -128,7 +128,7 @@ def encode_tasks(
         audio = np.zeros((len(clips), max(map(len, clips.values()))), np.float32)
         for row, clip in zip(audio, clips.values(), strict=True):
             row[: len(clip)] = clip
-        batch, lengths = codec.encode(audio, [len(clip) for clip in clips.values()])
+        batch, lengths = codec.encode(audio, [len(clip) for clip in clips.values()], codec.sample_rate)
         for task, row, length in zip(clips, to_numpy(batch), lengths.tolist(), strict=True):
             tokens[task] = row[:, :length]
     for task in tasks:

@@ -14,13 +14,31 @@ from nemo_lfr.io.audio import check_peak, check_rate, resample
 from nemo_lfr.spec import CodecSpec
 
 
-def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) -> tuple[Any, list[int]]:
-    """Check clips and convert them to float32.
+def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
+    """Convert samples of an array to float32; int16 is scaled to [-1, 1].
+
+    Raises:
+        AudioError: for another type, with the name of the argument.
+    """
+    clips = arrays.convert(audio, name, AudioError)
+    kind = arrays.kind(clips)
+    if kind not in (Kind.FLOAT, Kind.INT16):
+        raise AudioError(f"{name} is {clips.dtype}; pass floating point in [-1, 1], or int16.")
+    clips = arrays.cast(clips, np.float32)
+    return clips / 32768 if kind is Kind.INT16 else clips
+
+
+def check_audio(
+    arrays: Arrays[Any], audio: object, audio_len: object = None, name: str = "audio", first: int = 0
+) -> tuple[Any, list[int]]:
+    """Check clips of an array and convert them to float32.
 
     Args:
         arrays: library to convert with.
-        audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio].
+        audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
         audio_len: samples of each clip, [B]; default: the full length.
+        name: name of `audio` in messages.
+        first: number of the first clip in messages.
 
     Returns:
         Audio [B, T_audio] and the length of each clip.
@@ -28,24 +46,20 @@ def check_audio(arrays: Arrays[Any], audio: object, audio_len: object = None) ->
     Raises:
         AudioError: for another shape, type or length, or a NaN.
     """
-    clips = arrays.convert(audio, "audio", AudioError)
-    kind = arrays.kind(clips)
-    if kind not in (Kind.FLOAT, Kind.INT16):
-        raise AudioError(f"audio is {clips.dtype}; pass floating point in [-1, 1], or int16.")
-    clips = arrays.cast(clips, np.float32)
-    if kind is Kind.INT16:
-        clips = clips / 32768
+    clips = float_audio(arrays, audio, name)
     if clips.ndim == 1:
         clips = clips[None]
+    if clips.ndim == 3 and clips.shape[1] == 1:
+        clips = clips[:, 0]
     if clips.ndim != 2 or not clips.shape[0]:
-        raise AudioError(f"audio has shape {list(clips.shape)}; expected [T_audio] or [B, T_audio], mono.")
+        raise AudioError(f"{name} has shape {list(clips.shape)}; expected [T_audio] or [B, T_audio], mono.")
     if clips.shape[0] > 1000 and clips.shape[1] <= 8:
         raise AudioError(
-            f"audio has shape {list(clips.shape)}, as of {clips.shape[1]} channels side by side; pass one, "
+            f"{name} has shape {list(clips.shape)}, as of {clips.shape[1]} channels side by side; pass one, "
             "[T_audio], or several clips, [B, T_audio]."
         )
-    lengths = check_lengths(arrays, audio_len, clips.shape[0], clips.shape[1], "audio_len", AudioError)
-    for row, peak in enumerate(arrays.peaks(clips, lengths)):
+    lengths = check_lengths(arrays, audio_len, clips.shape[0], clips.shape[1], "audio_len", AudioError, first)
+    for row, peak in enumerate(arrays.peaks(clips, lengths), first):
         check_peak(peak, f"clip {row}")
     return clips, lengths
 
@@ -142,9 +156,17 @@ def check_tokens(
 
 
 def check_lengths(
-    arrays: Arrays[Any], lengths: object, batch: int, limit: int | None, name: str, error: type[NemoLfrError]
+    arrays: Arrays[Any],
+    lengths: object,
+    batch: int,
+    limit: int | None,
+    name: str,
+    error: type[NemoLfrError],
+    first: int = 0,
 ) -> list[int]:
     """Return lengths as Python integers in [0, limit], one per example; `limit` for each if `lengths` is None.
+
+    `first` is the number of the first example in messages.
 
     Raises:
         NemoLfrError: of the type `error`, with the name of the argument.
@@ -156,7 +178,7 @@ def check_lengths(
     if not arrays.kind(values).is_integer or tuple(values.shape) != (batch,):
         raise error(f"{name} is {values.dtype} {list(values.shape)}; expected integers of shape [{batch}].")
     checked = [int(value) for value in values.tolist()]
-    for row, value in enumerate(checked):
+    for row, value in enumerate(checked, first):
         if value < 0 or (limit is not None and value > limit):
             wanted = "not be negative" if limit is None else f"lie between 0 and {limit}"
             raise error(f"{name}[{row}] is {value}; it must {wanted}.")

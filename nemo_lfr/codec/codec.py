@@ -4,17 +4,18 @@ Arrays are tensors or numpy arrays, depending on the backend; this module does n
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from os import PathLike
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
 from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, StreamingBackend
+from nemo_lfr.codec.clips import to_batch
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.cpu.malloc import trim_between_windows
+from nemo_lfr.codec.properties import CodecProperties
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
@@ -24,10 +25,9 @@ from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import TokenReader, TokenWriter
-from nemo_lfr.spec import CodecSpec, same_fingerprint
 
 
-class Codec(Generic[Array]):
+class Codec(CodecProperties, Generic[Array]):
     """Codec over any backend. It accepts numpy arrays and the backend's, and returns the backend's.
 
     Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. Batches are
@@ -42,6 +42,8 @@ class Codec(Generic[Array]):
         chunk_frames: may be changed at any time; results do not depend on it.
     """
 
+    backend: Backend[Array]
+
     def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
         self.backend = backend
         self.chunk_frames = chunk_frames or backend.batching.chunk_frames
@@ -52,91 +54,10 @@ class Codec(Generic[Array]):
             f"{self.num_codebooks} x {self.codebook_size}, {self.bit_rate:.0f} bit/s, {self.device}, {self.precision})"
         )
 
-    @property
-    def spec(self) -> CodecSpec:
-        """Description of the tokens, with the fingerprint, as it is stored in files."""
-        return replace(self.backend.spec, fingerprint=self.fingerprint)
-
-    @property
-    def name(self) -> str:
-        """Source of the weights, for messages."""
-        return self.backend.name
-
-    @property
-    def sample_rate(self) -> int:
-        """Samples per second, Hz."""
-        return self.backend.spec.sample_rate
-
-    @property
-    def samples_per_frame(self) -> int:
-        """Number of samples per frame."""
-        return self.backend.spec.samples_per_frame
-
-    @property
-    def num_codebooks(self) -> int:
-        """C: tokens of one frame."""
-        return self.backend.spec.num_codebooks
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """FSQ levels of one codebook."""
-        return self.backend.spec.levels
-
-    @property
-    def precision(self) -> str:
-        """Precision that the network runs at; "fp32" gives the reference tokens."""
-        return self.backend.spec.precision
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames per second."""
-        return self.backend.spec.frame_rate
-
-    @property
-    def codebook_size(self) -> int:
-        """Entries of one codebook; 0 <= token < codebook_size."""
-        return self.backend.spec.codebook_size
-
-    @property
-    def bit_rate(self) -> float:
-        """Bits per second: frame_rate * num_codebooks * log2(codebook_size)."""
-        return self.backend.spec.bit_rate
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the weights and settings, 16 hex digits; empty where the backend has none."""
-        return next(iter(self.backend.fingerprints()), "")
-
-    def made(self, fingerprint: str) -> bool:
-        """Return whether this codec produces tokens with a fingerprint, current or older."""
-        known = iter(self.backend.fingerprints())
-        first = next(known, fingerprint)  # a backend without fingerprints accepts all
-        return same_fingerprint(first, fingerprint) or any(same_fingerprint(other, fingerprint) for other in known)
-
-    @property
-    def device(self) -> Any:
-        """Device of the network."""
-        return self.backend.device
-
-    @property
-    def encoder(self) -> Any:
-        """Encoder: its `Limits`, and with PyTorch the module itself."""
-        return self.backend.encoder
-
-    @property
-    def decoder(self) -> Any:
-        """Decoder: its `Limits`, and with PyTorch the module itself."""
-        return self.backend.decoder
-
-    @property
-    def quantizer(self) -> Any:
-        """Quantizer module of a PyTorch backend; other backends have none."""
-        return cast(Any, self.backend).quantizer
-
     @outside_of_graphs
     def encode(
         self,
-        audio: Array | np.ndarray,
+        audio: object,
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
         num_codebooks: int | None = None,
@@ -144,10 +65,12 @@ class Codec(Generic[Array]):
         """Encode audio to tokens.
 
         Args:
-            audio: floating point in [-1, 1], or int16; [T_audio] or [B, T_audio]. Samples after a clip's length
-                are ignored.
+            audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio]. Samples after a
+                clip's length are ignored. Or the path of a file, an item of an audio column of `datasets`, or a list
+                of clips of any lengths and of any of these forms.
             audio_len: samples of each clip, [B]; default: the full length.
-            sample_rate: Hz of `audio`; other rates than the codec's are resampled.
+            sample_rate: Hz of `audio`; other rates than the codec's are resampled. Not needed for files and items of
+                `datasets`, which declare their rate; several channels of these are mixed to mono.
             num_codebooks: return only the first codebooks; useful if the codec was trained with codebook dropout.
 
         Returns:
@@ -156,7 +79,7 @@ class Codec(Generic[Array]):
             zero-padded.
 
         Raises:
-            AudioError: for another shape, type or length, or a NaN.
+            AudioError: for another shape, type or length, a NaN, or a file that cannot be read.
             NemoLfrError: if the encoder returns NaN or infinite values, or for an invalid `num_codebooks`.
         """
         with self.backend.computing():
@@ -210,7 +133,7 @@ class Codec(Generic[Array]):
     @outside_of_graphs
     def resample(
         self,
-        audio: Array | np.ndarray,
+        audio: object,
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
     ) -> tuple[Array, Array]:
@@ -390,9 +313,8 @@ class Codec(Generic[Array]):
         return Cutter(backend.arrays, backend.decoder, backend.batching, self.chunk_frames, 1, np.int64)
 
     def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
-        """Check clips and resample them to float32 [B, T_audio] at the codec's rate."""
-        waves, lengths = self.check_audio(audio, audio_len)
-        return arguments.resample_clips(self.backend.arrays, waves, lengths, sample_rate, self.sample_rate)
+        """Convert clips of any form to float32 [B, T_audio] at the codec's rate."""
+        return to_batch(self.backend.arrays, audio, audio_len, sample_rate, self.sample_rate)
 
     def _integers(self, values: list[int]) -> Array:
         arrays = self.backend.arrays

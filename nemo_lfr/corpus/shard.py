@@ -187,7 +187,7 @@ def _encode(
     audio = _zeros(codec, len(waves), max(lengths))
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = wave
-    tokens, num_frames = codec.encode(audio, lengths)
+    tokens, num_frames = codec.encode(audio, lengths, codec.sample_rate)
     trim_after_batch()
     rows = zip(to_numpy(tokens), num_frames.tolist(), lengths, strict=True)
     results = iter([(row[:, :total], length) for row, total, length in rows])

@@ -54,7 +54,8 @@ class Inference(BaseModel):
             TokensError: for an invalid `num_codebooks`.
         """
         codec = self.codec
-        tokens, tokens_len = codec.encode(audio, audio_len, sample_rate, num_codebooks)
+        rate = codec.sample_rate if sample_rate is None else sample_rate
+        tokens, tokens_len = codec.encode(audio, audio_len, rate, num_codebooks)
         missing = codec.num_codebooks - tokens.shape[1]
         if not missing:
             return tokens, tokens_len
@@ -103,8 +104,8 @@ class Inference(BaseModel):
             AudioError: for audio that cannot be encoded, or an invalid sample rate.
         """
         codec = self.codec
-        audio, audio_len = codec.resample(audio, audio_len, sample_rate)
-        tokens, tokens_len = codec.encode(audio, audio_len)
+        audio, audio_len = codec.resample(audio, audio_len, codec.sample_rate if sample_rate is None else sample_rate)
+        tokens, tokens_len = codec.encode(audio, audio_len, codec.sample_rate)
         return codec.decode(tokens, tokens_len, audio_len)
 
     def encode_audio(

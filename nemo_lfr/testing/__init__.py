@@ -1,7 +1,7 @@
 """Helpers for tests of code that uses this package: synthetic speech, small codecs and checks of backends.
 
     codec = nemo_lfr.testing.build_codec()
-    tokens, tokens_len = codec.encode(nemo_lfr.testing.synthesize(2.0))
+    tokens, tokens_len = codec.encode(nemo_lfr.testing.synthesize(2.0), sample_rate=codec.sample_rate)
 
 To test a backend of another package, run each check of `BACKEND_CHECKS` on a codec that uses it:
 

@@ -69,7 +69,7 @@ def _speech(codec: Codec[Any], num_frames: float, seed: int = 0) -> np.ndarray:
 
 
 def _tokens(codec: Codec[Any], clip: np.ndarray) -> np.ndarray:
-    tokens: np.ndarray = to_numpy(codec.encode(clip)[0])[0]  # [C, T]
+    tokens: np.ndarray = to_numpy(codec.encode(clip, sample_rate=codec.sample_rate)[0])[0]  # [C, T]
     return tokens
 
 
@@ -96,7 +96,7 @@ def check_lengths(codec: Codec[Any]) -> None:
     """
     for length in (0, 1, *(7 * codec.samples_per_frame + extra for extra in (-1, 0, 1))):
         clip = synthesize(length / SAMPLE_RATE)[:length]
-        tokens, tokens_len = codec.encode(clip)
+        tokens, tokens_len = codec.encode(clip, sample_rate=codec.sample_rate)
         num_frames = frames.num_frames(length, codec.samples_per_frame)
         shape = (1, codec.num_codebooks, num_frames)
         _require(
@@ -124,7 +124,7 @@ def check_batches(codec: Codec[Any]) -> None:
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
     for row, clip in zip(batch, clips, strict=True):
         row[: len(clip)] = clip
-    tokens, tokens_len = codec.encode(batch, [len(clip) for clip in clips])
+    tokens, tokens_len = codec.encode(batch, [len(clip) for clip in clips], codec.sample_rate)
     ids = to_numpy(tokens).copy()
     counts = tokens_len.tolist()
     for clip, row, count in zip(clips, ids, counts, strict=True):

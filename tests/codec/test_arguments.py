@@ -60,13 +60,12 @@ GOOD_AUDIO: dict[str, tuple[Any, Any, Any]] = {
 BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     # What it is.
     "nothing": (None, None, None, "audio is NoneType"),
-    "text": ("speech.wav", None, None, "audio is str"),
+    "a file that does not exist": ("speech.wav", None, None, "speech.wav: no such file"),
     "bytes": (b"RIFF", None, None, "audio is bytes|audio is torch.uint8"),
     "dictionary": ({"audio": WAVE}, None, None, "audio is dict"),
     "empty list": ([], None, [1], "sample_rate"),
     "objects": (np.array([None, 1.0]), None, None, "audio is an array of object"),
     "an array of text": (np.array(["a", "b"]), None, None, "audio is an array of <U1"),
-    "clips of two lengths": ([[0.1, 0.2], [0.1]], None, None, "audio is list"),
     "sparse": (torch.eye(8).to_sparse(), None, None, "plain"),
     "meta": (torch.empty(1, 100, device="meta"), None, None, "plain"),
     "fake": (FakeTensorMode().from_tensor(torch.from_numpy(WAVE)), None, None, "FakeTensor"),
@@ -85,7 +84,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "a number": (np.float32(0.5), None, None, r"shape \[\]"),
     "stereo, channels first": (np.zeros((1, 2, 100), np.float32), None, None, r"\[1, 2, 100\].*mono"),
     "stereo, channels last": (np.zeros((22050, 2), np.float32), None, None, r"\[22050, 2\].*2 channels"),
-    "one channel too many": (torch.zeros(1, 1, 100), None, None, r"\[1, 1, 100\]"),
+    "stereo twice": (torch.zeros(2, 2, 100), None, None, r"\[2, 2, 100\].*mono"),
     "four dimensions": (torch.zeros(1, 1, 1, 100), None, None, r"\[1, 1, 1, 100\]"),
     "no clips": (np.zeros((0, 100), np.float32), None, None, r"\[0, 100\]"),
     "no clips and lengths": (np.zeros((0, 100), np.float32), [], None, r"\[0, 100\]"),

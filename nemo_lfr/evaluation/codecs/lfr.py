@@ -36,7 +36,7 @@ class LFR(ComparedCodec):
 
         at_rate = resample_to(audio, rate, self.codec.sample_rate)
         started = time.perf_counter()
-        tokens = to_numpy(self.codec.encode(at_rate)[0][0])
+        tokens = to_numpy(self.codec.encode(at_rate, sample_rate=self.codec.sample_rate)[0][0])
         encoded = time.perf_counter()
         output = to_numpy(self.codec.decode(tokens)[0][0])
         decoded = time.perf_counter()

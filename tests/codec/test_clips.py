@@ -1,0 +1,196 @@
+"""Forms of audio that `Codec.encode` takes: a table with one row per form, and one of the forms that are refused."""
+
+import logging
+import pathlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from nemo_lfr.codec import clips
+from nemo_lfr.codec.clips import to_batch
+from nemo_lfr.errors import AudioError
+from nemo_lfr.io.audio import resample
+from nemo_lfr.io.token_file import TokenReader
+from nemo_lfr.testing.codecs import synthesize
+from tests.models import cached_codec
+
+RATE = 22050
+FIRST, SECOND = synthesize(0.1), synthesize(0.17, seed=1)
+STEREO = np.stack([FIRST, FIRST[::-1]])
+MIXED = STEREO.mean(0)
+AT_16K = resample(FIRST, RATE, 16000)
+INT16 = (FIRST * 32767).astype(np.int16)
+
+
+class Decoder:
+    """Stand-in for the `AudioDecoder` of `datasets` and TorchCodec, which need FFmpeg's libraries."""
+
+    def __init__(self, data: np.ndarray, rate: int = RATE) -> None:
+        self.samples = SimpleNamespace(data=torch.from_numpy(np.atleast_2d(data)), sample_rate=rate)
+
+    def get_all_samples(self) -> SimpleNamespace:
+        return self.samples
+
+
+class BrokenDecoder:
+    def get_all_samples(self) -> None:
+        raise RuntimeError("no audio stream")
+
+
+def item(array: Any, rate: int | None = RATE) -> dict[str, Any]:
+    """Return an item of a decoded audio column of `datasets`."""
+    return {"path": None, "array": array, "sampling_rate": rate}
+
+
+# name -> (audio, audio_len, sample_rate, expected clips at the codec's rate)
+FORMS: dict[str, tuple[Any, Any, Any, list[np.ndarray]]] = {
+    # Arrays
+    "[B, 1, T]": (STEREO[:, None], [len(FIRST)] * 2, RATE, [*STEREO]),
+    "[1, 1, T] tensor": (torch.from_numpy(FIRST)[None, None], None, RATE, [FIRST]),
+    "[1, T]": (FIRST[None], None, RATE, [FIRST]),
+    # Lists
+    "arrays of unequal lengths": ([FIRST, SECOND], None, RATE, [FIRST, SECOND]),
+    "a tuple of tensors": ((torch.from_numpy(SECOND), torch.from_numpy(FIRST)), None, RATE, [SECOND, FIRST]),
+    "tensors of equal lengths": ([torch.from_numpy(FIRST)] * 2, None, RATE, [FIRST, FIRST]),
+    "clips of [1, T]": ([FIRST[None], SECOND[None]], None, RATE, [FIRST, SECOND]),
+    "lists of unequal lengths": ([FIRST.tolist(), SECOND.tolist()], None, RATE, [FIRST, SECOND]),
+    "[B, 1, T] as lists": ([[FIRST.tolist()], [SECOND.tolist()]], None, RATE, [FIRST, SECOND]),
+    "one list of numbers": (FIRST.tolist(), None, RATE, [FIRST]),
+    "a list of numpy numbers": (list(FIRST), None, RATE, [FIRST]),
+    "with lengths": ([FIRST, SECOND], [len(FIRST), 999], RATE, [FIRST, SECOND[:999]]),
+    "with an empty clip": ([FIRST, FIRST[:0]], None, RATE, [FIRST, FIRST[:0]]),
+    "at another rate": ([AT_16K, FIRST], None, 16000, [resample(AT_16K, 16000, RATE), resample(FIRST, 16000, RATE)]),
+    "of int16": ([INT16], None, RATE, [INT16 / np.float32(32768)]),
+    "of several forms": ([FIRST, item(SECOND), Decoder(STEREO)], None, RATE, [FIRST, SECOND, MIXED]),
+    "of several rates": ([item(AT_16K, 16000), item(SECOND)], None, None, [resample(AT_16K, 16000, RATE), SECOND]),
+    # Items of datasets and decoders
+    "an item": (item(FIRST), None, None, [FIRST]),
+    "an item and its rate": (item(FIRST), None, RATE, [FIRST]),
+    "an item of float64": (item(FIRST.astype(np.float64)), None, None, [FIRST]),
+    "an item of a list": (item(FIRST.tolist()), None, None, [FIRST]),
+    "an item with a length": (item(FIRST), [999], None, [FIRST[:999]]),
+    "a stereo item": (item(STEREO), None, None, [MIXED]),
+    "a stereo item, channels last": (item(STEREO.T), None, None, [MIXED]),
+    "an item without a rate": (item(FIRST, None), None, RATE, [FIRST]),
+    "a decoder": (Decoder(FIRST), None, None, [FIRST]),
+    "a decoder at another rate": (Decoder(AT_16K, 16000), None, None, [resample(AT_16K, 16000, RATE)]),
+    "a stereo decoder": (Decoder(STEREO), None, None, [MIXED]),
+    "samples of a decoder": (Decoder(STEREO).samples, None, None, [MIXED]),
+    "decoders": ([Decoder(FIRST), Decoder(SECOND)], None, None, [FIRST, SECOND]),
+}  # fmt: skip
+
+# name -> (audio, audio_len, sample_rate, message)
+REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
+    "a stereo clip in a list": ([FIRST, STEREO], None, RATE, r"audio\[1\] has 2 rows"),
+    "a stereo clip in a list, channels last": ([STEREO.T], None, RATE, r"audio\[0\] has shape .*2 channels"),
+    "a stereo clip as lists": ([STEREO.tolist(), FIRST], None, RATE, r"audio\[0\] has 2 rows"),
+    "a pair of audio and rate": ((FIRST, 16000), None, None, r"audio\[1\] is torch.int64"),
+    "NaN in the second clip": ([FIRST, SECOND * np.nan], None, RATE, "clip 1 holds NaN"),
+    "nothing in the second clip": ([FIRST, None], None, RATE, r"audio\[1\] is NoneType"),
+    "one length for two clips": ([FIRST, SECOND], [9], RATE, r"audio_len .*\[1\].*\[2\]"),
+    "a length beyond the second clip": ([FIRST, SECOND], [9, 99999], RATE, r"audio_len\[1\] is 99999"),
+    "a negative length": ([FIRST, SECOND], [9, -1], RATE, r"audio_len\[1\] is -1"),
+    "an item at another rate": (item(FIRST), None, 16000, "audio is at 22050 Hz .*sample_rate is 16000"),
+    "the second item at another rate": ([FIRST, item(FIRST)], None, 16000, r"audio\[1\] is at 22050 Hz"),
+    "an item at no rate": (item(FIRST, 0), None, None, "sample_rate 0 is not a number of Hz"),
+    "an item of integers": (item(FIRST.astype(np.int32)), None, None, r"audio is torch.int32"),
+    "a row of a table": ({"audio": item(FIRST), "text": ""}, None, None, r"keys \['audio', 'text'\]; pass 'array'"),
+    "an item without audio": ({"path": None, "bytes": None}, None, None, "audio is dict"),
+    "a decoder that fails": (BrokenDecoder(), None, None, "audio cannot be decoded: no audio stream"),
+    "a decoder at another rate": (Decoder(FIRST), None, 16000, "22050 Hz by its source"),
+    "a path that does not exist": ([FIRST, pathlib.Path("nowhere.wav")], None, RATE, "nowhere.wav: no such file"),
+    "an empty path": ("", None, None, "the path '' is empty"),
+    "no clips": ([], None, [1], "sample_rate"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return cached_codec().backend.arrays
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Return a function that gives the messages logged so far; warnings of earlier tests are logged again."""
+    clips._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        yield lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_is_the_batch_of_its_clips(arrays, warnings, name):
+    audio, audio_len, rate, expected = FORMS[name]
+    batch, lengths = to_batch(arrays, audio, audio_len, rate, RATE)
+    assert batch.dtype == torch.float32 and lengths == [len(clip) for clip in expected]
+    for row, clip in zip(batch.numpy(), expected, strict=True):
+        assert np.array_equal(row[: len(clip)], clip.astype(np.float32))
+    assert not warnings()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_forms_are_refused_by_the_argument(arrays, name):
+    audio, audio_len, rate, message = REFUSED[name]
+    with pytest.raises(AudioError, match=message) as error:
+        to_batch(arrays, audio, audio_len, rate, RATE)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("rate", [RATE, 16000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_file_in_any_form_has_the_tokens_of_encode_file(rate, channels, tmp_path, warnings):
+    codec, path = cached_codec(), tmp_path / "a.wav"
+    soundfile.write(path, np.stack([SECOND, SECOND[::-1]][:channels], 1), rate)
+    codec.encode_file(path, tmp_path / "a.lfr")
+    with TokenReader(tmp_path / "a.lfr") as reader:
+        expected = reader.read()
+    data = path.read_bytes()
+    forms = [path, str(path), [path], {"path": str(path), "bytes": None}, {"path": "a.wav", "bytes": data}]
+    for form in [*forms, {"path": None, "bytes": data}]:
+        assert np.array_equal(codec.encode(form)[0][0].numpy(), expected)
+    assert np.array_equal(codec.encode(path, sample_rate=rate)[0][0].numpy(), expected)
+    with pytest.raises(AudioError, match=rf"a\.wav is at {rate} Hz by its source, but sample_rate is 8000"):
+        codec.encode(path, sample_rate=8000)
+    with pytest.raises(AudioError, match="omit audio_len"):
+        codec.encode(path, [999])
+    assert not warnings()
+
+
+def test_a_list_of_clips_has_the_tokens_of_each_alone():
+    codec = cached_codec()
+    tokens, tokens_len = codec.encode([FIRST, SECOND], sample_rate=RATE)
+    for row, length, clip in zip(tokens, tokens_len, (FIRST, SECOND), strict=True):
+        alone, _ = codec.encode(clip, sample_rate=RATE)
+        assert torch.equal(row[:, :length], alone[0]) and not row[:, length:].any()
+
+
+def test_a_missing_rate_is_logged_once(arrays, warnings):
+    for _ in range(2):
+        to_batch(arrays, FIRST, None, None, RATE)
+        to_batch(arrays, [FIRST, item(SECOND, None)], None, None, RATE)
+    assert len(warnings()) == 1 and "assumed to be at the codec's rate, 22050 Hz" in warnings()[0]
+
+
+@pytest.mark.parametrize("audio", [STEREO, torch.from_numpy(STEREO)[:, None]])
+def test_two_rows_without_lengths_are_logged_once(arrays, warnings, audio):
+    for _ in range(2):
+        assert to_batch(arrays, audio, None, RATE, RATE)[1] == [len(FIRST)] * 2
+    assert len(warnings()) == 1 and "2 rows is encoded as 2 clips" in warnings()[0]
+
+
+@pytest.mark.parametrize("audio", [np.repeat(STEREO, 2, axis=0), FIRST])
+def test_other_numbers_of_rows_are_not_logged(arrays, warnings, audio):
+    to_batch(arrays, audio, None, RATE, RATE)
+    assert not warnings()
+
+
+def test_audio_columns_of_datasets_are_encoded(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    codec, path = cached_codec(), tmp_path / "a.wav"
+    soundfile.write(path, AT_16K, 16000)
+    column = datasets.Dataset.from_dict({"audio": [str(path)]}).cast_column("audio", datasets.Audio(decode=False))
+    assert torch.equal(codec.encode(column[0]["audio"])[0], codec.encode(path)[0])
+    assert torch.equal(codec.encode(column["audio"][:1])[0], codec.encode(path)[0])
