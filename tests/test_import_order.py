@@ -37,6 +37,7 @@ ORDER = (
     "codec",
     "streaming",
     "pretrained",
+    "transformers",
     "training",
     "nemo",
     "model",

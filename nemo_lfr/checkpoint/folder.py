@@ -1,29 +1,40 @@
-"""Write a codec as `config.json` and `model.safetensors`, which `nemo_lfr.load` and Hugging Face's libraries read.
+"""Write a codec as a folder that `nemo_lfr.load` and Hugging Face's `from_pretrained` read.
 
-The tensors are those of the checkpoint with NeMo's names, including weight norm, so that the codec computes the same
-tokens and has the same fingerprint. Discriminators and other tensors that inference does not use are left out.
+| file | content |
+| --- | --- |
+| `config.json` | the model config, with the keys that select `nemo_lfr.transformers` |
+| `model.safetensors` | tensors with NeMo's names, including weight norm |
+| `preprocessor_config.json` | settings of `AutoFeatureExtractor` |
+
+The codec computes the same tokens and has the same fingerprint. Discriminators and other tensors that inference does
+not use are left out.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
+from nemo_lfr.checkpoint.config import build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.reader import Checkpoint
-from nemo_lfr.checkpoint.safetensors import DTYPES, LENGTH_BYTES
+from nemo_lfr.checkpoint.safetensors import write_tensors
+from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import replacing, sweep, write_bytes
-from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG, expand_home
+from nemo_lfr.io.atomic import sweep, write_bytes
+from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, expand_home
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MODEL_TYPE = "nemo_lfr"
 
 
 def export_safetensors(
     source: str | os.PathLike[str], folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> list[Path]:
-    """Write the codec of a checkpoint to `config.json` and `model.safetensors`.
+    """Write the codec of a checkpoint to a folder.
 
     Args:
         source: local path of a checkpoint.
@@ -31,7 +42,7 @@ def export_safetensors(
         overwrite: replace existing files.
 
     Returns:
-        Paths of both files.
+        Paths of the three files.
 
     Raises:
         CheckpointError: if `source` is damaged.
@@ -40,33 +51,69 @@ def export_safetensors(
     checkpoint = Checkpoint(source)
     for name in checkpoint.parts.named():
         checkpoint.load_module(name)  # validates all values
-    tensors = dict(checkpoint.iter_stored())
+    config: Any = OmegaConf.to_container(checkpoint.config, resolve=False)
+    return write_folder(folder, config, dict(checkpoint.iter_stored()), overwrite=overwrite)
+
+
+def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a codec's modules by NeMo's names.
+
+    Args:
+        config: model config of the modules.
+        modules: encoder, quantizer and decoder by their names in a checkpoint.
+        name: of the codec, for messages.
+
+    Raises:
+        NemoLfrError: if the modules have other weights than their config describes, such as adapters.
+    """
+    tensors = {
+        f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()
+    }
+    with torch.device("meta"):
+        parts = build_parts(codec_values(parse_config(json.dumps(config))), weight_norm=True)
+    expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
+    if different := sorted(expected.symmetric_difference(tensors)):
+        raise NemoLfrError(
+            f"{name}: its modules were changed, so that {len(different)} weights differ from its config, first "
+            f"{different[0]}; merge or remove what was added to them."
+        )
+    return tensors
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a config and tensors; see `export_safetensors`."""
     folder = expand_home(folder)
-    config, weights = targets = [folder / SAFETENSORS_CONFIG, folder / SAFETENSORS]
-    for target in targets:
-        if target.exists() and not overwrite:
-            raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
+    paths = [folder / name for name in (SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR)]
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder, [target.name for target in targets])
-    values = OmegaConf.to_container(checkpoint.config, resolve=False)
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(weights) as file:
-        file.write(_header(tensors))
-        for _, tensor in sorted(tensors.items()):
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    write_bytes(config, text.encode())
-    return targets
+    sweep(folder, [path.name for path in paths])
+    write_tensors(paths[1], tensors)
+    values = codec_values(parse_config(json.dumps(config)))
+    write_bytes(paths[2], _json(_preprocessor(values)))
+    write_bytes(paths[0], _json({"model_type": MODEL_TYPE, "architectures": ["NemoLfrModel"]} | dict(config)))
+    return paths
 
 
-def _header(tensors: dict[str, torch.Tensor]) -> bytes:
-    entries, offset = {}, 0
-    for name, tensor in sorted(tensors.items()):
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
-        }  # fmt: skip
-        offset = end
-    # "format" is what transformers requires. Spaces align the values to 8 bytes.
-    header = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % LENGTH_BYTES)
-    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+def _preprocessor(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `nemo_lfr.transformers.NemoLfrFeatureExtractor`."""
+    return {
+        "feature_extractor_type": "NemoLfrFeatureExtractor",
+        "feature_size": 1,
+        "hop_length": values["samples_per_frame"],
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": values["sample_rate"],
+    }
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Read the tensors of a safetensors file, with the checks and the interface of `Tensors`.
+"""Read the tensors of a safetensors file, with the checks and the interface of `Tensors`, and write such a file.
 
 The file is the length of a header (8 bytes, little-endian), the header, and the values. The header is JSON with the
 dtype, the shape and the byte range of every tensor.
@@ -16,6 +16,7 @@ from nemo_lfr.checkpoint.names import plain_keys
 from nemo_lfr.checkpoint.source import ByteSource
 from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
 from nemo_lfr.errors import CheckpointError, shorten
+from nemo_lfr.io.atomic import replacing
 
 LENGTH_BYTES = 8
 DTYPES = {
@@ -30,6 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafeTensors(Tensors):
@@ -97,3 +99,28 @@ class SafeTensors(Tensors):
         self._source.read_into(entry.offset, flat.view(torch.uint8).numpy().data)
         self._check_unchanged()
         return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, with the tensors sorted by name.
+
+    Args:
+        path: output file; an existing file is replaced.
+        tensors: by name, on any device.
+        metadata: text by key, for the header.
+    """
+    entries, offset = {}, 0
+    for name, tensor in sorted(tensors.items()):
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    # "format" is what transformers requires. Spaces align the values to 8 bytes.
+    values = {"__metadata__": {"format": "pt", **(metadata or {})}} | entries
+    header = json.dumps(values, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % LENGTH_BYTES)
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        for _, tensor in sorted(tensors.items()):
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

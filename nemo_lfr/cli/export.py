@@ -21,14 +21,14 @@ def export() -> None:
     "--out",
     type=UserPath(file_okay=False),
     required=True,
-    help="Folder for config.json and model.safetensors.",
+    help="Folder for config.json, model.safetensors and preprocessor_config.json.",
 )
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option
 def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
-    """Write config.json and model.safetensors, with the names that NeMo gives to weights.
+    """Write config.json, model.safetensors and preprocessor_config.json.
 
-    Pass the folder as --model to other commands.
+    Weights have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained of transformers.
     """
     from nemo_lfr.checkpoint.folder import export_safetensors
     from nemo_lfr.pretrained import find_checkpoint

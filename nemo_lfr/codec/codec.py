@@ -15,7 +15,7 @@ from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, Stream
 from nemo_lfr.codec.clips import to_batch
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.cpu.malloc import trim_between_windows
-from nemo_lfr.codec.properties import CodecProperties
+from nemo_lfr.codec.hub import HubMethods
 from nemo_lfr.codec.windows import Cutter, place_windows, rolling_windows
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import num_frames
@@ -27,7 +27,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
 
-class Codec(CodecProperties, Generic[Array]):
+class Codec(HubMethods, Generic[Array]):
     """Codec over any backend. It accepts numpy arrays and the backend's, and returns the backend's.
 
     Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. Batches are

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_lfr.checkpoint import Checkpoint
+from nemo_lfr.checkpoint.config import codec_values
 from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
 from nemo_lfr.codec.backend import Batching, Direction
 from nemo_lfr.codec.codec import Codec
@@ -56,6 +57,7 @@ class TorchBackend:
             "fp32"); "bf16" or "fp16" run the convolutions at that precision and change a few percent of the tokens.
             FSQ always runs in fp32.
         name: where the weights came from, for messages.
+        config: model config of the modules, which `Codec.save_pretrained` writes.
 
     Raises:
         NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
@@ -70,6 +72,7 @@ class TorchBackend:
         *,
         precision: str = "fp32",
         name: str = "codec",
+        config: dict[str, Any] | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise NemoLfrError(f"precision {precision!r} is unknown; use one of {list(PRECISIONS)}.")
@@ -77,6 +80,7 @@ class TorchBackend:
         self._decoder = decoder if isinstance(decoder, LazyModule) else LazyModule(decoder)
         self.quantizer = quantizer
         self.name = name
+        self.config = config
         samples_per_frame = self._encoder.module.samples_per_frame
         self.spec = CodecSpec(
             sample_rate, samples_per_frame, quantizer.levels, quantizer.num_codebooks, precision=precision
@@ -115,6 +119,7 @@ class TorchBackend:
                 parts.sample_rate,
                 precision=precision,
                 name=str(path) if name is None else name,
+                config=codec_values(checkpoint.config),
             )
 
     @property

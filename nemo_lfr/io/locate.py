@@ -13,6 +13,7 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 # Files of a folder that `nemo-lfr export safetensors` wrote.
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
+PREPROCESSOR = "preprocessor_config.json"  # read by transformers only
 # Folders that are a checkpoint have both files of one of these pairs; the first pair has precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
 # Suffixes of model files. The name of a Hub repository may contain a dot but does not end with these.

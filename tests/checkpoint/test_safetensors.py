@@ -36,9 +36,8 @@ def folder(nemo_file, tmp_path):
 def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tmp_path):
     source = write_nemo(tmp_path / "tiny.nemo", codec_config(kind))
     paths = export_safetensors(source, tmp_path / "out")
-    assert (
-        [path.name for path in paths] == sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
-    )
+    names = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert [path.name for path in paths] == sorted(os.listdir(tmp_path / "out")) == names
     first, second = (nemo_lfr.load(path, "cpu") for path in (source, tmp_path / "out"))
     audio = speech_like(9000)
     tokens, _ = first.encode(audio)
@@ -65,7 +64,7 @@ def test_a_folder_is_exported_again_from_itself(folder, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     with pytest.raises(NemoLfrError, match=r"config\.json exists; pass --overwrite"):
         export_safetensors(folder, tmp_path / "again")
-    assert len(export_safetensors(folder, tmp_path / "again", overwrite=True)) == 2
+    assert len(export_safetensors(folder, tmp_path / "again", overwrite=True)) == 3
 
 
 def test_the_command_exports_a_folder(nemo_file, tmp_path):
@@ -74,6 +73,7 @@ def test_the_command_exports_a_folder(nemo_file, tmp_path):
     assert result.exit_code == 0 and result.stdout.split() == [
         str(out / "config.json"),
         str(out / "model.safetensors"),
+        str(out / "preprocessor_config.json"),
     ]
     assert nemo_lfr.load(out, "cpu").fingerprint == nemo_lfr.load(nemo_file, "cpu").fingerprint
 

@@ -1,0 +1,9 @@
+"""Check that `transformers` is installed, before other modules import it.
+
+Raises:
+    MissingExtraError: if it is not installed.
+"""
+
+from nemo_lfr.io.shortage import require
+
+AVAILABLE = require("transformers") is not None

@@ -1,0 +1,109 @@
+"""Config of the codec for `transformers`: the keys of a checkpoint's model config that describe the network."""
+
+import json
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from nemo_lfr.checkpoint.config import NEMO_CLASSES, PARTS, codec_values, parse_config
+from nemo_lfr.checkpoint.folder import MODEL_TYPE
+
+_MODULES = next(iter(NEMO_CLASSES)).rpartition(".")[0] + "."
+
+
+@strict
+class NemoLfrConfig(PreTrainedConfig):
+    """Config of a `NemoLfrModel`; by default that of NVIDIA's released codec.
+
+    Args:
+        sample_rate: Hz.
+        samples_per_frame: samples of one frame.
+        audio_encoder: class and arguments of the encoder, as in a model config of NeMo.
+        vector_quantizer: class and arguments of the quantizer.
+        audio_decoder: class and arguments of the decoder.
+    """
+
+    model_type = MODEL_TYPE
+
+    sample_rate: int = 22050
+    samples_per_frame: int = 1024
+    audio_encoder: dict[str, Any] | None = None
+    vector_quantizer: dict[str, Any] | None = None
+    audio_decoder: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in the released codec's modules."""
+        for name, default in _released().items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config from the content of `config.json`.
+
+        Other keys of NeMo, such as losses and data, are left out; interpolations are resolved.
+
+        Raises:
+            ConfigError: if the values are no valid config.
+        """
+        known = set(PreTrainedConfig().to_dict()) | {"architectures", "model_type", "dtype"}
+        values = {key: value for key, value in config_dict.items() if key in known}
+        config = codec_values(parse_config(json.dumps(config_dict)))
+        config.pop("output_sample_rate", None)
+        return super().from_dict(values | config, **kwargs)
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples per second, Hz."""
+        return self.sample_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples of one frame."""
+        return self.samples_per_frame
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.samples_per_frame
+
+    @property
+    def num_codebooks(self) -> int:
+        """Tokens of one frame."""
+        return int((self.vector_quantizer or {}).get("num_groups", 1))
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of one codebook."""
+        quantizer = self.vector_quantizer or {}
+        levels = quantizer.get("num_levels_per_group") or quantizer.get("num_levels") or []
+        return math.prod(levels)
+
+
+def _released() -> dict[str, dict[str, Any]]:
+    """Return the sections of the released codec, 112.7 M parameters."""
+    strides = [2, 2, 4, 8, 8]
+    encoder = {
+        "_target_": _MODULES + "HiFiGANEncoder",
+        "down_sample_rates": strides,
+        "encoded_dim": 32,
+        "base_channels": 48,
+        "activation": "lrelu",
+    }
+    quantizer = {
+        "_target_": _MODULES + "GroupFiniteScalarQuantizer",
+        "num_groups": 8,
+        "num_levels_per_group": [8, 7, 6, 6],
+    }
+    decoder = {
+        "_target_": _MODULES + "HiFiGANDecoder",
+        "up_sample_rates": strides[::-1],
+        "input_dim": 32,
+        "base_channels": 1024,
+        "activation": "lrelu",
+        "output_activation": "tanh",
+    }
+    return dict(zip(PARTS, (encoder, quantizer, decoder), strict=True))

@@ -1,0 +1,85 @@
+"""Feature extractor of the codec: pads clips to a batch with a mask."""
+
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature, SequenceFeatureExtractor
+from transformers.utils import logging
+
+from nemo_lfr.errors import AudioError, shorten
+
+logger = logging.get_logger(__name__)
+
+
+class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
+    """Pad clips to a batch of `input_values` with a `padding_mask`.
+
+    Args:
+        feature_size: number of channels, 1.
+        sampling_rate: Hz of the codec.
+        padding_value: value after a clip's end.
+        hop_length: samples of one frame.
+        kwargs: arguments of `SequenceFeatureExtractor`.
+    """
+
+    model_input_names = ("input_values", "padding_mask")
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 22050,
+        padding_value: float = 0.0,
+        hop_length: int = 1024,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        self.hop_length = hop_length
+
+    def __call__(
+        self,
+        raw_audio: Any,
+        padding: bool | str | None = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        sampling_rate: int | None = None,
+    ) -> BatchFeature:
+        """Convert one clip or a list of clips.
+
+        Args:
+            raw_audio: mono samples in [-1, 1], [T_audio], or a list of such clips.
+            padding: True or "longest", "max_length", or False for clips of their own lengths.
+            truncation: cut clips at `max_length`.
+            max_length: samples.
+            return_tensors: "pt" or "np".
+            sampling_rate: Hz of `raw_audio`, which must be the codec's.
+
+        Returns:
+            `input_values` [B, 1, T_audio], and with padding `padding_mask` [B, T_audio].
+
+        Raises:
+            AudioError: for another rate, or clips that are not mono.
+        """
+        if sampling_rate is None:
+            logger.warning_once(f"pass sampling_rate; audio is assumed to be at {self.sampling_rate} Hz.")
+        elif sampling_rate != self.sampling_rate:
+            raise AudioError(
+                f"sampling_rate is {shorten(repr(sampling_rate))}, but the codec's is {self.sampling_rate} Hz; "
+                "resample the audio first."
+            )
+        is_batch = isinstance(raw_audio, list | tuple) and len(raw_audio) and np.ndim(raw_audio[0]) > 0
+        clips = [np.asarray(clip, np.float32) for clip in (raw_audio if is_batch else [raw_audio])]
+        for row, clip in enumerate(clips):
+            if clip.ndim != 1:
+                raise AudioError(f"clip {row} has shape {list(clip.shape)}; pass mono clips, [T_audio].")
+        features = self.pad(
+            BatchFeature({"input_values": clips}),
+            padding=padding or False,
+            max_length=max_length,
+            truncation=truncation,
+            return_attention_mask=bool(padding),
+        )
+        if padding:
+            features["padding_mask"] = features.pop("attention_mask")
+        features["input_values"] = [np.asarray(clip, np.float32)[None] for clip in features["input_values"]]
+        return features if return_tensors is None else features.convert_to_tensors(return_tensors)

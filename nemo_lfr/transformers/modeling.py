@@ -1,0 +1,211 @@
+"""Codec as a `PreTrainedModel`, with the interface of `MimiModel` and `DacModel`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedAudioTokenizerBase
+from transformers.utils.generic import ModelOutput
+
+from nemo_lfr.checkpoint.config import PARTS, build_parts
+from nemo_lfr.checkpoint.names import gain_of
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import AudioError, TokensError
+from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
+from nemo_lfr.transformers.configuration import NemoLfrConfig
+
+
+@dataclass
+class NemoLfrEncoderOutput(ModelOutput):
+    """Result of `NemoLfrModel.encode`.
+
+    Attributes:
+        audio_codes: tokens [B, C, frames] as int64, zero after a clip's end.
+        audio_codes_mask: 1 for frames of a clip, 0 after its end, [B, frames].
+    """
+
+    audio_codes: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+
+
+@dataclass
+class NemoLfrDecoderOutput(ModelOutput):
+    """Result of `NemoLfrModel.decode`.
+
+    Attributes:
+        audio_values: audio [B, 1, T_audio], zero after a clip's end.
+    """
+
+    audio_values: torch.Tensor | None = None
+
+
+@dataclass
+class NemoLfrOutput(ModelOutput):
+    """Result of `NemoLfrModel.forward`; see the attributes of the other outputs."""
+
+    audio_codes: torch.Tensor | None = None
+    audio_values: torch.Tensor | None = None
+    audio_codes_mask: torch.Tensor | None = None
+
+
+class NemoLfrModel(PreTrainedAudioTokenizerBase):
+    """Low Frame-rate Speech Codec, for inference.
+
+    Args:
+        config: of the modules, which have random weights; `from_pretrained` loads weights.
+    """
+
+    config_class = NemoLfrConfig
+    base_model_prefix = "nemo_lfr"
+    main_input_name = "input_values"
+    input_modalities = "audio"
+    _no_split_modules: ClassVar = ["HiFiGANEncoder", "HiFiGANDecoder"]  # type: ignore[misc]
+    # Tokens depend on fp32 weights, so `dtype` of `from_pretrained` does not change them.
+    _keep_in_fp32_modules: ClassVar = [*PARTS]  # type: ignore[misc]
+    _keep_in_fp32_modules_strict: ClassVar = [*PARTS]  # type: ignore[misc]
+
+    def __init__(self, config: NemoLfrConfig) -> None:
+        super().__init__(config)
+        parts = build_parts(config.to_dict(), weight_norm=True)
+        self.audio_encoder = parts.encoder
+        self.vector_quantizer = parts.quantizer
+        self.audio_decoder = parts.decoder
+        self._codec: tuple[Any, Codec[torch.Tensor]] | None = None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize the weights of a module that a checkpoint does not contain."""
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            norm: Any = module.parametrizations.weight  # type: ignore[union-attr]
+            init.kaiming_uniform_(norm.original1, a=math.sqrt(5))
+            init.copy_(norm.original0, gain_of(norm.original1))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, FiniteScalarQuantizer):
+            fresh = FiniteScalarQuantizer(module.levels, module.eps)
+            init.copy_(module.num_levels, fresh.num_levels)
+            init.copy_(module.dim_base_index, fresh.dim_base_index)
+        elif isinstance(alpha := getattr(module, "alpha", None), nn.Parameter):
+            init.ones_(alpha)
+
+    @property
+    def codec(self) -> Codec[torch.Tensor]:
+        """`nemo_lfr.Codec` with this model's modules, for files and streams."""
+        modules = (self.audio_encoder, self.vector_quantizer, self.audio_decoder)
+        made_of = (*modules, next(self.audio_decoder.parameters()).device)
+        if self._codec is None or self._codec[0] != made_of:
+            config = {key: value for key, value in self.config.to_dict().items() if key in _KEYS}
+            name = self.config._name_or_path or type(self).__name__
+            backend = TorchBackend(*modules, self.config.sample_rate, name=name, config=config)
+            self._codec = made_of, Codec(backend)
+        return self._codec[1]
+
+    def encode(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        num_codebooks: int | None = None,
+        return_dict: bool | None = None,
+    ) -> NemoLfrEncoderOutput | tuple[torch.Tensor, ...]:
+        """Encode audio to tokens.
+
+        Args:
+            input_values: audio at the codec's rate, [B, 1, T_audio] or [B, T_audio].
+            padding_mask: 1 for samples of a clip, 0 after its end, [B, T_audio] or [B, 1, T_audio].
+            num_codebooks: return only the first codebooks.
+            return_dict: return an output object (default) or a tuple.
+
+        Raises:
+            AudioError: for another shape, or a mask that is not padded on the right.
+        """
+        if input_values.dim() == 3 and input_values.shape[1] == 1:
+            input_values = input_values[:, 0]
+        if input_values.dim() != 2:
+            raise AudioError(f"input_values has shape {list(input_values.shape)}; expected [B, 1, T_audio], mono.")
+        lengths = _lengths(padding_mask, input_values.shape, "padding_mask", AudioError)
+        if lengths is None:
+            lengths = torch.full((len(input_values),), input_values.shape[1])
+        codes, codes_len = self.codec.encode(input_values, lengths, self.config.sample_rate, num_codebooks)
+        mask = torch.arange(codes.shape[2], device=codes.device) < codes_len.to(codes.device)[:, None]
+        result = NemoLfrEncoderOutput(audio_codes=codes.long(), audio_codes_mask=mask.long())
+        return result if self._wants_dict(return_dict) else result.to_tuple()
+
+    def decode(
+        self,
+        audio_codes: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        audio_codes_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> NemoLfrDecoderOutput | tuple[torch.Tensor, ...]:
+        """Decode tokens to audio.
+
+        Args:
+            audio_codes: tokens [B, C, frames]; C may be smaller than the codec's if only the first were encoded.
+            padding_mask: that of the audio before encoding; the result has its length.
+            audio_codes_mask: 1 for frames of a clip, 0 after its end, [B, frames]; not needed with `padding_mask`.
+            return_dict: return an output object (default) or a tuple.
+
+        Raises:
+            TokensError: for another shape, a token outside the codebook, or masks that do not fit.
+        """
+        if audio_codes.dim() != 3:
+            raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
+        batch, kept, frames = audio_codes.shape
+        frames_len = _lengths(audio_codes_mask, (batch, frames), "audio_codes_mask", TokensError)
+        samples, width = None, None
+        if padding_mask is not None:
+            width = padding_mask.shape[-1]
+            samples = _lengths(padding_mask, (batch, width), "padding_mask", TokensError)
+            assert samples is not None
+            frames_len = -(-samples // self.config.samples_per_frame)
+        first = kept if kept < self.codec.num_codebooks else None
+        audio, _ = self.codec.decode(audio_codes, frames_len, samples, first)
+        if width is not None:
+            audio = nn.functional.pad(audio, (0, width - audio.shape[1]))
+        result = NemoLfrDecoderOutput(audio_values=audio[:, None])
+        return result if self._wants_dict(return_dict) else result.to_tuple()
+
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        num_codebooks: int | None = None,
+        return_dict: bool | None = None,
+    ) -> NemoLfrOutput | tuple[torch.Tensor, ...]:
+        """Encode and decode audio; `audio_values` has the length of `input_values`. See `encode` and `decode`."""
+        encoded: Any = self.encode(input_values, padding_mask, num_codebooks, return_dict=True)
+        if padding_mask is None:
+            padding_mask = torch.ones(len(input_values), input_values.shape[-1], dtype=torch.long)
+        decoded: Any = self.decode(encoded.audio_codes, padding_mask, return_dict=True)
+        result = NemoLfrOutput(
+            audio_codes=encoded.audio_codes,
+            audio_values=decoded.audio_values,
+            audio_codes_mask=encoded.audio_codes_mask,
+        )
+        return result if self._wants_dict(return_dict) else result.to_tuple()
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return bool(getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
+
+
+_KEYS = ("sample_rate", "samples_per_frame", *PARTS)
+
+
+def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
+    """Return the number of ones in each row of a mask that is padded on the right, [B]; None without a mask."""
+    if mask is None:
+        return None
+    if mask.dim() == 3 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if tuple(mask.shape) != tuple(shape):
+        raise error(f"{name} has shape {list(mask.shape)}; expected {list(shape)}.")
+    is_valid = mask.bool()
+    lengths = is_valid.sum(1)
+    if not torch.equal(is_valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
+        raise error(f"{name} has ones after a zero; pad clips on the right.")
+    return lengths

@@ -1,0 +1,212 @@
+"""Tests of `nemo_lfr.transformers`, with the assertions of the common tests of transformers, which its wheel lacks."""
+
+import copy
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nemo_lfr
+from nemo_lfr.checkpoint.folder import export_safetensors
+from nemo_lfr.errors import NemoLfrError
+from tests.models import KINDS, codec_config, speech_like, write_nemo
+
+transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
+ours = pytest.importorskip("nemo_lfr.transformers")
+
+RATE = 22050
+FIRST, SECOND = speech_like(9000), speech_like(5000, seed=1)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def export(path: Path, kind: str = "two_stages") -> Path:
+    export_safetensors(write_nemo(path / "tiny.nemo", codec_config(kind)), path / "out")
+    return path / "out"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return transformers.AutoModel.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def batch(folder):
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    return extractor([FIRST.numpy(), SECOND.numpy()], sampling_rate=RATE, return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", ["nano", "causal"])
+def test_tokens_audio_and_fingerprint_equal_those_of_load(kind, tmp_path):
+    folder = export(tmp_path, kind)
+    codec = nemo_lfr.load(folder, "cpu")
+    model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and not model.training
+    tokens, _ = codec.encode(FIRST, sample_rate=RATE)
+    codes = model.encode(FIRST[None, None]).audio_codes
+    assert codes.dtype == torch.int64 and torch.equal(codes, tokens.long())
+    assert torch.equal(model.decode(codes).audio_values[:, 0], codec.decode(tokens)[0])
+    assert model.codec.fingerprint == codec.fingerprint
+    assert model.config.num_codebooks == codec.num_codebooks and model.config.codebook_size == codec.codebook_size
+    assert (model.config.sampling_rate, model.config.frame_rate) == (codec.sample_rate, codec.frame_rate)
+
+
+def test_every_auto_class_knows_the_codec(folder, model):
+    assert type(model) is ours.NemoLfrModel and model.main_input_name == "input_values"
+    assert type(transformers.AutoModelForAudioTokenization.from_pretrained(folder)) is ours.NemoLfrModel
+    assert isinstance(model, transformers.modeling_utils.PreTrainedAudioTokenizerBase)
+    assert type(transformers.AutoConfig.from_pretrained(folder)) is ours.NemoLfrConfig
+    for auto in (transformers.AutoFeatureExtractor, transformers.AutoProcessor):
+        assert type(auto.from_pretrained(folder)) is ours.NemoLfrFeatureExtractor
+
+
+def test_a_batch_with_a_padding_mask_equals_its_clips_alone(model, batch):
+    assert batch["input_values"].shape == (2, 1, 9000) and batch["padding_mask"].sum(1).tolist() == [9000, 5000]
+    encoded = model.encode(**batch)
+    decoded = model.decode(encoded.audio_codes, batch["padding_mask"]).audio_values
+    result = model(**batch)
+    assert torch.equal(result.audio_codes, encoded.audio_codes) and torch.equal(result.audio_values, decoded)
+    assert decoded.shape == batch["input_values"].shape
+    for row, clip in enumerate((FIRST, SECOND)):
+        codes = model.encode(clip[None, None]).audio_codes
+        frames = codes.shape[2]
+        assert torch.equal(encoded.audio_codes[row, :, :frames], codes[0])
+        assert encoded.audio_codes_mask[row].sum() == frames and not encoded.audio_codes[row, :, frames:].any()
+        alone = model.decode(codes).audio_values[0, :, : len(clip)]
+        assert torch.equal(decoded[row, :, : len(clip)], alone) and not decoded[row, :, len(clip) :].any()
+    by_codes = model.decode(encoded.audio_codes, audio_codes_mask=encoded.audio_codes_mask).audio_values
+    assert torch.equal(by_codes[:, :, :5000], decoded[:, :, :5000])
+
+
+def test_values_after_a_clip_have_no_effect(model, batch):
+    loud = batch["input_values"].masked_fill(~batch["padding_mask"][:, None].bool(), 0.9)
+    assert torch.equal(model.encode(loud, batch["padding_mask"]).audio_codes, model.encode(**batch).audio_codes)
+
+
+def test_tuples_equal_outputs(model, batch):
+    for method, arguments in ((model.encode, dict(batch)), (model, dict(batch))):
+        values = method(**arguments, return_dict=False)
+        expected = method(**arguments).to_tuple()
+        assert type(values) is tuple and all(torch.equal(*pair) for pair in zip(values, expected, strict=True))
+    codes = model.encode(**batch).audio_codes
+    assert torch.equal(model.decode(codes, return_dict=False)[0], model.decode(codes).audio_values)
+
+
+def test_fewer_codebooks_are_encoded_and_decoded(model):
+    codes = model.encode(FIRST[None, None], num_codebooks=3).audio_codes
+    assert codes.shape[1] == 3 and torch.equal(codes, model.encode(FIRST[None]).audio_codes[:, :3])
+    assert model.decode(codes).audio_values.isfinite().all()
+
+
+def test_saved_models_and_extractors_are_loaded_again_by_both(model, folder, tmp_path):
+    model.save_pretrained(tmp_path)
+    transformers.AutoFeatureExtractor.from_pretrained(folder).save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    codes = model.encode(FIRST[None]).audio_codes
+    assert torch.equal(again.encode(FIRST[None]).audio_codes, codes)
+    codec = nemo_lfr.load(tmp_path, "cpu")
+    assert torch.equal(codec.encode(FIRST, sample_rate=RATE)[0].long(), codes)
+    assert codec.fingerprint == model.codec.fingerprint
+    extractors = [transformers.AutoFeatureExtractor.from_pretrained(path).to_dict() for path in (folder, tmp_path)]
+    assert extractors[0] == extractors[1]
+    assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
+
+
+def test_the_config_of_a_nemo_checkpoint_is_read_without_its_other_keys(folder):
+    text = (folder / "config.json").read_text()
+    assert "discriminator" in json.loads(text) and json.loads(text)["model_type"] == "nemo_lfr"
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert "discriminator" not in config.to_dict()
+    assert ours.NemoLfrConfig().codebook_size == 2016 and ours.NemoLfrConfig().hop_length == 1024
+
+
+def test_a_model_without_weights_is_initialized(model):
+    torch.manual_seed(0)
+    fresh = transformers.AutoModel.from_config(copy.deepcopy(model.config)).eval()
+    assert all(value.isfinite().all() for value in fresh.state_dict().values())
+    assert fresh.encode(FIRST[None]).audio_codes.shape == model.encode(FIRST[None]).audio_codes.shape
+
+
+def test_missing_weights_are_initialized(folder, model, tmp_path):
+    state = {key: value for key, value in model.state_dict().items() if "decoder" not in key and "base" not in key}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    codes = loaded.encode(FIRST[None]).audio_codes
+    assert torch.equal(codes, model.encode(FIRST[None]).audio_codes)
+    assert loaded.decode(codes).audio_values.isfinite().all()
+
+
+def test_weights_stay_fp32_whatever_dtype_is_asked_for(folder, model):
+    half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {value.dtype for value in half.parameters()} == {torch.float32}
+    assert torch.equal(half.encode(FIRST[None]).audio_codes, model.encode(FIRST[None]).audio_codes)
+
+
+def test_the_signatures_are_those_of_mimi():
+    for name in ("encode", "decode", "forward"):
+        names = list(inspect.signature(getattr(ours.NemoLfrModel, name)).parameters)
+        mimi = list(inspect.signature(getattr(transformers.MimiModel, name)).parameters)
+        assert names[:3] == mimi[:3] and "return_dict" in names
+
+
+PADDED_LEFT = torch.cat([torch.zeros(1, 9), torch.ones(1, 91)], 1)
+REFUSED = {
+    "stereo": (lambda model: model.encode(torch.zeros(1, 2, 100)), r"input_values has shape \[1, 2, 100\]"),
+    "one dimension": (lambda model: model.encode(torch.zeros(100)), r"input_values has shape \[100\]"),
+    "left padding": (lambda model: model.encode(torch.zeros(1, 100), PADDED_LEFT), "padding_mask has ones after"),
+    "a mask of another shape": (lambda model: model.encode(torch.zeros(1, 100), torch.ones(1, 99)), "padding_mask"),
+    "NaN": (lambda model: model.encode(torch.full((1, 100), torch.nan)), "holds NaN"),
+    "codes without a batch": (lambda model: model.decode(torch.zeros(8, 5).long()), r"shape \[8, 5\]"),
+    "codes outside of the codebook": (lambda model: model.decode(torch.full((1, 8, 5), 2016)), "token 2016"),
+    "a mask for other frames": (lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 9000)), "5"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_arguments_are_refused_in_one_line(model, name):
+    call, message = REFUSED[name]
+    with pytest.raises(NemoLfrError, match=message) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "message"),
+    [
+        (FIRST.numpy(), {"sampling_rate": 16000}, "sampling_rate is 16000, but the codec's is 22050 Hz"),
+        ([FIRST.numpy()[None].repeat(2, 0)], {"sampling_rate": RATE}, r"clip 0 has shape \[2, 9000\]"),
+    ],
+)
+def test_the_extractor_refuses_other_audio(folder, audio, options, message):
+    with pytest.raises(NemoLfrError, match=message):
+        transformers.AutoFeatureExtractor.from_pretrained(folder)(audio, **options)
+
+
+def test_the_extractor_takes_one_clip_and_clips_without_padding(folder):
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    one = extractor(FIRST.numpy(), sampling_rate=RATE, return_tensors="np")
+    assert one["input_values"].shape == (1, 1, 9000) and one["padding_mask"].shape == (1, 9000)
+    two = extractor([FIRST.numpy(), SECOND.numpy()], padding=False, sampling_rate=RATE)
+    assert [clip.shape for clip in two["input_values"]] == [(1, 9000), (1, 5000)] and "padding_mask" not in two
+    cut = extractor([FIRST.tolist()], padding="max_length", max_length=999, truncation=True, sampling_rate=RATE)
+    assert cut["input_values"][0].shape == (1, 999)
+
+
+def test_without_transformers_the_error_names_the_package():
+    code = "import sys; sys.modules['transformers'] = None; import nemo_lfr.transformers"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "transformers is not installed: pip install" in done.stderr.splitlines()[-1]
+
+
+def test_all_kinds_of_codecs_have_a_valid_config():
+    for kind in KINDS:
+        config = ours.NemoLfrConfig.from_dict(codec_config(kind))
+        assert config.codebook_size == 2016 and config.num_codebooks in (1, 4, 8, 13)
