@@ -5,9 +5,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 
-from nemo_lfr.nemo.base import BaseModel
+from nemo_lfr.nemo.base import BaseModel, Trainer
 from nemo_lfr.training.average import Average
+
+# Modules of `_generator`, in its order.
+PARTS = ("audio_encoder", "audio_decoder")
+
+
+class RestoreTrainedWeights(Callback):
+    """Callback that switches back to the trained weights if validation ends in an exception.
+
+    Lightning calls it before the callbacks that save a checkpoint of the failed run.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Switch back to the trained weights."""
+        pl_module._use_average(False)
 
 
 class WeightAveraging(BaseModel):
@@ -15,7 +30,11 @@ class WeightAveraging(BaseModel):
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
-        return torch.nn.ModuleList([self.audio_encoder, self.audio_decoder])
+        return torch.nn.ModuleList([getattr(self, name) for name in PARTS])
+
+    def _use_average(self, averaged: bool) -> None:
+        if self._average is not None:
+            self._average.use(self._generator, averaged)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -23,34 +42,45 @@ class WeightAveraging(BaseModel):
 
         The context has no effect if the model keeps no average.
         """
-        if self._average is None:
-            yield
-            return
-        self._average.swap(self._generator)
+        before = self._average is not None and self._average.in_use
+        self._use_average(True)
         try:
             yield
         finally:
-            self._average.swap(self._generator)
+            self._use_average(before)
+
+    def on_train_start(self) -> None:
+        """Switch to the trained weights, in case a validation outside of a Lightning loop failed."""
+        self._use_average(False)
+        super().on_train_start()
 
     def on_validation_start(self) -> None:
         """Switch to the averaged weights for validation."""
         super().on_validation_start()
-        if self._average is not None:
-            self._average.swap(self._generator)
+        self._use_average(True)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
         """Switch back to the trained weights."""
         # Not in `on_validation_end`: callbacks write checkpoints there before the model's hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
-        if self._average is not None:
-            self._average.swap(self._generator)
+        self._use_average(False)
         return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average of the weights to a checkpoint."""
+        """Add the moving average of the weights to a checkpoint.
+
+        A checkpoint that is saved during validation, as on a signal of Slurm, contains the trained weights too.
+        """
         super().on_save_checkpoint(checkpoint)
-        if self._average is not None:
-            checkpoint["average"] = {"count": self._average.count, "weights": self._average.weights}
+        if self._average is None:
+            return
+        weights = self._average.weights
+        if self._average.in_use:
+            state, trained = checkpoint["state_dict"], weights
+            names = [f"{PARTS[int(name[0])]}{name[1:]}" for name, _ in self._generator.named_parameters()]
+            weights = [state[name] for name in names]
+            state.update(zip(names, trained, strict=True))
+        checkpoint["average"] = {"count": self._average.count, "weights": weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the moving average of the weights from a checkpoint."""

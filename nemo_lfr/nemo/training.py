@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from nemo_lfr.checkpoint import load_parts
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.nemo.artifacts import SpectrogramGenerator
-from nemo_lfr.nemo.averaging import WeightAveraging
+from nemo_lfr.nemo.averaging import RestoreTrainedWeights, WeightAveraging
 from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM
 from nemo_lfr.nemo.config import check_codebook_dropout
 from nemo_lfr.nemo.cuts import cut_loader, uses_lhotse
@@ -179,17 +179,17 @@ class TrainingSteps(WeightAveraging):
         return configured
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return NeMo's logging callback, with spectrograms if the config enables them.
+        """Return NeMo's logging callback, with spectrograms if the config enables them, and `RestoreTrainedWeights`.
 
-        The key is `log_config.log_spectrograms`. The callback is added for training only, because it reads its clips
-        immediately and a saved config does not contain their folders.
+        The key is `log_config.log_spectrograms`. The logging callback is added for training only, because it reads its
+        clips immediately and a saved config does not contain their folders.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
-            return []
+            return [RestoreTrainedWeights()]
         callbacks: list[Callback] = super().configure_callbacks()
         if callbacks and self.log_config.get("log_spectrograms"):
             callbacks[0].generators.append(SpectrogramGenerator())
-        return callbacks
+        return [*callbacks, RestoreTrainedWeights()]
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.

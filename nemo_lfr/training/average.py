@@ -10,11 +10,15 @@ class Average:
         module: module whose parameters are averaged.
         decay: share of the old average that each update keeps. The first updates keep less, so that the initial
             weights do not dominate.
+
+    Attributes:
+        in_use: whether the module holds the averaged weights, and `weights` those of the module.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.decay = decay
         self.count = 0
+        self.in_use = False
         self.weights = [parameter.detach().clone() for parameter in module.parameters()]
 
     @torch.no_grad()
@@ -25,9 +29,12 @@ class Average:
         self._move(module)
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
 
-    def swap(self, module: torch.nn.Module) -> None:
-        """Exchange the averaged weights and the module's; a second call restores both."""
+    def use(self, module: torch.nn.Module, averaged: bool) -> None:
+        """Give the module the averaged weights, or its own again; no effect if it holds them already."""
+        if averaged == self.in_use:
+            return
         self._move(module)
+        self.in_use = averaged
         for index, parameter in enumerate(module.parameters()):
             parameter.data, self.weights[index] = self.weights[index], parameter.data
 

@@ -386,7 +386,7 @@ def test_the_average_goes_where_the_module_is():
     average = Average(module, 0.9)  # as a checkpoint is read, before the module goes to its GPU
     module.to("meta")
     average.update(module)
-    average.swap(module)
+    average.use(module, averaged=True)
     assert (
         {weight.device.type for weight in average.weights} == {"meta"} == {p.device.type for p in module.parameters()}
     )
@@ -419,6 +419,48 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     resumed.on_load_checkpoint(checkpoint)
     torch.testing.assert_close(torch.cat([value.flatten() for value in resumed._average.weights]), average)
     assert resumed._average.count == model._average.count == 3
+
+
+class Fails(pl.Callback):
+    """Saves a checkpoint in a validation batch, as on a signal of Slurm, and then fails."""
+
+    def __init__(self, error: BaseException, folder: Any) -> None:
+        self.error, self.folder = error, folder
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        if not trainer.sanity_checking:
+            self.validated = generator_weights(pl_module)
+            trainer.save_checkpoint(self.folder / "during.ckpt")
+            raise self.error
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.folder / "after.ckpt")
+
+
+@pytest.mark.parametrize("error", [ValueError("a clip"), SystemExit(143)])
+def test_a_failed_validation_leaves_and_saves_the_trained_weights(tmp_path, error):
+    config = training_config([], ema_decay=0.9, optim={"_target_": "torch.optim.SGD", "lr": 0.01})
+    _, model = models(tmp_path, config)
+    before = generator_weights(model)
+    failing = Fails(error, tmp_path)
+    batches = torch.utils.data.DataLoader([batch(frames=8)] * 2, batch_size=None)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, callbacks=[failing])  # fmt: skip
+    with pytest.raises(type(error)):
+        trainer.fit(model, batches, batches)
+    trained, average = generator_weights(model), torch.cat([value.flatten() for value in model._average.weights])
+    assert torch.equal(failing.validated, average)
+    assert not torch.equal(trained, average)
+    assert not torch.equal(trained, before)
+    for name in ("during.ckpt", "after.ckpt"):
+        checkpoint = torch.load(tmp_path / name, weights_only=False)
+        resumed = AudioCodecModel(OmegaConf.create(config))
+        resumed.on_load_checkpoint(checkpoint)
+        resumed.load_state_dict(checkpoint["state_dict"])
+        assert torch.equal(generator_weights(resumed), trained)
+        assert torch.equal(torch.cat([value.flatten() for value in resumed._average.weights]), average)
+    model.save_to(tmp_path / "saved.nemo")
+    assert torch.equal(generator_weights(model), trained)
 
 
 def test_loaded_weights_are_not_scaled_and_unknown_terms_are_refused(tmp_path):
