@@ -133,7 +133,14 @@ def load_or_create_plan(
         if write_new(path, text.encode()):
             return shards  # else another part of this run has stored its plan meanwhile
     stored = _read_plan(path, config)
-    if _has_older_fingerprint(stored.get("codec"), spec, made, config.kind):
+    if (older := _older_fingerprint(stored.get("codec"), spec, made)) is not None:
+        # Token files contain the fingerprint. Their reader accepts different ones of the bundled codec only.
+        if config.kind == "lfr" and not same_fingerprint(older, spec["fingerprint"]):
+            raise NemoLfrError(
+                f"{config.out}: was started by an older version of nemo_lfr, for which this codec has the fingerprint "
+                f"{older}, now {spec['fingerprint']}, and all .lfr files of a run have the same one; resume it "
+                "with that version, or choose another --out."
+            )
         stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(
@@ -147,17 +154,19 @@ def load_or_create_plan(
     return stored_shards
 
 
-def _has_older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool], kind: str) -> bool:
-    """Return whether a stored description of the codec differs only in a fingerprint that older versions computed.
+def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
+    """Return the fingerprint in a stored description of the codec, if an older version computed it for this codec.
 
-    Token files contain the fingerprint, which must be the same in one output, except for the bundled codec.
+    The result is None if the description is the same as now or differs in anything else.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
-        return False
+        return None
     fingerprint = stored.get("fingerprint")
-    return isinstance(fingerprint, str) and (
-        same_fingerprint(fingerprint, spec["fingerprint"]) or (kind != "lfr" and made(fingerprint))
-    )
+    if not isinstance(fingerprint, str) or not (
+        same_fingerprint(fingerprint, spec["fingerprint"]) or made(fingerprint)
+    ):
+        return None
+    return fingerprint
 
 
 def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:

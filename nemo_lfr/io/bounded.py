@@ -2,7 +2,7 @@
 
 import gzip
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ MAX_MEMBER = 1 << 31  # bytes of one file in an archive
 # Limits of compression ratios. Tokens have about 11 bits each, so a real column never compresses this well.
 VALUES_PER_BYTE, FREE_VALUES = 64, 1 << 20
 BYTES_PER_BYTE, FREE_BYTES = 256, 1 << 26
+# Of a table of recordings. Silence as decoded samples compresses well, hence the larger free part.
+FREE_INPUT_VALUES, FREE_INPUT_BYTES = 1 << 26, 1 << 28
 
 
 def lines(file: Any) -> Iterator[bytes]:
@@ -74,24 +76,44 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return data
 
 
-def check_columns(metadata: Any, path: Path) -> None:
-    """Check that no column of a Parquet file of tokens expands to far more than real tokens do.
+def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
+    """Check that no column of a Parquet file expands to far more than a real one does.
 
     Args:
         metadata: pyarrow's metadata of the file.
         path: the file, for messages.
+        is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
 
     Raises:
         NemoLfrError: if a column has an implausible compression ratio; the message names it.
     """
-    for group in range(metadata.num_row_groups):
+    free_values, free_bytes = (FREE_INPUT_VALUES, FREE_INPUT_BYTES) if is_input else (FREE_VALUES, FREE_BYTES)
+    for column in _column_chunks(metadata, range(metadata.num_row_groups)):
+        size = column.total_compressed_size
+        values, expanded = column.num_values, column.total_uncompressed_size
+        if values > VALUES_PER_BYTE * size + free_values or expanded > BYTES_PER_BYTE * size + free_bytes:
+            raise NemoLfrError(
+                f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values of {expanded} bytes in "
+                f"{size} bytes; the file is damaged or malicious."
+            )
+
+
+def rows_at_a_time(metadata: Any, groups: Iterable[int], most: int) -> int:
+    """Return how many rows of row groups to read at a time, between 1 and `most`.
+
+    All rows may refer to the same value, which is in the file once, but in memory once for each row that is read.
+
+    Args:
+        metadata: pyarrow's metadata of a Parquet file.
+        groups: indices of the row groups.
+        most: number of rows to read at a time if no value can be large.
+    """
+    largest = max((column.total_uncompressed_size for column in _column_chunks(metadata, groups)), default=0)
+    return max(1, min(most, FREE_INPUT_BYTES // max(1, largest)))
+
+
+def _column_chunks(metadata: Any, groups: Iterable[int]) -> Iterator[Any]:
+    for group in groups:
         row_group = metadata.row_group(group)
         for index in range(row_group.num_columns):
-            column = row_group.column(index)
-            size = column.total_compressed_size
-            values, expanded = column.num_values, column.total_uncompressed_size
-            if values > VALUES_PER_BYTE * size + FREE_VALUES or expanded > BYTES_PER_BYTE * size + FREE_BYTES:
-                raise NemoLfrError(
-                    f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values in {size} bytes; "
-                    "the file is damaged or malicious."
-                )
+            yield row_group.column(index)

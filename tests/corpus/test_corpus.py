@@ -33,7 +33,9 @@ from nemo_lfr.corpus.worker_failures import WorkerFailures
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.manifests import read_manifest
+from nemo_lfr.io.token_file import TokenReader, TokenWriter
 from nemo_lfr.pretrained import load
+from nemo_lfr.spec import BUNDLED_OLDER
 from tests.models import RATE, codec_config, synthesize, write_nemo
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -283,6 +285,45 @@ def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     assert files_of(tmp_path / "out") == before
     with pytest.raises(NemoLfrError, match="is not empty and contains no resumable run"):
         tokenize(replace(job_, out=str(audio)), device="cpu", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_bundled", "error"),
+    [
+        ("shar", False, None),
+        ("parquet", False, None),
+        ("lfr", False, "older version of nemo_lfr"),  # its files would have two fingerprints, and could not be read
+        ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
+    ],
+)
+def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, tmp_path, kind, is_bundled, error):
+    (tmp_path / "two.json").write_text("".join((audio / "manifest.json").read_text().splitlines(True)[1:3]))
+    job_ = job(tmp_path / "two.json", tmp_path / "out", model, kind, shard_size=1, audio_dir=str(audio))
+    job_ = replace(job_, model=None) if is_bundled else job_
+    tokenize(job_, device="cpu", workers=1)
+    expected = read(tmp_path / "out")
+    # As an older version leaves it when it is killed: one of the two shards is missing.
+    now, *_, older = load(job_.model, "cpu").backend.fingerprints()
+    older = min(BUNDLED_OLDER) if is_bundled else older
+    record = job_.state / "job.json"
+    record.write_text(record.read_text().replace(now, older))
+    for path in (tmp_path / "out").rglob("*.lfr"):
+        with TokenReader(path) as reader:
+            metadata, tokens, samples = replace(reader.metadata, fingerprint=older), reader.read(), reader.num_samples
+        with TokenWriter(path, metadata, overwrite=True) as writer:
+            writer.write(tokens)
+            writer.finish(samples)
+    (job_.state / "done" / "000001.json").unlink()
+    (tmp_path / "out" / "tokens.json").unlink()
+    before = files_of(tmp_path / "out")
+    if error:
+        with pytest.raises(NemoLfrError, match=error):
+            tokenize(job_, device="cpu", workers=1)
+        assert files_of(tmp_path / "out") == before
+        return
+    tokenize(job_, device="cpu", workers=1)
+    result = read(tmp_path / "out")
+    assert list(result) == list(expected) and all(torch.equal(result[name], expected[name]) for name in result)
 
 
 def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, model, tmp_path):

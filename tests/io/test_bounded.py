@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nemo_lfr.corpus.sources.parquet import Parquet
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
-from nemo_lfr.errors import AudioError, NemoLfrError, TokenFileError
+from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, TokenFileError
 from nemo_lfr.io import bounded
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import read_cuts, read_shar
@@ -102,6 +103,56 @@ def test_a_line_that_does_not_end_costs_its_clip(tmp_path, monkeypatch):
     assert first.id == third.id == "a" and first.cut is not None and second.problem is not None
     with gzip.open(path) as file:
         assert max(map(len, bounded.lines(file))) == 1 << 16
+
+
+EXPANDING = {  # columns of a table of recordings, whose limits are a MiB and 65,536 values here
+    "a cell of zeros": {"audio": [bytes(4 << 20)]},
+    "a text of blanks": {"audio": [b"x"], "text": [" " * (4 << 20)]},
+    "hours of silence": {"audio": [[0.0] * (1 << 17)] * 4},
+    "rows without a value": {"audio": pa.array([None] * (1 << 20), pa.binary())},
+}
+
+
+@pytest.mark.parametrize("kind", EXPANDING)
+def test_an_input_table_that_expands_costs_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "FREE_INPUT_VALUES", 1 << 16)
+    monkeypatch.setattr(bounded, "FREE_INPUT_BYTES", 1 << 20)
+    bad, good = tmp_path / "rows" / "bad.parquet", tmp_path / "rows" / "good.parquet"
+    bad.parent.mkdir()
+    pq.write_table(pa.table(EXPANDING[kind]), bad, compression="zstd")
+    assert bad.stat().st_size < 1 << 14
+    with pytest.raises(ConfigError, match=r"bad\.parquet: column '\w+.*' claims .* damaged or malicious"):
+        Parquet(bad)
+    pq.write_table(pa.table({"audio": [b"x"] * 3}), good)
+    table = Parquet(bad.parent)
+    clips = [clip for shard in table.shards(100) for clip in table.read(shard)]
+    assert len(clips) == 4
+    with pytest.raises(AudioError, match="damaged or malicious"):
+        clips[0].audio(22050, 100)
+
+
+def test_rows_that_share_a_large_value_are_read_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "FREE_INPUT_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 40, pa.int32()), pa.array([bytes(1 << 19)]))
+    pq.write_table(pa.table({"audio": shared}), path)
+    metadata = pq.ParquetFile(path).metadata
+    assert [bounded.rows_at_a_time(metadata, [0], most) for most in (1, 2, 16)] == [1, 1, 1]
+    table = Parquet(path)
+    before = pa.total_allocated_bytes()
+    count = 0
+    for _ in table.read(table.shards(100)[0]):
+        count += 1
+        assert pa.total_allocated_bytes() - before < 8 << 20  # all rows at once are 20 MiB
+    assert count == 40
+
+
+def test_silence_is_not_taken_for_an_attack(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"audio": [[0.0] * 220500] * 8, "sampling_rate": [22050] * 8}), path)
+    table = Parquet(path)
+    assert bounded.rows_at_a_time(pq.ParquetFile(path).metadata, [0], 16) == 16
+    assert {len(clip.audio(22050, 100)) for clip in table.read(table.shards(100)[0])} == {220500}
 
 
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])

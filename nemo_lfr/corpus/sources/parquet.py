@@ -9,7 +9,8 @@ from nemo_lfr.corpus.columns import parquet_features
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
+from nemo_lfr.io.bounded import check_columns, rows_at_a_time
 from nemo_lfr.io.folders import find_files
 from nemo_lfr.io.shortage import require
 
@@ -60,9 +61,14 @@ class Parquet(Table):
 
     def _open(self, file: Path) -> Any:
         try:
-            return self.parquet.ParquetFile(file)
+            table = self.parquet.ParquetFile(file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{file}: not a Parquet file ({shorten(error, 200)}).") from error
+        try:
+            check_columns(table.metadata, file, is_input=True)
+        except NemoLfrError as error:
+            raise ConfigError(str(error)) from error
+        return table
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
         """Return the file from which a shard is read."""
@@ -98,7 +104,8 @@ class Parquet(Table):
         number = shard["start"]
         stop = number + sum(table.metadata.row_group(group).num_rows for group in shard["groups"])
         try:
-            for rows in table.iter_batches(ROWS, row_groups=shard["groups"]):
+            size = rows_at_a_time(table.metadata, shard["groups"], ROWS)
+            for rows in table.iter_batches(size, row_groups=shard["groups"]):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
         except (OSError, ValueError) as error:
