@@ -47,7 +47,8 @@ def info(files: tuple[str, ...]) -> dict[str, Any]:
         if position:
             print_line("")
         print_table(values)
-    return {"items": items}
+    only: dict[str, Any] = {**items[0]} if len(files) < 2 else {}  # as before `items` existed
+    return only | {"items": items}
 
 
 def describe(text: str | None) -> InfoFigures:

@@ -170,7 +170,10 @@ InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigur
 
 
 class InfoResult(Result):
-    """Output of `info`, in the order of the arguments."""
+    """Output of `info`, in the order of the arguments.
+
+    With at most one argument, the object also has the keys of its item.
+    """
 
     items: list[InfoFigures]
 

@@ -291,6 +291,13 @@ def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, 
     assert "x real time" in err and "nemo-lfr: info: nemo_lfr.pretrained: opened " in err
 
 
+def test_info_of_one_file_has_its_keys_at_the_top_level(folder, capsys):
+    wav = folder / "audio" / "a.wav"
+    one, two = (json.loads(run(capsys, "info", *files, "--json")[1]) for files in ([wav], [wav, wav]))
+    assert one == two["items"][0] | {"items": two["items"][:1], "failures": []}
+    assert two.keys() == {"items", "failures"}
+
+
 def test_common_options_are_accepted_before_the_command(folder, capsys):
     code, out, err = run(capsys, "--json", "--quiet", "info", folder / "audio" / "a.wav")
     assert (code, err) == (0, "") and json.loads(out)["items"][0]["kind"] == "audio"
