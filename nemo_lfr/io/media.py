@@ -17,6 +17,8 @@ DEMUXERS = (
 )
 # Demuxers of raw frames, whose duration FFmpeg estimates from the bit rate of the first frames.
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
+# Decoders of frames with checksums. By default FFmpeg ignores wrong ones, or replaces such frames by silence.
+_CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 # Number of packets at the end of a recorded stream that may belong to a unit that is not whole.
 _MAX_SUSPECTS = 32
 
@@ -66,6 +68,8 @@ class MediaDecoder:
             if track.codec_context is None:
                 raise AudioError("nothing decodes its audio track")
             track.thread_type = "NONE"
+            if track.codec_context.name in _CHECKED:
+                track.codec_context.options = {"err_detect": "crccheck+explode"}
             self.rate, self.channels = int(track.rate or 0), int(track.channels or 0)
             if not self.rate or not self.channels:
                 raise AudioError("its audio track has no sample rate")

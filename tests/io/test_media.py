@@ -74,6 +74,18 @@ def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
         assert np.array_equal(reader.segment(0.2, 0.1), wave[int(0.2 * native) :][: -(-native // 10)])
 
 
+@pytest.mark.parametrize("suffix", ["wv", "tta", "ac3", "eac3", "rm"])
+def test_a_frame_whose_checksum_is_wrong_is_damage(tmp_path, suffix):
+    pytest.importorskip("av")
+    path = made(tmp_path, suffix)
+    data = path.read_bytes()
+    for share in (0.3, 0.5, 0.7):
+        at = int(share * len(data))
+        path.write_bytes(data[:at] + bytes(byte ^ 0x55 for byte in data[at : at + 20]) + data[at + 20 :])
+        with pytest.raises(AudioError, match="damaged"):
+            read(path)
+
+
 @pytest.mark.parametrize("suffix", ["m4a", "mp4", "webm", "wma", "wv", "tta", "avi", "flv", "mkv"])
 def test_a_media_file_that_is_cut_is_refused(tmp_path, suffix):
     pytest.importorskip("av")
