@@ -9,6 +9,7 @@ from nemo_lfr.cli.command import Command, Group
 from nemo_lfr.cli.options import UserPath, model_option, open_codec, overwrite_option
 from nemo_lfr.cli.results import ExportResult
 from nemo_lfr.cli.session import print_line
+from nemo_lfr.web.runtime import DEFAULT, VERSION
 
 
 @click.group(cls=Group, short_help="Export a codec to another runtime.")
@@ -57,6 +58,38 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
     codec = open_codec(model, "cpu", "fp32")
     paths = export_onnx(codec, out, overwrite=overwrite)
     return _printed(paths)
+
+
+@export.command("web", cls=Command, result=ExportResult, short_help="Export a codec as a static web site.")
+@click.option(
+    "--out",
+    type=UserPath(file_okay=False),
+    required=True,
+    help="Folder for index.html and its files.",
+)
+@click.option(
+    "--onnxruntime-web",
+    type=UserPath(),
+    default=DEFAULT,
+    show_default=True,
+    metavar="PATH",
+    help=f"npm package onnxruntime-web {VERSION}: its folder, or the .tgz file of npm pack.",
+)
+@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@overwrite_option
+def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
+    """Write a static site that encodes and decodes in the browser.
+
+    The site has the page of nemo-lfr serve, the ONNX files of the codec and ONNX Runtime. Nothing is downloaded:
+    install onnxruntime-web with npm first.
+    """
+    from nemo_lfr.web.runtime import read_runtime
+    from nemo_lfr.web.site import export_site
+
+    read_runtime(onnxruntime_web)  # before the model is opened, which takes longer
+    codec = open_codec(model, "cpu", "fp32")
+    name = codec.name if model is None else Path(model).name  # a site should not show paths of this machine
+    return _printed(export_site(codec, out, onnxruntime_web, name=name, overwrite=overwrite))
 
 
 def _printed(paths: list[Path]) -> dict[str, Any]:

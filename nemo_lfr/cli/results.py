@@ -212,7 +212,7 @@ class DemoResult(Result):
 
 
 class ExportResult(Result):
-    """Output of `export onnx` and `export safetensors`: the files that were written."""
+    """Output of `export`: the files that were written."""
 
     files: list[str]
 

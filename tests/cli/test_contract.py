@@ -34,8 +34,9 @@ def all_commands(group: click.Group = cli.app, path: tuple[str, ...] = ()) -> It
 
 
 COMMANDS = dict(all_commands())
-# `serve` runs until a signal; tests/serve checks its output.
-every_command = pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"serve"}))
+# `serve` runs until a signal, and `export web` needs an npm package; tests/serve and tests/web check their output.
+OTHERS = {"serve", "export web"}
+every_command = pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OTHERS))
 
 
 class Case(NamedTuple):
@@ -151,7 +152,7 @@ def need(case: Case) -> None:
 
 
 def test_every_command_has_a_case_and_a_type_of_its_output():
-    assert COMMANDS.keys() == CASES.keys() | {"serve"}
+    assert COMMANDS.keys() == CASES.keys() | OTHERS
     assert all(isinstance(command, Command) and typing.is_typeddict(command.result) for command in COMMANDS.values())
 
 
@@ -324,18 +325,37 @@ SHARED = {
         "demo",
         "export onnx",
         "export safetensors",
+        "export web",
         "prepare",
         "tokenize",
         "detokenize",
         "evaluate",
         "entropy fit",
     },
-    "--model": {"encode", "decode", "demo", "export onnx", "export safetensors", "tokenize", "detokenize", "serve"},
+    "--model": {
+        "encode",
+        "decode",
+        "demo",
+        "export onnx",
+        "export safetensors",
+        "export web",
+        "tokenize",
+        "detokenize",
+        "serve",
+    },
     "--device": {"encode", "decode", "demo", "tokenize", "detokenize", "evaluate", "serve"},
     "--precision": {"encode", "decode", "demo", "tokenize", "detokenize", "serve"},
     "--workers": {"prepare", "tokenize", "evaluate"},
     "--audio-dir": {"tokenize", "evaluate"},
-    "--overwrite": {"encode", "decode", "export onnx", "export safetensors", "detokenize", "entropy fit"},
+    "--overwrite": {
+        "encode",
+        "decode",
+        "export onnx",
+        "export safetensors",
+        "export web",
+        "detokenize",
+        "entropy fit",
+    },
     "--skip-existing": {"encode", "decode"},
     "--json": set(COMMANDS),
     "--quiet": set(COMMANDS),
@@ -381,7 +401,7 @@ def test_help_fits_80_columns_and_describes_every_option(name, capsys, monkeypat
 @pytest.mark.parametrize("name", sorted(SHARED["--model"]))
 def test_the_default_codec_is_named_with_its_quality(name, folder, tmp_path, capsys):
     assert bundled_quality() in " ".join(run(capsys, *name.split(), "--help")[1].split())
-    if name in SLOW or name == "serve":
+    if name in SLOW or name in OTHERS:
         return
     text = CASES[name].success.replace("--model {in}/tiny.nemo", "")
     need(CASES[name])

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -25,7 +27,9 @@ from tests.web.browser import CHROMIUM, browsing
 
 pytestmark = [pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium"), pytest.mark.slow]
 
-AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+TSC = ROOT / "node_modules" / "typescript" / "bin" / "tsc"
 READY = "!document.getElementById('record').disabled"
 SHOWN = f"!document.getElementById('results').hidden && {READY}"
 STATUS = "document.getElementById('status').textContent"
@@ -271,3 +275,9 @@ def test_the_page_reads_and_writes_token_files_as_python_does(page, server):
         found, num_samples, written = page.run(script)
         assert np.array_equal(np.array(found, int).reshape(-1, 8).T, tokens) and num_samples == count * 1024
         assert bytes(written) == data
+
+
+@pytest.mark.skipif(not TSC.is_file() or not shutil.which("node"), reason="needs npm's packages: npm ci")
+def test_the_types_of_the_modules_are_right():
+    done = subprocess.run(["node", TSC, "-p", ROOT / "tsconfig.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -16,7 +16,7 @@ export async function openBackend(showStatus) {
   const kind = document.querySelector("meta[name=backend]")?.getAttribute("content");
   if (kind === "browser") {
     const { open } = await import("./browser.js");
-    return open(base, showStatus);
+    return open(base);
   }
   return openServer(base, showStatus);
 }

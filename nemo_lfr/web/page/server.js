@@ -3,7 +3,7 @@
 import { readWav, writeWav } from "./wav.js";
 import { UserError } from "./types.js";
 
-/** @import { Audio, Backend, CodecInfo, Recording } from "./types.js" */
+/** @import { Backend, CodecInfo, Recording } from "./types.js" */
 
 /** The server asks for an access token, or refuses the one it got. */
 export class TokenError extends UserError {}
