@@ -92,6 +92,20 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
     return _printed(export_site(codec, out, onnxruntime_web, name=name, overwrite=overwrite))
 
 
+@export.command("golden", cls=Command, result=ExportResult, short_help="Export values of every layer, for ports.")
+@click.option("--out", type=UserPath(dir_okay=False), required=True, help="File, NAME.safetensors.")
+@model_option("checkpoint (.nemo or .ckpt) or Hub id")
+@overwrite_option
+def export_golden_vectors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
+    """Write a tiny input and the output of every layer for it, with tokens and audio.
+
+    A port to another runtime is right if it computes the same values.
+    """
+    from nemo_lfr.codec.golden import export_golden
+
+    return _printed([export_golden(open_codec(model, "cpu", "fp32"), out, overwrite=overwrite)])
+
+
 def _printed(paths: list[Path]) -> dict[str, Any]:
     """Print the paths of the exported files, and return them as the command's result."""
     for path in paths:

@@ -12,44 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from nemo_lfr._version import __version__
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
+from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError, install_command
 from nemo_lfr.io.atomic import naming, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
-from nemo_lfr.modules.finite import quantize, to_audio
 
 OPSET = 20
-
-
-class _Encoder(nn.Module):
-    """Encoder and FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T], -1 if not finite."""
-
-    def __init__(self, backend: TorchBackend) -> None:
-        super().__init__()
-        self.encoder, self.quantizer = backend.encoder, backend.quantizer
-
-    def forward(self, audio: torch.Tensor) -> torch.Tensor:
-        return quantize(self.quantizer, self.encoder.encode_frames(audio))
-
-
-class _Decoder(nn.Module):
-    """FSQ and decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
-
-    def __init__(self, backend: TorchBackend) -> None:
-        super().__init__()
-        self.quantizer, self.decoder = backend.quantizer, backend.decoder
-
-    def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
-        valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
-        hidden = self.decoder.hidden_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
-        return to_audio(self.decoder.out_activation, hidden).squeeze(1)
 
 
 def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
@@ -79,11 +54,7 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
     except Exception as error:  # importing them may raise anything
         message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
         raise missing_extra(error, "one of onnx and onnxscript", message) from error
-    backend = codec.backend
-    if not isinstance(backend, TorchBackend):
-        raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
-    if codec.precision != "fp32":
-        raise NemoLfrError(f"precision is {codec.precision}; ONNX files are exported in fp32.")
+    backend = fp32_backend(codec, "ONNX files")
     folder = expand_home(folder)
     targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
     for target in targets:
@@ -99,37 +70,18 @@ def _write(backend: TorchBackend, targets: list[Path]) -> None:
     import onnx
 
     folder, values = targets[0].parent, metadata(backend)
-    batch = torch.export.Dim("batch", min=1)
-    spec, encoder, decoder, device = backend.spec, backend.encoder, backend.decoder, backend.device
-    frame = spec.samples_per_frame
-    count = max(encoder.min_frames, decoder.min_frames, 2) + 2
-    encode_frames = torch.export.Dim("frames", min=encoder.min_frames)
-    decode_frames = torch.export.Dim("frames", min=decoder.min_frames)
-    audio = torch.zeros(2, count * frame, dtype=torch.float32, device=device)
-    tokens = torch.zeros(2, spec.num_codebooks, count, dtype=torch.int64, device=device)
-    tokens_len = torch.full((2,), count, device=device)
-    jobs: list[tuple[nn.Module, tuple[torch.Tensor, ...], tuple[Any, ...], list[str], str]] = [
-        (_Encoder(backend), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
-        (
-            _Decoder(backend),
-            (tokens, tokens_len),
-            ({0: batch, 2: decode_frames}, {0: batch}),
-            ["tokens", "tokens_len"],
-            "audio",
-        ),
-    ]
     files = {}
     with writing_folder(folder) as aside:
-        for target, (module, example, shapes, inputs, output) in zip(targets[:2], jobs, strict=True):
+        for target, graph in zip(targets[:2], graphs(backend), strict=True):
             with torch.no_grad(), warnings.catch_warnings(), _QuietExporter(), _interruptible():
                 warnings.simplefilter("ignore")
                 program = torch.onnx.export(
-                    module.eval(),
-                    example,
+                    graph.module,
+                    graph.example,
                     dynamo=True,
-                    dynamic_shapes=shapes,
-                    input_names=inputs,
-                    output_names=[output],
+                    dynamic_shapes=graph.dynamic_shapes,
+                    input_names=graph.inputs,
+                    output_names=[graph.output],
                     opset_version=OPSET,
                     external_data=False,
                     verbose=False,

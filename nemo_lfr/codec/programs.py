@@ -1,0 +1,123 @@
+"""Both sides of a codec as graphs without control flow: modules for ONNX, and programs of `torch.export`."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nemo_lfr.codec.ambient import building_state
+from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.torch_backend import TorchBackend
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.modules.finite import quantize, to_audio
+
+
+class Graph(NamedTuple):
+    """One side of a codec, and what an exporter needs to trace it for any batch size and number of frames."""
+
+    module: nn.Module
+    example: tuple[torch.Tensor, ...]
+    dynamic_shapes: tuple[Any, ...]
+    inputs: list[str]
+    output: str
+
+
+class Programs(NamedTuple):
+    """Programs of `export_programs`."""
+
+    encoder: torch.export.ExportedProgram
+    decoder: torch.export.ExportedProgram
+
+
+class Encoder(nn.Module):
+    """Encoder and FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T], -1 if not finite."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        super().__init__()
+        self.encoder, self.quantizer = backend.encoder, backend.quantizer
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        """Encode whole frames."""
+        return quantize(self.quantizer, self.encoder.encode_frames(audio))
+
+
+class Decoder(nn.Module):
+    """FSQ and decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        super().__init__()
+        self.quantizer, self.decoder = backend.quantizer, backend.decoder
+
+    def forward(self, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+        """Decode whole frames."""
+        valid = torch.arange(tokens.shape[2], device=tokens.device) < tokens_len[:, None]
+        hidden = self.decoder.hidden_frames(self.quantizer.decode(tokens.transpose(0, 1)) * valid[:, None])
+        return to_audio(self.decoder.out_activation, hidden).squeeze(1)
+
+
+def graphs(backend: TorchBackend) -> tuple[Graph, Graph]:
+    """Return the graphs of the encoder and the decoder."""
+    batch = torch.export.Dim("batch", min=1)
+    spec, encoder, decoder, device = backend.spec, backend.encoder, backend.decoder, backend.device
+    frame = spec.samples_per_frame
+    count = max(encoder.min_frames, decoder.min_frames, 2) + 2
+    encode_frames = torch.export.Dim("frames", min=encoder.min_frames)
+    decode_frames = torch.export.Dim("frames", min=decoder.min_frames)
+    audio = torch.zeros(2, count * frame, dtype=torch.float32, device=device)
+    tokens = torch.zeros(2, spec.num_codebooks, count, dtype=torch.int64, device=device)
+    tokens_len = torch.full((2,), count, device=device)
+    return (
+        Graph(Encoder(backend).eval(), (audio,), ({0: batch, 1: frame * encode_frames},), ["audio"], "tokens"),
+        Graph(
+            Decoder(backend).eval(),
+            (tokens, tokens_len),
+            ({0: batch, 2: decode_frames}, {0: batch}),
+            ["tokens", "tokens_len"],
+            "audio",
+        ),
+    )
+
+
+def fp32_backend(codec: Codec[Any], target: str) -> TorchBackend:
+    """Return the backend of a codec that can be exported.
+
+    Args:
+        codec: the codec.
+        target: what it is exported to, for messages.
+
+    Raises:
+        NemoLfrError: if it does not run in PyTorch, or not in fp32.
+    """
+    backend = codec.backend
+    if not isinstance(backend, TorchBackend):
+        raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
+    if codec.precision != "fp32":
+        raise NemoLfrError(f"precision is {codec.precision}; {target} are exported in fp32.")
+    return backend
+
+
+def export_programs(codec: Codec[Any]) -> Programs:
+    """Export both sides of a codec with `torch.export`, for ExecuTorch, AOTInductor and other compilers.
+
+    The encoder maps audio [B, T * samples_per_frame] to int32 tokens [B, C, T], and the decoder int64 tokens [B, C, T]
+    and tokens_len [B] to audio. The number of clips and of frames is dynamic. All clips of a batch have one length.
+    Input shorter than `codec.encoder.min_frames` or `codec.decoder.min_frames` must be zero-padded.
+
+    Args:
+        codec: in PyTorch and fp32.
+
+    Returns:
+        The programs; `torch.export.save` writes them.
+
+    Raises:
+        NemoLfrError: for another backend or precision.
+    """
+    backend = fp32_backend(codec, "programs")
+    with building_state(torch.device("cpu")), backend.computing():
+        sides = graphs(backend)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Programs(
+            *(torch.export.export(side.module, side.example, dynamic_shapes=side.dynamic_shapes) for side in sides)
+        )
