@@ -78,7 +78,7 @@ class ServerLostError(ServerError):
 
 
 class Failure(TypedDict):
-    """Record of something that was asked for and not done, in JSON output and in `failures.jsonl`.
+    """Record of something that was requested but not done, in JSON output and in `failures.jsonl`.
 
     Attributes:
         input: path or name of the input; a model or an output if that is what failed.

@@ -39,7 +39,7 @@ embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
 
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """Return the local `.nemo`, or the folder that is a checkpoint, of a path, a Hub id or a known name.
+    """Return the local `.nemo` or checkpoint folder of a path, a Hub id or a known name.
 
     Args:
         source: path (see `locate_checkpoint`), Hub id or name; None for the bundled codec.
@@ -64,14 +64,14 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
             return cached
         first = text.partition("/")[0]
         raise CheckpointError(
-            f"{text}: no such file in the folder {first!r}; if a Hub repository is meant, run from another folder, "
-            f"or download it first: hf download {text}"
+            f"{text}: no such file in the folder {first!r}; if you mean a Hub repository, run from another folder, or "
+            f"download it first: hf download {text}"
         )
     return _download(repository, refresh)
 
 
 def _cached(repository: str) -> Path | None:
-    """Find the repository's only `.nemo`, or its unpacked checkpoint, in the Hub's cache; None if there is not one."""
+    """Find the repository's only `.nemo`, or its unpacked checkpoint, in the Hub's cache; None if not found."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -94,7 +94,7 @@ def _cached(repository: str) -> Path | None:
 
 
 def _in_snapshot(repository: str) -> list[Path]:
-    """List the `.nemo` files of the only snapshot in the Hub's cache, or that snapshot if it is an unpacked one.
+    """List the `.nemo` files of the only snapshot in the Hub's cache, or return the snapshot if it is unpacked.
 
     A snapshot that was downloaded by its commit, or copied without links and references, has no branch name in the
     cache, so the Hub's client does not find it.
@@ -117,7 +117,7 @@ def _usual_name(repository: str) -> str:
 
 
 def _download(repository: str, refresh: bool) -> Path:
-    """Return the repository's `.nemo`, or a folder that is a checkpoint, from the Hub's cache or by download."""
+    """Return the repository's `.nemo` or checkpoint folder, from the Hub's cache or by download."""
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -137,7 +137,7 @@ def _download(repository: str, refresh: bool) -> Path:
                 return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
             if len(found) != 1:
                 raise CheckpointError(
-                    f"{repository}: holds {len(found)} .nemo files, expected one: {found}."
+                    f"{repository}: contains {len(found)} .nemo files, expected one: {found}."
                 ) from None
             return Path(hf_hub_download(repository, found[0], force_download=refresh))
     except CheckpointError:
@@ -146,13 +146,13 @@ def _download(repository: str, refresh: bool) -> Path:
         if len(cached_files := _in_snapshot(repository)) > 1:
             listing = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
-                f"{repository}: its copy in the Hub's cache holds {len(cached_files)} .nemo files ({listing}), and "
-                f"the Hub cannot be asked; give the path of one of them, in {cached_files[0].parent}."
+                f"{repository}: its copy in the Hub's cache contains {len(cached_files)} .nemo files ({listing}), and "
+                f"the Hub cannot be reached; pass the path of one of them, in {cached_files[0].parent}."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{repository}: could not be downloaded from the Hub and is not in the local cache ({reason}); "
-            "check the name and the network, or give the path of a downloaded .nemo."
+            f"{repository}: could not be downloaded from the Hub and is not in the local cache ({reason}); check the "
+            "name and the network, or pass the path of a downloaded .nemo file."
         ) from error
 
 

@@ -310,7 +310,7 @@ def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, ho
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.nemo", "b.nemo"], r"holds 2 \.nemo files \(a\.nemo, b\.nemo\); give one"),
+        (["a.nemo", "b.nemo"], r"contains 2 \.nemo files \(a\.nemo, b\.nemo\); pass one"),
         (["model_config.yaml"], "but not the model_weights.ckpt"),
         (["model_weights.ckpt"], "but not the model_config.yaml"),
         (["model.safetensors"], r"but not the config\.json"),

@@ -79,7 +79,7 @@ def read_members(path: Path) -> Members:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
     except PermissionError:
-        raise CheckpointError(f"{path}: may not be read by this user.") from None
+        raise CheckpointError(f"{path}: permission denied.") from None
     except Exception as error:  # damaged headers make tarfile and the decompressors fail in many ways
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
@@ -91,7 +91,7 @@ def _read_folder(folder: Path) -> Members:
     config, weights = (folder / name for name in names)
     for name in names:
         if not os.path.exists(folder / name):
-            raise CheckpointError(f"{folder}: is a folder without {name}; give a .nemo or .ckpt file.")
+            raise CheckpointError(f"{folder}: the folder has no {name}; pass a .nemo or .ckpt file.")
     with open_regular(config, CheckpointError) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
@@ -134,12 +134,12 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
     with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
         for count, member in enumerate(archive, start=1):
             if count > MAX_MEMBERS:
-                raise CheckpointError(f"{path}: more than {MAX_MEMBERS} members; a .nemo has two.")
+                raise CheckpointError(f"{path}: has more than {MAX_MEMBERS} members; a .nemo archive has two.")
             name = member.name.removeprefix("./")
             if name not in (CONFIG_MEMBER, WEIGHTS_MEMBER):
                 continue
             if name in found:
-                raise CheckpointError(f"{path}: {name} is there twice; which one is meant cannot be known.")
+                raise CheckpointError(f"{path}: {name} occurs twice in the archive; remove one of them.")
             if not member.isreg() or member.issparse():
                 raise CheckpointError(f"{path}: {name} is not a plain file.")
             limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else MAX_WEIGHTS_BYTES
@@ -188,4 +188,4 @@ class _Bounded:
 
     def _check_limit(self, position: int) -> None:
         if self._limit is not None and position > self._limit:
-            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, which no checkpoint does")
+            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, more than any checkpoint")

@@ -84,7 +84,7 @@ def parse_config(text: str) -> DictConfig:
         plain = OmegaConf.to_container(config, resolve=False)
         for value in _strings(plain):
             if "${" in value and ":" in _RESOLVERS.sub("", value):
-                raise ConfigError(f"{shorten(value)!r} asks for an OmegaConf resolver; only NeMo's are allowed.")
+                raise ConfigError(f"{shorten(value)!r} uses an OmegaConf resolver; only NeMo's are allowed.")
         expansion = _Expansion(plain)
         for key in config:
             expansion.check(str(key))
@@ -141,7 +141,7 @@ def _check_yaml(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError("it uses YAML aliases, which NeMo never writes.")
         if count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
-            raise ConfigError("it is larger or deeper than any model config.")
+            raise ConfigError("it is larger or more deeply nested than any model config.")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -186,12 +186,12 @@ class _Expansion:
     def check(self, key: str) -> None:
         """Raise ConfigError if the value of a key would become excessively large or refers to itself."""
         if self._size((key,)) > MAX_RESOLVED:
-            raise ConfigError(f"{key} cannot be resolved: its interpolations multiply beyond any model config.")
+            raise ConfigError(f"{key} cannot be resolved: its interpolations expand to more than any model config.")
 
     def _size(self, path: tuple[str, ...]) -> int:
         if path in self._sizes:
             if (known := self._sizes[path]) is None:
-                raise ConfigError(f"{path[0]} cannot be resolved: an interpolation leads back to itself.")
+                raise ConfigError(f"{path[0]} cannot be resolved: its interpolations form a cycle.")
             return known
         self._sizes[path] = None
         value = self._value(path)
@@ -202,9 +202,7 @@ class _Expansion:
         elif isinstance(value, str):
             size += len(value) + sum(self._size(self._target(path, name)) for name in _REFERENCE.findall(value))
             if _REFERENCE.search(_REFERENCE.sub("", value)):
-                raise ConfigError(
-                    f"{path[0]} cannot be resolved: {shorten(value)!r} names an interpolation by another."
-                )
+                raise ConfigError(f"{path[0]} cannot be resolved: {shorten(value)!r} is a nested interpolation.")
         self._sizes[path] = size
         return size
 
@@ -224,7 +222,9 @@ class _Expansion:
             elif isinstance(value, list) and name.isdigit() and int(name) < len(value):
                 value = value[int(name)]
             elif isinstance(value, str) and "${" in value:
-                raise ConfigError(f"{path[0]} cannot be resolved: {'.'.join(path)} leads through {shorten(value)!r}.")
+                raise ConfigError(
+                    f"{path[0]} cannot be resolved: {'.'.join(path)} refers to a key of the string {shorten(value)!r}."
+                )
             else:
                 return None  # OmegaConf reports the missing key
         return value
@@ -326,7 +326,7 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
         and isinstance(quantizer, FiniteScalarQuantizer | GroupFiniteScalarQuantizer)
         and isinstance(decoder, HiFiGANDecoder)
     ):
-        raise ConfigError(f"the parts {list(PARTS)} are {[type(part).__name__ for part in sections.values()]}.")
+        raise ConfigError(f"the sections {list(PARTS)} build {[type(part).__name__ for part in sections.values()]}.")
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
         raise ConfigError(f"sample_rate {shorten(sample_rate)} is not a rate in Hz between 1000 and 192000.")

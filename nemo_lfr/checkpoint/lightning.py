@@ -1,7 +1,7 @@
 """Read the model config of Lightning's `.ckpt` without creating the pickled objects.
 
-A training checkpoint is a plain PyTorch zip. Its pickle holds the state dict, the config as OmegaConf objects, and the
-state of optimizers and callbacks. All objects of these classes become `Inert`, which only stores its state.
+A training checkpoint is a plain PyTorch zip. Its pickle contains the state dict, the config as OmegaConf objects, and
+the state of optimizers and callbacks. All objects of these classes become `Inert`, which only stores its state.
 """
 
 from typing import Any
@@ -45,10 +45,10 @@ def config_text(checkpoint: Any) -> str:
     """
     parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
     config = _Plain().of(parameters)
-    if isinstance(config, dict) and isinstance(config.get("cfg"), dict):  # as NeMo keeps it
+    if isinstance(config, dict) and isinstance(config.get("cfg"), dict):  # the layout that NeMo saves
         config = config["cfg"]
     if not isinstance(config, dict):
-        raise ConfigError("there are no hyper_parameters; it is not a training checkpoint of NeMo's.")
+        raise ConfigError("it has no hyper_parameters, so it is not a training checkpoint of NeMo.")
     text: str = yaml.safe_dump(config, sort_keys=False)
     return text
 
@@ -60,10 +60,10 @@ class _Plain:
         self.count = 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """Convert a value; raise ConfigError if it is larger or deeper than any model config."""
+        """Convert a value; raise ConfigError if it is larger or more deeply nested than any model config."""
         self.count += 1
         if self.count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
-            raise ConfigError("its hyper_parameters are larger or deeper than any model config.")
+            raise ConfigError("its hyper_parameters are larger or more deeply nested than any model config.")
         if isinstance(value, Inert):  # `_content` of DictConfig and ListConfig, `_val` of their leaves
             state = value.state if isinstance(value.state, dict) else {}
             value = dict.get(state, "_content", dict.get(state, "_val"))

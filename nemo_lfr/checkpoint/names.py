@@ -39,7 +39,9 @@ def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value
     for key, value in items:
         name = plain_key(key)
         if name in plain:
-            raise CheckpointError(f"{what}: {shorten(name)} exists with and without _orig_mod or module; keep one.")
+            raise CheckpointError(
+                f"{what}: {shorten(name)} exists both with and without the prefix _orig_mod or module; keep one."
+            )
         plain[name] = value
     return plain
 

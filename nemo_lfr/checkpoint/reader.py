@@ -100,7 +100,7 @@ class Checkpoint:
             yield key, _read(self._tensors, name, key, names, expected[key], order=order)[key]
 
     def iter_stored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors of all modules as they are stored, by their whole names.
+        """Yield the tensors of all modules as they are stored, by their full names.
 
         Raises:
             CheckpointError: if a tensor is damaged, or the file has changed since it was opened.
@@ -157,7 +157,7 @@ def load_parts(
     """
     path = Path(path)
     members = read_members(path)
-    name = members.config_name if config is None else "the config given"
+    name = members.config_name if config is None else "the config argument"
     config = _parse_config(path, members) if config is None else config
     parts = _empty_parts(path, name, config, weight_norm=True, meta=strict)
     tensors = _tensors(path, members)
@@ -219,18 +219,18 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     sources: dict[str, tuple[str, ...]] = {}
     for key, names in _sources(tensors, prefix):
         if key in sources:
-            raise CheckpointError(f"{path}: {shorten(prefix + '.' + key)} is there in two spellings; keep one.")
+            raise CheckpointError(f"{path}: {shorten(prefix + '.' + key)} occurs under two names; keep one.")
         sources[key] = names
     missing = sorted(expected.keys() - sources.keys())
     unexpected = sorted(sources.keys() - expected.keys())
     if missing and strict:
         raise CheckpointError(
-            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; "
-            "the config and the weights do not belong together, or the file is incomplete."
+            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; the weights are "
+            "not those of this config, or the file is incomplete."
         )
     if unexpected and strict:
         raise CheckpointError(
-            f"{path}: {prefix} has {len(unexpected)} weights that its config does not know, first "
+            f"{path}: {prefix} has {len(unexpected)} weights that are not in its config, first "
             f"{[shorten(key) for key in unexpected[:5]]}."
         )
     matched = {key: sources[key] for key in expected if key in sources}
@@ -270,7 +270,8 @@ def _read(
     # FSQ's buffers follow from the config; other values would produce other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
-            f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, the config says otherwise."
+            f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, which differs from the "
+            "config."
         )
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
@@ -296,7 +297,7 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
     entry = tensors.entries[name]
     if entry.shape != shape:
         raise CheckpointError(
-            f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, the config asks for {list(shape)}."
+            f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, but the config requires {list(shape)}."
         )
     if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
         raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
@@ -306,7 +307,7 @@ def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torc
     """Read a tensor, convert it to the module's dtype (from fp16, for instance), and check that it is finite."""
     value = (tensors[name] if kept else tensors.temporary(name)).to(want.dtype)
     if not _is_finite(value):
-        raise CheckpointError(f"{tensors.path}: {name} holds NaN or infinite numbers.")
+        raise CheckpointError(f"{tensors.path}: {name} contains NaN or infinite values.")
     return value
 
 

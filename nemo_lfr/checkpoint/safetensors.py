@@ -42,7 +42,7 @@ class SafeTensors(Tensors):
         source: bytes of the file.
 
     Raises:
-        CheckpointError: if `source` is damaged or not a safetensors file.
+        CheckpointError: if `source` is damaged, or is not a safetensors file.
     """
 
     def __init__(self, path: Path, source: ByteSource) -> None:
@@ -56,10 +56,10 @@ class SafeTensors(Tensors):
             raise
         except Exception as error:  # wrong types and values of the header raise various exceptions
             reason = shorten(str(error) or type(error).__name__, 200)
-            raise CheckpointError(f"{path}: is damaged or not a safetensors file ({reason}).") from error
+            raise CheckpointError(f"{path}: damaged, or not a safetensors file ({reason}).") from error
         self._check_unchanged()
         if not entries:
-            raise CheckpointError(f"{path}: holds no tensors.")
+            raise CheckpointError(f"{path}: contains no tensors.")
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path))
 
     def _header(self) -> dict[str, Any]:

@@ -78,10 +78,10 @@ class FileSource:
             while done < len(buffer):
                 count = self._read_some(self._offset + offset + done, buffer[done:])
                 if not count:
-                    raise CheckpointError(f"{self._path}: was cut short while it was open; load it again.")
+                    raise CheckpointError(f"{self._path}: was truncated while it was open; load it again.")
                 done += count
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror}).") from error
+            raise CheckpointError(f"{self._path}: can no longer be read ({error.strerror}).") from error
 
     def changed(self) -> bool:
         """Return whether the file's size or modification time has changed since it was opened."""

@@ -119,7 +119,9 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _NAMES:
             if self._training:
                 return Inert
-            raise pickle.UnpicklingError(f"it names {shorten(module)}.{shorten(name)}, which no state dict needs")
+            raise pickle.UnpicklingError(
+                f"it names {shorten(module)}.{shorten(name)}, which is not allowed in a state dict"
+            )
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -134,10 +136,10 @@ def _unpickle(raw: bytes, training: bool) -> Any:
     allowed = _TRAINING_OPCODES if training else _OPCODES
     for count, (opcode, argument, _) in enumerate(pickletools.genops(raw), start=1):
         if opcode.name not in allowed:
-            raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which no state dict needs")
+            raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which is not allowed in a state dict")
         # The unpickler allocates memory for all memo indexes below the one in use.
         if count > MAX_PICKLE_OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
-            raise pickle.UnpicklingError("its pickle is larger than any state dict's")
+            raise pickle.UnpicklingError("its pickle is larger than that of any state dict")
     return _Unpickler(raw, training).load()
 
 
@@ -148,7 +150,7 @@ class Tensors:
         path: path for messages.
         source: bytes of the weights member, or of a whole training checkpoint.
         training: whether `source` is a training checkpoint.
-        single: whether the file holds one tensor instead of a state dict; its name is then `SINGLE`.
+        single: whether the file contains one tensor instead of a state dict; its name is then `SINGLE`.
 
     Attributes:
         entries: position, dtype and shape of each tensor by name.
@@ -175,7 +177,7 @@ class Tensors:
             self._records = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in self._records if name.endswith("/data.pkl")]
             if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
-                raise zipfile.BadZipFile("it is not one PyTorch archive")
+                raise zipfile.BadZipFile("it is not a single PyTorch archive")
             self._root = pickles[0].removesuffix("data.pkl")
             if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
@@ -187,17 +189,17 @@ class Tensors:
         except Exception as error:  # a malicious pickle can make the unpickler raise any exception
             self._check_unchanged(error)
             reason = shorten(str(error) or type(error).__name__, 200)
-            raise CheckpointError(f"{what} is damaged or refused ({reason}); download it again.") from error
+            raise CheckpointError(f"{what} is damaged or unsafe ({reason}); download it again.") from error
         self._check_unchanged()
         if single and not isinstance(state, Entry):
-            raise CheckpointError(f"{what} holds no tensor.")
+            raise CheckpointError(f"{what} contains no tensor.")
         if single:
             state = {SINGLE: state}
         # Call the methods of `dict` itself: a pickle may have replaced those of the instance.
         if isinstance(state, dict) and isinstance(dict.get(state, "state_dict"), dict):
             state = dict.get(state, "state_dict")
         if not isinstance(state, dict) or not state:
-            raise CheckpointError(f"{what} holds no state dict.")
+            raise CheckpointError(f"{what} contains no state dict.")
         items = dict.items(state)
         entries = [(key, value) for key, value in items if isinstance(key, str) and isinstance(value, Entry)]
         self.entries: Mapping[str, Entry] = plain_keys(entries, what)
@@ -225,7 +227,8 @@ class Tensors:
         last = entry.offset + sum((size - 1) * step for size, step in zip(entry.shape, entry.stride, strict=True))
         if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
-                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record holds {available} values."
+                f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record contains {available} "
+                "values."
             )
         # Read from the first to the last value of the tensor only: other tensors may share its record.
         count = last + 1 - entry.offset
@@ -255,7 +258,7 @@ class Tensors:
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum."""
         if name not in self._records:
-            raise zipfile.BadZipFile(f"there is no record {name}")
+            raise zipfile.BadZipFile(f"record {name} is missing")
         info = self._records[name]
         place = info.header_offset
         header = self._read(place, _LOCAL_HEADER.size + len(info.orig_filename.encode()))
@@ -267,7 +270,7 @@ class Tensors:
             raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch never does")
         place += _LOCAL_HEADER.size + name_length + extra_length
         if place + info.file_size > self._source.size:
-            raise zipfile.BadZipFile(f"record {name} goes beyond the end")
+            raise zipfile.BadZipFile(f"record {name} extends beyond the end of the file")
         checksum = self._checksum(place, begin)
         for offset in range(0, len(buffer), _PIECE):
             piece = buffer[offset : offset + _PIECE]
@@ -279,7 +282,7 @@ class Tensors:
 
     def _read(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:
-            raise zipfile.BadZipFile("a record begins beyond the end")
+            raise zipfile.BadZipFile("a record begins beyond the end of the file")
         raw = bytearray(size)
         self._source.read_into(offset, memoryview(raw))
         return bytes(raw)
@@ -305,7 +308,7 @@ class _SourceFile(SeekableBytes):
         remaining = max(0, self._length - self._position)
         size = remaining if size < 0 else min(size, remaining)
         if size > MAX_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile("its directory is larger than any state dict's")
+            raise zipfile.BadZipFile("its directory is larger than that of any state dict")
         raw = bytearray(size)
         self._source.read_into(self._position, memoryview(raw))
         self._position += size

@@ -19,7 +19,7 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
             assert session is not None
             setattr(session, name, True)
             if session.quiet and session.verbose:
-                raise click.UsageError("--quiet and --verbose exclude each other; give one of them.", context)
+                raise click.UsageError("--quiet and --verbose are mutually exclusive; pass one of them.", context)
 
     return store
 
@@ -40,9 +40,9 @@ def common_options() -> list[click.Parameter]:
 class Command(click.Command):
     """Command whose callback returns its result.
 
-    The callback prints lines for people with `print_line`, and returns the keys of `result` except `failures`, or None
-    if stdout received binary data. With --json, the result is printed instead of these lines. The exit code is 1 if
-    the callback recorded failures.
+    The callback prints human-readable lines with `print_line`, and returns the keys of `result` except `failures`, or
+    None if stdout received binary data. With --json, the result is printed instead of these lines. The exit code is 1
+    if the callback recorded failures.
 
     Args:
         result: TypedDict of the JSON output, from `nemo_lfr.cli.results`.

@@ -118,7 +118,7 @@ def output_format(kind: str | None, out: Path | None) -> str:
     if suffix not in AUDIO_FORMATS:
         return kind or AUDIO_FORMATS[0]
     if kind not in (None, suffix):
-        raise NemoLfrError(f"--out {out} does not agree with --format {kind}; leave one of them out.")
+        raise NemoLfrError(f"--out {out} contradicts --format {kind}; remove one of them.")
     return suffix
 
 

@@ -143,7 +143,7 @@ def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        note(f"nemo-lfr: no picture is drawn without matplotlib: {install_command('matplotlib')}")
+        note(f"nemo-lfr: the picture needs matplotlib: {install_command('matplotlib')}")
         return False
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)

@@ -42,7 +42,7 @@ def fit(
     """Fit an entropy model to tokens of one codec: .lfr files, folders of them, or folders that `tokenize` wrote.
 
     About an hour of speech suffices. The fit takes some minutes on a CPU. 4 percent of the utterances are held out to
-    measure the model. Tokens that cannot be read are left out; the exit code is then 1.
+    measure the model. Tokens that cannot be read are skipped; the exit code is then 1.
     """
     from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings
@@ -50,7 +50,7 @@ def fit(
     from nemo_lfr.io.entropy.model import SUFFIX, write_model
 
     if out.suffix != SUFFIX:
-        raise EntropyModelError(f"--out {out}: an entropy model's name ends in {SUFFIX}.")
+        raise EntropyModelError(f"--out {out}: the name of an entropy model must end in {SUFFIX}.")
     check_overwrite(out, overwrite)
     utterances: list[Any] = []
     first: Any = None
@@ -60,8 +60,8 @@ def fit(
             stored, expected = getattr(metadata, key), getattr(first[1], key)
             if stored != expected and not (key == "fingerprint" and same_fingerprint(stored, expected)):
                 raise TokenFileError(
-                    f"{path}: made by a codec with {key} {stored}, but {first[0]} by one with "
-                    f"{expected}; fit a model to the tokens of one codec."
+                    f"{path}: made by a codec with {key} {stored}, but {first[0]} was made by one with {expected}; "
+                    "fit a model to the tokens of one codec."
                 )
         utterances.append(values)
     if not utterances:

@@ -66,7 +66,7 @@ def plan_tasks(
             raise NemoLfrError(_not_found(text, inputs, new_suffix))
         if single and (len(inputs) > 1 or len(matches) > 1 or matches[0].is_dir()):
             raise NemoLfrError(
-                f"--out {out} names one {new_suffix} file, but the input is not one file; give a folder as --out."
+                f"--out {out} names one {new_suffix} file, but the input is not a single file; pass a folder as --out."
             )
         for path in sorted(matches):
             if path.is_dir():
@@ -88,7 +88,7 @@ def plan_tasks(
         if task.target in targets:
             raise NemoLfrError(f"{targets[task.target]} and {task.source} would both be written to {task.target}.")
         if task.target == task.source:
-            raise NemoLfrError(f"{task.source} would be replaced by its own result; give --out.")
+            raise NemoLfrError(f"{task.source} would be replaced by its own result; pass --out.")
         targets[task.target] = task.source
     for line in passed_over:
         report(f"nemo-lfr: {line}")
@@ -102,7 +102,7 @@ def _not_found(text: str, inputs: Sequence[str], new_suffix: str) -> str:
     missing = f"{text or repr(text)}: no such file or folder"
     if len(inputs) > 1 and text == inputs[-1] and text:
         is_output = Path(text).suffix.lower() in {new_suffix, ""}
-        return f"{missing}; if it is the output, give it as --out {text}." if is_output else f"{missing}."
+        return f"{missing}; if it is the output, pass it as --out {text}." if is_output else f"{missing}."
     return f"{missing}."
 
 
@@ -121,9 +121,11 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
     if out.suffix.lower() == suffix:
         return True
     if out.suffix.lower() in AUDIO_SUFFIXES | {TOKEN_SUFFIX}:
-        raise NemoLfrError(f"--out {out}: the result is a {suffix} file; give a folder, or a name that ends so.")
+        raise NemoLfrError(
+            f"--out {out}: the result is a {suffix} file; pass a folder, or a name that ends in {suffix}."
+        )
     if out.exists():
-        raise NemoLfrError(f"--out {out} is a file; give a folder, or a name that ends in {suffix} for one input.")
+        raise NemoLfrError(f"--out {out} is a file; pass a folder, or a name that ends in {suffix} for one input.")
     return False
 
 
@@ -169,10 +171,10 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
     from nemo_lfr.io.atomic import check_overwrite
 
     if overwrite and skip_existing:
-        raise NemoLfrError("--overwrite and --skip-existing exclude each other; give one of them.")
+        raise NemoLfrError("--overwrite and --skip-existing are mutually exclusive; pass one of them.")
     kept = {task for task in tasks if skip_existing and os.path.isfile(task.target)}
     if kept:
-        note(f"nemo-lfr: {len(kept)} of {len(tasks)} results exist and are kept.")
+        note(f"nemo-lfr: {len(kept)} of {len(tasks)} results already exist and are kept.")
     left = [task for task in tasks if task not in kept]
     names: dict[Path, list[str]] = {}
     for task in left:
@@ -287,7 +289,7 @@ def task_result(
         seconds: wall-clock time that the task took.
     """
     if not num_samples:
-        note(f"{task.source}: holds no samples")
+        note(f"{task.source}: contains no samples")
     duration = num_samples / codec.sample_rate
     size = token_file.stat().st_size
     return {

@@ -26,10 +26,10 @@ class Identity(NamedTuple):
     advice: str
 
 
-AUDIO = Identity("audio", "an audio file", "nemo-lfr encode takes it")
-TOKENS = Identity("tokens", "a token file", "nemo-lfr decode takes it")
-CHECKPOINT = Identity("checkpoint", "a checkpoint", "give it as --model")
-ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "give it as --entropy-model")
+AUDIO = Identity("audio", "an audio file", "nemo-lfr encode reads it")
+TOKENS = Identity("tokens", "a token file", "nemo-lfr decode reads it")
+CHECKPOINT = Identity("checkpoint", "a checkpoint", "pass it as --model")
+ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "pass it as --entropy-model")
 # Offset, magic bytes, identity.
 MAGIC = (
     (0, b"LFRT", TOKENS),
@@ -48,18 +48,18 @@ MAGIC = (
     (0, b"riff.\x91\xcf\x11", AUDIO),
     (4, b"ftyp", AUDIO),
     (0, b"\x1aE\xdf\xa3", AUDIO),
-    (0, b"PAR1", Identity("corpus", "a Parquet table", "nemo-lfr tokenize takes it")),
+    (0, b"PAR1", Identity("corpus", "a Parquet table", "nemo-lfr tokenize reads it")),
     (257, b"ustar", CHECKPOINT),
     (0, b"PK\x03\x04", CHECKPOINT),
 )
 # Members that identify a folder; the first match decides.
 MEMBERS = (
-    ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "give it as --model")),
-    ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "give it as --model")),
-    ("tokens.json", Identity("corpus_tokens", "a tokenized corpus", "nemo-lfr detokenize takes it")),
+    ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "pass it as --model")),
+    ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "pass it as --model")),
+    ("tokens.json", Identity("corpus_tokens", "a tokenized corpus", "nemo-lfr detokenize reads it")),
     ("recordings.json", Identity("evaluation", "the folder of an evaluation", "open its report.html")),
-    ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),
-    ("dataset_dict.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize takes it")),
+    ("state.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize reads it")),
+    ("dataset_dict.json", Identity("corpus", "a saved Hugging Face dataset", "nemo-lfr tokenize reads it")),
 )
 
 
@@ -88,8 +88,8 @@ def identify(path: Path) -> Identity:
     if suffix in AUDIO_SUFFIXES:
         return AUDIO
     if suffix in (".json", ".jsonl", ".gz") or head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b'{"'):
-        return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize takes manifests and cuts")
-    return Identity("unknown", "no token file, checkpoint, audio or manifest", "nemo-lfr does not read it")
+        return Identity("corpus", "a manifest or other JSON", "nemo-lfr tokenize reads manifests and cuts")
+    return Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
 
 
 def _folder(path: Path) -> Identity:
@@ -98,12 +98,14 @@ def _folder(path: Path) -> Identity:
         if member in names:
             return identity
     if any(name.startswith("cuts.") for name in names):
-        return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize takes it")
+        return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize reads it")
     if any(name.endswith(".nemo") for name in names):
-        return Identity("checkpoint", "a folder with a checkpoint", "give it as --model")
+        return Identity("checkpoint", "a folder with a checkpoint", "pass it as --model")
     count, tokens = (len(find_files(path, kinds, report=lambda _: None)) for kinds in (AUDIO_SUFFIXES, {TOKEN_SUFFIX}))
     if count or tokens:
-        takers = ["nemo-lfr encode, tokenize and prepare take the audio"] if count else []
-        takers += ["nemo-lfr decode takes the token files"] if tokens else []
-        return Identity("files", f"a folder of {count} audio files and {tokens} token files", "; ".join(takers))
-    return Identity("unknown", "a folder without audio, token files, checkpoint or ONNX files", "nothing takes it")
+        readers = ["nemo-lfr encode, tokenize and prepare read the audio files"] if count else []
+        readers += ["nemo-lfr decode reads the token files"] if tokens else []
+        return Identity("files", f"a folder of {count} audio files and {tokens} token files", "; ".join(readers))
+    return Identity(
+        "unknown", "a folder without audio, token files, checkpoint or ONNX files", "nemo-lfr does not read it"
+    )

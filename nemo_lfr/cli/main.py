@@ -43,7 +43,7 @@ DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 EXIT_CODES = {
     DONE: "Everything was done.",
     FAILED: "Something that was asked for was not done; stderr says what.",
-    USAGE: "Nothing was done: the command line or what it names is not valid.",
+    USAGE: "Nothing was done: the command line or a file that it names is invalid.",
 }
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {text}" for code, text in EXIT_CODES.items())
 
@@ -80,7 +80,7 @@ def _stopped_by_signals() -> Iterator[None]:
         yield
     except SystemExit:
         if received:
-            echo_stderr(f"nemo-lfr: ended by {signal.Signals(received[0]).name}.")
+            echo_stderr(f"nemo-lfr: stopped by {signal.Signals(received[0]).name}.")
         raise
     finally:
         for number in taken:
@@ -133,7 +133,7 @@ def _check_current_folder(session: Session) -> None:
     try:
         os.getcwd()
     except OSError as error:
-        text = f"the current folder cannot be used ({error.strerror}); go to another one."
+        text = f"the current folder cannot be used ({error.strerror}); change to another folder."
         _exit_with_error(NemoLfrError(text), session, USAGE)
 
 
@@ -162,7 +162,7 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
-    """Print a usage error with the command that helps; the help of a group that was called without a command."""
+    """Print a usage error with a hint to --help; print the full help of a group without a command."""
     no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
     if isinstance(error, no_arguments):
         click.echo(error.format_message(), err=True)
@@ -176,7 +176,7 @@ def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
 def _exit_for(error: Exception, session: Session) -> NoReturn:
     """Print an error of a command, and exit with the code for it.
 
-    An error of the arguments, which is raised before the work begins, is one of usage.
+    An error that is raised before the work begins counts as a usage error.
     """
     code = FAILED if session.started else USAGE
     if isinstance(error, NemoLfrError):

@@ -117,7 +117,7 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
 
     Args:
         name: the option, such as "--workers".
-        text: help text; it says the default unless `default` is set.
+        text: help text; it must state the default unless `default` is set.
         default: default value.
         low: smallest value; None for any.
         options: more arguments of `click.option`.
@@ -134,7 +134,7 @@ def seconds_option(name: str, text: str, default: float | None = None, low: floa
 
     Args:
         name: the option, such as "--duration".
-        text: help text; it says the default unless `default` is set.
+        text: help text; it must state the default unless `default` is set.
         default: default value.
         low: smallest value.
     """
@@ -153,5 +153,5 @@ skip_existing_option = click.option(
     "--skip-existing", is_flag=True, help="Keep existing outputs and process the other inputs."
 )
 lookahead_option = count_option(
-    "--lookahead", "Frames of right context for pipes (default: all that a result depends on).", low=0
+    "--lookahead", "Frames of lookahead for pipes (default: all frames that a result depends on).", low=0
 )

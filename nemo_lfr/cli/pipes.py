@@ -140,7 +140,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
         return
     head += source.read(SNIFFED_BYTES)
     if not _may_be_audio(head):
-        raise AudioError("stdin: not an audio file: it begins like no known format; pipe in WAV, FLAC, Ogg or MP3.")
+        raise AudioError("stdin: not an audio file of a known format; pipe in WAV, FLAC, Ogg or MP3.")
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(folder, "stdin")
         with open(path, "wb") as file:

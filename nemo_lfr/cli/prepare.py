@@ -23,7 +23,7 @@ from nemo_lfr.io.layouts import LAYOUTS
     metavar="SHARE",
     default=0.02,
     show_default=True,
-    help="Share of the speakers that is held out for validation if the corpus has no validation set.",
+    help="Fraction of the speakers to hold out for validation if the corpus has no validation set.",
 )
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
@@ -47,7 +47,7 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
     if done.failures_file is not None:
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     for path in done.kept:
-        print_line(f"not of this run  {path}")
+        print_line(f"from another run  {path}")
     print_line(f"audio_dir  {done.audio_dir}")
     session = current()
     session.failures += done.failures

@@ -1,4 +1,4 @@
-"""Progress of a command: a bar on a terminal, a line now and then elsewhere, nothing with --quiet."""
+"""Progress of a command: a bar on a terminal, occasional lines elsewhere, nothing with --quiet."""
 
 import sys
 from collections.abc import Callable, Iterator

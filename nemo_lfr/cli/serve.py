@@ -22,7 +22,7 @@ from nemo_lfr.io.shortage import missing_extra
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command(cls=Command, result=ServeResult, short_help="Serve encoding and decoding on the network.")
+@click.command(cls=Command, result=ServeResult, short_help="Run a server that encodes and decodes.")
 @click.option("--host", default=LOCAL[0], show_default=True, help="Address to bind; 0.0.0.0 for all.")
 @click.option(
     "--port",
@@ -32,11 +32,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     show_default=True,
     help="TCP port; 0 for a free one.",
 )
-@count_option("--max-streams", "Limit of open streams.", 64)
-@count_option("--chunk", "Frames of one stream that a step computes.", 4)
-@seconds_option("--idle", "Time that a client may be silent, in seconds.", 60.0, low=1)
-@seconds_option("--drain", "Time that open streams have at shutdown, in seconds.", 30.0)
-@click.option("--allow-origin", multiple=True, metavar="URL", help="Origin of web pages that may connect; repeatable.")
+@count_option("--max-streams", "Maximum number of open streams.", 64)
+@count_option("--chunk", "Number of frames per stream and step.", 4)
+@seconds_option("--idle", "Timeout for idle clients, in seconds.", 60.0, low=1)
+@seconds_option("--drain", "Timeout for open streams at shutdown, in seconds.", 30.0)
+@click.option("--allow-origin", multiple=True, metavar="URL", help="Allowed origin of web pages; repeatable.")
 @model_option("checkpoint (.nemo or .ckpt), or Hub id")
 @device_option()
 @precision_option

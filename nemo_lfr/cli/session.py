@@ -1,4 +1,4 @@
-"""Output rules of one run of the command line: --json, --quiet, --verbose, and what failed so far."""
+"""Output rules of one run of the command line: --json, --quiet, --verbose, and the failures so far."""
 
 import json
 import logging
@@ -32,8 +32,8 @@ class Session:
         quiet: print only errors on stderr.
         verbose: print the log of the package, and tracebacks, on stderr.
         started: whether the arguments were accepted and the work has begun; decides the exit code of an error.
-        failures: what was asked for and not done.
-        reported: number of failures that `report_failures` has dealt with.
+        failures: records of what was requested but not done.
+        reported: number of failures that `report_failures` has already printed.
     """
 
     as_json: bool = False
@@ -127,9 +127,9 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def output_rules(session: Session) -> Iterator[None]:
-    """Print the package's log on stderr by the session's rules, and keep stdout for its JSON.
+    """Send the package's log to stderr as the session requires, and reserve stdout for JSON.
 
-    Other packages print to stdout, such as NeMo; with --json this goes to stderr.
+    With --json, what other packages (such as NeMo) print to stdout goes to stderr.
     """
     handler = _StderrHandler(session.verbose)
     if session.quiet:

@@ -25,13 +25,13 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
             are open and not a terminal.
     """
     if current().as_json:
-        raise NemoLfrError("-: stdout receives the result, so --json cannot be used with pipes; leave it out.")
+        raise NemoLfrError("-: stdout receives the result, so --json cannot be used with pipes; remove it.")
     if "" in inputs:
         raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
-        raise NemoLfrError(f"{' '.join(inputs)}: with pipes give `-`, `- -` or `FILE -`, and no --out.")
+        raise NemoLfrError(f"{' '.join(inputs)}: with pipes, pass `-`, `- -` or `FILE -`, and no --out.")
     if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
-        raise NemoLfrError("-: stdin or stdout is closed; give it a pipe or a file.")
+        raise NemoLfrError("-: stdin or stdout is closed; connect it to a pipe or a file.")
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
         raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
 

@@ -47,7 +47,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--compress",
     is_flag=True,
-    help="Compress the files of --format lfr without loss, to about two thirds of their size.",
+    help="Compress the files of --format lfr losslessly, to about two thirds of their size.",
 )
 @entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
 @click.option(
@@ -55,7 +55,8 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     type=click.Choice(["encode", "magpie"]),
     default="encode",
     show_default=True,
-    help="Padding. magpie adds a frame of silence to clips that are whole frames long, as NeMo's Magpie datasets do.",
+    help="Padding. magpie adds a frame of silence if the length is a multiple of a frame, as NeMo's Magpie datasets "
+    "do.",
 )
 @click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus names.")
 @click.option(
@@ -163,9 +164,9 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
     if missing:
         text += f" in part {done['part']}; {out} is complete when the other parts have added {missing} shards"
     if failures and missing:
-        echo_stderr(f"{text}; {len(failures)} clips failed, which failures.jsonl will list")
+        echo_stderr(f"{text}; {len(failures)} clips failed; failures.jsonl will list them")
     elif failures:
-        echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; fix them and run again with --retry-failed")
+        echo_stderr(f"{text}; {len(failures)} failed, see {failures_file}; fix them and rerun with --retry-failed")
     else:
         note(text)
     session = current()
@@ -191,7 +192,7 @@ def _failure(record: dict[str, str]) -> Failure:
 
 @contextmanager
 def watching() -> Iterator[Callable[[Any], None]]:
-    """Show a progress bar on a terminal, and elsewhere a line now and then.
+    """Show a progress bar on a terminal, and occasional lines elsewhere.
 
     Yields:
         A function to call with the totals of the run so far.

@@ -76,7 +76,7 @@ class ProcessSetting:
 def _get_cudnn_tf32() -> Any:
     try:
         return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the caller has used the interface of torch 2.9, with which the older one refuses to mix
+    except RuntimeError:  # the caller has used torch 2.9's interface, which cannot be mixed with the older one
         return _CUDNN.conv.fp32_precision
 
 
@@ -122,7 +122,7 @@ def reference_state(device: torch.device) -> Iterator[None]:
     """Compute in full fp32 and without gradients, independent of the caller's settings.
 
     Args:
-        device: of the codec; autocast is turned off there and on the CPU.
+        device: device of the codec; autocast is turned off there and on the CPU.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # tensors that are cached here are used outside of it too
@@ -174,10 +174,10 @@ def convolutions(tf32: bool) -> Iterator[None]:
 
 
 def check_weights(module: nn.Module, name: str) -> None:
-    """Raise an error unless all weights of a network are fp32, which defines the tokens.
+    """Raise an error unless all weights of a network are fp32, the dtype that defines the tokens.
 
     Raises:
-        NemoLfrError: naming the dtype and what to do.
+        NemoLfrError: if a weight has another dtype; the message names it and a remedy.
     """
     # `Module.parameters` takes three times as long.
     for parameter in (value for child in module.modules() for value in child._parameters.values()):
@@ -188,8 +188,9 @@ def check_weights(module: nn.Module, name: str) -> None:
             advice = "call .float() on it, which restores the fp32 weights exactly"
         else:
             advice = (
-                "its rounded weights give other tokens and .float() does not restore them; load the checkpoint again, "
-                "keep the codec out of .half(), .bfloat16() and .to(dtype) of the model around it, and for speed pass "
+                "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "
+                "again, keep the codec out of .half(), .bfloat16() and .to(dtype) of the model around it, and for "
+                "speed pass "
                 'precision="bf16" or "fp16" to nemo_lfr.load'
             )
         raise NemoLfrError(f"{name}: the weights were converted to {dtype}; {advice}.")

@@ -44,7 +44,7 @@ def check_audio(
         Audio [B, T_audio] and the length of each clip.
 
     Raises:
-        AudioError: for another shape, type or length, or a NaN.
+        AudioError: for an unsupported shape, type or length, or NaN values.
     """
     clips = float_audio(arrays, audio, name)
     if clips.ndim == 1:
@@ -55,8 +55,8 @@ def check_audio(
         raise AudioError(f"{name} has shape {list(clips.shape)}; expected [T_audio] or [B, T_audio], mono.")
     if clips.shape[0] > 1000 and clips.shape[1] <= 8:
         raise AudioError(
-            f"{name} has shape {list(clips.shape)}, as of {clips.shape[1]} channels side by side; pass one, "
-            "[T_audio], or several clips, [B, T_audio]."
+            f"{name} has shape {list(clips.shape)}, which looks like {clips.shape[1]} channels; pass one channel "
+            "[T_audio], or several clips [B, T_audio]."
         )
     lengths = check_lengths(arrays, audio_len, clips.shape[0], clips.shape[1], "audio_len", AudioError, first)
     for row, peak in enumerate(arrays.peaks(clips, lengths), first):
@@ -73,14 +73,14 @@ def resample_clips(
         arrays: library to convert with.
         audio: float32 [B, T_audio].
         lengths: samples of each clip.
-        source_rate: of `audio`, Hz; None for the target rate.
-        target_rate: of the result, Hz.
+        source_rate: sample rate of `audio`, Hz; None for the target rate.
+        target_rate: sample rate of the result, Hz.
 
     Returns:
         Audio [B, T_audio] as float32, and the samples of each clip.
 
     Raises:
-        AudioError: for a rate that no audio has.
+        AudioError: for an invalid sample rate.
     """
     if source_rate is None:
         return audio, lengths
@@ -100,7 +100,7 @@ def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
     """Return a number of codebooks to use; all if None.
 
     Raises:
-        TokensError: if the codec does not have as many.
+        TokensError: if the codec has fewer codebooks.
     """
     if num_codebooks is None:
         return spec.num_codebooks
@@ -119,7 +119,7 @@ def check_tokens(
 
     Args:
         arrays: library to convert with.
-        spec: of the codec.
+        spec: description of the codec.
         tokens: integers, [C, T] or [B, C, T].
         tokens_len: frames of each utterance, [B]; default: the full length.
         num_codebooks: use the first codebooks only. `tokens` may have as many, and the others get the token of zero.
@@ -128,7 +128,7 @@ def check_tokens(
         Tokens [B, C, T] and the frames of each utterance.
 
     Raises:
-        TokensError: for another shape or type, or a token outside the codebook.
+        TokensError: for an unsupported shape or type, or a token outside the codebook.
     """
     ids = arrays.convert(tokens, "tokens", TokensError)
     if not arrays.kind(ids).is_integer:
@@ -194,7 +194,7 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
     for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
         if num_frames(count, samples_per_frame) != total:
             whole = total * samples_per_frame
-            raise TokensError(f"audio_len[{row}] is {count} samples, but its {total} frames hold {whole}.")
+            raise TokensError(f"audio_len[{row}] is {count} samples, but its {total} frames contain {whole}.")
 
 
 def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:

@@ -66,7 +66,7 @@ class Backend(Protocol[Array]):
 
     @property
     def name(self) -> str:
-        """Where the weights came from, for messages."""
+        """Source of the weights, for messages."""
 
     @property
     def spec(self) -> CodecSpec:

@@ -35,8 +35,8 @@ class OpenOptions:
     """Arguments of `nemo_lfr.load` that are passed to a backend.
 
     Attributes:
-        name: of the model, for messages.
-        device: None for the backend's default.
+        name: name of the model, for messages.
+        device: device of the network; None for the backend's default.
         precision: "fp32", or another that the backend supports.
     """
 
@@ -57,7 +57,7 @@ class Opener:
         accepts: whether a local path is a model of the backend's own kind; None if it opens checkpoints.
         check: raises an error for unsupported options; called before a checkpoint is downloaded.
         model: kind of model that `accepts` recognizes, for messages.
-        advice: how to make such a model, for messages.
+        advice: how to create such a model, for messages.
     """
 
     open: Open
@@ -71,14 +71,14 @@ def register(name: str, opener: Opener | Open) -> None:
     """Let `nemo_lfr.load` open a backend, by `backend=name` or by the kind of model that it accepts.
 
     Args:
-        name: of the backend.
+        name: name of the backend.
         opener: how to open it; a function opens checkpoints.
 
     Raises:
         NemoLfrError: if another backend has this name.
     """
     if name in _OPENERS:
-        raise NemoLfrError(f"backend {name!r} is registered already; choose another name.")
+        raise NemoLfrError(f"backend {name!r} is already registered; choose another name.")
     _OPENERS[name] = opener if isinstance(opener, Opener) else Opener(opener)
 
 
@@ -128,8 +128,8 @@ def _check_torch(options: OpenOptions) -> None:
             raise missing_extra(
                 error,
                 "PyTorch",
-                "checkpoints run in PyTorch, which is not installed: pip install torch. Without it only folders of "
-                "`nemo-lfr export onnx` can be used.",
+                "checkpoints run in PyTorch, which is not installed: pip install torch. Without PyTorch, only folders "
+                "written by `nemo-lfr export onnx` can be used.",
             ) from error
         from nemo_lfr.codec.torch_backend import PRECISIONS
 

@@ -69,8 +69,9 @@ class Codec(HubMethods, Generic[Array]):
                 clip's length are ignored. Or the path of a file, an item of an audio column of `datasets`, or a list
                 of clips of any lengths and of any of these forms.
             audio_len: samples of each clip, [B]; default: the full length.
-            sample_rate: Hz of `audio`; other rates than the codec's are resampled. Not needed for files and items of
-                `datasets`, which declare their rate; several channels of these are mixed to mono.
+            sample_rate: sample rate of `audio`, Hz; audio at another rate than the codec's is resampled. Not needed
+                for files and items of `datasets`, which declare their rate; several channels of these are mixed to
+                mono.
             num_codebooks: return only the first codebooks; useful if the codec was trained with codebook dropout.
 
         Returns:
@@ -79,7 +80,7 @@ class Codec(HubMethods, Generic[Array]):
             zero-padded.
 
         Raises:
-            AudioError: for another shape, type or length, a NaN, or a file that cannot be read.
+            AudioError: for an unsupported shape, type or length, NaN values, or a file that cannot be read.
             NemoLfrError: if the encoder returns NaN or infinite values, or for an invalid `num_codebooks`.
         """
         with self.backend.computing():
@@ -113,7 +114,7 @@ class Codec(HubMethods, Generic[Array]):
             Audio [B, T_audio] in [-1, 1], zero after an utterance's end, and samples per utterance [B].
 
         Raises:
-            TokensError: for another shape or type, a token outside the codebook, or lengths that do not fit.
+            TokensError: for an unsupported shape or type, a token outside the codebook, or lengths that do not fit.
             NemoLfrError: if the decoder returns NaN or infinite values.
         """
         frame, arrays = self.samples_per_frame, self.backend.arrays
@@ -190,7 +191,7 @@ class Codec(HubMethods, Generic[Array]):
                 the same tokens as `encode`.
 
         Raises:
-            NemoLfrError: if `lookahead` is not a number of frames, or the backend does not stream.
+            NemoLfrError: if `lookahead` is not a number of frames, or the backend does not support streaming.
         """
         return self._streaming().stream_encoder(self, lookahead)
 
@@ -202,7 +203,7 @@ class Codec(HubMethods, Generic[Array]):
         if isinstance(self.backend, StreamingBackend):
             return self.backend
         raise NemoLfrError(
-            f"{self.name}: {type(self.backend).__name__} does not stream; load the checkpoint with PyTorch."
+            f"{self.name}: {type(self.backend).__name__} does not support streaming; load the checkpoint with PyTorch."
         )
 
     def encode_file(

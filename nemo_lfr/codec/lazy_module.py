@@ -23,7 +23,7 @@ class LazyModule(Generic[M]):
     Args:
         module: with weights, or on the meta device if there is a checkpoint.
         checkpoint: source of the weights; None if the module has them.
-        name: of the module in the checkpoint.
+        name: name of the module in the checkpoint.
         device: device of the module once its weights are loaded.
         path: file that the weights came from, if there is no checkpoint.
 
@@ -73,7 +73,7 @@ class LazyModule(Generic[M]):
 
         Args:
             order: order of summation in folding. If weight norm was folded when the weights were loaded, and `order`
-                is another one, their file is read again, unless it has gone or contains other weights.
+                is another one, their file is read again, unless it was removed or contains other weights.
 
         Raises:
             CheckpointError: if they cannot be read.

@@ -91,7 +91,7 @@ def fp32_backend(codec: Codec[Any], target: str) -> TorchBackend:
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
-        raise NemoLfrError(f"{codec.name}: is exported already; give the checkpoint it is from.")
+        raise NemoLfrError(f"{codec.name}: is already exported; pass the checkpoint that it was made from.")
     if codec.precision != "fp32":
         raise NemoLfrError(f"precision is {codec.precision}; {target} are exported in fp32.")
     return backend

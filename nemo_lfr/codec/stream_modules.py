@@ -1,4 +1,4 @@
-"""What streams need from a PyTorch backend."""
+"""Interface of a PyTorch backend that streams use."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ class StreamModules(Protocol):
 
     @property
     def name(self) -> str:
-        """Where the weights came from, for messages."""
+        """Source of the weights, for messages."""
 
     @property
     def device(self) -> torch.device:

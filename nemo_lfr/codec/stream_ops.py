@@ -33,7 +33,7 @@ class StreamOps:
     Signals are tensors [B, H, n], n >= 0: the items that have become available.
 
     Args:
-        state: changed in place.
+        state: state of the layers; changed in place.
         last: the recording ends with this chunk.
     """
 
@@ -116,8 +116,8 @@ def run_batched(states: Sequence[State], inputs: Sequence[torch.Tensor], last: b
     """Apply `step` to each stream, batching streams with equal shapes.
 
     Args:
-        states: of each stream; changed in place.
-        inputs: of each stream, [1, ..., n].
+        states: state of each stream; changed in place.
+        inputs: inputs of each stream, [1, ..., n].
         last: the recordings end with these inputs.
         step: computes a batch.
 

@@ -62,7 +62,7 @@ class _Stream:
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy, which is an independent stream from here on."""
+        """Return the state for a copy, which then is an independent stream."""
         return self.__dict__ | {"_state": dict(self._state), "_in_use": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class _Stream:
 
     def _check_open(self) -> None:
         if self._finished:
-            raise NemoLfrError("this stream was flushed; start another one.")
+            raise NemoLfrError("this stream was flushed; open a new one.")
 
 
 class StreamEncoder(_Stream):
@@ -99,7 +99,7 @@ class StreamEncoder(_Stream):
             Tokens [C, k] as int32; k may be 0.
 
         Raises:
-            AudioError: for another shape or type, or a NaN.
+            AudioError: for an unsupported shape or type, or NaN values.
             NemoLfrError: after `flush`.
         """
         return push_encoders([self], [samples])[0]
@@ -129,7 +129,7 @@ class StreamEncoder(_Stream):
         """Validate samples [n] and convert them to float32."""
         self._check_open()
         if np.ndim(samples) != 1:
-            raise AudioError(f"samples have shape {list(np.shape(samples))}; push one recording's, [n].")
+            raise AudioError(f"samples have shape {list(np.shape(samples))}; pass one recording of shape [n].")
         if not len(samples):
             return np.zeros(0, np.float32)
         return self.codec.check_audio(samples)[0][0].cpu().numpy()
@@ -171,7 +171,7 @@ class StreamDecoder(_Stream):
             Audio [n] as float32, whole frames; n may be 0.
 
         Raises:
-            TokensError: for another shape or type, or a token outside the codebook.
+            TokensError: for an unsupported shape or type, or a token outside the codebook.
             NemoLfrError: after `flush`.
         """
         return push_decoders([self], [tokens])[0]
@@ -207,7 +207,7 @@ class StreamDecoder(_Stream):
         """Validate tokens [C, k] and convert them to int64."""
         self._check_open()
         if np.ndim(tokens) != 2:
-            raise TokensError(f"tokens have shape {list(np.shape(tokens))}; push one recording's, [C, k].")
+            raise TokensError(f"tokens have shape {list(np.shape(tokens))}; pass one recording of shape [C, k].")
         return self.codec.check_tokens(tokens)[0][0]
 
     def _has_frame(self, num_frames: int) -> bool:
@@ -230,8 +230,8 @@ def _exclusive(streams: Sequence[_Stream]) -> Iterator[None]:
         for stream in streams:
             if not stream._in_use.acquire(blocking=False):
                 raise NemoLfrError(
-                    "this stream is being pushed to by another thread; push the pieces of one recording one after "
-                    "the other, and open a stream for each recording."
+                    "another thread is pushing to this stream; push the chunks of a recording one after the other, "
+                    "and open a stream for each recording."
                 )
             stack.callback(stream._in_use.release)
         before = [dict(vars(stream)) for stream in streams]
@@ -272,16 +272,18 @@ def push_decoders(streams: Sequence[StreamDecoder], tokens: Sequence[np.ndarray]
 def _push(
     streams: Sequence[Any], inputs: Sequence[Any], kind: type[_Stream], advance: Callable[..., list[np.ndarray]]
 ) -> list[np.ndarray]:
-    streams, inputs = _listed(streams, "streams"), _listed(inputs, "pieces")
+    streams, inputs = _listed(streams, "streams"), _listed(inputs, "chunks")
     for stream in streams:
         if not isinstance(stream, kind):
             raise NemoLfrError(f"one of the streams is {shorten(type(stream).__name__)}, not {kind.__name__}.")
         if stream.codec is not streams[0].codec:
-            raise NemoLfrError("these streams are of several codecs; push to those of one at a time.")
+            raise NemoLfrError("the streams belong to several codecs; pass the streams of one codec.")
     if len(streams) != len(inputs):
-        raise NemoLfrError(f"{len(streams)} streams, but {len(inputs)} pieces; pass one for each, empty if need be.")
+        raise NemoLfrError(
+            f"{len(streams)} streams, but {len(inputs)} chunks; pass one for each stream (it may be empty)."
+        )
     if len({id(stream) for stream in streams}) < len(streams):
-        raise NemoLfrError("one stream is there twice; join its pieces, or push them one after the other.")
+        raise NemoLfrError("a stream occurs twice; concatenate its chunks, or push them one after the other.")
     if not streams:
         return []
     with _exclusive(streams):

@@ -24,23 +24,23 @@ class TorchArrays:
     """Tensors on one device.
 
     Args:
-        device: of what `zeros` and `cast` return.
+        device: device of the tensors that `zeros` and `cast` return.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor:
-        """Return what a caller passed as a plain tensor, on its own device.
+        """Convert an argument to a plain tensor without moving it to another device.
 
         Raises:
-            NemoLfrError: of the type passed, if it is not an array of numbers.
+            NemoLfrError: of the type `error`, if the value is not an array of numbers.
         """
         guard_after_fork()
         return _tensor(value, name, error)
 
     def kind(self, array: torch.Tensor) -> Kind:
-        """Return what the elements are."""
+        """Return the type of the elements."""
         if array.dtype.is_floating_point:
             return Kind.FLOAT
         if array.dtype.is_complex or array.dtype is torch.bool:
@@ -52,7 +52,7 @@ class TorchArrays:
         return torch.zeros(*shape, dtype=DTYPES[dtype], device=self.device)
 
     def cast(self, array: torch.Tensor, dtype: type[np.generic]) -> torch.Tensor:
-        """Return the values as `dtype` on the device, without a graph."""
+        """Return the values as `dtype` on this device, detached from the autograd graph."""
         return array.detach().to(self.device, DTYPES[dtype])
 
     def peaks(self, audio: torch.Tensor, lengths: Sequence[int]) -> list[float]:
@@ -68,10 +68,10 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
         raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
     if isinstance(value, np.ndarray):
         if not np.issubdtype(value.dtype, np.number) and value.dtype != bool:
-            raise error(f"{name} is an array of {value.dtype}; pass one of numbers.")
+            raise error(f"{name} is an array of {value.dtype}; pass an array of numbers.")
         native = value.dtype.newbyteorder("=")
         if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
-            value = value.astype(native, order="C")  # torch takes no such memory, or warns of it
+            value = value.astype(native, order="C")  # torch rejects such memory, or warns about it
     try:
         tensor = torch.as_tensor(value)
         if not isinstance(value, np.ndarray | torch.Tensor) and tensor.is_floating_point():
@@ -91,13 +91,13 @@ _computed_in: int | None = None  # process id
 def guard_after_fork() -> None:
     """Limit PyTorch to one thread in forked children.
 
-    Its thread pool does not survive `fork`, and a child would wait for it forever. To be called before computing.
+    Its thread pool does not survive `fork`, and a child would wait for it forever. Call this before computing.
     """
     global _computed_in
     if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         logger.warning(
-            "this process was forked from one that used the codec, so PyTorch is limited to one thread here; "
+            "this process was forked from a process that had used the codec, so PyTorch is limited to one thread; "
             "start processes with 'spawn' to use all threads."
         )
     _computed_in = os.getpid()

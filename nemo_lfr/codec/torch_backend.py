@@ -56,7 +56,7 @@ class TorchBackend:
             of 23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does (elsewhere it is
             "fp32"); "bf16" or "fp16" run the convolutions at that precision and change a few percent of the tokens.
             FSQ always runs in fp32.
-        name: where the weights came from, for messages.
+        name: source of the weights, for messages.
         config: model config of the modules, which `Codec.save_pretrained` writes.
 
     Raises:
@@ -247,6 +247,6 @@ class TorchBackend:
 
 
 def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
-    """Where each example of a batch ends, its silence up to `min_frames` included; None if that is everywhere."""
+    """Return the frames of each example, padded to `min_frames`; None if all examples fill the batch."""
     ends = [max(count, min_frames) for count in num_frames]
     return None if min(ends) == width else ends

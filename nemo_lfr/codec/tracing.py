@@ -52,4 +52,4 @@ def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError
     is_wrapper = getattr(kind, "__torch_dispatch__", None) is not getattr(torch.Tensor, "__torch_dispatch__", None)
     if is_wrapper or tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         kind_name = "nested tensor" if tensor.is_nested else kind.__name__
-        raise error(f"{name} is a {kind_name} of torch, or wrapped by one of its transforms; pass a plain tensor.")
+        raise error(f"{name} is a {kind_name} of torch, or wrapped by a transform of torch.func; pass a plain tensor.")

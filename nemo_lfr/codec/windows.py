@@ -39,11 +39,11 @@ class Cutter(NamedTuple):
 
     Attributes:
         arrays: library of the rows.
-        limits: of the encoder or decoder that computes the windows.
+        limits: limits of the encoder or decoder that computes the windows.
         batching: window and batch sizes.
         chunk_frames: frames of one window of a long recording, without its context.
         items_per_frame: samples or tokens of one frame along the last axis of a row.
-        dtype: of the rows.
+        dtype: dtype of the rows.
     """
 
     arrays: Arrays[Any]
@@ -130,9 +130,9 @@ def rolling_windows(
 
     Args:
         blocks: consecutive items [..., any].
-        items_per_frame: along the last axis.
+        items_per_frame: items of one frame along the last axis.
         chunk: frames of one window, without its context.
-        context: of the network.
+        context: context of the network.
 
     Yields:
         The items of each window, and the window.

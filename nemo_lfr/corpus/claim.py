@@ -55,8 +55,8 @@ def check_claim(state: Path, text: str) -> None:
     """
     if text and _read(state) != text:
         raise NemoLfrError(
-            f"{state.parent}: was removed, or created again by another run, while this one was writing there; stop "
-            "the other run, or choose another --out, and start this one again."
+            f"{state.parent}: was removed or replaced by another run while this one was writing there; stop the other "
+            "run or choose another --out, then start this one again."
         )
 
 

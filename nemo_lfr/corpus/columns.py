@@ -88,7 +88,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         if isinstance(value, bytes) and column in TEXT_COLUMNS:
             value = value.decode()
     except UnicodeDecodeError as error:
-        raise AudioError(f"a label of it is not UTF-8 text ({error.reason})") from error
+        raise AudioError(f"one of its labels is not UTF-8 text ({error.reason})") from error
     except (ValueError, OverflowError, ArithmeticError):  # a date that Python cannot represent
         return None
     if names is not None and isinstance(value, int):
@@ -110,7 +110,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     import pyarrow.types as is_
 
     if cell is None or not cell.is_valid:
-        raise AudioError("it holds no audio: the cell is null")
+        raise AudioError("it contains no audio: the cell is null")
     if is_.is_dictionary(cell.type):
         cell = cell.value
     if is_.is_struct(cell.type):
@@ -125,13 +125,13 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
         path = parts["path"].as_py() if "path" in parts else None
         if isinstance(path, str):
             return path
-        raise AudioError(f"it holds no audio: of the fields {sorted(fields)}, none has bytes, samples or a path")
+        raise AudioError(f"it contains no audio: of the fields {sorted(fields)}, none has bytes, samples or a path")
     if _is_list(cell.type):
         return Samples(_array(cell), rate)
     value = cell.as_py()
     if isinstance(value, bytes | str) and value:
         return value
-    raise AudioError(f"it holds neither bytes nor samples nor a path, but {shorten(repr(value))}")
+    raise AudioError(f"it contains neither bytes nor samples nor a path, but {shorten(repr(value))}")
 
 
 def _array(cell: Any) -> np.ndarray:

@@ -93,9 +93,11 @@ class TokenizeConfig:
                 raise NemoLfrError(f"{name} {value!r} is unknown; use one of {known}.")
         output = get_format(self.kind)
         if self.context and not output.supports_context:
-            raise NemoLfrError(f'format "{self.kind}" has no place for contexts; use another, or leave --context out.')
+            raise NemoLfrError(f'format "{self.kind}" cannot store contexts; use another format, or remove --context.')
         if (self.compress or self.entropy_model is not None) and not output.supports_compression:
-            raise NemoLfrError(f'format "{self.kind}" is not compressed, as trainers read it raw; use format "lfr".')
+            raise NemoLfrError(
+                f'format "{self.kind}" is not compressed, because trainers read it directly; use format "lfr".'
+            )
 
     def absolute(self) -> "TokenizeConfig":
         """Return a copy with absolute paths, for workers in other working directories."""

@@ -68,7 +68,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if (rank is None) != (world_size is None):
             raise NemoLfrError(f"rank is {rank} and world_size {world_size}; pass both or none.")
         if rank is not None and world_size is not None and not 0 <= rank < world_size:
-            raise NemoLfrError(f"rank {rank} is not below world_size {world_size}, or negative.")
+            raise NemoLfrError(f"rank {rank} is not between 0 and world_size - 1 ({world_size - 1}).")
         if buffer_size < 1:
             raise NemoLfrError(f"buffer_size is {buffer_size}; at least 1 utterance must fit.")
         if bucket_size is not None and not 1 <= bucket_size <= buffer_size:
@@ -134,8 +134,9 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         if _is_splitter(splitter):
             if self._given is not None and place[1] > 1 and splitter.num_processes > 1:
                 raise NemoLfrError(
-                    f"Accelerate splits among {splitter.num_processes} processes what rank {place[0]} of {place[1]} "
-                    "reads, which would leave out utterances; pass rank=0 and world_size=1 to TokenDataset."
+                    f"Accelerate would split the utterances of rank {place[0]} of {place[1]} again, among "
+                    f"{splitter.num_processes} processes, and some would never be read; pass rank=0 and world_size=1 "
+                    "to TokenDataset."
                 )
             return 0, 1
         is_accelerated = self._inherited[2] if self._inherited is not None else _is_accelerated()
@@ -174,7 +175,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return clips // ranks if self.drop_last else -(-clips // ranks)
 
     def __iter__(self) -> Iterator[TokenizedUtterance]:
-        # Accelerate wraps datasets without a sign to them, so only the caller tells that it splits the utterances.
+        # Accelerate does not tell a dataset that it wraps it; only the calling frame shows that it splits the
+        # utterances.
         rank, ranks = self._share(sys._getframe(1).f_locals.get("self"))
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
@@ -229,7 +231,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             if name not in state_dict or state_dict[name] != value:
                 raise NemoLfrError(
                     f"the state was saved with {name} {shorten(repr(state_dict.get(name)))}, but this dataset has "
-                    f"{value!r}; create the dataset as before, or start a new epoch without the state."
+                    f"{value!r}; create the dataset with the same value, or start a new epoch without the state."
                 )
         for name, least in (("epoch", 0), ("position", 0), ("workers", 1)):
             if type(state_dict.get(name)) is not int or state_dict[name] < least:
@@ -266,7 +268,7 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
         TokensError: if `utterances` is empty.
     """
     if not utterances:
-        raise TokensError("no utterances to make a batch of; pass at least one.")
+        raise TokensError("no utterances to batch; pass at least one.")
     batch: dict[str, Any] = {
         "id": [utterance.id for utterance in utterances],
         "labels": [utterance.labels for utterance in utterances],

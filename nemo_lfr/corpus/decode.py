@@ -71,7 +71,7 @@ def decode_folder(
             try:
                 path = out / f"{ids.add(utterance.id)}.{kind}"
                 if path_inside(out, str(path.parent.relative_to(out))) is None:
-                    raise NemoLfrError(f"{path}: a link leads out of {out}; nothing is written there.")
+                    raise NemoLfrError(f"{path}: a link leads out of {out}; remove the link.")
                 if path.exists() and not path.is_file():
                     raise NemoLfrError(f"{path}: is not a file; remove it, or choose another --out.")
                 leftovers.sweep(path)

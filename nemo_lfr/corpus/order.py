@@ -43,7 +43,7 @@ class EpochOrder:
         """Yield the utterances.
 
         Args:
-            skip: number of utterances to leave out at the beginning.
+            skip: number of utterances to skip at the beginning.
 
         Raises:
             TokenFileError: for a damaged file.

@@ -90,7 +90,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
     spec, model, codec, made = _load_codec(config, on_cpu)
     for path in (config.state, ShardRecord.folder(out)):
         if path.is_symlink():
-            raise NemoLfrError(f"{path}: is a link, which is not followed; remove it, or choose another --out.")
+            raise NemoLfrError(f"{path}: is a link, and links are not followed; remove it, or choose another --out.")
     config.state.mkdir(parents=True, exist_ok=True)
     with reserve(out, config.state, config.part):
         output = get_format(config.kind)
@@ -144,12 +144,12 @@ def load_or_create_plan(
         stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
         reasons = "; ".join(
-            "another corpus, or it has changed"
+            "another corpus, or a changed one"
             if key == "corpus"
             else f"{key} {stored.get(key)!r}, now {expected[key]!r}"
             for key in differ
         )
-        raise NemoLfrError(f"{config.out}: holds tokens of another job ({reasons}); choose another --out.")
+        raise NemoLfrError(f"{config.out}: contains tokens of another job ({reasons}); choose another --out.")
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
 
@@ -177,11 +177,11 @@ def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
         if not isinstance(stored, dict) or not isinstance(shards, list):
             raise TypeError("expected a JSON object with a list of parts")
         if stored.get("parts_digest") != _shards_digest(shards):
-            raise ValueError("its list of parts is not what was written")
+            raise ValueError("its list of parts has changed since it was written")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NemoLfrError(
-            f"{path}: is damaged ({shorten(error, 200)}), so that the run cannot be resumed; "
-            f"remove {config.out}, or choose another --out."
+            f"{path}: is damaged ({shorten(error, 200)}), so the run cannot be resumed; remove {config.out}, or "
+            "choose another --out."
         ) from error
     return stored
 

@@ -187,8 +187,8 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
         needed = f"{cores} cores" + (" and a GPU" if gpu else "")
         if address == "local":
             less = "--device cpu, or fewer --threads" if gpu else "fewer --threads"
-            raise NemoLfrError(f"--ray: this machine does not have the {needed} of a worker; ask for {less}.")
-        logger.warning("no node of the Ray cluster has the %s of a worker; waiting for one that has.", needed)
+            raise NemoLfrError(f"--ray: this machine does not have the {needed} that a worker needs; use {less}.")
+        logger.warning("no node of the Ray cluster has the %s that a worker needs; waiting for one.", needed)
     return room
 
 
@@ -207,5 +207,5 @@ def _connect(ray: Any, address: str) -> str:
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
-        raise NemoLfrError(f"--ray {address}: no Ray cluster can be reached there ({first_line(error)}).") from error
+        raise NemoLfrError(f"--ray {address}: no Ray cluster is reachable there ({first_line(error)}).") from error
     return address

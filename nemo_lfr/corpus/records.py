@@ -73,9 +73,9 @@ class ShardRecord:
             return f"{path}: no such file"
         size = path.stat().st_size
         if size != self.sizes.get(name, size):
-            return f"{path}: holds {size} bytes, but {self.sizes[name]} were written"
+            return f"{path}: has {size} bytes, but {self.sizes[name]} were written"
         if verify and digest(path) != self.files[name]:
-            return f"{path}: is damaged: its SHA-256 is not that of what was written"
+            return f"{path}: is damaged: its SHA-256 differs from the recorded one"
         return None
 
     def write(self, out: Path) -> None:

@@ -123,8 +123,8 @@ def compute(
         if ShardRecord.find(plan.out, record.index) is None:
             check_claim(plan.config.state, plan.config.claim)
             raise NemoLfrError(
-                f"{plan.out}: shard {record.index} was computed on another machine and cannot be seen here; --out "
-                "must be on a file system that all machines share."
+                f"{plan.out}: shard {record.index} was written by another machine and is not visible here; --out must "
+                "be on a file system that all machines share."
             )
         records[record.index] = record
         totals.add(record, computed=True)
@@ -174,7 +174,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     if damaged := [index for index in range(len(records)) if ShardRecord.find(out, index) is None]:
         raise NemoLfrError(
             f"{out}: files of {len(damaged)} of {len(records)} shards (the first is {damaged[0]}) were removed or "
-            "changed while this run was writing; the same command makes them again."
+            "changed while this run was writing; run the same command again to recreate them."
         )
     plan.output.finish(out, len(records), config.context)
     failures = [failure for record in records for failure in record.failures]
@@ -246,7 +246,7 @@ def _check_inputs(
                 ShardRecord.path(plan.out, index).unlink(missing_ok=True)
             raise NemoLfrError(
                 f"{path}: was changed while it was tokenized; restore it and run the same command again, or choose "
-                "another --out for the changed one."
+                "another --out."
             )
         del waiting[record.index]
         yield record

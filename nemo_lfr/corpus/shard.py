@@ -162,16 +162,18 @@ def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarr
     try:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: its name is not UTF-8, in which tokens are labeled; rename it.") from None
+        raise AudioError(f"{clip.origin}: its name is not valid UTF-8; rename it.") from None
     try:
         json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: a label of it holds half a character, as text cut in UTF-16 does.") from None
+        raise AudioError(
+            f"{clip.origin}: one of its labels contains an unpaired surrogate, as in truncated UTF-16 text."
+        ) from None
     waves = []
     for loader, what in zip(loaders, ("", "its context "), strict=False):
         wave = loader(sample_rate, config.max_duration)
         if not len(wave):
-            raise AudioError(f"{clip.origin}: {what}holds no samples.")
+            raise AudioError(f"{clip.origin}: {what}contains no samples.")
         if not wave.any():
             raise AudioError(f"{clip.origin}: {what}is silent: every sample is zero.")
         waves.append(wave)

@@ -69,7 +69,7 @@ class TokenFolder:
         name = self.path / METADATA
         if not self.path.is_dir() or not name.exists():
             raise NemoLfrError(
-                f"{shorten(folder, 300)}: no {METADATA}; pass a folder that `nemo-lfr tokenize` wrote and finished."
+                f"{shorten(folder, 300)}: no {METADATA}; pass the folder of a finished `nemo-lfr tokenize` run."
             )
         try:
             self.metadata: dict[str, Any] = parse_json(regular_file(name).read_bytes())
@@ -107,7 +107,7 @@ class TokenFolder:
         if shards > SPARE_SHARDS:
             there = max(self._reader.num_files(), num_entries(ShardRecord.folder(self.path)))
             if shards > SPARE_SHARDS + 2 * there:
-                raise TokenFileError(f"{self.path}: {METADATA} says {shards} shards, but files of {there} are there.")
+                raise TokenFileError(f"{self.path}: {METADATA} says {shards} shards, but there are files of {there}.")
         if counts is None:
             marks = (
                 [ShardRecord.read(self.path, index) for index in range(shards)]
@@ -117,10 +117,10 @@ class TokenFolder:
             known = [mark.clips for mark in marks if mark]
             counts = known if len(known) == shards else self._reader.count_shards()
         if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-            raise TokenFileError(f"{self.path}/{METADATA}: its counts of clips are damaged.")
+            raise TokenFileError(f"{self.path}/{METADATA}: its clip counts are damaged.")
         if len(counts) != shards or sum(counts) != clips:
             raise TokenFileError(
-                f"{self.path}: holds {sum(counts)} utterances in {len(counts)} shards, but {METADATA} says {clips} "
+                f"{self.path}: contains {sum(counts)} utterances in {len(counts)} shards, but {METADATA} says {clips} "
                 f"in {shards}; {REPAIR}."
             )
         return counts
@@ -192,13 +192,15 @@ class TokenFolder:
             yield TokenFileError(f"{self.path}, shard {shard}: is damaged at its end ({reason_of(error)}).")
         else:
             if more is not None:
-                yield TokenFileError(f"{self.path}, shard {shard}: holds more than its {stop} utterances; {REPAIR}.")
+                yield TokenFileError(
+                    f"{self.path}, shard {shard}: contains more than its {stop} utterances; {REPAIR}."
+                )
 
     def _utterance(self, row: Row, where: str) -> TokenizedUtterance:
         values = row.load()
         clip_id = values["id"]
         if not isinstance(clip_id, str):
-            raise TokenFileError(f"{where}: its id is {shorten(repr(clip_id))}, not a text.")
+            raise TokenFileError(f"{where}: its id is {shorten(repr(clip_id))}, not text.")
         where = f"{where} ({shorten(clip_id)})"
         num_samples, labels, context = values["num_samples"], values["labels"], values.get("context")
         if type(num_samples) is not int or not 0 < num_samples < 2**48:
@@ -220,12 +222,12 @@ class TokenFolder:
             is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
             held = value.untyped_storage().nbytes() if value.layout == torch.strided else 0
             if value.layout != torch.strided or value.is_quantized or value.numel() * value.element_size() > held:
-                raise TokenFileError(f"{what} are no plain tensor of what the file holds.")
+                raise TokenFileError(f"{what} are not a plain tensor backed by the file.")
             kind = str(value.dtype)
         else:
             if isinstance(value, list) and len({len(layer) for layer in value}) != 1:
                 lengths = shorten([len(layer) for layer in value])
-                raise TokenFileError(f"{what} have layers of unequal lengths {lengths}.")
+                raise TokenFileError(f"{what} have codebooks of unequal lengths {lengths}.")
             value = np.asarray(value)
             is_integer, kind = value.dtype.kind in "iu", str(value.dtype)
         if not is_integer:
@@ -234,12 +236,12 @@ class TokenFolder:
         if len(shape) != 2 or shape[0] != self.codec.num_codebooks or shape[1] == 0:
             raise TokenFileError(f"{what} have shape {shape}; expected [{self.codec.num_codebooks}, T].")
         if num_frames is not None and shape[1] != num_frames:
-            raise TokenFileError(f"{what} are {shape[1]} frames, but its num_samples make {num_frames}.")
+            raise TokenFileError(f"{what} are {shape[1]} frames, but its num_samples correspond to {num_frames}.")
         tokens = value.long() if isinstance(value, torch.Tensor) else torch.from_numpy(value.astype(np.int64))
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.codec.codebook_size:
             raise TokenFileError(
-                f"{what} reach from {low} to {high}; a codebook has {self.codec.codebook_size} entries."
+                f"{what} range from {low} to {high}; a codebook has {self.codec.codebook_size} entries."
             )
         return tokens.contiguous()
 

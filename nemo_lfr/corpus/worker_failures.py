@@ -45,7 +45,7 @@ class WorkerFailures:
             if self._of_shard[index] > MAX_DEATHS:
                 raise NemoLfrError(
                     f"shard {index}: its worker died {MAX_DEATHS + 1} times; a file in it may crash the audio "
-                    "library. A smaller --shard-size helps to find out which."
+                    "library. Use a smaller --shard-size to find it."
                 ) from error
         if self.since_record > MAX_DEATHS:
             raise NemoLfrError(

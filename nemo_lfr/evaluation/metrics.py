@@ -55,7 +55,7 @@ class Signal:
     def __init__(self, wave: np.ndarray, rate: int) -> None:
         check_rate(rate)
         if wave.ndim != 1 or not len(wave):
-            raise AudioError(f"audio of shape {wave.shape}: expected samples [T], at least one.")
+            raise AudioError(f"audio of shape {wave.shape}: expected [T] with at least one sample.")
         check_peak(float(np.abs(wave).max()), "the audio")
         self.wave, self.rate = wave.astype(np.float32), rate
 
@@ -171,7 +171,7 @@ def f0_error(original: Signal, output: Signal) -> Value:
     (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
     both = voiced & voiced_output
     if not both.any():
-        return Undefined("no frame is voiced in both")
+        return Undefined("no frame is voiced in both recordings")
     return float(np.sqrt(np.mean((1200 * np.log2(f0_output[both] / f0[both])) ** 2)))
 
 
@@ -239,8 +239,8 @@ METRICS: dict[str, Metric] = {
     "SI-SDR": Metric(
         "dB",
         "higher",
-        "Scale-invariant SDR of zero-mean signals (Le Roux et al. 2019) as NeMo's SISDRLoss has it. Sample by sample: "
-        "a shift of one sample lowers it, a gain does not; identical signals reach about 100 dB.",
+        "Scale-invariant SDR of zero-mean signals (Le Roux et al. 2019), computed as in NeMo's SISDRLoss. A shift by "
+        "one sample lowers it, a gain does not; identical signals reach about 100 dB.",
         "",
         si_sdr,
         2,
@@ -252,12 +252,24 @@ METRICS: dict[str, Metric] = {
         "", "lower", f"NeMo's MultiResolutionSTFTLoss: magnitudes, {_LOG}.", "librosa", stft_distance, 4
     ),
     "F0 error": Metric(
-        "cents", "lower", "RMS difference of pitch where both are voiced (pYIN, 20 ms).", "librosa", f0_error, 1
+        "cents",
+        "lower",
+        "RMS pitch difference in frames that are voiced in both (pYIN, 20 ms).",
+        "librosa",
+        f0_error,
+        1,
     ),
     "voicing error": Metric(
-        "%", "lower", "Frames that are voiced in one and not in the other (pYIN, 20 ms).", "librosa", voicing_error, 1
+        "%",
+        "lower",
+        "Fraction of frames that are voiced in only one of the two (pYIN, 20 ms).",
+        "librosa",
+        voicing_error,
+        1,
     ),
-    "lag": Metric("ms", None, "Of the output's envelope behind the original's, after compensation.", "scipy", lag, 1),
+    "lag": Metric(
+        "ms", None, "Delay of the output's envelope behind the original's, after compensation.", "scipy", lag, 1
+    ),
 }
 
 

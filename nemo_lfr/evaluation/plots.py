@@ -16,7 +16,7 @@ from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.metrics import Metric, NotMeasured
 from nemo_lfr.evaluation.results import Evaluation, Result
 
-WIDTH = 340  # of a plot, in units of its view box; about as many pixels on a phone
+WIDTH = 340  # width of a plot in units of its view box, which are about pixels on a phone
 LEFT, RIGHT = 50, 12  # margins beside the axes
 ROW = 34  # height of one codec in a distribution
 NUM_COLORS = 6
@@ -42,7 +42,7 @@ def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[s
         metrics: descriptions of the metrics by name.
 
     Returns:
-        Title and SVG of each figure. The identity codec "original" is left out.
+        Title and SVG of each figure. The identity codec "original" is omitted.
     """
     codecs = [result for result in evaluation.results if result.name != "original"]
     means = [tables.means(result, keys) for result in codecs]

@@ -39,7 +39,7 @@ def load_plugins() -> None:
             point.load()
         except Exception as error:  # another package's module may raise anything
             logger.warning(
-                "the codecs and metrics of %s are missing, since it cannot be imported (%s: %s)",
+                "the codecs and metrics of %s are not available because it cannot be imported (%s: %s)",
                 point.value, type(error).__name__, shorten(error, 200),
             )  # fmt: skip
 
@@ -53,13 +53,13 @@ def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
         table: the table.
         name: name of the entry.
         value: the entry: a class, or an object with a `function`.
-        kind: what the table holds, for the error message.
+        kind: kind of the entries, for the error message.
 
     Raises:
         NemoLfrError: if another entry has this name.
     """
     if name in table and _origin(table[name]) != _origin(value):
-        raise NemoLfrError(f"{kind} {name!r} is registered already; choose another name.")
+        raise NemoLfrError(f"{kind} {name!r} is already registered; choose another name.")
     table[name] = value
 
 

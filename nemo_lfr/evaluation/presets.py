@@ -1,6 +1,6 @@
 """Test sets of NVIDIA's model card, read from the extracted public archives.
 
-The card names the data sets but not the samples, so that the selections here are our own. They are deterministic and
+The card names the data sets but not the samples, so these selections are our own. They are deterministic and
 documented. The values of the card are those of the released checkpoint (170k steps).
 """
 
@@ -57,7 +57,8 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
             by_language.setdefault(utterance.labels["lang"], []).append(own)
     if absent := sorted(set(MLS_LANGUAGES) - set(by_language)):
         raise NemoLfrError(
-            f"{folder}: no test set of {', '.join(absent)} here; unpack mls_LANGUAGE.tar.gz of openslr.org/94 there."
+            f"{folder}: no test set of {', '.join(absent)} in this folder; unpack mls_LANGUAGE.tar.gz of "
+            "openslr.org/94 there."
         )
     chosen = []
     for language in MLS_LANGUAGES:
@@ -104,13 +105,14 @@ PRESETS = {
     "card-mls": Preset(
         card_mls,
         {"Squim MOS": 4.43, "SI-SDR": 4.77, "mel distance": 0.143, "STFT distance": 0.060, "CER": 2.16},
-        f"{MLS_SAMPLES} utterances of each of {len(MLS_LANGUAGES)} languages' test sets, drawn by the seed from their "
-        "sorted paths; the card's set has as many, drawn otherwise, of MLS at 44.1 kHz, which is not published.",
+        f"{MLS_SAMPLES} utterances of each of {len(MLS_LANGUAGES)} languages' test sets, sampled from the sorted "
+        "paths with the seed; the model card uses another sample of the same size, from MLS at 44.1 kHz, which is not "
+        "published.",
     ),
     "card-daps": Preset(
         card_daps,
         {"Squim MOS": 4.69, "SI-SDR": 8.07, "mel distance": 0.136, "STFT distance": 0.056, "CER": 0.77},
-        f"DAPS clean, speakers F10 and M10, all scripts in consecutive pieces of {DAPS_PIECE:g} s; how the card cuts "
-        "them is not known.",
+        f"DAPS clean, speakers F10 and M10, all scripts in consecutive segments of {DAPS_PIECE:g} s; the model card "
+        "does not say how it segments them.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Selection of the recordings of an evaluation, and the record of what its folder holds."""
+"""Selection of the recordings of an evaluation, and the record of the folder's contents."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
     """Record which recordings the keys in `out` stand for.
 
-    One folder holds recordings of one source, such as a manifest. Otherwise its report would cover other recordings
+    One folder contains recordings of one source, such as a manifest. Otherwise its report would cover other recordings
     than its stored results.
 
     Args:
@@ -67,7 +67,7 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
         source: where the recordings come from; an empty string if unknown.
 
     Raises:
-        NemoLfrError: if `out` holds recordings of another source, or a position in the source already stands for
+        NemoLfrError: if `out` contains recordings of another source, or a position in the source already stands for
             another recording, other contents or another rate.
     """
     path = out / CLAIMS
@@ -86,8 +86,8 @@ def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = 
     for key, value in claims.items():
         if keys.get(_position(key), key) != key or stored.get(key, value) != value:
             raise NemoLfrError(
-                f"{out}: holds an evaluation of other recordings, or of files that have changed, or at another rate; "
-                "choose another --out."
+                f"{out}: contains an evaluation of other or changed recordings, or at another sample rate; choose "
+                "another --out."
             )
     write_text(path, json.dumps(stored | claims, ensure_ascii=False, indent=0))
 

@@ -1,8 +1,8 @@
 """Resumable evaluation of several codecs: `nemo-lfr evaluate` without its report.
 
-OUT/codecs/NAME-IDENTITY/ holds the output of each codec: KEY.wav (float samples), KEY.npy (tokens), and the journals
-`sent.jsonl` (sizes and times) and `metrics.jsonl`, with one more journal for each model-based metric. A run that was
-interrupted, or is repeated with more codecs or recordings, only computes the missing results.
+OUT/codecs/NAME-IDENTITY/ contains the output of each codec: KEY.wav (float samples), KEY.npy (tokens), and the
+journals `sent.jsonl` (sizes and times) and `metrics.jsonl`, with one more journal for each model-based metric. A run
+that was interrupted, or is repeated with more codecs or recordings, only computes the missing results.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def evaluate(
         Results of all codecs.
 
     Raises:
-        NemoLfrError: if `out` holds an evaluation of other recordings, or a kind of model metric is unknown.
+        NemoLfrError: if `out` contains an evaluation of other recordings, or a kind of model metric is unknown.
     """
     models = models or {}
     for name in filter(None, models.values()):
@@ -118,7 +118,7 @@ def _run_codec(
                 try:
                     audio = read(recording.path, rate, recording.offset, recording.duration)
                     if not len(audio):
-                        raise NemoLfrError(f"{recording.path}: holds no samples at {recording.offset:g} s.")
+                        raise NemoLfrError(f"{recording.path}: contains no samples at {recording.offset:g} s.")
                     if not warm:  # the first call initializes threads and kernels, and is not timed
                         codec.round_trip(audio[:rate], rate)
                         warm = True

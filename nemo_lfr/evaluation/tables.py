@@ -1,6 +1,6 @@
 """Result tables of an evaluation.
 
-The tables hold means with confidence intervals, cost, compression and codebook use.
+The tables contain means with confidence intervals, cost, compression and codebook use.
 """
 
 import itertools
@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 NONE = "-"
 CARD = "NVIDIA's card, released weights"
 FIRST, SECOND = "◀", "▶"  # which codec of a pair is better
-REFERENCES = ("original", CARD)  # rows that are no candidates for the best value
+REFERENCES = ("original", CARD)  # rows that do not compete for the best value
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
 
     Returns:
         A table with a row for each pair of codecs, or None if there are fewer than two codecs besides "original". A
-        cell holds the mean of the first codec's value minus the second's and its interval. If the interval excludes
+        cell contains the mean of the first codec's value minus the second's and its interval. If the interval excludes
         zero, FIRST or SECOND says which codec is better.
     """
     metrics = all_metrics()

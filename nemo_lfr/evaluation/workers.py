@@ -24,7 +24,7 @@ from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.shortage import sharing
 
 JOURNAL = "metrics.jsonl"
-MAX_WORKERS = 61  # of a process pool on Windows
+MAX_WORKERS = 61  # limit of a process pool on Windows
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _remove(entry: "os.DirEntry[str]") -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Make each OSError raised inside name the file that the user knows.
+    """Make each OSError raised in this context name the file that the user knows.
 
     Args:
         path: file name for errors without one, such as that of a full disk.

@@ -45,7 +45,7 @@ class AudioReader:
 
     Attributes:
         native_rate: sample rate of the file in Hz; of its first recording if there are several.
-        channels: number of channels, of the first recording too.
+        channels: number of channels of the first recording.
         samples_read: number of samples that `blocks` has yielded.
         problem_at_end: function that returns what is wrong with a pipe's data after all of it was read, or None.
 
@@ -140,7 +140,9 @@ class AudioReader:
         except (soundfile.LibsndfileError, TypeError) as error:
             self._decoder = self._open_with_ffmpeg(error, stream)
         if isinstance(self._decoder, SndfileDecoder) and self._decoder.is_headerless:
-            raise AudioError(f"not an audio file: it has no header, and only its suffix names an encoding; {TO_WAV}.")
+            raise AudioError(
+                f"not an audio file: it has no header, and its suffix alone does not define an encoding; {TO_WAV}."
+            )
         self._index = index
         return self._decoder
 
@@ -166,7 +168,7 @@ class AudioReader:
         return path
 
     def _open_with_ffmpeg(self, error: Exception, stream: Stream) -> Decoder:
-        """Open a stream that libsndfile refuses with FFmpeg."""
+        """Open a stream that libsndfile rejects, with FFmpeg."""
         refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
         if self._source is None:
             raise refused from error
@@ -174,7 +176,7 @@ class AudioReader:
         source.seek(0)
         head = source.read(16)
         if name := unchecked_format(head):
-            reason = f"is {name}, which is not read, since a cut file looks whole; {TO_WAV}."
+            reason = f"is {name}, which is not supported because truncated files cannot be detected; {TO_WAV}."
             raise AudioError(reason) from error
         if not stream.is_checked or not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
             raise refused from error
@@ -204,14 +206,14 @@ class AudioReader:
         if index not in self._extents:
             if self._decoder is None or index != self._index:
                 if self._pipe is not None:
-                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                    raise AudioError(f"{self.name}: the length of a pipe is not known until its end.")
                 self._reopened(index)
             decoder = self._decoder
             assert decoder is not None
             count = decoder.num_frames
             if count is None:
                 if self._pipe is not None:
-                    raise AudioError(f"{self.name}: the length of a pipe is known only at its end.")
+                    raise AudioError(f"{self.name}: the length of a pipe is not known until its end.")
                 count = self._count(self._reopened(index))
                 self._reopened(0)
             self._extents[index] = count, decoder.rate
@@ -273,7 +275,7 @@ class AudioReader:
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):
             if (rate, block.shape[1]) != (self.native_rate, self.channels):
-                raise AudioError(f"{self.name}: holds recordings of several rates or numbers of channels.")
+                raise AudioError(f"{self.name}: contains recordings of different sample rates or numbers of channels.")
             check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
             blocks.append(block)
         return np.concatenate(blocks).T
@@ -348,7 +350,7 @@ class AudioReader:
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:
-            raise AudioError(f"{self.name}: was cut short after {num_read} of {expected} samples.")
+            raise AudioError(f"{self.name}: was truncated after {num_read} of {expected} samples.")
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -359,4 +361,4 @@ def _not_a_file(path: Path) -> str | None:
         return getattr(error, "strerror", None) or str(error)
     if path.is_dir():
         return "is a folder"
-    return "is not a file; give a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"
+    return "is not a regular file; connect a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"

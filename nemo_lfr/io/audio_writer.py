@@ -68,7 +68,7 @@ class AudioWriter:
             self._file.write(wave)
         except (AssertionError, soundfile.LibsndfileError) as error:  # how soundfile reports a failed callback
             self._sink.check(self.path)
-            raise AudioError(f"{self.path}: could not be written; the incomplete file is removed.") from error
+            raise AudioError(f"{self.path}: could not be written; the incomplete file was removed.") from error
         self._sink.check(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:

@@ -70,9 +70,7 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     data = b"" if file is None else file.read()
     if len(data) != member.size:
-        raise NemoLfrError(
-            f"{tar.name!s}: {shorten(member.name)!r} in it ends after {len(data)} of {member.size} bytes."
-        )
+        raise NemoLfrError(f"{tar.name!s}: {shorten(member.name)!r} ends after {len(data)} of {member.size} bytes.")
     return data
 
 

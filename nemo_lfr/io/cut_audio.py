@@ -72,15 +72,19 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
     """
     shown = "..." if isinstance(source, bytes) else shorten(source)
     if kind == "command":
-        raise AudioError(f"its audio is the output of a command ({shown}), and nothing is run; write it to a file.")
+        raise AudioError(
+            f"its audio is the output of a command ({shown}), and commands are not run; write the audio to a file."
+        )
     if kind == "url":
         if not isinstance(source, str) or not source.startswith(("http://", "https://")):
-            raise AudioError(f"its audio is at {shown}, which is not read; download it, and name the file.")
+            raise AudioError(
+                f"its audio is at {shown}, which is not read; download it, and pass the path of the file."
+            )
         if not allow_url:
-            raise AudioError(f"its audio is at {shown}; URLs are read with --allow-url (allow_url in training) only.")
+            raise AudioError(f"its audio is at {shown}; pass --allow-url (allow_url in training) to read URLs.")
     elif kind == "file":
         if not isinstance(source, str) or URL.match(source):
-            raise AudioError(f"its audio is at {shown}, which is not the name of a file.")
+            raise AudioError(f"its audio is at {shown}, which is not a valid file name.")
     elif kind not in ("memory", "shar"):
         raise AudioError(f"its audio has a source of the unknown type {shorten(kind)!r}; expected a file.")
 
@@ -88,10 +92,12 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
 def _check_array(item: Mapping[str, Any]) -> None:
     kind = item["storage_type"]
     if kind not in ARRAY_STORAGE:
-        raise AudioError(f"it holds an array of storage type {shorten(kind)!r}, which is not opened; drop that field.")
+        raise AudioError(
+            f"it contains an array of storage type {shorten(kind)!r}, which is not opened; drop that field."
+        )
     for key in ("storage_path", "storage_key"):
         if isinstance(item.get(key), str) and URL.match(item[key]):
-            raise AudioError(f"it holds an array at {shorten(item[key])}, which is not opened; drop that field.")
+            raise AudioError(f"it contains an array at {shorten(item[key])}, which is not opened; drop that field.")
 
 
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
@@ -234,9 +240,7 @@ def _check_numbers(item: Any) -> None:
     if type(item).__name__ in ("Speed", "Tempo"):
         factor = item.factor
         if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
-            raise AudioError(
-                f"its audio is {shorten(factor)} times as fast; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}."
-            )
+            raise AudioError(f"its speed factor is {shorten(factor)}; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}.")
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
@@ -247,9 +251,7 @@ def _open(source: Any, allow_url: bool) -> Path | bytes:
     if source.type == "url":
         return _download(source.source)
     if not isinstance(source.source, bytes) or not source.source:
-        raise AudioError(
-            f"its audio was to lie in {'a Shar' if source.type == 'shar' else 'memory'}, and is not there."
-        )
+        raise AudioError(f"its audio should be in {'a Shar' if source.type == 'shar' else 'memory'}, but is missing.")
     return source.source
 
 
@@ -269,7 +271,7 @@ def _download(url: str) -> bytes:
     try:
         answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
         if answer is None:  # the redirect has a scheme without a handler
-            raise AudioError(f"{shorten(url)} leads elsewhere than to http(s).")
+            raise AudioError(f"{shorten(url)} redirects to an address other than http(s).")
         with answer:
             data = _read_all(answer, url)
     except (OSError, http.client.HTTPException) as error:
@@ -295,7 +297,7 @@ def _read_all(answer: Any, url: str) -> bytes:
 
 def _check_count(count: int, rate: int, duration: float) -> None:
     if count / rate < duration - 0.025:  # Lhotse's tolerance
-        raise AudioError(f"expected {duration:.2f} s of audio, but the file holds {count / rate:.2f} s.")
+        raise AudioError(f"expected {duration:.2f} s of audio, but the file contains {count / rate:.2f} s.")
 
 
 def _reason(error: Exception) -> str:

@@ -66,7 +66,7 @@ def json_lines(path: Path) -> Iterator[bytes]:
                 if line.strip():
                     yield line
     except EOFError as error:
-        raise ConfigError(f"{path}: was cut short: its compressed data ends too early; get it again.") from error
+        raise ConfigError(f"{path}: was truncated: its compressed data ends too early; download it again.") from error
     except (OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read ({shorten(reason, 200)}).") from error
@@ -147,7 +147,7 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
         own = name in MonoCut.__dataclass_fields__ or hasattr(MonoCut, name) or hasattr(MultiCut, name)
         if name != "cuts" and (not name.isidentifier() or (own and name not in CUT_FIELDS)):
             raise ConfigError(
-                f"{folder}: the field {shorten(name)!r} of this Shar is not a name for custom data of a cut; "
+                f"{folder}: the field {shorten(name)!r} of this Shar is not a valid name for custom data of a cut; "
                 "rename its files, or move them elsewhere."
             )
 
@@ -172,10 +172,10 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
                 try:
                     values[name] = next(reader)
                 except StopIteration:
-                    broken[name] = f"{fields[name].name} is cut short (it ends here)"
+                    broken[name] = f"{fields[name].name} is truncated here"
                 except Exception as error:  # raised by tarfile, gzip or JSON
                     broken[name] = (
-                        f"{fields[name].name} is cut short ({shorten(str(error) or type(error).__name__, 200)})"
+                        f"{fields[name].name} is truncated ({shorten(str(error) or type(error).__name__, 200)})"
                     )
         try:
             manifest = json.loads(line)
@@ -190,7 +190,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
         yield item
     for name, reader in readers.items():
         if name not in broken and (more := next(reader, None)) is not None:
-            yield CutItem(more[0], problem=f"{fields[name].name} holds more items than {cuts.name} has cuts.")
+            yield CutItem(more[0], problem=f"{fields[name].name} contains more items than {cuts.name} has cuts.")
             return
 
 
@@ -201,7 +201,7 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
     try:
         for name, (of, value) in values.items():
             if of != item.id:
-                raise AudioError(f"{name} holds {shorten(of)!r} here: an item is missing or in another place.")
+                raise AudioError(f"{name} contains {shorten(of)!r} here: an item is missing or out of order.")
             if value is None:
                 continue
             manifest, data, member = value
@@ -279,7 +279,7 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
         return CutItem(name, problem=str(error))
     try:
         if manifest["type"] == "PaddingCut":
-            return CutItem(name, problem="it is a PaddingCut, which holds no audio.")
+            return CutItem(name, problem="it is a PaddingCut, which contains no audio.")
         return CutItem(name, deserialize_cut(manifest))
     except Exception as error:  # Lhotse classes may raise anything
         return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
@@ -322,5 +322,5 @@ def _supervisions(recordings: Path) -> dict[str, list[Any]]:
         except NOT_A_LINE:
             bad += 1
     if bad:
-        logger.warning("%s: %d lines are not supervisions, and are left out.", path, bad)
+        logger.warning("%s: %d lines are not supervisions and were skipped.", path, bad)
     return found

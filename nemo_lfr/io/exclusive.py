@@ -27,7 +27,7 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if os.name != "nt" and _lock(folder, stack, shared) is False:
-            raise NemoLfrError(f"{folder}: another run is writing there; wait for it, or stop it.")
+            raise NemoLfrError(f"{folder}: another run is writing there; wait until it ends, or stop it.")
         yield
 
 

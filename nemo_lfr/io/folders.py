@@ -190,7 +190,7 @@ class _Walk:
     def _follow(self, link: str) -> None:
         identity = _identity(os.stat(link))
         if identity in self._seen:
-            self.passed["links to folders that are read already"] += 1
+            self.passed["links to folders that were already read"] += 1
         else:
             self._seen.add(identity)
             self._read(link)
@@ -241,7 +241,7 @@ class _Walk:
             return
         identity = _identity(os.stat(entry.path))  # on Windows the inode of a directory entry is always 0
         if identity in self._seen:
-            self.passed["folders reached twice"] += 1
+            self.passed["folders found twice"] += 1
         else:
             self._seen.add(identity)
             self._folders.append(entry.path)
@@ -255,7 +255,7 @@ class _Walk:
         if len(kinds) > NAMED:
             kinds[NAMED:] = [f"{len(kinds) - NAMED} other kinds"]
         total = sum(self.passed.values())
-        parts = [f"{total} passed over: {', '.join(kinds)}"] if total else []
+        parts = [f"{total} skipped: {', '.join(kinds)}"] if total else []
         if self.unread:
             named = ", ".join(self.unread[:NAMED]) + (", ..." if len(self.unread) > NAMED else "")
             parts.append(f"{len(self.unread)} folders cannot be read: {named}")

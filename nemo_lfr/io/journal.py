@@ -33,7 +33,9 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         if self.path.is_symlink():
-            raise NemoLfrError(f"{self.path}: is a link, which is not followed; remove it, or choose another --out.")
+            raise NemoLfrError(
+                f"{self.path}: is a link, and links are not followed; remove it, or choose another --out."
+            )
         if self.path.exists():  # opening a named pipe for appending would block until a reader opens it
             open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)

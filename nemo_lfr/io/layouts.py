@@ -1,7 +1,7 @@
-"""Speech corpora as they lie on disk: the layouts of published archives, and plain folders of audio.
+"""Readers of speech corpora on disk: the layouts of published archives, and plain folders of audio.
 
-Lhotse has recipes for the same archives, which stop at the first file that cannot be read; here a corpus is a list of
-utterances, and opening them is left to whoever can go on without one.
+Lhotse's recipes for the same archives stop at the first file that cannot be read. These readers only list the
+utterances; the caller opens the files and can skip unreadable ones.
 """
 
 import logging
@@ -19,7 +19,7 @@ from nemo_lfr.io.text import decode, read_lines
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-# Longest field of a table, in characters; more is not a sentence but a quote or line end that is missing.
+# Maximum characters of a field. A longer one is not a sentence: a closing quote or a line end is missing.
 MAX_FIELD = 1 << 17
 
 
@@ -28,11 +28,11 @@ class CorpusUtterance:
     """One recording of a corpus.
 
     Attributes:
-        path: relative to the corpus.
-        speaker: as the corpus labels it.
-        split: one of `SPLITS`; None where the corpus has none.
-        labels: what else the corpus says of it: "lang", "text".
-        problem: why it cannot be used, such as a transcript that is not UTF-8; `path` is then where the problem is.
+        path: path relative to the corpus.
+        speaker: the corpus's label of the speaker.
+        split: one of `SPLITS`; None if the corpus has no splits.
+        labels: further labels of the corpus: "lang", "text".
+        problem: why it cannot be used, such as a transcript that is not UTF-8; `path` then locates the problem.
     """
 
     path: Path
@@ -53,7 +53,7 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
             if not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
                 yield CorpusUtterance(
-                    place, speaker, _split(part), problem=f"{shorten(name)!r} is not the name of a file"
+                    place, speaker, _split(part), problem=f"{shorten(name)!r} is not a valid file name"
                 )
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
@@ -133,7 +133,7 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def folder(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Any audio below a folder; a sub-folder is taken for a speaker, a .txt beside a file for its text.
+    """Audio files below a folder; subfolders name the speakers, and a .txt file beside a recording has its text.
 
     Labels in AudioFolder's `metadata.csv`, `.tsv` or `.jsonl` replace these.
     """
@@ -148,11 +148,11 @@ def folder(corpus: Path) -> Iterator[CorpusUtterance]:
         else:
             yield replace(row, speaker=row.speaker or speaker)
     for row in rows.values():
-        yield row if row.problem else replace(row, problem="is named in a table, but is not there")
+        yield row if row.problem else replace(row, problem="is listed in a table, but does not exist")
 
 
 def table(path: Path) -> Iterator[CorpusUtterance]:
-    """A CSV, TSV or metadata.jsonl with a column that names the audio; paths are relative to the table's folder."""
+    """CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder."""
     from nemo_lfr.io.manifests import resolve_audio_path  # imports the audio readers, which help texts do not need
 
     for row in read_table(path):
@@ -239,9 +239,9 @@ def _split(name: str) -> str:
 
 
 def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
-    """Read the text file beside a recording: its labels, and why it cannot be read, if it cannot."""
+    """Read the text file beside a recording; return its labels, and the reason if it cannot be read."""
     try:
-        if not os.path.lexists(transcript):  # a link that leads nowhere was a transcript
+        if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
             return {}, None
         lines = [decode(line) for line in read_lines(transcript)]
     except (OSError, ValueError) as error:
@@ -250,7 +250,7 @@ def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield name, text and problem of each line; a file that cannot be read has no name, and its place for a text."""
+    """Yield name, text and problem of each line; for an unreadable file, an empty name and the file's location."""
     try:
         lines = read_lines(path)
     except (OSError, ValueError) as error:
@@ -267,7 +267,7 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
 
 
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
-    """A line of a table by column. Fields are not quoted, so that a quote in a sentence means nothing.
+    """Return the fields of a table's line by column. Quotes have no special meaning.
 
     Raises:
         ValueError: if it is not UTF-8, has another number of fields, or one beyond `MAX_FIELD`.
@@ -283,7 +283,7 @@ def _row(line: bytes, columns: list[str]) -> dict[str, str]:
 
 
 def _below(name: str) -> Path:
-    """A table's name of a file, which must lie in the folder of the clips."""
+    """Return the name of a file in a table; raise unless it is inside the folder of the clips."""
     path = Path(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{shorten(name)!r} is not the name of a file in the folder of the clips")
@@ -291,11 +291,11 @@ def _below(name: str) -> Path:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a transcript's name is that of a file in the folder of its recordings."""
+    """Return whether a name in a transcript is a plain file name, without folders."""
     return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
 
 
 def _why(error: Exception, path: Path) -> str:
-    if isinstance(error, NemoLfrError):  # names the file, as its caller does
+    if isinstance(error, NemoLfrError):  # the message already names the file
         return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -54,7 +54,7 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
     """
     check_path(path, error)
     if not os.fspath(path):
-        raise error("the path '' is empty; give . if the current folder is meant.")
+        raise error("the path '' is empty; pass . for the current folder.")
     return Path(os.path.expanduser(path))
 
 
@@ -110,9 +110,9 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file.")
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: a link to a file that is not there; download the file again.")
+        raise CheckpointError(f"{path}: a link to a missing file; download the file again.")
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: not a regular file; give a .nemo or .ckpt file.")
+        raise CheckpointError(f"{path}: not a regular file; pass a .nemo or .ckpt file.")
     return path
 
 
@@ -142,8 +142,8 @@ def _snapshot(folder: Path) -> Path:
         raise CheckpointError(f"{folder / 'snapshots'}: cannot be read ({error.strerror}).") from error
     if len(snapshots) != 1:
         raise CheckpointError(
-            f"{folder}: a folder of the Hub's cache with {len(snapshots)} snapshots and no reference to one of them; "
-            "give the path of a snapshot, or download the repository again."
+            f"{folder}: a folder of the Hub's cache with {len(snapshots)} snapshots and no reference to any of them; "
+            "pass the path of a snapshot, or download the repository again."
         )
     return snapshots[0]
 
@@ -170,7 +170,7 @@ def _in_folder(folder: Path) -> Path:
         return folder
     if archives:
         listing = shorten(", ".join(archives), 200)
-        raise CheckpointError(f"{folder}: holds {len(archives)} .nemo files ({listing}); give one of them.")
+        raise CheckpointError(f"{folder}: contains {len(archives)} .nemo files ({listing}); pass one of them.")
     if members:
         missing = WEIGHTS_MEMBER if members[0] == CONFIG_MEMBER else CONFIG_MEMBER
         raise CheckpointError(f"{folder}: has {members[0]}, but not the {missing} that belongs to it.")
@@ -178,5 +178,5 @@ def _in_folder(folder: Path) -> Path:
         raise CheckpointError(f"{folder}: has {SAFETENSORS}, but not the {SAFETENSORS_CONFIG} that belongs to it.")
     pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
-        f"{folder}: a folder without a checkpoint: no .nemo file, {pairs}, no ONNX files; give a .nemo or .ckpt file."
+        f"{folder}: a folder without a checkpoint: no .nemo file, {pairs}, no ONNX files; pass a .nemo or .ckpt file."
     )

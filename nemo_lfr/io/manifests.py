@@ -78,7 +78,7 @@ def read_manifest(
                     raise ValueError(row.problem)
                 recordings.append(_recording(row.values, folder, dataset))
             except (OSError, *NOT_A_LINE) as error:
-                problems.append(f"{path}, line {row.line}: left out: {describe(error)}")
+                problems.append(f"{path}, line {row.line}: skipped: {describe(error)}")
         return _usable(recordings, problems, "row of a table", on_bad_line)
     try:
         lines = read_lines(path, ConfigError)
@@ -94,7 +94,7 @@ def read_manifest(
         try:
             recordings.append(_recording(_parsed(decode(line)), folder, dataset))
         except (OSError, *NOT_A_LINE) as error:
-            problems.append(f"{path}, line {number}: left out: {describe(error)}")
+            problems.append(f"{path}, line {number}: skipped: {describe(error)}")
     return _usable(recordings, problems, "line of a NeMo manifest", on_bad_line)
 
 
@@ -103,7 +103,7 @@ def _usable(
 ) -> list[Recording]:
     """Report the problems and return the recordings; raise ConfigError if there are only problems."""
     if problems and not recordings:
-        first = problems[0].replace("left out: ", f"not a {kind}: ", 1)
+        first = problems[0].replace("skipped: ", f"not a {kind}: ", 1)
         raise ConfigError(first + (f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""))
     for problem in problems:
         on_bad_line(problem)
@@ -128,11 +128,11 @@ def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
     if not isinstance(name, str):
         raise TypeError(f"the path of its audio is {shorten(name)}, not text")
     if not name or "\0" in name:
-        raise ValueError(f"{shorten(name)!r} is not the name of a file")
+        raise ValueError(f"{shorten(name)!r} is not a valid file name")
     for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
         if (length := len(os.fsencode(part))) > MAX_NAME:
             raise ValueError(
-                f"{shorten(part)!r} is not the name of a file: it has {length} bytes, more than {MAX_NAME}"
+                f"{shorten(part)!r} is not a valid file name: it has {length} bytes, more than {MAX_NAME}"
             )
     return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
 
@@ -152,7 +152,7 @@ def seconds(labels: dict[str, Any], key: str) -> float | None:
         return None
     value = float(labels[key])
     if not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{key} is {value:.10g} seconds")
+        raise ValueError(f"{key} of {value:.10g} seconds is not possible")
     return value
 
 

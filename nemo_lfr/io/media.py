@@ -10,7 +10,7 @@ from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize
 from nemo_lfr.io.shortage import missing_extra
 
 # FFmpeg names of the allowed demuxers. Excluded are playlists, which refer to other files, and formats without a check
-# in `containers`: FFmpeg reads the available part of a truncated file as if it were whole.
+# in `containers`: FFmpeg reads the available part of a truncated file as if it were complete.
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg,"
     "ac3,eac3,dts,wv,tta,loas,rm,iff,sox,nistsphere,voc"
@@ -19,7 +19,7 @@ DEMUXERS = (
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
 # Decoders of frames with checksums. By default FFmpeg ignores wrong ones, or replaces such frames by silence.
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
-# Number of packets at the end of a recorded stream that may belong to a unit that is not whole.
+# Number of packets at the end of a recorded stream that may belong to an incomplete unit.
 _MAX_SUSPECTS = 32
 
 
@@ -64,9 +64,9 @@ class MediaDecoder:
                 raise AudioError("it has no audio track")
             track = tracks[0]
             count = len(tracks)
-            self.note = f"holds {count} audio tracks, of which the first is read" if count > 1 else None
+            self.note = f"contains {count} audio tracks; the first one is read" if count > 1 else None
             if track.codec_context is None:
-                raise AudioError("nothing decodes its audio track")
+                raise AudioError("there is no decoder for its audio track")
             track.thread_type = "NONE"
             if track.codec_context.name in _CHECKED:
                 track.codec_context.options = {"err_detect": "crccheck+explode"}
@@ -106,7 +106,7 @@ class MediaDecoder:
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
             if total / self.rate < 0.97 * seconds - 0.5:
-                raise AudioError(f"was cut short after {total / self.rate:.1f} of {seconds:.1f} s")
+                raise AudioError(f"was truncated after {total / self.rate:.1f} of {seconds:.1f} s")
 
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.
@@ -114,10 +114,10 @@ class MediaDecoder:
         Recorded transport streams end within a frame, which is not decoded. FFmpeg would make up its missing bytes.
 
         Raises:
-            AudioError: if packets before the last ones are not whole.
+            AudioError: if packets before the last ones are incomplete.
         """
         size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
-        suspects: list[Any] = []  # packets from the first one on that is not whole
+        suspects: list[Any] = []  # packets from the first incomplete one on
         for packet in self._container.demux(track):
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
@@ -127,10 +127,10 @@ class MediaDecoder:
                 continue
             suspects.append(packet)
             if len(suspects) > _MAX_SUSPECTS:
-                raise AudioError("is damaged: a packet of its audio is not whole")
+                raise AudioError("is damaged: an audio packet is incomplete")
 
     def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
-        """Yield the frames of the last packets that are whole by their headers, and note the others."""
+        """Yield the frames of the last packets that are complete by their headers; warn about the others."""
         lost = 0
         for packet in suspects:
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD]))
@@ -139,7 +139,7 @@ class MediaDecoder:
             else:
                 yield from packet.decode()
         if lost:
-            self.note = f"ends within a frame, as recorded streams do; its last {lost} bytes are not read"
+            self.note = f"ends within a frame, as recorded streams do; its last {lost} bytes are ignored"
 
     def read(self, count: int) -> np.ndarray:
         """Return the next samples, float32 [up to count, channels]; empty at the end."""

@@ -47,7 +47,7 @@ def check_range(tokens: np.ndarray, codebook_size: int) -> None:
         TokensError: if a token is out of range.
     """
     if tokens.size and (tokens.min() < 0 or tokens.max() >= codebook_size):
-        raise TokensError(f"tokens reach from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
+        raise TokensError(f"tokens range from {tokens.min()} to {tokens.max()}; expected [0, {codebook_size}).")
 
 
 def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
         TokensError: if `data` does not consist of complete frames, or the number of a frame is out of range.
     """
     if len(data) % num_bytes:
-        raise TokensError(f"{len(data)} bytes are not whole frames of {num_bytes}.")
+        raise TokensError(f"{len(data)} bytes are not a multiple of the frame size, {num_bytes} bytes.")
     if len(data) <= FEW_FRAMES * num_bytes:
         frames = [
             _unpack_frame(data[at : at + num_bytes], codebook_size, num_codebooks)
@@ -109,4 +109,4 @@ def _unpack_frame(data: bytes, codebook_size: int, num_codebooks: int) -> list[i
 
 
 def _too_large(codebook_size: int, num_codebooks: int) -> TokensError:
-    return TokensError(f"a frame holds a number not below {codebook_size}^{num_codebooks}.")
+    return TokensError(f"a frame's value is {codebook_size}^{num_codebooks} or more, so it does not encode tokens.")

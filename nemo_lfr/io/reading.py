@@ -81,14 +81,14 @@ def read_samples(
         AudioError: if `samples` are not audio, have no rate, or last more than `longest` seconds.
     """
     if rate is None:
-        raise AudioError(f"{name}: holds decoded samples without a sampling rate.")
+        raise AudioError(f"{name}: contains decoded samples without a sampling rate.")
     try:
         check_rate(rate)
     except AudioError as error:
         raise AudioError(f"{name}: {error}") from None
     assert isinstance(rate, int | float | np.number)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.number) or np.iscomplexobj(samples):
-        raise AudioError(f"{name}: holds an array of shape {samples.shape}, {samples.dtype}; expected samples [T].")
+        raise AudioError(f"{name}: contains an array of shape {samples.shape}, {samples.dtype}; expected samples [T].")
     wave: np.ndarray = _to_float(samples)
     if wave.ndim == 2:
         wave = wave.mean(axis=int(np.argmin(wave.shape)))
@@ -117,7 +117,7 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
     rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
     if duration is not None and offset + duration > reader.duration + slack:
         raise AudioError(
-            f"{name}: holds {reader.duration:.2f} s of audio, but its manifest says {offset + duration:.2f} s."
+            f"{name}: contains {reader.duration:.2f} s of audio, but its manifest says {offset + duration:.2f} s."
         )
     _check_length(reader.duration - offset if duration is None else duration, longest, name)
     if offset or (duration is not None and duration < reader.duration - rounded):

@@ -86,8 +86,9 @@ def check_peak(peak: float, what: str) -> None:
         AudioError: if the peak is NaN, infinite or larger than 64.
     """
     if not math.isfinite(peak):
-        raise AudioError(f"{what} holds NaN or infinite samples; clean it first.")
+        raise AudioError(f"{what} contains NaN or infinite samples; remove them first.")
     if peak > MAX_PEAK:
         raise AudioError(
-            f"{what} reaches {peak:.6g}, but audio lies in [-1, 1]; if these are 16-bit numbers, divide by 32768."
+            f"{what} reaches {peak:.6g}, but audio lies in [-1, 1]; if the samples are 16-bit integers, divide by "
+            "32768."
         )

@@ -1,4 +1,4 @@
-"""Base class of file objects whose bytes are put together from other places."""
+"""Base class of file objects that assemble their bytes from several sources."""
 
 import io
 

@@ -28,7 +28,7 @@ _MAX_THREADS = 16
 
 
 def check_address_space() -> None:
-    """Refuse to load PyTorch and compute below a limit on address space that is too low for them.
+    """Raise an error if the limit on address space is too low to load and run PyTorch.
 
     oneDNN does not check all of its allocations and ends the process with a segmentation fault where one fails.
 
@@ -53,7 +53,7 @@ def check_address_space() -> None:
 
 
 def shortage_of(error: BaseException) -> str | None:
-    """Return which system resource an error shows to be exhausted, and what to do; None for other errors."""
+    """Return a message if an error means that a system resource is exhausted; None for other errors."""
     text = " ".join(str(error).split())
     reason = f" ({shorten(text, 120)})" if text else ""
     is_memory_message = isinstance(error, RuntimeError | ImportError) and any(phrase in text for phrase in NO_MEMORY)
@@ -69,7 +69,7 @@ def sharing(what: str) -> Iterator[None]:
     """Report a failure to create locks or shared memory, inside this context, in one sentence.
 
     Args:
-        what: subject of the error message: who needs the shared memory.
+        what: subject of the error message, which needs the shared memory.
 
     Raises:
         NemoLfrError: if the system cannot provide them.
@@ -80,8 +80,8 @@ def sharing(what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise NemoLfrError(
-            f"{what} need shared memory, which is not available ({shorten(error, 200)}); free /dev/shm or make "
-            "it writable, or give a container more of it (--shm-size)."
+            f"{what} need shared memory, which is not available ({shorten(error, 200)}); free /dev/shm, make it "
+            "writable, or start the container with a larger --shm-size."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Tables that name audio files: CSV, TSV, and the `metadata.jsonl` of Hugging Face's AudioFolder.
 
 A row becomes an entry like that of a NeMo manifest: `audio_filepath`, the standard labels of `nemo_lfr.io.columns`,
-and the other columns. A malformed row costs one entry.
+and the other columns. A malformed row affects only its own entry.
 """
 
 import csv
@@ -83,7 +83,7 @@ def _entry(row: TableRow) -> TableRow:
     name = values.pop(column, None)
     if not isinstance(name, str):
         return TableRow(row.line, {}, f"its {column!r} is {'empty' if name is None else shorten(name)}")
-    if column != "audio_filepath":  # seconds of a section only beside NeMo's name of the file
+    if column != "audio_filepath":  # offset and duration have this meaning only beside NeMo's key
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
     return TableRow(row.line, {"audio_filepath": name, **standard_labels(values)})
 
@@ -135,7 +135,7 @@ def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
         raise ConfigError(f"{path}: its header cannot be read: {shorten(error, 200)}.") from error
     if not any(name in columns for name in AUDIO):
         raise ConfigError(
-            f"{path}: no column names the audio; expected one of {', '.join(AUDIO)} in its first line, found "
+            f"{path}: no column with the audio; expected one of {', '.join(AUDIO)} in its first line, found "
             f"{shorten(columns, 300)}."
         )
     return delimiter, columns

@@ -20,7 +20,7 @@ def decode(data: bytes) -> str:
     if data.startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
     if b"\0" in data:
-        raise ValueError("not text: it holds NUL bytes")
+        raise ValueError("not text: it contains NUL bytes")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ codebook_size ^ num_codebooks, a missing end section, and bytes after the end se
 The position of the next block follows from the block's length, so that a reader can seek without reading all blocks.
 
 A block's CRC also covers the previous CRC field, in the four bytes in front of the block. A block that was moved,
-repeated, left out or taken from another file therefore fails its check when blocks are read in order, as from a pipe
+repeated, omitted or taken from another file therefore fails its check when blocks are read in order, as from a pipe
 or with `recover`. The outline detects the same when a file is opened, from the lengths and CRC fields alone, so that
 seeking in such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
 
@@ -237,13 +237,13 @@ class TokenStreamWriter:
             self._pending = []
             self._write_blocks(remainder, max(1, remainder.shape[1]))
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != self.frames_written:
-            raise TokensError(f"{num_samples} samples do not make {self.frames_written} frames.")
+            raise TokensError(f"{num_samples} samples do not correspond to {self.frames_written} frames.")
         self._write_section(struct.pack("<IQI", 0, num_samples, self._outline))
         self._ended = True
 
     def _check_open(self) -> None:
         if self._ended:
-            raise TokensError("`finish` was called, which ends the file; write to another one.")
+            raise TokensError("`finish` was called, so the file is complete; write to another one.")
 
 
 def _integers(tokens: Any) -> np.ndarray:
@@ -376,7 +376,7 @@ class _Sections:
 
     def _fail(self, reason: str) -> TokenFileError:
         hint = " Read the intact part with --recover (recover=True)." if self._header_is_valid else ""
-        return TokenFileError(f"{self.path}: {reason}; the file is damaged or was cut short.{hint}")
+        return TokenFileError(f"{self.path}: {reason}; the file is damaged or truncated.{hint}")
 
     def _take(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -403,7 +403,7 @@ class _Sections:
         if version not in READABLE_VERSIONS:
             raise TokenFileError(
                 f"{self.path}: format version {version}; this nemo_lfr reads versions "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer one."
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer nemo_lfr."
             )
         head += self._take(4)
         length = int.from_bytes(head[5:], "little")
@@ -411,13 +411,13 @@ class _Sections:
         if version > 1:
             coding, length = length >> 24, length & 0xFFFFFF
         if length > MAX_METADATA_BYTES:
-            raise self._fail(f"its metadata claims {length} bytes")
+            raise self._fail(f"its metadata length is {length} bytes; the limit is {MAX_METADATA_BYTES}")
         text = self._take(length)
         self._checksum = self._check(head + text, "the header")
         if coding not in CODINGS:
             raise TokenFileError(
                 f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads codings "
-                f"{' and '.join(map(str, CODINGS))}; install a newer one."
+                f"{' and '.join(map(str, CODINGS))}; install a newer nemo_lfr."
             )
         self._outline = zlib.crc32(self._checksum)
         try:
@@ -432,7 +432,7 @@ class _Sections:
         """Read the number of frames of the next section; 0 for the end section."""
         count: int = struct.unpack("<I", self._take(4))[0]
         if count > self._max_block_frames:
-            raise self._fail(f"a block claims {count} frames")
+            raise self._fail(f"a block has {count} frames; the limit is {self._max_block_frames}")
         return count
 
     @cached_property
@@ -455,7 +455,7 @@ class _Sections:
         field = self._take(4)
         (size,) = compressed.SIZE.unpack(field)
         if size not in compressed.payload_range(count, self._bytes_per_frame):
-            raise self._fail(f"a block of {count} frames claims {size} bytes")
+            raise self._fail(f"a block of {count} frames has {size} bytes")
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
@@ -505,10 +505,10 @@ class _Sections:
         if self._file.read(1):
             raise self._fail("there are bytes after its end")
         if self.version > 1 and fields[8:] != struct.pack("<I", self._outline):
-            raise self._fail("its blocks are not the ones that were written, or in another order")
+            raise self._fail("its blocks were replaced or reordered")
         num_samples: int = struct.unpack("<Q", fields[:8])[0]
         if frames.num_frames(num_samples, self.metadata.samples_per_frame) != num_frames:
-            raise self._fail(f"{num_samples} samples do not make its {num_frames} frames")
+            raise self._fail(f"{num_samples} samples do not correspond to its {num_frames} frames")
         return num_samples
 
     def check_codec(self, codec: KnownCodec) -> None:
@@ -524,7 +524,7 @@ class _Sections:
             if stored[name] and not same:
                 raise TokenFileError(
                     f"{self.path}: made by a codec with {name} {stored[name]}, but {codec.name} has {expected[name]}; "
-                    "give the checkpoint that encoded it with --model."
+                    "pass the checkpoint that encoded it as --model."
                 )
 
 

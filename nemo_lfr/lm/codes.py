@@ -34,7 +34,7 @@ def unfold(tokens: Any, levels: Levels) -> Any:
     sizes = constant([math.prod(group) for group in groups], tokens)[:, None]
     if bool(((tokens < 0) | (tokens >= sizes)).any()):
         raise TokensError(
-            f"tokens reach from {int(tokens.min())} to {int(tokens.max())}; the codebooks hold "
+            f"tokens range from {int(tokens.min())} to {int(tokens.max())}; the codebooks have "
             f"{', '.join(map(str, dict.fromkeys(math.prod(group) for group in groups)))} entries."
         )
     codebooks = [index for index, group in enumerate(groups) for _ in group]
@@ -63,7 +63,10 @@ def fold(codes: Any, levels: Levels) -> Any:
     if not _is_nested(levels):
         count, rest = divmod(codes.shape[-2], len(groups[0]))
         if rest or not count:
-            raise TokensError(f"codes have {codes.shape[-2]} dimensions, which levels {list(levels)} do not divide.")
+            raise TokensError(
+                f"codes have {codes.shape[-2]} dimensions, which is not a multiple of the {len(levels)} dimensions of "
+                f"levels {list(levels)}."
+            )
         groups *= count
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
@@ -130,7 +133,7 @@ def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
     for group in groups:
         if not group or min(group) < 2 or math.prod(group) >= 2**63:
             raise TokensError(
-                f"levels {list(group)} do not make a codebook; each must be at least 2, their product below 2^63."
+                f"levels {list(group)} do not form a codebook; each must be at least 2, their product below 2^63."
             )
     return groups
 
@@ -143,7 +146,7 @@ def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
     if not _is_nested(levels):
         return groups * int(tokens.shape[-2])
     if len(groups) != tokens.shape[-2]:
-        raise TokensError(f"{name} have {tokens.shape[-2]} codebooks; levels are there for {len(groups)}.")
+        raise TokensError(f"{name} have {tokens.shape[-2]} codebooks, but levels were passed for {len(groups)}.")
     return groups
 
 

@@ -265,7 +265,7 @@ class FlatLayout(Layout):
         if order not in ("frame", "codebook"):
             raise ConfigError(f"order is {order!r}; use 'frame' or 'codebook'.")
         if order == "codebook" and not offsets:
-            raise ConfigError("order 'codebook' needs offsets: without them nothing tells where a codebook ends.")
+            raise ConfigError("order 'codebook' needs offsets: without them the ends of the codebooks are unknown.")
         self.order, self.offsets = order, offsets
 
     @property

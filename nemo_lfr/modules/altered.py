@@ -38,7 +38,7 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
 
 
 def check_unaltered(network: nn.Module, name: str) -> None:
-    """Raise an error if a network is altered, where its modules are not called.
+    """Raise an error if a network is altered, for callers that bypass its modules.
 
     Raises:
         NemoLfrError: if the network is altered.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-# Replaces the tokens of a frame that is not finite.
+# Replaces the tokens of a frame with NaN or infinite values.
 INVALID = -1
 
 

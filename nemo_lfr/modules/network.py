@@ -17,7 +17,7 @@ from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.residual import ResidualLayer
 
-# Values passed between operations: tensors [B, H, T] for modules, a type of its own for other backends.
+# Values passed between operations: tensors [B, H, T] for modules, another type for other backends.
 Signal = TypeVar("Signal")
 
 

@@ -35,7 +35,7 @@ class FiniteScalarQuantizer(NeuralModule):
     """
 
     input_names = ("inputs", "input_len")
-    output_names = ("dequantized", "indices")  # no third: NeMo's model takes that for a commit loss
+    output_names = ("dequantized", "indices")  # no third output: NeMo's model would treat it as a commit loss
 
     num_levels: torch.Tensor
     dim_base_index: torch.Tensor
@@ -45,7 +45,7 @@ class FiniteScalarQuantizer(NeuralModule):
         levels = [int(level) for level in num_levels]
         if min(levels) < 2 or math.prod(levels) > 2**31 - 1:
             raise ConfigError(
-                f"levels {levels} do not make a codebook; each must be at least 2, their product < 2^31."
+                f"levels {levels} do not form a codebook; each must be at least 2, their product < 2^31."
             )
         bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)
@@ -242,7 +242,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return encoded.masked_fill(is_dropped[:, :, None], 0)
 
     def dropout_random_codebooks(self, encoded: torch.Tensor, rate: float) -> torch.Tensor:
-        """Keep a random number of codebooks, fewer than all, in a random share of the examples.
+        """Keep a random number of codebooks, fewer than all, in a random subset of the examples.
 
         Args:
             encoded: encoded frames or codes [B, D, T].

@@ -1,9 +1,10 @@
 """Folding of weight norm with the same rounding on every CPU.
 
 PyTorch's kernel sums the squares of a row in an order that depends on the CPU's instructions, so that the last bits of
-folded weights differ between machines. A fingerprint hashes folded weights and must not. `fold_weight_norm` therefore
-adds in one fixed order, that of PyTorch's kernel for AVX2 and AVX-512. Every other operation is elementwise and is
-rounded by IEEE 754 in the same way everywhere. PyTorch's kernel is faster, and is used where it adds in this order.
+folded weights differ between machines. A fingerprint hashes folded weights and must be equal everywhere.
+`fold_weight_norm` therefore adds in one fixed order, that of PyTorch's kernel for AVX2 and AVX-512. Every other
+operation is elementwise and is rounded by IEEE 754 in the same way everywhere. PyTorch's kernel is faster, and is used
+where it adds in this order.
 """
 
 import functools

@@ -35,7 +35,7 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
     if isinstance(inner, LFRCodecModel):
         return model
     if not isinstance(inner, NeMoAudioCodecModel):
-        raise ConfigError(f"{type(model).__name__} is no AudioCodecModel of NeMo's; accelerate takes one, loaded.")
+        raise ConfigError(f"{type(model).__name__} is not NeMo's AudioCodecModel; pass a loaded model of that class.")
     # Everything that can fail runs before the first change to the model.
     values = checked_values(inner.cfg)
     with building_state(torch.device("cpu")):
@@ -80,7 +80,7 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
     tensors = plain_keys(stock.state_dict(keep_vars=True).items(), name)
     needs_gradient = {key: value.requires_grad for key, value in tensors.items()}
     if any(value.is_meta for value in tensors.values()):
-        raise ConfigError(f"{name} is on the meta device, which holds no weights; load the model again.")
+        raise ConfigError(f"{name} is on the meta device, which stores no weights; load the model again.")
     has_norm = any(key.endswith((DIRECTION, ".weight_v")) for key in tensors)
     with torch.device("meta"):
         part = build_part(dict(config), weight_norm=has_norm).requires_grad_(False)
@@ -92,7 +92,7 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
         part.load_state_dict(tensors, assign=True)
     except (RuntimeError, ConfigError) as error:
         reason = shorten(" ".join(str(error).split()), 200)
-        raise ConfigError(f"{name} is not the module that the model's config describes: {reason}") from error
+        raise ConfigError(f"{name} does not match the model's config: {reason}") from error
     finally:
         for key, value in tensors.items():
             if value.requires_grad != needs_gradient[key]:

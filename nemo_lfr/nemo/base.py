@@ -30,7 +30,7 @@ try:
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
-        "Encoding and decoding need no NeMo: nemo_lfr.load()."
+        "Encoding and decoding do not need NeMo: use nemo_lfr.load()."
     ) from error
 
 __all__ = [

@@ -55,8 +55,8 @@ def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple
     except json.JSONDecodeError as error:
         line = shorten(error.doc)
         raise ConfigError(
-            f"a manifest of the data section holds a line that is not JSON ({error}): {line}; NeMo reads this file as "
-            "a whole, so mend or remove that line."
+            f"a manifest of the data section contains a line that is not JSON ({error}): {line}; NeMo cannot skip "
+            "lines of this file, so fix or remove the line."
         ) from error
     make_careful(cuts)
     return cuts, is_tarred
@@ -140,7 +140,7 @@ class StrictLines(CarefulLines):
     It is used for manifests that NeMo reads in parallel with other files, where skipping a line would misalign them.
     """
 
-    advice = "mend or remove it, and what belongs to it in the other files"
+    advice = "fix or remove it, together with its counterparts in the other files"
 
     def lose(self, losses: "_Losses", number: int, reason: str) -> None:
         """Raise an error instead of skipping the line.
@@ -149,8 +149,8 @@ class StrictLines(CarefulLines):
             ConfigError: always. The message names the file, the line and the reason.
         """
         raise ConfigError(
-            f"{self.path}, line {number}: {reason}; NeMo reads other files side by side with this manifest, so that "
-            f"no line can be left out: {self.advice}."
+            f"{self.path}, line {number}: {reason}; NeMo reads other files in parallel with this manifest, so lines "
+            f"cannot be skipped; {self.advice}."
         )
 
 
@@ -162,8 +162,8 @@ class TarredLines(StrictLines):
     """
 
     advice = (
-        "mend or remove it, and set skip_missing_manifest_entries: true in dataloader_params if its audio stays in "
-        "the tar file"
+        "fix or remove it, and set skip_missing_manifest_entries: true in dataloader_params if its audio stays in the "
+        "tar file"
     )
 
 
@@ -289,7 +289,7 @@ class _Losses:
         self._count = 0
 
     def add(self, place: str, reason: str) -> None:
-        text = f"{shorten(self.path, 300)}, {place}: left out: {reason}"
+        text = f"{shorten(self.path, 300)}, {place}: skipped: {reason}"
         self._first = self._first or text
         self._count += 1
         if text not in _reported:
@@ -305,4 +305,4 @@ class _Losses:
             ConfigError: if lines were skipped and none was usable. The message names the first of them.
         """
         if self._count and not self.used:
-            raise ConfigError(f"none of {self._count} lines can be used; the first: {self._first}")
+            raise ConfigError(f"none of {self._count} lines can be used; the first error: {self._first}")

@@ -70,5 +70,5 @@ def override_config(source: Any) -> DictConfig:
         import_components(config.get("model") or config, built_in=BUILT_IN)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     if not isinstance(config, DictConfig):
-        raise ConfigError("the config given is a list, not a mapping.")
+        raise ConfigError("the config is a list, not a mapping.")
     return config.model if "model" in config else config

@@ -84,11 +84,11 @@ class CutDataset(Dataset[dict[str, Any]]):
             source = cut.target_audio if cut.has_custom("target_audio") else cut
             audio = read_cut(source, self.sample_rate, allow_url=self.allow_url)
             if not len(audio):
-                raise AudioError("it holds no samples.")
+                raise AudioError("it contains no samples.")
         except Exception as error:  # Lhotse raises many exception classes
             if cut.id not in self._bad:
                 self._bad.add(cut.id)
-                logger.warning("cut %s left out: %s", cut.id, shorten(error, 400))
+                logger.warning("cut %s skipped: %s", cut.id, shorten(error, 400))
             return None
         if self.segment is not None and len(audio) > self.segment:
             start = random.randint(0, len(audio) - self.segment)  # Lhotse seeds each worker, as in NeMo
@@ -132,7 +132,7 @@ def cut_loader(
         raise ConfigError("dataloader_params: batch_size must be set.")
     for key in ("truncate_duration", "min_duration") if not validation else ():
         if given.get(key) not in (None, -1):
-            raise ConfigError(f"dataloader_params: {key} follows from dataset_args.segment_duration; leave it out.")
+            raise ConfigError(f"dataloader_params: {key} is derived from dataset_args.segment_duration; remove it.")
     try:
         dataset = CutDataset(sample_rate, **arguments)
     except TypeError as error:

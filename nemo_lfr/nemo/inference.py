@@ -137,7 +137,7 @@ class Inference(BaseModel):
             return audio, audio_len
         if torch.is_grad_enabled() and audio.requires_grad:
             raise AudioError(
-                f"audio at {sample_rate} Hz carries a gradient, which resampling would cut; resample it to "
+                f"audio at {sample_rate} Hz requires a gradient, but resampling is not differentiable; resample it to "
                 f"{self.sample_rate} Hz first, or pass audio.detach()."
             )
         dtype = audio.dtype if audio.is_floating_point() else torch.float32

@@ -28,7 +28,7 @@ def lookup_types(module: nn.Module, direction: str) -> dict[str, Any]:
         if (stock := getattr(audio_codec_modules, ours.__name__, None)) is not None:
             types: dict[str, Any] = getattr(stock, direction).fget(module)  # these properties do not use the instance
             return types
-    raise NotImplementedError(f"NeMo has no {type(module).__name__}.")
+    raise NotImplementedError(f"NeMo has no class {type(module).__name__}.")
 
 
 neural_module.type_lookup = lookup_types

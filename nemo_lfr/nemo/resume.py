@@ -108,7 +108,7 @@ def _tidy(folder: Path) -> None:
             _copy(whole[-1], kept)
             if _average_of(whole[-1]) in averages:
                 _copy(_average_of(whole[-1]), _average_of(kept))
-            logger.warning("%s: the newest whole checkpoint; training resumes from it", whole[-1])
+            logger.warning("%s: training resumes from this checkpoint, the newest complete one", whole[-1])
     older = [path for path in whole if path.name.endswith(LAST)]
     for path in {*marked, *older, *(averages & set(map(_average_of, older)))}:
         if path != kept and (kept is None or path != _average_of(kept)):

@@ -31,7 +31,7 @@ class StateDicts(BaseModel):
     ) -> dict[str, Any]:
         """Return the state dict under NeMo's names.
 
-        It includes the weights of discriminators that are not yet built and leaves out WavLM. Modules that are wrapped
+        It includes the weights of discriminators that are not yet built but not WavLM. Modules that are wrapped
         by `torch.compile`, or whose weight norm was removed, have the same names and tensors as in NeMo.
 
         Args:
@@ -74,15 +74,16 @@ class StateDicts(BaseModel):
         other = [key for key, value in state_dict.items() if value.shape != shapes.get(key, value.shape)]
         if judged := [key for key in other if key.partition(".")[0] in PARTS]:
             raise CheckpointError(
-                f"the state dict is of another codec: {len(judged)} weights have other shapes, first {judged[0]}: "
-                f"{list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
+                f"the state dict belongs to another codec: {len(judged)} weights have other shapes, first "
+                f"{judged[0]}: {list(state_dict[judged[0]].shape)} instead of {list(shapes[judged[0]])}."
             )
         levels = [key for key, value in own.items() if key.startswith("vector_quantizer.")]
         for key in levels:
             if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
                 raise CheckpointError(
-                    f"the state dict is of another codec: {key} is {shorten(state_dict[key].flatten().tolist())}, the "
-                    f"model's is {shorten(own[key].flatten().tolist())}."
+                    f"the state dict belongs to another codec: {key} is "
+                    f"{shorten(state_dict[key].flatten().tolist())}, the model's is "
+                    f"{shorten(own[key].flatten().tolist())}."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:
@@ -120,17 +121,18 @@ def _check_state_dict(state_dict: Any) -> None:
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
-            f"the state dict is {shorten(type(state_dict).__name__)}; pass names with their tensors."
+            f"the state dict is {shorten(type(state_dict).__name__)}; pass a mapping from names to tensors."
         )
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise CheckpointError(
-                f"the state dict has {shorten(repr(key))} for a name; pass names with their tensors."
+                f"the state dict has the key {shorten(repr(key))}; pass a mapping from names to tensors."
             )
         if not isinstance(value, torch.Tensor) or value.is_meta:
-            kind = "a meta tensor, without values" if isinstance(value, torch.Tensor) else type(value).__name__
-            hint = "; pass what is under that name" if key == "state_dict" else ""
-            raise CheckpointError(f"the state dict holds no tensor for {shorten(key)}, but {shorten(kind)}{hint}.")
+            is_meta = isinstance(value, torch.Tensor)
+            fault = "a meta tensor, which has no values" if is_meta else f"not a tensor but {type(value).__name__}"
+            hint = "; pass the value of that key" if key == "state_dict" else ""
+            raise CheckpointError(f"the value of {shorten(key)} in the state dict is {shorten(fault)}{hint}.")
 
 
 def _is_wavlm(key: str) -> bool:

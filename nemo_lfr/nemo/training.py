@@ -138,7 +138,7 @@ class TrainingSteps(WeightAveraging):
                 batches = len(self._train_dl)
             except TypeError as error:
                 raise ConfigError(
-                    "steps_per_epoch must be set: the training data has no end (Lhotse), so no epoch."
+                    "steps_per_epoch must be set: training data from Lhotse has no end, and thus no epochs."
                 ) from error
         return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
 

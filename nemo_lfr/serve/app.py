@@ -85,7 +85,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
     ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             if files.locked():
-                raise OverloadedError(f"the server has {settings.max_files} files, its limit; try again later.")
+                raise OverloadedError(f"the server is at its limit of {settings.max_files} files; try again later.")
             async with files:
                 return await serve(request, engine, settings.max_body_bytes, settings.stream)
 
@@ -157,7 +157,7 @@ def _info(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 
 async def _report(_: Request, error: Exception) -> Response:
-    """Return an error of ours as JSON."""
+    """Return an error of this package as JSON."""
     status = 503 if isinstance(error, OverloadedError) else 400
     if isinstance(error, ProtocolError):
         status = {CloseCode.TOO_BIG: 413, CloseCode.POLICY: 408}.get(error.code, status)
@@ -220,7 +220,7 @@ class _Admission:
 def _is_address(host: str | None) -> bool:
     """Return whether a host is an IP address or localhost.
 
-    A page of any other name may come from elsewhere: its owner can let the name point to this server (DNS rebinding).
+    Other names are not trusted: the owner of a domain can point it to this server (DNS rebinding).
     """
     if host is None or host == "localhost":
         return host is not None

@@ -78,7 +78,9 @@ class Engine:
     ) -> None:
         for stream in (codec.stream_encoder(), codec.stream_decoder()):  # loads the weights, too
             if not isinstance(stream, StreamEncoder | StreamDecoder):
-                raise NemoLfrError(f"{codec.name}: streams of this backend cannot be batched; load a checkpoint.")
+                raise NemoLfrError(
+                    f"{codec.name}: streams of this backend cannot be batched; load a checkpoint with PyTorch."
+                )
         self.codec, self.limits = codec, limits or EngineLimits()
         self.draining = False
         self.num_opened = 0
@@ -149,7 +151,9 @@ class Engine:
             if self.draining or self._closing:
                 raise ShutdownError(SHUTTING_DOWN)
             if len(self._sessions) >= self.limits.max_streams:
-                raise OverloadedError(f"the server has {self.limits.max_streams} streams, its limit; try again later.")
+                raise OverloadedError(
+                    f"the server is at its limit of {self.limits.max_streams} streams; try again later."
+                )
             stream = open_stream()
             assert isinstance(stream, StreamEncoder | StreamDecoder)
             session = Session(self.codec, self.limits, self._changed, stream, ramp, live)
@@ -180,7 +184,7 @@ class Engine:
                 with self._changed:
                     chunks = [session._take() for session in batch]
                 step = self._advance(batch, chunks)
-            except Exception as error:  # the thread must live on for the other streams
+            except Exception as error:  # the thread must continue for the other streams
                 logger.exception("a step of %d streams failed", len(batch))
                 self.fault = _description(error)
                 with self._changed:
@@ -192,7 +196,7 @@ class Engine:
             try:
                 if self._on_step:
                     self._on_step(step)
-            except Exception:  # of the caller
+            except Exception:  # raised by the caller's function
                 logger.exception("on_step failed")
 
     def _next_batch(self) -> list[Session]:

@@ -43,7 +43,7 @@ async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: 
 
     Args:
         request: `format` is lfr (default) or json.
-        engine: encodes.
+        engine: engine that encodes.
         max_bytes: limit of the body.
         limits: limits of the recording and of the time between two parts of the body.
 
@@ -73,7 +73,7 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
 
     Args:
         request: `format` is wav (default), flac or opus; the content type of JSON is application/json.
-        engine: decodes.
+        engine: engine that decodes.
         max_bytes: limit of the body.
         limits: limits of the recording and of the time between two parts of the body.
 
@@ -96,7 +96,7 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
 
 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
-    """Yield pieces [..., k] of a recording until it exceeds `max_seconds`; compressed silence is very long.
+    """Yield the chunks [..., k] of a recording; a small compressed file may exceed `max_seconds`.
 
     Raises:
         ProtocolError: the recording is too long.
@@ -183,7 +183,7 @@ async def _through(
     """Pass all pieces through a session, and its results to `consume`, in a thread.
 
     Raises:
-        ClientDisconnect: nobody waits for the results any more.
+        ClientDisconnect: if the client has closed the connection.
     """
 
     async def feed() -> None:
@@ -221,11 +221,11 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
         try:
             item = await asyncio.shield(running)
         except asyncio.CancelledError:
-            # The caller closes the file next, which a thread that still reads it would not survive.
+            # Wait for the thread: the caller closes the file next, and reading a closed file would crash.
             while not running.done():
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([running])
-            with suppress(BaseException):  # its error comes too late
+            with suppress(BaseException):  # too late to report its error
                 running.result()
             raise
         if item is end:
@@ -249,7 +249,7 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
         path = Path(folder, "body")
         size = 0
         with path.open("wb") as file:
-            while (part := await within(limits.idle_s, next_part(), "no part of the body")) is not None:
+            while (part := await within(limits.idle_s, next_part(), "no data received")) is not None:
                 size += len(part)
                 if size > max_bytes:
                     raise ProtocolError(f"the body is larger than {max_bytes} bytes.", CloseCode.TOO_BIG)

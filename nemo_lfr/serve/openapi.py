@@ -28,9 +28,9 @@ _ERRORS = {
     for status, text in {
         "400": "The body or a parameter is not valid.",
         "401": "The token is missing or wrong.",
-        "408": "The body stalled.",
+        "408": "The client stopped sending the body.",
         "413": "The body is too large, or the recording too long.",
-        "503": "Too many streams, or shutting down.",
+        "503": "Too many streams, or the server is shutting down.",
     }.items()
 }
 
@@ -78,7 +78,7 @@ OPENAPI: dict[str, Any] = {
                 "summary": "Whether new streams are accepted.",
                 "responses": {
                     "200": {"description": "Accepted."},
-                    "503": {"description": "Shutting down, or broken."},
+                    "503": {"description": "The server is shutting down, or the network fails."},
                 },
             }
         },

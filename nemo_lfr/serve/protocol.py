@@ -1,8 +1,8 @@
 """Messages of the WebSocket streams, version 1; docs/reference/protocol.md is the specification.
 
-Each stream carries one recording. Binary messages hold little-endian samples or tokens. Text messages are JSON objects
-that hold either `tokens` or the `type` of a control message. Parsing validates every message, so an invalid one ends
-only its own stream.
+Each stream carries one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
+objects with either `tokens` or the `type` of a control message. Parsing validates every message, so an invalid one
+ends only its own stream.
 """
 
 import json

@@ -92,7 +92,7 @@ class Session:
             items: valid samples [n] or tokens [C, k] of this stream's codec.
         """
         with self._changed:
-            # Nobody takes the input of a finished stream, and an empty piece would stay in the queue until the next.
+            # A finished stream reads no input, and an empty chunk would stay in the queue until the next one.
             if self._finished or not items.shape[-1]:
                 return
             self._started = self._started or time.monotonic()
@@ -154,7 +154,7 @@ class Session:
     def _urgency(self) -> tuple[bool, float]:
         """Return a key that sorts live streams first, by the time at which they need a result.
 
-        Background streams follow, and take turns.
+        Background streams come last and take turns.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 

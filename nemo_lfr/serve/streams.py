@@ -46,7 +46,7 @@ class StreamLimits:
 
         Args:
             num_items: number of its samples or frames.
-            rate: of them, Hz.
+            rate: samples or frames per second, Hz.
 
         Raises:
             ProtocolError: if it is longer than `max_seconds`.
@@ -155,7 +155,7 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
 
 
 async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:
-    message = await within(limits.idle_s, websocket.receive(), "no message")
+    message = await within(limits.idle_s, websocket.receive(), "no message received")
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1005))
     data: bytes | str | None = message.get("bytes")

@@ -32,7 +32,7 @@ async def stop_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     """Cancel tasks and wait until all have ended; their results and errors are discarded.
 
     `asyncio.wait_for` of Python 3.10 and 3.11 ignores a cancellation that arrives together with its result, so tasks
-    that go on are canceled again.
+    that continue are canceled again.
     """
     stopped = pending = set(tasks)
     while pending:

@@ -82,7 +82,7 @@ def check_spec(codec: Codec[Any]) -> None:
     """Check that the spec is valid and that the codec accepts only its own fingerprint."""
     spec = codec.spec
     spec.validate()
-    _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint is not that of its spec")
+    _require(codec.fingerprint == spec.fingerprint, "Codec.fingerprint differs from the fingerprint of its spec")
     _require(codec.made(spec.fingerprint), "the codec does not accept its own fingerprint")
     if spec.fingerprint:
         _require(not codec.made("f" * 16), "the codec accepts the fingerprint of another codec")
@@ -171,7 +171,7 @@ def check_files(codec: Codec[Any]) -> None:
             writer.write(np.zeros((other.num_codebooks, 3), np.int32))
             writer.finish(3 * codec.samples_per_frame)
         _check_raises(TokenFileError, lambda: codec.decode_file(folder / "other.lfr", folder / "c.wav"), "other codec")
-        _require(not (folder / "c.wav").exists(), "a refused token file left an audio file")
+        _require(not (folder / "c.wav").exists(), "a rejected token file left an audio file behind")
 
 
 def check_invalid_arguments(codec: Codec[Any]) -> None:

@@ -8,7 +8,7 @@ class Average:
 
     Args:
         module: module whose parameters are averaged.
-        decay: share of the old average that each update keeps. The first updates keep less, so that the initial
+        decay: fraction of the old average that each update keeps. The first updates keep less, so that the initial
             weights do not dominate.
 
     Attributes:

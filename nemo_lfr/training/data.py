@@ -74,7 +74,9 @@ class CodecDataset(Dataset[dict[str, Any]]):
             self.recordings += kept
             self.weights += [float(meta.get("sample_weight", 1.0))] * len(kept)
         if not self.recordings:
-            raise ConfigError(f"the manifests of {sorted(dataset_meta)} hold no recording of the wanted duration.")
+            raise ConfigError(
+                f"the manifests of {sorted(dataset_meta)} contain no recording of the required duration."
+            )
 
     def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
         """Build the sampler of segments for one process.
@@ -144,7 +146,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
         with AudioReader(recording.path, self.sample_rate) as reader:
             audio = reader.segment(start, duration)[: self.n_samples]
         if not len(audio):
-            raise AudioError(f"{recording.path}: holds no samples at {start:.3f} s.")
+            raise AudioError(f"{recording.path}: contains no samples at {start:.3f} s.")
         if self.volume_norm:
             audio = audio * np.float32(0.95 / max(float(np.abs(audio).max()), 1e-5))
         return audio

@@ -10,7 +10,7 @@ from nemo_lfr.errors import NemoLfrError
 
 # Errors of the storage that is written to. Other system errors may be bugs and keep their traceback.
 PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
-ADVICE = "make room or choose another place, and start the same command again; what was there before is whole"
+ADVICE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
 
 
 @contextmanager

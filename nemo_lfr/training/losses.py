@@ -123,7 +123,7 @@ WEIGHTS = {
     "si_sdr": ("si_sdr_loss_scale", 0.0),
     "spread": ("spread_loss_scale", 0.0),  # not in NeMo
 }
-# Keyword arguments of NeMo's adversarial losses; custom ones take the same.
+# Keyword arguments of NeMo's adversarial losses; custom losses get the same arguments.
 _GENERATOR_ARGUMENTS = ("disc_scores_gen",)
 _DISCRIMINATOR_ARGUMENTS = ("disc_scores_real", "disc_scores_gen")
 

@@ -40,7 +40,7 @@ class Prepared:
         audio_dir: folder that the paths in the manifests are relative to.
         splits: the manifests by split; only those with utterances.
         failures: records of the files, rows and transcripts that cannot be used.
-        failures_file: path of failures.jsonl, which holds these records; None if there are none.
+        failures_file: path of failures.jsonl, which contains these records; None if there are none.
         kept: manifests and failures.jsonl of earlier runs in the output folder, which this run did not write.
     """
 
@@ -104,13 +104,13 @@ def prepare(
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise NemoLfrError(f"{corpus}: not {kind} as it is published ({error}); {_expected(kind)}") from error
+        raise NemoLfrError(f"{corpus}: not the published layout of {kind} ({error}); {_expected(kind)}") from error
     if kind == "table":
         corpus = corpus.parent
     if kind not in ("folder", "table") and utterances and all(utterance.problem for utterance in utterances):
         first = utterances[0]
         raise NemoLfrError(
-            f"{corpus}: not {kind} as it is published ({first.path}: {first.problem}); {_expected(kind)}"
+            f"{corpus}: not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
         raise NemoLfrError(f"{corpus}: no utterance of {kind} here; {_expected(kind)}")
@@ -135,7 +135,7 @@ def _write_all(
     result.failures += [value for value in found.values() if isinstance(value, dict)]
     if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures)
-        raise NemoLfrError(f"{corpus}: none of {len(result.failures)} files can be opened; {out / FAILURES} says why.")
+        raise NemoLfrError(f"{corpus}: none of {len(result.failures)} files can be opened; see {out / FAILURES}.")
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
         if own:
@@ -161,7 +161,7 @@ def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
     for utterance in utterances:
         if utterance.problem is None:
             if utterance.path in seen:
-                utterance = replace(utterance, problem="is listed more than once; its first row is used")
+                utterance = replace(utterance, problem="is listed more than once; the first row is used")
             seen.add(utterance.path)
         kept.append(utterance)
     return kept
@@ -208,7 +208,7 @@ def _open_all(
 
 
 def _state(path: Path) -> list[int]:
-    """Return the size and the modification time of a file; zeros if it is not there."""
+    """Return the size and the modification time of a file; zeros if it does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -227,7 +227,7 @@ def _duration(corpus: Path, name: str) -> float | Failure:
     try:
         with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:
-                raise AudioError("holds no samples")
+                raise AudioError("contains no samples")
             return round(reader.duration, 4)
     except (NemoLfrError, OSError) as error:
         return _unusable(corpus, name, error)
@@ -239,7 +239,7 @@ def _decoded_duration(corpus: Path, name: str) -> float | Failure:
         with AudioReader(corpus / name, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())
             if not num_samples:
-                raise AudioError("holds no samples")
+                raise AudioError("contains no samples")
             return round(num_samples / reader.native_rate, 4)
     except (NemoLfrError, OSError) as error:
         return _unusable(corpus, name, error)

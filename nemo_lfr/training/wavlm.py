@@ -58,7 +58,8 @@ class WavLM:
         try:
             from transformers import AutoModel
         except Exception as error:  # importing transformers can raise any exception
-            message = f"the SLM discriminator needs transformers: {install_command('transformers')}, or leave it out."
+            needed = f"the SLM discriminator needs transformers: {install_command('transformers')}"
+            message = f"{needed}, or remove the discriminator."
             raise missing_extra(error, "transformers", message) from error
         try:
             check_model_name(self.name, ConfigError)
@@ -68,8 +69,8 @@ class WavLM:
             if not weights:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ConfigError(
-                    f"the SLM discriminator's model {self.name!r} is no folder and could not be downloaded from the "
-                    f"Hub ({reason}); set slm_model_name to a downloaded copy, or leave this discriminator out."
+                    f"the SLM discriminator's model {self.name!r} is not a folder and could not be downloaded from "
+                    f"the Hub ({reason}); set slm_model_name to a downloaded copy, or remove this discriminator."
                 ) from error
             logger.warning("%s could not be downloaded; using the copy inside the checkpoint.", self.name)
             model = build_wavlm(weights, self.layers - 1)

@@ -55,9 +55,9 @@ def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsy
 def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
-    assert code == 0 and "empty.wav: holds no samples" in err
+    assert code == 0 and "empty.wav: contains no samples" in err
     code, _, err = run(capsys, "decode", tmp_path / "empty.lfr", "--out", tmp_path / "back")
-    assert code == 0 and "empty.lfr: holds no samples" in err
+    assert code == 0 and "empty.lfr: contains no samples" in err
 
 
 def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
@@ -65,7 +65,7 @@ def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
     run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
     (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
     code, _, err = run(capsys, "decode", tmp_path / "cut.lfr", "--recover")
-    assert code == 0 and "cut.lfr: holds no samples" in err
+    assert code == 0 and "cut.lfr: contains no samples" in err
 
 
 def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
@@ -119,12 +119,12 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", ""], "'': no such file or folder"),
         (["encode", "{folder}/a.wav", "--out", "{folder}/a.wav"], "the result is a .lfr file"),
         (["encode", "{folder}/a.wav", "--out", "{folder}/notes.txt"], "notes.txt is a file"),
-        (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not one file"),
-        (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not one file"),
-        (["decode", "{folder}/a.wav"], "a.wav: is an audio file, not a token file; nemo-lfr encode takes it"),
+        (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not a single file"),
+        (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not a single file"),
+        (["decode", "{folder}/a.wav"], "a.wav: is an audio file, not a token file; nemo-lfr encode reads it"),
         (["decode", "{folder}/deep/b.flac"], "is an audio file, not a token file"),
-        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "does not agree with --format flac"),
-        (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "exclude each other"),
+        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "contradicts --format flac"),
+        (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "are mutually exclusive"),
         (["info", "{folder}/none.lfr"], "none.lfr: no such file"),
         (["info", "/dev/zero"], "is a device, not a regular file"),
         (["tokenize", "{folder}", "--out", "{folder}/a.wav"], "a.wav' is a file"),
@@ -133,12 +133,12 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}/a.wav", "--model", "nowhere.nemo"], "nowhere.nemo: no such file"),
         (["encode", "{folder}/a.wav", "--model", "{folder}/notes.txt"], "not a .nemo archive"),
         (["encode", "{folder}/a.wav", "--device", "abacus"], "abacus"),
-        (["decode", "{folder}"], "no .lfr file in this folder (3 passed over: 1 .flac, 1 .txt, 1 .wav)"),
+        (["decode", "{folder}"], "no .lfr file in this folder (3 skipped: 1 .flac, 1 .txt, 1 .wav)"),
         (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
         (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
-        (["encode", "-", "{folder}/a.wav"], "give `-`, `- -` or `FILE -`"),
+        (["encode", "-", "{folder}/a.wav"], "pass `-`, `- -` or `FILE -`"),
         (["encode", "-", "--out", "{folder}"], "and no --out"),
-        (["info", "{folder}/notes.txt"], "no token file, checkpoint, audio or manifest"),
+        (["info", "{folder}/notes.txt"], "not a token file, checkpoint, audio file or manifest"),
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
 )
@@ -167,9 +167,12 @@ def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, f
     assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
     (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
     expected = {
-        "a.wav": ("kind         audio", "nemo-lfr encode takes it"),
-        "m.json": ("a manifest", "nemo-lfr tokenize takes"),
-        "": ("a folder of 2 audio files and 1 token files", "nemo-lfr encode, tokenize and prepare take the audio"),
+        "a.wav": ("kind         audio", "nemo-lfr encode reads it"),
+        "m.json": ("a manifest", "nemo-lfr tokenize reads"),
+        "": (
+            "a folder of 2 audio files and 1 token files",
+            "nemo-lfr encode, tokenize and prepare read the audio files",
+        ),
     }
     for name, words in expected.items():
         code, out, err = run(capsys, "info", folder / name)
@@ -197,7 +200,7 @@ def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
     run(capsys, "encode", folder / "a.wav", "--out", out)
     before = (out / "a.lfr").stat()
     code, printed, err = run(capsys, "encode", folder, "--out", out, "--skip-existing")
-    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results exist" in err
+    assert code == 0 and printed.split() == [str(out / "deep" / "b.lfr")] and "1 of 2 results already exist" in err
     assert (out / "a.lfr").stat() == before
     assert run(capsys, "encode", folder, "--out", out, "--skip-existing", "--json")[1].split() == [
         *["{", '"files":', "[],", '"failures":', "[]", "}"]

@@ -196,7 +196,7 @@ def test_quiet_prints_only_errors_and_the_result(name, folder, tmp_path, capsys)
 
 MISTAKES = {
     "unknown option": ("{name} --no-such-option", "No such option"),
-    "both": ("{name} --quiet --verbose", "exclude each other"),
+    "both": ("{name} --quiet --verbose", "are mutually exclusive"),
 }
 
 
@@ -304,7 +304,7 @@ def test_common_options_are_accepted_before_the_command(folder, capsys):
     code, out, err = run(capsys, "--json", "--quiet", "info", folder / "audio" / "a.wav")
     assert (code, err) == (0, "") and json.loads(out)["items"][0]["kind"] == "audio"
     code, _, err = run(capsys, "--quiet", "info", "--verbose")
-    assert code == 2 and "exclude each other" in err
+    assert code == 2 and "are mutually exclusive" in err
 
 
 @pytest.mark.parametrize("name", ["encode", "tokenize"])

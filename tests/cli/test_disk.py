@@ -103,7 +103,7 @@ def complaints(err: str) -> list[str]:
     """Errors on stderr, beside lines that say which codec is used, what is passed over and what was done."""
     lines = [line for line in err.splitlines() if re.match(r"nemo-lfr: (error|failed): ", line)]
     others = [line for line in err.splitlines() if line not in lines]
-    usual = r"nemo-lfr: using the bundled codec|.* passed over: |nemo-lfr: \d+ of \d+ failed"
+    usual = r"nemo-lfr: using the bundled codec|.* skipped: |nemo-lfr: \d+ of \d+ failed"
     assert all(re.match(usual, line) for line in others), others
     return lines
 
@@ -234,7 +234,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command,
     printed, err = process.communicate()
     assert process.returncode == 128 + number
     assert (
-        printed == "" and err.lstrip() == f"nemo-lfr: {'interrupted' if name == 'SIGINT' else f'ended by {name}'}.\n"
+        printed == "" and err.lstrip() == f"nemo-lfr: {'interrupted' if name == 'SIGINT' else f'stopped by {name}'}.\n"
     )
     assert list(out.iterdir()) == []
 

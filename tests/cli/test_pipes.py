@@ -136,7 +136,7 @@ def test_pipes_give_what_files_give(piped, tmp_path):
 
 def test_a_pipe_without_samples_is_said_to_be_so(piped):
     done = piped("encode", "-", "-", stdin=wav(np.zeros(0), RATE, "WAV", "PCM_16"))
-    assert done.returncode == 0 and "stdin: holds no samples" in done.stderr
+    assert done.returncode == 0 and "stdin: contains no samples" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_a_broken_pipe_is_one_line(piped):
     assert "stdin: not a .lfr token file" in said(piped("decode", "-", stdin=b""))
     data = wav(speech_like(40_000))
     done = piped("encode", "-", stdin=data[: len(data) // 2])
-    assert "stdin: was cut short" in said(done)
-    with pytest.raises(Exception, match="cut short"):
+    assert "stdin: was truncated" in said(done)
+    with pytest.raises(Exception, match="truncated"):
         tokens_of(done.stdout)
     tokens = piped("encode", "-", stdin=data).stdout
-    assert "stdin: it ends too early; the file is damaged or was cut short" in said(
+    assert "stdin: it ends too early; the file is damaged or truncated" in said(
         piped("decode", "-", stdin=tokens[:-20])
     )
     flipped = bytearray(tokens)
@@ -287,7 +287,7 @@ def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
         with AudioReader("a.wav", RATE, data=data) as reader:
             expected = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
     except AudioError:
-        assert filtered.problem and filtered.problem.startswith(("was cut short", "holds several"))
+        assert filtered.problem and filtered.problem.startswith(("was truncated", "contains several"))
         return
     assert filtered.problem is None
     wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
@@ -300,7 +300,7 @@ def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
     header, head = read_wav_header(source.read)
     filtered = WavSamples(header, len(head))
     assert filtered.push(source.read()) + filtered.finish() == b""
-    assert "cannot be told from a chunk; give it as a file" in filtered.problem
+    assert "may be samples or a chunk; pass it as a file" in filtered.problem
 
 
 @pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])
@@ -308,7 +308,7 @@ def test_a_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name)
     (tmp_path / "a.wav").write_bytes(PIPED[name])
     result = piped("encode", "-", "-", stdin=PIPED[name])
     if name == "cut WAV":
-        assert result.returncode == 1 and "stdin: was cut short" in result.stderr
+        assert result.returncode == 1 and "stdin: was truncated" in result.stderr
         return
     load().encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
     with TokenReader(tmp_path / "a.lfr") as reader:

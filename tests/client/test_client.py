@@ -230,7 +230,7 @@ def test_a_wrong_token_is_refused_and_the_right_one_is_not(tokens):
 def test_a_full_server_is_an_error_that_a_retry_may_outlast(tokens):
     with running(Settings(EngineLimits(max_streams=1))) as server:
         with client_of(server).decode_stream() as only:
-            check_all(server.url(""), tokens, ServerFullError, "limit; try again", skip=("info", "encode_file"))
+            check_all(server.url(""), tokens, ServerFullError, "at its limit of", skip=("info", "encode_file"))
             threading.Timer(0.3, only.close).start()
             started = time.monotonic()
             assert decode(client_of(server, retry_s=20), tokens, 9).size

@@ -103,7 +103,7 @@ def test_models_of_another_kind_are_refused(tmp_path):
 def test_unknown_and_taken_names_are_refused():
     with pytest.raises(NemoLfrError, match="backend 'tensorrt' is unknown; use 'torch', 'onnx' or 'levels'"):
         nemo_lfr.load(backend="tensorrt")
-    with pytest.raises(NemoLfrError, match="backend 'torch' is registered already"):
+    with pytest.raises(NemoLfrError, match="backend 'torch' is already registered"):
         backends.register("torch", level_backend.open_levels)
 
 

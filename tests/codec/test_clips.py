@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "a stereo clip in a list, channels last": ([STEREO.T], None, RATE, r"audio\[0\] has shape .*2 channels"),
     "a stereo clip as lists": ([STEREO.tolist(), FIRST], None, RATE, r"audio\[0\] has 2 rows"),
     "a pair of audio and rate": ((FIRST, 16000), None, None, r"audio\[1\] is torch.int64"),
-    "NaN in the second clip": ([FIRST, SECOND * np.nan], None, RATE, "clip 1 holds NaN"),
+    "NaN in the second clip": ([FIRST, SECOND * np.nan], None, RATE, "clip 1 contains NaN"),
     "nothing in the second clip": ([FIRST, None], None, RATE, r"audio\[1\] is NoneType"),
     "one length for two clips": ([FIRST, SECOND], [9], RATE, r"audio_len .*\[1\].*\[2\]"),
     "a length beyond the second clip": ([FIRST, SECOND], [9, 99999], RATE, r"audio_len\[1\] is 99999"),

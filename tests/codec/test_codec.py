@@ -643,7 +643,7 @@ def test_forked_process_does_not_hang(way):
     command = [sys.executable, "-c", FORKS, way]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("limited to one thread here") == 1
+    assert ended.stderr.count("limited to one thread") == 1
 
 
 # --- fewer codebooks

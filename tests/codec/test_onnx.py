@@ -182,7 +182,7 @@ def test_export_does_not_overwrite_by_default(capsys, bundled):
 
 def test_exporting_an_exported_folder_raises(capsys, bundled, tmp_path):
     code, _, err = run(capsys, "export", "onnx", "--model", bundled, "--out", tmp_path / "again")
-    assert code == 2 and f"{bundled}: is exported already; give the checkpoint" in err
+    assert code == 2 and f"{bundled}: is already exported; pass the checkpoint" in err
 
 
 def test_one_onnx_file_works_in_its_direction(bundled, tmp_path):
@@ -205,7 +205,7 @@ def test_other_onnx_folders_raise(bundled, tmp_path):
         nemo_lfr.load(bundled, "tpu")
     with pytest.raises(CheckpointError, match=r"no encoder\.onnx or decoder\.onnx"):
         OnnxBackend(tmp_path)
-    with pytest.raises(NemoLfrError, match="does not stream"):
+    with pytest.raises(NemoLfrError, match="does not support streaming"):
         nemo_lfr.load(bundled).stream_encoder()
     with pytest.raises(NemoLfrError, match="exported in fp32"):
         export_onnx(nemo_lfr.load(precision="bf16"), tmp_path / "bf16")
@@ -278,14 +278,14 @@ DAMAGE = {
     "another export's decoder": lambda folder, other: swap(folder, other, "decoder.onnx"),
     "another export's manifest": lambda folder, other: swap(folder, other, "codec.json"),
     "the decoder as encoder": lambda folder, _: shutil.copy(folder / "decoder.onnx", folder / "encoder.onnx"),
-    "an encoder cut short": lambda folder, _: cut(folder / "encoder.onnx", 0.5),
-    "a decoder cut short": lambda folder, _: cut(folder / "decoder.onnx", 0.99),
+    "a truncated encoder": lambda folder, _: cut(folder / "encoder.onnx", 0.5),
+    "a truncated decoder": lambda folder, _: cut(folder / "decoder.onnx", 0.99),
     "an empty encoder": lambda folder, _: cut(folder / "encoder.onnx", 0),
     "no ONNX": lambda folder, _: (folder / "encoder.onnx").write_bytes(b"not a model"),
     "text after the end": lambda folder, _: (folder / "encoder.onnx").open("ab").write(b"more"),
     "no manifest, as of an older export": lambda folder, _: (folder / "codec.json").unlink(),
     "an empty manifest": lambda folder, _: cut(folder / "codec.json", 0),
-    "a manifest cut short": lambda folder, _: cut(folder / "codec.json", 0.6),
+    "a truncated manifest": lambda folder, _: cut(folder / "codec.json", 0.6),
     "a manifest of bytes": lambda folder, _: (folder / "codec.json").write_bytes(bytes(range(256))),
     "a manifest that is a list": lambda folder, _: (folder / "codec.json").write_text("[1, 2]"),
     "a manifest of a million brackets": lambda folder, _: (folder / "codec.json").write_text("[" * 1_000_000),

@@ -48,7 +48,7 @@ def test_other_precisions_and_backends_are_refused(function):
     onnx = object.__new__(OnnxBackend)
     onnx.name = "folder"
     codec.backend = onnx
-    with pytest.raises(NemoLfrError, match="folder: is exported already"):
+    with pytest.raises(NemoLfrError, match="folder: is already exported"):
         function(codec)
 
 

@@ -185,11 +185,11 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
     audio = {"audio": [{"bytes": wav.read_bytes()}]}
     for name in ("train-0", "train-1", "test-0"):
         write(tmp_path / "hub" / "data" / f"{name}.parquet", audio)
-    with pytest.raises(ConfigError, match=r"holds the splits test, train, which are not mixed"):
+    with pytest.raises(ConfigError, match=r"contains the splits test, train, which are not mixed"):
         clips_of(tmp_path / "hub")
     write(tmp_path / "half" / "part-0.parquet", audio)
     write(tmp_path / "half" / "test.parquet", audio)
-    with pytest.raises(ConfigError, match=r"holds the splits test and files of no split"):
+    with pytest.raises(ConfigError, match=r"contains the splits test and files without a split"):
         clips_of(tmp_path / "half")
     assert len(clips_of(tmp_path / "hub" / "data" / "test-0.parquet")) == 1
     (tmp_path / "hub" / "data" / "test-0.parquet").unlink()
@@ -197,10 +197,10 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
     assert len(clips_of(tmp_path / "hub")) == 2
     saved = datasets.Dataset.from_dict({"audio": [str(wav)]})
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ConfigError, match="test, train; give the folder of one"):
+    with pytest.raises(ConfigError, match="test, train; pass the folder of one"):
         clips_of(tmp_path / "saved")
     (tmp_path / "saved" / "dataset_dict.json").unlink()
-    with pytest.raises(ConfigError, match="test, train; give the folder of one"):
+    with pytest.raises(ConfigError, match="test, train; pass the folder of one"):
         clips_of(tmp_path / "saved")
     (clip,) = clips_of(tmp_path / "saved" / "test")
     assert len(clip.audio(RATE, 100)) == len(WAVE)
@@ -255,7 +255,7 @@ def test_of_two_audio_columns_of_one_name_the_first_is_read(wav, tmp_path):
 def test_audio_files_beside_a_table_are_said_to_be_left_out(wav, tmp_path, caplog):
     write(tmp_path / "a.parquet", {"audio": [wav.read_bytes()]})
     assert len(clips_of(tmp_path)) == 1
-    assert "of its 1 audio files, only those that a row names" in caplog.text
+    assert "of its 1 audio files, only those listed in a table" in caplog.text
 
 
 def test_a_table_of_other_columns_is_refused_by_name(tmp_path):

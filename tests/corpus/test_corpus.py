@@ -278,9 +278,9 @@ def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
     tokenize(job_, device="cpu", workers=1)
     before = files_of(tmp_path / "out")
     for change in ({"pad": "magpie"}, {"kind": "lfr"}, {"precision": "bf16"}, {"shard_size": 5}, {"model": None}):
-        with pytest.raises(NemoLfrError, match="holds tokens of another job"):
+        with pytest.raises(NemoLfrError, match="contains tokens of another job"):
             tokenize(replace(job_, **change), device="cpu", workers=1)
-    with pytest.raises(NemoLfrError, match="holds tokens of another job"):
+    with pytest.raises(NemoLfrError, match="contains tokens of another job"):
         tokenize(replace(job_, source=str(audio)), device="cpu", workers=1)
     assert files_of(tmp_path / "out") == before
     with pytest.raises(NemoLfrError, match="is not empty and contains no resumable run"):
@@ -334,10 +334,10 @@ def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, m
     tokenize(mine, device="cpu", workers=1)
     before = files_of(tmp_path / "out")
     assert tokenize(mine, device="cpu", workers=1)["clips"] == 1
-    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+    with pytest.raises(NemoLfrError, match="another corpus, or a changed one"):
         tokenize(replace(mine, source=str(tmp_path / "b" / "train")), device="cpu", workers=1)
     shutil.copy(audio / "s1" / "clip1.wav", tmp_path / "a" / "train")
-    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+    with pytest.raises(NemoLfrError, match="another corpus, or a changed one"):
         tokenize(mine, device="cpu", workers=1)
     assert files_of(tmp_path / "out") == before
     manifest = job(audio / "manifest.json", tmp_path / "other", model, "lfr", audio_dir=str(audio))
@@ -429,11 +429,11 @@ def bad_files(root: Path) -> dict[str, str]:
         "text.wav": (b"hello, world\n" * 50, "not an audio file"),
         "zeros.wav": (bytes(5000), "not an audio file"),
         "html.mp3": (b"<html><body>404</body></html>", "not an audio file"),
-        "header.wav": (good[:44], "cut short"),
-        "half-header.wav": (good[:20], "cut short: it ends within its header"),
-        "cut.wav": (good[: len(good) // 2], "cut short"),
-        "cut.flac": (whole[: len(whole) // 2], "cut short: its last frame"),
-        "half-header.flac": (whole[:30], "cut short: it ends within its header"),
+        "header.wav": (good[:44], "truncated"),
+        "half-header.wav": (good[:20], "truncated: it ends within its header"),
+        "cut.wav": (good[: len(good) // 2], "truncated"),
+        "cut.flac": (whole[: len(whole) // 2], "truncated: its last frame"),
+        "half-header.flac": (whole[:30], "truncated: it ends within its header"),
         "noise.flac": (whole[:100] + bytes(range(256)) * 20, ""),
         "noise.mp3": (np.random.default_rng(0).bytes(3000), "not an audio file"),
         "png.ogg": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not an audio file"),
@@ -594,7 +594,7 @@ def test_cuts_of_a_tar_that_was_cut_short_are_failures(audio, model, expected, c
     assert_equal(got, {name: expected[name] for name in got})
     failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
     assert {failure["id"] for failure in failures} == set(names) - got.keys()
-    assert all("cut short" in failure["error"] for failure in failures)
+    assert all("truncated" in failure["error"] for failure in failures)
 
 
 def test_mixed_cuts_become_shar_and_those_without_audio_failures(audio, model, tmp_path):
@@ -636,7 +636,7 @@ def test_a_table_may_hold_the_bytes_of_files_themselves(audio, model, expected, 
 
 
 def test_contexts_are_refused_where_they_have_no_place(audio, model, tmp_path):
-    with pytest.raises(NemoLfrError, match='"lfr" has no place for contexts'):
+    with pytest.raises(NemoLfrError, match='"lfr" cannot store contexts'):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", context=True), device="cpu")
     assert not (tmp_path / "out").exists()
 
@@ -755,7 +755,7 @@ def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_the
     _, said = driver.communicate(timeout=300)
     assert driver.returncode == 128 + number
     assert said.split("\n") == (
-        ["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else ["nemo-lfr: ended by SIGTERM.", ""]
+        ["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else ["nemo-lfr: stopped by SIGTERM.", ""]
     )
     assert workers
     deadline = time.monotonic() + 120  # Python's resource tracker ends when it sees that the driver has
@@ -856,7 +856,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model,
     try:
         with pytest.raises(NemoLfrError, match="this machine does not have the 2 cores of a worker"):
             tokenize(replace(mine, threads=2), ray="local")
-        with pytest.raises(NemoLfrError, match="cores and a GPU of a worker; ask for --device cpu"):
+        with pytest.raises(NemoLfrError, match="cores and a GPU that a worker needs; use --device cpu"):
             tokenize(mine, ray="local", device="cuda")
         doomed = shutil.copy(model, tmp_path / "doomed.nemo")
         with pytest.raises(NemoLfrError, match=r"a worker cannot start: .*doomed\.nemo"):
@@ -868,7 +868,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model,
 
 def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
-    with pytest.raises(NemoLfrError, match="no Ray cluster can be reached"):
+    with pytest.raises(NemoLfrError, match="no Ray cluster is reachable"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), ray="nowhere:bad")
 
 

@@ -204,7 +204,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         2,
         "outside",
     ),
-    "path: number": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath=7)), 2, "not a text"),
+    "path: number": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath=7)), 2, "not text"),
     "line: not JSON": ("manifest", lambda f: edit_manifest(f, lambda line: "not json"), 2, "utterance 0"),
     "line: a list": ("lfr", lambda f: edit_manifest(f, lambda line: "[]"), 2, "utterance 0"),
     "line: deep": ("lfr", lambda f: edit_manifest(f, lambda line: "[" * 99999), 2, "utterance 0"),
@@ -228,7 +228,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         2,
         "missing",
     ),
-    "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "holds 0 lines"),
+    "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "contains 0 lines"),
     "lfr: cut": ("lfr", lambda f: os.truncate(f / "tokens/s0/clip0.lfr", 50), 2, "clip0"),
     "lfr: gone": ("lfr", lambda f: (f / "tokens/s0/clip0.lfr").unlink(), 2, "no such file"),
     "shar: cuts cut": (
@@ -318,7 +318,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         "parquet",
         lambda f: edit_rows(f, lambda row: row["nano_layer_1"].__setitem__(0, -1)),
         2,
-        "reach from -1",
+        "range from -1",
     ),
 }
 

@@ -113,7 +113,7 @@ def test_damage_of_a_registered_format_is_found(path_list, tmp_path):
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model), shard_size=2)
     tokenize(config, device="cpu", workers=1)
     (tmp_path / "out" / "1.json").write_text("[]")
-    with pytest.raises(NemoLfrError, match=r"1\.json: holds 2 bytes, but \d+ were written"):
+    with pytest.raises(NemoLfrError, match=r"1\.json: has 2 bytes, but \d+ were written"):
         list(TokenDataset(tmp_path / "out"))
     tokenize(config, device="cpu", workers=1)  # repairs it
     assert len(list(TokenDataset(tmp_path / "out"))) == 3
@@ -132,7 +132,7 @@ def test_unknown_formats_are_rejected_by_name():
 
 def test_contexts_are_rejected_by_a_format_without_them(path_list, tmp_path):
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", context=True)
-    with pytest.raises(NemoLfrError, match='format "json" has no place for contexts'):
+    with pytest.raises(NemoLfrError, match='format "json" cannot store contexts'):
         tokenize(config, device="cpu", workers=1)
 
 

@@ -76,7 +76,7 @@ def test_a_manifest_may_begin_with_a_mark_or_a_broken_line(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"[\n{}\n]", "one JSON list"),
+        (b"[\n{}\n]", "a JSON list"),
         ('{"audio_filepath": "a.wav"}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (b"hello\n", "its first line is 'hello'"),
         (b"", "its first line is ''"),

@@ -102,7 +102,7 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3
     assert INPUTS[kind](folder, "pqr") == source
     assert sizes == [p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file() and "out" not in p.parts]
-    with pytest.raises(NemoLfrError, match="another corpus, or it has changed"):
+    with pytest.raises(NemoLfrError, match="another corpus, or a changed one"):
         tokenize(job, workers=1, device="cpu")
     INPUTS[kind](folder, "xyz")
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # as it was
@@ -240,7 +240,7 @@ def test_a_field_of_a_shar_cannot_replace_what_a_cut_is(name, folder, model):
     shar.mkdir()
     lines(shar / "cuts.000000.jsonl.gz", [cut(folder / "a.wav"), cut(folder / "b.wav")])
     lines(shar / f"{name}.000000.jsonl", [{"cut_id": "a", name: "same"}, {"cut_id": "b", name: "same"}])
-    with pytest.raises(NemoLfrError, match="is not a name for custom data"):
+    with pytest.raises(NemoLfrError, match="is not a valid name for custom data"):
         tokenize(TokenizeConfig(str(shar), str(folder / "out"), "lfr", model=str(model)), workers=1, device="cpu")
 
 

@@ -161,11 +161,11 @@ REFUSED = {
     "another number of parts": (lambda config: run(config, Part(0, 3)), "written in 2 parts, not 3"),
     "other options": (
         lambda config: run(replace(config, pad="magpie"), Part(1, 2)),
-        "holds tokens of another job .pad 'encode', now 'magpie'",
+        "contains tokens of another job .pad 'encode', now 'magpie'",
     ),
     "another corpus": (
         lambda config: run(replace(config, source=str(Path(config.source).parent)), Part(1, 2)),
-        "another corpus, or it has changed",
+        "another corpus, or a changed one",
     ),
     "another format": (lambda config: run(replace(config, kind="parquet"), Part(1, 2)), "kind 'lfr', now 'parquet'"),
     "Ray": (lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"), "leave out either --ray or"),
@@ -198,7 +198,7 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
             messages.append(str(error.value))
 
     assert run(config, Part(0, 2), watch=grow)["shards"] == 2
-    assert "another corpus, or it has changed" in messages[0]
+    assert "another corpus, or a changed one" in messages[0]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ HOSTILE = {
     "an object of a class in torch.save": lambda path, folder: torch.save(Runs(folder), path),
     "the format before PyTorch 1.6": old_format,
     "a flipped bit": flipped_bit,
-    "a file cut short": cut_short,
+    "a truncated file": cut_short,
     "an empty file": lambda path, folder: path.write_bytes(b""),
     "text": lambda path, folder: path.write_text("tokens"),
     "a list": saved([1, 2, 3]),

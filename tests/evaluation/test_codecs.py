@@ -131,7 +131,7 @@ def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, settin
     assert trip.num_bytes == pytest.approx(trip.tokens.size * 6 / 8)
     assert codec.levels == (64,) and trip.tokens.max() < 64
     if kind == "encodec":
-        with pytest.raises(NemoLfrError, match=r"encodec:5: no bit rate of this model; use one of 1\.5, 3\.0"):
+        with pytest.raises(NemoLfrError, match=r"encodec:5: not a bit rate of this model; use one of 1\.5, 3\.0"):
             open_codec(f"encodec:5:{tmp_path}", "cpu")
 
 
@@ -146,8 +146,8 @@ def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
     ("text", "words"),
     [
         ("mp3:64", "unknown; use codec2:BIT"),
-        ("opus", "give a number of kbit/s from 6 to 256"),
-        ("opus:fast", "give a number"),
+        ("opus", "pass a number of kbit/s from 6 to 256"),
+        ("opus:fast", "pass a number"),
         ("codec2:9600", "unknown mode; use one of 3200"),
         ("original:x", "no options"),
         ("none.nemo", "no such file"),

@@ -275,7 +275,7 @@ def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
     assert evaluate(capsys, corpus, tmp_path, "--codec", "original", "--limit", 1)[0] == 0
     shutil.copytree(corpus, tmp_path / "other")
     code, _, err = evaluate(capsys, tmp_path / "other", tmp_path, "--codec", "original")
-    assert code == 2 and "evaluation of other recordings" in err
+    assert code == 2 and "evaluation of other or changed recordings" in err
 
 
 def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus, tmp_path):
@@ -291,7 +291,7 @@ def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus,
     assert evaluate(capsys, corpus, out, "--codec", "original", "--limit", 1)[0] == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, _, err = evaluate(capsys, other, out, "--codec", "original", "--limit", 1)
-    assert code == 2 and "evaluation of other recordings" in err
+    assert code == 2 and "evaluation of other or changed recordings" in err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -306,7 +306,7 @@ def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus,
 def test_a_claim_on_other_recordings_is_kept(corpus, tmp_path, stored):
     chosen = recordings.choose(read_manifest(corpus / "manifest.json"), None, 0)
     (tmp_path / "recordings.json").write_text(json.dumps(stored))
-    with pytest.raises(NemoLfrError, match="evaluation of other recordings"):
+    with pytest.raises(NemoLfrError, match="evaluation of other or changed recordings"):
         recordings.claim(tmp_path, chosen, RATE, "manifest here.json")
     assert json.loads((tmp_path / "recordings.json").read_text()) == stored
 
@@ -342,7 +342,7 @@ def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
         capsys, "evaluate", tmp_path, "--preset", "card-daps", "--codec", "original", "--out", tmp_path / "out",
         "--workers", 1,
     )  # fmt: skip
-    assert code == 0 and "consecutive pieces of 10 s" in err
+    assert code == 0 and "consecutive segments of 10 s" in err
     (line,) = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "NVIDIA's card" in line]
     for value in ("4.69", "8.07", "0.136", "0.056", "0.77"):
         assert f" {value} |" in line
@@ -355,7 +355,7 @@ def test_a_recording_that_has_changed_is_another(capsys, corpus, tmp_path):
     for number in range(3):
         soundfile.write(copy / f"{number}.wav", synthesize(1.5, number + 5), RATE, subtype="FLOAT")
     code, _, stderr = evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")
-    assert code == 2 and "files that have changed" in stderr
+    assert code == 2 and "other or changed recordings" in stderr
 
 
 def test_entries_of_a_journal_that_make_no_sense_are_passed_by(capsys, corpus, tmp_path):

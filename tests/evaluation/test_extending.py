@@ -110,7 +110,7 @@ def test_an_evaluation_uses_a_codec_and_metrics_of_another_package(plugin, manif
     report = (tmp_path / "out" / "report.md").read_text()
     assert "peak error ↓" in report and "Largest difference of a sample." in report and "Model: ab." in report
     assert "failing of 2 recordings: not measured: KeyError: 'no such feature'" in report
-    assert "dummy_broken are missing, since it cannot be imported (ModuleNotFoundError" in caplog.text
+    assert "dummy_broken are not available because it cannot be imported (ModuleNotFoundError" in caplog.text
 
 
 def test_help_lists_a_codec_and_a_model_metric_of_another_package(plugin, capsys):
@@ -125,17 +125,17 @@ def test_a_registration_may_be_repeated_but_not_taken_over(plugin):
         del sys.modules[name]
     plugins.load_plugins.cache_clear()
     assert "eightbits" in codecs.codec_kinds()  # the modules were imported again
-    with pytest.raises(NemoLfrError, match="metric 'peak error' is registered already"):
+    with pytest.raises(NemoLfrError, match="metric 'peak error' is already registered"):
         register_metric("peak error", Metric("", None, "Other.", function=lambda original, output: 0.0))
     for table, register, kind in (
         (codecs.codec_kinds(), codecs.register_codec, "eightbits"),
         (model_metrics.model_metric_kinds(), model_metrics.register_model_metric, "letters"),
     ):
         other = type("Other", (table[kind],), {})
-        with pytest.raises(NemoLfrError, match=f"'{kind}' is registered already; choose another name"):
+        with pytest.raises(NemoLfrError, match=f"'{kind}' is already registered; choose another name"):
             register(other)
     clash = type("Clash", (model_metrics.model_metric_kinds()["letters"],), {"kind": "clash", "metrics": {"STOI": 1}})
-    with pytest.raises(NemoLfrError, match="metric 'STOI' is registered already"):
+    with pytest.raises(NemoLfrError, match="metric 'STOI' is already registered"):
         model_metrics.register_model_metric(clash)
 
 

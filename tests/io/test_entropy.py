@@ -200,7 +200,7 @@ HOSTILE = {
     "another magic": (b"LFRT" + bytes(40), "not an entropy model"),
     "magic alone": (b"LFRM\x01", "too early"),
     "newer": (b"LFRM\x02" + bytes(20), "version 2"),
-    "long metadata": (b"LFRM\x01\xff\xff\xff" + bytes(20), "claims 16777215"),
+    "long metadata": (b"LFRM\x01\xff\xff\xff" + bytes(20), "length is 16777215"),
     "cut": (random_model().to_bytes()[:-1], "checksum"),
     "longer": (random_model().to_bytes() + b"\0", "checksum"),
     "no JSON": (packed(b"{"), "metadata is invalid"),
@@ -222,7 +222,7 @@ HOSTILE = {
     "average of nothing": (altered(averages=[0]), "averages"),
     "wide shift": (altered(shifts=[0, 0, 21]), "shifts"),
     "control characters": (altered(fingerprint="\x1b[2J"), "fingerprint"),
-    "weights missing": (packed(asdict(random_model().spec)), "does not describe"),
+    "weights missing": (packed(asdict(random_model().spec)), "do not match its metadata"),
 }
 
 

@@ -183,14 +183,14 @@ def test_hostile_blocks_with_right_checksums_raise(tmp_path):
     payload = encode_block(model, likely_tokens(model, 20))
     cases = {
         "too many frames": (body(1025, bytes(2048)), "1025 frames"),
-        "fewer bytes than a quarter of the frames": (body(20, b"1234"), "20 frames claims 4 bytes"),
-        "more bytes than packed": (body(20, bytes(61)), "claims 61 bytes"),
+        "fewer bytes than a quarter of the frames": (body(20, b"1234"), "20 frames has 4 bytes"),
+        "more bytes than packed": (body(20, bytes(61)), "has 61 bytes"),
         "no state": (body(4, b"123"), "state"),
         "state out of range": (body(20, bytes(len(payload))), "state"),
         "cut digits": (body(20, payload[:-1]), "coded digits"),
         "byte more": (body(20, payload + b"\0"), "follow"),
-        "fewer frames": (body(18, payload), r"coded digits|follow|bytes|not below"),
-        "packed frame too large": (body(2, b"\xff" * 6), "not below"),
+        "fewer frames": (body(18, payload), r"coded digits|follow|bytes|does not encode tokens"),
+        "packed frame too large": (body(2, b"\xff" * 6), "does not encode tokens"),
     }
     for name, (block, message) in cases.items():
         path.write_bytes(sealed(head, [block], 1024 * struct.unpack_from("<I", block)[0]))
@@ -219,7 +219,7 @@ def test_model_is_found_where_the_file_lies(tmp_path):
     folder.mkdir()
     tokens = random_tokens(model, 5)
     path = write(folder / "a.lfr", model, [tokens])
-    message = rf"entropy model {model.hash}, which is not here.*{model.hash}\.lfrm.*written by|inside"
+    message = rf"entropy model {model.hash}, which was not found.*{model.hash}\.lfrm.*written by|weights/"
     with TokenReader(path) as reader:  # its header tells what it is
         assert reader.num_frames == 5
         with pytest.raises(EntropyModelError, match=message):

@@ -1,4 +1,4 @@
-"""The walk through folders: what is taken, what is passed over, links, names, order."""
+"""The walk through folders: what is taken, what is skipped, links, names, order."""
 
 import os
 import socket
@@ -73,7 +73,7 @@ def test_what_systems_leave_is_passed_over_and_counted(junk, tmp_path):
     make(tmp_path, "a.wav", junk)
     found, lines = names(tmp_path)
     assert found == ["a.wav"]
-    assert len(lines) == 1 and "1 files found; 1 passed over" in lines[0]
+    assert len(lines) == 1 and "1 files found; 1 skipped" in lines[0]
 
 
 def test_a_folder_that_is_named_is_read_though_it_is_hidden(tmp_path):
@@ -85,7 +85,7 @@ def test_the_order_is_fixed_and_the_line_counts_by_suffix(tmp_path):
     make(tmp_path, "b/2.wav", "b/10.wav", "a.wav", "B.wav", "a/1.wav", "1.txt", "2.TXT", "3.pdf", "c/4.lab")
     found, lines = names(tmp_path)
     assert found == ["B.wav", "a/1.wav", "a.wav", "b/10.wav", "b/2.wav"]
-    assert lines == [f"{tmp_path}: 5 files found; 4 passed over: 2 .txt, 1 .lab, 1 .pdf"]
+    assert lines == [f"{tmp_path}: 5 files found; 4 skipped: 2 .txt, 1 .lab, 1 .pdf"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
@@ -96,7 +96,7 @@ class TestLinks:
         os.symlink(tmp_path / "outside", tmp_path / "real" / "1-link")
         found, lines = names(tmp_path / "real")
         assert found == ["0-link/b.wav", "a.wav"]
-        assert "1 links to folders that are read already" in lines[0]
+        assert "1 links to folders that were already read" in lines[0]
 
     def test_loops_end_and_real_folders_keep_their_names(self, tmp_path):
         make(tmp_path, "z/a.wav")

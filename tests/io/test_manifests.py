@@ -64,7 +64,7 @@ def test_a_bad_line_costs_its_recording_alone(kind, tmp_path, caplog):
     (tmp_path / "m.json").write_bytes(b"\n".join([good, bad.encode() if isinstance(bad, str) else bad, good, b""]))
     dataset = CodecDataset({"mine": {"manifest_path": str(tmp_path / "m.json")}}, RATE)
     assert len(dataset) == 2 and dataset[1]["audio_len"] == RATE
-    assert caplog.text.count("line 2: left out") == 1
+    assert caplog.text.count("line 2: skipped") == 1
     assert dataset.recordings[0].labels["text"] is None
     (tmp_path / "bad.json").write_bytes(bad.encode() if isinstance(bad, str) else bad)
     with pytest.raises(ConfigError, match="line 1") as error:
@@ -107,5 +107,5 @@ def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
             ["evaluate", str(tmp_path / "m.json"), "--out", str(tmp_path / "out"), "--workers", "1", "--device", "cpu"]
         )
     assert exit_.value.code == 1
-    assert "line 2: left out: duration is inf seconds" in capsys.readouterr().err
+    assert "line 2: skipped: duration of inf seconds" in capsys.readouterr().err
     assert float(MAX_SECONDS) < float("inf")

@@ -88,9 +88,9 @@ def test_a_bad_row_costs_one_row(tmp_path, case):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no column names the audio"),
-        (b"id,text\n1,hi\n", r"no column names the audio.*'id', 'text'"),
-        (b"LJ001|Printing|Printing\n", "no column names the audio"),
+        (b"", "no column with the audio"),
+        (b"id,text\n1,hi\n", r"no column with the audio.*'id', 'text'"),
+        (b"LJ001|Printing|Printing\n", "no column with the audio"),
         (b"\xff\xfef\0i\0", "UTF-16"),
         (b"file_name,\xe9\n", "header cannot be read"),
     ],
@@ -129,7 +129,7 @@ def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
     assert [recording.path for recording in recordings] == [audio_folder / "wavs/a.wav", audio_folder / "wavs/b.wav"]
     assert [recording.labels["text"] for recording in recordings] == ["hi", "ho"]
     assert recordings[0].duration == pytest.approx(0.2, abs=1e-3)
-    assert len(problems) == 1 and "t.csv, line 3: left out: a row of 1 fields" in problems[0]
+    assert len(problems) == 1 and "t.csv, line 3: skipped: a row of 1 fields" in problems[0]
     assert read_manifest(path, audio_folder / "wavs" / "..", on_bad_line=lambda _: None)[0].path.exists()
     path.write_text("file_name,sentence\nbad\n")
     with pytest.raises(ConfigError, match="line 2: not a row of a table"):
@@ -149,11 +149,11 @@ def test_labels_of_audio_folders_are_used(audio_folder, name):
     texts = {path: utterance.labels.get("text") for path, utterance in utterances.items() if not utterance.problem}
     assert texts == {"wavs/a.wav": "hi", "wavs/b.wav": "ho", "wavs/c.wav": "from a file"}
     problems = {path: utterance.problem for path, utterance in utterances.items() if utterance.problem}
-    assert problems.pop("wavs/gone.wav") == "is named in a table, but is not there"
+    assert problems.pop("wavs/gone.wav") == "is listed in a table, but does not exist"
     assert list(problems) == [f"wavs/{name}, line {len(lines)}"]
 
 
 def test_a_metadata_file_of_another_kind_changes_nothing(audio_folder, caplog):
     (audio_folder / "metadata.csv").write_text("LJ001|Printing|Printing\n")
     assert len(list(LAYOUTS["folder"](audio_folder))) == 3
-    assert "no column names the audio" in caplog.text
+    assert "no column with the audio" in caplog.text

@@ -58,7 +58,7 @@ def manifest(folder: Path) -> list[str]:
 # What stands in the place of a line.
 LINES = {
     "no JSON": b"not JSON",
-    "cut short": b'{"audio_filepath": "a.wav", "dura',
+    "truncated": b'{"audio_filepath": "a.wav", "dura',
     "a number": b"17",
     "a list": b"[1, 2]",
     "null": b"null",
@@ -85,7 +85,7 @@ def test_a_bad_line_of_a_nemo_manifest_costs_its_clip(name, place, tmp_path, cap
     path.write_bytes(b"\n".join(lines) + b"\n")
     for _ in range(2):
         assert lengths(manifest_filepath=str(path)) == expected(place)
-    reports = [record.message for record in caplog.records if "left out" in record.message]
+    reports = [record.message for record in caplog.records if "skipped" in record.message]
     assert len(reports) == 1 and str(path) in reports[0] and "\n" not in reports[0], reports
 
 
@@ -104,7 +104,7 @@ def test_a_bad_line_of_a_cuts_file_costs_its_clip(name, place, packed, tmp_path,
         path = tmp_path / "cuts.jsonl.gz"
         path.write_bytes(gzip.compress((tmp_path / "cuts.jsonl").read_bytes()))
     assert lengths(cuts_path=str(path)) == expected(place)
-    assert sum("left out" in record.message for record in caplog.records) == 1
+    assert sum("skipped" in record.message for record in caplog.records) == 1
 
 
 def shar(folder: Path) -> Path:
@@ -149,7 +149,7 @@ def test_damage_in_a_shar_costs_the_clips_it_meets(damage, tmp_path, caplog):
     folder = shar(tmp_path)
     lost = damage(folder)
     assert lengths(shar_path=str(folder)) == expected(*lost)
-    assert sum("left out" in record.message for record in caplog.records) == len(lost)
+    assert sum("skipped" in record.message for record in caplog.records) == len(lost)
 
 
 @pytest.mark.parametrize("form", ["list", "input_cfg", "group"])
@@ -164,7 +164,7 @@ def test_every_form_of_a_section_is_read_carefully(form, tmp_path, caplog):
         "group": {"input_cfg": [{"type": "group", "input_cfg": [entry]}]},
     }
     assert set(lengths(**sections[form])) == set(expected())
-    assert sum("left out" in record.message for record in caplog.records) == 1
+    assert sum("skipped" in record.message for record in caplog.records) == 1
 
 
 def test_training_goes_on_too(tmp_path, caplog):
@@ -175,7 +175,7 @@ def test_training_goes_on_too(tmp_path, caplog):
 
 def test_a_file_of_bad_lines_alone_is_an_error(tmp_path):
     (tmp_path / "m.json").write_text("a\nb\n")
-    with pytest.raises(ConfigError, match=r"none of 2 lines can be used; the first: .*m\.json, line 1"):
+    with pytest.raises(ConfigError, match=r"none of 2 lines can be used; the first error: .*m\.json, line 1"):
         lengths(manifest_filepath=str(tmp_path / "m.json"))
 
 
@@ -194,7 +194,7 @@ def test_a_bad_line_beside_tar_files_says_which_line_to_mend(shards, tmp_path):
         "manifest_filepath": f"{tmp_path}/manifest_{names}.json",
         "tarred_audio_filepaths": f"{tmp_path}/audio_{names}.tar",
     }
-    with pytest.raises(ConfigError, match=r"not JSON.*mend"):
+    with pytest.raises(ConfigError, match=r"not JSON.*fix"):
         lengths(**options)
     if shards > 1:
         found = lengths(**options, skip_missing_manifest_entries=True)
@@ -208,7 +208,7 @@ def test_a_bad_line_beside_another_file_of_lines_says_which_line_to_mend(tmp_pat
     (tmp_path / "q.txt").write_text("\n".join("abcdef") + "\n")
     field = {"type": "text_iter", "name": "question", "path": str(tmp_path / "q.txt")}
     entry = {"type": "nemo", "manifest_filepath": str(tmp_path / "m.json"), "extra_fields": [field]}
-    with pytest.raises(ConfigError, match=rf"m\.json, line {BAD + 1}: not JSON.* mend or remove"):
+    with pytest.raises(ConfigError, match=rf"m\.json, line {BAD + 1}: not JSON.* fix or remove"):
         lengths(input_cfg=[entry])
 
 

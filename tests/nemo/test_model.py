@@ -241,7 +241,7 @@ def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rat
 def test_audio_with_a_gradient_is_not_resampled_in_silence(nemo_file):
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     audio = speech_like(8000)[None].requires_grad_()
-    with pytest.raises(AudioError, match="16000 Hz carries a gradient"):
+    with pytest.raises(AudioError, match="16000 Hz requires a gradient"):
         model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=16000)
     encoded, _ = model.encode_audio(audio=audio, audio_len=torch.tensor([8000]), sample_rate=22050)
     encoded.sum().backward()
@@ -275,7 +275,7 @@ def test_weights_load_beside_other_loss_resolutions_and_not_into_another_codec(n
     audio, length = speech_like(5000)[None], torch.tensor([5000])
     assert torch.equal(model.encode(audio, length)[0], source.encode(audio, length)[0])
     values["audio_encoder"]["base_channels"] *= 2
-    with pytest.raises(CheckpointError, match=r"of another codec: .* instead of "):
+    with pytest.raises(CheckpointError, match=r"belongs to another codec: .* instead of "):
         AudioCodecModel(OmegaConf.create(values)).load_state_dict(source.state_dict(), strict=False)
 
 
@@ -289,7 +289,7 @@ def test_accelerate_changes_a_stock_model_in_place_and_keeps_its_mode(nemo_file)
 
 @pytest.mark.parametrize("what", [None, "codec.nemo", torch.nn.Identity(), AudioCodecModel])
 def test_accelerate_says_what_it_takes(what):
-    with pytest.raises(ConfigError, match=f"{type(what).__name__} is no AudioCodecModel of NeMo's"):
+    with pytest.raises(ConfigError, match=f"{type(what).__name__} is not NeMo's AudioCodecModel"):
         nemo_lfr.accelerate(what)
 
 

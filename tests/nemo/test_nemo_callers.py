@@ -287,16 +287,19 @@ def other_codebook(state):
 
 
 STRANGE = {
-    "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass what is under that name"),
-    "number": (lambda state: state | {"audio_encoder.epoch": 5}, "audio_encoder.epoch, but int"),
-    "numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, "but ndarray"),
-    "meta": (lambda state: {key: value.to("meta") for key, value in state.items()}, "but a meta tensor"),
-    "name": (lambda state: state | {5: torch.zeros(1)}, "has 5 for a name"),
+    "whole checkpoint": (lambda state: {"state_dict": state, "epoch": 3}, "pass the value of that key"),
+    "number": (
+        lambda state: state | {"audio_encoder.epoch": 5},
+        "epoch in the state dict is not a tensor but int",
+    ),
+    "numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, "not a tensor but ndarray"),
+    "meta": (lambda state: {key: value.to("meta") for key, value in state.items()}, "is a meta tensor"),
+    "name": (lambda state: state | {5: torch.zeros(1)}, "has the key 5"),
     "none": (lambda state: None, "is NoneType"),
     "path": (lambda state: "codec.nemo", "is str"),
     "list": (lambda state: list(state.items()), "is list"),
     "empty": (lambda state: {}, "lacks weights"),
-    "levels": (other_codebook, "of another codec: vector_quantizer.fsqs.3.num_levels"),
+    "levels": (other_codebook, "belongs to another codec: vector_quantizer.fsqs.3.num_levels"),
 }
 
 

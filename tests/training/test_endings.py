@@ -25,7 +25,7 @@ LINES = {
     "a full disk, unnamed": (OSError(errno.ENOSPC, "No space left on device"), "runs: No space left on device"),
     "torch's on top": (
         nested(RuntimeError("unexpected pos 704 vs 598"), FULL),
-        "runs: No space left on device; .*room",
+        "runs: No space left on device; .*free some space",
     ),
     "no permission": (PermissionError(errno.EACCES, "Permission denied", "runs/b"), "runs/b: Permission denied"),
     "read-only": (OSError(errno.EROFS, "Read-only file system", "runs/b"), "runs/b: Read-only file system"),

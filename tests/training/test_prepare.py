@@ -240,7 +240,7 @@ def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monk
     text(tmp_path / "cv" / "pl" / "train.tsv", "client_id\tpath\nme\ta.mp3\n")
     text(tmp_path / "mls" / "mls_polish" / "train" / "transcripts.txt", "name\ttext\n")
     for kind in ("commonvoice", "mls"):
-        with pytest.raises(NemoLfrError, match=f"not {kind} as it is published .*expected: "):
+        with pytest.raises(NemoLfrError, match=f"not the published layout of {kind} .*expected: "):
             prepare(kind, tmp_path / {"commonvoice": "cv"}.get(kind, kind), tmp_path / "out")
 
 

@@ -163,7 +163,7 @@ REFUSED = {
     "one dimension": (lambda model: model.encode(torch.zeros(100)), r"input_values has shape \[100\]"),
     "left padding": (lambda model: model.encode(torch.zeros(1, 100), PADDED_LEFT), "padding_mask has ones after"),
     "a mask of another shape": (lambda model: model.encode(torch.zeros(1, 100), torch.ones(1, 99)), "padding_mask"),
-    "NaN": (lambda model: model.encode(torch.full((1, 100), torch.nan)), "holds NaN"),
+    "NaN": (lambda model: model.encode(torch.full((1, 100), torch.nan)), "contains NaN"),
     "codes without a batch": (lambda model: model.decode(torch.zeros(8, 5).long()), r"shape \[8, 5\]"),
     "codes outside of the codebook": (lambda model: model.decode(torch.full((1, 8, 5), 2016)), "token 2016"),
     "a mask for other frames": (lambda model: model.decode(torch.zeros(1, 8, 5).long(), torch.ones(1, 9000)), "5"),

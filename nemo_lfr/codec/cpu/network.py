@@ -34,9 +34,9 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list
     """Compute `HiFiGANEncoder.encode_frames` for a batch of clips of different lengths.
 
     Args:
-        encoder: in eval mode or not: it has no dropout.
+        encoder: encoder in training or evaluation mode, which give equal results.
         audio: finite samples [B, T * samples_per_frame].
-        num_frames: of each clip, at least `encoder.min_frames`; default: T.
+        num_frames: frames of each clip, at least `encoder.min_frames`; default: T.
 
     Returns:
         Encoded frames [B, D, T]; values after the end of a clip are undefined.
@@ -84,7 +84,7 @@ class PackedOps:
 
     Args:
         network: encoder or decoder.
-        num_frames: of the whole batch.
+        num_frames: total number of frames of the batch.
     """
 
     def __init__(self, network: nn.Module, num_frames: int) -> None:

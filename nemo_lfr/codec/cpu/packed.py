@@ -52,7 +52,7 @@ class Weights(Protocol):
         Args:
             layer: the convolution.
             padded: its padded input, [B, H_in, T].
-            slope: of a leaky ReLU after the convolution; 1 for none.
+            slope: slope of a leaky ReLU after the convolution; 1 for none.
             residual: added to the output, [B, H_out, T_out]; only with slope 1.
 
         Returns:
@@ -74,7 +74,7 @@ class Weights(Protocol):
             layers: layers for which `use_winograd` is true; their dilation is 1 if any of `starts` is not 0.
             padded: [B, H_in, T], channels innermost, followed in memory by `winograd.slack` rows of finite values.
             starts: for each layer, the first item of `padded` that its first output depends on.
-            slope: of a leaky ReLU after the convolution; 1 for none.
+            slope: slope of a leaky ReLU after the convolution; 1 for none.
 
         Returns:
             For each layer [B, H_out, n], n >= T - start - span + 1.

@@ -36,7 +36,7 @@ class Transformed(NamedTuple):
         bank: [POINTS, pieces, H_out, H_in].
         bias: [H_out].
         span: inputs from the first to the last one that an output depends on.
-        dilation: of the layer.
+        dilation: dilation of the layer.
     """
 
     bank: torch.Tensor
@@ -73,7 +73,7 @@ def convolve(
         layers: their dilation is 1 if any of `starts` is not 0.
         padded: [B, H_in, T], channels innermost, followed in memory by `slack` rows of finite values.
         starts: for each layer, the first item of `padded` that its first output depends on.
-        slope: of a leaky ReLU after the convolution; 1 for none.
+        slope: slope of a leaky ReLU after the convolution; 1 for none.
 
     Returns:
         For each layer [B, H_out, T - start - span + 1].

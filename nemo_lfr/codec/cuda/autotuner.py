@@ -70,7 +70,7 @@ class Autotuner:
                 if error <= bound:
                     seconds[name] = self.benchmark(candidates[name])
                     continue
-                reason = f"is off by {error:.3g}, more than {bound:.3g}"
+                reason = f"differs by {error:.3g}, more than {bound:.3g}"
             except Exception as failure:  # compilers and drivers may raise anything
                 reason = f"fails ({type(failure).__name__}: {shorten(failure)})"
             if name not in self._warned:

@@ -21,7 +21,7 @@ class Precision:
     """Precision of a network.
 
     Attributes:
-        dtype: of signals and weights.
+        dtype: dtype of signals and weights.
         tf32: allow TF32 in fp32 products, which drops 13 of 23 mantissa bits.
     """
 
@@ -36,8 +36,8 @@ class Activation:
     Attributes:
         module: the activation; its parameters are not copied.
         kind: "lrelu", "snake" (of the first channels; leaky ReLU of the others) or "other".
-        slope: of the leaky ReLU.
-        alpha: of the channels with snake, [up to H].
+        slope: slope of the leaky ReLU.
+        alpha: alpha of the channels with snake, [up to H].
     """
 
     module: nn.Module
@@ -206,12 +206,12 @@ def convolution(
         layer: the convolution, with its bias.
         signal: [B, T, H_in].
         ends: items of each example, [B]; values of `signal` after them are replaced by the layer's padding.
-        activation: before the convolution.
+        activation: activation before the convolution.
         residual: added to the result, [B, T_out, H_out].
         total: also added, [B, T_out, H_out].
         scale: factor of the sum.
         after: activation of the result.
-        dtype: of the result; default: that of the signal.
+        dtype: dtype of the result; default: that of the signal.
 
     Returns:
         [B, T_out, H_out].

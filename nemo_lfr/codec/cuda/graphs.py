@@ -31,7 +31,7 @@ _CUDA: Any = torch.cuda
 
 # Frames of a batch up to which it is launched as a graph; larger ones keep a GPU busier than the launching process.
 GRAPH_FRAMES = 2048
-# Graphs of one part that are kept; the least recently used one goes first.
+# Maximum number of graphs of one network; the least recently used one is dropped first.
 MAX_GRAPHS = 32
 
 
@@ -113,7 +113,8 @@ class GraphCache:
                 self._failed = True
                 self._graphs.clear()
                 logger.warning(
-                    "CUDA graphs cannot be used (%s); each operation is launched by itself.", shorten(reason)
+                    "CUDA graphs cannot be used (%s); operations are launched one by one, which is slower.",
+                    shorten(reason),
                 )
                 return function(*inputs)
         self._keep(key, graph)
@@ -136,7 +137,7 @@ class CudaModule:
         network: encoder or decoder; its weights are copied.
         quantizer: referenced; its buffers never change.
         precision: one of `PRECISIONS`.
-        device: of both.
+        device: device of both.
         capture: captures graphs; default: `CudaCapture`.
     """
 
@@ -177,7 +178,7 @@ class CudaModule:
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:
-        """Run one call after the other on all streams, as graphs share their memory."""
+        """Serialize the calls of all CUDA streams, because graphs share memory."""
         if device.type != "cuda":
             yield
             return

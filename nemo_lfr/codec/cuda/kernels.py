@@ -15,8 +15,8 @@ POINTWISE_TILE = 1024
 class Tile(NamedTuple):
     """Tile of a convolution: outputs in time and channels, summands per step, warps and stages.
 
-    With `pairs`, a leaky ReLU before the convolution processes two values at a time on GPUs that can. Every value is
-    activated once per tap, which would otherwise take as long as the products.
+    With `pairs`, a leaky ReLU before the convolution processes two values at a time on GPUs that support it. Every
+    value is activated once per tap, which would otherwise take as long as the products.
     """
 
     time: int
@@ -62,16 +62,16 @@ def convolution(
     """Compute `folded.convolution` in one kernel.
 
     Args:
-        layer: `fusable`.
+        layer: layer for which `fusable` is true.
         signal: [B, T, H_in].
         ends: items of each example, [B]; values after them are ignored.
         tile: one of `tiles`.
-        activation: before the convolution.
+        activation: activation before the convolution.
         residual: added to the result, [B, T_out, H_out].
         total: also added; contiguous.
         scale: factor of the sum.
         after: activation of the result.
-        dtype: of the result; default: that of the signal.
+        dtype: dtype of the result; default: that of the signal.
 
     Returns:
         [B, T_out, H_out].
@@ -180,8 +180,8 @@ def pointwise(
         residual: added too, [B, T, H].
         total: added too, [B, T, H]; contiguous.
         scale: factor of the sum.
-        activation: of the scaled sum.
-        dtype: of the result; default: that of the signal.
+        activation: activation of the scaled sum.
+        dtype: dtype of the result; default: that of the signal.
 
     Returns:
         [B, before + T + after, H].

@@ -65,7 +65,7 @@ class Step:
     """Operation of the network that can be run and timed separately.
 
     Attributes:
-        name: for reports.
+        name: name in reports.
         run: signal [B, T, H_in] and the ends of its examples [B] -> [B, T_out, H_out].
         layers: folded layers of the step.
         rate: input items per frame.
@@ -82,7 +82,7 @@ class Plan:
 
     Args:
         network: its weights are copied.
-        precision: of all but the first and last layer.
+        precision: precision of all layers but the first and the last.
         kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
         autotuner: chooses how each layer runs.
     """
@@ -105,7 +105,7 @@ class Plan:
 
         Args:
             signal: fp32 [B, T, H_in].
-            frames: of each example, [B].
+            frames: frames of each example, [B].
 
         Returns:
             fp32 [B, T_out, H_out].
@@ -127,7 +127,7 @@ class CudaOps:
 
     Args:
         network: its first and last layer stay in fp32.
-        precision: of all other layers.
+        precision: precision of all other layers.
         runner: runs folded layers.
     """
 
@@ -175,7 +175,7 @@ class LayerRunner:
     """Runner of folded layers, each with its fastest candidate.
 
     Args:
-        precision: of the network.
+        precision: precision of the network.
         kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
         autotuner: chooses among the candidates for a layer.
     """

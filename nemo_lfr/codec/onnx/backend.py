@@ -20,13 +20,13 @@ class OnnxBackend(NumpyBackend):
     One of the two files is enough to encode or to decode.
 
     Args:
-        folder: with codec.json and encoder.onnx or decoder.onnx. The hashes of the files are compared with those in
-            codec.json.
+        folder: folder with codec.json and encoder.onnx or decoder.onnx. The hashes of the files are compared with
+            those in codec.json.
         device: "cpu", "cuda", or None for a GPU if ONNX Runtime has one.
-        name: for messages; default: the folder.
+        name: name for messages; default: the folder.
 
     Raises:
-        CheckpointError: if the files are missing, damaged, from several exports or not ours.
+        CheckpointError: if the files are missing, damaged, from several exports, or not written by this package.
         MissingExtraError: if ONNX Runtime is not installed.
         NemoLfrError: for a device that ONNX Runtime does not have.
     """

@@ -37,7 +37,7 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
     "nemo_lfr".
 
     Args:
-        codec: fp32, on any device.
+        codec: codec in fp32, on any device.
         folder: created if it does not exist.
         overwrite: replace existing files.
 

@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if len(raw) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is; {_AGAIN}.")
+        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, the limit for manifests; {_AGAIN}.")
     try:
         return parse_manifest(json.loads(raw.decode("utf-8")))
     except CheckpointError as error:
@@ -158,7 +158,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
-            f"{path}: not the file that {MANIFEST} was written with (its SHA-256 differs): it is damaged, cut short "
+            f"{path}: not the file that {MANIFEST} was written with (its SHA-256 differs): it is damaged, truncated "
             f"or from another export; {_AGAIN}."
         )
     return data

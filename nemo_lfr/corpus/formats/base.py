@@ -138,7 +138,7 @@ class ShardFiles:
     def _path(self, name: str) -> Path:
         path = path_inside(self.folder, name)
         if path is None:
-            raise TokenFileError(f"{self.folder}: {shorten(name, 200)!r} lies outside of this folder and is not read.")
+            raise TokenFileError(f"{self.folder}: {shorten(name, 200)!r} is outside this folder, so it is not read.")
         return regular_file(path)
 
     def _damage(self, path: Path) -> str | None:

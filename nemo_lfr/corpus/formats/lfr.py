@@ -35,7 +35,7 @@ class LfrReader(ManifestReader):
         labels = parse_json(line)
         name = labels["tokens_filepath"]
         if not isinstance(name, str):
-            raise TokenFileError(f"{self.folder}: a path of the manifest is {shorten(repr(name))}, not a text.")
+            raise TokenFileError(f"{self.folder}: a path in the manifest is {shorten(repr(name))}, not text.")
         with TokenReader(files.path(name)) as reader:
             expected, stored = self.codec, reader.metadata
             for key in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):

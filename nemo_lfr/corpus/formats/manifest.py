@@ -100,7 +100,7 @@ class ManifestReader(FormatReader):
         """Yield the utterances [start, stop) of a shard, and messages about damage."""
         lines, clips = len(self._starts) - 1, self.summary["clips"]
         if lines != clips:
-            problem = f"holds {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
+            problem = f"contains {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
             yield Damage("" if self._is_reported else f"{self._path}: {problem}")
             self._is_reported = True
         with open(self._path, "rb") as file:
@@ -126,7 +126,7 @@ class ManifestReader(FormatReader):
         The folder may have been moved since.
         """
         if not isinstance(text, str):
-            raise TokenFileError(f"{self.folder}: a path of the manifest is {shorten(repr(text))}, not a text.")
+            raise TokenFileError(f"{self.folder}: a path in the manifest is {shorten(repr(text))}, not text.")
         below = f"/{name}_codes/"
         if path_inside(self.folder, text) is None and below in text:
             text = f"{name}_codes/{text.rpartition(below)[2]}"

@@ -170,12 +170,14 @@ class SharReader(FormatReader):
             if None in items:
                 missing = paths[1 + items.index(None)]
                 if number >= start:
-                    raise TokenFileError(f"{missing}: ends after {number} of {stop} utterances; it was cut short.")
+                    raise TokenFileError(
+                        f"{missing}: ends after {number} of {stop} utterances; the file was truncated."
+                    )
                 return
             if number >= start:
                 yield Row(self._load, line, items)
         if any(next(column, None) is not None for column in columns):
-            raise TokenFileError(f"{paths[0]}: ends before its arrays do; it was cut short.")
+            raise TokenFileError(f"{paths[0]}: ends before its arrays; the file was truncated.")
 
     def _fields(self) -> list[str]:
         return ["target_codes", *(["context_codes"] if self.summary.get("context") else [])]
@@ -200,7 +202,9 @@ class SharReader(FormatReader):
             for member in members:
                 data = member_bytes(tar, member)
                 if next(members, None) is None:
-                    raise TokenFileError(f"{path}: holds {shorten(member.name)!r}, which is no array; it is damaged.")
+                    raise TokenFileError(
+                        f"{path}: contains {shorten(member.name)!r}, which is not an array; the file is damaged."
+                    )
                 name, _, kind = member.name.rpartition(".")
                 yield name, None if kind == "nodata" else data
 
@@ -209,7 +213,7 @@ class SharReader(FormatReader):
         cut = parse_json(line)
         for name, _ in items:
             if name != cut["id"]:
-                raise ValueError(f"the cut {shorten(repr(cut['id']))} stands beside the tokens of {shorten(name)!r}")
+                raise ValueError(f"the cut {shorten(repr(cut['id']))} is paired with the tokens of {shorten(name)!r}")
         first = cut["supervisions"][0]
         labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
         arrays = [None if data is None else read_npy(data) for _, data in items]
@@ -254,7 +258,7 @@ def read_npy(data: bytes) -> np.ndarray:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(stream)
     if dtype.hasobject:
-        raise ValueError("its array holds Python objects, which are not read")
+        raise ValueError("its array contains Python objects, which are not read")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 

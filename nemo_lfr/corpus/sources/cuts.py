@@ -46,10 +46,10 @@ class Cuts(CorpusReader):
         kind = kind_of(path)
         if kind is None:
             raise ConfigError(
-                f"{path}: holds neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
+                f"{path}: contains neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
             )
         if kind not in ("cuts", "recordings"):
-            raise ConfigError(f"{path}: holds Lhotse {kind}, which name no audio; give cuts or recordings.")
+            raise ConfigError(f"{path}: contains Lhotse {kind}, which refer to no audio; pass cuts or recordings.")
         return cls(path, options.allow_url)
 
     @property
@@ -179,7 +179,7 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
             num_joined += item.cut is not None and len(item.cut.supervisions) > 1
         counts.append((count, repeats))
     if num_joined:
-        text = "%s: %d cuts have several supervisions: their texts are joined in order, with the first's speaker."
+        text = "%s: %d cuts have several supervisions: their texts are joined in order, with the speaker of the first."
         logger.warning(text, paths[0], num_joined)
     return counts
 

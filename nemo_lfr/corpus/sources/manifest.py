@@ -123,10 +123,10 @@ def _describe_content(lines: Sequence[bytes]) -> str:
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
     if b"\0" in b"".join(lines):
-        return "it is not text; give a manifest, a folder, cuts or a Parquet table, and unpack an archive first"
+        return "it is not text; pass a manifest, a folder, cuts or a Parquet table, and unpack an archive first"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return f"it is one JSON list, {expected}, one object a line"
+        return f"it is a JSON list, {expected}, one object per line"
     return f"its first line is {shorten(first.decode(errors='replace').strip())!r}, {expected}"
 
 

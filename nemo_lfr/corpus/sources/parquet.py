@@ -30,10 +30,10 @@ class Parquet(Table):
         files = [path] if path.is_file() else parquet_files(path)
         splits = {split_of(file.relative_to(path)) or "" for file in files} if path.is_dir() else set()
         if len(splits) > 1:
-            names = ", ".join(sorted(splits - {""})) + (" and files of no split" if "" in splits else "")
+            names = ", ".join(sorted(splits - {""})) + (" and files without a split" if "" in splits else "")
             raise ConfigError(
-                f"{path}: holds the splits {names}, which are not mixed; give one file, or a "
-                "folder with the files of one split."
+                f"{path}: contains the splits {names}, which are not mixed; pass one file, or a folder with the files "
+                "of one split."
             )
         problems = []
         for file in files:

@@ -30,7 +30,7 @@ class SavedDataset(Table):
                 f"{path}: not a dataset that datasets.load_from_disk reads ({shorten(error, 200)})."
             ) from error
         if isinstance(columns, dict):
-            raise ConfigError(f"{path}: holds the splits {', '.join(sorted(columns))}; give the folder of one.")
+            raise ConfigError(f"{path}: contains the splits {', '.join(sorted(columns))}; pass the folder of one.")
         features = self.rows.features.to_dict()
         self.rows = self.rows.with_format("arrow")
         names = ("state.json", "dataset_info.json")
@@ -49,7 +49,7 @@ class SavedDataset(Table):
         """Open the dataset."""
         if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
             splits = sorted(state.parent.name for state in path.glob("*/state.json"))
-            raise ConfigError(f"{path}: holds the saved datasets {', '.join(splits)}; give the folder of one.")
+            raise ConfigError(f"{path}: contains the saved datasets {', '.join(splits)}; pass the folder of one.")
         table = cls(path, options.audio_dir)
         if options.relist:  # log in the driver only, not in each worker
             table.log_choices()
@@ -86,7 +86,7 @@ def _check_files(path: Path) -> None:
     except NOT_A_LINE as error:
         raise ConfigError(f"{state}: is damaged ({describe(error)}); save the dataset again.") from error
     if bad is not None:
-        raise ConfigError(f"{state}: names {shorten(bad)!r}, which is not a file of this folder, and is not read.")
+        raise ConfigError(f"{state}: names {shorten(bad)!r}, which is not a file in this folder.")
     for name in named:
         if path_inside(path, name) is None:
-            raise ConfigError(f"{path / name}: is a link out of this folder, which is not followed.")
+            raise ConfigError(f"{path / name}: is a link to a place outside this folder, and is not followed.")

@@ -42,7 +42,7 @@ class Shar(CorpusReader):
         check_fields(path, self.fields)
         counts = {name: len(files) for name, files in self.fields.items()}
         if len(set(counts.values())) != 1:
-            raise ConfigError(f"{path}: not a whole Lhotse Shar: its fields have {counts} shards.")
+            raise ConfigError(f"{path}: not a complete Lhotse Shar: its fields have {counts} shards.")
 
     @classmethod
     def accepts(cls, path: Path) -> bool:

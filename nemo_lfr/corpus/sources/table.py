@@ -72,7 +72,7 @@ class Table(CorpusReader):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: %s.", self.path, text)
         if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
-            text = "%s: its tables are read; of its %d audio files, only those that a row names."
+            text = "%s: its tables are read; of its %d audio files, only those listed in a table are used."
             logger.warning(text, self.path, len(audio_files))
 
     def _clips(self, rows: Any, number: int) -> Iterator[Clip]:

@@ -107,5 +107,5 @@ def parse_number(text: str, kind: str, low: float, high: float, unit: str) -> fl
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        raise NemoLfrError(f"{kind}:{text}: give a number of {unit} from {low:g} to {high:g}, as in {kind}:6.")
+        raise NemoLfrError(f"{kind}:{text}: pass a number of {unit} from {low:g} to {high:g}, as in {kind}:6.")
     return value

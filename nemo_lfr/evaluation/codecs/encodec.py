@@ -21,7 +21,7 @@ class Encodec(TransformersCodec):
         bandwidths = self.model.config.target_bandwidths
         if self.setting not in bandwidths:
             raise NemoLfrError(
-                f"{self.kind}:{setting}: no bit rate of this model; use one of {', '.join(map(str, bandwidths))}."
+                f"{self.kind}:{setting}: not a bit rate of this model; use one of {', '.join(map(str, bandwidths))}."
             )
 
     def _encode(self, audio: Any) -> tuple[Any, dict[str, Any]]:

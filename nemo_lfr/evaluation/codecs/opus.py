@@ -48,7 +48,7 @@ def ogg_payload(data: bytes) -> int:
     position, packets, size = 0, 0, 0
     while position < len(data):
         if data[position : position + 4] != b"OggS":
-            raise NemoLfrError("opusenc wrote something else than Ogg pages.")
+            raise NemoLfrError("opusenc did not write an Ogg file.")
         count = data[position + 26]
         for lacing in data[position + 27 : position + 27 + count]:
             if packets >= 2:

@@ -43,7 +43,7 @@ def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
     """
     others = set(METRICS).union(*(other.metrics for kind, other in _registered.items() if kind != metric.kind))
     if taken := others & set(metric.metrics):
-        raise NemoLfrError(f"metric {min(taken)!r} is registered already; choose another name.")
+        raise NemoLfrError(f"metric {min(taken)!r} is already registered; choose another name.")
     add_entry(_registered, metric.kind, metric, "model metric")
     return metric
 

@@ -22,7 +22,7 @@ class Squim(ModelMetric):
         SQUIM_MOS: Metric(
             "MOS",
             "higher",
-            "torchaudio's SQUIM_SUBJECTIVE at 16 kHz, the original as its reference (as NVIDIA's evaluation does).",
+            "torchaudio's SQUIM_SUBJECTIVE at 16 kHz, with the original as its reference (as in NVIDIA's evaluation).",
             digits=2,
         )
     }
@@ -33,7 +33,7 @@ class Squim(ModelMetric):
         from torchaudio.pipelines import SQUIM_SUBJECTIVE
 
         if not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS).is_file():
-            raise FileNotFoundError(f"{WEIGHTS} is not in torch.hub's folder of checkpoints")
+            raise FileNotFoundError(f"{WEIGHTS} is not in torch.hub's checkpoint folder")
         self.model, self.device = SQUIM_SUBJECTIVE.get_model().eval().to(device), device
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:

@@ -27,15 +27,20 @@ class ASRErrorRate(ModelMetric):
         "CER": Metric(
             "%",
             "lower",
-            "Characters of the manifest's text that the ASR model gets wrong, mean over recordings.",
+            "Character error rate of the ASR model against the manifest's text, mean over recordings.",
             digits=2,
         ),
-        "WER": Metric("%", "lower", "Words of it, mean over recordings.", digits=2),
+        "WER": Metric(
+            "%",
+            "lower",
+            "Word error rate of the ASR model against the manifest's text, mean over recordings.",
+            digits=2,
+        ),
     }
 
     def __init__(self, source: str, device: str) -> None:
         if not source:
-            raise ConfigError("no model is named; name one, as in --asr openai/whisper-small")
+            raise ConfigError("no model was passed; pass one, as in --asr openai/whisper-small")
         import jiwer
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 

@@ -26,12 +26,12 @@ class SpeakerSimilarity(ModelMetric):
     kind = "speaker"
     option = "--speaker-model"
     metrics: ClassVar[dict[str, Metric]] = {
-        SIMILARITY: Metric("", "higher", "Cosine of the speaker model's embeddings of original and output."),
+        SIMILARITY: Metric("", "higher", "Cosine similarity between the speaker embeddings of original and output."),
     }
 
     def __init__(self, source: str, device: str) -> None:
         if not source:
-            raise ConfigError("no model is named; name one, as in --speaker-model microsoft/wavlm-base-plus-sv")
+            raise ConfigError("no model was passed; pass one, as in --speaker-model microsoft/wavlm-base-plus-sv")
         self.name = source
         self._embed = _nemo_speaker(source, device) if is_nemo(source) else _transformers_speaker(source, device)
 

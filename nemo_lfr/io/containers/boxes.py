@@ -43,7 +43,7 @@ def matroska_streams(window: Window) -> list[Stream]:
             start = position
         size, begin = _number(head, begin)
         if size is None:
-            return [whole_file(window.size, "was cut short: its last element is not whole")]
+            return [whole_file(window.size, "was truncated: its last element is incomplete")]
         unknown = size == (1 << 7 * (begin - _width(name))) - 1
         if not unknown and position + begin + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position - begin))]

@@ -10,7 +10,7 @@ from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, wi
 # The magic and the length of the first block. Compressed audio does not contain these eight bytes by chance.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes: typical and maximum
-LAST_FRAME = "was cut short: its last frame is not whole"
+LAST_FRAME = "was truncated: its last frame is incomplete"
 MAX_SAMPLES = (1 << 36) - 1
 
 
@@ -47,7 +47,7 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
         return _before_others(window, Stream([(start, end)], is_file=is_file), total, block_size)
     problem = None if is_whole else LAST_FRAME
     if counted is not None and counted < total:
-        problem = f"was cut short: its header promises {total} samples, {counted} are there"
+        problem = f"was truncated: its header announces {total} samples, but there are {counted}"
     # If there are more samples than declared, libsndfile would stop at the declared number.
     header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
     return Stream([(start + len(header), end)], header, problem=problem)
@@ -71,7 +71,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
                 if ends and not any(after_tags(window, end) >= stop for end in ends):
                     is_joined = any(next_file(window, end) is not None for end in ends)
                     stream.problem = JOINED if is_joined else None
-                    stream.note = "has bytes behind its last frame that are not FLAC, and are not read"
+                    stream.note = "has bytes after its last frame that are not FLAC; they are ignored"
                 if ends:
                     return stream
         position += 1

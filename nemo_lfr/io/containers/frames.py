@@ -1,6 +1,6 @@
-"""Sizes of the frames of codecs whose files are nothing but frames, and checks of such files.
+"""Completeness checks for files that consist only of codec frames, such as AAC and AC-3.
 
-FFmpeg reads the available part of a frame without an error, and takes whatever follows the last frame as a part of it.
+FFmpeg reads the available part of a frame without an error, and treats whatever follows the last frame as part of it.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
         position += size
     rest = window.at(position, FRAME_HEAD)
     if size is not None or (0 < len(rest) < FRAME_HEAD and rest[:1] == window.at(0, 1)):
-        note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are not read"
+        note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are ignored"
         return [Stream([(0, position)], note=note)]
     if next_file(window, position) is None and (again := _resumed(window, position, size_of)) is not None:
         problem = f"is damaged: {again - position} bytes at {position} are not frames of its codec"

@@ -48,7 +48,7 @@ def header_in(data: bytes) -> int | None:
 
 
 def find_header(window: Window, position: int) -> int | None:
-    """Search for the header of another file among samples whose length no header says.
+    """Search for the header of another file among samples of undeclared length.
 
     Args:
         window: the file.
@@ -93,7 +93,7 @@ def note_after(window: Window, end: int) -> str | None:
     start = after_tags(window, end)
     if window.size - start < FEW_BYTES:
         return None
-    return f"{window.size - start} bytes at {start} follow the audio, and are not read"
+    return f"{window.size - start} bytes at {start} follow the audio and are ignored"
 
 
 def compare_size(window: Window, start: int, promised: int) -> list[Stream]:

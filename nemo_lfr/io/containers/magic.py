@@ -23,7 +23,7 @@ _MEDIA = (
     *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"wvpk", b"TTA1", b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF"),
     *(b".SoX", b"XoS."),
 )
-# Formats that FFmpeg decodes, but whose end nothing shows.
+# Formats that FFmpeg decodes, but whose end cannot be determined.
 _UNCHECKED = (
     ((b"nut/multimed",), "NUT"),
     ((b"MAC ",), "Monkey's Audio"),

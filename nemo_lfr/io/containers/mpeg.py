@@ -148,7 +148,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
         if position + frame.length > window.size:
             if piece is not None:
                 rest = window.size - position
-                piece.note = f"ends within a frame, as recorded streams do; its last {rest} bytes are not read"
+                piece.note = f"ends within a frame, as recorded streams do; its last {rest} bytes are ignored"
             skipped = None
             break
         if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
@@ -178,7 +178,7 @@ def _left_out(window: Window, start: int | None, stop: int) -> str | None:
         return None
     begin = min(after_tags(window, start), stop)
     if stop - begin >= FEW_BYTES:
-        return f"{stop - begin} bytes at {begin} are not MPEG audio, and are not read"
+        return f"{stop - begin} bytes at {begin} are not MPEG audio and are ignored"
     return f"ends in {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
 
 
@@ -245,7 +245,9 @@ def mpeg_streams(window: Window) -> list[Stream]:
         stream = Stream(piece.spans, by_name=True, note=piece.note)
         stream.problem = piece.problem if piece.is_joined or not is_counted else None
         if piece.promised and piece.count < piece.promised:
-            stream.problem = f"was cut short: its header promises {piece.promised} frames, {piece.count} are there"
+            stream.problem = (
+                f"was truncated: its header announces {piece.promised} frames, but there are {piece.count}"
+            )
         if piece.promised and piece.count <= piece.promised:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
             if not stream.is_file:

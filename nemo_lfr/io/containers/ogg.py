@@ -31,7 +31,7 @@ def ogg_streams(window: Window) -> list[Stream]:
         table = window.at(position + 27, page[26]) if len(page) == 27 else b""
         length = 27 + len(table) + sum(table)
         if len(page) < 27 or len(table) < page[26] or position + length > window.size:
-            problem = problem or "was cut short: its last page is not whole"
+            problem = problem or "was truncated: its last page is incomplete"
             position = window.size
             break
         if _checksum(window.at(position, length)) != struct.unpack_from("<I", page, 22)[0]:
@@ -72,4 +72,4 @@ def _checksum(page: bytes) -> int:
 
 
 def _unfinished(open_serials: set[int]) -> str | None:
-    return "was cut short: its last page is missing" if open_serials else None
+    return "was truncated: its last page is missing" if open_serials else None

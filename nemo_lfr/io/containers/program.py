@@ -61,7 +61,7 @@ def program_streams(window: Window) -> list[Stream]:
 
 
 def _size(head: bytes) -> int | None:
-    """Return the size of a packet of a program stream; None if it is none."""
+    """Return the size of a packet of a program stream; None if the bytes are not a packet."""
     kind = head[3]
     if kind == _END:
         return 4
@@ -119,7 +119,7 @@ def transport_streams(window: Window) -> list[Stream]:
         if len(wrong):
             break
     if 0 < window.size - position <= lead or window.at(position + lead, 1) == bytes([_SYNC]):
-        return [whole_file(window.size, "was cut short: its last packet is not whole")]
+        return [whole_file(window.size, "was truncated: its last packet is incomplete")]
     if next_file(window, position) is None and _resumes(window, position, lead, step):
         return [whole_file(window.size, f"is damaged: the bytes at {position} are not packets of its stream")]
     return _joined(window, extents) or compare_end(window, position)

@@ -19,7 +19,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 
-_NO_LENGTH = "has no length in its header, so that nothing shows whether it was cut short"
+_NO_LENGTH = "has no length in its header, so a truncated file cannot be detected"
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
 _IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
 _PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
@@ -242,12 +242,12 @@ def htk_streams(window: Window) -> list[Stream]:
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
     """Check a file whose header stores no length.
 
-    It must end with a complete block, and no other file may follow. Appended tags are not read. A file that is cut
-    between two blocks cannot be told from a whole one, hence the warning.
+    It must end with a complete block, and no other file may follow. Appended tags are not read. A file that is
+    truncated between two blocks cannot be distinguished from a complete one, hence the warning.
     """
     end = until_end(window, start)
     if end is None or window.find(window.at(0, 16), start) >= 0:
         return [whole_file(window.size, JOINED)]
     rest = (end - start) % block if 0 < block < UNKNOWN_BYTES else 0
-    problem = "was cut short: its last sample is not whole" if rest else None
+    problem = "was truncated: its last sample is incomplete" if rest else None
     return [Stream([(0, end)], is_file=end == window.size, problem=problem, note=_NO_LENGTH)]

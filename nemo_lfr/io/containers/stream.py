@@ -31,12 +31,12 @@ class Stream:
     """One recording of a file.
 
     Attributes:
-        spans: byte ranges [start, stop) of the file that hold the recording, in order.
+        spans: byte ranges [start, stop) of the file that contain the recording, in order.
         header: bytes to insert before them.
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
         note: warning about an irregularity that loses almost no audio; None if there is none.
-        is_checked: whether the format has a check that all of the recording is there.
+        is_checked: whether the format has a completeness check.
         by_name: whether libsndfile decodes the format (MPEG audio) correctly only from a named file.
     """
 
@@ -157,19 +157,19 @@ def whole_file(size: int, problem: str | None = None) -> Stream:
 
 
 def cut_short(promised: int, available: int) -> str:
-    """Return the error message for a file that ends before its header says."""
-    return f"was cut short: its header promises {promised} bytes, {available} are there"
+    """Return the error message for a file with fewer samples than its header declares."""
+    return f"was truncated: its header announces {promised} bytes, but there are {available}"
 
 
 def longer(promised: int, available: int) -> str:
-    """Return the warning about a file with more samples than its header says."""
-    return f"its header promises {promised} bytes, {available} are there, and all are read"
+    """Return the warning about a file with more samples than its header declares."""
+    return f"its header announces {promised} bytes, but there are {available}; all of them are read"
 
 
 # Error message for a file that ends before its first sample.
-HEADER_CUT = "was cut short: it ends within its header"
+HEADER_CUT = "was truncated: it ends within its header"
 # Error message for a file of several recordings that cannot be separated.
-JOINED = "holds several recordings, one after the other; convert each to WAV by itself"
+JOINED = "contains several recordings, one after the other; convert each of them to WAV"
 
 # Error message for a file whose header leaves the length open, where only the length would show a truncation.
 NO_LENGTH = "has no length in its header, as after an interrupted recording; convert it to WAV with ffmpeg"

@@ -27,7 +27,7 @@ from nemo_lfr.io.containers.stream import (
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
 
-SEVERAL = "holds several recordings; give it as a file, or convert each to WAV by itself"
+SEVERAL = "contains several recordings; pass it as a file, or convert each of them to WAV"
 # Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
@@ -77,7 +77,7 @@ class WavSamples:
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
         elif self._skip and self._unknown is not None:
-            self.problem = "holds more than its header says, which cannot be told from a chunk; give it as a file"
+            self.problem = "is longer than its header says, and the rest may be samples or a chunk; pass it as a file"
         return samples
 
     def _filter(self, data: bytes, last: bool) -> bytes:
@@ -215,7 +215,7 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     if header.is_mpeg:
         return _mpeg_inside(window, spans, problem), following
     if header.format[:2] in LINEAR and window.at(after_zeros(window, spans[0][0]), 4) in CODED:
-        problem = problem or "holds DTS or AC-3 behind the header of linear PCM; convert it to WAV with ffmpeg"
+        problem = problem or "contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
     # libsndfile does not read BW64, which differs from RF64 by its name only.
     if exact and start == 0 and following is None and header.magic != b"BW64":
         return [whole_file(size, problem)], None

@@ -48,7 +48,7 @@ class Decoder:
     def __init__(self, data: bytes) -> None:
         self._data = data
         if len(data) < STATE_BYTES:
-            raise ValueError("it has no room for the coder's state")
+            raise ValueError("it is too short for the coder's state")
         self.state = int.from_bytes(data[:STATE_BYTES], "little")
         if not LOW <= self.state < LOW << 8:
             raise ValueError(f"the coder's state {self.state:#x} is out of range")

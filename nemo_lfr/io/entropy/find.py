@@ -84,7 +84,7 @@ def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: in
     if (spec.levels, spec.num_codebooks) != (tuple(levels), num_codebooks):
         raise EntropyModelError(
             f"{name}: has {num_codebooks} codebooks with levels {list(levels)}, but the entropy model {model.hash} is "
-            f"for {spec.num_codebooks} with levels {list(spec.levels)}; pass another one as --entropy-model."
+            f"for {spec.num_codebooks} with levels {list(spec.levels)}; pass another model as --entropy-model."
         )
 
 
@@ -121,7 +121,7 @@ def find_model(
                 raise EntropyModelError(f"{path}: is the entropy model {model.hash}, not {wanted}; replace it.")
             return model
     raise EntropyModelError(
-        f"{beside}: compressed with the entropy model {wanted}, which is not here. Ask whoever wrote "
-        f"the file for {wanted}{SUFFIX} and pass it as --entropy-model, or put it beside the file; the model of a "
-        f"bundled codec is inside the nemo_lfr that wrote the file ({written_by}), as weights/{BUNDLED}."
+        f"{beside}: compressed with the entropy model {wanted}, which was not found. Get {wanted}{SUFFIX} from the "
+        "author of the file and pass it as --entropy-model, or put it beside the file. The model of a bundled codec "
+        f"is weights/{BUNDLED} in the nemo_lfr that wrote the file ({written_by})."
     )

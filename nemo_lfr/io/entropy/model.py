@@ -119,7 +119,7 @@ class ModelSpec:
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {shorten(repr(value))}")
         if self.num_digits > MAX_DIGITS:
-            raise ValueError(f"{self.num_digits} digits a frame; at most {MAX_DIGITS} are possible")
+            raise ValueError(f"{self.num_digits} digits per frame; the limit is {MAX_DIGITS}")
         for name in ("fingerprint", "written_by"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
@@ -179,7 +179,9 @@ class EntropyModel:
         }
         for layer, bound in bounds.items():
             if bound.max() >= EXACT_LIMIT:
-                raise ValueError(f"sums of the {layer} layer may reach {bound.max()}, which float32 cannot hold")
+                raise ValueError(
+                    f"sums of the {layer} layer may reach {bound.max()}, which float32 cannot represent exactly"
+                )
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -218,7 +220,7 @@ class EntropyModel:
 
         def fail(reason: str) -> EntropyModelError:
             """Return an error that names the file and the reason."""
-            return EntropyModelError(f"{name}: {reason}; the file is damaged or was cut short.")
+            return EntropyModelError(f"{name}: {reason}; the file is damaged or truncated.")
 
         if data[:4] != MAGIC:
             raise EntropyModelError(f"{name}: not an entropy model ({SUFFIX}).")
@@ -226,12 +228,12 @@ class EntropyModel:
             raise fail("it ends too early")
         if data[4] != VERSION:
             raise EntropyModelError(
-                f"{name}: version {data[4]} of entropy models; this nemo_lfr reads version {VERSION}; "
-                "install a newer one."
+                f"{name}: version {data[4]} of entropy models; this nemo_lfr reads version {VERSION}; install a newer "
+                "nemo_lfr."
             )
         length = int.from_bytes(data[5:8], "little")
         if length > MAX_METADATA_BYTES:
-            raise fail(f"its metadata claims {length} bytes")
+            raise fail(f"its metadata length is {length} bytes; the limit is {MAX_METADATA_BYTES}")
         if len(data) < 12 + length:
             raise fail("it ends too early")
         if struct.pack("<I", zlib.crc32(data[:-4])) != data[-4:]:
@@ -242,7 +244,7 @@ class EntropyModel:
             raise EntropyModelError(f"{name}: its metadata is invalid ({shorten(error, 200)}).") from error
         sizes = {tensor: np.dtype(dtype).itemsize * math.prod(shape) for tensor, dtype, shape in spec.tensors()}
         if len(data) != 8 + length + sum(sizes.values()) + 4:
-            raise fail(f"it has {len(data)} bytes, which its metadata does not describe")
+            raise fail(f"its {len(data)} bytes do not match its metadata")
         weights: dict[str, np.ndarray] = {}
         position = 8 + length
         for tensor, dtype, shape in spec.tensors():

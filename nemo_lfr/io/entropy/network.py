@@ -201,7 +201,7 @@ class Network(nn.Module):
             scale["output"] + HIDDEN_BITS - round(math.log2(STEPS)),
         )
         if min(shifts) < 0:
-            raise ValueError(f"weights so large that shifts are {shifts}")
+            raise ValueError(f"the weights are too large: shifts are {shifts}")
         digit, output = integers("digit", "<i2"), integers("output", "<i1").swapaxes(1, 2)
         out_bias = bias(self.bias, scale["output"] + HIDDEN_BITS, shifts[2])
         weights = {
