@@ -20,7 +20,7 @@ pytest.importorskip("prometheus_client")
 
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.app import Settings
-from nemo_lfr.web import EXAMPLE_PATH
+from nemo_lfr.web import EXAMPLE_PATH, PAGE
 from tests.models import RATE, synthesize
 from tests.serve.running import running
 from tests.web.browser import CHROMIUM, browsing
@@ -104,7 +104,9 @@ def check_result(page, codec):
 
 def test_a_recording_has_the_tokens_and_the_audio_of_python(page, server):
     page.click("#record")
-    page.wait("document.getElementById('record').classList.contains('on')")
+    page.wait(
+        "document.getElementById('record').classList.contains('on') && document.getElementById('choose').disabled"
+    )
     time.sleep(1.0)
     page.click("#record")
     page.wait(SHOWN)
@@ -196,6 +198,30 @@ def test_the_microphone_is_heard_through_the_streams(page, server):
     while len(server.app.state.engine):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_playback_waits_after_a_gap_and_skips_what_is_too_late(page):
+    worklet = (PAGE / "playback-worklet.js").read_text(encoding="utf-8")
+    heard, played = page.run(f"""(() => {{
+        class AudioWorkletProcessor {{ port = {{ postMessage() {{}} }}; }}
+        let Kind;
+        const registerProcessor = (_, kind) => (Kind = kind);
+        {worklet}
+        const player = new Kind({{ processorOptions: {{ hold: 200, limit: 1000 }} }});
+        const heard = [];
+        let next = 1;
+        const push = count => player.port.onmessage({{ data: new Float32Array(count).map(() => next++) }});
+        const play = () => {{
+            const out = new Float32Array(128);
+            player.process([], [[out]]);
+            heard.push(out[0], out[127]);
+        }};
+        push(150); play();         // waits for 200
+        push(150); play(); play(); // 1 to 256
+        play(); play();            // 257 to 300, then nothing
+        push(1100); play();        // 1101 of 1400 are skipped up to the last 200
+        return [heard, player.played]; }})()""")
+    assert heard == [0, 0, 1, 128, 129, 256, 257, 0, 0, 0, 1201, 1328] and played == 1328
 
 
 def test_a_page_asks_for_the_access_token(tab):

@@ -23,6 +23,7 @@ function run(backend) {
 
   /** @param {Recording} recording */
   async function encode(recording) {
+    if (!recording.samples.length) throw new UserError("Nothing was recorded.");
     showStatus("Encoding …");
     const started = performance.now();
     const file = await backend.encode(recording);
@@ -71,7 +72,7 @@ function run(backend) {
       showStatus("Waiting for the microphone …");
       await recorder.start();
       showStatus("Recording. Press Stop when you are done.");
-    });
+    }).then(() => recorder.showState());
   });
   acceptDrops((file) => perform(() => open(file, file.name)), recorder);
 }

@@ -7,6 +7,10 @@ import { UserError } from "./types.js";
 
 /** @import { Backend } from "./types.js" */
 
+const LIVE = "Live. Speak now.";
+const SLOW = "The server is slower than real time, so the delay grows.";
+const SLOW_SECONDS = 1; // beyond the lookahead
+
 /**
  * Show the section if the backend has live streams.
  *
@@ -51,7 +55,7 @@ class LivePanel {
     try {
       await loopback.start();
       if (this.loopback !== loopback) return loopback.close();
-      setText("live-status", "Live. Speak now.");
+      setText("live-status", LIVE);
       this.follow(loopback);
     } catch (error) {
       const message = error instanceof UserError ? error.message : "The audio of this browser could not be started.";
@@ -90,14 +94,21 @@ class LivePanel {
     if (delay) {
       setText("live-delay", `${Math.max(0, Math.round(delay * 100) * 10)} ms`);
       setText("live-rate", rate((8 * loopback.numBytes) / loopback.captured));
+      const status = delay > this.lookahead + SLOW_SECONDS ? SLOW : LIVE;
+      if (byId("live-status").textContent !== status) setText("live-status", status); // screen readers speak changes
     }
     setTimeout(() => requestAnimationFrame(() => this.follow(loopback)), 50);
   }
 
+  /** @returns {number} the lookahead of the slider in seconds */
+  get lookahead() {
+    const { samplesPerFrame, sampleRate } = this.backend.info;
+    return (Number(this.slider.value) * samplesPerFrame) / sampleRate;
+  }
+
   /** Show the lookahead of the slider. */
   showLookahead() {
-    const { samplesPerFrame, sampleRate } = this.backend.info;
-    const text = `${Math.round((1000 * Number(this.slider.value) * samplesPerFrame) / sampleRate)} ms`;
+    const text = `${Math.round(1000 * this.lookahead)} ms`;
     setText("delay-value", text);
     this.slider.setAttribute("aria-valuetext", text);
     this.slider.style.setProperty("--part", `${(100 * Number(this.slider.value)) / Number(this.slider.max)}%`);

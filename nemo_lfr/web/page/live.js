@@ -6,6 +6,7 @@ import { UserError } from "./types.js";
 /** @import { Backend } from "./types.js" */
 
 const HOLD_FRAMES = 1; // that playing waits for after a gap
+const LIMIT_FRAMES = 9; // that may wait to be played; the server computes up to 4 at a time
 const MAX_BUFFERED = 1 << 20; // bytes that may wait to be sent before the connection counts as too slow
 
 /** A running loop-back. */
@@ -44,7 +45,7 @@ export class Loopback {
     this.speaker = new AudioContext({ sampleRate: info.sampleRate });
     try {
       await this.speaker.audioWorklet.addModule(new URL("./playback-worklet.js", import.meta.url));
-      const processorOptions = { hold: HOLD_FRAMES * info.samplesPerFrame };
+      const processorOptions = { hold: HOLD_FRAMES * info.samplesPerFrame, limit: LIMIT_FRAMES * info.samplesPerFrame };
       const playback = new AudioWorkletNode(this.speaker, "playback", { numberOfInputs: 0, outputChannelCount: [1], processorOptions });
       playback.connect(this.speaker.destination);
       playback.port.onmessage = ({ data }) => (this.played = data / info.sampleRate);

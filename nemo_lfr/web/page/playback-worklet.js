@@ -1,14 +1,16 @@
 /**
  * Audio worklet that plays the samples that are posted to it, and posts the number of samples that it has played.
  *
- * After a gap, it waits for `hold` samples, so that results of uneven pace play evenly.
+ * After a gap, it waits for `hold` samples, so that results of uneven pace play evenly. If more than `limit` samples wait,
+ * as after a pause of the server, it skips the oldest ones, so that the delay does not stay.
  */
 
 class Playback extends AudioWorkletProcessor {
-  /** @param {{processorOptions: {hold: number}}} options */
+  /** @param {{processorOptions: {hold: number, limit: number}}} options */
   constructor(options) {
     super();
     this.hold = options.processorOptions.hold;
+    this.limit = options.processorOptions.limit;
     /** @type {Float32Array[]} */
     this.queue = [];
     this.queued = 0;
@@ -18,7 +20,32 @@ class Playback extends AudioWorkletProcessor {
     this.port.onmessage = ({ data }) => {
       this.queue.push(data);
       this.queued += data.length;
+      if (this.queued > this.limit) this.take(this.queued - this.hold, null);
     };
+  }
+
+  /**
+   * Take samples out of the queue.
+   *
+   * @param {number} count
+   * @param {Float32Array | null} out receives them; null to skip them
+   * @returns {number} how many there were
+   */
+  take(count, out) {
+    let taken = 0;
+    while (taken < count && this.queue.length) {
+      const piece = this.queue[0].subarray(this.offset, this.offset + count - taken);
+      out?.set(piece, taken);
+      taken += piece.length;
+      this.offset += piece.length;
+      if (this.offset === this.queue[0].length) {
+        this.queue.shift();
+        this.offset = 0;
+      }
+    }
+    this.queued -= taken;
+    this.played += taken;
+    return taken;
   }
 
   /**
@@ -28,24 +55,9 @@ class Playback extends AudioWorkletProcessor {
    */
   process(_, outputs) {
     const out = outputs[0][0];
-    if (!this.isPlaying && this.queued >= this.hold) this.isPlaying = true;
-    let filled = 0;
-    while (this.isPlaying && filled < out.length) {
-      if (!this.queue.length) {
-        this.isPlaying = false;
-        break;
-      }
-      const piece = this.queue[0].subarray(this.offset, this.offset + out.length - filled);
-      out.set(piece, filled);
-      filled += piece.length;
-      this.offset += piece.length;
-      if (this.offset === this.queue[0].length) {
-        this.queue.shift();
-        this.offset = 0;
-      }
-    }
-    this.queued -= filled;
-    this.played += filled;
+    if (this.queued >= this.hold) this.isPlaying = true;
+    const filled = this.isPlaying ? this.take(out.length, out) : 0;
+    if (filled < out.length) this.isPlaying = false;
     if (filled) this.port.postMessage(this.played);
     return true;
   }

@@ -64,6 +64,7 @@ export class Recorder {
     byId("record").classList.toggle("on", this.isRecording);
     setText("record-label", this.isRecording ? "Stop" : "Record");
     this.canvas.hidden = !this.isRecording;
+    for (const id of ["choose", "example"]) byId(id, HTMLButtonElement).disabled = this.isRecording;
   }
 
   /** Draw the level, and count the seconds, while it records. */
