@@ -1,9 +1,11 @@
 """Read the tensors of a safetensors file, with the checks and the interface of `Tensors`, and write such a file.
 
 The file is the length of a header (8 bytes, little-endian), the header, and the values. The header is JSON with the
-dtype, the shape and the byte range of every tensor.
+dtype, the shape and the byte range of every tensor. The format has no checksum. Files of this package have the SHA-256
+of their values in the header's metadata, and it is compared where a file has it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -31,6 +33,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CHECKSUM = "sha256_of_values"  # key of the metadata
+PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -51,7 +55,9 @@ class SafeTensors(Tensors):
         self._source = source
         self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
-            entries = [(name, self._entry(value)) for name, value in self._header().items() if name != "__metadata__"]
+            header = self._header()
+            entries = [(name, self._entry(value)) for name, value in header.items() if name != "__metadata__"]
+            self._check_values(header.get("__metadata__"))
         except CheckpointError:
             raise
         except Exception as error:  # wrong types and values of the header raise various exceptions
@@ -71,6 +77,18 @@ class SafeTensors(Tensors):
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         return header
+
+    def _check_values(self, metadata: Any) -> None:
+        expected = metadata.get(CHECKSUM) if isinstance(metadata, dict) else None
+        if expected is None:
+            return
+        found, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+        for offset in range(self._begin, self._source.size, PIECE):
+            piece = buffer[: min(PIECE, self._source.size - offset)]
+            self._source.read_into(offset, piece)
+            found.update(piece)
+        if found.hexdigest() != expected:
+            raise ValueError("its values do not have the SHA-256 in its header; copy or export it again")
 
     def _bytes(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:
@@ -116,11 +134,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
         }  # fmt: skip
         offset = end
+    checksum = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        checksum.update(_values(tensor))
     # "format" is what transformers requires. Spaces align the values to 8 bytes.
-    values = {"__metadata__": {"format": "pt", **(metadata or {})}} | entries
-    header = json.dumps(values, separators=(",", ":")).encode()
+    details = {"format": "pt", CHECKSUM: checksum.hexdigest()} | dict(metadata or {})
+    header = json.dumps({"__metadata__": details} | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % LENGTH_BYTES)
     with replacing(path) as file:
         file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
         for _, tensor in sorted(tensors.items()):
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(_values(tensor))
+
+
+def _values(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

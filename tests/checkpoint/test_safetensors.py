@@ -102,6 +102,9 @@ DAMAGE = {
     "five bytes": lambda data: data[:5],
     "a cut header": lambda data: data[:100],
     "cut values": lambda data: data[:-1],
+    "a flipped bit of a value": lambda data: data[:-100] + bytes([data[-100] ^ 1]) + data[-99:],
+    "values after the end": lambda data: data + b"1234",
+    "a checksum that is no text": _header(lambda header: header.update(__metadata__={"sha256_of_values": 5})),
     "a giant header": lambda data: b"\xff" * 8 + data[8:],
     "not JSON": lambda data: data[:8] + b"x" + data[9:],
     "a list": lambda data: (2).to_bytes(8, "little") + b"[]",
@@ -137,7 +140,7 @@ def test_a_damaged_config_is_refused_by_name(text, folder):
 
 def test_infinite_weights_are_refused_when_they_are_used(folder):
     path = folder / "model.safetensors"
-    data = path.read_bytes()
+    data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # the checksum too
     begin = 8 + int.from_bytes(data[:8], "little")  # of the decoder's weights, since names are sorted
     path.write_bytes(data[:begin] + b"\xff" * 1000 + data[begin + 1000 :])
     codec = nemo_lfr.load(folder, "cpu")
