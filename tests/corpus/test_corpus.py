@@ -948,6 +948,7 @@ def test_a_folder_that_holds_no_finished_tokens_is_refused(tmp_path):
         TokenDataset(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, clips, tmp_path, capsys):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind), device="cpu", workers=1)

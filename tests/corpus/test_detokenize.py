@@ -119,11 +119,13 @@ def rename_first(folder: Path, kind: str, new: str) -> None:
         edit_manifest(folder, lambda line: line.update(id=new))
 
 
+# Manifests of .pt files are read as those of .lfr files are, and ids of Parquet rows as those of lines.
+by_kind = [pytest.param(kind, marks=pytest.mark.slow if kind in ("manifest", "parquet") else ()) for kind in BUILT_IN]
 IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt", "語" * 200, "x" * 5000, "a/" * 600]
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", by_kind)
 @pytest.mark.parametrize("clip_id", IDS, ids=[ascii(name[:20]) for name in IDS])
 def test_no_id_leads_out_of_the_folder_or_onto_another(kind, clip_id, whole, model, tmp_path, capsys):
     if kind == "parquet" and "\ud800" in clip_id:
@@ -324,7 +326,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links")
-@pytest.mark.parametrize("has_records", [True, False])
+@pytest.mark.parametrize("has_records", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(("kind", "damage", "left", "reason"), CASES.values(), ids=list(CASES))
 def test_one_bad_utterance_costs_one_and_is_said_in_a_line(
     kind, damage, left, reason, has_records, whole, model, tmp_path, capsys

@@ -92,7 +92,7 @@ def path_list(tmp_path):
     SOURCES.remove(PathList)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_registered_format_and_source_are_written_and_read_back(path_list, tmp_path, workers):
     model = write_codec(tmp_path / "model.nemo")
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model), shard_size=2)

@@ -97,6 +97,7 @@ def test_a_worker_whose_driver_has_died_already_ends_at_once():
     assert process.exitcode == 1
 
 
+@pytest.mark.slow
 @in_proc
 @pytest.mark.parametrize(
     "moment",

@@ -72,6 +72,7 @@ def test_a_folder_that_was_moved_is_read(tmp_path):
 # Shares of ranks and workers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, folders):
@@ -84,7 +85,7 @@ def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, fold
 
 
 @pytest.mark.parametrize("counts", [UNEVEN, [1], [], [0, 0, 3], [1] * 7, [13, 1]], ids=str)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_all_ranks_yield_as_many_as_their_length_says(counts, world_size, drop_last, tmp_path):
     made = write_tokens(tmp_path, "lfr", counts)

@@ -51,7 +51,7 @@ def evaluate(capsys, corpus, out, *arguments):
 def report(corpus, tmp_path_factory):
     """Evaluate the original and the bundled codec, and return the output folder."""
     out = tmp_path_factory.mktemp("report")
-    arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--workers", "2", "--examples", "2"]
+    arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--workers", "1", "--examples", "2"]
     main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
     return out
 
@@ -142,6 +142,7 @@ def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_pat
     assert found["rows"] >= 2 + 2 + 1 + 4 and found["overflow"] <= 0
 
 
+@pytest.mark.slow
 def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_path, monkeypatch):
     sent, measured = [], []
     round_trip, measure = LFR.round_trip, workers.measure
@@ -333,6 +334,7 @@ def test_a_manifest_in_a_pipe_is_refused_with_advice(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
     clean = tmp_path / "daps" / "clean"
     clean.mkdir(parents=True)
