@@ -3,9 +3,7 @@
 import shutil
 import sys
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.crash import ROOT
 
@@ -15,6 +13,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.nemo]
 @pytest.mark.parametrize(("name", "pictures", "players"), [("Inference", 4, 2), ("Training", 3, 2)])
 def test_a_tutorial_runs(tmp_path, monkeypatch, name, pictures, players):
     pytest.importorskip("nemo", reason="the tutorials use NeMo: pip install '.[nemo]'")
+    import nbformat
+    from nbclient import NotebookClient
+
     for folder in ("examples", "conf"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("codec_tutorial"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -25,9 +25,9 @@ from tests.cli.test_cli import run
 from tests.corpora import write_codec, write_tokens
 from tests.crash import ROOT
 from tests.models import RATE, synthesize
+from tests.packages import require
 
-for module, extra in (("lhotse", "corpus"), ("pyarrow", "corpus"), ("matplotlib", "evaluate"), ("onnxscript", "onnx")):
-    pytest.importorskip(module, reason=f"pip install '.[{extra}]'")
+require("lhotse", "pyarrow", "matplotlib", "onnxscript", reason="pip install '.[corpus,evaluate,onnx]'")
 
 # Journals from which an interrupted command resumes. Lines are appended, and an incomplete line is skipped.
 JOURNALS = {".opened.jsonl", "sent.jsonl", "metrics.jsonl", "lock"}

@@ -12,8 +12,9 @@ import soundfile
 
 from tests.cli.test_cli import run
 from tests.models import RATE, synthesize
+from tests.packages import require
 
-pytest.importorskip("matplotlib", reason="pip install '.[evaluate]'")
+require("matplotlib", reason="pip install '.[evaluate]'")
 
 LABELS = [
     "=cmd|' /C calc'!A0",

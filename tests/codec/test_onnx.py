@@ -21,11 +21,10 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
 from tests.kinds import ALL_KINDS
 from tests.models import RATE, build_codec, cached_codec, synthesize
+from tests.packages import require
 from tests.reference import assert_same_tokens
 
-onnx = pytest.importorskip("onnx", reason="pip install '.[onnx]'")
-onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
-pytest.importorskip("onnxscript", reason="pip install '.[onnx]'")
+require("onnx", "onnxruntime", "onnxscript", reason="pip install '.[onnx]'")
 
 from nemo_lfr.codec.onnx.backend import OnnxBackend  # noqa: E402
 from nemo_lfr.codec.onnx.export import export_onnx  # noqa: E402
@@ -92,6 +91,8 @@ def test_long_recordings_run_in_chunks(pair):
 def test_both_onnx_files_are_valid_and_have_metadata(bundled):
     codec = nemo_lfr.load()
     for name in ("encoder.onnx", "decoder.onnx"):
+        import onnx
+
         model = onnx.load(bundled / name)
         onnx.checker.check_model(model, full_check=True)
         said = json.loads({entry.key: entry.value for entry in model.metadata_props}["nemo_lfr"])
@@ -161,6 +162,8 @@ def test_the_command_line_runs_the_folder_as_a_model(capsys, bundled, tmp_path):
 
 def test_each_codec_opens_each_of_its_files_once(bundled, monkeypatch):
     opened = []
+    import onnxruntime
+
     session = onnxruntime.InferenceSession
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     monkeypatch.setattr(
@@ -237,6 +240,8 @@ def cut(path: Path, keep: float) -> None:
 
 def set_metadata(path: Path, **changes: object) -> None:
     """Change the metadata of an ONNX file with the onnx package."""
+    import onnx
+
     model = onnx.load(path)
     model.metadata_props[0].value = json.dumps(json.loads(model.metadata_props[0].value) | changes)
     onnx.save(model, path)

@@ -42,7 +42,12 @@ TRACERS: dict[str, Callable[[torch.nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("tracer", [*TRACERS])
+COMPILER = ("fake mode", "make_fx", "torch.export")  # these import PyTorch's compiler, which takes seconds
+
+
+@pytest.mark.parametrize(
+    "tracer", [pytest.param(name, marks=pytest.mark.slow if name in COMPILER else ()) for name in TRACERS]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     expected = Tokens()(AUDIO)
@@ -51,6 +56,7 @@ def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     assert torch.equal(Tokens()(AUDIO), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", [Tokens, Audio])

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the models of --asr and --speaker-model: comes with NeMo")
-
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.evaluation.metrics import METRICS, Signal, Undefined
 from nemo_lfr.evaluation.model_metrics import all_metrics, open_model_metrics
 from nemo_lfr.evaluation.model_metrics.recognition import ASRErrorRate
 from nemo_lfr.evaluation.model_metrics.speaker import SpeakerSimilarity
 from tests.models import RATE, synthesize
+from tests.packages import require
+
+require("transformers", reason="the models of --asr and --speaker-model use it; it comes with NeMo")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The pieces of the bundled codec's recipe: losses, the start, batches and optimizers."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -36,12 +38,12 @@ def tiny_network() -> NetworkConfig:
 
 
 SPEECH = torch.stack([speech_like(8192, seed) for seed in range(2)])
-LOG_MEL = LogMelDistance([256, 512], [20, 40])
-PERCEPTUAL = PerceptualDistance()
+log_mel_distance = functools.cache(lambda: LogMelDistance([256, 512], [20, 40]))  # imports librosa
+perceptual_distance = functools.cache(PerceptualDistance)
 
 
 def log_mel(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    return LOG_MEL(Spectra(real), Spectra(gen))
+    return log_mel_distance()(Spectra(real), Spectra(gen))
 
 
 def compressed(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
@@ -49,11 +51,11 @@ def compressed(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
 
 
 def symmetric(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    return PERCEPTUAL(Spectra(real), Spectra(gen))[0]
+    return perceptual_distance()(Spectra(real), Spectra(gen))[0]
 
 
 def asymmetric(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    return PERCEPTUAL(Spectra(real), Spectra(gen))[1]
+    return perceptual_distance()(Spectra(real), Spectra(gen))[1]
 
 
 DISTANCES = [log_mel, compressed, symmetric, asymmetric, waveform_distance]

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 
 from nemo_lfr.checkpoint import build_parts
 from nemo_lfr.errors import ConfigError
-from nemo_lfr.signal.spectra import Spectra
-from nemo_lfr.training.initialize import initialize_from_data
-from tests.models import build_codec, codec_config, synthesize
-
-pytest.importorskip("librosa", reason="spectral losses need the [train] extra")
 from nemo_lfr.signal.distances import ReconstructionLoss, si_sdr
+from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training import losses
 from nemo_lfr.training.discriminators import Conv2d, MultiPeriodDiscriminator
+from nemo_lfr.training.initialize import initialize_from_data
 from nemo_lfr.training.losses import CodecLosses
+from tests.models import build_codec, codec_config, synthesize
+from tests.packages import require
+
+require("librosa", reason="spectral losses need the [train] extra")
 
 TERMS = ReconstructionLoss.TERMS
 
