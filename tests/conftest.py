@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from nemo_lfr.codec.codec import Codec
-from tests.kinds import ALL_KINDS
 from tests.models import build_codec, cached_codec, synthesize
+from tests.tiers import ALL_KINDS
 
 
 def pytest_configure(config: pytest.Config) -> None:

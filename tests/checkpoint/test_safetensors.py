@@ -15,8 +15,8 @@ from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.cli.main import app
 from nemo_lfr.errors import CheckpointError, NemoLfrError
 from tests.hub_server import HubServer
-from tests.kinds import ALL_KINDS
-from tests.models import codec_config, speech_like, write_nemo
+from tests.models import KINDS, codec_config, speech_like, write_nemo
+from tests.tiers import slow_except
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def folder(nemo_file, tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric", "two_stages"))
 def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tmp_path):
     source = write_nemo(tmp_path / "tiny.nemo", codec_config(kind))
     paths = export_safetensors(source, tmp_path / "out")

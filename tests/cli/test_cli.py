@@ -207,6 +207,7 @@ def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tmp_path):
     soundfile.write(folder / ("n" * 252 + ".au"), speech_like(2_000).numpy(), 22050)
     for options, expected in (([], 1), (["--overwrite"], 1), (["--skip-existing"], 1)):

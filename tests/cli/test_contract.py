@@ -20,6 +20,7 @@ from nemo_lfr.errors import Failure
 from tests.cli.test_cli import run
 from tests.corpora import write_codec, write_tokens
 from tests.models import speech_like
+from tests.tiers import slow_if
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,9 +76,8 @@ CASES = {
     ),
 }
 SLOW = ("export onnx", "demo")
-run_of_every_command = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(CASES)]
-)
+run_of_every_command = pytest.mark.parametrize("name", slow_if(sorted(CASES), SLOW))
+cheap_run_of_every_command = pytest.mark.parametrize("name", slow_if(sorted(CASES), (*SLOW, "evaluate")))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_json_is_all_of_stdout_and_has_the_documented_type(name, folder, tmp_pat
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", key) for key in keys_of(values))
 
 
-@every_command
+@cheap_run_of_every_command
 def test_what_was_not_done_is_exit_code_1_and_a_failure_record(name, folder, tmp_path, capsys):
     case = CASES[name]
     need(case)
@@ -185,7 +185,7 @@ def test_what_was_not_done_is_exit_code_1_and_a_failure_record(name, folder, tmp
     assert "Traceback" not in err and err.strip()
 
 
-@every_command
+@cheap_run_of_every_command
 def test_quiet_prints_only_errors_and_the_result(name, folder, tmp_path, capsys):
     if name in SLOW:
         pytest.skip("is slow, and has no messages of its own")

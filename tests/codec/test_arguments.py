@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.io.token_file import TokenReader
 from tests.models import cached_codec, synthesize
+from tests.tiers import slow_if
 
 WAVE = synthesize(0.1)
 PAIR = np.stack([WAVE, WAVE[::-1]])
@@ -280,9 +281,7 @@ def test_valid_audio_forms_are_accepted(codec, name):
     assert not tokens.requires_grad and tokens.dtype == torch.int32
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "fake" else ()) for name in BAD_AUDIO]
-)
+@pytest.mark.parametrize("name", slow_if(BAD_AUDIO, ["fake"]))
 def test_invalid_audio_raises_and_names_the_value(codec, name):
     audio, lengths, rate, message = BAD_AUDIO[name]
     if audio is FAKE:

@@ -16,6 +16,7 @@ from nemo_lfr.codec import backends
 from nemo_lfr.testing import BACKEND_CHECKS
 from tests import level_backend
 from tests.models import cached_codec, codec_config, write_nemo
+from tests.tiers import slow_if
 
 KIND = "two_stages"
 
@@ -56,7 +57,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
 
 
-every_model = [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in MODELS]
+every_model = slow_if(MODELS, ["onnx"])
 
 
 @pytest.fixture(scope="module", params=every_model)

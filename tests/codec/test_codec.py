@@ -17,9 +17,9 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.frames import Context
-from tests.kinds import ALL_KINDS
 from tests.models import KINDS, MODULES, build_codec, cached_codec, codec_config, same_parts, synthesize
 from tests.reference import assert_same_tokens, changed_frames, reference_decode, reference_encode
+from tests.tiers import ALL_KINDS, slow_except, slow_if
 
 # Lengths and tokens of the longest comparisons with single clips; the nightly run has more.
 LENGTHS = int(os.environ.get("NEMO_LFR_LENGTHS", "500"))
@@ -58,7 +58,7 @@ def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():
     assert (encoder.min_frames, decoder.min_frames) == (4, 4)
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "causal", "two_stages", "zeros", "nano"])
+@pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "zeros", "nano"], ["zeros", "nano"]))
 def test_encoded_frames_see_their_context_and_nothing_beyond(kind):
     torch.manual_seed(0)
     encoder = build_codec(kind).encoder.double()
@@ -72,7 +72,7 @@ def test_encoded_frames_see_their_context_and_nothing_beyond(kind):
     assert at + context.past - 1 <= changed[-1] <= at + context.past
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "causal", "two_stages", "clamp", "nano"])
+@pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "clamp", "nano"], ["clamp", "nano"]))
 def test_decoded_frames_see_their_context_and_nothing_beyond(kind):
     torch.manual_seed(0)
     decoder = build_codec(kind).decoder.double()
@@ -106,7 +106,7 @@ def test_min_frames_is_the_shortest_input_that_the_network_can_pad(codec):
 # --- batches
 
 
-@pytest.mark.parametrize("fill", ["noise", "nan"])
+@pytest.mark.parametrize("fill", slow_if(["noise", "nan"], ["noise"]))
 def test_a_clip_has_the_same_tokens_in_a_ragged_batch_with_any_padding_as_alone(codec, fill):
     rng = np.random.default_rng(3)
     frame = codec.samples_per_frame
@@ -226,8 +226,8 @@ def test_a_batch_of_more_clips_than_run_at_once_keeps_their_order(small):
 # --- chunks and streams
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 20, 128])
-@pytest.mark.parametrize("kind", ["symmetric", "nano", "causal", "two_stages"])
+@pytest.mark.parametrize("chunk", slow_if([1, 7, 20, 128], [1, 20]))
+@pytest.mark.parametrize("kind", slow_if(["symmetric", "nano", "causal", "two_stages"], ["nano", "causal"]))
 def test_any_chunk_size_gives_the_same_result(kind, chunk):
     codec = cached_codec(kind)
     num_frames = 140 if chunk == 128 else 45
@@ -415,6 +415,7 @@ def test_bad_tokens_in_a_stream_are_refused(small):
 # --- precision, identity
 
 
+@pytest.mark.slow
 def test_bf16_gives_nearly_the_same_audio_and_most_of_the_tokens(small):
     wave = synthesize(3, 1)
     half = same_parts(small, precision="bf16")
@@ -435,7 +436,7 @@ def test_an_unknown_precision_is_refused(small):
         same_parts(small, precision="int8")
 
 
-@pytest.mark.parametrize("kind", [k if k == "symmetric" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("kind", slow_except(KINDS, "symmetric"))
 def test_a_codec_has_one_fingerprint_with_weight_norm_or_without(kind):
     torch.manual_seed(0)
     config = codec_config(kind)

@@ -7,8 +7,8 @@ from nemo_lfr import frames
 from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.cpu import malloc
 from nemo_lfr.codec.cpu import network as inference
-from tests.kinds import ALL_KINDS
 from tests.models import cached_codec, speech_like
+from tests.tiers import ALL_KINDS
 
 
 @pytest.fixture(params=ALL_KINDS)

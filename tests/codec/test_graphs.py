@@ -16,9 +16,9 @@ from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.torch_backend import BATCHING, TorchBackend
 from nemo_lfr.codec.windows import group_widths
 from nemo_lfr.modules.weights import weights_version
-from tests.kinds import ALL_KINDS
 from tests.models import build_codec, cached_codec, same_parts, speech_like
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
+from tests.tiers import ALL_KINDS
 
 CPU = torch.device("cpu")
 

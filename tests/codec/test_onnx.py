@@ -19,10 +19,10 @@ from nemo_lfr import AudioError, CheckpointError, NemoLfrError, TokensError
 from nemo_lfr.cli import main as cli
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.io.token_file import TokenReader
-from tests.kinds import ALL_KINDS
 from tests.models import RATE, build_codec, cached_codec, synthesize
 from tests.packages import require
 from tests.reference import assert_same_tokens
+from tests.tiers import ALL_KINDS
 
 require("onnx", "onnxruntime", "onnxscript", reason="pip install '.[onnx]'")
 

@@ -14,9 +14,9 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import push_decoders, push_encoders
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError
 from nemo_lfr.pretrained import load
-from tests.kinds import ALL_KINDS
 from tests.models import build_codec, cached_codec, synthesize
 from tests.reference import assert_same_tokens
+from tests.tiers import ALL_KINDS
 
 CHUNKINGS = int(os.environ.get("NEMO_LFR_CHUNKINGS", "3"))
 
@@ -114,7 +114,7 @@ def test_stream_state_does_not_grow(bundled):
     encoder, decoder = bundled.stream_encoder(), bundled.stream_decoder()
     sizes = []
     wave = synthesize(2)
-    for _ in range(8):
+    for _ in range(5):
         decoder.push(encoder.push(wave))
         sizes.append([sum(held.items.numel() for held in stream._state.values()) for stream in (encoder, decoder)])
     assert sizes[2] == sizes[-1]
@@ -150,13 +150,13 @@ def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind
 def test_streams_pushed_together_equal_each_alone():
     codec = cached_codec("symmetric")
     rng = np.random.default_rng(3)
-    waves = [synthesize(2, seed=number) for number in range(6)]
+    waves = [synthesize(2, seed=number) for number in range(4)]
     streams = [codec.stream_encoder() for _ in waves]
-    decoders = [codec.stream_decoder(0 if number % 2 else None) for number in range(6)]
-    places = [0] * 6
+    decoders = [codec.stream_decoder(0 if number % 2 else None) for number in range(4)]
+    places = [0] * 4
     tokens: list[list[np.ndarray]] = [[] for _ in waves]
     audio: list[list[np.ndarray]] = [[] for _ in waves]
-    while min(places) < 40_000:
+    while min(places) < 25_000:
         sizes = [int(rng.choice([441, 1024, 2048, 0])) for _ in waves]
         new = push_encoders(streams, [wave[at : at + n] for wave, at, n in zip(waves, places, sizes, strict=True)])
         places = [min(at + size, len(waves[0])) for at, size in zip(places, sizes, strict=True)]
@@ -223,6 +223,7 @@ def test_bad_input_of_one_stream_takes_nothing_of_the_others():
         push_encoders([good, cached_codec("causal").stream_encoder()], [wave, wave])
 
 
+@pytest.mark.slow
 def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(6)
     sizes = []

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nemo_lfr.errors import NemoLfrError
 from tests.models import cached_codec, speech_like
+from tests.tiers import slow_if
 
 AUDIO = speech_like(5000)
 
@@ -45,9 +46,7 @@ TRACERS: dict[str, Callable[[torch.nn.Module], Any]] = {
 COMPILER = ("fake mode", "make_fx", "torch.export")  # these import PyTorch's compiler, which takes seconds
 
 
-@pytest.mark.parametrize(
-    "tracer", [pytest.param(name, marks=pytest.mark.slow if name in COMPILER else ()) for name in TRACERS]
-)
+@pytest.mark.parametrize("tracer", slow_if(TRACERS, COMPILER))
 @pytest.mark.filterwarnings("ignore")
 def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     expected = Tokens()(AUDIO)

@@ -71,11 +71,14 @@ MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
     "a mark removed": (lambda out: ShardRecord.path(out, 0).unlink(), CHANGED),
 }
 
+FAST = ("removed", "taken over", "its claim cut", "a file cut")
+
 
 @pytest.mark.parametrize(
     ("meddling", "workers"),
     [
-        *((meddling, 1) for meddling in MEDDLING),
+        *((meddling, 1) for meddling in FAST),
+        *(pytest.param(meddling, 1, marks=pytest.mark.slow) for meddling in MEDDLING if meddling not in FAST),
         *(pytest.param(meddling, 2, marks=pytest.mark.slow) for meddling in ("removed", "a file removed")),
     ],
 )

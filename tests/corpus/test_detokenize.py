@@ -18,6 +18,7 @@ from nemo_lfr.cli.main import main
 from nemo_lfr.corpus.formats import BUILT_IN
 from tests.corpora import write_codec, write_tokens
 from tests.crash import on_a_full_disk
+from tests.tiers import slow_except, slow_if
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -120,7 +121,7 @@ def rename_first(folder: Path, kind: str, new: str) -> None:
 
 
 # Manifests of .pt files are read as those of .lfr files are, and ids of Parquet rows as those of lines.
-by_kind = [pytest.param(kind, marks=pytest.mark.slow if kind in ("manifest", "parquet") else ()) for kind in BUILT_IN]
+by_kind = slow_if(BUILT_IN, ("manifest", "parquet"))
 IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt", "語" * 200, "x" * 5000, "a/" * 600]
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
 
@@ -326,7 +327,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links")
-@pytest.mark.parametrize("has_records", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("has_records", slow_except([True, False], False))
 @pytest.mark.parametrize(("kind", "damage", "left", "reason"), CASES.values(), ids=list(CASES))
 def test_one_bad_utterance_costs_one_and_is_said_in_a_line(
     kind, damage, left, reason, has_records, whole, model, tmp_path, capsys

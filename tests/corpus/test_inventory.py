@@ -17,6 +17,7 @@ from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.cut_files import read_cuts
 from tests.corpora import write_codec
+from tests.tiers import slow_except
 
 pa = pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install '.[corpus]'")
@@ -94,7 +95,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", slow_except(INPUTS, "manifest"))
 def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     source = INPUTS[kind](folder, "xyz")
     sizes = [path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -20,6 +20,7 @@ from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_codec
 from tests.crash import ROOT, on_a_full_disk
 from tests.models import RATE, synthesize
+from tests.tiers import slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -243,7 +244,7 @@ def test_a_state_that_is_a_link_is_refused(name, model, audio, tmp_path):
 # Shards that are damaged between runs.
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", slow_except(BUILT_IN, "shar"))
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_shard_is_computed_again_to_the_same_bytes(kind, damage, model, audio, tmp_path):
     job = TokenizeConfig(str(audio), str(tmp_path), kind, model=str(model), shard_size=2)

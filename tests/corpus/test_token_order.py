@@ -56,7 +56,7 @@ def test_a_resumed_dataset_yields_what_an_undisturbed_one_yields(order, kind, fo
         dataset.set_epoch(3)
         expected = ids_of(dataset)
         every = range(len(expected) + 1)
-        for number in every if kind == "lfr" else {*every[:3], *every[:: max(1, len(every) // 3)], *every[-2:]}:
+        for number in sorted({*every[:3], *every[4::5], *every[-2:]}):
             dataset.set_epoch(3)
             assert ids_of(islice(iter(dataset), number)) == expected[:number]
             state = json.loads(json.dumps(dataset.state_dict()))

@@ -183,6 +183,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
     assert len(rows(tmp_path / "out" / "recordings.csv")) == 2
 
 
+@pytest.mark.slow
 def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_path, monkeypatch):
     round_trip = LFR.round_trip
 
@@ -225,6 +226,7 @@ class LetterCount(ModelMetric):
         return {"letters": float(len(labels["text"]))}
 
 
+@pytest.mark.slow
 def test_a_model_metric_is_computed_again_if_it_failed_or_the_text_has_changed(capsys, corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(_registered, "letters", LetterCount)
     lines = [json.loads(line) for line in (corpus / "manifest.json").read_text().splitlines()]

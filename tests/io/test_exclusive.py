@@ -12,12 +12,13 @@ from nemo_lfr.io.atomic import lock
 from nemo_lfr.io.exclusive import exclusive
 from tests.cli.test_cli import run
 from tests.models import synthesize
+from tests.tiers import slow_except
 
 soundfile = pytest.importorskip("soundfile")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders have no locks")
 
 
-@pytest.mark.parametrize("command", ["prepare", "evaluate"])
+@pytest.mark.parametrize("command", slow_except(["prepare", "evaluate"], "prepare"))
 def test_a_second_run_in_one_folder_is_refused(command, tmp_path, capsys):
     pytest.importorskip("pesq" if command == "evaluate" else "soundfile")
     soundfile.write(tmp_path / "a.wav", synthesize(0.5, 0), 22050)

@@ -16,6 +16,7 @@ from recipes.bundled_codec.data import read_speech
 from recipes.bundled_codec.settings import Settings, read_settings
 from recipes.bundled_codec.states import import_trial, load_state, read_generator
 from tests.models import RATE, synthesize
+from tests.tiers import slow_except
 
 TINY = [
     "network.audio_encoder={encoded_dim: 8, down_sample_rates: [4, 8], base_channels: 4, "
@@ -80,7 +81,7 @@ WITH_DISCRIMINATORS = ["discriminators={from_update: 1, learn_alone: 1, ramp: 2,
 
 
 @pytest.mark.parametrize("overrides", [[], WITH_DISCRIMINATORS], ids=["spectra", "discriminators"])
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", slow_except([1, 2, 3], 2))
 def test_a_run_that_was_killed_goes_on_with_the_same_updates(manifest, tmp_path, overrides, stop):
     settings = settings_of(manifest, tmp_path / "run", *overrides)
     whole = run_of(settings, manifest)
@@ -118,6 +119,7 @@ WITH_COMPONENTS = [
 ]
 
 
+@pytest.mark.slow
 def test_components_of_the_users_own_train_and_are_saved(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *WITH_COMPONENTS)
     run = run_of(settings, manifest)
@@ -148,6 +150,7 @@ def test_the_rate_warms_up_and_falls_by_updates_or_time(manifest, tmp_path):
     assert run.learning_rate() == pytest.approx(1e-3 * (1 - 0.95 * 0.9))
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_evaluates_plots_and_exports(manifest, tmp_path, monkeypatch, capsys, caplog):
     out = tmp_path / "run"
     arguments = [f"train={manifest}", f"valid={manifest}", f"out={out}", *TINY]

@@ -121,6 +121,7 @@ def test_an_encoded_stream_has_the_tokens_of_the_recording(server, rate, form):
     assert np.array_equal(np.array(received).T, np.asarray(expected[0]))
 
 
+@pytest.mark.slow
 def test_streams_side_by_side_get_what_each_gets_alone(server, tokens):
     alone = [decoded(server, np.roll(tokens, number, axis=1), 5) for number in range(6)]
     together = [None] * 6
@@ -181,6 +182,7 @@ def test_a_bad_parameter_is_refused(server, query):
     assert code == 1007 and query[1:].partition("=")[0] in texts[-1]["error"]
 
 
+@pytest.mark.slow
 def test_a_message_at_a_low_rate_is_resampled_piece_by_piece(server, monkeypatch):
     sizes = []
     push = Resampler.push

@@ -1,0 +1,22 @@
+"""Marks for parameters of tests."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+from tests.models import KINDS
+
+
+def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Return values as parameters, of which all but the fast ones are marked slow."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def slow_if(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
+    """Return values as parameters, of which some are marked slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]
+
+
+# All kinds of codecs. The slow ones differ from "symmetric" in one layer or one argument.
+ALL_KINDS = slow_if(KINDS, ("single", "zeros", "clamp"))
