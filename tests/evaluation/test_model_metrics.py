@@ -90,6 +90,7 @@ def test_a_speaker_is_most_similar_to_itself(pair, xvector):
 
 
 @pytest.mark.slow
+@pytest.mark.nemo
 def test_missing_models_are_reported_and_stop_nothing(tmp_path):
     sources = {"asr": str(tmp_path / "none"), "speaker": str(tmp_path / "none.nemo")}
     opened = open_model_metrics(sources, "cpu")
