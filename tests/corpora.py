@@ -21,9 +21,9 @@ def silence(sample_rate: int, longest: float) -> np.ndarray:
     return np.zeros(1, np.float32)
 
 
-def write_codec(path: Path) -> Path:
-    """Write the checkpoint of a tiny codec of the released layout."""
-    return write_nemo(path, codec_config())
+def write_codec(path: Path, kind: str = "symmetric") -> Path:
+    """Write the checkpoint of a tiny codec, by default of the released layout; "two_stages" is the fastest."""
+    return write_nemo(path, codec_config(kind))
 
 
 def codec_metadata(model: Path | None) -> Metadata:
@@ -61,7 +61,7 @@ def write_tokens(
             tokens = rng.integers(0, metadata.codebook_size, (8, num_frames))
             clip = Clip(f"s{shard}/clip{len(made)}", "", silence, labels={"text": "a"})
             other = tokens[:, :2] if context and len(made) % 2 == 0 else None
-            writer.write(clip, tokens, 1024 * num_frames - 7, other)
+            writer.write(clip, tokens, metadata.samples_per_frame * num_frames - 7, other)
             made[clip.id] = tokens
         writer.close()
         for path in sorted({*out.rglob("*")} - before):

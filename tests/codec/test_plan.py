@@ -16,6 +16,7 @@ from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.conv import Conv1d
 from tests.models import build_codec, cached_codec, speech_like
+from tests.tiers import slow_except
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 needs_bf16 = pytest.mark.skipif(not plan.has_bf16(), reason="this CPU has no bf16 instructions")
@@ -65,7 +66,7 @@ def test_layers_that_share_an_input_start_where_their_kernels_do():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("piece", [inference.PIECE, 1])
+@pytest.mark.parametrize("piece", slow_except([inference.PIECE, 1], inference.PIECE))
 @pytest.mark.parametrize("kind", ["symmetric", "causal", "nano"])
 def test_packed_weights_equal_modules(kind, piece, monkeypatch):
     monkeypatch.setattr(plan, "WINOGRAD_MIN_PRODUCTS", 1)

@@ -20,7 +20,7 @@ CLIPS = 4
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
     "pt: beyond the codebook": (
         "manifest",
         lambda f: (
-            edit_manifest(f, lambda line: line.update(num_samples=3000)),
+            edit_manifest(f, lambda line: line.update(num_samples=40)),
             save_first(f, torch.full((8, 3), 2016, dtype=torch.int16)),
         ),
         2,
@@ -436,7 +436,7 @@ def test_files_that_exist_stay_unless_they_may_be_replaced(whole, model, tmp_pat
 @pytest.mark.skipif(os.name == "nt", reason="limits of files")
 def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
     arguments = ["detokenize", str(whole["lfr"]), "--out", str(tmp_path / "out"), "--model", str(model)]
-    said = on_a_full_disk(f"from nemo_lfr.cli.main import main\nmain({[*arguments, '--device', 'cpu']!r})", 300)
+    said = on_a_full_disk(f"from nemo_lfr.cli.main import main\nmain({[*arguments, '--device', 'cpu']!r})", 50)
     assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("nemo-lfr: error: ")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 

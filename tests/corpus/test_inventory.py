@@ -28,7 +28,7 @@ RATE, SAMPLES = 22050, 4096
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo")
+    return write_codec(tmp_path_factory.mktemp("model") / "tiny.nemo", "two_stages")
 
 
 @pytest.fixture

@@ -183,6 +183,7 @@ def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
     assert np.array_equal(part, wave[RATE // 2 : RATE // 2 + len(part)]) and len(part) == -(-RATE // 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_reference_decoder_agrees(tmp_path, name):
     """It may stop where a header stops it, but what it reads is what we read."""

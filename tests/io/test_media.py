@@ -117,6 +117,7 @@ def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix
         read(tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["itself", "WAV"])
 @pytest.mark.parametrize("suffix", ["m4a", "webm", "mkv", "wma", "wv", "tta", "avi", "flv", "aac"])
 def test_joined_media_files_are_read_whole_or_refused(tmp_path, suffix, second):
@@ -209,6 +210,7 @@ def encoded(folder, kind, wave=None, rate=RATE, options=ENDS):
     return (folder / "made").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDS)
 def test_whatever_the_end_of_a_file_no_sample_is_lost_or_made_up_silently(tmp_path, caplog, kind):
     pytest.importorskip("av")
