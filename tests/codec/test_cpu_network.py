@@ -8,7 +8,7 @@ from nemo_lfr.codec.backend import Batching
 from nemo_lfr.codec.cpu import malloc
 from nemo_lfr.codec.cpu import network as inference
 from tests.models import cached_codec, speech_like
-from tests.tiers import ALL_KINDS
+from tests.tiers import ALL_KINDS, slow_except
 
 
 @pytest.fixture(params=ALL_KINDS)
@@ -24,7 +24,7 @@ def frames_of(codec, count: int, seed: int) -> torch.Tensor:
     return codec.quantizer.decode(tokens)
 
 
-@pytest.fixture(params=[inference.PIECE, 1], ids=["whole", "pieces"])
+@pytest.fixture(params=slow_except([inference.PIECE, 1], inference.PIECE), ids=["whole", "pieces"])
 def piece(request, monkeypatch):
     """Residual layers go through the signal at once, or in the smallest pieces."""
     monkeypatch.setattr(inference, "PIECE", request.param)

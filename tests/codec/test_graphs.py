@@ -16,9 +16,9 @@ from nemo_lfr.codec.cuda.plan import PRECISIONS, Plan, find_kernels
 from nemo_lfr.codec.torch_backend import BATCHING, TorchBackend
 from nemo_lfr.codec.windows import group_widths
 from nemo_lfr.modules.weights import weights_version
-from tests.models import build_codec, cached_codec, same_parts, speech_like
+from tests.models import KINDS, build_codec, cached_codec, same_parts, speech_like
 from tests.reference import assert_same_tokens, reference_decode, reference_encode
-from tests.tiers import ALL_KINDS
+from tests.tiers import slow_except
 
 CPU = torch.device("cpu")
 
@@ -224,7 +224,7 @@ class GpuOnCpu(TorchBackend):
         return self.engines[self.decoder](tokens, num_frames, tokens.shape[2])
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
 def test_clips_of_all_lengths_have_their_own_tokens_and_audio_through_few_graphs(kind):
     codec = cached_codec(kind)
     fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame

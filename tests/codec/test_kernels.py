@@ -77,6 +77,7 @@ def random_activation(name: str, channels: int) -> Activation | None:
 ACTIVATIONS = st.sampled_from(["none", "lrelu", "half_snake", "snake"])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @torch.no_grad()

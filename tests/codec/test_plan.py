@@ -146,6 +146,7 @@ def test_training_and_deletion_free_packed_weights():
     assert kept() is None
 
 
+@pytest.mark.slow
 @needs_bf16
 def test_bf16_is_near_fp32(recwarn):
     parts = build_codec("symmetric", **WIDE)

@@ -16,6 +16,7 @@ from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.formats import BUILT_IN
 from nemo_lfr.errors import NemoLfrError
 from tests.corpora import write_tokens
+from tests.tiers import slow_except
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
@@ -48,7 +49,7 @@ def ids_of(utterances) -> list[str]:
 # Resuming.
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", slow_except(BUILT_IN, "lfr"))
 @pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
 def test_a_resumed_dataset_yields_what_an_undisturbed_one_yields(order, kind, folders):
     for place in ({}, {"rank": 1, "world_size": 5}):
@@ -85,7 +86,7 @@ def test_epochs_after_a_resumed_one_are_those_of_an_undisturbed_dataset(folders)
 
 
 @pytest.mark.parametrize("order", ["in order", "shuffled", "shuffled and grouped"])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", slow_except([0, 2], 0))
 @pytest.mark.parametrize("stop", [0, 3, None])
 def test_a_stateful_loader_resumes_to_the_sample(stop, workers, order, folders):
     torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="pip install torchdata")
@@ -162,7 +163,7 @@ def test_the_shuffle_buffer_is_bounded(size, tmp_path):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("bucket_size", [1, 3, 4])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", slow_except([0, 2], 0))
 def test_groups_hold_utterances_of_similar_length(workers, bucket_size, shuffle, tmp_path):
     def waste(size):
         dataset = TokenDataset(tmp_path, shuffle=shuffle, buffer_size=24, bucket_size=size)
