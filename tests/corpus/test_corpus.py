@@ -325,6 +325,7 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
     result = read(tmp_path / "out")
     assert list(result) == list(expected) and all(torch.equal(result[name], expected[name]) for name in result)
 
+
 @pytest.mark.slow
 def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, model, tmp_path):
     for name in ("a", "b"):
