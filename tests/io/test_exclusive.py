@@ -46,9 +46,9 @@ def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
     """Stands for network drives, which lock only files that are open for writing."""
     descriptors = []
 
-    def lock_files(descriptor):
+    def lock_files(descriptor, shared):
         descriptors.append(descriptor)
-        return lock(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+        return lock(descriptor, shared) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
 
     monkeypatch.setattr("nemo_lfr.io.exclusive.lock", lock_files)
     with exclusive(tmp_path), pytest.raises(NemoLfrError, match="another run"), exclusive(tmp_path):
