@@ -168,7 +168,7 @@ def last_checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(last, map_location="cpu", weights_only=False)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(corpus, launcher, tmp_path):
+def test_repeatedly_killed_run_ends_like_an_uninterrupted_one(corpus, launcher, tmp_path):
     """Kill training several times (NEMO_LFR_KILLS); checkpoints with a final name are always complete."""
     kills, rng = int(os.environ.get("NEMO_LFR_KILLS", "2")), np.random.default_rng(0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -225,7 +225,7 @@ def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
     assert rate == RATE and len(spoken) == 72 * 1024
 
 
-def test_what_is_spoken_is_heard_through_the_codec(tmp_path):
+def test_microphone_example_plays_decoded_speech(tmp_path):
     wave = synthesize(3)
     soundfile.write(tmp_path / "in.wav", wave, RATE)
     said = run("microphone_to_speaker.py", "--input", "in.wav", "--output", "out.wav", cwd=tmp_path)

@@ -127,7 +127,7 @@ def folders() -> list[str]:
 
 
 @pytest.mark.parametrize("folder", folders())
-def test_files_and_folders_import_each_other_in_no_circle(folder):
+def test_imports_form_no_cycle(folder):
     """Check the members of one folder at a time; a subfolder counts as one member."""
     prefix = folder + "." if folder else ""
     graph: dict[str, set[str]] = {}

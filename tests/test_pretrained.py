@@ -107,13 +107,13 @@ def test_the_alias_of_the_card_is_the_hub_id():
     "source",
     ["missing.nemo", "sub/missing.nemo", "runs/last.ckpt", "./last", "nonsense", "a/b/c", "/no/such/file", ""],
 )
-def test_a_missing_file_is_named_with_what_to_give_instead(offline, source):
+def test_missing_file_is_named_with_advice(offline, source):
     with pytest.raises(CheckpointError, match="no such file, and not a Hub id such as nvidia/"):
         nemo_lfr.load(source)
 
 
 @pytest.mark.parametrize("source", ["nobody/no-such-codec", "a b/c d", "audio_codec_low_frame_rate_22khz", "../x"])
-def test_a_repository_that_cannot_be_had_is_named_with_what_to_check(offline, source):
+def test_unavailable_repository_is_named_with_advice(offline, source):
     with pytest.raises(CheckpointError, match=r"network|no such file") as caught:
         nemo_lfr.load(source)
     assert ALIASES.get(source, source) in str(caught.value)
@@ -165,7 +165,7 @@ def test_a_folder_is_not_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x", "meta", "vulkan"])
-def test_a_device_that_is_not_there_is_named(device):
+def test_unavailable_device_is_named(device):
     with pytest.raises(NemoLfrError, match=device) as caught:
         nemo_lfr.load(device=device)
     assert len(str(caught.value)) < 300  # messages of torch have up to 1500 characters
@@ -319,7 +319,7 @@ def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, ho
         ([], "a folder without a checkpoint"),
     ],
 )
-def test_a_folder_says_what_it_lacks(tmp_path, names, message):
+def test_incomplete_folder_names_the_missing_file(tmp_path, names, message):
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=message):
@@ -339,7 +339,7 @@ def test_a_tilde_is_the_home_directory_for_models_and_files(tmp_path, monkeypatc
         nemo_lfr.load("~nobody-of-this-name/my.nemo")
 
 
-def test_finding_a_local_file_asks_nobody(tmp_path, monkeypatch):
+def test_finding_a_local_file_makes_no_request(tmp_path, monkeypatch):
     (tmp_path / "here.nemo").touch()
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("here.nemo") == Path("here.nemo")
@@ -384,7 +384,7 @@ def fill_cache(cache: Path, path: Path, names: list[str], reference: str | None,
 
 
 @pytest.mark.parametrize("layout", CACHES)
-def test_a_cached_repository_loads_offline_however_it_came_there(tmp_path, offline, layout):
+def test_cached_repository_loads_offline_for_any_cache_layout(tmp_path, offline, layout):
     path = save(cached_codec("symmetric"), tmp_path / "tiny.nemo")
     fill_cache(tmp_path / "cache", path, *CACHES[layout])
     assert nemo_lfr.load("me/one").fingerprint == nemo_lfr.load(path).fingerprint

@@ -231,7 +231,7 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_gives_the_same_tokens(nemo, spelling):
+def test_every_weight_norm_naming_gives_the_same_tokens(nemo, spelling):
     path = nemo(SPELLINGS[spelling]())
     assert torch.equal(tokens_of(path), EXPECTED_TOKENS)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -257,7 +257,7 @@ def test_weights_for_training_keep_their_norm(nemo, spelling):
     assert len(rest) == (60 if "3.0" in spelling else 0)
 
 
-def test_not_strict_initialises_what_is_missing_and_ignores_what_is_unknown(nemo):
+def test_strict_false_initializes_missing_and_ignores_unknown_weights(nemo):
     path = nemo(with_weights(without(STATE, BIAS) | {"audio_encoder.bogus": torch.ones(1)}))
     with pytest.raises(CheckpointError, match="1 weights that are not in its config"):
         load_parts(path)
@@ -273,7 +273,7 @@ def test_the_file_may_change_after_loading(nemo):
     torch.testing.assert_close(parts.decoder.post_conv.conv.bias, STATE[BIAS])
 
 
-def test_written_and_read_back(tmp_path):
+def test_written_checkpoint_reads_back_unchanged(tmp_path):
     write_checkpoint(tmp_path / "a.nemo", config(), STATE)
     assert torch.equal(tokens_of(tmp_path / "a.nemo"), EXPECTED_TOKENS)
     write_checkpoint(tmp_path / "b.nemo", config(), STATE)
@@ -303,7 +303,7 @@ def test_a_gain_is_the_norm_in_the_dtype_and_on_the_device_of_its_weight(dtype, 
     assert gain_of(weight.to("meta")).shape == gain.shape and not gain_of(torch.zeros(2, 3, 1)).any()
 
 
-def test_what_is_written_names_nemos_classes(tmp_path):
+def test_written_config_names_nemo_classes(tmp_path):
     ours = {
         "audio_encoder": {"_target_": "nemo_lfr.modules.encoder.HiFiGANEncoder", "causal": True},
         "audio_decoder": {"_target_": "nemo_lfr.modules.decoder.HiFiGANDecoder", "causal": False},
@@ -787,7 +787,7 @@ def forbid_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_hostile_or_damaged_file_is_refused_by_name(nemo, monkeypatch, tmp_path, case):
+def test_hostile_or_damaged_file_raises_with_its_name(nemo, monkeypatch, tmp_path, case):
     make, match = HOSTILE[case]
     path = nemo(make())
     forbid_effects(monkeypatch, tmp_path)
@@ -808,7 +808,7 @@ def test_the_table_has_the_size_it_claims():
 
 
 @pytest.mark.parametrize("name", ["missing.nemo", "folder", "folder/missing.nemo"])
-def test_a_path_that_is_no_file_is_named(tmp_path, name):
+def test_missing_file_raises_with_its_path(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / name)) + ": (no such file|the folder has no)"):
         read_checkpoint(tmp_path / name)
@@ -835,7 +835,7 @@ SPECIAL = ["fifo.nemo", "socket.nemo", "dangling.nemo", "loop.nemo", "linked.nem
 
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.parametrize("read", [read_checkpoint, load_parts, nemo_lfr.load, find_checkpoint])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name, read):
+def test_non_regular_file_is_refused_without_blocking(tmp_path, name, read):
     path = special_files(tmp_path)[name]
     if (name, read) == ("unpacked", find_checkpoint):
         pytest.skip("finding does not open the files")
@@ -863,7 +863,7 @@ for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_no_hostile_file_takes_memory(tmp_path):
+def test_hostile_files_do_not_exhaust_memory(tmp_path):
     (tmp_path / "good.nemo").write_bytes(GOOD_TAR)
     (tmp_path / "bad").mkdir()
     for number, (make, _) in enumerate(HOSTILE.values()):
@@ -878,7 +878,7 @@ def test_no_hostile_file_takes_memory(tmp_path):
 
 
 @pytest.mark.slow
-def test_checksums_are_checked_before_numbers_are_used(nemo):
+def test_checksums_are_verified_before_values_are_used(nemo):
     """Records of the codec, large and small: one flipped byte in each is found."""
     weights = GOOD_TAR.index(WEIGHTS_BYTES)
     with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive:
@@ -892,7 +892,7 @@ def test_checksums_are_checked_before_numbers_are_used(nemo):
             read_checkpoint(nemo(flipped(GOOD_TAR, begin + info.file_size // 2)))
 
 
-def test_a_part_is_read_when_it_is_first_used(nemo):
+def test_module_weights_are_read_on_first_use(nemo):
     """Damage in the decoder does not keep anyone from encoding, and is named by who decodes."""
     decoder = [value for key, value in STATE.items() if key.startswith("audio_decoder.")]
     longest = max(decoder, key=torch.numel).contiguous().numpy().tobytes()
@@ -905,7 +905,7 @@ def test_a_part_is_read_when_it_is_first_used(nemo):
     assert torch.equal(tokens, whole.encode(synthesize(0.5))[0])
 
 
-def test_a_file_that_shrinks_before_it_is_read_is_an_error_and_no_crash(nemo):
+def test_file_truncated_after_opening_raises_instead_of_crashing(nemo):
     path = nemo(GOOD_TAR)
     codec = nemo_lfr.load(path, device="cpu")
     path.write_bytes(b"")
@@ -1022,7 +1022,7 @@ def test_a_copied_codec_no_longer_needs_its_file(nemo):
         assert other.fingerprint == codec.fingerprint
 
 
-def test_a_config_that_is_not_changed_is_the_same_object_to_build(nemo):
+def test_unchanged_config_builds_the_same_object(nemo):
     parts, values = read_checkpoint(nemo(GOOD_TAR))
     rebuilt = build_parts(copy.deepcopy(OmegaConf.to_container(values)))
     assert type(rebuilt.encoder) is type(parts.encoder) and rebuilt.sample_rate == parts.sample_rate
@@ -1040,7 +1040,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+def test_killed_writer_leaves_a_complete_file(tmp_path):
     path = tmp_path / "a.nemo"
     write_checkpoint(path, codec_config(), {"numbers": torch.zeros(300_000)})
     whole = path.read_bytes()

@@ -40,7 +40,7 @@ def folder(tmp_path):
     return root
 
 
-def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsys, folder, tmp_path):
+def test_folder_round_trip_keeps_subfolders_and_lengths(capsys, folder, tmp_path):
     tokens, audio = tmp_path / "tokens", tmp_path / "audio"
     code, out, err = run(capsys, "encode", folder, "--out", tokens)
     assert code == 0
@@ -52,7 +52,7 @@ def test_a_folder_goes_to_tokens_and_back_with_its_sub_folders_and_lengths(capsy
     assert soundfile.info(audio / "deep" / "b.wav").frames == 11_025  # half a second at 22.05 kHz
 
 
-def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
+def test_file_without_samples_is_reported(capsys, tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 22050)
     code, _, err = run(capsys, "encode", tmp_path / "empty.wav", "--out", tmp_path / "empty.lfr")
     assert code == 0 and "empty.wav: contains no samples" in err
@@ -60,7 +60,7 @@ def test_a_file_without_samples_is_said_to_be_so(capsys, tmp_path):
     assert code == 0 and "empty.lfr: contains no samples" in err
 
 
-def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
+def test_recovering_an_empty_file_is_reported(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.full(22050, 0.1), 22050)
     run(capsys, "encode", tmp_path / "a.wav", "--out", tmp_path / "a.lfr")
     (tmp_path / "cut.lfr").write_bytes((tmp_path / "a.lfr").read_bytes()[:300])  # within its only block
@@ -68,7 +68,7 @@ def test_recovering_nothing_is_said_to_be_so(capsys, tmp_path):
     assert code == 0 and "cut.lfr: contains no samples" in err
 
 
-def test_batches_give_the_bytes_that_single_files_give(capsys, folder, tmp_path):
+def test_batched_files_have_the_same_bytes_as_single_files(capsys, folder, tmp_path):
     for size in (1, 8):
         run(capsys, "encode", folder, "--out", tmp_path / str(size), "--batch-size", size)
     for name in ("a.lfr", "deep/b.lfr"):
@@ -81,7 +81,7 @@ def test_quoted_globs_reach_into_sub_folders(capsys, folder, tmp_path):
     assert out.strip() == str(tmp_path / "tokens" / "b.lfr")
 
 
-def test_without_out_the_result_lies_beside_its_input(capsys, folder):
+def test_default_output_is_beside_its_input(capsys, folder):
     assert run(capsys, "encode", folder / "a.wav")[0] == 0
     assert (folder / "a.lfr").is_file()
 
@@ -142,7 +142,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, folder, monkeypatch, arguments, text):
+def test_usage_error_is_one_line_with_exit_code_2(capsys, folder, monkeypatch, arguments, text):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
     assert code == 2
@@ -162,7 +162,7 @@ def test_info_describes_token_files_and_the_bundled_codec(capsys, folder):
     assert (described["num_codebooks"], described["codebook_size"], described["samples_per_frame"]) == (8, 2016, 1024)
 
 
-def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, folder):
+def test_info_identifies_files_and_names_the_command_for_them(capsys, folder):
     run(capsys, "encode", folder / "a.wav", "--out", folder / "B.LFR")
     assert "frames " in run(capsys, "info", folder / "B.LFR")[1]
     (folder / "m.json").write_text('{"audio_filepath": "a.wav"}\n')
@@ -184,7 +184,7 @@ def test_info_says_what_a_file_or_folder_is_and_which_command_takes_it(capsys, f
 
 
 @pytest.mark.parametrize(("command", "source", "out"), [("encode", "a.wav", "T.lfr"), ("decode", "a.lfr", "b.flac")])
-def test_out_may_be_the_file_itself_for_one_input(capsys, folder, command, source, out):
+def test_out_may_name_the_file_for_a_single_input(capsys, folder, command, source, out):
     run(capsys, "encode", folder / "a.wav")
     target = folder / "new" / out
     assert run(capsys, command, folder / source, "--out", target)[:2] == (0, f"{target}\n")
@@ -208,7 +208,7 @@ def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tmp_path):
+def test_output_name_that_is_too_long_fails_only_its_file(capsys, folder, tmp_path):
     soundfile.write(folder / ("n" * 252 + ".au"), speech_like(2_000).numpy(), 22050)
     for options, expected in (([], 1), (["--overwrite"], 1), (["--skip-existing"], 1)):
         code, _, err = run(capsys, "encode", folder, "--out", tmp_path / "tokens", *options)
@@ -217,7 +217,7 @@ def test_a_result_whose_name_is_too_long_costs_its_file_alone(capsys, folder, tm
 
 
 @pytest.mark.parametrize("out", ["a.wav/x.lfr", "a.wav/deep/x.lfr", "a.wav/deep"])
-def test_a_file_where_a_folder_is_to_be_is_refused_before_any_work(capsys, folder, out):
+def test_file_in_place_of_an_output_folder_is_refused_before_any_work(capsys, folder, out):
     code, printed, err = run(capsys, "encode", folder / "a.wav", "--out", folder / out)
     assert (code, printed) == (2, "") and "a.wav is not a folder" in err and "using the bundled codec" not in err
 
@@ -259,7 +259,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
+def test_decoded_span_equals_slice_of_the_full_decoding(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(80_000).numpy(), 22050)
     run(capsys, "encode", tmp_path / "a.wav")
     run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "whole")
@@ -273,7 +273,7 @@ def test_a_part_is_sample_for_sample_that_of_the_whole(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys, tmp_path):
+def test_truncated_file_is_refused_with_a_hint_to_recover(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(400_000).numpy(), 22050)
     run(capsys, "encode", tmp_path / "a.wav")
     cut = tmp_path / "cut.lfr"
@@ -284,7 +284,7 @@ def test_a_file_that_was_cut_short_is_refused_with_the_way_to_recover_it(capsys,
     assert soundfile.info(tmp_path / "cut.wav").frames == BATCHING["cpu"].chunk_frames * 1024  # the first block
 
 
-def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monkeypatch):
+def test_finished_files_of_a_failed_batch_are_not_failures(capsys, tmp_path, monkeypatch):
     """a.wav and c.wav are encoded with b.flac, which breaks only where it is damaged, after a.lfr was written."""
     monkeypatch.setattr("nemo_lfr.cli.encode.BATCH_SECONDS", 1)
     folder = tmp_path / "speech"
@@ -304,7 +304,7 @@ def test_what_a_batch_has_written_is_not_called_a_failure(capsys, tmp_path, monk
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
-def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(folder, tmp_path):
+def test_non_utf8_file_name_round_trips_and_is_printed_unchanged(folder, tmp_path):
     odd = os.fsencode(folder) + b"/a\xff.wav"
     os.rename(folder / "a.wav", odd)
     done = subprocess.run(
@@ -327,7 +327,7 @@ def test_a_name_that_is_not_utf8_goes_there_and_back_and_is_printed_as_it_is(fol
         ("encode {folder}/nowhere.wav 2>&-", 2, ""),
     ],
 )
-def test_closed_descriptors_are_no_traceback(folder, line, code, text):
+def test_closed_descriptors_cause_no_traceback(folder, line, code, text):
     command = f"exec '{sys.executable}' -m nemo_lfr {line.format(folder=folder)}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == code
@@ -337,7 +337,7 @@ def test_closed_descriptors_are_no_traceback(folder, line, code, text):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_path):
+def test_terminated_command_leaves_no_partial_file(name, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(3600 * 8000, np.int16), 8000)  # an hour
     # As on a terminal: what runs these tests may ignore some, which children inherit.
     defaults = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
@@ -355,7 +355,7 @@ def test_a_command_that_is_told_to_end_leaves_no_half_written_file(name, tmp_pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_signal_handlers_are_the_callers_again_afterwards(capsys):
+def test_signal_handlers_are_restored(capsys):
     before = signal.getsignal(signal.SIGTERM)
     run(capsys, "--version")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -379,13 +379,13 @@ def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys
         ["tokenize", "m.json", "--out", "out", "--max-duration", "nan"],
     ],
 )
-def test_nan_is_no_number_of_an_option(capsys, arguments):
+def test_nan_is_rejected_as_an_option_value(capsys, arguments):
     code, stdout, stderr = run(capsys, *arguments)
     assert (code, stdout) == (2, "") and "nan is not a number" in stderr
 
 
 @pytest.mark.parametrize("command", ["tokenize", "evaluate"])
-def test_an_audio_dir_that_is_no_folder_is_refused_at_once(capsys, command, tmp_path):
+def test_audio_dir_that_is_not_a_folder_is_refused(capsys, command, tmp_path):
     (tmp_path / "m.json").write_text('{"audio_filepath": "a.wav", "duration": 1}\n')
     for folder in (tmp_path / "nowhere", tmp_path / "m.json"):
         options = ["--audio-dir", folder, "--out", tmp_path / "out"]
@@ -394,14 +394,14 @@ def test_an_audio_dir_that_is_no_folder_is_refused_at_once(capsys, command, tmp_
 
 
 @pytest.mark.parametrize("command", ["tokenize", "evaluate", "prepare"])
-def test_a_pipe_as_a_corpus_is_refused_by_what_it_is(capsys, command, tmp_path):
+def test_pipe_as_a_corpus_is_refused(capsys, command, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     kind = ["folder"] if command == "prepare" else []
     code, stdout, stderr = run(capsys, command, *kind, tmp_path / "pipe.json", "--out", tmp_path / "out")
     assert (code, stdout) == (2, "") and ("is a pipe" in stderr or "is not a folder" in stderr)
 
 
-def test_info_describes_the_files_that_it_can(capsys, tmp_path):
+def test_info_describes_readable_files_despite_failures(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", speech_like(1000), 22050)
     (tmp_path / "b.lfr").write_bytes(b"LFRT")
     code, stdout, stderr = run(capsys, "info", tmp_path / "a.wav", tmp_path / "b.lfr", tmp_path / "c.wav", "--json")

@@ -152,13 +152,13 @@ def need(case: Case) -> None:
         pytest.importorskip(package)
 
 
-def test_every_command_has_a_case_and_a_type_of_its_output():
+def test_every_command_has_a_test_case_and_an_output_type():
     assert COMMANDS.keys() == CASES.keys() | OTHERS
     assert all(isinstance(command, Command) and typing.is_typeddict(command.result) for command in COMMANDS.values())
 
 
 @run_of_every_command
-def test_json_is_all_of_stdout_and_has_the_documented_type(name, folder, tmp_path, capsys):
+def test_json_output_is_the_only_stdout_and_has_the_documented_type(name, folder, tmp_path, capsys):
     need(CASES[name])
     code, out, err = run(capsys, *arguments_of(name, CASES[name].success, folder, tmp_path / "out"), "--json")
     assert code == 0, err
@@ -168,7 +168,7 @@ def test_json_is_all_of_stdout_and_has_the_documented_type(name, folder, tmp_pat
 
 
 @cheap_run_of_every_command
-def test_what_was_not_done_is_exit_code_1_and_a_failure_record(name, folder, tmp_path, capsys):
+def test_failed_input_gives_exit_code_1_and_a_failure_record(name, folder, tmp_path, capsys):
     case = CASES[name]
     need(case)
     if case.failure is None:
@@ -308,7 +308,7 @@ def test_common_options_are_accepted_before_the_command(folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["encode", "tokenize"])
-def test_a_heartbeat_says_what_is_done_where_no_terminal_is(name, folder, tmp_path, capsys, monkeypatch):
+def test_heartbeat_reports_progress_without_a_terminal(name, folder, tmp_path, capsys, monkeypatch):
     need(CASES[name])
     lines = []
     monkeypatch.setattr("nemo_lfr.cli.terminal.HEARTBEAT_S", 0.001)
@@ -368,14 +368,14 @@ SHARED = {
 
 
 @pytest.mark.parametrize("option", SHARED)
-def test_the_same_thing_has_the_same_option_everywhere(option):
+def test_equal_options_have_equal_names_in_all_commands(option):
     having = {name: [p for p in command.params if option in p.opts] for name, command in COMMANDS.items()}
     assert {name for name, options in having.items() if options} == SHARED[option]
     kinds = {type(options[0].type) for options in having.values() if options}
     assert len(kinds) == 1
 
 
-def test_a_renamed_option_is_taken_by_its_earlier_name_and_not_shown(folder, tmp_path, capsys):
+def test_renamed_option_accepts_its_earlier_name_without_showing_it(folder, tmp_path, capsys):
     renamed = [(name, p) for name, command in COMMANDS.items() for p in command.params if isinstance(p, RenamedOption)]
     assert {name for name, _ in renamed} == {"prepare", "evaluate"}
     for name, option in renamed:
@@ -413,7 +413,7 @@ def test_the_default_codec_is_named_with_its_quality(name, folder, tmp_path, cap
     assert err.count("using the bundled codec") == (name != "detokenize" or "using" in err)
 
 
-def test_the_quality_of_the_bundled_codec_is_that_of_its_card():
+def test_stated_quality_of_the_bundled_codec_equals_its_model_card():
     figures = dict(item.split(" ") for item in bundled_quality().split(", "))
     for name in ("docs/model-card.md", "README.md", "docs/performance/quality.md"):
         text = (ROOT / name).read_text()

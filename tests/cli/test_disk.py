@@ -111,7 +111,7 @@ def complaints(err: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @every_command
-def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_no_cut_one(name, command, tmp_path, capsys):
+def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, command, tmp_path, capsys):
     """Nothing fits; something does; all but the end of the largest file does; then there is room, and all is done."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_leaves_no_cut_one(name,
 
 @every_command
 @pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/dev/null/out"])
-def test_an_output_below_a_file_is_one_line(name, place, command, tmp_path, capsys):
+def test_output_below_a_file_is_one_line_error(name, place, command, tmp_path, capsys):
     """Stands for all places where nothing may be written, and holds for root too."""
     (tmp_path / "file").write_text("mine")
     out = tmp_path / place
@@ -163,7 +163,7 @@ main(sys.argv[2:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detokenize", "prepare", "evaluate", "encode a batch", "tokenize parquet"])
-def test_a_run_that_was_killed_amid_a_file_is_finished_by_the_next_one(name, command, tmp_path, capsys):
+def test_next_run_finishes_a_killed_run(name, command, tmp_path, capsys):
     """The system kills the process at the write that makes a file too large: no part of Python runs after it."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_amid_a_file_is_finished_by_the_next_one(name, com
     "name", ["demo", "encode", "decode flac", "tokenize manifest", "detokenize", "prepare", "evaluate"]
 )
 @pytest.mark.parametrize("kind", ["file", "link", "pipe"])
-def test_leftovers_go_and_are_never_opened_through_a_link(name, kind, command, tmp_path, capsys):
+def test_leftovers_are_removed_and_never_opened_through_a_link(name, kind, command, tmp_path, capsys):
     """Beside every result of a run, as another kill would have left them."""
     out, victim = tmp_path / "out", tmp_path / "victim"
     victim.write_text("precious")
@@ -220,7 +220,7 @@ def test_a_journal_that_is_a_link_is_not_followed(name, command, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command, tmp_path):
+def test_terminated_export_leaves_no_files_and_reports_it(name, command, tmp_path):
     out = tmp_path / "out"
     defaults = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     script = f"import signal, sys; {defaults}\nfrom nemo_lfr.cli.main import main; main(sys.argv[1:])"
@@ -259,7 +259,7 @@ def test_an_export_that_is_told_to_end_leaves_nothing_and_says_so(name, command,
         ("encode nowhere.wav 2>/dev/full", 2, ""),
     ],
 )
-def test_a_full_disk_may_be_where_stdout_or_stderr_goes(line, code, said, inputs, tmp_path):
+def test_full_disk_behind_stdout_or_stderr_is_handled(line, code, said, inputs, tmp_path):
     shell = f"exec '{sys.executable}' -m nemo_lfr {line.format(**inputs, out=tmp_path / 'out')}"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (code, said)

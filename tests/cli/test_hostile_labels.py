@@ -48,7 +48,7 @@ class Scripts(HTMLParser):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="such names are not allowed there")
-def test_no_label_or_name_acts_in_a_table_a_page_or_a_terminal(tmp_path, capsys):
+def test_labels_and_names_are_escaped_in_tables_pages_and_terminals(tmp_path, capsys):
     lines = []
     for number, label in enumerate(LABELS):
         name = f"{label.replace('/', '_')}.wav"

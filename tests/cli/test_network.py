@@ -103,7 +103,7 @@ socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 80))  # s
 
 
 @pytest.mark.slow
-def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp_path):
+def test_commands_on_local_files_use_no_network(watcher, folder, tmp_path):
     for module in ("onnxruntime", "onnxscript", "lhotse", "pyarrow", "matplotlib", "pesq"):
         pytest.importorskip(module, reason="pip install '.[onnx,corpus,evaluate]'")
     commands = {
@@ -129,7 +129,7 @@ def test_commands_on_local_files_ask_nothing_of_the_network(watcher, folder, tmp
 
 
 @pytest.mark.slow
-def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, folder, tmp_path):
+def test_tokenizing_on_ray_uses_no_network_beyond_ray_itself(watcher, folder, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     command = (
         "tokenize {in}/manifest.json --out {out}/tokens --model {in}/tiny.nemo --device cpu --ray local --format lfr"
@@ -138,7 +138,7 @@ def test_tokenizing_on_ray_asks_no_more_of_the_network_than_ray_itself(watcher, 
 
 
 @pytest.mark.slow
-def test_training_asks_nothing_of_the_network(watcher, folder, tmp_path):
+def test_training_uses_no_network(watcher, folder, tmp_path):
     pytest.importorskip("nemo", reason="needs NeMo: pip install '.[nemo]'")
     meta = [
         f"+{kind}_ds_meta.mine.{key}={value}"
@@ -159,7 +159,7 @@ def test_training_asks_nothing_of_the_network(watcher, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "", "0", "another"])
 @pytest.mark.parametrize("name", sorted(telemetry.VARIABLES))
-def test_importing_the_package_turns_reports_off_unless_the_user_set_the_variable(name, value):
+def test_import_disables_usage_reports_unless_the_variable_is_set(name, value):
     environment = {key: text for key, text in os.environ.items() if key not in TELEMETRY}
     environment |= {"PYTHONPATH": str(ROOT)} | ({} if value is None else {name: value})
     code = f"import nemo_lfr, os; print(os.environ[{name!r}])"

@@ -80,7 +80,7 @@ def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_command_that_waits_for_its_input_can_be_told_to_end(number):
+def test_command_that_waits_for_input_can_be_terminated(number):
     encoder = subprocess.Popen(
         [sys.executable, "-m", "nemo_lfr", "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
@@ -113,7 +113,7 @@ def said(done: Done) -> str:
 
 
 @pytest.mark.slow
-def test_pipes_give_what_files_give(piped, tmp_path):
+def test_pipes_give_the_same_results_as_files(piped, tmp_path):
     wave = speech_like(41_111).numpy()
     (tmp_path / "a.wav").write_bytes(wav(wave))
     codec = load(None, "cpu")
@@ -134,7 +134,7 @@ def test_pipes_give_what_files_give(piped, tmp_path):
         assert soundfile.read(io.BytesIO(whole.stdout))[0].shape == ((11025,) if "--start" in options else (41_111,))
 
 
-def test_a_pipe_without_samples_is_said_to_be_so(piped):
+def test_pipe_without_samples_is_reported(piped):
     done = piped("encode", "-", "-", stdin=wav(np.zeros(0), RATE, "WAV", "PCM_16"))
     assert done.returncode == 0 and "stdin: contains no samples" in done.stderr
 
@@ -142,7 +142,7 @@ def test_a_pipe_without_samples_is_said_to_be_so(piped):
 @pytest.mark.parametrize(
     ("rate", "subtype", "kind"), [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
 )
-def test_other_formats_rates_and_stereo_come_through_pipes_too(piped, tmp_path, rate, subtype, kind):
+def test_pipes_accept_other_formats_rates_and_stereo(piped, tmp_path, rate, subtype, kind):
     wave = synthesize(1.5 * rate / RATE, 3)
     data = wav(np.stack([wave, 0.5 * wave], axis=1), rate, kind, subtype)
     (tmp_path / "a.wav").write_bytes(data)
@@ -165,7 +165,7 @@ def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
 
 
 @pytest.mark.slow
-def test_results_come_out_while_the_input_still_comes_in():
+def test_results_are_written_before_the_input_ends():
     """Half a recording goes in, and what its frames allow comes out, before the rest is sent."""
     process = [sys.executable, "-m", "nemo_lfr"]
     encoder = subprocess.Popen(
@@ -192,7 +192,7 @@ def test_results_come_out_while_the_input_still_comes_in():
 
 
 @pytest.mark.slow
-def test_a_file_behind_stdout_gets_its_length_and_one_appended_to_keeps_what_it_had(piped, tmp_path):
+def test_stdout_file_gets_its_length_and_appending_keeps_existing_data(piped, tmp_path):
     tokens = piped("encode", "-", stdin=wav(speech_like(10_000))).stdout
     decode = [sys.executable, "-m", "nemo_lfr", "decode", "-", "-"]
     with open(tmp_path / "a.wav", "wb") as file:
@@ -206,7 +206,7 @@ def test_a_file_behind_stdout_gets_its_length_and_one_appended_to_keeps_what_it_
     assert data.startswith(b"before") and len(samples_of(data[6:])) == 10_000
 
 
-def test_a_causal_decoder_cuts_the_last_frame_though_it_was_ready(piped, tmp_path):
+def test_causal_decoder_trims_the_last_frame(piped, tmp_path):
     model = write_nemo(tmp_path / "nano.nemo", codec_config("nano"))
     tokens = piped("encode", "-", "--model", model, stdin=wav(speech_like(9 * FRAME - 1000)))
     assert tokens.returncode == 0, tokens.stderr
@@ -214,7 +214,7 @@ def test_a_causal_decoder_cuts_the_last_frame_though_it_was_ready(piped, tmp_pat
     assert len(samples_of(done.stdout)) == 9 * FRAME - 1000
 
 
-def test_a_shorter_lookahead_is_told_by_the_file(piped):
+def test_shorter_lookahead_is_recorded_in_the_file(piped):
     data = wav(speech_like(30_000))
     done = piped("encode", "-", "--lookahead", 2, stdin=data)
     meta: Metadata = TokenStreamReader(io.BytesIO(done.stdout), "stdout").metadata
@@ -243,13 +243,13 @@ def test_a_broken_pipe_is_one_line(piped):
     assert "NaN" in said(piped("encode", "-", stdin=nan))
 
 
-def test_silence_of_no_samples_goes_through(piped):
+def test_empty_recording_passes_through_pipes(piped):
     tokens = piped("encode", "-", stdin=wav(np.zeros(0)))
     assert tokens.returncode == 0, tokens.stderr
     assert len(samples_of(piped("decode", "-", stdin=tokens.stdout).stdout)) == 0
 
 
-def test_other_codecs_tokens_are_refused(piped, tmp_path):
+def test_tokens_of_another_codec_are_refused_in_pipes(piped, tmp_path):
     model = write_nemo(tmp_path / "tiny.nemo", codec_config())
     tokens = piped("encode", "-", stdin=wav(speech_like(9000))).stdout
     assert "stdin: made by a codec with fingerprint" in said(piped("decode", "-", "--model", model, stdin=tokens))
@@ -268,7 +268,7 @@ PIPED = {
 
 @pytest.mark.parametrize("name", PIPED)
 @pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
-def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
+def test_pipe_and_file_give_the_same_samples(name, piece):
     """Whatever the pieces that they come in."""
     data = PIPED[name]
     source = io.BytesIO(data)
@@ -294,7 +294,7 @@ def test_samples_from_a_pipe_are_those_of_the_file(name, piece):
     assert np.array_equal(wave, expected)
 
 
-def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
+def test_ambiguous_data_after_the_samples_of_a_pipe_is_reported(monkeypatch):
     monkeypatch.setattr("nemo_lfr.io.containers.wav.MAX_HELD", 1 << 15)
     source = io.BytesIO(SILENCE[:44] + b"RMS " * 16000)
     header, head = read_wav_header(source.read)
@@ -304,7 +304,7 @@ def test_what_a_pipe_cannot_tell_from_a_chunk_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["data size 0", "data size of a quarter", "list after", "cut WAV"])
-def test_a_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
+def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
     (tmp_path / "a.wav").write_bytes(PIPED[name])
     result = piped("encode", "-", "-", stdin=PIPED[name])
     if name == "cut WAV":

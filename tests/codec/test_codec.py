@@ -59,7 +59,7 @@ def test_released_layout_needs_6_frames_of_context_to_encode_and_13_to_decode():
 
 
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "zeros", "nano"], ["zeros", "nano"]))
-def test_encoded_frames_see_their_context_and_nothing_beyond(kind):
+def test_encoded_frames_depend_only_on_their_context(kind):
     torch.manual_seed(0)
     encoder = build_codec(kind).encoder.double()
     context, frame = encoder.context, encoder.samples_per_frame
@@ -73,7 +73,7 @@ def test_encoded_frames_see_their_context_and_nothing_beyond(kind):
 
 
 @pytest.mark.parametrize("kind", slow_if(["symmetric", "causal", "two_stages", "clamp", "nano"], ["clamp", "nano"]))
-def test_decoded_frames_see_their_context_and_nothing_beyond(kind):
+def test_decoded_frames_depend_only_on_their_context(kind):
     torch.manual_seed(0)
     decoder = build_codec(kind).decoder.double()
     context = decoder.context
@@ -248,7 +248,7 @@ def cut(items: np.ndarray, edges: list[int]) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ["symmetric", "causal"])
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(length=st.integers(0, 40 * 1024), edges=st.lists(st.integers(0, 10**6), max_size=12), chunk=st.integers(1, 25))
-def test_blocks_of_any_size_encode_and_decode_as_one_piece(kind, length, edges, chunk):
+def test_blocks_of_any_size_equal_the_whole_recording(kind, length, edges, chunk):
     codec = same_parts(cached_codec(kind), chunk_frames=chunk)
     wave = synthesize(2, 10)[:length]
     pieces = [np.zeros((codec.num_codebooks, 0), np.int32), *codec.encode_blocks(cut(wave, edges))]
@@ -265,7 +265,7 @@ def test_blocks_of_any_size_encode_and_decode_as_one_piece(kind, length, edges, 
     torch.testing.assert_close(torch.from_numpy(audio), reference_decode(codec, torch.from_numpy(tokens)), **AUDIO)
 
 
-def test_a_stream_yields_before_its_end_and_holds_a_bounded_past(small):
+def test_stream_yields_early_with_bounded_state(small):
     seen = -1
     block = synthesize(0.25)
 
@@ -528,7 +528,7 @@ def test_a_setting_that_is_changed_on_the_module_changes_the_fingerprint():
     assert codec.fingerprint != before
 
 
-def test_names_of_nemo_and_ours_have_one_fingerprint():
+def test_fingerprint_does_not_depend_on_class_names():
     ours = codec_config("causal")
     for section, name in (("audio_encoder", "encoder.HiFiGANEncoder"), ("audio_decoder", "decoder.HiFiGANDecoder")):
         ours[section] = ours[section] | {"_target_": f"nemo_lfr.codec.{name}", "causal": True, "pad_mode": "zeros"}
@@ -566,7 +566,7 @@ OVERFLOWS = [
 
 
 @pytest.mark.parametrize(("kind", "where", "value"), OVERFLOWS)
-def test_a_network_that_overflows_is_an_error_and_gives_no_tokens_and_no_audio(kind, where, value):
+def test_network_overflow_raises(kind, where, value):
     codec = build_codec(kind)
     for part in (codec.encoder, codec.decoder):
         overflow(part, where, value)
@@ -582,7 +582,7 @@ def test_a_network_that_overflows_is_an_error_and_gives_no_tokens_and_no_audio(k
             decode()
 
 
-def test_a_file_of_tokens_is_not_written_where_the_network_overflows(tmp_path):
+def test_no_token_file_is_written_if_the_network_overflows(tmp_path):
     codec = build_codec("symmetric")
     overflow(codec.encoder, "last", 1e38)
     soundfile.write(tmp_path / "a.wav", synthesize(0.5), 22050)

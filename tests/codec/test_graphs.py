@@ -290,7 +290,7 @@ def test_large_batches_are_launched_without_a_graph(monkeypatch):
         assert capture.captures == captures
 
 
-def test_windows_of_much_the_same_width_share_a_batch_on_a_gpu():
+def test_windows_of_similar_width_share_a_batch_on_gpu():
     widths = {16: ["a"], 96: ["b", "c"], 128: ["d"], 112: ["e"], 64: ["f"], 48: ["g"]}
     assert BATCHING["cuda"].mix_widths
     assert dict(group_widths(widths, mix=True)) == {128: ["d", "e", "b", "c"], 64: ["f", "g"], 16: ["a"]}
@@ -298,7 +298,7 @@ def test_windows_of_much_the_same_width_share_a_batch_on_a_gpu():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_streams_on_a_gpu_use_tf32_only_where_it_is_asked_for(precision, monkeypatch):
+def test_gpu_streams_use_tf32_only_on_request(precision, monkeypatch):
     codec = same_parts(cached_codec("two_stages"), precision=precision)
     monkeypatch.setattr(TorchBackend, "device", torch.device("cuda"))
     with codec.backend.autocast():
@@ -332,7 +332,7 @@ def test_gpu_tokens_and_audio_equal_the_cpus(precision, share):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_new_weights_are_used_at_once():
+def test_gpu_uses_changed_weights_immediately():
     codec = build_codec("symmetric")
     for part in (codec.encoder, codec.quantizer, codec.decoder):
         part.cuda()

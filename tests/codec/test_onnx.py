@@ -70,7 +70,7 @@ def assert_same(codec, exported, waves: list[np.ndarray]) -> None:
     assert np.abs(heard - expected.numpy()).max(initial=0) < 1e-4
 
 
-def test_tokens_and_audio_are_torchs_for_ragged_batches_of_any_length(pair):
+def test_onnx_equals_torch_for_ragged_batches(pair):
     codec, exported = pair
     frame = codec.samples_per_frame
     lengths = [0, 1, frame - 1, frame, frame + 1, 3 * frame, 4 * frame, 7 * frame + 3, 40 * frame + 1]
@@ -323,7 +323,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE])
-def test_a_folder_that_is_not_as_it_was_exported_is_refused_in_one_line(damage, two_exports, tmp_path):
+def test_modified_export_folder_is_refused_in_one_line(damage, two_exports, tmp_path):
     folder, other = two_exports
     shutil.copytree(folder, tmp_path / "x")
     DAMAGE[damage](tmp_path / "x", other)
@@ -336,7 +336,7 @@ def test_a_folder_that_is_not_as_it_was_exported_is_refused_in_one_line(damage, 
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_codebooks", 9), ("samples_per_frame", 16), ("levels", [8, 8, 8, 8])])
-def test_a_forged_folder_gives_no_tokens_that_contradict_it(key, value, two_exports, tmp_path):
+def test_forged_manifest_never_gives_contradicting_tokens(key, value, two_exports, tmp_path):
     shutil.copytree(two_exports[0], tmp_path / "x")
     forge(tmp_path / "x", **{key: value})
     codec = nemo_lfr.load(tmp_path / "x")

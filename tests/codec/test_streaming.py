@@ -203,7 +203,7 @@ def test_foreign_input_raises():
             codec.stream_encoder(lookahead)
 
 
-def test_bad_input_of_one_stream_takes_nothing_of_the_others():
+def test_invalid_input_of_one_stream_does_not_affect_the_others():
     codec, wave = cached_codec("symmetric"), synthesize(1.5)
     good, bad = codec.stream_encoder(), codec.stream_encoder()
     found = [good.push(wave[:5000])]
@@ -224,7 +224,7 @@ def test_bad_input_of_one_stream_takes_nothing_of_the_others():
 
 
 @pytest.mark.slow
-def test_a_long_piece_is_taken_in_short_ones(monkeypatch):
+def test_long_chunk_is_processed_in_short_ones(monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(6)
     sizes = []
     together = streaming.run_batched
@@ -298,7 +298,7 @@ def test_streams_of_the_other_direction_are_refused():
 
 
 @pytest.mark.parametrize("use", ["push", "flush", "push_encoders"])
-def test_a_stream_in_use_by_another_thread_is_refused_and_stays_whole(use, monkeypatch):
+def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeypatch):
     codec, wave = cached_codec("symmetric"), synthesize(0.7)
     stream, other = codec.stream_encoder(), codec.stream_encoder()
     computing, done = threading.Event(), threading.Event()
@@ -363,7 +363,7 @@ def test_copied_stream_is_independent():
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([first, *rest], axis=1)))
 
 
-def test_a_stream_whose_network_overflows_says_so():
+def test_stream_raises_if_its_network_overflows():
     codec = build_codec("symmetric")
     for part in (codec.encoder, codec.decoder):
         part.post_conv.conv.weight.fill_(1e38)

@@ -82,7 +82,7 @@ FAST = ("removed", "taken over", "its claim cut", "a file cut")
         *(pytest.param(meddling, 2, marks=pytest.mark.slow) for meddling in ("removed", "a file removed")),
     ],
 )
-def test_an_output_that_changes_under_a_run_is_an_error_and_no_loss(meddling, workers, audio, model, whole, tmp_path):
+def test_output_replaced_during_a_run_raises_without_data_loss(meddling, workers, audio, model, whole, tmp_path):
     meddle, reason = MEDDLING[meddling]
     out = tmp_path / "out"
     is_done = False
@@ -106,7 +106,7 @@ def test_an_output_that_changes_under_a_run_is_an_error_and_no_loss(meddling, wo
     assert [path.read_bytes() for path in tokens_of(out)] == whole
 
 
-def test_a_run_goes_on_with_the_claim_that_is_there(tmp_path):
+def test_resumed_run_keeps_the_existing_claim(tmp_path):
     first = claim(tmp_path)
     assert claim(tmp_path) == first
     check_claim(tmp_path, first)

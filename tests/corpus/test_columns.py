@@ -61,7 +61,7 @@ def test_labels_come_from_the_columns_of_the_hub(row, expected):
     assert all(labels[key] == value for key, value in row.items() if key not in expected and key in labels)
 
 
-def test_what_was_chosen_is_said_once(wav, tmp_path, caplog):
+def test_column_choices_are_logged_once(wav, tmp_path, caplog):
     assert chosen_columns(["audio", "text", "speaker", "lang"]) == {}
     table = {"audio": [{"bytes": wav.read_bytes(), "path": "a.wav"}], "sentence": ["hello"], "client_id": ["s1"]}
     (clip,) = clips_of(write(tmp_path / "a.parquet", table))
@@ -102,7 +102,7 @@ def test_decoded_samples_are_read(kind, tmp_path):
         clip.audio(RATE, 0.1)
 
 
-def test_samples_without_a_struct_take_the_rate_beside(tmp_path):
+def test_samples_without_a_struct_use_the_rate_column(tmp_path):
     (clip,) = clips_of(write(tmp_path / "a.parquet", {"audio": [WAVE.tolist()], "sampling_rate": [RATE]}))
     assert np.abs(clip.audio(RATE, 100) - WAVE).max() < 1e-6
     (clip,) = clips_of(write(tmp_path / "b.parquet", {"speech": [WAVE.tolist()]}))
@@ -130,7 +130,7 @@ BAD_CELLS = {
 
 
 @pytest.mark.parametrize("kind", BAD_CELLS)
-def test_a_bad_cell_costs_its_clip_alone(kind, wav, tmp_path):
+def test_invalid_cell_fails_only_its_clip(kind, wav, tmp_path):
     bad = write(tmp_path / "data" / "bad.parquet", {"audio": pa.array(BAD_CELLS[kind]), "text": ["b"]})
     good = write(tmp_path / "data" / "good.parquet", {"audio": [{"bytes": wav.read_bytes()}], "text": ["g"]})
     first, second = clips_of(bad.parent)
@@ -141,7 +141,7 @@ def test_a_bad_cell_costs_its_clip_alone(kind, wav, tmp_path):
     assert len(second.audio(RATE, 100)) == len(WAVE) and good.exists()
 
 
-def test_labels_that_are_no_text_cost_their_clip_alone(wav, tmp_path):
+def test_invalid_text_label_fails_only_its_clip(wav, tmp_path):
     data = wav.read_bytes()
     text = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(np.int32([0, 1, 2]).tobytes()), pa.py_buffer(b"a\xff")]
@@ -252,7 +252,7 @@ def test_of_two_audio_columns_of_one_name_the_first_is_read(wav, tmp_path):
     assert len(clip.audio(RATE, 100)) == len(WAVE)
 
 
-def test_audio_files_beside_a_table_are_said_to_be_left_out(wav, tmp_path, caplog):
+def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):
     write(tmp_path / "a.parquet", {"audio": [wav.read_bytes()]})
     assert len(clips_of(tmp_path)) == 1
     assert "of its 1 audio files, only those listed in a table" in caplog.text

@@ -134,7 +134,7 @@ def test_every_layout_gives_back_the_tokens_of_each_clip_alone(kind, audio, mode
 
 
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet"])
-def test_contexts_are_kept_beside_their_clips(kind, audio, model, expected, tmp_path):
+def test_contexts_are_stored_with_their_clips(kind, audio, model, expected, tmp_path):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind, context=True), device="cpu", workers=1)
     for utterance in TokenDataset(tmp_path / "out"):
         number = int(utterance.id.partition("clip")[2]) % 3
@@ -224,13 +224,13 @@ def test_no_name_leaves_the_output(name, tmp_path):
         (lambda path: path.mkdir(), "no audio file in this folder"),
     ],
 )
-def test_what_is_no_corpus_is_refused_in_one_sentence(make, reason, model, tmp_path):
+def test_invalid_corpus_is_refused_in_one_line(make, reason, model, tmp_path):
     make(tmp_path / "corpus.json")
     with pytest.raises(NemoLfrError, match=reason):
         tokenize(job(tmp_path / "corpus.json", tmp_path / "out", model), device="cpu")
 
 
-def test_tables_and_cuts_that_are_none_are_refused(tmp_path):
+def test_invalid_tables_and_cuts_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
     for name in ("a.parquet", "a.jsonl.gz"):
@@ -250,7 +250,7 @@ def test_the_number_of_workers_does_not_change_a_byte(audio, model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", slow_except(BUILT_IN, "shar"))
-def test_a_run_goes_on_with_what_is_whole(kind, audio, model, tmp_path):
+def test_resumed_run_keeps_complete_shards(kind, audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model, kind)
     tokenize(job_, device="cpu", workers=1)
     before, times = files_of(tmp_path / "out"), {}
@@ -274,7 +274,7 @@ def test_a_damaged_record_of_the_job_is_named(audio, model, tmp_path, content):
         tokenize(job_, device="cpu", workers=1)
 
 
-def test_another_job_does_not_mix_with_what_is_there(audio, model, tmp_path):
+def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_path):
     job_ = job(audio / "manifest.json", tmp_path / "out", model)
     tokenize(job_, device="cpu", workers=1)
     before = files_of(tmp_path / "out")
@@ -327,7 +327,7 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
 
 
 @pytest.mark.slow
-def test_another_folder_of_the_same_names_or_one_that_grew_does_not_mix(audio, model, tmp_path):
+def test_changed_or_different_folder_is_not_resumed(audio, model, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "train").mkdir(parents=True)
         shutil.copy(audio / "s0" / "clip0.wav", tmp_path / name / "train")
@@ -379,7 +379,7 @@ def test_a_long_clip_does_not_widen_the_batch_of_many_short_ones(model, tmp_path
 
 
 @pytest.mark.slow
-def test_the_others_are_not_waited_for_when_a_shard_fails(audio, model, tmp_path):
+def test_failing_shard_stops_the_run_without_waiting(audio, model, tmp_path):
     (audio / "ends.json").write_text('{"audio_filepath": "x.wav"}\n' + (audio / "manifest.json").read_text() * 20)
     with pytest.raises(AudioError, match=r"x\.wav"):
         tokenize(job(audio / "ends.json", tmp_path / "out", model, strict=True), device="cpu", workers=2)
@@ -486,7 +486,7 @@ def odd_files(root: Path) -> list[str]:
     return [path.name for path in root.iterdir()]
 
 
-def test_every_bad_clip_is_listed_once_with_its_reason_and_stops_nothing(model, tmp_path, capsys):
+def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsys):
     root = tmp_path / "audio"
     root.mkdir()
     odd = odd_files(root)
@@ -571,7 +571,7 @@ def write_shar(folder: Path, cuts: list, **fields: str) -> Path:
     return folder
 
 
-def test_a_shars_other_fields_stay_behind(audio, model, expected, clips, tmp_path):
+def test_other_fields_of_a_shar_are_dropped(audio, model, expected, clips, tmp_path):
     names = list(clips)[:5]
     old = np.zeros((8, 3), np.int16)
     cuts = [
@@ -582,7 +582,7 @@ def test_a_shars_other_fields_stay_behind(audio, model, expected, clips, tmp_pat
     assert_equal(read(tmp_path / "out"), {name: expected[name] for name in names})
 
 
-def test_cuts_of_a_tar_that_was_cut_short_are_failures(audio, model, expected, clips, tmp_path):
+def test_cuts_of_a_truncated_tar_are_failures(audio, model, expected, clips, tmp_path):
     names = list(clips)[:8]
     shar = write_shar(tmp_path / "shar", lhotse_cuts(audio, names))
     first, second = sorted(shar.glob("recording.*.tar"))
@@ -731,9 +731,7 @@ def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
         ),
     ],
 )
-def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_theirs(
-    name, are_stopped, many, model, tmp_path
-):
+def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path):
     """A terminal interrupts the whole group; `kill` and schedulers end only the driver, during shards of minutes."""
     entry = json.loads(many.read_text().splitlines()[1])
     lines = [json.dumps(entry | {"audio_filepath": str(many.parent / entry["audio_filepath"])})] * 40_000
@@ -769,7 +767,7 @@ def test_a_run_that_is_told_to_end_takes_its_workers_along_without_a_word_of_the
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("engine", [(), ("--ray", "local")], ids=["processes", "ray"])
-def test_killed_workers_and_drivers_lose_and_double_nothing(engine, many, model, tmp_path):
+def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, model, tmp_path):
     """With Ray, its own processes (raylet, GCS ...) die too."""
     if engine:
         pytest.importorskip("ray", reason="pip install '.[ray]'")
@@ -851,7 +849,7 @@ def test_two_nodes_of_a_cluster_give_the_same_bytes_though_one_is_lost(many, mod
 
 
 @pytest.mark.slow
-def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model, tmp_path):
+def test_workers_without_cluster_resources_do_not_block_the_run(audio, model, tmp_path):
     ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
     ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
     mine = job(audio / "manifest.json", tmp_path / "out", model, shard_size=1)
@@ -868,7 +866,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_not_waited_for(audio, model,
         ray.shutdown()
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence(audio, model, tmp_path):
+def test_unreachable_cluster_is_one_line(audio, model, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     with pytest.raises(NemoLfrError, match="no Ray cluster is reachable"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), ray="nowhere:bad")

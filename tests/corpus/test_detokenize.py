@@ -128,7 +128,7 @@ IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline",
 
 @pytest.mark.parametrize("kind", by_kind)
 @pytest.mark.parametrize("clip_id", IDS, ids=[ascii(name[:20]) for name in IDS])
-def test_no_id_leads_out_of_the_folder_or_onto_another(kind, clip_id, whole, model, tmp_path, capsys):
+def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_path, capsys):
     if kind == "parquet" and "\ud800" in clip_id:
         pytest.skip("Parquet has no text that is not UTF-8")
     folder, out = tmp_path / "tokens", tmp_path / "deep" / "er" / "out"
@@ -329,7 +329,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links")
 @pytest.mark.parametrize("has_records", slow_except([True, False], False))
 @pytest.mark.parametrize(("kind", "damage", "left", "reason"), CASES.values(), ids=list(CASES))
-def test_one_bad_utterance_costs_one_and_is_said_in_a_line(
+def test_invalid_utterance_fails_alone_with_one_line(
     kind, damage, left, reason, has_records, whole, model, tmp_path, capsys
 ):
     folder, out = tmp_path / "tokens", tmp_path / "out"
@@ -405,7 +405,7 @@ def test_links_in_the_output_are_not_followed(whole, model, tmp_path, capsys):
     assert not list((tmp_path / "other").iterdir()) and len(list((tmp_path / "out" / "s1").iterdir())) == 1
 
 
-def test_a_file_where_a_folder_is_needed_costs_its_utterances(whole, model, tmp_path, capsys):
+def test_file_in_place_of_a_folder_fails_only_its_utterances(whole, model, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "s0").write_text("mine")
     code, lines = run(whole["lfr"], tmp_path / "out", model, capsys)
@@ -422,7 +422,7 @@ def test_verification_skips_what_was_changed(whole, model, tmp_path, capsys):
     assert code == 1 and "SHA-256" in lines[0] and len(list((tmp_path / "out").rglob("*.wav"))) == 1
 
 
-def test_files_that_exist_stay_unless_they_may_be_replaced(whole, model, tmp_path, capsys):
+def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "s0").mkdir(parents=True)
     (out / "s0" / "clip0.wav").write_text("mine")
@@ -442,7 +442,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_what_is_no_file_in_the_place_of_audio_fails_that_utterance(kind, whole, model, tmp_path, capsys):
+def test_non_regular_audio_target_fails_only_its_utterance(kind, whole, model, tmp_path, capsys):
     out = tmp_path / "out"
     place = out / "s0" / "clip0.wav"
     place.parent.mkdir(parents=True)

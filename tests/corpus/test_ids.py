@@ -90,7 +90,7 @@ def test_long_names_fit_the_file_system_and_stay_apart(name, suffix, tmp_path):
         assert all(len(part.encode()) <= MAX_COMPONENT_BYTES for part in Path(clip_id).parts)
 
 
-def test_random_names_stay_below_their_folder_and_become_what_they_are(tmp_path):
+def test_random_names_stay_inside_their_folder_and_are_stable(tmp_path):
     rng = random.Random(0)
     pieces = ["..", ".", "/", "a", "A", "aux", "\\", ":", "語", " ", "\0", "\n", "~2", ".wav", "\ud800", "x" * 120]
     for _ in range(3000):
@@ -115,7 +115,7 @@ def test_random_names_stay_below_their_folder_and_become_what_they_are(tmp_path)
         (["d/a", "D/a", "d/b"], ["d/a", "D/a~2", "d/b"]),
     ],
 )
-def test_no_two_clips_get_one_id(names, expected):
+def test_clip_ids_are_unique(names, expected):
     ids = UniqueIds()
     assert [ids.add(name) for name in names] == expected
 
@@ -169,7 +169,7 @@ def colliding(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("source", ["manifest.json", "audio", "cuts.jsonl.gz", "shar"])
 @pytest.mark.parametrize("size", [1, 2, 256])
-def test_a_corpus_has_no_id_twice_whatever_its_shards(source, size, colliding, tmp_path):
+def test_corpus_ids_are_unique_for_any_shard_size(source, size, colliding, tmp_path):
     corpus = open_corpus(colliding[source], None, tmp_path / "list.json")
     clips = [clip for part in json.loads(json.dumps(corpus.shards(size))) for clip in corpus.read(part)]
     keys = [unicodedata.normalize("NFC", clip.id.casefold()) for clip in clips]

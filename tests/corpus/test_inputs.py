@@ -28,7 +28,7 @@ TRANSCRIPTS = {
 
 
 @pytest.mark.parametrize("kind", TRANSCRIPTS)
-def test_a_bad_transcript_costs_its_clip_alone(kind, tmp_path):
+def test_invalid_transcript_fails_only_its_clip(kind, tmp_path):
     root = tmp_path / "audio"
     root.mkdir()
     for name in "abc":
@@ -51,7 +51,7 @@ def test_a_bad_transcript_costs_its_clip_alone(kind, tmp_path):
         clips["b"].audio(RATE, 100)
 
 
-def test_a_manifest_may_begin_with_a_mark_or_a_broken_line(tmp_path, monkeypatch):
+def test_manifest_may_begin_with_a_byte_order_mark_or_an_invalid_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     for name in ("a", "home"):
@@ -83,7 +83,7 @@ def test_a_manifest_may_begin_with_a_mark_or_a_broken_line(tmp_path, monkeypatch
         (b"\n".join([b"1"] * 3000), "its first line is '1'"),
     ],
 )
-def test_what_is_no_manifest_is_said_in_one_line(data, match, tmp_path):
+def test_invalid_manifest_is_refused_in_one_line(data, match, tmp_path):
     (tmp_path / "m.json").write_bytes(data)
     with pytest.raises(ConfigError, match=f"not a NeMo manifest: .*{match}") as error:
         open_corpus(tmp_path / "m.json", None, tmp_path / "unused")

@@ -198,7 +198,7 @@ ARRAY |= {"temporal_dim": -1, "frame_shift": 0.04, "start": 0}
 
 @pytest.mark.parametrize("source", ["manifest", "cuts", "parquet"])
 @pytest.mark.parametrize("kind", ["manifest", "shar", "parquet"])
-def test_tokens_of_another_codec_do_not_go_along(source, kind, folder, model):
+def test_run_with_another_codec_is_not_resumed(source, kind, folder, model):
     wav = folder / "a.wav"
     if source == "manifest":
         path = lines(folder / "m.json", [{"audio_filepath": "a.wav", **OTHER}])
@@ -220,7 +220,7 @@ def test_tokens_of_another_codec_do_not_go_along(source, kind, folder, model):
 
 
 @pytest.mark.parametrize("kind", ["manifest", "parquet"])
-def test_labels_are_written_as_json_that_every_reader_takes(kind, folder, model):
+def test_labels_are_written_as_strict_json(kind, folder, model):
     (folder / "m.json").write_text('{"audio_filepath": "a.wav", "snr": Infinity, "more": {"x": [NaN, 1]}}\n')
     out = folder / "out"
     tokenize(TokenizeConfig(str(folder / "m.json"), str(out), kind, model=str(model)), workers=1, device="cpu")
@@ -236,7 +236,7 @@ def test_labels_are_written_as_json_that_every_reader_takes(kind, folder, model)
 
 
 @pytest.mark.parametrize("name", ["id", "start", "supervisions", "custom", "to_dict", "__class__", "not-a-name"])
-def test_a_field_of_a_shar_cannot_replace_what_a_cut_is(name, folder, model):
+def test_shar_field_cannot_replace_attributes_of_a_cut(name, folder, model):
     shar = folder / "shar"
     shar.mkdir()
     lines(shar / "cuts.000000.jsonl.gz", [cut(folder / "a.wav"), cut(folder / "b.wav")])
@@ -256,7 +256,7 @@ def test_a_manifest_with_keys_of_lhotse_is_a_manifest(folder, model):
     )
 
 
-def test_a_part_of_cuts_parses_its_own_lines_alone(folder, monkeypatch):
+def test_shard_of_cuts_parses_only_its_own_lines(folder, monkeypatch):
     path = lines(folder / "c.jsonl.gz", [cut(folder / "a.wav", id=f"c{number}") for number in range(50)])
     parsed = []
     loads = json.loads

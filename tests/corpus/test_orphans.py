@@ -91,7 +91,7 @@ def wait_until(condition, what: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_whose_driver_has_died_already_ends_at_once():
+def test_worker_ends_if_its_driver_is_already_dead():
     process = multiprocessing.get_context("spawn").Process(target=die_with, args=(os.getpid() + 1,))
     process.start()
     process.join(PATIENCE)
@@ -153,7 +153,7 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
 
 @pytest.mark.slow
 @in_proc
-def test_kin_that_lost_its_parent_and_overwrote_its_environment_is_still_known():
+def test_orphan_with_an_overwritten_environment_is_still_tracked():
     """As Ray's agents are: their title is written over what they inherited, and they outlive who started them."""
     program = (
         "import subprocess, sys, time\n"

@@ -87,7 +87,7 @@ def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, fold
 @pytest.mark.parametrize("counts", [UNEVEN, [1], [], [0, 0, 3], [1] * 7, [13, 1]], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_all_ranks_yield_as_many_as_their_length_says(counts, world_size, drop_last, tmp_path):
+def test_all_ranks_yield_as_many_utterances_as_their_length(counts, world_size, drop_last, tmp_path):
     made = write_tokens(tmp_path, "lfr", counts)
     for shuffle in (False, True):
         seen = []
@@ -105,7 +105,7 @@ def test_all_ranks_yield_as_many_as_their_length_says(counts, world_size, drop_l
             assert set(seen) == set(made) and most <= -(-world_size // max(1, len(made))) + 1
 
 
-def test_each_epoch_has_an_order_of_its_own_which_workers_share(folders):
+def test_epochs_have_different_orders_shared_by_workers(folders):
     dataset = TokenDataset(folders["lfr"], shuffle=True)
     first, second = ([utterance.id for utterance in dataset] for _ in range(2))
     assert sorted(first) == sorted(second) and first != second
@@ -126,7 +126,7 @@ def test_each_epoch_has_an_order_of_its_own_which_workers_share(folders):
     [lambda dataset: next(iter(dataset)), lambda dataset: list(dataset), lambda dataset: [iter(dataset)] * 2],
     ids=["at the first", "at all", "at none"],
 )
-def test_ranks_share_one_order_though_one_has_looked_at_the_data_before(looks, world_size, shuffle, folders):
+def test_ranks_share_one_order_after_unequal_iteration(looks, world_size, shuffle, folders):
     seen = []
     for rank in range(world_size):
         dataset = TokenDataset(folders["lfr"], shuffle=shuffle, rank=rank, world_size=world_size, buffer_size=2)
@@ -268,7 +268,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("has_records", [True, False])
 @pytest.mark.parametrize(("kind", "name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
-def test_what_is_damaged_or_ends_early_is_an_error(kind, name, damage, has_records, tmp_path):
+def test_damaged_or_truncated_tokens_raise(kind, name, damage, has_records, tmp_path):
     write_tokens(tmp_path, kind, [3, 2])
     if not has_records:
         shutil.rmtree(tmp_path / ".tokenize")

@@ -111,7 +111,7 @@ def test_a_stateful_loader_resumes_to_the_sample(stop, workers, order, folders):
     assert [batch["id"] for batch in resumed] == epochs[1]
 
 
-def test_workers_resume_by_hand_as_a_stateful_loader_asks_them_to(folders, monkeypatch):
+def test_worker_state_can_be_loaded_by_hand(folders, monkeypatch):
     for number in range(3):
         worker = SimpleNamespace(num_workers=3, id=number)
         monkeypatch.setattr("nemo_lfr.corpus.dataset.get_worker_info", lambda worker=worker: worker)

@@ -11,7 +11,7 @@ from nemo_lfr.errors import TokenFileError
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(8, 5), (1, 1), (13, 0)])
-def test_what_torch_saved_is_read(tmp_path, dtype, shape):
+def test_tensor_saved_by_torch_is_read(tmp_path, dtype, shape):
     tokens = torch.randint(0, 200, shape).to(dtype)
     torch.save(tokens, tmp_path / "a.pt")
     got = read_token_tensor(tmp_path / "a.pt")
@@ -89,7 +89,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_anything_else_is_refused_in_one_line_and_runs_nothing(tmp_path, kind, monkeypatch):
+def test_other_pickles_are_refused_without_running_code(tmp_path, kind, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # turns PyTorch's own check off
     path, folder = tmp_path / "a.pt", tmp_path / "made"
     HOSTILE[kind](path, folder)

@@ -66,7 +66,7 @@ def test_plain_text_is_not_changed(text):
     assert escape_markdown(text) == plain_cell(text) == text
 
 
-def test_a_code_block_is_not_closed_by_what_it_holds():
+def test_code_fence_is_longer_than_any_in_its_content():
     assert code_fence("a") == "```" and code_fence("a ```` b") == "`````"
 
 

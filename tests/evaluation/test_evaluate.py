@@ -84,7 +84,7 @@ def test_markdown_has_every_table_and_says_what_is_missing(report):
     assert "CER" not in text.partition("### Cost")[0]  # a metric without values has no column
 
 
-def test_the_page_asks_nobody_for_anything_and_escapes_what_manifests_say(report):
+def test_page_loads_nothing_and_escapes_manifest_labels(report):
     page = re.sub(r"<meta http-equiv=[^>]*>", "", (report / "report.html").read_text())
     sources = re.findall(r"""(?:src|href|url\()\s*=?\s*["']?([^"'\s>)]+)""", page)
     assert sources and all(source.startswith("data:") for source in sources)
@@ -143,7 +143,7 @@ def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_pat
 
 
 @pytest.mark.slow
-def test_what_was_done_is_not_done_again_and_more_is_added(capsys, corpus, tmp_path, monkeypatch):
+def test_repeated_evaluation_computes_only_missing_results(capsys, corpus, tmp_path, monkeypatch):
     sent, measured = [], []
     round_trip, measure = LFR.round_trip, workers.measure
     monkeypatch.setattr(LFR, "round_trip", lambda self, *args: sent.append(1) or round_trip(self, *args))
@@ -184,7 +184,7 @@ def test_recordings_that_fail_are_named_and_the_others_measured(capsys, corpus, 
 
 
 @pytest.mark.slow
-def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_path, monkeypatch):
+def test_codec_exception_fails_only_its_recording(capsys, corpus, tmp_path, monkeypatch):
     round_trip = LFR.round_trip
 
     def choosy(self, audio, rate):
@@ -198,7 +198,7 @@ def test_an_exception_of_a_codec_is_that_recordings_failure(capsys, corpus, tmp_
     assert len(rows(tmp_path / "recordings.csv")) == 2
 
 
-def test_every_rate_has_its_pictures(capsys, corpus, tmp_path):
+def test_spectrograms_work_at_every_rate(capsys, corpus, tmp_path):
     code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--rate", 44100, "--limit", 2, "--examples", 3)
     assert code == 0, err
     assert (tmp_path / "report.html").read_text().count("<audio") == 4
@@ -314,7 +314,7 @@ def test_a_claim_on_other_recordings_is_kept(corpus, tmp_path, stored):
     assert json.loads((tmp_path / "recordings.json").read_text()) == stored
 
 
-def test_a_run_locks_its_folder_until_the_report_is_written(capsys, corpus, tmp_path, monkeypatch):
+def test_run_locks_its_folder_until_the_report_is_written(capsys, corpus, tmp_path, monkeypatch):
     locked = []
 
     def write(*arguments, **options):
@@ -337,7 +337,7 @@ def test_a_manifest_in_a_pipe_is_refused_with_advice(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
+def test_report_includes_the_model_cards_values(capsys, tmp_path):
     clean = tmp_path / "daps" / "clean"
     clean.mkdir(parents=True)
     for speaker in ("f10", "m10"):
@@ -352,7 +352,7 @@ def test_the_cards_figures_stand_beside_ours(capsys, tmp_path):
         assert f" {value} |" in line
 
 
-def test_a_recording_that_has_changed_is_another(capsys, corpus, tmp_path):
+def test_changed_recordings_refuse_an_existing_evaluation(capsys, corpus, tmp_path):
     copy = tmp_path / "corpus"
     shutil.copytree(corpus, copy)
     assert evaluate(capsys, copy, tmp_path / "out", "--limit", 1, "--codec", "original")[0] == 0
@@ -362,7 +362,7 @@ def test_a_recording_that_has_changed_is_another(capsys, corpus, tmp_path):
     assert code == 2 and "other or changed recordings" in stderr
 
 
-def test_entries_of_a_journal_that_make_no_sense_are_passed_by(capsys, corpus, tmp_path):
+def test_invalid_journal_entries_are_ignored(capsys, corpus, tmp_path):
     command_line = ("--limit", 1, "--codec", "original")
     assert evaluate(capsys, corpus, tmp_path, *command_line)[0] == 0
     journals = list((tmp_path / "codecs").glob("*/*.jsonl"))

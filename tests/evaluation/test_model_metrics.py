@@ -61,7 +61,7 @@ def xvector(tmp_path_factory):
     return str(folder)
 
 
-def test_error_rates_are_those_of_what_the_model_heard(pair, wav2vec):
+def test_error_rates_use_the_models_transcript(pair, wav2vec):
     import jiwer
     from transformers import pipeline
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer

@@ -44,7 +44,7 @@ def test_processes_that_compile_at_the_same_time_leave_a_cache_that_works(tmp_pa
     assert subprocess.run([*command, "0"], env=environment).returncode == 0
 
 
-def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path):
+def test_missing_cache_folder_is_tolerated(tmp_path):
     pytest.importorskip("librosa")
     (tmp_path / "file").touch()
     environment = os.environ | {"NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "file")}

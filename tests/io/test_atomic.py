@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks and links of POSI
 
 
 @pytest.mark.slow
-def test_what_another_process_writes_stays_and_goes_once_it_is_killed(tmp_path):
+def test_temporary_files_are_kept_until_their_writer_dies(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -40,7 +40,7 @@ def test_what_another_process_writes_stays_and_goes_once_it_is_killed(tmp_path):
 @pytest.mark.parametrize(
     "name", ["a.lfr", "a.lfr.part", "a.lfr.0123456.part", "b.lfr.01234567.part", ".writing-x", "x.writing-01234567"]
 )
-def test_what_is_not_ours_stays(tmp_path, name):
+def test_foreign_files_are_kept(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     sweep(tmp_path, ["a.lfr"])
     assert (tmp_path / name).exists()
@@ -69,7 +69,7 @@ def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_do_not_interfere(tmp_path):
     """The last one to finish wins, and neither sees what the other writes."""
     path = tmp_path / "a.json"
     with replacing(path) as first:
@@ -117,7 +117,7 @@ except OSError as error: print(error.filename)
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_what_a_killed_run_left_of_a_folder_aside_is_removed(tmp_path):
+def test_temporary_folders_of_killed_runs_are_removed(tmp_path):
     (tmp_path / ".writing-01234567").mkdir()
     (tmp_path / ".writing-01234567" / "model.nemo").write_bytes(b"x")
     with writing_folder(tmp_path) as folder:

@@ -58,7 +58,7 @@ def test_a_section_is_read_where_libsndfile_cannot_seek(tmp_path, subtype):
 
 
 @pytest.mark.parametrize("rate", [0, -8000])
-def test_a_rate_that_is_none_is_refused(rate):
+def test_invalid_sample_rate_is_refused(rate):
     with pytest.raises(AudioError, match=str(rate)):
         resample(np.zeros(10, np.float32), rate, 22050)
 
@@ -100,7 +100,7 @@ def test_a_file_with_nan_or_infinity_is_refused(tmp_path, bad):
 @pytest.mark.parametrize(
     "content", [b"", b"not audio at all" * 100, b"RIFF\x24\0\0\0WAVE", b"fLaC" + b"\0" * 50, b"LFRT"]
 )
-def test_what_is_no_audio_is_refused_by_name(tmp_path, content):
+def test_invalid_audio_file_is_refused_with_its_name(tmp_path, content):
     (tmp_path / "a.wav").write_bytes(content)
     with pytest.raises(AudioError, match=r"a\.wav: "):
         read(tmp_path / "a.wav")
@@ -133,7 +133,7 @@ def test_a_damaged_flac_is_refused_or_read_but_never_makes_another_error(tmp_pat
             assert "b.flac" in str(error)
 
 
-def test_a_recording_cut_short_is_refused(tmp_path):
+def test_truncated_recording_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.flac", synthesize(2), 22050)
     raw = (tmp_path / "a.flac").read_bytes()
     (tmp_path / "b.flac").write_bytes(raw[: len(raw) // 2])
@@ -141,7 +141,7 @@ def test_a_recording_cut_short_is_refused(tmp_path):
         read(tmp_path / "b.flac")
 
 
-def test_an_mp3_cut_short_is_refused_and_a_whole_one_is_not(tmp_path):
+def test_truncated_mp3_is_refused_and_a_complete_one_is_not(tmp_path):
     for mode in ("CONSTANT", "VARIABLE"):
         soundfile.write(tmp_path / "a.mp3", synthesize(5), 22050, format="MP3", bitrate_mode=mode)
         assert len(read(tmp_path / "a.mp3")) == 5 * 22050
@@ -152,7 +152,7 @@ def test_an_mp3_cut_short_is_refused_and_a_whole_one_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full")])
-def test_what_happens_within_a_callback_of_libsndfile_is_not_lost(tmp_path, monkeypatch, error):
+def test_exceptions_in_libsndfile_callbacks_are_raised(tmp_path, monkeypatch, error):
     write, calls = audio_writer._SinkFile.write, []
 
     def struck(self, data):
@@ -288,7 +288,7 @@ def test_a_name_that_is_not_utf8_is_read_like_any_other(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_named_pipe_is_told_from_a_missing_file_and_not_waited_for(tmp_path):
+def test_named_pipe_is_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(AudioError, match=r"a\.wav: is not a regular file; connect a pipe to stdin"):
         AudioReader(tmp_path / "a.wav", 22050)
@@ -310,6 +310,6 @@ def test_a_folder_is_never_replaced_by_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["n" * 300 + ".wav", "d/" * 3000 + "a.wav", "a\0b.wav"])
-def test_a_name_that_no_file_has_is_an_error_of_ours(tmp_path, name):
+def test_impossible_file_name_raises_our_error(tmp_path, name):
     with pytest.raises(AudioError):
         AudioReader(tmp_path / name, 22050)

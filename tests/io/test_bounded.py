@@ -70,7 +70,7 @@ HEADERS = {"sparse": sparse_header("a.npy", HUGE), "extended header": pax_header
 
 @pytest.mark.parametrize("kind", HEADERS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_member_of_an_input_shar_that_expands_costs_its_clip(kind, packed, tmp_path):
+def test_expanding_member_of_an_input_shar_fails_only_its_clip(kind, packed, tmp_path):
     made = {"id": "a", "start": 0, "duration": 1, "channel": 0, "type": "MonoCut", "supervisions": []}
     cuts = tmp_path / "cuts.000000.jsonl.gz"
     cuts.write_bytes(gzip.compress(json.dumps(made).encode()))
@@ -90,7 +90,7 @@ def test_a_member_of_tokens_that_expands_is_damage(kind, tmp_path):
     assert not any("Memory" in str(result) for result in results)
 
 
-def test_a_line_that_does_not_end_costs_its_clip(tmp_path, monkeypatch):
+def test_endless_line_fails_only_its_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(bounded, "MAX_LINE", 1 << 16)
     path = tmp_path / "cuts.jsonl.gz"
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
@@ -157,7 +157,7 @@ def test_silence_is_not_taken_for_an_attack(tmp_path):
 
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])
 @pytest.mark.parametrize("keep_records", [False, True])
-def test_shards_that_no_file_is_there_for_are_refused_at_once(kind, keep_records, tmp_path):
+def test_missing_shards_are_refused_at_once(kind, keep_records, tmp_path):
     write_tokens(tmp_path, kind, [1, 1])
     summary = json.loads((tmp_path / "tokens.json").read_text()) | {"shards": 10_000_000}
     del summary["shard_clips"]
@@ -196,7 +196,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("kind", [*TRANSFORMS, "padding"])
-def test_a_cut_that_makes_days_of_a_second_is_refused(kind, tmp_path):
+def test_cut_with_an_extreme_speed_factor_is_refused(kind, tmp_path):
     soundfile = pytest.importorskip("soundfile")
     from lhotse.cut.set import deserialize_cut
 
@@ -217,7 +217,7 @@ def test_a_cut_that_makes_days_of_a_second_is_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "folder"])
-def test_what_is_no_plain_file_of_a_tar_is_not_read(kind, tmp_path):
+def test_non_regular_tar_members_are_not_read(kind, tmp_path):
     folder = tarfile.TarInfo("a")
     folder.type = tarfile.DIRTYPE
     path = tmp_path / "a.tar"

@@ -168,7 +168,7 @@ def read(data, rate=RATE, block=10.0):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_header_that_is_wrong_does_not_cost_a_sample(tmp_path, name):
+def test_wrong_header_loses_no_sample(tmp_path, name):
     wave = read(WHOLE[name])
     assert len(wave) == len(WAVE)
     expected = WAVE.copy()
@@ -288,7 +288,7 @@ def rare(kind, channels=1):
 
 
 @pytest.mark.parametrize("kind", RARE)
-def test_every_format_is_read_whole_or_said_to_be_cut(kind):
+def test_every_format_is_complete_or_reported_as_truncated(kind):
     assert len(read(rare(kind), RARE[kind])) == len(WAVE)
     for taken in (3, 1001, len(rare(kind)) * 2 // 3):
         if kind in NO_LENGTH and (len(rare(kind)) - taken) % 2 == 0:
@@ -301,7 +301,7 @@ def test_every_format_is_read_whole_or_said_to_be_cut(kind):
 
 
 @pytest.mark.parametrize("kind", ["AVR", "IRCAM", "MAT4", "MAT5", "PAF", "PVF", "W64", "CAF"])
-def test_stereo_of_rare_formats_is_whole(kind):
+def test_stereo_of_rare_formats_is_complete(kind):
     assert len(read(rare(kind, 2), RARE[kind])) == len(WAVE)
     with pytest.raises(AudioError, match=r"was truncated: its (header|last sample)"):
         read(rare(kind, 2)[:-11], RARE[kind])
@@ -358,7 +358,7 @@ def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
     assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
 
 
-def test_mp3_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(caplog, capfd):
+def test_mp3_ending_within_a_frame_is_read_with_a_warning(caplog, capfd):
     """A recorded stream ends so, and nothing promises more: FFmpeg and librosa read it too."""
     data = bare_mp3()
     wave = read(data)
@@ -370,7 +370,7 @@ def test_mp3_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(c
 
 
 @pytest.mark.parametrize("make", [flac, bare_mp3, lambda: written(format="MP3")])
-def test_bytes_behind_the_last_frame_are_said_and_nothing_is_printed(make, caplog, capfd):
+def test_bytes_after_the_last_frame_are_logged_but_not_printed(make, caplog, capfd):
     wave = read(make())
     assert np.array_equal(read(make() + np.random.default_rng(0).bytes(3000)), wave)
     assert "ignored" in caplog.text and len(caplog.records) == 1
@@ -378,7 +378,7 @@ def test_bytes_behind_the_last_frame_are_said_and_nothing_is_printed(make, caplo
 
 
 @pytest.mark.parametrize("promised", [len(WAVE) + 1, 10 * len(WAVE), (1 << 36) - 1])
-def test_flac_that_promises_more_samples_than_it_has_is_cut_short(promised):
+def test_flac_with_fewer_samples_than_declared_is_truncated(promised):
     data = flac()
     data = patched(
         data, (21, bytes([data[21] & 0xF0 | promised >> 32])), (22, struct.pack(">I", promised & 0xFFFFFFFF))

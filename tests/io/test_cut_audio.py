@@ -207,7 +207,7 @@ def test_one_channel_of_a_file_whose_header_is_wrong_is_read_whole(source, tmp_p
     np.testing.assert_allclose(right, -WAVE / 2, rtol=0, atol=2**-14)  # a step of 16 bits
 
 
-def test_what_lhotse_puts_together_sounds_as_lhotse_has_it(wav, tmp_path):
+def test_mixed_and_augmented_cuts_equal_lhotse(wav, tmp_path):
     from lhotse import Recording
 
     soundfile.write(tmp_path / "noise.wav", synthesize(1.0, seed=3), RATE)
@@ -246,13 +246,13 @@ TIMES = [{"start": math.nan}, {"start": -1.0}, {"duration": math.inf}, {"duratio
 
 
 @pytest.mark.parametrize("change", TIMES)
-def test_absurd_times_are_the_cuts_own_failure(change, wav, tmp_path):
+def test_absurd_times_fail_only_their_cut(change, wav, tmp_path):
     path = write(tmp_path / "c.jsonl.gz", [cut_of(recording("file", str(wav)), **change)])
     with pytest.raises(AudioError, match="cut a"):
         clips_of(path, tmp_path)["a"].audio(RATE, 100)
 
 
-def test_urls_are_read_when_asked_for_and_lead_nowhere_else(wav, tmp_path):
+def test_urls_are_read_on_request_without_foreign_redirects(wav, tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/ok.wav":
@@ -290,7 +290,7 @@ def test_urls_are_read_when_asked_for_and_lead_nowhere_else(wav, tmp_path):
         server.server_close()
 
 
-def test_a_broken_line_of_a_cuts_file_costs_its_clip_alone(wav, tmp_path):
+def test_invalid_line_of_a_cuts_file_fails_only_its_clip(wav, tmp_path):
     good = recording("file", str(wav))
     lines = [
         "\ufeff" + json.dumps(cut_of(good, "first")),
@@ -375,7 +375,7 @@ def shard(folder: Path, names: list[str], metas: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_a_bad_item_of_a_shar_costs_its_clip_alone(tmp_path):
+def test_invalid_item_of_a_shar_fails_only_its_clip(tmp_path):
     command = recording("command", f"touch {tmp_path}/PWNED", "command")
     metas = {
         "json": b"{no",

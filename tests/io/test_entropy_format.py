@@ -201,7 +201,7 @@ def test_hostile_blocks_with_right_checksums_raise(tmp_path):
 
 
 @pytest.mark.parametrize("value", ['"0123"', "5", "null", '["a"]', '"../../../../etc/x"', '"0123456789ABCDEF"'])
-def test_names_of_models_that_are_none_are_refused(tmp_path, value):
+def test_invalid_model_names_are_refused(tmp_path, value):
     path = write(tmp_path / "a.lfr", small_model(), [])
     data = path.read_bytes()
     text = re.sub(rb'"[0-9a-f]+"]', value.encode() + b"]", sections(path)[0][9:-4])
@@ -273,7 +273,7 @@ def test_tokens_outside_the_codebook_are_refused(tmp_path):
                 stream.write(np.full((6, 3), value))
 
 
-def test_killed_writer_leaves_its_blocks_to_recover(tmp_path):
+def test_blocks_of_a_killed_writer_can_be_recovered(tmp_path):
     """What a killed process leaves is the file without what follows any byte; blocks before it are whole."""
     model = small_model()
     parts = [random_tokens(model, 256, seed) for seed in range(3)]
@@ -285,7 +285,7 @@ def test_killed_writer_leaves_its_blocks_to_recover(tmp_path):
         assert read(tmp_path / "a.part", model, recover=True).shape[1] == 256 * whole
 
 
-def test_frames_live_in_one_block_each(tmp_path):
+def test_blocks_of_one_frame_are_read_back(tmp_path):
     """The shortest blocks there are: a stream that waits for nothing."""
     model = bundled_model()
     metadata = replace(RELEASED, fingerprint=model.spec.fingerprint)
@@ -349,7 +349,7 @@ while True:
 
 
 @pytest.mark.slow
-def test_what_a_killed_writer_leaves_is_whole_or_recovers(tmp_path):
+def test_output_of_a_killed_writer_is_complete_or_recoverable(tmp_path):
     model = small_model()
     expected = np.tile(likely_tokens(model, 40), (1, 30))
     path = tmp_path / "a.lfr"

@@ -69,7 +69,7 @@ def test_suffixes_of_the_media_extra_are_taken_too(tmp_path):
         "without",
     ],
 )
-def test_what_systems_leave_is_passed_over_and_counted(junk, tmp_path):
+def test_system_files_are_skipped_and_counted(junk, tmp_path):
     make(tmp_path, "a.wav", junk)
     found, lines = names(tmp_path)
     assert found == ["a.wav"]

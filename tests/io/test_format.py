@@ -219,7 +219,7 @@ def test_metadata_that_is_no_json_object_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "raw", [b"", b"RIFF0000WAVE", b"LFR", b"LFRT", b"LFRT\x01\xff\xff\xff\xff", b"LFRT\2\0\xff\xff"]
 )
-def test_what_is_no_token_file_is_refused(tmp_path, raw):
+def test_other_files_are_refused_as_token_files(tmp_path, raw):
     (tmp_path / "a.lfr").write_bytes(raw)
     assert outcome(tmp_path / "a.lfr") is None
 
@@ -265,7 +265,7 @@ def test_a_disk_that_is_full_from_the_start_keeps_no_file(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("key", ["fingerprint", "precision", "written_by"])
 @pytest.mark.parametrize("value", ["\ud800", "\x1b]0;title\x07", "a\nfingerprint  forged", "x" * 201, 5, None, ["a"]])
-def test_strings_for_a_person_are_short_and_printable(tmp_path, key, value):
+def test_untrusted_strings_in_messages_are_short_and_printable(tmp_path, key, value):
     path = write(tmp_path / "a.lfr", replace(RELEASED, **{key: value}), [], 0)
     with pytest.raises(TokenFileError, match=rf"a\.lfr: its metadata is invalid \({key} is") as caught:
         TokenReader(path)
@@ -565,7 +565,7 @@ def test_nothing_is_written_after_the_end(tmp_path, again):
 
 
 @pytest.mark.parametrize("num_samples", [5119.5, 5120.0, "5120", None, float("nan"), [5120]])
-def test_a_number_of_samples_that_is_none_is_named(tmp_path, num_samples):
+def test_invalid_num_samples_is_named(tmp_path, num_samples):
     with pytest.raises(TokensError, match="num_samples is"), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
         writer.write(random_tokens(RELEASED, 5))
         writer.finish(num_samples)
@@ -573,7 +573,7 @@ def test_a_number_of_samples_that_is_none_is_named(tmp_path, num_samples):
 
 
 @pytest.mark.parametrize(("start", "duration"), [("1", None), (None, 1), (0, "1"), ([0], None), (True, None), (0, 1j)])
-def test_a_span_that_is_no_number_of_seconds_is_named(tmp_path, start, duration):
+def test_invalid_span_in_seconds_is_named(tmp_path, start, duration):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 5)], 5 * 1024)
     with TokenReader(path) as reader, pytest.raises(TokenFileError, match="pass a number of seconds"):
         reader.samples_between(start, duration)

@@ -8,7 +8,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.journal import Journal
 
 
-def test_entries_come_back_and_a_line_that_was_cut_off_is_passed_by(tmp_path):
+def test_entries_are_read_back_without_truncated_lines(tmp_path):
     path = tmp_path / "done.jsonl"
     with Journal(path) as journal:
         journal.add(["a", 1])

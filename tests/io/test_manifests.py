@@ -14,7 +14,7 @@ from nemo_lfr.training.data import CodecDataset
 from tests.models import RATE, synthesize
 
 
-def test_one_rule_for_paths(monkeypatch, tmp_path):
+def test_all_readers_resolve_paths_alike(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     for name, expected in {
@@ -29,7 +29,7 @@ def test_one_rule_for_paths(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", [7, None, ["a"], "", "a\0b", "x" * 300, "\u8a9e" * 90 + ".wav", "\ud83d"])
-def test_a_name_that_no_file_has_is_an_error_of_its_line(name):
+def test_impossible_file_name_fails_only_its_line(name):
     with pytest.raises((TypeError, ValueError)):
         resolve_audio_path("audio", name)
 
@@ -56,7 +56,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_bad_line_costs_its_recording_alone(kind, tmp_path, caplog):
+def test_invalid_line_skips_only_its_recording(kind, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     soundfile.write(tmp_path / "a.wav", synthesize(1), RATE)
     bad = BAD_LINES[kind]
@@ -97,7 +97,7 @@ def test_home_folders_are_expanded(tmp_path, monkeypatch):
         read_manifest("~nobody-has-this-name/m.json")
 
 
-def test_evaluate_says_what_it_left_out_and_exits_with_1(tmp_path, capsys):
+def test_evaluate_reports_skipped_lines_with_exit_code_1(tmp_path, capsys):
     pytest.importorskip("jinja2", reason="pip install '.[eval]'")
     soundfile.write(tmp_path / "a.wav", synthesize(0.5), RATE)
     lines = ['{"audio_filepath": "a.wav", "duration": 0.5}', '{"audio_filepath": "a.wav", "duration": Infinity}']

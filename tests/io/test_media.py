@@ -212,7 +212,7 @@ def encoded(folder, kind, wave=None, rate=RATE, options=ENDS):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDS)
-def test_whatever_the_end_of_a_file_no_sample_is_lost_or_made_up_silently(tmp_path, caplog, kind):
+def test_no_sample_is_lost_or_invented_silently_at_the_end_of_a_file(tmp_path, caplog, kind):
     pytest.importorskip("av")
     data = encoded(tmp_path, kind)
     noise = np.random.default_rng(0).bytes(5000)
@@ -298,7 +298,7 @@ def test_of_several_audio_tracks_the_first_is_read_and_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("suffix", ["gsm", "vox"])
-def test_bytes_that_only_a_suffix_calls_audio_are_refused(tmp_path, suffix):
+def test_headerless_bytes_with_an_audio_suffix_are_refused(tmp_path, suffix):
     """libsndfile would decode any bytes as samples of 8 kHz."""
     (tmp_path / f"a.{suffix}").write_bytes(b"These are no samples.\n" * 100)
     with pytest.raises(AudioError, match="not an audio file: it has no header"):

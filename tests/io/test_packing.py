@@ -42,7 +42,7 @@ def test_a_token_outside_the_codebook_is_refused(bad):
         pack(np.full((8, 1), bad), 2016, 11)
 
 
-def test_a_number_that_no_frame_has_is_refused():
+def test_frame_value_out_of_range_is_refused():
     with pytest.raises(TokensError, match=r"2016\^8"):
         unpack((2016**8).to_bytes(11, "little"), 2016, 8, 11)
 

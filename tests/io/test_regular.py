@@ -43,7 +43,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_file_is_refused_at_once(kind, reader, tmp_path, monkeypatch):
+def test_non_regular_path_is_refused_without_blocking(kind, reader, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's name must be short
     path = Path("tokens.json")
     KINDS[kind](path)
@@ -53,14 +53,14 @@ def test_what_is_no_file_is_refused_at_once(kind, reader, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_transcript_that_is_no_file_costs_its_clip(kind, tmp_path, monkeypatch):
+def test_non_regular_transcript_fails_only_its_clip(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     KINDS[kind](Path("a.txt"))
     assert text_of(Path("a.txt")) == ({}, f"its transcript a.txt: is {kind}, not a regular file; give the file itself")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_record_that_is_no_file_is_no_record(kind, tmp_path, monkeypatch):
+def test_non_regular_record_is_ignored(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ShardRecord.folder(Path()).mkdir(parents=True)
     KINDS[kind](ShardRecord.path(Path(), 0))

@@ -34,7 +34,7 @@ def raising(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("name", SHORTAGES)
-def test_a_file_that_there_is_no_room_for_costs_that_file(name, tmp_path, capsys):
+def test_out_of_memory_fails_only_its_file(name, tmp_path, capsys):
     run_short, said = SHORTAGES[name]
     jobs = [FileTask(tmp_path / f"{number}.wav", tmp_path / f"{number}.lfr") for number in range(3)]
 
@@ -72,7 +72,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_a_package_that_is_there_but_fails_is_not_called_missing(line, tmp_path, monkeypatch):
+def test_failing_installed_package_is_not_reported_as_missing(line, tmp_path, monkeypatch):
     if line is not None:
         (tmp_path / "whole.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
@@ -108,7 +108,7 @@ def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["encode", "a.wav"], ["tokenize", "/x", "--out", "/y"], ["info"], ["demo"]], ids=str
 )
-def test_a_current_folder_that_is_gone_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+def test_removed_current_folder_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "gone"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -74,7 +74,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_costs_one_row(tmp_path, case):
+def test_invalid_row_skips_only_itself(tmp_path, case):
     name, row, problem = BAD_ROWS[case]
     good = {"t.csv": b"a.wav,hi", "t.tsv": b"a.wav\thi", "t.jsonl": b'{"file_name": "a.wav", "text": "hi"}'}[name]
     header = {"t.csv": [b"file_name,text"], "t.tsv": [b"file_name\ttext"], "t.jsonl": []}[name]
@@ -95,7 +95,7 @@ def test_a_bad_row_costs_one_row(tmp_path, case):
         (b"file_name,\xe9\n", "header cannot be read"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(tmp_path, data, message):
+def test_invalid_table_is_refused(tmp_path, data, message):
     path = tmp_path / "t.csv"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=message):

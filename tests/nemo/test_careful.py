@@ -78,7 +78,7 @@ LINES = {
 
 
 @pytest.mark.parametrize(("name", "place"), [*((name, BAD) for name in LINES), ("no JSON", 0), ("no keys", COUNT - 1)])
-def test_a_bad_line_of_a_nemo_manifest_costs_its_clip(name, place, tmp_path, caplog):
+def test_invalid_line_of_a_nemo_manifest_skips_only_its_clip(name, place, tmp_path, caplog):
     lines = [line.encode() for line in manifest(tmp_path)]
     lines[place] = LINES[name]
     path = tmp_path / "m.json"
@@ -94,7 +94,7 @@ def test_a_bad_line_of_a_nemo_manifest_costs_its_clip(name, place, tmp_path, cap
     ("name", "place"),
     [("no JSON", 0), ("no JSON", BAD), ("no keys", COUNT - 1), ("a number", 0), ("Latin-1", BAD), ("deep", BAD)],
 )
-def test_a_bad_line_of_a_cuts_file_costs_its_clip(name, place, packed, tmp_path, caplog):
+def test_invalid_line_of_a_cuts_file_skips_only_its_clip(name, place, packed, tmp_path, caplog):
     path = tmp_path / "cuts.jsonl"
     cuts(tmp_path, COUNT).to_file(path)
     lines = path.read_bytes().splitlines()
@@ -145,7 +145,7 @@ def cut_tar(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("damage", [break_line, break_json_in_tar, cut_tar])
-def test_damage_in_a_shar_costs_the_clips_it_meets(damage, tmp_path, caplog):
+def test_damage_in_a_shar_skips_only_the_damaged_clips(damage, tmp_path, caplog):
     folder = shar(tmp_path)
     lost = damage(folder)
     assert lengths(shar_path=str(folder)) == expected(*lost)
@@ -167,20 +167,20 @@ def test_every_form_of_a_section_is_read_carefully(form, tmp_path, caplog):
     assert sum("skipped" in record.message for record in caplog.records) == 1
 
 
-def test_training_goes_on_too(tmp_path, caplog):
+def test_training_continues_after_invalid_lines(tmp_path, caplog):
     lines = manifest(tmp_path)
     (tmp_path / "m.json").write_text("\n".join([*lines, "not JSON"]) + "\n")
     assert len(lengths(False, manifest_filepath=str(tmp_path / "m.json"), force_finite=True)) == COUNT
 
 
-def test_a_file_of_bad_lines_alone_is_an_error(tmp_path):
+def test_file_of_only_invalid_lines_raises(tmp_path):
     (tmp_path / "m.json").write_text("a\nb\n")
     with pytest.raises(ConfigError, match=r"none of 2 lines can be used; the first error: .*m\.json, line 1"):
         lengths(manifest_filepath=str(tmp_path / "m.json"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_bad_line_beside_tar_files_says_which_line_to_mend(shards, tmp_path):
+def test_invalid_line_for_a_tar_file_is_named(shards, tmp_path):
     lines = manifest(tmp_path)
     for shard in range(shards):
         with tarfile.open(tmp_path / f"audio_{shard}.tar", "w") as archive:
@@ -201,7 +201,7 @@ def test_a_bad_line_beside_tar_files_says_which_line_to_mend(shards, tmp_path):
         assert set(found) == set(expected(BAD))
 
 
-def test_a_bad_line_beside_another_file_of_lines_says_which_line_to_mend(tmp_path):
+def test_invalid_line_of_a_parallel_manifest_is_named(tmp_path):
     """To leave it out would give all later clips another one's line of that file."""
     lines = manifest(tmp_path)
     (tmp_path / "m.json").write_text("\n".join([*lines[:BAD], "not JSON", *lines[BAD:]]) + "\n")

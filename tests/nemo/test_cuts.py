@@ -73,7 +73,7 @@ def test_cuts_without_target_audio_short_ones_and_other_rates_are_read_too(tmp_p
     assert length == pytest.approx(RATE * RATE / 16000, abs=2)
 
 
-def test_a_cut_that_cannot_be_read_is_named_once_and_left_out(tmp_path, caplog):
+def test_unreadable_cut_is_logged_once_and_skipped(tmp_path, caplog):
     some = cuts(tmp_path, 2)
     (tmp_path / "0.wav").write_bytes(b"RIFF")
     dataset = CutDataset(RATE)

@@ -85,7 +85,7 @@ def trained_file(tmp_path_factory, wavlm_folder):
     return path
 
 
-def test_a_training_checkpoint_opens_at_both_doors(tmp_path, trained_file):
+def test_training_checkpoint_opens_in_both_apis(tmp_path, trained_file):
     """As Lightning writes it from stock NeMo: no code of it runs, and the tokens are the model's."""
     stock = StockModel.restore_from(str(trained_file), map_location="cpu").eval()
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
@@ -102,7 +102,7 @@ def test_a_training_checkpoint_opens_at_both_doors(tmp_path, trained_file):
     assert torch.equal(tokens, expected)
 
 
-def test_the_parts_are_the_light_doors_modules(nemo_file):
+def test_model_is_built_from_standalone_modules(nemo_file):
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     assert type(model.audio_encoder) is HiFiGANEncoder
     assert isinstance(model, StockModel)
@@ -193,7 +193,7 @@ def test_a_failed_restore_leaves_nemos_state_clean(nemo_file, tmp_path):
 
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_hostile_file_is_refused_at_nemos_door_too(case, tmp_path):
+def test_restore_from_refuses_hostile_file(case, tmp_path):
     make, match = HOSTILE[case]
     path = tmp_path / "stranger.nemo"
     path.write_bytes(make())
@@ -238,7 +238,7 @@ def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rat
     assert decoded.shape == (2, max(decoded_len))
 
 
-def test_audio_with_a_gradient_is_not_resampled_in_silence(nemo_file):
+def test_resampling_audio_that_requires_grad_raises(nemo_file):
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     audio = speech_like(8000)[None].requires_grad_()
     with pytest.raises(AudioError, match="16000 Hz requires a gradient"):
@@ -288,14 +288,14 @@ def test_accelerate_changes_a_stock_model_in_place_and_keeps_its_mode(nemo_file)
 
 
 @pytest.mark.parametrize("what", [None, "codec.nemo", torch.nn.Identity(), AudioCodecModel])
-def test_accelerate_says_what_it_takes(what):
+def test_accelerate_names_the_expected_type(what):
     with pytest.raises(ConfigError, match=f"{type(what).__name__} is not NeMo's AudioCodecModel"):
         nemo_lfr.accelerate(what)
 
 
 @pytest.mark.parametrize("rate", [0, -5, "16000", float("nan"), float("inf"), True, 99, 10**7])
 @pytest.mark.parametrize("method", ["encode", "encode_audio", "forward", "standalone"])
-def test_a_sample_rate_that_is_none_is_named(nemo_file, rate, method):
+def test_invalid_sample_rate_is_named(nemo_file, rate, method):
     codec = (
         nemo_lfr.load(nemo_file, device="cpu") if method == "standalone" else AudioCodecModel.restore_from(nemo_file)
     )
@@ -318,7 +318,7 @@ def test_accelerate_of_a_subclass_replaces_the_parts_only(nemo_file):
     assert torch.equal(tokens, expected)
 
 
-def test_magpies_habits_work(nemo_file):
+def test_usage_patterns_of_magpie_work(nemo_file):
     """Magpie-TTS deletes the discriminator and freezes the codec; a duplex model encodes under autocast."""
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     del model.discriminator

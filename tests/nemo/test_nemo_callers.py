@@ -128,7 +128,7 @@ def test_wrapped_names_load_into_every_model(nemo_file, expected, wrapping, targ
 
 
 @pytest.mark.parametrize("target", ["ours", "ours, compiled"])
-def test_as_a_part_of_another_module_it_writes_and_reads_plain_names(nemo_file, expected, target):
+def test_submodule_saves_and_loads_plain_names(nemo_file, expected, target):
     state = torch.nn.ModuleDict({"codec": MODELS["ours, compiled"](nemo_file)}).state_dict()
     assert "_orig_mod" not in str(list(state)) + str(state._metadata)
     assert all(key.startswith("codec.") for key in state)
@@ -217,7 +217,7 @@ def deleted_quantizer(model):
     ("spoil", "message"),
     [(on_meta, "meta device"), (no_encoder, "audio_encoder is None"), (deleted_quantizer, "vector_quantizer is None")],
 )
-def test_a_model_without_weights_to_keep_is_refused_in_words(nemo_file, spoil, message):
+def test_accelerate_names_the_fault_of_an_unusable_model(nemo_file, spoil, message):
     model = spoil(stock_model(nemo_file))
     with pytest.raises(ConfigError, match=message):
         accelerate(model)
@@ -304,7 +304,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_what_is_no_state_dict_of_this_codec_is_named_and_changes_nothing(nemo_file, expected, strange):
+def test_invalid_state_dict_is_named_and_changes_nothing(nemo_file, expected, strange):
     change, message = STRANGE[strange]
     model = ours(nemo_file)
     with pytest.raises(CheckpointError, match=message):
@@ -345,7 +345,7 @@ def test_a_path_that_cannot_be_written_is_named(nemo_file, tmp_path, name, messa
 
 
 @pytest.mark.parametrize("path", ["", None, 5, b"codec.nemo"])
-def test_what_is_no_path_is_named(nemo_file, path):
+def test_invalid_path_argument_is_named(nemo_file, path):
     with pytest.raises(CheckpointError, match="save_path is"):
         ours(nemo_file).save_to(path)
 

@@ -206,7 +206,7 @@ def stock_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         yield encode
 
 
-def test_what_we_save_opens_in_a_process_that_has_only_stock(reference, stock_tokens, tmp_path):
+def test_saved_file_opens_in_nemo_without_this_package(reference, stock_tokens, tmp_path):
     saved = tmp_path / "saved.nemo"
     nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu").save_to(saved)
     np.save(tmp_path / "clip.npy", reference.clips[0].numpy())
@@ -224,7 +224,7 @@ def test_the_cards_snippet_runs_as_printed(reference):
     assert output_audio.shape == (1, encoded_tokens.shape[2] * model.samples_per_frame)
 
 
-def test_files_written_by_ours_are_named_by_nemo_only(reference, tmp_path):
+def test_written_files_name_only_nemo_classes(reference, tmp_path):
     from nemo_lfr.checkpoint import read_config
 
     saved = tmp_path / "saved.nemo"

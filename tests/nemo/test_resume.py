@@ -29,7 +29,7 @@ def make(folder, *names):
         (["e=0-last.ckpt", "e=1.ckpt.01234567.part"], {"e=0-last.ckpt": "e=0-last.ckpt"}),
     ],
 )
-def test_the_last_whole_checkpoint_is_what_the_next_run_finds(tmp_path, files, expected):
+def test_next_run_finds_the_last_complete_checkpoint(tmp_path, files, expected):
     make(tmp_path / "run" / "checkpoints", *files)
     tidy_checkpoints(tmp_path / "run")
     assert {path.name: path.read_text() for path in (tmp_path / "run" / "checkpoints").iterdir()} == expected
@@ -62,7 +62,7 @@ def test_the_last_whole_checkpoint_is_what_the_next_run_finds(tmp_path, files, e
         ),
     ],
 )
-def test_a_marked_checkpoint_that_is_whole_is_not_lost(tmp_path, files, cut, expected):
+def test_complete_checkpoint_with_a_marker_is_kept(tmp_path, files, cut, expected):
     """The newest is marked: the run was killed before or after it was put in place."""
     for age, name in enumerate(files):
         torch.save({"value": name}, tmp_path / name)
@@ -93,7 +93,7 @@ def test_an_unfinished_folder_stays_marked(tmp_path):
     ],
 )
 @pytest.mark.parametrize("resumes", [True, False])
-def test_the_folder_that_nemo_looks_into_is_tidied_if_it_resumes(folder, settings, resumes, tmp_path, monkeypatch):
+def test_experiment_folder_is_tidied_only_for_resuming(folder, settings, resumes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / folder, "e=0.ckpt", "e=1-last.ckpt", "e=1-last-unfinished")
     tidy_experiment({**settings, "resume_if_exists": resumes})
@@ -102,7 +102,7 @@ def test_the_folder_that_nemo_looks_into_is_tidied_if_it_resumes(folder, setting
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"resume_if_exists": True}])
-def test_where_there_is_nothing_to_resume_nothing_happens(settings, tmp_path, monkeypatch):
+def test_nothing_happens_without_a_run_to_resume(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tidy_experiment(settings)
     assert not list(tmp_path.iterdir())

@@ -328,7 +328,7 @@ def test_the_copy_of_wavlm_in_a_stock_checkpoint_is_used_where_its_name_leads_no
     torch.testing.assert_close(scores[0], expected[0], rtol=0, atol=1e-5)
 
 
-def test_wavlm_that_is_nowhere_is_named_when_the_first_step_needs_it(wavlm, monkeypatch):
+def test_missing_wavlm_is_named_at_the_first_step(wavlm, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = training_config([wavlm | {"slm_model_name": "nobody/no-such-model"}])
     model = AudioCodecModel(OmegaConf.create(config))
@@ -619,7 +619,7 @@ def test_bf16_mixed_learns_what_fp32_does_and_quantizes_in_fp32(tmp_path, monkey
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
 
 
-def test_what_a_person_watches_is_logged(tmp_path):
+def test_speed_perplexity_and_levels_are_logged(tmp_path):
     _, trainer = fitted(tmp_path)
     assert trainer.callback_metrics["samples_per_second"] > 0
     model = AudioCodecModel.restore_from(bundled_checkpoint(), map_location="cpu")
@@ -641,7 +641,7 @@ def test_gradients_are_clipped_to_the_norm_that_the_config_names(tmp_path):
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+def test_non_finite_step_changes_nothing(tmp_path):
     _, model = models(tmp_path, training_config([STFT], skip_nan_gradients=True))
     bad = batch(frames=8)
     bad["audio"][0, 100] = float("nan")

@@ -82,7 +82,7 @@ WITH_DISCRIMINATORS = ["discriminators={from_update: 1, learn_alone: 1, ramp: 2,
 
 @pytest.mark.parametrize("overrides", [[], WITH_DISCRIMINATORS], ids=["spectra", "discriminators"])
 @pytest.mark.parametrize("stop", slow_except([1, 2, 3], 2))
-def test_a_run_that_was_killed_goes_on_with_the_same_updates(manifest, tmp_path, overrides, stop):
+def test_resumed_run_makes_the_same_updates(manifest, tmp_path, overrides, stop):
     settings = settings_of(manifest, tmp_path / "run", *overrides)
     whole = run_of(settings, manifest)
     whole_terms = [whole.update() for _ in range(4)]
@@ -238,7 +238,7 @@ def bundled_sizes(overrides: list[str]) -> list[str]:
     ]
 
 
-def test_a_state_of_the_trial_script_goes_on_with_the_same_updates(manifest, tmp_path):
+def test_state_of_the_trial_script_resumes_with_the_same_updates(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *bundled_sizes([]))
     run = run_of(settings, manifest)
     run.update()
@@ -326,7 +326,7 @@ def test_a_users_mistake_with_another_command_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "empty.json"]
 
 
-def test_a_run_that_is_over_says_so_and_stays_as_it_is(manifest, tmp_path, caplog):
+def test_finished_run_is_reported_and_unchanged(manifest, tmp_path, caplog):
     settings = settings_of(manifest, tmp_path / "run", "updates=1")
     run = run_of(settings, manifest)
     run.update()

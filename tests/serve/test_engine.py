@@ -96,7 +96,7 @@ def test_input_after_an_error_does_not_wait():
     with_engine(work)
 
 
-def test_empty_pieces_are_not_kept():
+def test_empty_chunks_are_not_queued():
     async def work(engine):
         with engine.decoder() as session:
             for _ in range(100):

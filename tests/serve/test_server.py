@@ -122,7 +122,7 @@ def test_an_encoded_stream_has_the_tokens_of_the_recording(server, rate, form):
 
 
 @pytest.mark.slow
-def test_streams_side_by_side_get_what_each_gets_alone(server, tokens):
+def test_concurrent_streams_equal_single_streams(server, tokens):
     alone = [decoded(server, np.roll(tokens, number, axis=1), 5) for number in range(6)]
     together = [None] * 6
 
@@ -250,7 +250,7 @@ def test_bad_json_is_an_error_of_the_client(server, body):
     assert status == 400 and json.loads(text)["error"]
 
 
-def test_limits_end_what_exceeds_them(tokens):
+def test_streams_that_exceed_limits_are_ended(tokens):
     limits = StreamLimits(idle_s=0.3, max_seconds=0.5, max_message_bytes=2000)
     settings = Settings(EngineLimits(max_streams=2), limits, max_body_bytes=1000)
     with running(settings) as server:
@@ -269,7 +269,7 @@ def test_limits_end_what_exceeds_them(tokens):
 
 
 @pytest.mark.slow
-def test_a_client_that_does_not_read_is_cut_off_and_holds_little(tokens):
+def test_client_that_does_not_read_is_disconnected_with_bounded_memory(tokens):
     limits = EngineLimits(max_pending_s=1, max_uncollected_s=1)
     with running(Settings(limits, StreamLimits(send_s=0.5, idle_s=30))) as server:
         message = tokens_message(np.tile(tokens, (1, 400)))  # 138 KB, and 35 MB of audio
@@ -284,7 +284,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_little(tokens):
         assert len(engine) == 0
 
 
-def test_a_client_whose_pongs_wait_is_not_cut_off(server, tokens, monkeypatch):
+def test_client_with_delayed_pongs_is_not_disconnected(server, tokens, monkeypatch):
     """The server does not read while it has enough input, so pongs wait."""
     settings = Settings(EngineLimits(max_pending_s=0.1))
     monkeypatch.setattr("tests.serve.running.server_config", _with_fast_pings)

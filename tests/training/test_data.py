@@ -85,7 +85,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "truncated"])
-def test_a_broken_file_is_named_once_and_another_taken(tmp_path, caplog, kind, monkeypatch):
+def test_unreadable_file_is_logged_once_and_replaced(tmp_path, caplog, kind, monkeypatch):
     """Stock stops, or trains on half a file in silence."""
     monkeypatch.setitem(sys.modules, "av", None)
     good = synthesize(1)
@@ -179,7 +179,7 @@ def test_ranks_that_begin_after_the_sampler_was_made_draw_their_own_shares(tmp_p
     assert list(sampler) == second
 
 
-def test_a_loader_that_is_told_to_shuffle_does(tmp_path):
+def test_loader_with_shuffle_shuffles(tmp_path):
     meta = corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(8)})
     dataset = {"_target_": "nemo_lfr.training.data.CodecDataset", "dataset_meta": meta, "sample_rate": RATE}
     for n_samples in (None, 1024):

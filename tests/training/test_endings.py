@@ -38,7 +38,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_what_is_no_programs_fault_is_one_line(name):
+def test_user_errors_are_one_line(name):
     error, text = LINES[name]
     with pytest.raises(SystemExit, match=text) as caught, ending_in_one_line("runs"):
         raise error

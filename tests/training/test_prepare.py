@@ -120,7 +120,7 @@ def test_files_that_cannot_be_used_are_listed_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_file_that_needs_an_extra_costs_itself_alone(tmp_path, monkeypatch, check):
+def test_file_that_needs_an_extra_fails_alone(tmp_path, monkeypatch, check):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "corpus").mkdir()
     soundfile.write(tmp_path / "corpus" / "a.wav", synthesize(1), RATE)
@@ -190,7 +190,7 @@ def test_a_file_replaced_since_an_interrupted_run_is_opened_again(tmp_path, monk
     assert set(durations.values()) == {0.5}
 
 
-def test_what_failed_is_opened_again(tmp_path):
+def test_failed_files_are_opened_again(tmp_path):
     for index in range(2):
         text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
     with pytest.raises(NemoLfrError, match="none of 2 files can be opened"):
@@ -215,7 +215,7 @@ def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_pat
     assert [entry["duration"] for entry in entries] == [1.0] * 3
 
 
-def test_what_is_there_of_another_run_is_named(tmp_path):
+def test_files_of_another_run_are_named(tmp_path):
     folder(tmp_path / "corpus")
     assert not prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.5).kept
     again = prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0)
@@ -224,7 +224,7 @@ def test_what_is_there_of_another_run_is_named(tmp_path):
 
 @pytest.mark.parametrize("speakers", [1, 2, 5, 10])
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.999])
-def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
+def test_hold_out_leaves_both_splits_nonempty(speakers, share):
     few = [
         CorpusUtterance(Path(f"{speaker}/{index}.wav"), f"s{speaker}")
         for speaker in range(speakers)
@@ -233,7 +233,7 @@ def test_somebody_is_held_out_and_somebody_is_not(speakers, share):
     assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
 
 
-def test_a_corpus_that_is_not_as_it_was_published_is_one_sentence(tmp_path, monkeypatch):
+def test_unpublished_corpus_layout_is_one_line(tmp_path, monkeypatch):
     librispeech(tmp_path / "corpus")
     monkeypatch.chdir(tmp_path / "corpus" / "LibriSpeech" / "dev-clean")
     assert "valid" in prepare("librispeech", Path("."), tmp_path / "out").splits
@@ -253,7 +253,7 @@ TRANSCRIPTS = {
 
 
 @pytest.mark.parametrize("kind", TRANSCRIPTS)
-def test_a_bad_transcript_costs_its_clip_alone(tmp_path, kind):
+def test_invalid_transcript_fails_only_its_clip(tmp_path, kind):
     for name in "abc":
         audio(tmp_path / "corpus" / f"{name}.wav", 0.1)
         text(tmp_path / "corpus" / f"{name}.txt", f"text of {name}")
@@ -286,7 +286,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_bad_row_of_common_voice_costs_its_clip_alone(tmp_path, kind):
+def test_invalid_row_of_common_voice_fails_only_its_clip(tmp_path, kind):
     language = tmp_path / "cv" / "de"
     for number in (1, 3):
         audio(language / "clips" / f"c{number}.mp3")
@@ -318,7 +318,7 @@ def test_spontaneous_speech_is_common_voice_too(tmp_path):
     ]
 
 
-def test_a_bad_line_of_a_transcript_costs_its_clip_alone(tmp_path):
+def test_invalid_line_of_a_transcript_fails_only_its_clip(tmp_path):
     librispeech(tmp_path / "ls")
     path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
     path.write_bytes(b"19-1-0000 HELLO \xe9\n19-1-0001 AGAIN\n")
@@ -334,7 +334,7 @@ def test_a_bad_line_of_a_transcript_costs_its_clip_alone(tmp_path):
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "../../../a_b_c", "a_b/_c", "a_b_" + "c" * 300, "a_" + "b/" * 3000 + "_c"]
 )
-def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name):
+def test_invalid_file_name_in_a_transcript_fails_only_its_line(tmp_path, name):
     librispeech(tmp_path / "ls")
     path = tmp_path / "ls" / "LibriSpeech" / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
     path.write_text(f"{path.read_text().strip()}\n{name} AGAIN\n")
@@ -348,7 +348,7 @@ def test_a_transcripts_name_that_is_no_files_costs_its_line_alone(tmp_path, name
         assert " is not " in failure["error"] and ", line " in failure["input"]
 
 
-def test_who_is_held_out_does_not_change_when_a_corpus_grows():
+def test_growing_corpus_keeps_its_validation_speakers():
     many = [
         CorpusUtterance(Path(f"{speaker}/{index}.wav"), str(speaker)) for speaker in range(500) for index in range(2)
     ]
@@ -368,7 +368,7 @@ def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kin
         prepare(kind, tmp_path / "none", tmp_path / "out")
 
 
-def test_the_command_says_what_it_wrote_and_what_was_wrong(tmp_path, capsys):
+def test_command_reports_its_output_and_the_failures(tmp_path, capsys):
     folder(tmp_path / "corpus")
     (tmp_path / "corpus" / "bad.wav").write_bytes(b"no")
     with pytest.raises(SystemExit, match="1"):
@@ -422,7 +422,7 @@ def test_a_file_that_is_listed_twice_is_used_once(tmp_path, kind):
     assert len(failures) == (1 if kind == "librispeech" else 2) and all("more than once" in line for line in failures)
 
 
-def test_an_edited_journal_is_read_as_far_as_it_makes_sense(tmp_path):
+def test_invalid_entries_of_a_journal_are_ignored(tmp_path):
     corpus, out = tmp_path / "c", tmp_path / "out"
     for name in "abcd":
         audio(corpus / f"{name}.wav", 0.5)

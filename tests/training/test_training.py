@@ -89,13 +89,13 @@ def test_losses_have_finite_gradients_at_silence(loss):
     assert gen.grad is not None and torch.isfinite(gen.grad).all()
 
 
-def test_a_closer_signal_costs_less(loss):
+def test_closer_signal_has_a_smaller_loss(loss):
     noise = torch.randn(speech().shape, generator=torch.Generator().manual_seed(0))
     near, far = (distances(loss, speech(), speech() + size * noise, None, TERMS) for size in (0.001, 0.1))
     assert all(near[name] < far[name] for name in TERMS)
 
 
-def test_what_lies_after_a_clips_end_does_not_count(loss):
+def test_samples_after_a_clips_end_are_ignored(loss):
     real, gen = F.pad(speech(), (0, 4000)), F.pad(speech(seed=1), (0, 4000))
     noisy = gen.clone()
     noisy[:, speech().shape[-1] + 1100 :] = 1  # further than the longest window reaches
@@ -104,7 +104,7 @@ def test_what_lies_after_a_clips_end_does_not_count(loss):
     assert all(torch.equal(first[name], second[name]) for name in TERMS)
 
 
-def test_si_sdr_is_the_known_figure():
+def test_si_sdr_equals_a_known_value():
     real = speech()
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     noise -= noise.mean()
@@ -161,7 +161,7 @@ def test_initialization_leaves_no_hook_behind():
         assert not any(module._forward_hooks for module in part.modules())
 
 
-def test_spread_costs_a_dimension_that_stands_still_or_off_centre():
+def test_spread_loss_penalizes_constant_or_uncentered_dimensions():
     wide = torch.randn(2, 3, 400, generator=torch.Generator().manual_seed(0))
     wide = (wide - wide.mean(dim=(0, 2), keepdim=True)) / wide.std(dim=(0, 2), keepdim=True)
     assert losses.spread(wide) == pytest.approx(0, abs=1e-5)
