@@ -59,7 +59,7 @@ def edit_manifest(folder: Path, change: Callable[[dict], object], number: int = 
 
 
 def edit_cuts(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / "cuts" / "cuts.000000.jsonl.gz"
+    path = folder / "shar" / "cuts.000000.jsonl.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     cut = json.loads(lines[0])
     changed = change(cut)
@@ -69,7 +69,7 @@ def edit_cuts(folder: Path, change: Callable[[dict], object]) -> None:
 
 def edit_tar(folder: Path, change: Callable[[tarfile.TarInfo, bytes], tuple[str, bytes]]) -> None:
     """Change the first two members, which are one clip's."""
-    path = folder / "target_codes" / "codes.000000.tar"
+    path = folder / "shar" / "target_codes.000000.tar"
     with tarfile.open(path) as old:
         members = [(member, old.extractfile(member).read()) for member in old.getmembers()]
     with tarfile.open(path, "w") as new:
@@ -236,22 +236,22 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
     "lfr: gone": ("lfr", lambda f: (f / "tokens/s0/clip0.lfr").unlink(), 2, "no such file"),
     "shar: cuts cut": (
         "shar",
-        lambda f: os.truncate(f / "cuts/cuts.000000.jsonl.gz", (f / "cuts/cuts.000000.jsonl.gz").stat().st_size - 8),
+        lambda f: os.truncate(f / "shar/cuts.000000.jsonl.gz", (f / "shar/cuts.000000.jsonl.gz").stat().st_size - 8),
         1,
         "",
     ),
-    "shar: cuts of 12 bytes": ("shar", lambda f: os.truncate(f / "cuts/cuts.000000.jsonl.gz", 12), 1, "12 bytes"),
+    "shar: cuts of 12 bytes": ("shar", lambda f: os.truncate(f / "shar/cuts.000000.jsonl.gz", 12), 1, "12 bytes"),
     "shar: cuts empty": (
         "shar",
-        lambda f: (f / "cuts/cuts.000000.jsonl.gz").write_bytes(gzip.compress(b"")),
+        lambda f: (f / "shar/cuts.000000.jsonl.gz").write_bytes(gzip.compress(b"")),
         1,
         "cuts.000000",
     ),
-    "shar: tar cut": ("shar", lambda f: os.truncate(f / "target_codes/codes.000000.tar", 700), 1, "700 bytes"),
-    "shar: tar empty": ("shar", lambda f: os.truncate(f / "target_codes/codes.000000.tar", 0), 1, "0 bytes"),
+    "shar: tar cut": ("shar", lambda f: os.truncate(f / "shar/target_codes.000000.tar", 700), 1, "700 bytes"),
+    "shar: tar empty": ("shar", lambda f: os.truncate(f / "shar/target_codes.000000.tar", 0), 1, "0 bytes"),
     "shar: tar noise": (
         "shar",
-        lambda f: (f / "target_codes/codes.000000.tar").write_bytes(bytes(range(256)) * 40),
+        lambda f: (f / "shar/target_codes.000000.tar").write_bytes(bytes(range(256)) * 40),
         1,
         "",
     ),

@@ -213,7 +213,7 @@ def test_run_with_another_codec_is_not_resumed(source, kind, folder, model):
     tokenize(TokenizeConfig(str(path), str(out), kind, model=str(model)), workers=1, device="cpu")
     text = {
         "manifest": lambda: (out / "manifest.json").read_text(),
-        "shar": lambda: gzip.decompress((out / "cuts" / "cuts.000000.jsonl.gz").read_bytes()).decode(),
+        "shar": lambda: gzip.decompress((out / "shar" / "cuts.000000.jsonl.gz").read_bytes()).decode(),
         "parquet": lambda: str(pq.read_table(out / "data" / "000000.parquet").column("labels").to_pylist()),
     }[kind]()
     assert "stale" not in text and "x.lfr" not in text

@@ -242,18 +242,18 @@ def _flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "shar tar ends at a member": ("shar", "target_codes/codes.000000.tar", _cut_tar_at_a_member),
-    "shar tar is empty": ("shar", "target_codes/codes.000000.tar", lambda path: path.write_bytes(b"")),
+    "shar tar ends at a member": ("shar", "shar/target_codes.000000.tar", _cut_tar_at_a_member),
+    "shar tar is empty": ("shar", "shar/target_codes.000000.tar", lambda path: path.write_bytes(b"")),
     "shar tar without members": (
         "shar",
-        "target_codes/codes.000000.tar",
+        "shar/target_codes.000000.tar",
         lambda path: tarfile.open(path, "w").close(),
     ),
-    "shar tar is cut": ("shar", "target_codes/codes.000000.tar", lambda path: os.truncate(path, 700)),
-    "shar tar is missing": ("shar", "target_codes/codes.000000.tar", lambda path: path.unlink()),
-    "cuts are empty": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b""))),
-    "cuts are no bytes": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: path.write_bytes(b"")),
-    "cuts are cut": ("shar", "cuts/cuts.000000.jsonl.gz", lambda path: os.truncate(path, path.stat().st_size - 8)),
+    "shar tar is cut": ("shar", "shar/target_codes.000000.tar", lambda path: os.truncate(path, 700)),
+    "shar tar is missing": ("shar", "shar/target_codes.000000.tar", lambda path: path.unlink()),
+    "cuts are empty": ("shar", "shar/cuts.000000.jsonl.gz", lambda path: path.write_bytes(gzip.compress(b""))),
+    "cuts are no bytes": ("shar", "shar/cuts.000000.jsonl.gz", lambda path: path.write_bytes(b"")),
+    "cuts are cut": ("shar", "shar/cuts.000000.jsonl.gz", lambda path: os.truncate(path, path.stat().st_size - 8)),
     "parquet is shorter": ("parquet", "data/000000.parquet", _fewer_rows),
     "parquet is cut": ("parquet", "data/000000.parquet", lambda path: os.truncate(path, 300)),
     "parquet is missing": ("parquet", "data/000000.parquet", lambda path: path.unlink()),

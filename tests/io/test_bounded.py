@@ -84,7 +84,7 @@ def test_expanding_member_of_an_input_shar_fails_only_its_clip(kind, packed, tmp
 @pytest.mark.parametrize("kind", HEADERS)
 def test_a_member_of_tokens_that_expands_is_damage(kind, tmp_path):
     write_tokens(tmp_path, "shar", [1])
-    (tmp_path / "target_codes" / "codes.000000.tar").write_bytes(HEADERS[kind] + member("a.json", b"{}"))
+    (tmp_path / "shar" / "target_codes.000000.tar").write_bytes(HEADERS[kind] + member("a.json", b"{}"))
     results = list(TokenFolder(tmp_path).read(0))
     assert results and all(isinstance(result, TokenFileError) for result in results)
     assert not any("Memory" in str(result) for result in results)

@@ -1,8 +1,9 @@
-"""Lhotse Shar, as NeMo's Magpie trainer reads it.
+"""Lhotse Shar, as Lhotse and NeMo's Magpie trainer read it.
 
-Files: `cuts/cuts.000000.jsonl.gz`, `target_codes/codes.000000.tar` and, with contexts,
-`context_codes/codes.000000.tar`. Arrays have shape [C, T]. `input_cfg.yaml` is the section of a training config that
-reads all shards.
+Files: `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts, `shar/context_codes.000000.tar`.
+Arrays have shape [C, T]. `CutSet.from_shar(in_dir="OUT/shar")` reads them, and so does NeMo with `input_cfg.yaml`, the
+section of a training config. Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`.
+Such folders are still read, and a run that began with them keeps their names.
 """
 
 import gzip
@@ -39,6 +40,30 @@ from nemo_lfr.io.shortage import require
 SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # Magpie's notation of a speaker
 
 
+class Layout:
+    """Names of the files of a Shar, current or of earlier versions.
+
+    Args:
+        folder: the output folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._is_earlier = (folder / "cuts").is_dir()
+
+    @property
+    def cuts_folder(self) -> str:
+        """Folder of the cuts files."""
+        return "cuts" if self._is_earlier else "shar"
+
+    def cuts(self, number: str) -> str:
+        """Return the name of the cuts file of a shard, by its number of six digits."""
+        return f"{self.cuts_folder}/cuts.{number}.jsonl.gz"
+
+    def tar(self, field: str, number: str) -> str:
+        """Return the name of the array file of a field."""
+        return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
+
+
 class SharWriter(FormatWriter):
     """Writer of a Shar shard: a cuts file, and an array file for each token field."""
 
@@ -47,6 +72,7 @@ class SharWriter(FormatWriter):
         require("lhotse")
         from lhotse.shar.writers.array import ArrayTarWriter
 
+        self._layout = Layout(self.final)
         self._cuts: list[dict[str, Any]] = []
         fields = ["target_codes", *(["context_codes"] if self.context else [])]
         self._arrays: dict[str, Any] = {}
@@ -56,7 +82,7 @@ class SharWriter(FormatWriter):
                 self._arrays[field].__enter__()
 
     def _tar(self, field: str) -> str:
-        return f"{field}/codes.{self.index:06d}.tar"
+        return self._layout.tar(field, f"{self.index:06d}")
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         """Append a clip's cut and token arrays."""
@@ -136,7 +162,7 @@ class SharWriter(FormatWriter):
                     _empty_tar(path)
         text = "".join(json.dumps(cut, ensure_ascii=False) + "\n" for cut in self._cuts)
         packed = gzip.compress(text.encode(), mtime=0)  # no timestamp, so that equal clips give equal bytes
-        with self._writing(f"cuts/cuts.{self.index:06d}.jsonl.gz") as path:
+        with self._writing(self._layout.cuts(f"{self.index:06d}")) as path:
             path.write_bytes(packed)
 
 
@@ -148,7 +174,7 @@ class SharReader(FormatReader):
 
     def num_files(self) -> int:
         """Return an upper bound on the number of shards."""
-        return num_entries(self.folder / "cuts")
+        return num_entries(self.folder / Layout(self.folder).cuts_folder)
 
     def count_shards(self) -> list[int]:
         """Count the cuts of each shard."""
@@ -157,7 +183,7 @@ class SharReader(FormatReader):
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage."""
         names = [self._cuts_name(files.shard)]
-        names += [f"{name}/codes.{files.shard:06d}.tar" for name in self._fields()]
+        names += [Layout(self.folder).tar(name, f"{files.shard:06d}") for name in self._fields()]
         paths = []
         for name in names:
             path, damage = files.path_and_damage(name)
@@ -182,9 +208,8 @@ class SharReader(FormatReader):
     def _fields(self) -> list[str]:
         return ["target_codes", *(["context_codes"] if self.summary.get("context") else [])]
 
-    @staticmethod
-    def _cuts_name(shard: int) -> str:
-        return f"cuts/cuts.{shard:06d}.jsonl.gz"
+    def _cuts_name(self, shard: int) -> str:
+        return Layout(self.folder).cuts(f"{shard:06d}")
 
     @staticmethod
     def _cuts(path: Path) -> Iterator[bytes]:
@@ -240,10 +265,11 @@ class SharFormat(OutputFormat):
         """Write the section of a training config that reads all shards."""
         from omegaconf import OmegaConf
 
+        layout, root = Layout(out), out.resolve()
         numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation of a range
-        paths = {"cuts": f"{out.resolve()}/cuts/cuts.{numbers}.jsonl.gz"}
+        paths = {"cuts": f"{root}/{layout.cuts(numbers)}"}
         for field in ("target_codes", *(["context_codes"] if context else [])):
-            paths[field] = f"{out.resolve()}/{field}/codes.{numbers}.tar"
+            paths[field] = f"{root}/{layout.tar(field, numbers)}"
         section = [{"type": "lhotse_shar", "shar_path": paths, "weight": 1.0}]
         write_text(out / "input_cfg.yaml", OmegaConf.to_yaml(OmegaConf.create(section)))
 
