@@ -38,7 +38,7 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
     """
     from nemo_lfr.training.prepare import prepare
 
-    done = prepare(kind, corpus, out, valid_share=valid_share, jobs=workers, check=not no_check, progress=progress)
+    done = prepare(kind, corpus, out, valid_share=valid_share, workers=workers, check=not no_check, progress=progress)
     for split, figures in done.splits.items():
         print_line(
             f"{split:<9}  {figures.manifest}  ({figures.utterances} utterances, {figures.speakers} speakers, "

@@ -68,7 +68,7 @@ class CodecProperties:
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether this codec produces tokens with a fingerprint, current or older."""
+        """Return whether a fingerprint, current or older, is one of this codec."""
         known = iter(self.backend.fingerprints())
         first = next(known, fingerprint)  # a backend without fingerprints accepts all
         return same_fingerprint(first, fingerprint) or any(same_fingerprint(other, fingerprint) for other in known)

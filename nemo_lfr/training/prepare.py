@@ -63,7 +63,7 @@ def prepare(
     out: Path,
     *,
     valid_share: float = 0.02,
-    jobs: int = 4,
+    workers: int = 4,
     check: bool = True,
     progress: Progress = silent,
 ) -> Prepared:
@@ -79,7 +79,7 @@ def prepare(
         corpus: folder of the unpacked archive, or the file of a table; audio files are not copied.
         out: output folder of the manifests.
         valid_share: fraction of the speakers to hold out if the corpus has no validation set.
-        jobs: number of files to open in parallel.
+        workers: number of files to open in parallel.
         check: whether to decode every file to its end, so that truncated and damaged files are found and durations are
             exact. Otherwise headers are trusted, which is faster.
         progress: returns a context manager for a number of files; its value is called after each file, with a message
@@ -119,15 +119,21 @@ def prepare(
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
-        return _write_all(kind, utterances, corpus, out, jobs, check, progress)
+        return _write_all(kind, utterances, corpus, out, workers, check, progress)
 
 
 def _write_all(
-    kind: str, utterances: list[CorpusUtterance], corpus: Path, out: Path, jobs: int, check: bool, progress: Progress
+    kind: str,
+    utterances: list[CorpusUtterance],
+    corpus: Path,
+    out: Path,
+    workers: int,
+    check: bool,
+    progress: Progress,
 ) -> Prepared:
     """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
-    found = _open_all(kind, utterances, corpus, out / JOURNAL, jobs, check, progress)
+    found = _open_all(kind, utterances, corpus, out / JOURNAL, workers, check, progress)
     result = Prepared(corpus)
     for utterance in utterances:
         if utterance.problem:
@@ -176,7 +182,7 @@ def _open_all(
     utterances: list[CorpusUtterance],
     corpus: Path,
     journal: Path,
-    jobs: int,
+    workers: int,
     check: bool,
     progress: Progress,
 ) -> dict[str, float | Failure]:
@@ -199,7 +205,7 @@ def _open_all(
                 found[path] = known[path][0]
         missing = [path for path in usable if path not in found]
         measure = _decoded_duration if check else _duration
-        with ThreadPoolExecutor(jobs) as pool, progress(len(missing)) as advance:
+        with ThreadPoolExecutor(workers) as pool, progress(len(missing)) as advance:
             for path, value in zip(missing, pool.map(lambda path: measure(corpus, path), missing), strict=True):
                 found[path] = value
                 log.add([path, value, *states[path]])

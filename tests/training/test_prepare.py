@@ -154,12 +154,12 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_decoded_duration", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+        prepare("folder", tmp_path / "corpus", tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "train.json").exists()
     with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
         journal.write('["7.wa')  # what a kill leaves
     monkeypatch.setattr(module, "_decoded_duration", lambda *path: opened.append(path[1]) or duration(*path))
-    prepare("folder", tmp_path / "corpus", tmp_path / "out", jobs=1)
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", workers=1)
     assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
     total = sum(len(manifest(tmp_path / "out" / f"{split}.json")) for split in ("train", "valid"))
     assert total == 60
