@@ -74,6 +74,7 @@ def test_the_name_of_a_codec_is_escaped():
 
 
 @needs_package
+@pytest.mark.slow
 def test_the_archive_has_the_files_of_the_folder(tmp_path):
     with tarfile.open(tmp_path / "p.tgz", "w:gz", compresslevel=1) as file:
         for name in SHA512:
