@@ -72,6 +72,7 @@ print(nemo_lfr.Codec.from_pretrained("someone/codec", device="cpu", revision="{r
 """
 
 
+@pytest.mark.slow
 def test_a_repository_is_loaded_at_a_revision(nemo_file, tmp_path):
     codec = nemo_lfr.load(nemo_file, "cpu")
     codec.save_pretrained(tmp_path / "out")

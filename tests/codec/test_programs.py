@@ -21,6 +21,7 @@ def programs():
     return export_programs(cached_codec("two_stages"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "frames"), [(1, 40), (3, 300)])
 def test_programs_give_the_tokens_and_audio_of_the_codec(programs, batch, frames):
     codec = cached_codec("two_stages")
@@ -33,6 +34,7 @@ def test_programs_give_the_tokens_and_audio_of_the_codec(programs, batch, frames
     assert torch.allclose(decoded, codec.decode(expected)[0], atol=1e-5)  # other kernels sum in another order
 
 
+@pytest.mark.slow
 def test_programs_are_saved_and_loaded(programs, tmp_path):
     torch.export.save(programs.encoder, tmp_path / "encoder.pt2")
     audio = speech_like(40 * 15)[None]

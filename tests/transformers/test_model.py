@@ -200,6 +200,7 @@ def test_the_extractor_takes_one_clip_and_clips_without_padding(folder):
     assert cut["input_values"][0].shape == (1, 999)
 
 
+@pytest.mark.slow
 def test_without_transformers_the_error_names_the_package():
     code = "import sys; sys.modules['transformers'] = None; import nemo_lfr.transformers"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
