@@ -1,93 +1,133 @@
-"""Train a small language model on tokens, and sample audio from it.
+"""Train a language model on tokens, and sample audio from it.
 
-The input is a folder written by `nemo-lfr tokenize`, the output a WAV file.
+    nemo-lfr tokenize train.json --out tokens/train --format parquet
+    nemo-lfr tokenize valid.json --out tokens/valid --format parquet
+    python examples/train_language_model.py tokens=tokens/train valid=tokens/valid out=runs/lm
 
-    nemo-lfr tokenize speech/ --out tokens/
-    python examples/train_language_model.py tokens/ --seconds 60 --out sample.wav
-    python examples/train_language_model.py tokens/ --server http://127.0.0.1:8000    # decode while sampling
+The keys are those of `language_model.yaml`. The output folder contains a checkpoint, `metrics.jsonl` with the loss in
+bits per frame, and `sample.wav`. Ctrl-C and SIGTERM save a checkpoint; the same command then continues with the same
+results as an undisturbed run. `torchrun --nproc-per-node N` trains on N devices.
 
-A causal transformer reads frames, each embedded as the sum of its codebooks' embeddings, and predicts all tokens of
-the next frame at once, independently for each codebook. It is a minimal example of how to read tokens: in a minute of
-training on a CPU the model learns how frequent tokens are, but not to produce speech.
+The model is a causal transformer over the delay pattern of MusicGen: each codebook is one frame later than the one
+before, so that the tokens of a frame depend on each other. It is a starting point, small enough to read.
 """
 
 import argparse
+import itertools
+import json
 import math
+import os
+import pickle
+import signal
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from nemo_lfr import load
 from nemo_lfr.client import Client
-from nemo_lfr.corpus.dataset import TokenDataset
+from nemo_lfr.corpus.dataset import TokenDataset, collate
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.lm import DelayLayout
 
-FRAMES = 64  # frames per training segment: 3 seconds
+CONFIG = Path(__file__).with_name("language_model.yaml")
+# Keys that may differ when a run is resumed
+FREE = ("out", "codec", "server", "steps", "valid", "valid_every", "save_every", "sample_frames", "temperature")
+ZERO = ("seed", "weight_decay", "sample_frames")  # numbers that may be 0
 
 
-class FrameModel(nn.Module):
-    """Causal transformer that predicts the tokens of the next frame.
+class LanguageModel(nn.Module):
+    """Causal transformer over parallel streams of ids.
 
     Args:
-        num_codebooks: number of codebooks C.
-        codebook_size: entries per codebook.
+        layout: arrangement of the tokens.
+        max_frames: longest utterance.
         width: hidden channels.
         layers: number of transformer layers.
+        heads: number of attention heads.
     """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, width: int = 128, layers: int = 3) -> None:
+    def __init__(self, layout: DelayLayout, max_frames: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.shape = num_codebooks, codebook_size
-        self.embedding = nn.Embedding(num_codebooks * codebook_size, width)
-        self.position = nn.Embedding(FRAMES, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, num_codebooks * codebook_size)
+        self.streams, self.vocab = layout.num_streams, layout.vocab_size
+        self.embedding = nn.Embedding(self.streams * self.vocab, width)
+        self.position = nn.Embedding(max_frames + self.streams + 1, width)  # the delays and EOS take more steps
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, self.streams * self.vocab)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Predict the tokens of each next frame.
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Predict the ids of each next step.
 
         Args:
-            tokens: ids in [0, codebook_size), shape [B, T, C].
+            ids: shape [B, S, L].
 
         Returns:
-            Logits, shape [B, T, C, codebook_size].
+            Logits, shape [B, S, L, vocab].
         """
-        num_codebooks, codebook_size = self.shape
-        offsets = torch.arange(num_codebooks) * codebook_size
-        hidden = self.embedding(tokens + offsets).sum(2) + self.position.weight[: tokens.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
-        return self.head(self.layers(hidden, mask=mask, is_causal=True)).unflatten(2, self.shape)
+        offsets = self.vocab * torch.arange(self.streams, device=ids.device)[:, None]
+        hidden = self.embedding(ids + offsets).sum(1) + self.position.weight[: ids.shape[2]]
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[2], device=ids.device)
+        hidden = self.layers(hidden, mask=mask, is_causal=True)
+        return self.head(hidden).unflatten(2, (self.streams, self.vocab)).transpose(1, 2)
 
-    def sample(self, start: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Sample frames that continue a sequence.
 
-        Args:
-            start: first frames, shape [1, T, C].
-            num_frames: number of frames to sample.
+def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
+    """Return the summed negative log-likelihood of tokens and EOS, in nats.
 
-        Returns:
-            The first frames and the sampled ones, shape [1, T + num_frames, C].
-        """
-        return torch.stack(list(self.frames(start, num_frames)))[None]
+    Args:
+        model: a `LanguageModel`.
+        layout: arrangement of the tokens.
+        tokens: shape [B, C, T].
+        tokens_len: valid frames, shape [B].
+    """
+    ids, _ = layout.arrange(tokens, tokens_len)
+    targets = ids[..., 1:]
+    is_known = (targets == layout.pad_id) | (targets == layout.bos_id)  # follows from the pattern
+    logits = model(ids[..., :-1])
+    return F.cross_entropy(logits.flatten(0, 2), targets.masked_fill(is_known, -100).flatten(), reduction="sum")
 
-    @torch.no_grad()
-    def frames(self, start: torch.Tensor, num_frames: int) -> Iterator[torch.Tensor]:
-        """Yield the frames of `sample` one by one, each of shape [C], as soon as they are known."""
-        yield from start[0]
-        tokens = start
-        for _ in range(num_frames):
-            scores = self(tokens[:, -FRAMES:])[:, -1]  # [1, C, codebook_size]
-            frame = torch.multinomial(scores[0].softmax(-1), 1).T
-            tokens = torch.cat([tokens, frame[None]], dim=1)
-            yield frame[0]
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel, layout: DelayLayout, num_frames: int, temperature: float, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Sample an utterance, and yield each frame as soon as the tokens of all codebooks are known.
+
+    Args:
+        model: the model.
+        layout: arrangement of the tokens.
+        num_frames: number of frames, at most those the model was built for.
+        temperature: divides the logits.
+        generator: source of random numbers on the CPU.
+
+    Yields:
+        Tokens of a frame, shape [C].
+    """
+    device, streams = model.head.weight.device, model.streams
+    ids = torch.full((1, streams, 1), layout.bos_id, device=device)
+    for step in range(1, num_frames + streams):
+        logits = model(ids)[0, :, -1, : layout.codebook_size].float().cpu()
+        drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).to(device)
+        is_delayed = torch.arange(streams, device=device)[:, None] >= step
+        ids = torch.cat([ids, drawn.masked_fill(is_delayed, layout.bos_id)[None]], dim=2)
+        if step >= streams:  # codebook c of a frame is c steps later than codebook 0
+            yield ids[0, :, -streams:].diagonal().cpu()
 
 
 def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]:
@@ -102,76 +142,287 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
     """
     pieces, started, first = [], time.monotonic(), None
     with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
-        for number, frame in enumerate(frames):
+        for number, frame in enumerate(frames, start=1):
             pieces.append(stream.push(frame.numpy()))
             if first is None and len(pieces[-1]):
-                first = number + 1
-                print(f"first audio after {time.monotonic() - started:.2f} s, at frame {first}")
+                first = number
+                print(f"first audio after {time.monotonic() - started:.2f} s, at frame {first}", flush=True)
         pieces.append(stream.flush())
         return np.concatenate(pieces), stream.sample_rate
 
 
-def segments(dataset: TokenDataset, batch_size: int) -> Iterator[torch.Tensor]:
-    """Yield batches of training segments endlessly.
+def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of a batch and their lengths, with longer utterances cropped at a random place."""
+    tokens, lengths = batch["tokens"], batch["tokens_len"]
+    starts = [int(torch.randint(max(1, int(n) - max_frames + 1), (), generator=generator)) for n in lengths]
+    rows = [row[:, start : start + max_frames] for row, start in zip(tokens, starts, strict=True)]
+    rows = [F.pad(row, (0, min(max_frames, tokens.shape[2]) - row.shape[1])) for row in rows]
+    return torch.stack(rows), lengths.clamp(max=max_frames)
 
-    Utterances are concatenated, like documents in text training.
+
+class Trainer:
+    """A training run.
 
     Args:
-        dataset: tokenized utterances.
-        batch_size: segments per batch.
-
-    Yields:
-        Tokens, shape [batch_size, FRAMES + 1, C].
+        config: see `language_model.yaml`.
     """
-    held = torch.zeros(0, dataset.num_codebooks, dtype=torch.int64)
-    size = batch_size * (FRAMES + 1)
-    while True:
-        for utterance in dataset:
-            held = torch.cat([held, utterance.tokens.T])
-            while len(held) >= size:
-                yield held[:size].view(batch_size, FRAMES + 1, -1)
-                held = held[size:]
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.out = expand_home(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.data = self._open(config.tokens, shuffle=True)
+        self.valid = None if config.valid is None else self._open(config.valid, shuffle=False)
+        codec = self.data.tokens.codec
+        if self.valid is not None and self.valid.tokens.codec.fingerprint != codec.fingerprint:
+            raise NemoLfrError(f"{config.valid}: its tokens are of another codec than those of {config.tokens}.")
+        self.layout = DelayLayout(codec.num_codebooks, codec.codebook_size)
+        torch.manual_seed(config.seed)
+        self.model = LanguageModel(self.layout, config.max_frames, **config.model).to(self.device)
+        self.parallel = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay)
+        self.step, self.epoch = 0, 0
+        self.signal: int | None = None
+        if self.checkpoint.exists():
+            self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Return the path of the checkpoint."""
+        return self.out / "checkpoint.pt"
+
+    def train(self) -> None:
+        """Train, validate and save until the last step, or until a signal."""
+        started = time.monotonic()
+        for batch in itertools.islice(self._batches(), max(0, self.config.steps - self.step)):
+            bits = self._update(batch)
+            self.step += 1
+            is_last = self.step == self.config.steps or self._is_interrupted()
+            if self.step % self.config.valid_every == 0 or is_last:
+                line = {"step": self.step, "train_bits_per_frame": bits}
+                if self.valid is not None:
+                    line["valid_bits_per_frame"] = self.validate()
+                self._log(line | {"seconds": round(time.monotonic() - started, 2)})
+            if self.step % self.config.save_every == 0 or is_last:
+                self._save()
+            if self.signal is not None:
+                return
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the loss of the validation set in bits per frame, over the first `max_frames` of each utterance."""
+        assert self.valid is not None
+        totals = torch.zeros(2, dtype=torch.float64)
+        self.valid.set_epoch(0)
+        for batch in DataLoader(self.valid, self.config.batch_size, collate_fn=collate):
+            tokens = batch["tokens"][..., : self.config.max_frames]
+            lengths = batch["tokens_len"].clamp(max=self.config.max_frames)
+            loss = loss_of(self.model, self.layout, tokens.to(self.device), lengths.to(self.device))
+            totals += torch.tensor([loss.item(), lengths.sum()])
+        return self._bits(totals)
+
+    def write_sample(self) -> None:
+        """Sample an utterance and write it as audio."""
+        config = self.config
+        num_frames = min(config.sample_frames, config.max_frames)
+        generator = torch.Generator().manual_seed(config.seed)
+        frames = sample(self.model, self.layout, num_frames, config.temperature, generator)
+        if config.server is not None:
+            audio, sample_rate = speak(frames, config.server)
+        else:
+            codec = load(config.codec, "cpu")
+            if not codec.made(self.data.tokens.codec.fingerprint):
+                raise NemoLfrError(f"codec: the tokens of {config.tokens} are of another codec; pass codec=.")
+            decoded, _ = codec.decode(torch.stack(list(frames), dim=1)[None])
+            audio, sample_rate = decoded[0].numpy(), codec.sample_rate
+        soundfile.write(self.out / "sample.wav", audio, sample_rate)
+        print(f"{self.out / 'sample.wav'}: {len(audio) / sample_rate:.1f} s", flush=True)
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Handle a signal: stop after the current step."""
+        self.signal = number
+
+    def _open(self, folder: str, shuffle: bool) -> TokenDataset:
+        bucket = self.config.batch_size if shuffle else None
+        dataset = TokenDataset(expand_home(folder), shuffle=shuffle, seed=self.config.seed, bucket_size=bucket)
+        if not len(dataset):
+            raise NemoLfrError(f"{folder}: holds no utterance.")
+        return dataset
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield batches of all epochs, from the current position."""
+        for epoch in itertools.count(self.epoch):
+            self.epoch = epoch
+            self.data.set_epoch(epoch)
+            # Batches are read in this process, so that the dataset's state is the position after the last batch
+            yield from DataLoader(self.data, self.config.batch_size, collate_fn=collate)
+
+    def _update(self, batch: dict[str, Any]) -> float:
+        """Take an optimizer step; return the loss in bits per frame."""
+        config, step = self.config, self.step + 1
+        # A generator for each step makes a resumed run draw the same numbers
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * self.world_size + self.rank)
+        tokens, lengths = crop(batch, config.max_frames, generator)
+        rate = config.learning_rate * min(step / config.warmup_steps, math.sqrt(config.warmup_steps / step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(self.parallel, self.layout, tokens.to(self.device), lengths.to(self.device))
+        self.optimizer.zero_grad()
+        (loss / lengths.sum().to(self.device)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        return self._bits(torch.tensor([loss.item(), lengths.sum()], dtype=torch.float64))
+
+    def _bits(self, totals: torch.Tensor) -> float:
+        """Return bits per frame from nats and frames, summed over all processes."""
+        return round(float(self._sum(totals)[0] / totals[1]) / math.log(2), 4)
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            place = values.to(self.device)
+            dist.all_reduce(place)
+            values.copy_(place)
+        return values
+
+    def _is_interrupted(self) -> bool:
+        """Return whether any process received a signal, so that all processes stop after the same step."""
+        number = int(self._sum(torch.tensor([float(self.signal or 0)])))
+        self.signal = self.signal or (signal.SIGTERM if number else None)
+        return self.signal is not None
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.items()), flush=True)
+
+    def _save(self) -> None:
+        """Write the checkpoint; a run that is killed keeps the previous one."""
+        if self.rank:
+            return
+        state = {
+            "config": OmegaConf.to_container(self.config),
+            "step": self.step,
+            "epoch": self.epoch,
+            "data": self.data.state_dict(),  # the same on all ranks
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        aside = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, aside)
+        os.replace(aside, self.checkpoint)
+
+    def _resume(self) -> None:
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise NemoLfrError(f"{self.checkpoint}: is damaged; remove it to train from the beginning.") from error
+        config = OmegaConf.to_container(self.config)
+        if differ := sorted(key for key in config if key not in FREE and config[key] != state["config"].get(key)):
+            raise NemoLfrError(
+                f"{self.checkpoint}: was trained with other values of {', '.join(differ)}; choose another out=."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.data.load_state_dict(state["data"])
+        metrics = self.out / "metrics.jsonl"
+        if self.rank == 0 and metrics.exists():  # lines after the checkpoint will be written again
+            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(line + "\n" for line in lines))
+            print(f"resumed at step {self.step}", flush=True)
 
 
-def main() -> None:
-    """Run the command line."""
+def read_config(path: Path, overrides: list[str]) -> DictConfig:
+    """Read a configuration file and the values of the command line.
+
+    Raises:
+        NemoLfrError: for an unknown, missing or misspelled key.
+    """
+    try:
+        config = OmegaConf.load(path)
+        OmegaConf.set_struct(config, True)
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        for key in ("tokens", "out"):
+            _ = config[key]  # raises for ???
+    except (OSError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise NemoLfrError(f"{path.name}: {reason}; pass keys as tokens=FOLDER out=FOLDER.") from error
+    assert isinstance(config, DictConfig)
+    check_numbers(config, OmegaConf.to_container(OmegaConf.load(CONFIG)))
+    if config.model.width % config.model.heads:
+        raise NemoLfrError(f"model.width {config.model.width} is not a multiple of model.heads {config.model.heads}.")
+    return config
+
+
+def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
+    """Raise NemoLfrError for a value that must be a positive number and is not."""
+    for key, default in defaults.items():
+        value = config[key]
+        if isinstance(default, dict):
+            check_numbers(value, default, f"{key}.")
+        elif isinstance(default, int | float):
+            kinds = int if isinstance(default, int) else (int, float)
+            is_low = not isinstance(value, kinds) or value < 0 or (value == 0 and key not in ZERO)
+            if isinstance(value, bool) or is_low:
+                raise NemoLfrError(f"{prefix}{key} is {value!r}; pass a positive {type(default).__name__}.")
+
+
+def plot(metrics: Path, picture: Path) -> None:
+    """Draw the curves of `metrics.jsonl`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, label in (("train_bits_per_frame", "training batch"), ("valid_bits_per_frame", "validation")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="step", ylabel="bits per frame")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", type=expand_home, help="a folder that nemo-lfr tokenize wrote")
-    parser.add_argument("--seconds", type=float, default=60, help="of training")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--model", help="the codec that made the tokens; the bundled one if not given")
-    parser.add_argument("--server", help="URL of nemo-lfr serve; it decodes each frame as soon as it is sampled")
-    parser.add_argument("--out", type=expand_home, default="sample.wav")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    dataset = TokenDataset(args.tokens, shuffle=True)
-    if not len(dataset):
-        raise SystemExit(f"{args.tokens}: holds no utterance to learn from.")
-    model = FrameModel(dataset.num_codebooks, dataset.codebook_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    print(f"a guess costs {math.log(dataset.codebook_size):.2f} nats a token")
-    started = time.monotonic()
-    for step, batch in enumerate(segments(dataset, args.batch_size)):
-        scores = model(batch[:, :-1])
-        loss = F.cross_entropy(scores.flatten(0, 2), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0:
-            print(f"step {step}: {loss.item():.3f} nats a token", flush=True)
-        if time.monotonic() - started > args.seconds:
-            break
-    start, num_frames = batch[:1, :8], 64
-    if args.server:
-        audio, sample_rate = speak(model.frames(start, num_frames), args.server)
-    else:
-        codec = load(args.model)
-        decoded, _ = codec.decode(model.sample(start, num_frames).transpose(1, 2))
-        audio, sample_rate = decoded[0].cpu().numpy(), codec.sample_rate
-    soundfile.write(args.out, audio, sample_rate)
-    prompt_s = len(audio) / sample_rate * 8 / (8 + num_frames)
-    print(f"{args.out}: {len(audio) / sample_rate:.1f} s; the first {prompt_s:.1f} s are of the corpus")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the configuration")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="configuration file (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves when training ends")
+    args = parser.parse_args(arguments)
+    is_parallel = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if is_parallel:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    handlers = {}
+    try:
+        trainer = Trainer(read_config(args.config, args.overrides))
+        handlers = {number: signal.signal(number, trainer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        trainer.train()
+        if trainer.signal is not None:
+            print(f"saved {trainer.checkpoint} at step {trainer.step}; the same command continues", flush=True)
+            return 128 + trainer.signal
+        if trainer.rank == 0 and trainer.config.sample_frames:
+            trainer.write_sample()
+        if trainer.rank == 0 and args.plot is not None:
+            plot(trainer.out / "metrics.jsonl", args.plot)
+    except NemoLfrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if is_parallel:
+            dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

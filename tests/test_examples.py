@@ -203,28 +203,6 @@ def test_repeatedly_killed_run_ends_like_an_uninterrupted_one(corpus, launcher, 
             assert all(torch.equal(value, after["state"][index][name]) for name, value in state.items())
 
 
-def test_the_language_model_learns_and_makes_sound(corpus, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "nemo_lfr", "tokenize", corpus / "manifest.json", "--out", tmp_path / "tokens"],
-        cwd=ROOT,
-    )
-    assert done.returncode == 0
-    said = run("train_language_model.py", tmp_path / "tokens", "--seconds", 15, cwd=tmp_path)
-    losses = [float(line.split()[2]) for line in said.splitlines() if line.startswith("step")]
-    assert losses[-1] < losses[0] - 0.5, said
-    audio, rate = soundfile.read(tmp_path / "sample.wav")
-    assert rate == RATE and len(audio) == 72 * 1024 and audio.std() > 1e-3
-    pytest.importorskip("prometheus_client", reason="the server's packages are not installed: pip install '.[serve]'")
-    from tests.serve.running import running
-
-    with running() as server:
-        options = ["--seconds", 0, "--server", server.url(""), "--out", "spoken.wav"]
-        output = run("train_language_model.py", tmp_path / "tokens", *options, cwd=tmp_path)
-    assert "first audio after" in output
-    spoken, rate = soundfile.read(tmp_path / "spoken.wav")
-    assert rate == RATE and len(spoken) == 72 * 1024
-
-
 def test_microphone_example_plays_decoded_speech(tmp_path):
     wave = synthesize(3)
     soundfile.write(tmp_path / "in.wav", wave, RATE)

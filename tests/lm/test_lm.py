@@ -206,12 +206,15 @@ def test_regrouping_and_unfolding_are_those_of_nemo(groups, levels):
     if levels is None:  # NeMo does not support groups of unequal levels, so compare with its codes
         codes = original.decode(indices=tokens.permute(1, 0, 2).int(), input_len=length)
         middle = torch.tensor(LEVELS * 8)[:, None] // 2
-        assert torch.equal(unfold(tokens, LEVELS), (codes * middle + middle).round().long())
+        unfolded = unfold(tokens, LEVELS)
+        assert torch.equal(unfolded, (codes * middle + middle).round().long())
+        assert torch.equal(fold(unfolded, LEVELS), tokens)
         return
     new = modules.GroupFiniteScalarQuantizer(num_groups=groups, num_levels_per_group=list(levels))
     converter = modules.VectorQuantizerIndexConverter(original, new)
     expected = converter.convert_original_to_new(audio_tokens=tokens.int(), audio_lens=length)
     assert torch.equal(regroup(tokens, LEVELS, levels), expected.long())
+    assert torch.equal(regroup(expected, levels, LEVELS), tokens)
     assert torch.equal(converter.convert_new_to_original(audio_tokens=expected, audio_lens=length).long(), tokens)
 
 
