@@ -1,0 +1,54 @@
+#!/bin/bash
+# Tokenize a corpus on several machines with Ray, without Kubernetes:
+#
+#     NODES="node1 node2" examples/tokenize_ray.sh CORPUS OUT [option of nemo-lfr tokenize ...]
+#
+# Run it on the first machine. It starts Ray here and, by ssh, on the NODES, tokenizes, and stops Ray again. All machines
+# need access to CORPUS and OUT, under the same paths, and the same environment with the `ray` extra. Recent releases of Ray
+# ask for a token: run `ray get-auth-token --generate` once and copy ~/.ray/auth_token to all machines, or set
+# RAY_AUTH_MODE=disabled (in SETUP too) in a network that you trust.
+#
+#     HEAD     address of this machine that the others can reach (default: the first of `hostname -I`)
+#     PORT     port of Ray (default 6379)
+#     SETUP    command that activates the environment on the other machines (default: none)
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  echo "usage: NODES=\"node1 node2\" tokenize_ray.sh CORPUS OUT [option ...]" >&2
+  exit 2
+fi
+corpus=$1 out=$2
+shift 2
+head=${HEAD:-$(hostname -I | cut -d' ' -f1)}
+port=${PORT:-6379}
+read -ra nodes <<<"${NODES:-}"
+export RAY_USAGE_STATS_ENABLED=0
+
+# With --block, Ray ends with the process that started it, and Ray processes of other users stay
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
+ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false --block >/dev/null &
+processes+=($!)
+for node in "${nodes[@]}"; do  # -tt: the remote process ends with its terminal
+  ssh -tt "$node" "${SETUP:-true} && ray start --address=$head:$port --block" </dev/null >/dev/null &
+  processes+=($!)
+done
+
+python - "$head:$port" $((1 + ${#nodes[@]})) <<'PYTHON'
+import sys, time
+import ray
+
+deadline = time.monotonic() + 300
+while not ray.is_initialized():
+    try:
+        ray.init(sys.argv[1], logging_level="error", log_to_driver=False)
+    except Exception as error:
+        if time.monotonic() > deadline:
+            sys.exit(f"tokenize_ray.sh: Ray does not start at {sys.argv[1]} ({error})")
+        time.sleep(1)
+while (count := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
+    if time.monotonic() > deadline:
+        sys.exit(f"tokenize_ray.sh: only {count} of {sys.argv[2]} machines joined the cluster")
+    time.sleep(1)
+PYTHON
+nemo-lfr tokenize "$corpus" --out "$out" --ray "$head:$port" "$@"
