@@ -139,6 +139,7 @@ def test_pipe_without_samples_is_reported(piped):
     assert done.returncode == 0 and "stdin: contains no samples" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "subtype", "kind"), [(16000, "FLOAT", "WAV"), (48000, "PCM_24", "WAVEX"), (22050, "PCM_16", "FLAC")]
 )

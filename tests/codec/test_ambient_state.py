@@ -183,6 +183,7 @@ def test_a_codec_loaded_in_any_state_works_there_and_elsewhere(state, tmp_path):
         assert not any(value.is_inference() or value.is_meta for value in parameters)
 
 
+@pytest.mark.slow
 @states
 def test_a_codec_built_in_any_state_has_fp32_weights(state):
     if "meta" in state:
@@ -262,6 +263,7 @@ def test_converted_weights_raise_with_advice(conversion, precision):
         assert_uses_right(codec, "nothing", cached_codec("symmetric"))
 
 
+@pytest.mark.slow
 def test_threads_in_different_states_do_not_disturb_each_other():
     codec, wave = build_codec("two_stages"), WAVE[:4000]
     expected = cached_codec("two_stages").encode(wave)[0]

@@ -152,6 +152,7 @@ def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_ev
     torch.testing.assert_close(codec.decode(tokens)[0], expected, **AUDIO)
 
 
+@pytest.mark.slow
 def test_every_length_gives_the_frames_that_cover_it_and_decodes_to_itself():
     codec = cached_codec("symmetric")
     wave = synthesize(0.1, 5)
@@ -565,7 +566,10 @@ OVERFLOWS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "where", "value"), OVERFLOWS)
+@pytest.mark.parametrize(
+    ("kind", "where", "value"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] != "symmetric" else ()) for case in OVERFLOWS],
+)
 def test_network_overflow_raises(kind, where, value):
     codec = build_codec(kind)
     for part in (codec.encoder, codec.decoder):

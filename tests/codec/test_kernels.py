@@ -191,7 +191,8 @@ SHORT_FRAMES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["two_stages", pytest.param("nano", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["two_stages", "nano"])
 @pytest.mark.parametrize("way", ["library", f"fused {tuple(LARGE)}"])
 @torch.no_grad()
 def test_every_candidate_gives_the_same_network_output(monkeypatch, kind, way):

@@ -147,6 +147,7 @@ def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind
     assert all(len(part) == frame for part in audio) and len(decoder.flush()) == 0
 
 
+@pytest.mark.slow
 def test_streams_pushed_together_equal_each_alone():
     codec = cached_codec("symmetric")
     rng = np.random.default_rng(3)

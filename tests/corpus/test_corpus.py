@@ -133,6 +133,7 @@ def test_every_layout_gives_back_the_tokens_of_each_clip_alone(kind, audio, mode
         assert utterance.labels["text"] == f"clip number {utterance.id.partition('clip')[2]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet"])
 def test_contexts_are_stored_with_their_clips(kind, audio, model, expected, tmp_path):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, kind, context=True), device="cpu", workers=1)
@@ -347,6 +348,7 @@ def test_changed_or_different_folder_is_not_resumed(audio, model, tmp_path):
         tokenize(replace(manifest, audio_dir=str(tmp_path)), device="cpu", workers=1)
 
 
+@pytest.mark.slow
 def test_the_command_in_the_metadata_makes_the_same_tokens_again(audio, model, tmp_path):
     (tmp_path / "two words").mkdir()
     shutil.copy(audio / "manifest.json", tmp_path / "two words")

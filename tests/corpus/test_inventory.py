@@ -109,6 +109,7 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", INPUTS)
 def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
     source = INPUTS[kind](folder, "xyz")

@@ -198,6 +198,7 @@ def test_codec_exception_fails_only_its_recording(capsys, corpus, tmp_path, monk
     assert len(rows(tmp_path / "recordings.csv")) == 2
 
 
+@pytest.mark.slow
 def test_spectrograms_work_at_every_rate(capsys, corpus, tmp_path):
     code, _, err = evaluate(capsys, corpus, tmp_path, "--codec", "lfr", "--rate", 44100, "--limit", 2, "--examples", 3)
     assert code == 0, err

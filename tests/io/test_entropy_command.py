@@ -85,6 +85,7 @@ def test_pipes_compress_block_by_block(piped, speech, tmp_path):  # noqa: F811
     assert len(audio[0]) == len(audio[1])
 
 
+@pytest.mark.slow
 def test_a_codec_without_a_model_says_how_to_fit_one(capsys, speech, tmp_path):
     model = tmp_path / "other.nemo"
     write_nemo(model, codec_config())

@@ -52,6 +52,7 @@ def read(path, rate=RATE, **options):
         return np.concatenate([np.zeros(0, np.float32), *reader.blocks(0.3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", MADE)
 def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
     pytest.importorskip("av")
