@@ -1,6 +1,7 @@
 """uvicorn server that drains open streams on SIGTERM and SIGINT."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.app import Settings
 
 _POLL_S = 0.1
+_CLOSE_S = 3  # end of the drain time, in which connections are closed and the process ends
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
@@ -92,13 +94,14 @@ class _HeaderLimit(asyncio.Protocol):
 class Server(uvicorn.Server):
     """uvicorn server that waits for open streams before it stops.
 
-    After the first signal, `/health` returns 503 and new streams are refused. Open streams have `drain_s` seconds to
+    After the first signal, `/health` returns 503 and new streams are refused. Open streams have most of `drain_s` to
     end and are then closed with code 1012. A second signal skips the rest of this wait.
 
     Args:
         config: uvicorn's settings.
         app: application returned by `create_app`.
-        drain_s: maximum time that open streams have to end, in seconds.
+        drain_s: maximum time from the first signal to the end, in seconds. Open streams have 3 s less, and are then
+            closed.
     """
 
     def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
@@ -120,7 +123,7 @@ class Server(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        end = asyncio.get_running_loop().time() + self._drain_s
+        end = asyncio.get_running_loop().time() + max(0.0, self._drain_s - _CLOSE_S)
         while len(self._app.state.engine) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_POLL_S)
         self.should_exit = True
@@ -129,6 +132,13 @@ class Server(uvicorn.Server):
         """Start the server, and store its event loop for `handle_exit`."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Reduce uvicorn's record of a text message that is not UTF-8 to one line: any client can cause it."""
+    if record.getMessage().startswith("Invalid UTF-8"):
+        record.exc_info = None
+    return True
 
 
 def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
@@ -144,7 +154,7 @@ def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
         ws_per_message_deflate=False,
         # Pings without a time limit: the pong of a client waits while the server does not read, which may take longer.
         ws_ping_timeout=None,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=1,
     )
 
 
@@ -163,7 +173,7 @@ def run(
         host: address to bind.
         port: TCP port; 0 for a free one.
         settings: settings of the application.
-        drain_s: maximum time that open streams have to end after the first signal, in seconds.
+        drain_s: maximum time from the first signal to the end, in seconds.
         on_start: function called with the server's URL after the address is bound.
 
     Returns:
@@ -183,6 +193,8 @@ def run(
     url = f"http://{name}:{bound.getsockname()[1]}"
     if on_start:
         on_start(url)
+    config = server_config(app, settings)
+    logging.getLogger("uvicorn.error").addFilter(_without_traceback)
     with bound, suppress(KeyboardInterrupt):  # after it has stopped, uvicorn re-raises the signals it received
-        Server(server_config(app, settings), app, drain_s).run(sockets=[bound])
+        Server(config, app, drain_s).run(sockets=[bound])
     return url

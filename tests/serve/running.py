@@ -1,5 +1,6 @@
 """A running server with a tiny codec, and clients for it."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -26,6 +27,7 @@ class Running:
 
     app: Starlette
     port: int
+    loop: asyncio.AbstractEventLoop
 
     @property
     def codec(self) -> Any:
@@ -39,19 +41,29 @@ class Running:
 
 
 @contextmanager
-def running(settings: Settings | None = None, kind: str = "symmetric") -> Iterator[Running]:
-    """Run a server on a free port."""
+def running(
+    settings: Settings | None = None, kind: str = "symmetric", send_buffer: int | None = None
+) -> Iterator[Running]:
+    """Run a server on a free port, with `send_buffer` bytes for each connection in the kernel."""
     settings = settings or Settings()
     app = create_app(cached_codec(kind), settings)
     bound = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = uvicorn.Server(server_config(app, settings))
-    thread = threading.Thread(target=server.run, args=([bound],))
+    loops = []
+
+    async def serve():
+        loops.append(asyncio.get_running_loop())
+        await server.serve([bound])
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Running(app, bound.getsockname()[1])
+        yield Running(app, bound.getsockname()[1], loops[0])
     finally:
         server.should_exit = True
         thread.join()

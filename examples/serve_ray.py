@@ -1,0 +1,99 @@
+"""Serve the codec on several replicas with Ray Serve.
+
+    pip install "ray[serve]" starlette "uvicorn[standard]" prometheus_client
+    python examples/serve_ray.py --replicas 4 --cpus 2                           # a new cluster on this machine
+    python examples/serve_ray.py --replicas 8 --gpus 1 --address auto --detach   # deploy to a cluster, or scale it
+
+Every replica is the application of `nemo-lfr serve` in a process of its own, and has a GPU or a few cores. Ray's proxy
+assigns each stream to a replica, where it stays. If fewer replicas are deployed, a replica that is removed gets no new
+streams, and its open ones have `--drain` seconds to end. If a replica dies, its clients get an error
+(`ServerLostError` of nemo_lfr.client); they open another stream, which another replica serves, and Ray starts a
+replacement.
+"""
+
+import argparse
+import os
+import signal
+import threading
+from typing import Any
+
+import ray
+from ray import serve
+from starlette.applications import Starlette
+
+from nemo_lfr import load
+from nemo_lfr.serve.app import Settings, create_app
+from nemo_lfr.serve.engine import Engine
+from nemo_lfr.serve.health import find_fault
+from nemo_lfr.serve.session import EngineLimits
+
+NAME = "nemo-lfr"
+
+
+def application(args: argparse.Namespace) -> Any:
+    """Return the Ray Serve application.
+
+    Args:
+        args: the options of the command line.
+    """
+    engines: list[Engine] = []  # of the process of a replica
+    settings = Settings(EngineLimits(max_streams=args.max_streams), token=os.environ.get("NEMO_LFR_TOKEN"))
+    model, device, threads = args.model, "cuda" if args.gpus else "cpu", max(1, int(args.cpus))
+
+    def create() -> Starlette:
+        import torch
+
+        torch.set_num_threads(threads)
+        app = create_app(load(model, device), settings)
+        engines.append(app.state.engine)
+        return app
+
+    class Replica:
+        """Replica that Ray restarts if its network fails, as after a CUDA error."""
+
+        async def check_health(self) -> None:
+            fault = await find_fault(engines[0]) if engines else None
+            if fault:
+                raise RuntimeError(fault)
+
+    deployment = serve.deployment(
+        name=NAME,
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        max_ongoing_requests=args.max_streams + 16,  # room for files, and for refusals that have a clear reason
+        graceful_shutdown_timeout_s=args.drain,
+        health_check_period_s=5,
+    )
+    return deployment(serve.ingress(create)(Replica)).bind()
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--address", default="local", help="address of a cluster, or auto; a new local one by default")
+    parser.add_argument("--detach", action="store_true", help="deploy to a running cluster, and return")
+    parser.add_argument("--replicas", type=int, default=2, help="number of replicas")
+    parser.add_argument("--cpus", type=float, default=1, help="cores of a replica")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a replica")
+    parser.add_argument("--max-streams", type=int, default=64, help="limit of open streams of a replica")
+    parser.add_argument("--drain", type=float, default=600, help="seconds that streams of a removed replica have")
+    parser.add_argument("--model", help="checkpoint or Hub id, as for nemo_lfr.load")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind")
+    parser.add_argument("--port", type=int, default=8000, help="TCP port")
+    args = parser.parse_args()
+    stop = threading.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: stop.set())
+    ray.init(address=args.address, namespace=NAME, logging_level="warning", include_dashboard=False)
+    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.run(application(args), name=NAME, route_prefix="/")
+    print(f"cluster {ray.get_runtime_context().gcs_address}")
+    print(f"serving at http://{args.host}:{args.port}", flush=True)
+    if not args.detach:
+        stop.wait()
+        serve.shutdown()  # waits for open streams, as for those of a replica that is removed
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Connections that misbehave do not change another stream's audio, and leave nothing behind."""
+
+import asyncio
+import json
+import os
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason='the server: pip install starlette "uvicorn[standard]" prometheus_client')
+pytest.importorskip("uvicorn")
+pytest.importorskip("websockets")
+pytest.importorskip("prometheus_client")
+
+from benchmarks import misbehave
+from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.streams import StreamLimits
+from tests.serve.running import running
+
+COUNT = int(os.environ.get("NEMO_LFR_MISBEHAVE", "12"))  # connections of each kind
+TOKENS = np.random.default_rng(0).integers(0, 2016, (8, 16))
+
+
+@pytest.fixture(scope="module")
+def server():
+    limits = StreamLimits(idle_s=4, send_s=1)
+    settings = Settings(stream=limits, token="secret", max_body_bytes=5 << 20)
+    with running(settings, send_buffer=1 << 14) as server:  # a client that does not read fills it soon
+        yield server
+
+
+@pytest.fixture(scope="module")
+def target(server):
+    return misbehave.Target(server.port, "secret")
+
+
+@pytest.fixture(scope="module")
+def expected(server, target):
+    """Return the audio of an undisturbed stream, and warm up what the server keeps."""
+    asyncio.run(misbehave.misbehave(target, list(misbehave.KINDS), 2 * len(misbehave.KINDS)))
+    return asyncio.run(misbehave.decode(target, TOKENS, 0))
+
+
+def resources(server):
+    """Return what connections use; the tasks are those of the server's event loop."""
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
+        "streams": len(server.app.state.engine),
+        "tasks": len(asyncio.all_tasks(server.loop)),
+    }
+
+
+@pytest.mark.parametrize("kind", misbehave.KINDS)
+def test_a_good_stream_is_not_disturbed_and_nothing_is_left(server, target, expected, kind):
+    wait_for(lambda: len(server.app.state.engine) == 0)
+    before = resources(server)
+    late, results = asyncio.run(misbehave.beside(target, [kind], COUNT, TOKENS, 0.005))
+    assert not late
+    for audio in results:
+        np.testing.assert_allclose(audio, expected, atol=misbehave.TOLERANCE)
+    wait_for(lambda: all(value <= before[name] for name, value in resources(server).items()))
+    with urllib.request.urlopen(server.url("/health")) as response:
+        assert json.load(response) == {"status": "ok", "streams": 0}
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
