@@ -323,6 +323,7 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
             tokenize(job_, device="cpu", workers=1)
         assert files_of(tmp_path / "out") == before
         return
+    tokenize(job_, device="cpu", workers=1)
     result = read(tmp_path / "out")
     assert list(result) == list(expected) and all(torch.equal(result[name], expected[name]) for name in result)
 
