@@ -857,7 +857,7 @@ def test_workers_without_cluster_resources_do_not_block_the_run(audio, model, tm
     ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
     mine = job(audio / "manifest.json", tmp_path / "out", model, shard_size=1)
     try:
-        with pytest.raises(NemoLfrError, match="this machine does not have the 2 cores of a worker"):
+        with pytest.raises(NemoLfrError, match="this machine does not have the 2 cores that a worker needs"):
             tokenize(replace(mine, threads=2), ray="local")
         with pytest.raises(NemoLfrError, match="cores and a GPU that a worker needs; use --device cpu"):
             tokenize(mine, ray="local", device="cuda")
