@@ -75,7 +75,9 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
-    """Check that no column of a Parquet file expands to far more than a real one does.
+    """Check that no column of a Parquet file expands to far more than a real one does, and that its counts agree.
+
+    A reader stops at the smallest of the counts, so that a damaged one would lose rows without an error.
 
     Args:
         metadata: pyarrow's metadata of the file.
@@ -83,8 +85,10 @@ def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
         is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
 
     Raises:
-        NemoLfrError: if a column has an implausible compression ratio; the message names it.
+        NemoLfrError: if a column has an implausible compression ratio, or a number of values other than that of the
+            rows; the message names it.
     """
+    _check_row_counts(metadata, path)
     free_values, free_bytes = (FREE_INPUT_VALUES, FREE_INPUT_BYTES) if is_input else (FREE_VALUES, FREE_BYTES)
     for column in _column_chunks(metadata, range(metadata.num_row_groups)):
         size = column.total_compressed_size
@@ -94,6 +98,19 @@ def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
                 f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values of {expanded} bytes in "
                 f"{size} bytes; the file is damaged or malicious."
             )
+
+
+def _check_row_counts(metadata: Any, path: Path) -> None:
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    if metadata.num_rows != sum(group.num_rows for group in groups):
+        raise NemoLfrError(f"{path}: the numbers of rows of its parts do not add up to its own; damaged.")
+    columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+    for group in groups:
+        for index, column in enumerate(columns):
+            values, rows = group.column(index).num_values, group.num_rows
+            if values < rows or (column.max_repetition_level == 0 and values > rows):
+                name = shorten(column.path)
+                raise NemoLfrError(f"{path}: column {name!r} has {values} values for {rows} rows; damaged.")
 
 
 def rows_at_a_time(metadata: Any, groups: Iterable[int], most: int) -> int:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from nemo_lfr.corpus.sources.parquet import Parquet
+from nemo_lfr.corpus.sources.saved_dataset import SavedDataset
 from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, TokenFileError
 from nemo_lfr.io import bounded
+from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import read_cuts, read_shar
 from tests.corpora import write_tokens
@@ -224,3 +226,66 @@ def test_non_regular_tar_members_are_not_read(kind, tmp_path):
     path.write_bytes(HEADERS["sparse"] if kind == "sparse" else folder.tobuf())
     with bounded.open_tar(Path(path)) as tar, pytest.raises(NemoLfrError, match="not a regular file"):
         bounded.member_bytes(tar, next(iter(tar)))
+
+
+def saved_rows(kind: str) -> tuple["pa.Table", int]:
+    """Rows of an Arrow stream, and how many batches of them to write."""
+    if kind == "text that expands":
+        return pa.table({"audio": ["a.wav"], "text": ["a" * (9 << 25)]}), 1
+    if kind == "dictionary that expands":
+        return pa.table({"audio": ["a.wav"], "text": pa.array(["a" * (9 << 25)]).dictionary_encode()}), 1
+    return pa.table({"audio": pa.nulls(1 << 30)}), 2  # rows without any bytes
+
+
+@pytest.mark.parametrize("kind", ["text that expands", "dictionary that expands", "rows of nulls"])
+def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
+    path = tmp_path / "state.arrow"
+    table, batches = saved_rows(kind)
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema, options=options) as writer:
+        for _ in range(batches):
+            writer.write_table(table)
+    assert path.stat().st_size < 1 << 17
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
+    with pytest.raises(ConfigError, match=r"state\.arrow: claims \d+ rows.*damaged or malicious"):
+        SavedDataset(tmp_path)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_a_damaged_arrow_stream_is_an_error_of_this_package(compression, tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"audio": [b"\0" * 5000, b"x"], "text": ["a", "b"]})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema, options=options) as writer:
+        writer.write_table(table)
+    whole = path.read_bytes()
+    check_stream(path)
+    refused = 0
+    for position in range(0, min(len(whole), 1000), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+        try:
+            check_stream(path)
+        except NemoLfrError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
+
+
+def test_no_row_of_a_damaged_parquet_file_is_lost_without_a_word(tmp_path):
+    """Each of the places that tell how many rows or values there are, with another number."""
+    path, rows = tmp_path / "a.parquet", 77
+    table = pa.table({"audio": [b"RIFF"] * rows, "text": ["a"] * rows})
+    pq.write_table(table, path, store_schema=False, write_statistics=False, use_dictionary=False, compression="none")
+    whole, number = path.read_bytes(), b"\x9a\x01"  # 77 as Thrift writes it
+    places = [at for at in range(len(whole)) if whole.startswith(number, at)]
+    assert len(places) >= 6  # the file, its row group, two columns, and a page of each
+    for place in places:
+        for other in (b"\x98\x01", b"\x9c\x01", b"\x80\x00"):
+            path.write_bytes(whole[:place] + other + whole[place + 2 :])
+            try:
+                corpus = Parquet(path)
+                clips = [clip for shard in corpus.shards(100) for clip in corpus.read(shard)]
+            except NemoLfrError as error:
+                assert "damaged" in str(error)
+            else:
+                assert len(clips) == rows, (place, other)

@@ -108,11 +108,12 @@ class Parquet(Table):
             for rows in table.iter_batches(size, row_groups=shard["groups"]):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
+            reason = "its pages end early"  # for the rows that are left, if a page has fewer than its header claims
         except (OSError, ValueError) as error:
             reason = shorten(error, 200)
-            for row in range(number, stop):
-                origin = f"{self.path}, row {row}"
-                yield Clip(f"{row:08d}", origin, unreadable(f"{origin}: damaged Parquet ({reason})."))
+        for row in range(number, stop):
+            origin = f"{self.path}, row {row}"
+            yield Clip(f"{row:08d}", origin, unreadable(f"{origin}: damaged Parquet ({reason})."))
 
 
 def parquet_files(folder: Path) -> list[Path]:

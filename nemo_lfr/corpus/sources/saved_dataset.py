@@ -7,7 +7,8 @@ from pathlib import Path
 from nemo_lfr.corpus.ids import path_inside
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec
 from nemo_lfr.corpus.sources.table import ROWS, Table
-from nemo_lfr.errors import ConfigError, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
+from nemo_lfr.io.arrow_streams import check_stream
 from nemo_lfr.io.manifests import NOT_A_LINE, describe
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.shortage import require
@@ -68,12 +69,12 @@ class SavedDataset(Table):
 
 
 def _check_files(path: Path) -> None:
-    """Reject a saved dataset with files outside its folder or pipes.
+    """Reject a saved dataset with files outside its folder, pipes, or files that expand without bound.
 
     `datasets` would open them.
 
     Raises:
-        ConfigError: if a file is outside the folder or not a regular file.
+        ConfigError: if a file is outside the folder, not a regular file, or implausibly large when it is expanded.
     """
     state = path / "state.json"
     for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:
@@ -90,3 +91,8 @@ def _check_files(path: Path) -> None:
     for name in named:
         if path_inside(path, name) is None:
             raise ConfigError(f"{path / name}: is a link to a place outside this folder, and is not followed.")
+        if (path / name).is_file():
+            try:
+                check_stream(path / name)
+            except NemoLfrError as error:
+                raise ConfigError(str(error)) from error

@@ -1,0 +1,83 @@
+"""Limits on the size of Arrow streams, whose compressed buffers and empty columns expand without bound."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.io.bounded import BYTES_PER_BYTE, FREE_INPUT_BYTES, FREE_INPUT_VALUES, VALUES_PER_BYTE
+from nemo_lfr.io.shortage import require
+
+# Slots of the fields in Arrow's flatbuffers, and types of a message's header.
+HEADER_TYPE, HEADER = 1, 2
+LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
+DATA = 1  # the record batch of a dictionary batch
+DICTIONARY_BATCH, RECORD_BATCH = 2, 3
+
+
+def check_stream(path: Path) -> None:
+    """Check that the record batches of an Arrow stream do not expand to far more than real ones do.
+
+    Only their headers are read, and no buffer is decompressed.
+
+    Args:
+        path: file in Arrow's streaming format.
+
+    Raises:
+        NemoLfrError: if the batches claim an implausible number of rows or bytes, or the file is damaged.
+    """
+    arrow = require("pyarrow")
+    rows = expanded = 0
+    try:
+        size = path.stat().st_size
+        with arrow.memory_map(str(path)) as file:
+            for message in arrow.ipc.MessageReader.open_stream(file):
+                batch_rows, batch_bytes = _claims(message)
+                rows, expanded = rows + batch_rows, expanded + batch_bytes
+    except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
+        raise NemoLfrError(f"{path}: a damaged Arrow file ({shorten(error, 200)}).") from error
+    if rows > VALUES_PER_BYTE * size + FREE_INPUT_VALUES or expanded > BYTES_PER_BYTE * size + FREE_INPUT_BYTES:
+        raise NemoLfrError(
+            f"{path}: claims {rows} rows, and compressed data of {expanded} bytes, in {size} bytes; the file is "
+            "damaged or malicious."
+        )
+
+
+def _claims(message: Any) -> tuple[int, int]:
+    """Return the rows of a message's batch, and the bytes to which its compressed buffers expand."""
+    data = bytes(message.metadata)
+    root = _follow(data, 0)
+    kind = _field(data, root, HEADER_TYPE)
+    header = _field(data, root, HEADER)
+    if kind is None or header is None or data[kind] not in (DICTIONARY_BATCH, RECORD_BATCH):
+        return 0, 0
+    batch = _follow(data, header)
+    if data[kind] == DICTIONARY_BATCH:
+        inner = _field(data, batch, DATA)
+        batch = batch if inner is None else _follow(data, inner)
+    length = _field(data, batch, LENGTH)
+    rows = 0 if length is None else int(struct.unpack_from("<q", data, length)[0])
+    buffers = _field(data, batch, BUFFERS)
+    if _field(data, batch, COMPRESSION) is None or buffers is None:
+        return rows, 0
+    start = _follow(data, buffers)
+    expanded = 0
+    for index in range(struct.unpack_from("<I", data, start)[0]):
+        offset, stored = struct.unpack_from("<qq", data, start + 4 + 16 * index)
+        if stored >= 8:  # the size of the content, or -1 if it is stored as it is
+            expanded += max(0, struct.unpack_from("<q", message.body, offset)[0])
+    return rows, expanded
+
+
+def _follow(data: bytes, position: int) -> int:
+    """Return the position to which the offset at a position points."""
+    return position + int(struct.unpack_from("<I", data, position)[0])
+
+
+def _field(data: bytes, table: int, slot: int) -> int | None:
+    """Return the position of a field in a flatbuffers table; None if the field has its default value."""
+    layout = table - struct.unpack_from("<i", data, table)[0]
+    if 4 + 2 * slot >= struct.unpack_from("<H", data, layout)[0]:
+        return None
+    offset = struct.unpack_from("<H", data, layout + 4 + 2 * slot)[0]
+    return table + offset if offset else None
