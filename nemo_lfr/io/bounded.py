@@ -103,14 +103,14 @@ def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
 def _check_row_counts(metadata: Any, path: Path) -> None:
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     if metadata.num_rows != sum(group.num_rows for group in groups):
-        raise NemoLfrError(f"{path}: the numbers of rows of its parts do not add up to its own; damaged.")
+        raise NemoLfrError(f"{path}: the numbers of rows of its parts do not add up; the file is damaged.")
     columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
     for group in groups:
         for index, column in enumerate(columns):
             values, rows = group.column(index).num_values, group.num_rows
             if values < rows or (column.max_repetition_level == 0 and values > rows):
-                name = shorten(column.path)
-                raise NemoLfrError(f"{path}: column {name!r} has {values} values for {rows} rows; damaged.")
+                text = f"{path}: column {shorten(column.path)!r} has {values} values for {rows} rows"
+                raise NemoLfrError(f"{text}; the file is damaged.")
 
 
 def rows_at_a_time(metadata: Any, groups: Iterable[int], most: int) -> int:
