@@ -196,8 +196,8 @@ def load(
     """Load a codec for inference.
 
     The keys and shapes of a checkpoint are validated immediately. The weights of the encoder and of the decoder are
-    loaded on first use, which raises CheckpointError if they are damaged. The bundled codec is named with its measured
-    quality in a log message of level WARNING.
+    loaded on first use, which raises CheckpointError if they are damaged. If the bundled codec is loaded, a log
+    message of level WARNING states this and its measured quality.
 
     Args:
         source: path of a `.nemo`, of a Lightning `.ckpt` or of a folder that `nemo-lfr export onnx` wrote, a Hub id,

@@ -186,7 +186,9 @@ class _Expansion:
     def check(self, key: str) -> None:
         """Raise ConfigError if the value of a key would become excessively large or refers to itself."""
         if self._size((key,)) > MAX_RESOLVED:
-            raise ConfigError(f"{key} cannot be resolved: its interpolations expand to more than any model config.")
+            raise ConfigError(
+                f"{key} cannot be resolved: its interpolations expand to a value larger than any model config."
+            )
 
     def _size(self, path: tuple[str, ...]) -> int:
         if path in self._sizes:

@@ -61,7 +61,7 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     Args:
         config: model config of the modules.
         modules: encoder, quantizer and decoder by their names in a checkpoint.
-        name: of the codec, for messages.
+        name: name of the codec, for messages.
 
     Raises:
         NemoLfrError: if the modules have other weights than their config describes, such as adapters.

@@ -42,7 +42,7 @@ class SafeTensors(Tensors):
     """Tensors of a safetensors file by name, read one at a time.
 
     Args:
-        path: path for messages.
+        path: path of the file, for messages.
         source: bytes of the file.
 
     Raises:

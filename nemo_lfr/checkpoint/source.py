@@ -50,7 +50,7 @@ class FileSource:
     """Byte range of a file, which stays open as long as this object exists.
 
     Args:
-        path: path for messages.
+        path: path of the file, for messages.
         file: the file; the caller may close it afterwards.
         offset: start of the range.
         size: length of the range in bytes.

@@ -147,7 +147,7 @@ class Tensors:
     """Tensors of a checkpoint by name, read one at a time.
 
     Args:
-        path: path for messages.
+        path: path of the checkpoint, for messages.
         source: bytes of the weights member, or of a whole training checkpoint.
         training: whether `source` is a training checkpoint.
         single: whether the file contains one tensor instead of a state dict; its name is then `SINGLE`.

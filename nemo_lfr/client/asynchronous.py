@@ -136,10 +136,10 @@ class _AsyncStream:
         """Yield results as they arrive, until the last one.
 
         Yields:
-            Samples [n] of a decoder, or tokens [C, k] of an encoder.
+            Samples [n] when decoding, tokens [C, k] when encoding.
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         while not self.conversation.done:
             result = self.conversation.result(await self._receive())
@@ -151,13 +151,14 @@ class _AsyncStream:
 
         Args:
             source: pieces of the input, as for `send`.
-            num_samples: of a decoder, the length of the recording in samples; None for whole frames.
+            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
+                None, it is not trimmed.
 
         Yields:
-            Samples [n] of a decoder, or tokens [C, k] of an encoder.
+            Samples [n] when decoding, tokens [C, k] when encoding.
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
             Exception: any error of the source.
         """
 
@@ -223,18 +224,18 @@ class AsyncDecodeStream(_AsyncStream):
 
         Raises:
             TokensError: if the tokens are not valid.
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         await self._send_items(tokens)
 
     async def end(self, num_samples: int | None = None) -> None:
-        """End the recording; the remaining audio follows.
+        """End the recording; the server then sends the remaining audio.
 
         Args:
-            num_samples: length of the recording in samples; None for whole frames.
+            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         await self._end(num_samples)
 
@@ -250,14 +251,14 @@ class AsyncEncodeStream(_AsyncStream):
 
         Raises:
             AudioError: if the samples are not valid.
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         await self._send_items(samples)
 
     async def end(self) -> None:
-        """End the recording; the remaining tokens follow.
+        """End the recording; the server then sends the remaining tokens.
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         await self._end()

@@ -63,7 +63,7 @@ class Client:
 
         Args:
             tokens: integers, shape [C, T_encoded].
-            num_samples: length of the recording in samples; None for whole frames.
+            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
             audio_format: "wav", "flac" or "opus".
 
         Raises:
@@ -229,7 +229,7 @@ class DecodeStream(_Stream):
 
         Raises:
             TokensError: if the tokens are not valid.
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         return self._push(tokens)
 
@@ -237,10 +237,10 @@ class DecodeStream(_Stream):
         """End the recording, and wait for the remaining audio [n].
 
         Args:
-            num_samples: length of the recording in samples; None for whole frames.
+            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         return self._flush(num_samples)
 
@@ -261,7 +261,7 @@ class EncodeStream(_Stream):
 
         Raises:
             AudioError: if the samples are not valid.
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         return self._push(samples)
 
@@ -269,6 +269,6 @@ class EncodeStream(_Stream):
         """End the recording, and wait for the remaining tokens [C, k].
 
         Raises:
-            ServerError: if the server ends the stream or is lost.
+            ServerError: if the server ends the stream or the connection is lost.
         """
         return self._flush()

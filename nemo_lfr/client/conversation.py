@@ -143,7 +143,8 @@ class Conversation:
         """Return the message that ends the input.
 
         Args:
-            num_samples: of a decoder, the length of the recording in samples; None for whole frames.
+            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
+                None, it is not trimmed.
 
         Raises:
             NemoLfrError: if the input has ended.

@@ -103,7 +103,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     Args:
         server: the server.
         tokens: integers, shape [C, T_encoded].
-        num_samples: length of the recording in samples; None for whole frames.
+        num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
         audio_format: format of the file.
 
     Raises:

@@ -107,7 +107,8 @@ class Codec(HubMethods, Generic[Array]):
         Args:
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
             tokens_len: frames of each utterance, [B]; default: the full length.
-            audio_len: samples to keep of each utterance, [B]: the length before encoding. Default: whole frames.
+            audio_len: samples to keep of each utterance, [B], usually its length before encoding. Default: all
+                samples of its frames.
             num_codebooks: decode only the first codebooks; `tokens` may then have as many.
 
         Returns:

@@ -46,8 +46,8 @@ class HubMethods(CodecProperties):
         """Load a codec from a Hub repository or a local path.
 
         Args:
-            pretrained_model_name_or_path: as `nemo_lfr.load`: a repository with `config.json` and `model.safetensors`,
-                or with one `.nemo`, or the path of a folder or file.
+            pretrained_model_name_or_path: as `source` in `nemo_lfr.load`: a repository with `config.json` and
+                `model.safetensors`, or with one `.nemo`, or the path of a folder or file.
             device: as in `nemo_lfr.load`.
             precision: as in `nemo_lfr.load`.
             force_download: download again, even if the files are in the cache.

@@ -69,7 +69,7 @@ class LazyModule(Generic[M]):
         return self.module
 
     def weights(self, order: SumOrder = CANONICAL) -> Iterable[tuple[str, torch.Tensor]]:
-        """Return weights by name, sorted, with weight norm folded; loaded ones are not kept.
+        """Return weights by name, sorted, with weight norm folded. Weights that are loaded for this are not kept.
 
         Args:
             order: order of summation in folding. If weight norm was folded when the weights were loaded, and `order`

@@ -32,7 +32,7 @@ class _Stream:
 
     Args:
         codec: checks arguments and results; a codec serves any number of streams.
-        modules: of the codec's backend.
+        modules: modules and settings of the codec's backend.
         lookahead: frames of lookahead; None for all that a result depends on.
     """
 
@@ -168,7 +168,7 @@ class StreamDecoder(_Stream):
             tokens: [C, k], k >= 0.
 
         Returns:
-            Audio [n] as float32, whole frames; n may be 0.
+            Audio [n] as float32; n is a multiple of `samples_per_frame` and may be 0.
 
         Raises:
             TokensError: for an unsupported shape or type, or a token outside the codebook.
@@ -180,7 +180,7 @@ class StreamDecoder(_Stream):
         """End the recording and return the remaining audio [n].
 
         Args:
-            num_samples: length of the original recording in samples, to which the audio is trimmed; complete frames by
+            num_samples: length of the original recording in samples, to which the audio is trimmed; not trimmed by
                 default. A causal decoder has already returned the last frame, so the caller has to trim it.
 
         Raises:
@@ -251,7 +251,7 @@ def push_encoders(streams: Sequence[StreamEncoder], samples: Sequence[np.ndarray
 
     Args:
         streams: distinct streams.
-        samples: for each stream, [n].
+        samples: one array [n] for each stream.
 
     Returns:
         For each stream, tokens [C, k]: those of `StreamEncoder.push`.

@@ -67,7 +67,7 @@ class TokenizeConfig:
 
     @property
     def state(self) -> Path:
-        """Return the folder of the run's state, below `out`."""
+        """Return the folder in `out` that contains the state of the run."""
         return Path(self.out, STATE)
 
     def open(self, relist: bool = False) -> CorpusReader:

@@ -9,7 +9,7 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.regular import open_regular
 
 METADATA = "tokens.json"  # written last: its presence means that the output is complete
-STATE = ".tokenize"  # folder below the output that contains what a run needs to resume
+STATE = ".tokenize"  # folder in the output folder that contains what a run needs to resume
 
 
 @dataclass
@@ -24,8 +24,8 @@ class ShardRecord:
     samples: int = 0
     frames: int = 0
     failures: list[dict[str, str]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)  # path below the output -> SHA-256
-    sizes: dict[str, int] = field(default_factory=dict)  # path below the output -> bytes
+    files: dict[str, str] = field(default_factory=dict)  # path relative to the output folder -> SHA-256
+    sizes: dict[str, int] = field(default_factory=dict)  # path relative to the output folder -> bytes
 
     @staticmethod
     def folder(out: Path) -> Path:

@@ -212,7 +212,7 @@ class Metric:
 
     Attributes:
         unit: unit for table headers, or an empty string.
-        better: "higher", "lower" or None if neither is better.
+        better: which values are better: "higher", "lower", or None if neither.
         definition: definition in one sentence, printed with the results.
         package: package that the metric needs, or an empty string.
         function: function of the original and the output, two `Signal`s of equal rate and length; None for a metric

@@ -34,7 +34,7 @@ DECIBELS = (-105, -30)  # range of a spectrogram's colors
 
 
 def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
-    """Draw one figure for each metric that is better in one direction and has values.
+    """Draw one figure for each metric that has values and defines whether higher or lower is better.
 
     Args:
         evaluation: results to draw.

@@ -78,7 +78,8 @@ def check_source(kind: object, source: object, allow_url: bool = False) -> None:
     if kind == "url":
         if not isinstance(source, str) or not source.startswith(("http://", "https://")):
             raise AudioError(
-                f"its audio is at {shown}, which is not read; download it, and pass the path of the file."
+                f"its audio is at {shown}, but only http(s) URLs can be read; download it, and pass the path of the "
+                "file."
             )
         if not allow_url:
             raise AudioError(f"its audio is at {shown}; pass --allow-url (allow_url in training) to read URLs.")

@@ -196,8 +196,8 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     """Assign the utterances without a split to "train" or "valid".
 
     Speakers are held out as a whole. If there is only one speaker, files are held out. The choice depends on a hash of
-    the name, so a growing corpus keeps its validation set. With a share between 0 and 1 and at least two names, both
-    splits get at least one name.
+    the speaker's name or the file's path, so a growing corpus keeps its validation set. With a share between 0 and 1
+    and at least two speakers (or files), both splits get at least one.
 
     Args:
         utterances: utterances, whose `split` is None if it is to be assigned.

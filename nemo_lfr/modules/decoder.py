@@ -161,7 +161,8 @@ class HiFiGANDecoder(NeuralModule):
             input_len: frames of each clip, [B].
 
         Returns:
-            Audio [B, T_audio] in [-1, 1], zero after a clip's end, and the samples of each clip [B]: whole frames.
+            Audio [B, T_audio] in [-1, 1], zero after a clip's end, and the number of samples of each clip [B], a
+            multiple of `samples_per_frame`.
         """
         frames = input_len.tolist()
         samples = [length * self.samples_per_frame for length in frames]

@@ -251,7 +251,7 @@ class TrainingSteps(WeightAveraging):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for parameter in self._generator.parameters():
                 torch.distributed.broadcast(parameter.data, 0)
-        logger.info("weights scaled by %d segments of the training speech", len(audio))
+        logger.info("weights rescaled using %d segments of the training speech", len(audio))
 
     def reconstruct(
         self, batch: Mapping[str, torch.Tensor]

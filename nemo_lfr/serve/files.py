@@ -142,7 +142,7 @@ class _AudioFile:
     """Audio file that is written piece by piece, to a temporary file without a name.
 
     Args:
-        sample_rate: of the pieces, Hz.
+        sample_rate: sample rate of the pieces in Hz.
         kind: key of `_FORMATS`.
     """
 

@@ -107,7 +107,8 @@ class Session:
         """Mark the end of the input.
 
         Args:
-            num_samples: for a decoder, the length of the original recording; None for whole frames.
+            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
+                None, it is not trimmed.
         """
         with self._changed:
             self._ended, self._num_samples = True, num_samples

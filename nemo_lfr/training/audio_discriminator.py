@@ -23,7 +23,7 @@ class AudioDiscriminator(nn.Module):
 
     @property
     def num_networks(self) -> int:
-        """Return the number of networks, which equals the number of views and scores; 1 by default."""
+        """Return the number of networks; 1 by default. Each network has one view (its input) and one score."""
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:

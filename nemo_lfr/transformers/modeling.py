@@ -56,7 +56,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     """Low Frame-rate Speech Codec, for inference.
 
     Args:
-        config: of the modules, which have random weights; `from_pretrained` loads weights.
+        config: config of the modules, which get random weights; to load weights, call `from_pretrained`.
     """
 
     config_class = NemoLfrConfig

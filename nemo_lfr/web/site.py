@@ -38,7 +38,7 @@ def export_site(
         codec: fp32 codec in PyTorch.
         folder: created if it does not exist.
         onnxruntime_web: installed npm package, or the `.tgz` file of `npm pack`.
-        name: of the codec, which the page shows.
+        name: name of the codec, which the page shows.
         overwrite: replace existing files.
 
     Returns:
@@ -69,7 +69,7 @@ def index(name: str) -> str:
     """Return index.html of a site.
 
     Args:
-        name: of the codec.
+        name: name of the codec.
     """
     text = (PAGE / INDEX).read_text(encoding="utf-8")
     assert _BACKEND in text

@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """Operations with packed weights, or with the modules if there are none.
+    """Operations of a network with packed weights, or with `ModuleWeights` if they cannot be packed.
 
     Within `torch.autocast("cpu", torch.bfloat16)` the weights are bf16.
 
@@ -94,7 +94,7 @@ class PackedOps:
         self._num_frames = num_frames
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Return a context without autocast if the weights are packed, which sets the precision."""
+        """Return a context that disables autocast if the weights are packed: their dtype then sets the precision."""
         is_packed = not isinstance(self._weights, ModuleWeights)
         return torch.autocast("cpu", enabled=False) if is_packed and self._autocast else nullcontext()
 

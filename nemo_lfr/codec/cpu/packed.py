@@ -82,7 +82,7 @@ class Weights(Protocol):
 
 
 class ModuleWeights:
-    """Weights in the modules, for networks whose weights cannot be packed."""
+    """Unpacked weights, read from the modules, for networks whose weights cannot be packed."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
         """Return the input unchanged: the caller's autocast converts it."""
@@ -148,7 +148,7 @@ class PackedWeights:
         return interleave(self._run(layer, padded), stride)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """See `Weights`: for wide layers and long signals in fp32."""
+        """See `Weights`. The result is true only for wide layers and long signals in fp32."""
         conv = layer.conv
         size = conv.kernel_size[0]
         return (
@@ -206,9 +206,9 @@ _WEIGHTS: DerivedForms[PackedWeights] = DerivedForms()
 
 
 def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
-    """Return the packed weights of a network, or those of its modules if it cannot be packed.
+    """Return the packed weights of a network, or `ModuleWeights` if its weights cannot be packed.
 
-    Weights are not packed in training, on a GPU, in precisions other than fp32 and bf16, and without oneDNN.
+    Weights are packed only for inference on a CPU in fp32 or bf16, and only if PyTorch has oneDNN.
     """
     first = next(network.parameters())
     usable = first.device.type == "cpu" and first.dtype == torch.float32 and _MKLDNN.is_available()

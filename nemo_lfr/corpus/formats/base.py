@@ -27,7 +27,7 @@ REPAIR = "run the same tokenize command again, which repairs it"
 
 
 class FormatWriter(ABC):
-    """Base class of writers: writes the clips of one shard below `folder`.
+    """Base class of writers, which write the clips of one shard to `folder`.
 
     Args:
         folder: an empty folder, whose files are moved to `final` when the shard is complete.

@@ -150,7 +150,7 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return a shard's lines with paths that are valid below `out`.
+        """Return a shard's lines with the current paths of its files, which are in `out`.
 
         The folder may have been moved since the lines were written.
         """
@@ -158,7 +158,7 @@ class ManifestFormat(OutputFormat):
 
 
 def _with_current_paths(lines: bytes, out: Path) -> bytes:
-    """Return a shard's lines with paths below `out`, which may have been moved."""
+    """Return a shard's lines with the current paths of its files in `out`, which may have been moved."""
     moved = []
     for line in lines.decode().split("\n")[:-1]:
         entry = json.loads(line)

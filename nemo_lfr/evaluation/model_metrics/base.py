@@ -22,7 +22,7 @@ class ModelMetric(ABC):
         device: PyTorch device.
 
     Raises:
-        Exception: of any class, if the model is not available.
+        Exception: if the model is not available; the exception may be of any class.
     """
 
     kind: ClassVar[str]
