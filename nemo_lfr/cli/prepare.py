@@ -13,8 +13,16 @@ from nemo_lfr.cli.session import current, print_line
 from nemo_lfr.io.layouts import LAYOUTS
 
 
+class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent releases only
+    """Layout of a corpus: one of our own, or a recipe of Lhotse."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value if it is valid; recipes are checked when the command runs."""
+        return value if str(value).startswith("lhotse:") else super().convert(value, param, ctx)
+
+
 @click.command(cls=Command, result=PrepareResult, short_help="Write training manifests for a corpus.")
-@click.argument("kind", metavar="KIND", type=click.Choice(list(LAYOUTS)))
+@click.argument("kind", metavar="KIND", type=Kind([*LAYOUTS, "lhotse:NAME"]))
 @click.argument("corpus", type=UserPath())
 @click.option("--out", type=UserPath(file_okay=False), required=True, help="Folder for the manifests.")
 @click.option(
@@ -31,7 +39,8 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
     """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
 
     KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk as published, folder for any
-    folder of audio files, or table for a .csv, .tsv or metadata.jsonl file.
+    folder of audio files, table for a .csv, .tsv or metadata.jsonl file, or lhotse:NAME for what the recipe
+    NAME of Lhotse reads, such as lhotse:ljspeech.
 
     An interrupted run resumes where it stopped. Files that cannot be used are listed in failures.jsonl; the
     exit code is then 1.

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure
+from nemo_lfr.errors import AudioError, Failure, NemoLfrError, failure, shorten
 from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
 from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, hold_out
+from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.tables import is_table
 
@@ -75,7 +76,7 @@ def prepare(
     them.
 
     Args:
-        kind: layout of the corpus, a key of `LAYOUTS`.
+        kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
         corpus: folder of the unpacked archive, or the file of a table; audio files are not copied.
         out: output folder of the manifests.
         valid_share: fraction of the speakers to hold out if the corpus has no validation set.
@@ -90,7 +91,11 @@ def prepare(
 
     Raises:
         NemoLfrError: if the corpus does not match the layout, or no file can be opened.
+        MissingExtraError: if Lhotse is needed and not installed.
     """
+    read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)
+    if read is None:
+        raise NemoLfrError(f"{shorten(kind)!r} is not a layout; use {', '.join(LAYOUTS)} or {PREFIX}NAME.")
     if kind == "table" and not is_table(corpus):
         problem = "is not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
         raise NemoLfrError(f"{corpus}: {problem}.")
@@ -100,7 +105,7 @@ def prepare(
             problem = "is a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
-        utterances = list(LAYOUTS[kind](corpus.resolve()))
+        utterances = list(read(corpus.resolve()))
     except NemoLfrError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -174,6 +179,8 @@ def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
 
 
 def _expected(kind: str) -> str:
+    if kind.startswith(PREFIX):
+        return "see the recipe's documentation for the folder that it expects."
     return f"expected: {(LAYOUTS[kind].__doc__ or kind).splitlines()[0]}"
 
 

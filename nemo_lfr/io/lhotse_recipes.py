@@ -1,0 +1,130 @@
+"""Corpora listed by Lhotse's recipes, for `nemo-lfr prepare lhotse:NAME`."""
+
+import difflib
+import inspect
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.io.cut_audio import forbid_programs
+from nemo_lfr.io.layouts import CorpusUtterance
+from nemo_lfr.io.shortage import require
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "lhotse:"
+# First words of the names of splits. Other names, such as languages and microphones, are not splits.
+_SPLITS = {"train": "train", "dev": "valid", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
+
+
+def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
+    """Return a reader of the corpora of a recipe, like those of `nemo_lfr.io.layouts.LAYOUTS`.
+
+    Each recording is one utterance, with the texts of its supervisions joined in order of start, and the speaker and
+    language of the first one. If the corpus has no validation set, the utterances for training have no split, so that
+    `hold_out` chooses one. The recipe itself stops at the first file that it cannot read.
+
+    Args:
+        name: name of the recipe, such as "ljspeech" for `lhotse.recipes.prepare_ljspeech`.
+
+    Raises:
+        NemoLfrError: if there is no such recipe, if it needs more than the folder of the corpus, or if it starts other
+            programs, which could run the names of files as commands.
+        MissingExtraError: if Lhotse is not installed.
+    """
+    recipes = require("lhotse.recipes")
+    names = [key.removeprefix("prepare_") for key in dir(recipes) if key.startswith("prepare_")]
+    if name not in names:
+        similar = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "`lhotse prepare --help` lists the recipes."
+        raise NemoLfrError(f"Lhotse has no recipe {shorten(name)!r}; {hint}")
+    function = getattr(recipes, f"prepare_{name}")
+    if "subprocess" in inspect.getsource(inspect.getmodule(function)):  # type: ignore[arg-type]  # it has one
+        raise NemoLfrError(
+            f"Lhotse's recipe {name} starts other programs, which is not allowed; run it yourself with `lhotse "
+            f"prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
+        )
+    first, *others = inspect.signature(function).parameters.values()
+    missing = [other.name for other in others if other.default is other.empty and other.name != "output_dir"]
+    if missing:
+        raise NemoLfrError(
+            f"Lhotse's recipe {name} needs more than {first.name}: {', '.join(missing)}; run it yourself with `lhotse "
+            f"prepare`, and pass the manifests that it writes to `nemo-lfr tokenize`."
+        )
+
+    def read(corpus: Path) -> Iterator[CorpusUtterance]:
+        forbid_programs()
+        with tempfile.TemporaryDirectory() as folder:
+            output = {"output_dir": folder} if any(other.name == "output_dir" for other in others) else {}
+            try:
+                manifests = function(corpus, **output)
+            except Exception as error:  # a recipe may raise anything
+                reason = shorten(" ".join(str(error).split()) or "no reason given", 300)
+                raise NemoLfrError(
+                    f"{corpus}: Lhotse's recipe {name} failed ({type(error).__name__}: {reason}); check that this is "
+                    "the folder that the recipe expects."
+                ) from error
+            utterances = list(_utterances(manifests, corpus, name))  # they may be read from the output folder
+        has_validation = any(utterance.split == "valid" for utterance in utterances)
+        for utterance in utterances:
+            from_train = utterance.split == "train" and not has_validation
+            yield replace(utterance, split=None) if from_train else utterance
+
+    return read
+
+
+def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = None) -> Iterator[CorpusUtterance]:
+    """Yield the utterances of a recipe's result: recordings and supervisions, or such results by split or language."""
+    if not isinstance(manifests, Mapping):
+        kind = type(manifests).__name__
+        raise NemoLfrError(f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions.")
+    if "recordings" not in manifests:
+        for key, part in manifests.items():
+            yield from _utterances(part, corpus, name, split or _split(str(key)))
+        return
+    supervisions: dict[str, list[Any]] = {}
+    for supervision in manifests.get("supervisions") or ():
+        supervisions.setdefault(supervision.recording_id, []).append(supervision)
+    is_joined = False
+    for recording in manifests["recordings"]:
+        own = sorted(supervisions.get(recording.id, ()), key=lambda supervision: supervision.start)
+        is_joined = is_joined or len(own) > 1
+        yield _utterance(recording, own, corpus, split)
+    if is_joined:
+        logger.warning(
+            "recordings with several supervisions are one utterance each, with their texts joined in order and the "
+            "speaker of the first supervision"
+        )
+
+
+def _utterance(recording: Any, supervisions: list[Any], corpus: Path, split: str | None) -> CorpusUtterance:
+    labels: dict[str, str] = {}
+    if text := " ".join(supervision.text for supervision in supervisions if supervision.text):
+        labels["text"] = text
+    language = supervisions[0].language if supervisions else None
+    if language:
+        labels = {"lang": language} | labels
+    speaker = str(supervisions[0].speaker or "") if supervisions else ""
+    path, problem = _path(recording, corpus)
+    return CorpusUtterance(path, speaker, split, labels, problem)
+
+
+def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
+    """Return the path of a recording relative to the corpus, and the reason if it cannot be used."""
+    sources = recording.sources
+    if len(sources) != 1 or sources[0].type != "file":
+        kinds = shorten([source.type for source in sources])
+        return Path(recording.id), f"has sources of type {kinds}, not one file"
+    path = Path(os.path.abspath(sources[0].source))
+    if not path.is_relative_to(corpus):
+        return Path(recording.id), f"its file {shorten(path)} is not in the folder of the corpus"
+    return path.relative_to(corpus), "the recipe changes its audio" if recording.transforms else None
+
+
+def _split(name: str) -> str | None:
+    return _SPLITS.get(name.replace("_", "-").partition("-")[0].lower())
