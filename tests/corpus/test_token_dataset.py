@@ -63,6 +63,29 @@ def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
         assert expected is None or np.array_equal(utterance.context.numpy(), expected)
 
 
+class CutTokens(torch.utils.data.Dataset):
+    """Dataset in Lhotse's style: a batch of cuts in, their ids and tokens out."""
+
+    def __getitem__(self, cuts) -> list[tuple[str, list]]:
+        return [(cut.id, cut.target_codes.load().tolist()) for cut in cuts]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_lhotses_own_loader_reads_the_same_utterances(world_size, folders):
+    from lhotse import CutSet
+    from lhotse.dataset import SimpleCutSampler
+
+    ours, theirs = {}, {}
+    for rank in range(world_size):
+        for utterance in TokenDataset(folders["shar"], rank=rank, world_size=world_size):
+            ours[utterance.id] = utterance.tokens.tolist()
+        cuts = CutSet.from_shar(in_dir=folders["shar"] / "shar")
+        sampler = SimpleCutSampler(cuts, max_cuts=3, rank=rank, world_size=world_size)
+        for batch in DataLoader(CutTokens(), batch_size=None, sampler=sampler):
+            theirs |= dict(batch)
+    assert len(ours) == sum(UNEVEN) and ours == theirs
+
+
 def test_a_folder_that_was_moved_is_read(tmp_path):
     made = write_tokens(tmp_path / "old", "manifest", [2])
     (tmp_path / "old").rename(tmp_path / "new")
