@@ -1,11 +1,12 @@
-"""Connections that misbehave beside a good stream of a real server: does anybody else notice, and does anything leak?
+"""Misbehaving connections beside a well-behaved stream: effects on its audio, and leaked resources of the server.
 
     python benchmarks/misbehave.py 1000
 
 Starts `nemo-lfr serve` with the bundled codec and opens that many connections of the kinds of `KINDS`, 100 at a time.
 Meanwhile a good client decodes the same recording again and again, and its audio is compared with that of an idle
 server. Then the script prints the descriptors, threads and memory of the server before and after, and how long it
-takes to end at SIGTERM while connections are open that never end by themselves. The exit code is 1 if a check fails.
+takes to end after SIGTERM while connections that never end by themselves are open. The exit code is 1 if a check
+fails.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class Connection:
         await self.writer.drain()
 
     async def frame(self, payload: bytes, opcode: int = BINARY, claimed: int | None = None) -> None:
-        """Send a WebSocket frame, whose mask of zeros changes nothing; `claimed` is another length in its header."""
+        """Send a WebSocket frame with a mask of zeros; `claimed` overrides the length in its header."""
         await self.send(struct.pack(">BBQ4x", 0x80 | opcode, 0x80 | 127, claimed or len(payload)) + payload)
 
     async def open(self, path: str = STREAM, *headers: str) -> None:
@@ -166,7 +167,7 @@ MALFORMED = (
 
 
 async def malformed(target: Target, number: int) -> None:
-    """Send what is not HTTP, not a WebSocket frame, or not a message."""
+    """Send invalid HTTP, an invalid WebSocket frame, or an invalid message."""
     async with connection(target) as peer:
         choice = number % (len(MALFORMED) + 4)
         if choice < len(MALFORMED):
@@ -217,7 +218,7 @@ async def too_large(target: Target, number: int) -> None:
 
 
 async def wrong_auth(target: Target, number: int) -> None:
-    """Use a wrong token, none, or a page of another origin."""
+    """Use a wrong token, no token, or another origin."""
     wrong = Target(target.port, "wrong")
     async with connection(target) as peer:
         if number % 4 == 0:
@@ -299,7 +300,7 @@ def state_of(pid: int) -> dict[str, int]:
 
 
 def wait_until_idle(url: str) -> bool:
-    """Wait until the server has no stream; whether that happens within 30 s."""
+    """Wait until the server has no stream; return whether that happens within 30 s."""
     for _ in range(300):
         with urllib.request.urlopen(url + "/health") as response:
             if json.load(response)["streams"] == 0:

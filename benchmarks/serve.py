@@ -1,4 +1,4 @@
-"""Live decoding: how many streams the server sustains in real time, beside two usual ways without batching.
+"""Live decoding: how many streams the server sustains in real time, compared with two ways without batching.
 
     python benchmarks/serve.py [--seconds 20] [--buffer 0.2] [--most 256]
 
@@ -10,8 +10,9 @@ each mode the number of streams is doubled, then bisected, until the largest num
 - processes: one process per stream, which pushes each frame to a `StreamDecoder`.
 - one process: all streams in one process, each pushed to alone.
 
-The table shows that number, and the time from a stream's first frame to its first audio (median and 95 %) at 1 stream,
-at 8, and at 80 % of the number. The client of the server runs on the same cores; the other modes have no client.
+The table shows that number, and the time from the first frame of a stream to its first audio (median and 95th
+percentile) with 1 stream, with 8, and with 80 % of that number. The client of the server runs on the same cores; the
+other modes have no client.
 """
 
 import argparse

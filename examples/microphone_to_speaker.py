@@ -127,10 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", help="an audio file, or a device's name; the default microphone if not given")
     parser.add_argument("--output", help="an audio file, or a device's name; the default speaker if not given")
-    parser.add_argument("--model", help="as of nemo_lfr.load")
+    parser.add_argument("--model", help="checkpoint or Hub id, as for nemo_lfr.load")
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--lookahead", type=int, help="frames to wait for, each way; all that matter if not given")
-    parser.add_argument("--block", type=int, default=1024, help="samples at a time")
+    parser.add_argument("--lookahead", type=int, help="lookahead in frames, for each direction (default: full)")
+    parser.add_argument("--block", type=int, default=1024, help="samples per block")
     parser.add_argument("--list", action="store_true", help="print the devices")
     arguments = parser.parse_args()
     files = [Path(name) if name and Path(name).suffix else None for name in (arguments.input, arguments.output)]
@@ -156,7 +156,7 @@ def main() -> None:
             speaker = Speaker(codec.sample_rate, arguments.output, arguments.block)
             talk(codec, blocks, speaker, arguments.lookahead)
             speaker.finish()
-            print(f"{speaker.dry} samples of silence where nothing was ready")
+            print(f"{speaker.dry} samples of silence because no audio was ready")
     except nemo_lfr.NemoLfrError as error:
         sys.exit(f"error: {error}")
 

@@ -5,8 +5,8 @@
     python examples/serve_ray.py --replicas 8 --gpus 1 --address auto --detach   # deploy to a cluster, or scale it
 
 Every replica is the application of `nemo-lfr serve` in a process of its own, and has a GPU or a few cores. Ray's proxy
-assigns each stream to a replica, where it stays. If fewer replicas are deployed, a replica that is removed gets no new
-streams, and its open ones have `--drain` seconds to end. If a replica dies, its clients get an error
+assigns each stream to a replica, where it stays. If you deploy fewer replicas, a removed one gets no new streams, and
+its open streams have `--drain` seconds to end. If a replica dies, its clients get an error
 (`ServerLostError` of nemo_lfr.client); they open another stream, which another replica serves, and Ray starts a
 replacement.
 """
@@ -36,7 +36,7 @@ def application(args: argparse.Namespace) -> Any:
     Args:
         args: the options of the command line.
     """
-    engines: list[Engine] = []  # of the process of a replica
+    engines: list[Engine] = []  # in the process of a replica
     settings = Settings(EngineLimits(max_streams=args.max_streams), token=os.environ.get("NEMO_LFR_TOKEN"))
     model, device, threads = args.model, "cuda" if args.gpus else "cpu", max(1, int(args.cpus))
 
@@ -49,7 +49,7 @@ def application(args: argparse.Namespace) -> Any:
         return app
 
     class Replica:
-        """Replica that Ray restarts if its network fails, as after a CUDA error."""
+        """Replica that Ray restarts if the codec fails, for example after a CUDA error."""
 
         async def check_health(self) -> None:
             fault = await find_fault(engines[0]) if engines else None
@@ -60,7 +60,7 @@ def application(args: argparse.Namespace) -> Any:
         name=NAME,
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
-        max_ongoing_requests=args.max_streams + 16,  # room for files, and for refusals that have a clear reason
+        max_ongoing_requests=args.max_streams + 16,  # more, for files and for refusals with a clear reason
         graceful_shutdown_timeout_s=args.drain,
         health_check_period_s=5,
     )
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=1, help="cores of a replica")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of a replica")
     parser.add_argument("--max-streams", type=int, default=64, help="limit of open streams of a replica")
-    parser.add_argument("--drain", type=float, default=600, help="seconds that streams of a removed replica have")
+    parser.add_argument("--drain", type=float, default=600, help="seconds until open streams of a removed replica end")
     parser.add_argument("--model", help="checkpoint or Hub id, as for nemo_lfr.load")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind")
     parser.add_argument("--port", type=int, default=8000, help="TCP port")
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"serving at http://{args.host}:{args.port}", flush=True)
     if not args.detach:
         stop.wait()
-        serve.shutdown()  # waits for open streams, as for those of a replica that is removed
+        serve.shutdown()  # waits for open streams, for at most --drain seconds
         ray.shutdown()
 
 

@@ -24,12 +24,12 @@ port=${PORT:-6379}
 read -ra nodes <<<"${NODES:-}"
 export RAY_USAGE_STATS_ENABLED=0
 
-# With --block, Ray ends with the process that started it, and Ray processes of other users stay
+# With --block, Ray stops when the process that started it ends; unlike ray stop, this ends no Ray of other users
 processes=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
 ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false --block >/dev/null &
 processes+=($!)
-for node in "${nodes[@]}"; do  # -tt: the remote process ends with its terminal
+for node in "${nodes[@]}"; do  # -tt: ending ssh also ends the remote process
   ssh -tt "$node" "${SETUP:-true} && ray start --address=$head:$port --block" </dev/null >/dev/null &
   processes+=($!)
 done

@@ -8,8 +8,9 @@ The keys are those of `language_model.yaml`. The output folder contains a checkp
 bits per frame, and `sample.wav`. Ctrl-C and SIGTERM save a checkpoint; the same command then continues with the same
 results as an undisturbed run. `torchrun --nproc-per-node N` trains on N devices.
 
-The model is a causal transformer over the delay pattern of MusicGen: each codebook is one frame later than the one
-before, so that the tokens of a frame depend on each other. It is a starting point, small enough to read.
+The model is a causal transformer over the delay pattern of MusicGen: each codebook is delayed by one frame relative to
+the previous one, so that each token of a frame can depend on those of the previous codebooks. It is a starting point,
+small enough to read.
 """
 
 import argparse
@@ -64,7 +65,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.streams, self.vocab = layout.num_streams, layout.vocab_size
         self.embedding = nn.Embedding(self.streams * self.vocab, width)
-        self.position = nn.Embedding(max_frames + self.streams + 1, width)  # the delays and EOS take more steps
+        self.position = nn.Embedding(max_frames + self.streams + 1, width)  # more for delays and EOS
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, self.streams * self.vocab)
@@ -98,7 +99,7 @@ def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_
     """
     ids, _ = layout.arrange(tokens, tokens_len)
     targets = ids[..., 1:]
-    is_known = (targets == layout.pad_id) | (targets == layout.bos_id)  # follows from the pattern
+    is_known = (targets == layout.pad_id) | (targets == layout.bos_id)  # from the delay pattern
     logits = model(ids[..., :-1])
     return F.cross_entropy(logits.flatten(0, 2), targets.masked_fill(is_known, -100).flatten(), reduction="sum")
 
@@ -138,7 +139,7 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
         server: URL of `nemo-lfr serve`.
 
     Returns:
-        Audio, float32 [T_audio], and its sample rate in Hz. A real application plays each piece at once.
+        Audio, float32 [T_audio], and its sample rate in Hz. A real application would play each piece at once.
     """
     pieces, started, first = [], time.monotonic(), None
     with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
@@ -179,7 +180,7 @@ class Trainer:
         self.valid = None if config.valid is None else self._open(config.valid, shuffle=False)
         codec = self.data.tokens.codec
         if self.valid is not None and self.valid.tokens.codec.fingerprint != codec.fingerprint:
-            raise NemoLfrError(f"{config.valid}: its tokens are of another codec than those of {config.tokens}.")
+            raise NemoLfrError(f"{config.valid}: its tokens were made by another codec than {config.tokens}.")
         self.layout = DelayLayout(codec.num_codebooks, codec.codebook_size)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self.layout, config.max_frames, **config.model).to(self.device)
@@ -236,7 +237,7 @@ class Trainer:
         else:
             codec = load(config.codec, "cpu")
             if not codec.made(self.data.tokens.codec.fingerprint):
-                raise NemoLfrError(f"codec: the tokens of {config.tokens} are of another codec; pass codec=.")
+                raise NemoLfrError(f"codec: another codec made the tokens of {config.tokens}; pass codec=.")
             decoded, _ = codec.decode(torch.stack(list(frames), dim=1)[None])
             audio, sample_rate = decoded[0].numpy(), codec.sample_rate
         soundfile.write(self.out / "sample.wav", audio, sample_rate)

@@ -107,7 +107,7 @@ def write_nemo(path: str | os.PathLike[str], config: dict[str, Any] | None = Non
 
 
 def same_parts(codec: Codec, *, chunk_frames: int | None = None, **changes: Any) -> Codec:
-    """Build another codec with the same modules and other options."""
+    """Build another codec from the same modules with other options."""
     backend = TorchBackend(codec.encoder, codec.quantizer, codec.decoder, codec.sample_rate, **changes)
     return Codec(backend, chunk_frames=chunk_frames)
 

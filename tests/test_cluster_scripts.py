@@ -54,7 +54,7 @@ def run(script: str, *arguments: object, environment: dict[str, str], cwd: Path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_syntax_is_valid_and_a_call_without_arguments_says_the_usage(script, tmp_path):
+def test_the_syntax_is_valid_and_a_call_without_arguments_prints_the_usage(script, tmp_path):
     subprocess.run(["bash", "-n", ROOT / "examples" / script], check=True)
     assert os.access(ROOT / "examples" / script, os.X_OK)
     done = run(script, "corpus", environment=dict(os.environ), cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_the_syntax_is_valid_and_a_call_without_arguments_says_the_usage(script,
 
 
 def test_the_slurm_script_writes_the_tokens_of_one_run(tmp_path):
-    """Takes the starts of three processes: two tasks and the command that completes the output."""
+    """Start only three processes: two tasks, and the command that completes the output."""
     (tmp_path / "two words").mkdir()
     for number in range(3):
         soundfile.write(tmp_path / "two words" / f"{number}.wav", synthesize(0.2, seed=number), RATE)
@@ -87,7 +87,7 @@ def test_the_slurm_script_writes_the_tokens_of_one_run(tmp_path):
 
 @pytest.mark.parametrize(("task", "code"), [("exit 2", 2), ("exit 1", 1), ("exit 137", 137)])
 def test_the_slurm_script_reports_tasks_that_failed(task, code, tmp_path):
-    """Exit code 1 means failed clips: the completing command runs, and its code is that of the job."""
+    """Exit code 1 means failed clips: the final command still runs, and its exit code is that of the job."""
     environment = commands(tmp_path / "bin", srun=SRUN, nemo_lfr=f'echo "$*" >>"$LOG"; {task}') | {"SLURM_NTASKS": "1"}
     done = run("tokenize_slurm.sh", "corpus", "out", environment=environment, cwd=tmp_path)
     assert done.returncode == code
@@ -96,7 +96,7 @@ def test_the_slurm_script_reports_tasks_that_failed(task, code, tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_ray_script_starts_and_stops_the_machines_that_it_names(code, tmp_path):
-    """Ray's own part is tested with the executor: here its commands only record how they were called."""
+    """Commands only record their calls; Ray itself is tested with the executors."""
     python = 'echo "python $*" >>"$LOG"; cat >/dev/null; until [ "$(grep -c start "$LOG")" = 3 ]; do sleep 0.1; done'
     environment = commands(
         tmp_path / "bin", ray=RAY, ssh=SSH, python=python, nemo_lfr=f'echo "nemo-lfr $*" >>"$LOG"; exit {code}'

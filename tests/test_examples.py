@@ -129,8 +129,8 @@ def launcher() -> Iterator[Launcher]:
 
 
 @pytest.mark.parametrize("config", sorted(path.stem for path in (ROOT / "conf").glob("*.yaml")))
-def test_a_configs_trainer_is_one_for_this_machine(config):
-    """Build the trainer of each config; NeMo's own configs require GPUs."""
+def test_the_trainer_of_each_config_can_be_built_on_this_machine(config):
+    """NeMo's own configs require GPUs."""
     pl = pytest.importorskip("lightning.pytorch", reason="needs NeMo's Lightning: pip install '.[nemo]'")
     hydra = pytest.importorskip("hydra", reason="needs NeMo's Hydra: pip install '.[nemo]'")
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -138,7 +138,7 @@ def test_a_configs_trainer_is_one_for_this_machine(config):
     assert trainer.num_devices == (max(torch.cuda.device_count(), 1) if "debug" not in config else 1)
 
 
-def test_the_tutorials_command_trains_saves_and_starts_again_from_what_it_saved(corpus, launcher, tmp_path):
+def test_the_tutorials_command_trains_saves_and_starts_from_its_checkpoint(corpus, launcher, tmp_path):
     checkpoints = train(corpus, tmp_path)
     saved = checkpoints / "AudioCodec.nemo"
     tokens, _ = load(saved, "cpu").encode(synthesize(1))

@@ -26,7 +26,7 @@ def test_thirteen_codebooks_of_2016_take_18_bytes_a_frame():
 
 
 @pytest.mark.parametrize(("levels", "codebooks", "expected"), [([2], 8, 1), ([2], 9, 2), ([4, 4], 2, 1), ([17], 2, 2)])
-def test_a_power_of_two_of_frames_takes_no_byte_too_many(levels, codebooks, expected):
+def test_bytes_per_frame_is_exact_for_powers_of_two(levels, codebooks, expected):
     assert bytes_per_frame(levels, codebooks) == expected
 
 

@@ -31,7 +31,7 @@ def example() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    """Tokens of generated speech, by the bundled codec."""
+    """Return tokens of generated speech, made by the bundled codec."""
     root = tmp_path_factory.mktemp("speech")
     for number in range(12):
         soundfile.write(root / f"{number}.wav", synthesize(0.6, number), RATE)
@@ -68,7 +68,7 @@ def test_the_model_learns_and_makes_sound(example, tokens, tmp_path, capsys):
 
 
 def test_the_loss_counts_tokens_and_eos_only(example):
-    """A model that prefers no id costs log(vocab) for each token and the EOS of each stream."""
+    """If all ids are equally likely, each token and the EOS of each stream cost log(vocab)."""
     layout = DelayLayout(3, 10)
     frames = torch.tensor([5, 2])
     equal = lambda ids: torch.zeros(*ids.shape, layout.vocab_size)  # noqa: E731
@@ -87,7 +87,7 @@ def test_a_step_does_not_see_later_ids(example):
 
 
 def test_sampled_frames_are_those_of_the_delay_pattern(example):
-    """A model that knows the next id of every stream samples the tokens that the layout arranged."""
+    """A model that predicts every next id perfectly samples the tokens that the layout arranged."""
     layout = DelayLayout(3, 10)
     tokens = torch.randint(0, 10, (3, 6), generator=torch.Generator().manual_seed(0))
     ids = layout.arrange(tokens)[0][None]
@@ -127,7 +127,7 @@ def test_a_server_decodes_the_frames_while_they_are_sampled(example, undisturbed
 
 
 class Killed(BaseException):
-    """Ends a run without a checkpoint."""
+    """Exception that ends a run without a checkpoint."""
 
 
 def interrupt() -> None:
@@ -143,7 +143,7 @@ def die() -> None:
 
 
 def disturbed(example: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int, disturb: Callable[[], None]) -> None:
-    """Disturb the next run while it takes a step."""
+    """Patch the trainer so that the next run calls `disturb` at a step."""
     update = example.Trainer._update
 
     def wrapped(trainer, batch):
@@ -157,7 +157,7 @@ def disturbed(example: ModuleType, monkeypatch: pytest.MonkeyPatch, step: int, d
 
 @pytest.fixture(scope="module")
 def undisturbed(example, tokens, tmp_path_factory) -> tuple[str, Path]:
-    """Arguments and result of a run of more than two epochs, three batches each."""
+    """Return the arguments and result of a run of more than two epochs, with three batches each."""
     out = tmp_path_factory.mktemp("undisturbed")
     keys = f"tokens={tokens} valid={tokens} {SMALL} steps=8 valid_every=1 save_every=2 sample_frames=0"
     assert example.main([*keys.split(), f"out={out}"]) == 0
@@ -185,7 +185,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     if saved == 3:  # the validation of an interrupted run is that of its step
         assert len(metrics_of(tmp_path)) == 3
     assert example.main(arguments) == 0
-    if saved is None:  # lines of a run without a checkpoint
+    if saved is None:  # lines that a run without a checkpoint wrote
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines[-8:]))
     assert_same_run(tmp_path, expected)
@@ -224,7 +224,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
-    """Takes the start of two processes, which do all runs."""
+    """Start only two processes, which do all runs."""
     arguments = [*undisturbed[0].split(), "steps=4", "save_every=4"]
     whole, stopped = [*arguments, f"out={tmp_path / 'a'}"], [*arguments, f"out={tmp_path / 'b'}"]
     runs = [(whole, None), (stopped, 2), (stopped, None)]
@@ -246,11 +246,11 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("batch_size=0", "batch_size is 0; pass a positive int"),
         ("model.width=33", "is not a multiple of model.heads"),
         ("model.layers=2", "was trained with other values of model; choose another out="),
-        ("valid={other}", "are of another codec"),
-        ("tokens={other} valid=null out={new}", "the tokens of .*other are of another codec; pass codec="),
+        ("valid={other}", "were made by another codec"),
+        ("tokens={other} valid=null out={new}", "another codec made the tokens of .*other; pass codec="),
     ],
 )
-def test_a_mistake_is_one_line(overrides, message, example, undisturbed, tmp_path, capsys):
+def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturbed, tmp_path, capsys):
     import re
 
     keys, out = undisturbed

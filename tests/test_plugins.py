@@ -1,4 +1,4 @@
-"""Extensions of the command line by installed packages: one file and one entry point each, and no edit elsewhere."""
+"""Tests of command-line extensions by installed packages, which need one file and one entry point each."""
 
 import json
 import os

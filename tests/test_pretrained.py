@@ -153,7 +153,7 @@ def test_a_mistyped_path_never_asks_the_hub(source, find, tmp_path, monkeypatch)
         ("a.nemo", True), ("owner/a.ckpt", True), ("owner/a.Nemo", True), ("a\\b", True), ("there", False),
     ],
 )  # fmt: skip
-def test_what_looks_like_a_path(name, local, tmp_path, monkeypatch):
+def test_a_model_name_that_looks_like_a_path_is_recognized(name, local, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     assert looks_local(name) is local
@@ -171,7 +171,7 @@ def test_unavailable_device_is_named(device):
     assert len(str(caught.value)) < 300  # messages of torch have up to 1500 characters
 
 
-def test_no_device_means_a_gpu_or_else_the_cpu():
+def test_the_default_device_is_a_gpu_if_there_is_one_else_the_cpu():
     assert choose_device(None) == choose_device("auto") == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

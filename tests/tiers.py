@@ -9,7 +9,7 @@ from tests.models import KINDS
 
 
 def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
-    """Return values as parameters, of which all but the fast ones are marked slow."""
+    """Return values as parameters, all marked slow except for those in `fast`."""
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 

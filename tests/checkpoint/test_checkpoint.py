@@ -1,7 +1,7 @@
-"""`.nemo` files: every spelling that NeMo has had, and files that a stranger damaged or made to hurt.
+"""Tests of reading `.nemo` files: every layout that NeMo has written, and damaged or malicious files.
 
-`HOSTILE` is a table: what is done to a sound file, and what the error must say. No row may run code, open a socket,
-write a file, take long or take memory.
+`HOSTILE` is a table of such files, each with the expected error message. No row may run code, open a socket, write a
+file, or take much time or memory.
 """
 
 import bz2
@@ -87,7 +87,7 @@ def zip_of(state: Any, **options: Any) -> bytes:
 
 
 def tar_of(members: list[tuple[str, Any]], mode: str = "w", **options: Any) -> bytes:
-    """A tar of (name, contents), or of (name, changes to a member without contents)."""
+    """Return a tar of members: (name, contents), or (name, changes to the header) for a member without contents."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode, **options) as archive:  # type: ignore[call-overload]
         for name, contents in members:
@@ -121,7 +121,7 @@ def with_state(**changes: Any) -> bytes:
 
 @pytest.fixture
 def nemo(tmp_path):
-    """Bytes -> a file of them."""
+    """Return a function that writes bytes to a file."""
 
     def write(contents: bytes) -> Path:
         path = tmp_path / "stranger.nemo"
@@ -140,7 +140,7 @@ def tokens_of(path: Path) -> torch.Tensor:
 
 EXPECTED_TOKENS = Codec(TorchBackend(PARTS.encoder, PARTS.quantizer, PARTS.decoder, 22050)).encode(synthesize(0.2))[0]
 
-# --- what must open
+# --- valid files
 
 
 def nemo_2_0(state):
@@ -164,14 +164,14 @@ def plain(state):
 
 
 def as_module(state):
-    """As `module.state_dict()` gives it: an OrderedDict with metadata, of Parameters."""
+    """Return the weights as `module.state_dict()` does: an OrderedDict of Parameters, with metadata."""
     values = OrderedDict((key, torch.nn.Parameter(v) if v.is_floating_point() else v) for key, v in state.items())
     values._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]
     return values
 
 
 def lightning(values: Any, **more: Any) -> bytes:
-    """A training checkpoint, as Lightning and NeMo write it, of the good weights."""
+    """Return a training checkpoint of the valid weights, as Lightning and NeMo write it."""
     parameters = OmegaConf.create({"cfg": values}) if isinstance(values, dict) else values
     return zip_of({"epoch": 3, "state_dict": as_module(STATE), "hyper_parameters": parameters} | more)
 
@@ -245,7 +245,7 @@ def test_fp16_weights_are_widened(nemo):
 
 
 @pytest.mark.parametrize("spelling", ["NeMo 2.0", "NeMo 3.0, with WavLM", "weight norm removed"])
-def test_weights_for_training_keep_their_norm(nemo, spelling):
+def test_weights_for_training_keep_weight_norm(nemo, spelling):
     parts, rest = load_parts(nemo(SPELLINGS[spelling]()), others="discriminator.")
     assert dict(parts.encoder.named_parameters()).keys() >= {f"pre_conv.conv.{GAIN}", f"pre_conv.conv.{DIRECTION}"}
     for name, part in parts.named().items():
@@ -293,7 +293,7 @@ def test_plain_weights_are_the_same_when_written_and_read_again(tmp_path, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 3, 5), (64, 32, 11), (1, 16, 7), (48, 96, 16)])
-def test_a_gain_is_the_norm_in_the_dtype_and_on_the_device_of_its_weight(dtype, shape):
+def test_weight_norm_gain_keeps_the_dtype_and_device_of_its_weight(dtype, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     gain = gain_of(weight)
     assert gain.dtype == dtype and gain.shape == (shape[0], 1, 1)
@@ -317,18 +317,18 @@ def test_written_config_names_nemo_classes(tmp_path):
     assert written.target.endswith(".AudioCodecModel")
 
 
-# --- what must not
+# --- invalid files
 
 
 class Payload:
-    """Pickles as a call of os.system."""
+    """Object that pickles as a call of os.system."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch escaped",)
 
 
 def pickled_in_zip(data: bytes, records: dict[str, bytes] | None = None) -> bytes:
-    """A PyTorch archive with a pickle of one's own."""
+    """Return a PyTorch archive that contains a given pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("model/data.pkl", data)
@@ -338,7 +338,7 @@ def pickled_in_zip(data: bytes, records: dict[str, bytes] | None = None) -> byte
 
 
 def data_pickle(contents: bytes) -> bytes:
-    """The pickle inside a PyTorch archive."""
+    """Return the pickle inside a PyTorch archive."""
     with zipfile.ZipFile(io.BytesIO(contents)) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
@@ -346,7 +346,7 @@ def data_pickle(contents: bytes) -> bytes:
 def tensor_pickle(
     shape: tuple, stride: tuple, offset: int = 0, key: str = KEY, storage: str = "FloatStorage"
 ) -> bytes:
-    """The pickle of {key: a tensor in record 0}, with any sizes."""
+    """Return the pickle of {key: tensor in record 0}, with any sizes."""
 
     def number(value: int) -> bytes:
         return b"\x8a" + bytes([8]) + struct.pack("<q", value)
@@ -373,7 +373,7 @@ def flipped(contents: bytes, position: int, bit: int = 1) -> bytes:
 
 
 def changed_header(field: slice, value: bytes) -> bytes:
-    """The good tar with one field of its first header overwritten and the header's sum made right."""
+    """Return the valid tar with one field of its first header overwritten and the header's checksum corrected."""
     raw = bytearray(GOOD_TAR)
     raw[field] = value.ljust(field.stop - field.start, b"\0")
     raw[148:156] = b" " * 8
@@ -392,7 +392,7 @@ def pax(headers: dict[str, str], name: str = CONFIG) -> bytes:
 
 
 def nested_pax(count: int) -> bytes:
-    """Extended headers that describe extended headers, which tarfile follows by recursion."""
+    """Return extended headers that describe extended headers; tarfile reads them recursively."""
     raw = pax({"comment": "x"})
     return raw[:1024] * count + GOOD_TAR
 
@@ -439,7 +439,7 @@ def twice(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
 
 
 def at_record(offset: int) -> int:
-    """Position in the good tar of a byte of the first tensor's numbers."""
+    """Return the position, in the valid tar, of a byte of the first tensor's values."""
     weights = GOOD_TAR.index(WEIGHTS_BYTES)
     with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive:
         info = next(info for info in archive.infolist() if "/data/" in info.filename and info.file_size > 64)
@@ -451,7 +451,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def shared(depth: int) -> dict[str, Any]:
-    """A list of a list ... each twice; or one of itself."""
+    """Return lists of two references to the next list; with depth 0, a list that contains itself."""
     value: list[Any] = []
     if not depth:
         value.append(value)
@@ -461,7 +461,7 @@ def shared(depth: int) -> dict[str, Any]:
 
 
 def doubling(both: Any, name: str = "${{x{}}}") -> dict[str, Any]:
-    """x1 ... x40, each of which names the one before it twice."""
+    """Return definitions of x1 ... x40, each of which uses the previous one twice."""
 
     def filled(value: Any, before: str) -> Any:
         return [filled(item, before) for item in value] if isinstance(value, list) else value.format(before)
@@ -470,12 +470,12 @@ def doubling(both: Any, name: str = "${{x{}}}") -> dict[str, Any]:
 
 
 def masked_dict() -> bytes:
-    """A pickled OrderedDict whose attributes `get` and `items` are numbers."""
+    """Return a pickled OrderedDict whose attributes `get` and `items` are numbers."""
     return b"\x80\x02ccollections\nOrderedDict\n)R}(X\x03\0\0\0getK\x01X\x05\0\0\0itemsK\x01ub."
 
 
 def build_opcode() -> bytes:
-    """A pickle that sets attributes of the function which rebuilds tensors."""
+    """Return a pickle that sets attributes of the function that rebuilds tensors."""
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x04\0\0\0evilK\x01sb."
 
 
@@ -490,7 +490,7 @@ BAD_CLASSES = [
     MODULES + "ResNetSpeakerEncoder", MODULES + "os.system",
 ]  # fmt: skip
 
-# name -> (what the file is, what the message must say besides the file's name)
+# name -> (function that makes the file, regular expression of the message)
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     # Not a checkpoint at all.
     "empty file": (lambda: b"", "empty"),
@@ -562,7 +562,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "config calls Python": (lambda: with_config(b"a: !!python/object/apply:os.system ['touch escaped']"), "model_config"),
     "config of aliases": (lambda: with_config(aliases()), "aliases"),
     "config is deep": (lambda: with_config(b"a: " + b"[" * 500), "deeply nested"),
-    # PyYAML 6.0.4 has a limit of its own, and meets it first.
+    # PyYAML 6.0.4 reaches its own limit first.
     "config is a pit": (lambda: with_config(b"a: " + b"[" * 50_000), "deeply nested|nesting depth"),
     "config is long": (lambda: with_config(b"a: [" + b"1," * 400_000 + b"]"), "larger"),
     "environment": (lambda: with_config(config(name="${oc.env:HOME}")), "resolver"),
@@ -705,7 +705,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "quantized tensor": (
         lambda: with_state(**{KEY: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}), "damaged or unsafe",
     ),
-    # Pickles that would do more.
+    # Pickles that would do more than build tensors.
     "pickle calls os.system": (lambda: with_weights({"a": Payload()}), "posix.system"),
     "pickle calls eval": (lambda: with_weights(pickled_in_zip(b"\x80\x02cbuiltins\neval\n(X\x01\0\0\x001tR.")), "eval"),
     "pickle calls getattr": (lambda: with_weights(pickled_in_zip(b"\x80\x02cbuiltins\ngetattr\n.")), "getattr"),
@@ -742,7 +742,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "ckpt of another config": (lambda: lightning(config(audio_encoder__encoded_dim=31)), "encoded_dim"),
     "ckpt truncated": (lambda: lightning(config())[:-3000], "damaged or unsafe"),
     "ckpt with a flipped bit": (lambda: flipped(lightning(config()), 40_000), "checksum"),
-    # Tensors that are not what they say.
+    # Tensors whose metadata is wrong.
     "shape of 2^40 with stride 0": (lambda: one_tensor((BIG,), (0,)), "lacks|shape"),
     "shape of the right size with stride 0": (lambda: one_tensor((2, 1, 7), (0, 0, 0)), "lacks|shape"),
     "offset past the end": (lambda: one_tensor((2,), (1,), BIG), "lacks|shape"),
@@ -774,7 +774,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 def forbid_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """From here on code that runs, and a socket that opens, fail the test; files would land in the folder."""
+    """Fail the test if code runs or a socket opens; written files would appear in the temporary folder."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a socket was opened")
@@ -797,12 +797,12 @@ def test_hostile_or_damaged_file_raises_with_its_name(nemo, monkeypatch, tmp_pat
     seconds = time.process_time() - started
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 700 + len(str(path)), message
-    # Generous: the promise is a second on a quiet machine, and a hang or a bomb takes far longer.
+    # A generous limit: an idle machine needs less than 1 s, and a hang or an expanding file takes far longer.
     assert seconds < 5, f"{seconds:.1f} s"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_table_has_the_size_it_claims():
+def test_hostile_files_are_many_and_distinct():
     assert len(HOSTILE) >= 120
     assert len({(make, match) for make, match in HOSTILE.values()}) == len(HOSTILE)
 
@@ -815,7 +815,7 @@ def test_missing_file_raises_with_its_path(tmp_path, name):
 
 
 def special_files(folder: Path) -> dict[str, Path]:
-    """Paths that are no regular file, of every kind that a test can make; opening some of them would never return."""
+    """Return paths of every kind that are not regular files; opening some of them would block forever."""
     os.mkfifo(folder / "fifo.nemo")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket.nemo"))
@@ -879,7 +879,7 @@ def test_hostile_files_do_not_exhaust_memory(tmp_path):
 
 @pytest.mark.slow
 def test_checksums_are_verified_before_values_are_used(nemo):
-    """Records of the codec, large and small: one flipped byte in each is found."""
+    """Flip one byte in each large and small record of the codec."""
     weights = GOOD_TAR.index(WEIGHTS_BYTES)
     with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive:
         records = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
@@ -893,7 +893,7 @@ def test_checksums_are_verified_before_values_are_used(nemo):
 
 
 def test_module_weights_are_read_on_first_use(nemo):
-    """Damage in the decoder does not keep anyone from encoding, and is named by who decodes."""
+    """Damage in the decoder does not prevent encoding; decoding reports it."""
     decoder = [value for key, value in STATE.items() if key.startswith("audio_decoder.")]
     longest = max(decoder, key=torch.numel).contiguous().numpy().tobytes()
     damaged = nemo_lfr.load(nemo(flipped(GOOD_TAR, GOOD_TAR.index(longest))), device="cpu")
@@ -926,7 +926,7 @@ CHANGED_MEANWHILE = {
 @pytest.mark.parametrize("change", CHANGED_MEANWHILE)
 @pytest.mark.parametrize("use", ["encode", "decode", "fingerprint", "pickle"])
 def test_a_file_that_is_overwritten_after_it_was_opened_is_an_error(nemo, change, use):
-    """Weights are read when they are first needed, which may be long after the file was opened."""
+    """Weights are read on first use, which may be long after the file was opened."""
     path = nemo(GOOD_TAR)
     codec = nemo_lfr.load(path, device="cpu")
     path.write_bytes(CHANGED_MEANWHILE[change](GOOD_TAR))
@@ -970,7 +970,7 @@ for _ in sys.stdin:
 
 @pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_path):
-    """Another program cuts, overwrites and restores the file meanwhile; the reader neither dies nor errs."""
+    """Truncate, overwrite and restore the file meanwhile; the reader neither crashes nor returns wrong tokens."""
     path, rounds = tmp_path / "model.nemo", 60
     path.write_bytes(GOOD_TAR)
     reader = subprocess.Popen(

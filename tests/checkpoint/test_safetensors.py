@@ -46,7 +46,7 @@ def test_an_exported_folder_gives_the_same_tokens_audio_and_fingerprint(kind, tm
     assert second.fingerprint == first.fingerprint
 
 
-def test_safetensors_and_ours_read_each_others_files(folder):
+def test_the_safetensors_package_and_our_reader_read_each_others_files(folder):
     safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
     tensors = safetensors.load_file(folder / "model.safetensors")
     assert {name.partition(".")[0] for name in tensors} == {"audio_encoder", "vector_quantizer", "audio_decoder"}
@@ -58,7 +58,7 @@ def test_safetensors_and_ours_read_each_others_files(folder):
     assert torch.equal(after.encode(audio)[0], expected) and after.fingerprint == before.fingerprint
 
 
-def test_a_folder_is_exported_again_from_itself(folder, tmp_path):
+def test_an_exported_folder_can_be_exported_again(folder, tmp_path):
     export_safetensors(folder, tmp_path / "again")
     for name in os.listdir(folder):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
@@ -140,7 +140,7 @@ def test_a_damaged_config_is_refused_by_name(text, folder):
 
 def test_infinite_weights_are_refused_when_they_are_used(folder):
     path = folder / "model.safetensors"
-    data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # the checksum too
+    data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # and correct the checksum
     begin = 8 + int.from_bytes(data[:8], "little")  # of the decoder's weights, since names are sorted
     path.write_bytes(data[:begin] + b"\xff" * 1000 + data[begin + 1000 :])
     codec = nemo_lfr.load(folder, "cpu")

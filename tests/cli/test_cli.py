@@ -1,4 +1,4 @@
-"""The command line as a user types it: exit codes, what goes to stdout, what is left on disk."""
+"""Tests of the command line: exit codes, output, and the files that remain on disk."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.models import speech_like
 
 
 def run(capsys, *arguments):
-    """Exit code, stdout and stderr of one command in this process."""
+    """Run one command in this process, and return its exit code, stdout and stderr."""
     code = 0
     try:
         cli.main([str(argument) for argument in arguments])
@@ -30,7 +30,7 @@ def run(capsys, *arguments):
 
 @pytest.fixture
 def folder(tmp_path):
-    """speech/a.wav (22.05 kHz), speech/deep/b.flac (48 kHz stereo), speech/notes.txt."""
+    """Write speech/a.wav (22.05 kHz), speech/deep/b.flac (48 kHz stereo) and speech/notes.txt."""
     root = tmp_path / "speech"
     (root / "deep").mkdir(parents=True)
     soundfile.write(root / "a.wav", speech_like(12_345).numpy(), 22050)
@@ -142,7 +142,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
 )
-def test_usage_error_is_one_line_with_exit_code_2(capsys, folder, monkeypatch, arguments, text):
+def test_usage_error_is_a_one_line_error_with_exit_code_2(capsys, folder, monkeypatch, arguments, text):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = run(capsys, *[argument.format(folder=folder) for argument in arguments])
     assert code == 2
@@ -190,12 +190,12 @@ def test_out_may_name_the_file_for_a_single_input(capsys, folder, command, sourc
     assert run(capsys, command, folder / source, "--out", target)[:2] == (0, f"{target}\n")
     assert target.is_file()
     assert target.suffix != ".flac" or soundfile.info(target).format == "FLAC"
-    (folder / "t.lfr").mkdir()  # a folder stays one
+    (folder / "t.lfr").mkdir()  # an existing folder is used as a folder
     assert run(capsys, "encode", folder / "a.wav", "--out", folder / "t.lfr")[0] == 0
     assert (folder / "t.lfr" / "a.lfr").is_file()
 
 
-def test_results_that_exist_are_kept_on_request(capsys, folder, tmp_path):
+def test_skip_existing_keeps_existing_results(capsys, folder, tmp_path):
     out = tmp_path / "tokens"
     run(capsys, "encode", folder / "a.wav", "--out", out)
     before = (out / "a.lfr").stat()
@@ -227,7 +227,7 @@ def test_an_empty_name_is_not_the_current_folder(capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_writes_its_four_files_and_says_what_they_cost(capsys, tmp_path):
+def test_the_demo_writes_four_files_and_prints_bit_rate_and_quality(capsys, tmp_path):
     code, out, err = run(capsys, "demo", "--out", tmp_path)
     assert code == 0 and err.splitlines()[-1].endswith("nemo-lfr serve")
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -265,7 +265,7 @@ def test_decoded_span_equals_slice_of_the_full_decoding(capsys, tmp_path):
     run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "whole")
     run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "part", "--start", 1.5, "--duration", 0.75)
     whole, part = (soundfile.read(tmp_path / name / "a.wav", dtype="int16")[0] for name in ("whole", "part"))
-    # Windows of other lengths sum in another order: one step of 16 bits at most.
+    # Windows of other lengths add in another order, which changes 16-bit samples by at most one step.
     assert len(part) == 16538
     assert np.abs(whole[33075:][:16538].astype(int) - part).max() <= 1
     code, _, err = run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "none", "--start", 60)
@@ -285,7 +285,7 @@ def test_truncated_file_is_refused_with_a_hint_to_recover(capsys, tmp_path):
 
 
 def test_finished_files_of_a_failed_batch_are_not_failures(capsys, tmp_path, monkeypatch):
-    """a.wav and c.wav are encoded with b.flac, which breaks only where it is damaged, after a.lfr was written."""
+    """Encode a.wav and c.wav in a batch with a damaged b.flac, which fails after a.lfr was written."""
     monkeypatch.setattr("nemo_lfr.cli.encode.BATCH_SECONDS", 1)
     folder = tmp_path / "speech"
     folder.mkdir()
@@ -339,7 +339,7 @@ def test_closed_descriptors_cause_no_traceback(folder, line, code, text):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_terminated_command_leaves_no_partial_file(name, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(3600 * 8000, np.int16), 8000)  # an hour
-    # As on a terminal: what runs these tests may ignore some, which children inherit.
+    # Children inherit ignored signals from the program that runs the tests, so restore the defaults of a terminal.
     defaults = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     script = f"import signal; {defaults}\nfrom nemo_lfr.cli.main import main; "
     command = [sys.executable, "-c", script + "main()", "encode", tmp_path / "a.wav", "--out", tmp_path / "out"]
@@ -348,7 +348,7 @@ def test_terminated_command_leaves_no_partial_file(name, tmp_path):
     while not list(tmp_path.glob("out/*.part")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1)  # during the recording: Python may lose an interrupt within an import
+    time.sleep(1)  # after the imports, in which Python may lose an interrupt
     number = getattr(signal, name)
     process.send_signal(number)
     assert process.wait(60) == 128 + number

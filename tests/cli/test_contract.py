@@ -1,4 +1,4 @@
-"""The rules that all commands follow: JSON, failure records, exit codes, --quiet, --verbose, names of options."""
+"""Tests of the rules for all commands: JSON, failure records, exit codes, messages and names of options."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def all_commands(group: click.Group = cli.app, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    """Yield the words and the object of each command that is no group."""
+    """Yield the words and the object of each command that is not a group."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from all_commands(command, (*path, name))
@@ -41,7 +41,7 @@ every_command = pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OTHERS)
 
 
 class Case(NamedTuple):
-    """Arguments that succeed, and arguments of which one input fails; {in} and {out} are folders."""
+    """Arguments that succeed, and arguments for which one input fails; {in} and {out} stand for folders."""
 
     success: str
     failure: str | None = None
@@ -82,7 +82,7 @@ cheap_run_of_every_command = pytest.mark.parametrize("name", slow_if(sorted(CASE
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two clips, their tokens, a manifest, a corpus of tokens; each also with a part that is damaged."""
+    """Write two clips, their tokens, a manifest and a tokenized corpus, and a version of each with a damaged part."""
     root = tmp_path_factory.mktemp("contract")
     for name in ("audio", "mixed", "tokens", "cut"):
         (root / name).mkdir()
@@ -112,7 +112,7 @@ def arguments_of(name: str, text: str, folder: Path, out: Path) -> list[str]:
 
 
 def problems(value: Any, kind: Any, where: str = "$") -> list[str]:
-    """Return how a JSON value differs from a type: a TypedDict, list, dict, union, Literal or a plain type."""
+    """Return how a JSON value differs from a type (TypedDict, list, dict, union, Literal or plain type)."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
         hints = typing.get_type_hints(kind)
@@ -274,7 +274,7 @@ def test_a_model_for_metrics_that_cannot_be_loaded_is_a_failure(folder, tmp_path
     assert record["error"] in err and (tmp_path / "out" / "report.html").is_file()
 
 
-def test_an_unexpected_error_is_one_line_and_a_traceback_only_if_asked_for(folder, monkeypatch, capsys):
+def test_an_unexpected_error_is_one_line_with_a_traceback_only_on_request(folder, monkeypatch, capsys):
     def broken(text: str | None) -> None:
         raise KeyError("a bug")
 
@@ -318,7 +318,7 @@ def test_heartbeat_reports_progress_without_a_terminal(name, folder, tmp_path, c
     assert any(re.match(rf"nemo-lfr: \d of \d {unit}.* done after \d+ s", line) for line in lines), lines
 
 
-# The names of options that mean the same in several commands, and where they must be.
+# Options that must have the same name and meaning in several commands, and those commands.
 SHARED = {
     "--out": {
         "encode",

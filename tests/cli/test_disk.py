@@ -1,6 +1,6 @@
-"""Every command that writes: on a full disk, where nothing may be written, and after a run that was killed.
+"""Tests of every command that writes: on a full disk, in an unwritable place, and after a killed run.
 
-A limit on the size of files stands for the full disk: a write beyond it fails in the same way, with another number.
+A limit on the file size simulates a full disk: a write beyond it also fails, with another error number.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ COMMANDS = {
     "evaluate": "evaluate {audio}/manifest.json --codec lfr:{model} --out {out} --workers 1 --examples 1",
     "export": "export onnx --out {out} --model {model} --overwrite",
 }
-SEVERAL = {"encode a batch", "decode wav"}  # files, each of which fails by itself
+SEVERAL = {"encode a batch", "decode wav"}  # commands that report an error for each file
 every_command = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "export")) for name in COMMANDS]
 )
@@ -70,7 +70,7 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def command(inputs) -> Callable[[str, Path], list[str]]:
-    """(name, --out) -> arguments."""
+    """Return the arguments of a command, by its name and --out."""
     return lambda name, out: [word.format(**inputs, out=out) for word in COMMANDS[name].split()]
 
 
@@ -79,7 +79,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def results_of(out: Path) -> dict[str, bytes]:
-    """Files under their final names."""
+    """Return the contents of the files with final names."""
     return {name: data for name, data in files_of(out).items() if Path(name).name not in JOURNALS}
 
 
@@ -90,7 +90,7 @@ def leftovers_of(out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def full_disk(free: int) -> Iterator[None]:
-    """No file grows beyond `free` bytes; Python ignores the signal that comes with it."""
+    """Limit files to `free` bytes, and ignore the signal that exceeding the limit raises."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
     try:
@@ -100,7 +100,7 @@ def full_disk(free: int) -> Iterator[None]:
 
 
 def complaints(err: str) -> list[str]:
-    """Errors on stderr, beside lines that say which codec is used, what is passed over and what was done."""
+    """Return the errors on stderr; other lines may only name the codec, skipped files or a summary."""
     lines = [line for line in err.splitlines() if re.match(r"nemo-lfr: (error|failed): ", line)]
     others = [line for line in err.splitlines() if line not in lines]
     usual = r"nemo-lfr: using the bundled codec|.* skipped: |nemo-lfr: \d+ of \d+ failed"
@@ -112,7 +112,7 @@ def complaints(err: str) -> list[str]:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @every_command
 def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, command, tmp_path, capsys):
-    """Nothing fits; something does; all but the end of the largest file does; then there is room, and all is done."""
+    """Allow nothing, a quarter of the largest file, and all of it but one byte; then remove the limit."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
     expected = results_of(whole)
@@ -130,7 +130,7 @@ def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, c
             assert named.name in JOURNALS or str(named.relative_to(out)) in files_of(whole), (free, line)
         for path, data in results_of(out).items():
             same = len(data) == len(expected[path]) or data.replace(bytes(out), bytes(whole)) == expected[path]
-            assert same, (free, path)  # their length alone, as libsndfile writes the time into a WAV of floats
+            assert same, (free, path)  # the contents of float WAVs differ: they include the time
         assert leftovers_of(out) == []
     assert run(capsys, *command(name, out))[0] == 0
     assert results_of(out).keys() == expected.keys()
@@ -138,8 +138,8 @@ def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, c
 
 @every_command
 @pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/dev/null/out"])
-def test_output_below_a_file_is_one_line_error(name, place, command, tmp_path, capsys):
-    """Stands for all places where nothing may be written, and holds for root too."""
+def test_output_below_a_file_is_a_one_line_error(name, place, command, tmp_path, capsys):
+    """Such a place is unwritable for root too, unlike a read-only folder."""
     (tmp_path / "file").write_text("mine")
     out = tmp_path / place
     code, printed, err = run(capsys, *command(name, out))
@@ -164,14 +164,14 @@ main(sys.argv[2:])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["detokenize", "prepare", "evaluate", "encode a batch", "tokenize parquet"])
 def test_next_run_finishes_a_killed_run(name, command, tmp_path, capsys):
-    """The system kills the process at the write that makes a file too large: no part of Python runs after it."""
+    """The system kills the process when a file grows too large, so that no Python code runs afterward."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
     free = {"prepare": 40, "encode a batch": 200}.get(name, 2000)
     arguments = [sys.executable, "-c", KILLED, str(free), *command(name, out)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGXFSZ, done.stderr
-    if name != "prepare":  # which is killed in its journal
+    if name != "prepare":  # `prepare` is killed while it writes its journal
         assert leftovers_of(out), files_of(out)
     assert run(capsys, *command(name, out))[0] == 0
     assert leftovers_of(out) == [] and results_of(out).keys() == results_of(whole).keys()
@@ -184,13 +184,13 @@ def test_next_run_finishes_a_killed_run(name, command, tmp_path, capsys):
 )
 @pytest.mark.parametrize("kind", ["file", "link", "pipe"])
 def test_leftovers_are_removed_and_never_opened_through_a_link(name, kind, command, tmp_path, capsys):
-    """Beside every result of a run, as another kill would have left them."""
+    """Put leftovers of a killed run beside every result."""
     out, victim = tmp_path / "out", tmp_path / "victim"
     victim.write_text("precious")
     assert run(capsys, *command(name, out))[0] == 0
     for path in [out / result for result in results_of(out)]:
         if name.startswith("tokenize") and path.parent != out and path.parent.name != "done":
-            continue  # these are renamed out of a folder that goes as a whole
+            continue  # these are renamed from a staging folder, which is removed as a whole
         aside = path.with_name(f"{path.name}.01234567.part")
         if kind == "file":
             aside.write_text("half")

@@ -1,4 +1,4 @@
-"""An empty path, as of a shell's variable that is not set, is refused: `Path("")` is the current folder."""
+"""Tests that empty paths, as from an unset shell variable, are refused: `Path("")` is the current folder."""
 
 import shlex
 
@@ -42,7 +42,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_an_empty_path_is_one_line_in_every_command(line, tmp_path, capsys, monkeypatch):
+def test_an_empty_path_is_a_one_line_error_in_every_command(line, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audio").mkdir()
     for name in ("a.wav", "a.lfr", "audio/m.json"):
@@ -79,5 +79,5 @@ def test_an_empty_path_is_an_error_in_python(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [".", " ", "~", "a"])
-def test_other_short_paths_are_paths(path):
+def test_other_short_paths_are_accepted(path):
     assert str(expand_home(path))

@@ -1,4 +1,4 @@
-"""Labels and names of a stranger, from a manifest through `evaluate` into every format of the report."""
+"""Tests that untrusted labels and names of a manifest are escaped in every format of the `evaluate` report."""
 
 import base64
 import csv
@@ -26,7 +26,7 @@ LABELS = [
 
 
 class Scripts(HTMLParser):
-    """Text of the script elements of a page."""
+    """Parser that collects the text of the script elements of a page."""
 
     def __init__(self):
         super().__init__()

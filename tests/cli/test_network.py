@@ -1,4 +1,4 @@
-"""Nothing that works on local files reaches for the network, in Python or in native code, and no library reports."""
+"""Tests that commands on local files use no network, in Python or native code, and that usage reports are off."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from tests.crash import ROOT
 from tests.models import RATE, codec_config, synthesize, write_nemo
 from tests.network import TELEMETRY, build_watcher, run_watched
 
-# Runs commands one after the other in a process, each with its own log; then waits for what reports later: ONNX
-# Runtime looks its maker up 10 to 15 seconds after it was imported.
+# Runs commands one after the other in one process, each with its own log, and then waits for delayed usage reports:
+# ONNX Runtime looks up Microsoft's server 10 to 15 seconds after it was imported.
 DRIVER = """
 import json, os, sys, time
 from nemo_lfr.cli.main import main
@@ -37,7 +37,7 @@ def watcher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four clips, a manifest of them, and a tiny codec."""
+    """Write four clips, a manifest of them, and a tiny codec."""
     folder = tmp_path_factory.mktemp("network")
     lines = []
     (folder / "audio").mkdir()
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-# A local Ray cluster asks the cloud that it may run in for its name, and finds its own address by a datagram socket to
-# a public server, to which it sends nothing. Ray has no setting for either.
+# A local Ray cluster asks metadata services which cloud it runs in, and finds its own address by connecting a UDP
+# socket to a public server, without sending anything. No setting of Ray disables either.
 RAYS_OWN = (
     "look-up metadata.google.internal ",
     "connection to 169.254.169.254 port 80 ",
@@ -59,14 +59,14 @@ RAYS_OWN = (
 
 
 def seen(folder, allowed: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """What each command asked of the network but for `allowed`; nothing for those that asked nothing."""
+    """Return the network access of each command, except for `allowed`; leave out commands without any."""
     logs = {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.log"))}
     asked = {name: [line for line in lines if not line.startswith(allowed)] for name, lines in logs.items()}
     return {name: lines for name, lines in asked.items() if lines}
 
 
 def run_commands(watcher, folder, out, commands: dict[str, str], wait: float = 0.0, allowed: tuple[str, ...] = ()):
-    """Run commands below `out`; `{in}` and `{out}` in them stand for the two folders."""
+    """Run commands in `out`; `{in}` and `{out}` in them stand for the two folders."""
     commands = {
         name: [part.replace("{in}", str(folder)).replace("{out}", str(out)) for part in command.split()]
         for name, command in commands.items()
@@ -81,7 +81,7 @@ def run_commands(watcher, folder, out, commands: dict[str, str], wait: float = 0
 @pytest.mark.slow
 def test_the_watcher_sees_python_native_code_and_children(watcher, tmp_path):
     look_up = "import socket; socket.getaddrinfo('name.invalid', 80)"
-    connect = "import socket; socket.socket().connect(('192.0.2.1', 80))"  # an address of no host, by RFC 5737
+    connect = "import socket; socket.socket().connect(('192.0.2.1', 80))"  # reserved by RFC 5737, no host
     here = """
 import socket
 for name in ("localhost", "127.0.0.1", socket.gethostname()):

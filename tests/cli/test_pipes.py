@@ -1,4 +1,4 @@
-"""Pipes: what files give, while it comes in; and what is said of a pipe that breaks."""
+"""Tests of pipes: results equal those of files and appear while input arrives, and broken pipes are reported."""
 
 import io
 import os
@@ -36,7 +36,7 @@ class Done:
 
 @pytest.fixture
 def piped(monkeypatch):
-    """Run one command in this process, between pipes."""
+    """Return a function that runs one command in this process, with pipes for stdin and stdout."""
 
     def run(*arguments, stdin=b"") -> Done:
         ends = [io.TextIOWrapper(io.BufferedRandom(io.BytesIO(data))) for data in (stdin, b"")]
@@ -63,8 +63,8 @@ def wav(wave, rate: int = RATE, kind: str = "WAV", subtype: str = "PCM_16") -> b
 
 
 @pytest.mark.slow
-def test_a_bad_recording_on_a_pipe_that_stays_open_is_one_line_and_no_crash():
-    """The thread that reads stdin must not hold what Python needs when it ends."""
+def test_a_bad_recording_on_a_pipe_that_stays_open_is_a_one_line_error_and_no_crash():
+    """The thread that reads stdin must not hold a lock that Python needs at exit."""
     encoder = subprocess.Popen(
         [sys.executable, "-m", "nemo_lfr", "encode", "-", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, bufsize=0, text=False,
@@ -102,7 +102,7 @@ def tokens_of(data: bytes) -> np.ndarray:
 
 
 def samples_of(data: bytes) -> np.ndarray:
-    """The samples of a WAV whose header tells no length."""
+    """Return the samples of a WAV whose header does not state a length."""
     assert data[:4] == b"RIFF" and data[4:8] == data[40:44] == b"\xff" * 4
     return np.frombuffer(data[44:], "<i2").astype(int)
 
@@ -127,7 +127,7 @@ def test_pipes_give_the_same_results_as_files(piped, tmp_path):
     assert piped("encode", tmp_path / "a.wav", "-").stdout == encoded.stdout
     decoded = piped("decode", "-", "-", stdin=(tmp_path / "a.lfr").read_bytes())
     from_file, _ = soundfile.read(tmp_path / "back.wav", dtype="int16")
-    # Another process may align its memory otherwise, and so sum in another order: one step of 16 bits at most.
+    # In another process, memory alignment may change the order of sums, and 16-bit samples by at most one step.
     assert np.abs(samples_of(decoded.stdout) - from_file).max() <= 1
     for options in (("--format", "flac"), ("--start", 1.0, "--duration", 0.5), ("--recover",)):
         whole = piped("decode", "-", *options, stdin=(tmp_path / "a.lfr").read_bytes())
@@ -154,7 +154,7 @@ def test_pipes_accept_other_formats_rates_and_stereo(piped, tmp_path, rate, subt
     with TokenReader(tmp_path / "a.lfr") as reader:
         expected = reader.read()
     got = tokens_of(done.stdout)
-    # Resampled in other pieces, samples differ by rounding: a tie may fall otherwise.
+    # Samples that are resampled in other pieces differ by rounding, which may change a rounding tie.
     assert got.shape == expected.shape and (got != expected).sum() <= 1
 
 
@@ -167,7 +167,7 @@ def test_wav_of_unknown_length_is_encoded_to_its_end(piped):
 
 @pytest.mark.slow
 def test_results_are_written_before_the_input_ends():
-    """Half a recording goes in, and what its frames allow comes out, before the rest is sent."""
+    """Send half of a recording, and read the output of its complete frames before sending the rest."""
     process = [sys.executable, "-m", "nemo_lfr"]
     encoder = subprocess.Popen(
         [*process, "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
@@ -180,7 +180,7 @@ def test_results_are_written_before_the_input_ends():
     delay = context.encoder.context.future + context.decoder.context.future
     early = b""
     deadline = time.monotonic() + 120
-    # One block of 1 frame waits in libsndfile's read for what comes after it.
+    # libsndfile returns a block of 1 frame only after the next one has arrived.
     while len(early) < 44 + 2 * FRAME * (40 - delay - 1):
         assert time.monotonic() < deadline and decoder.poll() is None
         early += os.read(decoder.stdout.fileno(), 65536)
@@ -224,7 +224,7 @@ def test_shorter_lookahead_is_recorded_in_the_file(piped):
     assert "--lookahead is for pipes" in said(piped("encode", "a.wav", "--lookahead", 2))
 
 
-def test_a_broken_pipe_is_one_line(piped):
+def test_a_broken_pipe_is_a_one_line_error(piped):
     assert said(piped("encode", "-", stdin=b"not audio")).startswith("nemo-lfr: error: stdin: not an audio file")
     assert said(piped("encode", "-", stdin=b"RIFF, but not audio")).startswith("nemo-lfr: error: stdin: not an audio")
     assert "stdin: not a .lfr token file" in said(piped("decode", "-", stdin=b""))
@@ -270,7 +270,7 @@ PIPED = {
 @pytest.mark.parametrize("name", PIPED)
 @pytest.mark.parametrize("piece", [1, 7, 1000, 1 << 20])
 def test_pipe_and_file_give_the_same_samples(name, piece):
-    """Whatever the pieces that they come in."""
+    """The sizes of the pieces that arrive must not matter."""
     data = PIPED[name]
     source = io.BytesIO(data)
     header, head = read_wav_header(source.read)
@@ -320,8 +320,8 @@ def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_what_is_not_audio_is_refused_before_it_is_spooled():
-    """A writer that never ends is left after the first kilobytes."""
+def test_non_audio_input_is_refused_before_it_is_spooled():
+    """A writer that never ends is refused after its first kilobytes."""
     writer = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     command = [sys.executable, "-m", "nemo_lfr", "encode", "-", "-"]
     encoder = subprocess.run(command, stdin=writer.stdout, capture_output=True, timeout=300)

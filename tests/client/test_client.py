@@ -1,4 +1,4 @@
-"""Clients and a server with a tiny codec: results, refusals, limits, and servers that go away."""
+"""Tests of the clients against a server with a tiny codec: results, refused requests, limits and lost servers."""
 
 import asyncio
 import io
@@ -79,7 +79,7 @@ def decode_async(server, tokens, size, **options):
 
 @pytest.mark.parametrize("size", [1, 1000])
 @pytest.mark.parametrize("options", [{}, {"ramp": (1, 2, 4)}, {"lookahead": 50}, {"sample_type": "int16"}], ids=str)
-def test_both_clients_decode_what_the_codec_decodes(server, tokens, size, options):
+def test_both_clients_decode_like_the_codec(server, tokens, size, options):
     expected = np.asarray(server.codec.decode(tokens[None])[0][0])
     for audio in (decode(client_of(server), tokens, size, **options), decode_async(server, tokens, size, **options)):
         assert audio.dtype == options.get("sample_type", "float32")
@@ -89,7 +89,7 @@ def test_both_clients_decode_what_the_codec_decodes(server, tokens, size, option
 
 @pytest.mark.parametrize("rate", [22050, 16000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16])
-def test_both_clients_encode_what_the_codec_encodes(server, audio, rate, dtype):
+def test_both_clients_encode_like_the_codec(server, audio, rate, dtype):
     samples = np.rint(audio * 32767).astype(np.int16) if dtype == np.int16 else audio.astype(dtype)
     expected, _ = server.codec.encode(samples, sample_rate=rate)
     with client_of(server).encode_stream(sample_rate=rate) as stream:
@@ -191,7 +191,7 @@ def test_an_error_of_the_source_is_raised(server):
 
 
 def attempts(client, tokens):
-    """Return what a client can do with a server."""
+    """Return every operation that a client can try on a server."""
     return {
         "info": client.info,
         "encode_file": lambda: client.encode_file(b"x"),
@@ -227,7 +227,7 @@ def test_a_wrong_token_is_refused_and_the_right_one_is_not(tokens):
         assert client.info().num_codebooks == 8 and decode(client, tokens, 9).size
 
 
-def test_a_full_server_is_an_error_that_a_retry_may_outlast(tokens):
+def test_a_full_server_is_an_error_unless_a_retry_succeeds(tokens):
     with running(Settings(EngineLimits(max_streams=1))) as server:
         with client_of(server).decode_stream() as only:
             check_all(server.url(""), tokens, ServerFullError, "at its limit of", skip=("info", "encode_file"))
@@ -246,7 +246,7 @@ def test_a_server_that_shuts_down_refuses_with_a_clear_error(tokens):
         assert stream.flush().size <= 5 * 1024
 
 
-def test_streams_that_a_shutdown_cuts_have_a_clear_error(tokens):
+def test_streams_ended_by_a_shutdown_raise_a_clear_error(tokens):
     with running() as server:
         stream = client_of(server).decode_stream()
         stream.push(tokens[:, :5])
@@ -259,7 +259,7 @@ def free_port():
         return bound.getsockname()[1]
 
 
-def test_a_server_that_cannot_be_reached_is_lost(tokens):
+def test_an_unreachable_server_raises_server_lost_error(tokens):
     check_all(f"http://127.0.0.1:{free_port()}", tokens, ServerLostError, "cannot be reached")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -267,7 +267,7 @@ def test_a_server_that_cannot_be_reached_is_lost(tokens):
 
 
 class OtherServer(BaseHTTPRequestHandler):
-    """A server that answers requests for `/` with text and others with 404."""
+    """A different HTTP server: it answers requests for `/` with text, and others with 404."""
 
     protocol_version = "HTTP/1.1"
 
@@ -297,7 +297,7 @@ def test_another_server_is_recognized(tokens):
 
 
 def relay(port, cut):
-    """Forward one connection to a server until `cut` is set, and return the port."""
+    """Forward one connection to a server until `cut` is set, and return the port to connect to."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def copy(source, target):
@@ -322,7 +322,7 @@ def _quietly(function, *arguments):
 
 
 @pytest.mark.parametrize("kind", ["push", "flush", "async"])
-def test_a_connection_that_is_cut_is_lost_with_its_progress(server, tokens, kind):
+def test_a_lost_connection_raises_an_error_with_the_progress(server, tokens, kind):
     cut = threading.Event()
     url = f"http://127.0.0.1:{relay(server.port, cut)}"
 
@@ -349,7 +349,7 @@ def test_a_connection_that_is_cut_is_lost_with_its_progress(server, tokens, kind
         asyncio.run(asyncio.wait_for(work(), 20)) if kind == "async" else blocking()
 
 
-def test_a_server_that_does_not_answer_is_lost(server, tokens, monkeypatch):
+def test_an_unresponsive_server_raises_server_lost_error(server, tokens, monkeypatch):
     release = threading.Event()
     advance = Engine._advance
     monkeypatch.setattr(Engine, "_advance", lambda *arguments: release.wait(20) and advance(*arguments))
@@ -391,7 +391,7 @@ def test_a_bad_argument_of_a_client_is_an_error(arguments):
             kind(**arguments)
 
 
-def test_a_flushed_stream_takes_nothing(server, tokens):
+def test_a_flushed_stream_refuses_input(server, tokens):
     with client_of(server).decode_stream() as stream:
         stream.flush()
         for call in (stream.flush, lambda: stream.push(tokens)):

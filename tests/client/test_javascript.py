@@ -1,4 +1,4 @@
-"""The JavaScript client in Node.js, with a server."""
+"""Tests of the JavaScript client in Node.js against a running server."""
 
 import json
 import re

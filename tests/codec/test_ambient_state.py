@@ -1,4 +1,4 @@
-"""fp32 tokens are the reference tokens whatever the caller has set: a table of states and of the codec's uses."""
+"""Tests that fp32 tokens are the reference tokens in any global state of PyTorch, for every use of the codec."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def default_device(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """It also fills fresh memory with NaN."""
+    """Use deterministic algorithms, which also fill new memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -100,7 +100,7 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "Lightning 64-true": lambda: lightning("DoublePrecision", "64-true", "forward_context"),
 }
 # Anomaly detection warns when it is entered.
-# Lightning imports NeMo's dependencies, and takes as long.
+# Lightning takes as long to import as NeMo.
 states = pytest.mark.parametrize(
     "state", [pytest.param(name, marks=pytest.mark.nemo) if "Lightning" in name else name for name in STATES]
 )
@@ -144,7 +144,7 @@ DECODERS: dict[str, Callable[[Codec, torch.Tensor], torch.Tensor]] = {
 
 
 def assert_uses_right(codec: Codec, state: str, expected: Codec) -> None:
-    """Every use of `codec` within a state gives what `expected` gives outside of it."""
+    """Assert that every use of `codec` in a state gives the results of `expected` outside of it."""
     tokens = expected.encode(WAVE)[0][0]
     for name, encode in ENCODERS.items():
         with STATES[state]():
@@ -288,7 +288,7 @@ def test_a_process_setting_is_restored_by_the_last_of_its_threads():
     setting = ProcessSetting(lambda: values[-1], values.append)
     with contextlib.ExitStack() as first:
         first.enter_context(setting.at("ours"))
-        with setting.at("ours"):  # as in another thread
+        with setting.at("ours"):  # what another thread would do
             first.close()
             assert values[-1] == "ours" and setting.differs("ours")
     assert values == ["caller's", "ours", "caller's"]
@@ -312,7 +312,7 @@ def test_a_process_setting_is_restored_by_the_last_of_its_threads():
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has no such setting")
 @pytest.mark.parametrize("owner", [torch.backends, torch.backends.mkldnn], ids=["all backends", "oneDNN"])
 @pytest.mark.parametrize("after", ["none", "ieee", "tf32"])
-def test_precisions_of_products_follow_the_settings_above_them_as_before(owner, after):
+def test_layer_precisions_still_inherit_the_global_setting_after_use(owner, after):
     codec = cached_codec("symmetric")
     layers = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
     before = [layer.fp32_precision for layer in layers]
@@ -408,7 +408,7 @@ def test_nemos_model_restored_in_any_state_works_and_trains_in_fp32(state, nemo_
 
 
 @pytest.mark.nemo
-def test_nemos_model_of_converted_weights_says_what_to_do(nemo_model):
+def test_nemo_model_with_converted_weights_raises_with_advice(nemo_model):
     model, _ = nemo_model
     around = torch.nn.ModuleDict({"codec": copy.deepcopy(model)}).to(torch.bfloat16)
     with pytest.raises(NemoLfrError, match=r"converted to bfloat16.*keep the codec out of"):

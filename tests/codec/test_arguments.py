@@ -1,7 +1,7 @@
-"""What `encode`, `decode` and `encode_file` do with every kind of argument and audio file: tables, one row a kind.
+"""Tests of `encode`, `decode` and `encode_file` with every kind of argument and audio file, one row of a table each.
 
-Stock NeMo accepts many of the refused rows in silence: tokens of -2147483648 from one NaN, tokens that wrap round, a
-length for one clip of two, 16-bit numbers as floats.
+Stock NeMo silently accepts many of the refused rows: one NaN gives tokens of -2147483648, token values wrap around,
+two clips may come with one length, and 16-bit integers are used as floats without scaling.
 """
 
 import io
@@ -29,7 +29,7 @@ def tensor(*shape: int, dtype: Any = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-# name -> (audio, audio_len, sample_rate): the same tokens as WAVE's, for the clips that there are.
+# name -> (audio, audio_len, sample_rate); each clip must get the tokens of WAVE
 GOOD_AUDIO: dict[str, tuple[Any, Any, Any]] = {
     "numpy": (WAVE, None, None),
     "numpy float64": (WAVE.astype(np.float64), None, None),
@@ -57,10 +57,10 @@ GOOD_AUDIO: dict[str, tuple[Any, Any, Any]] = {
     "the pair": (PAIR, None, None),
 }
 
-FAKE = object()  # stands for a tensor that takes seconds to make
-# name -> (audio, audio_len, sample_rate, what the message says)
+FAKE = object()  # in place of a tensor that takes seconds to make
+# name -> (audio, audio_len, sample_rate, message)
 BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
-    # What it is.
+    # Types
     "nothing": (None, None, None, "audio is NoneType"),
     "a file that does not exist": ("speech.wav", None, None, "speech.wav: no such file"),
     "bytes": (b"RIFF", None, None, "audio is bytes|audio is torch.uint8"),
@@ -82,7 +82,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
         f"of {dtype}": (tensor(1, 100, dtype=dtype), None, None, f"audio is {dtype}")
         for dtype in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.complex64, torch.complex128)
     },
-    # Its shape.
+    # Shapes
     "a number": (np.float32(0.5), None, None, r"shape \[\]"),
     "stereo, channels first": (np.zeros((1, 2, 100), np.float32), None, None, r"\[1, 2, 100\].*mono"),
     "stereo, channels last": (np.zeros((22050, 2), np.float32), None, None, r"\[22050, 2\].*2 channels"),
@@ -90,7 +90,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "four dimensions": (torch.zeros(1, 1, 1, 100), None, None, r"\[1, 1, 1, 100\]"),
     "no clips": (np.zeros((0, 100), np.float32), None, None, r"\[0, 100\]"),
     "no clips and lengths": (np.zeros((0, 100), np.float32), [], None, r"\[0, 100\]"),
-    # Its numbers.
+    # Values
     "one NaN": (np.where(np.arange(T) == 7, np.nan, WAVE), None, None, "clip 0 contains NaN"),
     "NaN in the last sample": (np.append(WAVE, np.nan), None, None, "clip 0 contains NaN"),
     "infinite in the second clip": (PAIR + np.array([[0.0], [np.inf]]), None, None, "clip 1 contains NaN or inf"),
@@ -98,7 +98,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "16-bit numbers as floats": (WAVE * 32768, None, None, r"clip 0 reaches \d.*divide by 32768"),
     "1e30": (WAVE * 1e30, None, None, "reaches"),
     "float64 beyond float32": (WAVE.astype(np.float64) * 1e300, None, None, "infinite"),
-    # Its lengths.
+    # Lengths
     "lengths as floats": (PAIR, [10.0, 10.0], None, "audio_len is torch.float32"),
     "lengths as booleans": (PAIR, [True, True], None, "audio_len is torch.bool"),
     "lengths as text": (PAIR, "10", None, "audio_len is str"),
@@ -113,7 +113,7 @@ BAD_AUDIO: dict[str, tuple[Any, Any, Any, str]] = {
     "length beyond the samples": (PAIR, [T + 1, 10], None, rf"audio_len\[0\] is {T + 1}.*{T}"),
     "length beyond int64": (PAIR, [2**70, 10], None, "audio_len is list"),
     "smallest length": (PAIR, [-(2**63), 10], None, r"audio_len\[0\] is -9223372036854775808"),
-    # Its rate.
+    # Sample rates
     **{
         f"rate {rate!r}": (WAVE, None, rate, "sample_rate .*not a number of Hz between 100 and 1000000")
         for rate in (0, -16000, 99, 10**7, 10**30, float("nan"), float("inf"), "16000", True, [16000], 1 + 2j, None)
@@ -139,7 +139,7 @@ GOOD_TOKENS: dict[str, Any] = {
     "read-only": np.frombuffer(TOKENS.tobytes(), np.int64).reshape(TOKENS.shape),
 }
 
-# name -> (tokens, tokens_len, audio_len, what the message says)
+# name -> (tokens, tokens_len, audio_len, message)
 BAD_TOKENS: dict[str, tuple[Any, Any, Any, str]] = {
     "nothing": (None, None, None, "tokens is NoneType"),
     "text": ("a.lfr", None, None, "tokens is str"),
@@ -325,7 +325,7 @@ def test_other_files_are_refused_by_name_and_leave_nothing(codec, tmp_path, name
     assert str(path) in str(caught.value) and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_tables_have_the_size_they_claim():
+def test_the_tables_have_at_least_150_rows():
     assert (
         len(GOOD_AUDIO) + len(BAD_AUDIO) + len(GOOD_TOKENS) + len(BAD_TOKENS) + len(GOOD_FILES) + len(BAD_FILES) >= 150
     )

@@ -45,7 +45,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {"torch": write_checkpoint, "onnx": 
 
 @pytest.fixture(scope="module", autouse=True)
 def levels() -> Iterator[None]:
-    """A third party's backend, registered by one call."""
+    """Register a third-party backend."""
     backends.register("levels", level_backend.OPENER)
     yield
     backends.unregister("levels")
@@ -53,7 +53,7 @@ def levels() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a backend's name to a model, which is made once: an ONNX export takes 10 s."""
+    """Return a function from a backend's name to a model that is made once, because an ONNX export takes 10 s."""
     return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
 
 
@@ -62,20 +62,20 @@ every_model = slow_if(MODELS, ["onnx"])
 
 @pytest.fixture(scope="module", params=every_model)
 def codec(request: pytest.FixtureRequest, model_of: Callable[[str], Path]) -> Codec:
-    """A codec over each backend."""
+    """Return a codec for each backend."""
     return nemo_lfr.load(model_of(request.param), "cpu", backend=request.param)
 
 
-def test_every_registered_backend_is_under_contract():
+def test_every_registered_backend_is_tested():
     assert set(backends.backend_names()) == set(MODELS)
 
 
 @pytest.mark.parametrize("check", BACKEND_CHECKS, ids=lambda check: check.__name__)
-def test_backend_keeps_the_contract(codec: Codec, check: Callable[[Codec], None]) -> None:
+def test_backend_passes_all_checks(codec: Codec, check: Callable[[Codec], None]) -> None:
     check(codec)
 
 
-def test_codec_repeats_its_spec(codec):
+def test_codec_properties_equal_its_spec(codec):
     spec = codec.spec
     assert (codec.sample_rate, codec.samples_per_frame) == (spec.sample_rate, spec.samples_per_frame)
     assert (codec.levels, codec.num_codebooks, codec.precision) == (spec.levels, spec.num_codebooks, spec.precision)

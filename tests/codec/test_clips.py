@@ -132,7 +132,7 @@ def test_each_form_is_the_batch_of_its_clips(arrays, warnings, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_forms_are_refused_by_the_argument(arrays, name):
+def test_other_forms_are_refused_with_the_name_of_the_argument(arrays, name):
     audio, audio_len, rate, message = REFUSED[name]
     with pytest.raises(AudioError, match=message) as error:
         to_batch(arrays, audio, audio_len, rate, RATE)

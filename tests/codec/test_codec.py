@@ -25,12 +25,12 @@ from tests.tiers import ALL_KINDS, slow_except, slow_if
 LENGTHS = int(os.environ.get("NEMO_LFR_LENGTHS", "500"))
 TOKENS = int(os.environ.get("NEMO_LFR_TOKENS", "20000"))
 
-# The order of float32 sums changes with the batch and the window; audio is below 1, and DESIGN allows 1e-5.
+# The order of float32 sums changes with the batch and the window; audio is in [-1, 1], so 1e-5 is -100 dB.
 AUDIO = {"rtol": 0, "atol": 1e-5}
 
 
 def padded(clips: list[np.ndarray], fill: str = "noise", seed: int = 0) -> tuple[np.ndarray, list[int]]:
-    """Clips as one batch, with noise or NaN after the end of each."""
+    """Return clips as one batch, with noise or NaN after the end of each clip."""
     lengths = [len(clip) for clip in clips]
     batch = np.random.default_rng(seed).standard_normal((len(clips), max(lengths) + 100)).astype(np.float32)
     if fill == "nan":
@@ -40,11 +40,11 @@ def padded(clips: list[np.ndarray], fill: str = "noise", seed: int = 0) -> tuple
     return batch, lengths
 
 
-# --- what one frame depends on
+# --- context of a frame
 
 
 def released(**changes):
-    """Rates, kernels and dilations of the released checkpoint, few channels, in float64."""
+    """Return the released layout (rates, kernels and dilations) with few channels, in float64."""
     encoder = {"resblock_kernel_sizes": [3, 7, 11]} | changes.get("encoder", {})
     decoder = {"resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [1, 3, 5]} | changes.get("decoder", {})
     codec = build_codec(changes.get("kind", "symmetric"), audio_encoder=encoder, audio_decoder=decoder)
@@ -66,8 +66,8 @@ def test_encoded_frames_depend_only_on_their_context(kind):
     at, total = 2 * context.future + 8, 3 * (context.past + context.future) + 20
     audio = torch.randn(1, total * frame, dtype=torch.float64)
     changed = changed_frames(lambda x: encoder.encode_frames(x)[0], audio, at, frame, total)
-    # A change at `at` reaches frames whose past or future context holds it; the bound is of whole frames and may be
-    # one too wide, for the frame that a sample at the edge of the context lies in is counted whole.
+    # A change at `at` reaches the frames whose context contains it. The context is in whole frames and may be one
+    # frame too wide, because a frame that is only partly in the context is counted as a whole.
     assert at - context.future <= changed[0] <= at - context.future + 1
     assert at + context.past - 1 <= changed[-1] <= at + context.past
 
@@ -124,7 +124,7 @@ def test_a_clip_has_the_same_tokens_in_a_ragged_batch_with_any_padding_as_alone(
 def test_tokens_decode_alike_in_a_ragged_batch_with_any_padding_and_alone(codec):
     rng = np.random.default_rng(4)
     lengths = [0, 4, 5, 30, *rng.integers(4, 30, size=5).tolist()]
-    # Padding is out of range on purpose: nothing may look at it.
+    # The padding is deliberately out of range, because it must not be read.
     tokens = np.full((len(lengths), codec.num_codebooks, max(lengths) + 2), -7)
     for row, n in enumerate(lengths):
         tokens[row, :, :n] = rng.integers(0, codec.codebook_size, size=(codec.num_codebooks, n))
@@ -153,7 +153,7 @@ def test_utterances_shorter_than_the_decoder_can_reflect_end_in_zero_codes_on_ev
 
 
 @pytest.mark.slow
-def test_every_length_gives_the_frames_that_cover_it_and_decodes_to_itself():
+def test_every_length_gives_the_frames_that_cover_it_and_decodes_to_that_length():
     codec = cached_codec("symmetric")
     wave = synthesize(0.1, 5)
     lengths = [*range(1, 2101, 61), 1023, 1024, 1025, 2047, 2048, 2049]
@@ -180,7 +180,7 @@ def test_every_length_of_a_two_stage_codec_equals_its_definition():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["symmetric", "two_stages"])
 def test_every_length_up_to_four_frames_has_the_same_tokens_in_ragged_batches_and_alone(kind):
-    """All lengths for a codec of short frames; for 1,024 samples per frame the ends of frames and others at random."""
+    """All lengths with short frames; with frames of 1,024 samples, random lengths and those near frame ends."""
     codec = cached_codec(kind)
     frame = codec.samples_per_frame
     rng = np.random.default_rng(6)
@@ -203,7 +203,7 @@ def test_every_length_up_to_four_frames_has_the_same_tokens_in_ragged_batches_an
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_tokens_in_ragged_batches_differ_from_those_of_single_clips_by_ties_alone():
+def test_tokens_in_ragged_batches_equal_single_clips_except_for_rounding_ties():
     codec = cached_codec("symmetric")
     rng = np.random.default_rng(8)
     compared = ties = 0
@@ -213,7 +213,7 @@ def test_tokens_in_ragged_batches_differ_from_those_of_single_clips_by_ties_alon
         for row, (clip, count) in enumerate(zip(clips, tokens_len.tolist(), strict=True)):
             ties += assert_same_tokens(codec, clip, tokens[row, :, :count])
             compared += count * codec.num_codebooks
-    # Two of 2e4 levels lie within TIE of an edge; sums differ by far less than that.
+    # About two of 2e4 values are within TIE of a rounding edge, and sums differ by far less than TIE.
     assert ties <= compared // 10_000
 
 
@@ -242,7 +242,7 @@ def test_any_chunk_size_gives_the_same_result(kind, chunk):
 
 
 def cut(items: np.ndarray, edges: list[int]) -> list[np.ndarray]:
-    """Consecutive pieces, empty ones among them."""
+    """Return consecutive pieces, some of them empty."""
     return np.split(items, sorted(edge % (items.shape[-1] + 1) for edge in edges), axis=-1)
 
 
@@ -279,7 +279,7 @@ def test_stream_yields_early_with_bounded_state(small):
     codec = same_parts(small, chunk_frames=16)
     stream = codec.encode_blocks(blocks())
     next(stream)
-    # 16 frames and 6 of context are 22528 samples; the block after them tells that the recording goes on.
+    # 16 frames and 6 of context are 22528 samples; the next block shows that the recording continues.
     assert seen == 22528 // len(block)
     assert sum(piece.shape[1] for piece in stream) == -(-100 * len(block) // 1024) - 16
 
@@ -293,7 +293,7 @@ def test_files_round_trip_at_another_rate_and_length(small, tmp_path):
     audio, rate = soundfile.read(tmp_path / "out.wav", dtype="float32")
     expected, _ = small.decode(*small.encode(synthesize(1.3, 2)), audio_len=[samples])
     assert rate == 22050
-    # 16-bit samples: half a step of 1 / 32768, and one for libsndfile's scale of 32767.
+    # Rounding to 16 bits is half a step of 1 / 32768; libsndfile's scale of 32767 adds up to one step.
     np.testing.assert_allclose(audio, expected[0].numpy(), rtol=0, atol=1.5 / 32768)
     with pytest.raises(NemoLfrError, match=r"out\.wav exists"):
         small.decode_file(tmp_path / "a.lfr", tmp_path / "out.wav")
@@ -332,7 +332,7 @@ def test_a_bad_recording_leaves_no_token_file(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.wav"]
 
 
-# --- what may come in
+# --- accepted input
 
 
 def test_every_form_of_the_same_audio_gives_the_same_tokens(small):
@@ -413,7 +413,7 @@ def test_bad_tokens_in_a_stream_are_refused(small):
         list(small.decode_blocks([np.zeros((8, 3), np.float32)]))
 
 
-# --- precision, identity
+# --- precision and fingerprints
 
 
 @pytest.mark.slow
@@ -422,12 +422,12 @@ def test_bf16_gives_nearly_the_same_audio_and_most_of_the_tokens(small):
     half = same_parts(small, precision="bf16")
     tokens, _ = half.encode(wave)
     expected, _ = small.encode(wave)
-    # Random weights are rougher than trained ones; chance would be 1 in 2016.
+    # Random weights amplify rounding more than trained ones; by chance 1 of 2016 tokens would be equal.
     assert (tokens == expected).float().mean() > 0.5
     audio, _ = half.decode(expected)
     assert audio.dtype == torch.float32
     reference, _ = small.decode(expected)
-    # 8 bits of mantissa through 40 layers: some per cent.
+    # The error of an 8-bit mantissa through 40 layers is a few percent.
     assert (audio - reference).std() < 0.2 * reference.std()
     assert "bf16" in repr(half)
 
@@ -466,7 +466,7 @@ def test_fingerprint_does_not_load_weights_into_memory():
 
 
 @pytest.mark.slow
-def test_a_codec_is_first_used_after_the_main_thread_has_ended():
+def test_a_codec_works_after_the_main_thread_has_ended():
     script = """
 import threading, time, numpy, nemo_lfr
 codec = nemo_lfr.load(device="cpu")
@@ -574,7 +574,7 @@ def test_network_overflow_raises(kind, where, value):
     codec = build_codec(kind)
     for part in (codec.encoder, codec.decoder):
         overflow(part, where, value)
-        if value == 3e30:  # finite here: the last layer overflows
+        if value == 3e30:  # these values are finite, but the last layer overflows
             overflow(part, "last", 3e30 if where != "last" else 1e38)
     wave = synthesize(0.5)
     for encode in (lambda: codec.encode(np.stack([wave, wave])), lambda: list(codec.encode_blocks([wave]))):
@@ -597,7 +597,7 @@ def test_no_token_file_is_written_if_the_network_overflows(tmp_path):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
-    """If they did not, equal tokens would show nothing."""
+    """Otherwise equal tokens would prove nothing."""
     codec = cached_codec(kind)
     tokens, _ = codec.encode(synthesize(10, 20)[: 216 * codec.samples_per_frame])
     # A collapsed FSQ gives one token.
@@ -612,13 +612,13 @@ def test_using_a_codec_gives_no_warnings(small):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wave = synthesize(0.2)
-        wave.flags.writeable = False  # as np.memmap and np.frombuffer give it
+        wave.flags.writeable = False  # like arrays of np.memmap and np.frombuffer
         small.decode(*small.encode(wave))
 
 
-def test_modules_build_by_our_names_and_nemos():
+def test_modules_are_built_from_our_target_names_and_from_nemos():
     sizes = {"encoded_dim": 4, "causal": True, "base_channels": 2}
-    for folder in ("modules", "codec"):  # today's, and that of older versions
+    for folder in ("modules", "codec"):  # the current name, and that of older versions
         ours = sizes | {"_target_": f"nemo_lfr.{folder}.encoder.HiFiGANEncoder"}
         assert build_part(ours).context.future == 0
 
@@ -686,7 +686,7 @@ def test_an_impossible_number_of_codebooks_is_refused(number):
             call()
 
 
-def test_fewer_codebooks_than_the_codecs_are_only_decoded_on_request():
+def test_tokens_of_fewer_codebooks_are_only_decoded_on_request():
     codec = cached_codec()
     with pytest.raises(TokensError, match=r"expected \[B, 8, T\]"):
         codec.decode(np.zeros((4, 5), int))

@@ -1,4 +1,4 @@
-"""The lean arithmetic of inference gives what the modules give, and each example of a batch what it gives alone."""
+"""Tests that the CPU inference network equals the modules, and that batching does not change an example."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def codec(request):
 
 
 def frames_of(codec, count: int, seed: int) -> torch.Tensor:
-    """Dequantized frames [1, D, count]."""
+    """Return dequantized frames [1, D, count]."""
     tokens = torch.randint(
         codec.codebook_size, (codec.num_codebooks, 1, count), generator=torch.Generator().manual_seed(seed)
     )
@@ -26,7 +26,7 @@ def frames_of(codec, count: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(params=slow_except([inference.PIECE, 1], inference.PIECE), ids=["whole", "pieces"])
 def piece(request, monkeypatch):
-    """Residual layers go through the signal at once, or in the smallest pieces."""
+    """Process the signal in residual layers at once, or in the smallest pieces."""
     monkeypatch.setattr(inference, "PIECE", request.param)
 
 
@@ -48,7 +48,7 @@ def test_examples_of_different_lengths_equal_single_examples(codec, piece):
     least = max(codec.encoder.min_frames, codec.decoder.min_frames)
     lengths = [least + 7, least, least + 3, least + 12]
     width, frame = least + 12, codec.samples_per_frame
-    audio = torch.randn(4, width * frame) / 10  # what comes after an example is noise
+    audio = torch.randn(4, width * frame) / 10  # the padding of each example is noise too
     inputs = torch.randn(4, frames_of(codec, 1, 0).shape[1], width)
     clips = [speech_like(length * frame, seed=length) for length in lengths]
     codes = [frames_of(codec, length, length) for length in lengths]

@@ -1,4 +1,4 @@
-"""A codec has one fingerprint on every CPU, and accepts those that older versions computed there."""
+"""Tests that a codec has one fingerprint on every CPU, and accepts the CPU-dependent ones of older versions."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from tests.models import KINDS, codec_config
 
 # Values of PyTorch's ATEN_CPU_CAPABILITY, which chooses among the kernels that the CPU can run.
 CAPABILITIES = ("default", "avx2", "avx512")
-# Prints the fingerprint of each codec before and after its weights are loaded, that of modules with weight norm, the
-# one that older versions computed, and which of the fingerprints of the first argument each form of the codec accepts.
+# Prints the fingerprint of each codec before and after its weights are loaded, the fingerprint of modules with weight
+# norm, the one of older versions, and which fingerprints of the first argument each form of the codec accepts.
 SCRIPT = """
 import copy, json, sys
 from pathlib import Path
@@ -71,7 +71,7 @@ def run(capability: str, known: dict[str, list[str]], paths: list[Path]) -> dict
 
 
 def write_normed(path: Path, kind: str) -> Path:
-    """Write a `.nemo` whose gains are not the norms of its directions, as after training."""
+    """Write a `.nemo` whose weight-norm gains differ from the norms of the directions, as after training."""
     torch.manual_seed(3)
     config = codec_config(kind)
     parts = build_parts(config, weight_norm=True)
@@ -87,7 +87,7 @@ def write_normed(path: Path, kind: str) -> Path:
 
 @pytest.fixture(scope="module")
 def everywhere(tmp_path_factory) -> dict[str, dict]:
-    """Return the results of the script with each kind of kernels, and the files."""
+    """Run the script with each kind of kernels, and return the results and the files."""
     folder = tmp_path_factory.mktemp("codecs")
     paths = [write_normed(folder / f"{kind}.nemo", kind) for kind in KINDS]
     paths.append(Path(nemo_lfr.__file__).parent / "weights" / "default.nemo")
@@ -112,7 +112,7 @@ def test_fingerprints_that_depended_on_the_kernel_are_accepted(everywhere, name)
     results = [by_kernel[f"{name}.nemo"] for by_kernel in everywhere["then"].values()]
     assert [values["refused"] for values in results] == [[]] * len(results)
     older = {value for values in results for value in values["older"]}
-    assert len(everywhere["first"]) == 1 or len(older) > 2  # otherwise the kernels agree, and this test says nothing
+    assert len(everywhere["first"]) == 1 or len(older) > 2  # otherwise all kernels agree, and this test proves nothing
 
 
 def test_fingerprint_of_the_bundled_codec():
@@ -134,7 +134,7 @@ def test_weights_that_were_written_after_loading_no_longer_have_the_older_finger
 
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "damaged"])
-def test_a_file_that_has_changed_since_it_was_loaded_costs_only_its_older_fingerprints(tmp_path, change):
+def test_a_file_changed_after_loading_loses_only_its_older_fingerprints(tmp_path, change):
     path = write_normed(tmp_path / "a.nemo", "two_stages")
     codec = nemo_lfr.load(path, "cpu")
     before = list(codec.backend.fingerprints())

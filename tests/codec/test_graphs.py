@@ -1,4 +1,4 @@
-"""Plans and graphs: what is kept, when it is dropped, and what happens where a GPU cannot do as it was asked."""
+"""Tests of execution plans and CUDA graphs: what is cached, when it is freed, and the fallbacks."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """A capture that runs the function in the memory of a graph when it is replayed, and counts."""
+    """Fake capture that counts, and whose replay runs the function on the memory of the graph."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -50,11 +50,11 @@ def test_a_shape_is_run_then_captured_then_replayed():
     cache = GraphCache(capture)
     results = [cache.run("double", double, torch.full((3,), float(number))) for number in range(4)]
     assert (capture.captures, capture.replays, len(cache)) == (1, 3, 1)
-    # Each result has memory of its own: a later replay leaves it alone.
+    # Each result has its own memory, so a later replay does not change it.
     assert [result.tolist() for result in results] == [[2.0 * number] * 3 for number in range(4)]
 
 
-def test_every_shape_type_and_name_has_its_graph():
+def test_every_shape_dtype_and_name_has_its_own_graph():
     capture = Recorder()
     cache = GraphCache(capture)
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_every_shape_type_and_name_has_its_graph():
 def test_the_least_recently_used_graph_goes_first():
     capture = Recorder()
     cache = GraphCache(capture, capacity=2)
-    for size in (1, 1, 2, 2, 1, 3, 3):  # 2 makes room for 3
+    for size in (1, 1, 2, 2, 1, 3, 3):  # adding size 3 removes size 2
         cache.run("double", double, torch.ones(size))
     assert (capture.captures, len(cache)) == (3, 2)
     cache.run("double", double, torch.ones(1))
@@ -103,7 +103,7 @@ def test_autotuner_chooses_the_fastest_valid_candidate_once(caplog):
                 raise OSError("no compiler")
             result = values * (1.2 if name == "wrong" else 1.0)
             if name == "fast":
-                result[1, 3:] = float("nan")  # after an end anything may stand
+                result[1, 3:] = float("nan")  # values after the valid length do not matter
             return result
 
         return run
@@ -155,7 +155,7 @@ def test_changed_or_moved_weights_change_the_weights_version():
         assert numbers() != before, name
 
 
-def test_an_optimiser_step_changes_the_weights_version():
+def test_an_optimizer_step_changes_the_weights_version():
     encoder = fresh_codec().encoder.requires_grad_(True)
     numbers, optimizer = weights_version(encoder), torch.optim.SGD(encoder.parameters(), 0.1)
     before = numbers()
@@ -205,7 +205,7 @@ def test_codec_with_cuda_modules_can_be_copied():
 
 
 class GpuOnCpu(TorchBackend):
-    """A backend that goes a GPU's way on a CPU."""
+    """A backend that runs the GPU code on a CPU."""
 
     batching = Batching(pad_multiple=16)
 
@@ -225,7 +225,7 @@ class GpuOnCpu(TorchBackend):
 
 
 @pytest.mark.parametrize("kind", slow_except(KINDS, "two_stages"))
-def test_clips_of_all_lengths_have_their_own_tokens_and_audio_through_few_graphs(kind):
+def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
     codec = cached_codec(kind)
     fast, rate = Codec(GpuOnCpu(codec)), codec.samples_per_frame
     frames = [2, 5, 9, 14, 16, 30]
@@ -236,7 +236,7 @@ def test_clips_of_all_lengths_have_their_own_tokens_and_audio_through_few_graphs
             assert_same_tokens(codec, clip.numpy(), tokens)
             audio = fast.decode(tokens)[0][0]
             assert (audio - reference_decode(codec, tokens)).abs().max() < 1e-5
-    # One width of 16 frames and one of 32, in both directions.
+    # Two widths (16 and 32 frames) in two directions give 4 graphs.
     assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 3 * len(frames) - 4
 
 
@@ -253,7 +253,7 @@ def test_batches_share_a_graph_whatever_their_lengths():
     assert fast.backend.capture.captures <= 4
 
 
-def test_low_precision_keeps_the_quantizer_and_the_ends_in_fp32():
+def test_low_precision_keeps_the_quantizer_and_the_first_and_last_layers_in_fp32():
     codec = cached_codec("symmetric")
     clip = speech_like(30 * 1024)
     for precision, share in (("tf32", 1.0), ("bf16", 0.6), ("fp16", 0.9)):
@@ -274,10 +274,10 @@ def test_cuda_module_ignores_caller_modes():
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         run = CudaModule(codec.encoder, codec.quantizer, "fp32", CPU, capture)
         results = [run(audio, [48], 48) for _ in range(2)]
-    results += [run(audio, [48], 48) for _ in range(2)]  # what was kept in inference mode serves outside
+    results += [run(audio, [48], 48) for _ in range(2)]  # graphs captured in inference mode also work outside of it
     assert capture.captures == 1
     assert all(torch.equal(result, expected) and not result.requires_grad for result in results)
-    assert torch.backends.cudnn.allow_tf32  # PyTorch's default is as it was
+    assert torch.backends.cudnn.allow_tf32  # PyTorch's default is restored
 
 
 def test_large_batches_are_launched_without_a_graph(monkeypatch):
@@ -321,7 +321,7 @@ def test_gpu_tokens_and_audio_equal_the_cpus(precision, share):
     for part in (codec.encoder, codec.quantizer, codec.decoder):
         part.cuda()
     fast = same_parts(codec, precision=precision)
-    for _ in range(3):  # as it is, captured, replayed
+    for _ in range(3):  # the calls run eagerly, capture a graph, and replay it
         found = [fast.encode(clip)[0][0].cpu() for clip in clips]
         same = sum(int((got == want).sum()) for got, want in zip(found, expected, strict=True))
         assert same >= (share - 0.002) * sum(tokens.numel() for tokens in expected)

@@ -92,7 +92,7 @@ def test_a_repository_that_cannot_be_loaded_is_named(name, tmp_path):
 
 
 def test_a_codec_is_uploaded_with_a_card(nemo_file, tmp_path, monkeypatch):
-    """The Hub's API is replaced: an upload needs an account."""
+    """The Hub's API is replaced, because an upload needs an account."""
     uploads = {}
 
     def upload(self, *, repo_id, folder_path, **options):

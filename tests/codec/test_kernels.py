@@ -1,4 +1,4 @@
-"""Fused convolutions against their definition in plain PyTorch: on the GPU where there is one, else interpreted."""
+"""Tests of the fused convolutions against plain PyTorch, on the GPU or else in Triton's interpreter."""
 
 import os
 import subprocess
@@ -26,20 +26,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tile(32, 16, 16, 4, 2)
 LARGE = Tile(128, 64, 64, 4, 2)
 FP32 = Precision(torch.float32)
-# The interpreter multiplies no bf16; that type's kernels differ from fp16's in nothing but the name.
+# The interpreter cannot multiply bf16; bf16 kernels differ from fp16 kernels only in the type.
 CLOSE = {torch.float32: 2e-6, torch.float16: 4e-3}
 
 
 @pytest.fixture(autouse=True)
 def _exact_references():
-    """The library's fp32 is fp32 on a GPU too."""
+    """Compute fp32 convolutions of cuDNN without TF32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _counting_loops(monkeypatch):
-    """Triton 3.6's interpreter makes loop counters of arrays by a conversion that NumPy 2.4 refuses."""
+    """Patch Triton 3.6's interpreter, which makes loop counters by a conversion that NumPy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -53,7 +53,7 @@ def _counting_loops(monkeypatch):
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, ends: torch.Tensor, close: float) -> None:
-    """[B, T, H], up to each example's end."""
+    """Compare signals [B, T, H] up to the end of each example."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     for got, want, end in zip(found, expected, ends.tolist(), strict=True):
         got, want = got[:end].float(), want[:end].float()
@@ -121,7 +121,7 @@ def test_fused_convolution_equals_separate_operations(data):
 
 
 @torch.no_grad()
-def test_values_after_an_end_do_not_matter():
+def test_values_after_the_valid_length_do_not_matter():
     layer = Layer.of(Conv1d(8, 8, 11, dilation=3).to(DEVICE), FP32)
     signal, ends = random_signal(2, 90, 8, torch.float32, 0), torch.tensor([90, 47], device=DEVICE)
     expected = kernels.convolution(layer, signal, ends, SMALL)
@@ -142,7 +142,7 @@ def test_pointwise_kernel_equals_separate_operations(dtype, mode):
     residual, total = (random_signal(2, 61, 6, dtype, seed) for seed in (2, 3))
     sums = (signal.float() + bias + residual.float() + total.float()) * 0.5
     layer = folded.Layer(torch.empty(6, 6, 1, 12), bias, (5, 6), mode)
-    # Its sum is taken in fp32 and rounded once.
+    # The sum is computed in fp32 and rounded once.
     expected = folded.padded(sums, layer, ends, activation).to(dtype)
     found = kernels.pointwise(
         signal,
@@ -183,7 +183,7 @@ def test_tiles_cover_every_layer_and_fit():
             assert held <= 200 * 1024  # bytes of a Hopper multiprocessor's shared memory
 
 
-# Three stages instead of five: the interpreter takes 50 s for a second of audio of the whole network.
+# Three stages instead of five, because the interpreter takes 50 s for 1 s of audio with the full network.
 SHORT_FRAMES: dict[str, Any] = {
     "samples_per_frame": 32,
     "audio_encoder": {"down_sample_rates": [2, 4, 4]},
@@ -196,7 +196,7 @@ SHORT_FRAMES: dict[str, Any] = {
 @pytest.mark.parametrize("way", ["library", f"fused {tuple(LARGE)}"])
 @torch.no_grad()
 def test_every_candidate_gives_the_same_network_output(monkeypatch, kind, way):
-    """Each example of a ragged batch as the modules give it alone, whatever stands around the convolutions."""
+    """Each example of a ragged batch equals the output of the modules for it alone."""
     monkeypatch.setattr(kernels, "tiles", lambda *_: [LARGE])
     codec = cached_codec("two_stages") if kind == "two_stages" else build_codec(kind, **SHORT_FRAMES)
     least, rate = max(codec.encoder.min_frames, codec.decoder.min_frames), codec.samples_per_frame
@@ -205,7 +205,7 @@ def test_every_candidate_gives_the_same_network_output(monkeypatch, kind, way):
     tokens = torch.randint(codec.codebook_size, (codec.num_codebooks, 2, max(frames)))
     codes = codec.quantizer.decode(tokens)
     ends = torch.tensor(frames, device=DEVICE)
-    # tf32 asks for kernels of our own; fp32 keeps to the library. The interpreter computes both exactly.
+    # tf32 uses our kernels and fp32 uses PyTorch. The interpreter computes both exactly.
     precision = plan.PRECISIONS["fp32" if way == "library" else "tf32"]
     autotuner = Autotuner(lambda _: 0.0, force=way)
     encoder = plan.Plan(codec.encoder.to(DEVICE), precision, kernels, autotuner)
@@ -260,19 +260,19 @@ print("wgmma" in made.asm["ptx"], "max.bf16x2" in made.asm["ptx"], loop.count("a
     ("kind", "pairs", "precision"), [("bf16", "pairs", "ieee"), ("fp32", "single", "tf32")], ids=["bf16", "tf32"]
 )
 def test_kernels_compile_for_hopper_where_there_is_no_gpu(tmp_path, kind, pairs, precision):
-    """The interpreter knows neither tensor cores nor PTX."""
+    """The interpreter does not cover tensor cores and PTX."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, kind, pairs, precision], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # Tensor cores, a leaky ReLU of pairs, and signal and weight both fetched ahead.
+    # Tensor cores, a leaky ReLU on pairs of values, and prefetching of both signal and weights.
     assert done.stdout.split() == ["True", str(pairs == "pairs"), "2"]
 
 
-def test_every_kind_of_the_family_is_covered():
-    """Layers that no kernel knows go by the library: grouped transposed ones, and ELU's."""
+def test_some_layers_of_every_codec_kind_are_fused_and_some_are_not():
+    """Unsupported layers use PyTorch: grouped transposed convolutions, and those before an ELU."""
     found = set()
     for kind in KINDS:
         codec = cached_codec(kind)

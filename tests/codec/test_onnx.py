@@ -1,4 +1,4 @@
-"""The exported codec: the same tokens and audio, for any length and batch, where there is no torch."""
+"""Tests of exported ONNX codecs: the same tokens and audio for any length and batch, without PyTorch."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=ALL_KINDS)
 def pair(request, tmp_path_factory):
-    """A codec and what it was exported to."""
+    """Return a codec and its exported version."""
     codec = cached_codec(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     export_onnx(codec, folder)
@@ -51,7 +51,7 @@ def bundled(tmp_path_factory):
 
 
 def assert_same(codec, exported, waves: list[np.ndarray]) -> None:
-    """One ragged batch, with noise as padding."""
+    """Compare results for a ragged batch with noise as padding."""
     rng = np.random.default_rng(0)
     audio = rng.standard_normal((len(waves), max(map(len, waves)))).astype(np.float32)
     for row, wave in zip(audio, waves, strict=True):
@@ -104,8 +104,8 @@ def test_both_onnx_files_are_valid_and_have_metadata(bundled):
     assert not list(bundled.glob(".writing*"))
 
 
-def test_speech_and_files_without_torch(bundled, tmp_path):
-    """Nor anything else but ONNX Runtime, numpy and soundfile."""
+def test_speech_and_files_are_processed_without_torch(bundled, tmp_path):
+    """Only ONNX Runtime, NumPy and soundfile are needed."""
     soundfile.write(tmp_path / "a.wav", synthesize(3), RATE)
     script = """
 import sys
@@ -214,12 +214,12 @@ def test_other_onnx_folders_raise(bundled, tmp_path):
         export_onnx(nemo_lfr.load(precision="bf16"), tmp_path / "bf16")
 
 
-# --- what is not as it was exported
+# --- files that differ from the export
 
 
 @pytest.fixture(scope="module")
 def two_exports(tmp_path_factory):
-    """Folders of two codecs of one layout."""
+    """Export two codecs of the same layout."""
     folders = [tmp_path_factory.mktemp(f"export{number}") for number in range(2)]
     other = build_codec("two_stages")
     other.encoder.pre_conv.conv.bias.add_(0.01)
@@ -259,7 +259,7 @@ def set_values(folder: Path, **changes: object) -> None:
 
 
 def forge(folder: Path, **changes: object) -> None:
-    """Change the metadata, and the hashes with it."""
+    """Change the metadata, and correct the hashes."""
     for name in ("encoder.onnx", "decoder.onnx"):
         set_metadata(folder / name, **changes)
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in json_files(folder)}

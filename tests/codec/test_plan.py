@@ -1,4 +1,4 @@
-"""The derived weights of inference on a CPU: they give what the layers give, never what older weights gave."""
+"""Tests of packed CPU weights: results equal those of the layers, and never those of outdated weights."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ WIDE = {"audio_encoder": {"base_channels": 32}, "audio_decoder": {"base_channels
 
 
 class Two(torch.nn.Module):
-    """The smallest part that a plan can be of."""
+    """The smallest module that a plan can be made of."""
 
     def __init__(self, *layers: Conv1d) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Two(torch.nn.Module):
 
 
 def in_memory(batch: int, channels: int, width: int) -> torch.Tensor:
-    """Noise [B, H, T] with channels innermost, and rows behind it."""
+    """Return noise [B, H, T] with the channels innermost in memory, followed by more rows."""
     rows = torch.randn(batch * width + slack(5), channels)
     return rows[: batch * width].view(batch, width, channels).transpose(1, 2)
 
@@ -49,12 +49,12 @@ def test_winograd_equals_direct_convolution(kernel_size, dilation, batch):
     (found,) = PackedWeights(Two(layer), torch.float32).winograd([layer], padded, [0])
     expected = F.conv1d(padded.double(), layer.conv.weight.double(), layer.conv.bias.double(), dilation=dilation)
     assert found.shape == expected.shape
-    # Rounding of 2^-24 through sums of some hundred terms, times 4 for the transforms.
+    # Rounding errors of 2^-24 in sums of a few hundred terms, times 4 for the Winograd transforms.
     assert (found - expected).abs().max() < 2e-5 * expected.std()
 
 
 @torch.no_grad()
-def test_layers_that_share_an_input_start_where_their_kernels_do():
+def test_layers_that_share_an_input_start_at_their_own_offsets():
     torch.manual_seed(0)
     layers = [Conv1d(40, 40, size) for size in (3, 5, 7, 9, 11)]
     padded, starts = in_memory(2, 40, 700), [4, 3, 2, 1, 0]
@@ -154,7 +154,7 @@ def test_bf16_is_near_fp32(recwarn):
     tokens, _ = parts.encode(speech_like(30_000))
     clean, found = parts.decode(tokens)[0], codec.decode(tokens)[0]
     assert found.dtype == torch.float32 and not torch.equal(found, clean)
-    # 8 bits a number give 30 to 40 dB through a hundred layers.
+    # An 8-bit mantissa gives an SNR of 30 to 40 dB through a hundred layers.
     assert 10 * torch.log10(clean.square().sum() / (found - clean).square().sum()) > 25
     assert (codec.encode(speech_like(30_000))[0] == tokens).float().mean() > 0.3
     assert not [warning for warning in recwarn if "bf16" in str(warning.message)]

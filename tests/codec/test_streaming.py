@@ -1,4 +1,4 @@
-"""Streams give what the whole recording gives, however it is cut."""
+"""Tests that streams give the results of the whole recording, for any division into pieces."""
 
 import copy
 import os
@@ -27,7 +27,7 @@ def bundled() -> Codec:
 
 
 def pieces(rng: np.random.Generator, total: int, longest: int) -> list[int]:
-    """Lengths that add up to `total`: empty, single, of a frame, prime, long."""
+    """Return random lengths that add up to `total`: zero, one, one frame, a prime number, long."""
     lengths: list[int] = []
     while sum(lengths) < total:
         kind = rng.integers(6)
@@ -51,12 +51,12 @@ def decode(codec: Codec, tokens: np.ndarray, lengths: list[int], num_samples: in
 
 
 def assert_streams_as_whole(codec: Codec, wave: np.ndarray, rng: np.random.Generator) -> int:
-    """One random way to cut a recording, both directions; returns the ties."""
+    """Check one random division of a recording in both directions; return the number of rounding ties."""
     tokens = codec.encode(wave)[0][0]
     ties = assert_same_tokens(codec, wave, encode(codec, wave, pieces(rng, len(wave), 9000)), tokens)
     audio = codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()
     got = decode(codec, tokens.numpy(), pieces(rng, tokens.shape[1], 9), len(wave))
-    if codec.decoder.causal:  # the last frame's samples are out before their number is known
+    if codec.decoder.causal:  # the samples of the last frame are returned before the length is known
         got = got[: len(wave)]
     assert got.shape == audio.shape and got.dtype == np.float32
     assert np.abs(got - audio).max(initial=0) < 1e-5
@@ -124,7 +124,7 @@ def test_stream_state_does_not_grow(bundled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind):
+def test_less_lookahead_gives_frames_sooner_and_full_lookahead_gives_exact_tokens(kind):
     codec = cached_codec(kind)
     wave = synthesize(2)[: 44 * codec.samples_per_frame]
     whole = codec.encode(wave)[0][0]
@@ -140,7 +140,7 @@ def test_lookahead_gives_frames_sooner_and_the_exact_delay_the_exact_tokens(kind
         found.append(stream.flush())
         tokens = np.concatenate(found, axis=1)
         assert tokens.shape == whole.shape
-        # The end of the recording is its end with any lookahead.
+        # With lookahead, the last frame is computed when the end of the recording is known.
         assert np.array_equal(tokens[:, -1], whole[:, -1].numpy()) or lookahead < 1
     decoder = codec.stream_decoder(0)
     audio = [decoder.push(whole[:, number : number + 1].numpy()) for number in range(whole.shape[1])]
@@ -243,7 +243,7 @@ def test_long_chunk_is_processed_in_short_ones(monkeypatch):
     heard = np.concatenate([decoder.push(tokens), decoder.flush(len(wave))])
     assert max(shape[2] for shape in sizes) <= 66
     assert np.abs(heard - codec.decode(tokens, audio_len=[len(wave)])[0][0].numpy()).max() < 1e-5
-    # With less lookahead too, only the end of what was pushed is as if the recording ended there.
+    # Without lookahead, only the end of a long push lacks context, not the end of each piece that it is split into.
     encoder, decoder = codec.stream_encoder(0), codec.stream_decoder(0)
     assert_same_tokens(codec, wave[: 120 * 1024], torch.from_numpy(encoder.push(wave[: 120 * 1024])))
     heard = decoder.push(tokens[:, :120])
@@ -258,7 +258,7 @@ def test_integers_and_lists_of_samples_are_audio_too():
     assert np.array_equal(found, codec.encode(wave)[0][0].numpy())
 
 
-# --- streams that are used wrongly stay as they were
+# --- streams that are misused do not change
 
 
 MISUSES = {
@@ -329,7 +329,7 @@ def test_stream_in_use_by_another_thread_raises_and_stays_unchanged(use, monkeyp
             thread.join()
     found += [stream.push(wave[9000:]), stream.flush()]
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate(found, axis=1)))
-    # The other stream of that batch took nothing.
+    # The other stream of that batch must not have consumed any input.
     assert_same_tokens(codec, wave, torch.from_numpy(np.concatenate([other.push(wave), other.flush()], axis=1)))
 
 

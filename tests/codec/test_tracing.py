@@ -1,4 +1,4 @@
-"""What PyTorch runs a function through to look at it, or to transform it."""
+"""Tests of a codec inside functions that PyTorch traces, compiles or transforms."""
 
 from collections.abc import Callable
 from typing import Any

@@ -37,14 +37,14 @@ def job(audio: Path, out: Path, model: Path) -> TokenizeConfig:
 
 @pytest.fixture(scope="module")
 def whole(audio, model, tmp_path_factory) -> list[bytes]:
-    """Return the token files of a run that nothing disturbs."""
+    """Return the token files of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
     tokenize(job(audio, out, model), device="cpu", workers=1)
     return [path.read_bytes() for path in tokens_of(out)]
 
 
 def take_over(out: Path) -> None:
-    """What a second run begins with, after somebody removed the folder of the first."""
+    """Do what a second run does first, after the folder of the first run was removed."""
     shutil.rmtree(out)
     (out / ".tokenize").mkdir(parents=True)
     claim(out / ".tokenize")
@@ -93,7 +93,7 @@ def test_output_replaced_during_a_run_raises_without_data_loss(meddling, workers
             is_done = True
             meddle(out)
 
-    if workers > 1:  # a worker that starts late does not find the folder's description
+    if workers > 1:  # a worker that starts late does not find the metadata of the folder
         reason += "|a worker cannot start: .*No such file"
     with pytest.raises(NemoLfrError, match=reason):
         tokenize(job(audio, out, model), device="cpu", workers=workers, watch=watch)
@@ -110,7 +110,7 @@ def test_resumed_run_keeps_the_existing_claim(tmp_path):
     first = claim(tmp_path)
     assert claim(tmp_path) == first
     check_claim(tmp_path, first)
-    check_claim(tmp_path / "no such folder", "")  # a shard that is computed by itself
+    check_claim(tmp_path / "no such folder", "")  # a shard that is computed without a run has no claim
     for text in ("", "zz", "\xff" * 32, first * 2):
         (tmp_path / NAME).write_text(text, encoding="utf-8")
         with pytest.raises(NemoLfrError, match=GONE):

@@ -1,4 +1,4 @@
-"""Tables as people save them: their columns, their audio cells, their splits."""
+"""Tests of tables from the Hub and from users: their columns, audio cells and splits."""
 
 import json
 import math
@@ -207,7 +207,7 @@ def test_several_splits_are_not_mixed(wav, tmp_path):
 
 
 def test_columns_that_datasets_would_decode_are_read_without_it(wav, tmp_path):
-    """Without torchcodec, which decoding needs."""
+    """`datasets` would need torchcodec to decode them."""
     import datasets
 
     names = datasets.ClassLabel(names=["de", "pl"])
@@ -271,7 +271,7 @@ def test_other_names_of_a_column_of_paths_are_understood(column, wav, tmp_path):
     assert len(clip.audio(RATE, 100)) == len(WAVE)
 
 
-def test_text_that_is_stored_as_bytes_is_text(wav, tmp_path):
+def test_text_that_is_stored_as_bytes_is_decoded(wav, tmp_path):
     data = wav.read_bytes()
     columns = {"audio": [data, data], "sentence": [b"h\xc3\xa9", b"\xff"], "other": [b"x", b"y"]}
     first, second = clips_of(write(tmp_path / "a.parquet", columns))

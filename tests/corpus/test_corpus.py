@@ -1,4 +1,4 @@
-"""A corpus to tokens and back: any input, any layout, any engine, whatever dies on the way."""
+"""Tests of `tokenize` and `detokenize`: inputs, output formats, executors, and processes that die."""
 
 import contextlib
 import hashlib
@@ -45,13 +45,13 @@ pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("NEMO_LFR_KILLS", "3"))
 CLIPS = int(os.environ.get("NEMO_LFR_CLIPS", "120"))
-# Samples of each clip: around frames of 1,024, and shorter than the network sees.
+# Samples of each clip: near multiples of 1,024, and shorter than the context of the network.
 LENGTHS = [9000, 1, 1024, 4096, 5000, 20480, 12_345, 7000, 3071, 6144, 30_000]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny codec of the released layout."""
+    """Write a tiny codec of the released layout."""
     return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
 
 
@@ -62,7 +62,7 @@ def clips() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory, clips) -> Path:
-    """The clips as 16-bit files below three speakers' folders, and their manifest."""
+    """Write the clips as 16-bit files in folders of three speakers, and their manifest."""
     root = tmp_path_factory.mktemp("audio")
     lines = []
     for number, (name, wave) in enumerate(clips.items()):
@@ -87,7 +87,7 @@ def audio(tmp_path_factory, clips) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model, audio, clips) -> dict[str, torch.Tensor]:
-    """Tokens of each file alone."""
+    """Return the tokens of each file alone."""
     codec = load(model, "cpu")
     waves = {name: soundfile.read(audio / f"{name}.wav", dtype="float32")[0] for name in clips}
     return {name: codec.encode(wave)[0][0].long() for name, wave in waves.items()}
@@ -100,7 +100,7 @@ def job(source: Path, out: Path, model: Path, kind: str = "shar", **options) -> 
 
 
 def files_of(out: Path) -> dict[str, str]:
-    """Hash of every file that a user reads; the manifest's absolute paths and the command are left out."""
+    """Return the hash of every file that a user reads, with the output path replaced by OUT."""
     found = {}
     for path in sorted(out.rglob("*")):
         if path.is_file() and ".tokenize" not in path.parts:
@@ -142,7 +142,7 @@ def test_contexts_are_stored_with_their_clips(kind, audio, model, expected, tmp_
         assert torch.equal(utterance.context, expected[f"s{number}/clip{number}"])
 
 
-def test_magpies_padding_adds_a_frame_to_clips_that_fill_theirs(audio, model, expected, clips, tmp_path):
+def test_magpie_padding_adds_a_frame_to_clips_that_end_at_a_frame_boundary(audio, model, expected, clips, tmp_path):
     tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", pad="magpie"), device="cpu", workers=1)
     codec = load(model, "cpu")
     for name, tokens in read(tmp_path / "out").items():
@@ -179,7 +179,7 @@ def test_every_kind_of_corpus_gives_the_same_tokens(audio, model, expected, clip
         assert_equal(got, expected)
 
 
-def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, model, tmp_path):
+def test_segments_and_repeated_files_of_a_manifest_are_separate_clips(audio, model, tmp_path):
     name = "s2/clip5.wav"
     lines = [
         {"audio_filepath": name, "offset": 0.25, "duration": 0.5},
@@ -207,7 +207,7 @@ def test_a_manifests_offsets_and_repeated_files_are_clips_of_their_own(audio, mo
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd.wav", "../../up.wav", "a\0b:c|d.wav", ".."])
-def test_no_name_leaves_the_output(name, tmp_path):
+def test_no_name_escapes_the_output_folder(name, tmp_path):
     (tmp_path / "m.json").write_text(json.dumps({"audio_filepath": name}) + "\n")
     corpus = open_corpus(tmp_path / "m.json", None, tmp_path / "unused")
     (clip,) = corpus.read(corpus.shards(5)[0])
@@ -294,7 +294,7 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
     [
         ("shar", False, None),
         ("parquet", False, None),
-        ("lfr", False, "older version of nemo_lfr"),  # its files would have two fingerprints, and could not be read
+        ("lfr", False, "older version of nemo_lfr"),  # the files would have two fingerprints, which the reader refuses
         ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
     ],
 )
@@ -304,7 +304,7 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
     job_ = replace(job_, model=None) if is_bundled else job_
     tokenize(job_, device="cpu", workers=1)
     expected = read(tmp_path / "out")
-    # As an older version leaves it when it is killed: one of the two shards is missing.
+    # What a killed older version leaves: one of the two shards is missing.
     now, *_, older = load(job_.model, "cpu").backend.fingerprints()
     older = min(BUNDLED_OLDER) if is_bundled else older
     record = job_.state / "job.json"
@@ -397,7 +397,7 @@ def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
 
 @pytest.mark.slow
 def test_workers_that_cannot_start_stop_the_run_and_say_why(audio, model, tmp_path):
-    # A worker needs the checkpoint; the driver has read it before.
+    # Remove the checkpoint after the driver has read it and before a worker does.
     doomed = tmp_path / "doomed.nemo"
     shutil.copy(model, doomed)
 
@@ -420,7 +420,7 @@ def test_deaths_without_a_shard_stop_the_run(audio, model, tmp_path, monkeypatch
 
 
 def bad_files(root: Path) -> dict[str, str]:
-    """Files that cannot be tokenised, and words of the reason."""
+    """Write files that cannot be tokenized, and return words of the expected reasons."""
     wave = synthesize(0.5)
     soundfile.write(root / "good.wav", wave, RATE)
     good = (root / "good.wav").read_bytes()
@@ -476,7 +476,7 @@ def bad_files(root: Path) -> dict[str, str]:
 
 
 def odd_files(root: Path) -> list[str]:
-    """Files that are unusual, and fine."""
+    """Write files that are unusual but valid."""
     wave = synthesize(0.5)
     soundfile.write(root / "float.wav", 1.2 * wave / np.abs(wave).max(), RATE, subtype="FLOAT")
     soundfile.write(root / "double.wav", wave, RATE, subtype="DOUBLE")
@@ -498,7 +498,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
     names = [*odd, "good.wav", *reasons]
     random.Random(0).shuffle(names)
     lines = [json.dumps({"audio_filepath": name}) for name in names]
-    # Invalid lines, and one whose file is shorter than its header says.
+    # Invalid lines, and one whose duration exceeds its file.
     lines[3:3] = [
         "not json",
         '{"no": 1}',
@@ -525,7 +525,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
     for name, reason in reasons.items():
         assert reason in said[str(root / name)], name
     made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}
-    # The lines that say too much of good.wav came first and had its name.
+    # Earlier lines, which claim too long a duration of good.wav, already took its id.
     assert made == {f"{Path(name).stem}.lfr" for name in odd} | {"good~3.lfr", "good-00000100.lfr"}
     assert f"{len(failures)} failed" in capsys.readouterr().err
     with pytest.raises(AudioError):
@@ -541,7 +541,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
 @pytest.mark.parametrize("kind", BUILT_IN)
-def test_a_name_that_is_not_utf8_is_a_failure_of_its_own(kind, audio, model, tmp_path):
+def test_a_name_that_is_not_utf8_fails_only_its_clip(kind, audio, model, tmp_path):
     (tmp_path / "audio").mkdir()
     clip = audio / "s0" / "clip0.wav"
     shutil.copy(clip, tmp_path / "audio" / "good.wav")
@@ -601,7 +601,7 @@ def test_cuts_of_a_truncated_tar_are_failures(audio, model, expected, clips, tmp
     assert all("truncated" in failure["error"] for failure in failures)
 
 
-def test_mixed_cuts_become_shar_and_those_without_audio_failures(audio, model, tmp_path):
+def test_mixed_cuts_become_shar_and_cuts_without_audio_are_failures(audio, model, tmp_path):
     from lhotse import CutSet
 
     whole, bad = lhotse_cuts(audio, ["s0/clip0", "s1/clip1"])
@@ -613,7 +613,7 @@ def test_mixed_cuts_become_shar_and_those_without_audio_failures(audio, model, t
     assert utterance.num_samples == RATE and utterance.labels["text"] == "a"
 
 
-def test_labels_mean_the_same_afterwards(audio, model, tmp_path):
+def test_labels_keep_their_meaning_in_every_format(audio, model, tmp_path):
     line = {"audio_filepath": "s0/clip0.wav", "text": None, "lang": "zh-CN", "speaker": "a\u2028b"}
     line |= {"context_audio_codes_path": "old.pt", "target_audio_codes_path": "old.pt"}
     (audio / "labels.json").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -639,14 +639,14 @@ def test_a_table_may_hold_the_bytes_of_files_themselves(audio, model, expected, 
     assert_equal(read(tmp_path / "out"), {"clip-00000000": expected["s0/clip0"]})
 
 
-def test_contexts_are_refused_where_they_have_no_place(audio, model, tmp_path):
+def test_contexts_are_refused_for_a_format_that_cannot_store_them(audio, model, tmp_path):
     with pytest.raises(NemoLfrError, match='"lfr" cannot store contexts'):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model, "lfr", context=True), device="cpu")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
+def test_a_shard_of_only_bad_clips_is_read_as_empty(model, audio, tmp_path):
     lines = (audio / "manifest.json").read_text().splitlines()
     (audio / "holes.json").write_text(
         "\n".join([*lines[:2], *['{"audio_filepath": "x.wav"}'] * 2, *lines[2:4]]) + "\n"
@@ -662,7 +662,7 @@ def test_a_shard_of_bad_clips_alone_is_read_as_empty(model, audio, tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """A manifest of many short clips, some of which are not there."""
+    """Write a manifest of many short clips, some of which are missing."""
     root = tmp_path_factory.mktemp("many")
     lines = []
     for number in range(CLIPS):
@@ -680,7 +680,7 @@ def start(source: Path, out: Path, model: Path, *options: object) -> subprocess.
 
 
 def below(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
+    """Return the processes that a process has started, directly or indirectly."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -735,7 +735,7 @@ def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
     ],
 )
 def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path):
-    """A terminal interrupts the whole group; `kill` and schedulers end only the driver, during shards of minutes."""
+    """Ctrl-C reaches the whole process group; `kill` and schedulers end only the driver, and a shard takes minutes."""
     entry = json.loads(many.read_text().splitlines()[1])
     lines = [json.dumps(entry | {"audio_filepath": str(many.parent / entry["audio_filepath"])})] * 40_000
     (tmp_path / "long.json").write_text("\n".join(lines))
@@ -761,7 +761,7 @@ def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path
         ["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else ["nemo-lfr: stopped by SIGTERM.", ""]
     )
     assert workers
-    deadline = time.monotonic() + 120  # Python's resource tracker ends when it sees that the driver has
+    deadline = time.monotonic() + 120  # Python's resource tracker ends only after it notices the end of the driver
     while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
@@ -771,7 +771,7 @@ def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("engine", [(), ("--ray", "local")], ids=["processes", "ray"])
 def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, model, tmp_path):
-    """With Ray, its own processes (raylet, GCS ...) die too."""
+    """With Ray, its own processes (raylet, GCS ...) are killed too."""
     if engine:
         pytest.importorskip("ray", reason="pip install '.[ray]'")
     whole = job(many, tmp_path / "whole", model, "parquet", shard_size=6, dataset=many.stem)
@@ -792,7 +792,7 @@ def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, 
                     kills += 1
                     drivers += victim == driver.pid
                 assert_no_half_files(out)
-        # Finished, with the clips that are not there; or killed after its last rename.
+        # Exit code 1 is for the missing clips; or the driver was killed after its last rename.
         assert driver.returncode in (1, -signal.SIGKILL)
         assert files_of(out) == files_of(tmp_path / "whole")
         assert not list((out / ".tokenize" / "staging").glob("*"))
@@ -869,18 +869,18 @@ def test_workers_without_cluster_resources_do_not_block_the_run(audio, model, tm
         ray.shutdown()
 
 
-def test_unreachable_cluster_is_one_line(audio, model, tmp_path):
+def test_unreachable_cluster_is_a_one_line_error(audio, model, tmp_path):
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     with pytest.raises(NemoLfrError, match="no Ray cluster is reachable"):
         tokenize(job(audio / "manifest.json", tmp_path / "out", model), ray="nowhere:bad")
 
 
-# What reads the tokens.
+# Readers of the tokens.
 
 
 @pytest.fixture(scope="module")
 def characters():
-    """A text tokenizer's config, as NeMo's TTS datasets want it."""
+    """Return a text tokenizer's config, as NeMo's TTS datasets need it."""
     pytest.importorskip("nemo", reason="pip install '.[nemo]'")
     from omegaconf import OmegaConf
 
@@ -964,5 +964,5 @@ def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, c
         alone = codec.decode(utterance.tokens)[0][0, : len(got)].numpy()
         assert np.abs(got - np.clip(np.round(alone * 32768), -32768, 32767)).max() <= 1
     with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments[:-4])])  # the bundled codec did not make them
+        main([*map(str, arguments[:-4])])  # without --model: the bundled codec
     assert exit_.value.code == 2 and "made by another codec" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`nemo-lfr detokenize` on damaged or hostile folders: a line for each fault, the others are decoded."""
+"""Tests of `nemo-lfr detokenize` on damaged or malicious folders: a line per fault, and the rest is decoded."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> dict[str, Path]:
-    """Three clips in shards of two and one, in every format; copied before they are changed."""
+    """Write three clips in shards of two and one, in every format; tests change copies."""
     made = {kind: tmp_path_factory.mktemp(kind) for kind in BUILT_IN}
     for kind, folder in made.items():
         write_tokens(folder, kind, [2, 1], model)
@@ -39,7 +39,7 @@ def whole(model, tmp_path_factory) -> dict[str, Path]:
 
 
 def run(folder: Path, out: Path, model: Path, capsys, *options: object) -> tuple[int, list[str]]:
-    """Exit code and lines of stderr."""
+    """Run `detokenize`, and return the exit code and the lines of stderr."""
     code = 0
     try:
         main(["detokenize", *map(str, [folder, "--out", out, "--model", model, "--device", "cpu", *options])])
@@ -68,7 +68,7 @@ def edit_cuts(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def edit_tar(folder: Path, change: Callable[[tarfile.TarInfo, bytes], tuple[str, bytes]]) -> None:
-    """Change the first two members, which are one clip's."""
+    """Change the first two members, which belong to one clip."""
     path = folder / "shar" / "target_codes.000000.tar"
     with tarfile.open(path) as old:
         members = [(member, old.extractfile(member).read()) for member in old.getmembers()]
@@ -110,7 +110,7 @@ def npy(value: np.ndarray) -> bytes:
 
 
 def rename_first(folder: Path, kind: str, new: str) -> None:
-    """Give the first clip another id, as someone would who wants to harm whoever decodes the folder."""
+    """Give the first clip another id, as an attacker could."""
     if kind == "shar":
         edit_cuts(folder, lambda cut: cut.update(id=new))
         edit_tar(folder, lambda member, data: (f"{new}.{member.name.rpartition('.')[2]}", data))
@@ -120,7 +120,7 @@ def rename_first(folder: Path, kind: str, new: str) -> None:
         edit_manifest(folder, lambda line: line.update(id=new))
 
 
-# Manifests of .pt files are read as those of .lfr files are, and ids of Parquet rows as those of lines.
+# Manifests of .pt and .lfr files share a reader, and so do ids of Parquet rows and manifest lines.
 by_kind = slow_if(BUILT_IN, ("manifest", "parquet"))
 IDS = ["../../up", "/abs/x", "a/../../b", "", ".", "nul\0byte", "con", "aux.txt", "語" * 200, "x" * 5000, "a/" * 600]
 IDS += ["s0/CLIP1", "s0/clip1", "s0/clip1.wav/inner", "\x1b[2Jred", "new\nline", "C:\\x", "trailing. ", "half \ud800"]
@@ -135,7 +135,7 @@ def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_
     shutil.copytree(whole[kind], folder)
     shutil.rmtree(folder / ".tokenize")
     if kind == "shar" and "\ud800" in clip_id:
-        edit_cuts(folder, lambda cut: cut.update(id=clip_id))  # no tar has such a name
+        edit_cuts(folder, lambda cut: cut.update(id=clip_id))  # a tar cannot contain such a name
     else:
         rename_first(folder, kind, clip_id)
     before = {path for path in tmp_path.rglob("*") if out not in path.parents}
@@ -150,13 +150,13 @@ def test_ids_stay_inside_the_folder_and_unique(kind, clip_id, whole, model, tmp_
     assert all(path.suffix == ".wav" for path in made)
     names = [path.as_posix().lower() for path in made]
     assert len(set(names)) == len(names)
-    # Of an id that an archive cannot hold, the two others are decoded.
+    # If an archive cannot contain an id, only the two other clips are decoded.
     assert (len(made), code) == (3, 0) or (kind == "shar" and code == 1 and lines)
 
 
 HUGE = torch.zeros(1, dtype=torch.int16).as_strided((8, 2**37), (0, 0))
 Damage = Callable[[Path], object]
-# kind, what is done, utterances that are left, words of the reason.
+# name -> (format, damage, remaining utterances, words of the error)
 CASES: dict[str, tuple[str, Damage, int, str]] = {
     "pt: huge": ("manifest", lambda f: save_first(f, HUGE), 2, "clip0"),
     "pt: dict": ("manifest", lambda f: save_first(f, {"a": 1}), 2, "clip0"),
@@ -342,7 +342,7 @@ def test_invalid_utterance_fails_alone_with_one_line(
         shutil.rmtree(folder / ".tokenize")
     code, lines = run(folder, out, model, capsys)
     assert code == 1 and len(lines) >= 2 and not any("Traceback" in line for line in lines)
-    # With records, the first thing that is said is what differs from them.
+    # With the records of the run, the first error is the difference from them.
     assert any(reason in line for line in lines) or reason.endswith("bytes") or has_records
     made = list(out.rglob("*.wav"))
     assert len(made) >= left
@@ -412,7 +412,7 @@ def test_file_in_place_of_a_folder_fails_only_its_utterances(whole, model, tmp_p
     assert code == 1 and len(lines) == 3 and (tmp_path / "out" / "s0").read_text() == "mine"
 
 
-def test_verification_skips_what_was_changed(whole, model, tmp_path, capsys):
+def test_verification_skips_changed_shards(whole, model, tmp_path, capsys):
     shutil.copytree(whole["parquet"], tmp_path / "tokens")
     path = tmp_path / "tokens" / "data" / "000000.parquet"
     data = bytearray(path.read_bytes())
@@ -434,7 +434,7 @@ def test_existing_files_are_kept_without_overwrite(whole, model, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits of files")
-def test_a_full_disk_is_one_line_and_leaves_no_cut_file(whole, model, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_leaves_no_truncated_file(whole, model, tmp_path):
     arguments = ["detokenize", str(whole["lfr"]), "--out", str(tmp_path / "out"), "--model", str(model)]
     said = on_a_full_disk(f"from nemo_lfr.cli.main import main\nmain({[*arguments, '--device', 'cpu']!r})", 50)
     assert "Traceback" not in said and said.strip().splitlines()[-1].startswith("nemo-lfr: error: ")

@@ -1,4 +1,4 @@
-"""Workers that die, cannot start or start slowly: each death is counted once by every executor."""
+"""Tests of workers that die, cannot start or start slowly: every executor counts each death once."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ START = executors._start_worker
 
 @pytest.fixture
 def computed_shards(tmp_path, monkeypatch):
-    """(executor, kind) -> indices of the computed shards."""
+    """Return a function (executor, kind) -> indices of the computed shards."""
 
     def compute(name: str, kind: str) -> list[int]:
         config = TokenizeConfig("in", str(tmp_path), "lfr", dataset=kind)
@@ -78,7 +78,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="kill
 @pytest.mark.parametrize("name", EXECUTORS)
 @pytest.mark.parametrize("kind", ["dies:2", "slow:2"])
 def test_deaths_are_counted_once_even_if_the_next_start_is_slow(name, kind, computed_shards, monkeypatch):
-    """The limit equals the number of deaths, so that one that is counted twice would end the run."""
+    """The limit equals the number of deaths, so counting one twice would end the run."""
     monkeypatch.setattr(worker_failures, "MAX_DEATHS", 2)
     assert computed_shards(name, kind) == [0, 1, 2, 3]
 

@@ -27,7 +27,7 @@ from tests.models import RATE, synthesize
 
 @register_format
 class JsonFormat(OutputFormat):
-    """One JSON file for each shard."""
+    """Output format with one JSON file per shard."""
 
     name = "json"
     supports_context = False
@@ -66,7 +66,7 @@ class JsonFormat(OutputFormat):
 
 
 class PathList(Manifest):
-    """A text file with the path of an audio file on each line."""
+    """Input that is a text file with the path of an audio file on each line."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -83,7 +83,7 @@ class PathList(Manifest):
 
 @pytest.fixture
 def path_list(tmp_path):
-    """Three recordings and a list of them, in a kind of input that only this test knows."""
+    """Write three recordings and a list of them, in a kind of input that only this test registers."""
     for number in range(3):
         soundfile.write(tmp_path / f"{number}.wav", synthesize(0.3 + 0.1 * number), RATE)
     (tmp_path / "corpus.list").write_text("0.wav\n1.wav\n2.wav\n")

@@ -1,4 +1,4 @@
-"""Clip ids: what any name becomes, on any file system, in any order."""
+"""Tests of clip ids: any name becomes a portable and unique id, in any order of the clips."""
 
 import json
 import random
@@ -130,7 +130,7 @@ def test_clip_ids_are_unique(names, expected):
         ("link/x", False),
         ("a\0", False),
         ("loop", False),
-        ("x" * 5000, True),  # that it cannot be opened is said by who opens it
+        ("x" * 5000, True),  # opening it later reports the error
     ],
 )
 def test_paths_outside_a_folder_are_noticed_through_links_too(name, is_inside, tmp_path):
@@ -143,7 +143,7 @@ def test_paths_outside_a_folder_are_noticed_through_links_too(name, is_inside, t
 
 @pytest.fixture(scope="module")
 def colliding(tmp_path_factory) -> dict[str, Path]:
-    """A corpus of each kind that has names, with five names of which two or three are the same on some systems."""
+    """Write a corpus of each kind with five names, of which two or three are equal on some file systems."""
     lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
     from lhotse.cut import MonoCut
     from lhotse.shar import SharWriter

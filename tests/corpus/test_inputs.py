@@ -1,4 +1,4 @@
-"""Corpora as people leave them: what is broken in one costs a clip, and what is none is refused in one sentence."""
+"""Tests of invalid corpora: an invalid entry skips only its clip, and an unusable input is a one-line error."""
 
 import json
 

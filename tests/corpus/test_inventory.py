@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three recordings, and the current folder."""
+    """Write three recordings, and make their folder the current one."""
     for number, name in enumerate("abc", start=1):
         wave = 0.3 * np.sin(np.arange(SAMPLES) * 0.02 * number)
         soundfile.write(tmp_path / f"{name}.wav", wave, RATE)
@@ -72,7 +72,7 @@ def write_recordings(folder: Path, texts: str) -> Path:
 
 
 def write_shar(folder: Path, texts: str) -> Path:
-    """One shard, with the texts in a field of their own: the cuts file never changes."""
+    """Write one shard whose texts are a separate field, so that the cuts file never changes."""
     shar = folder / "shar"
     shar.mkdir(exist_ok=True)
     lines(shar / "cuts.000000.jsonl.gz", [cut(folder / f"{name}.wav", supervisions=[]) for name in "abc"])
@@ -106,7 +106,7 @@ def test_an_input_edited_to_the_same_size_is_not_resumed(kind, folder, model):
     with pytest.raises(NemoLfrError, match="another corpus, or a changed one"):
         tokenize(job, workers=1, device="cpu")
     INPUTS[kind](folder, "xyz")
-    assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # as it was
+    assert tokenize(job, workers=1, device="cpu")["clips"] == 3  # the original input again
 
 
 @pytest.mark.slow
@@ -117,10 +117,10 @@ def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
     originals = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix != ".wav" and path.is_file()}
 
     def edit(totals: corpus_run.Totals) -> None:
-        if totals.done == (0 if kind == "shar" else 1):  # a Shar of one shard has no later one
+        if totals.done == (0 if kind == "shar" else 1):  # this Shar has only one shard
             INPUTS[kind](folder, "pqr")
             for path in originals:
-                os.utime(path, (1e9, 1e9))  # even where clocks are coarse
+                os.utime(path, (1e9, 1e9))  # a change that coarse clocks detect too
 
     with pytest.raises(NemoLfrError, match="was changed while it was tokenized"):
         tokenize(job, workers=1, device="cpu", watch=edit)
@@ -263,4 +263,4 @@ def test_shard_of_cuts_parses_only_its_own_lines(folder, monkeypatch):
     loads = json.loads
     monkeypatch.setattr("nemo_lfr.io.cut_files.json.loads", lambda text: parsed.append(0) or loads(text))
     assert [item.id for item in read_cuts(path, start=40, stop=43)] == ["c40", "c41", "c42"]
-    assert len(parsed) <= 5  # of its cuts, and of the first, which says what the file holds
+    assert len(parsed) <= 5  # lines: the requested cuts, and the first one, which determines the kind of file

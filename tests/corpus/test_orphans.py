@@ -1,4 +1,4 @@
-"""Processes end with the run that started them, and a run clears up after those that were killed."""
+"""Tests that processes end with the run that started them, and that a run removes leftovers of killed ones."""
 
 import contextlib
 import multiprocessing
@@ -25,7 +25,7 @@ from tests.tiers import slow_except
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
 pytest.importorskip("pyarrow", reason="pip install '.[corpus]'")
 in_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-PATIENCE = 300  # seconds, for a machine that is busy; a process that is left would never end
+PATIENCE = 300  # seconds to wait on a busy machine; a leftover process would never end
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def audio(tmp_path_factory) -> Path:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and is none that nobody has asked after."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -50,7 +50,7 @@ def is_running(pid: int) -> bool:
 
 
 def carriers(variable: str) -> list[int]:
-    """Processes that inherited a variable."""
+    """Return the processes that inherited an environment variable."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ def carriers(variable: str) -> list[int]:
 
 
 def descendants(pid: int) -> set[int]:
-    """Processes below one, by their parents: what they inherited they may have overwritten."""
+    """Return the descendants of a process by parent ids, since processes may overwrite their environment."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def start(command: list[object], run: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a driver of shards of one clip; return it, and what its processes have in their environment."""
+    """Start a driver with shards of one clip; return it, and the environment variable that marks its processes."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "nemo_lfr", *map(str, [*command, "--shard-size", 1])],
         cwd=ROOT,
@@ -154,7 +154,7 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
 @pytest.mark.slow
 @in_proc
 def test_orphan_with_an_overwritten_environment_is_still_tracked():
-    """As Ray's agents are: their title is written over what they inherited, and they outlive who started them."""
+    """Ray's agents do this: their title overwrites the environment, and they outlive their parent."""
     program = (
         "import subprocess, sys, time\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(999)']\n"
@@ -184,7 +184,7 @@ def test_orphan_with_an_overwritten_environment_is_still_tracked():
 @pytest.mark.slow
 @in_proc
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_a_family_ends_with_its_head_only_if_that_was_killed(is_killed):
+def test_child_processes_end_only_if_their_parent_was_killed(is_killed):
     script = (
         "import subprocess, sys\nfrom nemo_lfr.corpus.orphans import family\n"
         "with family():\n"
@@ -231,7 +231,7 @@ def test_leftovers_of_killed_runs_are_removed_and_never_written_through(kind, mo
 
 @pytest.mark.skipif(os.name == "nt", reason="links")
 @pytest.mark.parametrize("name", [".tokenize", ".tokenize/done"])
-def test_a_state_that_is_a_link_is_refused(name, model, audio, tmp_path):
+def test_a_linked_state_folder_is_refused(name, model, audio, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "out" / name
     link.parent.mkdir(parents=True)
@@ -262,7 +262,7 @@ def test_a_damaged_shard_is_computed_again_to_the_same_bytes(kind, damage, model
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits of files")
 @pytest.mark.parametrize(("kind", "free"), [("shar", 4000), ("manifest", 1500), ("parquet", 4000), ("lfr", 150)])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(kind, free, model, audio, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_the_run_can_be_resumed(kind, free, model, audio, tmp_path):
     out = tmp_path / "out"
     arguments = ["tokenize", str(audio), "--out", str(out), "--model", str(model), "--format", kind]
     arguments += ["--device", "cpu", "--workers", "1"]

@@ -55,7 +55,7 @@ def run(config: TokenizeConfig, part: Part | None = None, **options) -> dict:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """Content of every file that a user reads; `out` in a manifest or a command becomes OUT."""
+    """Return the contents of every file that a user reads, with the path `out` replaced by OUT."""
     paths = [path for path in sorted(out.rglob("*")) if path.is_file() and ".tokenize" not in path.parts]
     return {str(path.relative_to(out)): path.read_bytes().replace(str(out).encode(), b"OUT") for path in paths}
 
@@ -70,7 +70,7 @@ def test_parts_in_any_order_write_the_bytes_of_one_run(kind, audio, model, tmp_p
         assert not (out / METADATA).exists()
         results.append(run(config, Part(index, 3)))
     assert [result.get("missing_shards", 0) for result in results] == [3, 1, 0]
-    assert [result["shards"] for result in results] == [1, 2, 4]  # of 4, the last one counts all
+    assert [result["shards"] for result in results] == [1, 2, 4]  # of 4; the last part reports the whole run
     assert [result["clips"] for result in results] == [2, 4, 7]
     assert results[2] == expected | {"command": expected["command"].replace(str(whole), str(out))}
     assert files_of(out) == files_of(whole) and METADATA in files_of(out)
@@ -88,7 +88,7 @@ def test_each_part_computes_its_own_shards_once(audio, model, tmp_path):
 
 
 def run_part(config: TokenizeConfig, index: int, count: int) -> None:
-    """Compute a part in a process of its own."""
+    """Compute a part in a separate process."""
     run(config, Part(index, count))
 
 
@@ -106,12 +106,12 @@ def test_parts_that_run_at_the_same_time_write_the_bytes_of_one_run(audio, model
 
 
 class Killed(Exception):
-    """Ends a run after its first shard."""
+    """Exception that ends a run after its first shard."""
 
 
 @pytest.mark.parametrize("finisher", [Part(0, 2), None])
 def test_a_part_that_was_killed_resumes(finisher, audio, model, tmp_path):
-    """The same part completes the run, and so does the command without a part."""
+    """Both the same part and the command without a part complete the run."""
     run(job(audio, tmp_path / "whole", model))
     config = job(audio, tmp_path / "out", model)
     state = tmp_path / "out" / ".tokenize"
@@ -223,7 +223,7 @@ def test_no_shard_is_computed_twice_at_the_same_time(running, other, message, au
     assert message in messages[0]
 
 
-def test_a_part_on_another_machine_is_seen_where_locks_of_folders_are_not_shared(audio, model, tmp_path):
+def test_a_part_on_another_machine_is_detected_without_shared_folder_locks(audio, model, tmp_path):
     config = job(audio / "manifest.json", tmp_path / "out", model)
     run(config, Part(0, 2))
     lock_file = tmp_path / "out/.tokenize/parts/1-of-2.lock"
@@ -260,12 +260,12 @@ STEPS |= {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": "5"}
         ("auto", STEPS, Part(2, 3)),
     ],
 )
-def test_the_part_is_that_of_the_text_or_of_the_environment(text, environment, expected):
+def test_the_part_comes_from_the_option_or_the_environment(text, environment, expected):
     assert parse_part(text, environment) == expected
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
-def test_the_tasks_of_a_job_array_are_all_parts_once(tasks):
+def test_the_tasks_of_a_job_array_cover_each_part_once(tasks):
     parts = [
         parse_part("auto", ARRAY | {"SLURM_ARRAY_TASK_ID": str(i), "SLURM_PROCID": str(p), "SLURM_NTASKS": str(tasks)})
         for i in range(3, 7)
@@ -293,7 +293,7 @@ def test_the_tasks_of_a_job_array_are_all_parts_once(tasks):
         ("auto", STEPS | {"SLURM_ARRAY_TASK_STEP": "0"}, "unequal steps"),
     ],
 )
-def test_an_invalid_part_is_one_sentence(text, environment, message):
+def test_an_invalid_part_is_a_one_line_error(text, environment, message):
     with pytest.raises(NemoLfrError, match=message):
         parse_part(text, environment)
 

@@ -1,4 +1,4 @@
-"""`TokenDataset`: equal shares on real process groups, any number of workers, batches, and files that are damaged."""
+"""Tests of `TokenDataset`: equal shares in real process groups, workers, batches and damaged files."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ UNEVEN = [5, 5, 2]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Twelve clips in shards of five, in every format; never changed."""
+    """Write twelve clips in shards of five, in every format; tests do not change them."""
     made = {}
     for kind in BUILT_IN:
         made[kind] = tmp_path_factory.mktemp(kind)
@@ -43,7 +43,7 @@ def ids_of(dataset: TokenDataset, **options) -> list[str]:
 def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
     context = kind != "lfr"
     made = write_tokens(tmp_path, kind, [3, 0, 70], context=context)
-    if not has_records:  # a folder that was copied without its hidden part, by an older version
+    if not has_records:  # like a folder of an older version that was copied without `.tokenize`
         shutil.rmtree(tmp_path / ".tokenize")
         summary = json.loads((tmp_path / "tokens.json").read_text())
         del summary["shard_clips"]
@@ -98,7 +98,7 @@ def test_a_folder_that_was_moved_is_read(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILT_IN)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, folders):
+def test_one_rank_reads_everything_once_with_any_number_of_workers(kind, shuffle, folders):
     expected = sorted(utterance.id for utterance in TokenDataset(folders[kind]))
     for workers in (0, 1, 2):
         dataset = TokenDataset(folders[kind], shuffle=shuffle, buffer_size=3)
@@ -110,7 +110,7 @@ def test_one_rank_reads_everything_once_whatever_its_workers(kind, shuffle, fold
 @pytest.mark.parametrize("counts", [UNEVEN, [1], [], [0, 0, 3], [1] * 7, [13, 1]], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_all_ranks_yield_as_many_utterances_as_their_length(counts, world_size, drop_last, tmp_path):
+def test_all_ranks_yield_as_many_utterances_as_len_says(counts, world_size, drop_last, tmp_path):
     made = write_tokens(tmp_path, "lfr", counts)
     for shuffle in (False, True):
         seen = []
@@ -177,9 +177,9 @@ def test_impossible_arguments_are_refused(options, folders):
 
 
 def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, results: Path) -> None:
-    """A rank of a training that reduces at every step: it would wait without end for a rank with fewer steps."""
+    """Run one rank of a training that reduces at every step; it would hang if another rank had fewer steps."""
     torch.set_num_threads(1)
-    before = TokenDataset(folders["lfr"])  # made before the group is there
+    before = TokenDataset(folders["lfr"])  # created before the process group
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
     report = {}
     for kind, folder in folders.items():
@@ -213,7 +213,7 @@ def test_ranks_of_a_process_group_take_equal_steps(world_size, folders, tmp_path
         assert len({clip_id for ids, _ in shares for clip_id in ids}) == 12, name
 
 
-def test_a_pickled_dataset_asks_for_its_rank_where_it_is_used(folders):
+def test_an_unpickled_dataset_uses_the_rank_of_its_own_process(folders):
     copy = pickle.loads(pickle.dumps(TokenDataset(folders["lfr"])))
     assert copy._given is None and (copy.rank, copy.world_size) == (0, 1)
 

@@ -34,7 +34,7 @@ ORDERS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The same clips in every format; never changed."""
+    """Write the same clips in every format; tests do not change them."""
     made = {}
     for kind in BUILT_IN:
         made[kind] = tmp_path_factory.mktemp(kind)

@@ -25,7 +25,7 @@ def test_a_view_of_a_larger_tensor_is_read_as_it_was(tmp_path):
 
 
 class Runs:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder) -> None:
         self.folder = folder

@@ -163,7 +163,7 @@ def test_repeated_evaluation_computes_only_missing_results(capsys, corpus, tmp_p
     assert len(rows(tmp_path / "recordings.csv")) == 6
 
 
-def test_a_limit_draws_by_its_seed(corpus):
+def test_a_limit_selects_recordings_by_the_seed(corpus):
     found = read_manifest(corpus / "manifest.json", corpus) * 20
     draws = [list(recordings.choose(found, 10, seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and len(draws[0]) == 10
@@ -205,7 +205,7 @@ def test_spectrograms_work_at_every_rate(capsys, corpus, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<audio") == 4
 
 
-def test_a_wrong_audio_dir_claims_nothing(capsys, corpus, tmp_path):
+def test_a_wrong_audio_dir_does_not_claim_the_output_folder(capsys, corpus, tmp_path):
     shutil.copy(corpus / "manifest.json", tmp_path / "manifest.json")
     arguments = ["--out", tmp_path / "out", "--workers", 1, "--codec", "original"]
     assert command(capsys, "evaluate", tmp_path / "manifest.json", *arguments)[0] == 1
@@ -266,7 +266,7 @@ def test_a_requested_model_that_cannot_be_loaded_gives_exit_code_1(capsys, corpu
         (["{corpus}/gone.json"], "no codec processed any recording"),
     ],
 )
-def test_mistakes_are_one_line(capsys, corpus, tmp_path, arguments, words):
+def test_user_errors_are_one_line_errors(capsys, corpus, tmp_path, arguments, words):
     (corpus / "empty.json").write_text("")
     (corpus / "gone.json").write_text('{"audio_filepath": "gone.wav", "duration": 1}')
     filled = [argument.format(corpus=corpus) for argument in arguments]
@@ -283,7 +283,7 @@ def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
 
 
 def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus, tmp_path):
-    """Their names differ from those of the first manifest, so that no result would be mixed up."""
+    """The file names differ from those of the first manifest, so no result could be mixed up."""
     other = tmp_path / "other"
     other.mkdir()
     lines = []

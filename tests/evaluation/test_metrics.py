@@ -22,7 +22,7 @@ def pair(speech):
 
 
 @pytest.mark.nemo
-def test_distances_and_si_sdr_are_nemos(pair):
+def test_distances_and_si_sdr_equal_nemos(pair):
     pytest.importorskip("nemo", reason="NeMo's losses are the reference: pip install '.[nemo]'")
     from nemo.collections.tts.losses.audio_codec_loss import (
         MultiResolutionMelLoss,
@@ -44,14 +44,14 @@ def test_distances_and_si_sdr_are_nemos(pair):
     assert measure(*pair, expected) == pytest.approx(expected, rel=1e-5)
 
 
-def test_si_sdr_is_torchmetrics(pair):
+def test_si_sdr_equals_torchmetrics(pair):
     torchmetrics = pytest.importorskip("torchmetrics.functional.audio", reason="comes with NeMo")
     real, gen = (torch.from_numpy(signal.wave) for signal in pair)
     expected = torchmetrics.scale_invariant_signal_distortion_ratio(gen, real, zero_mean=True).item()
     assert measure(*pair, ["SI-SDR"])["SI-SDR"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_pesq_and_stoi_are_their_libraries(pair):
+def test_pesq_and_stoi_equal_their_reference_libraries(pair):
     from pesq import pesq
     from pystoi import stoi
 
@@ -74,14 +74,14 @@ def test_identical_recordings_score_as_identical(speech):
         assert values[name] == 0
 
 
-def test_one_sample_late_costs_si_sdr_only(speech):
+def test_a_delay_of_one_sample_lowers_only_si_sdr(speech):
     values = measure(Signal(speech[1:], RATE), Signal(speech[:-1], RATE))
     assert values["SI-SDR"] < 40
     assert values["PESQ-WB"] > 4.3 and values["ESTOI"] > 0.99 and values["lag"] == 0
     assert values["mel distance"] < 0.01
 
 
-def test_a_gain_costs_the_distances_only(speech):
+def test_a_gain_raises_only_the_distances(speech):
     values = measure(Signal(speech, RATE), Signal(0.5 * speech, RATE))
     assert values["SI-SDR"] > 90 and values["PESQ-WB"] > 4.6 and values["ESTOI"] == pytest.approx(1)
     assert values["F0 error"] == 0
@@ -147,7 +147,7 @@ def test_recordings_of_other_length_or_rate_are_refused(speech):
             measure(Signal(speech, RATE), other)
 
 
-def test_a_missing_package_is_named_and_stops_nothing(pair, monkeypatch):
+def test_a_missing_package_is_named_and_does_not_stop_the_evaluation(pair, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pesq", None)
     values = measure(*pair, ("PESQ-WB", "STOI"))
     assert "pesq" in values["PESQ-WB"] and "pip install" in values["PESQ-WB"]

@@ -91,7 +91,7 @@ def test_a_speaker_is_most_similar_to_itself(pair, xvector):
 
 @pytest.mark.slow
 @pytest.mark.nemo
-def test_missing_models_are_reported_and_stop_nothing(tmp_path):
+def test_missing_models_are_reported_and_do_not_stop_the_evaluation(tmp_path):
     sources = {"asr": str(tmp_path / "none"), "speaker": str(tmp_path / "none.nemo")}
     opened = open_model_metrics(sources, "cpu")
     assert not opened.models and set(opened.absent) == set(all_metrics()) - set(METRICS)

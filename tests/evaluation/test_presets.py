@@ -16,7 +16,7 @@ def write(path, seconds, rate=16000):
 
 @pytest.fixture(scope="module")
 def mls(tmp_path_factory):
-    """Write 12 test and 2 training utterances in each language, and return the folder."""
+    """Write 12 test and 2 training recordings in each language, and return the folder."""
     folder = tmp_path_factory.mktemp("mls")
     for language in MLS_LANGUAGES:
         for split, count in (("test", 12), ("train", 2)):
@@ -43,7 +43,7 @@ def test_mls_gives_a_fixed_draw_of_each_languages_test_set(mls, monkeypatch):
     assert [recording.path.stem.replace("_7", "") for recording in found[:5]] == drawn
 
 
-def test_mls_takes_all_where_there_are_fewer_than_the_cards(mls):
+def test_mls_uses_all_recordings_if_there_are_fewer_than_in_the_card(mls):
     assert len(PRESETS["card-mls"].recordings(mls, 0)) == 8 * 12
 
 
@@ -69,7 +69,7 @@ def test_a_folder_without_daps_is_refused(tmp_path):
         PRESETS["card-daps"].recordings(tmp_path, 0)
 
 
-def test_the_cards_figures_are_those_of_metrics_that_exist():
+def test_the_cards_figures_are_of_existing_metrics():
     from nemo_lfr.evaluation.model_metrics import all_metrics
 
     for preset in PRESETS.values():

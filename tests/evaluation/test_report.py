@@ -24,7 +24,7 @@ KEYS = [f"{number:05d}-clip" for number in range(6)]
 
 
 def result(name, folder, shift, size=1000.0, missing=()):
-    """Results of a codec whose values are those of the first codec plus `shift`, with some noise."""
+    """Return results of a codec: those of the first codec plus `shift` and some noise."""
     rng = np.random.default_rng(len(name))
     trip = {"seconds": 4.0, "num_bytes": size, "file_bytes": size + 9, "encode_seconds": 0.5, "decode_seconds": 0.25}
     values = {}
@@ -63,7 +63,7 @@ def evaluation(tmp_path):
 )
 def test_the_best_value_of_a_column_is_marked(better, cells, best):
     rows = [[name, cell] for name, cell in zip("abc", cells, strict=True)]
-    rows += [["original", "99"], [tables.CARD, "-99"]]  # references do not compete
+    rows += [["original", "99"], [tables.CARD, "-99"]]  # original recordings are not ranked
     table = Table("", ["codec", "metric"], rows, [None, better])
     assert {row for row, column in table.best if column == 1} == best and len(table.best) == len(best)
     assert [f"**{cell}**" in table.markdown() for cell in cells] == [
@@ -86,7 +86,7 @@ def test_paired_differences_say_which_codec_is_better(evaluation):
     by_name = {row[0]: row[1:] for row in table.rows}
     assert set(by_name) == {"a <b>bold</b> codec minus b", "a <b>bold</b> codec minus c$_^", "b minus c$_^"}
     pesq, mel, lag = by_name["a <b>bold</b> codec minus b"]
-    assert re.fullmatch(rf"{SECOND} -0\.\d\d \(-0\.\d\d to -0\.\d\d\)", pesq)  # lower, where higher is better
+    assert re.fullmatch(rf"{SECOND} -0\.\d\d \(-0\.\d\d to -0\.\d\d\)", pesq)  # lower is worse for this metric
     assert re.fullmatch(rf"{FIRST} -0\.\d{{4}} \(.*\)", mel)
     assert lag == "+0.0 (+0.0 to +0.0)"
     assert FIRST not in by_name["b minus c$_^"][0] and SECOND not in by_name["b minus c$_^"][0]
@@ -133,7 +133,7 @@ def test_every_metric_with_a_better_direction_has_a_plot(evaluation):
 
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_plots_of_any_number_of_codecs_and_equal_values(tmp_path, count):
-    """One codec has no plot against the bit rate; equal values have an axis of finite length."""
+    """One codec has no bit-rate plot; an axis for equal values still has a finite length."""
     results = [result(f"codec {number}", tmp_path, 0.0, 1000.0 * (number + 1)) for number in range(count)]
     for own in results:
         own.values = {key: {"ESTOI": 0.0} for key in KEYS}

@@ -1,4 +1,4 @@
-"""Files aside: whole or not at all, what killed runs leave, links that lie in wait."""
+"""Tests of atomic writing: a file is complete or absent, leftovers are removed, and links are not followed."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def test_temporary_files_are_kept_until_their_writer_dies(tmp_path):
     process.kill()
     process.communicate()
     sweep(tmp_path, ["b.lfr"])
-    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # of another final name
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # belongs to another final name
     sweep(tmp_path, ["a.lfr"])
     assert list(tmp_path.iterdir()) == []
 
@@ -70,19 +70,19 @@ def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path, name):
 
 
 def test_two_writers_of_one_file_do_not_interfere(tmp_path):
-    """The last one to finish wins, and neither sees what the other writes."""
+    """The last one to finish wins, and neither reads the data of the other."""
     path = tmp_path / "a.json"
     with replacing(path) as first:
         first.write(b"first")
         with replacing(path) as second:
             second.write(b"second")
         assert path.read_bytes() == b"second"
-        sweep(tmp_path, ["a.json"])  # of a third run that starts
+        sweep(tmp_path, ["a.json"])  # a third run that is starting
     assert path.read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_writers_and_sweepers_at_the_same_time_lose_nothing(tmp_path):
-    """A file that is swept before it was locked would be gone when it is renamed."""
+    """If a file could be swept before it is locked, renaming it would fail."""
     path = tmp_path / "a.json"
     with ThreadPoolExecutor(6) as pool:
         for written in [pool.submit(write_bytes, path, bytes([number])) for number in range(200)]:
@@ -101,7 +101,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_left(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path):
-    """A limit on the size of files stands for the full disk: `write` fails in the same way."""
+    """A limit on the file size simulates a full disk: `write` fails in the same way."""
     script = """
 import resource, signal, sys
 from pathlib import Path

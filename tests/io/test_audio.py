@@ -29,22 +29,22 @@ def test_stereo_is_mixed_to_its_mean(tmp_path):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
 def test_streamed_resampling_equals_resampling_at_once_with_the_right_length(tmp_path, rate):
-    # Longer than two blocks, and no whole number of them.
+    # Longer than two blocks, and not a multiple of a block.
     rng = np.random.default_rng(0)
     wave = (0.1 * rng.standard_normal(round((2 * BLOCK_SECONDS + 0.37) * rate))).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", wave, rate, subtype="FLOAT")
     got, expected = read(tmp_path / "a.wav"), resample(wave, rate, 22050)
     assert len(got) == len(expected)
     assert abs(len(got) - len(wave) * 22050 / rate) <= 1
-    # float32 in, float32 out: soxr's own state is double.
+    # Input and output are float32, and soxr computes in float64.
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
-def test_resampling_keeps_a_tone_where_it_was():
+def test_resampling_keeps_the_frequency_and_phase_of_a_tone():
     time = np.arange(16000) / 16000
     got = resample(np.sin(2 * np.pi * 440 * time).astype(np.float32), 16000, 22050)
     expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 22050)
-    # Away from the ends, where the filter sees silence; soxr's pass band is flat to better than 1e-4.
+    # Ignore the ends, where the filter reads silence. The ripple of soxr's pass band is below 1e-4.
     np.testing.assert_allclose(got[2000:-2000], expected[2000:-2000], rtol=0, atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_invalid_sample_rate_is_refused(rate):
 
 @pytest.mark.parametrize(
     ("suffix", "subtype", "tolerance"),
-    # Half a step of each format; lossy Vorbis is only asked not to be silent or shifted.
+    # Half a step of each format; lossy Vorbis must only not be silent or shifted.
     [
         ("wav", "FLOAT", 0),
         ("wav", "DOUBLE", 0),
@@ -118,7 +118,7 @@ def test_a_file_without_samples_has_no_blocks(tmp_path):
         assert len(read(tmp_path / "a.wav")) == 0
 
 
-def test_a_damaged_flac_is_refused_or_read_but_never_makes_another_error(tmp_path):
+def test_a_damaged_flac_is_refused_or_read_but_never_raises_another_error(tmp_path):
     soundfile.write(tmp_path / "a.flac", synthesize(1), 22050)
     raw = (tmp_path / "a.flac").read_bytes()
     rng = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_exceptions_in_libsndfile_callbacks_are_raised(tmp_path, monkeypatch, er
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no umask")
-def test_what_is_written_has_the_permissions_of_any_new_file(tmp_path):
+def test_written_files_have_default_permissions(tmp_path):
     old = os.umask(0o027)
     try:
         with AudioWriter(tmp_path / "a.wav", 22050) as writer:
@@ -191,7 +191,7 @@ def test_duration_is_in_seconds_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".WAV"])
-def test_what_is_written_is_16_bit_mono_and_reads_back(tmp_path, suffix):
+def test_written_files_are_16_bit_mono_and_read_back(tmp_path, suffix):
     wave = synthesize(0.3)
     with AudioWriter(tmp_path / f"a{suffix}", 22050) as writer:
         for piece in np.array_split(wave, 5):
@@ -199,7 +199,7 @@ def test_what_is_written_is_16_bit_mono_and_reads_back(tmp_path, suffix):
         assert not (tmp_path / f"a{suffix}").exists()
     info = soundfile.info(tmp_path / f"a{suffix}")
     assert (info.subtype, info.channels, info.samplerate, info.frames) == ("PCM_16", 1, 22050, len(wave))
-    # Half a step, and libsndfile's scale of 32767.
+    # Half a step of rounding, plus the effect of libsndfile's scale of 32767.
     np.testing.assert_allclose(read(tmp_path / f"a{suffix}"), wave, rtol=0, atol=1.5 / 32768)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -256,7 +256,7 @@ def test_samples_are_those_of_librosa_load(tmp_path, rate, num_samples):
         blocks = np.concatenate(list(reader.blocks(0.013)))
     whole = read(tmp_path / "a.wav")
     assert len(whole) == len(blocks) == len(expected)
-    # One rounding of float32: the mean of two channels is taken along another axis.
+    # The mean of the channels is computed along another axis, which changes one float32 rounding.
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(blocks, expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(resample(wave.mean(axis=1), rate, 22050), expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Small files that expand: each costs its clip or is refused, in bounded memory and time."""
+"""Tests of small files that expand to large data: they skip one clip or are refused, in bounded memory and time."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ HUGE = 60 << 30
 
 @pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """An allocation of many gigabytes fails here, rather than take the machine's memory."""
+    """Limit the address space, so that an allocation of many gigabytes fails instead of filling the memory."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (32 << 30, limits[1]))
     yield
@@ -39,7 +39,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def sparse_header(name: str, size: int) -> bytes:
-    """The header of a GNU sparse file of zeros, of which the archive holds no byte."""
+    """Return the header of a GNU sparse file of zeros, whose data is not in the archive."""
     header = bytearray(512)
     header[: len(name)] = name.encode()
     header[100:108], header[124:136], header[136:148] = b"0000644\0", b"00000000000\0", b"00000000000\0"
@@ -52,7 +52,7 @@ def sparse_header(name: str, size: int) -> bytes:
 
 
 def pax_header(size: int) -> bytes:
-    """An extended header that asks for so many bytes."""
+    """Return an extended header that claims a number of bytes."""
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, size
     return info.tobuf(tarfile.GNU_FORMAT)
@@ -84,7 +84,7 @@ def test_expanding_member_of_an_input_shar_fails_only_its_clip(kind, packed, tmp
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_a_member_of_tokens_that_expands_is_damage(kind, tmp_path):
+def test_an_expanding_member_of_tokens_is_reported_as_damage(kind, tmp_path):
     write_tokens(tmp_path, "shar", [1])
     (tmp_path / "shar" / "target_codes.000000.tar").write_bytes(HEADERS[kind] + member("a.json", b"{}"))
     results = list(TokenFolder(tmp_path).read(0))
@@ -116,7 +116,7 @@ EXPANDING = {  # columns of a table of recordings, whose limits are a MiB and 65
 
 
 @pytest.mark.parametrize("kind", EXPANDING)
-def test_an_input_table_that_expands_costs_one_line(kind, tmp_path, monkeypatch):
+def test_an_expanding_input_table_is_refused_or_skips_only_its_file(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(bounded, "FREE_INPUT_VALUES", 1 << 16)
     monkeypatch.setattr(bounded, "FREE_INPUT_BYTES", 1 << 20)
     bad, good = tmp_path / "rows" / "bad.parquet", tmp_path / "rows" / "good.parquet"
@@ -149,7 +149,7 @@ def test_rows_that_share_a_large_value_are_read_one_at_a_time(tmp_path, monkeypa
     assert count == 40
 
 
-def test_silence_is_not_taken_for_an_attack(tmp_path):
+def test_silence_is_not_mistaken_for_an_attack(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"audio": [[0.0] * 220500] * 8, "sampling_rate": [22050] * 8}), path)
     table = Parquet(path)

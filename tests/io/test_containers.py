@@ -1,4 +1,4 @@
-"""Files whose headers are wrong: all that can be decoded is read, or the error says what is missing."""
+"""Tests of files with wrong headers: all that can be decoded is read, or the error names what is missing."""
 
 import io
 import os
@@ -88,7 +88,7 @@ def caf(length):
 
 
 def voc(pieces):
-    """As FFmpeg writes it: the samples in blocks of their own."""
+    """Return a VOC file as FFmpeg writes it, with the samples in separate blocks."""
     blocks = []
     for index, piece in enumerate(pieces):
         fields = b"" if index else struct.pack("<IBBHI", RATE, 16, 1, 4, 0)
@@ -101,7 +101,7 @@ SIZE = 2 * len(WAVE)
 LIKE_A_NAME = b"abcd\xff\x7f\xff\x7f"
 LIKE_A_CHUNK = b"abcd\x10\0\0\0"
 SILENCE = wav(chunk(b"data", bytes(4000), 0))
-# Files that hold WAVE, sample for sample at 16 bits.
+# Files that contain exactly the 16-bit samples of WAVE.
 WHOLE = {
     "plain": wav(chunk(b"data", pcm())),
     "RIFF size of the whole file": wav(chunk(b"data", pcm()), riff=SIZE + 44),
@@ -185,8 +185,8 @@ def test_wrong_header_loses_no_sample(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_reference_decoder_agrees(tmp_path, name):
-    """It may stop where a header stops it, but what it reads is what we read."""
+def test_ffmpeg_reads_the_same_samples(tmp_path, name):
+    """FFmpeg may stop at the end that a header states, but what it reads must equal our samples."""
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         pytest.skip("FFmpeg is not installed")
@@ -220,7 +220,7 @@ def test_mp3_that_begins_with_something_else_is_read_to_the_end(tmp_path, before
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_mp3_in_wav_is_mp3(count):
+def test_mp3_in_wav_is_decoded_as_mp3(count):
     mp3 = written(format="MP3")
     form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 8000, 1, 0, 12, 1, 2, 1152, 1, 0)
     body = b"WAVE" + chunk(b"fmt ", form) + chunk(b"fact", struct.pack("<I", 7)) + chunk(b"data", mp3)
@@ -232,7 +232,7 @@ def test_mp3_in_wav_is_mp3(count):
 
 def bare_mp3(wave=WAVE):
     data = written(wave, format="MP3")
-    return data[data.index(data[:2], 2) :]  # the first frame holds the header, and no sound
+    return data[data.index(data[:2], 2) :]  # the first frame contains the header and no audio
 
 
 CUT = {
@@ -262,13 +262,13 @@ CUT = {
     "AU within its header": au(SIZE)[:20],
     "AIFF within its header": aiff(zero=False)[:30],
 }
-# Formats of libsndfile with a rate that they can have.
+# Formats of libsndfile, each with a sample rate that it supports.
 RARE = {
     "AIFF": 22050, "AU": 22050, "AVR": 22050, "CAF": 22050, "HTK": 20000, "IRCAM": 22050, "MAT4": 22050, "MAT5": 22050,
     "MPC2K": 44100, "NIST": 22050, "PAF": 22050, "PVF": 22050, "RF64": 22050, "SDS": 22050, "SVX": 22050, "VOC": 22050,
     "W64": 22050, "WAVEX": 22050, "WVE": 8000, "XI": 44100,
 }  # fmt: skip
-NO_LENGTH = {"IRCAM", "PAF", "PVF"}  # of these, only a sample that is not whole shows
+NO_LENGTH = {"IRCAM", "PAF", "PVF"}  # truncation is only detectable within a sample
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -278,7 +278,7 @@ def test_a_stream_that_is_cut_is_refused(name):
 
 
 def rare(kind, channels=1):
-    """A file of a format, stereo where it can be."""
+    """Write a file in a rare format, in stereo if the format supports it."""
     wave = WAVE if channels == 1 else np.stack([WAVE] * channels, axis=1)
     subtype = "PCM_16" if "PCM_16" in soundfile.available_subtypes(kind) else None
     data = written(wave, RARE[kind], format=kind, subtype=subtype)
@@ -352,14 +352,14 @@ def test_recordings_joined_by_cat_are_read_one_after_the_other(kind, rates):
 def test_mp3_without_a_header_of_its_encoder_is_read_to_the_end():
     data = written(synthesize(6), format="MP3", bitrate_mode="VARIABLE")
     whole = read(data)
-    second = data.index(data[:2], 2)  # the first frame holds the header, and no sound
+    second = data.index(data[:2], 2)  # the first frame contains the header and no audio
     wave = read(data[second:])
-    # Without the header nothing tells how long the encoder's delay is, so that it stays in.
+    # Without the header the delay of the encoder is unknown, so it is not removed.
     assert len(whole) <= len(wave) <= len(whole) + 3 * 1152
 
 
 def test_mp3_ending_within_a_frame_is_read_with_a_warning(caplog, capfd):
-    """A recorded stream ends so, and nothing promises more: FFmpeg and librosa read it too."""
+    """Recorded streams end like this; FFmpeg and librosa read them too."""
     data = bare_mp3()
     wave = read(data)
     assert not caplog.records
@@ -390,7 +390,7 @@ def test_flac_with_fewer_samples_than_declared_is_truncated(promised):
 
 
 def test_mp3_that_begins_and_ends_within_a_frame_is_read(caplog):
-    """As a part of a stream that was recorded."""
+    """This is what a part of a recorded stream looks like."""
     data = bare_mp3()
     assert len(read(data)) - len(read(data[150:-100])) in (576 * 2, 576 * 3, 576 * 4)  # whole frames
     assert "ends within a frame" in caplog.text
@@ -407,9 +407,9 @@ def test_mp3_that_goes_from_mono_to_stereo_is_read():
     assert len(read(mono + stereo)) == len(read(mono)) + len(read(stereo))
 
 
-def test_mp3_with_a_tag_between_frames_is_whole():
+def test_mp3_with_a_tag_between_frames_is_read_completely():
     data = bare_mp3()
-    frame = data.index(data[:2], data.index(data[:2], 2) + 2)  # two frames before it tell that it is MP3
+    frame = data.index(data[:2], data.index(data[:2], 2) + 2)  # the two frames before it show that this is MP3
     assert len(read(data[:frame] + b"TAG".ljust(128, b"x") + data[frame:])) == len(read(data))
 
 
@@ -441,7 +441,7 @@ def test_thousands_of_joined_recordings_are_read():
         written(format="MP3") + written(format="MP3")[:18],
     ],
 )
-def test_a_header_that_ends_too_early_is_no_other_error(data):
+def test_a_truncated_header_raises_no_other_error(data):
     try:
         read_any(data)
     except AudioError as error:
@@ -502,7 +502,7 @@ NOT_TAKEN_APART = {
 
 
 @pytest.mark.parametrize("kind", NOT_TAKEN_APART)
-def test_joined_recordings_that_are_not_taken_apart_are_refused(kind):
+def test_joined_recordings_that_cannot_be_split_are_refused(kind):
     with pytest.raises(AudioError, match=r"a\.wav: contains several recordings"):
         read(NOT_TAKEN_APART[kind])
 
@@ -513,12 +513,12 @@ def test_coded_audio_in_linear_pcm_is_not_read_as_samples(sync):
         read(wav(chunk(b"data", bytes(400) + sync + pcm())))
 
 
-def test_au_whose_samples_begin_beyond_its_end():
+def test_au_whose_samples_begin_beyond_its_end_is_refused():
     with pytest.raises(AudioError, match="says that samples begin at byte"):
         read(patched(au(SIZE), (4, b"\xff\xff\0\0")))
 
 
-def test_sphere_of_8_bits_is_whole():
+def test_sphere_of_8_bits_is_read_completely():
     assert len(read(written(format="NIST", subtype="ULAW"))) == len(WAVE)
     with pytest.raises(AudioError, match="was truncated"):
         read(written(format="NIST", subtype="ULAW")[:-100])

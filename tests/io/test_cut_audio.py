@@ -58,7 +58,7 @@ def wav(tmp_path) -> Path:
 
 
 def hostile(folder: Path) -> dict[str, dict]:
-    """Recordings that Lhotse would run a shell for, or open a URL."""
+    """Return recordings for which Lhotse would run a shell command or open a URL."""
     touch = f"touch {shlex.quote(str(folder / 'PWNED'))}"
     return {
         "command": recording("command", f"{touch}; cat {folder}/ok.wav"),
@@ -80,7 +80,7 @@ def hostile(folder: Path) -> dict[str, dict]:
 
 
 def places(bad: dict, good: dict) -> dict[str, dict]:
-    """Where in a cut a recording can be."""
+    """Return the places in a cut that can hold a recording."""
     mixed = {"id": "a", "type": "MixedCut"}
     reverb = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": bad}}
     inner = {key: value for key, value in cut_of(bad).items() if key != "type"}
@@ -125,7 +125,7 @@ def test_no_source_of_a_cut_runs_or_fetches_anything(kind, wav, tmp_path, monkey
 
 @pytest.mark.parametrize("kind", sorted(hostile(Path("."))))
 def test_a_cut_that_reaches_the_reader_unchecked_runs_nothing_either(kind, wav, tmp_path):
-    """As in training, where NeMo opens the manifests."""
+    """In training, NeMo opens the manifests, so cuts are not checked first."""
     from lhotse import CutSet
 
     bad, good = hostile(tmp_path)[kind], recording("file", str(wav))
@@ -192,7 +192,7 @@ def test_a_plain_cut_has_the_samples_of_a_manifests_line(wav, tmp_path):
 
 @pytest.mark.parametrize("source", ["file", "memory"])
 def test_one_channel_of_a_file_whose_header_is_wrong_is_read_whole(source, tmp_path):
-    """As one whose recorder was killed: the length of its samples is still 0."""
+    """The header of a killed recorder still states a length of 0."""
     from lhotse import AudioSource, MonoCut, Recording
 
     stereo = np.stack([WAVE, -WAVE / 2], axis=1)
@@ -330,7 +330,7 @@ def test_a_pipe_in_a_shar_is_refused_and_not_waited_for(wav, tmp_path, name):
         open_corpus(tmp_path / "shar", None, tmp_path / "unused")
 
 
-def test_files_of_lhotse_that_hold_no_cuts(wav, tmp_path, caplog):
+def test_lhotse_recordings_are_read_with_supervisions_beside_them(wav, tmp_path, caplog):
     segments = [
         {"id": f"s{n}", "recording_id": "a", "start": start, "duration": 0.4, "text": text, "speaker": "sam"}
         for n, (start, text) in enumerate([(0.5, "there"), (0.0, "hello")])
@@ -359,7 +359,7 @@ def test_files_of_lhotse_that_hold_no_cuts(wav, tmp_path, caplog):
 
 
 def shard(folder: Path, names: list[str], metas: dict[str, bytes]) -> Path:
-    """A Shar of one shard, with these manifests in its tar instead of whole ones."""
+    """Write a Shar with one shard, whose tar contains these manifests instead of valid ones."""
     folder.mkdir()
     buffer = io.BytesIO()
     soundfile.write(buffer, WAVE, RATE, format="FLAC")
@@ -395,7 +395,7 @@ def test_invalid_item_of_a_shar_fails_only_its_clip(tmp_path):
     assert not (tmp_path / "PWNED").exists()
 
 
-def test_fields_of_json_lines_are_looked_at_too(tmp_path, wav):
+def test_fields_in_json_lines_are_validated_too(tmp_path, wav):
     folder = shard(tmp_path / "shar", ["a", "b"], {})
     values = [
         {"cut_id": "a", "target_audio": recording("command", f"touch {tmp_path}/PWNED")},

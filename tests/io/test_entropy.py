@@ -28,7 +28,7 @@ LAYOUTS = {
 def random_model(
     levels=(8, 7, 6, 6), num_codebooks=8, *, seed=0, size=9, past=2, averages=(2, 5), spreads=(3,), hidden=(10, 12)
 ):
-    """A model whose predictions are far from uniform and depend on everything before."""
+    """Return a model whose predictions are far from uniform and depend on all earlier values."""
     spec = ModelSpec(levels, num_codebooks, past, averages, spreads, hidden, (5, 6, 5))
     random = np.random.default_rng(seed)
     weights = {
@@ -79,7 +79,7 @@ def test_likely_tokens_take_less_than_unlikely_ones():
 
 
 def likely_tokens(model, frames, seed=0):
-    """Tokens with the model's own probabilities: those that random bytes decode to."""
+    """Draw tokens from the model's own distribution, by decoding random bytes."""
     noise = np.random.default_rng(seed).bytes(4 * model.spec.num_digits * frames)
     decoder = Decoder(struct.pack("<I", 1 << 24) + noise)
     history = blocks.History(model.spec, 1)
@@ -94,7 +94,7 @@ def likely_tokens(model, frames, seed=0):
 
 
 def test_a_batch_predicts_what_each_frame_alone_predicts():
-    """BLAS takes another path for matrices than for vectors; integers are equal on both."""
+    """BLAS computes matrices and vectors differently, but integers must be equal."""
     model = random_model(hidden=(100, 90), size=40, seed=3)
     digits = tokens_to_digits(random_tokens(model, 50), model.spec.levels)
     features = blocks.block_features(model.spec, digits)
@@ -121,14 +121,14 @@ def test_frequencies_are_positive_and_add_up():
         assert (np.diff(np.take_along_axis(table, likeliest_first, axis=1)) <= 0).all()
 
 
-def test_the_table_of_powers_is_that_of_two():
+def test_the_table_of_roots_holds_powers_of_two():
     assert list(ROOTS) == [round(2**16 * 2 ** (-step / 16)) for step in range(16)]
     assert EXPONENTIALS[0] == 1 << 16
     assert EXPONENTIALS[-1] == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_symbols_survive_the_coder(seed):
+def test_symbols_round_trip_through_the_coder(seed):
     random = np.random.default_rng(seed)
     cuts = np.sort(random.choice(np.arange(1, TOTAL), (500, 5)), axis=1)
     tables = np.diff(np.hstack([np.zeros((500, 1), int), cuts, np.full((500, 1), TOTAL)]), axis=1)
@@ -166,7 +166,7 @@ def test_a_damaged_payload_raises_or_gives_other_tokens():
                 decode_blocks(model, [(wrong, 5)] * count)
 
 
-def test_few_bits_are_padded_to_a_quarter_byte_a_frame():
+def test_short_payloads_are_padded_to_a_quarter_byte_per_frame():
     spec = ModelSpec((2,), 1, 1, (), (), (1, 1), (0, 0, 0))
     weights = {name: np.zeros(shape, dtype) for name, dtype, shape in spec.tensors()}
     weights["output_bias"] = np.array([4000, 0], "<i4")
@@ -185,7 +185,7 @@ def test_few_bits_are_padded_to_a_quarter_byte_a_frame():
 
 
 def packed(spec, weights=None):
-    """A model file of any metadata, whose checksum is right."""
+    """Return a model file with any metadata and a correct checksum."""
     text = json.dumps(spec).encode() if isinstance(spec, dict) else spec
     data = b"LFRM" + struct.pack("<I", len(text) << 8 | 1) + text + (weights or b"")
     return data + struct.pack("<I", zlib.crc32(data))
@@ -265,14 +265,14 @@ def test_model_files_survive_writing_and_reading():
     assert random_model(seed=1).hash != model.hash
 
 
-def test_tokens_survive_digits():
+def test_tokens_round_trip_through_digits():
     model = random_model()
     tokens = random_tokens(model, 9)
     assert np.array_equal(digits_to_tokens(tokens_to_digits(tokens, (8, 7, 6, 6)), (8, 7, 6, 6)), tokens)
 
 
 def test_the_bundled_model_is_of_the_bundled_codec():
-    """Where this fails, the codec was trained again: fit the model again too, as recipes/bundled_codec says."""
+    """If this fails, the codec was retrained: fit the model again, as described in recipes/bundled_codec."""
     import nemo_lfr
 
     codec = nemo_lfr.load(device="cpu")

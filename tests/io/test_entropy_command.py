@@ -1,4 +1,4 @@
-"""Compression as a user asks for it: the command line, pipes, corpora, and models fitted to one's own tokens."""
+"""Tests of compression on the command line: files, pipes, corpora, and entropy models fitted to given tokens."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SMALL_FIT = FitSettings(past=2, averages=(2,), hidden=(16, 24), epochs=12, round
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """The clip inside the package, as WAV."""
+    """Return the bundled clip as WAV."""
     folder = tmp_path_factory.mktemp("speech")
     samples, rate = soundfile.read(demo_clip(), dtype="float32")
     soundfile.write(folder / "a.wav", samples, rate)
@@ -33,7 +33,7 @@ def speech(tmp_path_factory):
 
 
 def correlated_tokens(count, seed=0, num_codebooks=2):
-    """Utterances whose digits follow those before them in the frame and in the frame before: levels (4, 3)."""
+    """Draw tokens of levels (4, 3) whose digits depend on earlier digits of the frame and on the previous frame."""
     random = np.random.default_rng(seed)
     result = []
     for _ in range(count):
@@ -121,8 +121,8 @@ def test_a_model_is_fitted_and_used_from_the_command_line(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_fitted_models_find_what_digits_depend_on():
-    """A frame that kept all digits but for the chances above has about 2 * (1.1 + 0.4) bits of 7.2."""
+def test_fitted_models_learn_the_dependencies_of_digits():
+    """If digits were kept except for the chances above, a frame would have about 2 * (1.1 + 0.4) of 7.2 bits."""
     tokens = correlated_tokens(60)
     model, figures = fit(tokens, (4, 3), 2, settings=SMALL_FIT)
     again, _ = fit(tokens, (4, 3), 2, settings=SMALL_FIT)
@@ -141,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("tokens", "levels", "message"), REFUSED.values(), ids=REFUSED)
-def test_tokens_that_no_model_can_be_fitted_to(tokens, levels, message):
+def test_tokens_that_no_model_can_be_fitted_to_are_refused(tokens, levels, message):
     with pytest.raises(EntropyModelError, match=message):
         fit(tokens, levels, 2, settings=SMALL_FIT)
 
@@ -179,7 +179,7 @@ def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path
 
 
 def test_a_model_of_another_codec_with_the_same_levels_still_loses_nothing(tmp_path):
-    """It only compresses worse; a block that would grow is packed."""
+    """It only compresses less; blocks that would grow are packed instead."""
     model = random_model(size=40)
     write_model(model, tmp_path / "m.lfrm")
     codec = nemo_lfr.load(device="cpu")

@@ -1,4 +1,4 @@
-"""Compressed `.lfr` files: what `test_format.py` asks of packed ones, and the search for the model."""
+"""Tests of compressed `.lfr` files, like those of packed files in `test_format.py`, and of finding the model."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ def small_model(**options):
 
 
 def likely_model():
-    """A model that expects the lowest level of each digit."""
+    """Return a model that expects the lowest level of each digit."""
     spec = ModelSpec(SMALL.levels, SMALL.num_codebooks, 1, (), (), (1, 1), (0, 0, 0))
     weights = {name: np.zeros(shape, dtype) for name, dtype, shape in spec.tensors()}
     weights["output_bias"] = np.array([64, 0, 0, 0, 64, 0, 0] * 6, "<i4")
@@ -39,7 +39,7 @@ def likely_model():
 
 
 def write(path, model, blocks, metadata=SMALL, gather=None):
-    """One block of the file for each of `blocks`."""
+    """Write a file with one block for each item of `blocks`."""
     with open(path, "wb") as file:
         stream = TokenStreamWriter(file, metadata, model, gather)
         for block in blocks:
@@ -78,7 +78,7 @@ def test_tokens_survive_writing_and_every_way_of_reading(tmp_path, blocks):
 
 
 def sections(path):
-    """Header, blocks and end of a file, each with its CRC."""
+    """Return the header, blocks and end of a file, each with its CRC."""
     data = path.read_bytes()
     at = 9 + int.from_bytes(data[5:8], "little") + 4
     head, blocks = data[:at], []
@@ -95,7 +95,7 @@ def test_writer_gathers_frames_for_blocks_that_compress_well(tmp_path):
     with TokenWriter(tmp_path / "a.lfr", SMALL, model=model) as writer:
         for part in parts:
             writer.write(part)
-            part[:] = 0  # the caller's again
+            part[:] = 0  # the caller may reuse its buffer
         writer.finish(764 * 1024)
     counts = [int.from_bytes(block[:4], "little") for block in sections(tmp_path / "a.lfr")[1]]
     assert counts == [256, 256, 252] and all(counts)
@@ -161,7 +161,7 @@ def test_blocks_in_another_order_are_found(tmp_path):
 
 
 def sealed(head, bodies, samples):
-    """A file whose checksums are right around any blocks."""
+    """Return a file with correct checksums around any blocks."""
     data, before = bytearray(head), head[-4:]
     outline = zlib.crc32(before)
     for body in bodies:
@@ -274,7 +274,7 @@ def test_tokens_outside_the_codebook_are_refused(tmp_path):
 
 
 def test_blocks_of_a_killed_writer_can_be_recovered(tmp_path):
-    """What a killed process leaves is the file without what follows any byte; blocks before it are whole."""
+    """A killed process may leave a file that ends at any byte; complete blocks before that are intact."""
     model = small_model()
     parts = [random_tokens(model, 256, seed) for seed in range(3)]
     data = write(tmp_path / "a.lfr", model, parts, gather=256).read_bytes()
@@ -286,7 +286,7 @@ def test_blocks_of_a_killed_writer_can_be_recovered(tmp_path):
 
 
 def test_blocks_of_one_frame_are_read_back(tmp_path):
-    """The shortest blocks there are: a stream that waits for nothing."""
+    """A stream with the lowest latency writes these shortest blocks."""
     model = bundled_model()
     metadata = replace(RELEASED, fingerprint=model.spec.fingerprint)
     tokens = random_tokens(model, 12)
@@ -318,7 +318,7 @@ def test_the_documents_example_is_what_is_written_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("model", [random_model(size=40), bundled_model()], ids=["random", "bundled"])
-def test_javascript_decodes_to_the_same(tmp_path, model):
+def test_javascript_decodes_the_same_tokens(tmp_path, model):
     if (node := shutil.which("node")) is None:
         pytest.skip("node is not installed")
     metadata = replace(RELEASED, fingerprint=model.spec.fingerprint)

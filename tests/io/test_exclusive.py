@@ -1,4 +1,4 @@
-"""Two runs at once in one folder of results: the second one is refused, and changes nothing."""
+"""Tests of two simultaneous runs in one output folder: the second one is refused, and changes nothing."""
 
 import os
 import stat
@@ -43,7 +43,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
-    """Stands for network drives, which lock only files that are open for writing."""
+    """This simulates network drives, which lock only files that are open for writing."""
     descriptors = []
 
     def lock_files(descriptor, shared):

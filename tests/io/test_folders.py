@@ -1,4 +1,4 @@
-"""The walk through folders: what is taken, what is skipped, links, names, order."""
+"""Tests of finding audio files in folders: formats, skipped files, links, names and order."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
 from nemo_lfr.io.layouts import folder as folder_layout
 
-# Formats of libsndfile that folders do not take: no header, or rarely audio.
+# Formats of libsndfile that are skipped in folders: they have no header, or are rarely audio.
 NOT_TAKEN = {"RAW", "MAT4", "MAT5", "MPC2K", "SD2"}
 SUFFIXES = {
     "WAV": [".wav", ".wave", ".bwf"],
@@ -46,7 +46,7 @@ def test_every_format_that_libsndfile_reads_has_its_suffixes(kind, tmp_path):
         assert {f"a{suffix}", f"B{suffix.upper()}"} <= set(names(tmp_path)[0])
 
 
-def test_suffixes_of_the_media_extra_are_taken_too(tmp_path):
+def test_suffixes_of_the_media_extra_are_accepted_too(tmp_path):
     make(tmp_path, *(f"a{suffix}" for suffix in MEDIA_SUFFIXES))
     assert len(names(tmp_path)[0]) == len(MEDIA_SUFFIXES)
 
@@ -76,12 +76,12 @@ def test_system_files_are_skipped_and_counted(junk, tmp_path):
     assert len(lines) == 1 and "1 files found; 1 skipped" in lines[0]
 
 
-def test_a_folder_that_is_named_is_read_though_it_is_hidden(tmp_path):
+def test_a_hidden_folder_is_read_if_it_is_the_input(tmp_path):
     make(tmp_path, ".cache/__MACOSX/a.wav")
     assert names(tmp_path / ".cache" / "__MACOSX") == (["a.wav"], [])
 
 
-def test_the_order_is_fixed_and_the_line_counts_by_suffix(tmp_path):
+def test_the_order_is_fixed_and_the_summary_counts_skipped_suffixes(tmp_path):
     make(tmp_path, "b/2.wav", "b/10.wav", "a.wav", "B.wav", "a/1.wav", "1.txt", "2.TXT", "3.pdf", "c/4.lab")
     found, lines = names(tmp_path)
     assert found == ["B.wav", "a/1.wav", "a.wav", "b/10.wav", "b/2.wav"]
@@ -106,7 +106,7 @@ class TestLinks:
         assert names(tmp_path)[0] == ["z/a.wav"]
 
     def test_links_that_multiply_are_read_in_linear_time(self, tmp_path):
-        for level in range(40):  # 2 ** 40 ways down
+        for level in range(40):  # 2 ** 40 paths
             make(tmp_path, f"{level}/a.wav")
             for name in "xy":
                 os.symlink(tmp_path / str(level + 1), tmp_path / str(level) / name)
@@ -117,7 +117,7 @@ class TestLinks:
         os.symlink(tmp_path / "gone.txt", tmp_path / "a.txt")
         assert names(tmp_path)[0] == ["a.wav"]
 
-    def test_pipes_and_sockets_are_passed_over(self, tmp_path, monkeypatch):
+    def test_pipes_and_sockets_are_skipped(self, tmp_path, monkeypatch):
         os.mkfifo(tmp_path / "a.wav")
         monkeypatch.chdir(tmp_path)  # a socket's address is short
         with socket.socket(socket.AF_UNIX) as server:

@@ -37,7 +37,7 @@ def write(path, metadata, blocks, num_samples):
 
 
 def write_version_1(path, metadata, blocks, num_samples):
-    """As nemo_lfr wrote files before version 2, after the specification."""
+    """Write a file as nemo_lfr did before version 2, following the specification."""
 
     def section(data: bytes) -> bytes:
         return data + struct.pack("<I", zlib.crc32(data))
@@ -122,7 +122,7 @@ def outcome(path):
 
 
 @pytest.mark.parametrize("version", WRITERS)
-def test_any_flipped_bit_is_found(tmp_path, version):
+def test_any_flipped_bit_is_detected(tmp_path, version):
     blocks = [random_tokens(RELEASED, 2), random_tokens(RELEASED, 1, 1)]
     raw = WRITERS[version](tmp_path / "a.lfr", RELEASED, blocks, 3000).read_bytes()
     for position in range(len(raw)):
@@ -134,7 +134,7 @@ def test_any_flipped_bit_is_found(tmp_path, version):
 
 
 @pytest.mark.parametrize("version", WRITERS)
-def test_any_truncation_and_anything_appended_is_found(tmp_path, version):
+def test_any_truncation_and_any_appended_data_is_detected(tmp_path, version):
     raw = WRITERS[version](tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 3)], 3000).read_bytes()
     for cut in [raw[:size] for size in range(len(raw))] + [raw + b"\0", raw + raw]:
         (tmp_path / "b.lfr").write_bytes(cut)
@@ -149,12 +149,12 @@ def header(version=2, coding=0, **changes) -> bytes:
 
 
 def empty(header: bytes) -> bytes:
-    """A file of no frames."""
+    """Write a file without frames."""
     end = struct.pack("<IQI", 0, 0, zlib.crc32(header[-4:]))
     return header + end + struct.pack("<I", zlib.crc32(end))
 
 
-def test_metadata_of_too_many_bytes_are_refused_before_they_are_read(tmp_path):
+def test_too_large_metadata_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "a.lfr").write_bytes(b"LFRT" + struct.pack("<BI", 2, 65537) + bytes(100))
     with pytest.raises(TokenFileError, match="its metadata length is 65537 bytes"):
         TokenReader(tmp_path / "a.lfr")
@@ -272,7 +272,7 @@ def test_untrusted_strings_in_messages_are_short_and_printable(tmp_path, key, va
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(path))
 
 
-def test_a_duration_beyond_all_numbers_ends_with_the_recording(tmp_path):
+def test_a_huge_duration_ends_with_the_recording(tmp_path):
     path = write(tmp_path / "a.lfr", RELEASED, [random_tokens(RELEASED, 2)], 2048)
     with TokenReader(path) as reader:
         assert reader.samples_between(0.0, 1e306) == (0, 2048)
@@ -351,11 +351,11 @@ def test_a_file_of_version_1_reads_as_it_did(tmp_path):
             assert np.array_equal(reader.read(), example_tokens())
 
 
-# --- blocks that are not where they were written
+# --- blocks that were moved
 
 
 def sections(path) -> tuple[bytes, list[bytes], bytes]:
-    """Header, blocks and end of a file."""
+    """Return the header, blocks and end of a file."""
     raw = path.read_bytes()
     at = struct.unpack_from("<I", raw, 5)[0] + 13
     head, found = raw[:at], []
@@ -365,7 +365,7 @@ def sections(path) -> tuple[bytes, list[bytes], bytes]:
     return head, found, raw[at:]
 
 
-# Sections of two files of one codec with equal first blocks -> a third file, and the first frame that is wrong in it.
+# Sections of two files of one codec with equal first blocks -> a mixed file, and its first wrong frame.
 FORGERIES = {
     "neighbors swapped": (lambda a, b: (a[0], [a[1][0], a[1][2], a[1][1], a[1][3]], a[2]), 5),
     "the ends swapped": (lambda a, b: (a[0], [a[1][3], *a[1][1:3], a[1][0]], a[2]), 0),
@@ -405,10 +405,10 @@ def test_a_block_that_was_moved_or_belongs_to_another_file_is_found(tmp_path, fo
     head, blocks, end = forge(*map(sections, paths))
     path = tmp_path / "forged.lfr"
     path.write_bytes(head + b"".join(blocks) + end)
-    # As a file: on opening, whatever would be read of it.
+    # Opening the file reports it, before any read.
     with pytest.raises(TokenFileError, match=r"forged\.lfr: its blocks were replaced or reordered"):
         TokenReader(path)
-    # From a pipe, and recovered: nothing from the first wrong block on.
+    # From a pipe and with recovery, nothing is returned from the first wrong block on.
     stream = TokenStreamReader(io.BytesIO(path.read_bytes()), path)
     got = [np.zeros((8, 0))]
     with pytest.raises(TokenFileError, match=rf"the block at frame {first_wrong} is wrong|its blocks were replaced"):
@@ -429,7 +429,7 @@ def test_equal_tokens_give_equal_bytes(tmp_path):
 
 
 class CountedReads(io.FileIO):
-    """A file that counts what is asked of the operating system."""
+    """File that counts requests to the operating system."""
 
     calls = 0
 
@@ -443,7 +443,7 @@ class CountedReads(io.FileIO):
 
 
 class CountedNumbers(list):
-    """Positions of blocks that count each one that is looked at or copied."""
+    """Positions of blocks that count every access and copy."""
 
     touched = 0
 
@@ -454,7 +454,7 @@ class CountedNumbers(list):
 
 
 def work(path, use) -> tuple[int, int]:
-    """Python and C functions called, and system calls, for `use(path)`."""
+    """Return the number of Python calls, C calls and system calls in `use(path)`."""
     calls = 0
 
     def count(frame, event, argument):
@@ -486,7 +486,7 @@ def read_from_a_pipe(path):
     [open_and_close, lambda path: open_and_close(path, recover=True), read, read_from_a_pipe],
     ids=["open", "recover", "read", "pipe"],
 )
-def test_work_grows_with_the_number_of_blocks_and_no_faster(tmp_path, monkeypatch, version, use):
+def test_work_grows_at_most_linearly_with_the_number_of_blocks(tmp_path, monkeypatch, version, use):
     monkeypatch.setattr("nemo_lfr.io.token_file.open_regular", lambda path, _: io.BufferedReader(CountedReads(path)))
     counts = []
     for size in (500, 2000):
@@ -511,7 +511,7 @@ def test_a_span_costs_the_same_however_many_blocks_there_are(tmp_path):
     assert touched[1] <= touched[0] + 50 * 2  # two more steps of each binary search
 
 
-# --- what a caller may do with a writer and a reader
+# --- use of a writer and a reader
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_a_span_costs_the_same_however_many_blocks_there_are(tmp_path):
     ],
     ids=lambda tokens: f"{type(tokens).__name__} {getattr(tokens, 'dtype', '')}",
 )
-def test_tokens_that_are_no_integers_are_refused_and_leave_no_file(tmp_path, tokens):
+def test_non_integer_tokens_are_refused_and_leave_no_file(tmp_path, tokens):
     with pytest.raises(TokensError, match=r"^tokens "), TokenWriter(tmp_path / "a.lfr", RELEASED) as writer:
         writer.write(tokens)
     assert not list(tmp_path.iterdir())
@@ -580,7 +580,7 @@ def test_invalid_span_in_seconds_is_named(tmp_path, start, duration):
 
 
 def spans(reader: TokenReader, tokens: np.ndarray, seed: int, count: int = 300) -> int:
-    """Read spans at random; returns how many are not those of the file."""
+    """Read random spans; return how many differ from the file."""
     starts = np.random.default_rng(seed).integers(0, tokens.shape[1] - 10, count).tolist()
     return sum(not np.array_equal(reader.read(at, at + 10), tokens[:, at : at + 10]) for at in starts)
 
@@ -611,7 +611,7 @@ def test_forked_processes_may_read_from_one_reader(tmp_path, version):
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
-def test_a_block_that_changes_under_a_reader_is_found(tmp_path):
+def test_a_block_that_changes_while_a_reader_is_open_is_detected(tmp_path):
     tokens = random_tokens(RELEASED, 30)
     path = write(tmp_path / "a.lfr", RELEASED, np.split(tokens, 3, axis=1), 30 * 1024)
     other = write(tmp_path / "b.lfr", RELEASED, np.split(tokens, 30, axis=1), 30 * 1024)
@@ -624,7 +624,7 @@ def test_a_block_that_changes_under_a_reader_is_found(tmp_path):
             reader.read(20)
 
 
-# --- parts of a file
+# --- spans
 
 
 @pytest.mark.parametrize("version", WRITERS)
@@ -637,7 +637,7 @@ def test_any_span_of_frames_is_read_from_its_blocks_alone(tmp_path, version):
         for start in range(14):
             for stop in range(start, 14):
                 assert np.array_equal(reader.read(start, stop), tokens[:, start:stop]), (start, stop)
-    # A damaged block before the span is not looked at.
+    # A damaged block before the span is not read.
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"}") + 12] ^= 1
     path.write_bytes(raw)
@@ -672,7 +672,7 @@ def test_a_span_outside_the_recording_is_refused(tmp_path, start, duration):
         reader.samples_between(start, duration)
 
 
-# --- what a crash leaves
+# --- files after a crash
 
 
 @pytest.mark.parametrize("version", WRITERS)

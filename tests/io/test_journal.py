@@ -1,4 +1,4 @@
-"""What a long job has done survives whatever ends it."""
+"""Tests that the finished work of a long run survives any kind of end."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""NeMo manifests as people write them: byte order marks, home folders, and lines that cannot be used."""
+"""Tests of NeMo manifests with byte order marks, `~` in paths, and invalid lines."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def test_invalid_line_skips_only_its_recording(kind, tmp_path, caplog):
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
 
 
-def test_marks_and_line_ends_of_other_editors_are_read(tmp_path):
+def test_byte_order_marks_and_other_line_ends_are_read(tmp_path):
     line = json.dumps({"audio_filepath": "a.wav", "duration": 1.0, "text": "a\u2028b"}, ensure_ascii=False).encode()
     for name, data in {"bom": b"\xef\xbb\xbf" + line, "crlf": line + b"\r\n\r\n" + line}.items():
         (tmp_path / name).write_bytes(data)

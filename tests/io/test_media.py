@@ -1,4 +1,4 @@
-"""Containers that FFmpeg reads for us, made by FFmpeg and compared with what it decodes itself."""
+"""Tests of containers that are read with FFmpeg: made by FFmpeg, and compared with its own decoding."""
 
 import builtins
 import shutil
@@ -63,7 +63,7 @@ def test_media_files_give_the_samples_that_ffmpeg_gives(tmp_path, suffix):
     expected = np.frombuffer(ffmpeg("-i", path, "-f", "f32le", "-ac", "1", "-"), "<f4")
     wave = read(path, native)
     assert duration == pytest.approx(len(wave) / native)
-    # FFmpeg's own program also drops what the time stamps of some containers place before 0.
+    # The ffmpeg program also drops samples with a negative time stamp.
     assert 0 <= len(wave) - len(expected) <= 2048
     size = len(expected) - 2048
     lag = int(np.argmin([np.abs(wave[at : at + 2000] - expected[:2000]).sum() for at in range(2049)]))
@@ -106,7 +106,7 @@ LIVE = {
 
 @pytest.mark.parametrize("suffix", LIVE)
 def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix):
-    """As browsers and live encoders write them, into a pipe."""
+    """Browsers and live encoders write such files to a pipe."""
     pytest.importorskip("av")
     soundfile.write(tmp_path / "source.wav", synthesize(3), RATE)
     data = ffmpeg("-i", tmp_path / "source.wav", *LIVE[suffix], "-")
@@ -150,7 +150,7 @@ def test_the_length_of_aac_is_not_estimated_from_its_quiet_start(tmp_path):
     assert 0 <= len(read(tmp_path / "a.aac")) - 6 * RATE <= 3 * 1024
 
 
-def test_aac_that_ends_within_a_frame_is_read_to_its_last_whole_frame_and_said(tmp_path, caplog):
+def test_aac_that_ends_within_a_frame_is_read_to_its_last_whole_frame_with_a_message(tmp_path, caplog):
     pytest.importorskip("av")
     data = made(tmp_path, "aac").read_bytes()
     whole = read("a.aac", data=data)
@@ -228,9 +228,9 @@ def test_no_sample_is_lost_or_invented_silently_at_the_end_of_a_file(tmp_path, c
         return count, caplog.text
 
     whole, message = outcome(data)
-    no_length = "has no length in its header"  # only a sample that is not whole shows
+    no_length = "has no length in its header"  # truncation is only detectable within a sample
     assert whole and (not message or (no_length in message and kind == "ircam"))
-    for size in (len(data) * 2 // 5 | 1, len(data) * 3 // 4 | 1, len(data) - 30):  # between two frames nothing shows
+    for size in (len(data) * 2 // 5 | 1, len(data) * 3 // 4 | 1, len(data) - 30):  # not detectable between frames
         count, message = outcome(data[:size])
         assert count == whole or message, size
         assert count <= whole
@@ -288,7 +288,7 @@ def test_a_change_of_rate_within_a_track_is_refused(tmp_path):
         read("a", None, data=data)
 
 
-def test_of_several_audio_tracks_the_first_is_read_and_said(tmp_path, caplog):
+def test_the_first_of_several_audio_tracks_is_read_with_a_message(tmp_path, caplog):
     pytest.importorskip("av")
     soundfile.write(tmp_path / "1.wav", synthesize(1), RATE)
     soundfile.write(tmp_path / "2.wav", synthesize(2, seed=1), RATE)
@@ -300,13 +300,13 @@ def test_of_several_audio_tracks_the_first_is_read_and_said(tmp_path, caplog):
 
 @pytest.mark.parametrize("suffix", ["gsm", "vox"])
 def test_headerless_bytes_with_an_audio_suffix_are_refused(tmp_path, suffix):
-    """libsndfile would decode any bytes as samples of 8 kHz."""
+    """libsndfile would decode any bytes as 8 kHz audio."""
     (tmp_path / f"a.{suffix}").write_bytes(b"These are no samples.\n" * 100)
     with pytest.raises(AudioError, match="not an audio file: it has no header"):
         read(tmp_path / f"a.{suffix}")
 
 
-def test_an_id3_tag_before_aac_is_passed_by(tmp_path):
+def test_an_id3_tag_before_aac_is_skipped(tmp_path):
     pytest.importorskip("av")
     path = made(tmp_path, "aac")
     tagged = b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + path.read_bytes()

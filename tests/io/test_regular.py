@@ -1,4 +1,4 @@
-"""Pipes, devices, sockets and folders in the place of a file are refused at once, by whatever reads it."""
+"""Tests that every reader refuses a pipe, device, socket or folder in place of a file without blocking."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Too little memory, no shared memory, packages whose import fails: a sentence that says which."""
+"""Tests that too little memory, missing shared memory and failing imports are reported in one line."""
 
 import os
 import shlex
@@ -40,7 +40,7 @@ def test_out_of_memory_fails_only_its_file(name, tmp_path, capsys):
 
     def work(batch):
         for job in batch:
-            if len(batch) > 1 or job is jobs[1]:  # a batch is too much, and so is one of its files
+            if len(batch) > 1 or job is jobs[1]:  # memory is too small for the batch, and for one of its files
                 run_short()
             yield {"input": str(job.source), "output": str(job.target)}
 
@@ -56,7 +56,7 @@ def test_out_of_memory_fails_only_its_file(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a fault of ours"), ValueError("out of memory"), KeyError("x")])
-def test_other_errors_are_no_shortage(error):
+def test_other_errors_are_not_reported_as_a_shortage(error):
     assert shortage_of(error) is None
 
 
@@ -82,7 +82,7 @@ def test_failing_installed_package_is_not_reported_as_missing(line, tmp_path, mo
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("unable to open shared memory")])
-def test_no_shared_memory_is_one_sentence(error):
+def test_no_shared_memory_is_a_one_line_error(error):
     with pytest.raises(NemoLfrError, match="several --workers need shared memory"), sharing("several --workers"):
         raise error
     with pytest.raises(FileNotFoundError), sharing("several --workers"):
@@ -91,7 +91,7 @@ def test_no_shared_memory_is_one_sentence(error):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files, and with them of shared memory")
-def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
+def test_tokens_without_shared_memory_are_a_one_line_error(tmp_path):
     pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
     write_tokens(tmp_path, "lfr", [2])
     program = (
@@ -108,7 +108,7 @@ def test_tokens_without_shared_memory_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["encode", "a.wav"], ["tokenize", "/x", "--out", "/y"], ["info"], ["demo"]], ids=str
 )
-def test_removed_current_folder_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+def test_removed_current_folder_is_a_one_line_error(arguments, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "gone"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -119,7 +119,7 @@ def test_removed_current_folder_is_one_line(arguments, tmp_path, monkeypatch, ca
     assert capsys.readouterr().err.startswith("nemo-lfr: error: the current folder cannot be used")
 
 
-def test_an_environment_without_a_path_gets_the_systems(monkeypatch, capsys):
+def test_an_environment_without_path_gets_the_default_path(monkeypatch, capsys):
     monkeypatch.delenv("PATH")
     main(["--version"])
     assert os.environ["PATH"] == os.defpath and Path(sys.executable).exists()
@@ -127,8 +127,8 @@ def test_an_environment_without_a_path_gets_the_systems(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
-def test_a_limit_on_address_space_that_is_too_low_is_one_line(tmp_path):
-    """oneDNN would end the process with a segmentation fault at some limits between 0.7 and 1 GB."""
+def test_a_limit_on_address_space_that_is_too_low_is_a_one_line_error(tmp_path):
+    """With some limits between 0.7 and 1 GB, oneDNN would end the process with a segmentation fault."""
     soundfile.write(tmp_path / "a.wav", synthesize(0.1), 22050)
     command = f"ulimit -v 740000; exec {shlex.quote(sys.executable)} -m nemo_lfr encode a.wav"
     result = subprocess.run(

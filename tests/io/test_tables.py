@@ -1,4 +1,4 @@
-"""CSV and TSV tables, and AudioFolder's metadata.jsonl, as people save them."""
+"""Tests of CSV and TSV tables, and of AudioFolder's metadata.jsonl."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_invalid_table_is_refused(tmp_path, data, message):
         list(read_table(path))
 
 
-def test_manifests_and_cuts_are_no_tables(tmp_path):
+def test_manifests_and_cuts_are_not_tables(tmp_path):
     for name, data in {
         "m.json": '{"audio_filepath": "a.wav"}',
         "c.jsonl": '{"id": "x", "start": 0}',

@@ -118,7 +118,7 @@ def test_an_id_of_another_codebook_ends_the_recording():
 
 
 @pytest.mark.slow
-def test_the_delay_is_that_of_transformers():
+def test_the_delay_layout_equals_that_of_transformers():
     musicgen = pytest.importorskip("transformers.models.musicgen.modeling_musicgen")
     tokens = torch.randint(0, K, (2, C, 8), generator=torch.Generator().manual_seed(0))
 
@@ -190,7 +190,7 @@ def test_regrouping_is_undone_by_regrouping_back(new_levels):
     assert (regroup(regrouped, new_levels, LEVELS) == tokens).all()
 
 
-def test_an_uneven_grouping_needs_each_codebook_named():
+def test_regrouping_is_exact_for_codebooks_of_unequal_levels():
     tokens = np.random.default_rng(0).integers(0, 2016, (8, 20))
     uneven = [LEVELS * 3, LEVELS * 5]
     assert (regroup(regroup(tokens, LEVELS, uneven), uneven, LEVELS) == tokens).all()
@@ -198,7 +198,7 @@ def test_an_uneven_grouping_needs_each_codebook_named():
 
 @pytest.mark.nemo
 @pytest.mark.parametrize(("groups", "levels"), [(4, LEVELS * 2), (16, None)])
-def test_regrouping_and_unfolding_are_those_of_nemo(groups, levels):
+def test_regrouping_and_unfolding_equal_nemos(groups, levels):
     modules = pytest.importorskip("nemo.collections.tts.modules.audio_codec_modules")
     original = modules.GroupFiniteScalarQuantizer(num_groups=8, num_levels_per_group=list(LEVELS))
     tokens = torch.randint(0, 2016, (5, 8, 20_000), generator=torch.Generator().manual_seed(0))

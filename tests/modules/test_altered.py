@@ -1,4 +1,4 @@
-"""Hooks on encoder and decoder run, and modules that a caller has put in the place of ours compute, as in PyTorch."""
+"""Tests that hooks on the encoder and decoder run, and that modules replaced by the caller are used."""
 
 import copy
 
@@ -16,7 +16,7 @@ LENGTHS = [40 * 15, 21 * 15 + 4]
 
 
 class Adapter(nn.Module):
-    """A convolution with something added, as of low-rank adaptation; it has none of a convolution's attributes."""
+    """Convolution whose output an adapter scales; it lacks the attributes of a convolution."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ CHANGES = [
 
 
 def encoded_by_calls(encoder: nn.Module, audio: torch.Tensor) -> torch.Tensor:
-    """The encoder's layers in their order, every one of them called."""
+    """Call all layers of the encoder in order."""
     hidden = encoder.pre_conv(audio[:, None])
     for residual, activation, down in zip(
         encoder.res_layers, encoder.activations, encoder.down_sample_conv_layers, strict=True

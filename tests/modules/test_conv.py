@@ -18,7 +18,7 @@ def test_polyphase_upsampling_equals_conv_transpose1d(stride, causal):
     layer = ConvTranspose1d(6, 4, stride=stride, causal=causal, weight_norm=False).double()
     hidden = torch.randn(2, 6, 9, dtype=torch.float64)
     full = F.conv_transpose1d(hidden, layer.conv.weight, layer.conv.bias, stride=stride)
-    # NeMo's padding (stride + 1) // 2 with output_padding for odd strides; causal: the `stride` extra ones at the end.
+    # NeMo pads (stride + 1) // 2, with output_padding for odd strides; causal: cut `stride` samples at the end.
     cut = 0 if causal else (stride + 1) // 2
     expected = full[..., cut : cut + 9 * stride]
     torch.testing.assert_close(layer(hidden), expected, **EXACT)
@@ -47,7 +47,7 @@ def test_symmetric_convolution_equals_conv1d_on_padded_input(kernel, stride, dil
     torch.manual_seed(kernel)
     layer = Conv1d(3, 5, kernel, stride=stride, dilation=dilation, pad_mode=pad_mode, weight_norm=False).double()
     hidden = torch.randn(2, 3, 72, dtype=torch.float64)
-    # Half of what keeps length / stride, rounded up: NeMo's get_padding and get_down_sample_padding.
+    # Half of the padding that gives length / stride outputs, rounded up, as in NeMo's get_padding functions.
     pad = (kernel - stride + 1) // 2 if stride > 1 else (kernel * dilation - dilation) // 2
     padded = F.pad(hidden, (pad, pad), mode={"zeros": "constant"}.get(pad_mode, pad_mode))
     expected = F.conv1d(padded, layer.conv.weight, layer.conv.bias, stride, dilation=dilation)
@@ -56,7 +56,7 @@ def test_symmetric_convolution_equals_conv1d_on_padded_input(kernel, stride, dil
 
 
 @pytest.mark.parametrize("items", [2, 200])
-def test_zeros_at_the_ends_are_the_same_by_product_and_by_convolution(items):
+def test_zero_padding_is_equal_for_matrix_product_and_convolution(items):
     torch.manual_seed(items)
     layer = Conv1d(24, 40, 7, pad_mode="zeros", weight_norm=False).double()
     hidden = torch.randn(1, 24, items, dtype=torch.float64)
@@ -115,7 +115,7 @@ def gradients(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]
 
 @pytest.fixture
 def products_only(monkeypatch):
-    """What training computes by matrix products asks no convolution of torch."""
+    """Return a function that calls another one, which must not use a convolution of torch."""
 
     def refused(*args, **kwargs):
         raise AssertionError("a convolution was asked for")
@@ -130,7 +130,7 @@ def products_only(monkeypatch):
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (7, 1), (4, 2), (16, 8)])
-def test_a_deep_layer_in_training_is_a_product_with_the_convolutions_gradients(products_only, kernel, stride):
+def test_a_deep_layer_trains_by_matrix_product_with_the_gradients_of_conv1d(products_only, kernel, stride):
     torch.manual_seed(kernel)
     layer = Conv1d(24, 64, kernel, stride=stride, weight_norm=False).double()
     hidden = channels_last(torch.randn(2, 24, 16, dtype=torch.float64)).requires_grad_()
@@ -143,7 +143,7 @@ def test_a_deep_layer_in_training_is_a_product_with_the_convolutions_gradients(p
 
 
 @pytest.mark.parametrize("stride", [2, 3, 8])
-def test_deep_upsampling_in_training_is_a_product_with_the_convolutions_gradients(products_only, stride):
+def test_deep_upsampling_trains_by_matrix_product_with_the_gradients_of_the_convolution(products_only, stride):
     torch.manual_seed(stride)
     layer = ConvTranspose1d(48, 24, stride=stride, causal=True, weight_norm=False).double()
     hidden = torch.randn(2, 48, 5, dtype=torch.float64, requires_grad=True)
@@ -155,7 +155,7 @@ def test_deep_upsampling_in_training_is_a_product_with_the_convolutions_gradient
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(5, 3), (5, 1), (3, 1)])
-def test_a_period_discriminators_columns_are_a_product_with_the_convolutions_gradients(products_only, kernel, stride):
+def test_period_discriminators_train_by_matrix_product_with_the_gradients_of_conv2d(products_only, kernel, stride):
     torch.manual_seed(kernel)
     layer = Conv2d(6, 10, kernel_size=(kernel, 1), stride=(stride, 1)).double()
     hidden = torch.randn(2, 6, 17, 3, dtype=torch.float64, requires_grad=True)

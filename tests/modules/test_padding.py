@@ -1,4 +1,4 @@
-"""Padding in place is PyTorch's padding of each example alone."""
+"""Tests that padding in place equals PyTorch's padding of each example alone."""
 
 import pytest
 import torch

@@ -60,7 +60,7 @@ def test_the_gradient_passes_the_rounding_unchanged():
     encoded = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
     quantizer(encoded)[0].sum().backward()
     got, encoded.grad = encoded.grad, None
-    # The derivative of the squashed value, as if nothing were rounded.
+    # The derivative of the squashing function, as if there were no rounding.
     levels = quantizer.fsqs[0]
     squashed = levels.compress(encoded.reshape(-1, 4, 5)) / (levels.num_levels // 2)
     squashed.sum().backward()
@@ -105,7 +105,7 @@ def test_dropped_codebooks_are_zero_and_the_others_unchanged():
     torch.manual_seed(0)
     quantizer = GroupFiniteScalarQuantizer(4, [8, 7, 6, 6])
     encoded = torch.randn(5, 16, 3)
-    encoded[0, 8] = math.nan  # of a codebook that is dropped
+    encoded[0, 8] = math.nan  # dimension 8 belongs to a dropped codebook
     kept = torch.tensor([1, 2, 3, 4, 1])
     dropped = quantizer.dropout_codebooks(encoded, kept)
     for row, number in enumerate(kept.tolist()):
@@ -115,7 +115,7 @@ def test_dropped_codebooks_are_zero_and_the_others_unchanged():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
-def test_a_share_of_the_examples_keeps_each_smaller_number_of_codebooks(rate):
+def test_dropout_keeps_each_smaller_number_of_codebooks_equally_often(rate):
     torch.manual_seed(0)
     quantizer = GroupFiniteScalarQuantizer(4, [5, 5])
     dropped = quantizer.dropout_random_codebooks(torch.ones(20_000, 8, 1), rate)

@@ -1,4 +1,4 @@
-"""The network is described once: a stage that no backend has met runs in all of them."""
+"""Tests that a stage added to the network runs in every implementation, since all use one description of it."""
 
 import copy
 from pathlib import Path
@@ -64,7 +64,7 @@ def codec(request):
 
 
 def codes_of(codec, count: int) -> torch.Tensor:
-    """Dequantized frames [2, D, count]."""
+    """Return dequantized frames [2, D, count]."""
     tokens = torch.randint(codec.codebook_size, (codec.num_codebooks, 2, count))
     return codec.quantizer.decode(tokens)
 

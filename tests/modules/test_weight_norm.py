@@ -57,6 +57,6 @@ def test_other_types_are_kept(dtype):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, float("nan")])
-def test_degenerate_rows_are_not_finite_and_warn_of_nothing(value):
+def test_degenerate_rows_are_not_finite_and_cause_no_warning(value):
     folded = fold_weight_norm(torch.full((2, 3, 4), value), torch.ones(2, 1, 1))
     assert not folded.isfinite().any() or (value == 1e30 and not folded.any())

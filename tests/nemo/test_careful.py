@@ -1,4 +1,4 @@
-"""One bad line of a manifest, cuts file or Shar costs one clip of a training that NeMo's iterators feed."""
+"""Tests that an invalid line of a manifest, cuts file or Shar skips one clip in training by NeMo's iterators."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ from tests.models import RATE, synthesize
 from tests.nemo.test_cuts import cuts
 
 COUNT = 5
-BAD = 2  # the clip that is lost
+BAD = 2  # index of the clip that is skipped
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def nothing_reported_yet(monkeypatch):
 
 
 def lengths(validation: bool = True, **loader) -> list[int]:
-    """Samples of the clips of one pass, or of a few batches of training."""
+    """Return the lengths in samples of the clips of one pass, or of a few training batches."""
     parameters = {"use_lhotse": True, "batch_size": 1, "num_workers": 0, **loader}
     config = OmegaConf.create({"dataset_args": {"segment_duration": 0.2}, "dataloader_params": parameters})
     if validation:
@@ -55,7 +55,7 @@ def manifest(folder: Path) -> list[str]:
     return lines
 
 
-# What stands in the place of a line.
+# Replacements of a valid line.
 LINES = {
     "no JSON": b"not JSON",
     "truncated": b'{"audio_filepath": "a.wav", "dura',
@@ -136,7 +136,7 @@ def break_json_in_tar(folder: Path) -> list[int]:
 
 
 def cut_tar(folder: Path) -> list[int]:
-    """Cut the tar in the audio of its second clip."""
+    """Truncate the tar within the audio of its second clip."""
     path = folder / "recording.000000.tar"
     with tarfile.open(path) as archive:
         second = next(member for member in archive if member.name.startswith("1."))
@@ -153,7 +153,7 @@ def test_damage_in_a_shar_skips_only_the_damaged_clips(damage, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("form", ["list", "input_cfg", "group"])
-def test_every_form_of_a_section_is_read_carefully(form, tmp_path, caplog):
+def test_invalid_lines_are_skipped_in_every_form_of_a_section(form, tmp_path, caplog):
     lines = manifest(tmp_path)
     path = str(tmp_path / "m.json")
     Path(path).write_text("\n".join([*lines[:BAD], "not JSON", *lines[BAD:]]) + "\n")
@@ -202,7 +202,7 @@ def test_invalid_line_for_a_tar_file_is_named(shards, tmp_path):
 
 
 def test_invalid_line_of_a_parallel_manifest_is_named(tmp_path):
-    """To leave it out would give all later clips another one's line of that file."""
+    """Skipping it would pair all later clips with lines of other clips."""
     lines = manifest(tmp_path)
     (tmp_path / "m.json").write_text("\n".join([*lines[:BAD], "not JSON", *lines[BAD:]]) + "\n")
     (tmp_path / "q.txt").write_text("\n".join("abcdef") + "\n")

@@ -1,4 +1,4 @@
-"""Discriminators, losses and metrics of the user's own in `LFRCodecModel`: training, files and resuming."""
+"""Tests of user-defined discriminators, losses and metrics in `LFRCodecModel`: training, files and resuming."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def package(tmp_path, monkeypatch):
-    """Write a user's package to a folder, import it from there, and start with an empty registry."""
+    """Write a user's package to a folder, make it importable, and start with an empty registry."""
     monkeypatch.setattr(components, "_REGISTERED", {})
     folder = tmp_path / "package"
     folder.mkdir()
@@ -90,7 +90,7 @@ def test_components_train_and_are_logged():
     assert model.losses.custom.terms["envelope"].calls == 2 + 2 + 2  # steps, validation, the check before training
 
 
-def test_a_loss_of_the_users_own_changes_the_weights():
+def test_a_custom_loss_changes_the_weights():
     torch.manual_seed(0)
     without = AudioCodecModel(values(losses=None))
     fit(without)
@@ -142,7 +142,7 @@ def test_a_file_opens_without_the_users_package_and_names_what_training_misses(t
     model.save_to(path)
     torch.save(audio, tmp_path / "audio.pt")
     names = ("trained.nemo", "audio.pt", "again.nemo", "tokens.pt")
-    # The package is importable in that process; a file must not import it all the same.
+    # The process could import the package, but opening a file must not do so.
     command = [sys.executable, "-c", OPEN, *(str(tmp_path / name) for name in names)]
     environment = {"PYTHONPATH": f"{ROOT}:{package}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -153,7 +153,7 @@ def test_a_file_opens_without_the_users_package_and_names_what_training_misses(t
     ) in done.stdout
     tokens = model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0]
     assert torch.equal(torch.load(tmp_path / "tokens.pt"), tokens)
-    # Where the classes are registered, the file trains on, with its discriminators, also after it was saved again.
+    # With registered classes, training continues with the discriminators of the file, even after saving it again.
     for name in ("trained.nemo", "again.nemo"):
         restored = AudioCodecModel.restore_from(tmp_path / name, map_location="cpu")
         restored.build_discriminator()
@@ -163,7 +163,7 @@ def test_a_file_opens_without_the_users_package_and_names_what_training_misses(t
 
 
 @pytest.mark.parametrize("how", ["restore_from", "config of the file", "override", "override by path", "load_from"])
-def test_only_a_config_of_the_users_imports(how, tmp_path, monkeypatch):
+def test_only_a_config_of_the_user_imports_components(how, tmp_path, monkeypatch):
     model, trainer = trained()
     path = tmp_path / "trained.nemo"
     model.save_to(path)

@@ -1,4 +1,4 @@
-"""Lhotse cuts and Shar as training and validation data, beside NeMo's own reading of them."""
+"""Tests of Lhotse cuts and Shar as training and validation data, compared with NeMo's own dataset."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def cuts(folder, count: int = 6, rate: int = RATE, custom: bool = True) -> CutSe
 
 @pytest.fixture
 def shar(tmp_path):
-    """A Shar folder with `target_audio`, two shards of three cuts, as NeMo's codec training reads it."""
+    """Write a Shar folder with `target_audio` in two shards of three cuts, as NeMo's codec training reads it."""
     for name in ("wav", "shar"):
         (tmp_path / name).mkdir()
     with SharWriter(tmp_path / "shar", {"recording": "wav", "target_audio": "wav"}, shard_size=3) as writer:
@@ -123,7 +123,7 @@ def test_urls_are_read_when_the_section_says_so(shar):
 
 
 def test_validation_is_one_pass_over_whole_cuts(shar):
-    """Stock: "Lhotse data loading is not supported yet for validation"."""
+    """Stock NeMo raises "Lhotse data loading is not supported yet for validation"."""
     model = AudioCodecModel(OmegaConf.create(training_config([])))
     config = section(shar)
     del config.dataset_args

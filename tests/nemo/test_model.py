@@ -47,7 +47,7 @@ def nemo_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wavlm_folder(tmp_path_factory):
-    """A tiny but real WavLM on disk: what `slm_model_name` may point to."""
+    """Write a tiny but real WavLM to a folder that `slm_model_name` may name."""
     from transformers import WavLMConfig, WavLMModel
 
     folder = tmp_path_factory.mktemp("wavlm")
@@ -74,7 +74,7 @@ def slm_config(wavlm_folder):
 
 @pytest.fixture(scope="module")
 def trained_file(tmp_path_factory, wavlm_folder):
-    """A file as stock 3.0 saves it after training: discriminators and, by mistake, WavLM inside."""
+    """Write a file as stock NeMo 3.0 saves it after training: with discriminators and, by mistake, WavLM."""
     folder = tmp_path_factory.mktemp("stock")
     tiny = write_nemo(folder / "tiny.nemo", codec_config())
     model = StockModel(OmegaConf.create(slm_config(wavlm_folder)))
@@ -86,7 +86,7 @@ def trained_file(tmp_path_factory, wavlm_folder):
 
 
 def test_training_checkpoint_opens_in_both_apis(tmp_path, trained_file):
-    """As Lightning writes it from stock NeMo: no code of it runs, and the tokens are the model's."""
+    """Read a file that Lightning wrote from stock NeMo: none of its code runs, and the tokens equal the model's."""
     stock = StockModel.restore_from(str(trained_file), map_location="cpu").eval()
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
     trainer.strategy.connect(stock)
@@ -223,7 +223,7 @@ def test_forward_gives_back_the_length_that_came_in(nemo_file):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22049, 22050, 24000, 44100, 48000.0, np.int64(16000)])
 def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rate):
-    """The same resampler for both, whatever the rates have in common: NeMo's takes minutes for 22,049 Hz."""
+    """Both use the same resampler for all rates; NeMo's takes minutes for 22,049 Hz."""
     audio, lengths = torch.stack([speech_like(16000), speech_like(16000, 1)]), torch.tensor([16000, 9000])
     expected, expected_len = nemo_lfr.load(nemo_file, device="cpu").encode(audio, lengths, rate)
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
@@ -331,7 +331,7 @@ def test_usage_patterns_of_magpie_work(nemo_file):
 
 
 def test_tokens_can_be_saved_and_loaded_with_weights_only(nemo_file, tmp_path):
-    # Stock's results carry a NeuralType that a safe load refuses.
+    # Tensors of stock NeMo carry a NeuralType, which `weights_only` refuses.
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")
     tokens, _ = model.encode(speech_like(8192)[None], torch.tensor([8192]))
     torch.save(tokens, tmp_path / "tokens.pt")

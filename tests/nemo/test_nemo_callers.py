@@ -1,4 +1,4 @@
-"""What NeMo's own models do with a codec: their code runs on our model, on an accelerated stock one, and agrees."""
+"""Tests that the code of NeMo's models runs on our model and on an accelerated stock model, with equal results."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ def nemo_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(nemo_file):
-    """Stock's tokens."""
+    """Return the tokens of stock NeMo."""
     with torch.no_grad():
         return stock_model(nemo_file).encode(audio=AUDIO, audio_len=LENGTHS)[0]
 
@@ -151,7 +151,7 @@ def test_accelerate_keeps_parameters_dtype_mode_and_gradients(nemo_file, dtype, 
     before = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
     accelerate(model)
     after = {name: (id(value), value.requires_grad) for name, value in model.named_parameters()}
-    assert after == before  # an optimizer that was made before goes on
+    assert after == before  # an existing optimizer still updates the same parameters
     assert {value.dtype for value in model.parameters()} == {dtype}
     assert all(module.training == training for module in model.audio_encoder.modules())
 
@@ -397,7 +397,7 @@ def test_codes_of_another_dimension_are_named(nemo_file):
 
 
 @pytest.mark.parametrize("levels", [[8, 7, 6, 6], [2, 3], [5, 5, 5, 5, 5, 5], [36, 37]])
-def test_the_steps_of_fsq_are_stocks(levels):
+def test_the_steps_of_fsq_equal_stocks(levels):
     from nemo.collections.tts.modules.audio_codec_modules import FiniteScalarQuantizer as StockFSQ
 
     from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
@@ -415,7 +415,7 @@ def test_the_steps_of_fsq_are_stocks(levels):
     assert torch.equal(mine.codebook, stock.codebook)
     tokens = mine.codes_to_indices(codes)
     assert torch.equal(tokens, mine.encode(inputs)[0])
-    # Stock cuts off where it should round, so its index may be that of a neighbor for levels that are no power of 2.
+    # Stock NeMo truncates instead of rounding, so its index may be one off for levels that are not a power of 2.
     if max(levels) <= 8:
         assert torch.equal(tokens, stock.codes_to_indices(codes))
 
@@ -464,7 +464,7 @@ def test_modules_have_nemos_types(tmp_path, section, kind):
         assert str(getattr(mine, direction)) == str(getattr(stock, direction))
 
 
-# Why ours lack these names, which every NeuralModule has. The models have them; see `LFRCodecModel`.
+# Why our modules lack these names of every NeuralModule. `LFRCodecModel` has them.
 FILES = dict.fromkeys(("save_to", "restore_from"), "NeMo raises NotImplementedError: only models are files")
 CONFIGS = dict.fromkeys(
     ("from_config_dict", "from_config_file", "to_config_dict", "to_config_file"),
@@ -493,11 +493,11 @@ def test_every_public_name_of_stock_is_there_or_its_absence_has_a_reason(tmp_pat
                 assert named <= set(arguments), f"{name} takes other keywords"
 
 
-# The loading code of NeMo's models, as it stands in the installed NeMo
+# The loading code of NeMo's models, taken from the installed NeMo
 
 
 def lines_between(function, first, last):
-    """The source of a function from one line to another, both included, as a block of its own."""
+    """Return the source of a function from one line to another, both included, as a dedented block."""
     source = inspect.getsource(function)
     begin = source.rindex("\n", 0, source.index(first)) + 1
     end = source.index("\n", source.index(last, begin))
@@ -506,7 +506,7 @@ def lines_between(function, first, last):
 
 @pytest.mark.parametrize("caller", ["Magpie", "EasyMagpie"])
 @pytest.mark.parametrize("new_quantizer", [None, {"num_groups": 4, "num_levels_per_group": [8, 7, 6, 6, 8, 7, 6, 6]}])
-def test_magpies_loading_code_runs_on_ours(nemo_file, expected, caller, new_quantizer):
+def test_magpies_loading_code_runs_on_our_model(nemo_file, expected, caller, new_quantizer):
     from nemo.collections.tts.models import easy_magpietts_inference, magpietts
     from nemo.collections.tts.modules.magpietts_modules import CodecHelper
 

@@ -1,7 +1,7 @@
-"""The codec against the installed stock NeMo: same tokens, same audio, on every path there is, in both directions.
+"""Tests that the codec gives the tokens and audio of the installed stock NeMo on every path, in both directions.
 
-Stock NeMo, restored by its own reader, is the reference; one utterance alone, as DESIGN says. The rule for tokens: all
-equal but floating ties, where stock's own value before rounding lies within 1e-4 of a rounding edge.
+The reference is stock NeMo, restored by its own reader, on one utterance alone. Tokens must be equal except for
+rounding ties, where stock NeMo's value before rounding is within 1e-4 of a rounding edge.
 """
 
 import json
@@ -22,14 +22,14 @@ from nemo_lfr.pretrained import bundled_checkpoint
 from tests.models import FULL_SIZE, KINDS, codec_config, speech_like, stock_model, write_nemo
 from tests.reference import TIE
 
-# Audio is compared with full scale; sums in another order differ by some ulps through 100 layers.
+# Relative to full scale. Sums in another order change a few float32 digits through 100 layers.
 AUDIO_TOLERANCE = 1e-5
 LENGTHS = (30_000, 12_288, 4_500)
 
 
 @pytest.fixture(scope="session", params=[*KINDS, "bundled", pytest.param("full size", marks=pytest.mark.slow)])
 def reference(request, tmp_path_factory):
-    """A checkpoint, stock NeMo on it, and what stock makes of some utterances."""
+    """Return a checkpoint, stock NeMo restored from it, and the results of stock NeMo for some utterances."""
     if request.param == "bundled":
         path = bundled_checkpoint()
     else:
@@ -45,7 +45,7 @@ def reference(request, tmp_path_factory):
 
 @torch.no_grad()
 def stock_round_trip(stock, clip):
-    """Tokens, distance of each codebook's nearest value to a rounding edge, and audio of one utterance alone."""
+    """Return tokens, the smallest distance to a rounding edge per codebook, and audio of one utterance alone."""
     length = torch.tensor([len(clip)])
     encoded, frames = stock.encode_audio(audio=clip[None], audio_len=length)
     tokens = stock.quantize(encoded=encoded, encoded_len=frames)
@@ -110,7 +110,7 @@ def nemo_batch(reference):
 
 
 def nemo_in_steps(reference):
-    """The four steps that NeMo's inference tutorial shows, on a ragged batch."""
+    """Run the four steps of NeMo's inference tutorial on a ragged batch."""
     model = nemo_lfr.AudioCodecModel.restore_from(reference.path, map_location="cpu")
     audio, audio_len = noise_padded(reference.clips)
     with torch.no_grad():
@@ -157,8 +157,8 @@ def test_every_path_gives_stock_tokens_and_audio(reference, path):
 
 
 def test_the_reference_uses_the_whole_range_of_tokens(reference):
-    # Equal tokens prove little where the encoder hardly varies: every codebook must see many entries. A trained codec
-    # gives the steady parts of a synthetic voice the same token again and again, random weights hardly ever.
+    # Equal tokens prove little if there are few different ones, so every codebook must use many of its entries. A
+    # trained codec repeats tokens in the steady parts of a synthetic voice; random weights rarely do.
     tokens = torch.cat([expected.tokens for expected in reference.expected], dim=1)
     most = min(tokens.shape[1], reference.stock.codebook_size)
     assert min(codebook.unique().numel() for codebook in tokens) > 0.3 * most
@@ -214,7 +214,7 @@ def test_saved_file_opens_in_nemo_without_this_package(reference, stock_tokens, 
 
 
 def test_the_cards_snippet_runs_as_printed(reference):
-    """The card's snippet ends with `.cpu().numpy()`, which fails on stock because its output requires grad."""
+    """It ends with `.cpu().numpy()`, which fails in stock NeMo because the output requires grad."""
     model = nemo_lfr.AudioCodecModel.restore_from(str(reference.path), map_location="cpu")
     audio_tensor = reference.clips[0].unsqueeze(dim=0)
     audio_len = torch.tensor([audio_tensor[0].shape[0]])

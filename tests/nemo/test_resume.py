@@ -1,4 +1,4 @@
-"""Checkpoints of a killed training: put in place whole, and tidied before the next run."""
+"""Tests of checkpoints of killed runs: they appear complete, and leftovers are removed before the next run."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_next_run_finds_the_last_complete_checkpoint(tmp_path, files, expected):
 
 @pytest.mark.parametrize(
     ("files", "cut", "expected"),
-    [  # of the files, oldest first, those that are cut; what is left, and from which file
+    [  # files, oldest first; truncated files; remaining files, each with the file that it came from
         (["e=0.ckpt", "e=0-last.ckpt"], [], {"e=0.ckpt": "e=0.ckpt", "e=0-last.ckpt": "e=0-last.ckpt"}),
         (["e=0.ckpt", "e=0-last.ckpt"], ["e=0-last.ckpt"], {"e=0.ckpt": "e=0.ckpt", "e=0-last.ckpt": "e=0.ckpt"}),
         (["e=0-last.ckpt", "e=1-last.ckpt"], [], {"e=1-last.ckpt": "e=1-last.ckpt"}),
@@ -63,7 +63,7 @@ def test_next_run_finds_the_last_complete_checkpoint(tmp_path, files, expected):
     ],
 )
 def test_complete_checkpoint_with_a_marker_is_kept(tmp_path, files, cut, expected):
-    """The newest is marked: the run was killed before or after it was put in place."""
+    """The newest one is marked, because the run was killed just before or after renaming it."""
     for age, name in enumerate(files):
         torch.save({"value": name}, tmp_path / name)
         if name in cut:

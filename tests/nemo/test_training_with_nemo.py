@@ -1,4 +1,4 @@
-"""A training step against stock NeMo's: same weights, same batch, same losses, same updates."""
+"""Tests that training steps equal those of stock NeMo: same weights and batch, same losses and updates."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ PERIOD = {"_target_": MODULES + "MultiPeriodDiscriminator", "periods": [2, 5]}
 
 @pytest.fixture(scope="session")
 def wavlm(tmp_path_factory):
-    """A small but real WavLM in a folder, as `slm_model_name` may name one, and the discriminator's config."""
+    """Write a small but real WavLM to a folder that `slm_model_name` may name; return the discriminator's config."""
     from transformers import WavLMConfig, WavLMModel
 
     folder = tmp_path_factory.mktemp("wavlm")
@@ -161,7 +161,7 @@ CASES: dict[str, dict[str, Any]] = {
     FULL: {
         "use": ["all stft", "all periods", "slm"],
         "disc_update_period": 2,
-        # Its gradients are large; a larger step would take the second batch's values over the edges of their levels.
+        # The gradients are large: a larger step would move values of the second batch across rounding edges.
         "optim": {"_target_": "torch.optim.SGD", "lr": 1e-6},
         **FULL_SIZE,
     },
@@ -174,7 +174,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def models(tmp_path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """Stock's model and ours with the same weights."""
+    """Return a stock model and our model with the same weights."""
     start = StockModel.restore_from(str(write_nemo(tmp_path / "a.nemo", config)), map_location="cpu")
     torch.manual_seed(3)
     stock = StockModel(OmegaConf.create(config))
@@ -197,13 +197,13 @@ def test_steps_are_stock_steps(tmp_path, wavlm, case):
         names = {key for key in theirs if "loss" in key}
         assert names == {key for key in own if "loss" in key} and len(names) >= 2
         for name in sorted(names):
-            # After an update the weights differ by rounding, and the losses by what it does to them.
+            # After an update, the weights differ by rounding, which also changes the losses.
             assert own[name] == pytest.approx(theirs[name], rel=1e-5 if step == 0 else 1e-4, abs=1e-7), name
     assert len(expected.gradients) == len(mine.gradients)
-    # Among the millions of activations of the full size some lie so near zero that rounding turns the side of their
-    # leaky ReLU, and with it their slope: one in a million moves the gradient by a thousandth. A smooth one shows it.
+    # Of the millions of activations at full size, some are so close to zero that rounding changes their sign, and with
+    # it the slope of the leaky ReLU: one in a million changes the gradient by 0.1 %. The smooth case rules this out.
     tolerance = 5e-3 if case == FULL else 1e-4
-    # The first batch's updates: discriminators, if there are any, and generator.
+    # Compare the updates of the first batch: those of the discriminators, if any, and of the generator.
     for theirs, own in list(zip(expected.gradients, mine.gradients, strict=True))[
         : 2 if config["discriminator"] else 1
     ]:
@@ -257,7 +257,7 @@ def test_fine_tuning_starts_where_a_stock_file_ends_discriminators_included(tmp_
 
 
 def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path):
-    """To rounding, it is the same update."""
+    """The updates differ only by rounding."""
     ends = []
     for fused in (None, False):
         optim = {"_target_": "torch.optim.Adam", "lr": 1e-3} | ({} if fused is None else {"fused": fused})
@@ -269,7 +269,7 @@ def test_a_cpu_updates_with_fused_adam_unless_the_config_says_otherwise(tmp_path
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
-def test_what_training_saved_is_validated_where_its_logged_clips_are_not(tmp_path):
+def test_a_saved_model_is_validated_without_its_logged_clips(tmp_path):
     nemo = "nemo.collections.tts."
     log = {
         "log_dir": str(tmp_path),
@@ -352,7 +352,7 @@ def generator_weights(model) -> torch.Tensor:
 
 
 def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
-    # Smooth, as other sums turn the side of a leaky ReLU here and there.
+    # A smooth activation, because rounding may change the sign of the input of a leaky ReLU.
     smooth = {part: {"activation": "elu"} for part in ("audio_encoder", "audio_decoder")}
     config = training_config([], accumulate_grad_batches=2, **smooth)
     _, model = models(tmp_path, config)
@@ -364,7 +364,7 @@ def test_accumulated_batches_make_the_update_of_one_large_batch(tmp_path):
     (own,), (theirs,) = recorder.gradients, expected.gradients
     for key, gradient in theirs.items():
         assert (own[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
-    # Nor does a validation between the two take the first one's gradients away.
+    # A validation between the two batches must not discard the gradients of the first one.
     _, model = models(tmp_path, config)
     (again,) = train(model, parts, parts[:1], val_check_interval=1, num_sanity_val_steps=0).gradients
     for key, gradient in own.items():
@@ -381,7 +381,7 @@ def test_a_schedule_counts_updates_not_batches(tmp_path):
     assert model.max_steps == 12
 
 
-def test_the_average_goes_where_the_module_is():
+def test_averaged_weights_move_with_the_module():
     module = torch.nn.Linear(2, 2)
     average = Average(module, 0.9)  # as a checkpoint is read, before the module goes to its GPU
     module.to("meta")
@@ -401,7 +401,7 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
     before = generator_weights(model)
     trainer.fit(model, batches, batches)
     last, average = generator_weights(model), torch.cat([value.flatten() for value in model._average.weights])
-    # Between where it began and where it ended, and the first is not the second.
+    # The average lies between the first and the last weights, which differ.
     assert 0 < (average - before).norm() < (last - before).norm()
     validated = float(trainer.callback_metrics["val_loss"])
     model.save_to(tmp_path / "saved.nemo")
@@ -422,7 +422,7 @@ def test_the_average_of_the_weights_is_validated_exported_and_resumed(tmp_path):
 
 
 class Fails(pl.Callback):
-    """Saves a checkpoint in a validation batch, as on a signal of Slurm, and then fails."""
+    """Callback that saves a checkpoint in a validation batch, as on a Slurm signal, and then fails."""
 
     def __init__(self, error: BaseException, folder: Any) -> None:
         self.error, self.folder = error, folder
@@ -505,7 +505,7 @@ class Clips(torch.utils.data.Dataset):
         return {key: value[0] for key, value in batch(1, 8, row).items()}
 
 
-def test_initialisation_takes_no_batch_from_workers_that_persist():
+def test_initialization_takes_no_batch_from_persistent_workers():
     model = AudioCodecModel(OmegaConf.create(training_config([], initialize_from_data=True)))
     loader = torch.utils.data.DataLoader(Clips(), batch_size=2, num_workers=1, persistent_workers=True)
     model._train_dl = loader
@@ -540,7 +540,7 @@ if trainer.is_global_zero:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_from_the_doubled_batch(tmp_path):
+def test_two_processes_learn_the_same_as_one_with_a_doubled_batch(tmp_path):
     optim = {"_target_": "torch.optim.SGD", "lr": 1e-2}
     config = training_config([STFT, PERIOD], optim=optim, initialize_from_data=True)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
@@ -572,7 +572,7 @@ def test_a_validation_before_the_first_step_leaves_nothing_that_training_cannot_
 
 
 def fitted(tmp_path, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
-    """Our model after two steps and a validation."""
+    """Return our model after two steps and a validation."""
     config = training_config([STFT], optim={"_target_": "torch.optim.SGD", "lr": 1e-3})
     _, model = models(tmp_path, config)
     trainer = pl.Trainer(
@@ -585,7 +585,7 @@ def fitted(tmp_path, **trainer_options: Any) -> tuple[Any, pl.Trainer]:
 
 
 def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path):
-    """Stock: `copy.deepcopy` fails on a proxy, `load_from_checkpoint(strict=False)` on None."""
+    """In stock NeMo, `copy.deepcopy` and `load_from_checkpoint(strict=False)` fail."""
     model, trainer = fitted(tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = generator_weights(model)
@@ -599,7 +599,7 @@ def test_a_model_is_copied_and_loaded_from_a_checkpoint_strictly_or_not(tmp_path
         assert torch.equal(generator_weights(model), before)
 
 
-def test_bf16_mixed_learns_what_fp32_does_and_quantizes_in_fp32(tmp_path, monkeypatch):
+def test_bf16_mixed_learns_like_fp32_and_quantizes_in_fp32(tmp_path, monkeypatch):
     codes = []
     forward = GroupFiniteScalarQuantizer.forward
 
@@ -686,7 +686,7 @@ def test_codebook_dropout_reaches_the_decoder_in_training_only(tmp_path):
     model.train()
     torch.manual_seed(3)
     _, _, audio, encoded, tokens = model.reconstruct(batch())
-    # NeMo draws who loses codebooks, then how many each example keeps.
+    # NeMo draws which examples lose codebooks, and then how many codebooks each example keeps.
     torch.manual_seed(3)
     torch.rand(2)
     kept = torch.randint(1, 8, [2])

@@ -1,4 +1,4 @@
-"""The pieces of the bundled codec's recipe: losses, the start, batches and optimizers."""
+"""Tests of the parts of the bundled codec's recipe: losses, initialization, batches and optimizers."""
 
 import functools
 
@@ -31,7 +31,7 @@ from tests.models import RATE, speech_like
 
 
 def tiny_network() -> NetworkConfig:
-    """8 dimensions at 689 Hz, a band of 2,756 Hz: what the recipe has, with two stages and few channels."""
+    """Return the recipe's layout with two stages and few channels: 8 dimensions at 689 Hz, a band of 2,756 Hz."""
     return NetworkConfig(
         EncoderConfig(8, [4, 8], 4, [3], [1]), QuantizerConfig(2), DecoderConfig(8, [8, 4], 16, [3], [1])
     )
@@ -68,7 +68,7 @@ def noise(scale: float) -> torch.Tensor:
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_a_distance_is_least_for_equal_signals_and_grows_with_noise(distance):
     values = [float(distance(SPEECH, SPEECH + noise(scale))) for scale in (0, 0.01, 0.1)]
-    assert values[0] < 0.02  # the roots of the P.862-like one are kept away from zero
+    assert values[0] < 0.02  # not 0: the P.862-like distance adds a constant before its square root
     assert values == sorted(values) and values[2] > values[0] + 0.1
 
 
@@ -85,7 +85,7 @@ def test_a_distances_gradient_is_finite(distance, real, gen):
 
 def test_the_waveform_distance_alone_sees_a_phase_that_is_wrong():
     time = torch.arange(8192)[None] / RATE
-    fade = 0.3 * torch.hann_window(8192)  # at the ends, where an STFT reflects the signal, phase is not a shift
+    fade = 0.3 * torch.hann_window(8192)  # the STFT reflects the ends, where phase would matter
     real, shifted = (fade * torch.sin(2 * torch.pi * 200 * time + phase) for phase in (0.0, torch.pi / 2))
     assert float(waveform_distance(real, shifted)) > 0.5
     assert float(log_mel(real, shifted)) < 0.05 and float(compressed(real, shifted)) < 0.02
@@ -93,13 +93,13 @@ def test_the_waveform_distance_alone_sees_a_phase_that_is_wrong():
 
 def test_the_waveform_distance_does_not_look_above_its_bands():
     time = torch.arange(8192)[None] / RATE
-    fade = 0.3 * torch.hann_window(8192)  # a tone that is cut off has all frequencies
+    fade = 0.3 * torch.hann_window(8192)  # the abrupt end of a tone would contain all frequencies
     real, high = (fade * torch.sin(2 * torch.pi * hertz * time) for hertz in (200.0, 5000.0))
     assert float(waveform_distance(real, real + high)) < 0.02
 
 
 def test_the_compressed_distance_sees_harmonics_that_mel_bands_do_not():
-    # 40 bands up to 11 kHz are 500 Hz wide at 5 kHz: harmonics of 150 Hz or noise of the same energy are alike there.
+    # 40 mel bands up to 11 kHz are 500 Hz wide at 5 kHz, so harmonics of 150 Hz look like noise of the same energy.
     time = torch.arange(16384)[None] / RATE
     harmonics = sum(torch.sin(2 * torch.pi * 150 * k * time + k * k) for k in range(30, 38)) / 30
     spectrum = torch.fft.rfft(torch.randn(harmonics.shape, generator=torch.Generator().manual_seed(1)))
@@ -163,12 +163,12 @@ def test_a_stage_that_keeps_every_band_is_undone_exactly(before, after, stride):
     ("rates", "encoded_dim", "expected"),
     [((4, 4, 8, 8), 32, [1, 1, 1, 4, 32]), ((2, 2, 4, 8, 8), 32, [1, 1, 1, 1, 4, 32]), ((4, 8), 8, [1, 1, 8])],
 )
-def test_as_many_channels_carry_the_signal_as_its_band_needs(rates, encoded_dim, expected):
+def test_the_number_of_signal_channels_follows_from_the_bandwidth(rates, encoded_dim, expected):
     assert signal_channels(rates, encoded_dim) == expected
 
 
 @torch.no_grad()
-def test_a_network_that_looks_linear_is():
+def test_looks_linear_makes_the_network_linear():
     torch.manual_seed(0)
     generator = Generator(tiny_network())
     looks_linear_(generator)
@@ -179,7 +179,7 @@ def test_a_network_that_looks_linear_is():
     encoded = [encode(first), encode(second)]
 
     def decode(hidden):
-        return torch.atanh(generator.audio_decoder.decode_frames(hidden))  # what the output's tanh bent
+        return torch.atanh(generator.audio_decoder.decode_frames(hidden))  # inverse of the tanh at the output
 
     small = [1e-2 * hidden for hidden in encoded]
     torch.testing.assert_close(decode(small[0] + small[1]), decode(small[0]) + decode(small[1]), rtol=1e-3, atol=1e-6)
@@ -189,7 +189,7 @@ def test_the_transform_start_sends_a_waveform_through_the_tokens():
     torch.manual_seed(0)
     generator = Generator(tiny_network())
     snr = transform_start_(generator, SPEECH)
-    # Its band holds most of the test signal's energy; what is beyond, and the rounding to tokens, is lost.
+    # Most of the energy of the signal is in the band. Energy above the band and the rounding to tokens are errors.
     assert snr > 1
     with torch.no_grad():
         output, encoded, tokens = generator(SPEECH)

@@ -1,4 +1,4 @@
-"""Runs of the bundled codec's recipe, on tiny sizes: resuming, importing, exporting, and what a user gets wrong."""
+"""Tests of runs of the bundled codec's recipe at tiny sizes: resuming, importing, exporting and user errors."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_resumed_run_makes_the_same_updates(manifest, tmp_path, overrides, stop)
     for _ in range(stop):
         killed.update()
     killed.save()
-    killed.update()  # is lost
+    killed.update()  # not saved
     resumed = run_of(settings, manifest, load_state(tmp_path / "run" / "state.pt"))
     assert resumed.step == stop
     for number in range(stop, 4):
@@ -104,7 +104,7 @@ def test_discriminators_learn_alone_then_their_score_counts_more_and_more(manife
     terms = [run.update() for _ in range(4)]
     assert ["discriminator" in term for term in terms] == [False, True, True, True]
     assert ["adversarial_share" in term for term in terms] == [False, False, True, True]
-    assert float(run.trainer.adversary.score_weight) == 0.5  # 1 of the ramp's 2 updates before this one
+    assert float(run.trainer.adversary.score_weight) == 0.5  # one of the ramp's two updates is done
     assert float(run.trainer.adversary.lr) == pytest.approx(1e-3)
     full = run.settings.lr * (1 - 0.95 * 4 / 4)
     assert run.learning_rate() == pytest.approx(0.5 * full)
@@ -120,7 +120,7 @@ WITH_COMPONENTS = [
 
 
 @pytest.mark.slow
-def test_components_of_the_users_own_train_and_are_saved(manifest, tmp_path):
+def test_custom_components_train_and_are_saved(manifest, tmp_path):
     settings = settings_of(manifest, tmp_path / "run", *WITH_COMPONENTS)
     run = run_of(settings, manifest)
     run.train()
@@ -197,7 +197,7 @@ def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kin
 
 
 def trial_state(run: train.Run) -> dict:
-    """The run's state as the trial script wrote it."""
+    """Return the state of a run as the trial script wrote it."""
     settings, network = run.settings, run.settings.network
     args = {
         "enc": network.audio_encoder.base_channels,
@@ -229,7 +229,7 @@ def trial_state(run: train.Run) -> dict:
 
 
 def bundled_sizes(overrides: list[str]) -> list[str]:
-    """The trial script had 32 encoded dimensions; two stages of few channels can hold them too."""
+    """Set 32 encoded dimensions, as in the trial script; two stages with few channels can hold them too."""
     return [
         *overrides,
         "network.audio_encoder={encoded_dim: 32, base_channels: 16}",
@@ -289,7 +289,7 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
         ),
     ],
 )
-def test_a_users_mistake_is_one_line(manifest, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_user_error_is_reported_in_one_line(manifest, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "empty.json").write_text("")
     places = {"OUT": tmp_path, "MANIFEST": manifest, "EMPTY": tmp_path / "empty.json"}
     values = arguments
@@ -314,7 +314,7 @@ def test_a_users_mistake_is_one_line(manifest, tmp_path, monkeypatch, capsys, ar
         (evaluate, ["bad.json", "--valid", "empty.json"], "no usable recordings"),
     ],
 )
-def test_a_users_mistake_with_another_command_is_one_line(
+def test_a_user_error_of_another_command_is_reported_in_one_line(
     manifest, tmp_path, monkeypatch, capsys, module, arguments, message
 ):
     (tmp_path / "empty.json").write_text("")

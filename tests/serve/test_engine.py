@@ -1,4 +1,4 @@
-"""The engine without a server: streams that end, take turns and hold little, whatever their tasks do."""
+"""Tests of the engine without a server: how streams end, take turns and limit what they hold, even if tasks fail."""
 
 import asyncio
 import copy
@@ -76,7 +76,7 @@ def test_closing_the_engine_ends_open_streams_and_refuses_new_ones():
             engine.close()
             with pytest.raises(OverloadedError, match="shutting down"):
                 await waiting
-            await session.feed(tokens(1000))  # more than may be pending: does not wait
+            await session.feed(tokens(1000))  # more than the limit of pending input, but it must not wait
         with pytest.raises(OverloadedError), engine.decoder():
             pass
 
@@ -129,5 +129,5 @@ def test_files_take_turns():
             await collect_all(decoder)
             return len(steps)
 
-    # The step that is running when the first file has arrived, then one of each in turn.
+    # One step may be running when the file arrives; then the engine alternates between files and streams.
     assert with_engine(work, EngineLimits(), lambda step: (steps.append(step.kind), time.sleep(0.01))) <= 10

@@ -1,4 +1,4 @@
-"""Files over HTTP: limits, clients that leave, and threads that read."""
+"""Tests of files over HTTP: limits, clients that disconnect, and reader threads."""
 
 import asyncio
 import io

@@ -1,4 +1,4 @@
-"""Health of a server whose network fails, and CORS headers for pages of other origins."""
+"""Tests of the health of a server whose network fails, and of CORS headers for pages of other origins."""
 
 import json
 import threading

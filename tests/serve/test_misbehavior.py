@@ -1,4 +1,4 @@
-"""Connections that misbehave do not change another stream's audio, and leave nothing behind."""
+"""Tests that misbehaving connections do not change the audio of other streams, and leave no resources behind."""
 
 import asyncio
 import json

@@ -375,7 +375,7 @@ def test_sigterm_lets_open_streams_end_and_refuses_new_ones():
         process.wait()
 
 
-def test_a_port_in_use_is_one_line(capsys):
+def test_a_port_in_use_is_a_one_line_error(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, out, err = run(capsys, "serve", "--port", port)

@@ -1,4 +1,4 @@
-"""Ending of tasks."""
+"""Tests of stopping asyncio tasks."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Discriminators, losses and metrics of the user's own: how they are found, built and checked."""
+"""Tests of user-defined discriminators, losses and metrics: how they are found, built and checked."""
 
 import sys
 
@@ -119,7 +119,7 @@ def test_a_registered_class_is_built_wherever_its_name_comes_from(kind):
         use(kind, OmegaConf.to_container(config))
 
 
-def test_registering_is_a_decorator_and_the_last_of_a_name_counts():
+def test_registering_works_as_a_decorator_and_the_last_registration_wins():
     first = register_component(name="mine")(type("First", (EnvelopeLoss,), {}))
     second = register_component(name="mine")(type("Second", (EnvelopeLoss,), {}))
     assert first is not second
@@ -128,7 +128,7 @@ def test_registering_is_a_decorator_and_the_last_of_a_name_counts():
     assert not registered_components(config_with("losses", "mine"))
 
 
-def test_own_discriminators_stand_beside_built_in_ones():
+def test_custom_discriminators_can_be_combined_with_built_in_ones():
     union = {
         "_target_": MODULES + "Discriminator",
         "discriminators": [
@@ -145,7 +145,7 @@ def test_own_discriminators_stand_beside_built_in_ones():
     assert maps_real[3][0].shape[1] == 3
 
 
-def test_own_losses_count_by_their_scale_and_are_frozen():
+def test_custom_losses_are_scaled_and_frozen():
     register_component(EnvelopeLoss, name="envelope")
     sections = {
         "short": {"_target_": "envelope", "window": 16, "scale": 0.5},

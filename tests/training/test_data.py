@@ -1,4 +1,4 @@
-"""Training data: every row of what stock reads wrongly or stops at, and how an epoch is drawn."""
+"""Tests of training data: recordings that stock NeMo misreads or fails on, and the sampling of an epoch."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.models import RATE, synthesize
 def corpus(
     folder: Path, files: dict[str, bytes | np.ndarray], rate: int = RATE, subtype: str = "PCM_16", **entry
 ) -> dict:
-    """Files and their manifest, as `dataset_meta` wants them."""
+    """Write files and their manifest, as `dataset_meta` needs them."""
     lines = []
     for name, contents in files.items():
         if isinstance(contents, bytes):
@@ -35,8 +35,8 @@ def corpus(
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW"])
-def test_every_encoding_is_read_as_what_it_says(tmp_path, subtype):
-    """Stock reads floating-point files as silence."""
+def test_every_encoding_is_read_as_declared(tmp_path, subtype):
+    """Stock NeMo reads floating-point files as silence."""
     wave = synthesize(1)
     (example,) = CodecDataset(corpus(tmp_path, {"a.wav": wave}, subtype=subtype), RATE)
     assert example["audio"].dtype == torch.float32 and example["audio_len"] == len(wave)
@@ -52,7 +52,7 @@ def test_channels_are_mixed_and_other_rates_resampled(tmp_path):
 
 
 def test_segments_are_drawn_anywhere_and_are_exactly_as_long_as_asked(tmp_path):
-    wave = np.linspace(-0.5, 0.5, 3 * RATE).astype(np.float32)  # a sample tells where it is
+    wave = np.linspace(-0.5, 0.5, 3 * RATE).astype(np.float32)  # each sample encodes its position
     dataset = CodecDataset(corpus(tmp_path, {"a.flac": wave}), RATE, n_samples=8192)
     torch.manual_seed(0)
     starts = []
@@ -86,7 +86,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "truncated"])
 def test_unreadable_file_is_logged_once_and_replaced(tmp_path, caplog, kind, monkeypatch):
-    """Stock stops, or trains on half a file in silence."""
+    """Stock NeMo stops, or silently trains on half of a file."""
     monkeypatch.setitem(sys.modules, "av", None)
     good = synthesize(1)
     meta = corpus(tmp_path, {"bad.wav": BROKEN.get(kind, good), "good.wav": good}, subtype="FLOAT", duration=1.0)
@@ -157,7 +157,7 @@ def test_an_epoch_is_one_shuffled_pass_or_so_many_steps_by_weight(tmp_path, capl
     assert "rare: 4 of 4 recordings" in caplog.text
 
 
-def test_what_an_epoch_draws_follows_from_its_number_and_is_shared_out(tmp_path):
+def test_samples_of_an_epoch_depend_on_its_number_and_are_split_among_ranks(tmp_path):
     dataset = CodecDataset(corpus(tmp_path, {f"{i}.wav": synthesize(0.5) for i in range(7)}), RATE, n_samples=1024)
     whole, again = dataset.get_sampler(2, 1), dataset.get_sampler(2, 1)
     first = list(whole)

@@ -1,4 +1,4 @@
-"""How a training script ends: in one line for what is not a program's fault."""
+"""Tests that training scripts report user errors and full disks in one line."""
 
 import errno
 import logging
@@ -38,7 +38,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_user_errors_are_one_line(name):
+def test_user_errors_are_reported_in_one_line(name):
     error, text = LINES[name]
     with pytest.raises(SystemExit, match=text) as caught, ending_in_one_line("runs"):
         raise error

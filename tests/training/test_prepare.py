@@ -1,4 +1,4 @@
-"""`nemo-lfr prepare`: miniature archives in their published layouts, broken files, interruption."""
+"""Tests of `nemo-lfr prepare`: small corpora in their published layouts, broken files and interruption."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def manifest(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_layout_is_tried():
+def test_every_layout_is_tested():
     assert {*MAKE, "table"} == {*LAYOUTS}
 
 
@@ -131,7 +131,7 @@ def test_file_that_needs_an_extra_fails_alone(tmp_path, monkeypatch, check):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
-def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
+def test_a_name_that_is_not_utf8_survives_the_manifest(tmp_path):
     (tmp_path / "corpus").mkdir()
     name = os.fsdecode(b"a\xff.wav")
     with open(tmp_path / "corpus" / name, "wb") as file:
@@ -141,7 +141,7 @@ def test_a_name_that_is_not_utf8_comes_back_out_of_the_manifest(tmp_path):
     assert recording.path == tmp_path / "corpus" / name
 
 
-def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
+def test_a_resumed_run_opens_only_the_remaining_files(tmp_path, monkeypatch):
     folder(tmp_path / "corpus")
     opened = []
     duration = module._decoded_duration
@@ -157,7 +157,7 @@ def test_an_interrupted_run_opens_only_what_it_had_not(tmp_path, monkeypatch):
         prepare("folder", tmp_path / "corpus", tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "train.json").exists()
     with open(tmp_path / "out" / module.JOURNAL, "a") as journal:
-        journal.write('["7.wa')  # what a kill leaves
+        journal.write('["7.wa')  # the state after a kill
     monkeypatch.setattr(module, "_decoded_duration", lambda *path: opened.append(path[1]) or duration(*path))
     prepare("folder", tmp_path / "corpus", tmp_path / "out", workers=1)
     assert sorted(opened) == sorted(set(opened)) and len(opened) == 60
@@ -202,7 +202,7 @@ def test_failed_files_are_opened_again(tmp_path):
     assert result.kept == [tmp_path / "out" / "failures.jsonl"]
 
 
-def test_another_corpus_does_not_take_what_an_interrupted_run_had_opened(tmp_path, monkeypatch):
+def test_another_corpus_does_not_reuse_results_of_an_interrupted_run(tmp_path, monkeypatch):
     for name, seconds in (("a", 0.5), ("b", 1.0)):
         for index in range(3):
             audio(tmp_path / name / f"{index}.wav", seconds)
@@ -233,7 +233,7 @@ def test_hold_out_leaves_both_splits_nonempty(speakers, share):
     assert {utterance.split for utterance in hold_out(few, share)} == {"train", "valid"}
 
 
-def test_unpublished_corpus_layout_is_one_line(tmp_path, monkeypatch):
+def test_unpublished_corpus_layout_is_a_one_line_error(tmp_path, monkeypatch):
     librispeech(tmp_path / "corpus")
     monkeypatch.chdir(tmp_path / "corpus" / "LibriSpeech" / "dev-clean")
     assert "valid" in prepare("librispeech", Path("."), tmp_path / "out").splits
@@ -399,7 +399,7 @@ def test_files_are_decoded_to_their_end_unless_headers_are_trusted(tmp_path, kin
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
     assert failure["input"] == "b.flac" and failure["error"]
     prepare("folder", tmp_path / "corpus", tmp_path / "trusted", valid_share=0, check=False)
-    # The last frame of FLAC tells a cut without decoding.
+    # A truncated FLAC can be detected by its last frame, without decoding.
     assert len(manifest(tmp_path / "trusted" / "train.json")) == (1 if kind == "cut in the middle" else 2)
 
 

@@ -1,4 +1,4 @@
-"""Losses, spectra and initialization; `test_training_with_nemo.py` compares whole steps with stock."""
+"""Tests of losses, spectra and initialization; `test_training_with_nemo.py` compares whole steps with stock NeMo."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
 
 
 def test_mel_magnitudes_are_in_fp32_under_autocast():
-    """As in NeMo; in bf16 what is small beside the loss's guard would be lost."""
+    """NeMo does the same; bf16 would lose values much smaller than the log guard."""
     resolution, audio, filters = (256, 64, 256), speech(), torch.rand(7, 129)
     with torch.autocast("cpu", torch.bfloat16):
         found = Spectra(audio).mel(resolution, filters)
@@ -114,7 +114,7 @@ def test_si_sdr_equals_a_known_value():
     assert si_sdr(real, 3 * (real + 0.01 * noise)) == pytest.approx(expected, abs=1e-3)
 
 
-def test_adversarial_losses_are_their_formulas():
+def test_adversarial_losses_equal_their_formulas():
     real, gen = [torch.tensor([1.5, 0.5])], [torch.tensor([0.0, 3.0])]
     assert losses.generator_squared(gen) == pytest.approx((1 + 4) / 2)
     assert losses.generator_hinged(gen) == pytest.approx(0.5)
@@ -141,17 +141,17 @@ def test_unknown_losses_are_refused_by_name(key, value):
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
-def test_initialization_from_data_centres_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
+def test_initialization_from_data_centers_and_spreads_the_encoder_and_fills_the_codebooks(weight_norm):
     parts = build_parts(codec_config(), weight_norm=weight_norm)
     audio = torch.stack([torch.from_numpy(synthesize(1.86, seed)[: 40 * 1024]) for seed in range(6)])
     initialize_from_data(parts.encoder, parts.quantizer, parts.decoder, audio, encoded_spread=0.9)
     with torch.no_grad():
         encoded = parts.encoder.encode_frames(audio)
         _, tokens = parts.quantizer(encoded)
-    # Both are set on this very batch, so only float32 sums over 240 frames separate them.
+    # Both were set on this batch, so they differ only by the rounding of float32 sums over 240 frames.
     torch.testing.assert_close(encoded.std(dim=(0, 2)), torch.full((32,), 0.9), rtol=0, atol=1e-3)
     torch.testing.assert_close(encoded.mean(dim=(0, 2)), torch.zeros(32), rtol=0, atol=1e-3)
-    # 240 frames in 2016 entries of which a spread of 0.9 reaches most; a collapsed FSQ gives 1.
+    # 240 frames use many of the 2016 entries at a spread of 0.9; a collapsed FSQ would use one.
     assert min(len(codebook.unique()) for codebook in tokens) >= 100
 
 
@@ -171,7 +171,7 @@ def test_spread_loss_penalizes_constant_or_uncentered_dimensions():
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [((5, 1), (3, 1)), ((3, 9), (1, 2))])
 @pytest.mark.parametrize("pad_mode", ["reflect", "zeros"])
-def test_discriminators_convolutions_pad_as_they_say(kernel_size, stride, pad_mode):
+def test_discriminator_convolutions_pad_as_configured(kernel_size, stride, pad_mode):
     torch.manual_seed(0)
     layer = Conv2d(4, 6, kernel_size, stride, pad_mode=pad_mode).double()
     view = torch.randn(2, 4, 21, 14, dtype=torch.float64)

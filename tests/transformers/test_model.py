@@ -1,4 +1,7 @@
-"""Tests of `nemo_lfr.transformers`, with the assertions of the common tests of transformers, which its wheel lacks."""
+"""Tests of `nemo_lfr.transformers`.
+
+They repeat assertions of the common model tests of transformers, which its wheel does not contain.
+"""
 
 import copy
 import inspect

@@ -36,7 +36,7 @@ class Tab:
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._numbers, self._session = socket, itertools.count(1), None
-        self.problems: list[str] = []  # exceptions, and what the console and the log say
+        self.problems: list[str] = []  # exceptions, and messages of the console and the log
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "DOM"):

@@ -254,7 +254,7 @@ def test_the_page_may_only_load_its_own_files(page, server):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_both_sizes_and_has_no_serious_findings(page, tmp_path, scheme):
+def test_the_page_fits_both_window_sizes_and_has_no_serious_accessibility_findings(page, tmp_path, scheme):
     soundfile.write(tmp_path / f"{'a-long-name-' * 8}.wav", synthesize(1.0), RATE)
     page.choose("#file", next(tmp_path.glob("*.wav")))
     page.wait(SHOWN)
