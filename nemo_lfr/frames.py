@@ -23,7 +23,7 @@ def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
 
 @dataclass(frozen=True)
 class Context:
-    """Numbers of frames before and after a frame that its output depends on."""
+    """Numbers of frames before and after a frame that influence its output."""
 
     past: int
     future: int

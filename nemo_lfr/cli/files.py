@@ -88,7 +88,7 @@ def plan_tasks(
         if task.target in targets:
             raise NemoLfrError(f"{targets[task.target]} and {task.source} would both be written to {task.target}.")
         if task.target == task.source:
-            raise NemoLfrError(f"{task.source} would be replaced by its own result; pass --out.")
+            raise NemoLfrError(f"{task.source} is the same file as its output; pass --out.")
         targets[task.target] = task.source
     for line in passed_over:
         report(f"nemo-lfr: {line}")

@@ -62,8 +62,8 @@ class CodecFigures(TypedDict):
     """A checkpoint, a folder of ONNX files, or the bundled codec, as described by `info`.
 
     Attributes:
-        encoder_context_frames: frames before and after a frame that its tokens depend on.
-        decoder_context_frames: frames before and after a frame that its audio depends on.
+        encoder_context_frames: numbers of frames before and after each frame that influence its tokens.
+        decoder_context_frames: numbers of frames before and after each frame that influence its decoded audio.
         encoder_parameters: number of parameters; None for ONNX files.
         decoder_parameters: number of parameters; None for ONNX files.
         file_bytes: size of the checkpoint; None for ONNX files.

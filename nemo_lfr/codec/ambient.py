@@ -69,7 +69,7 @@ class ProcessSetting:
                     self._changed.notify_all()
 
     def differs(self, wanted: Any) -> bool:
-        """Return whether `at` is needed: the value differs, or other threads use the setting."""
+        """Return whether `at(wanted)` must be entered: the value differs, or other threads are using the setting."""
         return self._users > 0 or self._get() != wanted
 
 
@@ -189,8 +189,7 @@ def check_weights(module: nn.Module, name: str) -> None:
         else:
             advice = (
                 "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "
-                "again, keep the codec out of .half(), .bfloat16() and .to(dtype) of the model around it, and for "
-                "speed pass "
-                'precision="bf16" or "fp16" to nemo_lfr.load'
+                "again, and do not call .half(), .bfloat16() or .to(dtype) on a model that contains the codec; for "
+                'speed, pass precision="bf16" or "fp16" to nemo_lfr.load'
             )
         raise NemoLfrError(f"{name}: the weights were converted to {dtype}; {advice}.")

@@ -228,7 +228,7 @@ class Codec(HubMethods, Generic[Array]):
         Raises:
             AudioError: if `source` cannot be read.
             EntropyModelError: if there is no entropy model for this codec.
-            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
+            NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
         """
         source, target = expand_home(source), expand_home(target)
         check_distinct(source, target)
@@ -260,15 +260,16 @@ class Codec(HubMethods, Generic[Array]):
             source: the `.lfr` file.
             target: the audio file.
             start: second to start at; only the frames that are needed are read.
-            duration: seconds; default: up to the original end. The result equals the same slice of the fully
-                decoded file.
+            duration: length of the segment in seconds; default: up to the end of the original recording. A segment
+                equals the same slice of the complete decoded file.
             overwrite: replace `target`.
             recover: decode the intact part of a damaged `source`.
-            entropy_model: model of a compressed file, or its path, if it is neither bundled nor next to the file.
+            entropy_model: entropy model of a compressed file, or the path of the model; needed only if the model is
+                neither bundled nor next to `source`.
 
         Raises:
             TokenFileError: if `source` is damaged or from another codec, or `start` lies after its end.
-            NemoLfrError: if `target` exists and `overwrite` is not set, or is `source`.
+            NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
         """
         source, target = expand_home(source), expand_home(target)
         check_distinct(source, target)

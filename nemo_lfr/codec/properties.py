@@ -80,12 +80,12 @@ class CodecProperties:
 
     @property
     def encoder(self) -> Any:
-        """Encoder: its `Limits`, and with PyTorch the module itself."""
+        """The encoder module of a PyTorch backend; of other backends, the `Limits` of the encoder."""
         return self.backend.encoder
 
     @property
     def decoder(self) -> Any:
-        """Decoder: its `Limits`, and with PyTorch the module itself."""
+        """The decoder module of a PyTorch backend; of other backends, the `Limits` of the decoder."""
         return self.backend.decoder
 
     @property

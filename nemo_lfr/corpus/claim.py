@@ -18,10 +18,10 @@ LENGTH = 32  # number of hex digits
 
 
 def claim(state: Path) -> str:
-    """Return the claim text of an output's state folder.
+    """Return the random text in an output's state folder that identifies the run that owns the output: its claim.
 
-    The folder and the text are created if they do not exist. Call this function while holding the lock of the output.
-    The parts of a run, which share the lock, get the same text.
+    The folder and the text are created if they do not exist. The caller must hold the lock of the output. All parts of
+    one run share the lock and get the same text.
 
     Args:
         state: the state folder of the output.

@@ -50,7 +50,7 @@ def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str
         NemoLfrError: if both paths are the same file, for instance through a link.
     """
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
-        raise NemoLfrError(f"{source} would be replaced by its own result; choose another target than {target}.")
+        raise NemoLfrError(f"{target} is the same file as the input {source}; choose another output path.")
 
 
 def open_temporary(path: Path) -> IO[bytes]:

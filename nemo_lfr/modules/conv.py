@@ -35,9 +35,9 @@ def convolve(
     """Compute `F.conv1d` with the implementation that is fastest on a CPU.
 
     In the deep layers of a short clip the weights are larger than the signal, and moving them dominates the run time.
-    Channels-last kernels copy the weights, and in training their gradients, into another layout on every call. For
-    even larger ratios oneDNN's convolutions are up to 8 times slower than a matrix product (1,536 outputs of 768 x 16
-    weights for 24 frames). An exported graph keeps `conv1d`, so that its runtime can choose.
+    Channels-last kernels copy the weights, and in training their gradients, into another layout on every call. If the
+    weights are larger still, oneDNN's convolutions are up to 8 times slower than a matrix product (for example, 1,536
+    outputs of 768 x 16 weights for 24 frames). An exported graph keeps `conv1d`, so that its runtime can choose.
 
     Args:
         hidden: [B, H_in, T].

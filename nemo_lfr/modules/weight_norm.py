@@ -23,8 +23,8 @@ class SumOrder(NamedTuple):
 
     Attributes:
         lanes: number of partial sums; partial sum k adds the numbers k, k + lanes, k + 2 * lanes, ...
-        halving: whether the partial sums are added by halves, instead of one after the other. Rows shorter than
-            `lanes` are always added one number after the other.
+        halving: whether the partial sums are added pairwise (the first half to the second half, repeatedly) instead of
+            one after the other. Rows shorter than `lanes` are always added one number after the other.
     """
 
     lanes: int

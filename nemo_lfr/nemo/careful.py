@@ -1,6 +1,6 @@
 """Iterators over NeMo and Lhotse manifests that skip malformed lines.
 
-A malformed line costs one clip instead of ending the training run. NeMo still builds the data, since its configs have
+A malformed line skips one clip; it does not end the training run. NeMo still builds the data, since its configs have
 many forms (lists, weights, groups, buckets). `make_careful` then finds the iterators that read lines in NeMo's result
 and changes each to one of the classes below. Shards of NeMo's tar files are still read by NeMo's own iterator. If it
 cannot skip a malformed line, the error names that line.

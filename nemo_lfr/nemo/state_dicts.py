@@ -82,8 +82,8 @@ class StateDicts(BaseModel):
             if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
                 raise CheckpointError(
                     f"the state dict belongs to another codec: {key} is "
-                    f"{shorten(state_dict[key].flatten().tolist())}, the model's is "
-                    f"{shorten(own[key].flatten().tolist())}."
+                    f"{shorten(state_dict[key].flatten().tolist())} in it, but "
+                    f"{shorten(own[key].flatten().tolist())} in the model."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
         if getattr(self, "discriminator", None) is None:

@@ -34,7 +34,7 @@ def register_component(component: ComponentClass, *, name: str | None = None) ->
 @overload
 def register_component(*, name: str) -> Callable[[ComponentClass], ComponentClass]: ...
 def register_component(component: Any = None, *, name: str | None = None) -> Any:
-    """Register a discriminator, loss or metric; usable as a class decorator.
+    """Register a discriminator, loss or metric; can be used as a class decorator.
 
     A class replaces an earlier class of the same name.
 

@@ -47,7 +47,7 @@ class NemoLfrConfig(PreTrainedConfig):
         Other keys of NeMo, such as losses and data, are left out; interpolations are resolved.
 
         Raises:
-            ConfigError: if the values are no valid config.
+            ConfigError: if the values are not a valid config.
         """
         known = set(PreTrainedConfig().to_dict()) | {"architectures", "model_type", "dtype"}
         values = {key: value for key, value in config_dict.items() if key in known}

@@ -314,9 +314,9 @@ def test_a_file_is_not_replaced_by_its_own_result_even_if_asked(small, tmp_path)
     before = (tmp_path / "a.wav").read_bytes()
     (tmp_path / "link.lfr").symlink_to("a.wav")
     for target in (tmp_path / "a.wav", tmp_path / "link.lfr"):
-        with pytest.raises(NemoLfrError, match=r"a\.wav would be replaced by its own result"):
+        with pytest.raises(NemoLfrError, match=r"is the same file as the input .*a\.wav"):
             small.encode_file(tmp_path / "a.wav", target, overwrite=True)
-        with pytest.raises(NemoLfrError, match="would be replaced by its own result"):
+        with pytest.raises(NemoLfrError, match="is the same file as the input"):
             small.decode_file(target, tmp_path / "a.wav", overwrite=True)
     assert (tmp_path / "a.wav").read_bytes() == before
 

@@ -22,7 +22,7 @@ _registered: dict[str, "type[OutputFormat]"] = {}
 
 
 def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
-    """Register an output format under its `name`; usable as a class decorator.
+    """Register an output format under its `name`; can be used as a class decorator.
 
     Define the class in a module that worker processes can import.
 

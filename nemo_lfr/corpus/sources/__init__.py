@@ -26,7 +26,7 @@ SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTabl
 
 
 def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
-    """Register a kind of input, which takes precedence; usable as a class decorator.
+    """Register a kind of input; it is tried before earlier ones. Can be used as a class decorator.
 
     Define the class in a module that worker processes can import.
     """

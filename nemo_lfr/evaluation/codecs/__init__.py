@@ -16,7 +16,7 @@ _registered: dict[str, "type[ComparedCodec]"] = {}
 
 
 def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
-    """Register a codec under its `kind`; usable as a class decorator.
+    """Register a codec under its `kind`; can be used as a class decorator.
 
     Args:
         codec: class of the codec.

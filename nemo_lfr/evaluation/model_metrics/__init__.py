@@ -30,7 +30,7 @@ class OpenedModels(NamedTuple):
 
 
 def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
-    """Register a model metric under its `kind`; usable as a class decorator.
+    """Register a model metric under its `kind`; can be used as a class decorator.
 
     Args:
         metric: class of the model metric.

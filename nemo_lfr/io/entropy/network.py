@@ -124,7 +124,7 @@ class Network(nn.Module):
         return value + (rounded - value).detach()
 
     def activate(self, sums: torch.Tensor) -> torch.Tensor:
-        """Apply the activation function, with rounding after `round_from_here`."""
+        """Apply the activation function; once `round_from_here` has been called, also round the result."""
         hidden = sums.clamp(0, HIDDEN_MAX * 2.0**-HIDDEN_BITS)
         if self.exponents is None:
             return hidden
