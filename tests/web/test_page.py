@@ -200,6 +200,29 @@ def test_the_microphone_is_heard_through_the_streams(page, server):
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_microphone_that_is_not_needed_is_released(page, server, is_broken):
+    broken = "AudioWorklet.prototype.addModule = () => Promise.reject(new Error('broken'));"
+    page.run(f"""(() => {{
+        const media = navigator.mediaDevices;
+        const ask = media.getUserMedia.bind(media);
+        media.getUserMedia = async wanted => {{
+            await new Promise(resolve => (window.allow = resolve));
+            window.stream = await ask(wanted);
+            {broken if is_broken else ""}
+            return window.stream;
+        }}; }})()""")
+    page.click("#live-start")
+    page.wait("window.allow")
+    if not is_broken:
+        page.click("#live-start")
+        page.wait("document.getElementById('live-status').textContent === 'Stopped.'")
+    page.run("allow()")
+    page.wait("window.stream?.getTracks().every(track => track.readyState === 'ended')")
+    assert len(server.app.state.engine) == 0
+    assert page.run("document.getElementById('live-label').textContent") == "Start"
+
+
 def test_playback_waits_after_a_gap_and_skips_what_is_too_late(page):
     worklet = (PAGE / "playback-worklet.js").read_text(encoding="utf-8")
     heard, played = page.run(f"""(() => {{

@@ -49,8 +49,10 @@ export class Loopback {
       const playback = new AudioWorkletNode(this.speaker, "playback", { numberOfInputs: 0, outputChannelCount: [1], processorOptions });
       playback.connect(this.speaker.destination);
       playback.port.onmessage = ({ data }) => (this.played = data / info.sampleRate);
-      this.microphone = await Microphone.open((samples) => this.capture(samples));
-      this.connect(playback, this.microphone.sampleRate);
+      const microphone = await Microphone.open((samples) => this.capture(samples));
+      if (this.isClosed) return await microphone.close(); // the user pressed Stop before allowing it
+      this.microphone = microphone;
+      this.connect(playback, microphone.sampleRate);
       await this.speaker.resume();
     } catch (error) {
       await this.close();

@@ -33,14 +33,29 @@ export class Microphone {
       const isRefused = error instanceof DOMException && error.name === "NotAllowedError";
       throw new UserError(isRefused ? "The browser was not allowed to use the microphone." : "No microphone was found.");
     }
-    const context = new AudioContext();
+    const microphone = new Microphone(stream, new AudioContext());
+    try {
+      await microphone.start(onSamples);
+    } catch (error) {
+      await microphone.close();
+      throw error;
+    }
+    return microphone;
+  }
+
+  /**
+   * Start to pass samples on.
+   *
+   * @param {(samples: Float32Array) => void} onSamples
+   */
+  async start(onSamples) {
+    const { context, stream } = this;
     await context.audioWorklet.addModule(new URL("./capture-worklet.js", import.meta.url));
     const capture = new AudioWorkletNode(context, "capture", { numberOfOutputs: 1, channelCount: 1, channelCountMode: "explicit" });
     capture.port.onmessage = ({ data }) => onSamples(data);
     // The worklet's output is silent. Without a path to the destination, some browsers do not run it.
     context.createMediaStreamSource(stream).connect(capture).connect(context.destination);
     await context.resume();
-    return new Microphone(stream, context);
   }
 
   /** Stop recording. */
