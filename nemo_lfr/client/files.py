@@ -93,8 +93,7 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
     body = audio if isinstance(audio, bytes) else Path(audio).read_bytes()
     address = "/v1/encode?format=json"
     values = _json(server, server.retry(lambda: _request(server, address, body, {"Content-Type": "audio/*"})))
-    tokens = np.array(values.get("tokens", []), np.int32).reshape(len(values.get("tokens", [])), -1).T
-    return _record(server, EncodedFile, values | {"tokens": tokens})
+    return _record(server, EncodedFile, values | {"tokens": _tokens(server, values.get("tokens"))})
 
 
 def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_format: AudioFormat) -> bytes:
@@ -155,6 +154,19 @@ def _json(server: Server, content: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ServerError(f"{server.url} does not answer with JSON; is it the address of `nemo-lfr serve`?")
     return values
+
+
+def _tokens(server: Server, frames: Any) -> np.ndarray:
+    """Return the tokens [C, T_encoded] of a response, which lists them frame by frame."""
+    if frames == []:  # an empty recording; the list does not tell the number of codebooks
+        return np.zeros((get_info(server).num_codebooks, 0), np.int32)
+    try:
+        tokens = np.array(frames, np.int32)
+    except (ValueError, TypeError, OverflowError):
+        tokens = np.zeros(0, np.int32)
+    if tokens.ndim != 2:
+        raise ServerError(f"{server.url} does not report tokens; is it the address of `nemo-lfr serve`?")
+    return tokens.T
 
 
 def _record(server: Server, kind: type[R], values: dict[str, Any]) -> R:

@@ -143,6 +143,14 @@ def test_an_empty_recording_has_an_empty_result(server):
         assert stream.push(np.zeros(0)).shape == (8, 0) and stream.flush().shape == (8, 0)
 
 
+def test_an_empty_file_has_no_frames(server):
+    content = io.BytesIO()
+    soundfile.write(content, np.zeros(0), 22050, format="WAV")
+    encoded = client_of(server).encode_file(content.getvalue())
+    assert encoded.tokens.shape == (8, 0) and encoded.tokens.dtype == np.int32 and encoded.num_samples == 0
+    assert len(soundfile.read(io.BytesIO(client_of(server).decode(encoded.tokens, 0)))[0]) == 0
+
+
 @pytest.mark.parametrize(
     ("kind", "items", "error"),
     [
@@ -267,15 +275,16 @@ def test_an_unreachable_server_raises_server_lost_error(tokens):
 
 
 class OtherServer(BaseHTTPRequestHandler):
-    """A different HTTP server: it answers requests for `/` with text, and others with 404."""
+    """A server that answers some requests with text or odd tokens, and others with 404."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.send_response(200 if self.path == "/mounted/v1/info" else 404)
-        self.send_header("Content-Length", "2")
+        self.send_response(200 if self.path.startswith(("/mounted/v1/info", "/odd/")) else 404)
+        content = b'{"tokens": [[1], [2, 3]], "num_samples": 9}' if self.path.startswith("/odd/") else b"hi"
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(b"hi")
+        self.wfile.write(content)
         self.close_connection = True
 
     do_POST = do_GET
@@ -292,6 +301,8 @@ def test_another_server_is_recognized(tokens):
             check_all(url, tokens, ServerRefusedError, "404")
             with pytest.raises(ServerError, match="is it the address of"):
                 Client(url + "/mounted/").info()
+            with pytest.raises(ServerError, match="does not report tokens"):
+                Client(url + "/odd").encode_file(b"")
         finally:
             other.shutdown()
 
