@@ -128,8 +128,10 @@ def write_new(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in NO_LINKS or os.path.lexists(path):
+            if error.errno not in NO_LINKS:
                 raise
+            if os.path.lexists(path):
+                return False
             os.replace(file.name, path)
         finally:
             Path(file.name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Tests of atomic writing: a file is complete or absent, leftovers are removed, and links are not followed."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nemo_lfr.io.atomic import open_temporary, replacing, sweep, write_bytes, writing_folder
+from nemo_lfr.io.atomic import open_temporary, replacing, sweep, write_bytes, write_new, writing_folder
 
 HOLD = """
 import sys
@@ -123,3 +124,16 @@ def test_temporary_folders_of_killed_runs_are_removed(tmp_path):
     with writing_folder(tmp_path) as folder:
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_is_written_once_with_and_without_hard_links(tmp_path, monkeypatch, has_links):
+    if not has_links:
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a"
+    assert write_new(path, b"first") and not write_new(path, b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a"]
