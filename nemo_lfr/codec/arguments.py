@@ -205,6 +205,18 @@ def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
     raise _not_finite(name, spec, "encoder", f"clip {row}")
 
 
+def check_latents(encoded: Any, spec: CodecSpec, name: str) -> None:
+    """Raise NemoLfrError if encoded vectors [B, D, T] are NaN or infinite."""
+    if not math.prod(encoded.shape) or _is_finite(encoded):
+        return
+    row = next(row for row, clip in enumerate(encoded) if not _is_finite(clip))
+    raise _not_finite(name, spec, "encoder", f"clip {row}")
+
+
+def _is_finite(values: Any) -> bool:
+    return math.isfinite(float(values.max())) and math.isfinite(float(values.min()))
+
+
 def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
     """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
     if not math.prod(audio.shape) or not math.isnan(float(audio.max())):

@@ -185,6 +185,17 @@ class DecoderStream(Stream, Protocol):
 
 
 @runtime_checkable
+class LatentBackend(Protocol[Array]):
+    """Additional methods of a backend that can return the vectors before and after FSQ."""
+
+    def encode_latents(self, audio: Array, num_frames: list[int]) -> Array:
+        """Encode whole frames to vectors before FSQ, [B, D, T] as float32; arguments as in `Backend.encode_frames`."""
+
+    def quantize_latents(self, encoded: Array, num_frames: list[int]) -> Array:
+        """Apply FSQ to vectors [B, D, T]; the result is zero after each example's `num_frames`."""
+
+
+@runtime_checkable
 class StreamingBackend(Protocol):
     """Additional methods of a backend that can stream."""
 

@@ -5,13 +5,13 @@ Arrays are tensors or numpy arrays, depending on the backend; this module does n
 
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from typing import Any, Generic
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
-from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, StreamingBackend
+from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, LatentBackend, StreamingBackend
 from nemo_lfr.codec.clips import to_batch
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.cpu.malloc import trim_between_windows
@@ -25,6 +25,20 @@ from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import TokenReader, TokenWriter
+
+
+class Latents(NamedTuple):
+    """Vectors of frames before and after FSQ, zero after a clip's end.
+
+    Attributes:
+        encoded: output of the encoder, float32 [B, D, T_encoded], where D = num_codebooks * len(levels).
+        codes: the same after FSQ, [B, D, T_encoded]: the input of the decoder, on a grid in [-1, 1].
+        num_frames: frames of each clip, int64 [B].
+    """
+
+    encoded: Any
+    codes: Any
+    num_frames: Any
 
 
 class Codec(HubMethods, Generic[Array]):
@@ -93,6 +107,36 @@ class Codec(HubMethods, Generic[Array]):
                 place_windows(tokens, batch.places, results[:, :kept])
             self.check_encoded(tokens)
             return tokens, self._integers(totals)
+
+    @outside_of_graphs
+    def encode_latents(
+        self,
+        audio: object,
+        audio_len: Array | np.ndarray | list[int] | None = None,
+        sample_rate: int | None = None,
+    ) -> Latents:
+        """Encode audio to the vectors before and after FSQ, without gradients; arguments are those of `encode`.
+
+        Dimensions [k * len(levels), (k + 1) * len(levels)) belong to codebook k.
+
+        Raises:
+            AudioError: as `encode`.
+            NemoLfrError: if the encoder returns NaN or infinite values, or the backend only returns tokens.
+        """
+        backend, spec = self.backend, self.backend.spec
+        if not isinstance(backend, LatentBackend):
+            raise NemoLfrError(
+                f"{self.name}: {type(backend).__name__} only returns tokens; load the checkpoint with PyTorch."
+            )
+        with backend.computing():
+            waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
+            totals = [num_frames(length, self.samples_per_frame) for length in lengths]
+            shape = (len(totals), spec.num_codebooks * len(spec.levels), max(totals))
+            encoded = backend.arrays.zeros(shape, np.float32)
+            for batch in self._audio_cutter().batches(waves, lengths, totals):
+                place_windows(encoded, batch.places, backend.encode_latents(batch.inputs, batch.num_frames))
+            arguments.check_latents(encoded, spec, self.name)
+            return Latents(encoded, backend.quantize_latents(encoded, totals), self._integers(totals))
 
     @outside_of_graphs
     def decode(

@@ -203,16 +203,28 @@ class TorchBackend:
     def encode_frames(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
         """See `Backend.encode_frames`."""
         encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
-        check_weights(encoder, f"the encoder of {self.name}")
-        if is_altered(encoder):
-            with self.autocast():
-                encoded = run_encoder(encoder, audio, num_frames, width)
-            return quantize(self.quantizer, encoded.float())
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not is_altered(encoder):
+            check_weights(encoder, f"the encoder of {self.name}")
             return self._cuda_module(encoder)(audio, num_frames, width)
+        return quantize(self.quantizer, self.encode_latents(audio, num_frames))
+
+    @torch.no_grad()
+    def encode_latents(self, audio: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        """See `LatentBackend.encode_latents`."""
+        encoder, width = self.encoder, audio.shape[1] // self.spec.samples_per_frame
+        check_weights(encoder, f"the encoder of {self.name}")
         with self.autocast():
-            encoded = inference.encode_frames(encoder, audio, _ends(num_frames, width, encoder.min_frames))
-        return quantize(self.quantizer, encoded.float())
+            if is_altered(encoder) or self.device.type == "cuda":  # the GPU's kernels return tokens only
+                encoded = run_encoder(encoder, audio, num_frames, width)
+            else:
+                encoded = inference.encode_frames(encoder, audio, _ends(num_frames, width, encoder.min_frames))
+        return encoded.float()
+
+    @torch.no_grad()
+    def quantize_latents(self, encoded: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
+        """See `LatentBackend.quantize_latents`."""
+        codes: torch.Tensor = self.quantizer(encoded, torch.tensor(num_frames, device=encoded.device))[0]
+        return codes
 
     @torch.no_grad()
     def decode_frames(self, tokens: torch.Tensor, num_frames: list[int]) -> torch.Tensor:
