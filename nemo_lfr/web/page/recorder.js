@@ -50,6 +50,7 @@ export class Recorder {
     const microphone = this.microphone;
     if (!microphone) return;
     this.microphone = null;
+    byId("record", HTMLButtonElement).disabled = true; // until the recording is encoded: a second click starts none
     await microphone.close();
     this.showState();
     const samples = new Float32Array(this.blocks.reduce((length, block) => length + block.length, 0));
