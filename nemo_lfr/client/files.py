@@ -117,15 +117,27 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     return server.retry(lambda: _request(server, f"/v1/decode?format={audio_format}", body, headers))
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Handler that follows no redirect: urllib would send the access token, but not the file, to the other address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return no request; the response is then an error."""
+
+
 def _request(server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None) -> bytes:
     request = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
-    handlers = [urllib.request.ProxyHandler({})] if server.is_local else []
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    handlers += [urllib.request.ProxyHandler({})] if server.is_local else []
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=server.timeout) as response:
             content: bytes = response.read()
             return content
     except urllib.error.HTTPError as error:
         with error:
+            target = error.headers.get("Location")
+            if target and 300 <= error.code < 400:
+                message = f"{server.url} redirects to {shorten(target, 300)}; pass that address."
+                raise ServerRefusedError(message) from None
             raise _refusal(server, error.code, error.read(100_000)) from None
     except urllib.error.URLError as error:
         raise server.lost(error.reason) from error

@@ -293,6 +293,27 @@ class OtherServer(BaseHTTPRequestHandler):
         pass
 
 
+def test_a_redirect_is_refused_and_gets_no_token(server):
+    class Redirecting(OtherServer):
+        def do_GET(self):
+            self.send_response(307)
+            self.send_header("Location", server.url(self.path))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as other:
+        threading.Thread(target=other.serve_forever).start()
+        try:
+            client = Client(f"http://127.0.0.1:{other.server_port}", token="secret")
+            for call in (client.info, lambda: client.encode_file(b""), lambda: client.decode(np.zeros((8, 1), int))):
+                with pytest.raises(ServerRefusedError, match=r"redirects to http.*; pass that address"):
+                    call()
+        finally:
+            other.shutdown()
+
+
 def test_another_server_is_recognized(tokens):
     with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
         threading.Thread(target=other.serve_forever).start()
