@@ -162,7 +162,7 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
         return
     folder = state / FOLDER
     if folder.is_symlink():
-        raise NemoLfrError(f"{folder}: is a link, which is not followed; remove it, or choose another --out.")
+        raise NemoLfrError(f"{folder}: is a link, and links are not followed; remove it, or choose another --out.")
     folder.mkdir(exist_ok=True)
     count_file = folder / COUNT_FILE
     write_new(count_file, str(part.count).encode())

@@ -214,7 +214,7 @@ def test_a_journal_that_is_a_link_is_not_followed(name, command, tmp_path, capsy
     journal.unlink(missing_ok=True)
     journal.symlink_to(victim)
     code, _, err = run(capsys, *command(name, out))
-    assert code == (2 if name == "prepare" else 1) and "is a link, which is not followed" in complaints(err)[0]
+    assert code == (2 if name == "prepare" else 1) and "is a link, and links are not followed" in complaints(err)[0]
     assert victim.read_text() == "precious"
 
 

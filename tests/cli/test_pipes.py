@@ -84,6 +84,7 @@ def test_command_that_waits_for_input_can_be_terminated(number):
     encoder = subprocess.Popen(
         [sys.executable, "-m", "nemo_lfr", "encode", "-", "-", "--block", "1"], stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, text=False,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job of a shell ignores SIGINT
     )  # fmt: skip
     assert encoder.stdin is not None and encoder.stdout is not None
     encoder.stdin.write(wav(speech_like(40 * FRAME))[: 44 + 2 * 30 * FRAME])

@@ -156,7 +156,7 @@ BAD = [
     (lambda: LAYOUTS["delay"].restore(np.zeros((2, 4), int)), TokensError, r"shape \[2, 4\]"),
     (lambda: LAYOUTS["interleaved"].restore(np.zeros((1, 1, 4), int)), TokensError, "this layout is for"),
     (lambda: unfold(np.zeros((4,), int), LEVELS), TokensError, r"pass \[..., C, T\]"),
-    (lambda: unfold(np.full((1, 2), 2016), LEVELS), TokensError, "hold 2016 entries"),
+    (lambda: unfold(np.full((1, 2), 2016), LEVELS), TokensError, "codebooks have 2016 entries"),
     (lambda: unfold(np.zeros((2, 2), int), [LEVELS] * 3), TokensError, "2 codebooks"),
     (lambda: unfold(np.zeros((2, 2), int), (1, 7)), TokensError, "at least 2"),
     (lambda: fold(np.full((4, 2), 7), LEVELS), TokensError, "outside the levels"),
