@@ -150,7 +150,7 @@ def _recording(
             audio = audio.get_all_samples()
         except Exception as error:  # of a decoder of another package
             raise AudioError(f"{name} cannot be decoded: {shorten(error, 200)}") from error
-    if hasattr(audio, "data") and hasattr(audio, "sample_rate"):
+    if hasattr(audio, "sample_rate") and hasattr(audio, "data"):
         _check_rates(audio.sample_rate, sample_rate, name)
         return _Recording(_mono(arrays, audio.data, name), audio.sample_rate)
     return None
