@@ -18,6 +18,8 @@ from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)
 
+_NODE_CHECK_S = 5.0
+
 
 def run_ray(
     config: TokenizeConfig,
@@ -81,7 +83,7 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
     """Assign all shards to the actors, and yield their records."""
     remaining, waiting = dict(tasks), deque(dict(tasks))
     while remaining:
-        (done, *_), _ = ray.wait([*pool.running, *pool.starting], num_returns=1)
+        done = _wait(ray, [*pool.running, *pool.starting])
         is_start = done in pool.starting
         index, number = (None, pool.starting.pop(done)) if is_start else pool.running.pop(done)
         try:
@@ -108,6 +110,22 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
                 if waiting:
                     index = waiting.popleft()
                     pool.run(number, index, remaining[index])
+
+
+def _wait(ray: Any, pending: list[Any]) -> Any:
+    """Return the first of several pending results that is available.
+
+    Actors that have not started yet stay pending, without an error, when the last node of their cluster dies.
+
+    Raises:
+        ConnectionError: if no node of the cluster is alive.
+    """
+    while True:
+        done, _ = ray.wait(pending, num_returns=1, timeout=_NODE_CHECK_S)
+        if done:
+            return done[0]
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise ConnectionError("no node is alive")
 
 
 class _Actors:

@@ -800,6 +800,21 @@ def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, 
 
 
 @pytest.mark.slow
+def test_driver_ends_if_the_last_node_dies_before_the_workers_start(many, model, tmp_path):
+    """Ray itself reports no error then; the actors stay pending."""
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
+    driver = start(many, tmp_path / "out", model, "--workers", 2, "--ray", "local")
+    while driver.poll() is None:
+        for pid in below(driver.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text() == "raylet\n":
+                    time.sleep(2.5)  # it has registered, and starts the first worker
+                    kill(pid)
+                    assert driver.wait(120) == 1
+    assert driver.returncode == 1
+
+
+@pytest.mark.slow
 def test_ray_gives_the_bytes_of_a_single_process_though_its_workers_die(many, model, tmp_path):
     ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
     tokenize(job(many, tmp_path / "whole", model, "parquet", shard_size=6), device="cpu", workers=1)
