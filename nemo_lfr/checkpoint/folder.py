@@ -25,7 +25,7 @@ from nemo_lfr.checkpoint.reader import Checkpoint
 from nemo_lfr.checkpoint.safetensors import write_tensors
 from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import sweep, write_bytes
+from nemo_lfr.io.atomic import check_overwrite, sweep, write_bytes
 from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, expand_home
 
 MODEL_TYPE = "nemo_lfr"
@@ -91,8 +91,7 @@ def write_folder(
     folder = expand_home(folder)
     paths = [folder / name for name in (SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR)]
     for path in paths:
-        if path.exists() and not overwrite:
-            raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+        check_overwrite(path, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder, [path.name for path in paths])
     write_tensors(paths[1], tensors)

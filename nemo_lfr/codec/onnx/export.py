@@ -19,8 +19,8 @@ from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import NemoLfrError, install_command
-from nemo_lfr.io.atomic import naming, writing_folder
+from nemo_lfr.errors import install_command
+from nemo_lfr.io.atomic import check_overwrite, naming, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
 
@@ -58,8 +58,7 @@ def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite:
     folder = expand_home(folder)
     targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
     for target in targets:
-        if target.exists() and not overwrite:
-            raise NemoLfrError(f"{target} exists; pass --overwrite (overwrite=True) to replace it.")
+        check_overwrite(target, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with building_state(torch.device("cpu")), backend.computing():
         _write(backend, targets)
