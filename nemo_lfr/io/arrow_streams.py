@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.io.bounded import BYTES_PER_BYTE, FREE_INPUT_BYTES, FREE_INPUT_VALUES, VALUES_PER_BYTE
+from nemo_lfr.io.bounded import is_implausible
 from nemo_lfr.io.shortage import require
 
 # Slots of the fields in Arrow's flatbuffers, and types of a message's header.
@@ -36,7 +36,7 @@ def check_stream(path: Path) -> None:
                 rows, expanded = rows + batch_rows, expanded + batch_bytes
     except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
         raise NemoLfrError(f"{path}: a damaged Arrow file ({shorten(error, 200)}).") from error
-    if rows > VALUES_PER_BYTE * size + FREE_INPUT_VALUES or expanded > BYTES_PER_BYTE * size + FREE_INPUT_BYTES:
+    if is_implausible(rows, expanded, size):
         raise NemoLfrError(
             f"{path}: claims {rows} rows, and compressed data of {expanded} bytes, in {size} bytes; the file is "
             "damaged or malicious."

@@ -74,6 +74,25 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return data
 
 
+def is_implausible(
+    values: int,
+    expanded: int,
+    size: int,
+    free_values: int = FREE_INPUT_VALUES,
+    free_bytes: int = FREE_INPUT_BYTES,
+) -> bool:
+    """Return whether data claims to expand to far more than real data does.
+
+    Args:
+        values: number of values or rows that it claims.
+        expanded: bytes that it claims to expand to.
+        size: its bytes in the file.
+        free_values: values that data of any size may have.
+        free_bytes: bytes that data of any size may expand to.
+    """
+    return values > VALUES_PER_BYTE * size + free_values or expanded > BYTES_PER_BYTE * size + free_bytes
+
+
 def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
     """Check that no column of a Parquet file expands to far more than a real one does, and that its counts agree.
 
@@ -93,7 +112,7 @@ def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
     for column in _column_chunks(metadata, range(metadata.num_row_groups)):
         size = column.total_compressed_size
         values, expanded = column.num_values, column.total_uncompressed_size
-        if values > VALUES_PER_BYTE * size + free_values or expanded > BYTES_PER_BYTE * size + free_bytes:
+        if is_implausible(values, expanded, size, free_values, free_bytes):
             raise NemoLfrError(
                 f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values of {expanded} bytes in "
                 f"{size} bytes; the file is damaged or malicious."

@@ -1,10 +1,10 @@
 """Health of an engine, for load balancers and supervisors."""
 
 import asyncio
+from contextlib import suppress
 
 import numpy as np
 
-from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.engine import Engine
 
 STALLED_S = 60.0  # a step takes well below a second, and a few seconds where it compiles kernels
@@ -25,12 +25,9 @@ async def find_fault(engine: Engine) -> str | None:
     if engine.step_s > STALLED_S:
         return f"a step has not returned for {engine.step_s:.0f} s."
     if engine.fault is not None:
-        try:
+        # The engine may be full, or the network may fail, with any error: it is then the engine's fault.
+        with suppress(Exception):
             await asyncio.wait_for(_decode_frame(engine), _PROBE_S)
-        except NemoLfrError:  # the engine is full, so that a probe must wait
-            pass
-        except Exception:  # any error of the network; it is the new fault
-            return engine.fault
     return engine.fault
 
 
