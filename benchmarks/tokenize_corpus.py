@@ -30,7 +30,7 @@ from benchmarks.measure import machine, ratios, spread
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.dataset import TokenDataset
 from nemo_lfr.corpus.run import Totals, tokenize
-from nemo_lfr.pretrained import find_checkpoint
+from nemo_lfr.io.hub import find_checkpoint
 from tests.models import RATE, stock_model, synthesize
 
 SHARD = 4

@@ -1,26 +1,14 @@
 """`load()`, which opens the bundled codec, a file, or a repository of the Hugging Face Hub."""
 
-import contextlib
 import logging
 import multiprocessing
 import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nemo_lfr.bundled import LFR, bundled_checkpoint, bundled_quality
-from nemo_lfr.codec.backends import OpenOptions, backend_of, find_opener
+from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
-from nemo_lfr.io.locate import (
-    MODEL_SUFFIXES,
-    check_path,
-    folder_files,
-    is_unpacked,
-    locate_checkpoint,
-    looks_local,
-)
-from nemo_lfr.io.shortage import check_address_space
+from nemo_lfr.io.hub import find_checkpoint as find_checkpoint  # its earlier place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,132 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BACKEND = "torch"
-# Model names in model cards and tutorials, and the Hub repositories that they refer to.
-ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
-
-
 embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
-
-
-def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """Return the local `.nemo` or checkpoint folder of a path, a Hub id or a known name.
-
-    Args:
-        source: path (see `locate_checkpoint`), Hub id or name; None for the bundled codec.
-        refresh: download again, even if the file is in the Hub's cache.
-
-    Raises:
-        CheckpointError: if it is neither a file nor a repository that is cached or can be downloaded.
-    """
-    if source is None:
-        return bundled_checkpoint()
-    check_path(source, CheckpointError)
-    text = os.fspath(source)
-    repository = ALIASES.get(text, text)
-    path = os.path.expanduser(text)
-    if os.path.lexists(path):
-        return locate_checkpoint(path)
-    if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
-        raise CheckpointError(f"{shorten(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
-    if repository not in LICENSES and looks_local(text):
-        # The owner's name is also a local folder. The repository is used only if it is already in the cache.
-        if (cached := _cached(repository)) is not None and not refresh:
-            return cached
-        first = text.partition("/")[0]
-        raise CheckpointError(
-            f"{text}: no such file in the folder {first!r}; if you mean a Hub repository, run from another folder, or "
-            f"download it first: hf download {text}"
-        )
-    return _download(repository, refresh)
-
-
-def _cached(repository: str) -> Path | None:
-    """Find the repository's only `.nemo`, or its unpacked checkpoint, in the Hub's cache; None if not found."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    # Errors of a damaged cache are ignored, so that the file is downloaded again.
-    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        return Path(hf_hub_download(repository, _usual_name(repository), local_files_only=True))
-    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        snapshot = Path(snapshot_download(repository, local_files_only=True))
-        found = sorted(snapshot.rglob("*.nemo"))
-        if len(found) == 1:
-            return found[0]
-        if not found and is_unpacked(snapshot):
-            return snapshot
-    found = _in_snapshot(repository)
-    usual = [path for path in found if path.name == _usual_name(repository)]
-    for candidates in (usual, found):
-        if len(candidates) == 1:
-            return candidates[0]
-    return None
-
-
-def _in_snapshot(repository: str) -> list[Path]:
-    """List the `.nemo` files of the only snapshot in the Hub's cache, or return the snapshot if it is unpacked.
-
-    A snapshot that was downloaded by its commit, or copied without links and references, has no branch name in the
-    cache, so the Hub's client does not find it.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "snapshots")
-    try:
-        snapshots = [path for path in folder.iterdir() if path.is_dir()]
-        if len(snapshots) != 1:
-            return []
-        return sorted(snapshots[0].rglob("*.nemo")) or [path for path in snapshots if is_unpacked(path)]
-    except OSError:
-        return []
-
-
-def _usual_name(repository: str) -> str:
-    """Return the usual name of a repository's `.nemo`, as in NeMo's `from_pretrained`."""
-    return repository.partition("/")[2] + ".nemo"
-
-
-def _download(repository: str, refresh: bool) -> Path:
-    """Return the repository's `.nemo` or checkpoint folder, from the Hub's cache or by download."""
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        if not refresh and (cached := _cached(repository)) is not None:
-            return cached
-        if repository in LICENSES:
-            logger.warning("%s: these weights are under %s.", repository, LICENSES[repository])
-        try:
-            return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
-        except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available
-            raise
-        except EntryNotFoundError:
-            names = list_repo_files(repository)
-            found = [file for file in names if file.endswith(".nemo")]
-            if not found and (files := folder_files(names)):
-                return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
-            if len(found) != 1:
-                raise CheckpointError(
-                    f"{repository}: contains {len(found)} .nemo files, expected one: {found}."
-                ) from None
-            return Path(hf_hub_download(repository, found[0], force_download=refresh))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
-        if len(cached_files := _in_snapshot(repository)) > 1:
-            listing = shorten(", ".join(path.name for path in cached_files), 200)
-            raise CheckpointError(
-                f"{repository}: its copy in the Hub's cache contains {len(cached_files)} .nemo files ({listing}), and "
-                f"the Hub cannot be reached; pass the path of one of them, in {cached_files[0].parent}."
-            ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{repository}: could not be downloaded from the Hub and is not in the local cache ({reason}); check the "
-            "name and the network, or pass the path of a downloaded .nemo file."
-        ) from error
 
 
 @overload
@@ -215,28 +78,9 @@ def load(
         NemoLfrError: for an unknown device, precision or backend, or a backend that cannot open `source`.
         MissingExtraError: if PyTorch, or ONNX Runtime for ONNX files, is not installed.
     """
-    if source is not None:
-        check_path(source, CheckpointError)
-    path = Path(os.path.expanduser(source)) if source else None
-    owner = None if path is None else backend_of(path)
-    chosen = backend or owner or DEFAULT_BACKEND
-    opener = find_opener(chosen)
-    if opener.accepts is None and owner is not None:
-        raise NemoLfrError(
-            f"{source}: {find_opener(owner).model}; backend {chosen!r} needs the checkpoint that it was made from."
-        )
-    if opener.accepts is not None and (path is None or not opener.accepts(path)):
-        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {source} is not; {opener.advice}.")
-    options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
-    if opener.check is not None:
-        opener.check(options)
-    if path is None or opener.accepts is None:
-        path = find_checkpoint(source)
-        check_address_space()
-    codec = Codec(opener.open(path, options))
+    codec = Codec(open_backend(source, device, precision, backend))
     # A worker process would repeat the line of the process that started it.
     if source is None and multiprocessing.parent_process() is None:
         text = "using the bundled codec (%s); NVIDIA's weights, for non-commercial use, are the model %s"
         logger.warning(text, bundled_quality(), LFR)
-    logger.info("opened %s on %s in %s", codec.name, codec.device, codec.precision)
     return codec

@@ -1,6 +1,6 @@
 """Tests that imports follow the order of `ORDER` and have no cycles, among folders and among files.
 
-Imports in functions and imports for type checkers are included.
+Imports in functions, imports for type checkers, and imports by a name in a string are included.
 """
 
 import ast
@@ -88,6 +88,12 @@ def imported_modules(node: ast.AST, path: Path) -> Iterator[str]:
             base = [PACKAGE.name, *folder.relative_to(PACKAGE).parts, *base]
         if base[0] == PACKAGE.name:
             yield from (resolve([*base[1:], alias.name]) for alias in node.names)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+        for text in ast.walk(node):
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                base = [part for part in text.value.split(".") if part]
+                if base[:1] == [PACKAGE.name]:
+                    yield resolve(base[1:])
 
 
 def all_imports() -> list[Import]:
@@ -159,6 +165,9 @@ def test_imports_form_no_cycle(folder):
         ("from .. import frames", {"frames"}),
         ("def f():\n    from nemo_lfr.frames import Window", {"frames"}),
         ("if TYPE_CHECKING:\n    import nemo_lfr.frames", {"frames"}),
+        ("import_module('nemo_lfr.pretrained').load()", {"pretrained"}),
+        ("importlib.import_module(f'nemo_lfr.codec.{name}')", {"codec.__init__"}),
+        ("__import__('nemo_lfr.errors', fromlist=['x'])", {"errors"}),
         ("import nemo, torch", set()),
     ],
 )

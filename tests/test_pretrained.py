@@ -17,15 +17,16 @@ import soundfile
 import torch
 
 import nemo_lfr
+from nemo_lfr.bundled import LFR, bundled_checkpoint
 from nemo_lfr.checkpoint import reader, split_weight_norm, write_checkpoint
 from nemo_lfr.checkpoint.folder import export_safetensors
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.io.hub import ALIASES, find_checkpoint
 from nemo_lfr.io.locate import looks_local
 from nemo_lfr.io.manifests import read_manifest
-from nemo_lfr.pretrained import ALIASES, LFR, bundled_checkpoint, find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import cached_codec, codec_config, synthesize
 

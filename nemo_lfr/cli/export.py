@@ -32,7 +32,7 @@ def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict
     Weights have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained of transformers.
     """
     from nemo_lfr.checkpoint.folder import export_safetensors
-    from nemo_lfr.pretrained import find_checkpoint
+    from nemo_lfr.io.hub import find_checkpoint
 
     open_codec(model, "cpu", "fp32")  # validates the model, and names the default one
     paths = export_safetensors(find_checkpoint(model), out, overwrite=overwrite)

@@ -151,7 +151,8 @@ def _describe_audio(path: Path) -> AudioFigures:
 
 def _describe_codec(text: str | None) -> CodecFigures:
     from nemo_lfr.codec.backends import is_exported
-    from nemo_lfr.pretrained import find_checkpoint, load
+    from nemo_lfr.io.hub import find_checkpoint
+    from nemo_lfr.pretrained import load
 
     codec = load(text, "cpu")
     begin_work()

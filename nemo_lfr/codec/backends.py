@@ -10,6 +10,7 @@ argument of `register`.
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,14 +21,19 @@ from typing import TYPE_CHECKING, Any
 from nemo_lfr.codec.backend import Backend
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.codec.onnx import DECODER, ENCODER
-from nemo_lfr.errors import NemoLfrError, shorten
-from nemo_lfr.io.shortage import missing_extra
+from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
+from nemo_lfr.io.hub import find_checkpoint
+from nemo_lfr.io.locate import check_path
+from nemo_lfr.io.shortage import check_address_space, missing_extra
 from nemo_lfr.plugins import load_plugin, plugin_names
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 ENTRY_POINTS = "nemo_lfr.backends"
+DEFAULT = "torch"
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,36 @@ def find_opener(name: str) -> Opener:
 def backend_of(path: Path) -> str | None:
     """Return the name of the backend that accepts a local path, or None."""
     return next((name for name, opener in _OPENERS.items() if opener.accepts and opener.accepts(path)), None)
+
+
+def open_backend(
+    source: str | os.PathLike[str] | None = None,
+    device: "str | torch.device | None" = None,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Backend[Any]:
+    """Open a model with one of the backends; arguments and errors are those of `nemo_lfr.load`."""
+    if source is not None:
+        check_path(source, CheckpointError)
+    path = Path(os.path.expanduser(source)) if source else None
+    owner = None if path is None else backend_of(path)
+    chosen = backend or owner or DEFAULT
+    opener = find_opener(chosen)
+    if opener.accepts is None and owner is not None:
+        raise NemoLfrError(
+            f"{source}: {find_opener(owner).model}; backend {chosen!r} needs the checkpoint that it was made from."
+        )
+    if opener.accepts is not None and (path is None or not opener.accepts(path)):
+        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {source} is not; {opener.advice}.")
+    options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
+    if opener.check is not None:
+        opener.check(options)
+    if path is None or opener.accepts is None:
+        path = find_checkpoint(source)
+        check_address_space()
+    opened = opener.open(path, options)
+    logger.info("opened %s on %s in %s", opened.name, opened.device, opened.spec.precision)
+    return opened
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:

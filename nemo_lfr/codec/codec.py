@@ -5,13 +5,13 @@ Arrays are tensors or numpy arrays, depending on the backend; this module does n
 
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemo_lfr.codec import arguments
 from nemo_lfr.codec.arrays import Array, to_numpy
-from nemo_lfr.codec.backend import Backend, DecoderStream, EncoderStream, LatentBackend, StreamingBackend
+from nemo_lfr.codec.backend import DecoderStream, EncoderStream, LatentBackend, StreamingBackend
 from nemo_lfr.codec.clips import to_batch
 from nemo_lfr.codec.compiling import outside_of_graphs
 from nemo_lfr.codec.cpu.malloc import trim_between_windows
@@ -41,7 +41,7 @@ class Latents(NamedTuple):
     num_frames: Any
 
 
-class Codec(HubMethods, Generic[Array]):
+class Codec(HubMethods[Array]):
     """Codec over any backend. It accepts numpy arrays and the backend's, and returns the backend's.
 
     Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. Batches are
@@ -55,12 +55,6 @@ class Codec(HubMethods, Generic[Array]):
         backend: computes whole frames.
         chunk_frames: may be changed at any time; results do not depend on it.
     """
-
-    backend: Backend[Array]
-
-    def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
-        self.backend = backend
-        self.chunk_frames = chunk_frames or backend.batching.chunk_frames
 
     def __repr__(self) -> str:
         return (
@@ -332,22 +326,6 @@ class Codec(HubMethods, Generic[Array]):
                     writer.write(piece)
                     remaining -= len(piece)
         return last - first
-
-    def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
-        """Check clips and convert them to float32 [B, T_audio]; see `nemo_lfr.codec.arguments.check_audio`."""
-        return arguments.check_audio(self.backend.arrays, audio, audio_len)
-
-    def check_tokens(self, tokens: object, tokens_len: object = None) -> tuple[Array, list[int]]:
-        """Check tokens and convert them to int64 [B, C, T]; see `nemo_lfr.codec.arguments.check_tokens`."""
-        return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
-
-    def check_encoded(self, tokens: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
-        arguments.check_encoded(tokens, self.backend.spec, self.name)
-
-    def check_decoded(self, audio: Array | np.ndarray) -> None:
-        """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
-        arguments.check_decoded(audio, self.backend.spec, self.name)
 
     def _audio_cutter(self) -> Cutter:
         backend = self.backend

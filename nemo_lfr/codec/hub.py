@@ -3,12 +3,13 @@
 The mixin itself is composed, not inherited: it takes a second to import and rewrites the constructor's arguments.
 """
 
-import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_lfr.codec.properties import CodecProperties
+from nemo_lfr.codec.arrays import Array
+from nemo_lfr.codec.backends import open_backend
+from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG
 
@@ -29,7 +30,7 @@ Low Frame-rate Speech Codec, {description}.
 """
 
 
-class HubMethods(CodecProperties):
+class HubMethods(CodecBase[Array]):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
     @classmethod
@@ -62,9 +63,7 @@ class HubMethods(CodecProperties):
         download = {"force_download": force_download, "revision": revision, **download}
         if any(value not in (None, False) for value in download.values()) and not os.path.exists(source):
             source = _snapshot(os.fspath(pretrained_model_name_or_path), download)
-        # By name: `load` makes a `Codec`, so that an import would be circular.
-        codec: Any = importlib.import_module("nemo_lfr.pretrained").load(source, device, precision)
-        return cls(codec.backend)  # type: ignore[call-arg]
+        return cls(open_backend(source, device, precision))
 
     def save_pretrained(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nemo_lfr.codec.ambient import building_state
-from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.finite import quantize, to_audio
@@ -79,7 +79,7 @@ def graphs(backend: TorchBackend) -> tuple[Graph, Graph]:
     )
 
 
-def fp32_backend(codec: Codec[Any], target: str) -> TorchBackend:
+def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
     """Return the backend of a codec that can be exported.
 
     Args:
@@ -97,7 +97,7 @@ def fp32_backend(codec: Codec[Any], target: str) -> TorchBackend:
     return backend
 
 
-def export_programs(codec: Codec[Any]) -> Programs:
+def export_programs(codec: CodecBase[Any]) -> Programs:
     """Export both sides of a codec with `torch.export`, for ExecuTorch, AOTInductor and other compilers.
 
     The encoder maps audio [B, T * samples_per_frame] to int32 tokens [B, C, T], and the decoder int64 tokens [B, C, T]

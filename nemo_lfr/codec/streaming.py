@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nemo_lfr.codec.ambient import check_weights
-from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.stream_modules import StreamModules
 from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
@@ -38,7 +38,7 @@ class _Stream:
 
     def __init__(
         self,
-        codec: Codec[torch.Tensor],
+        codec: CodecBase[torch.Tensor],
         modules: StreamModules,
         context: int,
         min_frames: int,
@@ -82,7 +82,7 @@ class _Stream:
 class StreamEncoder(_Stream):
     """Streaming encoder of one recording; see `Codec.stream_encoder`."""
 
-    def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
+    def __init__(self, codec: CodecBase[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         encoder = modules.encoder
         items = codec.samples_per_frame, 1
         super().__init__(codec, modules, encoder.context.future, encoder.min_frames, items, lookahead)
@@ -151,7 +151,7 @@ class StreamEncoder(_Stream):
 class StreamDecoder(_Stream):
     """Streaming decoder of one recording; see `Codec.stream_decoder`."""
 
-    def __init__(self, codec: Codec[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
+    def __init__(self, codec: CodecBase[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
         decoder = modules.decoder
         items = 1, codec.samples_per_frame
         super().__init__(codec, modules, decoder.context.future, decoder.min_frames, items, lookahead)

@@ -11,7 +11,7 @@ from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.checkpoint.config import codec_values
 from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
 from nemo_lfr.codec.backend import Batching, Direction
-from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cpu.packed import has_bf16
 from nemo_lfr.codec.fingerprint import LENGTH, fingerprint, settings_of, weights_digest
@@ -249,11 +249,11 @@ class TorchBackend:
 
     # Streams.
 
-    def stream_encoder(self, codec: Codec[torch.Tensor], lookahead: int | None) -> StreamEncoder:
+    def stream_encoder(self, codec: CodecBase[torch.Tensor], lookahead: int | None) -> StreamEncoder:
         """See `Codec.stream_encoder`."""
         return StreamEncoder(codec, self, lookahead)
 
-    def stream_decoder(self, codec: Codec[torch.Tensor], lookahead: int | None) -> StreamDecoder:
+    def stream_decoder(self, codec: CodecBase[torch.Tensor], lookahead: int | None) -> StreamDecoder:
         """See `Codec.stream_decoder`."""
         return StreamDecoder(codec, self, lookahead)
 

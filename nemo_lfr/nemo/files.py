@@ -14,6 +14,7 @@ from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.devices import choose_device
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.atomic import writing_folder
+from nemo_lfr.io.hub import ALIASES, find_checkpoint
 from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
 from nemo_lfr.nemo.base import (
     DISCRIMINATOR,
@@ -25,7 +26,6 @@ from nemo_lfr.nemo.base import (
     logging,
 )
 from nemo_lfr.nemo.config import override_config
-from nemo_lfr.pretrained import ALIASES, find_checkpoint
 
 # Modules that `restore_from` has loaded. The constructor uses them instead of building random ones.
 READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)

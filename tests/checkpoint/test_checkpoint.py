@@ -45,7 +45,7 @@ from nemo_lfr.checkpoint.names import gain_of
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.pretrained import find_checkpoint
+from nemo_lfr.io.hub import find_checkpoint
 from tests.crash import killed_at_random_moments, on_a_full_disk
 from tests.models import KINDS, MODULES, build_codec, codec_config, random_parts, synthesize, write_nemo
 from tests.tiers import slow_except
@@ -847,7 +847,7 @@ MEMORY_SCRIPT = """
 import pathlib, resource, sys
 from nemo_lfr.checkpoint import read_checkpoint
 from nemo_lfr.errors import CheckpointError
-from nemo_lfr.pretrained import find_checkpoint
+from nemo_lfr.io.hub import find_checkpoint
 read_checkpoint(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(pathlib.Path(sys.argv[2]).iterdir()):

@@ -290,7 +290,7 @@ def test_verbose_shows_the_log_and_the_traceback_of_a_failure(folder, tmp_path, 
         capsys, "encode", folder / "mixed", "--out", tmp_path, "--model", folder / "tiny.nemo", "--verbose"
     )
     assert code == 1 and "nemo-lfr: debug: nemo_lfr: " in err and "Traceback" in err and "AudioError" in err
-    assert "x real time" in err and "nemo-lfr: info: nemo_lfr.pretrained: opened " in err
+    assert "x real time" in err and "nemo-lfr: info: nemo_lfr.codec.backends: opened " in err
 
 
 def test_info_of_one_file_has_its_keys_at_the_top_level(folder, capsys):

@@ -15,7 +15,7 @@ import torch
 
 from nemo_lfr._version import __version__
 from nemo_lfr.codec.ambient import building_state
-from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
@@ -27,7 +27,7 @@ from nemo_lfr.io.shortage import missing_extra
 OPSET = 20
 
 
-def export_onnx(codec: Codec[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Export a codec to encoder.onnx, decoder.onnx and codec.json in `folder`.
 
     The files are validated and written atomically. encoder.onnx maps audio [B, T * samples_per_frame] to int32 tokens

@@ -23,7 +23,7 @@ class StockNeMo(ComparedCodec):
 
         from nemo_lfr.checkpoint import read_config
         from nemo_lfr.codec.devices import choose_device
-        from nemo_lfr.pretrained import find_checkpoint
+        from nemo_lfr.io.hub import find_checkpoint
 
         path = find_checkpoint(options or None)
         read_config(path)  # reports an unsupported checkpoint in one line, where NeMo would fail later

@@ -1,16 +1,36 @@
-"""Properties of a codec that follow from its backend."""
+"""`CodecBase`: the properties of a codec, and the checks of its arguments and results.
+
+It is what streams and exports need of a codec. `Codec` adds all that encodes, decodes, loads and saves.
+"""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Generic, cast
 
+import numpy as np
+
+from nemo_lfr.codec import arguments
+from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backend import Backend
 from nemo_lfr.spec import CodecSpec, same_fingerprint
 
 
-class CodecProperties:
-    """Properties of a codec that follow from its backend."""
+class CodecBase(Generic[Array]):
+    """Properties of a codec that follow from its backend, and checks of arguments and results.
 
-    backend: Backend[Any]
+    Args:
+        backend: computes whole frames.
+        chunk_frames: frames of one window of long audio; default: as the backend prefers.
+
+    Attributes:
+        backend: computes whole frames.
+        chunk_frames: may be changed at any time; results do not depend on it.
+    """
+
+    backend: Backend[Array]
+
+    def __init__(self, backend: Backend[Array], *, chunk_frames: int | None = None) -> None:
+        self.backend = backend
+        self.chunk_frames = chunk_frames or backend.batching.chunk_frames
 
     @property
     def spec(self) -> CodecSpec:
@@ -92,3 +112,19 @@ class CodecProperties:
     def quantizer(self) -> Any:
         """Quantizer module of a PyTorch backend; other backends have none."""
         return cast(Any, self.backend).quantizer
+
+    def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:
+        """Check clips and convert them to float32 [B, T_audio]; see `nemo_lfr.codec.arguments.check_audio`."""
+        return arguments.check_audio(self.backend.arrays, audio, audio_len)
+
+    def check_tokens(self, tokens: object, tokens_len: object = None) -> tuple[Array, list[int]]:
+        """Check tokens and convert them to int64 [B, C, T]; see `nemo_lfr.codec.arguments.check_tokens`."""
+        return arguments.check_tokens(self.backend.arrays, self.backend.spec, tokens, tokens_len)
+
+    def check_encoded(self, tokens: Array | np.ndarray) -> None:
+        """Raise NemoLfrError if encoded tokens [B, C, T] are outside the codebook."""
+        arguments.check_encoded(tokens, self.backend.spec, self.name)
+
+    def check_decoded(self, audio: Array | np.ndarray) -> None:
+        """Raise NemoLfrError if decoded audio [B, T_audio] is NaN."""
+        arguments.check_decoded(audio, self.backend.spec, self.name)
