@@ -5,74 +5,100 @@ those of the whole recording for any chunk size. A frame is returned as soon as 
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from nemo_lfr.codec.cpu.network import slope_of
+from nemo_lfr.codec.cpu.products import StreamWeights
 from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 
-@dataclass(frozen=True)
-class LayerState:
-    """State of a layer: the inputs [B, H, n] it still needs, and whether it has started."""
+class LayerState(NamedTuple):
+    """State of a layer: the inputs [B, n, H] that it still needs, and whether it has produced output."""
 
     items: torch.Tensor
     started: bool = False
 
 
-# The state of a whole network, by layer. Tensors in it are replaced, never changed, so that a copy is a snapshot.
-State = dict[Hashable, LayerState]
+class Slot(NamedTuple):
+    """Place of one layer's state in that of a network: n items of H channels."""
+
+    layer: Hashable
+    num_items: int
+    channels: int
+    started: bool
+
+
+class State(NamedTuple):
+    """State of a network for one stream.
+
+    One tensor holds the items of all layers, so that joining the states of a batch is one copy. It is replaced, never
+    changed.
+
+    Attributes:
+        slots: layers in the order of `values`.
+        values: items of all layers, [N].
+    """
+
+    slots: tuple[Slot, ...] = ()
+    values: torch.Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class StreamOps:
     """Operations on one chunk, which read and update the state of each layer.
 
-    Signals are tensors [B, H, n], n >= 0: the items that have become available.
+    Signals are tensors [B, n, H], n >= 0: the items that have become available.
 
     Args:
-        state: state of the layers; changed in place.
-        last: the recording ends with this chunk.
+        state: state of each layer; changed in place.
+        last: the recordings end with this chunk.
+        weights: convolutions of the layers.
     """
 
-    def __init__(self, state: State, last: bool) -> None:
-        self.state, self.last = state, last
+    def __init__(self, state: dict[Hashable, LayerState], last: bool, weights: StreamWeights) -> None:
+        self.state, self.last, self.weights = state, last, weights
 
     def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
         """Return the outputs whose inputs are complete."""
-        new = signal if activation is None else activation(signal)
-        hidden, started = self._join(layer, new)
+        return self._conv(layer, signal, activation)
+
+    def _conv(
+        self, layer: Conv1d, signal: torch.Tensor, before: CodecActivation | None, slope: float = 1.0
+    ) -> torch.Tensor:
+        """Activate and convolve, and apply a leaky ReLU of this slope to the outputs."""
+        hidden, started = self._join(layer, signal if before is None else _activate(before, signal))
         stride = layer.conv.stride[0]
-        if not started and (self.last or hidden.shape[2] >= layer.min_length):
-            started = hidden.shape[2] > 0
-            hidden = layer.pad_ends(hidden, last=False) if started else hidden
+        if not started and (self.last or hidden.shape[1] >= layer.min_length):
+            started = hidden.shape[1] > 0
+            hidden = _pad_ends(layer, hidden, last=False) if started else hidden
         if started and self.last:
-            hidden = layer.pad_ends(hidden, first=False)
-        num_outputs = (hidden.shape[2] - layer.span) // stride + 1 if started and hidden.shape[2] >= layer.span else 0
-        self.state[layer] = LayerState(hidden[:, :, num_outputs * stride :], started)
+            hidden = _pad_ends(layer, hidden, first=False)
+        num_outputs = (hidden.shape[1] - layer.span) // stride + 1 if started and hidden.shape[1] >= layer.span else 0
+        self.state[layer] = LayerState(hidden[:, num_outputs * stride :], started)
         if not num_outputs:
-            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-        return layer.convolve(hidden[:, :, : (num_outputs - 1) * stride + layer.span])
+            return signal.new_zeros(signal.shape[0], 0, layer.conv.out_channels)
+        return self.weights.convolve(layer, hidden[:, : (num_outputs - 1) * stride + layer.span], slope)
 
     def upsample(self, layer: ConvTranspose1d, signal: torch.Tensor, activation: CodecActivation) -> torch.Tensor:
         """Return the outputs between available inputs, which later inputs do not change."""
-        new: torch.Tensor = activation(signal)
-        hidden, started = self._join(layer, new)
+        hidden, started = self._join(layer, _activate(activation, signal))
         if not started:
-            if not hidden.shape[2]:
-                return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-            hidden = F.pad(hidden, (1, 0))
+            if not hidden.shape[1]:
+                return signal.new_zeros(signal.shape[0], 0, layer.conv.out_channels)
+            hidden = F.pad(hidden, (0, 0, 1, 0))
         if self.last:
-            hidden = F.pad(hidden, (0, 1))
-        self.state[layer] = LayerState(hidden[:, :, -1:], True)
-        if hidden.shape[2] < 2:
-            return new.new_zeros(new.shape[0], layer.conv.out_channels, 0)
-        out = layer.overlap(hidden)
+            hidden = F.pad(hidden, (0, 0, 0, 1))
+        self.state[layer] = LayerState(hidden[:, -1:], True)
+        if hidden.shape[1] < 2:
+            return signal.new_zeros(signal.shape[0], 0, layer.conv.out_channels)
+        out = self.weights.overlap(layer, hidden)
         # The first and the last `stride` samples together are cut to `stride`: `first_sample` before, the rest after.
-        stop = out.shape[2] - (layer.conv.stride[0] - layer.first_sample) * self.last
-        return out[:, :, layer.first_sample * (not started) : stop]
+        stop = out.shape[1] - (layer.conv.stride[0] - layer.first_sample) * self.last
+        return out[:, layer.first_sample * (not started) : stop]
 
     def residual(self, layer: ResidualLayer, signal: torch.Tensor) -> torch.Tensor:
         """Return the mean of the branches, as far as all of them are available."""
@@ -87,57 +113,92 @@ class StreamOps:
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
         """Return the block's result; its input is kept until the convolutions catch up."""
-        hidden = self.conv(block.input_conv, signal, block.input_activation)
-        added = self.conv(block.skip_conv, hidden, block.skip_activation)
+        slope = slope_of(block.skip_activation)
+        if slope is None:
+            hidden = self._conv(block.input_conv, signal, block.input_activation)
+            added = self._conv(block.skip_conv, hidden, block.skip_activation)
+        else:
+            hidden = self._conv(block.input_conv, signal, block.input_activation, slope)
+            added = self._conv(block.skip_conv, hidden, None)
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the sum of the items that all terms have; keep the others."""
         joined = [self._join((key, number), term)[0] for number, term in enumerate(terms)]
-        ready = min(term.shape[2] for term in joined)
+        ready = min(term.shape[1] for term in joined)
         for number, term in enumerate(joined):
-            self.state[key, number] = LayerState(term[:, :, ready:])
-        total = joined[0][:, :, :ready]
+            self.state[key, number] = LayerState(term[:, ready:])
+        total = joined[0][:, :ready]
         for term in joined[1:]:
-            total = total + term[:, :, :ready]
+            total = total + term[:, :ready]
         return total
 
     def _join(self, key: Hashable, new: torch.Tensor) -> tuple[torch.Tensor, bool]:
         kept = self.state.get(key)
-        return (new, False) if kept is None else (torch.cat([kept.items, new], dim=2), kept.started)
+        if kept is None:
+            return new, False
+        return (torch.cat([kept.items, new], dim=1) if kept.items.shape[1] else new), kept.started
+
+
+def _activate(activation: CodecActivation, signal: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = activation(signal.transpose(1, 2)).transpose(1, 2)
+    return result
+
+
+def _pad_ends(layer: Conv1d, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
+    return layer.pad_ends(hidden.transpose(1, 2), first, last).transpose(1, 2)
 
 
 # One step of a network on a batch of streams: state (changed in place), new inputs [B, ..., n] and whether the
 # recordings end with them -> outputs [B, ..., k].
-Step = Callable[[State, torch.Tensor, bool], torch.Tensor]
+Step = Callable[[dict[Hashable, LayerState], torch.Tensor, bool], torch.Tensor]
 
 
-def run_batched(states: Sequence[State], inputs: Sequence[torch.Tensor], last: bool, step: Step) -> list[torch.Tensor]:
+def run_batched(
+    states: Sequence[State], inputs: Sequence[torch.Tensor], last: bool, step: Step
+) -> tuple[list[State], list[torch.Tensor]]:
     """Apply `step` to each stream, batching streams with equal shapes.
 
     Args:
-        states: state of each stream; changed in place.
+        states: state of each stream.
         inputs: inputs of each stream, [1, ..., n].
         last: the recordings end with these inputs.
         step: computes a batch.
 
     Returns:
-        Outputs of each stream, [..., k].
+        New state of each stream, and its outputs [..., k].
     """
     groups: dict[Hashable, list[int]] = {}
     for number, (state, new) in enumerate(zip(states, inputs, strict=True)):
-        shape = tuple((key, kept.items.shape[2], kept.started) for key, kept in state.items())
-        groups.setdefault((shape, new.shape[-1]), []).append(number)
+        groups.setdefault((state.slots, new.shape[-1]), []).append(number)
+    after = list(states)
     results: list[torch.Tensor] = [torch.empty(0)] * len(states)
     for numbers in groups.values():
-        joined = {
-            key: LayerState(torch.cat([states[number][key].items for number in numbers]), kept.started)
-            for key, kept in states[numbers[0]].items()
-        }
+        joined = _split(states[numbers[0]].slots, torch.stack([states[number].values for number in numbers]))
         result = step(joined, torch.cat([inputs[number] for number in numbers]), last)
+        slots, values = _merge(joined, len(numbers))
         for row, number in enumerate(numbers):
-            states[number].update(
-                {key: LayerState(kept.items[row : row + 1].clone(), kept.started) for key, kept in joined.items()}
-            )
+            # A row is copied: it must not keep the states of the other streams in memory.
+            after[number] = State(slots, values[row].clone() if len(numbers) > 1 else values[0])
             results[number] = result[row]
-    return results
+    return after, results
+
+
+def _split(slots: tuple[Slot, ...], values: torch.Tensor) -> dict[Hashable, LayerState]:
+    """Return views of the states of all layers in `values` [B, N]."""
+    sizes = [slot.num_items * slot.channels for slot in slots]
+    return {
+        slot.layer: LayerState(part.view(len(part), slot.num_items, slot.channels), slot.started)
+        for slot, part in zip(slots, torch.split(values, sizes, dim=1), strict=True)
+    }
+
+
+def _merge(layers: dict[Hashable, LayerState], batch: int) -> tuple[tuple[Slot, ...], torch.Tensor]:
+    """Copy the states of all layers to one tensor [B, N]."""
+    slots = tuple(Slot(key, kept.items.shape[1], kept.items.shape[2], kept.started) for key, kept in layers.items())
+    sizes = [slot.num_items * slot.channels for slot in slots]
+    first = next(iter(layers.values())).items
+    values = first.new_empty(batch, sum(sizes), dtype=torch.float32)  # with autocast, dtypes differ between layers
+    for kept, part in zip(layers.values(), torch.split(values, sizes, dim=1), strict=True):
+        part.view(kept.items.shape).copy_(kept.items)
+    return slots, values

@@ -9,22 +9,24 @@ A stream accepts one push at a time; several threads may push to different strea
 all of its streams unchanged.
 """
 
-import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.base import CodecBase
+from nemo_lfr.codec.cpu.products import stream_weights
 from nemo_lfr.codec.stream_modules import StreamModules
-from nemo_lfr.codec.stream_ops import State, Step, StreamOps, run_batched
+from nemo_lfr.codec.stream_ops import LayerState, State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
 from nemo_lfr.modules.altered import check_unaltered
 from nemo_lfr.modules.finite import quantize, to_audio
+from nemo_lfr.modules.weights import must_check
 
 
 class _Stream:
@@ -53,7 +55,7 @@ class _Stream:
         self._min_frames = min_frames
         self._items_in, self._items_out = items  # of a frame
         self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items processed at a time
-        self._state: State = {}
+        self._state = State()
         self._num_in = 0  # frames
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
@@ -63,7 +65,7 @@ class _Stream:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy, which then is an independent stream."""
-        return self.__dict__ | {"_state": dict(self._state), "_in_use": None}
+        return self.__dict__ | {"_in_use": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -235,14 +237,12 @@ def _exclusive(streams: Sequence[_Stream]) -> Iterator[None]:
                 )
             stack.callback(stream._in_use.release)
         before = [dict(vars(stream)) for stream in streams]
-        states = [dict(stream._state) for stream in streams]
         try:
             with streams[0].modules.computing():
                 yield
         except BaseException:
-            for stream, attributes, state in zip(streams, before, states, strict=True):
+            for stream, attributes in zip(streams, before, strict=True):
                 vars(stream).update(attributes)
-                stream._state = state
             raise
 
 
@@ -316,29 +316,35 @@ def _push_checked(
 
 def _advance_encoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
-    check_weights(modules.encoder, f"the encoder of {modules.name}")
-    check_unaltered(modules.encoder, f"the encoder of {modules.name}")
+    _check_network(modules.encoder, f"the encoder of {modules.name}")
 
-    def step(state: State, audio: torch.Tensor, last: bool) -> torch.Tensor:
+    def step(state: dict[Hashable, LayerState], audio: torch.Tensor, last: bool) -> torch.Tensor:
         with modules.autocast():
-            encoded = modules.encoder.run(StreamOps(state, last), audio.unsqueeze(1).to(modules.device))
-        return quantize(modules.quantizer, encoded.float())  # [B, C, k]
+            ops = StreamOps(state, last, stream_weights(modules.encoder))
+            encoded = modules.encoder.run(ops, audio.unsqueeze(2).to(modules.device))
+        return quantize(modules.quantizer, encoded.transpose(1, 2).float())  # [B, C, k]
 
     return _advance(streams, inputs, last, step, codec.check_encoded)
 
 
 def _advance_decoders(streams: Sequence[Any], inputs: list[torch.Tensor], last: bool = False) -> list[np.ndarray]:
     codec, modules = streams[0].codec, streams[0].modules
-    check_weights(modules.decoder, f"the decoder of {modules.name}")
-    check_unaltered(modules.decoder, f"the decoder of {modules.name}")
+    _check_network(modules.decoder, f"the decoder of {modules.name}")
 
-    def step(state: State, dequantized: torch.Tensor, last: bool) -> torch.Tensor:
+    def step(state: dict[Hashable, LayerState], dequantized: torch.Tensor, last: bool) -> torch.Tensor:
         decoder = modules.decoder
         with modules.autocast():
-            hidden = decoder.run(StreamOps(state, last), dequantized.to(modules.device))
-            return to_audio(decoder.out_activation, hidden).squeeze(1).float()  # [B, n]
+            ops = StreamOps(state, last, stream_weights(decoder))
+            hidden = decoder.run(ops, dequantized.transpose(1, 2).to(modules.device))
+            return to_audio(decoder.out_activation, hidden.transpose(1, 2)).squeeze(1).float()  # [B, n]
 
     return _advance(streams, inputs, last, step, codec.check_decoded)
+
+
+def _check_network(network: nn.Module, name: str) -> None:
+    if must_check(network, "streams"):
+        check_weights(network, name)
+        check_unaltered(network, name)
 
 
 def _advance(
@@ -349,7 +355,9 @@ def _advance(
     check: Callable[[np.ndarray], None],
 ) -> list[np.ndarray]:
     """Advance every stream by its input, and return the new items of each."""
-    results = run_batched([stream._state for stream in streams], inputs, last, step)
+    states, results = run_batched([stream._state for stream in streams], inputs, last, step)
+    for stream, state in zip(streams, states, strict=True):
+        stream._state = state
     computed = [stream._num_computed + result.shape[-1] for stream, result in zip(streams, results, strict=True)]
     early = [
         number
@@ -358,12 +366,12 @@ def _advance(
     ]
     if early:
         # With a shorter lookahead, compute the frames that are due as if the recordings ended here.
-        states = [copy.copy(streams[number]._state) for number in early]
         ends = []
         for number in early:
             missing = max(0, streams[number]._min_frames - streams[number]._num_in) * streams[number]._items_in
             ends.append(inputs[number].new_zeros(*inputs[number].shape[:-1], missing))
-        for number, rest in zip(early, run_batched(states, ends, True, step), strict=True):
+        _, rests = run_batched([streams[number]._state for number in early], ends, True, step)
+        for number, rest in zip(early, rests, strict=True):
             results[number] = torch.cat([results[number], rest], dim=-1)
     returned = []
     for stream, result, whole in zip(streams, results, computed, strict=True):

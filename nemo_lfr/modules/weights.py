@@ -27,6 +27,7 @@ SMALL_ELSEWHERE = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _SEEN: ContextVar[dict[Any, tuple[int, ...]] | None] = ContextVar("weight_checksums", default=None)
+_CHECKED: ContextVar[dict[Hashable, nn.Module] | None] = ContextVar("checked_networks", default=None)
 
 
 @contextmanager
@@ -38,6 +39,36 @@ def checksum_once() -> Iterator[None]:
     finally:
         if token is not None:
             _SEEN.reset(token)
+
+
+@contextmanager
+def unchanged_networks() -> Iterator[None]:
+    """Check each network only once; no network may be changed within the context.
+
+    Checks take a few milliseconds per call. A server that advances its streams every few milliseconds saves them.
+    """
+    token = _CHECKED.set({})
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def must_check(network: nn.Module, check: Hashable) -> bool:
+    """Return whether a check of a network is needed: always, or once within `unchanged_networks`.
+
+    Args:
+        network: encoder or decoder.
+        check: identifies the check among those of the network.
+    """
+    checked = _CHECKED.get()
+    if checked is None:
+        return True
+    key = id(network), check
+    if key in checked:
+        return False
+    checked[key] = network  # the reference keeps the id from being used again
+    return True
 
 
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
@@ -95,7 +126,7 @@ class DerivedForms(Generic[Form]):
         """
         forms = self._forms.setdefault(module, {})
         entry = forms.get(key)
-        if entry is not None and entry.is_current(others):
+        if entry is not None and (not must_check(module, (id(self), key)) or entry.is_current(others)):
             return entry.form
         del entry
         forms.pop(key, None)  # before the new one takes memory

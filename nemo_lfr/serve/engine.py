@@ -21,6 +21,7 @@ import numpy as np
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.modules.weights import unchanged_networks
 from nemo_lfr.serve.session import EngineLimits, Session
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Engine:
     The constructor starts the thread, and `close` stops it.
 
     Args:
-        codec: PyTorch codec; other threads may use it at the same time.
+        codec: PyTorch codec; other threads may use it at the same time, but its weights must not change.
         limits: limits of the engine; the defaults of `EngineLimits` if None.
         on_step: function that the engine's thread calls after each step.
 
@@ -76,11 +77,12 @@ class Engine:
     def __init__(
         self, codec: Codec[Any], limits: EngineLimits | None = None, on_step: Callable[[Step], None] | None = None
     ) -> None:
-        for stream in (codec.stream_encoder(), codec.stream_decoder()):  # loads the weights, too
+        for stream in (codec.stream_encoder(), codec.stream_decoder()):
             if not isinstance(stream, StreamEncoder | StreamDecoder):
                 raise NemoLfrError(
                     f"{codec.name}: streams of this backend cannot be batched; load a checkpoint with PyTorch."
                 )
+            _warm_up(stream)
         self.codec, self.limits = codec, limits or EngineLimits()
         self.draining = False
         self.num_opened = 0
@@ -178,11 +180,15 @@ class Engine:
                 session._finish(ShutdownError(SHUTTING_DOWN))
 
     def _run(self) -> None:
+        with unchanged_networks():
+            self._advance_streams()
+
+    def _advance_streams(self) -> None:
         while batch := self._next_batch():
             try:
                 self._step_started = time.monotonic()
                 with self._changed:
-                    chunks = [session._take() for session in batch]
+                    chunks = self._take(batch)
                 step = self._advance(batch, chunks)
             except Exception as error:  # the thread must continue for the other streams
                 logger.exception("a step of %d streams failed", len(batch))
@@ -217,6 +223,12 @@ class Engine:
         if ready and ready[0]._live:
             ready = [session for session in ready if session._live]
         return [session for session in ready if session.kind == ready[0].kind][: self.limits.max_batch]
+
+    def _take(self, batch: list[Session]) -> list[np.ndarray]:
+        """Take a chunk of each stream, with equal numbers of frames, so that the network runs on one batch."""
+        available = [session._available() for session in batch if not session._ended]
+        frames = max(1, min(available, default=self.limits.chunk_frames))
+        return [session._take(frames) for session in batch]
 
     def _advance(self, batch: list[Session], chunks: list[np.ndarray]) -> Step:
         started = time.monotonic()
@@ -273,6 +285,16 @@ class Engine:
         except Exception as error:  # reported to the client of this stream
             return error
         return np.concatenate([result, rest], axis=-1)
+
+
+def _warm_up(stream: StreamEncoder | StreamDecoder) -> None:
+    """Run the network once, so that the first client does not wait for weights to be loaded and kernels compiled."""
+    for num_frames in (stream.delay_frames + 1, 1):
+        if isinstance(stream, StreamEncoder):
+            stream.push(np.zeros(num_frames * stream.codec.samples_per_frame, np.float32))
+        else:
+            stream.push(np.zeros((stream.codec.num_codebooks, num_frames), np.int64))
+    stream.flush()
 
 
 def _description(error: BaseException) -> str:

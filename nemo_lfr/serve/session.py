@@ -63,7 +63,9 @@ class Session:
         self._pending: deque[np.ndarray] = deque()
         self._num_pending = 0  # items of the input that are not processed
         self._num_uncollected = 0  # items of the output that were not collected
-        self._ramp = deque(ramp)  # frames of the next chunks
+        # Frames of the next chunks. Without a ramp, the first chunk has all frames that the first result depends on:
+        # smaller chunks would give no result sooner, and need more steps.
+        self._ramp = deque(ramp or (stream.delay_frames + 1,))
         self._started: float | None = None
         self._played_until: float | None = None  # when the audio so far will have been played
         self._taken_at = 0.0  # when the last step with this stream began
@@ -159,11 +161,14 @@ class Session:
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 
-    def _take(self) -> np.ndarray:
-        """Remove and return the next chunk of the input."""
+    def _available(self) -> int:
+        """Return the number of frames that the next step could process."""
+        return min(self._num_pending // self._frame, self._limits.chunk_frames)
+
+    def _take(self, frames: int) -> np.ndarray:
+        """Remove and return the next chunk of the input, of `frames` frames or the next number of the ramp."""
         self._taken_at = time.monotonic()
-        frames = self._ramp.popleft() if self._ramp else self._limits.chunk_frames
-        wanted = frames * self._frame
+        wanted = (self._ramp.popleft() if self._ramp else frames) * self._frame
         pieces: list[np.ndarray] = []
         while self._pending and wanted > 0:
             piece = self._pending.popleft()

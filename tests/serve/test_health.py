@@ -90,7 +90,7 @@ def test_a_step_that_does_not_return_is_a_fault(monkeypatch):
         assert request(server, "/health")[0] == 200
         monkeypatch.setattr(Engine, "_advance", stall)
         with Client(server.url("")).decode_stream() as stream:
-            stream.push(np.zeros((8, 3), int))
+            stream.push(np.zeros((8, 20), int))
             entered.wait(20)
             status, _, values = request(server, "/health")
             release.set()

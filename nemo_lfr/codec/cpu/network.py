@@ -207,7 +207,7 @@ class PackedOps:
         after: CodecActivation | None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if (slope := _slope(after)) is not None:
+        if (slope := slope_of(after)) is not None:
             return self._weights.convolve(layer, padded, slope, residual)
         assert after is not None
         result: torch.Tensor = after(self._weights.convolve(layer, padded))
@@ -219,7 +219,7 @@ class PackedOps:
     def _winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], after: CodecActivation | None
     ) -> list[torch.Tensor]:
-        if (slope := _slope(after)) is not None:
+        if (slope := slope_of(after)) is not None:
             return self._weights.winograd(layers, padded, starts, slope)
         assert after is not None
         return [after(result) for result in self._weights.winograd(layers, padded, starts)]
@@ -229,7 +229,7 @@ def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:
     return None if ends is None else [end * factor for end in ends]
 
 
-def _slope(activation: CodecActivation | None) -> float | None:
+def slope_of(activation: CodecActivation | None) -> float | None:
     """Return the slope of a leaky ReLU; 1 for no activation, None for any other."""
     match activation and activation.activation:
         case None:
@@ -255,7 +255,7 @@ def _padded(
     inner = padded[:, :, before : before + length]
     if activation is None:
         inner.copy_(signal.hidden)
-    elif (slope := _slope(activation)) is None:
+    elif (slope := slope_of(activation)) is None:
         inner.copy_(activation(signal.hidden))
     else:  # directly into the padded buffer
         torch.ops.aten.leaky_relu.out(signal.hidden, slope, out=inner)
