@@ -1,6 +1,6 @@
 r"""Train or fine-tune the codec with NeMo.
 
-This is the script of NeMo's audio codec tutorial, with the model of this package.
+The script has the options of the training script in NeMo's audio codec tutorial, and trains the model of this package.
 
     python examples/audio_codec.py max_epochs=100 weighted_sampling_steps_per_epoch=1000 batch_size=16 \
         log_dir=logs exp_manager.exp_dir=runs \
@@ -8,9 +8,12 @@ This is the script of NeMo's audio codec tutorial, with the model of this packag
         +val_ds_meta.mine.manifest_path=manifests/valid.json +val_ds_meta.mine.audio_dir=speech/ \
         +log_ds_meta.mine.manifest_path=manifests/valid.json +log_ds_meta.mine.audio_dir=speech/
 
-To fine-tune, add `+init_from_nemo_model=codec.nemo`. To train on a CPU, add `trainer.accelerator=cpu trainer.devices=1
-trainer.strategy=auto`. `--config-name` selects another file of `conf/`, and `+seed=1` other random weights. The same
-command resumes a stopped run from the last saved epoch.
+If a run is stopped, the same command resumes it from the last saved epoch. Further options:
+
+    +init_from_nemo_model=codec.nemo                                            fine-tune this checkpoint
+    trainer.accelerator=cpu trainer.devices=1 trainer.strategy=auto             train on a CPU
+    --config-name audio_codec_low_frame_rate_22050_small                        use another file in conf/
+    +seed=1                                                                     start from other random weights
 """
 
 import nemo_lfr  # noqa: F401, I001  imported first: disables usage reports of a library that NeMo imports
@@ -29,23 +32,23 @@ from nemo_lfr.nemo.resume import tidy_experiment
 
 @hydra_runner(config_path="../conf", config_name="audio_codec_low_frame_rate_22050")
 def main(cfg: DictConfig) -> None:
-    """Train, and report a full disk or a config error in one line."""
+    """Train. A full disk or an error in the config is reported in one line."""
     with ending_in_one_line(cfg.get("exp_manager", {}).get("exp_dir")):
         train(cfg)
 
 
 def train(cfg: DictConfig) -> None:
-    """Build the model and the trainer from a config, and train.
+    """Build the trainer and the model from a config, and train.
 
     Args:
         cfg: config with the sections `model`, `trainer` and `exp_manager`.
     """
     logging.info("Config:\n%s", OmegaConf.to_yaml(cfg, resolve=True))
-    # With a fixed seed, and draws that depend only on the epoch, a killed and resumed run gives the same result.
+    # The seed is fixed and random draws depend only on the epoch, so a killed and resumed run gives the same result.
     pl.seed_everything(cfg.get("seed", 0), workers=True)
     trainer = pl.Trainer(**cfg.trainer)
     if is_global_rank_zero():
-        tidy_experiment(cfg.get("exp_manager"))  # for a run that was killed while saving
+        tidy_experiment(cfg.get("exp_manager"))  # removes what a run left behind that was killed while it saved
     exp_manager(trainer, cfg.get("exp_manager"))
     model = AudioCodecModel(cfg=cfg.model, trainer=trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg=cfg)

@@ -1,12 +1,13 @@
-"""Play the microphone's audio through the codec, and count the tokens.
+"""Encode and decode the microphone's audio, play the result, and count the tokens.
 
     pip install sounddevice
     python examples/microphone_to_speaker.py                          use the default devices until Ctrl-C
     python examples/microphone_to_speaker.py --list                   list the devices
     python examples/microphone_to_speaker.py --input talk.wav --output heard.wav    use files instead of devices
 
-Use headphones. The latency is the sum of the codec's lookahead in both directions (`--lookahead`), one block, and the
-devices' buffers. If no audio is ready, the output is filled with silence and the samples are counted.
+Use headphones. The delay is the sum of the encoder's and the decoder's lookahead (`--lookahead`), one block and the
+buffers of the devices. If no audio is ready when the speaker needs it, silence is played. The program prints how many
+samples of silence were played.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from nemo_lfr.io.audio import AudioReader, AudioWriter
 
 
 class Speaker:
-    """Audio output that plays samples as they are written.
+    """Audio output that plays samples in the order in which they are written.
 
     Args:
         rate: sample rate, Hz.
@@ -37,7 +38,7 @@ class Speaker:
 
         self._audio = np.zeros(0, np.float32)
         self._waiting: queue.Queue[np.ndarray] = queue.Queue()
-        self.dry = 0  # number of samples filled with silence
+        self.dry = 0  # number of samples of silence that were played because no audio was ready
         self._stream = sounddevice.OutputStream(
             samplerate=rate, channels=1, blocksize=block, device=device, callback=self._fill
         )
@@ -87,13 +88,14 @@ def microphone(rate: int, device: str | None, block: int) -> Iterator[np.ndarray
 
 
 def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWriter", lookahead: int | None) -> None:
-    """Encode and decode block by block, until the input ends or Ctrl-C.
+    """Encode and decode block by block until the input ends or the user presses Ctrl-C.
 
     Args:
         codec: codec to use.
         blocks: blocks of float32 samples.
         output: speaker or file that receives the decoded audio.
-        lookahead: frames of right context in each direction; None for all that the codec can use.
+        lookahead: number of later frames that the encoder and the decoder wait for; None for all that the codec can
+            use.
     """
     encoder, decoder = codec.stream_encoder(lookahead), codec.stream_decoder(lookahead)
     computing, frames = 0.0, 0
@@ -119,26 +121,26 @@ def talk(codec: Codec, blocks: Iterator[np.ndarray], output: "Speaker | AudioWri
     output.write(decoder.flush())
     frames += rest.shape[1]
     delay = encoder.latency_ms + decoder.latency_ms
-    print(f"{frames} frames of {codec.num_codebooks} tokens; the codec's own delay was {delay:.0f} ms")
+    print(f"{frames} frames of {codec.num_codebooks} tokens; the delay of the codec was {delay:.0f} ms")
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", help="an audio file, or a device's name; the default microphone if not given")
-    parser.add_argument("--output", help="an audio file, or a device's name; the default speaker if not given")
-    parser.add_argument("--model", help="checkpoint or Hub id, as for nemo_lfr.load")
-    parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--lookahead", type=int, help="lookahead in frames, for each direction (default: full)")
-    parser.add_argument("--block", type=int, default=1024, help="samples per block")
-    parser.add_argument("--list", action="store_true", help="print the devices")
+    parser.add_argument("--input", help="audio file, or name of a device (default: the microphone)")
+    parser.add_argument("--output", help="audio file, or name of a device (default: the speaker)")
+    parser.add_argument("--model", help="checkpoint or Hub id (default: the bundled codec)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--lookahead", type=int, help="lookahead in frames for encoder and decoder (default: full)")
+    parser.add_argument("--block", type=int, default=1024, help="samples per block (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="list the devices and exit")
     arguments = parser.parse_args()
     files = [Path(name) if name and Path(name).suffix else None for name in (arguments.input, arguments.output)]
     if arguments.list or None in files:
         try:
             import sounddevice
         except (ImportError, OSError) as error:
-            sys.exit(f"devices need sounddevice and PortAudio: pip install sounddevice ({error})")
+            sys.exit(f"microphone and speaker need sounddevice and PortAudio: pip install sounddevice ({error})")
         if arguments.list:
             print(sounddevice.query_devices())
             return
@@ -156,7 +158,7 @@ def main() -> None:
             speaker = Speaker(codec.sample_rate, arguments.output, arguments.block)
             talk(codec, blocks, speaker, arguments.lookahead)
             speaker.finish()
-            print(f"{speaker.dry} samples of silence because no audio was ready")
+            print(f"{speaker.dry} samples of silence were played because no audio was ready")
     except nemo_lfr.NemoLfrError as error:
         sys.exit(f"error: {error}")
 

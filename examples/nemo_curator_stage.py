@@ -1,4 +1,4 @@
-"""NeMo Curator stage that adds tokens to audio tasks.
+"""NeMo Curator stage that encodes the audio file of each task.
 
     from nemo_curator.pipeline import Pipeline
     from nemo_curator.stages.audio.common import ManifestReader
@@ -6,8 +6,9 @@
     pipeline = Pipeline(name="tokens", stages=[ManifestReader("manifest.jsonl"), TokenizeStage("tokens/")])
     pipeline.run()
 
-Each task keeps its data and gets the path of a `.lfr` file, which `nemo-lfr decode` reads. Tested with Curator 1.4.
-To tokenize a corpus without other stages, `nemo-lfr tokenize` is simpler: it resumes, and writes shards.
+The stage adds the path of a `.lfr` token file to the data of each task. `nemo-lfr decode` decodes these files. Tested
+with Curator 1.4. To tokenize a corpus without other stages, use `nemo-lfr tokenize`, which resumes interrupted runs
+and writes shards.
 """
 
 import hashlib
@@ -29,13 +30,13 @@ class TokenizeStage(ProcessingStage[AudioTask, AudioTask]):
     """Tokenize the audio file of each task.
 
     Args:
-        out: folder of the token files, which all machines share.
+        out: folder for the token files; all machines need access to it.
         model: checkpoint or Hub id of the codec; None for the bundled codec.
-        device: device of the codec; None for a GPU if the worker has one.
-        audio_filepath_key: key of the audio file.
+        device: device of the codec; None for a GPU if the worker has one, else the CPU.
+        audio_filepath_key: key of the path of the audio file.
         tokens_key: key for the path of the token file.
         frames_key: key for the number of frames.
-        error_key: key for the reason why a file could not be tokenized; the task then has no tokens.
+        error_key: key for the error message if a file cannot be tokenized; the task then has no tokens.
     """
 
     out: str
@@ -49,11 +50,11 @@ class TokenizeStage(ProcessingStage[AudioTask, AudioTask]):
     resources: Resources = field(default_factory=lambda: Resources(cpus=1.0))
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """Return the keys that a task needs."""
+        """Return the keys that a task must have."""
         return [], [self.audio_filepath_key]
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """Return the keys that a task gets."""
+        """Return the keys that the stage adds to a task."""
         return [], [self.tokens_key, self.frames_key]
 
     def setup(self, worker_metadata: Any = None) -> None:
@@ -63,7 +64,7 @@ class TokenizeStage(ProcessingStage[AudioTask, AudioTask]):
     def process(self, task: AudioTask) -> AudioTask:
         """Tokenize the file of a task."""
         audio = task.data[self.audio_filepath_key]
-        # The hash keeps files of the same name apart
+        # The hash distinguishes files with the same name in different folders
         name = f"{Path(audio).stem}-{hashlib.sha256(str(audio).encode()).hexdigest()[:16]}.lfr"
         path = Path(self.out) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,11 @@
     python examples/serve_ray.py --replicas 4 --cpus 2                           # a new cluster on this machine
     python examples/serve_ray.py --replicas 8 --gpus 1 --address auto --detach   # deploy to a cluster, or scale it
 
-Every replica is the application of `nemo-lfr serve` in a process of its own, and has a GPU or a few cores. Ray's proxy
-assigns each stream to a replica, where it stays. If you deploy fewer replicas, a removed one gets no new streams, and
-its open streams have `--drain` seconds to end. If a replica dies, its clients get an error
-(`ServerLostError` of nemo_lfr.client); they open another stream, which another replica serves, and Ray starts a
-replacement.
+Each replica is a process that runs the application of `nemo-lfr serve`, on a GPU or on a few cores. Ray's proxy
+assigns each stream to a replica, where it stays. If you deploy fewer replicas than before, the removed replicas get no
+new streams, and their open streams have `--drain` seconds to end. If a replica dies, its clients get an error
+(`ServerLostError` in `nemo_lfr.errors`) and have to open another stream. Another replica serves that stream, and Ray
+starts a new replica.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def application(args: argparse.Namespace) -> Any:
     """Return the Ray Serve application.
 
     Args:
-        args: the options of the command line.
+        args: options of the command line.
     """
-    engines: list[Engine] = []  # in the process of a replica
+    engines: list[Engine] = []  # one element, in the process of a replica
     settings = Settings(EngineLimits(max_streams=args.max_streams), token=os.environ.get("NEMO_LFR_TOKEN"))
     model, device, threads = args.model, "cuda" if args.gpus else "cpu", max(1, int(args.cpus))
 
@@ -49,7 +49,7 @@ def application(args: argparse.Namespace) -> Any:
         return app
 
     class Replica:
-        """Replica that Ray restarts if the codec fails, for example after a CUDA error."""
+        """Process that Ray restarts if the codec fails, for example after a CUDA error."""
 
         async def check_health(self) -> None:
             fault = await find_fault(engines[0]) if engines else None
@@ -60,7 +60,7 @@ def application(args: argparse.Namespace) -> Any:
         name=NAME,
         num_replicas=args.replicas,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
-        max_ongoing_requests=args.max_streams + 16,  # more, for files and for refusals with a clear reason
+        max_ongoing_requests=args.max_streams + 16,  # 16 more for files and for refusals with a reason
         graceful_shutdown_timeout_s=args.drain,
         health_check_period_s=5,
     )
@@ -70,14 +70,16 @@ def application(args: argparse.Namespace) -> Any:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", default="local", help="address of a cluster, or auto; a new local one by default")
-    parser.add_argument("--detach", action="store_true", help="deploy to a running cluster, and return")
+    parser.add_argument("--address", default="local", help="address of a cluster, or auto (default: start one here)")
+    parser.add_argument("--detach", action="store_true", help="deploy to a running cluster and exit")
     parser.add_argument("--replicas", type=int, default=2, help="number of replicas")
-    parser.add_argument("--cpus", type=float, default=1, help="cores of a replica")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs of a replica")
-    parser.add_argument("--max-streams", type=int, default=64, help="limit of open streams of a replica")
-    parser.add_argument("--drain", type=float, default=600, help="seconds until open streams of a removed replica end")
-    parser.add_argument("--model", help="checkpoint or Hub id, as for nemo_lfr.load")
+    parser.add_argument("--cpus", type=float, default=1, help="cores per replica")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per replica")
+    parser.add_argument("--max-streams", type=int, default=64, help="maximum number of open streams per replica")
+    parser.add_argument(
+        "--drain", type=float, default=600, help="seconds for the open streams of a removed replica to end"
+    )
+    parser.add_argument("--model", help="checkpoint or Hub id (default: the bundled codec)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind")
     parser.add_argument("--port", type=int, default=8000, help="TCP port")
     args = parser.parse_args()

@@ -3,12 +3,16 @@
 #
 #     NODES="node1 node2" examples/tokenize_ray.sh CORPUS OUT [option of nemo-lfr tokenize ...]
 #
-# Run it on the first machine. It starts Ray here and, by ssh, on the NODES, tokenizes, and stops Ray again. All machines
-# need access to CORPUS and OUT, under the same paths, and the same environment with the `ray` extra. Recent releases of Ray
-# ask for a token: run `ray get-auth-token --generate` once and copy ~/.ray/auth_token to all machines, or set
-# RAY_AUTH_MODE=disabled (in SETUP too) in a network that you trust.
+# Run the script on the first machine. It starts Ray there and, by ssh, on the NODES. Then it tokenizes the corpus and
+# stops Ray. All machines need access to CORPUS and OUT under the same paths, and the same Python environment with the
+# `ray` extra.
 #
-#     HEAD     address of this machine that the others can reach (default: the first of `hostname -I`)
+# Recent releases of Ray require a token. Run `ray get-auth-token --generate` once and copy ~/.ray/auth_token to all
+# machines. In a network that you trust, you can set RAY_AUTH_MODE=disabled instead, here and in SETUP.
+#
+# Environment variables:
+#     NODES    names of the other machines
+#     HEAD     address of the first machine that the others can reach (default: the first of `hostname -I`)
 #     PORT     port of Ray (default 6379)
 #     SETUP    command that activates the environment on the other machines (default: none)
 set -euo pipefail
@@ -24,7 +28,7 @@ port=${PORT:-6379}
 read -ra nodes <<<"${NODES:-}"
 export RAY_USAGE_STATS_ENABLED=0
 
-# With --block, Ray stops when the process that started it ends; unlike ray stop, this ends no Ray of other users
+# With --block, Ray stops when this script ends the process. `ray stop` would also stop the Ray of other users.
 processes=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait' EXIT
 ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false --block >/dev/null &

@@ -4,13 +4,13 @@
     nemo-lfr tokenize valid.json --out tokens/valid --format parquet
     python examples/train_language_model.py tokens=tokens/train valid=tokens/valid out=runs/lm
 
-The keys are those of `language_model.yaml`. The output folder contains a checkpoint, `metrics.jsonl` with the loss in
-bits per frame, and `sample.wav`. Ctrl-C and SIGTERM save a checkpoint; the same command then continues with the same
-results as an undisturbed run. `torchrun --nproc-per-node N` trains on N devices.
+`language_model.yaml` lists all options. The output folder contains a checkpoint, `metrics.jsonl` with the loss in bits
+per frame, and `sample.wav`. Ctrl-C and SIGTERM save a checkpoint. The same command then resumes the run, with the same
+results as without the interruption. `torchrun --nproc-per-node N` trains on N devices.
 
-The model is a causal transformer over the delay pattern of MusicGen: each codebook is delayed by one frame relative to
-the previous one, so that each token of a frame can depend on those of the previous codebooks. It is a starting point,
-small enough to read.
+The model is a causal transformer with the delay pattern of MusicGen. Each codebook is delayed by one frame relative to
+the previous one, so that a token can depend on the tokens of the previous codebooks in the same frame. The program is
+meant as a starting point and is small enough to read.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.lm import DelayLayout
 
 CONFIG = Path(__file__).with_name("language_model.yaml")
-# Keys that may differ when a run is resumed
+# Options that may change when a run is resumed
 FREE = ("out", "codec", "server", "steps", "valid", "valid_every", "save_every", "sample_frames", "temperature")
-ZERO = ("seed", "weight_decay", "sample_frames")  # numbers that may be 0
+ZERO = ("seed", "weight_decay", "sample_frames")  # options that may be 0
 
 
 class LanguageModel(nn.Module):
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
 
     Args:
         layout: arrangement of the tokens.
-        max_frames: longest utterance.
+        max_frames: maximum length of a clip in frames.
         width: hidden channels.
         layers: number of transformer layers.
         heads: number of attention heads.
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
 
 
 def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_len: torch.Tensor) -> torch.Tensor:
-    """Return the summed negative log-likelihood of tokens and EOS, in nats.
+    """Return the negative log-likelihood of all tokens and EOS ids, summed, in nats.
 
     Args:
         model: a `LanguageModel`.
@@ -99,7 +99,8 @@ def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_
     """
     ids, _ = layout.arrange(tokens, tokens_len)
     targets = ids[..., 1:]
-    is_known = (targets == layout.pad_id) | (targets == layout.bos_id)  # from the delay pattern
+    # These ids follow from the delay pattern, so they have no loss.
+    is_known = (targets == layout.pad_id) | (targets == layout.bos_id)
     logits = model(ids[..., :-1])
     return F.cross_entropy(logits.flatten(0, 2), targets.masked_fill(is_known, -100).flatten(), reduction="sum")
 
@@ -108,13 +109,13 @@ def loss_of(model: nn.Module, layout: DelayLayout, tokens: torch.Tensor, tokens_
 def sample(
     model: LanguageModel, layout: DelayLayout, num_frames: int, temperature: float, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Sample an utterance, and yield each frame as soon as the tokens of all codebooks are known.
+    """Sample a clip, and yield each frame as soon as the tokens of all codebooks are known.
 
     Args:
         model: the model.
         layout: arrangement of the tokens.
-        num_frames: number of frames, at most those the model was built for.
-        temperature: divides the logits.
+        num_frames: number of frames to sample, at most `max_frames` of the model.
+        temperature: number by which the logits are divided.
         generator: source of random numbers on the CPU.
 
     Yields:
@@ -132,14 +133,14 @@ def sample(
 
 
 def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]:
-    """Decode frames on a server while they are sampled.
+    """Decode frames on a server while the model samples them.
 
     Args:
         frames: tokens, shape [C] each.
         server: URL of `nemo-lfr serve`.
 
     Returns:
-        Audio, float32 [T_audio], and its sample rate in Hz. A real application would play each piece at once.
+        Audio, float32 [T_audio], and its sample rate in Hz. A real application would play each piece when it arrives.
     """
     pieces, started, first = [], time.monotonic(), None
     with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
@@ -153,7 +154,7 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
 
 
 def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of a batch and their lengths, with longer utterances cropped at a random place."""
+    """Return the tokens and lengths of a batch. Clips of more than `max_frames` are cropped at a random place."""
     tokens, lengths = batch["tokens"], batch["tokens_len"]
     starts = [int(torch.randint(max(1, int(n) - max_frames + 1), (), generator=generator)) for n in lengths]
     rows = [row[:, start : start + max_frames] for row, start in zip(tokens, starts, strict=True)]
@@ -162,10 +163,10 @@ def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> 
 
 
 class Trainer:
-    """A training run.
+    """Training run that can be interrupted and resumed.
 
     Args:
-        config: see `language_model.yaml`.
+        config: options of `language_model.yaml`.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -180,7 +181,9 @@ class Trainer:
         self.valid = None if config.valid is None else self._open(config.valid, shuffle=False)
         codec = self.data.tokens.codec
         if self.valid is not None and self.valid.tokens.codec.fingerprint != codec.fingerprint:
-            raise NemoLfrError(f"{config.valid}: its tokens were made by another codec than {config.tokens}.")
+            raise NemoLfrError(
+                f"{config.valid}: the tokens were made by another codec than those in {config.tokens}; use one codec."
+            )
         self.layout = DelayLayout(codec.num_codebooks, codec.codebook_size)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self.layout, config.max_frames, **config.model).to(self.device)
@@ -215,7 +218,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Return the loss of the validation set in bits per frame, over the first `max_frames` of each utterance."""
+        """Return the validation loss in bits per frame, over the first `max_frames` frames of each clip."""
         assert self.valid is not None
         totals = torch.zeros(2, dtype=torch.float64)
         self.valid.set_epoch(0)
@@ -227,7 +230,7 @@ class Trainer:
         return self._bits(totals)
 
     def write_sample(self) -> None:
-        """Sample an utterance and write it as audio."""
+        """Sample a clip and write it as audio."""
         config = self.config
         num_frames = min(config.sample_frames, config.max_frames)
         generator = torch.Generator().manual_seed(config.seed)
@@ -237,7 +240,7 @@ class Trainer:
         else:
             codec = load(config.codec, "cpu")
             if not codec.made(self.data.tokens.codec.fingerprint):
-                raise NemoLfrError(f"codec: another codec made the tokens of {config.tokens}; pass codec=.")
+                raise NemoLfrError(f"another codec made the tokens in {config.tokens}; pass it as codec=.")
             decoded, _ = codec.decode(torch.stack(list(frames), dim=1)[None])
             audio, sample_rate = decoded[0].numpy(), codec.sample_rate
         soundfile.write(self.out / "sample.wav", audio, sample_rate)
@@ -251,21 +254,21 @@ class Trainer:
         bucket = self.config.batch_size if shuffle else None
         dataset = TokenDataset(expand_home(folder), shuffle=shuffle, seed=self.config.seed, bucket_size=bucket)
         if not len(dataset):
-            raise NemoLfrError(f"{folder}: holds no utterance.")
+            raise NemoLfrError(f"{folder}: no tokens in this folder.")
         return dataset
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        """Yield batches of all epochs, from the current position."""
+        """Yield the batches of all epochs, starting from the current position."""
         for epoch in itertools.count(self.epoch):
             self.epoch = epoch
             self.data.set_epoch(epoch)
-            # Batches are read in this process, so that the dataset's state is the position after the last batch
+            # Without loader workers, the dataset's state is the position after the last batch
             yield from DataLoader(self.data, self.config.batch_size, collate_fn=collate)
 
     def _update(self, batch: dict[str, Any]) -> float:
-        """Take an optimizer step; return the loss in bits per frame."""
+        """Update the model with one batch, and return the loss in bits per frame."""
         config, step = self.config, self.step + 1
-        # A generator for each step makes a resumed run draw the same numbers
+        # With one generator per step, a resumed run draws the same random numbers
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * self.world_size + self.rank)
         tokens, lengths = crop(batch, config.max_frames, generator)
         rate = config.learning_rate * min(step / config.warmup_steps, math.sqrt(config.warmup_steps / step))
@@ -279,7 +282,7 @@ class Trainer:
         return self._bits(torch.tensor([loss.item(), lengths.sum()], dtype=torch.float64))
 
     def _bits(self, totals: torch.Tensor) -> float:
-        """Return bits per frame from nats and frames, summed over all processes."""
+        """Return bits per frame, from nats and frames that are summed over all processes."""
         return round(float(self._sum(totals)[0] / totals[1]) / math.log(2), 4)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -290,7 +293,7 @@ class Trainer:
         return values
 
     def _is_interrupted(self) -> bool:
-        """Return whether any process received a signal, so that all processes stop after the same step."""
+        """Return whether any process has received a signal. All processes then stop after the same step."""
         number = int(self._sum(torch.tensor([float(self.signal or 0)])))
         self.signal = self.signal or (signal.SIGTERM if number else None)
         return self.signal is not None
@@ -302,7 +305,7 @@ class Trainer:
             print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in line.items()), flush=True)
 
     def _save(self) -> None:
-        """Write the checkpoint; a run that is killed keeps the previous one."""
+        """Write the checkpoint. If the run is killed meanwhile, the previous checkpoint remains."""
         if self.rank:
             return
         state = {
@@ -321,28 +324,28 @@ class Trainer:
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise NemoLfrError(f"{self.checkpoint}: is damaged; remove it to train from the beginning.") from error
+            raise NemoLfrError(f"{self.checkpoint}: damaged checkpoint; remove it to train from the start.") from error
         config = OmegaConf.to_container(self.config)
         if differ := sorted(key for key in config if key not in FREE and config[key] != state["config"].get(key)):
             raise NemoLfrError(
-                f"{self.checkpoint}: was trained with other values of {', '.join(differ)}; choose another out=."
+                f"{self.checkpoint}: the checkpoint has other values of {', '.join(differ)}; choose another out=."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.data.load_state_dict(state["data"])
         metrics = self.out / "metrics.jsonl"
-        if self.rank == 0 and metrics.exists():  # lines after the checkpoint will be written again
+        if self.rank == 0 and metrics.exists():  # later lines will be written again
             lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
             metrics.write_text("".join(line + "\n" for line in lines))
             print(f"resumed at step {self.step}", flush=True)
 
 
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
-    """Read a configuration file and the values of the command line.
+    """Read a config file and the options of the command line.
 
     Raises:
-        NemoLfrError: for an unknown, missing or misspelled key.
+        NemoLfrError: if an option is unknown or missing, or a value is invalid.
     """
     try:
         config = OmegaConf.load(path)
@@ -361,7 +364,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
-    """Raise NemoLfrError for a value that must be a positive number and is not."""
+    """Raise NemoLfrError if an option that must be a positive number has another value."""
     for key, default in defaults.items():
         value = config[key]
         if isinstance(default, dict):
@@ -374,7 +377,7 @@ def check_numbers(config: Any, defaults: Any, prefix: str = "") -> None:
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """Draw the curves of `metrics.jsonl`."""
+    """Draw the losses in `metrics.jsonl`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -393,11 +396,11 @@ def plot(metrics: Path, picture: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values of the configuration")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="configuration file (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves when training ends")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the config file")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="config file (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the losses")
     args = parser.parse_args(arguments)
     is_parallel = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if is_parallel:

@@ -245,9 +245,9 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("steps=many", "steps is 'many'; pass a positive int"),
         ("batch_size=0", "batch_size is 0; pass a positive int"),
         ("model.width=33", "is not a multiple of model.heads"),
-        ("model.layers=2", "was trained with other values of model; choose another out="),
+        ("model.layers=2", "the checkpoint has other values of model; choose another out="),
         ("valid={other}", "were made by another codec"),
-        ("tokens={other} valid=null out={new}", "another codec made the tokens of .*other; pass codec="),
+        ("tokens={other} valid=null out={new}", "another codec made the tokens in .*other; pass it as codec="),
     ],
 )
 def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturbed, tmp_path, capsys):
@@ -267,4 +267,4 @@ def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturb
 def test_a_damaged_checkpoint_is_named(example, undisturbed, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
     assert example.main([*undisturbed[0].split(), f"out={tmp_path}"]) == 2
-    assert "checkpoint.pt: is damaged; remove it" in capsys.readouterr().err
+    assert "checkpoint.pt: damaged checkpoint; remove it" in capsys.readouterr().err
