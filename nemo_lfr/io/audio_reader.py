@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, 
 from nemo_lfr.io.containers.cache import cached_streams
 from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
 from nemo_lfr.io.media import MediaDecoder
-from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, resample
+from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samples, resample
 
 logger = logging.getLogger(__name__)
 
@@ -284,9 +283,10 @@ class AudioReader:
         """Yield rate and samples [n, channels] of each recording that overlaps a span of seconds."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
-            first = min(int(start * rate), count) if start > 0 else 0
-            if first < count and duration > 0:
-                yield rate, self._read_stream(index, first, min(count - first, math.ceil(duration * rate)))
+            first = min(count_samples(start, rate), count) if start > 0 else 0
+            wanted = min(count_samples(duration, rate), count - first) if duration > 0 else 0
+            if wanted > 0:
+                yield rate, self._read_stream(index, first, wanted)
                 duration -= (count - first) / rate
             start -= count / rate
             if duration <= 0:

@@ -191,9 +191,7 @@ class OwnSource:
             rate = reader.native_rate
             if duration is None:
                 duration = reader.duration - offset
-            first, count = round(offset * rate), round(duration * rate)
-            span = (first + 0.25) / rate, max(count - 0.25, 0) / rate
-            samples = reader.segment(*span)[None] if is_mono else reader.channels_of(*span)
+            samples = reader.segment(offset, duration)[None] if is_mono else reader.channels_of(offset, duration)
         _check_count(samples.shape[1], rate, duration)
         return samples
 

@@ -48,14 +48,10 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 def read_part(
     source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read a section of an audio file or of its bytes, exact to a sample of its own rate; see `read_file`."""
+    """Read a section of an audio file or of its bytes, such as that of a cut; see `read_file`."""
     with AudioReader(
         source if isinstance(source, Path) else name, sample_rate, None if isinstance(source, Path) else source
     ) as reader:
-        if offset or duration < reader.duration - ROUNDED:
-            # Seconds with eight digits are not whole samples. Point inside the intended sample, not at its edge.
-            rate = reader.native_rate
-            offset, duration = (round(offset * rate) + 0.25) / rate, (round(duration * rate) - 0.25) / rate
         return _read(reader, offset, duration, longest, name)
 
 

@@ -1,4 +1,4 @@
-"""Resample audio, and check sample rates and sample values."""
+"""Resample audio, convert seconds to samples, and check sample rates and sample values."""
 
 import math
 
@@ -63,6 +63,19 @@ class Resampler:
             resampled = np.pad(resampled, (0, missing)) if missing > 0 else resampled[: len(resampled) + missing]
         self._num_output += len(resampled)
         return resampled
+
+
+def count_samples(seconds: float, rate: float) -> int:
+    """Convert a time to the nearest number of samples, as Lhotse does.
+
+    Seconds in manifests are whole samples except for rounding errors, which must neither add nor drop a sample. Half
+    a sample is rounded up.
+
+    Args:
+        seconds: time, at least 0.
+        rate: sample rate in Hz.
+    """
+    return math.floor(round(seconds * rate, 8) + 0.5)
 
 
 def check_rate(rate: object) -> None:

@@ -71,6 +71,7 @@ from nemo_lfr.io.entropy.model import HASH, EntropyModel
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.packing import check_range, pack, unpack
 from nemo_lfr.io.regular import open_regular
+from nemo_lfr.io.resampling import count_samples
 from nemo_lfr.spec import CodecSpec, KnownCodec, check_text
 
 MAGIC, VERSION = b"LFRT", 2
@@ -704,8 +705,8 @@ class TokenReader(_Sections):
             raise TokenFileError(
                 f"{self.path}: start {start!r} and duration {duration!r} are outside the recording of {seconds:.3f} s."
             )
-        first = round(start * rate)
+        first = count_samples(start, rate)
         last = self.num_samples
         if duration is not None:
-            last = min(last, first + round(min(duration, seconds) * rate))
+            last = min(last, first + count_samples(min(duration, seconds), rate))
         return first, last

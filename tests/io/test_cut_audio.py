@@ -19,9 +19,12 @@ import soundfile
 
 from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.errors import AudioError, ConfigError
+from nemo_lfr.evaluation.recordings import read as read_recording
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.cut_audio import check_cut, read_cut
 from nemo_lfr.io.cut_files import read_cuts
+from nemo_lfr.io.resampling import count_samples
+from nemo_lfr.training.data import CodecDataset
 from tests.models import RATE, synthesize
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -188,6 +191,51 @@ def test_a_plain_cut_has_the_samples_of_a_manifests_line(wav, tmp_path):
     assert not read_cut(MonoCut("r", 0, two.duration, 1, recording=two), 44_100).any()
     part = MonoCut("l", 100 / 44_100, 200 / 44_100, 0, recording=two)
     assert np.array_equal(read_cut(part, 44_100), left[100:300])
+
+
+SECTIONS = {  # rate, offset and duration
+    "13 frames": (22_050, 0.0, 13 * 1024 / 22_050),
+    "product above a whole number": (22_050, 0.1, 0.07),
+    "product below a whole number": (16_000, 1.001, 0.5),
+    "eight digits": (22_050, round(3001 / 22_050, 8), round(5003 / 22_050, 8)),
+    "half a sample": (16_000, 2.5 / 16_000, 1000.5 / 16_000),
+    "between samples": (16_000, 0.1234567, 0.2345678),
+    "44.1 kHz": (44_100, 0.7, 0.29),
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_has_the_same_samples_everywhere(section, tmp_path):
+    from lhotse import MonoCut, Recording
+    from lhotse.utils import compute_num_samples
+
+    rate, offset, duration = SECTIONS[section]
+    path = tmp_path / "a.wav"
+    soundfile.write(path, synthesize(2.0), rate, subtype="FLOAT")
+    first, count = compute_num_samples(offset, rate), compute_num_samples(duration, rate)
+    expected = soundfile.read(path, dtype="float32")[0][first : first + count]
+    assert (count_samples(offset, rate), count_samples(duration, rate)) == (first, count)
+
+    entry = {"audio_filepath": str(path), "offset": offset, "duration": duration}
+    manifest = tmp_path / "m.json"
+    manifest.write_text(json.dumps(entry | {"context_audio_filepath": str(path), "context_audio_duration": duration}))
+    recording = Recording.from_file(path)
+    cut = MonoCut("a", offset, duration, 0, recording=recording)
+    twice = MonoCut("a", offset, duration, 0, recording=replace(recording, transforms=[])).append(cut)
+    training = CodecDataset({"a": {"manifest_path": manifest}}, rate)
+    (clip,) = clips_of(manifest, tmp_path).values()
+    sections = {
+        "Lhotse": cut.load_audio()[0],
+        "cut": read_cut(cut, rate),
+        "cut of several tracks": read_cut(twice, rate)[:count],
+        "manifest": clip.audio(rate, 100),
+        "training": training[0]["audio"].numpy(),
+        "evaluation": read_recording(path, rate, offset, duration),
+        "bytes": AudioReader("a", rate, path.read_bytes()).segment(offset, duration),
+    }
+    for name, samples in sections.items():
+        assert np.array_equal(samples, expected), name
+    assert len(clip.context(rate, 100)) == count
 
 
 @pytest.mark.parametrize("source", ["file", "memory"])

@@ -652,9 +652,9 @@ def test_any_span_of_frames_is_read_from_its_blocks_alone(tmp_path, version):
     [
         (0, None, (0, 3000)),
         (0.1, None, (2205, 3000)),
-        (0.05, 0.02, (1102, 1543)),
+        (0.05, 0.02, (1103, 1544)),
         (0, 99, (0, 3000)),
-        (0.05, 0, (1102,) * 2),
+        (0.05, 0, (1103,) * 2),
     ],
 )
 def test_seconds_are_samples_within_the_recording(tmp_path, start, duration, span):
