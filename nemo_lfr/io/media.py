@@ -19,6 +19,8 @@ DEMUXERS = (
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
 # Decoders of frames with checksums. By default FFmpeg ignores wrong ones, or replaces such frames by silence.
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
+# Demuxers of streams whose time stamps begin anywhere. FFmpeg determines their duration from the time stamps.
+_RELATIVE = {"mpegts", "mpeg"}
 # Number of packets at the end of a recorded stream that may belong to an incomplete unit.
 _MAX_SUSPECTS = 32
 
@@ -87,11 +89,12 @@ class MediaDecoder:
         self._position = 0
 
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
-        total = 0
+        total, end = 0, 0.0  # samples, and seconds at which they end by the time stamps
         try:
             for frame in self._frames(track):
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
                     raise AudioError("changes its sample rate or number of channels; convert it to WAV with ffmpeg")
+                end = max(end, (frame.time or 0.0) + frame.samples / self.rate)
                 for part in self._resampler.resample(frame):
                     total += part.samples
                     yield part.to_ndarray().reshape(-1, self.channels)
@@ -102,11 +105,13 @@ class MediaDecoder:
             if isinstance(error, AudioError):
                 raise
             raise AudioError(f"damaged audio ({_reason(error)})") from error
-        # The duration of a container is approximately that of its longest track.
+        # The duration of a container is approximately that of its longest track, and counts from time 0: audio may
+        # begin later, and pause.
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
-            if total / self.rate < 0.97 * seconds - 0.5:
-                raise AudioError(f"was truncated after {total / self.rate:.1f} of {seconds:.1f} s")
+            reached = max(total / self.rate, 0.0 if self._container.format.name in _RELATIVE else end)
+            if reached < 0.97 * seconds - 0.5:
+                raise AudioError(f"was truncated after {reached:.1f} of {seconds:.1f} s")
 
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.

@@ -359,3 +359,77 @@ def test_a_container_without_audio_is_refused(tmp_path):
     ffmpeg("-f", "lavfi", "-i", "color=size=16x16:duration=0.2", "-c:v", "mpeg4", tmp_path / "a.mp4")
     with pytest.raises(AudioError, match="no audio track"):
         read(tmp_path / "a.mp4")
+
+
+def amr() -> bytes:
+    noise = np.random.default_rng(0)
+    return b"#!AMR\n" + b"".join(b"\x3c" + noise.bytes(31) for _ in range(100))
+
+
+def voc() -> bytes:
+    def block(kind, data):
+        return bytes([kind]) + len(data).to_bytes(3, "little") + data
+
+    sound = np.random.default_rng(0).bytes(4000)
+    header = b"Creative Voice File\x1a" + b"\x1a\0\x0a\x01\x29\x11"
+    return header + block(1, b"\x83\0" + sound) + b"".join(block(2, sound) for _ in range(3)) + b"\0"
+
+
+# Formats without the number of sections in a header: FFmpeg arguments, or the file; and the position of a header in
+# the middle.
+OPEN_ENDED = {
+    "amr": (amr(), lambda data: 6 + 32 * 50),
+    "voc": (voc(), lambda data: 26 + 4006 + 4004),
+    "flv": (["-c:a", "aac"], lambda data: data.find(b"\x08\0", len(data) // 2)),
+    "wv": (["-c:a", "wavpack"], lambda data: data.find(b"wvpk", len(data) // 3)),
+    "asf": (["-c:a", "wmav2"], lambda data: data.find(b"\x82\0\0", len(data) // 2)),
+    "adts": (["-c:a", "aac"], lambda data: data.find(data[:2], len(data) // 2)),
+    "gsm": (["-c:a", "libgsm", "-ar", "8000"], lambda data: 33 * (len(data) // 66)),
+    "mp4": (["-c:a", "aac", "-movflags", "frag_keyframe+empty_moov"], lambda data: data.rfind(b"moof") - 4),
+    "webm": (["-c:a", "libopus"], lambda data: data.rfind(b"\x1f\x43\xb6\x75")),
+    "rm": (["-c:a", "ac3", "-ar", "44100"], lambda data: data.find(b"DATA")),
+}
+
+
+@pytest.mark.parametrize("damage", ["overwritten", "moved"])
+@pytest.mark.parametrize("kind", OPEN_ENDED)
+def test_audio_behind_a_damaged_header_is_never_dropped_silently(tmp_path, kind, damage):
+    pytest.importorskip("av")
+    made, middle = OPEN_ENDED[kind]
+    data = made if isinstance(made, bytes) else encoded(tmp_path, kind, synthesize(3), options={kind: made})
+    at = middle(data)
+    assert 0 < at < len(data) - 40
+    assert len(read("a", None, data=data))
+    kept = at + 4 if damage == "overwritten" else at
+    bad = data[:at] + b"\x7f" * 4 + data[kept:]
+    with pytest.raises(AudioError, match=r"damage|was truncated|not an audio file"):
+        read("a", None, data=bad)
+
+
+DELAYED = {"mka": [], "webm": [], "wma": [], "mov": [], "flv": ["-ar", "44100"], "ts": ["-c:a", "mp2"]}
+
+
+@pytest.mark.parametrize("suffix", DELAYED)
+def test_audio_that_starts_late_is_complete(tmp_path, suffix):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(1), RATE)
+    ffmpeg("-itsoffset", 2, "-i", tmp_path / "source.wav", *DELAYED[suffix], tmp_path / f"a.{suffix}")
+    with AudioReader(tmp_path / f"a.{suffix}", None) as reader:
+        assert reader.duration == pytest.approx(1, abs=0.1)
+
+
+def without_size(data: bytes, size: int) -> bytes:
+    at = data.index(bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")) + 16
+    return data[:at] + size.to_bytes(8, "little") + data[at + 8 :]
+
+
+@pytest.mark.parametrize("size", [None, 0, 24, 50])
+def test_a_live_wma_recording_is_read_whole_and_refused_where_it_is_cut(tmp_path, size):
+    """Programs that write to a pipe leave the size of the data open."""
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "source.wav", synthesize(3), RATE)
+    data = ffmpeg("-i", tmp_path / "source.wav", "-c:a", "wmav2", "-f", "asf", "-")
+    data = data if size is None else without_size(data, size)
+    assert len(read("a", data=data)) > 2.9 * RATE
+    with pytest.raises(AudioError, match="was truncated"):
+        read("a", data=data[:-100])

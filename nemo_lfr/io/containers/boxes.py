@@ -8,11 +8,16 @@ import re
 import struct
 from dataclasses import replace
 
-from nemo_lfr.io.containers.joined import compare_end, find_header, next_file
+from nemo_lfr.io.containers.joined import compare_end, damage_after, find_header
 from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, cut_short, whole_file
 
 _BOX_NAME = re.compile(rb"[A-Za-z0-9]{3}[A-Za-z0-9 ]")
+_BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # the beginning of a box that belongs to the audio
+# Boxes between which the media data of a fragmented file may be.
+_FRAGMENTS = frozenset(b"moof mdat moov ftyp styp sidx ssix emsg prft free skip wide uuid meta".split())
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
+# A Cluster, or a SimpleBlock of one of the first tracks.
+_AUDIO = re.compile(rb"\x1f\x43\xb6\x75|\xa3(?:[\x80-\xff]|[\x40-\x7f].)[\x81-\x84]..[\0\x80]", re.DOTALL)
 # Ids of the elements in a Segment and a Cluster of Matroska and WebM.
 _IN_SEGMENT = {_CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367}
 _IN_CLUSTER = {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0x5854}
@@ -48,8 +53,8 @@ def matroska_streams(window: Window) -> list[Stream]:
         if not unknown and position + begin + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position - begin))]
         position += begin + (0 if unknown or name == _SEGMENT else size)
-    if window.find(_CLUSTER.to_bytes(4, "big"), position) >= 0 and next_file(window, position) is None:
-        return [whole_file(window.size, f"is damaged: the bytes at {position} are not Matroska elements")]
+    if (damage := damage_after(window, position, _AUDIO)) is not None:
+        return [whole_file(window.size, damage)]
     (last,) = compare_end(window, position)
     return [
         *streams,
@@ -82,7 +87,7 @@ def is_mp4(head: bytes, _: Window) -> bool:
 
 def mp4_streams(window: Window) -> list[Stream]:
     """Check the boxes of an MP4, M4A, MOV or 3GP file."""
-    position, indexes, is_joined = 0, 0, False
+    position, indexes, is_joined, is_fragmented, before = 0, 0, False, False, b"moov"
     while position + 8 <= window.size:
         size, name = struct.unpack(">I4s", window.at(position, 8))
         if not _BOX_NAME.fullmatch(name) or window.at(position, 11).startswith(TAGS):
@@ -96,9 +101,15 @@ def mp4_streams(window: Window) -> list[Stream]:
             break
         if position + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position))]
+        if name == b"mdat" and is_fragmented and before not in _FRAGMENTS:
+            return [whole_file(window.size, f"is damaged: no index describes the audio at {position}")]
         indexes += name == b"moov"
+        is_fragmented |= name == b"moov" and window.find(b"mvex", position, position + size) >= 0
+        before = name
         position += size
     if indexes > 1 or is_joined:
         return [whole_file(window.size, JOINED)]
+    if (damage := damage_after(window, position, _BOX)) is not None:
+        return [whole_file(window.size, damage)]
     (stream,) = compare_end(window, position)
     return [replace(stream, spans=[(0, window.size)], is_file=True)]

@@ -47,6 +47,28 @@ def header_in(data: bytes) -> int | None:
     return None if match is None else match.start()
 
 
+def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, longest: int = HEADER_BYTES) -> int | None:
+    """Search for a regular expression.
+
+    Args:
+        window: the file.
+        pattern: the expression.
+        position: start of the search.
+        longest: upper bound of the number of bytes that match.
+
+    Returns:
+        The position of the first match; None if there is none.
+    """
+    while position < window.size:
+        block = window.at(position, Window.BLOCK)
+        if (match := pattern.search(block)) is not None:
+            return position + match.start()
+        if len(block) <= longest:
+            break
+        position += len(block) - longest
+    return None
+
+
 def find_header(window: Window, position: int) -> int | None:
     """Search for the header of another file among samples of undeclared length.
 
@@ -57,14 +79,7 @@ def find_header(window: Window, position: int) -> int | None:
     Returns:
         The position of the header; None if there is none.
     """
-    while position < window.size:
-        block = window.at(position, Window.BLOCK)
-        if (found := header_in(block)) is not None:
-            return position + found
-        if len(block) <= HEADER_BYTES:
-            break
-        position += len(block) - HEADER_BYTES
-    return None
+    return find_pattern(window, _HEADERS, position)
 
 
 def until_end(window: Window, position: int) -> int | None:
@@ -86,6 +101,27 @@ def compare_end(window: Window, end: int) -> list[Stream]:
     if next_file(window, end) is not None:
         return [whole_file(window.size, JOINED)]
     return [Stream([(0, end)], is_file=end == window.size, note=note_after(window, end))]
+
+
+def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | None:
+    """Return the error message for audio that goes on behind bytes that are not a section of its file.
+
+    This is for formats whose header does not state where the audio ends.
+
+    Args:
+        window: the file.
+        end: end of the sections that were found.
+        section: beginning of a section, distinctive enough that other bytes do not match it.
+
+    Returns:
+        The message; None if another file, only tags and padding, or no such section follows.
+    """
+    if next_file(window, end) is not None or note_after(window, end) is None:
+        return None
+    start = after_tags(window, end)
+    if find_pattern(window, section, start) is None:
+        return None
+    return f"is damaged: the {window.size - start} bytes at {start} do not continue its audio"
 
 
 def note_after(window: Window, end: int) -> str | None:

@@ -6,7 +6,7 @@ libsndfile reads the available part of a truncated file, and decodes the headers
 import re
 import struct
 
-from nemo_lfr.io.containers.joined import compare_end, compare_size, next_file, note_after
+from nemo_lfr.io.containers.joined import compare_end, compare_size, damage_after, next_file, note_after
 from nemo_lfr.io.containers.stream import CHUNK_NAME, HEADER_CUT, JOINED, Span, Stream, Window, cut_short, whole_file
 from nemo_lfr.io.containers.wav_header import WavHeader
 
@@ -17,6 +17,7 @@ _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
 _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
 _VOC_SOUND = {1: 2, 9: 12}  # block types that begin sound, with the sizes of their fields
 _VOC_MORE, _VOC_LAST = 2, 9  # block type that continues sound, and the last defined type
+_VOC_REST = re.compile(rb"[^\0\x1a]")  # anything but padding; programs for CP/M and DOS padded files with 0x1A
 _VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, with their WAV format tags
 
 
@@ -73,6 +74,8 @@ def voc_streams(window: Window) -> list[Stream]:
         position += 1
     if len(set(kinds)) > 1 or next_file(window, position) is not None:
         return [whole_file(window.size, JOINED)]
+    if (damage := damage_after(window, position, _VOC_REST)) is not None:
+        return [whole_file(window.size, damage)]
     if len(spans) == 1:
         return compare_end(window, position)
     form = _voc_format(kinds[0]) if kinds else None

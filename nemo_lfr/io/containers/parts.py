@@ -3,10 +3,11 @@
 FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 
-from nemo_lfr.io.containers.joined import compare_end, next_file
+from nemo_lfr.io.containers.joined import compare_end, damage_after, next_file
 from nemo_lfr.io.containers.stream import JOINED, NO_LENGTH, Stream, Window, cut_short, whole_file
 
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
@@ -15,13 +16,27 @@ _ASF_OBJECTS = (
     (_ASF[:4],),
     tuple(map(bytes.fromhex, ("3626b275", "90080033", "d329e2d6", "f803b1fe", "d03fb73c"))),
 )
-_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
+_ASF_FILE = bytes.fromhex("a1dcab8c")  # first four bytes of the object with the size of packets
+# Positions in that object, and sizes in bytes; an FLV tag includes the size field after it.
+_ASF_FLAGS, _ASF_FILE_END, _ASF_PACKETS = 88, 100, 50
+_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15
+# FFmpeg too considers the size of a smaller data object to be unknown.
+_ASF_LEAST_DATA = 100
+_ASF_PACKET = 0x82  # first byte of every packet with error correction data, which all encoders write
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")
 _AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
 _TTA_HEAD = 22
+# Beginnings of sections, which show that the audio goes on after damage.
+_SECTION = {
+    "asf": re.compile(rb"\x82\0\0"),
+    "flv": re.compile(rb"[\x08\x09\x12].{7}\0\0\0", re.DOTALL),
+    "amr": re.compile(rb"[^\0]"),  # any byte may begin a frame
+    "wavpack": re.compile(rb"wvpk.{4}[\x02-\x10]\x04", re.DOTALL),
+    "real": re.compile(rb"DATA|INDX|MDPR|CONT"),
+}
 _REAL_CHUNKS, _REAL_DATA_HEAD = (b".RMF", b"PROP", b"CONT", b"MDPR", b"DATA", b"INDX", b"RMMD", b"RMJE"), 18
 
 
@@ -49,16 +64,50 @@ def is_asf(head: bytes, _: Window) -> bool:
 
 
 def asf_streams(window: Window) -> list[Stream]:
-    """Check the objects of an ASF file."""
-    return _walked(window, _asf_parts(window))
+    """Check the objects of an ASF file, and the packets of its data.
+
+    A live recording does not state the size of its data, which then ends with the file.
+    """
+    return _walked(window, _asf_parts(window), _SECTION["asf"])
 
 
 def _asf_parts(window: Window) -> Iterator[int]:
-    position = 0
+    position, flags, packet = 0, 0, 0
     while len(head := window.at(position, _ASF_HEAD)) == _ASF_HEAD and head[:4] in _ASF_OBJECTS[position > 0]:
         size = struct.unpack_from("<Q", head, 16)[0]
-        yield size if size >= _ASF_HEAD else 0
-        position += size
+        if head[:4] != _ASF_OBJECTS[1][0]:
+            flags, packet = (flags, packet) if position else _asf_properties(window, size)
+            yield size if size >= _ASF_HEAD else 0
+            position += size
+            continue
+        is_live = bool(flags & 1) or size < _ASF_LEAST_DATA
+        start, end = position + _ASF_PACKETS, window.size if is_live else position + size
+        if not packet or window.at(start, 1) != bytes([_ASF_PACKET]) or end > window.size:
+            yield 0 if is_live else size
+            position = end
+            continue
+        yield _ASF_PACKETS
+        position = start
+        while position + packet <= end or (is_live and position < end):
+            if window.at(position, 1) != bytes([_ASF_PACKET]):
+                break
+            yield packet
+            position += packet
+        else:
+            yield from [end - position] * (end > position)
+            position = end
+
+
+def _asf_properties(window: Window, size: int) -> tuple[int, int]:
+    """Return the flags of an ASF file and the size of its packets, which is 0 if it is unknown or varies."""
+    position = 30
+    while position + _ASF_HEAD <= min(size, window.size):
+        head = window.at(position, _ASF_FILE_END)
+        if head[:4] == _ASF_FILE and len(head) == _ASF_FILE_END:
+            flags, least, most = struct.unpack_from("<III", head, _ASF_FLAGS)
+            return flags, least if least == most else 0
+        position += max(struct.unpack_from("<Q", head, 16)[0], _ASF_HEAD)
+    return 0, 0
 
 
 def is_flv(head: bytes, _: Window) -> bool:
@@ -68,7 +117,7 @@ def is_flv(head: bytes, _: Window) -> bool:
 
 def flv_streams(window: Window) -> list[Stream]:
     """Check the tags of a Flash video file."""
-    return _walked(window, _flv_parts(window))
+    return _walked(window, _flv_parts(window), _SECTION["flv"])
 
 
 def _flv_parts(window: Window) -> Iterator[int]:
@@ -87,7 +136,7 @@ def is_amr(head: bytes, _: Window) -> bool:
 
 def amr_streams(window: Window) -> list[Stream]:
     """Check the frames of an AMR file."""
-    return _walked(window, _amr_parts(window))
+    return _walked(window, _amr_parts(window), _SECTION["amr"])
 
 
 def _amr_parts(window: Window) -> Iterator[int]:
@@ -107,7 +156,7 @@ def is_wavpack(head: bytes, _: Window) -> bool:
 
 def wavpack_streams(window: Window) -> list[Stream]:
     """Check the blocks of a WavPack file."""
-    return _walked(window, _wavpack_parts(window))
+    return _walked(window, _wavpack_parts(window), _SECTION["wavpack"])
 
 
 def _wavpack_parts(window: Window) -> Iterator[int]:
@@ -155,7 +204,7 @@ def is_real(head: bytes, _: Window) -> bool:
 
 def real_streams(window: Window) -> list[Stream]:
     """Check the chunks of a RealMedia file, and the packets of its data chunks."""
-    return _walked(window, _real_parts(window))
+    return _walked(window, _real_parts(window), _SECTION["real"])
 
 
 def _real_parts(window: Window) -> Iterator[int]:
@@ -165,6 +214,8 @@ def _real_parts(window: Window) -> Iterator[int]:
         if head[:4] == b"DATA":
             yield _REAL_DATA_HEAD
             position += _REAL_DATA_HEAD
+            if head[10:14] == bytes(4) and window.size > position:  # a live recording
+                yield 0
             for _ in range(int.from_bytes(head[10:14], "big")):
                 size = max(int.from_bytes(window.at(position + 2, 2), "big"), 1)
                 yield size
@@ -176,10 +227,14 @@ def _real_parts(window: Window) -> Iterator[int]:
         position += size
 
 
-def _walked(window: Window, parts: Iterator[int]) -> list[Stream]:
-    """Add up the sizes of sections, and report truncation or other bytes after them.
+def _walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
+    """Add up the sizes of sections, and report truncation, damage or other bytes after them.
 
-    A section of size 0 has an unknown size.
+    Args:
+        window: the file.
+        parts: sizes of the sections; 0 for an unknown size.
+        section: beginning of a section, which shows that the audio goes on after damage; None if a header states
+            the number of sections.
     """
     position = 0
     for size in parts:
@@ -190,4 +245,6 @@ def _walked(window: Window, parts: Iterator[int]) -> list[Stream]:
             is_joined = is_other and next_file(window, position) is not None
             return [whole_file(window.size, JOINED if is_joined else cut_short(size, window.size - position))]
         position += size
+    if section is not None and (damage := damage_after(window, position, section)) is not None:
+        return [whole_file(window.size, damage)]
     return compare_end(window, position)
