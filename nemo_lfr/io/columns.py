@@ -1,5 +1,6 @@
 """Names of columns in third-party tables that contain audio, text, speaker and language."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,9 +49,9 @@ OTHER_TOKENS = frozenset(
 def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     """Add the standard labels "text", "speaker" and "lang" to a row's labels.
 
-    The values come from the columns listed in `LABELS`. None, NaN and columns that contain the tokens of another codec
-    are dropped. A number is accepted as a speaker but not as a language: it would be an index into names that are
-    unavailable.
+    The values come from the columns listed in `LABELS`. None, NaN, infinity and columns that contain the tokens of
+    another codec are dropped. A number is accepted as text or speaker, and becomes text. It is not accepted as a
+    language: it would be an index into names that are unavailable.
 
     Args:
         labels: the values of a row by column.
@@ -64,12 +65,18 @@ def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
             value = kept.get(column)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)  # pandas converts integer columns with missing values to float
-            if isinstance(value, str) or (label != "lang" and isinstance(value, int) and column != label):
+            if isinstance(value, str) or (label != "lang" and isinstance(value, int | float)):
                 kept[label] = str(value)
                 break
             if value is not None and column == label:  # the label keeps its name
                 break
     return kept
+
+
+def repeated_column(columns: Iterable[str]) -> str | None:
+    """Return the first name that two columns have; None if there is none. Empty names do not count."""
+    counts = Counter(columns)
+    return next((name for name, count in counts.items() if name and count > 1), None)
 
 
 def chosen_columns(columns: Iterable[str]) -> dict[str, str]:

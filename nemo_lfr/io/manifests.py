@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.columns import standard_labels
 from nemo_lfr.io.folders import MAX_NAME
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.tables import is_table, read_table
@@ -182,7 +183,7 @@ def _recording(entry: dict[str, Any], folder: Path, dataset: str) -> Recording:
     if duration is None:
         with AudioReader(full, None) as reader:
             duration = reader.duration
-    labels = {key: None if is_missing(value) else value for key, value in entry.items()}
+    labels = dict.fromkeys(key for key, value in entry.items() if is_missing(value)) | standard_labels(entry)
     return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)
 
 

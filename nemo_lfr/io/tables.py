@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
-from nemo_lfr.io.columns import AUDIO, standard_labels
+from nemo_lfr.io.columns import AUDIO, repeated_column, standard_labels
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
@@ -20,6 +20,10 @@ TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 # Lines that a quoted field may span.
 MAX_LINES = 64
+
+
+class RepeatedColumnError(ConfigError):
+    """Two columns of a table have the same name, so that one of them would be lost."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
             Common Voice) or JSON lines, in UTF-8 with or without a byte order mark.
 
     Raises:
-        ConfigError: if the file cannot be read, or no column names the audio.
+        ConfigError: if the file cannot be read, no column names the audio, or two columns have the same name.
     """
     try:
         lines = read_lines(path, ConfigError)
@@ -120,7 +124,7 @@ def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
             continue
         index += count
         if any(fields):
-            yield TableRow(number, dict(reversed(list(zip(columns, fields, strict=True)))))
+            yield TableRow(number, dict(zip(columns, fields, strict=True)))
 
 
 def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
@@ -137,6 +141,10 @@ def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
         raise ConfigError(
             f"{path}: no column with the audio; expected one of {', '.join(AUDIO)} in its first line, found "
             f"{shorten(columns, 300)}."
+        )
+    if name := repeated_column(columns):
+        raise RepeatedColumnError(
+            f"{path}: two columns are named {shorten(repr(name))}; rename or remove one of them."
         )
     return delimiter, columns
 

@@ -61,5 +61,5 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a label has no value: None, or the NaN that pandas writes for it."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """Return whether a label has no value: None, or the NaN or infinity that pandas writes for it."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))

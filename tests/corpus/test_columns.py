@@ -13,6 +13,7 @@ from nemo_lfr.corpus.sources import open_corpus
 from nemo_lfr.corpus.sources.parquet import split_of
 from nemo_lfr.errors import AudioError, ConfigError
 from nemo_lfr.io.columns import chosen_columns, standard_labels
+from nemo_lfr.io.manifests import read_manifest
 from tests.models import RATE, synthesize
 
 pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
@@ -52,13 +53,49 @@ def write(path: Path, columns: dict) -> Path:
         ({"language": 3, "lang": None}, {}),
         ({"text": "nan"}, {"text": "nan"}),  # a word, not a number
         ({"text": "", "sentence": "b"}, {"text": ""}),
-        ({"speaker": 5}, {"speaker": 5}),
+        ({"speaker": 5}, {"speaker": "5"}),
+        ({"speaker": 5.0, "text": 7}, {"speaker": "5", "text": "7"}),
+        ({"text": 2.5, "sentence": "b", "lang": "de"}, {"text": "2.5", "lang": "de"}),
+        ({"text": math.inf, "sentence": "b"}, {"text": "b"}),
+        ({"speaker": -math.inf, "speaker_id": 7, "lang": math.inf, "locale": "pl"}, {"speaker": "7", "lang": "pl"}),
     ],
 )
 def test_labels_come_from_the_columns_of_the_hub(row, expected):
     labels = standard_labels(row)
     assert {key: labels[key] for key in ("text", "speaker", "lang") if key in labels} == expected
     assert all(labels[key] == value for key, value in row.items() if key not in expected and key in labels)
+
+
+NUMBERS = {
+    "a number": ({"speaker": 7, "text": 8}, {"speaker": "7", "text": "8"}),
+    "infinity": ({"speaker": -math.inf, "speaker_id": "s7", "text": math.inf}, {"speaker": "s7"}),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("name", ["m.json", "metadata.jsonl", "a.parquet", "folder", "cuts.jsonl"])
+def test_numbers_become_text_and_infinity_is_missing_in_every_input(name, kind, wav, tmp_path):
+    values, expected = NUMBERS[kind]
+    path = tmp_path / name
+    if name == "a.parquet":
+        write(path, {"file_name": ["a.wav"]} | {key: [value] for key, value in values.items()})
+    elif name == "cuts.jsonl":
+        import lhotse
+
+        recording = lhotse.Recording.from_file(wav)
+        segment = lhotse.SupervisionSegment("s", recording.id, 0, recording.duration)
+        segment.text, segment.speaker = values["text"], values["speaker"]
+        cut = lhotse.MonoCut("c", 0, recording.duration, 0, [segment], recording=recording, custom=dict(values))
+        lhotse.CutSet.from_cuts([cut]).to_file(path)
+    else:
+        key = "audio_filepath" if name == "m.json" else "file_name"
+        table = tmp_path / "metadata.jsonl" if name == "folder" else path
+        table.write_text(json.dumps({key: "a.wav", **values}))
+    (clip,) = clips_of(tmp_path if name == "folder" else path)
+    assert {key: clip.labels[key] for key in ("text", "speaker") if key in clip.labels} == expected
+    if name in ("m.json", "metadata.jsonl"):
+        (recording,) = read_manifest(path)
+        assert {key: recording.labels[key] for key in ("text", "speaker") if recording.labels.get(key)} == expected
 
 
 def test_column_choices_are_logged_once(wav, tmp_path, caplog):
@@ -166,8 +203,8 @@ def test_paths_are_relative_to_the_table_or_the_audio_folder(wav, tmp_path, monk
     ("path", "split"),
     [
         ("train-00000-of-00002.parquet", "train"),
-        ("data/validation-00000.parquet", "validation"),
-        ("dev.parquet", "validation"),
+        ("data/validation-00000.parquet", "valid"),
+        ("dev.parquet", "valid"),
         ("default/test/0000.parquet", "test"),
         ("TRAIN_clean_100.parquet", "train"),
         ("trainer.parquet", None),
@@ -245,11 +282,28 @@ def test_a_damaged_file_of_several_is_a_failure(wav, tmp_path):
             clip.audio(RATE, 100)
 
 
-def test_of_two_audio_columns_of_one_name_the_first_is_read(wav, tmp_path):
-    table = pa.table([pa.array([wav.read_bytes()]), pa.array(["elsewhere.wav"])], names=["audio", "audio"])
-    pq.write_table(table, tmp_path / "a.parquet")
-    (clip,) = clips_of(tmp_path / "a.parquet")
-    assert len(clip.audio(RATE, 100)) == len(WAVE)
+@pytest.mark.parametrize("name", ["audio", "text"])
+def test_two_columns_of_one_name_are_refused(name, wav, tmp_path):
+    columns = [pa.array([wav.read_bytes()]), pa.array(["hi"]), pa.array(["there"])]
+    pq.write_table(pa.table(columns, names=["audio", "text", name]), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=rf"a\.parquet: two columns are named '{name}'; rename or remove one"):
+        clips_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "a.parquet"])
+@pytest.mark.parametrize(("column", "seconds"), [("audio_filepath", [0.2, 0.1, 0.5]), ("path", [0.5, 0.5, 0.5])])
+def test_sections_of_a_file_are_clips_where_the_column_is_that_of_nemo(name, column, seconds, wav, tmp_path):
+    rows = {column: ["a.wav"] * 3, "offset": [0.1, 0.4, None], "duration": [0.2, None, None]}
+    if name == "t.csv":
+        lines = [
+            ",".join("" if value is None else str(value) for value in row) for row in zip(*rows.values(), strict=True)
+        ]
+        (tmp_path / name).write_text("\n".join([",".join(rows), *lines]))
+    else:
+        write(tmp_path / name, rows)
+    clips = clips_of(tmp_path / name)
+    assert len({clip.id for clip in clips}) == 3
+    assert [len(clip.audio(RATE, 100)) / RATE for clip in clips] == pytest.approx(seconds, abs=1e-3)
 
 
 def test_unlisted_audio_files_beside_a_table_are_reported(wav, tmp_path, caplog):

@@ -34,7 +34,7 @@ GOOD: dict[str, tuple[str, bytes, list[dict]]] = {
     "a quote inside a field": ("t.csv", b'file_name,text\na.wav,5" disk\n', [named("a.wav", text='5" disk')]),
     "text after a quote": ("t.csv", b'file_name,text\na.wav,"a" b\n', [named("a.wav", text="a b")]),
     "spaces in the header": ("t.csv", b"file_name, text\na.wav,hi\n", TWO[:1]),
-    "a column twice": ("t.csv", b"file_name,text,text\na.wav,hi,no\n", TWO[:1]),
+    "empty columns at the end": ("t.csv", b"file_name,text,,\na.wav,hi,,\n", TWO[:1]),
     "an empty label": ("t.csv", b"file_name,text\na.wav,\n", [named("a.wav")]),
     "durations in unknown units": ("t.csv", b"path,duration\na.wav,1500\n", [named("a.wav")]),
     "NeMo's names": (
@@ -93,6 +93,9 @@ def test_invalid_row_skips_only_itself(tmp_path, case):
         (b"LJ001|Printing|Printing\n", "no column with the audio"),
         (b"\xff\xfef\0i\0", "UTF-16"),
         (b"file_name,\xe9\n", "header cannot be read"),
+        (b"file_name,text,text\na.wav,,hi\n", "two columns are named 'text'; rename or remove one of them"),
+        (b"file_name,note,note \na.wav,a,b\n", "two columns are named 'note'"),
+        (b"audio,text,audio\na.wav,hi,b.wav\n", "two columns are named 'audio'"),
     ],
 )
 def test_invalid_table_is_refused(tmp_path, data, message):

@@ -10,7 +10,7 @@ from nemo_lfr.corpus.ids import UniqueIds, clean_id, numbered_id
 from nemo_lfr.corpus.inventory import digest, list_digest
 from nemo_lfr.corpus.sources.base import Clip, CorpusReader, OpenOptions, ShardSpec, repeat_number, unreadable
 from nemo_lfr.errors import ConfigError, shorten
-from nemo_lfr.io.columns import OTHER_TOKENS
+from nemo_lfr.io.columns import OTHER_TOKENS, standard_labels
 from nemo_lfr.io.cut_audio import read_cut
 from nemo_lfr.io.cut_files import CutItem, explain, kind_of, read_cuts, supervisions_beside
 from nemo_lfr.io.shortage import require
@@ -104,7 +104,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
         labels = {"text": " ".join(texts) if texts else None, "speaker": first.speaker, "lang": first.language}
     custom = getattr(cut, "custom", None) or {}
     labels |= {key: value for key, value in custom.items() if isinstance(value, str | int | float | bool)}
-    labels = {key: value for key, value in labels.items() if not is_missing(value) and key not in OTHER_TOKENS}
+    labels = standard_labels(labels)
     target = cut.target_audio if cut.has_custom("target_audio") else cut
     context = None
     if cut.has_custom("context_audio"):

@@ -1,6 +1,5 @@
 """Parquet files."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadabl
 from nemo_lfr.corpus.sources.table import ROWS, Table
 from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.bounded import check_columns, rows_at_a_time
+from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import find_files
 from nemo_lfr.io.shortage import require
-
-# Words in file names that identify the split of a dataset.
-SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval"}
+from nemo_lfr.io.splits import check_one_split, split_of_parts
 
 
 class Parquet(Table):
@@ -28,13 +26,9 @@ class Parquet(Table):
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
         self.parquet = require("pyarrow.parquet")
         files = [path] if path.is_file() else parquet_files(path)
-        splits = {split_of(file.relative_to(path)) or "" for file in files} if path.is_dir() else set()
-        if len(splits) > 1:
-            names = ", ".join(sorted(splits - {""})) + (" and files without a split" if "" in splits else "")
-            raise ConfigError(
-                f"{path}: contains the splits {names}, which are not mixed; pass one file, or a folder with the files "
-                "of one split."
-            )
+        if path.is_dir():
+            splits = [split_of(file.relative_to(path)) for file in files]
+            check_one_split(path, splits, "one file, or a folder with the files of one split")
         problems = []
         for file in files:
             try:
@@ -68,6 +62,8 @@ class Parquet(Table):
             check_columns(table.metadata, file, is_input=True)
         except NemoLfrError as error:
             raise ConfigError(str(error)) from error
+        if name := repeated_column(table.schema_arrow.names):
+            raise ConfigError(f"{file}: two columns are named {shorten(repr(name))}; rename or remove one of them.")
         return table
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
@@ -122,12 +118,5 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split in a file's path: "train", "validation" or "test".
-
-    The rules are those of the Hugging Face Hub.
-    """
-    for part in reversed([*path.parts[:-1], path.stem]):
-        for split, words in SPLIT_WORDS.items():
-            if re.search(rf"(^|[\W_\d])({words})($|[\W_\d])", part, re.IGNORECASE):
-                return split
-    return None
+    """Return the split that a file's path names, as on the Hugging Face Hub; None if it names none."""
+    return split_of_parts([*path.parts[:-1], path.stem])

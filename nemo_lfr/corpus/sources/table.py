@@ -1,9 +1,10 @@
 """Base class for rows with an audio column: Parquet files and saved datasets."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_lfr.corpus.columns import RATES, audio_cell, audio_column, class_names, label_value
@@ -13,7 +14,7 @@ from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, unread
 from nemo_lfr.errors import AudioError, ConfigError, shorten
 from nemo_lfr.io.columns import AUDIO, CONTEXT, chosen_columns, standard_labels
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, find_files
-from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path
+from nemo_lfr.io.manifests import NOT_A_LINE, describe, resolve_audio_path, seconds
 from nemo_lfr.io.reading import read_bytes, read_file, read_samples
 from nemo_lfr.io.text import is_missing
 
@@ -46,8 +47,7 @@ class Table(CorpusReader):
         self.path, self._files = path, files
         self.audio_dir = audio_dir or (path if path.is_dir() else path.parent)
         self.columns: list[str] = schema.names
-        # The first of two columns with the same name is used.
-        types = dict(reversed(list(zip(self.columns, schema.types, strict=True))))
+        types = dict(zip(self.columns, schema.types, strict=True))
         column = audio_column(self.columns, types)
         if column is None:
             raise ConfigError(
@@ -77,9 +77,7 @@ class Table(CorpusReader):
 
     def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
         """Yield the clips of an Arrow table or batch; `number` is that of its first row."""
-        columns: dict[str, Any] = {}
-        for index, name in enumerate(rows.schema.names):  # the first of two columns with the same name
-            columns.setdefault(name, rows.column(index))
+        columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
         for index in range(rows.num_rows):
             yield self._clip(
@@ -97,7 +95,11 @@ class Table(CorpusReader):
                 name = clean_id(f"{row_id}-{number:08d}")
             labels = standard_labels(values)
             rate = next((values[key] for key in RATES if key in values), None)
-            audio_loader = self._loader(audio.get(self.column), rate, origin)
+            # As in text tables, offset and duration have this meaning only beside NeMo's key.
+            keys = ("offset", "duration") if self.column == "audio_filepath" else ()
+            audio_loader = self._loader(
+                audio.get(self.column), rate, origin, {key: seconds(labels, key) for key in keys}
+            )
             context = None
             if CONTEXT in audio and audio[CONTEXT].is_valid and self.column != CONTEXT:
                 context = self._loader(audio[CONTEXT], rate, f"{origin}, {CONTEXT}")
@@ -105,10 +107,14 @@ class Table(CorpusReader):
             return Clip(name, origin, unreadable(f"{origin}, column {self.column!r}: {describe(error)}."))
         return Clip(name, origin, audio_loader, context, labels)
 
-    def _loader(self, cell: Any, rate: Any, origin: str) -> AudioLoader:
+    def _loader(
+        self, cell: Any, rate: Any, origin: str, section: Mapping[str, float | None] = MappingProxyType({})
+    ) -> AudioLoader:
         audio = audio_cell(cell, rate)
         if isinstance(audio, bytes):
             return partial(read_bytes, audio, origin)
         if isinstance(audio, str):
-            return partial(read_file, resolve_audio_path(self.audio_dir, audio), None, None)
+            return partial(
+                read_file, resolve_audio_path(self.audio_dir, audio), section.get("offset"), section.get("duration")
+            )
         return partial(read_samples, audio.array, audio.rate, origin)
