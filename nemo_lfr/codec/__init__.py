@@ -1,4 +1,4 @@
-"""Codecs: a network, a spec and a backend behind one API."""
+"""The `Codec` class and the backends that run its encoder and decoder."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Codec"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, because other modules of this folder need less than `Codec` does.
+    # Imported on first use: modules in this folder that do not need `Codec` then load faster.
     if name == "Codec":
         from nemo_lfr.codec.codec import Codec
 

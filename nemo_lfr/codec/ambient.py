@@ -1,9 +1,9 @@
 """Isolation from the caller's PyTorch settings: autocast, default device, inference mode, reduced precision.
 
-These settings belong to a thread (autocast, default device, inference and grad mode) or to the process (default
-dtype, precision of fp32 products). `reference_state` turns off those that change results. The codec's own code passes
-the dtype of every tensor that it creates, so it does not depend on the default dtype. `building_state` also sets the
-default dtype, for constructors of other libraries.
+Some of these settings are per thread (autocast, default device, inference and grad mode), others per process (default
+dtype, precision of fp32 matrix products). `reference_state` turns off the settings that change results. It leaves the
+default dtype unchanged, because the codec's own code passes a dtype for every tensor that it creates.
+`building_state` also sets the default dtype, which the constructors of PyTorch's modules use.
 """
 
 import os
@@ -22,10 +22,10 @@ _MKLDNN: Any = torch.backends.mkldnn
 
 
 class ProcessSetting:
-    """Process-wide setting that is changed while at least one thread computes.
+    """Process-wide setting that is changed while at least one thread needs another value.
 
-    The first thread to enter saves the caller's value and the last one to leave restores it. A thread that needs
-    another value waits until no thread uses this one.
+    The first thread that enters `at` saves the caller's value, and the last thread that leaves restores it. A thread
+    that needs a different value waits until no thread uses the current one.
 
     Args:
         get: returns the current value.
@@ -42,7 +42,7 @@ class ProcessSetting:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """Restore the setting in a forked process, in which the computing threads do not exist."""
+        """Restore the setting in a forked process, which does not have the threads that changed it."""
         self._changed = threading.Condition()
         if self._users and self._saved != self._wanted:
             self._put(self._saved)
@@ -93,10 +93,13 @@ def _put_cudnn_tf32(value: Any) -> None:
 
 
 def _attribute(owner: Any) -> ProcessSetting:
-    """Return oneDNN's precision of fp32 products as a setting.
+    """Return the setting for oneDNN's precision in fp32 matrix products or convolutions.
 
-    A value that is inherited from the settings of oneDNN or of all backends is restored as "none", so that later
-    changes of those take effect.
+    The value "none" inherits from oneDNN's own setting or from the one for all backends. An inherited value is
+    restored as "none", so that later changes to the setting that it came from still take effect.
+
+    Args:
+        owner: `torch.backends.mkldnn.matmul` or `torch.backends.mkldnn.conv`.
     """
 
     def get() -> str:
@@ -119,13 +122,13 @@ else:
 
 @contextmanager
 def reference_state(device: torch.device) -> Iterator[None]:
-    """Compute in full fp32 and without gradients, independent of the caller's settings.
+    """Return a context for full fp32 without gradients, independent of the caller's settings.
 
     Args:
-        device: device of the codec; autocast is turned off there and on the CPU.
+        device: device of the codec. Autocast is turned off for this device and for the CPU.
     """
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():  # tensors that are cached here are used outside of it too
+        if torch.is_inference_mode_enabled():  # cached tensors must also work outside of inference mode
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
@@ -142,12 +145,12 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def building_state(device: torch.device | None = None) -> Iterator[None]:
-    """Use this context to build trainable fp32 modules despite the caller's settings.
+    """Return a context for building trainable fp32 modules, independent of the caller's settings.
 
-    It disables inference mode and CPU autocast, and sets the default dtype to fp32.
+    Inference mode and CPU autocast are disabled, and the default dtype is fp32.
 
     Args:
-        device: default device within the context; None for the caller's.
+        device: default device within the context; None keeps the caller's default device.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -163,7 +166,7 @@ def building_state(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def convolutions(tf32: bool) -> Iterator[None]:
-    """Allow or forbid TF32 in fp32 convolutions of cuDNN; PyTorch allows it by default."""
+    """Return a context that allows or forbids TF32 in cuDNN's fp32 convolutions; PyTorch allows TF32 by default."""
     try:
         _ = torch.backends.cudnn.allow_tf32
         wanted: Any = tf32
@@ -176,8 +179,12 @@ def convolutions(tf32: bool) -> Iterator[None]:
 def check_weights(module: nn.Module, name: str) -> None:
     """Raise an error unless all weights of a network are fp32, the dtype that defines the tokens.
 
+    Args:
+        module: encoder or decoder.
+        name: name of the network, for messages.
+
     Raises:
-        NemoLfrError: if a weight has another dtype; the message names it and a remedy.
+        NemoLfrError: if a weight has another dtype. The message names the dtype and a remedy.
     """
     # `Module.parameters` takes three times as long.
     for parameter in (value for child in module.modules() for value in child._parameters.values()):
@@ -185,7 +192,7 @@ def check_weights(module: nn.Module, name: str) -> None:
             continue
         dtype = str(parameter.dtype).removeprefix("torch.")
         if parameter.dtype is torch.float64:
-            advice = "call .float() on it, which restores the fp32 weights exactly"
+            advice = "call .float() on the model, which restores the fp32 weights exactly"
         else:
             advice = (
                 "the rounded weights give different tokens and .float() does not restore them; load the checkpoint "

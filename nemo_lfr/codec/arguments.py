@@ -1,4 +1,4 @@
-"""Validation of the arguments of the codec, and of the results of the network."""
+"""Validate the codec's arguments, and the tokens and audio that its networks return."""
 
 import math
 import operator
@@ -15,10 +15,10 @@ from nemo_lfr.spec import CodecSpec
 
 
 def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
-    """Convert samples of an array to float32; int16 is scaled to [-1, 1].
+    """Convert an array of samples to float32; int16 samples are scaled to [-1, 1].
 
     Raises:
-        AudioError: for another type, with the name of the argument.
+        AudioError: if the samples are neither floating point nor int16; the message contains `name`.
     """
     clips = arrays.convert(audio, name, AudioError)
     kind = arrays.kind(clips)
@@ -31,17 +31,17 @@ def float_audio(arrays: Arrays[Any], audio: object, name: str = "audio") -> Any:
 def check_audio(
     arrays: Arrays[Any], audio: object, audio_len: object = None, name: str = "audio", first: int = 0
 ) -> tuple[Any, list[int]]:
-    """Check clips of an array and convert them to float32.
+    """Check an array of clips and convert it to float32.
 
     Args:
-        arrays: library to convert with.
+        arrays: array library of the result.
         audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio].
-        audio_len: samples of each clip, [B]; default: the full length.
+        audio_len: samples in each clip, [B]; default: the full length.
         name: name of `audio` in messages.
         first: number of the first clip in messages.
 
     Returns:
-        Audio [B, T_audio] and the length of each clip.
+        Audio [B, T_audio] and the number of samples in each clip.
 
     Raises:
         AudioError: for an unsupported shape, type or length, or NaN values.
@@ -67,17 +67,17 @@ def check_audio(
 def resample_clips(
     arrays: Arrays[Any], audio: Any, lengths: list[int], source_rate: int | None, target_rate: int
 ) -> tuple[Any, list[int]]:
-    """Resample clips.
+    """Resample a batch of clips.
 
     Args:
-        arrays: library to convert with.
+        arrays: array library of the result.
         audio: float32 [B, T_audio].
-        lengths: samples of each clip.
-        source_rate: sample rate of `audio`, Hz; None for the target rate.
+        lengths: samples in each clip.
+        source_rate: sample rate of `audio`, Hz; None if it equals `target_rate`.
         target_rate: sample rate of the result, Hz.
 
     Returns:
-        Audio [B, T_audio] as float32, and the samples of each clip.
+        Audio [B, T_audio] as float32, and the number of samples in each clip.
 
     Raises:
         AudioError: for an invalid sample rate.
@@ -97,10 +97,10 @@ def resample_clips(
 
 
 def check_num_codebooks(spec: CodecSpec, num_codebooks: object) -> int:
-    """Return a number of codebooks to use; all if None.
+    """Return the number of codebooks to use: `num_codebooks`, or all of the codec's codebooks if it is None.
 
     Raises:
-        TokensError: if the codec has fewer codebooks.
+        TokensError: if `num_codebooks` is not an integer from 1 to the number of codebooks in `spec`.
     """
     if num_codebooks is None:
         return spec.num_codebooks
@@ -118,14 +118,15 @@ def check_tokens(
     """Check tokens and convert them to int64.
 
     Args:
-        arrays: library to convert with.
+        arrays: array library of the result.
         spec: description of the codec.
         tokens: integers, [C, T] or [B, C, T].
-        tokens_len: frames of each utterance, [B]; default: the full length.
-        num_codebooks: use the first codebooks only. `tokens` may have as many, and the others get the token of zero.
+        tokens_len: frames in each utterance, [B]; default: the full length.
+        num_codebooks: number of codebooks to use. `tokens` may have only the first `num_codebooks` of them. All
+            tokens of the other codebooks are set to `spec.zero_token`.
 
     Returns:
-        Tokens [B, C, T] and the frames of each utterance.
+        Tokens [B, C, T] with all codebooks, and the number of frames in each utterance.
 
     Raises:
         TokensError: for an unsupported shape or type, or a token outside the codebook.
@@ -145,7 +146,7 @@ def check_tokens(
         ids = arrays.zeros((ids.shape[0], spec.num_codebooks, ids.shape[2]), np.int64) + spec.zero_token
         ids[:, :kept] = first
     if _within(ids, spec.codebook_size):
-        return ids, totals  # one reduction for all rows: each synchronizes a GPU
+        return ids, totals  # the usual case: one reduction for all rows, because each one synchronizes a GPU
     for row, total in enumerate(totals):
         valid = ids[row, :, :total]
         low, high = (int(valid.min()), int(valid.max())) if total else (0, 0)
@@ -164,12 +165,19 @@ def check_lengths(
     error: type[NemoLfrError],
     first: int = 0,
 ) -> list[int]:
-    """Return lengths as Python integers in [0, limit], one per example; `limit` for each if `lengths` is None.
+    """Check the lengths of a batch and return them as Python integers.
 
-    `first` is the number of the first example in messages.
+    Args:
+        arrays: array library that reads `lengths`.
+        lengths: integers of shape [batch]; None if every example has the length `limit`.
+        batch: number of examples.
+        limit: largest valid length; None if there is no limit.
+        name: name of `lengths` in messages.
+        error: type of the error to raise.
+        first: number of the first example in messages.
 
     Raises:
-        NemoLfrError: of the type `error`, with the name of the argument.
+        NemoLfrError: of the type `error`, if the shape, the type or a value is invalid.
     """
     if lengths is None:
         assert limit is not None
@@ -186,15 +194,24 @@ def check_lengths(
 
 
 def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_per_frame: int) -> None:
-    """Check that each utterance's samples end within its last frame.
+    """Check that the samples of each utterance need exactly as many frames as the utterance has.
+
+    Args:
+        samples: samples to keep from each utterance.
+        totals: frames in each utterance.
+        samples_per_frame: samples in one frame.
 
     Raises:
-        TokensError: for the first utterance that does not.
+        TokensError: for the first utterance whose samples need more or fewer frames.
     """
     for row, (count, total) in enumerate(zip(samples, totals, strict=True)):
         if num_frames(count, samples_per_frame) != total:
             whole = total * samples_per_frame
-            raise TokensError(f"audio_len[{row}] is {count} samples, but its {total} frames contain {whole}.")
+            low = max(0, whole - samples_per_frame + 1)
+            raise TokensError(
+                f"audio_len[{row}] is {count} samples, but utterance {row} has {total} frames; pass the number of "
+                f"samples before encoding, from {low} to {whole}."
+            )
 
 
 def check_encoded(tokens: Any, spec: CodecSpec, name: str) -> None:
@@ -232,8 +249,8 @@ def _within(tokens: Any, codebook_size: int) -> bool:
 
 def _not_finite(name: str, spec: CodecSpec, network: str, what: str) -> NemoLfrError:
     is_half = spec.precision == "fp16"
-    advice = 'use precision="fp32" or "bf16"' if is_half else "load the checkpoint again, or use another"
+    advice = 'use precision="fp32" or "bf16"' if is_half else "load the checkpoint again, or use another checkpoint"
     return NemoLfrError(
-        f"{name}: the {network} gives NaN or infinite values for {what}; its weights are damaged, or too large "
-        f"for {spec.precision}: {advice}."
+        f"{name}: the {network} gives NaN or infinite values for {what}. The weights of the {network} are damaged, "
+        f"or too large for {spec.precision}; {advice}."
     )

@@ -1,4 +1,7 @@
-"""Array libraries: the array operations of the codec, in terms of numpy's dtypes."""
+"""The array operations that the codec needs, as a protocol, and their implementation in numpy.
+
+With this protocol the same code of `Codec` works with numpy arrays and with tensors. Dtypes are always numpy's.
+"""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -26,13 +29,13 @@ class Kind(Enum):
 
 
 class Arrays(Protocol[Array]):
-    """Array library of a backend, on the backend's device."""
+    """Array operations of a backend, on the backend's device."""
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> Array:
         """Convert an argument to an array without moving it to another device.
 
         Raises:
-            NemoLfrError: of the type `error`, with the name of the argument, if `value` is not numeric.
+            NemoLfrError: of the type `error`, if `value` is not numeric; the message contains `name`.
         """
 
     def kind(self, array: Array) -> Kind:
@@ -42,17 +45,22 @@ class Arrays(Protocol[Array]):
         """Return zeros on the backend's device."""
 
     def cast(self, array: Array, dtype: type[np.generic]) -> Array:
-        """Return the same values as `dtype`, on the backend's device."""
+        """Convert an array to `dtype` and to the backend's device."""
 
     def peaks(self, audio: Array, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude of each clip [B, T_audio] up to its length; 0 for an empty one."""
+        """Return the largest magnitude in the first `lengths[i]` samples of each clip; 0 for an empty clip.
+
+        Args:
+            audio: clips, [B, T_audio].
+            lengths: samples in each clip.
+        """
 
 
 class NumpyArrays:
-    """Numpy arrays."""
+    """Implementation of `Arrays` in numpy."""
 
     def convert(self, value: object, name: str, error: type[NemoLfrError]) -> np.ndarray:
-        """Return `numpy.asarray(value)`, in this machine's byte order.
+        """Return `numpy.asarray(value)`, in the machine's native byte order.
 
         Raises:
             NemoLfrError: of the type `error`, if the value is not numeric or has masked elements.
@@ -61,7 +69,7 @@ class NumpyArrays:
             raise error(f"{name} is a masked array with {int(np.sum(value.mask))} masked values; fill them first.")
         try:
             array = np.asarray(value)
-        except Exception as reason:  # `__array__` of any class
+        except Exception as reason:  # the `__array__` method of any class may raise any exception
             what = " ".join(str(reason).split())
             raise error(f"{name} is {type(value).__name__}; pass a numpy array ({shorten(what)}).") from None
         if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
@@ -77,20 +85,20 @@ class NumpyArrays:
         return Kind.INT16 if array.dtype == np.int16 else Kind.INTEGER
 
     def zeros(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
-        """Return `numpy.zeros`."""
+        """Return an array of zeros."""
         return np.zeros(shape, dtype)
 
     def cast(self, array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
-        """Return the array itself if it has this dtype."""
+        """Convert an array to `dtype`; an array that has this dtype is not copied."""
         return array.astype(dtype, copy=False)
 
     def peaks(self, audio: np.ndarray, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude of each clip."""
+        """Return the largest magnitude in each clip."""
         return [
             float(np.abs(row[:length]).max()) if length else 0.0 for row, length in zip(audio, lengths, strict=True)
         ]
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """Return an array of any backend as a numpy array, on the CPU."""
+    """Convert an array of any backend to a numpy array, which is on the CPU."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,9 +1,9 @@
-"""Backends: the protocol that encodes and decodes whole frames for a `Codec`.
+"""The protocol of backends. A backend runs the encoder and the decoder of a `Codec` on whole frames.
 
-`Codec` does everything else: argument checks, resampling, windows of long recordings, batches, files. The smallest
-backend is a subclass of `NumpyBackend` with a name, a `CodecSpec`, the limits of its two networks and two methods; one
-call of `nemo_lfr.codec.backends.register` lets `nemo_lfr.load(backend=...)` open it. `nemo_lfr.testing` has the checks
-that every backend must pass.
+`Codec` does everything else: it checks arguments, resamples, cuts long recordings into windows, forms batches, and
+reads and writes files. The smallest backend is a subclass of `NumpyBackend` with a name, a `CodecSpec`, the limits of
+its encoder and decoder, and two methods. After one call of `nemo_lfr.codec.backends.register`,
+`nemo_lfr.load(backend=...)` can open the backend. `nemo_lfr.testing` has the checks that every backend must pass.
 """
 
 from collections.abc import Iterable
@@ -17,24 +17,29 @@ from nemo_lfr.codec.arrays import Array, Arrays, NumpyArrays
 from nemo_lfr.frames import Context
 from nemo_lfr.spec import CodecSpec
 
-Direction = Literal["encode", "decode"]
+Operation = Literal["encode", "decode"]
 
 
 class Limits(Protocol):
-    """Limits of an encoder or decoder, which determine the windows of a recording."""
+    """Context and shortest input of an encoder or decoder. A long recording is cut into windows accordingly."""
 
     @property
     def context(self) -> Context:
-        """Frames on each side that a frame depends on."""
+        """Numbers of frames before and after a frame that its result depends on."""
 
     @property
     def min_frames(self) -> int:
-        """Shortest valid input, in frames; shorter input is zero-padded."""
+        """Shortest valid input, in frames; `Codec` zero-pads shorter input."""
 
 
 @dataclass(frozen=True)
 class ModuleLimits:
-    """Limits of an encoder or decoder, as plain values."""
+    """`Limits` as a data class, for backends whose networks are not PyTorch modules.
+
+    Attributes:
+        context: numbers of frames before and after a frame that its result depends on.
+        min_frames: shortest valid input, in frames.
+    """
 
     context: Context
     min_frames: int
@@ -42,14 +47,15 @@ class ModuleLimits:
 
 @dataclass(frozen=True)
 class Batching:
-    """Window and batch sizes for a device. Results do not depend on them.
+    """Window and batch sizes that are fast on a device. They do not change results.
 
     Attributes:
-        chunk_frames: frames of one window of a long recording, without its context. On a CPU long windows do not
-            fit the cache. With context, those of the released config are 144 frames to encode and 158 to decode.
-        batch_frames: frames of one batch of windows.
-        pad_multiple: window widths are padded to a multiple of this many frames, so that few shapes occur.
-        mix_widths: windows of similar widths share a batch, rather than only those of one width.
+        chunk_frames: frames in one window of a long recording, without the context of the window. The default suits a
+            CPU, whose cache is too small for longer windows. With the context of the released config, a window of 132
+            frames becomes 144 frames to encode and 158 to decode.
+        batch_frames: total frames in one batch of windows.
+        pad_multiple: windows are padded to a multiple of this many frames, so that few different shapes occur.
+        mix_widths: whether windows of similar widths share a batch; if false, all windows of a batch have one width.
     """
 
     chunk_frames: int = 132
@@ -59,9 +65,9 @@ class Batching:
 
 
 class Backend(Protocol[Array]):
-    """Encoder and decoder of whole frames, with one array library on one device.
+    """Encoder and decoder for whole frames, with one array library on one device.
 
-    Results must not depend on what else is in a batch, nor on the padding of an example.
+    The results of an example must not depend on the other examples in the batch or on the padding after its end.
     """
 
     @property
@@ -70,7 +76,7 @@ class Backend(Protocol[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens. The fingerprint may be empty here; see `fingerprints`."""
+        """Description of the tokens. Its fingerprint may be empty; `fingerprints` returns the actual ones."""
 
     @property
     def encoder(self) -> Limits:
@@ -90,18 +96,18 @@ class Backend(Protocol[Array]):
 
     @property
     def device(self) -> object:
-        """Device of the network; `str(device)` is shown to users."""
+        """Device of the encoder and decoder; `str(device)` is shown to users."""
 
     def encode_frames(self, audio: Array, num_frames: list[int]) -> Array:
         """Encode whole frames.
 
         Args:
             audio: float32, [B, T * samples_per_frame] with T >= `encoder.min_frames`; zero after each example's end.
-            num_frames: frames of each example, from 1 to T.
+            num_frames: valid frames in each example, from 1 to T.
 
         Returns:
-            Tokens [B, C, T] as integers; a token outside the codebook marks a frame that is not finite. Tokens after
-            an example's `num_frames` are ignored.
+            Tokens [B, C, T] as integers. Where the encoder's output is NaN or infinite, the token is outside the
+            codebook, for example -1. Tokens after the end of an example are ignored.
         """
 
     def decode_frames(self, tokens: Array, num_frames: list[int]) -> Array:
@@ -109,51 +115,51 @@ class Backend(Protocol[Array]):
 
         Args:
             tokens: int64, [B, C, T] with T >= `decoder.min_frames`, in [0, codebook_size).
-            num_frames: frames of each example, from 1 to T.
+            num_frames: valid frames in each example, from 1 to T.
 
         Returns:
-            Audio [B, T * samples_per_frame] as float32, NaN where it is not finite. Samples after an example's
-            `num_frames` are ignored.
+            Audio [B, T * samples_per_frame] as float32. Where the decoder's output is NaN or infinite, the sample is
+            NaN. Samples after the end of an example are ignored.
         """
 
     def fingerprints(self) -> Iterable[str]:
-        """Return fingerprints of weights and settings.
+        """Return the fingerprints of the weights and settings, the current one first.
 
-        The first is written to files. Tokens with any of them are accepted.
+        The first fingerprint is written to token files. Token files with any of the fingerprints are accepted.
         """
 
-    def load(self, direction: Direction) -> None:
-        """Load the weights of one direction, if they are not loaded yet."""
+    def load(self, operation: Operation) -> None:
+        """Load the weights of the encoder ("encode") or the decoder ("decode"), if they are not loaded yet."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return a context that isolates the computation from the caller's settings (autocast, ...)."""
+        """Return a context in which the networks do not depend on the caller's settings, such as autocast."""
 
 
 class NumpyBackend:
-    """Base class of backends with numpy arrays, with defaults for the optional methods."""
+    """Base class for backends with numpy arrays, with default implementations of the optional methods."""
 
     arrays: Arrays[np.ndarray] = NumpyArrays()
     batching = Batching()
     device: object = "cpu"
 
     def fingerprints(self) -> tuple[str, ...]:
-        """Return no fingerprint, so that tokens are not compared with the codec."""
+        """Return no fingerprint: token files of any codec are then accepted."""
         return ()
 
-    def load(self, direction: Direction) -> None:
-        """Do nothing: the weights are loaded."""
+    def load(self, operation: Operation) -> None:
+        """Do nothing: the weights are already loaded."""
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return an empty context: numpy has no settings that change results."""
+        """Return a context that does nothing: numpy has no settings that change results."""
         return nullcontext()
 
 
 class Stream(Protocol):
-    """Properties of streams in both directions."""
+    """Properties that streaming encoders and decoders share."""
 
     @property
     def delay_frames(self) -> int:
-        """Frames of lookahead that a result waits for."""
+        """Number of later frames that must arrive before the result of a frame is returned."""
 
     @property
     def exact(self) -> bool:
@@ -161,11 +167,11 @@ class Stream(Protocol):
 
     @property
     def latency_ms(self) -> float:
-        """Milliseconds from a frame's last sample to its result, excluding the computation."""
+        """Milliseconds from the last sample of a frame to the result for the frame, without the processing time."""
 
 
 class EncoderStream(Stream, Protocol):
-    """Stream of samples of one recording in, tokens out."""
+    """Streaming encoder for one recording: it takes samples and returns tokens."""
 
     def push(self, samples: np.ndarray) -> np.ndarray:
         """Push samples [n]; return the tokens [C, k] whose lookahead is complete."""
@@ -175,18 +181,23 @@ class EncoderStream(Stream, Protocol):
 
 
 class DecoderStream(Stream, Protocol):
-    """Stream of tokens of one recording in, samples out."""
+    """Streaming decoder for one recording: it takes tokens and returns samples."""
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
         """Push tokens [C, k]; return the samples [n] whose lookahead is complete."""
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
-        """End the recording; return the remaining samples [n], up to `num_samples` of the whole recording."""
+        """End the recording and return the remaining samples [n].
+
+        Args:
+            num_samples: length of the whole recording in samples, including the samples that `push` has returned;
+                None for whole frames.
+        """
 
 
 @runtime_checkable
 class LatentBackend(Protocol[Array]):
-    """Additional methods of a backend that can return the vectors before and after FSQ."""
+    """Additional methods of a backend that can return the vectors before and after FSQ (the quantizer)."""
 
     def encode_latents(self, audio: Array, num_frames: list[int]) -> Array:
         """Encode whole frames to vectors before FSQ, [B, D, T] as float32; arguments as in `Backend.encode_frames`."""

@@ -1,11 +1,11 @@
-"""Registry of backends: PyTorch, ONNX Runtime, and those of other packages.
+"""Registry of backends: PyTorch, ONNX Runtime, and backends from other packages.
 
 A backend is registered by one call,
 
     nemo_lfr.codec.backends.register("tflite", Opener(open_tflite, accepts=is_tflite, model="a .tflite file"))
 
-or by an entry point in the group `nemo_lfr.backends`: its name is that of the backend, and its object is the second
-argument of `register`.
+or by an entry point in the group `nemo_lfr.backends`. The name of the entry point is the name of the backend, and its
+object is the second argument of `register`.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ DEFAULT = "torch"
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """Arguments of `nemo_lfr.load` that are passed to a backend.
+    """Arguments of `nemo_lfr.load` that are passed on to a backend.
 
     Attributes:
         name: name of the model, for messages.
-        device: device of the network; None for the backend's default.
-        precision: "fp32", or another that the backend supports.
+        device: device to run on; None for the backend's default.
+        precision: "fp32", or another precision that the backend supports.
     """
 
     name: str
@@ -56,12 +56,14 @@ Open = Callable[[Path, OpenOptions], Backend[Any]]
 
 @dataclass(frozen=True)
 class Opener:
-    """How `nemo_lfr.load` opens a backend.
+    """Functions and texts with which `nemo_lfr.load` opens a backend.
 
     Attributes:
-        open: returns the backend of a model at a local path: a checkpoint, unless `accepts` says otherwise.
-        accepts: whether a local path is a model of the backend's own kind; None if it opens checkpoints.
-        check: raises an error for unsupported options; called before a checkpoint is downloaded.
+        open: function that opens the model at a local path and returns its backend. The model is a checkpoint, or the
+            backend's own kind of model if `accepts` is set.
+        accepts: function that returns whether a local path is the backend's own kind of model; None for a backend
+            that opens checkpoints.
+        check: function that raises an error for unsupported options. It is called before a checkpoint is downloaded.
         model: kind of model that `accepts` recognizes, for messages.
         advice: how to create such a model, for messages.
     """
@@ -74,11 +76,11 @@ class Opener:
 
 
 def register(name: str, opener: Opener | Open) -> None:
-    """Let `nemo_lfr.load` open a backend, by `backend=name` or by the kind of model that it accepts.
+    """Let `nemo_lfr.load` open a backend, by `backend=name` or by the kind of model that the backend accepts.
 
     Args:
         name: name of the backend.
-        opener: how to open it; a function opens checkpoints.
+        opener: an `Opener`, or only its `open` function for a backend that opens checkpoints.
 
     Raises:
         NemoLfrError: if another backend has this name.
@@ -135,10 +137,12 @@ def open_backend(
     opener = find_opener(chosen)
     if opener.accepts is None and owner is not None:
         raise NemoLfrError(
-            f"{source}: {find_opener(owner).model}; backend {chosen!r} needs the checkpoint that it was made from."
+            f"{source}: {find_opener(owner).model}, which backend {chosen!r} cannot open; pass the checkpoint that it "
+            "was exported from."
         )
     if opener.accepts is not None and (path is None or not opener.accepts(path)):
-        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {source} is not; {opener.advice}.")
+        what = "the bundled codec" if source is None else source
+        raise NemoLfrError(f"backend {chosen!r} runs {opener.model}, which {what} is not; {opener.advice}.")
     options = OpenOptions("the bundled codec" if source is None else os.fspath(source), device, precision)
     if opener.check is not None:
         opener.check(options)
@@ -151,7 +155,7 @@ def open_backend(
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a folder of ONNX files."""
+    """Return whether a path is a folder with an exported encoder or decoder in ONNX format."""
     folder = os.path.expanduser(path)
     return any(os.path.isfile(os.path.join(folder, name)) for name in (ENCODER, DECODER))
 
@@ -184,7 +188,7 @@ def _open_torch(path: Path, options: OpenOptions) -> Backend["torch.Tensor"]:
 
 def _check_onnx(options: OpenOptions) -> None:
     if options.precision != "fp32":
-        raise NemoLfrError(f"precision {options.precision!r}: ONNX files run in fp32.")
+        raise NemoLfrError(f'precision {options.precision!r} is not available for ONNX files; use "fp32".')
 
 
 def _open_onnx(path: Path, options: OpenOptions) -> Backend[Any]:
@@ -207,7 +211,7 @@ _OPENERS = {
 
 @contextlib.contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Pause garbage collection, which takes a seventh of the time to import PyTorch."""
+    """Pause garbage collection while PyTorch is imported; collection would take a seventh of the import time."""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return

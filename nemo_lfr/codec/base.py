@@ -1,6 +1,6 @@
 """`CodecBase`: the properties of a codec, and the checks of its arguments and results.
 
-It is what streams and exports need of a codec. `Codec` adds all that encodes, decodes, loads and saves.
+Streams and exports only need this class. Its subclass `Codec` adds the methods that encode, decode, load and save.
 """
 
 from dataclasses import replace
@@ -18,12 +18,12 @@ class CodecBase(Generic[Array]):
     """Properties of a codec that follow from its backend, and checks of arguments and results.
 
     Args:
-        backend: computes whole frames.
-        chunk_frames: frames of one window of long audio; default: as the backend prefers.
+        backend: backend that runs the encoder and the decoder.
+        chunk_frames: frames in one window of long audio, without its context; default: the backend's choice.
 
     Attributes:
-        backend: computes whole frames.
-        chunk_frames: may be changed at any time; results do not depend on it.
+        backend: backend that runs the encoder and the decoder.
+        chunk_frames: frames in one window of long audio. It may be changed at any time; results do not depend on it.
     """
 
     backend: Backend[Array]
@@ -34,7 +34,7 @@ class CodecBase(Generic[Array]):
 
     @property
     def spec(self) -> CodecSpec:
-        """Description of the tokens, with the fingerprint, as it is stored in files."""
+        """Description of the tokens, including the fingerprint, as it is stored in token files."""
         return replace(self.backend.spec, fingerprint=self.fingerprint)
 
     @property
@@ -54,17 +54,17 @@ class CodecBase(Generic[Array]):
 
     @property
     def num_codebooks(self) -> int:
-        """C: tokens of one frame."""
+        """Number of codebooks C, which is also the number of tokens in one frame."""
         return self.backend.spec.num_codebooks
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """FSQ levels of one codebook."""
+        """Number of FSQ levels in each dimension of one codebook."""
         return self.backend.spec.levels
 
     @property
     def precision(self) -> str:
-        """Precision that the network runs at; "fp32" gives the reference tokens."""
+        """Precision of the encoder and decoder; "fp32" gives the reference tokens."""
         return self.backend.spec.precision
 
     @property
@@ -74,7 +74,7 @@ class CodecBase(Generic[Array]):
 
     @property
     def codebook_size(self) -> int:
-        """Entries of one codebook; 0 <= token < codebook_size."""
+        """Number of entries in one codebook; 0 <= token < codebook_size."""
         return self.backend.spec.codebook_size
 
     @property
@@ -84,33 +84,33 @@ class CodecBase(Generic[Array]):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights and settings, 16 hex digits; empty where the backend has none."""
+        """Hash of the weights and settings, 16 hex digits; empty if the backend has no fingerprint."""
         return next(iter(self.backend.fingerprints()), "")
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether a fingerprint, current or older, is one of this codec."""
+        """Return whether tokens with this fingerprint were made by this codec; older forms of it also count."""
         known = iter(self.backend.fingerprints())
         first = next(known, fingerprint)  # a backend without fingerprints accepts all
         return same_fingerprint(first, fingerprint) or any(same_fingerprint(other, fingerprint) for other in known)
 
     @property
     def device(self) -> Any:
-        """Device of the network."""
+        """Device of the encoder and decoder."""
         return self.backend.device
 
     @property
     def encoder(self) -> Any:
-        """The encoder module of a PyTorch backend; of other backends, the `Limits` of the encoder."""
+        """Encoder module of a PyTorch backend. Other backends only have the `Limits` of their encoder."""
         return self.backend.encoder
 
     @property
     def decoder(self) -> Any:
-        """The decoder module of a PyTorch backend; of other backends, the `Limits` of the decoder."""
+        """Decoder module of a PyTorch backend. Other backends only have the `Limits` of their decoder."""
         return self.backend.decoder
 
     @property
     def quantizer(self) -> Any:
-        """Quantizer module of a PyTorch backend; other backends have none."""
+        """Quantizer module of a PyTorch backend; AttributeError with other backends."""
         return cast(Any, self.backend).quantizer
 
     def check_audio(self, audio: object, audio_len: object = None) -> tuple[Array, list[int]]:

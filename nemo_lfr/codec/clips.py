@@ -1,12 +1,12 @@
-"""Audio in the forms in which callers have it, converted to one padded batch of mono clips at the codec's rate.
+"""Convert audio from all supported forms to one zero-padded batch of mono clips at the codec's sample rate.
 
-| form | channels | rate |
+| form | channels | sample rate |
 | --- | --- | --- |
 | array [T_audio], [B, T_audio] or [B, 1, T_audio] | mono | `sample_rate` |
-| list of clips, of any lengths and forms | mono, or as the form of the clip | of each clip, else `sample_rate` |
-| path | mixed | of the file |
-| {"array", "sampling_rate"} or {"path", "bytes"} of `datasets` | mixed | of the dictionary or the file |
-| `AudioDecoder` of `datasets` or TorchCodec, and `AudioSamples` | mixed | of the recording |
+| list of clips in these forms, of any lengths | depends on the clip | declared by the clip, else `sample_rate` |
+| path | mixed to mono | declared by the file |
+| {"array", "sampling_rate"} or {"path", "bytes"} of `datasets` | mixed to mono | from the dictionary or the file |
+| `AudioDecoder` of `datasets` or TorchCodec, or `AudioSamples` | mixed to mono | from the object |
 """
 
 import logging
@@ -26,11 +26,16 @@ from nemo_lfr.io.locate import expand_home
 
 logger = logging.getLogger(__name__)
 
-MAX_CHANNELS = 8  # an array of so few columns has its channels there
+MAX_CHANNELS = 8  # an array with at most this many columns and more rows is [T_audio, channels]
 
 
 class _Recording(NamedTuple):
-    """One clip whose source declares its rate: samples [1, T_audio], and Hz; None if the rate is missing."""
+    """Clip from a source that declares its sample rate.
+
+    Attributes:
+        audio: samples, [1, T_audio].
+        rate: sample rate in Hz; None if the source leaves it out.
+    """
 
     audio: Any
     rate: Any
@@ -39,24 +44,24 @@ class _Recording(NamedTuple):
 def to_batch(
     arrays: Arrays[Any], audio: object, audio_len: object, sample_rate: int | None, target_rate: int
 ) -> tuple[Any, list[int]]:
-    """Convert audio of any of the forms to one batch.
+    """Convert audio in any of the supported forms to one batch.
 
-    A source that declares several channels is mixed to mono. An array of several rows is a batch of clips; for two
-    rows without `audio_len`, which may be a stereo recording, a warning is logged once per process. So is one for a
-    missing `sample_rate`, unless the source declares its rate.
+    Files and `datasets` items with several channels are mixed to mono. A plain array with several rows is a batch of
+    clips. Two warnings are logged at most once per process: if a plain array has two rows and no `audio_len`, since
+    it may be a stereo recording; and if neither the source nor `sample_rate` gives the sample rate.
 
     Args:
-        arrays: library to convert with.
+        arrays: array library of the result.
         audio: see the module's docstring.
-        audio_len: samples of each clip before resampling, [B]; default: the full length.
-        sample_rate: Hz of clips that do not declare their rate; None for the target rate.
-        target_rate: Hz of the result.
+        audio_len: samples in each clip before resampling, [B]; default: the full length.
+        sample_rate: sample rate of clips that do not declare one, Hz; None for the target rate.
+        target_rate: sample rate of the result, Hz.
 
     Returns:
-        Audio [B, T_audio] as float32, and the samples of each clip.
+        Audio [B, T_audio] as float32, and the number of samples in each clip.
 
     Raises:
-        AudioError: for audio of another form, a rate that contradicts the source, or a file that cannot be read.
+        AudioError: for audio in another form, a rate that contradicts the source, or a file that cannot be read.
     """
     if not _is_list_of_clips(audio):
         return _clip(arrays, audio, audio_len, sample_rate, target_rate)
@@ -66,7 +71,7 @@ def to_batch(
         limits = [[length] for length in check_lengths(arrays, audio_len, len(audio), None, "audio_len", AudioError)]
     clips, lengths = [], []
     for index, (clip, limit) in enumerate(zip(audio, limits, strict=True)):
-        if _is_list_of_clips(clip):  # one clip as [[...]]: lists nest as arrays have dimensions
+        if _is_list_of_clips(clip):  # a clip may also be a nested list [[...]], which stands for [1, T_audio]
             clip = clip[0] if len(clip) == 1 else np.zeros((len(clip), 0), np.float32)
         wave, counts = _clip(arrays, clip, limit, sample_rate, target_rate, index)
         clips.append(wave[0])
@@ -78,7 +83,7 @@ def to_batch(
 
 
 def _is_list_of_clips(audio: object) -> bool:
-    """Return whether audio is a list, and its items are not samples."""
+    """Return whether `audio` is a list of clips rather than a list of samples."""
     if not isinstance(audio, list | tuple) or not audio:
         return False
     return not isinstance(audio[0], Number) and getattr(audio[0], "ndim", None) != 0
@@ -92,15 +97,16 @@ def _clip(
     target_rate: int,
     index: int | None = None,
 ) -> tuple[Any, list[int]]:
-    """Convert an array or one recording.
+    """Convert one array, file or `datasets` item to clips at the target rate.
 
     Args:
-        arrays: library to convert with.
-        audio: the array or recording.
+        arrays: array library of the result.
+        audio: the array, file or item.
         audio_len: as in `to_batch`.
         sample_rate: as in `to_batch`.
         target_rate: as in `to_batch`.
-        index: index in the list of clips, where there must be one row; None outside of lists.
+        index: position of `audio` in the caller's list, whose elements must have one row each; None if it is not in a
+            list.
     """
     name = "audio" if index is None else f"audio[{index}]"
     recording = _recording(arrays, audio, audio_len, sample_rate, target_rate, name)
@@ -132,7 +138,7 @@ def _warn_once(text: str) -> None:
 def _recording(
     arrays: Arrays[Any], audio: Any, audio_len: object, sample_rate: object, target_rate: int, name: str
 ) -> _Recording | None:
-    """Read a source that declares its rate and channels; None for arrays."""
+    """Read a source that declares its rate and channels; return None for a plain array."""
     if isinstance(audio, str | os.PathLike):
         return _read(audio, None, audio_len, sample_rate, target_rate, name)
     if isinstance(audio, Mapping):
@@ -148,8 +154,11 @@ def _recording(
     if callable(getattr(audio, "get_all_samples", None)):
         try:
             audio = audio.get_all_samples()
-        except Exception as error:  # of a decoder of another package
-            raise AudioError(f"{name} cannot be decoded: {shorten(error, 200)}") from error
+        except Exception as error:  # decoders of other packages may raise anything
+            raise AudioError(
+                f"{name} cannot be decoded ({shorten(error, 200)}); check that the file is intact, or pass its "
+                "samples as an array."
+            ) from error
     if hasattr(audio, "sample_rate") and hasattr(audio, "data"):
         _check_rates(audio.sample_rate, sample_rate, name)
         return _Recording(_mono(arrays, audio.data, name), audio.sample_rate)
@@ -157,11 +166,11 @@ def _recording(
 
 
 def _check_rates(declared: object, passed: object, name: str) -> None:
-    """Raise AudioError if the rate of a source and the argument `sample_rate` differ."""
+    """Raise AudioError if a source declares another sample rate than the argument `sample_rate`."""
     if declared is not None and passed is not None and declared != passed:
         raise AudioError(
-            f"{name} is at {shorten(declared)} Hz by its source, but sample_rate is {shorten(repr(passed))}; omit "
-            "sample_rate."
+            f"{name} declares a sample rate of {shorten(declared)} Hz, but sample_rate is {shorten(repr(passed))}; "
+            "omit sample_rate."
         )
 
 
@@ -173,7 +182,7 @@ def _read(
     target_rate: int,
     name: str,
 ) -> _Recording:
-    """Read a file, or its bytes, as `Codec.encode_file` does."""
+    """Read and resample an audio file, or the bytes of one, as `Codec.encode_file` does."""
     if audio_len is not None:
         raise AudioError(f"{name} is a file, which has its own length; omit audio_len.")
     with AudioReader(expand_home(path, AudioError), target_rate, data) as reader:

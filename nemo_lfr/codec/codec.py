@@ -1,6 +1,6 @@
-"""`Codec`: encode and decode arrays, blocks, files and streams of any length, over any backend.
+"""`Codec`: encode and decode arrays, blocks, files and streams of any length with any backend.
 
-Arrays are tensors or numpy arrays, depending on the backend; this module does not import torch.
+Results are tensors or numpy arrays, depending on the backend. This module does not import torch.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,12 +28,12 @@ from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
 
 class Latents(NamedTuple):
-    """Vectors of frames before and after FSQ, zero after a clip's end.
+    """Vectors of each frame before and after FSQ (the quantizer); they are zero after the end of a clip.
 
     Attributes:
         encoded: output of the encoder, float32 [B, D, T_encoded], where D = num_codebooks * len(levels).
-        codes: the same after FSQ, [B, D, T_encoded]: the input of the decoder, on a grid in [-1, 1].
-        num_frames: frames of each clip, int64 [B].
+        codes: `encoded` after FSQ, [B, D, T_encoded], rounded to a grid in [-1, 1]. This is the decoder's input.
+        num_frames: frames in each clip, int64 [B].
     """
 
     encoded: Any
@@ -42,18 +42,19 @@ class Latents(NamedTuple):
 
 
 class Codec(HubMethods[Array]):
-    """Codec over any backend. It accepts numpy arrays and the backend's, and returns the backend's.
+    """Speech codec: encodes audio to tokens and decodes tokens to audio, with any backend.
 
-    Results never depend on batching or chunking: every utterance gets the tokens that it would get alone. Batches are
-    computed in groups of equal width, and long audio in windows with the context that their frames depend on.
+    Arguments may be numpy arrays or arrays of the backend (tensors with PyTorch). Results are arrays of the backend.
+    Batching and chunking do not change results: every utterance gets the tokens that it would get alone. To this end
+    long audio is cut into windows that include the context of their frames, and windows of similar width form a batch.
 
     Args:
-        backend: computes whole frames.
-        chunk_frames: frames of one window of long audio; default: as the backend prefers.
+        backend: backend that runs the encoder and the decoder.
+        chunk_frames: frames in one window of long audio, without its context; default: the backend's choice.
 
     Attributes:
-        backend: computes whole frames.
-        chunk_frames: may be changed at any time; results do not depend on it.
+        backend: backend that runs the encoder and the decoder.
+        chunk_frames: frames in one window of long audio. It may be changed at any time; results do not depend on it.
     """
 
     def __repr__(self) -> str:
@@ -73,19 +74,19 @@ class Codec(HubMethods[Array]):
         """Encode audio to tokens.
 
         Args:
-            audio: floating point in [-1, 1], or int16; [T_audio], [B, T_audio] or [B, 1, T_audio]. Samples after a
-                clip's length are ignored. Or the path of a file, an item of an audio column of `datasets`, or a list
-                of clips of any lengths and of any of these forms.
-            audio_len: samples of each clip, [B]; default: the full length.
-            sample_rate: sample rate of `audio`, Hz; audio at another rate than the codec's is resampled. Not needed
-                for files and items of `datasets`, which declare their rate; several channels of these are mixed to
-                mono.
-            num_codebooks: return only the first codebooks; useful if the codec was trained with codebook dropout.
+            audio: an array, floating point in [-1, 1] or int16, of shape [T_audio], [B, T_audio] or [B, 1, T_audio];
+                or the path of an audio file; or an item from an audio column of `datasets`; or a list of clips in any
+                of these forms, of any lengths. Files and `datasets` items with several channels are mixed to mono.
+            audio_len: samples in each clip, [B]; later samples are ignored. Default: the full length.
+            sample_rate: sample rate of `audio`, Hz. Audio is resampled if this is not the codec's rate. Not needed
+                for files and `datasets` items, which declare their rate.
+            num_codebooks: number of codebooks to return, from the first one on. Useful if the codec was trained with
+                codebook dropout. Default: all.
 
         Returns:
-            Tokens [B, C, T_encoded] as int32, zero after a clip's end, and frames per clip [B] as int64:
-            ceil(samples / samples_per_frame). A partial last frame, and clips that are too short for the network, are
-            zero-padded.
+            Tokens [B, C, T_encoded] as int32, and the number of frames in each clip, [B] as int64. A clip has
+            ceil(samples / samples_per_frame) frames; its tokens after these are zero. A partial last frame is
+            zero-padded, as are clips that are too short for the encoder.
 
         Raises:
             AudioError: for an unsupported shape, type or length, NaN values, or a file that cannot be read.
@@ -109,12 +110,13 @@ class Codec(HubMethods[Array]):
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
     ) -> Latents:
-        """Encode audio to the vectors before and after FSQ, without gradients; arguments are those of `encode`.
+        """Encode audio to the vectors before and after FSQ, without gradients.
 
-        Dimensions [k * len(levels), (k + 1) * len(levels)) belong to codebook k.
+        The arguments are those of `encode`. In the result, dimensions [k * len(levels), (k + 1) * len(levels)) belong
+        to codebook k.
 
         Raises:
-            AudioError: as `encode`.
+            AudioError: as in `encode`.
             NemoLfrError: if the encoder returns NaN or infinite values, or the backend only returns tokens.
         """
         backend, spec = self.backend, self.backend.spec
@@ -144,13 +146,15 @@ class Codec(HubMethods[Array]):
 
         Args:
             tokens: integers, [C, T_encoded] or [B, C, T_encoded].
-            tokens_len: frames of each utterance, [B]; default: the full length.
-            audio_len: samples to keep of each utterance, [B], usually its length before encoding. Default: all
+            tokens_len: frames in each utterance, [B]; default: the full length.
+            audio_len: samples to keep from each utterance, [B], usually its length before encoding. Default: all
                 samples of its frames.
-            num_codebooks: decode only the first codebooks; `tokens` may then have as many.
+            num_codebooks: number of codebooks to decode, from the first one on; `tokens` may leave out the others.
+                Default: all.
 
         Returns:
-            Audio [B, T_audio] in [-1, 1], zero after an utterance's end, and samples per utterance [B].
+            Audio [B, T_audio] in [-1, 1], which is zero after the end of an utterance, and the number of samples in
+            each utterance, [B].
 
         Raises:
             TokensError: for an unsupported shape or type, a token outside the codebook, or lengths that do not fit.
@@ -177,30 +181,30 @@ class Codec(HubMethods[Array]):
         audio_len: Array | np.ndarray | list[int] | None = None,
         sample_rate: int | None = None,
     ) -> tuple[Array, Array]:
-        """Resample clips to the codec's rate, as `encode` does; arguments and errors are those of `encode`.
+        """Resample clips to the codec's rate as `encode` does, with the arguments and errors of `encode`.
 
         Returns:
-            Audio [B, T_audio] as float32, and samples of each clip [B] as int64.
+            Audio [B, T_audio] as float32, and the number of samples in each clip, [B] as int64.
         """
         with self.backend.computing():
             waves, lengths = self._at_own_rate(audio, audio_len, sample_rate)
             return waves, self._integers(lengths)
 
     def encode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Encode one recording block by block.
+        """Encode one recording block by block, in constant memory.
 
         Args:
-            blocks: consecutive float samples at the codec's rate, each [any length].
+            blocks: consecutive float samples at the codec's rate, each of shape [n] with any n.
 
         Yields:
-            Tokens [C, T] as int32 in order; together, exactly those of the whole recording.
+            Consecutive tokens [C, T] as int32. Joined, they equal the tokens of the whole recording.
         """
         frame, cutter = self.samples_per_frame, self._audio_cutter()
         for wave, window in trim_between_windows(
             rolling_windows(blocks, frame, self.chunk_frames, cutter.limits.context)
         ):
             padding = cutter.width(window.num_frames) * frame - len(wave)
-            with self.backend.computing():  # left before the caller gets the block
+            with self.backend.computing():  # ends before the `yield`, so the caller's settings are restored there
                 arrays = self.backend.arrays
                 clips = arrays.cast(arrays.convert(np.pad(wave, (0, padding))[None], "audio", AudioError), np.float32)
                 results: Any = self.backend.encode_frames(clips, [window.num_frames])
@@ -209,7 +213,14 @@ class Codec(HubMethods[Array]):
             yield tokens
 
     def decode_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Decode one utterance block by block: tokens [C, any] in, float32 samples of whole frames out."""
+        """Decode one utterance block by block, in constant memory.
+
+        Args:
+            blocks: consecutive tokens, each of shape [C, n] with any n.
+
+        Yields:
+            Consecutive float32 samples of whole frames. Joined, they equal the decoded audio of the whole utterance.
+        """
         frame, cutter = self.samples_per_frame, self._token_cutter()
         for piece, window in trim_between_windows(
             rolling_windows(blocks, 1, self.chunk_frames, cutter.limits.context)
@@ -226,8 +237,8 @@ class Codec(HubMethods[Array]):
         """Return a streaming encoder for one recording.
 
         Args:
-            lookahead: frames of right context. Default: all that a token depends on (`encoder.context.future`), for
-                the same tokens as `encode`.
+            lookahead: number of later frames that a token may depend on. A smaller number reduces latency but changes
+                tokens. Default: `encoder.context.future`, which gives the same tokens as `encode`.
 
         Raises:
             NemoLfrError: if `lookahead` is not a number of frames, or the backend does not support streaming.
@@ -235,7 +246,7 @@ class Codec(HubMethods[Array]):
         return self._streaming().stream_encoder(self, lookahead)
 
     def stream_decoder(self, lookahead: int | None = None) -> DecoderStream:
-        """Return a streaming decoder for one recording; see `stream_encoder`."""
+        """Return a streaming decoder for one recording; arguments and errors are as in `stream_encoder`."""
         return self._streaming().stream_decoder(self, lookahead)
 
     def _streaming(self) -> StreamingBackend:
@@ -254,23 +265,23 @@ class Codec(HubMethods[Array]):
         compress: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Encode an audio file of any format and rate to a token file; return its samples.
+        """Encode an audio file of any format and rate to a token file; return the number of samples encoded.
 
         Args:
             source: the audio file.
-            target: the token file.
-            overwrite: replace `target`.
+            target: the `.lfr` token file to write.
+            overwrite: replace an existing `target`.
             compress: make the token file about a third smaller, without loss.
-            entropy_model: model, or path of a `.lfrm` file, to compress with; default: the bundled one.
+            entropy_model: model, or path of a `.lfrm` file, to compress with; default: the bundled model.
 
         Raises:
             AudioError: if `source` cannot be read.
-            EntropyModelError: if there is no entropy model for this codec.
+            EntropyModelError: if `compress` is set and there is no entropy model for this codec.
             NemoLfrError: if `target` is the same file as `source`, or exists while `overwrite` is not set.
         """
         source, target = expand_home(source), expand_home(target)
         check_distinct(source, target)
-        self.backend.load("encode")  # once: the fingerprint then hashes the weights in memory
+        self.backend.load("encode")  # first, so that the fingerprint hashes weights in memory, not in the checkpoint
         model = model_to_write(self, compress, entropy_model)
         with (
             AudioReader(source, self.sample_rate) as reader,
@@ -292,18 +303,19 @@ class Codec(HubMethods[Array]):
         recover: bool = False,
         entropy_model: EntropyModel | str | PathLike[str] | None = None,
     ) -> int:
-        """Decode a token file, or a span of it, to an audio file; return the samples written.
+        """Decode a token file, or a segment of it, to an audio file; return the number of samples written.
+
+        A decoded segment equals the same slice of the complete decoded file.
 
         Args:
-            source: the `.lfr` file.
-            target: the audio file.
-            start: second to start at; only the frames that are needed are read.
-            duration: length of the segment in seconds; default: up to the end of the original recording. A segment
-                equals the same slice of the complete decoded file.
-            overwrite: replace `target`.
+            source: the `.lfr` token file.
+            target: the audio file to write.
+            start: start of the segment in seconds. Only the frames that the segment needs are read.
+            duration: length of the segment in seconds; default: up to the end of the original recording.
+            overwrite: replace an existing `target`.
             recover: decode the intact part of a damaged `source`.
-            entropy_model: entropy model of a compressed file, or the path of the model; needed only if the model is
-                neither bundled nor next to `source`.
+            entropy_model: entropy model that `source` was compressed with, or its path. Only needed if this model is
+                neither bundled nor in the folder of `source`.
 
         Raises:
             TokenFileError: if `source` is damaged or from another codec, or `start` lies after its end.
@@ -338,7 +350,7 @@ class Codec(HubMethods[Array]):
         return Cutter(backend.arrays, backend.decoder, backend.batching, self.chunk_frames, 1, np.int64)
 
     def _at_own_rate(self, audio: object, audio_len: object, sample_rate: int | None) -> tuple[Array, list[int]]:
-        """Convert clips of any form to float32 [B, T_audio] at the codec's rate."""
+        """Convert audio in any supported form to float32 [B, T_audio] at the codec's rate, with the lengths."""
         return to_batch(self.backend.arrays, audio, audio_len, sample_rate, self.sample_rate)
 
     def _integers(self, values: list[int]) -> Array:

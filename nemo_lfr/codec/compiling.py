@@ -1,4 +1,4 @@
-"""Graph breaks for `torch.compile`, without importing torch where it is not used."""
+"""Graph breaks for `torch.compile`, for code that must not import torch itself."""
 
 import functools
 import sys
@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that `torch.compile` neither traces nor compiles it."""
+    """Decorate a function so that `torch.compile` neither traces nor compiles it, but calls it as it is."""
     disabled: Callable[P, R] | None = None
 
     @functools.wraps(function)

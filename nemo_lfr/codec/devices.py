@@ -1,4 +1,4 @@
-"""Choice of the PyTorch device."""
+"""Choose the PyTorch device."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def choose_device(device: "str | torch.device | None") -> "torch.device":
-    """Return the requested device; by default a GPU if there is one, else the CPU.
+    """Return the requested device; for None or "auto", a GPU if there is one, else the CPU.
 
     Raises:
         NemoLfrError: if the device is unknown or not available.
@@ -23,7 +23,9 @@ def choose_device(device: "str | torch.device | None") -> "torch.device":
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]  # the rest of torch's message lists its backends
-        raise NemoLfrError(f"device {shorten(device)!r} cannot be used here: {reason}") from error
+        raise NemoLfrError(
+            f"device {shorten(device)!r} cannot be used here ({reason}); use 'cpu', or omit the device."
+        ) from error
     if chosen.type == "meta":
-        raise NemoLfrError("device 'meta' has no values to compute with; use 'cpu' or 'cuda'.")
+        raise NemoLfrError("device 'meta' stores no values, so a codec cannot run on it; use 'cpu' or 'cuda'.")
     return chosen

@@ -1,8 +1,9 @@
-"""Fingerprint of a codec: a hash of its weights and of all settings that change tokens.
+"""Fingerprint of a codec: a hash of its weights and of all settings that change tokens or audio.
 
-It is computed from the modules and not from a config. A codec thus has one fingerprint, whether its config names
-NeMo's classes or ours, with weight norm or without. Older `.lfr` files and corpora contain the hash of the weights
-alone, or fingerprints that depend on the CPU; `Codec.made` still accepts both.
+The fingerprint is derived from the modules, not from the config. It is therefore the same whether the config names
+NeMo's classes or those of this package, and whether the weights are stored with weight norm or without. Older `.lfr`
+files and corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made` accepts
+both.
 """
 
 import hashlib
@@ -20,7 +21,10 @@ LENGTH = 16  # hex digits
 
 
 def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 of named weights as fp32, in hex; its first digits are the older kind of fingerprint."""
+    """Return the SHA-256 in hex of the names and the fp32 values of weights.
+
+    The first 16 digits are the fingerprint that older versions wrote.
+    """
     digest = hashlib.sha256()
     for name, weight in weights:
         digest.update(name.encode())
@@ -29,7 +33,7 @@ def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def fingerprint(digest: str, settings: Any) -> str:
-    """Return the fingerprint of weights with this digest in a network of these settings."""
+    """Return the fingerprint for the digest of the weights and the settings from `settings_of`."""
     text = json.dumps([digest, settings], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
@@ -40,7 +44,7 @@ def settings_of(
     decoder: nn.Module,
     sample_rate: int,
 ) -> dict[str, Any]:
-    """Return the settings that tokens and audio depend on, as plain values."""
+    """Return the settings that tokens and audio depend on, as values that JSON can store."""
     first = quantizer.fsqs[0] if isinstance(quantizer, GroupFiniteScalarQuantizer) else quantizer
     assert isinstance(first, FiniteScalarQuantizer)
     return {
@@ -52,7 +56,7 @@ def settings_of(
 
 
 def _layers(network: nn.Module) -> list[list[Any]]:
-    """Return name, kind and settings of each layer of a network, sorted by name."""
+    """Return the name, class name and settings of each layer in a network, sorted by name."""
     layers = []
     for name, module in network.named_modules():
         match module:
@@ -66,7 +70,7 @@ def _layers(network: nn.Module) -> list[list[Any]]:
             case nn.ELU():
                 settings = [float(module.alpha)]
             case _ if next(module.children(), None) is None and ".parametrizations." not in f".{name}.":
-                settings = []  # a kind of activation
+                settings = []  # an activation without settings
             case _:
                 continue
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):

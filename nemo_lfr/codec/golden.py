@@ -1,21 +1,22 @@
-"""Golden vectors: the values of every layer for a tiny input, for ports to other runtimes.
+"""Golden vectors: the outputs of every layer for a short input.
 
-A safetensors file with these tensors, in the order in which they are computed:
+A port of the codec to another runtime can compare its own layers with them, to find the first one that differs. The
+golden vectors are in a safetensors file with these tensors:
 
 | name | content |
 | --- | --- |
 | `input.audio` | audio [1, T_audio], which ends within a frame |
-| `input.padded` | the same, zero-padded to whole frames |
-| `audio_encoder.LAYER` | output of each layer, by its name in a checkpoint |
+| `input.padded` | `input.audio`, zero-padded to whole frames |
+| `audio_encoder.LAYER` | output of each encoder layer; LAYER is its name in a checkpoint |
 | `encoded` | output of the encoder [1, D, frames] |
-| `compressed` | the same, squashed by FSQ, before it is rounded |
+| `compressed` | `encoded` in the range of the FSQ levels, before rounding |
 | `codes` | FSQ values in [-1, 1], [1, D, frames]: the input of the decoder |
 | `tokens` | int32 [1, C, frames] |
-| `audio_decoder.LAYER` | output of each layer |
+| `audio_decoder.LAYER` | output of each decoder layer |
 | `decoded` | audio [1, frames * samples_per_frame] |
 
-The metadata under "nemo_lfr" is JSON: the version of this layout, the description of the tokens (`CodecSpec`) and the
-names of the tensors in order.
+The file's metadata has the key "nemo_lfr" with a JSON object. It contains the version of this layout, the version of
+the package, the description of the tokens (`CodecSpec`), and the names of the tensors in processing order.
 """
 
 import json
@@ -45,26 +46,26 @@ VERSION = 1
 METADATA = "nemo_lfr"
 SUFFIX = ".safetensors"
 MIN_FRAMES = 4
-WRAPPED = (".conv", ".activation")  # modules inside a layer, which adds padding or nothing
+WRAPPED = (".conv", ".activation")  # inner modules of a layer, which are left out: only the layer's output is stored
 
 
 def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write the golden vectors of a codec.
+    """Write the golden vectors of a codec to a safetensors file.
 
     Args:
-        codec: in PyTorch and fp32.
+        codec: codec with the PyTorch backend, in fp32.
         path: output file, NAME.safetensors.
         overwrite: replace an existing file.
 
     Returns:
-        The path.
+        The path of the file.
 
     Raises:
         NemoLfrError: for another backend, precision or suffix, or if `path` exists and `overwrite` is not set.
     """
     path = expand_home(path)
     if path.suffix != SUFFIX:
-        raise NemoLfrError(f"{path}: the name of golden vectors ends in {SUFFIX}.")
+        raise NemoLfrError(f"{path}: not a name for golden vectors; use a name that ends in {SUFFIX}.")
     check_overwrite(path, overwrite)
     tensors = golden_vectors(codec)
     values = {
@@ -80,7 +81,7 @@ def export_golden(codec: Codec[Any], path: str | os.PathLike[str], *, overwrite:
 
 @torch.no_grad()
 def golden_vectors(codec: Codec[Any]) -> dict[str, torch.Tensor]:
-    """Compute the golden vectors of a codec, by name, in order; see the module's docstring.
+    """Return the golden vectors of a codec by name, in processing order; see the module's docstring.
 
     Raises:
         NemoLfrError: for another backend or precision.
@@ -114,7 +115,7 @@ def _audio(num_samples: int, sample_rate: int) -> torch.Tensor:
 
 
 def _compressed(quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer, encoded: torch.Tensor) -> torch.Tensor:
-    """Return encoded frames [B, D, T] in the range of the levels, before rounding."""
+    """Map encoded frames [B, D, T] to the range of the FSQ levels, without rounding."""
     first = quantizer.fsqs[0] if isinstance(quantizer, GroupFiniteScalarQuantizer) else quantizer
     assert isinstance(first, FiniteScalarQuantizer)
     groups = torch.unflatten(encoded, 1, (-1, len(first.levels))).flatten(0, 1)
@@ -123,7 +124,7 @@ def _compressed(quantizer: FiniteScalarQuantizer | GroupFiniteScalarQuantizer, e
 
 @contextmanager
 def _recorded(network: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Add the output of every layer that runs inside this context to `tensors`."""
+    """Add the output of every layer that runs within this context to `tensors`."""
     with ExitStack() as stack:
         for key, module in network.named_modules():
             if key and not key.endswith(WRAPPED):

@@ -1,6 +1,7 @@
-"""Methods of `Codec` that load from and save to the Hugging Face Hub, with the names of `ModelHubMixin`.
+"""Methods of `Codec` that load from and save to the Hugging Face Hub.
 
-The mixin itself is composed, not inherited: it takes a second to import and rewrites the constructor's arguments.
+They have the names of the methods of `huggingface_hub.ModelHubMixin`, but do not inherit from this mixin: it takes a
+second to import and changes the constructor's arguments. `push_to_hub` uses it internally.
 """
 
 import os
@@ -31,7 +32,7 @@ Low Frame-rate Speech Codec, {description}.
 
 
 class HubMethods(CodecBase[Array]):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub`."""
+    """Base class of `Codec` with `from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
     @classmethod
     def from_pretrained(
@@ -47,13 +48,13 @@ class HubMethods(CodecBase[Array]):
         """Load a codec from a Hub repository or a local path.
 
         Args:
-            pretrained_model_name_or_path: as `source` in `nemo_lfr.load`: a repository with `config.json` and
-                `model.safetensors`, or with one `.nemo`, or the path of a folder or file.
+            pretrained_model_name_or_path: as `source` in `nemo_lfr.load`: the name of a repository that contains
+                `config.json` and `model.safetensors`, or one `.nemo` file; or the path of a folder or file.
             device: as in `nemo_lfr.load`.
             precision: as in `nemo_lfr.load`.
             force_download: download again, even if the files are in the cache.
-            revision: branch, tag or commit.
-            download: further arguments of `huggingface_hub.snapshot_download`, such as `token`, `cache_dir` and
+            revision: branch, tag or commit of the repository.
+            download: other arguments of `huggingface_hub.snapshot_download`, such as `token`, `cache_dir` and
                 `local_files_only`.
 
         Raises:
@@ -75,25 +76,28 @@ class HubMethods(CodecBase[Array]):
     ) -> str | None:
         """Write the codec as `config.json`, `model.safetensors` and `preprocessor_config.json`.
 
-        `nemo_lfr.load`, `Codec.from_pretrained` and `AutoModel.from_pretrained` open the folder, with the same tokens.
+        `nemo_lfr.load`, `Codec.from_pretrained` and transformers' `AutoModel.from_pretrained` can open the folder. The
+        loaded codec gives the same tokens.
 
         Args:
-            save_directory: created if it does not exist; existing files are replaced.
-            push_to_hub: also upload the folder.
+            save_directory: folder to write to. It is created if it does not exist; existing files are replaced.
+            push_to_hub: also upload the codec to the Hub.
             repo_id: repository to upload to; default: the folder's name.
             push_to_hub_kwargs: arguments of `push_to_hub`.
 
         Returns:
-            Address of the commit with `push_to_hub`, else None.
+            Address of the commit if `push_to_hub` is set, else None.
 
         Raises:
-            NemoLfrError: if the codec has no config, because it was made of modules or runs on another backend.
+            NemoLfrError: if the codec has no config, because it was built from modules or its backend is not PyTorch.
         """
         from nemo_lfr.checkpoint.folder import module_tensors, write_folder
 
         config = getattr(self.backend, "config", None)
         if config is None:
-            raise NemoLfrError(f"{self.name}: has no config to save; load it from a checkpoint with PyTorch.")
+            raise NemoLfrError(
+                f"{self.name}: the codec has no config to save; load it from a checkpoint with PyTorch."
+            )
         self.backend.load("encode")
         self.backend.load("decode")
         modules = {"audio_encoder": self.encoder, "vector_quantizer": self.quantizer, "audio_decoder": self.decoder}
@@ -103,10 +107,10 @@ class HubMethods(CodecBase[Array]):
         return self.push_to_hub(repo_id or Path(save_directory).resolve().name, **push_to_hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the codec to a repository of the Hub, which is created if it does not exist.
+        """Upload the codec to a repository on the Hub, which is created if it does not exist.
 
         Args:
-            repo_id: such as "user/codec".
+            repo_id: name of the repository, such as "user/codec".
             kwargs: arguments of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`, `token`,
                 `commit_message` and `branch`.
 
@@ -114,7 +118,7 @@ class HubMethods(CodecBase[Array]):
             Address of the commit.
 
         Raises:
-            NemoLfrError: as `save_pretrained`.
+            NemoLfrError: as in `save_pretrained`.
         """
         from huggingface_hub import ModelHubMixin
 
@@ -122,7 +126,7 @@ class HubMethods(CodecBase[Array]):
         size = f"{self.frame_rate:.2f} frames per second, {self.num_codebooks} x {self.codebook_size} tokens"
 
         class Upload(ModelHubMixin):
-            """Codec with the methods of the mixin."""
+            """Adapter that uploads the codec with the mixin's `push_to_hub`."""
 
             def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
                 codec.save_pretrained(save_directory)
@@ -134,7 +138,7 @@ class HubMethods(CodecBase[Array]):
 
 
 def _snapshot(repository: str, download: dict[str, Any]) -> str:
-    """Download the files of a codec, with options that `nemo_lfr.load` does not have."""
+    """Download the files of a codec with the options in `download`, which `nemo_lfr.load` does not have."""
     from huggingface_hub import snapshot_download
 
     if os.path.splitext(repository)[1].lower() in MODEL_SUFFIXES:
@@ -145,6 +149,7 @@ def _snapshot(repository: str, download: dict[str, Any]) -> str:
     except Exception as error:  # the Hub client's transport (requests, httpx, ...) depends on its version
         reason = shorten(str(error).partition("\n")[0] or type(error).__name__, 200)
         raise CheckpointError(
-            f"{shorten(repository, 300)}: could not be downloaded from the Hub ({reason})."
+            f"{shorten(repository, 300)}: could not be downloaded from the Hub ({reason}); check the name, the "
+            "revision and the network connection."
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""Modules whose weights may still be in a checkpoint."""
+"""Encoder and decoder modules that load their weights from a checkpoint on first use."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,19 +16,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LazyModule(Generic[M]):
-    """Module of a codec whose weights are loaded on first access.
+    """Encoder or decoder whose weights are loaded on first access.
 
-    Copies and pickles contain the weights.
+    Copying or pickling it loads the weights, so the copy does not need the checkpoint.
 
     Args:
-        module: with weights, or on the meta device if there is a checkpoint.
-        checkpoint: source of the weights; None if the module has them.
+        module: the module. If there is a checkpoint, it is on the meta device and has no weights yet.
+        checkpoint: source of the weights; None if `module` already has them.
         name: name of the module in the checkpoint.
         device: device of the module once its weights are loaded.
-        path: file that the weights came from, if there is no checkpoint.
+        path: file that the weights were loaded from; ignored if there is a checkpoint.
 
     Attributes:
-        module: the module, perhaps without weights; for properties that depend on the config only.
+        module: the module, perhaps without weights. Use it only for properties that do not need weights.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class LazyModule(Generic[M]):
 
     @property
     def device(self) -> torch.device:
-        """Device of the module, also before its weights are loaded."""
+        """Device that the module is on, or will be on once its weights are loaded."""
         return self._device or next(self.module.parameters()).device
 
     def get(self) -> M:
         """Return the module with its weights.
 
         Raises:
-            CheckpointError: if they cannot be read.
+            CheckpointError: if the weights cannot be read.
         """
         if (checkpoint := self._checkpoint) is not None:
             with building_state(torch.device("cpu")):
@@ -69,14 +69,17 @@ class LazyModule(Generic[M]):
         return self.module
 
     def weights(self, order: SumOrder = CANONICAL) -> Iterable[tuple[str, torch.Tensor]]:
-        """Return weights by name, sorted, with weight norm folded. Weights that are loaded for this are not kept.
+        """Return the weights with their names, sorted by name, with weight norm folded.
+
+        If the weights are not loaded yet, they are read from the checkpoint but not kept.
 
         Args:
-            order: order of summation in folding. If weight norm was folded when the weights were loaded, and `order`
-                is another one, their file is read again, unless it was removed or contains other weights.
+            order: order of summation for the norms when weight norm is folded. Loaded weights are already folded in
+                the default order. For another order, the checkpoint is read again, unless it was removed or now
+                contains other weights.
 
         Raises:
-            CheckpointError: if they cannot be read.
+            CheckpointError: if the weights cannot be read.
         """
         if (checkpoint := self._checkpoint) is not None:
             return checkpoint.iter_weights(self._name, order)
@@ -85,7 +88,7 @@ class LazyModule(Generic[M]):
         return _plain_state(self.module, order)
 
     def _reopened(self) -> Checkpoint | None:
-        """Open the file of loaded weights again; None if it does not contain them."""
+        """Open the checkpoint of loaded weights again; return None if it no longer contains these weights."""
         if self._path is None:
             return None
         try:
@@ -102,7 +105,10 @@ class LazyModule(Generic[M]):
 
 
 def _plain_state(module: nn.Module, order: SumOrder = CANONICAL) -> list[tuple[str, torch.Tensor]]:
-    """Return parameters by name, sorted, with weight norm folded: the same for a module built with or without it."""
+    """Return the state with weight norm folded, sorted by name.
+
+    The result is the same whether the module was built with weight norm or without.
+    """
     state = {name: value for name, value in module.state_dict().items() if ".parametrizations." not in name}
     for name, child in module.named_modules():
         if isinstance(child, nn.Conv1d | nn.ConvTranspose1d):

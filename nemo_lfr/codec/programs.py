@@ -1,4 +1,4 @@
-"""Both sides of a codec as graphs without control flow: modules for ONNX, and programs of `torch.export`."""
+"""Encoder and decoder without data-dependent control flow, for export to ONNX and `torch.export`."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -14,7 +14,15 @@ from nemo_lfr.modules.finite import quantize, to_audio
 
 
 class Graph(NamedTuple):
-    """One side of a codec, and what an exporter needs to trace it for any batch size and number of frames."""
+    """Encoder or decoder with the arguments that an exporter needs to trace it for any batch size and length.
+
+    Attributes:
+        module: the encoder or decoder.
+        example: example inputs.
+        dynamic_shapes: dynamic dimensions of each input, as `torch.export` takes them.
+        inputs: names of the inputs.
+        output: name of the output.
+    """
 
     module: nn.Module
     example: tuple[torch.Tensor, ...]
@@ -24,14 +32,17 @@ class Graph(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Programs of `export_programs`."""
+    """Result of `export_programs`."""
 
     encoder: torch.export.ExportedProgram
     decoder: torch.export.ExportedProgram
 
 
 class Encoder(nn.Module):
-    """Encoder and FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T], -1 if not finite."""
+    """Encoder followed by FSQ: audio [B, T * samples_per_frame] -> int32 tokens [B, C, T].
+
+    A frame for which the encoder returns NaN or infinite values gets the token -1.
+    """
 
     def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
@@ -43,7 +54,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """FSQ and decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
+    """FSQ followed by the decoder: int64 tokens [B, C, T], `tokens_len` [B] -> audio [B, T * samples_per_frame]."""
 
     def __init__(self, backend: TorchBackend) -> None:
         super().__init__()
@@ -80,35 +91,41 @@ def graphs(backend: TorchBackend) -> tuple[Graph, Graph]:
 
 
 def fp32_backend(codec: CodecBase[Any], target: str) -> TorchBackend:
-    """Return the backend of a codec that can be exported.
+    """Return the PyTorch backend of a codec to export, which must run in fp32.
 
     Args:
         codec: the codec.
-        target: what it is exported to, for messages.
+        target: plural noun for the files or programs to export, for messages.
 
     Raises:
-        NemoLfrError: if it does not run in PyTorch, or not in fp32.
+        NemoLfrError: if the codec has another backend or precision.
     """
     backend = codec.backend
     if not isinstance(backend, TorchBackend):
-        raise NemoLfrError(f"{codec.name}: is already exported; pass the checkpoint that it was made from.")
+        raise NemoLfrError(
+            f"{codec.name}: this codec is already exported; pass the checkpoint that it was exported from."
+        )
     if codec.precision != "fp32":
-        raise NemoLfrError(f"precision is {codec.precision}; {target} are exported in fp32.")
+        raise NemoLfrError(
+            f'precision is "{codec.precision}", but {target} are exported in fp32; load the codec with '
+            'precision="fp32".'
+        )
     return backend
 
 
 def export_programs(codec: CodecBase[Any]) -> Programs:
-    """Export both sides of a codec with `torch.export`, for ExecuTorch, AOTInductor and other compilers.
+    """Export the encoder and the decoder with `torch.export`, for ExecuTorch, AOTInductor and other compilers.
 
-    The encoder maps audio [B, T * samples_per_frame] to int32 tokens [B, C, T], and the decoder int64 tokens [B, C, T]
-    and tokens_len [B] to audio. The number of clips and of frames is dynamic. All clips of a batch have one length.
-    Input shorter than `codec.encoder.min_frames` or `codec.decoder.min_frames` must be zero-padded.
+    The encoder maps audio [B, T * samples_per_frame] to int32 tokens [B, C, T]. The decoder maps int64 tokens
+    [B, C, T] and tokens_len [B] to audio. The numbers of clips and frames are dynamic, but all clips in a batch must
+    have the same length. Input shorter than `codec.encoder.min_frames` or `codec.decoder.min_frames` must be
+    zero-padded.
 
     Args:
-        codec: in PyTorch and fp32.
+        codec: codec with the PyTorch backend, in fp32.
 
     Returns:
-        The programs; `torch.export.save` writes them.
+        The two programs; `torch.export.save` writes them to files.
 
     Raises:
         NemoLfrError: for another backend or precision.

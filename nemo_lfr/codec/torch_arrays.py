@@ -1,4 +1,4 @@
-"""Tensors as the codec's arrays, on one device."""
+"""Implementation of the codec's array operations (`nemo_lfr.codec.arrays.Arrays`) with PyTorch tensors."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ DTYPES: dict[type[np.generic], torch.dtype] = {
 
 
 class TorchArrays:
-    """Tensors on one device.
+    """Implementation of `Arrays` with tensors on one device.
 
     Args:
         device: device of the tensors that `zeros` and `cast` return.
@@ -34,7 +34,7 @@ class TorchArrays:
         """Convert an argument to a plain tensor without moving it to another device.
 
         Raises:
-            NemoLfrError: of the type `error`, if the value is not an array of numbers.
+            NemoLfrError: of the type `error`, if `value` is not an array of numbers.
         """
         guard_after_fork()
         return _tensor(value, name, error)
@@ -52,12 +52,12 @@ class TorchArrays:
         return torch.zeros(*shape, dtype=DTYPES[dtype], device=self.device)
 
     def cast(self, array: torch.Tensor, dtype: type[np.generic]) -> torch.Tensor:
-        """Return the values as `dtype` on this device, detached from the autograd graph."""
+        """Convert a tensor to `dtype` and to the device, and detach it from the autograd graph."""
         return array.detach().to(self.device, DTYPES[dtype])
 
     def peaks(self, audio: torch.Tensor, lengths: Sequence[int]) -> list[float]:
-        """Return the largest magnitude of each clip."""
-        # One transfer for all rows: each `.item()` synchronizes a GPU.
+        """Return the largest magnitude in each clip."""
+        # One transfer for all rows, because each transfer to the CPU synchronizes a GPU.
         peaks = [row[:length].abs().max() for row, length in zip(audio, lengths, strict=True) if length]
         values = iter(torch.stack(peaks).tolist() if peaks else [])
         return [next(values) if length else 0.0 for length in lengths]
@@ -71,17 +71,17 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
             raise error(f"{name} is an array of {value.dtype}; pass an array of numbers.")
         native = value.dtype.newbyteorder("=")
         if not value.flags.writeable or value.dtype != native or min(value.strides, default=0) < 0:
-            value = value.astype(native, order="C")  # torch rejects such memory, or warns about it
+            value = value.astype(native, order="C")  # a copy: torch rejects such arrays, or warns about them
     try:
         tensor = torch.as_tensor(value)
         if not isinstance(value, np.ndarray | torch.Tensor) and tensor.is_floating_point():
-            tensor = torch.as_tensor(value, dtype=torch.float32)  # and not the default dtype
+            tensor = torch.as_tensor(value, dtype=torch.float32)  # whatever the caller's default dtype is
     except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
         what = " ".join(str(reason).split())
         raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({shorten(what)}).") from None
     check_plain_tensor(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain one.")
+        raise error(f"{name} is a sparse, quantized or meta tensor; pass a dense tensor.")
     return tensor
 
 
@@ -91,7 +91,8 @@ _computed_in: int | None = None  # process id
 def guard_after_fork() -> None:
     """Limit PyTorch to one thread in forked children.
 
-    Its thread pool does not survive `fork`, and a child would wait for it forever. Call this before computing.
+    PyTorch's thread pool does not survive `fork`, so a child with more than one thread would hang. Call this function
+    before each use of a network.
     """
     global _computed_in
     if _computed_in not in (None, os.getpid()) and torch.get_num_threads() > 1:

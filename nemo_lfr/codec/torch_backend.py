@@ -1,4 +1,4 @@
-"""PyTorch backend, for CPU and GPU."""
+"""PyTorch backend, for CPUs and GPUs."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ import torch
 from nemo_lfr.checkpoint import Checkpoint
 from nemo_lfr.checkpoint.config import codec_values
 from nemo_lfr.codec.ambient import building_state, check_weights, convolutions, reference_state
-from nemo_lfr.codec.backend import Batching, Direction
+from nemo_lfr.codec.backend import Batching, Operation
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu import network as inference
 from nemo_lfr.codec.cpu.packed import has_bf16
@@ -37,27 +37,28 @@ Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BATCHING = {
-    # oneDNN compiles kernels for every new shape, which takes a third of the time to encode a sentence.
+    # oneDNN compiles kernels for every new shape, which takes a third of the time in which a sentence is encoded.
     "cpu": Batching(pad_multiple=8),
-    # Long windows, large batches and few shapes: each shape costs a CUDA graph or a kernel search of cuDNN.
+    # A GPU is faster with long windows and large batches. Few shapes should occur, because each new shape needs a CUDA
+    # graph or a kernel search in cuDNN.
     "cuda": Batching(chunk_frames=512, batch_frames=4096, pad_multiple=16, mix_widths=True),
 }
 
 
 class TorchBackend:
-    """Backend of an encoder, a quantizer and a decoder in PyTorch.
+    """Backend that runs an encoder, a quantizer and a decoder in PyTorch.
 
     Args:
-        encoder: audio -> encoded frames.
-        quantizer: encoded frames <-> tokens.
-        decoder: dequantized frames -> audio.
-        sample_rate: Hz.
-        precision: "fp32" gives the reference tokens, without TF32, whatever PyTorch's settings are; "tf32" drops 13
-            of 23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does (elsewhere it is
-            "fp32"); "bf16" or "fp16" run the convolutions at that precision and change a few percent of the tokens.
-            FSQ always runs in fp32.
+        encoder: encoder, from audio to encoded frames.
+        quantizer: quantizer, between encoded frames and tokens.
+        decoder: decoder, from dequantized frames to audio.
+        sample_rate: sample rate of the audio, Hz.
+        precision: "fp32" gives the reference tokens: TF32 is off, whatever PyTorch's settings are. "tf32" drops 13 of
+            23 mantissa bits in convolutions on a GPU, as stock NeMo with PyTorch's defaults does; on a CPU it equals
+            "fp32". "bf16" and "fp16" run the convolutions at that precision, which changes about 20 % of the tokens
+            (bf16) or 1.5 % (fp16) of the bundled codec. FSQ runs in fp32 at every precision.
         name: source of the weights, for messages.
-        config: model config of the modules, which `Codec.save_pretrained` writes.
+        config: model config of the modules, which `Codec.save_pretrained` writes; None if there is no config.
 
     Raises:
         NemoLfrError: for an unknown precision, or bf16 on a CPU that has no instructions for it.
@@ -96,14 +97,14 @@ class TorchBackend:
     ) -> "TorchBackend":
         """Open a checkpoint and validate its keys and shapes.
 
-        The weights of the encoder and of the decoder are loaded on first use, which raises CheckpointError if they
-        are damaged.
+        The weights of the encoder and the decoder are loaded on first use. If they are damaged, CheckpointError is
+        raised then.
 
         Args:
-            path: `.nemo` file, Lightning `.ckpt` file or folder of an unpacked `.nemo`.
+            path: local checkpoint, such as a `.nemo` file or a Lightning `.ckpt` file, or a folder with its contents.
             device: device of the modules.
             precision: as in the constructor.
-            name: name of the codec in messages; the path by default.
+            name: name of the codec in messages; default: the path.
 
         Raises:
             CheckpointError: if the checkpoint cannot be read.
@@ -124,26 +125,26 @@ class TorchBackend:
 
     @property
     def encoder(self) -> HiFiGANEncoder:
-        """Audio -> encoded frames; its weights are loaded on first access."""
+        """Encoder, from audio to encoded frames. Its weights are loaded on first access."""
         return self._encoder.get()
 
     @property
     def decoder(self) -> HiFiGANDecoder:
-        """Dequantized frames -> audio; its weights are loaded on first access."""
+        """Decoder, from dequantized frames to audio. Its weights are loaded on first access."""
         return self._decoder.get()
 
-    def load(self, direction: Direction) -> None:
-        """Load the weights of the encoder or of the decoder."""
-        (self._encoder if direction == "encode" else self._decoder).get()
+    def load(self, operation: Operation) -> None:
+        """Load the weights of the encoder ("encode") or the decoder ("decode"), if they are not loaded yet."""
+        (self._encoder if operation == "encode" else self._decoder).get()
 
     @property
     def device(self) -> torch.device:
-        """Device of the modules, also before their weights are loaded."""
+        """Device that the modules are on, or will be on once their weights are loaded."""
         return self._decoder.device
 
     @property
     def arrays(self) -> TorchArrays:
-        """Tensors on the device."""
+        """Array operations with tensors on the device."""
         return TorchArrays(self.device)
 
     @property
@@ -152,9 +153,11 @@ class TorchBackend:
         return BATCHING.get(self.device.type, Batching())
 
     def fingerprints(self) -> Iterator[str]:
-        """Yield the fingerprint of weights and settings, the older one of the weights alone, and those of other CPUs.
+        """Yield the current fingerprint and all older forms of it.
 
-        Older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU.
+        The current fingerprint is a hash of weights and settings; the oldest form is a hash of the weights alone.
+        Older versions folded weight norm with PyTorch's kernel, whose rounding depends on the CPU. Their fingerprints
+        for the other known kinds of CPU follow.
         """
         settings = settings_of(self._encoder.module, self.quantizer, self._decoder.module, self.spec.sample_rate)
         digests = set()
@@ -166,10 +169,10 @@ class TorchBackend:
                 yield digest[:LENGTH]
 
     def _weights_digest(self, order: SumOrder) -> str:
-        """Return the SHA-256 of all weights, recomputed when they change.
+        """Return the SHA-256 of all weights. It is cached until a weight changes.
 
         Args:
-            order: order of summation in folding weight norm.
+            order: order of summation for the norms when weight norm is folded.
         """
         with self.computing():
             modules: tuple[LazyModule[Any], ...] = (self._encoder, self._decoder)
@@ -184,14 +187,14 @@ class TorchBackend:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Isolate the computation from the caller's PyTorch settings, and reject tracers."""
+        """Return a context in which networks do not depend on the caller's PyTorch settings; reject tracers."""
         guard_after_fork()
         check_not_tracing()
         with reference_state(self.device), checksum_once():
             yield
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context in which modules run at the codec's precision."""
+        """Return a context in which PyTorch modules run at the codec's precision."""
         dtype = PRECISIONS[self.spec.precision]
         if dtype is not None:
             return torch.autocast(self.device.type, dtype=dtype)
@@ -243,7 +246,7 @@ class TorchBackend:
             return inference.decode_frames(decoder, codes, _ends(num_frames, width, decoder.min_frames)).float()
 
     def _cuda_module(self, module: HiFiGANEncoder | HiFiGANDecoder) -> "CudaModule":
-        from nemo_lfr.codec.cuda import graphs  # where there is no GPU, it is not needed
+        from nemo_lfr.codec.cuda import graphs  # imported late: only needed on a GPU
 
         return graphs.cuda_module(module, self.quantizer, self.spec.precision, self.device)
 
@@ -259,6 +262,6 @@ class TorchBackend:
 
 
 def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:
-    """Return the frames of each example, padded to `min_frames`; None if all examples fill the batch."""
+    """Return the number of frames in each example, at least `min_frames`; None if every example has `width` frames."""
     ends = [max(count, min_frames) for count in num_frames]
     return None if min(ends) == width else ends

@@ -1,7 +1,8 @@
-"""Errors for tracers and transforms of PyTorch, which cannot run the codec.
+"""Errors for PyTorch's tracers and function transforms, under which the codec cannot run.
 
-The codec branches on values: lengths, peaks, whether weights have changed. `torch.compile` therefore breaks its graph
-at each call of the codec (`nemo_lfr.codec.compiling`), and tracers whose tensors have no values get an error.
+The codec branches on values in tensors, such as lengths, peaks and changed weights. `torch.compile` therefore breaks
+its graph at each call of the codec (`nemo_lfr.codec.compiling`). Other tracers get an error, because their tensors
+have no values.
 """
 
 from typing import Any
@@ -24,10 +25,10 @@ _NO_VALUES = tuple(
 
 
 def check_not_tracing() -> None:
-    """Raise an error if tensors have no values in this thread.
+    """Raise an error if the current thread is tracing or transforming a function.
 
     Raises:
-        NemoLfrError: within a transform of `torch.func`, or while a graph is recorded.
+        NemoLfrError: within `torch.jit.trace`, `torch.export`, `make_fx` or a transform of `torch.func`.
     """
     what = "a transform of torch.func (vmap, grad, jvp ...)" if torch._C._functorch.maybe_current_level() else None
     if _JIT.is_tracing():
@@ -37,13 +38,13 @@ def check_not_tracing() -> None:
             what = mode
     if what:
         raise NemoLfrError(
-            f"the codec was called within {what}; it reads the values of its inputs, which are not available "
-            "there. Call it outside and pass its results in; nemo-lfr export onnx exports it as a graph."
+            f"the codec was called within {what}, where the values of its inputs are not available. Call the codec "
+            "outside and pass its results in; to get a graph of the codec, run nemo-lfr export onnx."
         )
 
 
 def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError]) -> None:
-    """Raise an error for a wrapper, such as a DTensor, MaskedTensor or FakeTensor.
+    """Raise an error for a wrapper around a tensor, such as a DTensor, MaskedTensor or FakeTensor.
 
     Raises:
         NemoLfrError: of the type `error`.
@@ -52,4 +53,4 @@ def check_plain_tensor(tensor: torch.Tensor, name: str, error: type[NemoLfrError
     is_wrapper = getattr(kind, "__torch_dispatch__", None) is not getattr(torch.Tensor, "__torch_dispatch__", None)
     if is_wrapper or tensor.is_nested or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         kind_name = "nested tensor" if tensor.is_nested else kind.__name__
-        raise error(f"{name} is a {kind_name} of torch, or wrapped by a transform of torch.func; pass a plain tensor.")
+        raise error(f"{name} is a {kind_name}, or was wrapped by a transform of torch.func; pass a plain tensor.")

@@ -1,4 +1,9 @@
-"""Cutting of recordings into windows, and stacking of windows into batches."""
+"""Cut recordings into windows, and stack windows into batches.
+
+A frame depends on a limited number of frames around it, its context. A window consists of a chunk of consecutive
+frames and their context, so the results for the chunk equal those for the whole recording. The results for the context
+frames are discarded.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,18 +16,23 @@ from nemo_lfr.frames import Context, Window, num_frames, plan_windows
 
 
 class PlacedWindow(NamedTuple):
-    """Window of one recording of a batch."""
+    """Window of one recording in the caller's batch.
+
+    Attributes:
+        row: index of the recording in the batch.
+        window: frames to run, and frames to keep.
+    """
 
     row: int
     window: Window
 
 
 class Batch(NamedTuple):
-    """Batch of windows that are computed together.
+    """Batch of windows that run through the network together.
 
     Attributes:
-        places: row and window of each example.
-        inputs: array [b, ..., T * items_per_frame], zero after each example's end.
+        places: recording and window of each example.
+        inputs: samples or tokens of the windows, [b, ..., T * items_per_frame], zero after each example's end.
     """
 
     places: list[PlacedWindow]
@@ -30,20 +40,20 @@ class Batch(NamedTuple):
 
     @property
     def num_frames(self) -> list[int]:
-        """Frames of each example."""
+        """Number of frames in each example."""
         return [place.window.num_frames for place in self.places]
 
 
 class Cutter(NamedTuple):
-    """Cutter of rows of items into batches of windows.
+    """Cutter that turns recordings into batches of windows.
 
     Attributes:
-        arrays: library of the rows.
-        limits: limits of the encoder or decoder that computes the windows.
+        arrays: array library of the recordings.
+        limits: context and shortest input of the encoder or decoder that will run the windows.
         batching: window and batch sizes.
-        chunk_frames: frames of one window of a long recording, without its context.
-        items_per_frame: samples or tokens of one frame along the last axis of a row.
-        dtype: dtype of the rows.
+        chunk_frames: frames in one window of a long recording, without its context.
+        items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
+        dtype: dtype of the recordings.
     """
 
     arrays: Arrays[Any]
@@ -54,24 +64,24 @@ class Cutter(NamedTuple):
     dtype: type[np.generic]
 
     def width(self, frames: int) -> int:
-        """Return the padded width of a window, in frames."""
+        """Return the width in frames to which a window of `frames` frames is padded."""
         multiple = self.batching.pad_multiple
         return -(-max(frames, self.limits.min_frames) // multiple) * multiple
 
     def batches(self, rows: Any, lengths: Sequence[int], totals: Sequence[int]) -> Iterator[Batch]:
-        """Cut every row into windows, and stack windows of equal padded width.
+        """Cut every recording into windows, and yield batches of windows with equal or similar padded widths.
 
         Args:
-            rows: array [B, ..., items].
-            lengths: items of each row.
-            totals: frames of each row.
+            rows: samples [B, T_audio] or tokens [B, C, T].
+            lengths: samples or token frames in each recording.
+            totals: frames in each recording.
         """
         by_width: dict[int, list[PlacedWindow]] = {}
         for row, total in enumerate(totals):
             for window in plan_windows(total, self.chunk_frames, self.limits.context):
                 by_width.setdefault(self.width(window.num_frames), []).append(PlacedWindow(row, window))
         for width, places in group_widths(by_width, self.batching.mix_widths):
-            # Batches of 1, 2, 4 ... examples: few shapes, so that kernels are reused.
+            # Only batches of 1, 2, 4 ... examples: with few different shapes, kernels are reused.
             while places:
                 count = min(len(places), max(1, self.batching.batch_frames // width))
                 count = 1 << (count.bit_length() - 1)
@@ -90,11 +100,12 @@ class Cutter(NamedTuple):
 
 
 def group_widths(by_width: dict[int, list[Any]], mix: bool) -> Iterable[tuple[int, list[Any]]]:
-    """Group windows that may share a batch, with the width of the widest.
+    """Return groups of windows that may share a batch, each with the width of its widest window.
 
     Args:
-        by_width: windows of each width.
-        mix: let windows of similar widths share a batch, widest first, as a GPU is faster with few, large batches.
+        by_width: windows of each padded width.
+        mix: group windows of similar widths, widest first, because a GPU is faster with few, large batches. If false,
+            all windows of a group have one width.
     """
     if not mix:
         return by_width.items()
@@ -112,13 +123,21 @@ def place_windows(
     places: Sequence[PlacedWindow],
     results: Any,
     items_per_frame: int = 1,
-    limits: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> None:
-    """Copy the exact frames of each window to `out` [B, ..., items], up to the row's limit."""
+    """Copy the results of each window, without those of its context frames, to their place in `out`.
+
+    Args:
+        out: output of the whole batch, [B, ..., T * items_per_frame]; changed in place.
+        places: recording and window of each example.
+        results: results for the windows, [b, ..., t * items_per_frame].
+        items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
+        lengths: number of valid samples or frames in each row of `out`; later ones are not copied. None for all.
+    """
     for (row, window), result in zip(places, results, strict=True):
         start, stop = (edge * items_per_frame for edge in (window.keep_start, window.keep_stop))
-        if limits is not None:
-            stop = min(stop, limits[row])
+        if lengths is not None:
+            stop = min(stop, lengths[row])
         first = window.kept.start * items_per_frame
         out[row, ..., start:stop] = result[..., first : first + stop - start]
 
@@ -126,18 +145,18 @@ def place_windows(
 def rolling_windows(
     blocks: Iterable[np.ndarray], items_per_frame: int, chunk: int, context: Context
 ) -> Iterator[tuple[np.ndarray, Window]]:
-    """Yield the windows of `frames.plan_windows` for a recording of unknown length.
+    """Cut a recording of unknown length into the windows of `frames.plan_windows`.
 
     Args:
-        blocks: consecutive items [..., any].
-        items_per_frame: items of one frame along the last axis.
-        chunk: frames of one window, without its context.
-        context: context of the network.
+        blocks: consecutive samples or tokens, [..., n] with any n.
+        items_per_frame: length of one frame on the last axis: `samples_per_frame` for audio, 1 for tokens.
+        chunk: frames in one window, without its context.
+        context: context of the encoder or decoder.
 
     Yields:
-        The items of each window, and the window.
+        The samples or tokens of each window, and the window.
     """
-    held: list[np.ndarray] = []  # items from frame `first` on
+    held: list[np.ndarray] = []  # samples or tokens from frame `first` on
     num_held, first, done = 0, 0, 0
 
     def take(window: Window) -> np.ndarray:
@@ -150,7 +169,7 @@ def rolling_windows(
             continue
         held.append(block)
         num_held += block.shape[-1]
-        # A window is ready once at least one item follows its context.
+        # A window is ready once at least one sample or token follows its context.
         while num_held > (done + chunk + context.future - first) * items_per_frame:
             window = Window(first, done + chunk + context.future, done, done + chunk)
             yield take(window), window

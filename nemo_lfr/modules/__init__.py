@@ -1,1 +1,1 @@
-"""The network in plain PyTorch: encoder, FSQ, decoder, and how they are put together."""
+"""The codec's modules in plain PyTorch: encoder, quantizer (FSQ), decoder and their layers."""

@@ -1,4 +1,4 @@
-"""Activations of the codec family, with the state-dict keys of NeMo's `CodecActivation`."""
+"""Activation functions, with the state-dict keys of NeMo's `CodecActivation`."""
 
 import torch
 from torch import nn
@@ -18,12 +18,12 @@ class Snake(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the activation to [B, H, T]."""
-        # 1e-9 is NeMo's guard against alpha = 0.
+        # 1e-9 avoids a division by zero if alpha = 0. NeMo uses the same value.
         return hidden + torch.sin(self.alpha * hidden).square() / (self.alpha + 1e-9)
 
 
 class HalfSnake(nn.Module):
-    """Snake on the first half of the channels, leaky ReLU on the rest (NanoCodec)."""
+    """Activation with snake on the first half of the channels and leaky ReLU on the rest (NanoCodec)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -37,15 +37,19 @@ class HalfSnake(nn.Module):
 
 
 class Clamp(nn.Module):
-    """Limit to [-1, 1]."""
+    """Output activation that limits audio to [-1, 1] without distorting smaller values."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Clamp every value."""
+        """Clamp every value to [-1, 1]."""
         return hidden.clamp(-1.0, 1.0)
 
 
 class CodecActivation(nn.Module):
-    """Activation by its config name: "lrelu", "elu", "snake" or "half_snake".
+    """Activation that is selected by its name in a config.
+
+    Args:
+        name: "lrelu", "elu", "snake" or "half_snake".
+        channels: number of channels H.
 
     Raises:
         ConfigError: for an unknown name.

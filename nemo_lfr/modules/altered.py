@@ -1,8 +1,9 @@
-"""Detection of networks that a caller has changed with hooks or replaced layers.
+"""Detect networks that a caller has altered with hooks or replaced layers, and run them through their modules.
 
-The derived forms used for inference (packed weights, CUDA plans) bypass the modules. Forward hooks would not run, and
-weights that are recomputed before each call, as with `torch.nn.utils.prune` and the older `weight_norm` and
-`spectral_norm`, would never be updated. Changed networks therefore run through their modules.
+Fast inference (packed weights on a CPU, plans on CUDA) uses copies of the weights and does not call the modules.
+Forward hooks would not run. Weights that a hook recomputes before each call would not be updated;
+`torch.nn.utils.prune` and the older `weight_norm` and `spectral_norm` work this way. Altered networks are therefore
+run by calling their modules.
 """
 
 import torch
@@ -13,7 +14,7 @@ from nemo_lfr.modules.activation import CodecActivation
 
 
 def must_be_called(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a layer has hooks, or a `forward` other than that of `kind`."""
+    """Return whether a layer has hooks, or a `forward` method other than the one of the class `kind`."""
     if layer._forward_hooks or layer._forward_pre_hooks or not isinstance(layer, kind):
         return True
     return "forward" in layer.__dict__ or type(layer).forward is not kind.forward
@@ -38,20 +39,24 @@ def _conv_kind(layer: nn.Module | None) -> type[nn.Module]:
 
 
 def check_unaltered(network: nn.Module, name: str) -> None:
-    """Raise an error if a network is altered, for callers that bypass its modules.
+    """Raise an error if a network is altered; for streams, which do not call its modules.
+
+    Args:
+        network: encoder or decoder.
+        name: name of the network, for messages.
 
     Raises:
         NemoLfrError: if the network is altered.
     """
     if is_altered(network):
         raise NemoLfrError(
-            f"{name} has forward hooks or modules of another kind, which a stream does not call; remove them, or use "
-            "encode and decode."
+            f"{name} has forward hooks or replaced layers, which a stream does not call; remove them, or use encode "
+            "and decode instead of streams."
         )
 
 
 def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], width: int) -> torch.Tensor:
-    """Encode each clip of a batch [B, T_audio] separately; return frames [B, D, width]."""
+    """Encode each clip of a batch [B, T_audio] separately by calling the module; return frames [B, D, width]."""
     frame = audio.shape[1] // width
     results = []
     for clip, count in zip(audio, num_frames, strict=True):
@@ -61,7 +66,7 @@ def run_encoder(encoder: nn.Module, audio: torch.Tensor, num_frames: list[int], 
 
 
 def run_decoder(decoder: nn.Module, inputs: torch.Tensor, num_frames: list[int], frame: int) -> torch.Tensor:
-    """Decode each utterance of a batch [B, D, T] separately; return audio [B, T * frame]."""
+    """Decode each utterance of a batch [B, D, T] separately by calling the module; return audio [B, T * frame]."""
     results = []
     for codes, count in zip(inputs, num_frames, strict=True):
         length = torch.tensor([count], device=inputs.device)

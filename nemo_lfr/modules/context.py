@@ -1,4 +1,8 @@
-"""Receptive field and shortest input of a network, computed by the same walk as its output."""
+"""Receptive field and shortest valid input of a network.
+
+`ContextOps` implements the same operations as a backend, so `network.run(ContextOps(), Field())` goes through the same
+layers as inference, but returns the receptive field instead of a signal.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,16 +15,17 @@ from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
 @dataclass(frozen=True)
 class Field:
-    """Receptive field of a signal in the network's input, and the shortest valid input.
+    """Receptive field of a signal inside a network, in time steps of the network's input.
 
-    Item t depends on the inputs from floor((t * stride - past) / split) to floor((t * stride + future) / split).
+    Time step t of the signal depends on the inputs from floor((t * stride - past) / split) to
+    floor((t * stride + future) / split).
 
     Attributes:
-        stride: inputs for each item; more than 1 after down-sampling.
-        split: items for each input; more than 1 after up-sampling.
-        past: inputs before the current one, times `split`.
-        future: inputs after the current one, times `split`.
-        shortest: fewest inputs that are long enough for the padding of every layer.
+        stride: number of inputs per time step of the signal; more than 1 after down-sampling.
+        split: number of time steps of the signal per input; more than 1 after up-sampling.
+        past: number of inputs before the current one, times `split`.
+        future: number of inputs after the current one, times `split`.
+        shortest: length of the shortest input that is long enough for the padding of every layer.
     """
 
     stride: int = 1
@@ -31,10 +36,10 @@ class Field:
 
 
 class ContextOps:
-    """Operations that compute the receptive field of a signal instead of its values."""
+    """Operations that return the receptive field of a signal instead of its values."""
 
     def conv(self, layer: Conv1d, signal: Field, activation: CodecActivation | None = None) -> Field:
-        """Widen the field by the layer's span."""
+        """Widen the receptive field by the span of a convolution."""
         before = layer.pad[0]
         return replace(
             signal,
@@ -45,7 +50,10 @@ class ContextOps:
         )
 
     def upsample(self, layer: ConvTranspose1d, signal: Field, activation: CodecActivation) -> Field:
-        """Split the items: output t depends on input (t + first_sample) // stride and the one before."""
+        """Return the receptive field after a transposed convolution.
+
+        Output t depends on input (t + first_sample) // stride and the input before it.
+        """
         assert signal.stride == 1
         stride, shift = layer.stride, layer.first_sample
         return replace(
@@ -56,7 +64,7 @@ class ContextOps:
         )
 
     def residual(self, layer: ResidualLayer, signal: Field) -> Field:
-        """Return the widest field of the branches."""
+        """Return the widest receptive field among the branches."""
         fields = [self._branch(blocks, signal) for blocks in layer.branches]
         return replace(
             signal,
@@ -72,6 +80,6 @@ class ContextOps:
 
 
 def residual_context(layer: ResidualLayer) -> tuple[int, int]:
-    """Return the items before and after that an output of a residual layer depends on."""
+    """Return the numbers of time steps before and after that an output of a residual layer depends on."""
     field = ContextOps().residual(layer, Field())
     return field.past, field.future

@@ -1,8 +1,9 @@
-"""1-d convolutions of the codec: symmetric or causal, down- and up-sampling, with or without weight norm.
+"""1-d convolutions: symmetric or causal, down- or up-sampling, with or without weight norm.
 
-Inputs and outputs are `[B, H, T]`. The arithmetic runs as a 2-d convolution of height 1 in channels-last memory. On
-CPUs and tensor cores this is up to 1.5 times faster than `conv1d` when the signal is larger than the weights; see
-`convolve`. State-dict keys are those of NeMo's `Conv1dNorm`, `ConvTranspose1dNorm` and their causal variants.
+Inputs and outputs are `[B, H, T]`. A convolution usually runs as a 2-d convolution of height 1 in channels-last
+memory. On CPUs and tensor cores this is up to 1.5 times faster than `conv1d` if the signal is larger than the weights.
+For other signals see `convolve`. The state-dict keys are those of NeMo's `Conv1dNorm`, `ConvTranspose1dNorm` and their
+causal variants.
 """
 
 import math
@@ -18,7 +19,7 @@ from nemo_lfr.modules.padding import PAD_MODES, pad_signal
 
 
 def channels_last(hidden: torch.Tensor) -> torch.Tensor:
-    """Return [B, H, T] with H innermost in memory."""
+    """Return a signal [B, H, T] with the channels H innermost in memory."""
     if torch.compiler.is_exporting():
         return hidden
     return hidden.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
@@ -32,20 +33,26 @@ def convolve(
     dilation: int = 1,
     padding: int = 0,
 ) -> torch.Tensor:
-    """Compute `F.conv1d` with the implementation that is fastest on a CPU.
+    """Convolve as `F.conv1d` does, with the implementation that is fastest on a CPU.
 
-    In the deep layers of a short clip the weights are larger than the signal, and moving them dominates the run time.
-    Channels-last kernels copy the weights, and in training their gradients, into another layout on every call. If the
-    weights are larger still, oneDNN's convolutions are up to 8 times slower than a matrix product (for example, 1,536
-    outputs of 768 x 16 weights for 24 frames). An exported graph keeps `conv1d`, so that its runtime can choose.
+    In a short clip, the weights of the deep layers are larger than the signal, and copying them dominates the run
+    time. There are three implementations:
+
+    - If the signal is larger than the weights: a channels-last convolution. It copies the weights, and in training
+      also their gradients, to another layout on every call.
+    - If the weights are larger: a convolution in the default layout, which does not copy them.
+    - If the weights are much larger: a matrix product. oneDNN's convolutions are up to 8 times slower there (for
+      example, for 1,536 outputs with 768 x 16 weights each and 24 frames).
+
+    An exported graph contains `conv1d`, so that its runtime can choose.
 
     Args:
         hidden: [B, H_in, T].
         weight: [H_out, H_in, K].
         bias: [H_out], or None.
-        stride: step between outputs, in items.
-        dilation: step between taps, in items.
-        padding: zeros at both ends, in items.
+        stride: time steps between outputs.
+        dilation: time steps between taps.
+        padding: number of zeros to add at each end.
 
     Returns:
         [B, H_out, T_out].
@@ -53,7 +60,8 @@ def convolve(
     if torch.compiler.is_exporting():
         return F.conv1d(hidden, weight, bias, stride=stride, padding=padding, dilation=dilation)
     outweighs = _outweighs(weight, hidden)
-    # The gradient of a dilated product would first be scattered over the gaps between taps.
+    # With gradients, a matrix product is used only without dilation: its backward pass would also process the gaps
+    # between the taps.
     if outweighs >= (16 if not torch.is_grad_enabled() else 4 if dilation == 1 else math.inf):
         if padding:
             hidden = F.pad(hidden.unsqueeze(2), (padding, padding, 0, 0)).squeeze(2)
@@ -68,28 +76,35 @@ def convolve(
         padding=(0, padding),
         dilation=(1, dilation),
     )
-    # A signal of one channel has both layouts, so PyTorch may return the result in the other one.
+    # A signal with one channel is in both layouts, so PyTorch may return the result in the other layout.
     return result.contiguous(memory_format=layout).squeeze(2)
 
 
 def _outweighs(weight: torch.Tensor, hidden: torch.Tensor) -> float:
-    """Return the ratio of weight size to signal size on a CPU, and 0 elsewhere."""
+    """Return the ratio of weight size to signal size on a CPU, and 0 on other devices."""
     return weight.numel() / max(hidden.numel(), 1) if hidden.device.type == "cpu" else 0.0
 
 
 def convolve_by_product(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1, dilation: int = 1
 ) -> torch.Tensor:
-    """Compute `F.conv1d` as one matrix product, which copies the signal but not the weights."""
+    """Convolve as `F.conv1d` does, by one matrix product that copies the signal but not the weights."""
     span = (weight.shape[2] - 1) * dilation + 1
     seen = hidden.transpose(1, 2).unfold(1, span, stride)[..., ::dilation]  # [B, T_out, H_in, K]
     return F.linear(seen.flatten(2), weight.flatten(1), bias).transpose(1, 2)
 
 
 class Conv1d(nn.Module):
-    """Convolution that divides the length by `stride`.
+    """Convolution with padding, which divides the length by `stride`.
 
-    Symmetric: `padding` samples at both ends in `pad_mode`. Causal: zeros before the first sample only.
+    A symmetric convolution pads both ends in `pad_mode`. A causal one only adds zeros before the first time step, so
+    that no output depends on later inputs.
+
+    Attributes:
+        pad: numbers of time steps that are added before and after the signal.
+        pad_mode: PyTorch's name of the padding mode.
+        stride: time steps between outputs.
+        span: number of padded inputs from the first to the last one that an output depends on.
 
     Raises:
         ConfigError: for an unknown `pad_mode`.
@@ -118,19 +133,18 @@ class Conv1d(nn.Module):
             self.pad = ((span - stride + 1) // 2,) * 2
         else:
             self.pad = ((span - 1) // 2,) * 2
-        # Stored here because a caller may replace `conv`. `span` is the number of padded inputs from the first to the
-        # last one that an output depends on.
+        # Stored here, because a caller may replace `conv` with a module that does not have them.
         self.stride, self.span = stride, span
         conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride=stride, dilation=dilation, dtype=torch.float32)
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     @property
     def min_length(self) -> int:
-        """Shortest valid input, in items: reflection needs more items than it pads."""
+        """Length of the shortest valid input. Reflection needs an input that is longer than the padding."""
         return max(self.pad) + 1 if self.pad_mode == "reflect" else 1
 
     def pad_ends(self, hidden: torch.Tensor, first: bool = True, last: bool = True) -> torch.Tensor:
-        """Pad [B, H, T] at the start if `first` is set, and at the end if `last` is set."""
+        """Pad a signal [B, H, T] at the start if `first` is set, and at the end if `last` is set."""
         return pad_signal(hidden, (self.pad[0] * first, self.pad[1] * last), self.pad_mode)
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:
@@ -150,9 +164,14 @@ class Conv1d(nn.Module):
 
 
 class ConvTranspose1d(nn.Module):
-    """Transposed convolution with kernel size 2 * stride; it multiplies the length by `stride`.
+    """Transposed convolution with kernel size 2 * stride, which multiplies the length by `stride`.
 
-    Symmetric: the `stride` extra output samples are trimmed half on each side. Causal: all of them at the end.
+    Such a convolution gives `stride` more outputs than needed. If it is symmetric, half of them are removed at each
+    end; if it is causal, all of them are removed at the end.
+
+    Attributes:
+        stride: outputs per input.
+        first_sample: number of outputs that are removed at the start.
     """
 
     def __init__(
@@ -172,9 +191,9 @@ class ConvTranspose1d(nn.Module):
         self.conv = add_weight_norm(conv) if weight_norm else conv
 
     def overlap(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the outputs between the first and last input, without padding.
+        """Return only the outputs that depend on two inputs: [B, H_in, T] -> [B, H_out, (T - 1) * stride].
 
-        [B, H_in, T] -> [B, H_out, (T - 1) * stride]. Output t * stride + r depends on inputs t and t - 1 only.
+        Outputs t * stride to (t + 1) * stride - 1 depend on inputs t and t + 1.
         """
         conv = self.conv
         stride, groups = conv.stride[0], conv.groups
@@ -184,8 +203,8 @@ class ConvTranspose1d(nn.Module):
             ]
         assert conv.bias is not None
         if groups == 1 and torch.is_grad_enabled() and _outweighs(conv.weight, hidden) >= 4:
-            # One product with the weights in place. The convolution below would copy them and their gradients four
-            # times.
+            # One matrix product, without copies of the weights. The convolution below would copy the weights and
+            # their gradients four times.
             taps = torch.unflatten(hidden.transpose(1, 2) @ conv.weight.flatten(1), 2, (-1, 2, stride))
             full = taps[:, 1:, :, 0] + taps[:, :-1, :, 1]  # [B, T - 1, H_out, stride]
             samples = full.permute(0, 1, 3, 2).flatten(1, 2).transpose(1, 2)  # [B, H_out, (T - 1) * stride]
@@ -209,14 +228,14 @@ class ConvTranspose1d(nn.Module):
 
 
 def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a layer's folded weight (without weight norm) and bias, detached.
+    """Return a layer's weight, with weight norm folded, and its bias, both detached.
 
-    A transposed layer without groups is converted to an ordinary convolution. Its input must be padded by one item at
-    both ends, and `interleave` turns its output into the signal.
+    A transposed layer without groups is converted to an ordinary convolution with two taps. The input of the ordinary
+    convolution must be padded by one time step at both ends, and `interleave` converts its output to the signal.
 
     Returns:
         Weight [H_out, H_in, K], and bias [H_out] or None. For a converted layer, the shapes are
-        [stride * H_out, H_in, 2] and [stride * H_out].
+        [stride * H_out, H_in, 2] and [stride * H_out]. A grouped transposed layer keeps PyTorch's shapes.
     """
     weight, bias = layer.conv.weight.detach(), layer.conv.bias
     bias = None if bias is None else bias.detach()
@@ -227,9 +246,16 @@ def fold(layer: Conv1d | ConvTranspose1d) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:
-    """Rearrange [H_in, H_out, 2 * stride] to a convolution [stride * H_out, H_in, 2].
+    """Rearrange the weight of a transposed convolution to that of an ordinary convolution with two taps.
 
-    Output t * stride + phase of the transposed convolution depends on inputs t and t - 1.
+    Each of the `stride` outputs per input is a phase; the phases become output channels.
+
+    Args:
+        weight: [H_in, H_out, 2 * stride].
+        stride: stride of the transposed convolution.
+
+    Returns:
+        [stride * H_out, H_in, 2].
     """
     taps = torch.unflatten(weight, 2, (2, stride)).flip(2)  # [H_in, H_out, 2, stride]
     return taps.permute(3, 1, 0, 2).flatten(0, 1)

@@ -20,27 +20,29 @@ from nemo_lfr.modules.residual import ResidualLayer
 
 
 class HiFiGANDecoder(NeuralModule):
-    """HiFi-GAN decoder with the parameters and state-dict keys of NeMo's class.
+    """HiFi-GAN decoder with the arguments and state-dict keys of NeMo's class.
 
     With `causal=True` it corresponds to NeMo's `CausalHiFiGANDecoder` (NanoCodec).
 
     Args:
-        input_dim: D, dimensions of a dequantized frame.
-        up_sample_rates: stride of each stage; their product is the samples per frame.
-        base_channels: channels at the frame rate; each stage halves them.
-        in_kernel_size: kernel of the first convolution.
-        out_kernel_size: kernel of the last convolution.
-        resblock_kernel_sizes: one residual branch per size.
-        resblock_dilation_sizes: residual blocks of each branch.
+        input_dim: number of dimensions D of a dequantized frame.
+        up_sample_rates: stride of each stage; the product of the strides is the number of samples per frame.
+        base_channels: number of channels before the first stage; each stage halves it.
+        in_kernel_size: kernel size of the first convolution.
+        out_kernel_size: kernel size of the last convolution.
+        resblock_kernel_sizes: kernel size of each residual branch.
+        resblock_dilation_sizes: dilation of each residual block in a branch.
         activation: "lrelu", "elu", "snake" or "half_snake".
         output_activation: "tanh" or "clamp".
         pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions, which pad with zeros, as in NeMo.
-        n_groups_equal_to_out_channels: each transposed convolution has one group per output channel (NanoCodec).
-        causal: no convolution looks ahead.
-        weight_norm: False builds plain weights, for inference.
+        n_groups_equal_to_out_channels: whether each transposed convolution has one group per output channel
+            (NanoCodec).
+        causal: whether outputs depend only on current and past frames.
+        weight_norm: whether convolutions have weight norm, for training; plain weights are enough for inference.
 
     Raises:
-        ConfigError: for an unknown activation or padding, or channels that cannot be halved at every stage.
+        ConfigError: for an unknown activation or padding mode, or a `base_channels` that cannot be halved at every
+            stage.
     """
 
     input_names = ("inputs", "input_len")
@@ -109,14 +111,21 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def stages(self) -> list[UpStage]:
-        """Layers of each stage, in order."""
+        """Stages with their layers, in order."""
         layers = zip(self.activations, self.up_sample_conv_layers, self.res_layers, strict=True)
         return [UpStage._make(stage) for stage in layers]
 
     def run(self, ops: Ops[Signal], dequantized: Signal) -> Signal:
-        """Compute the input of the output activation with the operations of a backend.
+        """Run all layers except the output activation, with the operations of a backend.
 
-        A subclass with another topology overrides this method.
+        A subclass with other layers, or layers in another order, overrides this method.
+
+        Args:
+            ops: operations of a backend, such as `ModuleOps`.
+            dequantized: dequantized frames, in the form that `ops` uses.
+
+        Returns:
+            The input of the output activation, in the form that `ops` uses.
         """
         return decode(self, ops, dequantized)
 
@@ -126,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Frames on each side that an output frame depends on: 13 and 13 for the released config."""
+        """Numbers of frames before and after a frame that its audio depends on: 13 and 13 for the released config."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),
@@ -134,11 +143,11 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def min_frames(self) -> int:
-        """Shortest valid input, in frames: 4 for the released config. Shorter input is zero-padded."""
+        """Shortest input of `decode_frames`, in frames: 4 for the released config; `forward` zero-pads if needed."""
         return self._field.shortest
 
     def decode_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Decode clips of equal length.
+        """Decode utterances of equal length.
 
         Args:
             inputs: dequantized frames [B, D, T], T >= `min_frames`.
@@ -150,19 +159,19 @@ class HiFiGANDecoder(NeuralModule):
         return audio.squeeze(1)
 
     def hidden_frames(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Compute the input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
+        """Return the input of the output activation: [B, D, T] -> [B, 1, T * samples_per_frame]."""
         return self.run(ModuleOps(), inputs)
 
     def forward(self, inputs: torch.Tensor, input_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode each clip independently of the others.
+        """Decode each utterance independently of the others in the batch.
 
         Args:
-            inputs: dequantized frames [B, D, T_encoded]; values after a clip's length are ignored.
-            input_len: frames of each clip, [B].
+            inputs: dequantized frames [B, D, T_encoded]; values after the end of an utterance are ignored.
+            input_len: frames in each utterance, [B].
 
         Returns:
-            Audio [B, T_audio] in [-1, 1], zero after a clip's end, and the number of samples of each clip [B], a
-            multiple of `samples_per_frame`.
+            Audio [B, T_audio] in [-1, 1], which is zero after the end of an utterance, and the number of samples in
+            each utterance [B], a multiple of `samples_per_frame`.
         """
         frames = input_len.tolist()
         samples = [length * self.samples_per_frame for length in frames]

@@ -19,25 +19,25 @@ from nemo_lfr.modules.residual import ResidualLayer
 
 
 class HiFiGANEncoder(NeuralModule):
-    """HiFi-GAN encoder with the parameters and state-dict keys of NeMo's class.
+    """HiFi-GAN encoder with the arguments and state-dict keys of NeMo's class.
 
     With `causal=True` it corresponds to NeMo's `CausalHiFiGANEncoder`.
 
     Args:
-        encoded_dim: D, dimensions of an encoded frame.
-        down_sample_rates: stride of each stage; their product is the samples per frame.
-        base_channels: channels at the sample rate; each stage doubles them.
-        in_kernel_size: kernel of the first convolution.
-        out_kernel_size: kernel of the last convolution.
-        resblock_kernel_sizes: one residual branch per size.
-        resblock_dilation_sizes: residual blocks of each branch.
+        encoded_dim: number of dimensions D of an encoded frame.
+        down_sample_rates: stride of each stage; the product of the strides is the number of samples per frame.
+        base_channels: number of channels before the first stage; each stage doubles it.
+        in_kernel_size: kernel size of the first convolution.
+        out_kernel_size: kernel size of the last convolution.
+        resblock_kernel_sizes: kernel size of each residual branch.
+        resblock_dilation_sizes: dilation of each residual block in a branch.
         activation: "lrelu", "elu", "snake" or "half_snake".
         pad_mode: "reflect", "zeros" or "replicate"; ignored by causal convolutions, which pad with zeros, as in NeMo.
-        causal: no convolution looks ahead.
-        weight_norm: False builds plain weights, for inference.
+        causal: whether a frame depends only on its own and earlier samples.
+        weight_norm: whether convolutions have weight norm, for training; plain weights are enough for inference.
 
     Raises:
-        ConfigError: for an unknown activation or padding.
+        ConfigError: for an unknown activation or padding mode.
     """
 
     input_names = ("audio", "audio_len")
@@ -100,14 +100,21 @@ class HiFiGANEncoder(NeuralModule):
 
     @property
     def stages(self) -> list[DownStage]:
-        """Layers of each stage, in order."""
+        """Stages with their layers, in order."""
         layers = zip(self.res_layers, self.activations, self.down_sample_conv_layers, strict=True)
         return [DownStage._make(stage) for stage in layers]
 
     def run(self, ops: Ops[Signal], audio: Signal) -> Signal:
-        """Compute the network with the operations of a backend.
+        """Run all layers with the operations of a backend.
 
-        A subclass with another topology overrides this method.
+        A subclass with other layers, or layers in another order, overrides this method.
+
+        Args:
+            ops: operations of a backend, such as `ModuleOps`.
+            audio: audio, in the form that `ops` uses.
+
+        Returns:
+            Encoded frames, in the form that `ops` uses.
         """
         return encode(self, ops, audio)
 
@@ -117,18 +124,18 @@ class HiFiGANEncoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Frames on each side that one encoded frame depends on: 6 and 6 for the released config."""
-        # A frame depends on the samples from `past` before its first sample to `future` after it.
+        """Numbers of frames before and after a frame that its encoding depends on: 6 and 6 for the released config."""
+        # A frame depends on the samples from `field.past` before its first sample to `field.future` after it.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))
 
     @property
     def min_frames(self) -> int:
-        """Shortest valid input, in frames: 4 for the released config. Shorter audio is zero-padded."""
+        """Shortest input of `encode_frames`, in frames: 4 for the released config; `forward` zero-pads if needed."""
         return num_frames(self._field.shortest, self.samples_per_frame)
 
     def encode_frames(self, audio: torch.Tensor) -> torch.Tensor:
-        """Encode whole frames of clips of equal length.
+        """Encode clips of equal length that consist of whole frames.
 
         Args:
             audio: [B, T * samples_per_frame], T >= `min_frames`.
@@ -139,17 +146,18 @@ class HiFiGANEncoder(NeuralModule):
         return self.run(ModuleOps(), audio.unsqueeze(1))
 
     def forward(self, audio: torch.Tensor, audio_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode each clip independently of the others.
+        """Encode each clip independently of the others in the batch.
 
-        The last frame of a clip is zero-padded. Clips shorter than `min_frames` are zero-padded to that length, and
-        only their own frames are returned.
+        A partial last frame is zero-padded. A clip shorter than `min_frames` is zero-padded to that length, but only
+        the frames that contain its samples are returned.
 
         Args:
-            audio: [B, T_audio]; samples after a clip's length are ignored.
-            audio_len: samples of each clip, [B].
+            audio: [B, T_audio]; samples after the end of a clip are ignored.
+            audio_len: samples in each clip, [B].
 
         Returns:
-            Encoded frames [B, D, T_encoded], zero after a clip's end, and their number per clip [B].
+            Encoded frames [B, D, T_encoded], which are zero after the end of a clip, and the number of frames in each
+            clip, [B].
         """
         lengths = audio_len.tolist()
         frames = [num_frames(length, self.samples_per_frame) for length in lengths]

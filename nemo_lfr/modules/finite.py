@@ -1,7 +1,8 @@
-"""Marking of NaN and infinity in the results of a network.
+"""Mark NaN and infinite values in the results of a network.
 
-Results are marked on the device, and `Codec` raises an error before it returns them. Without marks, quantization and
-the output activation would hide such values: `tanh` of infinity is 1, and converting NaN to an integer is undefined.
+`quantize` and `to_audio` mark such values as invalid tokens or NaN samples, and `Codec` raises an error when it finds
+a mark. Without marks, the quantizer and the output activation would hide the values: `tanh` of infinity is 1, and
+converting NaN to an integer is undefined. Marking runs on the device, without synchronizing a GPU.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-# Replaces the tokens of a frame with NaN or infinite values.
+# Token that stands for "the encoder returned NaN or infinite values for this frame".
 INVALID = -1
 
 
 class Quantizer(Protocol):
-    """`FiniteScalarQuantizer` or `GroupFiniteScalarQuantizer`."""
+    """Interface of `FiniteScalarQuantizer` and `GroupFiniteScalarQuantizer` that `quantize` needs."""
 
     def __call__(self, inputs: torch.Tensor) -> Any:
         """Return codes [B, D, T] and tokens [C, B, T]."""
@@ -23,7 +24,7 @@ class Quantizer(Protocol):
 def quantize(quantizer: Quantizer, encoded: torch.Tensor) -> torch.Tensor:
     """Quantize encoded frames [B, D, T] to tokens [B, C, T].
 
-    All tokens of a frame with NaN or infinity are INVALID.
+    If a frame has NaN or infinite values, all of its tokens are `INVALID`.
     """
     tokens: torch.Tensor = quantizer(encoded)[1]
     is_bad = ~encoded.isfinite().all(dim=1, keepdim=True)
@@ -31,5 +32,5 @@ def quantize(quantizer: Quantizer, encoded: torch.Tensor) -> torch.Tensor:
 
 
 def to_audio(activation: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """Apply the output activation of a decoder, with NaN where `hidden` is not finite."""
+    """Apply the output activation of a decoder; the result is NaN where `hidden` is NaN or infinite."""
     return activation(hidden).masked_fill(~hidden.isfinite(), float("nan"))

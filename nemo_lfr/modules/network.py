@@ -1,11 +1,11 @@
-"""Topology of the encoder and the decoder, written once for every backend.
+"""The order of the layers in the encoder and the decoder, defined once for every way of running them.
 
-`encode` and `decode` are the only code that knows the order of the layers. Each backend implements `Ops`, which
-compute the layers: training and export run the modules (`ModuleOps`), the CPU uses packed weights, CUDA records a
-plan, and streams use layers that keep state between pushes. `ContextOps` computes the receptive field.
+`encode` and `decode` call three operations: a convolution, a transposed convolution and a residual layer. Each class
+that implements `Ops` runs them in its own way: `ModuleOps` calls the modules, for training and export; the CPU uses
+packed weights; CUDA records a plan; streams keep state between pushes; and `ContextOps` returns the receptive field.
 
-A new kind of stage is a class in this folder and a change here, or a subclass of the encoder or the decoder that
-overrides `run`. If it consists of the three operations below, it runs on every backend without other changes.
+To add a new kind of stage, write its class in this folder and change `encode` or `decode`, or override `run` in a
+subclass of the encoder or decoder. A stage that only uses the three operations runs everywhere without other changes.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ from nemo_lfr.modules.activation import CodecActivation
 from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d
 from nemo_lfr.modules.residual import ResidualLayer
 
-# Values passed between operations: tensors [B, H, T] for modules, another type for other backends.
+# Type of the signals between operations: tensors [B, H, T] with `ModuleOps`, other types with other classes.
 Signal = TypeVar("Signal")
 
 
 class Ops(Protocol[Signal]):
-    """Operations of a backend. An activation precedes the convolution that it feeds."""
+    """Operations that an encoder or decoder consists of."""
 
     def conv(self, layer: Conv1d, signal: Signal, activation: CodecActivation | None = None) -> Signal:
-        """Convolve, dividing the length by the layer's stride."""
+        """Apply the activation, if there is one, and then the convolution; divide the length by its stride."""
 
     def upsample(self, layer: ConvTranspose1d, signal: Signal, activation: CodecActivation) -> Signal:
-        """Convolve, multiplying the length by the layer's stride."""
+        """Apply the activation and then the transposed convolution; multiply the length by its stride."""
 
     def residual(self, layer: ResidualLayer, signal: Signal) -> Signal:
         """Return the mean of the layer's residual branches."""
 
 
 class DownStage(NamedTuple):
-    """Stage of the encoder."""
+    """Layers of one encoder stage, in the order in which they run."""
 
     residual: ResidualLayer
     activation: CodecActivation
@@ -43,7 +43,7 @@ class DownStage(NamedTuple):
 
 
 class UpStage(NamedTuple):
-    """Stage of the decoder."""
+    """Layers of one decoder stage, in the order in which they run."""
 
     activation: CodecActivation
     up: ConvTranspose1d
@@ -51,7 +51,7 @@ class UpStage(NamedTuple):
 
 
 class EncoderLayers(Protocol):
-    """Layers of an encoder."""
+    """Layers that `encode` needs."""
 
     pre_conv: Conv1d
     post_activation: CodecActivation
@@ -63,7 +63,7 @@ class EncoderLayers(Protocol):
 
 
 class DecoderLayers(Protocol):
-    """Layers of a decoder."""
+    """Layers that `decode` needs."""
 
     pre_conv: Conv1d
     post_activation: CodecActivation
@@ -83,7 +83,11 @@ def encode(encoder: EncoderLayers, ops: Ops[Signal], audio: Signal) -> Signal:
 
 
 def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Signal:
-    """Decode frames [B, D, T_encoded] to the input of the output activation, [B, 1, T_audio]."""
+    """Decode frames [B, D, T_encoded] with the operations of a backend.
+
+    Returns:
+        The input of the output activation, [B, 1, T_audio].
+    """
     hidden = ops.conv(decoder.pre_conv, dequantized)
     for stage in decoder.stages:
         hidden = ops.residual(stage.residual, ops.upsample(stage.up, hidden, stage.activation))
@@ -91,7 +95,7 @@ def decode(decoder: DecoderLayers, ops: Ops[Signal], dequantized: Signal) -> Sig
 
 
 class ModuleOps:
-    """Operations that call the modules, for training and export. Signals are [B, H, T]."""
+    """Operations that call the modules, for training and export. Signals are tensors [B, H, T]."""
 
     def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
         """Return `layer(activation(signal))`."""

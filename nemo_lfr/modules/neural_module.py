@@ -1,4 +1,4 @@
-"""Base class of the codec's modules: the methods that NeMo code calls on its own `NeuralModule`s, in plain torch."""
+"""Base class of the encoder, decoder and quantizer, with the methods of NeMo's `NeuralModule` but without NeMo."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,17 +9,17 @@ from torch.nn.utils import parametrize
 
 from nemo_lfr.modules.weight_norm import folded_weight
 
-# Returns NeMo's types of a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so nothing here imports
-# NeMo.
+# Function that returns NeMo's types for a module's inputs or outputs. `nemo_lfr.nemo.neural_types` sets it, so that
+# this file does not import NeMo.
 type_lookup: Callable[[nn.Module, str], dict[str, Any]] | None = None
 
 
 class NeuralModule(nn.Module):
-    """A torch module with the interface of NeMo's class of this name.
+    """PyTorch module with the methods of NeMo's class of the same name.
 
     Attributes:
-        input_names: arguments of `forward`.
-        output_names: results of `forward`.
+        input_names: names of the arguments of `forward`.
+        output_names: names of the results of `forward`.
     """
 
     input_names: tuple[str, ...] = ()
@@ -29,12 +29,12 @@ class NeuralModule(nn.Module):
 
     @property
     def input_types(self) -> dict[str, Any]:
-        """NeMo's type of each argument of `forward`, by name; the values are None where NeMo is not in use."""
+        """NeMo's type for each argument of `forward`, by name; the types are None if NeMo is not in use."""
         return type_lookup(self, "input_types") if type_lookup else dict.fromkeys(self.input_names)
 
     @property
     def output_types(self) -> dict[str, Any]:
-        """NeMo's type of each result of `forward`, by name; the values are None where NeMo is not in use."""
+        """NeMo's type for each result of `forward`, by name; the types are None if NeMo is not in use."""
         return type_lookup(self, "output_types") if type_lookup else dict.fromkeys(self.output_names)
 
     @property
@@ -47,7 +47,7 @@ class NeuralModule(nn.Module):
         return None
 
     def freeze(self) -> None:
-        """Switch to evaluation mode without gradients, and remember which parameters had them."""
+        """Switch to evaluation mode without gradients, and remember which parameters had gradients."""
         grad_map = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         self._frozen_grad_map = {**getattr(self, "_frozen_grad_map", {}), **grad_map}
         self.requires_grad_(False)
@@ -57,7 +57,7 @@ class NeuralModule(nn.Module):
         """Switch to training mode with gradients.
 
         Args:
-            partial: only for the parameters that had gradients before `freeze`.
+            partial: whether to enable gradients only for parameters that had them before `freeze`.
 
         Raises:
             ValueError: if `partial` is set and the module was not frozen.
@@ -83,7 +83,7 @@ class NeuralModule(nn.Module):
             self.train(training)
 
     def remove_weight_norm(self) -> None:
-        """Replace each weight-normed weight by its value."""
+        """Remove weight norm: each weight becomes one parameter again, instead of a direction and a gain."""
         for module in self.modules():
             if parametrize.is_parametrized(module, "weight"):
                 weight = folded_weight(module)

@@ -1,7 +1,7 @@
-"""Padding at the edges of a signal: "reflect", zeros ("constant") or "replicate".
+"""Padding at the ends of a signal: "reflect", "constant" (zeros) or "replicate".
 
-`pad_signal` pads a dense batch. `fill_padding` writes the same values into a batch whose examples have different
-lengths. The Triton kernels compute padding by index instead, without a copy.
+`pad_signal` pads a batch whose examples have the same length. `fill_padding` writes the same values into a batch whose
+examples may have different lengths. The Triton kernels use neither: they read the padding from the signal by index.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# Config names of padding modes, and PyTorch's. "circular" would join the two ends of a recording.
+# PyTorch's name for each padding mode in a config. "circular" is left out: it would join the two ends of a recording.
 PAD_MODES = {"reflect": "reflect", "zeros": "constant", "replicate": "replicate"}
 
 
@@ -23,14 +23,15 @@ def pad_signal(hidden: torch.Tensor, pad: tuple[int, int], mode: str) -> torch.T
 def fill_padding(
     padded: torch.Tensor, pad: tuple[int, int], mode: str, ends: Sequence[int] | torch.Tensor | None
 ) -> None:
-    """Write the padding before the first and after the last item of each example.
+    """Write the padding directly before and directly after the valid part of each example.
 
     Args:
-        padded: [B, H, before + T + after] with the inner items filled in; changed in place.
-        pad: items before and after.
+        padded: buffer [B, H, before + T + after] that already contains the signals; changed in place. Values after the
+            padding of an example are not changed.
+        pad: number of time steps to write before and after each example.
         mode: "reflect", "constant" or "replicate".
-        ends: items of each example [B], at most T; T if None. A list is faster on a CPU. With a tensor on the
-            same device, a captured graph works for all lengths. Items after an example's padding are not changed.
+        ends: number of valid time steps in each example, [B], at most T; None if all T are valid. A list is faster on
+            a CPU. A tensor on the device of `padded` allows a CUDA graph to be replayed for other lengths.
     """
     before, after = pad
     rows = padded.transpose(1, 2)  # [B, before + T + after, H]
@@ -47,21 +48,21 @@ def fill_padding(
 
 
 def _before(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
-    """Return the padding before the first item of [B, T, H]: [B, count or 1, H]."""
+    """Return `count` time steps of padding before a signal [B, T, H], in a shape that broadcasts to [B, count, H]."""
     if mode == "constant":
         return inner.new_zeros(1, 1, 1)
     return inner[:, :1] if mode == "replicate" else inner[:, 1 : count + 1].flip(1)
 
 
 def _after(inner: torch.Tensor, count: int, mode: str) -> torch.Tensor:
-    """Return the padding after the last item of [B, T, H]: [B, count or 1, H]."""
+    """Return `count` time steps of padding after a signal [B, T, H], in a shape that broadcasts to [B, count, H]."""
     if mode == "constant":
         return inner.new_zeros(1, 1, 1)
     return inner[:, -1:] if mode == "replicate" else inner[:, -1 - count : -1].flip(1)
 
 
 def _fill_after(rows: torch.Tensor, before: int, after: int, mode: str, ends: torch.Tensor) -> None:
-    """Write `after` items of padding after each example of [B, before + T + after, H]."""
+    """Write `after` time steps of padding after the end of each example in [B, before + T + after, H]."""
     example = torch.arange(rows.shape[0], device=rows.device)[:, None]
     beyond = torch.arange(after, device=rows.device)
     last = before + ends[:, None] - 1

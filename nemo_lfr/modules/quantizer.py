@@ -1,8 +1,10 @@
-"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505): encoded <-> codes <-> tokens.
+"""Finite scalar quantization, FSQ (Mentzer et al., arXiv 2309.15505): encoded frames <-> codes <-> tokens.
 
-Each dimension is squashed to an odd or even number of levels and rounded. A token is the mixed-radix number of the
-levels of a group of dimensions, with the first dimension as the lowest digit. The arithmetic and the state-dict keys
-are those of NeMo's classes with the same names. It always runs in fp32 because tokens depend on it.
+Each dimension of an encoded frame is squashed into the range of its levels and rounded to one of them; the rounded
+value, scaled to [-1, 1], is a code. A codebook stands for a group of dimensions. The token of a codebook is a
+mixed-radix number: its digits are the levels of the dimensions, and the first dimension is the lowest digit. The
+arithmetic and the state-dict keys are those of NeMo's classes with the same names. Quantization runs in fp32 even
+under autocast, because tokens depend on its rounding.
 """
 
 import math
@@ -16,7 +18,7 @@ from nemo_lfr.modules.neural_module import NeuralModule
 
 
 def _mask(values: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
-    """Zero the items after each example's length: values [B, ..., T], length [B]."""
+    """Set values [B, ..., T] after the end of each example to zero; `length` [B] has the numbers of valid frames."""
     if length is None or bool((length == values.shape[-1]).all()):
         return values
     valid = torch.arange(values.shape[-1], device=values.device) < length.to(values.device)[:, None]
@@ -27,11 +29,11 @@ class FiniteScalarQuantizer(NeuralModule):
     """Quantizer with one codebook, which has D dimensions.
 
     Args:
-        num_levels: levels of each dimension, each at least 2.
-        eps: fraction by which the squashed range is smaller than that of the levels.
+        num_levels: number of levels in each dimension, at least 2.
+        eps: fraction by which the squashed range is smaller than the range of the levels.
 
     Raises:
-        ConfigError: for fewer levels, or more codes than an int32 token can represent.
+        ConfigError: if a dimension has fewer than 2 levels, or the codebook has 2^31 entries or more.
     """
 
     input_names = ("inputs", "input_len")
@@ -45,7 +47,7 @@ class FiniteScalarQuantizer(NeuralModule):
         levels = [int(level) for level in num_levels]
         if min(levels) < 2 or math.prod(levels) > 2**31 - 1:
             raise ConfigError(
-                f"levels {levels} do not form a codebook; each must be at least 2, their product < 2^31."
+                f"levels {levels} do not form a codebook; use at least 2 for each, with a product below 2^31."
             )
         bases = [math.prod(levels[:dim]) for dim in range(len(levels))]
         self.levels = tuple(levels)
@@ -55,22 +57,22 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: 1."""
+        """Number of codebooks, which is 1."""
         return 1
 
     @property
     def codebook_size(self) -> int:
-        """Entries of the codebook: the product of the levels."""
+        """Number of entries in the codebook: the product of the levels."""
         return math.prod(self.levels)
 
     @property
     def dim(self) -> int:
-        """Dimensions of a code vector."""
+        """Number of dimensions D of a code vector."""
         return len(self.levels)
 
     @property
     def codebook_dim(self) -> int:
-        """NeMo's name for `dim`."""
+        """Number of dimensions D of a code vector, under its name in NeMo."""
         return self.dim
 
     @property
@@ -81,7 +83,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """NeMo's other name for `codes`."""
+        """All entries of the codebook, under a second name that NeMo uses."""
         return self.codes
 
     @staticmethod
@@ -90,11 +92,12 @@ class FiniteScalarQuantizer(NeuralModule):
         return inputs + (inputs.round() - inputs).detach()
 
     def compress(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Squash [B, D, T] into the range of the levels, so that rounding gives one of them."""
-        levels = self.num_levels.to(torch.float32)  # integers would divide into the default dtype
+        """Squash [B, D, T] into the range of the levels, so that rounding gives one of the levels."""
+        levels = self.num_levels.to(torch.float32)  # dividing integers would give PyTorch's default dtype
         half_range = (levels - 1) / 2 * (1 - self.eps)
-        offset = (levels % 2 == 0).to(torch.float32) * 0.5  # torch.where would copy scalars, which a CUDA graph cannot
-        # tan, not atanh: released checkpoints were trained with it, and token ids depend on it.
+        # Not torch.where with scalars: it copies them to the GPU, which is not possible in a CUDA graph.
+        offset = (levels % 2 == 0).to(torch.float32) * 0.5
+        # tan, not atanh: released checkpoints were trained with tan, and token ids depend on it.
         shift = (offset / half_range).tan()
         return half_range * (inputs + shift).tanh() - offset
 
@@ -105,7 +108,7 @@ class FiniteScalarQuantizer(NeuralModule):
 
         Args:
             inputs: encoded frames [B, D, T].
-            input_len: frames of each example [B]; results after them are zero.
+            input_len: frames in each example, [B]; results after the end of an example are zero. None for all frames.
 
         Returns:
             Codes in [-1, 1], [B, D, T], and tokens [1, B, T] as int32.
@@ -128,7 +131,7 @@ class FiniteScalarQuantizer(NeuralModule):
         digits = (indices.squeeze(0).unsqueeze(1) // self.dim_base_index) % self.num_levels
         return _mask(self.nonnegative_to_codes(digits), input_len)
 
-    # NeMo's names for the steps in between.
+    # Single steps of `forward` and `decode`, under their names in NeMo.
 
     def inputs_to_codes(self, inputs: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
         """Quantize encoded frames to codes, [B, D, T] -> [B, D, T], with a straight-through gradient."""
@@ -144,14 +147,14 @@ class FiniteScalarQuantizer(NeuralModule):
         """Convert digits in [0, num_levels) to codes in [-1, 1]: [B, D, T] -> [B, D, T]."""
         middle = self.num_levels // 2
         digits = codes_nonnegative - middle
-        # Integers would divide into the default dtype.
+        # Dividing integers would give PyTorch's default dtype.
         return (digits if digits.is_floating_point() else digits.to(torch.float32)) / middle
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, T] as int32.
 
         Raises:
-            TokensError: for another number of dimensions.
+            TokensError: if `codes` does not have D dimensions.
         """
         _check_dimensions(codes, self.dim)
         digits = self.codes_to_nonnegative(codes.float()).round().to(torch.int32)
@@ -167,8 +170,8 @@ class GroupFiniteScalarQuantizer(NeuralModule):
     """Quantizer with `num_groups` codebooks, each for a group of dimensions.
 
     Args:
-        num_groups: C, the number of codebooks.
-        num_levels_per_group: levels of each dimension of one codebook.
+        num_groups: number of codebooks C.
+        num_levels_per_group: number of levels in each dimension of one codebook; all codebooks have the same levels.
         eps: see `FiniteScalarQuantizer`.
     """
 
@@ -183,26 +186,26 @@ class GroupFiniteScalarQuantizer(NeuralModule):
 
     @property
     def num_codebooks(self) -> int:
-        """C, the number of codebooks."""
+        """Number of codebooks C."""
         return self.num_groups
 
     @property
     def codebook_size(self) -> int:
-        """Entries of one codebook."""
+        """Number of entries in one codebook."""
         return math.prod(self.levels)
 
     @property
     def codebook_dim_per_group(self) -> int:
-        """Dimensions of one codebook."""
+        """Number of dimensions of one codebook."""
         return len(self.levels)
 
     @property
     def codebook_dim(self) -> int:
-        """D, the dimensions of an encoded frame."""
+        """Number of dimensions D of an encoded frame, for all codebooks together."""
         return self.num_groups * len(self.levels)
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
-        """Fold groups into the batch: codebooks share their levels, so one quantizer handles all."""
+        """Move the codebooks into the batch dimension; they have the same levels, so one quantizer handles all."""
         return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
 
     def forward(
@@ -228,28 +231,30 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return _mask(codes.reshape(batch, self.codebook_dim, frames), input_len)
 
     def dropout_codebooks(self, encoded: torch.Tensor, num_codebooks: torch.Tensor) -> torch.Tensor:
-        """Set the dimensions of all but the first codebooks of each example to zero, which decodes as no information.
+        """Keep the first codebooks of each example, and set the dimensions of the others to zero.
 
         Args:
-            encoded: encoded frames or codes [B, D, T].
-            num_codebooks: codebooks to keep of each example [B].
+            encoded: encoded frames or codes, [B, D, T].
+            num_codebooks: number of codebooks to keep in each example, [B].
 
         Returns:
-            The same frames with zeros, [B, D, T].
+            The frames with the other codebooks set to zero, [B, D, T].
         """
         groups = torch.arange(self.codebook_dim, device=encoded.device) // self.codebook_dim_per_group
         is_dropped = groups >= num_codebooks.to(encoded.device)[:, None]
         return encoded.masked_fill(is_dropped[:, :, None], 0)
 
     def dropout_random_codebooks(self, encoded: torch.Tensor, rate: float) -> torch.Tensor:
-        """Keep a random number of codebooks, fewer than all, in a random subset of the examples.
+        """Drop the last codebooks of some examples, which are chosen at random.
+
+        The number of codebooks to keep is also random, from 1 to C - 1.
 
         Args:
-            encoded: encoded frames or codes [B, D, T].
+            encoded: encoded frames or codes, [B, D, T].
             rate: probability that an example loses codebooks.
 
         Returns:
-            The same frames with zeros, [B, D, T].
+            The frames with the dropped codebooks set to zero, [B, D, T].
         """
         batch, device = [encoded.shape[0]], encoded.device
         is_reduced = torch.rand(batch, device=device) < rate
@@ -257,10 +262,14 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return self.dropout_codebooks(encoded, torch.where(is_reduced, kept, self.num_groups))
 
     def codes_to_indices(self, codes: torch.Tensor, input_len: torch.Tensor | None = None) -> torch.Tensor:
-        """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, C, T] as int32, zero-padded.
+        """Convert codes in [-1, 1] to tokens: [B, D, T] -> [B, C, T] as int32.
+
+        Args:
+            codes: FSQ values, [B, D, T].
+            input_len: frames in each example, [B]; tokens after the end of an example are zero. None for all frames.
 
         Raises:
-            TokensError: for another number of dimensions.
+            TokensError: if `codes` does not have D dimensions.
         """
         _check_dimensions(codes, self.codebook_dim)
         quantizer = self.fsqs[0]

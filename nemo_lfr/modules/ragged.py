@@ -1,7 +1,8 @@
-"""Batches of different lengths, in which every example is computed independently.
+"""Run a batch of examples with different lengths so that no example depends on the others.
 
-NeMo masks the padding with zeros after each convolution, where a single clip would have its own reflected edge. A
-clip's last tokens then depend on the rest of the batch. Here examples of equal length run together, without padding.
+NeMo pads short examples and sets the padding to zero after each convolution. A clip that is encoded alone is instead
+padded by reflection at its end. In NeMo, the last tokens of a clip thus depend on whether the batch contains longer
+clips. Here, only examples of the same length run together, so no padding is needed.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,13 @@ def map_by_length(
     """Apply `function` to `inputs[i, ..., :lengths[i]]` for every i, grouped by length.
 
     Args:
-        function: [b, ..., length] -> [b, ..., at least out_length].
+        function: network to run, [b, ..., length] -> [b, ..., out_length or more].
         inputs: [B, ..., T].
-        lengths: valid items of each example, at most T.
-        out_lengths: items of each result to keep.
+        lengths: number of valid values on the last axis of each example, at most T. At least one is not 0.
+        out_lengths: number of values to keep on the last axis of each result.
 
     Returns:
-        [B, ..., max(out_lengths)], zero after each example's end.
+        [B, ..., max(out_lengths)], zero after the end of each example.
     """
     if len(set(lengths)) == 1 and lengths[0] > 0:
         return function(inputs[..., : lengths[0]])[..., : out_lengths[0]]

@@ -1,4 +1,4 @@
-"""Residual layers of encoder and decoder (HiFi-GAN's multi-receptive-field fusion)."""
+"""Residual layers of the encoder and the decoder (HiFi-GAN's multi-receptive-field fusion)."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the block: [B, H, T] -> [B, H, T]."""
+        """Run the block: [B, H, T] -> [B, H, T]."""
         residual = self.input_conv(self.input_activation(hidden))
         result: torch.Tensor = hidden + self.skip_conv(self.skip_activation(residual))
         return result
@@ -66,14 +66,14 @@ class ResidualBranch(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the blocks in order: [B, H, T] -> [B, H, T]."""
+        """Run the blocks in order: [B, H, T] -> [B, H, T]."""
         for block in self.res_blocks:
             hidden = block(hidden)
         return hidden
 
 
 class ResidualLayer(nn.Module):
-    """Mean of residual branches, one per kernel size."""
+    """Residual layer: the mean of several residual branches, one per kernel size."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ResidualLayer(nn.Module):
         return [list(cast(Iterable[ResidualBlock], branch.res_blocks)) for branch in self.res_blocks]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute the mean of the branches: [B, H, T] -> [B, H, T]."""
+        """Return the mean of the branches' outputs: [B, H, T] -> [B, H, T]."""
         total: torch.Tensor = self.res_blocks[0](hidden)
         for branch in self.res_blocks[1:]:
             total = total + branch(hidden)

@@ -1,10 +1,10 @@
-"""Folding of weight norm with the same rounding on every CPU.
+"""Fold weight norm with the same rounding on every CPU.
 
-PyTorch's kernel sums the squares of a row in an order that depends on the CPU's instructions, so that the last bits of
-folded weights differ between machines. A fingerprint hashes folded weights and must be equal everywhere.
-`fold_weight_norm` therefore adds in one fixed order, that of PyTorch's kernel for AVX2 and AVX-512. Every other
-operation is elementwise and is rounded by IEEE 754 in the same way everywhere. PyTorch's kernel is faster, and is used
-where it adds in this order.
+With weight norm, a weight is stored as a direction and a gain; folding computes the weight itself. PyTorch's kernel
+sums the squares of a row in an order that depends on the CPU's instruction set, so the last bits of folded weights
+differ between machines. Fingerprints hash folded weights and must be the same everywhere. `fold_weight_norm` therefore
+adds in one fixed order: the order of PyTorch's kernel for AVX2 and AVX-512. All other operations are elementwise, and
+IEEE 754 defines their rounding. PyTorch's kernel is faster, so it is used where it adds in this order.
 """
 
 import functools
@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-BLOCK = 1 << 16  # weights whose squares are summed at once: they fit into the CPU cache
+BLOCK = 1 << 16  # number of weights whose squares are summed at once, so that they fit into the CPU cache
 
 
 class SumOrder(NamedTuple):
-    """Order in which a row of n numbers is added.
+    """Order in which the numbers in a row are added. Rows shorter than `lanes` are added from left to right.
 
     Attributes:
-        lanes: number of partial sums; partial sum k adds the numbers k, k + lanes, k + 2 * lanes, ...
+        lanes: number of partial sums; partial sum k adds the numbers at positions k, k + lanes, k + 2 * lanes, ...
         halving: whether the partial sums are added pairwise (the first half to the second half, repeatedly) instead of
-            one after the other. Rows shorter than `lanes` are always added one number after the other.
+            from left to right.
     """
 
     lanes: int
@@ -32,8 +32,8 @@ class SumOrder(NamedTuple):
 
 
 CANONICAL = SumOrder(8, True)
-IN_FP64 = SumOrder(4, False)  # of the same kernels; for fp64 it is the only order
-# Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Fingerprints used to depend on them.
+IN_FP64 = SumOrder(4, False)  # order of the same kernels for fp64, which is used whatever order is requested
+# Orders of PyTorch's kernels for other CPUs: x86 without AVX2, and 128-bit NEON. Old fingerprints depend on them.
 OTHERS = (SumOrder(8, False), SumOrder(4, True))
 
 
@@ -41,11 +41,11 @@ def row_norms(weight: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor
     """Return the L2 norm of each slice along the first dimension, on the CPU.
 
     Args:
-        weight: at least two dimensions, on any device; smaller types than fp32 are converted to it.
+        weight: weight with at least two dimensions, on any device; fp16 and bf16 are converted to fp32.
         order: order of summation.
 
     Returns:
-        As many dimensions as `weight`, with size 1 in all but the first.
+        Norms with as many dimensions as `weight`; all dimensions except the first one have size 1.
     """
     values = _values(weight)
     if order == CANONICAL and values.dtype == torch.float32 and _kernel_is_canonical():
@@ -65,7 +65,7 @@ def _kernel_norms(values: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _kernel_is_canonical() -> bool:
-    """Return whether PyTorch's kernel adds in the canonical order on this CPU, as seen from random rows."""
+    """Return whether PyTorch's kernel adds in the canonical order on this CPU; this is tested with random rows."""
     values = np.random.default_rng(0).standard_normal(500 * 64).astype(np.float32)
     sizes = (3, 8, 21, 100, 500)
     rows = (torch.from_numpy(values[: 64 * size]).reshape(64, size) for size in sizes)
@@ -85,12 +85,12 @@ def _ordered_norms(values: torch.Tensor, order: SumOrder) -> torch.Tensor:
 
 
 def _sum(rows: np.ndarray, order: SumOrder) -> np.ndarray:
-    """Add [R, n] along the second dimension in the given order."""
+    """Add the numbers in each row of [R, n] in the order `order`."""
     lanes = order.lanes
     whole = rows.shape[1] // lanes * lanes
     if not whole:
         return _in_sequence(rows)
-    # numpy adds along a dimension that is not the innermost one in order.
+    # Along a dimension that is not the innermost one, numpy adds from first to last.
     partial: np.ndarray = np.add.reduce(rows[:, :whole].reshape(len(rows), -1, lanes), axis=1)
     partial[:, : rows.shape[1] - whole] += rows[:, whole:]
     if not order.halving:
@@ -106,12 +106,14 @@ def _in_sequence(rows: np.ndarray) -> np.ndarray:
 
 
 def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrder = CANONICAL) -> torch.Tensor:
-    """Return the weight of a weight-normed layer, without gradient: each row of `direction` scaled to its `gain`.
+    """Return the weight of a layer with weight norm, without gradient.
+
+    Each row of `direction` is scaled so that its L2 norm is the corresponding `gain`.
 
     Args:
         direction: [N, ...].
         gain: [N, 1, ...].
-        order: order of summation.
+        order: order of summation for the norms.
 
     Returns:
         New tensor with the shape, dtype and device of `direction`.
@@ -121,7 +123,7 @@ def fold_weight_norm(direction: torch.Tensor, gain: torch.Tensor, order: SumOrde
 
 
 def folded_weight(conv: nn.Module, order: SumOrder = CANONICAL) -> torch.Tensor:
-    """Return the weight of a convolution without gradient, with weight norm folded if it has any."""
+    """Return the weight of a convolution, without gradient; if there is weight norm, it is folded."""
     if parametrize.is_parametrized(conv, "weight"):
         weight: Any = conv.parametrizations["weight"]  # type: ignore[index]
         if len(weight) == 1 and type(weight[0]).__name__ == "_WeightNorm" and weight[0].dim == 0:

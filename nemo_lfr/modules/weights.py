@@ -1,10 +1,15 @@
-"""Detection of changed weights, and a cache of forms that are derived from weights.
+"""Detect changed weights, and cache objects that are derived from weights, such as packed weights.
 
-PyTorch counts writes to a tensor, but not those through `.data`, a numpy view or another process. Contents are
-therefore compared too, by a checksum that reads every byte once, at memory speed: 0.15 to 0.25 ms for a million fp32
-weights on one CPU core, which is 1 to 4 % of the time to encode one second with them. Apart from collisions (2^-64),
-the only uncounted change that it misses is a swap of weights that are a multiple of 4,072 bytes apart. Within
-`checksum_once` the contents are read once per call of the codec, not once per batch.
+PyTorch counts most writes to a tensor, but not writes through `.data`, a numpy view or another process. Therefore the
+values are also compared, by a checksum that reads every byte once. On one CPU core this takes 0.15 to 0.25 ms for a
+million fp32 weights, which is 1 to 4 % of the time in which they encode one second of audio. Within `checksum_once`,
+which lasts for one call of the codec, the checksum is computed only once instead of once per batch.
+
+The checksum misses some changes that PyTorch does not count. It reads the weights as integers in rows of 509, adds
+each of the 509 columns, and adds the column sums with different factors. A change that leaves every column sum
+unchanged, such as a swap of two values in one column, is missed. A change of a single integer is never missed, and the
+probability that another change is missed by chance is about 2^-64. An integer is 8 bytes on a CPU, and one element of
+the tensor on a GPU.
 """
 
 import operator
@@ -18,10 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-# Columns of a checksum. It is prime so that a weight that moves by whole kernels or channels changes its column.
+# Number of columns of a checksum. It is prime, so a weight that moves by whole kernels or channels changes its column.
 COLUMNS = 509
 _FACTORS = np.random.default_rng(509).integers(0, 2**63, COLUMNS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-# Smaller tensors are concatenated: each costs as much as thousands of weights on a CPU, and a launch on a GPU.
+# Tensors of up to this many elements are concatenated, because each checksum has a fixed cost: as much as for
+# thousands of weights on a CPU, and a kernel launch on a GPU.
 SMALL = {"cpu": 1 << 16}
 SMALL_ELSEWHERE = 1 << 24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,7 +38,7 @@ _CHECKED: ContextVar[dict[Hashable, nn.Module] | None] = ContextVar("checked_net
 
 @contextmanager
 def checksum_once() -> Iterator[None]:
-    """Compute checksums of the same weights once; they must not change within the context."""
+    """Return a context in which checksums of the same weights are computed once; the weights must not change in it."""
     token = None if _SEEN.get() is not None else _SEEN.set({})
     try:
         yield
@@ -72,9 +78,10 @@ def must_check(network: nn.Module, check: Hashable) -> bool:
 
 
 def weights_version(*modules: nn.Module) -> Callable[[], Any]:
-    """Return a function whose result changes when a weight, buffer or address does.
+    """Return a function whose result changes if a submodule, weight or buffer is replaced, moved or written to.
 
-    It does not reference `modules`, only the dictionaries of their children, parameters and buffers.
+    The function references the dictionaries with the children, parameters and buffers of `modules`, but not the
+    modules themselves.
     """
     found = [child for module in modules for child in module.modules()]
     children = [child._modules for child in found]
@@ -103,40 +110,41 @@ Form = TypeVar("Form")
 
 
 class DerivedForms(Generic[Form]):
-    """Cache of forms derived from modules, rebuilt when their weights change.
+    """Cache of objects that are derived from modules, called forms, such as packed weights.
 
-    Forms are stored by module and key, and dropped with the module. They may reference its layers, but not the module.
+    A form is built again when the weights of its module change, and is dropped together with the module. It may
+    reference the layers of the module, but not the module itself, which would then never be freed.
     """
 
     def __init__(self) -> None:
         self._forms: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry[Form]]] = WeakKeyDictionary()
 
     def __len__(self) -> int:
-        """Return the number of modules with derived forms."""
+        """Return the number of modules that have forms."""
         return len(self._forms)
 
     def get(self, module: nn.Module, key: Hashable, build: Callable[[], Form], *others: nn.Module) -> Form:
-        """Return a form of a module that matches its current weights.
+        """Return the form of a module for its current weights; build it if there is none or the weights have changed.
 
         Args:
-            module: source of the form.
-            key: identifies the form among those of the module.
-            build: returns a new form. Weights written during this call are noticed by the next `get`.
-            others: further modules that the form depends on.
+            module: module that the form is derived from.
+            key: identifies the form among the forms of the module.
+            build: function that returns a new form. If weights change while it runs, the next `get` builds again.
+            others: other modules that the form depends on.
         """
         forms = self._forms.setdefault(module, {})
         entry = forms.get(key)
         if entry is not None and (not must_check(module, (id(self), key)) or entry.is_current(others)):
             return entry.form
         del entry
-        forms.pop(key, None)  # before the new one takes memory
+        forms.pop(key, None)  # free the old form before the new one needs memory
         now = weights_version(module, *others)
         version = now()
         forms[key] = entry = _Entry(build(), others, now, version)
         return entry.form
 
     def drop(self, module: nn.Module) -> None:
-        """Forget all forms of a module."""
+        """Remove all forms of a module from the cache."""
         self._forms.pop(module, None)
 
 
@@ -152,7 +160,7 @@ class _Entry(Generic[Form]):
 
 @torch.no_grad()
 def _checksums(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    """Return checksums, at least one of which changes with any byte of `tensors`."""
+    """Return checksums of `tensors`; if a single byte changes, at least one of them changes."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:
@@ -185,9 +193,10 @@ def _joined(members: list[torch.Tensor], small: int) -> Iterator[torch.Tensor]:
 
 
 def _checksum(data: np.ndarray) -> int:
-    """Return the weighted sum of the columns of bytes [n] read as rows of `COLUMNS` integers, modulo 2^64.
+    """Return the checksum of bytes [n].
 
-    Factors are odd, so a change of one integer always changes the sum.
+    The bytes are read as rows of `COLUMNS` 64-bit integers. The checksum is the sum of the column sums, each times its
+    factor, modulo 2^64. The factors are odd, so a change of a single integer always changes the checksum.
     """
     row = COLUMNS * 8
     whole = len(data) // row * row
@@ -200,7 +209,10 @@ def _checksum(data: np.ndarray) -> int:
 
 
 def _device_checksum(flat: torch.Tensor) -> torch.Tensor:
-    """Compute a similar sum on the device, without synchronizing."""
+    """Return a similar checksum of elements [n], as a tensor on the device, without synchronizing a GPU.
+
+    The elements are read as rows of `COLUMNS` integers of their own size.
+    """
     values = flat.view(_INTEGERS[flat.element_size()])
     factors = torch.from_numpy(_FACTORS.view(np.int64)).to(flat.device)
     whole = len(values) // COLUMNS * COLUMNS

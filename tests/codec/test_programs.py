@@ -44,13 +44,13 @@ def test_programs_are_saved_and_loaded(programs, tmp_path):
 
 @pytest.mark.parametrize("function", [export_programs, golden_vectors])
 def test_other_precisions_and_backends_are_refused(function):
-    with pytest.raises(NemoLfrError, match=r"precision is tf32; .* are exported in fp32"):
+    with pytest.raises(NemoLfrError, match=r"precision is \"tf32\", but .* are exported in fp32"):
         function(same_parts(cached_codec("two_stages"), precision="tf32"))
     codec = same_parts(cached_codec("two_stages"))
     onnx = object.__new__(OnnxBackend)
     onnx.name = "folder"
     codec.backend = onnx
-    with pytest.raises(NemoLfrError, match="folder: is already exported"):
+    with pytest.raises(NemoLfrError, match="folder: this codec is already exported"):
         function(codec)
 
 

@@ -1,1 +1,1 @@
-"""The CPU kernels of the PyTorch backend."""
+"""Fast inference on CPUs for the PyTorch backend."""

@@ -1,8 +1,8 @@
-"""Settings of glibc's malloc that keep freed memory for the next window.
+"""Settings for glibc's malloc, so that it keeps freed memory for the next window of audio.
 
-By default glibc returns every large block to the system when it is freed. An encoder frees and allocates hundreds of
-megabytes per second of audio, and mapping and clearing these pages again takes up to a third of the time. A process
-that mainly runs a codec keeps them instead.
+By default glibc returns every large block to the system when it is freed. An encoder allocates and frees hundreds of
+megabytes for each second of audio. The system must map and clear these pages again each time, which takes up to a
+third of the encoding time. With `configure_malloc`, a process that mainly runs a codec keeps the pages instead.
 """
 
 import ctypes
@@ -13,13 +13,13 @@ from typing import TypeVar
 
 from nemo_lfr.frames import Window
 
-# Parameters of mallopt, and the highest threshold that it accepts.
+# Parameters of mallopt.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MMAP_THRESHOLD = 32 * 2**20
+MMAP_THRESHOLD = 32 * 2**20  # the highest value that mallopt accepts
 TRIM_THRESHOLD = 2**30
-# Windows between two trims. The window after a trim has to map its memory again.
+# Windows between two trims: few trims, because the first window after a trim must map its memory again.
 WINDOWS_PER_TRIM = 8
-# Corpus batches between two trims. Their many lengths fragment the heap more than windows do.
+# Corpus batches between two trims. Batches of many lengths fragment the heap more than windows do.
 BATCHES_PER_TRIM = 4
 
 _batches = itertools.count(1)
@@ -42,7 +42,7 @@ def trim_malloc() -> None:
 
 
 def trim_after_batch() -> None:
-    """Count a corpus batch, and call `trim_malloc` after every few of them."""
+    """Call `trim_malloc` after every `BATCHES_PER_TRIM` corpus batches; call this function after each batch."""
     if next(_batches) % BATCHES_PER_TRIM == 0:
         trim_malloc()
 
@@ -50,8 +50,8 @@ def trim_after_batch() -> None:
 def trim_between_windows(windows: Iterable[tuple[_Items, Window]]) -> Iterator[tuple[_Items, Window]]:
     """Yield the windows unchanged, calling `trim_malloc` between some of them.
 
-    It trims periodically, so that memory does not grow with the duration of a recording, and before a window of
-    another width, whose blocks may not fit into the memory that is kept.
+    Periodic trims keep memory from growing with the duration of a recording. A window of a different width is also
+    preceded by a trim, because its blocks may not fit into the memory that malloc keeps.
     """
     width = 0
     for number, (items, window) in enumerate(windows):

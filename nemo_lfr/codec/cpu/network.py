@@ -1,10 +1,13 @@
-"""Inference on a CPU: the results of the modules, with fewer passes over memory.
+"""Run encoders and decoders on a CPU, with the same results as their modules but fewer passes over memory.
 
-Activations and sums are fused into the preceding convolution, or written directly into the padded input of the next
-one, which the branches of a residual layer share. Residual layers, which are most of the work, process long signals
-in pieces with context on both sides, which limits memory. The examples of a batch may have different lengths in a
-buffer of one width: every layer writes its padding after each of them, so the results are those of each example
-alone. A few widths then cover all lengths, and oneDNN can reuse its kernels.
+- An activation or a sum after a convolution is fused into the convolution where oneDNN supports it. An activation
+  before a convolution is written directly into the convolution's padded input.
+- The branches of a residual layer share one padded input.
+- Residual layers do most of the work. They process long signals in pieces with context on both sides, which limits
+  memory.
+- The examples in a batch may have different lengths. They are stored in a buffer of one width, and every layer writes
+  its padding directly after the end of each example, so each result is the same as for the example alone. Since few
+  widths then cover all lengths, oneDNN can reuse the kernels that it compiles for each shape.
 """
 
 from collections.abc import Iterator
@@ -25,18 +28,18 @@ from nemo_lfr.modules.finite import to_audio
 from nemo_lfr.modules.padding import fill_padding
 from nemo_lfr.modules.residual import ResidualBlock, ResidualLayer
 
-# Elements of one piece of a residual layer's signal; about a dozen arrays of this size are in use at a time.
+# Elements in one piece of a residual layer's input; about a dozen arrays of this size are in use at a time.
 PIECE = 1024 * 1024
 
 
 @torch.no_grad()
 def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
-    """Compute `HiFiGANEncoder.encode_frames` for a batch of clips of different lengths.
+    """Run `HiFiGANEncoder.encode_frames` for a batch of clips that may have different lengths.
 
     Args:
-        encoder: encoder in training or evaluation mode, which give equal results.
-        audio: finite samples [B, T * samples_per_frame].
-        num_frames: frames of each clip, at least `encoder.min_frames`; default: T.
+        encoder: the encoder; training and evaluation mode give the same results.
+        audio: finite samples, [B, T * samples_per_frame].
+        num_frames: valid frames in each clip, at least `encoder.min_frames`; default: T for all clips.
 
     Returns:
         Encoded frames [B, D, T]; values after the end of a clip are undefined.
@@ -49,12 +52,12 @@ def encode_frames(encoder: HiFiGANEncoder, audio: torch.Tensor, num_frames: list
 
 @torch.no_grad()
 def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: list[int] | None = None) -> torch.Tensor:
-    """Compute `HiFiGANDecoder.decode_frames` for utterances of different lengths.
+    """Run `HiFiGANDecoder.decode_frames` for a batch of utterances that may have different lengths.
 
     Args:
-        decoder: decoder in training or evaluation mode, which give equal results.
-        inputs: dequantized frames [B, D, T].
-        num_frames: valid frames of each utterance, at least `decoder.min_frames`; T for all by default.
+        decoder: the decoder; training and evaluation mode give the same results.
+        inputs: dequantized frames, [B, D, T].
+        num_frames: valid frames in each utterance, at least `decoder.min_frames`; default: T for all utterances.
 
     Returns:
         Audio [B, T * samples_per_frame]; samples after the end of an utterance are undefined.
@@ -66,11 +69,11 @@ def decode_frames(decoder: HiFiGANDecoder, inputs: torch.Tensor, num_frames: lis
 
 
 class Batch(NamedTuple):
-    """Signal of examples of different lengths, in a buffer of one width.
+    """Batch of signals that may have different lengths, in a buffer of one width.
 
     Attributes:
-        hidden: [B, H, T].
-        ends: items of each example; None if all of them fill the buffer.
+        hidden: the signals, [B, H, T].
+        ends: number of valid time steps in each example; None if all T steps of every example are valid.
     """
 
     hidden: torch.Tensor
@@ -78,13 +81,14 @@ class Batch(NamedTuple):
 
 
 class PackedOps:
-    """Operations of a network with packed weights, or with `ModuleWeights` if they cannot be packed.
+    """Operations of an encoder or decoder on a CPU, as the argument `ops` of `network.run`.
 
-    Within `torch.autocast("cpu", torch.bfloat16)` the weights are bf16.
+    They use packed weights, or `ModuleWeights` if the weights cannot be packed. Within
+    `torch.autocast("cpu", torch.bfloat16)` packed weights are bf16.
 
     Args:
         network: encoder or decoder.
-        num_frames: total number of frames of the batch.
+        num_frames: total number of frames in the batch.
     """
 
     def __init__(self, network: nn.Module, num_frames: int) -> None:
@@ -94,18 +98,21 @@ class PackedOps:
         self._num_frames = num_frames
 
     def without_autocast(self) -> AbstractContextManager[Any]:
-        """Return a context that disables autocast if the weights are packed: their dtype then sets the precision."""
+        """Return a context that disables autocast if the weights are packed.
+
+        The dtype of packed weights already determines the precision.
+        """
         is_packed = not isinstance(self._weights, ModuleWeights)
         return torch.autocast("cpu", enabled=False) if is_packed and self._autocast else nullcontext()
 
     def conv(self, layer: Conv1d, signal: Batch, activation: CodecActivation | None = None) -> Batch:
-        """Compute activation and convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
+        """Apply an activation and a convolution: [B, H_in, T] -> [B, H_out, T // stride]."""
         hidden = self._weights.cast(signal.hidden, layer)
         ends = None if signal.ends is None else [end // layer.conv.stride[0] for end in signal.ends]
         return Batch(self._conv(layer, Batch(hidden, signal.ends), before=activation), ends)
 
     def upsample(self, layer: ConvTranspose1d, signal: Batch, activation: CodecActivation) -> Batch:
-        """Compute activation and transposed convolution: [B, H_in, T] -> [B, H_out, T * stride]."""
+        """Apply an activation and a transposed convolution: [B, H_in, T] -> [B, H_out, T * stride]."""
         hidden, ends = self._weights.cast(signal.hidden), signal.ends
         stride = layer.conv.stride[0]
         full = self._weights.overlap(layer, _padded(Batch(hidden, ends), (1, 1), "constant", activation))
@@ -113,7 +120,7 @@ class PackedOps:
         return Batch(kept, _scaled(ends, stride))
 
     def residual(self, layer: ResidualLayer, signal: Batch) -> Batch:
-        """Compute the mean of the branches in pieces: [B, H, T] -> [B, H, T]."""
+        """Return the mean of the residual branches: [B, H, T] -> [B, H, T]. Long signals are processed in pieces."""
         hidden, ends = self._weights.cast(signal.hidden), signal.ends
         batch, channels, length = hidden.shape
         if length <= PIECE // (batch * channels):
@@ -121,11 +128,11 @@ class PackedOps:
         before, after = residual_context(layer)
         count = -(-length // max(PIECE // (batch * channels), 8 * (before + after)))
         piece = -(-length // count)
-        width = min(before + piece + after, length)  # equal for all pieces, because kernels are compiled per width
+        width = min(before + piece + after, length)  # the same for all pieces, because kernels are compiled per width
         result = hidden.new_empty_strided(hidden.shape, (length * channels, 1, channels))
         for first in range(0, length, piece):
             start = min(max(first - before, 0), length - width)
-            # The results of an example that ends before the piece are not used.
+            # If an example ends before the piece, its results are not used, so it may have any number of valid steps.
             piece_ends = ends and [min(end - start, width) if end > first else width for end in ends]
             mean = self._mean(layer.branches, Batch(hidden[:, :, start : start + width], piece_ends))
             result[:, :, first : first + piece] = mean[:, :, first - start : first - start + piece]
@@ -141,7 +148,13 @@ class PackedOps:
         return total.div_(len(branches))
 
     def _branch(self, blocks: list[ResidualBlock], signal: Batch, middle: torch.Tensor) -> torch.Tensor:
-        """Compute a branch; `middle` is the output of its first convolution."""
+        """Run the blocks of one branch.
+
+        Args:
+            blocks: the residual blocks.
+            signal: input of the branch.
+            middle: output of the first convolution of the first block, with the activation after it.
+        """
         hidden, ends = signal
         for block in blocks:
             if block is not blocks[0]:
@@ -152,18 +165,18 @@ class PackedOps:
         return hidden
 
     def _first_convs(self, blocks: list[ResidualBlock], signal: Batch) -> Iterator[torch.Tensor]:
-        """Yield the first convolution of each branch, with the activation after it."""
+        """Yield the output of each branch's first convolution and the activation after it."""
         if any(True for _ in blocks[0].input_activation.parameters()):
             for block in blocks:
                 yield self._conv(block.input_conv, signal, block.input_activation, block.skip_activation)
             return
         convs = [block.input_conv for block in blocks]
-        # The padding of a shorter kernel is the inner part of a longer one's.
+        # All branches share an input that is padded for the longest kernel; shorter kernels read an inner part of it.
         pad = max(conv.pad for conv in convs)
         behind = slack(1, max(conv.conv.kernel_size[0] for conv in convs))
         shared = _padded(signal, pad, convs[0].pad_mode, blocks[0].input_activation, behind)
         starts = [pad[0] - conv.pad[0] for conv in convs]
-        after = blocks[0].skip_activation  # the same for all, since it has no parameters either
+        after = blocks[0].skip_activation  # the same for all branches, since it has no parameters either
         done = self._shared_winograd(convs, shared, starts, after)
         for number, (conv, start) in enumerate(zip(convs, starts, strict=True)):
             if number in done:
@@ -174,7 +187,7 @@ class PackedOps:
     def _shared_winograd(
         self, convs: list[Conv1d], shared: torch.Tensor, starts: list[int], after: CodecActivation
     ) -> dict[int, torch.Tensor]:
-        """Return the results, by index, of the layers that share a Winograd transform."""
+        """Return the results of the layers that share one Winograd transform of the input, by index in `convs`."""
         numbers = [n for n, conv in enumerate(convs) if self._use_winograd(conv) and conv.conv.dilation[0] == 1]
         if not numbers:
             return {}
@@ -189,9 +202,17 @@ class PackedOps:
         after: CodecActivation | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute activation and convolution, then an activation or the sum with `residual`.
+        """Apply an activation and a convolution, and then an activation or the addition of `residual`.
 
-        [B, H_in, T] -> [B, H_out, T // stride]; `residual` is not changed.
+        Args:
+            layer: the convolution.
+            signal: input, [B, H_in, T].
+            before: activation before the convolution; None for none.
+            after: activation after the convolution; None for none.
+            residual: tensor to add to the result, [B, H_out, T // stride]; not changed. Only if `after` is None.
+
+        Returns:
+            [B, H_out, T // stride].
         """
         if self._use_winograd(layer):
             behind = slack(layer.conv.dilation[0], layer.conv.kernel_size[0])
@@ -230,7 +251,7 @@ def _scaled(ends: list[int] | None, factor: int) -> list[int] | None:
 
 
 def slope_of(activation: CodecActivation | None) -> float | None:
-    """Return the slope of a leaky ReLU; 1 for no activation, None for any other."""
+    """Return the slope of a leaky ReLU; 1 if there is no activation; None for any other activation."""
     match activation and activation.activation:
         case None:
             return 1.0
@@ -246,7 +267,18 @@ def _padded(
     activation: CodecActivation | None = None,
     behind: int = 0,
 ) -> torch.Tensor:
-    """Activate and pad [B, H, T], channels-last, with `behind` rows of zeros after the batch."""
+    """Apply an activation and pad each example.
+
+    Args:
+        signal: [B, H, T].
+        pad: numbers of time steps to add before and after each example.
+        mode: padding mode of the layer.
+        activation: activation before padding; None for none.
+        behind: number of rows of zeros in memory after the last example.
+
+    Returns:
+        [B, H, before + T + after], channels innermost in memory.
+    """
     (batch, channels, length), (before, after) = signal.hidden.shape, pad
     width = before + length + after
     rows = signal.hidden.new_empty((batch * width + behind, channels))
@@ -260,7 +292,7 @@ def _padded(
     else:  # directly into the padded buffer
         torch.ops.aten.leaky_relu.out(signal.hidden, slope, out=inner)
     if signal.ends is not None:
-        # A tile of a convolution may read past an example's padding, from where NaN would spread.
+        # A convolution may read past an example's padding, and uninitialized memory there might contain NaN.
         padded[:, :, before + length :].zero_()
     fill_padding(padded, pad, mode, signal.ends)
     return padded

@@ -1,13 +1,15 @@
 """Packed weights of an encoder or decoder, for inference on a CPU.
 
-They are built on first use and dropped when the parameters of the module change. They consist of
+Packed weights are built on first use and dropped when the parameters of the network change. There are two forms:
 
-- the weights of each convolution, with weight norm folded, in the layout of oneDNN's kernel, so that no call computes
-  or copies them; transposed convolutions become convolutions with two taps to all phases;
-- for wide layers in fp32, the Toom-Cook transform, in which four outputs of four taps cost 7 products instead of 16.
+- For each convolution, the weights with weight norm folded, in the memory layout of oneDNN's kernel. Calls then need
+  neither fold nor reorder the weights. A transposed convolution becomes an ordinary convolution with two taps whose
+  output channels include all phases (the `stride` outputs for each input step).
+- For wide convolutions in fp32, also the weights for Winograd convolution (`nemo_lfr.codec.cpu.winograd`), which
+  needs 7 multiplications for four outputs of a kernel with four taps, instead of 16.
 
-In bf16, which is opt-in, the first call with each shape of each layer is compared with fp32. Where the error is too
-large, the layer runs in fp32, with a warning. The layers at both ends of the network always run in fp32.
+In bf16, which is opt-in, the first call of each layer with each shape is compared with fp32. If the error is too
+large, the layer runs in fp32 for this shape, with a warning. The first and the last layer of the network run in fp32.
 """
 
 import warnings
@@ -22,15 +24,22 @@ from nemo_lfr.modules.conv import Conv1d, ConvTranspose1d, fold, interleave
 from nemo_lfr.modules.weights import DerivedForms
 
 _MKLDNN: Any = torch.backends.mkldnn
-# Fewest frames of a batch for which transformed weights, which are twice as large, are faster.
+# Smallest number of frames in a batch for which Winograd convolution is faster. Its weights are twice as large.
 WINOGRAD_MIN_FRAMES = 48
-# Smallest channels * taps for which the transforms save more time than they cost (measured on Zen 4).
+# Smallest channels * taps for which Winograd convolution is faster (measured on Zen 4).
 WINOGRAD_MIN_PRODUCTS = 1000
-MAX_BF16_ERROR = 0.05  # relative to the rms of the output; rounding to 8 bits causes 0.003 to 0.01
+MAX_BF16_ERROR = 0.05  # rms error relative to the rms of the output; rounding to 8 bits causes 0.003 to 0.01
 
 
 class Packed(NamedTuple):
-    """Weights of an unpadded convolution in oneDNN's layout."""
+    """Convolution without padding whose weights are in oneDNN's layout.
+
+    Attributes:
+        packed: the weights.
+        bias: [H_out]; None for none.
+        stride: stride of the convolution.
+        dilation: dilation of the convolution.
+    """
 
     packed: torch.Tensor
     bias: torch.Tensor | None
@@ -39,28 +48,31 @@ class Packed(NamedTuple):
 
 
 class Weights(Protocol):
-    """Weights of an encoder or a decoder, and the convolutions with them."""
+    """Weights of an encoder or decoder, with methods that convolve with them."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Convert the input of `layer` to its dtype; without `layer`, to that of inner layers."""
+        """Convert the input of `layer` to the dtype of its weights.
+
+        If `layer` is None, the dtype is that of all layers except the first and the last one.
+        """
 
     def convolve(
         self, layer: Conv1d, padded: torch.Tensor, slope: float = 1.0, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Compute `Conv1d.convolve` with a fused activation or sum.
+        """Run `Conv1d.convolve` and a leaky ReLU or an addition in one pass.
 
         Args:
             layer: the convolution.
-            padded: its padded input, [B, H_in, T].
+            padded: the padded input of the convolution, [B, H_in, T].
             slope: slope of a leaky ReLU after the convolution; 1 for none.
-            residual: added to the output, [B, H_out, T_out]; only with slope 1.
+            residual: tensor to add to the output, [B, H_out, T_out]; only with slope 1.
 
         Returns:
             [B, H_out, T_out], T_out = (T - span) // stride + 1.
         """
 
     def overlap(self, layer: ConvTranspose1d, padded: torch.Tensor) -> torch.Tensor:
-        """Compute `ConvTranspose1d.overlap`: [B, H_in, T] -> [B, H_out, (T - 1) * stride]."""
+        """Run `ConvTranspose1d.overlap`: [B, H_in, T] -> [B, H_out, (T - 1) * stride]."""
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
         """Return whether `winograd` is faster than `convolve` for a batch of `num_frames` frames."""
@@ -68,24 +80,24 @@ class Weights(Protocol):
     def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Convolve one input with several layers of equal dilation by Toom-Cook.
+        """Convolve one input with several layers of equal dilation, by Winograd convolution.
 
         Args:
-            layers: layers for which `use_winograd` is true; their dilation is 1 if any of `starts` is not 0.
+            layers: layers for which `use_winograd` is true. If any of `starts` is not 0, their dilation must be 1.
             padded: [B, H_in, T], channels innermost, followed in memory by `winograd.slack` rows of finite values.
-            starts: for each layer, the first item of `padded` that its first output depends on.
+            starts: for each layer, the index of the first time step in `padded` that its first output depends on.
             slope: slope of a leaky ReLU after the convolution; 1 for none.
 
         Returns:
-            For each layer [B, H_out, n], n >= T - start - span + 1.
+            For each layer, the output [B, H_out, n] with n >= T - start - span + 1.
         """
 
 
 class ModuleWeights:
-    """Unpacked weights, read from the modules, for networks whose weights cannot be packed."""
+    """Implementation of `Weights` that calls the network's own modules; used if the weights cannot be packed."""
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """Return the input unchanged: the caller's autocast converts it."""
+        """Return the input unchanged: PyTorch's autocast converts it where needed."""
         return hidden
 
     def convolve(
@@ -102,18 +114,18 @@ class ModuleWeights:
         return layer.overlap(padded)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """Return False: there are no transformed weights."""
+        """Return False: modules have no weights for Winograd convolution."""
         return False
 
     def winograd(
         self, layers: list[Conv1d], padded: torch.Tensor, starts: list[int], slope: float = 1.0
     ) -> list[torch.Tensor]:
-        """Raise an error: `use_winograd` is False."""
-        raise AssertionError("module weights are not transformed")
+        """Raise an error, because `use_winograd` is always false here."""
+        raise AssertionError("modules have no weights for Winograd convolution")
 
 
 class PackedWeights:
-    """Weights packed for oneDNN; see the head of this file.
+    """Implementation of `Weights` with weights packed for oneDNN; see the module's docstring.
 
     Args:
         network: encoder or decoder on a CPU.
@@ -122,14 +134,14 @@ class PackedWeights:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        # The first and last layer stay in fp32: they are cheap, and errors there affect audio and tokens directly.
+        # The first and the last layer stay in fp32: they are cheap, and their errors affect tokens and audio directly.
         self._ends = {network.pre_conv, network.post_conv}
         self._packed: dict[nn.Module, Packed] = {}
         self._transformed: dict[nn.Module, winograd.Transformed] = {}
         self._checked: dict[tuple[nn.Module, torch.Size], bool] = {}
 
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
-        """See `Weights`: the first and the last layer accept any dtype."""
+        """See `Weights`. The input of the first and the last layer is not converted: they accept any dtype."""
         return hidden if layer in self._ends else hidden.to(self.dtype)
 
     def convolve(
@@ -148,7 +160,7 @@ class PackedWeights:
         return interleave(self._run(layer, padded), stride)
 
     def use_winograd(self, layer: Conv1d, num_frames: int) -> bool:
-        """See `Weights`. The result is true only for wide layers and long signals in fp32."""
+        """See `Weights`. The result is true only in fp32, for wide layers with stride 1 and large batches."""
         conv = layer.conv
         size = conv.kernel_size[0]
         return (
@@ -184,7 +196,7 @@ class PackedWeights:
         slope: float = 1.0,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Convolve at the precision of the weights, or in fp32 if bf16 is inaccurate for the shape."""
+        """Convolve at the precision of the weights, or in fp32 if bf16 is too inaccurate for this shape."""
         packed = self._get(layer, self.dtype)
         shape = layer, padded.shape
         if self.dtype == torch.bfloat16 and shape not in self._checked:
@@ -192,8 +204,9 @@ class PackedWeights:
             self._checked[shape] = error < MAX_BF16_ERROR
             if not self._checked[shape]:
                 warnings.warn(
-                    f"a convolution of {list(padded.shape)} with {list(layer.conv.weight.shape)} is inaccurate in "
-                    f"bf16 on this machine (error {error:.2g} of its rms); it runs in fp32, which is slower.",
+                    f"a convolution of shape {list(padded.shape)} with weights {list(layer.conv.weight.shape)} is "
+                    f"inaccurate in bf16 on this CPU (relative rms error {error:.2g}); this convolution runs in fp32, "
+                    "which is slower.",
                     stacklevel=2,
                 )
         if self.dtype == torch.float32 or self._checked[shape]:
@@ -219,7 +232,10 @@ def weights_of(network: nn.Module, dtype: torch.dtype) -> Weights:
 
 
 def has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions: AMX, AVX512-bf16 or, on others, per oneDNN."""
+    """Return whether this CPU has bf16 instructions.
+
+    On x86 these are AMX and AVX512-bf16. For other CPUs, the answer is oneDNN's.
+    """
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return bool(_MKLDNN.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -228,8 +244,9 @@ def has_bf16() -> bool:
 def _pack(weight: torch.Tensor, stride: int, dilation: int) -> torch.Tensor:
     """Reorder weights [H_out, H_in, 1, K] to the layout of oneDNN's kernel.
 
-    With more than one tap, the layout is the same for every length from about 100 items on (measured). For others,
-    oneDNN may reorder the weights in each call.
+    The layout depends on the length of the input. For kernels with more than one tap, it is the same for all inputs of
+    about 100 time steps or more (measured). For shorter inputs, and for kernels with one tap, oneDNN may reorder the
+    weights in each call.
     """
     span = (weight.shape[3] - 1) * dilation + 1
     shape = [1, weight.shape[1], 1, span + 1023 * stride]
@@ -264,7 +281,7 @@ def _exact(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor) -> torch.Tenso
 
 
 def _error(layer: Conv1d | ConvTranspose1d, padded: torch.Tensor, result: torch.Tensor) -> float:
-    """Return the relative rms error of 16 items of the output, compared with fp32."""
+    """Return the rms error of a result relative to fp32, measured at 16 time steps of the output."""
     weight, _ = fold(layer)
     stride = layer.conv.stride[0] if isinstance(layer, Conv1d) else 1
     span = (weight.shape[2] - 1) * layer.conv.dilation[0] + 1

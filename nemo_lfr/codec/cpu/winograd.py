@@ -1,9 +1,9 @@
-"""Toom-Cook convolution, also known as Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308).
+"""Winograd convolution, also known as Toom-Cook convolution (Lavin and Gray, arXiv 1509.09308).
 
-Seven samples of the input and four taps of the kernel are evaluated as polynomials at 7 points. Their products,
-transformed back, are four outputs: 7 products instead of 16. Longer kernels are sums of such groups of four taps, so
-that groups and layers share the transformed input. In fp32 the rounding error is 4 times that of an ordinary sum,
-1e-6 of the output's rms.
+Seven samples of the input and four taps of the kernel are treated as polynomials and evaluated at 7 points. The
+products at these points are transformed back to four outputs, so four outputs need 7 multiplications instead of 16. A
+longer kernel is split into groups of four taps whose results are added. All groups and layers share the transformed
+input. In fp32 the rounding error is 4 times as large as for an ordinary convolution: 1e-6 of the rms of the output.
 """
 
 from collections.abc import Sequence
@@ -14,28 +14,29 @@ import torch.nn.functional as F
 
 from nemo_lfr.modules.conv import Conv1d, fold
 
-# Elements of one array of a block, per thread: 7 of these and their products fit the cache.
+# Elements per thread in one array of a block; 7 such arrays and their products fit into the cache.
 BLOCK = 192 * 1024
 TILE, POINTS = 4, 7
-# Pairs of points -a and a, each with the coefficients of the other two pairs: (x^2 - b^2)(x^2 - c^2); then infinity.
+# Points: three pairs a and -a, and infinity. Each row has a, and for the other two pairs b and c the coefficients
+# b^2 + c^2 and b^2 * c^2 of (x^2 - b^2)(x^2 - c^2).
 PAIRS = ((0.5, 5.0, 4.0), (1.0, 4.25, 1.0), (2.0, 1.25, 0.25))
 
 
 def slack(dilation: int, kernel_size: int = 11) -> int:
-    """Return the number of rows that the last tiles may read past the padded input.
+    """Return the number of rows past the end of the padded input that the last tiles may read.
 
-    Their values must be finite, and do not affect valid outputs beyond rounding.
+    The values in these rows must be finite. They do not change valid outputs beyond rounding.
     """
     return TILE * dilation * (-(-kernel_size // TILE) + 3)
 
 
 class Transformed(NamedTuple):
-    """Weights of a layer at each point.
+    """Weights of a layer, evaluated at each point.
 
     Attributes:
-        bank: [POINTS, pieces, H_out, H_in].
-        bias: [H_out].
-        span: inputs from the first to the last one that an output depends on.
+        bank: weights, [POINTS, groups of four taps, H_out, H_in].
+        bias: [H_out]; None for none.
+        span: number of input time steps from the first to the last one that an output depends on.
         dilation: dilation of the layer.
     """
 
@@ -51,12 +52,12 @@ class Transformed(NamedTuple):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output."""
+        """Number of output channels."""
         return self.bank.shape[2]
 
 
 def transform(layer: Conv1d) -> Transformed:
-    """Return the transformed weights of a layer of stride 1."""
+    """Return the weights of a layer with stride 1, evaluated at each point."""
     weight, bias = fold(layer)
     weight = torch.unflatten(F.pad(weight, (0, -weight.shape[2] % TILE)), 2, (-1, TILE))
     points = [weight @ taps for taps in _kernel_transform(weight)]  # [H_out, H_in, pieces] each
@@ -70,19 +71,19 @@ def convolve(
     """Convolve one input with several layers of equal dilation.
 
     Args:
-        layers: their dilation is 1 if any of `starts` is not 0.
+        layers: weights of the layers. If any of `starts` is not 0, their dilation must be 1.
         padded: [B, H_in, T], channels innermost, followed in memory by `slack` rows of finite values.
-        starts: for each layer, the first item of `padded` that its first output depends on.
+        starts: for each layer, the index of the first time step in `padded` that its first output depends on.
         slope: slope of a leaky ReLU after the convolution; 1 for none.
 
     Returns:
-        For each layer [B, H_out, T - start - span + 1].
+        For each layer, the output [B, H_out, T - start - span + 1].
     """
     batch, channels, width = padded.shape
     dilation = layers[0].dilation
-    step = TILE * dilation  # samples of a tile, whose rows are `dilation` samples apart
+    step = TILE * dilation  # time steps from one tile to the next; the rows of a tile are `dilation` steps apart
     tiles = -(-batch * width // step)
-    # Tiles after its own that the outputs of a tile depend on.
+    # Number of later tiles that the outputs of a tile depend on.
     ahead = max(start // step + layer.num_pieces - 1 for start, layer in zip(starts, layers, strict=True))
     rows = padded.as_strided((tiles + ahead + 1, TILE, dilation * channels), (step * channels, dilation * channels, 1))
     outputs = [padded.new_empty((tiles, TILE, dilation * layer.out_channels)) for layer in layers]
@@ -107,9 +108,9 @@ def convolve(
 
 
 def _multiply(layer: Transformed, seen: torch.Tensor, out: torch.Tensor) -> None:
-    """Compute tiles of four outputs [tiles, 4, W] from the input at each point [POINTS, n, H_in]."""
+    """Write tiles of four outputs [tiles, 4, W] from the transformed input [POINTS, n, H_in]."""
     products = [
-        # Point 1: since 1 ^ n = 1, the bias is added to every output.
+        # The bias is added at the point 1 only. Because 1 ** n = 1, every output then contains it once.
         _sum_of_products(seen[point], layer.bank[point], layer.bias if point == 2 else None, layer.dilation)
         for point in range(POINTS)
     ]
@@ -121,8 +122,8 @@ def _sum_of_products(
 ) -> torch.Tensor:
     """Convolve [n, H_in] with [pieces, H_out, H_in] -> [n - (pieces - 1) * dilation, H_out].
 
-    oneDNN's convolution would reorder the weights in each call for few rows, and for one tap for many row counts:
-    3 to 25 GFLOP/s instead of 100 (measured).
+    This uses matrix products. oneDNN's convolution would reorder the weights in each call if there are few rows or
+    only one tap, and would reach 3 to 25 GFLOP/s instead of 100 (measured).
     """
     count = seen.shape[0] - (len(weights) - 1) * dilation
     result = F.linear(seen[:count], weights[0], bias)
@@ -141,7 +142,10 @@ def _kernel_transform(like: torch.Tensor) -> torch.Tensor:
 
 
 def _evaluate(rows: torch.Tensor) -> torch.Tensor:
-    """Evaluate each tile and three samples of the next at the points: [n + 1, 4, W] -> [POINTS, n, W]."""
+    """Evaluate each tile and the first three samples of the next tile at all points.
+
+    [n + 1, 4, W] -> [POINTS, n, W].
+    """
     count = rows.shape[0] - 1
     sample = [rows[:count, number] for number in range(TILE)] + [rows[1:, number] for number in range(TILE - 1)]
     values = rows.new_empty((POINTS, count, rows.shape[2]))
@@ -160,7 +164,10 @@ def _evaluate(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _interpolate(products: list[torch.Tensor], out: torch.Tensor) -> None:
-    """Write tiles of four outputs [n, 4, W] from products [n, W], which are overwritten."""
+    """Transform the products [n, W] at each point back and write tiles of four outputs [n, 4, W].
+
+    The products are overwritten.
+    """
     halves, ones, twos = (products[at : at + 2] for at in (0, 2, 4))
     odd = [torch.sub(plus, minus) for plus, minus in (halves, ones, twos)]
     even = [plus.add_(minus) for plus, minus in (halves, ones, twos)]

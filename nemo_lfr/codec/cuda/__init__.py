@@ -1,1 +1,5 @@
-"""CUDA backend: folded layers, fused Triton kernels, an autotuner and CUDA graphs."""
+"""Fast inference on NVIDIA GPUs for the PyTorch backend.
+
+`folded` prepares the weights, `kernels` and `triton_kernels` have fused kernels, `autotuner` chooses the fastest
+kernel for each layer, `plan` runs the layers, and `graphs` captures CUDA graphs.
+"""

@@ -1,4 +1,7 @@
-"""Autotuner: benchmarks candidate kernels per shape and keeps the fastest one that matches the reference."""
+"""Autotuner that chooses among several implementations of the same layer (the candidates).
+
+For each shape it measures all candidates once, and keeps the fastest one whose result matches the reference.
+"""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
@@ -14,21 +17,21 @@ logger = logging.getLogger("nemo_lfr")
 _CUDA: Any = torch.cuda
 Candidate = Callable[[], torch.Tensor]
 
-# Seconds from which on the launch overhead of a candidate is negligible.
+# A candidate that runs longer than this (seconds) has negligible launch overhead.
 LONG_RUN = 2e-3
-# Largest difference from the reference, relative to the largest result: a few roundings of the dtype.
+# Largest allowed difference from the reference, relative to its largest magnitude: a few rounding errors of the dtype.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 
 
 @dataclass
 class Autotuner:
-    """Autotuner with a table of the fastest candidates.
+    """Autotuner with a table of the fastest candidate for each layer and shape.
 
     Attributes:
-        benchmark: returns the seconds that a candidate takes.
-        chosen: name of the candidate for each key.
-        measured: seconds of each valid candidate, by key; for reports.
-        force: name of a candidate to use without measuring, where it exists; for benchmarks and tests.
+        benchmark: function that returns the seconds a candidate takes.
+        chosen: name of the fastest candidate for each key of `run`.
+        measured: seconds that each valid candidate took, for each key; for reports.
+        force: name of a candidate to use wherever it exists, without measuring; for benchmarks and tests.
     """
 
     benchmark: Callable[[Candidate], float]
@@ -38,13 +41,13 @@ class Autotuner:
     _warned: set[str] = field(default_factory=set)
 
     def run(self, key: Hashable, candidates: Mapping[str, Candidate], ends: torch.Tensor) -> torch.Tensor:
-        """Return the result of the chosen candidate.
+        """Return the result of the fastest candidate, which is measured on the first call with `key`.
 
         Args:
-            key: kind, shapes and dtype of the computation.
-            candidates: by name, each returning [B, T, H]; the first is the reference, and is used where nothing can
-                be measured.
-            ends: valid items of each example, [B]; only these are compared.
+            key: identifies the layer's kind, shapes and dtype.
+            candidates: implementations by name, each of which returns [B, T, H]. The first one is the reference. It is
+                also used while a CUDA graph is captured, when nothing can be measured.
+            ends: number of valid time steps in each example, [B]. Only these are compared with the reference.
         """
         first = next(iter(candidates))
         if self.force is not None or len(candidates) == 1:
@@ -70,12 +73,12 @@ class Autotuner:
                 if error <= bound:
                     seconds[name] = self.benchmark(candidates[name])
                     continue
-                reason = f"differs by {error:.3g}, more than {bound:.3g}"
+                reason = f"differs from the reference by {error:.3g}, more than {bound:.3g}"
             except Exception as failure:  # compilers and drivers may raise anything
                 reason = f"fails ({type(failure).__name__}: {shorten(failure)})"
             if name not in self._warned:
                 self._warned.add(name)
-                logger.warning("%s %s for %s; it is not used there.", name, reason, key)
+                logger.warning("GPU kernel %r %s for %s; another kernel is used instead.", name, reason, key)
         self.measured[key] = seconds
         return min(seconds, key=lambda name: seconds[name])
 
@@ -85,7 +88,7 @@ def _is_capturing() -> bool:
 
 
 def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> float:
-    """Benchmark a candidate on the GPU, in seconds, without launch overhead if it is short."""
+    """Return the seconds that a candidate takes on the GPU; a short one is measured without launch overhead."""
 
     def fastest(run: Callable[[], object]) -> float:
         best = float("inf")
@@ -104,7 +107,7 @@ def gpu_seconds(candidate: Candidate, repeats: int = 5, rounds: int = 3) -> floa
         return alone
     try:
         return fastest(_captured(candidate, repeats)) / repeats
-    except RuntimeError:  # it cannot be captured, so launches count in use too
+    except RuntimeError:  # not capturable in a CUDA graph, so the launch overhead also occurs in normal use
         return alone
 
 

@@ -1,8 +1,9 @@
-"""Folded layers for CUDA: weight norm folded, weights cast and laid out once per precision.
+"""Folded layers for CUDA: layers whose weights are prepared once for a precision.
 
-Signals are [B, T, H], channels innermost. The length of every example of a batch is in a tensor on the device, so
-that one captured graph works for clips of all lengths. `convolution` is the reference, in plain PyTorch, for
-`kernels.convolution`, which does the same in one pass.
+To prepare the weights, weight norm is folded, and the weights are converted to the dtype and the memory layout of the
+kernels. Signals are [B, T, H], channels innermost. The lengths of the examples in a batch are in a tensor on the GPU,
+so that one CUDA graph works for clips of all lengths. `convolution` is the reference in plain PyTorch;
+`kernels.convolution` does the same in one Triton kernel.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Precision:
 
     Attributes:
         dtype: dtype of signals and weights.
-        tf32: allow TF32 in fp32 products, which drops 13 of 23 mantissa bits.
+        tf32: whether fp32 products may use TF32, which drops 13 of 23 mantissa bits.
     """
 
     dtype: torch.dtype
@@ -31,13 +32,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Activation:
-    """Folded form of a `CodecActivation`.
+    """Form of a `CodecActivation` that kernels can use.
 
     Attributes:
-        module: the activation; its parameters are not copied.
-        kind: "lrelu", "snake" (of the first channels; leaky ReLU of the others) or "other".
+        module: the activation module; its parameters are not copied.
+        kind: "lrelu" (leaky ReLU); "snake" (snake for the first `len(alpha)` channels, leaky ReLU for the others); or
+            "other", which only PyTorch can run.
         slope: slope of the leaky ReLU.
-        alpha: alpha of the channels with snake, [up to H].
+        alpha: alpha of the channels with snake, at most [H]; None for the other kinds.
     """
 
     module: nn.Module
@@ -47,7 +49,7 @@ class Activation:
 
     @classmethod
     def of(cls, module: CodecActivation) -> "Activation":
-        """Return the folded form of an activation."""
+        """Convert an activation module."""
         match inner := module.activation:
             case nn.LeakyReLU():
                 return cls(inner, "lrelu", inner.negative_slope)
@@ -58,7 +60,7 @@ class Activation:
         return cls(inner)
 
     def __call__(self, signal: torch.Tensor) -> torch.Tensor:
-        """Apply the activation to [B, T, H]; the sine of snake is computed in fp32."""
+        """Apply the activation to [B, T, H]; all kinds except leaky ReLU run in fp32."""
         if self.kind == "lrelu":
             return F.leaky_relu(signal, self.slope)
         result: torch.Tensor = self.module(signal.float().transpose(1, 2))
@@ -67,18 +69,23 @@ class Activation:
 
 @dataclass(frozen=True)
 class Layer:
-    """Folded convolution; a transposed one has two taps to all phases of each channel.
+    """Folded convolution or transposed convolution.
+
+    A transposed convolution without groups becomes an ordinary convolution with two taps. Its output channels include
+    all phases of each channel (the `upsample_stride` outputs for each input step).
 
     Attributes:
         weight: [H_out * upsample_stride, H_in, 1, K], H_in innermost in memory; for grouped transposed layers
             [H_in, 1, K].
-        bias: fp32 [H_out * upsample_stride].
-        pad: items before and after.
-        mode: "reflect", "constant" (zeros) or "replicate".
-        upsample_stride: stride of a transposed layer; else 1.
-        trim_start: output items of a transposed layer that are trimmed at the start.
-        groups: more than 1 for a grouped transposed layer, which runs in PyTorch.
-        dot_precision: Triton's name of the precision of fp32 products.
+        bias: fp32, [H_out * upsample_stride]; for grouped transposed layers [H_out].
+        pad: numbers of time steps to add before and after each example.
+        mode: padding mode: "reflect", "constant" (zeros) or "replicate".
+        stride: stride of an ordinary convolution; else 1.
+        dilation: dilation of an ordinary convolution; else 1.
+        upsample_stride: stride of a transposed convolution; else 1.
+        trim_start: number of outputs to remove at the start; only for transposed convolutions.
+        groups: number of groups. More than 1 only for grouped transposed layers, which run in PyTorch.
+        dot_precision: Triton's name for the precision of fp32 products.
     """
 
     weight: torch.Tensor
@@ -94,12 +101,12 @@ class Layer:
 
     @property
     def outputs(self) -> int:
-        """Output channels of the convolution, for all phases."""
+        """Number of output channels of the convolution, including all phases."""
         return self.weight.shape[0] if self.groups == 1 else self.upsample_stride * self.groups
 
     @property
     def inputs(self) -> int:
-        """Channels of the input."""
+        """Number of input channels."""
         return self.weight.shape[1] if self.groups == 1 else self.weight.shape[0]
 
     @property
@@ -108,16 +115,16 @@ class Layer:
         return self.weight[0].numel() if self.groups == 1 else 2 * self.inputs // self.groups
 
     def num_out(self, num_in: int) -> int:
-        """Return the outputs of the convolution, each of `upsample_stride` items."""
+        """Return the number of time steps of the convolution's output, with `upsample_stride` phases each."""
         return num_in + 1 if self.upsample_stride > 1 else num_in // self.stride
 
     def num_kept(self, num_in: int) -> int:
-        """Return the items of the trimmed output."""
+        """Return the number of time steps of the final output, after trimming."""
         return num_in * self.upsample_stride // self.stride
 
     @classmethod
     def of(cls, module: Conv1d | ConvTranspose1d, precision: Precision) -> "Layer":
-        """Copy and fold the weights of a module for a precision."""
+        """Copy and prepare the weights of a module for a precision."""
         weight, bias = fold(module)
         assert bias is not None
         bias = bias.to(torch.float32, copy=True)
@@ -139,7 +146,7 @@ class Layer:
         )
 
     def convolve(self, padded: torch.Tensor, bias: bool = True) -> torch.Tensor:
-        """Convolve a padded signal in PyTorch: [B, T, H_in] -> [B, T_out, H_out]."""
+        """Convolve a padded signal with PyTorch: [B, T, H_in] -> [B, T_out, H_out]."""
         offset, up = self.bias.to(padded.dtype) if bias else None, self.upsample_stride
         if self.groups > 1:
             full = F.conv_transpose1d(padded.transpose(1, 2), self.weight, offset, stride=up, groups=self.groups)
@@ -155,7 +162,7 @@ class Layer:
 def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rearrange [H_out, H_in, K] to [H_out, H_in, 1, K] with H_in innermost in memory.
 
-    The strides are set explicitly, as they are ambiguous for one channel.
+    The strides are set explicitly, because PyTorch might choose others if there is only one channel.
     """
     outputs, inputs, taps = weight.shape
     rows = weight.permute(0, 2, 1).to(dtype=dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
@@ -165,23 +172,23 @@ def _plane(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def padded(
     signal: torch.Tensor, layer: Layer, ends: torch.Tensor, activation: Activation | None = None
 ) -> torch.Tensor:
-    """Activate a signal and pad it at both ends of each example.
+    """Apply an activation and pad each example at both ends.
 
     Args:
         signal: [B, T, H].
-        layer: convolution whose padding is added.
-        ends: items of each example, [B], at most T.
-        activation: applied before padding.
+        layer: convolution that needs the padding.
+        ends: number of valid time steps in each example, [B], at most T.
+        activation: activation before padding; None for none.
 
     Returns:
-        [B, before + T + after, H], undefined after an example's padding.
+        [B, before + T + after, H]; values after the padding of an example are undefined.
     """
     batch, length, channels = signal.shape
     before, after = layer.pad
     out = signal.new_empty(batch, before + length + after, channels)
     inner = out[:, before : before + length]
     inner.copy_(signal if activation is None else activation(signal))
-    if layer.groups > 1:  # no padding, but zeros after the end
+    if layer.groups > 1:  # no padding, but zeros after the end of each example
         beyond = torch.arange(length, device=signal.device) >= ends[:, None]
         return inner.masked_fill_(beyond[..., None], 0)
     fill_padding(out.transpose(1, 2), layer.pad, layer.mode, ends)
@@ -200,18 +207,18 @@ def convolution(
     after: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Compute after(scale * (convolution(activation(signal)) + residual + total)).
+    """Return after(scale * (convolution(activation(signal)) + residual + total)).
 
     Args:
         layer: the convolution, with its bias.
         signal: [B, T, H_in].
-        ends: items of each example, [B]; values of `signal` after them are replaced by the layer's padding.
+        ends: number of valid time steps in each example, [B]. Later values are replaced by the layer's padding.
         activation: activation before the convolution.
-        residual: added to the result, [B, T_out, H_out].
-        total: also added, [B, T_out, H_out].
+        residual: tensor to add to the result, [B, T_out, H_out].
+        total: second tensor to add, [B, T_out, H_out].
         scale: factor of the sum.
-        after: activation of the result.
-        dtype: dtype of the result; default: that of the signal.
+        after: activation of the scaled sum.
+        dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:
         [B, T_out, H_out].

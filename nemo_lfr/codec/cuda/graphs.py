@@ -1,7 +1,7 @@
 """CUDA graphs for small batches, whose run time is dominated by kernel launches.
 
-A graph is captured on the second batch of a shape, and works for clips of all lengths that fit. Plans and graphs are
-dropped when the weights of their network change or move.
+A graph is captured for the second batch of a shape. It can be replayed for all later batches of this shape, whatever
+the lengths of the clips in them. Plans and graphs are dropped when the weights of their network change or move.
 """
 
 import logging
@@ -29,15 +29,21 @@ Quantizer = FiniteScalarQuantizer | GroupFiniteScalarQuantizer
 Function = Callable[..., torch.Tensor]
 _CUDA: Any = torch.cuda
 
-# Frames of a batch up to which it is launched as a graph; larger ones keep a GPU busier than the launching process.
+# Largest number of frames in a batch that runs as a graph. In larger batches, kernels take longer than their launches.
 GRAPH_FRAMES = 2048
-# Maximum number of graphs of one network; the least recently used one is dropped first.
+# Maximum number of shapes, and thus of graphs, per network; the least recently used one is dropped first.
 MAX_GRAPHS = 32
 
 
 @dataclass
 class Captured:
-    """A graph, the memory that it reads and the memory that it writes."""
+    """CUDA graph with its memory.
+
+    Attributes:
+        inputs: tensors that the graph reads.
+        output: tensor that the graph writes.
+        replay: function that runs the graph.
+    """
 
     inputs: tuple[torch.Tensor, ...]
     output: torch.Tensor
@@ -48,9 +54,9 @@ Capture = Callable[[Function, tuple[torch.Tensor, ...]], Captured]
 
 
 class CudaCapture:
-    """Capture of functions into CUDA graphs that share one memory pool.
+    """Captures functions as CUDA graphs that share one memory pool.
 
-    Sharing is safe because graphs run one after the other, and each output is copied before the next one runs.
+    Sharing is safe because only one graph runs at a time, and its output is copied before the next graph runs.
     """
 
     def __init__(self) -> None:
@@ -74,11 +80,13 @@ class CudaCapture:
 
 
 class GraphCache:
-    """Cache of graphs: runs a shape eagerly once, then captures it, then replays it.
+    """Cache of CUDA graphs by shape.
+
+    The first call with a shape runs without a graph, the second one captures a graph, and later ones replay it.
 
     Args:
-        capture: captures a function with its inputs.
-        capacity: largest number of graphs.
+        capture: function that captures a function and its inputs as a graph.
+        capacity: maximum number of shapes in the cache.
     """
 
     def __init__(self, capture: Capture, capacity: int = MAX_GRAPHS) -> None:
@@ -92,12 +100,12 @@ class GraphCache:
         return sum(graph is not None for graph in self._graphs.values())
 
     def run(self, key: Hashable, function: Function, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return `function(*inputs)` in new memory.
+        """Return `function(*inputs)` as a new tensor.
 
         Args:
-            key: identifies the function; shapes and dtypes of the inputs are added to it.
-            function: computes with tensors on the device only.
-            inputs: tensors on the device.
+            key: identifies the function. Together with the shapes and dtypes of the inputs, it selects the graph.
+            function: function that only uses tensors on the GPU.
+            inputs: tensors on the GPU.
         """
         if self._failed:
             return function(*inputs)
@@ -113,7 +121,8 @@ class GraphCache:
                 self._failed = True
                 self._graphs.clear()
                 logger.warning(
-                    "CUDA graphs cannot be used (%s); operations are launched one by one, which is slower.",
+                    "CUDA graphs cannot be used (%s); kernels are launched one by one, which is slower for small "
+                    "batches.",
                     shorten(reason),
                 )
                 return function(*inputs)
@@ -131,14 +140,14 @@ class GraphCache:
 
 
 class CudaModule:
-    """Encoder or decoder with its quantizer, at one precision on one device.
+    """Encoder or decoder with its quantizer, prepared for one precision and one device.
 
     Args:
-        network: encoder or decoder; its weights are copied.
-        quantizer: referenced; its buffers never change.
+        network: encoder or decoder. The weights of its convolutions are copied.
+        quantizer: quantizer, which is not copied because its buffers do not change.
         precision: one of `PRECISIONS`.
-        device: device of both.
-        capture: captures graphs; default: `CudaCapture`.
+        device: device of the network and the quantizer.
+        capture: function that captures graphs; default: a new `CudaCapture`.
     """
 
     def __init__(
@@ -162,7 +171,7 @@ class CudaModule:
 
         Args:
             inputs: audio [B, width * samples_per_frame], or tokens [B, C, width].
-            num_frames: valid frames of each example, at least 1.
+            num_frames: valid frames in each example, at least 1.
             width: padded width in frames, at least `min_frames`.
 
         Returns:
@@ -178,7 +187,10 @@ class CudaModule:
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:
-        """Serialize the calls of all CUDA streams, because graphs share memory."""
+        """Return a context in which the current CUDA stream waits for the previous call, because graphs share memory.
+
+        The previous call may have used another stream.
+        """
         if device.type != "cuda":
             yield
             return
@@ -206,5 +218,5 @@ _MODULES: DerivedForms[CudaModule] = DerivedForms()
 def cuda_module(
     network: HiFiGANEncoder | HiFiGANDecoder, quantizer: Quantizer, precision: str, device: torch.device
 ) -> CudaModule:
-    """Return the CUDA form of a network that matches its current weights."""
+    """Return the `CudaModule` of a network; a new one is built if the network's weights have changed."""
     return _MODULES.get(network, precision, lambda: CudaModule(network, quantizer, precision, device), quantizer)

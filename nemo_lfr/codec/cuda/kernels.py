@@ -1,4 +1,7 @@
-"""Launches of the Triton kernels; imported on a GPU only, or by tests under TRITON_INTERPRET=1."""
+"""Functions that launch the Triton kernels.
+
+This module imports Triton. It is therefore imported only on a GPU, or by tests under TRITON_INTERPRET=1.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -13,10 +16,16 @@ POINTWISE_TILE = 1024
 
 
 class Tile(NamedTuple):
-    """Tile of a convolution: outputs in time and channels, summands per step, warps and stages.
+    """Sizes with which a convolution is divided among the GPU's threads.
 
-    With `pairs`, a leaky ReLU before the convolution processes two values at a time on GPUs that support it. Every
-    value is activated once per tap, which would otherwise take as long as the products.
+    Attributes:
+        time: output time steps per program.
+        channels: output channels per program.
+        sums: products per step of the reduction loop.
+        warps: Triton's `num_warps`.
+        stages: Triton's `num_stages`.
+        pairs: whether a leaky ReLU before the convolution processes two 16-bit values at a time, on GPUs that support
+            this. Each value is activated once per tap, which would otherwise take as long as the matrix product.
     """
 
     time: int
@@ -28,14 +37,14 @@ class Tile(NamedTuple):
 
 
 def tiles(layer: Layer, activation: Activation | None = None) -> list[Tile]:
-    """Return the tiles to try for a layer; compiling each takes a second on first use."""
+    """Return the tiles to try for a layer. A kernel is compiled for each tile on first use, in about a second."""
     channels = max(16, min(128, triton.next_power_of_2(layer.outputs)))
     # Prefer a power of two that divides the channels, if it is large enough.
     exact = math.gcd(layer.outputs, 128)
     if exact >= 64:
         channels = exact
     sums = max(16, min(64, triton.next_power_of_2(layer.reduction_size)))
-    if layer.weight.dtype == torch.float32:  # twice the bytes in shared memory
+    if layer.weight.dtype == torch.float32:  # fp32 values take twice as many bytes in shared memory
         sums = max(16, sums // 2)
     pairs = bool(_pairs(layer.weight, activation))
     return [Tile(128, channels, sums, 4, 3, pairs), Tile(64, channels, sums, 4, 4, pairs)]
@@ -59,19 +68,19 @@ def convolution(
     after: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Compute `folded.convolution` in one kernel.
+    """Run `folded.convolution` in one kernel.
 
     Args:
         layer: layer for which `fusable` is true.
         signal: [B, T, H_in].
-        ends: items of each example, [B]; values after them are ignored.
+        ends: number of valid time steps in each example, [B]. Later values are replaced by the layer's padding.
         tile: one of `tiles`.
         activation: activation before the convolution.
-        residual: added to the result, [B, T_out, H_out].
-        total: also added; contiguous.
+        residual: tensor to add to the result, [B, T_out, H_out].
+        total: second tensor to add, [B, T_out, H_out], contiguous.
         scale: factor of the sum.
-        after: activation of the result.
-        dtype: dtype of the result; default: that of the signal.
+        after: activation of the scaled sum.
+        dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:
         [B, T_out, H_out].
@@ -97,7 +106,7 @@ def _launch(
     scale: float,
     after: Activation | None,
 ) -> None:
-    """Launch the kernel that writes `convolution` to `out`."""
+    """Launch the kernel that writes the result of `convolution` to `out`."""
     batch, num_in, _ = signal.shape
     num_out = layer.num_out(num_in)
     _, kept, channels = out.shape
@@ -169,19 +178,21 @@ def pointwise(
     activation: Activation | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Compute bias, sums, scale, activation and padding around a convolution of another library.
+    """Return the padded activation(scale * (signal + bias + residual + total)), in one kernel.
+
+    It does the work before and after a convolution that cuDNN runs.
 
     Args:
         signal: [B, T, H].
-        ends: items of each example, [B], which are followed by its padding.
-        pad: items before and after; None for no padding.
-        mode: "constant" (zeros), "reflect" or "replicate".
-        bias: added to the signal, [H].
-        residual: added too, [B, T, H].
-        total: added too, [B, T, H]; contiguous.
+        ends: number of valid time steps in each example, [B]. The padding starts directly after them.
+        pad: numbers of time steps to add before and after each example; None for no padding.
+        mode: padding mode: "constant" (zeros), "reflect" or "replicate".
+        bias: tensor to add to the signal, [H].
+        residual: tensor to add, [B, T, H].
+        total: second tensor to add, [B, T, H], contiguous.
         scale: factor of the sum.
         activation: activation of the scaled sum.
-        dtype: dtype of the result; default: that of the signal.
+        dtype: dtype of the result; default: the dtype of `signal`.
 
     Returns:
         [B, before + T + after, H].
@@ -219,17 +230,17 @@ def pointwise(
 
 
 def _rows(signal: torch.Tensor) -> torch.Tensor:
-    """Return the signal with contiguous rows; examples may be further apart."""
+    """Return the signal with contiguous rows; there may be gaps in memory between examples."""
     _, _, channels = signal.shape
     return signal if signal.stride()[1:] == (channels, 1) else signal.contiguous()
 
 
 def _pairs(signal: torch.Tensor, activation: Activation | None) -> str:
-    """Return PTX of a leaky ReLU of two bf16 or fp16 values; empty if not supported."""
+    """Return PTX code for a leaky ReLU of two bf16 or fp16 values; empty if this is not supported."""
     if activation is None or activation.kind != "lrelu" or not 0 < activation.slope < 1 or not signal.is_cuda:
         return ""
     if torch.version.cuda is None or torch.cuda.get_device_capability(signal.device) < (9, 0):
-        return ""  # multiplying bf16 pairs came with Hopper
+        return ""  # GPUs before Hopper cannot multiply bf16 pairs
     name = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}.get(signal.dtype)
     if name is None:
         return ""
@@ -237,7 +248,12 @@ def _pairs(signal: torch.Tensor, activation: Activation | None) -> str:
 
 
 def leaky_pairs(name: str, bits: int) -> str:
-    """Return PTX of max(x, slope * x) for two values of type `name`; `bits` encode the slope."""
+    """Return PTX code for max(x, slope * x) of two values.
+
+    Args:
+        name: PTX type of the pair, "bf16x2" or "f16x2".
+        bits: the slope as a 16-bit pattern.
+    """
     return (
         "{ .reg .b32 slope, scaled; "
         f"mov.b32 slope, 0x{bits:04x}{bits:04x}; mul.{name} scaled, $1, slope; max.{name} $0, $1, scaled; }}"
@@ -245,7 +261,7 @@ def leaky_pairs(name: str, bits: int) -> str:
 
 
 def _spec(activation: Activation | None, unused: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Return the kind of an activation and its alpha."""
+    """Return the kind of an activation and its alpha, which is an empty part of `unused` if there is none."""
     if activation is None:
         return "none", unused[:0]
     return activation.kind, unused[:0] if activation.alpha is None else activation.alpha

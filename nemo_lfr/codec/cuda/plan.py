@@ -1,8 +1,9 @@
-"""Execution plan on CUDA: a list of steps over folded layers, each with its fastest candidate.
+"""Execution plan of an encoder or decoder on CUDA: the list of its layers, each with the fastest implementation.
 
-A layer can run as a cuDNN convolution between two pointwise kernels, or as one fused Triton kernel; without Triton it
-runs in plain PyTorch. The first and the last layer run in fp32 at any precision: they are cheap, and tokens and audio
-depend on them directly.
+There are several implementations of a layer, called candidates: a cuDNN convolution between two pointwise kernels, or
+one fused Triton kernel with different tile sizes. The autotuner measures them for each shape and chooses the fastest
+one. Without Triton, the layer runs in plain PyTorch. In bf16 and fp16, the first and the last layer of the network run
+in fp32: they are cheap, and tokens and audio depend on them directly.
 """
 
 import functools
@@ -33,16 +34,23 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16),
     "fp16": Precision(torch.float16),
 }
-# Most channels for which fused kernels are tried. Wide layers are limited by their products, but the library's worst
-# choices are slow there too: a clip of 10 s took 75 ms to decode on an H100 with 256 here, and 5 ms with 1024.
+# Maximum number of channels for which fused kernels are tried. Fusion saves little in wide layers, but cuDNN sometimes
+# chooses slow kernels for them: decoding 10 s of audio on an H100 took 75 ms with a maximum of 256, 5 ms with 1024.
 FUSED_CHANNELS = 1024
-# One for the process: the fastest candidate depends on the device and on shapes, not on the weights.
+# Shared by the whole process: the fastest candidate depends on the device and on shapes, not on the weights.
 AUTOTUNER = Autotuner(gpu_seconds)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Folded form of a `ResidualBlock`."""
+    """Folded form of a `ResidualBlock`: activation, convolution, activation, convolution.
+
+    Attributes:
+        first: the first convolution.
+        second: the second convolution.
+        before: activation before the first convolution.
+        between: activation between the convolutions.
+    """
 
     first: Layer
     second: Layer
@@ -51,7 +59,7 @@ class Block:
 
     @classmethod
     def of(cls, block: ResidualBlock, precision: Precision) -> "Block":
-        """Copy and fold the weights of a block for a precision."""
+        """Copy and prepare the weights of a block for a precision."""
         return cls(
             Layer.of(block.input_conv, precision),
             Layer.of(block.skip_conv, precision),
@@ -62,13 +70,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """Operation of the network that can be run and timed separately.
+    """Layer or residual layer of the network, which can be run and timed separately.
 
     Attributes:
         name: name in reports.
-        run: signal [B, T, H_in] and the ends of its examples [B] -> [B, T_out, H_out].
+        run: function that takes a signal [B, T, H_in] and the number of valid time steps in each example [B], and
+            returns [B, T_out, H_out].
         layers: folded layers of the step.
-        rate: input items per frame.
+        rate: time steps per frame in the input.
     """
 
     name: str
@@ -78,13 +87,13 @@ class Step:
 
 
 class Plan:
-    """Plan of an encoder or decoder at one precision, derived from its current weights.
+    """Plan of an encoder or decoder at one precision, made from its current weights.
 
     Args:
-        network: its weights are copied.
-        precision: precision of all layers but the first and the last.
-        kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
-        autotuner: chooses how each layer runs.
+        network: encoder or decoder. The weights of its convolutions are copied.
+        precision: precision of all layers except the first and the last one.
+        kernels: the module `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
+        autotuner: autotuner that chooses among the candidates for each layer.
     """
 
     def __init__(
@@ -105,7 +114,7 @@ class Plan:
 
         Args:
             signal: fp32 [B, T, H_in].
-            frames: frames of each example, [B].
+            frames: valid frames in each example, [B].
 
         Returns:
             fp32 [B, T_out, H_out].
@@ -116,19 +125,26 @@ class Plan:
 
 
 class Recording(NamedTuple):
-    """Signal that is not computed yet: the steps that compute it, and its items per frame."""
+    """Placeholder for a signal while a plan is made.
+
+    Attributes:
+        steps: the steps that will return the signal.
+        rate: time steps per frame in the signal.
+    """
 
     steps: tuple[Step, ...]
     rate: int
 
 
 class CudaOps:
-    """Operations that fold the weights of each layer and record steps, without computing.
+    """Operations, as the argument `ops` of `network.run`, that record steps instead of running layers.
+
+    They copy and prepare the weights of each layer.
 
     Args:
-        network: its first and last layer stay in fp32.
+        network: encoder or decoder. Its first and last layer stay in fp32.
         precision: precision of all other layers.
-        runner: runs folded layers.
+        runner: object that will run the folded layers.
     """
 
     def __init__(self, network: HiFiGANEncoder | HiFiGANDecoder, precision: Precision, runner: "LayerRunner") -> None:
@@ -172,12 +188,12 @@ class CudaOps:
 
 
 class LayerRunner:
-    """Runner of folded layers, each with its fastest candidate.
+    """Object that runs folded layers, each with its fastest candidate.
 
     Args:
         precision: precision of the network.
-        kernels: `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
-        autotuner: chooses among the candidates for a layer.
+        kernels: the module `nemo_lfr.codec.cuda.kernels`, or None for plain PyTorch.
+        autotuner: autotuner that chooses among the candidates for each layer.
     """
 
     def __init__(self, precision: Precision, kernels: ModuleType | None, autotuner: Autotuner) -> None:
@@ -192,7 +208,7 @@ class LayerRunner:
         signal: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute activation and layer: [B, T, H_in] -> [B, T_out, H_out] in `dtype`."""
+        """Apply an activation and a layer: [B, T, H_in] -> [B, T_out, H_out] in `dtype`."""
         candidates: dict[str, Candidate] = {
             "library": lambda: self._by_library(layer, signal, ends, activation=activation, dtype=dtype)
         }
@@ -206,7 +222,7 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends * layer.upsample_stride // layer.stride)
 
     def run_residuals(self, branches: list[list[Block]], signal: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Return the mean of the branches [B, T, H], accumulated in their last blocks."""
+        """Return the mean of the residual branches, [B, T, H]. The last block of each branch adds to the sum."""
         total: torch.Tensor | None = None
         for branch, blocks in enumerate(branches):
             result = signal
@@ -225,7 +241,7 @@ class LayerRunner:
         total: torch.Tensor | None = None,
         scale: float = 1.0,
     ) -> torch.Tensor:
-        """Compute scale * (signal + block(signal) + total)."""
+        """Return scale * (signal + block(signal) + total)."""
         first, second = block.first, block.second
         candidates: dict[str, Candidate] = {
             "library": lambda: self._block_by_library(block, signal, ends, total, scale)
@@ -246,9 +262,9 @@ class LayerRunner:
         return self._autotuner.run(key, candidates, ends)
 
     def _may_fuse(self, layer: Layer) -> bool:
-        """Return whether fused kernels may be tried.
+        """Return whether fused kernels are candidates for a layer.
 
-        Not in fp32: reference tokens must not depend on which candidate was measured fastest.
+        In fp32 they are not, because reference tokens must not depend on which candidate was measured as the fastest.
         """
         return (self.precision.dtype, self.precision.tf32) != (torch.float32, False) and (
             max(layer.inputs, layer.outputs // layer.upsample_stride) <= FUSED_CHANNELS
@@ -326,13 +342,13 @@ def _kind(activation: Activation | None) -> str:
 
 
 def _size(signal: torch.Tensor) -> tuple[int, Any]:
-    """Return the number of items as a power of two, and the device, for the autotuner's key."""
+    """Return log2 of the number of time steps in the batch, rounded up, and the device; for the autotuner's key."""
     return (signal.shape[0] * signal.shape[1] - 1).bit_length(), signal.device
 
 
 @functools.cache
 def find_kernels(device: torch.device) -> ModuleType | None:
-    """Return `nemo_lfr.codec.cuda.kernels` if Triton works and is correct on a device."""
+    """Return the module `nemo_lfr.codec.cuda.kernels` if a small Triton kernel works on a device, else None."""
     if device.type != "cuda":
         return None
     try:
@@ -344,10 +360,10 @@ def find_kernels(device: torch.device) -> ModuleType | None:
             result = kernels.pointwise(signal, ends, pad=(3, 3), mode="reflect", scale=2.0)
         expected = torch.cat([signal[:, 1:4].flip(1), signal, signal[:, -4:-1].flip(1)], 1) * 2
         if not torch.equal(result[0], expected[0]):
-            raise RuntimeError("its result is wrong")
-    except Exception as reason:  # no Triton, no C compiler, no driver for it
+            raise RuntimeError("a test kernel returned a wrong result")
+    except Exception as reason:  # no Triton, no C compiler, or no suitable driver
         logger.warning(
-            "Triton's kernels cannot be used on %s (%s: %s); convolutions run as plain PyTorch.",
+            "Triton kernels cannot be used on %s (%s: %s); convolutions run in plain PyTorch, which is slower.",
             device,
             type(reason).__name__,
             shorten(reason),

@@ -1,8 +1,7 @@
-"""Device code in Triton: a convolution fused with its padding, activations and sums, and a pointwise kernel.
+"""Triton kernels: a convolution fused with its padding, activations and sums, and a pointwise kernel.
 
-Signals are [B, T, H], channels innermost. Each example of a batch has its own length, and its padding (reflected,
-zeros or the last value) is read by index, not copied, so a batch of clips of different lengths needs no mask and no
-padding.
+Signals are [B, T, H], channels innermost. Each example in a batch has its own length. The padding of an example
+(reflected values, zeros or the last value) is not written to memory; the kernels read it from the signal by index.
 """
 
 import triton
@@ -11,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def _inside(at, end, mode: tl.constexpr):
-    """Return the row of the signal for a padded position, and whether it is not a zero."""
+    """Return the row of the signal that a padded position reads, and false where the padding is zero."""
     if mode == "reflect":
-        at = tl.where(at < 0, -at, at)  # after tl.abs the compiler no longer sees what is aligned
+        at = tl.where(at < 0, -at, at)  # not tl.abs, after which the compiler no longer sees the alignment
         at = tl.where(at >= end, 2 * end - 2 - at, at)
     there = (at >= 0) & (at < end)
     if mode != "constant":
@@ -23,7 +22,10 @@ def _inside(at, end, mode: tl.constexpr):
 
 @triton.jit
 def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.constexpr, pairs: tl.constexpr):
-    """Apply snake to the first channels and leaky ReLU to the others, in fp32 or by `pairs`."""
+    """Apply snake to the first `num_snake` channels and leaky ReLU to the others, in fp32.
+
+    If `pairs` is PTX code, it is run instead, on pairs of 16-bit values.
+    """
     if kind != "none":
         if pairs != "":
             values = tl.inline_asm_elementwise(pairs, "=r,r", [values], values.dtype, is_pure=True, pack=2)
@@ -39,7 +41,7 @@ def _activated(values, channel, alpha, num_snake, kind: tl.constexpr, slope: tl.
     return values
 
 
-# Arguments that differ between layers, but do not justify a specialized kernel.
+# Arguments that differ between layers, but for whose values Triton should not compile separate kernels.
 FREE = ["ends", "num_in", "num_out", "dilation", "before", "num_snake", "num_snake_after", "alpha", "alpha_after"]
 
 
@@ -48,22 +50,22 @@ def convolution_kernel(
     signal,  # [B, num_in, inputs], examples `signal_step` elements apart
     weight,  # [outputs, taps * inputs]
     bias,  # [outputs], fp32
-    residual,  # [B, num_out * outputs] less `shift`, examples `residual_step` apart; as `out`
-    total,  # as `out`
+    residual,  # same elements as `out`, examples `residual_step` elements apart
+    total,  # same shape as `out`
     out,  # [B, out_size]
-    ends,  # [B]: rows of each example
-    alpha,  # of the activation before
-    alpha_after,
+    ends,  # [B], valid rows in each example
+    alpha,  # alpha of the activation before the convolution
+    alpha_after,  # alpha of the activation after it
     num_in,
     num_out,
-    out_size,  # elements of one example of `out`
+    out_size,  # elements in one example of `out`
     signal_step,
     residual_step,
     reduction_size,  # taps * inputs
     stride,
     dilation,
-    before,  # rows of padding
-    shift,  # elements that are trimmed at the start
+    before,  # rows of padding before each example
+    shift,  # elements to trim at the start of the output
     period,  # channels after which `alpha_after` repeats
     num_snake,
     num_snake_after,
@@ -86,8 +88,8 @@ def convolution_kernel(
 ):
     """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
 
-    It is a matrix product of [time, taps * inputs] with the weight, whose left side is gathered on the fly. Most
-    lines are arguments, which Triton cannot group.
+    This is a matrix product of [time, taps * inputs] and the weight. The left matrix is not stored; its values are
+    loaded from the signal as they are needed.
     """
     tiles = tl.cdiv(outputs, tile_channels)
     time = (tl.program_id(0) // tiles) * tile_time + tl.arange(0, tile_time)
@@ -98,8 +100,8 @@ def convolution_kernel(
     sums = tl.full((tile_time, tile_channels), 0.0, tl.float32)
     for first in range(0, reduction_size, tile_sums):
         place = first + tl.arange(0, tile_sums)
-        if inputs % tile_sums == 0:  # one tap at a time: a row a line
-            # Without the hints loads wait for one another: the compiler cannot see that they are aligned.
+        if inputs % tile_sums == 0:  # one tap at a time, so each line of the tile is from one row of the signal
+            # The compiler cannot see that these loads are aligned. Without the hints, they wait for one another.
             source = tl.multiple_of(first % inputs, tile_sums) + tl.arange(0, tile_sums)
             at = (time * stride + (first // inputs) * dilation - before)[:, None]
             row, there = _inside(at, end, mode)

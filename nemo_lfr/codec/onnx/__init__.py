@@ -1,4 +1,4 @@
-"""ONNX: `export` writes two files and a manifest, `backend` runs them in ONNX Runtime."""
+"""ONNX: `export` writes an encoder file, a decoder file and a manifest; `backend` runs the files in ONNX Runtime."""
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 MANIFEST = "codec.json"

@@ -1,4 +1,4 @@
-"""ONNX Runtime backend, with numpy arrays and without torch."""
+"""ONNX Runtime backend. It uses numpy arrays and does not need PyTorch."""
 
 import json
 import os
@@ -7,28 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from nemo_lfr.codec.backend import Direction, NumpyBackend
+from nemo_lfr.codec.backend import NumpyBackend, Operation
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA
-from nemo_lfr.codec.onnx.manifest import read_manifest, read_verified
+from nemo_lfr.codec.onnx.manifest import AGAIN, read_manifest, read_verified
 from nemo_lfr.errors import CheckpointError, NemoLfrError, install_command, shorten
 from nemo_lfr.io.shortage import missing_extra
 
 
 class OnnxBackend(NumpyBackend):
-    """Backend of the files of `nemo-lfr export onnx`, which are opened on first use.
+    """Backend that runs the files of `nemo-lfr export onnx` in ONNX Runtime.
 
-    One of the two files is enough to encode or to decode.
+    The constructor checks the hashes of the files; ONNX Runtime opens each file on first use. A folder with only one
+    of the two files can only encode (encoder.onnx) or only decode (decoder.onnx).
 
     Args:
-        folder: folder with codec.json and encoder.onnx or decoder.onnx. The hashes of the files are compared with
-            those in codec.json.
-        device: "cpu", "cuda", or None for a GPU if ONNX Runtime has one.
+        folder: folder with codec.json, and with encoder.onnx, decoder.onnx or both. The hashes of the files must equal
+            the hashes in codec.json.
+        device: "cpu" or "cuda"; None or "auto" for a GPU if ONNX Runtime supports one, else the CPU.
         name: name for messages; default: the folder.
 
     Raises:
         CheckpointError: if the files are missing, damaged, from several exports, or not written by this package.
         MissingExtraError: if ONNX Runtime is not installed.
-        NemoLfrError: for a device that ONNX Runtime does not have.
+        NemoLfrError: for a device that ONNX Runtime does not support.
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: str | None = None, name: str | None = None) -> None:
@@ -42,7 +43,8 @@ class OnnxBackend(NumpyBackend):
         has_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         if device not in (None, "auto", "cpu", "cuda") or (device == "cuda" and not has_gpu):
             raise NemoLfrError(
-                f"device {device!r} cannot be used here: this ONNX Runtime has cpu{', cuda' * has_gpu}."
+                f"device {device!r} cannot be used here; the installed ONNX Runtime supports 'cpu'"
+                f"{' and ' + repr('cuda') if has_gpu else ' only'}."
             )
         self.device = "cuda" if has_gpu and device != "cpu" else "cpu"
         present = [file for file in (ENCODER, DECODER) if (self._folder / file).is_file()]
@@ -58,16 +60,16 @@ class OnnxBackend(NumpyBackend):
             read_verified(self._folder, file, self._manifest)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without sessions: a copy opens its own."""
+        """Return the state without ONNX Runtime sessions, which cannot be pickled; a copy opens new ones."""
         return vars(self) | {"_sessions": {}}
 
     def fingerprints(self) -> tuple[str, ...]:
         """Return the fingerprints of the exported checkpoint."""
         return self.spec.fingerprint, self._manifest.weights_fingerprint, *self._manifest.older_fingerprints
 
-    def load(self, direction: Direction) -> None:
-        """Open the file of one direction."""
-        self._session(ENCODER if direction == "encode" else DECODER)
+    def load(self, operation: Operation) -> None:
+        """Open encoder.onnx ("encode") or decoder.onnx ("decode"), if it is not open yet."""
+        self._session(ENCODER if operation == "encode" else DECODER)
 
     def encode_frames(self, audio: np.ndarray, num_frames: list[int]) -> np.ndarray:
         """See `Backend.encode_frames`."""
@@ -80,19 +82,19 @@ class OnnxBackend(NumpyBackend):
         return self._run(DECODER, inputs, (len(tokens), tokens.shape[2] * self.spec.samples_per_frame))
 
     def _run(self, file: str, inputs: dict[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Run a file and check the shape of its output."""
+        """Run one of the ONNX files and check the shape of its output."""
         session = self._session(file)
         try:
             result = session.run(None, inputs)[0]
-        except Exception as error:  # onnxruntime's own classes, by version
+        except Exception as error:  # onnxruntime has its own classes, which differ between versions
             raise NemoLfrError(
-                f"{self._folder / file}: ONNX Runtime cannot run it ({shorten(error, 200)})."
+                f"{self._folder / file}: ONNX Runtime cannot run this file ({shorten(error, 200)}); {AGAIN}."
             ) from error
         if not isinstance(result, np.ndarray) or result.shape != shape:
             what = list(result.shape) if isinstance(result, np.ndarray) else type(result).__name__
             raise CheckpointError(
-                f"{self._folder / file}: gives {shorten(what)} instead of {list(shape)}; "
-                f"it is not what {MANIFEST} says."
+                f"{self._folder / file}: the output is {shorten(what)}, but {MANIFEST} describes a file that returns "
+                f"{list(shape)}; {AGAIN}."
             )
         return result
 
@@ -105,24 +107,26 @@ class OnnxBackend(NumpyBackend):
         import onnxruntime
 
         path = self._folder / file
-        data = read_verified(self._folder, file, self._manifest)  # again: it may have been replaced meanwhile
+        data = read_verified(self._folder, file, self._manifest)  # checked again: it may have been replaced since
         options = onnxruntime.SessionOptions()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         options.intra_op_num_threads = min(int(threads[:9]), os.cpu_count() or 1) if threads.isdecimal() else 0
-        options.enable_mem_pattern = False  # lengths change
+        options.enable_mem_pattern = False  # memory patterns only help if all inputs have the same length
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
         try:
             session = onnxruntime.InferenceSession(data, options, providers=providers)
-        except Exception as error:  # onnxruntime's own classes, by version
-            raise CheckpointError(f"{path}: ONNX Runtime cannot open it ({shorten(error, 200)}).") from error
+        except Exception as error:  # onnxruntime has its own classes, which differ between versions
+            raise CheckpointError(
+                f"{path}: ONNX Runtime cannot open this file ({shorten(error, 200)}); {AGAIN}."
+            ) from error
         raw = session.get_modelmeta().custom_metadata_map.get(METADATA)
         try:
             values = json.loads(raw or "")
         except (ValueError, RecursionError):
             values = None
         if values != self._manifest.values:
-            raise CheckpointError(f"{path}: its metadata is not that of {MANIFEST}; export it again.")
+            raise CheckpointError(f"{path}: the metadata in this file differs from {MANIFEST}; {AGAIN}.")
         return session

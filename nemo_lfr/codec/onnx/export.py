@@ -1,4 +1,4 @@
-"""Export of a codec to encoder.onnx and decoder.onnx, for any batch size and length."""
+"""Export a codec to encoder.onnx and decoder.onnx, for any batch size and length."""
 
 import contextlib
 import hashlib
@@ -30,15 +30,15 @@ OPSET = 20
 def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Export a codec to encoder.onnx, decoder.onnx and codec.json in `folder`.
 
-    The files are validated and written atomically. encoder.onnx maps audio [B, T * samples_per_frame] to int32 tokens
-    [B, C, T]; decoder.onnx maps int64 tokens [B, C, T] and tokens_len [B] to audio. Input shorter than `min_frames`
-    must be zero-padded, and all clips of a batch have one length; `nemo_lfr.load(folder)` takes care of both. The
-    tokens are described in codec.json (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both files under
-    "nemo_lfr".
+    The files are validated with ONNX's checker and written atomically. encoder.onnx maps audio
+    [B, T * samples_per_frame] to int32 tokens [B, C, T]. decoder.onnx maps int64 tokens [B, C, T] and tokens_len [B]
+    to audio. Input shorter than `min_frames` must be zero-padded, and all clips in a batch must have the same length;
+    a codec from `nemo_lfr.load(folder)` does both automatically. The tokens are described in codec.json
+    (`nemo_lfr.codec.onnx.manifest`), and in the metadata of both ONNX files under the key "nemo_lfr".
 
     Args:
-        codec: codec in fp32, on any device.
-        folder: created if it does not exist.
+        codec: codec with the PyTorch backend in fp32, on any device.
+        folder: folder to write to; created if it does not exist.
         overwrite: replace existing files.
 
     Returns:
@@ -46,11 +46,11 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
 
     Raises:
         MissingExtraError: if onnx or onnxscript is not installed.
-        NemoLfrError: if a file exists and `overwrite` is not set, or the codec is not fp32.
+        NemoLfrError: if a file exists and `overwrite` is not set, or if the codec has another backend or precision.
     """
     try:
         import onnx  # noqa: F401
-        import onnxscript  # noqa: F401  torch's exporter needs it
+        import onnxscript  # noqa: F401  used by torch's exporter
     except Exception as error:  # importing them may raise anything
         message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
         raise missing_extra(error, "one of onnx and onnxscript", message) from error
@@ -106,10 +106,10 @@ def _write_aside(path: Path, data: bytes, target: Path) -> str:
 
 
 def metadata(backend: TorchBackend) -> dict[str, Any]:
-    """Return the metadata of both files."""
+    """Return the description of the codec that both ONNX files and the manifest contain."""
     fingerprint, weights_fingerprint, *older_fingerprints = backend.fingerprints()
     spec = asdict(replace(backend.spec, fingerprint=fingerprint))
-    del spec["precision"]  # fp32 always
+    del spec["precision"]  # left out, because ONNX files always run in fp32
     return {
         "version": VERSION,
         **spec,

@@ -1,4 +1,4 @@
-"""Manifest `codec.json`: description of the tokens, and the SHA-256 of each ONNX file.
+"""Read the manifest `codec.json`, which describes the tokens and contains the SHA-256 of each ONNX file.
 
     {"version": 2, "sample_rate": 22050, "samples_per_frame": 1024, "levels": [8, 7, 6, 6], "num_codebooks": 8,
      "fingerprint": "...", "weights_fingerprint": "...", "older_fingerprints": ["...", ...],
@@ -6,8 +6,8 @@
      "encoder": {"past": 6, "future": 6, "min_frames": 4}, "decoder": {...},
      "files": {"encoder.onnx": "<64 hex digits>", "decoder.onnx": "..."}}
 
-Both ONNX files have the same values, except "files", in their metadata. A file is read into memory, compared with its
-hash and then opened, so that a file that was changed after the export does not run.
+Both ONNX files contain the same values, except "files", in their metadata. A file is read into memory and its hash is
+checked before ONNX Runtime opens it. A file that was changed after the export is therefore rejected.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from nemo_lfr.spec import CodecSpec
 MAX_BYTES = 1 << 16
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-_AGAIN = "export it again with nemo-lfr export onnx"
+AGAIN = "export the codec again with nemo-lfr export onnx"
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class Manifest:
 
     Attributes:
         spec: description of the tokens.
-        weights_fingerprint: the older fingerprint, of the weights alone.
-        older_fingerprints: those that older versions computed on CPUs with other instructions; they may be missing.
-        encoder, decoder: limits of the two networks.
-        files: SHA-256 of each ONNX file, by name.
-        values: all values but "files", as in the metadata of both ONNX files.
+        weights_fingerprint: hash of the weights alone, which older versions used as the fingerprint.
+        older_fingerprints: fingerprints that older versions wrote on CPUs with other instruction sets; may be empty.
+        encoder: context and shortest input of the encoder.
+        decoder: context and shortest input of the decoder.
+        files: SHA-256 of each ONNX file, by file name.
+        values: all values of the manifest except "files"; the metadata of both ONNX files must equal them.
     """
 
     spec: CodecSpec
@@ -56,27 +57,27 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of an exported folder.
 
     Raises:
-        CheckpointError: if it is missing, or a value is invalid.
+        CheckpointError: if the manifest is missing, or a value in it is invalid.
     """
     path = folder / MANIFEST
     try:
         if not path.is_file():
             raise CheckpointError(
-                f"{folder}: no {MANIFEST} with the checksums of its ONNX files (older exports have none, and a single "
-                f"file needs it beside it); {_AGAIN}."
+                f"{folder}: no {MANIFEST} in this folder. An ONNX file needs the {MANIFEST} of its export in the same "
+                f"folder; copy it there, or {AGAIN}."
             )
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if len(raw) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES} bytes, the limit for manifests; {_AGAIN}.")
+        raise CheckpointError(f"{path}: file is larger than {MAX_BYTES} bytes, the limit for manifests; {AGAIN}.")
     try:
         return parse_manifest(json.loads(raw.decode("utf-8")))
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error} {_AGAIN[0].upper()}{_AGAIN[1:]}.") from None
+        raise CheckpointError(f"{path}: {error} {AGAIN[0].upper()}{AGAIN[1:]}.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({shorten(error)}); {_AGAIN}.") from error
+        raise CheckpointError(f"{path}: file is not valid JSON ({shorten(error)}); {AGAIN}.") from error
 
 
 def parse_manifest(values: Any) -> Manifest:
@@ -86,19 +87,19 @@ def parse_manifest(values: Any) -> Manifest:
         CheckpointError: for the first invalid value.
     """
     if not isinstance(values, dict):
-        raise CheckpointError("it is not a JSON object.")
+        raise CheckpointError("the manifest is not a JSON object.")
     version = values.get("version")
     if type(version) is not int or version != VERSION:
-        raise CheckpointError(f"version {shorten(version)}; this nemo_lfr reads {VERSION}.")
+        raise CheckpointError(f"version is {shorten(version)}, but this nemo_lfr only reads version {VERSION}.")
     levels = values.get("levels")
     if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
         raise CheckpointError(f"levels are {shorten(levels)}; expected a list of 1 to 16 numbers.")
     levels = tuple(_whole({"levels": level}, "levels", 2, 4096) for level in levels)
     if math.prod(levels) >= 2**31:
-        raise CheckpointError(f"levels {shorten(levels)} make a codebook of 2^31 entries or more.")
+        raise CheckpointError(f"levels are {shorten(levels)}, so a codebook would have 2^31 entries or more.")
     older = values.get("older_fingerprints", [])
     if not isinstance(older, list) or len(older) > 16:
-        raise CheckpointError(f"older_fingerprints are {shorten(older)}; expected a list of hashes.")
+        raise CheckpointError(f"older_fingerprints are {shorten(older)}; expected a list of at most 16 hashes.")
     files = values.get("files")
     if not isinstance(files, dict) or set(files) != {ENCODER, DECODER}:
         raise CheckpointError(f"files are {shorten(files)}; expected {ENCODER} and {DECODER}.")
@@ -131,7 +132,7 @@ def _whole(values: dict[str, Any], name: str, low: int, high: int) -> int:
 def _text(values: dict[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise CheckpointError(f"{name} is {shorten(value)}, not a hash.")
+        raise CheckpointError(f"{name} is {shorten(value)}; expected a hash in hexadecimal.")
     return value
 
 
@@ -147,7 +148,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
     """Read one of the ONNX files and check its hash.
 
     Raises:
-        CheckpointError: if it is missing, or its hash differs from the manifest.
+        CheckpointError: if the file is missing, or its hash differs from the one in the manifest.
     """
     path = folder / name
     if not path.is_file():
@@ -158,7 +159,7 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
         raise CheckpointError(
-            f"{path}: not the file that {MANIFEST} was written with (its SHA-256 differs): it is damaged, truncated "
-            f"or from another export; {_AGAIN}."
+            f"{path}: the SHA-256 of this file differs from the one in {MANIFEST}, so the file is damaged, truncated "
+            f"or from another export; {AGAIN}."
         )
     return data
