@@ -81,7 +81,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
         raise error(f"{name} is {type(value).__name__}; pass a numpy array or a tensor ({shorten(what)}).") from None
     check_plain_tensor(tensor, name, error)
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise error(f"{name} is a sparse, quantized or meta tensor; pass a dense tensor.")
+        raise error(f"{name} is a sparse, quantized or meta tensor; pass a plain dense tensor.")
     return tensor
 
 

@@ -1,1 +1,1 @@
-"""NeMo integration: the only subpackage that imports NeMo."""
+"""NeMo integration: `LFRCodecModel`, a drop-in replacement for NeMo's `AudioCodecModel`, and `accelerate`."""

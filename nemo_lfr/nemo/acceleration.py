@@ -1,4 +1,4 @@
-"""Function `accelerate` for models that were loaded by NeMo."""
+"""`accelerate`: make a codec model that NeMo has loaded use the modules of this package."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,17 +15,17 @@ from nemo_lfr.nemo.model import LFRCodecModel
 
 
 def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
-    """Replace the modules of a loaded NeMo `AudioCodecModel` by those of this package.
+    """Replace the encoder, quantizer and decoder of a loaded NeMo `AudioCodecModel` with modules of this package.
 
-    Weights are kept: parameters stay the same objects, with their dtype, device and `requires_grad`. Wrappers that
-    `torch.compile` or `DistributedDataParallel` put around these modules are removed.
+    The weights are kept: the parameters remain the same objects, with their dtype, device and `requires_grad`.
+    Wrappers around the replaced modules, from `torch.compile` or `DistributedDataParallel`, are removed.
 
     Args:
         model: model to change in place. A plain `AudioCodecModel` becomes an `LFRCodecModel`; an instance of a
             subclass keeps its class.
 
     Returns:
-        The same object.
+        The same model object.
 
     Raises:
         ConfigError: if the model is not an `AudioCodecModel` of this codec family, or its modules do not match its
@@ -49,13 +49,13 @@ def accelerate(model: NeMoAudioCodecModel) -> NeMoAudioCodecModel:
         setattr(inner, name, part)
     if is_stock:
         inner.__class__ = LFRCodecModel
-        # Training builds this package's discriminators; keep their weights until then.
+        # The model builds this package's discriminators when training starts. Keep the weights until then.
         kept = {plain_key(key): value for key, value in state.items() if WAVLM not in key}
         inner.init_codec_state(is_random=False, discriminator=kept)
         if has_discriminator:
             inner.discriminator = None
-        # Recreate NeMo's proxy around `training_step`, which wraps the method of the old class. Copies have no proxy
-        # yet. If a caller has set a function instead, keep it.
+        # NeMo's proxy around `training_step` wraps the method of the old class, so it is created again. Copies of a
+        # model have no proxy yet. If a caller has replaced the proxy with a function, the function is kept.
         if isinstance(inner.__dict__.get("training_step"), wrapt.ObjectProxy):
             del inner.training_step
         if "training_step" not in inner.__dict__:
@@ -72,7 +72,7 @@ def _replacement(name: str, config: Mapping[str, Any], stock: Any) -> torch.nn.M
         stock: NeMo's module.
 
     Raises:
-        ConfigError: if the NeMo module is not the one that the config describes.
+        ConfigError: if the NeMo module does not match the config.
     """
     if not isinstance(stock, torch.nn.Module):
         raise ConfigError(f"the model's {name} is {shorten(repr(stock))}, not a module; load the model again.")

@@ -1,7 +1,4 @@
-"""Spectrogram images of logged clips, for NeMo's logging callback.
-
-NeMo's `AudioCodecArtifactGenerator` logs the audio of the same clips.
-"""
+"""Spectrogram images for NeMo's logging callback, of the clips whose audio NeMo logs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,20 +13,20 @@ RESOLUTION = (1024, 256, 1024)
 
 
 class SpectrogramGenerator(ArtifactGenerator):
-    """Generator of spectrogram images, in dB, for the clips of `log_config`.
+    """Generator of spectrogram images in dB, for the clips in the config's `log_config`.
 
-    Originals are logged once. Reconstructions are logged at every logging step.
+    The original clips are logged once, and their reconstructions at every logging step.
     """
 
     def generate_artifacts(
         self, model: LightningModule, batch_dict: dict[str, Any], initial_log: bool = False
     ) -> tuple[list[AudioArtifact], list[ImageArtifact]]:
-        """Return spectrogram images of a batch of clips.
+        """Return spectrogram images for a batch of clips.
 
         Args:
             model: codec model that reconstructs the clips.
             batch_dict: batch with `audio` [B, T_audio], `audio_lens` [B], `dataset_names` and `audio_filepaths`.
-            initial_log: True at the start of training, when the originals are logged too.
+            initial_log: whether to also return images of the originals, as at the start of training.
 
         Returns:
             An empty list of audio artifacts, and the image artifacts.

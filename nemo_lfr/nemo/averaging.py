@@ -1,4 +1,4 @@
-"""Moving average of the NeMo model's weights, if the config sets `ema_decay`."""
+"""Moving average of the encoder's and decoder's weights during training, if the config sets `ema_decay`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ from lightning.pytorch import Callback
 from nemo_lfr.nemo.base import BaseModel, Trainer
 from nemo_lfr.training.average import Average
 
-# Modules of `_generator`, in its order.
+# Modules whose weights are averaged, in the order of `_generator`.
 PARTS = ("audio_encoder", "audio_decoder")
 
 
 class RestoreTrainedWeights(Callback):
-    """Callback that switches back to the trained weights if validation ends in an exception.
+    """Callback that switches from the averaged back to the trained weights if validation raises an exception.
 
     Lightning calls it before the callbacks that save a checkpoint of the failed run.
     """
@@ -26,7 +26,7 @@ class RestoreTrainedWeights(Callback):
 
 
 class WeightAveraging(BaseModel):
-    """Mixin of Lightning hooks that validate and save the averaged weights."""
+    """Mixin with Lightning hooks, so that validation uses the averaged weights and checkpoints contain them."""
 
     @property
     def _generator(self) -> torch.nn.ModuleList:
@@ -40,7 +40,7 @@ class WeightAveraging(BaseModel):
     def averaged(self) -> Iterator[None]:
         """Use the averaged weights of the encoder and decoder within this context.
 
-        The context has no effect if the model keeps no average.
+        The context has no effect if the model does not average its weights.
         """
         before = self._average is not None and self._average.in_use
         self._use_average(True)
@@ -50,7 +50,7 @@ class WeightAveraging(BaseModel):
             self._use_average(before)
 
     def on_train_start(self) -> None:
-        """Switch to the trained weights, in case a validation outside of a Lightning loop failed."""
+        """Switch to the trained weights, in case an earlier validation failed and left the averaged weights in use."""
         self._use_average(False)
         super().on_train_start()
 
@@ -61,7 +61,7 @@ class WeightAveraging(BaseModel):
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
         """Switch back to the trained weights."""
-        # Not in `on_validation_end`: callbacks write checkpoints there before the model's hook runs.
+        # Not in `on_validation_end`, where callbacks write checkpoints before the model's hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
         self._use_average(False)
         return result
@@ -69,7 +69,8 @@ class WeightAveraging(BaseModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the moving average of the weights to a checkpoint.
 
-        A checkpoint that is saved during validation, as on a signal of Slurm, contains the trained weights too.
+        During validation the model holds the averaged weights. A checkpoint that is saved then, for example after a
+        signal from Slurm, still has the trained weights in its state dict.
         """
         super().on_save_checkpoint(checkpoint)
         if self._average is None:

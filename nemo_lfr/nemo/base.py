@@ -1,6 +1,8 @@
 """Base class of the mixins that make up `LFRCodecModel`.
 
-Other modules import NeMo's classes from here, so that a missing or broken NeMo raises an error of one line.
+Importing this module also imports NeMo and the modules of this folder that need NeMo and Lightning directly. If NeMo
+is missing or broken, the import raises MissingExtraError with a one-line message. The other modules of the folder
+import the NeMo classes that they need from here.
 """
 
 from pathlib import Path
@@ -25,8 +27,8 @@ try:
     from nemo.core.classes.common import PretrainedModelInfo
     from nemo.utils import logging, model_utils
 
-    from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  these import more of NeMo and Lightning
-    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  gives the modules NeMo's types
+    from nemo_lfr.nemo import artifacts, cuts, resume  # noqa: F401  they import other parts of NeMo and Lightning
+    from nemo_lfr.nemo import neural_types as nemo_interface  # noqa: F401  sets NeMo's types for the modules
 except Exception as error:  # importing NeMo can raise any exception
     raise MissingExtraError(
         f"the NeMo integration needs NeMo, which cannot be imported ({error}): {install_command(*NEMO_PACKAGES)}. "
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 DISCRIMINATOR = "discriminator."
-# Key of WavLM in the SLM discriminator. NeMo 3.0 saves its frozen, public weights (380 MB) by mistake.
+# Part of the key of WavLM's weights in a state dict. NeMo 3.0 saves these frozen, public weights (380 MB) by mistake.
 WAVLM = ".slm_model.ssl_model."
 
 
@@ -56,7 +58,7 @@ class BaseModel(NeMoAudioCodecModel):
 
     cfg: DictConfig
     discriminator: AudioDiscriminator | None
-    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # what it was built from, and the codec
+    _codec: tuple[tuple[Any, ...], Codec[torch.Tensor]] | None = None  # values that it was built from, and the codec
     _unbuilt_discriminator: dict[str, torch.Tensor]
     _losses: CodecLosses | None
     _metrics: AudioTerms | None

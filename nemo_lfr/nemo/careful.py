@@ -1,9 +1,9 @@
 """Iterators over NeMo and Lhotse manifests that skip malformed lines.
 
-A malformed line skips one clip; it does not end the training run. NeMo still builds the data, since its configs have
-many forms (lists, weights, groups, buckets). `make_careful` then finds the iterators that read lines in NeMo's result
-and changes each to one of the classes below. Shards of NeMo's tar files are still read by NeMo's own iterator. If it
-cannot skip a malformed line, the error names that line.
+If a line of a manifest is malformed, only its clip is skipped, and training continues. NeMo still interprets the data
+config, because such configs have many forms (lists, weights, groups, buckets). `make_careful` then searches the object
+that NeMo returns, and replaces the iterators that read lines with the classes below. Tar files are still read by
+NeMo's own iterator. Where that iterator cannot skip a malformed line, an error names the line.
 """
 
 import copy
@@ -47,7 +47,7 @@ def careful_iterators() -> Iterator[None]:
 def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple[Any, bool]:
     cuts_path = config.get("cuts_path")
     if config.get("input_cfg") is None and config.get("shar_path") is None and _is_json_lines(cuts_path):
-        # Equivalent to NeMo's code, except that Lhotse does not guess the file's content from its first line.
+        # The same as NeMo's code, except that Lhotse does not guess the type of the items from the first line.
         cuts = CutSet(CarefulCuts(cuts_path)).map(partial(resolve_relative_paths, manifest_path=cuts_path))
         return cuts, False
     try:
@@ -55,8 +55,8 @@ def _read(stock: Callable[[Any], tuple[Any, bool]], config: DictConfig) -> tuple
     except json.JSONDecodeError as error:
         line = shorten(error.doc)
         raise ConfigError(
-            f"a manifest of the data section contains a line that is not JSON ({error}): {line}; NeMo cannot skip "
-            "lines of this file, so fix or remove the line."
+            f"a manifest of the data section contains a line that is not JSON ({error}): {line}; lines of this "
+            "manifest cannot be skipped, so fix or remove the line."
         ) from error
     make_careful(cuts)
     return cuts, is_tarred
@@ -73,7 +73,7 @@ def make_careful(root: Any) -> None:
         root: object to search; its iterators are changed in place.
     """
     seen: set[int] = set()
-    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # pairs of an object and the line class for its manifest
+    waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects, with the class to read their manifests with
     while waiting:
         item, lines = waiting.pop()
         if id(item) in seen:
@@ -157,8 +157,8 @@ class StrictLines(CarefulLines):
 class TarredLines(StrictLines):
     """JSON-lines iterator for the manifest of a tar file.
 
-    NeMo looks up an entry for each file in the tar file, so a malformed line is an error. Manifests whose missing
-    entries NeMo skips (`skip_missing_manifest_entries`) use `CarefulLines` instead.
+    NeMo looks up a manifest entry for each file in the tar file, so a malformed line is an error. With
+    `skip_missing_manifest_entries`, NeMo skips files without an entry, and `CarefulLines` is used instead.
     """
 
     advice = (
@@ -168,7 +168,7 @@ class TarredLines(StrictLines):
 
 
 class CarefulCuts(LazyManifestIterator):
-    """Iterator over Lhotse cuts that skips malformed lines and logs each once."""
+    """Iterator over Lhotse cuts that skips malformed lines and logs each of them once."""
 
     @staticmethod
     def can_replace(item: Any) -> bool:
@@ -190,7 +190,7 @@ class CarefulCuts(LazyManifestIterator):
 
 
 class CarefulManifest(LazyNeMoIterator):
-    """Iterator over NeMo manifests that skips unusable lines and logs each once.
+    """Iterator over a NeMo manifest that skips unusable lines and logs each of them once.
 
     A line is unusable if it is malformed or its audio file cannot be opened.
     """
@@ -220,7 +220,7 @@ class CarefulManifest(LazyNeMoIterator):
 
 
 class CarefulShar(LazySharIterator):
-    """Iterator over Lhotse Shar that skips damaged cuts and logs each once.
+    """Iterator over Lhotse Shar files that skips damaged cuts and logs each of them once.
 
     A cut is damaged if its manifest line or its data cannot be read.
     """
@@ -229,7 +229,7 @@ class CarefulShar(LazySharIterator):
     def can_replace(item: Any) -> bool:
         """Return whether all shard files are local.
 
-        Lhotse's own iterator is kept for other files, such as those in cloud storage.
+        For other files, such as files in cloud storage, Lhotse's own iterator is kept.
         """
         return all(Path(path).is_file() for shard in item.shards for path in shard.values())
 
@@ -253,7 +253,7 @@ class CarefulShar(LazySharIterator):
         paths = {field: Path(path) for field, path in shard.items()}
         cuts = paths.pop("cuts")
         losses = _Losses(cuts)
-        # Allow URLs here; the dataset decides whether to read audio from one.
+        # URLs are allowed here. The dataset decides whether it reads audio from a URL.
         for item in read_shar(cuts, paths, allow_url=True):
             if item.problem is None:
                 losses.used += 1
@@ -271,9 +271,9 @@ CAREFUL: dict[type, Any] = {
 
 
 class _Losses:
-    """Record of the lines or cuts skipped during one pass over a file.
+    """Record of the lines or cuts that are skipped during one pass over a file.
 
-    Each is logged once per process.
+    Each skipped line or cut is logged once per process.
 
     Args:
         path: the file, for messages.
@@ -302,7 +302,7 @@ class _Losses:
         Without this check, training would wait forever for a batch.
 
         Raises:
-            ConfigError: if lines were skipped and none was usable. The message names the first of them.
+            ConfigError: if lines were skipped and none was usable. The message names the first skipped line.
         """
         if self._count and not self.used:
             raise ConfigError(f"none of {self._count} lines can be used; the first error: {self._first}")

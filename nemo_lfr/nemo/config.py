@@ -1,4 +1,4 @@
-"""Configs of the NeMo model."""
+"""Check the configs of the NeMo model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,8 @@ from nemo_lfr.nemo.base import common
 from nemo_lfr.training import discriminators, losses
 from nemo_lfr.training.components import import_components
 
-# Configs may name modules of this package; NeMo builds a `_target_` only if its prefix is in this list.
+# NeMo builds the class in a `_target_` only if a prefix of its name is in this list. Configs may also name classes of
+# this package.
 if "nemo_lfr." not in common.ALLOWED_TARGET_PREFIXES:
     common.ALLOWED_TARGET_PREFIXES.append("nemo_lfr.")
 
@@ -25,7 +26,7 @@ SMALLEST_QUANTIZER = {
 
 
 def checked_values(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config values that determine the codec, see `codec_values`.
+    """Return the config values that determine the codec; see `codec_values`.
 
     Raises:
         ConfigError: if the config enables a loss that would open a file or access the network, if a value cannot be
@@ -41,18 +42,18 @@ def check_codebook_dropout(rate: Any, num_codebooks: int) -> None:
     """Validate the config's `codebook_dropout_rate`.
 
     Raises:
-        ConfigError: if it is not a probability, or the codec has one codebook.
+        ConfigError: if the rate is not a probability, or the codec has only one codebook.
     """
     if not rate:
         return
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise ConfigError(f"codebook_dropout_rate is {rate!r}; it must be a probability, 0 to 1.")
+        raise ConfigError(f"codebook_dropout_rate is {rate!r}; use a probability from 0 to 1.")
     if num_codebooks < 2:
         raise ConfigError(f"codebook_dropout_rate is {rate}, but the codec has one codebook; remove the key.")
 
 
 def target_of(section: Any) -> str | None:
-    """Return the `_target_` of a section; None if it has none."""
+    """Return the `_target_` of a config section; None if the section has no such key."""
     return section.get("_target_") if isinstance(section, Mapping | DictConfig) else None
 
 
@@ -70,5 +71,5 @@ def override_config(source: Any) -> DictConfig:
         import_components(config.get("model") or config, built_in=BUILT_IN)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     if not isinstance(config, DictConfig):
-        raise ConfigError("the config is a list, not a mapping.")
+        raise ConfigError("the config is a list; pass a mapping from names to values.")
     return config.model if "model" in config else config

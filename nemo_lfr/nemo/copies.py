@@ -1,4 +1,4 @@
-"""Copies and pickles of the NeMo model."""
+"""Support for copying and pickling the NeMo model."""
 
 import copy
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _DATA_LOADERS = ("_train_dl", "_validation_dl", "_test_dl")
 
 
 class Copies(BaseModel):
-    """Mixin that supports `copy` and `pickle`. Copies have no trainer."""
+    """Mixin with the methods that `copy` and `pickle` call. Copies have no trainer."""
 
     def __copy__(self) -> "Self":
         """Return a model that shares the weights of this one.
@@ -44,7 +44,7 @@ class Copies(BaseModel):
         return other
 
     def __reduce__(self) -> Any:
-        """Pickle the config and the weights, because torch cannot pickle weight norm.
+        """Return the config and the weights, from which a copy is rebuilt. PyTorch cannot pickle weight norm itself.
 
         Optimizers, the moving average of the weights and attributes of a subclass are not included.
         """

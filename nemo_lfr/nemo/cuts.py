@@ -31,9 +31,9 @@ class CutDataset(Dataset[dict[str, Any]]):
     Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
     cut's own audio otherwise. Unreadable cuts are skipped and logged once.
 
-    A dataset cannot make this process execute commands. Audio is read only from plain files, from memory and, with
-    `allow_url`, over HTTP. Lhotse's audio backends that start a shell (sph2pipe, and ffmpeg for legacy Opus) are
-    disabled in the whole process, because NeMo's loaders open files too.
+    A manifest cannot make this process execute commands. Audio is only read from regular files, from memory and, with
+    `allow_url`, over HTTP. Lhotse has audio backends that start a shell (sph2pipe, and ffmpeg for legacy Opus). These
+    are disabled in the whole process, because NeMo's own loaders could also use them.
 
     Args:
         sample_rate: sample rate of the batches, Hz.
@@ -73,7 +73,7 @@ class CutDataset(Dataset[dict[str, Any]]):
         """
         examples = [audio for audio in map(self._read, cuts) if audio is not None]
         if not examples:
-            raise AudioError("no cut of a batch can be read; the warnings above say why.")
+            raise AudioError("no cut in a batch can be read; the warnings above give the reasons.")
         return {
             "audio": torch.nn.utils.rnn.pad_sequence(examples, batch_first=True),
             "audio_lens": torch.tensor([len(audio) for audio in examples], dtype=torch.int32),
@@ -91,7 +91,7 @@ class CutDataset(Dataset[dict[str, Any]]):
                 logger.warning("cut %s skipped: %s", cut.id, shorten(error, 400))
             return None
         if self.segment is not None and len(audio) > self.segment:
-            start = random.randint(0, len(audio) - self.segment)  # Lhotse seeds each worker, as in NeMo
+            start = random.randint(0, len(audio) - self.segment)  # Lhotse seeds `random` in each worker
             audio = audio[start : start + self.segment]
         return torch.from_numpy(np.ascontiguousarray(audio))
 
@@ -114,8 +114,8 @@ def cut_loader(
         sample_rate: sample rate of the batches, Hz.
         global_rank: rank of this process.
         world_size: number of processes.
-        validation: whether to make one pass over the cuts in a fixed order. Training draws shuffled cuts endlessly and
-            requires `segment_duration`.
+        validation: whether the loader makes one pass over the cuts in a fixed order. Otherwise the loader is for
+            training: it yields shuffled cuts without end, and the config must set `segment_duration`.
 
     Returns:
         A data loader that yields the batches of `CutDataset`.
@@ -127,18 +127,22 @@ def cut_loader(
     given = config.get("dataloader_params") or OmegaConf.create()
     unknown = set(given) - set(OmegaConf.structured(LhotseDataLoadingConfig)) - {"use_lhotse"}
     if unknown:
-        raise ConfigError(f"dataloader_params: {sorted(unknown)} are not keys of NeMo's LhotseDataLoadingConfig.")
+        raise ConfigError(
+            f"dataloader_params: {sorted(unknown)} are not keys of NeMo's LhotseDataLoadingConfig; remove them."
+        )
     if given.get("batch_size") is None:
         raise ConfigError("dataloader_params: batch_size must be set.")
     for key in ("truncate_duration", "min_duration") if not validation else ():
         if given.get(key) not in (None, -1):
-            raise ConfigError(f"dataloader_params: {key} is derived from dataset_args.segment_duration; remove it.")
+            raise ConfigError(
+                f"dataloader_params: {key} is set automatically from dataset_args.segment_duration; remove it."
+            )
     try:
         dataset = CutDataset(sample_rate, **arguments)
     except TypeError as error:
         raise ConfigError(f"dataset_args: {error}") from error
     if dataset.segment is None and not validation:
-        raise ConfigError("dataset_args: segment_duration must be set to train.")
+        raise ConfigError("dataset_args: segment_duration must be set for training.")
     loader = make_structured_with_schema_warnings(given)
     loader.sample_rate = sample_rate
     if validation:

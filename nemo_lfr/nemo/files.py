@@ -1,4 +1,4 @@
-"""Reading and writing `.nemo` files with the NeMo model."""
+"""Restore the NeMo model from `.nemo` files, and save it to them."""
 
 import copy
 import os
@@ -32,7 +32,7 @@ READ_PARTS: ContextVar[CodecModules | None] = ContextVar("parts", default=None)
 
 
 class NemoFiles(BaseModel):
-    """Mixin of the methods that restore a model from a `.nemo` file and save it."""
+    """Mixin with the methods that restore a model from a `.nemo` file and save it."""
 
     @classmethod
     def restore_from(
@@ -53,12 +53,13 @@ class NemoFiles(BaseModel):
         Args:
             restore_path: `.nemo` or `.ckpt` file, folder of an unpacked `.nemo`, or folder that contains one `.nemo`.
             override_config_path: YAML file or config to use instead of the file's config.
-            map_location: device of the model; a GPU if available, else the CPU.
+            map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
-            save_restore_connector: NeMo's connector. If its `model_extracted_dir` is set, NeMo restores the model.
+            save_restore_connector: NeMo's connector. If its `model_extracted_dir` is set, NeMo's own code restores the
+                model.
             trainer: Lightning trainer, as in NeMo.
-            validate_access_integrity: accepted for compatibility with NeMo; not used.
+            validate_access_integrity: accepted for compatibility with NeMo; only used with `model_extracted_dir`.
 
         Returns:
             The model in evaluation mode, or its config with `return_config`.
@@ -101,7 +102,7 @@ class NemoFiles(BaseModel):
         parts, rest = load_parts(path, override, strict=strict, others=others)
         read_parts = READ_PARTS.set(parts)
         try:
-            # While this flag is set, NeMo does not open the training data that the config names.
+            # While this flag is set, NeMo's constructor does not open the training data that the config names.
             cls._set_model_restore_state(is_being_restored=True)
             model = cls(cfg=config, trainer=trainer)
         except ConfigError as error:
@@ -129,15 +130,16 @@ class NemoFiles(BaseModel):
         save_restore_connector: Any = None,
         return_model_file: bool | None = False,
     ) -> Any:
-        """Restore a published checkpoint by its Hub id or its name in NeMo's list.
+        """Restore a published model by its name on the Hugging Face Hub or in NeMo's list.
 
-        `list_available_models()` returns the names. A downloaded file is cached and then used without network access.
+        `list_available_models()` returns the names in NeMo's list. A downloaded file is cached and then used without
+        network access.
 
         Args:
-            model_name: Hub id, name of a published model, or path of a file.
+            model_name: name on the Hub (USER/MODEL), name in NeMo's list, or path of a local checkpoint.
             refresh_cache: whether to download the file again.
             override_config_path: YAML file or config to use instead of the file's config.
-            map_location: device of the model; a GPU if available, else the CPU.
+            map_location: device of the model; default: a GPU if available, else the CPU.
             strict: whether every weight of the encoder, quantizer and decoder must be present.
             return_config: whether to return only the file's config.
             trainer: Lightning trainer, as in NeMo.
@@ -153,7 +155,7 @@ class NemoFiles(BaseModel):
             ConfigError: if `override_config_path` is not a valid config.
         """
         name = ALIASES.get(model_name, model_name)
-        if "/" not in name and not looks_local(name):  # a model of NVIDIA's NGC catalog
+        if "/" not in name and not looks_local(name):  # a model from NVIDIA's NGC catalog
             return _stock(cls, "from_pretrained")(
                 model_name,
                 refresh_cache=refresh_cache,
@@ -180,7 +182,7 @@ class NemoFiles(BaseModel):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
-        """Return NeMo's published models and the aliases that the model card uses."""
+        """Return the models in NeMo's list, and the names that model cards use for this codec."""
         ours = [
             PretrainedModelInfo(
                 pretrained_model_name=alias,
@@ -193,7 +195,9 @@ class NemoFiles(BaseModel):
         return [*super().list_available_models(), *ours]
 
     def save_to(self, save_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a `.nemo` file atomically: a crash leaves an existing file intact.
+        """Write the model to a `.nemo` file, with the averaged weights if there is a moving average.
+
+        The file is written atomically: if the process crashes, an existing file stays intact.
 
         Args:
             save_path: path of the file to write.
@@ -207,7 +211,7 @@ class NemoFiles(BaseModel):
             raise CheckpointError(f"save_path is {shorten(repr(save_path))}; pass the path of a .nemo file to write.")
         path = expand_home(save_path).absolute()
         if path.is_dir():
-            raise CheckpointError(f"{path}: is a folder; pass the path of a .nemo file to write.")
+            raise CheckpointError(f"{path}: this path is a folder; pass the path of a .nemo file to write.")
         try:
             self._save_aside(path, *args, **kwargs)
         except OSError as error:
@@ -240,9 +244,9 @@ def _stock(cls: type[BaseModel], name: str) -> Any:
 
 
 def _without_folders(config: DictConfig) -> DictConfig:
-    """Return a copy of a config that does not reveal folders of the training machine.
+    """Return a copy of a config in which absolute paths in the data sections are shortened to their last component.
 
-    Absolute paths in the data sections are shortened to their last component.
+    A saved model thus does not reveal folder names of the machine it was trained on.
     """
 
     def shortened(value: Any) -> Any:

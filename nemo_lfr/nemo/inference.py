@@ -1,4 +1,4 @@
-"""Encoding and decoding with the NeMo model."""
+"""Encode and decode with the NeMo model."""
 
 import torch
 
@@ -11,18 +11,18 @@ from nemo_lfr.nemo.base import BaseModel
 
 
 class Inference(BaseModel):
-    """Mixin of the methods that encode and decode."""
+    """Mixin with the methods that encode and decode."""
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
-        """Return a standalone `Codec` that uses this model's modules.
+        """Standalone `Codec` that uses this model's modules.
 
-        The object is cached until a module, the sample rate or the device changes.
+        The same object is returned until a module, the sample rate or the device changes.
         """
         encoder, quantizer, decoder = (unwrapped(getattr(self, name)) for name in PARTS)
         made_of = (encoder, quantizer, decoder, self.sample_rate, next(decoder.parameters()).device)
         kept, codec = self._codec or (None, None)
-        # Return the same object while the modules are the same: only streams of one codec can be batched.
+        # The same object matters because streams can only be batched if they belong to the same codec.
         if codec is None or kept != made_of:
             codec = Codec(TorchBackend(encoder, quantizer, decoder, self.sample_rate))  # type: ignore[arg-type]
             self._codec = made_of, codec
@@ -37,14 +37,15 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode audio to tokens; see `Codec.encode`.
 
-        Audio at another sample rate is resampled with soxr, because NeMo's resampler takes minutes for rates such as
-        22,049 Hz.
+        Audio at another sample rate is resampled with soxr. NeMo uses another resampler, which takes minutes for rates
+        such as 22,049 Hz.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
             audio_len: valid samples of each example, shape [B].
             sample_rate: sample rate of `audio`, Hz; the codec's own by default.
-            num_codebooks: codebooks to use; all by default. As in NeMo, the tokens of the others stand for zero.
+            num_codebooks: number of codebooks to use, from the first one on; all by default. As in NeMo, the result
+                has all codebooks; the tokens of the others are those for zero.
 
         Returns:
             Tokens as int32, shape [B, C, T_encoded], and their lengths in frames, shape [B].
@@ -76,7 +77,8 @@ class Inference(BaseModel):
             tokens: ids in [0, codebook_size), shape [B, C, T_encoded].
             tokens_len: valid frames of each example, shape [B].
             audio_len: samples to return for each example, shape [B]; complete frames by default.
-            num_codebooks: codebooks to use; all by default. `tokens` may have as many.
+            num_codebooks: number of codebooks to use, from the first one on; all by default. `tokens` may leave out
+                the others.
 
         Returns:
             Audio [B, T_audio] and its lengths in samples [B].
@@ -89,7 +91,7 @@ class Inference(BaseModel):
     def forward(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode and decode audio.
+        """Encode audio to tokens and decode the tokens again, without gradients.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
@@ -111,7 +113,7 @@ class Inference(BaseModel):
     def encode_audio(
         self, audio: torch.Tensor, audio_len: torch.Tensor, sample_rate: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the encoder's output, with gradients.
+        """Return the encoder's output, with gradients.
 
         Args:
             audio: samples in [-1, 1], shape [B, T_audio].
@@ -148,8 +150,8 @@ class Inference(BaseModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pad audio with zeros to complete frames.
 
-        Unlike NeMo's method, this also sets the samples after the end of each example to zero, so that the values in
-        the padding of a batch have no effect.
+        Unlike NeMo's method, this method also sets the samples after the end of each example to zero, so that other
+        values there have no effect.
 
         Args:
             audio: samples, shape [B, T_audio].

@@ -1,6 +1,6 @@
-"""NeMo model of the codec, a drop-in replacement for `AudioCodecModel`.
+"""NeMo model of the codec, a drop-in replacement for NeMo's `AudioCodecModel`.
 
-Its encoder, quantizer and decoder are modules of `nemo_lfr.modules`. To use it, change one import:
+The encoder, quantizer and decoder of the model are modules of `nemo_lfr.modules`. To use the model, change one import:
 
     from nemo_lfr import AudioCodecModel
     model = AudioCodecModel.from_pretrained("nvidia/low-frame-rate-speech-codec-22khz")
@@ -29,9 +29,9 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
 
     It supports codecs that consist of a HiFi-GAN encoder, FSQ and a HiFi-GAN decoder.
 
-    `encode`, `decode` and `forward` compute no gradients, accept positional arguments, move their inputs to the
-    model's device and accept audio of any length. The tokens of an utterance do not depend on the rest of its batch.
-    `encode_audio`, `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support gradients.
+    `encode`, `decode` and `forward` do not support gradients. They accept positional arguments, inputs on any device
+    and audio of any length. The tokens of an utterance do not depend on the rest of its batch. `encode_audio`,
+    `quantize`, `dequantize` and `decode_audio` behave as in NeMo and support gradients.
 
     Args:
         cfg: model config, whose `_target_` values may name classes of NeMo or of this package. Discriminators, losses
@@ -44,7 +44,7 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        from_file = sections_from_file(cfg)  # NeMo's conversion loses the marks
+        from_file = sections_from_file(cfg)  # read first: NeMo's conversion loses the marks of sections from a file
         cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
         values = checked_values(cfg)
         parts = READ_PARTS.get() or build_parts(values)
@@ -56,14 +56,14 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
             cfg.target = NEMO_MODEL
             for name in PARTS:
                 cfg[name] = nemo_config(values[name])
-        # NeMo's constructor builds the losses and the data loaders. Minimal modules keep it cheap; they are replaced
-        # below.
+        # NeMo's constructor builds the losses and the data loaders. It also builds modules, so it gets a config with
+        # minimal ones, which are replaced below.
         lean = copy.deepcopy(cfg)
         with open_dict(lean):
             lean.audio_encoder, lean.audio_decoder = dict(IDENTITY), dict(IDENTITY)
             lean.discriminator = None
             for key in ("generator_loss", "discriminator_loss"):
-                if key in lean and target_of(lean[key]) not in BUILT_IN:  # custom; NeMo would refuse it
+                if key in lean and target_of(lean[key]) not in BUILT_IN:  # a custom loss, which NeMo would reject
                     lean[key] = dict(ANY_LOSS)
             lean.commit_loss_scale = 0.0
             lean.vector_quantizer = dict(SMALLEST_QUANTIZER)

@@ -1,6 +1,6 @@
-"""NeMo neural types for the codec's modules.
+"""NeMo's neural types for the encoder, quantizer and decoder of this package.
 
-Each module has the types of the NeMo class with the same name.
+A module has the types of the NeMo class with the same name.
 """
 
 from typing import Any
@@ -11,22 +11,22 @@ from torch import nn
 from nemo_lfr.modules import neural_module
 
 
-def lookup_types(module: nn.Module, direction: str) -> dict[str, Any]:
-    """Return the NeMo types of a module.
+def lookup_types(module: nn.Module, attribute: str) -> dict[str, Any]:
+    """Return NeMo's types for the inputs or the outputs of a module.
 
     Args:
         module: encoder, quantizer or decoder of this package, or an instance of a subclass.
-        direction: "input_types" or "output_types".
+        attribute: "input_types" or "output_types".
 
     Returns:
-        The NeMo type of each port by the port's name.
+        The NeMo type of each input or output, by name.
 
     Raises:
         NotImplementedError: if NeMo has no class with the module's name.
     """
     for ours in type(module).__mro__:
         if (stock := getattr(audio_codec_modules, ours.__name__, None)) is not None:
-            types: dict[str, Any] = getattr(stock, direction).fget(module)  # these properties do not use the instance
+            types: dict[str, Any] = getattr(stock, attribute).fget(module)  # these properties do not use the instance
             return types
     raise NotImplementedError(f"NeMo has no class {type(module).__name__}.")
 

@@ -1,4 +1,4 @@
-"""Crash-safe training checkpoints: atomic writes and cleanup before resuming."""
+"""Crash-safe training checkpoints: write them atomically, and remove unfinished ones before a run is resumed."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from nemo_lfr.io.tensor_file import save_tensors
 
 logger = logging.getLogger(__name__)
 
-# NeMo creates a file NAME-unfinished next to a checkpoint before it writes or removes the checkpoint.
+# Before NeMo writes or removes a checkpoint, it creates a file NAME-unfinished next to it, and removes it afterwards.
 MARKER = "-unfinished"
 LAST = "last.ckpt"
 # NeMo saves averaged weights next to a checkpoint, under the checkpoint's name with this suffix.
@@ -25,9 +25,9 @@ AVERAGE = "-EMA"
 class WholeCheckpoints(TorchCheckpointIO):
     """Lightning checkpoint plugin that writes files atomically.
 
-    Lightning writes to the system's folder for temporary files and then moves the result. Across file systems the move
-    is a copy, so a killed run or a full disk would leave a truncated checkpoint under its final name. This class
-    writes to a temporary file in the target folder and renames it.
+    Lightning writes to the system's folder for temporary files and then moves the result. Between file systems, moving
+    means copying, so a killed run or a full disk would leave a truncated checkpoint under the final name. This class
+    instead writes a temporary file in the target folder and renames it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -49,9 +49,9 @@ class WholeCheckpoints(TorchCheckpointIO):
 def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
     """Remove unfinished checkpoints so that `exp_manager` can resume the run.
 
-    Call it before `exp_manager`, in one process. NeMo refuses to resume if the last checkpoint is unfinished, even if
-    an older one is intact. If no intact file is named `*last.ckpt`, the newest intact checkpoint is copied to such a
-    name.
+    Call this function before `exp_manager`, in one process only. NeMo refuses to resume if the last checkpoint is
+    unfinished, even if an older one is intact. NeMo resumes from a file named `*last.ckpt`. If no intact file has such
+    a name, the newest intact checkpoint is copied to one.
 
     Args:
         experiment: folder of the run, such as EXP_DIR/NAME. A missing folder is ignored.
@@ -63,9 +63,9 @@ def tidy_checkpoints(experiment: str | os.PathLike[str]) -> None:
 def tidy_experiment(settings: Mapping[str, Any] | None) -> None:
     """Remove unfinished checkpoints of the run that `exp_manager` will resume.
 
-    Call it in your own script before `exp_manager`, on rank 0. A hook of the model cannot do this, because
-    `exp_manager` looks for the last checkpoint before the model exists. Without this function, a run that is killed
-    while it writes a checkpoint may leave a file that the user has to delete by hand before NeMo resumes.
+    Call this function in your training script before `exp_manager`, on rank 0. A hook of the model cannot do this,
+    because `exp_manager` looks for the last checkpoint before the model exists. Without this function, a run that is
+    killed while it writes a checkpoint may leave a file that you must delete by hand before NeMo resumes.
 
     Args:
         settings: settings of `exp_manager`, such as `cfg.exp_manager`. The function does nothing unless
@@ -95,9 +95,9 @@ def _tidy(folder: Path) -> None:
     files = sorted(filter(Path.is_file, folder.glob("*.ckpt")), key=lambda path: path.stat().st_mtime_ns)
     averages = {path for path in files if path.stem.endswith(AVERAGE)}
     marked = {path for path in files if path.stem.removesuffix(AVERAGE) in stems}
-    # A marked file may be intact: the run may have been killed just after the rename or just before the removal. With
-    # averaged weights, a checkpoint consists of two files, one of which may be missing. Then every marked file is
-    # treated as damaged.
+    # A marked file may be intact: the run may have been killed just after the checkpoint was renamed, or just before
+    # it was removed. With averaged weights, a checkpoint consists of two files, one of which may be missing. In this
+    # case every marked file is treated as damaged.
     damaged = {path for path in marked if averages or not _is_whole(path)}
     whole = [path for path in files if path not in averages | damaged]
     kept = None

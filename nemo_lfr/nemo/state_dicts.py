@@ -15,12 +15,13 @@ from nemo_lfr.nemo.base import DISCRIMINATOR, WAVLM, BaseModel, NeMoAudioCodecMo
 
 
 class StateDicts(BaseModel):
-    """Mixin of the methods that return and load state dicts."""
+    """Mixin with the methods that return and load state dicts."""
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute.
 
-        Callers delete `discriminator` to free memory. This also discards the weights of discriminators not yet built.
+        Callers delete `discriminator` to free memory. Deleting it also discards the weights that are kept for
+        discriminators that are not built yet.
         """
         super().__delattr__(name)
         if name == "discriminator":
@@ -29,10 +30,11 @@ class StateDicts(BaseModel):
     def state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the state dict under NeMo's names.
+        """Return the state dict with NeMo's names.
 
-        It includes the weights of discriminators that are not yet built but not WavLM. Modules that are wrapped
-        by `torch.compile`, or whose weight norm was removed, have the same names and tensors as in NeMo.
+        It contains the weights of the discriminators even if they are not built yet, but not the weights of WavLM.
+        Modules that are wrapped by `torch.compile`, or whose weight norm was removed, have the same names and tensors
+        as in NeMo.
 
         Args:
             destination: dict to add the tensors to, as in `torch.nn.Module.state_dict`.
@@ -51,9 +53,9 @@ class StateDicts(BaseModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict saved by any NeMo version.
 
-        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. WavLM is not loaded.
-        Other tensors that vary between NeMo versions and configs (discriminators, windows and filters of the losses)
-        are loaded if their shape fits.
+        Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. The weights of WavLM are
+        not loaded. Tensors outside of the encoder, quantizer and decoder (discriminators, windows and filters of the
+        losses) vary between NeMo versions and configs; they are loaded if their shape fits.
 
         Args:
             state_dict: tensors by name.
@@ -82,7 +84,7 @@ class StateDicts(BaseModel):
             if key in state_dict and not torch.equal(state_dict[key].to(own[key]), own[key]):
                 raise CheckpointError(
                     f"the state dict belongs to another codec: {key} is "
-                    f"{shorten(state_dict[key].flatten().tolist())} in it, but "
+                    f"{shorten(state_dict[key].flatten().tolist())} in the state dict, but "
                     f"{shorten(own[key].flatten().tolist())} in the model."
                 )
         state = {key: value for key, value in state_dict.items() if WAVLM not in key and key not in other}
@@ -96,8 +98,8 @@ class StateDicts(BaseModel):
             judged = [key for key in keys if key.partition(".")[0] in PARTS]
             if strict and judged:
                 raise CheckpointError(
-                    f"the state dict {what} weights, {len(judged)} in all, first {judged[:5]}; "
-                    "pass strict=False to load what fits."
+                    f"the state dict {what} weights, {len(judged)} in total, first {judged[:5]}; "
+                    "pass strict=False to load the weights that fit."
                 )
         self._is_random = False
         return result
@@ -105,7 +107,7 @@ class StateDicts(BaseModel):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Rename weights to match the modules, then load them.
 
-        PyTorch calls this method even if the model is a submodule of another one.
+        PyTorch calls this method, and not `load_state_dict`, if the model is a submodule of another module.
         """
         theirs = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         own = super(NeMoAudioCodecModel, self).state_dict()
@@ -117,7 +119,7 @@ def _check_state_dict(state_dict: Any) -> None:
     """Check that an argument maps names to tensors.
 
     Raises:
-        CheckpointError: if it does not. The message describes the invalid item.
+        CheckpointError: if a key is not a string or a value is not a tensor. The message describes the first one.
     """
     if not isinstance(state_dict, Mapping):
         raise CheckpointError(
@@ -140,7 +142,7 @@ def _is_wavlm(key: str) -> bool:
 
 
 def _stock_names(state: Mapping[str, Any]) -> set[str]:
-    """Return the names that NeMo uses for weight-normed convolutions of a state dict."""
+    """Return the names under which NeMo stores the weights of convolutions that have no weight norm in `state`."""
     stems = [key.removesuffix(".weight") for key in state if key.endswith(".conv.weight")]
     return {stem + DIRECTION for stem in stems if stem.partition(".")[0] in PARTS}
 

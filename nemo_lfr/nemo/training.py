@@ -1,6 +1,6 @@
 """Training and validation steps of `LFRCodecModel`.
 
-The updates equal NeMo's but avoid redundant computations.
+They give the same weight updates as NeMo's steps but avoid redundant work.
 """
 
 import functools
@@ -47,7 +47,7 @@ class TrainingSteps(WeightAveraging):
     """Lightning hooks for training and validation.
 
     The discriminators are built when training starts (`setup("fit")`), so restoring a model requires neither WavLM nor
-    network access. Until then the model keeps their weights in memory, and saving the model includes them.
+    network access. Until then the model keeps the discriminators' weights in memory; a saved model contains them.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -72,9 +72,9 @@ class TrainingSteps(WeightAveraging):
                 self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def build_discriminator(self) -> None:
-        """Build the config's discriminators and load their checkpoint weights.
+        """Build the discriminators in the config, and load their weights from the checkpoint if it has any.
 
-        Lightning's `fit` calls this. WavLM is loaded at the first training step that uses it.
+        Lightning's `fit` calls this method. WavLM is loaded at the first training step that uses it.
 
         Raises:
             ConfigError: if the config names an unknown discriminator, or one that cannot be built.
@@ -94,7 +94,7 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def losses(self) -> CodecLosses:
-        """Return the losses of the config, which are built on first access.
+        """Losses in the config, which are built on first access.
 
         Raises:
             ConfigError: if a loss cannot be built.
@@ -107,7 +107,7 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def metrics(self) -> AudioTerms:
-        """Return the validation metrics of the config, which are built on first access.
+        """Validation metrics in the config, which are built on first access.
 
         Raises:
             ConfigError: if a metric cannot be built.
@@ -121,7 +121,7 @@ class TrainingSteps(WeightAveraging):
 
     @property
     def max_steps(self) -> int:
-        """Return the number of steps of the learning-rate schedule.
+        """Number of steps in the learning-rate schedule.
 
         With `steps_per_epoch: null`, an epoch is one pass over the data.
 
@@ -138,14 +138,14 @@ class TrainingSteps(WeightAveraging):
                 batches = len(self._train_dl)
             except TypeError as error:
                 raise ConfigError(
-                    "steps_per_epoch must be set: training data from Lhotse has no end, and thus no epochs."
+                    "steps_per_epoch must be set, because training data from Lhotse has no end and thus no epochs."
                 ) from error
         return int(config.max_epochs) * -(-int(batches) // self._batches_per_update)
 
     def get_dataset(self, cfg: DictConfig) -> Any:
-        """Build a data loader with `CodecDataset` in place of NeMo's `VocoderDataset`.
+        """Build a data loader with `CodecDataset` instead of NeMo's `VocoderDataset`.
 
-        NeMo builds the loader of a section that `CodecDataset` does not support.
+        If `CodecDataset` does not support the config section, NeMo builds the data loader.
         """
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self._trainer else (1, 0)
         return manifest_loader(cfg, world_size, rank) or super().get_dataset(cfg)
@@ -164,12 +164,13 @@ class TrainingSteps(WeightAveraging):
             super().setup_validation_data(cfg)
 
     def configure_optimizers(self) -> Any:
-        """Return NeMo's optimizers, with fused Adam on the CPU.
+        """Return NeMo's optimizers, with fused Adam on a CPU.
 
-        Fused Adam reads each weight only once per step. A `fused` or `foreach` setting in the config has precedence.
+        Fused Adam is faster on a CPU because it reads each weight only once per step. A `fused` or `foreach` setting
+        in the config takes precedence.
         """
         configured = super().configure_optimizers()
-        # NeMo returns one optimizer, several, or a pair of lists: optimizers and schedules.
+        # NeMo returns one optimizer, several optimizers, or a list of optimizers and a list of schedules.
         several = configured if isinstance(configured, list | tuple) else [configured]
         for optimizer in several[0] if isinstance(several[0], list) else several:
             if isinstance(optimizer, torch.optim.Adam) and self.device.type == "cpu":
@@ -181,8 +182,8 @@ class TrainingSteps(WeightAveraging):
     def configure_callbacks(self) -> list[Callback]:
         """Return NeMo's logging callback, with spectrograms if the config enables them, and `RestoreTrainedWeights`.
 
-        The key is `log_config.log_spectrograms`. The logging callback is added for training only, because it reads its
-        clips immediately and a saved config does not contain their folders.
+        The config key for spectrograms is `log_config.log_spectrograms`. The logging callback is only added for
+        training: it reads its clips immediately, and the config of a saved model does not contain their folders.
         """
         if self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING:
             return [RestoreTrainedWeights()]
@@ -194,7 +195,7 @@ class TrainingSteps(WeightAveraging):
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Load initial weights as configured by NeMo's `init_from_*` keys.
 
-        NeMo cannot read a codec through `init_from_ptl_ckpt`; here that file is read like any other checkpoint.
+        NeMo itself cannot read a codec with `init_from_ptl_ckpt`. Here, this file is read like any other checkpoint.
 
         Args:
             cfg: config with the `init_from_*` keys.
@@ -210,9 +211,9 @@ class TrainingSteps(WeightAveraging):
         super().maybe_init_from_pretrained_checkpoint(cfg, map_location)
 
     def on_train_start(self) -> None:
-        """Initialize random weights from data, compile modules and start the average.
+        """Initialize random weights from data, compile modules and start the moving average.
 
-        Which of these happen depends on the config.
+        Each of these steps runs only if the config asks for it (`initialize_from_data`, `compile`, `ema_decay`).
         """
         super().on_train_start()
         # Only rank 0, which loads the weights for all processes, knows whether weights were loaded.
@@ -227,9 +228,9 @@ class TrainingSteps(WeightAveraging):
             self._average = self._average or Average(self._generator, float(self.cfg.ema_decay))
 
     def initialize_from_data(self, num_segments: int = 32) -> None:
-        """Rescale the generator's random weights with a batch of training speech.
+        """Rescale the random weights of the encoder and decoder, using a batch of training speech.
 
-        Every process draws its own segments. Rank 0 then broadcasts its weights. See `nemo_lfr.training.initialize`.
+        Every process draws its own segments, and then uses the weights of rank 0. See `nemo_lfr.training.initialize`.
 
         Args:
             num_segments: minimum number of segments to draw.
@@ -262,8 +263,8 @@ class TrainingSteps(WeightAveraging):
             batch: `audio` [B, T_audio] and `audio_lens` [B].
 
         Returns:
-            Audio padded to complete frames [B, T_audio], its lengths in samples [B], the reconstruction [B, T_audio],
-            the encoder output [B, D, T_encoded] and the tokens [B, C, T_encoded].
+            Audio padded to complete frames [B, T_audio], the lengths of the audio in samples [B], the reconstruction
+            [B, T_audio], the encoder output [B, D, T_encoded] and the tokens [B, C, T_encoded].
         """
         audio, audio_len = self.pad_audio(
             audio=batch["audio"], audio_len=batch["audio_lens"], samples_per_frame=self.samples_per_frame
@@ -286,11 +287,12 @@ class TrainingSteps(WeightAveraging):
             super().on_validation_model_zero_grad()
 
     def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Update the discriminators, if this step is due for it, and then the generator.
+        """Update the discriminators, unless NeMo's schedule skips them in this step, and then the generator.
 
-        The updates equal NeMo's. Discriminator inputs are computed once per signal, under `no_grad` for real audio.
-        The discriminators are frozen during the generator's update. With `accumulate_grad_batches` in the model
-        config, an update uses the gradients of that many batches. The last update of an epoch may use fewer.
+        The generator is the encoder and the decoder. The updates equal NeMo's. Discriminator inputs are computed once
+        per signal, under `no_grad` for real audio. The discriminators are frozen during the generator's update. With
+        `accumulate_grad_batches` in the model config, an update uses the gradients of that many batches; the last
+        update of an epoch may use fewer.
 
         Args:
             batch: `audio` [B, T_audio] and `audio_lens` [B].
@@ -343,9 +345,9 @@ class TrainingSteps(WeightAveraging):
             self.log("t_loss", terms["mel_l1"].detach(), prog_bar=True, logger=False)
 
     def discriminator_loss(self, views_real: Views, views_gen: Views) -> torch.Tensor:
-        """Compute the discriminators' loss.
+        """Return the discriminators' loss.
 
-        Real and generated audio share one forward pass, so that weight norm is computed once.
+        Real and generated audio share one forward pass, so that weight norm is folded only once.
 
         Args:
             views_real: discriminator inputs computed from real audio, one tensor [B, ...] per network.
@@ -362,7 +364,7 @@ class TrainingSteps(WeightAveraging):
         return self.losses.discriminator([real for real, _ in halves], [gen for _, gen in halves])
 
     def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        """Compute and log NeMo's validation losses and the custom losses and metrics.
+        """Log NeMo's validation losses, and the custom losses and metrics in the config.
 
         The STFT of each signal is computed once per resolution.
 
@@ -395,6 +397,6 @@ class TrainingSteps(WeightAveraging):
 
 
 def _wavlm_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the WavLM weights inside a file saved by NeMo 3.0; empty if it has none."""
+    """Return the WavLM weights in a file that NeMo 3.0 saved; an empty dict if the file has none."""
     _, rest = load_parts(path, others=DISCRIMINATOR)
     return {key.partition(WAVLM)[2]: value for key, value in rest.items() if WAVLM in key}

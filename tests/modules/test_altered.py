@@ -125,9 +125,9 @@ def test_stream_rejects_networks_with_hooks(change):
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     change(codec.encoder)
     change(codec.decoder)
-    with pytest.raises(NemoLfrError, match="forward hooks or modules of another kind"):
+    with pytest.raises(NemoLfrError, match="forward hooks or replaced layers"):
         encoder.push(AUDIO[0].numpy())
-    with pytest.raises(NemoLfrError, match="forward hooks or modules of another kind"):
+    with pytest.raises(NemoLfrError, match="forward hooks or replaced layers"):
         decoder.push(torch.zeros(8, 20, dtype=torch.int32).numpy())
 
 

@@ -81,7 +81,7 @@ def test_unreadable_cut_is_logged_once_and_skipped(tmp_path, caplog):
         assert len(dataset[some]["audio"]) == 1
     assert caplog.text.count("cut 0 skipped") == 1
     soundfile.write(tmp_path / "1.wav", np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
-    with pytest.raises(AudioError, match="no cut of a batch can be read"):
+    with pytest.raises(AudioError, match="no cut in a batch can be read"):
         dataset[some]
 
 
