@@ -1,15 +1,18 @@
-"""The bundled codec's file and measured quality, and the name of NVIDIA's codec. Imports nothing heavy."""
+"""The bundled codec's file and measured quality, and the name of NVIDIA's codec on the Hub.
+
+This module imports only from the standard library, so help texts can use it quickly.
+"""
 
 from importlib.resources import files
 from pathlib import Path
 
 LFR = "nvidia/low-frame-rate-speech-codec-22khz"
-# Means over the test set in docs/model-card.md. Every text that states the quality takes it from here.
+# Means over the test set in docs/model-card.md. Messages and help texts take the quality from here.
 BUNDLED_QUALITY = {"PESQ-WB": "1.67", "ESTOI": "0.740"}
 
 
 def bundled_checkpoint() -> Path:
-    """Return the path of the bundled codec."""
+    """Return the path of the bundled codec's `.nemo` file."""
     return Path(str(files("nemo_lfr") / "weights" / "default.nemo"))
 
 

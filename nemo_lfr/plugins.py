@@ -1,12 +1,12 @@
-"""Entry points through which installed packages extend this package.
+"""Load extensions that other installed packages provide through entry points.
 
-A package lists its extensions in `pyproject.toml`:
+A package lists its extensions in its `pyproject.toml`:
 
     [project.entry-points."nemo_lfr.formats"]
     text = "my_package.text_format:TextFormat"
 
 The groups are `nemo_lfr.backends`, `nemo_lfr.sources`, `nemo_lfr.formats` and `nemo_lfr.commands`. An extension is
-imported when it is used. For codecs and metrics of evaluations, see `nemo_lfr.evaluation.plugins`.
+imported on first use. For codecs and metrics in evaluations, see `nemo_lfr.evaluation.plugins`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def plugin_names(group: str) -> list[str]:
-    """Return the sorted names of a group's entry points, without importing them."""
-    from importlib.metadata import entry_points  # slow to import
+    """Return the sorted names of the entry points in a group, without importing the extensions."""
+    from importlib.metadata import entry_points  # imported late, because importing it is slow
 
     return sorted({point.name for point in entry_points(group=group)})
 
@@ -35,7 +35,7 @@ def load_plugin(group: str, name: str) -> Any:
         The object that the entry point names, or None if there is no entry point of this name.
 
     Raises:
-        NemoLfrError: if it cannot be imported.
+        NemoLfrError: if the extension cannot be imported.
     """
     from importlib.metadata import entry_points
 
@@ -44,7 +44,9 @@ def load_plugin(group: str, name: str) -> Any:
             return point.load()
         except Exception as error:  # importing a package may raise anything
             reason = shorten(" ".join(str(error).split()), 200)
-            raise NemoLfrError(f"{_described(point)} cannot be loaded ({reason}); repair or uninstall it.") from error
+            raise NemoLfrError(
+                f"{_described(point)} cannot be loaded ({reason}); repair or uninstall this package."
+            ) from error
     return None
 
 

@@ -1,4 +1,4 @@
-"""`load()`, which opens the bundled codec, a file, or a repository of the Hugging Face Hub."""
+"""`load()`: open the bundled codec, a local checkpoint, or a repository on the Hugging Face Hub."""
 
 import logging
 import multiprocessing
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from nemo_lfr.bundled import LFR, bundled_checkpoint, bundled_quality
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.codec import Codec
-from nemo_lfr.io.hub import find_checkpoint as find_checkpoint  # its earlier place
+from nemo_lfr.io.hub import find_checkpoint as find_checkpoint  # earlier versions had this function here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-embedded_checkpoint = bundled_checkpoint  # the name in earlier versions
+embedded_checkpoint = bundled_checkpoint  # name of this function in earlier versions
 
 
 @overload
@@ -58,16 +58,17 @@ def load(
 ) -> Codec[Any]:
     """Load a codec for inference.
 
-    The keys and shapes of a checkpoint are validated immediately. The weights of the encoder and of the decoder are
-    loaded on first use, which raises CheckpointError if they are damaged. If the bundled codec is loaded, a log
-    message of level WARNING states this and its measured quality.
+    The keys and shapes of a checkpoint are validated immediately. The weights of the encoder and the decoder are
+    loaded on first use; if they are damaged, CheckpointError is raised then. If the bundled codec is loaded, a message
+    at level WARNING is logged with its measured quality.
 
     Args:
-        source: path of a `.nemo`, of a Lightning `.ckpt` or of a folder that `nemo-lfr export onnx` wrote, a Hub id,
-            or None for the bundled codec.
-        device: device of the network, such as "cpu" or "cuda"; default: a GPU if there is one, else the CPU.
+        source: path of a `.nemo` file, a Lightning `.ckpt` file, a folder with `config.json` and `model.safetensors`,
+            or a folder that `nemo-lfr export onnx` wrote; or the name of a repository on the Hugging Face Hub; or None
+            for the bundled codec.
+        device: device to run on, such as "cpu" or "cuda"; default: a GPU if there is one, else the CPU.
         precision: "fp32", "tf32", "bf16" or "fp16"; see `nemo_lfr.codec.torch_backend.TorchBackend`.
-        backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`); default: the
+        backend: "torch", "onnx", or the name of another registered backend (`nemo_lfr.codec.backends`). Default: the
             backend that accepts `source`, else "torch". With "onnx", torch is not imported.
 
     Returns:
@@ -79,8 +80,8 @@ def load(
         MissingExtraError: if PyTorch, or ONNX Runtime for ONNX files, is not installed.
     """
     codec = Codec(open_backend(source, device, precision, backend))
-    # A worker process would repeat the line of the process that started it.
+    # Not in worker processes, which would repeat the message of the main process.
     if source is None and multiprocessing.parent_process() is None:
-        text = "using the bundled codec (%s); NVIDIA's weights, for non-commercial use, are the model %s"
+        text = "using the bundled codec (%s); for NVIDIA's codec, whose license is non-commercial, load %s"
         logger.warning(text, bundled_quality(), LFR)
     return codec

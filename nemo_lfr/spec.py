@@ -1,4 +1,4 @@
-"""`CodecSpec`: the description of tokens that codecs, files, corpora and exports share."""
+"""`CodecSpec`: the description of tokens that codecs, token files, corpora and exports use."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Protocol
 from nemo_lfr import frames
 from nemo_lfr.errors import shorten
 
-MAX_TEXT = 200  # maximum characters of a text field in a file
-# The fingerprint of the bundled codec, and those that it had on CPUs with other instructions.
+MAX_TEXT = 200  # maximum number of characters in a text field of a file
+# The fingerprint of the bundled codec, and the ones that older versions computed on other kinds of CPU.
 BUNDLED = "5b64da27f63acf8e"
 BUNDLED_OLDER = frozenset(("c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 
@@ -17,12 +17,12 @@ BUNDLED_OLDER = frozenset(("c0f0d7d8b4576f2b", "54c43a1d06a541eb"))
 class CodecSpec:
     """Description of tokens and of the codec that produced them.
 
-    The fields have the order of the values in `.lfr` files and `tokens.json`.
+    The order of the fields is the order of the values in `.lfr` files and `tokens.json`.
 
     Attributes:
-        sample_rate: sample rate of the audio in Hz.
-        samples_per_frame: samples that one frame stands for.
-        levels: FSQ levels of each dimension of one codebook.
+        sample_rate: sample rate of the audio, Hz.
+        samples_per_frame: number of samples per frame.
+        levels: number of FSQ levels in each dimension of one codebook.
         num_codebooks: number of codebooks C, which is also the number of tokens in one frame.
         fingerprint: hash of the codec's weights and settings, 16 hex digits; empty if unknown.
         precision: precision of the encoder; "fp32" gives the reference tokens.
@@ -42,12 +42,12 @@ class CodecSpec:
 
     @property
     def codebook_size(self) -> int:
-        """Number of entries of one codebook; 0 <= token < codebook_size."""
+        """Number of entries in one codebook; 0 <= token < codebook_size."""
         return math.prod(self.levels)
 
     @property
     def zero_token(self) -> int:
-        """Token whose code is zero in every dimension, which stands for a codebook that is not used."""
+        """Token whose code is zero in every dimension; used for codebooks that are left out."""
         return sum(level // 2 * math.prod(self.levels[:place]) for place, level in enumerate(self.levels))
 
     @property
@@ -57,7 +57,7 @@ class CodecSpec:
 
     @property
     def bytes_per_frame(self) -> int:
-        """Bytes of a frame packed as one mixed-radix number."""
+        """Number of bytes of a frame that is packed as one mixed-radix number."""
         return frames.bytes_per_frame(self.levels, self.num_codebooks)
 
     def validate(self) -> None:
@@ -82,7 +82,7 @@ class CodecSpec:
 
 
 class KnownCodec(Protocol):
-    """Properties of a codec that token files need."""
+    """Interface of a codec that the readers and writers of token files need."""
 
     @property
     def name(self) -> str:
@@ -93,11 +93,11 @@ class KnownCodec(Protocol):
         """Description of the tokens."""
 
     def made(self, fingerprint: str) -> bool:
-        """Return whether this codec produces tokens with a fingerprint."""
+        """Return whether tokens with this fingerprint were made by this codec."""
 
 
 def same_fingerprint(first: str, second: str) -> bool:
-    """Return whether two fingerprints are equal or both of the bundled codec."""
+    """Return whether two fingerprints are equal, or are both fingerprints of the bundled codec."""
     return first == second or {first, second} <= {BUNDLED, *BUNDLED_OLDER}
 
 

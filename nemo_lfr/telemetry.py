@@ -1,9 +1,9 @@
-"""Environment variables that turn off the usage reports of other libraries.
+"""Turn off the usage reports of other libraries, through environment variables.
 
 ONNX Runtime for Linux reports usage when it is imported, Ray reports usage when a cluster starts, and the Hub's client
 adds details about the machine to its requests. Each library reads an environment variable when it is imported.
-`nemo_lfr` sets these variables before any of its modules imports such a library, and child processes inherit them. A
-variable that is already set keeps its value.
+`nemo_lfr` sets these variables before any of its modules imports such a library. Child processes inherit the
+variables. A variable that is already set keeps its value.
 """
 
 import os
@@ -16,6 +16,6 @@ VARIABLES = {
 
 
 def disable() -> None:
-    """Disable usage reports, unless a variable is already set."""
+    """Set the variables that disable usage reports, except those that are already set."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)

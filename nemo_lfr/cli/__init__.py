@@ -1,1 +1,1 @@
-"""Command line interface `nemo-lfr`."""
+"""Command-line interface `nemo-lfr`."""

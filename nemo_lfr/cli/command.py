@@ -1,4 +1,4 @@
-"""Classes of all commands: common options, JSON output, exit codes and suggestions."""
+"""Base classes of the commands: common options, JSON output, exit codes and suggestions for misspelled names."""
 
 import difflib
 import sys
@@ -11,7 +11,7 @@ from nemo_lfr.cli.session import FAILED, Session, current, output_rules, print_j
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
-    """Return a callback that stores a flag in the session."""
+    """Return a click callback that stores a flag in the attribute `name` of the session."""
 
     def store(context: click.Context, _: click.Parameter, value: bool) -> None:
         if value:
@@ -25,11 +25,11 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
 
 
 def common_options() -> list[click.Parameter]:
-    """Return the options that every command has; the program accepts them before the command too."""
+    """Return the options that every command has; they may also precede the name of the command."""
     texts = {
         ("--json", "as_json"): "Print the result as JSON on stdout.",
         ("--quiet", "quiet"): "Print only errors on stderr.",
-        ("--verbose", "verbose"): "Print the log of the package, and tracebacks of errors, on stderr.",
+        ("--verbose", "verbose"): "Print log messages, and tracebacks of errors, on stderr.",
     }
     return [
         click.Option([*names], is_flag=True, expose_value=False, is_eager=True, callback=_set(names[1]), help=text)
@@ -40,12 +40,12 @@ def common_options() -> list[click.Parameter]:
 class Command(click.Command):
     """Command whose callback returns its result.
 
-    The callback prints human-readable lines with `print_line`, and returns the keys of `result` except `failures`, or
-    None if stdout received binary data. With --json, the result is printed instead of these lines. The exit code is 1
-    if the callback recorded failures.
+    The callback prints human-readable lines with `print_line`. It returns a dict with the keys of `result` except
+    `failures`, or None if it wrote binary data to stdout. With --json, the result is printed instead of the lines. The
+    exit code is 1 if the callback recorded failures (`session.fail`).
 
     Args:
-        result: TypedDict of the JSON output, from `nemo_lfr.cli.results`.
+        result: TypedDict that describes the JSON output, from `nemo_lfr.cli.results`.
     """
 
     def __init__(self, name: str | None, *, result: type, **options: Any) -> None:
@@ -54,7 +54,7 @@ class Command(click.Command):
         self.result = result
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the callback, print its result as JSON if asked for, and exit with code 1 if something failed."""
+        """Run the callback, print its result if --json was passed, and exit with code 1 if there were failures."""
         session = current()
         with output_rules(session):
             values = super().invoke(ctx)
@@ -66,7 +66,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """Group of commands that suggests the nearest name for an unknown one."""
+    """Group of commands; for an unknown command, the error suggests the most similar name."""
 
     command_class = Command
     group_class = type
@@ -84,10 +84,10 @@ class Group(click.Group):
 
 
 class RenamedOption(click.Option):
-    """Option that also accepts the spelling of earlier versions, which help and completion do not show.
+    """Option that also accepts its name in earlier versions, which help texts and shell completion do not show.
 
     Args:
-        earlier: the earlier spelling, such as "--jobs".
+        earlier: the earlier name, such as "--jobs".
     """
 
     def __init__(self, *args: Any, earlier: str, **options: Any) -> None:
@@ -95,6 +95,6 @@ class RenamedOption(click.Option):
         self.earlier = earlier
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Add both spellings to the parser."""
+        """Add both names to the parser."""
         super().add_to_parser(parser, ctx)
         parser.add_option(obj=self, opts=[self.earlier], dest=self.name, action="store", nargs=self.nargs)

@@ -40,7 +40,7 @@ AUDIO_FORMATS = ("wav", "flac")
     help="Folder for the audio, or NAME.wav for one input (default: beside the input).",
 )
 @click.option(
-    "--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Audio format (default: that of --out, else wav)."
+    "--format", "kind", type=click.Choice(AUDIO_FORMATS), help="Audio format (default: the suffix of --out, or wav)."
 )
 @overwrite_option
 @skip_existing_option
@@ -48,7 +48,7 @@ AUDIO_FORMATS = ("wav", "flac")
 @seconds_option("--duration", "Length to decode, in seconds (default: to the end).")
 @click.option("--recover", is_flag=True, help="Decode the intact part of damaged or unfinished files.")
 @entropy_model_option(
-    "Entropy model (.lfrm) of compressed files (default: the bundled one, or HASH.lfrm beside them)."
+    "Entropy model (.lfrm) of compressed files (default: the bundled model, or HASH.lfrm in the folder of the file)."
 )
 @lookahead_option
 @model_options
@@ -76,7 +76,10 @@ def decode(
         kind = kind or "wav"
         streams = inputs[0] == "-" and kind == "wav" and not (start or duration is not None or recover)
         if lookahead is not None and not streams:
-            raise NemoLfrError("--lookahead is for a whole token file from stdin to WAV on stdout.")
+            raise NemoLfrError(
+                "--lookahead only works when a whole token file from stdin is decoded to WAV on stdout (decode - -); "
+                "remove --lookahead, or the other options."
+            )
         if streams:
             from nemo_lfr.cli.pipes import decode_pipe
 
@@ -90,7 +93,10 @@ def decode(
             decode_task(task, codec, **wanted)
         return None
     if lookahead is not None:
-        raise NemoLfrError("--lookahead is for pipes; files are always decoded with their full context.")
+        raise NemoLfrError(
+            "--lookahead only works with pipes (decode - -), because files are always decoded with the full "
+            "lookahead; remove it."
+        )
     kind = output_format(kind, out)
     tasks = tasks_to_run(inputs, out, {TOKEN_SUFFIX}, f".{kind}", overwrite, skip_existing)
     if not tasks:
@@ -118,12 +124,12 @@ def output_format(kind: str | None, out: Path | None) -> str:
     if suffix not in AUDIO_FORMATS:
         return kind or AUDIO_FORMATS[0]
     if kind not in (None, suffix):
-        raise NemoLfrError(f"--out {out} contradicts --format {kind}; remove one of them.")
+        raise NemoLfrError(f"--out {out} and --format {kind} name different formats; remove one of them.")
     return suffix
 
 
 def decode_task(task: FileTask, codec: "Codec[Any]", **options: Any) -> FileFigures:
-    """Decode one token file; `options` are those of `Codec.decode_file`."""
+    """Decode one token file; `options` are keyword arguments of `Codec.decode_file`."""
     started = time.perf_counter()
     num_samples = codec.decode_file(task.source, task.target, **options)
     return task_result(task, codec, num_samples, task.source, time.perf_counter() - started)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 def demo(out: Path, model: str | None, device: str | None, precision: str) -> dict[str, Any]:
     """Encode and decode a speech clip, and measure the result.
 
-    Writes the clip, its tokens, the decoded audio, and a picture of both spectrograms. Existing files are replaced.
+    The command writes the clip, its tokens, the decoded audio, and a picture of both spectrograms. Existing files are
+    replaced.
     """
     codec = open_codec(model, device, precision)
     begin_work()
@@ -49,17 +50,17 @@ def demo(out: Path, model: str | None, device: str | None, precision: str) -> di
     return values
 
 
-# Metrics of `measure` by their keys in the JSON output.
+# Names of the metrics in `measure`, by their keys in the JSON output.
 QUALITY = {"pesq_wb": "PESQ-WB", "estoi": "ESTOI", "si_sdr_db": "SI-SDR"}
 
 
 def _rounded(value: Any) -> float | None:
-    """Round a metric; None if it was not measured."""
+    """Round the value of a metric; return None if it was not measured."""
     return round(value, 4) if isinstance(value, float) else None
 
 
 def demo_clip() -> Path:
-    """Return the path of the bundled recording; weights/README.md names its source and license."""
+    """Return the path of the bundled recording; weights/README.md has its source and license."""
     return Path(str(files("nemo_lfr") / "weights" / "speech.flac"))
 
 
@@ -69,8 +70,8 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
     The files are original.wav, speech.lfr, decoded.wav and spectrograms.png. Existing files are replaced.
 
     Args:
-        out: folder for the files; it is created.
-        codec: codec to use; its sample rate must be that of the clip.
+        out: folder for the files; created if it does not exist.
+        codec: codec to use; it must have the same sample rate as the clip.
 
     Returns:
         The keys of a `DemoResult`.
@@ -91,11 +92,12 @@ def run(out: Path, codec: "Codec[Any]") -> dict[str, Any]:
     audio, rate = soundfile.read(demo_clip(), dtype="float32")
     if rate != codec.sample_rate:
         raise NemoLfrError(
-            f"the demo clip is at {rate} Hz and this codec at {codec.sample_rate}; use nemo-lfr encode."
+            f"the demo clip has a sample rate of {rate} Hz, but this codec runs at {codec.sample_rate} Hz; use "
+            "nemo-lfr encode and decode instead."
         )
     with AudioWriter(original, rate, overwrite=True) as writer:
         writer.write(audio)
-    codec.decode(codec.encode(audio[:rate], sample_rate=rate)[0])  # the first call sets up threads and kernels
+    codec.decode(codec.encode(audio[:rate], sample_rate=rate)[0])  # not timed: sets up threads and kernels
     started = time.perf_counter()
     codec.encode_file(original, tokens, overwrite=True)
     encoded = time.perf_counter()
@@ -133,17 +135,17 @@ def draw(audio: "np.ndarray", output: "np.ndarray", rate: int, bit_rate: float, 
     Args:
         audio: original waveform, float32 [T_audio].
         output: decoded waveform, float32 [T_audio].
-        rate: sample rate in Hz.
-        bit_rate: bits per second of the token file, for the title.
+        rate: sample rate, Hz.
+        bit_rate: bit rate of the token file in bits per second, for the title.
         path: PNG file to write.
 
     Returns:
-        Whether the picture was drawn; it is not without matplotlib.
+        Whether the picture was drawn; False if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        note(f"nemo-lfr: the picture needs matplotlib: {install_command('matplotlib')}")
+        note(f"nemo-lfr: no picture was drawn, because matplotlib is not installed: {install_command('matplotlib')}")
         return False
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)

@@ -29,15 +29,16 @@ from nemo_lfr.errors import NemoLfrError
     "--format", "kind", type=click.Choice(["wav", "flac"]), default="wav", show_default=True, help="Audio format."
 )
 @overwrite_option
-@count_option("--limit", "Number of utterances to decode (default: all).")
+@count_option("--limit", "Maximum number of utterances to decode (default: all).")
 @click.option("--verify", is_flag=True, help="Compare hashes of the token files, not only their sizes.")
 @model_option("checkpoint (.nemo or .ckpt) or Hub id of the codec that made the tokens")
 @device_option()
 @precision_option
 def detokenize(tokens: Path, out: Path, kind: str, overwrite: bool, **options: Any) -> dict[str, Any]:
-    """Decode a folder that `tokenize` wrote into audio files; existing files are kept.
+    """Decode a folder that `tokenize` wrote into audio files.
 
-    Utterances that cannot be decoded are listed on stderr; the exit code is then 1.
+    Existing files are kept unless --overwrite is passed. Utterances that cannot be decoded are listed on stderr; the
+    exit code is then 1.
     """
     from nemo_lfr.corpus.decode import decode_folder
 

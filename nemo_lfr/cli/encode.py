@@ -46,9 +46,9 @@ BATCH_SECONDS = 60
 @overwrite_option
 @skip_existing_option
 @count_option("--batch-size", "Number of files to encode together.", 8)
-@count_option("--block", "Frames per chunk for pipes.", 8)
+@count_option("--block", "Number of frames per chunk for pipes.", 8)
 @click.option("--compress", is_flag=True, help="Compress files losslessly, to about two thirds of their size.")
-@entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
+@entropy_model_option("Entropy model (.lfrm) to compress with (default: the bundled codec's model).")
 @lookahead_option
 @model_options
 def encode(
@@ -65,8 +65,8 @@ def encode(
 ) -> dict[str, Any] | None:
     """Encode audio files, folders or globs into .lfr token files.
 
-    `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives. `encode
-    FILE -` writes the token file of FILE to stdout.
+    `encode - -` reads audio from stdin and writes a token file to stdout; WAV is encoded as it arrives. `encode FILE
+    -` encodes FILE and writes the token file to stdout.
     """
     if "-" in inputs:
         from nemo_lfr.cli.pipes import encode_pipe
@@ -84,7 +84,10 @@ def encode(
             note(f"{reader.name}: contains no samples")
         return None
     if lookahead is not None:
-        raise NemoLfrError("--lookahead is for pipes; files are always encoded with their full context.")
+        raise NemoLfrError(
+            "--lookahead only works with pipes (encode - -), because files are always encoded with the full "
+            "lookahead; remove it."
+        )
     from nemo_lfr.io.entropy.find import model_to_write
 
     tasks = tasks_to_run(inputs, out, AUDIO_SUFFIXES, TOKEN_SUFFIX, overwrite, skip_existing)
@@ -104,10 +107,10 @@ def encode_tasks(
         tasks: files to encode.
         codec: codec to use.
         overwrite: replace existing files.
-        model: entropy model that compresses the token files, if any.
+        model: entropy model that compresses the token files; None for no compression.
 
     Yields:
-        The `task_result` of each task, in order, as soon as its file is complete.
+        The `task_result` of each task, in order, as soon as its token file is complete.
     """
     import numpy as np
 

@@ -19,12 +19,12 @@ KEYS = ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerpr
 
 @click.group(cls=Group, short_help="Fit entropy models that compress token files.")
 def entropy() -> None:
-    """Make entropy models, which compress token files without loss."""
+    """Fit entropy models, which compress token files without loss."""
 
 
 @entropy.command(cls=Command, result=EntropyFitResult, short_help="Fit an entropy model to tokens.")
 @click.argument("tokens", nargs=-1, required=True, type=UserPath(exists=True))
-@click.option("--out", type=UserPath(dir_okay=False), required=True, help="Model file, NAME.lfrm.")
+@click.option("--out", type=UserPath(dir_okay=False), required=True, help="Model file to write, NAME.lfrm.")
 @click.option(
     "--epochs",
     type=Number(0.1, 1000),
@@ -33,16 +33,17 @@ def entropy() -> None:
     show_default=True,
     help="Number of passes over the tokens.",
 )
-@count_option("--max-frames", "Frames to fit; utterances are sampled if there are more.", 250_000)
+@count_option("--max-frames", "Maximum number of frames to fit; utterances are sampled if there are more.", 250_000)
 @count_option("--seed", "Random seed.", 0, low=0)
 @overwrite_option
 def fit(
     tokens: Sequence[Path], out: Path, epochs: float, max_frames: int, seed: int, overwrite: bool
 ) -> dict[str, Any]:
-    """Fit an entropy model to tokens of one codec: .lfr files, folders of them, or folders that `tokenize` wrote.
+    """Fit an entropy model to tokens of one codec.
 
-    About an hour of speech suffices. The fit takes some minutes on a CPU. 4 percent of the utterances are held out to
-    measure the model. Tokens that cannot be read are skipped; the exit code is then 1.
+    TOKENS are .lfr files, folders of .lfr files, or folders that `tokenize` wrote. About an hour of speech is enough.
+    Fitting takes some minutes on a CPU. 4 % of the utterances are held out to measure the model. Tokens that cannot be
+    read are skipped; the exit code is then 1.
     """
     from nemo_lfr.io.atomic import check_overwrite
     from nemo_lfr.io.entropy.fit import FitSettings
@@ -50,7 +51,7 @@ def fit(
     from nemo_lfr.io.entropy.model import SUFFIX, write_model
 
     if out.suffix != SUFFIX:
-        raise EntropyModelError(f"--out {out}: the name of an entropy model must end in {SUFFIX}.")
+        raise EntropyModelError(f"--out {out}: not a name for an entropy model; pass a name that ends in {SUFFIX}.")
     check_overwrite(out, overwrite)
     utterances: list[Any] = []
     first: Any = None
@@ -60,12 +61,14 @@ def fit(
             stored, expected = getattr(metadata, key), getattr(first[1], key)
             if stored != expected and not (key == "fingerprint" and same_fingerprint(stored, expected)):
                 raise TokenFileError(
-                    f"{path}: made by a codec with {key} {stored}, but {first[0]} was made by one with {expected}; "
-                    "fit a model to the tokens of one codec."
+                    f"{path}: these tokens were made by a codec with {key} {stored}, but those in {first[0]} by a "
+                    f"codec with {key} {expected}; pass tokens of one codec only."
                 )
         utterances.append(values)
     if not utterances:
-        raise EntropyModelError(f"{', '.join(map(str, tokens))}: no tokens found.")
+        raise EntropyModelError(
+            f"{', '.join(map(str, tokens))}: no tokens found; pass .lfr files or folders that contain them."
+        )
     begin_work()
     codec = first[1]
     settings = FitSettings(epochs=epochs * 0.8, rounded_epochs=epochs * 0.2, max_frames=max_frames, seed=seed)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class RegistryOption(click.Option):
-    """Option whose help lists what is registered; the codecs and metrics are imported only when it is shown."""
+    """Option whose help text lists all registered codecs or metrics, which are imported only to show the help."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the option and its help, with `{}` replaced by the registered names."""
+        """Return the option and its help text, with `{}` replaced by the registered names."""
         from nemo_lfr.evaluation.codecs import codec_usage
         from nemo_lfr.evaluation.model_metrics import model_metric_kinds
 
@@ -49,22 +49,22 @@ class RegistryOption(click.Option):
 @click.option(
     "--preset",
     type=click.Choice(["card-mls", "card-daps"]),
-    help="Test set of NVIDIA's model card; SOURCE is the folder of its unpacked archives (default: none).",
+    help="Test set of NVIDIA's model card; SOURCE is then the folder with its unpacked archives (default: none).",
 )
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
     help="Folder that relative paths start from (default: the manifest's folder).",
 )
-@count_option("--limit", "Number of recordings to sample (default: all).")
-@count_option("--seed", "Random seed of --limit.", 0, low=None)
+@count_option("--limit", "Number of recordings to choose at random (default: all).")
+@count_option("--seed", "Random seed for --limit.", 0, low=None)
 @click.option(
     "--rate",
     type=click.IntRange(8000, 48000),
     metavar="HZ",
     default=22050,
     show_default=True,
-    help="Sample rate of the comparison, in Hz.",
+    help="Sample rate at which codecs are compared, in Hz.",
 )
 @click.option(
     "--asr",
@@ -82,7 +82,7 @@ class RegistryOption(click.Option):
     multiple=True,
     cls=RegistryOption,
     metavar="KIND[:MODEL]",
-    help="Metric of another model, repeatable; kinds: {} (default: none).",
+    help="Metric that uses another model, repeatable; kinds: {} (default: none).",
 )
 @click.option(
     "--by",
@@ -112,9 +112,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure codecs on the recordings of a NeMo manifest or table, and write a report.
 
-    Results are kept: the same command resumes an interrupted run, and another --codec or a larger --limit adds to
-    it. The exit code is 1 if a codec failed on a recording, a line of the manifest could not be used, or a metric
-    that was asked for could not be measured.
+    Results are kept: the same command resumes an interrupted run, and a command with another --codec or a larger
+    --limit adds to the results. The exit code is 1 if a codec failed on a recording, a line of the manifest could not
+    be used, or a requested metric could not be measured.
     """
     from nemo_lfr.evaluation import report
     from nemo_lfr.evaluation.codecs import open_codec
@@ -141,7 +141,7 @@ def evaluate(
         )
         _record_failures(evaluation, requested)
         if not any(result.round_trips for result in evaluation.results):
-            raise NemoLfrError(f"{source}: no codec processed any recording; the lines above say why.")
+            raise NemoLfrError(f"{source}: no codec processed any recording; the messages above give the reasons.")
         command = shlex.join(["nemo-lfr", *sys.argv[1:]])
         paths = report.write_report(evaluation, out, command=command, by=by, examples=examples, **look)
     for path in paths:
@@ -154,7 +154,7 @@ def evaluate(
 
 
 def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> None:
-    """Record the recordings that a codec failed on, and the metrics that were requested and not measured.
+    """Record as failures the recordings that a codec failed on, and the requested metrics that were not measured.
 
     Args:
         evaluation: the finished evaluation.
@@ -163,7 +163,7 @@ def _record_failures(evaluation: "Evaluation", requested: dict[str, str]) -> Non
     for result in evaluation.results:
         for key, reason in result.failures.items():
             fail(evaluation.recordings[key].path, NemoLfrError(f"{result.name}: {reason}"))
-    current().reported = len(current().failures)  # they were printed when they happened
+    current().reported = len(current().failures)  # these failures were already printed when they happened
     for kind, reason in evaluation.failed_models.items():
         fail(requested[kind], NemoLfrError(f"{kind}: the model {requested[kind]} could not be loaded: {reason}"))
     for metric, model in evaluation.models.items():
@@ -186,7 +186,7 @@ def _requested_models(asr: str | None, speaker_model: str | None, model_metrics:
 def _read_recordings(
     source: Path, preset: str | None, audio_dir: Path | None, seed: int
 ) -> "tuple[list[Recording], dict[str, Any]]":
-    """Return the recordings of a manifest or preset, and arguments of the report; record the unusable lines."""
+    """Return the recordings in a manifest or preset, and arguments for the report; unusable lines are failures."""
     from nemo_lfr.evaluation.presets import PRESETS
     from nemo_lfr.io.manifests import read_manifest
 
@@ -202,7 +202,7 @@ def _read_recordings(
         look = {"title": f"Speech codecs on {source.resolve().parent.name}/{source.name}"}
         current().report_failures()
     if not recordings:
-        raise NemoLfrError(f"{source}: contains no recordings.")
+        raise NemoLfrError(f"{source}: no recordings found; pass a manifest with at least one usable line.")
     return recordings, look
 
 
@@ -210,8 +210,9 @@ def _check_manifest(source: Path) -> None:
     """Raise an error unless `source` is a regular file."""
     if source.is_dir():
         raise NemoLfrError(
-            f"{source}: is a folder, not a manifest; write one with: nemo-lfr prepare folder {source} --out FOLDER"
+            f"{source}: this path is a folder, not a manifest; write a manifest with: nemo-lfr prepare folder "
+            f"{source} --out FOLDER"
         )
     if not source.exists():
-        raise NemoLfrError(f"{source}: no such manifest.")
+        raise NemoLfrError(f"{source}: no such file.")
     open_regular(source, advice="write the manifest to a file and pass its path").close()

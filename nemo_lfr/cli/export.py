@@ -12,9 +12,9 @@ from nemo_lfr.cli.session import print_line
 from nemo_lfr.web.runtime import DEFAULT, VERSION
 
 
-@click.group(cls=Group, short_help="Export a codec to another runtime.")
+@click.group(cls=Group, short_help="Export a codec for another runtime.")
 def export() -> None:
-    """Write a codec for another runtime."""
+    """Export a codec for another runtime."""
 
 
 @export.command("safetensors", cls=Command, result=ExportResult, short_help="Export a codec to a safetensors file.")
@@ -29,12 +29,12 @@ def export() -> None:
 def export_to_safetensors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write config.json, model.safetensors and preprocessor_config.json.
 
-    Weights have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained of transformers.
+    The tensors have NeMo's names. Pass the folder as --model to other commands, or to from_pretrained of transformers.
     """
     from nemo_lfr.checkpoint.folder import export_safetensors
     from nemo_lfr.io.hub import find_checkpoint
 
-    open_codec(model, "cpu", "fp32")  # validates the model, and names the default one
+    open_codec(model, "cpu", "fp32")  # validates the model, and logs a message for the bundled codec
     paths = export_safetensors(find_checkpoint(model), out, overwrite=overwrite)
     return _printed(paths)
 
@@ -65,7 +65,7 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
     "--out",
     type=UserPath(file_okay=False),
     required=True,
-    help="Folder for index.html and its files.",
+    help="Folder for index.html and the other files of the site.",
 )
 @click.option(
     "--onnxruntime-web",
@@ -80,26 +80,26 @@ def export_to_onnx(out: Path, model: str | None, overwrite: bool) -> dict[str, A
 def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
     """Write a static site that encodes and decodes in the browser.
 
-    The site has the page of nemo-lfr serve, the ONNX files of the codec and ONNX Runtime. Nothing is downloaded:
-    install onnxruntime-web with npm first.
+    The site consists of the page of nemo-lfr serve, the ONNX files of the codec, and ONNX Runtime. This command
+    downloads nothing, so install onnxruntime-web with npm first.
     """
     from nemo_lfr.web.runtime import read_runtime
     from nemo_lfr.web.site import export_site
 
-    read_runtime(onnxruntime_web)  # before the model is opened, which takes longer
+    read_runtime(onnxruntime_web)  # checked first, because opening the model takes longer
     codec = open_codec(model, "cpu", "fp32")
     name = codec.name if model is None else Path(model).name  # a site should not show paths of this machine
     return _printed(export_site(codec, out, onnxruntime_web, name=name, overwrite=overwrite))
 
 
-@export.command("golden", cls=Command, result=ExportResult, short_help="Export values of every layer, for ports.")
-@click.option("--out", type=UserPath(dir_okay=False), required=True, help="File, NAME.safetensors.")
+@export.command("golden", cls=Command, result=ExportResult, short_help="Export outputs of every layer, to test ports.")
+@click.option("--out", type=UserPath(dir_okay=False), required=True, help="File to write, NAME.safetensors.")
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option
 def export_golden_vectors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
-    """Write a tiny input and the output of every layer for it, with tokens and audio.
+    """Write a short input, and the outputs of every layer for it, with the tokens and the decoded audio.
 
-    A port to another runtime is right if it computes the same values.
+    A port of the codec to another runtime is correct if it gives the same values.
     """
     from nemo_lfr.codec.golden import export_golden
 

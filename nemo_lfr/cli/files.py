@@ -1,4 +1,4 @@
-"""File tasks of `encode` and `decode`: planning, checks and execution."""
+"""Plan, check and run the tasks of `encode` and `decode`, each of which is an input file with its output file."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileTask:
-    """Input file and the path of its output."""
+    """Path of an input file, and path of its output."""
 
     source: Path
     target: Path
@@ -44,23 +44,24 @@ def plan_tasks(
     Args:
         inputs: paths and glob patterns from the command line.
         out: output folder, or output file of a single input; None writes beside the inputs.
-        suffixes: lower-case suffixes of the files to select in folders.
+        suffixes: suffixes of the files to select in folders, in lower case.
         new_suffix: suffix of the outputs.
-        report: called with one line for each folder that has skipped files, after all checks have passed.
+        report: function that is called with one line for each folder in which files were skipped, after all checks
+            have passed.
 
     Returns:
         Tasks without duplicates.
 
     Raises:
-        NemoLfrError: if an input is missing or of another kind, a folder has no matching file, or two inputs have the
-            same output.
+        NemoLfrError: if an input is missing or of another kind, if a folder has no matching file, or if two inputs
+            have the same output.
     """
     passed_over: list[str] = []
     single = names_a_file(out, new_suffix)
     tasks: list[FileTask] = []
     for text in inputs:
         text = str(expand_home(text)) if text.startswith("~") and not os.path.lexists(text) else text
-        exists = text and os.path.lexists(text)  # Path("") would be the current folder
+        exists = text and os.path.lexists(text)  # an empty text is no path; Path("") would be the current folder
         matches = [Path(text)] if exists else [Path(match) for match in find_matches(text)]
         if not matches:
             raise NemoLfrError(_not_found(text, inputs, new_suffix))
@@ -86,9 +87,12 @@ def plan_tasks(
     targets: dict[Path, Path] = {}
     for task in dict.fromkeys(tasks):
         if task.target in targets:
-            raise NemoLfrError(f"{targets[task.target]} and {task.source} would both be written to {task.target}.")
+            raise NemoLfrError(
+                f"{targets[task.target]} and {task.source} would both be written to {task.target}; process them "
+                "separately with different --out folders."
+            )
         if task.target == task.source:
-            raise NemoLfrError(f"{task.source} is the same file as its output; pass --out.")
+            raise NemoLfrError(f"{task.source} is the same file as its output; pass another folder as --out.")
         targets[task.target] = task.source
     for line in passed_over:
         report(f"nemo-lfr: {line}")
@@ -96,7 +100,10 @@ def plan_tasks(
 
 
 def _not_found(text: str, inputs: Sequence[str], new_suffix: str) -> str:
-    """Return the message for an input that does not exist: a pattern, a path, or an output given as an input."""
+    """Return the message for an input that does not exist.
+
+    If the missing input is the last one and looks like an output, the message suggests --out.
+    """
     if any(char in text for char in "*?["):
         return f"{text}: no file matches this pattern."
     missing = f"{text or repr(text)}: no such file or folder"
@@ -130,23 +137,21 @@ def names_a_file(out: Path | None, suffix: str) -> bool:
 
 
 def check_input(path: Path, suffixes: Collection[str]) -> None:
-    """Raise if a file is the input of another command.
-
-    Without this check the file would be reported as damaged.
+    """Raise an error if an input is a file for another command; otherwise it would be reported as damaged.
 
     Args:
-        path: input from the command line; anything but a regular file passes.
-        suffixes: suffixes that the command selects in folders.
+        path: input from the command line. Only regular files are checked.
+        suffixes: suffixes of the files that the command selects in folders.
 
     Raises:
-        NemoLfrError: if the contents are of another kind; the message names the right command or option.
+        NemoLfrError: if the file is of another kind. The message names the right command or option.
     """
     if not path.is_file():
         return
     wanted = TOKENS if TOKEN_SUFFIX in suffixes else AUDIO
     identity = identify(path)
     if identity.kind in {AUDIO.kind, TOKENS.kind, CHECKPOINT.kind, ENTROPY_MODEL.kind} - {wanted.kind}:
-        raise NemoLfrError(f"{path}: is {identity.text}, not {wanted.text}; {identity.advice}.")
+        raise NemoLfrError(f"{path}: this is {identity.text}, not {wanted.text}; {identity.advice}.")
 
 
 def _renamed(path: Path, suffix: str) -> Path:
@@ -166,7 +171,8 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
         skip_existing: value of --skip-existing; tasks whose output exists are dropped.
 
     Raises:
-        NemoLfrError: if both options are set, an output exists and neither is set, or an output folder is a file.
+        NemoLfrError: if both options are set, if an output exists and neither option is set, or if an output folder is
+            a file.
     """
     from nemo_lfr.io.atomic import check_overwrite
 
@@ -190,12 +196,12 @@ def pending_tasks(tasks: Sequence[FileTask], overwrite: bool, skip_existing: boo
 def tasks_to_run(
     inputs: Sequence[str], out: Path | None, suffixes: Collection[str], suffix: str, overwrite: bool, skip: bool
 ) -> list[FileTask]:
-    """Plan the tasks, drop those to skip, and print the skipped files of folders.
+    """Plan the tasks, drop tasks whose output is kept, and print which files in folders were skipped.
 
     See `plan_tasks` and `pending_tasks` for the arguments.
 
     Raises:
-        NemoLfrError: for the errors of `plan_tasks` and `pending_tasks`.
+        NemoLfrError: as in `plan_tasks` and `pending_tasks`.
     """
     passed_over: list[str] = []
     tasks = pending_tasks(plan_tasks(inputs, out, suffixes, suffix, passed_over.append), overwrite, skip)
@@ -205,7 +211,7 @@ def tasks_to_run(
 
 
 def _refuse_file_as_folder(target: Path) -> None:
-    """Raise if a parent folder of an output is an existing file."""
+    """Raise an error if a parent folder of an output is an existing file."""
     for folder in target.parents:
         if os.path.isdir(folder):
             return
@@ -219,12 +225,13 @@ Work = Callable[[list[FileTask]], Iterator[FileFigures]]
 def run_tasks(tasks: Sequence[FileTask], work: Work, batch_size: int) -> dict[str, Any]:
     """Run all tasks and print the paths of the outputs.
 
-    A file that fails is recorded (`session.fail`) and does not stop the others. If a batch fails, its remaining tasks
-    are run one by one.
+    If a task fails, the failure is recorded (`session.fail`) and the other tasks are run. If a batch fails, its
+    remaining tasks are run one by one.
 
     Args:
         tasks: tasks to run.
-        work: takes a batch of tasks and yields a `task_result` for each, in order, as soon as its file is complete.
+        work: function that runs a batch of tasks. It yields the `task_result` of each task, in order, as soon as the
+            output file is complete.
         batch_size: number of tasks per batch.
 
     Returns:
@@ -261,10 +268,11 @@ def _attempts(batch: list[FileTask], work: Work) -> Iterator[FileFigures]:
         if (shortage := shortage_of(error)) is None:
             raise
         if len(batch) == 1:
-            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError  # subclasses take other arguments
+            # Not the error's own class, because subclasses may take other arguments.
+            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
             fail(batch[0].source, kind(f"{batch[0].source}: {shortage}"))
             return
-        error.__traceback__ = None  # it keeps the arrays of the failed attempt alive
+        error.__traceback__ = None  # frees the arrays of the failed attempt, which the traceback references
     for task in batch[done:]:
         yield from _attempts([task], work)
 
@@ -279,14 +287,14 @@ def _line(result: FileFigures) -> str:
 def task_result(
     task: FileTask, codec: "Codec[Any]", num_samples: int, token_file: Path, seconds: float
 ) -> FileFigures:
-    """Return the figures of a finished task, as --json prints them.
+    """Return the description of a finished task that --json prints.
 
     Args:
         task: the finished task.
         codec: codec that was used.
-        num_samples: samples of the recording, at the codec's sample rate.
-        token_file: input or output that holds the tokens.
-        seconds: wall-clock time that the task took.
+        num_samples: number of samples in the recording, at the codec's sample rate.
+        token_file: token file of the task, which is its input or output.
+        seconds: wall-clock time that the task took, in seconds.
     """
     if not num_samples:
         note(f"{task.source}: contains no samples")

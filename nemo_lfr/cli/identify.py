@@ -1,4 +1,4 @@
-"""Identification of files by their first bytes, and of folders by their members."""
+"""Identify files by their first bytes, and folders by the files in them."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ class Identity(NamedTuple):
     Attributes:
         kind: identifier, such as "audio", "tokens" or "checkpoint".
         text: description for messages, such as "an audio file".
-        advice: the command or option that accepts it.
+        advice: clause that names the command or option that accepts the file or folder.
     """
 
     kind: str
@@ -30,7 +30,7 @@ AUDIO = Identity("audio", "an audio file", "nemo-lfr encode reads it")
 TOKENS = Identity("tokens", "a token file", "nemo-lfr decode reads it")
 CHECKPOINT = Identity("checkpoint", "a checkpoint", "pass it as --model")
 ENTROPY_MODEL = Identity("entropy_model", "an entropy model", "pass it as --entropy-model")
-# Offset, magic bytes, identity.
+# Offset and value of the bytes that identify a file, and the kind of file.
 MAGIC = (
     (0, b"LFRT", TOKENS),
     (0, b"LFRM", ENTROPY_MODEL),
@@ -52,7 +52,7 @@ MAGIC = (
     (257, b"ustar", CHECKPOINT),
     (0, b"PK\x03\x04", CHECKPOINT),
 )
-# Members that identify a folder; the first match decides.
+# Names of files that identify a folder, and the kind of folder. The first match decides.
 MEMBERS = (
     ("encoder.onnx", Identity("onnx", "a folder of ONNX files", "pass it as --model")),
     ("model_config.yaml", Identity("checkpoint", "an unpacked checkpoint", "pass it as --model")),
@@ -70,8 +70,8 @@ def identify(path: Path) -> Identity:
         path: existing file or folder.
 
     Raises:
-        NemoLfrError: for a pipe, a device or a socket, since reading one could block forever.
-        OSError: if it cannot be read.
+        NemoLfrError: for a pipe, a device or a socket, because reading from it could block forever.
+        OSError: if the file or folder cannot be read.
     """
     if path.is_dir():
         return _folder(path)

@@ -24,7 +24,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
 from nemo_lfr.io.locate import expand_home
 
-# Target rate (Hz) of an `AudioReader` that only reads headers; any valid value would do.
+# Target sample rate in Hz for an `AudioReader` that only reads headers; it has no effect.
 INFO_RATE = 22050
 
 
@@ -47,7 +47,7 @@ def info(files: tuple[str, ...]) -> dict[str, Any]:
         if position:
             print_line("")
         print_table(values)
-    only: dict[str, Any] = {**items[0]} if len(files) < 2 else {}  # as before `items` existed
+    only: dict[str, Any] = {**items[0]} if len(files) < 2 else {}  # earlier versions only had these keys
     return only | {"items": items}
 
 
@@ -61,7 +61,7 @@ def describe(text: str | None) -> InfoFigures:
         Properties by name, as `nemo-lfr info --json` prints them.
 
     Raises:
-        NemoLfrError: if the file is missing or this package cannot read it.
+        NemoLfrError: if the file is missing, or is not a file that this package can read.
     """
     path = None if text is None else expand_home(text)
     if path is None or not os.path.lexists(path):

@@ -1,7 +1,8 @@
 """Command group `nemo-lfr` and its entry point.
 
-Each command has its own file and imports torch and other large packages only when it runs, so that `--help` is fast.
-Results go to stdout and everything else to stderr. Errors are one line. The exit codes are those of `EXIT_CODES`.
+Each command is in its own file. It imports torch and other large packages only when it runs, so that `--help` is fast.
+Results go to stdout, and everything else to stderr. An error is printed as one line. `EXIT_CODES` lists the exit
+codes.
 """
 
 import errno
@@ -42,8 +43,8 @@ DISK_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 EXIT_CODES = {
     DONE: "Everything was done.",
-    FAILED: "Something that was asked for was not done; stderr says what.",
-    USAGE: "Nothing was done: the command line or a file that it names is invalid.",
+    FAILED: "The work began, but an input, a metric or an output failed.",
+    USAGE: "Nothing was done: an argument, or a file that it names, is invalid.",
 }
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {text}" for code, text in EXIT_CODES.items())
 
@@ -51,7 +52,7 @@ EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {text}" for code, text in E
 @click.group(cls=PluginGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="nemo-lfr")
 def app() -> None:
-    """Encode speech to tokens at 21.5 frames per second, and decode it."""
+    """Encode speech to tokens at 21.5 frames per second, and decode tokens to speech."""
 
 
 app.params += common_options()
@@ -88,9 +89,10 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Open closed standard descriptors on the null device, and let stdout print any file name.
+    """Replace closed standard streams with the null device, and let stdout print any file name.
 
-    A file that is opened while descriptor 1 or 2 is closed would receive the output of print and of native libraries.
+    If stdout or stderr is closed, the next file that is opened gets its descriptor. This file would then receive the
+    output of `print` and of native libraries.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -102,10 +104,10 @@ def _prepare_streams() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; the entry point of `nemo-lfr`.
+    """Run the command-line interface; this is the entry point of `nemo-lfr`.
 
     Args:
-        arguments: arguments without the program name; default: those of the process.
+        arguments: arguments without the program name; default: the arguments of the process.
     """
     _prepare_streams()
     with _stopped_by_signals():
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _exit_with_error(error: BaseException, session: Session, code: int) -> NoReturn:
-    """Print an error as one line on stderr, and as JSON if --json was passed, and exit."""
+    """Print an error as one line on stderr, also print it as JSON if --json was passed, and exit."""
     record = failure(getattr(error, "filename", None) or "", error)
     if session.verbose and not isinstance(error, click.UsageError):
         for line in "".join(traceback.format_exception(error)).splitlines():
@@ -128,7 +130,7 @@ def _exit_with_error(error: BaseException, session: Session, code: int) -> NoRet
 def _check_current_folder(session: Session) -> None:
     """Exit with an error if the current folder was removed.
 
-    Python and PyTorch call `os.getcwd` in many places and would fail there with a traceback.
+    Without this check, Python or PyTorch would fail with a traceback, because they call `os.getcwd` in many places.
     """
     try:
         os.getcwd()
@@ -140,7 +142,7 @@ def _check_current_folder(session: Session) -> None:
 def _run(arguments: Sequence[str] | None) -> None:
     session = Session()
     _check_current_folder(session)
-    os.environ.setdefault("PATH", os.defpath)  # importing Lhotse fails without PATH
+    os.environ.setdefault("PATH", os.defpath)  # Lhotse cannot be imported if PATH is not set
     try:
         app.main(args=arguments, prog_name="nemo-lfr", standalone_mode=False, obj=session)
     except click.UsageError as error:
@@ -148,10 +150,10 @@ def _run(arguments: Sequence[str] | None) -> None:
     except click.ClickException as error:
         _exit_with_error(NemoLfrError(error.format_message()), session, USAGE)
     except (click.Abort, KeyboardInterrupt) as error:
-        # click turns EOFError and KeyboardInterrupt into Abort; only the latter is an interrupt.
+        # click raises Abort for EOFError and for KeyboardInterrupt, but only the latter is an interrupt.
         cause = error.__cause__ or error.__context__
         if isinstance(cause, EOFError):
-            _exit_with_error(EOFError(f"a file ends too early ({cause})."), session, FAILED)
+            _exit_with_error(EOFError(f"a file is truncated ({cause})."), session, FAILED)
         echo_stderr("nemo-lfr: interrupted.")
         sys.exit(130)
     except BrokenPipeError:
@@ -162,7 +164,7 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 
 def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
-    """Print a usage error with a hint to --help; print the full help of a group without a command."""
+    """Print a usage error that mentions --help; if the command of a group is missing, print the help of the group."""
     no_arguments = getattr(click.exceptions, "NoArgsIsHelpError", ())  # since click 8.2
     if isinstance(error, no_arguments):
         click.echo(error.format_message(), err=True)
@@ -174,9 +176,9 @@ def _exit_for_usage(error: click.UsageError, session: Session) -> NoReturn:
 
 
 def _exit_for(error: Exception, session: Session) -> NoReturn:
-    """Print an error of a command, and exit with the code for it.
+    """Print an error that a command raised, and exit with the code for this error.
 
-    An error that is raised before the work begins counts as a usage error.
+    An error that is raised before the work begins (`session.begin_work`) counts as a usage error.
     """
     code = FAILED if session.started else USAGE
     if isinstance(error, NemoLfrError):
@@ -184,14 +186,14 @@ def _exit_for(error: Exception, session: Session) -> NoReturn:
     if isinstance(error, OSError):
         if error.errno in DISK_FULL:
             code = FAILED
-            if error.filename is None:  # errors of our file writers have a name
+            if error.filename is None:  # the error is from stdout, since this package's file writers set a name
                 discard_output(sys.stdout)
                 error = OSError(error.errno, error.strerror, "stdout")
         _exit_with_error(error, session, code)
     shortage = shortage_of(error)
     if shortage is not None:
         _exit_with_error(NemoLfrError(shortage), session, FAILED)
-    hint = "" if session.verbose else " Pass --verbose for the traceback, and report this error."
+    hint = "" if session.verbose else " Please report this error with the traceback that --verbose prints."
     text = f"unexpected {type(error).__name__}: {error}.{hint}"
     unexpected = RuntimeError(text)
     unexpected.__traceback__, unexpected.__cause__ = None, error

@@ -21,21 +21,21 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 class Number(click.FloatRange):
-    """Float option in a range; NaN is an error."""
+    """Type of an option whose value is a float in a range; NaN is an error."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Convert the value to a float within the range; NaN is an error."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
-            self.fail("nan is not a number.", param, ctx)
+            self.fail("nan is not a valid number.", param, ctx)
         return number
 
 
 class UserPath(click.Path):
-    """Path option with a `Path` as its value.
+    """Type of an option whose value is a `Path`.
 
-    `~` is expanded, since a shell does not expand it in quotes or in `--out=~/tokens`. An empty path, which an unset
-    shell variable yields, is an error.
+    `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error: it
+    is usually the result of an unset shell variable.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -50,10 +50,10 @@ class UserPath(click.Path):
 
 
 class PathText(click.ParamType):  # type: ignore[type-arg]  # generic in recent releases of click
-    """Text that may be a path, a pattern, a Hub id or "-"; a shell completes it as a path.
+    """Type of an argument that may be a path, a pattern, a Hub id or "-"; a shell completes it as a path.
 
     Args:
-        name: placeholder in help texts.
+        name: placeholder for the value in help texts.
     """
 
     def __init__(self, name: str = "path") -> None:
@@ -69,8 +69,8 @@ def open_codec(model: str | None, device: str | None, precision: str) -> "Codec[
 
     Args:
         model: checkpoint, folder of ONNX files or Hub id; None for the bundled codec.
-        device: device of the network; None for the default.
-        precision: see `nemo_lfr.load`.
+        device: device to run on; None for the default.
+        precision: as in `nemo_lfr.load`.
     """
     from nemo_lfr.pretrained import load
 
@@ -98,7 +98,7 @@ precision_option = click.option(
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Number format of the computation.",
+    help="Numerical precision of the encoder and decoder.",
 )
 
 
@@ -116,11 +116,11 @@ def count_option(name: str, text: str, default: int | None = None, low: int | No
     """Return an option whose value is a whole number.
 
     Args:
-        name: the option, such as "--workers".
+        name: name of the option, such as "--workers".
         text: help text; it must state the default unless `default` is set.
         default: default value.
         low: smallest value; None for any.
-        options: more arguments of `click.option`.
+        options: other arguments of `click.option`.
     """
     kind = click.INT if low is None else click.IntRange(min=low)
     return click.option(
@@ -133,7 +133,7 @@ def seconds_option(name: str, text: str, default: float | None = None, low: floa
     """Return an option whose value is a number of seconds.
 
     Args:
-        name: the option, such as "--duration".
+        name: name of the option, such as "--duration".
         text: help text; it must state the default unless `default` is set.
         default: default value.
         low: smallest value.
@@ -153,5 +153,5 @@ skip_existing_option = click.option(
     "--skip-existing", is_flag=True, help="Keep existing outputs and process the other inputs."
 )
 lookahead_option = count_option(
-    "--lookahead", "Frames of lookahead for pipes (default: all frames that a result depends on).", low=0
+    "--lookahead", "Frames of lookahead for pipes; fewer reduce latency and quality (default: the codec's).", low=0
 )

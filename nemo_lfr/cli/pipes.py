@@ -1,4 +1,4 @@
-"""Streaming from stdin to stdout for `encode - -` and `decode - -`."""
+"""Encode and decode from stdin to stdout while the input arrives, for `encode - -` and `decode - -`."""
 
 import io
 import os
@@ -27,9 +27,9 @@ from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWrite
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Bytes of stdin to read for format detection; input of an unknown format is not spooled to disk.
+# Bytes of stdin to read for format detection, before input of other formats than WAV is written to a temporary file.
 SNIFFED_BYTES = 1 << 16
-UNKNOWN_BYTES = 0xFFFFFFFF  # length field of a WAV file whose length is not known yet
+UNKNOWN_BYTES = 0xFFFFFFFF  # value of the length field in a WAV header if the length is not known yet
 
 
 def encode_pipe(
@@ -44,17 +44,18 @@ def encode_pipe(
 
     Args:
         codec: codec to use.
-        source: audio file, or stdin. WAV from stdin is encoded as it arrives, other formats once they are complete.
-        sink: receives the token file block by block.
-        block: frames per chunk; larger chunks need less computation and add delay.
-        lookahead: frames of right context; see `Codec.stream_encoder`.
-        model: entropy model that compresses each block, if any. Longer blocks compress better.
+        source: audio file, or stdin. WAV from stdin is encoded as it arrives. Other formats are encoded after the end
+            of the input.
+        sink: file to write the token file to, block by block.
+        block: frames per chunk. Larger chunks are processed faster, but increase latency.
+        lookahead: frames of lookahead; see `Codec.stream_encoder`.
+        model: entropy model that compresses each block; None for no compression. Longer blocks compress better.
 
     Returns:
-        The closed reader of the audio, for its name, channels and number of samples.
+        The closed reader of the audio, which has the name, the channels and the number of samples of the input.
 
     Raises:
-        AudioError: if the input is not audio or is damaged; the token file in `sink` is then incomplete.
+        AudioError: if the input is not audio or is damaged. The token file in `sink` is then incomplete.
     """
     stream = codec.stream_encoder(lookahead)
     metadata = Metadata.of(codec)
@@ -78,15 +79,15 @@ def decode_pipe(
 ) -> None:
     """Decode a token file to 16-bit WAV while it arrives.
 
-    The WAV header states an unknown length, as usual for WAV in a pipe. If `sink` is a regular file, the header is
-    corrected at the end.
+    The length in the WAV header is first set to "unknown", as usual for WAV in a pipe. If `sink` is a regular file,
+    the length is corrected at the end.
 
     Args:
         codec: codec to use.
-        source: token file, read block by block.
-        sink: receives the audio.
-        lookahead: frames of right context; see `Codec.stream_decoder`.
-        model: path of the entropy model of a compressed file; None to search for it by its hash.
+        source: token file, which is read block by block.
+        sink: file to write the audio to.
+        lookahead: frames of lookahead; see `Codec.stream_decoder`.
+        model: path of the entropy model that the file was compressed with; None to search for it by its hash.
 
     Raises:
         TokenFileError: if the token file is damaged or belongs to another codec.
@@ -97,7 +98,8 @@ def decode_pipe(
     start = _position(sink)
     sink.write(_wav_header(codec.sample_rate, None))
     num_samples = 0
-    waiting = np.zeros(0, np.float32)  # last decoded frame; only the end section says how many samples of it count
+    # The last decoded frame is held back, because only the end of the token file says how many of its samples to keep.
+    waiting = np.zeros(0, np.float32)
 
     def write(audio: np.ndarray) -> None:
         nonlocal num_samples
@@ -128,8 +130,8 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
     header, head = read_wav_header(source.read)
     if header is not None and not header.is_mpeg:
         samples = WavSamples(header, len(head))
-        rest = source.read(len(source.peek()))  # empty the buffer: `_feed` reads the descriptor directly
-        # libsndfile needs a descriptor, so the header and the samples pass through a second pipe.
+        rest = source.read(len(source.peek()))  # empties the buffer: `_feed` reads from the descriptor directly
+        # libsndfile needs a descriptor, so a thread copies the header and the samples into a second pipe.
         out, into = os.pipe()
         with _woken_by_signals() as wake:
             feeder = (header.rebuilt(None), rest, samples, source, into, wake)
@@ -151,7 +153,7 @@ def _open_audio(source: Path | io.BufferedReader, sample_rate: int) -> Iterator[
 
 
 def _may_be_audio(head: bytes) -> bool:
-    """Return whether the first bytes of a stream may be those of an audio file."""
+    """Return whether a stream that starts with these bytes may be an audio file."""
     if is_known(head) or looks_like_media(head[:16]):
         return True
     try:
@@ -169,19 +171,19 @@ def _feed(
     Args:
         header: bytes to write first.
         rest: samples that were already read from `source`.
-        samples: tracks the length of the sample data and finds its end.
+        samples: object that counts the sample data and finds its end.
         source: stdin.
-        into: write end of the pipe; it is closed at the end.
-        wake: descriptor that becomes readable when copying must stop; None if there is none.
+        into: write end of the pipe; this function closes it.
+        wake: descriptor that becomes readable when copying must stop; None if copying is never stopped.
     """
     read: Callable[[int], bytes]
     try:
-        # Bypass the buffered reader: the interpreter needs its lock to shut down.
+        # Read from the descriptor and not from the buffered reader, whose lock the interpreter needs to shut down.
         descriptor = source.fileno()
         read = partial(os.read, descriptor)
     except OSError:  # `source` has no descriptor
         wake, read = None, source.read1
-    # OSError and ValueError mean that the reader has closed the pipe or the stream.
+    # OSError and ValueError mean that the other side has closed the pipe or the stream.
     with suppress(OSError, ValueError), os.fdopen(into, "wb", buffering=0) as pipe:
         pipe.write(header)
         piece = rest or read(65536)
@@ -195,10 +197,11 @@ def _feed(
 
 @contextmanager
 def _woken_by_signals() -> Iterator[int | None]:
-    """Provide a descriptor that becomes readable on a signal and when the context ends.
+    """Yield a descriptor that becomes readable when a signal arrives or the context ends; None if not supported.
 
-    Python handles a signal only when the main thread returns to the interpreter. While libsndfile blocks in a read of
-    the pipe, it does not return, so the feeding thread watches this descriptor and closes the pipe.
+    Python handles a signal only when the main thread returns to the interpreter. It does not return while libsndfile
+    waits for data from the pipe. Therefore the feeding thread watches this descriptor, and closes the pipe on a
+    signal.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield None
@@ -210,11 +213,11 @@ def _woken_by_signals() -> Iterator[int | None]:
         yield out
     finally:
         signal.set_wakeup_fd(before)
-        os.close(into)  # makes `out` readable, which ends a waiting `_feed`; `out` stays open for it
+        os.close(into)  # makes `out` readable, so that a waiting `_feed` ends; `out` stays open for `_feed`
 
 
 def _position(sink: IO[bytes]) -> int | None:
-    """Return the position in a seekable file; None for a pipe or a file in append mode."""
+    """Return the current position in a seekable file; None for a pipe or a file in append mode."""
     with suppress(OSError, ImportError):
         import fcntl
 
@@ -224,7 +227,7 @@ def _position(sink: IO[bytes]) -> int | None:
 
 
 def _wav_header(sample_rate: int, num_samples: int | None) -> bytes:
-    """Return the WAV header of 16-bit mono PCM; `num_samples` is None if the length is unknown."""
+    """Return a WAV header for 16-bit mono PCM; `num_samples` is None if the length is unknown."""
     size = UNKNOWN_BYTES if num_samples is None else 2 * num_samples
     return struct.pack(
         "<4sI4s4sIHHIIHH4sI",

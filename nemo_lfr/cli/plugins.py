@@ -1,4 +1,4 @@
-"""Commands of installed packages."""
+"""Commands that other installed packages add."""
 
 import click
 
@@ -10,9 +10,9 @@ ENTRY_POINTS = "nemo_lfr.commands"
 
 
 class PluginGroup(Group):
-    """Command group that also has the commands of installed packages, from the entry points `nemo_lfr.commands`.
+    """Command group that includes the commands of other packages, from the entry points `nemo_lfr.commands`.
 
-    A package's command cannot replace a built-in one.
+    A command of another package cannot replace a built-in command.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -20,7 +20,7 @@ class PluginGroup(Group):
         return sorted({*super().list_commands(ctx), *plugin_names(ENTRY_POINTS)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command; one that cannot be imported fails when it is called."""
+        """Return a command. If the command cannot be imported, return one that fails with the reason."""
         command = super().get_command(ctx, cmd_name)
         if command is None:
             try:
@@ -28,12 +28,14 @@ class PluginGroup(Group):
             except NemoLfrError as error:
                 return _unusable(cmd_name, str(error))
             if command is not None and not isinstance(command, click.Command):
-                return _unusable(cmd_name, f"{ENTRY_POINTS}: {cmd_name!r} is not a click command.")
+                return _unusable(
+                    cmd_name, f"{ENTRY_POINTS}: {cmd_name!r} is not a click command; repair or uninstall its package."
+                )
         return command
 
 
 def _unusable(name: str, message: str) -> click.Command:
-    """Return a command that fails with a message."""
+    """Return a command that fails with a message, whatever its arguments are."""
 
     def fail(arguments: tuple[str, ...]) -> None:
         raise NemoLfrError(message)

@@ -14,10 +14,10 @@ from nemo_lfr.io.layouts import LAYOUTS
 
 
 class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent releases only
-    """Layout of a corpus: one of our own, or a recipe of Lhotse."""
+    """Type of an argument that names the layout of a corpus: a built-in layout, or a recipe of Lhotse."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the value if it is valid; recipes are checked when the command runs."""
+        """Return the value if it is valid. Names of recipes are checked later, when the command runs."""
         return value if str(value).startswith("lhotse:") else super().convert(value, param, ctx)
 
 
@@ -36,14 +36,14 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
 def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int, no_check: bool) -> dict[str, Any]:
-    """Turn an unpacked corpus into the manifests that training reads; the audio stays where it is.
+    """Write training manifests for an unpacked corpus. The audio files are not moved or copied.
 
-    KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk as published, folder for any
-    folder of audio files, table for a .csv, .tsv or metadata.jsonl file, or lhotse:NAME for what the recipe
-    NAME of Lhotse reads, such as lhotse:ljspeech.
+    KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk for these corpora as published, folder for
+    any folder of audio files, table for a .csv, .tsv or metadata.jsonl file, or lhotse:NAME for a corpus that the
+    Lhotse recipe NAME can read, such as lhotse:ljspeech.
 
-    An interrupted run resumes where it stopped. Files that cannot be used are listed in failures.jsonl; the
-    exit code is then 1.
+    If a run is interrupted, the same command resumes it. Files that cannot be used are listed in failures.jsonl;
+    the exit code is then 1.
     """
     from nemo_lfr.training.prepare import prepare
 

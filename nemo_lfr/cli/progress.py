@@ -1,4 +1,4 @@
-"""Progress of a command: a bar on a terminal, occasional lines elsewhere, nothing with --quiet."""
+"""Show the progress of a command: a bar on a terminal, occasional lines elsewhere, and nothing with --quiet."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ def progress(total: int, unit: str = "files", *, prints_lines: bool = False) -> 
 
     Args:
         total: number of items.
-        unit: what is counted.
-        prints_lines: whether the command prints a line on stdout for each item, which replaces the bar.
+        unit: noun for the items, in the plural.
+        prints_lines: whether the command prints a line on stdout for each item. If so, there is no bar on a terminal.
 
     Yields:
-        A function to call once per finished item, with a line to print or "".
+        A function to call after each finished item, with a line to print or "".
     """
     begin_work()
     done = 0

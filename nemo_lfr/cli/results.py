@@ -1,8 +1,8 @@
 """Output of `--json`: one TypedDict for each command.
 
-Keys are snake_case and end in the unit of their value: `_s` seconds, `_hz` hertz, `_bps` bits per second, `_bytes`
-bytes. Numbers are numbers, and paths are strings. Every output has `failures`, a list of `Failure` records, which is
-empty if everything was done. A command that was refused prints only that key.
+Keys are in snake_case. A key whose value has a unit ends in the unit: `_s` seconds, `_hz` hertz, `_bps` bits per
+second, `_bytes` bytes. Numbers are JSON numbers, and paths are strings. Every output has the key `failures`, a list of
+`Failure` records, which is empty on success. If a command fails before it has a result, the output has only this key.
 """
 
 from typing import Literal, TypedDict
@@ -11,17 +11,17 @@ from nemo_lfr.errors import Failure
 
 
 class Result(TypedDict):
-    """Keys of every output."""
+    """Key that every output has."""
 
     failures: list[Failure]
 
 
 class Quality(TypedDict):
-    """Measured quality; None where the package for the metric is missing.
+    """Measured quality. A metric is None if the package for it is not installed.
 
     Attributes:
-        pesq_wb: PESQ-WB (ITU-T P.862.2), a MOS.
-        estoi: ESTOI.
+        pesq_wb: wideband PESQ (ITU-T P.862.2), on the MOS scale.
+        estoi: ESTOI, from 0 to 1.
         si_sdr_db: SI-SDR in dB.
     """
 
@@ -37,9 +37,9 @@ class FileFigures(TypedDict):
         input: path of the input.
         output: path of the output.
         duration_s: duration of the recording.
-        samples: number of samples of the recording at the codec's sample rate.
+        samples: number of samples in the recording at the codec's sample rate.
         token_file_bytes: size of the token file, which is the output of `encode` and the input of `decode`.
-        bit_rate_bps: bits of the token file per second of audio.
+        bit_rate_bps: size of the token file in bits, per second of audio.
         times_real_time: seconds of audio per second of processing.
     """
 
@@ -53,7 +53,7 @@ class FileFigures(TypedDict):
 
 
 class FilesResult(Result):
-    """Output of `encode` and `decode`; outputs that existed and were kept are not in `files`."""
+    """Output of `encode` and `decode`. Files that already existed and were kept are not in `files`."""
 
     files: list[FileFigures]
 
@@ -62,8 +62,8 @@ class CodecFigures(TypedDict):
     """A checkpoint, a folder of ONNX files, or the bundled codec, as described by `info`.
 
     Attributes:
-        encoder_context_frames: numbers of frames before and after each frame that influence its tokens.
-        decoder_context_frames: numbers of frames before and after each frame that influence its decoded audio.
+        encoder_context_frames: numbers of frames before and after a frame that influence its tokens.
+        decoder_context_frames: numbers of frames before and after a frame that influence its decoded audio.
         encoder_parameters: number of parameters; None for ONNX files.
         decoder_parameters: number of parameters; None for ONNX files.
         file_bytes: size of the checkpoint; None for ONNX files.
@@ -96,9 +96,9 @@ class TokenFileFigures(TypedDict):
     """A token file, as described by `info`.
 
     Attributes:
-        bit_rate_bps: bits of the whole file per second of audio.
-        payload_bit_rate_bps: the same of the tokens without header and checksums.
-        entropy_model: hash of the model that compresses the file; None for packed frames.
+        bit_rate_bps: size of the whole file in bits, per second of audio.
+        payload_bit_rate_bps: size of the tokens without header and checksums in bits, per second of audio.
+        entropy_model: hash of the entropy model that the file was compressed with; None if it is not compressed.
     """
 
     kind: Literal["tokens"]
@@ -143,9 +143,9 @@ class AudioFigures(TypedDict):
     """An audio file, as described by `info`.
 
     Attributes:
-        duration_s: duration in seconds.
-        sample_rate_hz: sample rate of the file in Hz.
-        use: hint that names the command for the file.
+        duration_s: duration of the audio.
+        sample_rate_hz: sample rate of the file.
+        use: text that names the command for the file.
     """
 
     kind: Literal["audio"]
@@ -158,7 +158,12 @@ class AudioFigures(TypedDict):
 
 
 class OtherFigures(TypedDict):
-    """Another file or folder, as described by `info`: what it is, and the command that accepts it."""
+    """Another file or folder, as described by `info`.
+
+    Attributes:
+        description: text that says what the file or folder is.
+        use: text that names the command for it.
+    """
 
     kind: Literal["corpus", "corpus_tokens", "evaluation", "files"]
     path: str
@@ -172,7 +177,7 @@ InfoFigures = CodecFigures | TokenFileFigures | EntropyModelFigures | AudioFigur
 class InfoResult(Result):
     """Output of `info`, in the order of the arguments.
 
-    With at most one argument, the object also has the keys of its item.
+    If `info` has at most one argument, the output also has the keys of the only item.
     """
 
     items: list[InfoFigures]
@@ -184,14 +189,14 @@ class DemoResult(Result):
     Attributes:
         original_bytes: size of the recording as 16-bit samples.
         token_file_bytes: size of the token file.
-        bit_rate_bps: bits of the token file per second of audio.
-        codec_bit_rate_bps: bits of the tokens per second of audio.
+        bit_rate_bps: size of the token file in bits, per second of audio.
+        codec_bit_rate_bps: size of the tokens alone in bits, per second of audio.
         encode_s: time that encoding took.
         decode_s: time that decoding took.
-        spectrograms: path of the picture; None without matplotlib.
+        spectrograms: path of the picture; None if matplotlib is not installed.
         quality: measured quality of the decoded audio.
-        encode_times_real_time: seconds of audio encoded per second.
-        decode_times_real_time: seconds of audio decoded per second.
+        encode_times_real_time: seconds of audio per second of encoding.
+        decode_times_real_time: seconds of audio per second of decoding.
     """
 
     codec: str
@@ -230,7 +235,7 @@ class PrepareResult(Result):
     """Output of `prepare`.
 
     Attributes:
-        splits: the manifests, by split: train, valid, test.
+        splits: manifest of each split (train, valid or test), by the name of the split.
         failures_file: path of failures.jsonl; None if nothing failed.
         kept: files of earlier runs in the output folder that this run did not write.
         audio_dir: folder that the paths in the manifests are relative to.
@@ -243,14 +248,16 @@ class PrepareResult(Result):
 
 
 class TokenizeResult(Result):
-    """Output of `tokenize`; tokens.json in the output folder has more.
+    """Output of `tokenize`. The file tokens.json in the output folder has more information.
+
+    With --shard-of, several processes share a run. While shards of other processes are missing, `metadata` and
+    `failures_file` are None, and the counts are those of this process.
 
     Attributes:
         output: the output folder.
-        metadata: path of tokens.json; None if shards of other parts are missing.
-        failures_file: path of failures.jsonl; None if shards of other parts are missing.
-        missing_shards: number of shards that other parts of the run have not completed; the counts are then those of
-            this part.
+        metadata: path of tokens.json.
+        failures_file: path of failures.jsonl.
+        missing_shards: number of shards that other processes have not completed yet.
     """
 
     output: str
@@ -265,7 +272,7 @@ class TokenizeResult(Result):
 
 
 class DetokenizeResult(Result):
-    """Output of `detokenize`: the audio files, including those that existed."""
+    """Output of `detokenize`: the audio files, including files that already existed."""
 
     files: list[str]
 
@@ -274,7 +281,7 @@ class EvaluateResult(Result):
     """Output of `evaluate`.
 
     Attributes:
-        files: the report in its formats; the CSV files have the figures.
+        files: paths of the report in all formats; the CSV files contain the measured values.
         recordings: number of recordings.
         codecs: names of the compared codecs.
     """
@@ -289,12 +296,12 @@ class EntropyFitResult(Result):
 
     Attributes:
         utterances: number of utterances that the model was fitted to.
-        frames: number of their frames.
+        frames: number of frames in these utterances.
         held_out_frames: number of frames that the model was measured on.
         entropy_model: hash of the model.
-        bits_per_frame: mean over the utterances that were held out.
-        uniform_bits_per_frame: bits of a frame without compression.
-        saved_share: share of these bits that the model saves.
+        bits_per_frame: mean number of bits per compressed frame, for the utterances that were held out.
+        uniform_bits_per_frame: number of bits per frame without compression.
+        saved_share: fraction of these bits that the model saves.
     """
 
     output: str
@@ -309,11 +316,11 @@ class EntropyFitResult(Result):
 
 
 class ServeResult(Result):
-    """Output of `serve`, when it stops.
+    """Output of `serve`, which is printed when the server stops.
 
     Attributes:
-        url: address at which it served.
-        num_streams: number of streams that were opened, those of posted files included.
+        url: address of the server.
+        num_streams: number of streams that were opened, including streams for posted files.
     """
 
     url: str

@@ -23,7 +23,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @click.command(cls=Command, result=ServeResult, short_help="Run a server that encodes and decodes.")
-@click.option("--host", default=LOCAL[0], show_default=True, help="Address to bind; 0.0.0.0 for all.")
+@click.option("--host", default=LOCAL[0], show_default=True, help="Address to bind to; 0.0.0.0 for all interfaces.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -32,8 +32,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
     show_default=True,
     help="TCP port; 0 for a free one.",
 )
-@count_option("--max-streams", "Maximum number of open streams.", 64)
-@count_option("--chunk", "Number of frames per stream and step.", 4)
+@count_option("--max-streams", "Maximum number of open streams and files.", 64)
+@count_option("--chunk", "Maximum number of frames of a stream that are processed in one step.", 4)
 @seconds_option("--idle", "Timeout for idle clients, in seconds.", 60.0, low=1)
 @seconds_option("--drain", "Timeout for open streams at shutdown, in seconds.", 30.0)
 @click.option("--allow-origin", multiple=True, metavar="URL", help="Allowed origin of web pages; repeatable.")
@@ -44,10 +44,10 @@ def serve(
     host: str, port: int, max_streams: int, chunk: int, idle: float, drain: float, allow_origin: tuple[str, ...],
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Serve encoding and decoding of files and live streams, and a page for browsers at /.
+    """Run a server that encodes and decodes files and live streams, with a page for browsers at /.
 
-    All live streams advance together in batches. If the environment variable NEMO_LFR_TOKEN is set, clients must send
-    its value. SIGTERM and Ctrl-C let open streams end before the server stops.
+    Live streams are processed together in batches. If the environment variable NEMO_LFR_TOKEN is set, clients must
+    send its value as the access token. After SIGTERM or Ctrl-C, open streams may end before the server stops.
     """
     try:
         from nemo_lfr.serve.app import Settings, create_app
@@ -62,7 +62,7 @@ def serve(
 
     token = os.environ.get("NEMO_LFR_TOKEN")
     if token is not None:
-        token = token.strip()  # files of secrets end with a newline
+        token = token.strip()  # a token from a file usually ends with a newline
         if not token or not token.isascii() or not token.isprintable():
             raise NemoLfrError("NEMO_LFR_TOKEN is empty or not printable ASCII; unset it, or set it to a secret.")
     settings = Settings(
@@ -74,6 +74,6 @@ def serve(
     app = create_app(open_codec(**options), settings)
     begin_work()
     if host not in LOCAL and token is None:
-        note("everyone who reaches this address can use the server; set NEMO_LFR_TOKEN to require a token.")
+        note("everyone who can reach this address can use the server; set NEMO_LFR_TOKEN to require an access token.")
     url = run(app, host, port, settings, drain, lambda address: note(f"serving at {address}"))
     return {"url": url, "num_streams": app.state.engine.num_opened}

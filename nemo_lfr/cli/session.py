@@ -1,4 +1,4 @@
-"""Output rules of one run of the command line: --json, --quiet, --verbose, and the failures so far."""
+"""State of one run of a command: the options --json, --quiet and --verbose, and the failures so far."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ import click
 from nemo_lfr.cli.terminal import echo_stderr
 from nemo_lfr.errors import Failure, failure
 
-# Exit codes. A signal ends a command with 128 + its number.
+# Exit codes. A command that is stopped by a signal exits with 128 + the number of the signal.
 DONE = 0
 FAILED = 1
 USAGE = 2
@@ -25,14 +25,14 @@ logger = logging.getLogger("nemo_lfr")
 
 @dataclass
 class Session:
-    """State of one run of the command line.
+    """State of one run of a command.
 
     Attributes:
-        as_json: print the result as JSON on stdout, and nothing else.
-        quiet: print only errors on stderr.
-        verbose: print the log of the package, and tracebacks, on stderr.
-        started: whether the arguments were accepted and the work has begun; decides the exit code of an error.
-        failures: records of what was requested but not done.
+        as_json: whether to print the result as JSON on stdout, and nothing else there.
+        quiet: whether to print only errors on stderr.
+        verbose: whether to print log messages and tracebacks on stderr.
+        started: whether the arguments were accepted and the work has begun. It determines the exit code of an error.
+        failures: records of requested work that failed.
         reported: number of failures that `report_failures` has already printed.
     """
 
@@ -44,12 +44,12 @@ class Session:
     reported: int = 0
 
     def report_failures(self, total: int = 0, shown: int = SHOWN_FAILURES, see: str = "") -> None:
-        """Print the failures that were not reported yet on stderr.
+        """Print failures on stderr that have not been printed yet.
 
         Args:
             total: number of inputs, for the last line.
-            shown: how many failures to print.
-            see: where all failures are listed.
+            shown: maximum number of failures to print.
+            see: name of the file that lists all failures; "" for none.
         """
         failures = self.failures[self.reported :]
         self.reported = len(self.failures)
@@ -62,24 +62,27 @@ class Session:
 
 
 def current() -> Session:
-    """Return the session of the command that runs; a new one outside of commands."""
+    """Return the session of the running command; a new session if no command is running."""
     context = click.get_current_context(silent=True)
     return (context and context.find_object(Session)) or Session()
 
 
 def begin_work() -> None:
-    """Note that the arguments were accepted: an error from here on is a failure of the work, not of usage."""
+    """Record that the arguments were accepted; later errors are failures of the work, not usage errors."""
     current().started = True
 
 
 def note(text: str) -> None:
-    """Print a line on stderr that --quiet suppresses."""
+    """Print a line on stderr, unless --quiet was passed."""
     if not current().quiet:
         echo_stderr(text)
 
 
 def print_line(text: object) -> None:
-    """Print one line of the result on stdout, unless --json was passed; on a terminal, replace control characters."""
+    """Print one line of the result on stdout, unless --json was passed.
+
+    On a terminal, control characters are replaced.
+    """
     from nemo_lfr.errors import printable
 
     if not current().as_json:
@@ -87,25 +90,25 @@ def print_line(text: object) -> None:
 
 
 def fail(source: object, error: BaseException) -> None:
-    """Record that an input failed, for the list at the end and for --json; exit code 1.
+    """Record that an input failed. The command prints the failure at the end and exits with code 1.
 
     Args:
         source: path or name of the input.
-        error: the exception that it caused.
+        error: exception that the input caused.
     """
     logger.debug("%s", source, exc_info=error)
     current().failures.append(failure(source, error))
 
 
 def print_json(values: Any) -> None:
-    """Print a command's result on stdout, if --json was passed."""
+    """Print the result of a command on stdout, if --json was passed."""
     session = current()
     if session.as_json:
         click.echo(json.dumps({**values, "failures": session.failures}, indent=2))
 
 
 class _StderrHandler(logging.Handler):
-    """Handler that prints log messages as lines of the command; a repeated message is printed once."""
+    """Handler that prints log messages on stderr. Without --verbose, a repeated message is printed only once."""
 
     def __init__(self, verbose: bool) -> None:
         super().__init__(logging.DEBUG if verbose else logging.WARNING)
@@ -113,7 +116,7 @@ class _StderrHandler(logging.Handler):
         self._seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record; its traceback too if the command is verbose."""
+        """Print a log record; with --verbose, also print its traceback."""
         text = record.getMessage()
         if self._verbose:
             echo_stderr(f"nemo-lfr: {record.levelname.lower()}: {record.name}: {text}")
@@ -127,9 +130,9 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def output_rules(session: Session) -> Iterator[None]:
-    """Send the package's log to stderr as the session requires, and reserve stdout for JSON.
+    """Return a context that prints the package's log messages on stderr and, with --json, reserves stdout for JSON.
 
-    With --json, what other packages (such as NeMo) print to stdout goes to stderr.
+    With --json, text that other packages (such as NeMo) print on stdout goes to stderr.
     """
     handler = _StderrHandler(session.verbose)
     if session.quiet:

@@ -1,4 +1,4 @@
-"""Checks and temporary files for "-", which stands for stdin or stdout."""
+"""Checks and temporary files for the argument "-", which stands for stdin or stdout."""
 
 import shutil
 import sys
@@ -21,31 +21,34 @@ def check_pipe(inputs: Sequence[str], out: Path | None) -> None:
         out: value of --out, if it was passed.
 
     Raises:
-        NemoLfrError: unless the inputs are `-`, `- -` or `FILE -`, --out and --json are absent, and the streams
-            are open and not a terminal.
+        NemoLfrError: if the inputs are not `-`, `- -` or `FILE -`, if --out or --json was passed, or if a stream is
+            closed or a terminal.
     """
     if current().as_json:
-        raise NemoLfrError("-: stdout receives the result, so --json cannot be used with pipes; remove it.")
+        raise NemoLfrError("-: --json cannot be used with pipes, because stdout receives the output; remove --json.")
     if "" in inputs:
         raise NemoLfrError("'': no such file or folder.")
     if out is not None or len(inputs) > 2 or inputs[-1] != "-":
-        raise NemoLfrError(f"{' '.join(inputs)}: with pipes, pass `-`, `- -` or `FILE -`, and no --out.")
+        raise NemoLfrError(f"{' '.join(inputs)}: for pipes, pass `-`, `- -` or `FILE -`, without --out.")
     if sys.stdout is None or (inputs[0] == "-" and sys.stdin is None):
         raise NemoLfrError("-: stdin or stdout is closed; connect it to a pipe or a file.")
     if sys.stdout.isatty() or (inputs[0] == "-" and sys.stdin.isatty()):
-        raise NemoLfrError("-: stdin and stdout must be pipes or files, not a terminal.")
+        raise NemoLfrError("-: stdin or stdout is a terminal; connect both to a pipe or a file.")
 
 
 @contextmanager
 def spooled(source: str, suffix: str, new_suffix: str) -> Iterator[FileTask]:
-    """Provide a task that reads stdin or a file and writes stdout through temporary files.
+    """Copy stdin to a temporary file, and copy a temporary output file to stdout when the context ends.
 
-    This is for work that needs complete files. The output is copied to stdout when the context ends without an error.
+    This is for work that needs complete files. If the context ends with an error, nothing is written to stdout.
 
     Args:
         source: path of the input, or "-" for stdin.
         suffix: suffix of the temporary input file.
         new_suffix: suffix of the temporary output file.
+
+    Yields:
+        The task to run in the context, from the input file to the temporary output file.
     """
     with tempfile.TemporaryDirectory(prefix="nemo-lfr-") as folder:
         path = Path(source)

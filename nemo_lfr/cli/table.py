@@ -1,4 +1,4 @@
-"""Human-readable tables of the values that --json prints."""
+"""Print the values of a JSON result as a human-readable table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,19 @@ from typing import Any
 from nemo_lfr.cli.session import print_line
 from nemo_lfr.errors import printable
 
-# Endings of keys, and the unit that they state.
+# Unit for each ending of a key.
 UNITS = {"_s": "s", "_hz": "Hz", "_bps": "bit/s", "_bytes": "bytes", "_db": "dB"}
 NAMES = {"pesq wb": "PESQ-WB", "estoi": "ESTOI", "si sdr": "SI-SDR", "num codebooks": "codebooks"}
 
 
 def print_table(values: Mapping[str, Any]) -> None:
-    """Print values as two columns on stdout, with units; nothing with --json.
+    """Print names and values in two columns on stdout, with units; print nothing with --json.
 
-    A value of None has no row.
+    Values that are None are left out.
 
     Args:
-        values: values by the key of the JSON output, such as "bit_rate_bps", which is shown as "bit rate" in bit/s.
+        values: values by their keys in the JSON output. The key "bit_rate_bps", for example, is printed as "bit rate",
+            and its value in bit/s.
     """
     rows = dict(_rows(values))
     width = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""Output of messages and progress on stderr."""
+"""Print messages and progress on stderr."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ import click
 
 from nemo_lfr.errors import printable
 
-# Seconds between two lines that report progress where stderr is not a terminal.
+# Seconds between two progress lines if stderr is not a terminal.
 HEARTBEAT_S = 20.0
 
 
 def echo_stderr(text: str) -> None:
     """Print one line on stderr, with control characters replaced.
 
-    Write errors, such as a log file on a full disk, are ignored so that they do not end the command.
+    Write errors, for example if stderr is a log file on a full disk, are ignored so that they do not end the command.
 
     Raises:
         BrokenPipeError: if the reader of stderr has closed its pipe.
@@ -40,12 +40,12 @@ def discard_output(stream: IO[str]) -> None:
 
 @contextmanager
 def heartbeat(describe: Callable[[], str]) -> Iterator[None]:
-    """Print a line on stderr every `HEARTBEAT_S` seconds while the context is open, from a thread of its own.
+    """Print a progress line on stderr every `HEARTBEAT_S` seconds until the context ends.
 
-    The line also comes while one long file is processed.
+    A separate thread prints the lines, so they also appear while one long file is processed.
 
     Args:
-        describe: returns what is done so far, such as "3 of 10 files".
+        describe: function that returns the finished work as text, such as "3 of 10 files".
     """
     ended = threading.Event()
     started = time.monotonic()
@@ -69,7 +69,7 @@ def progress_bar(unit: str) -> Iterator[Callable[..., Any]]:
     """Show a progress bar on a terminal.
 
     Args:
-        unit: what is counted, such as "files".
+        unit: noun for the items, such as "files".
 
     Yields:
         A function with the keywords `completed`, `total`, `text` (shown beside the bar) and `line` (printed above it).

@@ -28,7 +28,7 @@ from nemo_lfr.errors import Failure
 
 
 class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent releases of click
-    """Name of an output format, built in or of an installed package."""
+    """Type of an option that names an output format, which may be built in or from another installed package."""
 
     def __init__(self) -> None:
         super().__init__(BUILT_IN)
@@ -36,7 +36,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name if there is such a format."""
         if value not in BUILT_IN and value not in format_names():
-            self.fail(f"{value!r} is not one of {', '.join(map(repr, format_names()))}.", param, ctx)
+            self.fail(f"{value!r} is unknown; use {', '.join(map(repr, format_names()))}.", param, ctx)
         return value
 
 
@@ -49,16 +49,15 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     is_flag=True,
     help="Compress the files of --format lfr losslessly, to about two thirds of their size.",
 )
-@entropy_model_option("Entropy model (.lfrm) to compress with (default for the bundled codec: its own).")
+@entropy_model_option("Entropy model (.lfrm) to compress with (default: the bundled codec's model).")
 @click.option(
     "--pad",
     type=click.Choice(["encode", "magpie"]),
     default="encode",
     show_default=True,
-    help="Padding. magpie adds a frame of silence if the length is a multiple of a frame, as NeMo's Magpie datasets "
-    "do.",
+    help="Padding. magpie adds a frame of silence to clips that consist of whole frames, as Magpie's datasets do.",
 )
-@click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus names.")
+@click.option("--context", is_flag=True, help="Also tokenize the context audio that the corpus lists for its clips.")
 @click.option(
     "--audio-dir",
     type=UserPath(exists=True, file_okay=False),
@@ -68,7 +67,7 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
     "--dataset", metavar="NAME", help="Corpus name in Magpie's speaker labels (default: the name of CORPUS)."
 )
 @count_option("--shard-size", "Number of clips per shard.", 256)
-@seconds_option("--max-duration", "Longest clip to tokenize, in seconds.", 3600.0)
+@seconds_option("--max-duration", "Maximum duration of a clip, in seconds; longer clips fail.", 3600.0)
 @count_option("--workers", "Number of processes or Ray actors (default: one per GPU, or per core without a GPU).")
 @count_option("--threads", "Number of threads of each worker on a CPU.", 1)
 @count_option("--readers", "Number of threads of each worker that read audio.", 1)
@@ -78,14 +77,16 @@ class FormatName(click.Choice):  # type: ignore[type-arg]  # generic in recent r
 @click.option(
     "--shard-of",
     metavar="I/N",
-    help="Compute only the shards of process I of N, where I counts from 0. auto reads I and N from the variables of "
-    "torchrun or Slurm (default: all shards).",
+    help="Process only the shards of process I of N, where I counts from 0. auto reads I and N from the environment "
+    "variables of torchrun or Slurm (default: all shards).",
 )
 @click.option("--allow-url", is_flag=True, help="Read audio from the http(s) URLs of Lhotse cuts.")
 @click.option("--strict", is_flag=True, help="Stop at the first clip that fails.")
 @click.option("--verify", is_flag=True, help="Compare hashes of existing shards, not only their sizes.")
 @click.option(
-    "--retry-failed", is_flag=True, help="Recompute shards with failed clips, for example after repairing the files."
+    "--retry-failed",
+    is_flag=True,
+    help="Process shards with failed clips again, for example after you have repaired the files.",
 )
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @device_option("all GPUs, else the CPU")
@@ -110,8 +111,8 @@ def tokenize(
     If a run is interrupted, the same command resumes it. Clips that cannot be tokenized are listed in
     failures.jsonl; the exit code is then 1.
 
-    With --shard-of, several machines share a run without Ray. The process that ends last completes the output; so does
-    the same command without --shard-of.
+    With --shard-of, several machines share a run without Ray. The process that ends last completes the output. If it
+    does not, run the same command without --shard-of.
     """
     from nemo_lfr.corpus.config import TokenizeConfig
     from nemo_lfr.corpus.part import parse_part
@@ -152,8 +153,8 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
 
     Args:
         out: the output folder.
-        done: what `tokenize` returned.
-        failures: failures of this run, in a part of a run that is not complete.
+        done: return value of `tokenize`.
+        failures: failures of this process; used only while shards of other processes are missing.
     """
     missing = done.get("missing_shards", 0)
     failures_file = out / "failures.jsonl"
@@ -186,7 +187,7 @@ def _report(out: Path, done: dict[str, Any], failures: list[dict[str, str]]) -> 
 
 
 def _failure(record: dict[str, str]) -> Failure:
-    """Return a line of failures.jsonl without the clip's id; runs of earlier versions wrote no type."""
+    """Convert a line of failures.jsonl to a `Failure`; earlier versions wrote lines without a type."""
     return {"input": record["input"], "error": record["error"], "type": record.get("type", "NemoLfrError")}
 
 
@@ -195,7 +196,7 @@ def watching() -> Iterator[Callable[[Any], None]]:
     """Show a progress bar on a terminal, and occasional lines elsewhere.
 
     Yields:
-        A function to call with the totals of the run so far.
+        A function to call with the current totals of the run.
     """
     started = time.monotonic()
     latest: Any = None

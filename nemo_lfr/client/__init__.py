@@ -5,10 +5,12 @@
             play(stream.push(frame))
         play(stream.flush())
 
-`Client` blocks; `AsyncClient` is for asyncio. Neither imports PyTorch. Streams need the package `websockets`.
+The methods of `Client` block; `AsyncClient` is for asyncio. Neither imports PyTorch. Streams need the package
+`websockets`.
 
-The server holds the state of a stream, so a lost stream cannot be resumed: its methods raise `ServerLostError`, and
-the caller opens another one. With `retry_s`, a client retries what can be repeated: opening a stream, and files.
+A stream cannot be resumed after its connection is lost, because the server holds the state of the stream. The methods
+of the stream then raise `ServerLostError`; open another stream and send the recording again. With `retry_s`, a client
+automatically retries to open a stream or to send a file.
 """
 
 from nemo_lfr.client.asynchronous import AsyncClient, AsyncDecodeStream, AsyncEncodeStream

@@ -45,8 +45,10 @@ class AsyncClient:
         """Return a stream that decodes one recording, to open with `async with`.
 
         Args:
-            lookahead: frames of right context; None for all that a result depends on.
-            ramp: frames that the first steps wait for and take, such as (1, 2, 4).
+            lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
+                gives the same audio as decoding the whole recording.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
+                give the first audio sooner.
             sample_type: type of the samples that are received.
         """
         parameters = {"lookahead": lookahead, "ramp": ramp_of(ramp)}
@@ -56,8 +58,9 @@ class AsyncClient:
         """Return a stream that encodes one recording, to open with `async with`.
 
         Args:
-            sample_rate: sample rate of the samples, Hz; None for that of the codec.
-            lookahead: frames of right context; None for all that a result depends on.
+            sample_rate: sample rate of the samples, Hz; None for the sample rate of the codec.
+            lookahead: number of later frames that a token may depend on; None for the codec's full lookahead, which
+                gives the same tokens as encoding the whole recording.
         """
         parameters = {"sample_rate": sample_rate, "lookahead": lookahead}
         return AsyncEncodeStream(self._server, Conversation(self._server, "encode", "float32", **parameters))
@@ -66,11 +69,13 @@ class AsyncClient:
 class _AsyncStream:
     """Base class of streams.
 
-    `async with` connects, with the errors of `Client.decode_stream`. Receive results in one task and send the input in
-    another, or use `through`: the server stops reading if the client does, and disconnects it after 20 s.
+    `async with` connects, with the errors of `Client.decode_stream`. Send the input in one task and receive the
+    results in another one, or use `through`, which does both. If the client does not receive results, the server stops
+    reading the input, and disconnects the client after 20 s (by default).
 
     Attributes:
-        conversation: messages of the stream, with the fields of the codec once it is open.
+        conversation: parser and formatter for the messages of the stream. It has the codec's properties once the
+            stream is open.
     """
 
     _socket: Any = None
@@ -116,7 +121,7 @@ class _AsyncStream:
 
     @property
     def delay_frames(self) -> int:
-        """Frames of lookahead that results wait for."""
+        """Number of later frames that must arrive before the result for a frame is returned."""
         return self.conversation.delay_frames
 
     async def close(self) -> None:
@@ -147,19 +152,19 @@ class _AsyncStream:
                 yield result
 
     async def through(self, source: AsyncIterator[Any], num_samples: int | None = None) -> AsyncIterator[np.ndarray]:
-        """Send all items of a source in a task, then the end, and yield the results.
+        """Send a whole recording in a background task, and yield the results.
 
         Args:
             source: pieces of the input, as for `send`.
-            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
-                None, it is not trimmed.
+            num_samples: for decoding, the length of the recording in samples. The audio is trimmed to this length;
+                None for no trimming.
 
         Yields:
             Samples [n] when decoding, tokens [C, k] when encoding.
 
         Raises:
             ServerError: if the server ends the stream or the connection is lost.
-            Exception: any error of the source.
+            Exception: any error that `source` raises.
         """
 
         async def send() -> None:
@@ -168,7 +173,7 @@ class _AsyncStream:
             await self._end(num_samples)
 
         sending = asyncio.create_task(send())
-        # An error of the source ends the connection, and with it the results.
+        # If the source raises an error, the connection is cut, so that the loop below ends.
         sending.add_done_callback(lambda task: _abort(self._socket) if _error_of(task) else None)
         try:
             async for result in self:
@@ -201,7 +206,7 @@ class _AsyncStream:
 
 
 def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
-    """Return the error with which a task has ended."""
+    """Return the error with which a task has ended; None if there is none."""
     try:
         return task.exception()
     except (asyncio.CancelledError, asyncio.InvalidStateError):  # canceled, or still running
@@ -217,7 +222,7 @@ class AsyncDecodeStream(_AsyncStream):
     """Stream that decodes one recording; see `AsyncClient.decode_stream`."""
 
     async def send(self, tokens: Any) -> None:
-        """Send tokens, and wait while the server has enough of them.
+        """Send tokens; wait while the server has enough input.
 
         Args:
             tokens: integers of shape [C, k], or [C] for one frame.
@@ -232,7 +237,7 @@ class AsyncDecodeStream(_AsyncStream):
         """End the recording; the server then sends the remaining audio.
 
         Args:
-            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
+            num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
 
         Raises:
             ServerError: if the server ends the stream or the connection is lost.
@@ -244,7 +249,7 @@ class AsyncEncodeStream(_AsyncStream):
     """Stream that encodes one recording; see `AsyncClient.encode_stream`."""
 
     async def send(self, samples: Any) -> None:
-        """Send samples, and wait while the server has enough of them.
+        """Send samples; wait while the server has enough input.
 
         Args:
             samples: floating point in [-1, 1] or int16, shape [n].

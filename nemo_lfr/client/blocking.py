@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class Client:
     """Client of a server.
 
-    Threads may share a client, but not a stream.
+    Several threads may use one client, but only one thread may use a stream.
 
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: longest wait for a connection or an answer, in seconds.
-        retry_s: time to retry to open a stream or to send a file if the server is full, shuts down or cannot be
-            reached, in seconds.
+        timeout: maximum time in seconds to wait for a connection or an answer.
+        retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
+            full, is shutting down or cannot be reached.
 
     Raises:
         NemoLfrError: if an argument is not valid.
@@ -63,11 +63,11 @@ class Client:
 
         Args:
             tokens: integers, shape [C, T_encoded].
-            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
+            num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
             audio_format: "wav", "flac" or "opus".
 
         Raises:
-            TokensError: if `tokens` are not integers of two axes.
+            TokensError: if `tokens` is not a two-dimensional array of integers.
             ServerError: if the server refuses the tokens, fails or cannot be reached.
         """
         return decode_tokens(self._server, tokens, num_samples, audio_format)
@@ -78,8 +78,10 @@ class Client:
         """Open a stream that decodes one recording.
 
         Args:
-            lookahead: frames of right context; None for all that a result depends on.
-            ramp: frames that the first steps wait for and take, such as (1, 2, 4).
+            lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
+                gives the same audio as decoding the whole recording.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
+                give the first audio sooner.
             sample_type: type of the samples that are received.
 
         Raises:
@@ -95,8 +97,9 @@ class Client:
         """Open a stream that encodes one recording.
 
         Args:
-            sample_rate: sample rate of the samples, Hz; None for that of the codec.
-            lookahead: frames of right context; None for all that a result depends on.
+            sample_rate: sample rate of the samples, Hz; None for the sample rate of the codec.
+            lookahead: number of later frames that a token may depend on; None for the codec's full lookahead, which
+                gives the same tokens as encoding the whole recording.
 
         Raises:
             MissingExtraError: if websockets is not installed.
@@ -113,12 +116,12 @@ class _Stream:
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
         websockets = require_websockets()
-        self._stack = contextlib.ExitStack()  # of the connection, a context manager
+        self._stack = contextlib.ExitStack()  # closes the connection, which is a context manager
         self._server, self._conversation = server, conversation
         self._closed: Any = websockets.exceptions.ConnectionClosed
         try:
-            # The queue has no limit: one `push` may cause many results, and while the client does not receive them,
-            # the server does not read the rest of that push.
+            # The queue of received messages has no limit. One `push` may cause many results, and the server does not
+            # read the rest of the push while the client does not receive these results.
             connection = websockets.sync.client.connect(
                 conversation.address, max_queue=None, **connect_options(server)
             )
@@ -146,17 +149,17 @@ class _Stream:
 
     @property
     def samples_per_frame(self) -> int:
-        """Samples that one frame stands for."""
+        """Number of samples per frame."""
         return self._conversation.samples_per_frame
 
     @property
     def num_codebooks(self) -> int:
-        """Number of tokens of a frame."""
+        """Number of tokens per frame."""
         return self._conversation.num_codebooks
 
     @property
     def delay_frames(self) -> int:
-        """Frames of lookahead that results wait for."""
+        """Number of later frames that must arrive before the result for a frame is returned."""
         return self._conversation.delay_frames
 
     def close(self) -> None:
@@ -192,14 +195,14 @@ class _Stream:
         try:
             self._socket.send(message)
         except self._closed:
-            while True:  # the server's reason may be among the messages that have arrived
+            while True:  # a message with the server's reason may have arrived; `result` raises it
                 self._conversation.result(self._receive(self._server.timeout))
 
     def _receive(self, timeout: float) -> bytes | str:
         """Return the next message.
 
         Raises:
-            TimeoutError: if none has arrived and `timeout` is 0.
+            TimeoutError: if no message has arrived and `timeout` is 0.
             ServerError: if the connection is closed, or no message arrives for `timeout` seconds.
         """
         try:
@@ -219,7 +222,7 @@ class DecodeStream(_Stream):
     def push(self, tokens: Any) -> np.ndarray:
         """Send tokens, and return the audio that has arrived so far.
 
-        This does not wait for the audio of these tokens.
+        This method does not wait for the audio of these tokens.
 
         Args:
             tokens: integers of shape [C, k], or [C] for one frame.
@@ -237,7 +240,7 @@ class DecodeStream(_Stream):
         """End the recording, and wait for the remaining audio [n].
 
         Args:
-            num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
+            num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
 
         Raises:
             ServerError: if the server ends the stream or the connection is lost.
@@ -251,7 +254,7 @@ class EncodeStream(_Stream):
     def push(self, samples: Any) -> np.ndarray:
         """Send samples, and return the tokens that have arrived so far.
 
-        This does not wait for the tokens of these samples.
+        This method does not wait for the tokens of these samples.
 
         Args:
             samples: floating point in [-1, 1] or int16, shape [n].

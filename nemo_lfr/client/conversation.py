@@ -1,4 +1,7 @@
-"""Messages of one stream, without input and output; docs/reference/protocol.md is the specification."""
+"""Parse and format the messages of one stream, without network access.
+
+docs/reference/protocol.md is the specification. Both clients use this module.
+"""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ SampleType = Literal["float32", "int16"]
 
 _WIRE = {"float32": ("pcm_f32le", "<f4"), "int16": ("pcm_s16le", "<i2")}
 _MAX_MESSAGE = 1 << 16  # bytes
-_INT16_SIZE = 1 << 15  # largest codebook whose tokens fit into int16
+_INT16_SIZE = 1 << 15  # size of the largest codebook whose tokens fit into int16
 _ERRORS: dict[int, type[ServerError]] = {
     1007: ServerRefusedError,
     1008: ServerRefusedError,
@@ -39,20 +42,20 @@ _REASONS = {
 
 
 class Conversation:
-    """Messages of one stream.
+    """Parser and formatter for the messages of one stream.
 
     Args:
-        server: the server.
+        server: server of the stream.
         kind: "encode" or "decode".
-        sample_type: type of the samples on the wire.
-        parameters: parameters of the URL; None omits one.
+        sample_type: type of the samples in messages.
+        parameters: URL parameters; those that are None are left out.
 
     Attributes:
         sample_rate: sample rate of the codec, Hz.
-        samples_per_frame: samples that one frame stands for.
-        num_codebooks: tokens of a frame.
-        codebook_size: number of values of a token.
-        delay_frames: frames of lookahead that results wait for.
+        samples_per_frame: number of samples per frame.
+        num_codebooks: number of tokens per frame.
+        codebook_size: number of entries in a codebook; 0 <= token < codebook_size.
+        delay_frames: number of later frames that must arrive before the result for a frame is returned.
         done: whether all results have arrived.
     """
 
@@ -70,14 +73,14 @@ class Conversation:
         **parameters: object,
     ) -> None:
         if sample_type not in _WIRE:
-            raise NemoLfrError(f"sample_type {shorten(sample_type)} is not one of {', '.join(_WIRE)}.")
+            raise NemoLfrError(f"sample_type {shorten(sample_type)} is unknown; use one of {', '.join(_WIRE)}.")
         self.kind, self._server = kind, server
         audio, self._dtype = _WIRE[sample_type]
         form = {"tokens": "json"} if kind == "encode" else {}
         self.address = server.address(f"/v1/{kind}/stream", {"audio": audio, **form, **parameters}, "ws")
         self.done = False
         self._ended = False
-        self._num_sent = self._num_received = 0  # items
+        self._num_sent = self._num_received = 0  # samples or frames
 
     def open(self, message: bytes | str) -> None:
         """Read the server's first message.
@@ -96,15 +99,15 @@ class Conversation:
             raise self._unknown() from None
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
-        """Yield the messages for input, in pieces of bounded size.
+        """Yield the messages for a piece of input, each of at most 64 KiB.
 
         Args:
-            items: samples [n], or tokens [C, k] or of one frame, [C].
+            items: samples [n], tokens [C, k], or the tokens of one frame, [C].
 
         Raises:
             AudioError: if the samples are not valid.
             TokensError: if the tokens are not valid.
-            NemoLfrError: if the input has ended.
+            NemoLfrError: if the input has already ended.
         """
         if self._ended:
             raise NemoLfrError("the input of this stream has ended; open another stream.")
@@ -127,7 +130,7 @@ class Conversation:
         return samples.astype("<f4")
 
     def _tokens(self, items: Any) -> np.ndarray:
-        """Return frames [k, C], as int64 if they are sent as JSON."""
+        """Check tokens and return them as frames [k, C], as int16, or as int64 if the codebook is too large for it."""
         tokens = np.asarray(items)
         frames = tokens[None] if tokens.ndim == 1 else tokens.T
         if frames.ndim != 2 or frames.shape[1] != self.num_codebooks or not np.issubdtype(frames.dtype, np.integer):
@@ -136,18 +139,18 @@ class Conversation:
                 f"[{self.num_codebooks}, k], or [{self.num_codebooks}] for one frame."
             )
         if frames.size and not 0 <= frames.min() <= frames.max() < self.codebook_size:
-            raise TokensError(f"tokens are outside 0 to {self.codebook_size - 1}.")
+            raise TokensError(f"a token is out of range; push tokens from 0 to {self.codebook_size - 1}.")
         return np.ascontiguousarray(frames, "<i2" if self.codebook_size <= _INT16_SIZE else np.int64)
 
     def end(self, num_samples: int | None = None) -> str:
         """Return the message that ends the input.
 
         Args:
-            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
-                None, it is not trimmed.
+            num_samples: for decoding, the length of the recording in samples. The audio is trimmed to this length;
+                None for no trimming.
 
         Raises:
-            NemoLfrError: if the input has ended.
+            NemoLfrError: if the input has already ended.
         """
         if self._ended:
             raise NemoLfrError("the input of this stream has ended; open another stream.")
@@ -155,10 +158,13 @@ class Conversation:
         return json.dumps({"type": "end"} | ({} if num_samples is None else {"num_samples": int(num_samples)}))
 
     def result(self, message: bytes | str) -> np.ndarray | None:
-        """Return the result in a message of the server: samples [n] or tokens [C, k]; None after the last one.
+        """Return the result in a message from the server.
+
+        Returns:
+            Samples [n] or tokens [C, k]; None if the message says that there are no more results.
 
         Raises:
-            ServerError: if the message is an error.
+            ServerError: if the message reports an error.
         """
         if isinstance(message, bytes):
             if self.kind == "encode" or len(message) % np.dtype(self._dtype).itemsize:
@@ -177,16 +183,16 @@ class Conversation:
         return tokens
 
     def joined(self, results: list[np.ndarray]) -> np.ndarray:
-        """Return results as one array; an empty one if there are none."""
+        """Return results as one array, which is empty if there are no results."""
         shape = (self.num_codebooks, 0) if self.kind == "encode" else (0,)
         empty = np.zeros(shape, np.int32 if self.kind == "encode" else self._dtype)
         return np.concatenate([empty, *results], axis=-1)
 
     def _control(self, message: bytes | str) -> dict[str, Any]:
-        """Return the object of a text message.
+        """Return the JSON object in a text message.
 
         Raises:
-            ServerError: if it is an error.
+            ServerError: if the message reports an error.
         """
         try:
             values = json.loads(message) if isinstance(message, str) else None
@@ -203,10 +209,10 @@ class Conversation:
         """Return the error for a connection that was closed before the last result.
 
         Args:
-            code: WebSocket close code; None if the connection was cut.
-            reason: reason in the close frame, or of the cut.
+            code: WebSocket close code; None if the connection was cut without a close frame.
+            reason: reason in the close frame, or why the connection was cut.
         """
-        if code in _ERRORS and code != 1011:  # of a proxy, since the server sends a message first
+        if code in _ERRORS and code != 1011:  # from a proxy: the server itself sends a message with the reason first
             text = shorten(reason or _REASONS.get(code, f"closed the connection with code {code}."), 500)
             return _ERRORS[code](f"{self._server.url}: {text}")
         unit_in, unit_out = ("samples", "frames") if self.kind == "encode" else ("frames", "samples")
@@ -219,5 +225,6 @@ class Conversation:
 
     def _unknown(self) -> ServerError:
         return ServerError(
-            f"{self._server.url} sent a message that is not of protocol version 1; update this package."
+            f"{self._server.url} sent a message that does not follow version 1 of the protocol; update this package "
+            "or the server."
         )

@@ -1,4 +1,4 @@
-"""Requests for whole files over HTTP."""
+"""Encode and decode whole files with HTTP requests."""
 
 import http.client
 import json
@@ -24,18 +24,18 @@ class ServerInfo:
     """Codec and limits of a server.
 
     Attributes:
-        version: version of nemo_lfr.
+        version: version of nemo_lfr on the server.
         model: name of the codec.
         fingerprint: fingerprint of the codec.
         sample_rate: sample rate of the codec, Hz.
-        samples_per_frame: samples that one frame stands for.
+        samples_per_frame: number of samples per frame.
         frame_rate: frames per second, Hz.
-        num_codebooks: tokens of a frame.
-        codebook_size: number of values of a token.
+        num_codebooks: number of tokens per frame.
+        codebook_size: number of entries in a codebook; 0 <= token < codebook_size.
         bit_rate: bits per second.
-        max_streams: limit of open streams.
-        max_message_bytes: limit of a message of a stream.
-        max_body_bytes: limit of a file.
+        max_streams: maximum number of open streams.
+        max_message_bytes: maximum size of a message in a stream.
+        max_body_bytes: maximum size of a file.
     """
 
     version: str
@@ -60,7 +60,7 @@ class EncodedFile:
         tokens: ids in [0, codebook_size), int32, shape [C, T_encoded].
         num_samples: length of the recording in samples at `sample_rate`.
         sample_rate: sample rate of the codec, Hz.
-        samples_per_frame: samples that one frame stands for.
+        samples_per_frame: number of samples per frame.
     """
 
     tokens: np.ndarray
@@ -83,7 +83,7 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
     """Encode an audio file.
 
     Args:
-        server: the server.
+        server: server to send the file to.
         audio: path or content of the file.
 
     Raises:
@@ -100,13 +100,13 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     """Decode tokens to the content of an audio file.
 
     Args:
-        server: the server.
+        server: server to send the tokens to.
         tokens: integers, shape [C, T_encoded].
-        num_samples: length of the recording in samples, to which the audio is trimmed; if None, it is not trimmed.
-        audio_format: format of the file.
+        num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
+        audio_format: format of the audio file.
 
     Raises:
-        TokensError: if `tokens` are not integers of two axes.
+        TokensError: if `tokens` is not a two-dimensional array of integers.
         ServerError: if the server refuses the tokens, fails or cannot be reached.
     """
     array = np.asarray(tokens)
@@ -118,10 +118,13 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Handler that follows no redirect: urllib would send the access token, but not the file, to the other address."""
+    """Handler that follows no redirects.
+
+    urllib would send the access token to the other address, but not the file.
+    """
 
     def redirect_request(self, *_: Any) -> None:
-        """Return no request; the response is then an error."""
+        """Return None, so that urllib raises the redirect as an error."""
 
 
 def _request(server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None) -> bytes:
@@ -146,11 +149,11 @@ def _request(server: Server, path: str, body: bytes | None, headers: Mapping[str
 
 
 def _refusal(server: Server, status: int, content: bytes) -> ServerError:
-    """Return the error for a response that is not 200."""
+    """Return the error for a response with another HTTP status than 200."""
     try:
         values = json.loads(content)
         reason, kind = str(values["error"]), values.get("type")
-    except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy, for example
+    except (ValueError, KeyError, TypeError, AttributeError):  # the response of a proxy, for example
         reason, kind = http.client.responses.get(status, "error") + ".", None
     message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
     if status == 503:
@@ -169,8 +172,8 @@ def _json(server: Server, content: bytes) -> dict[str, Any]:
 
 
 def _tokens(server: Server, frames: Any) -> np.ndarray:
-    """Return the tokens [C, T_encoded] of a response, which lists them frame by frame."""
-    if frames == []:  # an empty recording; the list does not tell the number of codebooks
+    """Convert the list of frames in a response to tokens [C, T_encoded]."""
+    if frames == []:  # an empty recording, where the list does not show the number of codebooks
         return np.zeros((get_info(server).num_codebooks, 0), np.int32)
     try:
         tokens = np.array(frames, np.int32)

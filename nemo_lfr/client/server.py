@@ -1,4 +1,4 @@
-"""Address of a server, access to it, and retries."""
+"""Address of a server, access token, and retries."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,14 +26,15 @@ RETRIED = (ServerFullError, ServerLostError, ServerShutdownError)
 
 @dataclass(frozen=True)
 class Server:
-    """Server as a client sees it.
+    """Address of a server, and settings for connections to it.
 
     Attributes:
-        url: its address, such as "http://127.0.0.1:8000", with the path under which it is mounted.
-        token: access token; None for a server without one.
-        timeout: longest wait for a connection or an answer, in seconds.
-        retry_s: time to retry to open a stream or to send a file if the server is full, shuts down or cannot be
-            reached, in seconds.
+        url: address of the server, such as "http://127.0.0.1:8000", including the path if the server is mounted below
+            a path.
+        token: access token; None if the server does not require one.
+        timeout: maximum time in seconds to wait for a connection or an answer.
+        retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
+            full, is shutting down or cannot be reached.
     """
 
     url: str
@@ -48,20 +49,25 @@ class Server:
         except ValueError:
             is_valid = False
         if not is_valid or parts.query or parts.fragment:
-            raise NemoLfrError(f"{shorten(self.url)} is not the URL of a server; pass one as http://127.0.0.1:8000.")
+            raise NemoLfrError(
+                f"{shorten(self.url)} is not the URL of a server; pass a URL such as http://127.0.0.1:8000."
+            )
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
-            raise NemoLfrError("the access token is not printable ASCII.")
+            raise NemoLfrError("the access token is not printable ASCII; pass the token that the server was given.")
         if self.timeout <= 0 or self.retry_s < 0:
-            raise NemoLfrError(f"timeout {self.timeout} must be positive, and retry_s {self.retry_s} not negative.")
+            raise NemoLfrError(
+                f"timeout is {self.timeout} and retry_s is {self.retry_s}; pass a positive timeout, and 0 or more as "
+                "retry_s."
+            )
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of every request."""
+        """Headers to send with every request."""
         return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
     @property
     def is_local(self) -> bool:
-        """Whether the server is on this machine, which no proxy can reach."""
+        """Whether the server is on this machine, in which case no proxy is used."""
         host = urlsplit(self.url).hostname or ""
         try:
             return ip_address(host).is_loopback
@@ -73,7 +79,7 @@ class Server:
 
         Args:
             path: path below `url`, such as "/v1/info".
-            parameters: parameters; None omits one.
+            parameters: URL parameters; those that are None are left out.
             scheme: "http", or "ws" for a WebSocket.
         """
         query = urlencode({name: value for name, value in (parameters or {}).items() if value is not None}, safe=",")
@@ -81,14 +87,14 @@ class Server:
         return f"{base}{path}?{query}" if query else base + path
 
     def waits(self) -> Iterator[float]:
-        """Yield the waits between attempts, in seconds, until `retry_s` is over."""
+        """Yield the time to wait before each new attempt, in seconds, until `retry_s` is over."""
         end, wait = time.monotonic() + self.retry_s, _FIRST_WAIT_S
         while (remaining := end - time.monotonic()) > 0:
             yield min(wait, remaining)
             wait = min(2 * wait, _MAX_WAIT_S)
 
     def retry(self, attempt: Callable[[], T]) -> T:
-        """Return the result of an attempt, which is repeated after the errors of `RETRIED`.
+        """Call `attempt`, again after each error in `RETRIED` until `retry_s` is over, and return its result.
 
         Raises:
             ServerError: the error of the last attempt.
@@ -108,23 +114,23 @@ class Server:
 
         Args:
             reason: exception or text.
-            remedy: what to do.
+            remedy: what the user can do, for the message.
         """
         text = shorten(" ".join(str(reason).split()) or type(reason).__name__, 200).rstrip(".")
         return ServerLostError(f"{self.url} cannot be reached or does not answer ({text}); {remedy}")
 
 
 def require_websockets() -> Any:
-    """Import websockets.
+    """Import the package `websockets`.
 
     Raises:
-        MissingExtraError: if it is not installed.
+        MissingExtraError: if the package is not installed.
     """
     try:
         import websockets.asyncio.client
         import websockets.exceptions
         import websockets.sync.client
     except Exception as error:  # a package may raise anything while it is imported
-        message = f"streams of a server need websockets: {install_command('websockets')}"
+        message = f"streams need the package websockets: {install_command('websockets')}"
         raise missing_extra(error, "websockets", message) from error
     return websockets

@@ -1,4 +1,4 @@
-"""WebSocket connections of both clients."""
+"""Functions for WebSocket connections that both clients use."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError
 
 
 def connect_options(server: Server) -> dict[str, Any]:
-    """Return the options of a connection."""
+    """Return the arguments with which `websockets` opens a connection."""
     options: dict[str, Any] = {
         "additional_headers": server.headers,
         "compression": None,
         "max_size": None,
         "open_timeout": server.timeout,
         "close_timeout": 5,
-        # No time limit: the pong waits while the server has enough input, which may take longer.
+        # Pings have no time limit: the server does not answer while it has enough input, which may take long.
         "ping_timeout": None,
     }
     return options | ({"proxy": None} if server.is_local else {})
@@ -27,11 +27,11 @@ def handshake_error(server: Server, error: Exception) -> Exception:
     websockets = require_websockets()
     if isinstance(error, websockets.exceptions.InvalidStatus):
         status = error.response.status_code
-        message = f"{server.url} refuses the stream with HTTP status {status}"
+        message = f"{server.url}: the stream was refused with HTTP status {status}"
         if status in (429, 503):
             return ServerFullError(f"{message}; try again later.")
         if 400 <= status < 500:
-            return ServerRefusedError(f"{message}; check its address and the access token.")
+            return ServerRefusedError(f"{message}; check the address and the access token.")
         return ServerError(f"{message}.")
     if isinstance(error, OSError | websockets.exceptions.WebSocketException):
         return server.lost(error)
@@ -39,11 +39,11 @@ def handshake_error(server: Server, error: Exception) -> Exception:
 
 
 def ramp_of(ramp: Sequence[int]) -> str | None:
-    """Return the parameter `ramp`; None for an empty ramp."""
+    """Return the URL parameter for a ramp, such as "1,2,4"; None for an empty ramp."""
     return ",".join(str(size) for size in ramp) or None
 
 
 def closed_by(conversation: Conversation, error: Any) -> ServerError:
-    """Return the error for a `ConnectionClosed` of websockets before the last result."""
+    """Return the error for a connection that `websockets` reports as closed (`ConnectionClosed`) too early."""
     frame = error.rcvd
     return conversation.closed(frame and frame.code, frame.reason if frame else "")

@@ -163,7 +163,7 @@ class Stream(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether results equal those of the whole recording."""
+        """Whether the stream gives the same results as encoding or decoding the whole recording at once."""
 
     @property
     def latency_ms(self) -> float:

@@ -96,7 +96,7 @@ def unregister(name: str) -> None:
 
 
 def backend_names() -> list[str]:
-    """Return the names of all backends, including those of installed packages."""
+    """Return the names of all backends, including backends from other installed packages."""
     return [*dict.fromkeys((*_OPENERS, *plugin_names(ENTRY_POINTS)))]
 
 
@@ -128,7 +128,7 @@ def open_backend(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Backend[Any]:
-    """Open a model with one of the backends; arguments and errors are those of `nemo_lfr.load`."""
+    """Open a model with one of the backends; see `nemo_lfr.load` for the arguments and errors."""
     if source is not None:
         check_path(source, CheckpointError)
     path = Path(os.path.expanduser(source)) if source else None

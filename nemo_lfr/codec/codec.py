@@ -28,7 +28,7 @@ from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
 
 class Latents(NamedTuple):
-    """Vectors of each frame before and after FSQ (the quantizer); they are zero after the end of a clip.
+    """Vectors of each frame before and after FSQ (the quantizer). After the end of a clip, all values are zero.
 
     Attributes:
         encoded: output of the encoder, float32 [B, D, T_encoded], where D = num_codebooks * len(levels).
@@ -85,8 +85,8 @@ class Codec(HubMethods[Array]):
 
         Returns:
             Tokens [B, C, T_encoded] as int32, and the number of frames in each clip, [B] as int64. A clip has
-            ceil(samples / samples_per_frame) frames; its tokens after these are zero. A partial last frame is
-            zero-padded, as are clips that are too short for the encoder.
+            ceil(samples / samples_per_frame) frames. Tokens after the last frame of a clip are zero. A partial last
+            frame is zero-padded, as are clips that are too short for the encoder.
 
         Raises:
             AudioError: for an unsupported shape, type or length, NaN values, or a file that cannot be read.
@@ -112,8 +112,8 @@ class Codec(HubMethods[Array]):
     ) -> Latents:
         """Encode audio to the vectors before and after FSQ, without gradients.
 
-        The arguments are those of `encode`. In the result, dimensions [k * len(levels), (k + 1) * len(levels)) belong
-        to codebook k.
+        The arguments are as in `encode`. In the result, dimensions [k * len(levels), (k + 1) * len(levels)) belong to
+        codebook k.
 
         Raises:
             AudioError: as in `encode`.

@@ -1,9 +1,9 @@
 """Fingerprint of a codec: a hash of its weights and of all settings that change tokens or audio.
 
 The fingerprint is derived from the modules, not from the config. It is therefore the same whether the config names
-NeMo's classes or those of this package, and whether the weights are stored with weight norm or without. Older `.lfr`
-files and corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made` accepts
-both.
+NeMo's classes or the classes of this package, and whether the weights are stored with weight norm or without. Older
+`.lfr` files and corpora contain a hash of the weights alone, or a fingerprint that depends on the CPU. `Codec.made`
+accepts both.
 """
 
 import hashlib

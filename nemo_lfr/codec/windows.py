@@ -125,7 +125,7 @@ def place_windows(
     items_per_frame: int = 1,
     lengths: Sequence[int] | None = None,
 ) -> None:
-    """Copy the results of each window, without those of its context frames, to their place in `out`.
+    """Copy the results of each window to their place in `out`, except the results for context frames.
 
     Args:
         out: output of the whole batch, [B, ..., T * items_per_frame]; changed in place.

@@ -83,7 +83,7 @@ class NeuralModule(nn.Module):
             self.train(training)
 
     def remove_weight_norm(self) -> None:
-        """Remove weight norm: each weight becomes one parameter again, instead of a direction and a gain."""
+        """Remove weight norm, so that each weight is one parameter again instead of a direction and a gain."""
         for module in self.modules():
             if parametrize.is_parametrized(module, "weight"):
                 weight = folded_weight(module)

@@ -205,7 +205,7 @@ class GroupFiniteScalarQuantizer(NeuralModule):
         return self.num_groups * len(self.levels)
 
     def _fold(self, values: torch.Tensor) -> torch.Tensor:
-        """Move the codebooks into the batch dimension; they have the same levels, so one quantizer handles all."""
+        """Move the codebooks into the batch dimension. They have the same levels, so one quantizer handles all."""
         return torch.unflatten(values, 1, (-1, len(self.levels))).flatten(0, 1)
 
     def forward(

@@ -1,10 +1,11 @@
 """Fold weight norm with the same rounding on every CPU.
 
-With weight norm, a weight is stored as a direction and a gain; folding computes the weight itself. PyTorch's kernel
-sums the squares of a row in an order that depends on the CPU's instruction set, so the last bits of folded weights
-differ between machines. Fingerprints hash folded weights and must be the same everywhere. `fold_weight_norm` therefore
-adds in one fixed order: the order of PyTorch's kernel for AVX2 and AVX-512. All other operations are elementwise, and
-IEEE 754 defines their rounding. PyTorch's kernel is faster, so it is used where it adds in this order.
+With weight norm, a weight is stored as a direction and a gain. Folding replaces both with the weight itself. PyTorch's
+kernel sums the squares of a row in an order that depends on the CPU's instruction set, so the last bits of folded
+weights differ between machines. Fingerprints hash folded weights and must be the same everywhere. `fold_weight_norm`
+therefore adds in one fixed order: the order of PyTorch's kernel for AVX2 and AVX-512. All other operations are
+elementwise, and IEEE 754 defines their rounding. PyTorch's kernel is faster, so it is used on CPUs where it adds in
+this order.
 """
 
 import functools
@@ -65,7 +66,7 @@ def _kernel_norms(values: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _kernel_is_canonical() -> bool:
-    """Return whether PyTorch's kernel adds in the canonical order on this CPU; this is tested with random rows."""
+    """Test with random rows whether PyTorch's kernel adds in the canonical order on this CPU."""
     values = np.random.default_rng(0).standard_normal(500 * 64).astype(np.float32)
     sizes = (3, 8, 21, 100, 500)
     rows = (torch.from_numpy(values[: 64 * size]).reshape(64, size) for size in sizes)

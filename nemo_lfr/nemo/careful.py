@@ -70,7 +70,7 @@ def make_careful(root: Any) -> None:
     """Make all line iterators inside a Lhotse or NeMo object skip malformed lines.
 
     Args:
-        root: object to search; its iterators are changed in place.
+        root: object to search. The iterators in it are changed in place.
     """
     seen: set[int] = set()
     waiting: list[tuple[Any, type]] = [(root, CarefulLines)]  # objects, with the class to read their manifests with

@@ -55,7 +55,7 @@ class StateDicts(BaseModel):
 
         Prefixes that `torch.compile` and `DistributedDataParallel` add to names are removed. The weights of WavLM are
         not loaded. Tensors outside of the encoder, quantizer and decoder (discriminators, windows and filters of the
-        losses) vary between NeMo versions and configs; they are loaded if their shape fits.
+        losses) vary between NeMo versions and configs. Such a tensor is loaded if its shape fits.
 
         Args:
             state_dict: tensors by name.

@@ -1,1 +1,1 @@
-"""Server that encodes and decodes many live streams as one batch (extra `serve`)."""
+"""Server that encodes and decodes many live streams in batches; install the extra `serve` to use it."""

@@ -1,6 +1,6 @@
 """ASGI application of the server: routes and access control.
 
-`create_app` returns an ASGI application, which any ASGI server or Ray Serve can run.
+Any ASGI server, or Ray Serve, can run the application that `create_app` returns.
 """
 
 import asyncio
@@ -41,11 +41,12 @@ class Settings:
 
     Attributes:
         engine: limits of the engine.
-        stream: limits of each WebSocket stream; `idle_s` and `max_seconds` apply to files too.
-        max_body_bytes: size of a file that is posted.
-        max_files: files that are received or processed at the same time.
-        token: clients must send it as `Authorization: Bearer TOKEN` or as the parameter `token`; None admits everyone.
-        origins: web pages of other origins that may connect, such as "https://example.org".
+        stream: limits of each WebSocket stream; `idle_s` and `max_seconds` also apply to posted files.
+        max_body_bytes: maximum size of a posted file.
+        max_files: maximum number of files that are received or processed at the same time.
+        token: access token, which clients must send in the header `Authorization: Bearer TOKEN` or in the URL
+            parameter `token`; None admits every client.
+        origins: origins of other web pages that may connect, such as "https://example.org".
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
@@ -59,11 +60,11 @@ class Settings:
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
     """Create the ASGI application that serves a codec.
 
-    This starts the engine's thread. The application closes the engine at shutdown.
+    This function starts the engine's thread. The application closes the engine when it is shut down.
 
     Args:
-        codec: a PyTorch codec.
-        settings: limits and access control.
+        codec: codec with the PyTorch backend.
+        settings: limits and access control; default: `Settings()`.
 
     Raises:
         NemoLfrError: if streams of the codec's backend cannot be batched.
@@ -126,7 +127,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
 
 def _control_access(app: Starlette, settings: Settings) -> None:
     app.add_middleware(_Admission, settings=settings)
-    if settings.origins:  # outside `_Admission`: browsers send the preflight request without the token
+    if settings.origins:  # runs before `_Admission`, because browsers send preflight requests without the token
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.origins,
@@ -166,24 +167,24 @@ async def _report(_: Request, error: Exception) -> Response:
 
 
 async def _drop(_: Request, error: Exception) -> Response:
-    """Return a response that nobody receives, so that a disconnect is not logged as a fault."""
+    """Return a response for a client that has disconnected, so that the disconnect is not logged as a fault."""
     return Response(status_code=400)
 
 
 class _Admission:
     """Middleware that checks the access token and the `Origin` header.
 
-    Without the origin check, any web page that a user opens could use a server on that user's machine.
+    Without the origin check, any web page that a user opens in a browser could use a server on the user's machine.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass admitted connections on and refuse others.
+        """Pass a connection on to the application, or refuse it.
 
-        A request is refused with status 401 or 403, a WebSocket with close code 1008. `/health` and the page are
-        always admitted.
+        An HTTP request is refused with status 401 or 403, and a WebSocket with close code 1008. Requests for `/health`
+        and for the page in the browser are never refused.
         """
         if scope["type"] not in ("http", "websocket") or scope["path"] == "/health" or is_page(scope["path"]):
             await self._app(scope, receive, send)
@@ -191,10 +192,14 @@ class _Admission:
         headers = Headers(scope=scope)
         if not self._is_known_origin(headers):
             await _refuse(
-                scope, receive, send, 403, "this origin is not allowed; start the server with --allow-origin."
+                scope,
+                receive,
+                send,
+                403,
+                "web pages of this origin are not allowed; start the server with --allow-origin ORIGIN.",
             )
         elif not self._has_token(headers, QueryParams(scope["query_string"])):
-            await _refuse(scope, receive, send, 401, "the token is missing or wrong.")
+            await _refuse(scope, receive, send, 401, "the access token is missing or wrong.")
         else:
             await self._app(scope, receive, send)
 
@@ -220,7 +225,7 @@ class _Admission:
 def _is_address(host: str | None) -> bool:
     """Return whether a host is an IP address or localhost.
 
-    Other names are not trusted: the owner of a domain can point it to this server (DNS rebinding).
+    Other host names are not trusted, because the owner of a domain can point it to this server (DNS rebinding).
     """
     if host is None or host == "localhost":
         return host is not None

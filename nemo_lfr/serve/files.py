@@ -1,7 +1,7 @@
 """Whole files over HTTP: `POST /v1/encode` and `POST /v1/decode`.
 
-The engine processes files as background sessions, which wait for all live streams. Results equal those of a live
-stream.
+The engine processes files as background sessions, which it advances only while no live stream has input ready. The
+results are the same as in a live stream.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ from nemo_lfr.serve.tasks import stop_tasks, within
 
 T = TypeVar("T")
 
-_PIECE = 1 << 18  # bytes of a file that are sent at once
-OPUS_RATE = 24000  # Hz; Opus has 8, 12, 16, 24 and 48 kHz
+_PIECE = 1 << 18  # bytes to send at once
+OPUS_RATE = 24000  # Hz; Opus only supports 8, 12, 16, 24 and 48 kHz
 _FORMATS: dict[str, tuple[str, str, str]] = {
     "wav": ("WAV", "PCM_16", "audio/wav"),
     "flac": ("FLAC", "PCM_16", "audio/flac"),
@@ -42,10 +42,10 @@ async def encode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     """Encode the audio file in the body to a token file, or to JSON.
 
     Args:
-        request: `format` is lfr (default) or json.
+        request: request whose URL parameter `format` is lfr (default) or json.
         engine: engine that encodes.
-        max_bytes: limit of the body.
-        limits: limits of the recording and of the time between two parts of the body.
+        max_bytes: maximum size of the body.
+        limits: limits for the duration of the recording and the time without data.
 
     Raises:
         ProtocolError: the body exceeds a limit, or a parameter is invalid.
@@ -72,10 +72,11 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     """Decode the token file in the body, or JSON with `tokens`, to an audio file.
 
     Args:
-        request: `format` is wav (default), flac or opus; the content type of JSON is application/json.
+        request: request whose URL parameter `format` is wav (default), flac or opus. A JSON body has the content type
+            application/json.
         engine: engine that decodes.
-        max_bytes: limit of the body.
-        limits: limits of the recording and of the time between two parts of the body.
+        max_bytes: maximum size of the body.
+        limits: limits for the duration of the recording and the time without data.
 
     Raises:
         ProtocolError: the body exceeds a limit, or a parameter is invalid.
@@ -96,10 +97,12 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
 
 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
-    """Yield the chunks [..., k] of a recording; a small compressed file may exceed `max_seconds`.
+    """Yield the pieces [..., k] of a recording unchanged, and check its duration.
+
+    The size of the body is no limit for the duration, because a small compressed file may contain a long recording.
 
     Raises:
-        ProtocolError: the recording is too long.
+        ProtocolError: the recording is longer than `max_seconds`.
     """
     num_items = 0
     for piece in pieces:
@@ -121,7 +124,7 @@ def _read_json(path: Path, engine: Engine, limits: StreamLimits) -> tuple[np.nda
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ProtocolError("the body is not UTF-8.") from None
+        raise ProtocolError("the body is not valid UTF-8; send JSON in UTF-8.") from None
     protocol = DecodeProtocol(engine.codec, {})
     fields = parse_text(text)
     (tokens,) = _limited([protocol.tokens_of(fields)], limits, engine.codec.frame_rate)
@@ -139,18 +142,18 @@ def _tokens_response(tokens: np.ndarray, num_samples: int, engine: Engine, kind:
 
 
 class _AudioFile:
-    """Audio file that is written piece by piece, to a temporary file without a name.
+    """Writer that writes audio piece by piece to a temporary file without a name.
 
     Args:
-        sample_rate: sample rate of the pieces in Hz.
-        kind: key of `_FORMATS`.
+        sample_rate: sample rate of the pieces, Hz.
+        kind: format of the file, a key of `_FORMATS`.
     """
 
     def __init__(self, sample_rate: int, kind: str) -> None:
         container, subtype, self._media_type = _FORMATS[kind]
         rate = OPUS_RATE if kind == "opus" else sample_rate
         self._resampler = Resampler(sample_rate, rate) if rate != sample_rate else None
-        self._file = tempfile.TemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  lives as long as the response
+        self._file = tempfile.TemporaryFile(prefix="nemo-lfr-")  # noqa: SIM115  the response still reads it
         self._writer = soundfile.SoundFile(self._file, "w", rate, 1, subtype, format=container)
 
     def write(self, audio: np.ndarray, last: bool = False) -> None:
@@ -160,7 +163,7 @@ class _AudioFile:
         self._writer.write(audio.clip(-1, 1))
 
     def response(self) -> Response:
-        """End the file, and return the response that sends it."""
+        """Finish the file, and return a response that sends it."""
         self.write(np.zeros(0, np.float32), last=True)
         self._writer.close()
         size = self._file.seek(0, io.SEEK_END)
@@ -180,7 +183,14 @@ async def _through(
     consume: Callable[[np.ndarray], None],
     num_samples: int | None = None,
 ) -> None:
-    """Pass all pieces through a session, and its results to `consume`, in a thread.
+    """Process a recording in a session.
+
+    Args:
+        request: request, which is watched for a disconnect of the client.
+        session: session to process the recording in.
+        pieces: pieces of the input.
+        consume: function that is called with each result, in a worker thread.
+        num_samples: length of the recording in samples, for decoding; None if unknown.
 
     Raises:
         ClientDisconnect: if the client has closed the connection.
@@ -213,7 +223,7 @@ async def _through(
 
 
 async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Yield the items of a blocking iterator, which runs in worker threads."""
+    """Yield the items of a blocking iterator, whose steps run in worker threads."""
     end = object()
     step: Callable[..., Any] = next
     while True:
@@ -221,11 +231,11 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
         try:
             item = await asyncio.shield(running)
         except asyncio.CancelledError:
-            # Wait for the thread: the caller closes the file next, and reading a closed file would crash.
+            # Wait for the thread, because the caller closes the file next, and reading a closed file would crash.
             while not running.done():
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([running])
-            with suppress(BaseException):  # too late to report its error
+            with suppress(BaseException):  # it is too late to report an error of the iterator
                 running.result()
             raise
         if item is end:
@@ -235,10 +245,14 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
 
 @asynccontextmanager
 async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> AsyncIterator[Path]:
-    """Write the body to a temporary file.
+    """Write the body of a request to a temporary file, and remove the file after the context.
+
+    Yields:
+        The path of the file.
 
     Raises:
-        ProtocolError: it has more than `max_bytes`, or stalls.
+        ProtocolError: the body has more than `max_bytes`, or no data arrives for `limits.idle_s`.
+        NemoLfrError: the body is empty.
     """
     parts = request.stream()
 
@@ -252,8 +266,11 @@ async def _spooled(request: Request, max_bytes: int, limits: StreamLimits) -> As
             while (part := await within(limits.idle_s, next_part(), "no data received")) is not None:
                 size += len(part)
                 if size > max_bytes:
-                    raise ProtocolError(f"the body is larger than {max_bytes} bytes.", CloseCode.TOO_BIG)
+                    raise ProtocolError(
+                        f"the body is larger than {max_bytes} bytes, the server's limit; send a shorter recording.",
+                        CloseCode.TOO_BIG,
+                    )
                 file.write(part)
         if not size:
-            raise NemoLfrError("the body is empty.")
+            raise NemoLfrError("the body is empty; send the content of a file.")
         yield path

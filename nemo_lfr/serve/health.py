@@ -1,4 +1,4 @@
-"""Health of an engine, for load balancers and supervisors."""
+"""Check the health of an engine, for load balancers and supervisors."""
 
 import asyncio
 from contextlib import suppress
@@ -7,25 +7,25 @@ import numpy as np
 
 from nemo_lfr.serve.engine import Engine
 
-STALLED_S = 60.0  # a step takes well below a second, and a few seconds where it compiles kernels
+STALLED_S = 60.0  # a step normally takes well below a second, or a few seconds if kernels are compiled
 _PROBE_S = 5.0
 
 
 async def find_fault(engine: Engine) -> str | None:
-    """Return why an engine cannot advance streams; None if it can.
+    """Return why an engine cannot process streams; None if it can.
 
-    A fault such as a CUDA error ends the streams of its step, and most often affects all later steps. After one, a
-    frame is decoded to find out whether the fault persists.
+    A fault such as a CUDA error ends the streams in a step, and usually affects all later steps too. After a fault,
+    this function decodes one frame to find out whether the fault persists.
 
     Args:
         engine: engine that is neither draining nor closed.
     """
     if not engine.is_alive:
-        return "the engine's thread has ended."
+        return "the engine's thread has ended; restart the server."
     if engine.step_s > STALLED_S:
-        return f"a step has not returned for {engine.step_s:.0f} s."
+        return f"a step of the engine has not finished for {engine.step_s:.0f} s; restart the server."
     if engine.fault is not None:
-        # The engine may be full, or the network may fail, with any error: it is then the engine's fault.
+        # Decoding may fail with any error, also because the engine is full. The fault of the engine is reported then.
         with suppress(Exception):
             await asyncio.wait_for(_decode_frame(engine), _PROBE_S)
     return engine.fault

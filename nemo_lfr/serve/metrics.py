@@ -1,4 +1,4 @@
-"""Prometheus metrics of a server."""
+"""Metrics of a server in the format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -13,12 +13,17 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
-        self._live = Gauge("nemo_lfr_streams", "Open streams.", registry=registry)
-        self._frames = Counter("nemo_lfr_frames", "Frames that were computed.", ["kind"], registry=registry)
+        self._live = Gauge("nemo_lfr_streams", "Open streams and files.", registry=registry)
+        self._frames = Counter("nemo_lfr_frames", "Frames that were encoded or decoded.", ["kind"], registry=registry)
         self._batch = Histogram(
-            "nemo_lfr_batch_streams", "Streams in a step.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
+            "nemo_lfr_batch_streams",
+            "Streams in a step of the engine.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=registry,
         )
-        self._step = Histogram("nemo_lfr_step_seconds", "Duration of a step.", buckets=_SECONDS, registry=registry)
+        self._step = Histogram(
+            "nemo_lfr_step_seconds", "Duration of a step of the engine.", buckets=_SECONDS, registry=registry
+        )
         self._first = Histogram(
             "nemo_lfr_first_result_seconds",
             "Time from a stream's first input to its first result.",
@@ -31,7 +36,7 @@ class Metrics:
         )
 
     def watch(self, engine: Engine) -> None:
-        """Report an engine's open sessions, both live streams and files."""
+        """Report the number of an engine's open sessions, which are live streams and files."""
         self._live.set_function(lambda: len(engine))
 
     def on_step(self, step: Step) -> None:

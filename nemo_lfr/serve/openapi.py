@@ -1,4 +1,4 @@
-"""OpenAPI description of the HTTP endpoints; the WebSocket streams are specified in docs/reference/protocol.md."""
+"""OpenAPI description of the HTTP endpoints. OpenAPI cannot describe WebSockets; docs/reference/protocol.md does."""
 
 from typing import Any
 
@@ -27,10 +27,10 @@ _ERRORS = {
     status: {"description": text, "content": _json(error={"type": "string"}, type={"type": "string"})}
     for status, text in {
         "400": "The body or a parameter is not valid.",
-        "401": "The token is missing or wrong.",
+        "401": "The access token is missing or wrong.",
         "408": "The client stopped sending the body.",
-        "413": "The body is too large, or the recording too long.",
-        "503": "Too many streams, or the server is shutting down.",
+        "413": "The body is too large, or the recording is too long.",
+        "503": "The server has too many streams or files, or is shutting down.",
     }.items()
 }
 
@@ -71,19 +71,25 @@ OPENAPI: dict[str, Any] = {
             }
         },
         "/v1/info": {
-            "get": {"summary": "Describe the codec and the limits.", "responses": {"200": {"description": "JSON."}}}
+            "get": {
+                "summary": "Describe the codec and the limits of the server.",
+                "responses": {"200": {"description": "A JSON object."}},
+            }
         },
         "/health": {
             "get": {
-                "summary": "Whether new streams are accepted.",
+                "summary": "Return whether the server accepts new streams.",
                 "responses": {
-                    "200": {"description": "Accepted."},
-                    "503": {"description": "The server is shutting down, or the network fails."},
+                    "200": {"description": "New streams are accepted."},
+                    "503": {"description": "The server is shutting down, or cannot process streams."},
                 },
             }
         },
         "/metrics": {
-            "get": {"summary": "Metrics for Prometheus.", "responses": {"200": {"description": "Text format 0.0.4."}}}
+            "get": {
+                "summary": "Return metrics for Prometheus.",
+                "responses": {"200": {"description": "Metrics in Prometheus's text format 0.0.4."}},
+            }
         },
     },
 }

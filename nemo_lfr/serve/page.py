@@ -1,4 +1,4 @@
-"""Routes of the page at `/`, which uses the server from a browser."""
+"""Routes for the page at `/`, with which the server can be used from a browser."""
 
 from typing import Any
 
@@ -9,17 +9,18 @@ from starlette.types import Scope
 
 from nemo_lfr.web import EXAMPLE, EXAMPLE_PATH, FOLDER, INDEX, PAGE
 
-# The page's own policy, a <meta> element, lets it load only its own files. Browsers read this directive only here.
+# A <meta> element in the page also sets a policy: the page may load only its own files. `frame-ancestors` must be in a
+# header, because browsers ignore it in a <meta> element.
 HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # revalidate, so that modules of two versions never meet
+    "Cache-Control": "no-cache",  # browsers revalidate files, so that files of two versions are not mixed
 }
 
 
 def page_routes() -> list[BaseRoute]:
-    """Return the routes of the page."""
+    """Return the routes for the page and its files."""
 
     async def index(_: Any) -> Response:
         return FileResponse(PAGE / INDEX, headers=HEADERS)
@@ -35,12 +36,15 @@ def page_routes() -> list[BaseRoute]:
 
 
 def is_page(path: str) -> bool:
-    """Return whether a path is part of the page, which is public: it holds no secret and asks for the token itself."""
+    """Return whether a URL path belongs to the page.
+
+    The page needs no access token: it contains no secret, and asks the user for the token.
+    """
     return path == "/" or path.startswith(f"/{FOLDER}/")
 
 
 class _PageFiles(StaticFiles):
-    """Files of the page with `HEADERS`."""
+    """Route for the files of the page, which adds `HEADERS` to the responses."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Return a file, or status 404."""

@@ -1,8 +1,8 @@
-"""Messages of the WebSocket streams, version 1; docs/reference/protocol.md is the specification.
+"""Parse and format the messages of WebSocket streams, version 1; docs/reference/protocol.md is the specification.
 
-Each stream carries one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
-objects with either `tokens` or the `type` of a control message. Parsing validates every message, so an invalid one
-ends only its own stream.
+Each stream is for one recording. Binary messages contain little-endian samples or tokens. Text messages are JSON
+objects with either `tokens` or the `type` of a control message. Every message is validated when it is parsed, so an
+invalid message ends only its own stream.
 """
 
 import json
@@ -18,17 +18,17 @@ from nemo_lfr.errors import AudioError, NemoLfrError, shorten
 from nemo_lfr.io.audio import pcm16
 from nemo_lfr.io.resampling import MAX_RATE, MIN_RATE, check_peak
 
-MAX_RAMP = 8  # chunks
-MAX_CHUNK = 64  # frames
+MAX_RAMP = 8  # maximum number of chunks in `ramp`
+MAX_CHUNK = 64  # maximum number of frames in one of these chunks
 
 
 class CloseCode(IntEnum):
-    """WebSocket close codes of the server, from RFC 6455 and IANA's registry."""
+    """WebSocket close codes that the server sends, as defined in RFC 6455 and IANA's registry."""
 
     DONE = 1000
     GONE = 1001  # counted in metrics but never sent: the client closed the connection
     INVALID = 1007  # invalid message or parameter
-    POLICY = 1008  # wrong token or origin, client idle for too long, or results not read in time
+    POLICY = 1008  # wrong token or origin, or a client that is idle or does not read results for too long
     TOO_BIG = 1009  # message or recording above its limit
     FAULT = 1011  # unexpected error in the server
     RESTART = 1012  # the server is shutting down
@@ -79,7 +79,7 @@ def integer(query: Mapping[str, str], name: str, default: int | None, low: int, 
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
-        raise ProtocolError(f"{name}={shorten(text)} is not an integer from {low} to {high}.")
+        raise ProtocolError(f"{name}={shorten(text)} is not valid; pass an integer from {low} to {high}.")
     return int(text)
 
 
@@ -91,7 +91,7 @@ def choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str
     """
     text = query.get(name, choices[0])
     if text not in choices:
-        raise ProtocolError(f"{name}={shorten(text)} is not one of {', '.join(choices)}.")
+        raise ProtocolError(f"{name}={shorten(text)} is not valid; pass one of {', '.join(choices)}.")
     return text
 
 
@@ -102,7 +102,7 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
         query: parameters of the URL, such as `{"ramp": "1,2,4"}`.
 
     Returns:
-        The number of frames of each chunk; empty if the parameter is absent.
+        The number of frames in each chunk; empty if the parameter is absent.
 
     Raises:
         ProtocolError: if the parameter is not a list of at most `MAX_RAMP` integers from 1 to `MAX_CHUNK`.
@@ -110,7 +110,7 @@ def ramp(query: Mapping[str, str]) -> tuple[int, ...]:
     text = query.get("ramp", "")
     names = text.split(",") if text else []
     if len(names) > MAX_RAMP:
-        raise ProtocolError(f"ramp has {len(names)} chunks; the limit is {MAX_RAMP}.")
+        raise ProtocolError(f"ramp has {len(names)} chunks; pass at most {MAX_RAMP}.")
     sizes = [integer({"ramp": name.strip()}, "ramp", None, 1, MAX_CHUNK) for name in names]
     return tuple(size for size in sizes if size is not None)
 
@@ -119,30 +119,30 @@ def check_names(query: Mapping[str, str], names: set[str]) -> None:
     """Reject a URL that has a parameter outside `names`.
 
     Raises:
-        ProtocolError: if a parameter is unknown. The message lists the known ones.
+        ProtocolError: if a parameter is unknown. The message lists the known parameters.
     """
     for name in query:
         if name not in names:
-            raise ProtocolError(f"unknown parameter {shorten(name)}; known: {', '.join(sorted(names))}.")
+            raise ProtocolError(f"unknown parameter {shorten(name)}; use {', '.join(sorted(names))}.")
 
 
 def parse_text(text: str) -> dict[str, Any]:
-    """Return the JSON object of a text message.
+    """Return the JSON object in a text message.
 
     Raises:
-        ProtocolError: it is not a JSON object.
+        ProtocolError: if the message is not a JSON object.
     """
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):
-        raise ProtocolError("a text message is not JSON.") from None
+        raise ProtocolError("a text message is not valid JSON.") from None
     if not isinstance(message, dict):
         raise ProtocolError("a text message is not a JSON object.")
     return message
 
 
 class DecodeProtocol:
-    """Parser and formatter of the messages of `/v1/decode/stream`.
+    """Parser and formatter for the messages of `/v1/decode/stream`.
 
     Args:
         codec: codec of the server.
@@ -162,7 +162,7 @@ class DecodeProtocol:
         self.ramp = ramp(query)
 
     def parse(self, message: bytes | str) -> np.ndarray | End:
-        """Parse a message of tokens or the end of the input.
+        """Parse a message that contains tokens or ends the input.
 
         Args:
             message: int16 tokens, frame by frame, or JSON text.
@@ -176,7 +176,10 @@ class DecodeProtocol:
         count = self.codec.num_codebooks
         if isinstance(message, bytes):
             if len(message) % (2 * count):
-                raise ProtocolError(f"{len(message)} bytes are not frames of {count} tokens of int16.")
+                raise ProtocolError(
+                    f"a message has {len(message)} bytes; send a multiple of {2 * count}, whole frames of {count} "
+                    "int16 tokens."
+                )
             tokens = np.frombuffer(message, "<i2").reshape(-1, count).T
         else:
             fields = parse_text(message)
@@ -184,25 +187,25 @@ class DecodeProtocol:
         return self._checked(tokens)
 
     def tokens_of(self, fields: Mapping[str, Any]) -> np.ndarray:
-        """Return the tokens [C, k] of a JSON object.
+        """Return the tokens [C, k] in a JSON object.
 
         Raises:
-            ProtocolError: they are not valid.
+            ProtocolError: if the tokens are not valid.
         """
         return self._checked(self._from_lists(fields.get("tokens"), self.codec.num_codebooks))
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         size = self.codec.codebook_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
-            raise ProtocolError(f"tokens are outside 0 to {size - 1}.")
+            raise ProtocolError(f"a token is out of range; send tokens from 0 to {size - 1}.")
         return tokens.astype(np.int64)
 
     @staticmethod
     def end_of(fields: Mapping[str, Any]) -> End:
-        """Return the end of the input with the length in a JSON object.
+        """Return the `End` that a JSON object stands for, with the length in it.
 
         Raises:
-            ProtocolError: the length is not valid.
+            ProtocolError: if the length is not valid.
         """
         num_samples = fields.get("num_samples")
         if num_samples is not None and (type(num_samples) is not int or num_samples < 0):
@@ -221,17 +224,17 @@ class DecodeProtocol:
         try:
             return np.array(frames, np.int64).reshape(-1, count).T
         except OverflowError:
-            raise ProtocolError("tokens are outside the codebook.") from None
+            raise ProtocolError("a token is out of range; send tokens of the codebook.") from None
 
     def format(self, audio: np.ndarray) -> bytes:
-        """Return the binary message for samples [n]; int16 samples are clipped."""
+        """Return the binary message for samples [n]. Samples that are sent as int16 are clipped."""
         if self.audio == "pcm_f32le":
             return audio.astype("<f4").tobytes()
         return pcm16(audio)
 
 
 class EncodeProtocol:
-    """Parser and formatter of the messages of `/v1/encode/stream`.
+    """Parser and formatter for the messages of `/v1/encode/stream`.
 
     Args:
         codec: codec of the server.
@@ -260,7 +263,7 @@ class EncodeProtocol:
         self.sample_rate = rate
 
     def parse(self, message: bytes | str) -> np.ndarray | End:
-        """Parse a message of samples or the end of the input.
+        """Parse a message that contains samples or ends the input.
 
         Args:
             message: samples in the format of the parameter `audio`, or JSON text.
@@ -277,7 +280,10 @@ class EncodeProtocol:
             return End()
         kind = np.dtype("<i2" if self.audio == "pcm_s16le" else "<f4")
         if len(message) % kind.itemsize:
-            raise ProtocolError(f"{len(message)} bytes are not samples of {self.audio}.")
+            raise ProtocolError(
+                f"a message has {len(message)} bytes; send a multiple of {kind.itemsize}, whole samples in "
+                f"{self.audio}."
+            )
         samples = np.frombuffer(message, kind).astype(np.float32)
         if self.audio == "pcm_s16le":
             return samples / np.float32(32768)
@@ -288,7 +294,7 @@ class EncodeProtocol:
         return samples
 
     def format(self, tokens: np.ndarray) -> bytes | str:
-        """Return the message for tokens [C, k], as JSON or as int16, frame by frame."""
+        """Return the message for tokens [C, k], frame by frame, as JSON or int16."""
         if self.tokens == "json":
             return json.dumps({"tokens": tokens.T.tolist()})
         return np.ascontiguousarray(tokens.T).astype("<i2").tobytes()

@@ -1,4 +1,4 @@
-"""uvicorn server that drains open streams on SIGTERM and SIGINT."""
+"""Run the application with uvicorn; after SIGTERM or SIGINT, open streams may end before the server stops."""
 
 import asyncio
 import logging
@@ -17,31 +17,31 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.serve.app import Settings
 
 _POLL_S = 0.1
-_CLOSE_S = 3  # end of the drain time, in which connections are closed and the process ends
+_CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closing connections
 
 
 class _WebSockets(WebSocketsSansIOProtocol):
-    """WebSocket protocol of uvicorn that disconnects clients that stop reading.
+    """uvicorn's WebSocket protocol, which also disconnects clients that stop reading.
 
-    uvicorn itself waits indefinitely for such a client, even after the application has closed the stream, because the
-    close frame is queued behind unread data.
+    uvicorn itself waits indefinitely for such a client. It does so even after the application has closed the stream,
+    because the close frame is queued behind data that the client has not read.
     """
 
     send_s = 20.0
     _cutoff: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Start the time limit of `send_s` seconds when the write buffer is full."""
+        """Start a timer when the write buffer is full; the connection is cut after `send_s` seconds."""
         super().pause_writing()
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Cancel the time limit when the client has read enough."""
+        """Cancel the timer when the client has read enough data."""
         self._end_cutoff()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the time limit of a closed connection."""
+        """Cancel the timer when the connection is closed."""
         self._end_cutoff()
         super().connection_lost(exc)
 
@@ -52,32 +52,32 @@ class _WebSockets(WebSocketsSansIOProtocol):
 
 
 class _HeaderLimit(asyncio.Protocol):
-    """Mixin of uvicorn's HTTP protocols that closes a connection whose request does not arrive.
+    """Mixin for uvicorn's HTTP protocols that closes a connection if no complete request headers arrive in time.
 
-    uvicorn limits only the time between two requests.
+    uvicorn itself limits only the time between two requests.
     """
 
     idle_s = 60.0
     transport: asyncio.Transport
-    cycle: Any  # the last request; None before the first
+    cycle: Any  # the latest request; None before the first request
     _limit: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the time limit."""
+        """Start the timer for the headers of the first request."""
         super().connection_made(transport)
         self._start_limit()
 
     def data_received(self, data: bytes) -> None:
-        """End the time limit when the headers of a request are complete, or start it for the next request."""
+        """Cancel the timer when the headers of a request are complete; start it again after the response."""
         super().data_received(data)
         is_served = self.cycle is not None and not self.cycle.response_complete
-        if is_served or self.transport.get_protocol() is not self:  # a WebSocket has a protocol of its own
+        if is_served or self.transport.get_protocol() is not self:  # a WebSocket has a separate protocol object
             self._end_limit()
         else:
             self._start_limit()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the time limit."""
+        """Cancel the timer."""
         self._end_limit()
         super().connection_lost(exc)
 
@@ -94,14 +94,14 @@ class _HeaderLimit(asyncio.Protocol):
 class Server(uvicorn.Server):
     """uvicorn server that waits for open streams before it stops.
 
-    After the first signal, `/health` returns 503 and new streams are refused. Open streams have most of `drain_s` to
-    end and are then closed with code 1012. A second signal skips the rest of this wait.
+    After the first signal, `/health` returns 503 and new streams are refused. The server waits for open streams to
+    end, and then closes the rest with code 1012. A second signal skips the rest of the wait.
 
     Args:
         config: uvicorn's settings.
-        app: application returned by `create_app`.
-        drain_s: maximum time from the first signal to the end, in seconds. Open streams have 3 s less, and are then
-            closed.
+        app: application that `create_app` returned.
+        drain_s: maximum time in seconds from the first signal to the end of the process. Open streams are closed 3 s
+            earlier.
     """
 
     def __init__(self, config: uvicorn.Config, app: Starlette, drain_s: float) -> None:
@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Reduce uvicorn's record of a text message that is not UTF-8 to one line: any client can cause it."""
+    """Remove the traceback from uvicorn's log record of a message that is not UTF-8, which any client can cause."""
     if record.getMessage().startswith("Invalid UTF-8"):
         record.exc_info = None
     return True
@@ -150,9 +150,9 @@ def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         http=http,
         ws=websockets,
-        ws_max_size=settings.stream.max_message_bytes * 2,  # uvicorn itself rejects larger messages
+        ws_max_size=settings.stream.max_message_bytes * 2,  # the server's own limit is smaller and gives a clear error
         ws_per_message_deflate=False,
-        # Pings without a time limit: the pong of a client waits while the server does not read, which may take longer.
+        # Pings have no time limit: a pong waits in the queue while the server does not read, which may take long.
         ws_ping_timeout=None,
         timeout_graceful_shutdown=1,
     )
@@ -169,12 +169,12 @@ def run(
     """Serve an application until SIGTERM or SIGINT.
 
     Args:
-        app: application returned by `create_app`.
-        host: address to bind.
+        app: application that `create_app` returned.
+        host: address to bind to.
         port: TCP port; 0 for a free one.
         settings: settings of the application.
-        drain_s: maximum time from the first signal to the end, in seconds.
-        on_start: function called with the server's URL after the address is bound.
+        drain_s: maximum time in seconds from the first signal to the end of the process.
+        on_start: function that is called with the server's URL after the address is bound.
 
     Returns:
         The URL of the server.
@@ -187,7 +187,7 @@ def run(
         bound = socket.create_server((host, port), family=family)
     except OSError as error:
         raise NemoLfrError(
-            f"{host}:{port} cannot be bound ({error.strerror or error}); choose another --port."
+            f"the server cannot bind to {host}:{port} ({error.strerror or error}); choose another --port or --host."
         ) from error
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{bound.getsockname()[1]}"
@@ -195,6 +195,6 @@ def run(
         on_start(url)
     config = server_config(app, settings)
     logging.getLogger("uvicorn.error").addFilter(_without_traceback)
-    with bound, suppress(KeyboardInterrupt):  # after it has stopped, uvicorn re-raises the signals it received
+    with bound, suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received again after it has stopped
         Server(config, app, drain_s).run(sockets=[bound])
     return url

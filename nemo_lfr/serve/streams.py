@@ -2,7 +2,7 @@
 
 Each stream has two tasks. The reader passes messages to the engine and pauses while the engine has enough input. The
 writer sends results and pauses while the client does not read. A slow client therefore occupies a bounded amount of
-memory. It is disconnected after `StreamLimits.send_s`.
+memory. A client that does not read a message for `StreamLimits.send_s` is disconnected.
 """
 
 import asyncio
@@ -30,10 +30,11 @@ class StreamLimits:
     """Limits of a WebSocket stream.
 
     Attributes:
-        idle_s: maximum time between two messages of the client before the end of its input, in seconds.
-        send_s: maximum time that the client may take to receive a message, in seconds.
+        idle_s: maximum time in seconds between two messages from the client, until it ends its input.
+        send_s: maximum time in seconds that the client may take to receive a message.
         max_seconds: maximum duration of a recording, in seconds.
-        max_message_bytes: maximum size of a message of the client: bytes, or characters of text.
+        max_message_bytes: maximum size of a message from the client, in bytes for binary messages and in characters
+            for text.
     """
 
     idle_s: float = 60.0
@@ -42,17 +43,19 @@ class StreamLimits:
     max_message_bytes: int = 1 << 20
 
     def check_duration(self, num_items: int, rate: float) -> None:
-        """Check the duration of a recording so far.
+        """Check the duration of the part of a recording that has arrived.
 
         Args:
-            num_items: number of its samples or frames.
+            num_items: number of samples or frames that have arrived.
             rate: samples or frames per second, Hz.
 
         Raises:
-            ProtocolError: if it is longer than `max_seconds`.
+            ProtocolError: if this part is longer than `max_seconds`.
         """
         if num_items > self.max_seconds * rate:
-            raise ProtocolError(f"the recording is longer than {self.max_seconds:g} s.", CloseCode.TOO_BIG)
+            raise ProtocolError(
+                f"the recording is longer than {self.max_seconds:g} s, the server's limit.", CloseCode.TOO_BIG
+            )
 
 
 async def serve_stream(
@@ -117,7 +120,7 @@ def _ready(engine: Engine, session: Session) -> dict[str, Any]:
 
 
 async def _run(websocket: WebSocket, protocol: Protocol, session: Session, limits: StreamLimits) -> None:
-    """Transfer messages until the recording ends or one of the directions fails."""
+    """Run the reader and the writer until the recording ends or one of them fails."""
     reader = asyncio.create_task(_receive_all(websocket, protocol, session, limits))
     writer = asyncio.create_task(_send_all(websocket, protocol, session, limits))
     try:
@@ -148,7 +151,7 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
         if resampler is None:
             await session.feed(items)
             continue
-        # One message may hold hours at a low rate, which resampling would multiply.
+        # At a low sample rate one message may contain hours of audio. Resampling it at once would need much memory.
         second = int(rate)
         for start in range(0, items.shape[-1], second):
             await session.feed(resampler.push(items[start : start + second]))
@@ -162,7 +165,10 @@ async def _receive(websocket: WebSocket, limits: StreamLimits) -> bytes | str:
     if data is None:
         data = message["text"]
     if len(data) > limits.max_message_bytes:
-        raise ProtocolError(f"a message is larger than {limits.max_message_bytes} bytes.", CloseCode.TOO_BIG)
+        raise ProtocolError(
+            f"a message is larger than {limits.max_message_bytes} bytes, the server's limit; send smaller messages.",
+            CloseCode.TOO_BIG,
+        )
     return data
 
 
@@ -185,14 +191,14 @@ async def _send_text(websocket: WebSocket, message: dict[str, Any], limits: Stre
 async def _send(sending: Any, limits: StreamLimits) -> None:
     try:
         await within(limits.send_s, sending, "a message was not read")
-    except RuntimeError as error:  # of uvicorn, after it has closed the connection itself
+    except RuntimeError as error:  # raised by uvicorn after it has closed the connection itself
         raise WebSocketDisconnect(1006) from error
 
 
 async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
-    """Close the connection, after a message with the full reason of an error.
+    """Close the connection; if there was an error, first send a message with the full reason.
 
-    A close frame has room for a reason of 123 bytes only.
+    The reason in a close frame is limited to 123 bytes.
     """
     if code != CloseCode.DONE:
         message = json.dumps({"type": "error", "code": int(code), "error": reason})

@@ -1,4 +1,4 @@
-"""Time limits, and ending asyncio tasks reliably."""
+"""Helpers for asyncio: wait for a client with a time limit, and stop tasks reliably."""
 
 import asyncio
 from collections.abc import Awaitable, Iterable
@@ -12,15 +12,15 @@ _AGAIN_S = 0.5
 
 
 async def within(seconds: float, step: Awaitable[T], problem: str) -> T:
-    """Return the result of a step that depends on the client.
+    """Wait for something that the client must do, such as sending a message, and return the result.
 
     Args:
-        seconds: time limit.
-        step: the step.
-        problem: what the client did not do, such as "no message".
+        seconds: time limit, in seconds.
+        step: awaitable that ends when the client has done it.
+        problem: start of the error message, such as "no message received".
 
     Raises:
-        ProtocolError: if the step takes longer.
+        ProtocolError: if `step` takes longer than the time limit.
     """
     try:
         return await asyncio.wait_for(step, seconds)
@@ -29,10 +29,10 @@ async def within(seconds: float, step: Awaitable[T], problem: str) -> T:
 
 
 async def stop_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
-    """Cancel tasks and wait until all have ended; their results and errors are discarded.
+    """Cancel tasks and wait until all of them have ended; their results and errors are discarded.
 
-    `asyncio.wait_for` of Python 3.10 and 3.11 ignores a cancellation that arrives together with its result, so tasks
-    that continue are canceled again.
+    A task that has not ended after a while is canceled again. In Python 3.10 and 3.11, `asyncio.wait_for` ignores a
+    cancellation that arrives together with the result that it waits for.
     """
     stopped = pending = set(tasks)
     while pending:

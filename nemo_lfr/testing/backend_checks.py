@@ -31,10 +31,11 @@ def assert_tokens_equal(actual: np.ndarray, expected: np.ndarray, max_ties: floa
     Args:
         actual: tokens of any shape.
         expected: tokens of the same shape.
-        max_ties: maximum fraction of tokens that may differ. Rounding ties depend on the order of fp32 additions.
+        max_ties: maximum fraction of tokens that may differ. A rounding tie is a value so close to the edge between
+            two levels that its token depends on the order of fp32 additions.
 
     Raises:
-        AssertionError: if the shapes differ, or more than this fraction of the tokens.
+        AssertionError: if the shapes differ, or if more than this fraction of the tokens differ.
     """
     _require(actual.shape == expected.shape, f"tokens have shape {actual.shape}, not {expected.shape}")
     if actual.size and (actual != expected).mean() > max_ties:
@@ -117,8 +118,8 @@ def check_lengths(codec: Codec[Any]) -> None:
 def check_batches(codec: Codec[Any]) -> None:
     """Check that clips in a batch do not affect each other.
 
-    The samples after the end of a clip must not affect its result either.
-    Clips of 21 to 23 frames have similar lengths, so a backend may compute them together.
+    The samples after the end of a clip must not affect its result either. Some of the clips have similar lengths, 21
+    to 23 frames, so that windows of different lengths may share a batch.
     """
     clips = [_speech(codec, num_frames, seed) for seed, num_frames in enumerate((9.5, 23, 1, 22.6, 21.2, 20.5))]
     batch = np.full((len(clips), max(map(len, clips))), 0.7, np.float32)
@@ -138,7 +139,7 @@ def check_batches(codec: Codec[Any]) -> None:
 
 
 def check_windows(codec: Codec[Any]) -> None:
-    """Check that windows and blocks give the results of the whole recording."""
+    """Check that a recording in windows or blocks gives the same results as the whole recording."""
     clip = _speech(codec, 40.3)
     tokens = _tokens(codec, clip)
     audio = _audio(codec, tokens)
@@ -216,7 +217,7 @@ def check_copies(codec: Codec[Any]) -> None:
 
 
 def check_streams(codec: Codec[Any]) -> None:
-    """Check that streams give the results of the whole recording.
+    """Check that streams give the same results as the whole recording.
 
     If the backend does not support streaming, check that opening a stream raises NemoLfrError.
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SAMPLE_RATE = 22050
 MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# Changes to `codec_config` for the fastest codec: two stages with strides 3 and 5, so 15 samples per frame.
+# Changes to `codec_config` for the fastest test codec: two stages with strides 3 and 5, and thus 15 samples per frame.
 TWO_STAGES: dict[str, Any] = {
     "samples_per_frame": 15,
     "audio_encoder": {"down_sample_rates": [3, 5], "resblock_dilation_sizes": [1, 3]},
@@ -27,7 +27,7 @@ TWO_STAGES: dict[str, Any] = {
 def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
     """Synthesize a speech-like waveform at 22.05 kHz.
 
-    It is a harmonic tone with gliding pitch and a syllable-like envelope, plus noise.
+    The waveform is a harmonic tone with gliding pitch and a syllable-like envelope, plus noise.
 
     Args:
         seconds: duration in seconds.
@@ -46,9 +46,9 @@ def synthesize(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def codec_config(**changes: Any) -> dict[str, Any]:
-    """Return the config of the released codec, but with few channels.
+    """Return a config like the one of the released codec, but with few channels.
 
-    `codec_config(**TWO_STAGES)` is the config of the fastest codec.
+    `codec_config(**TWO_STAGES)` is the config of the fastest test codec.
 
     Args:
         **changes: changed keys. A dict is merged into the section of that name, but a `vector_quantizer` with a
@@ -133,11 +133,11 @@ def random_parts(config: dict[str, Any], seed: int = 7) -> "CodecModules":
 def _center_output(parts: "CodecModules", audio: "torch.Tensor") -> None:
     """Scale the decoder's output before its activation to zero mean and an RMS of 0.1.
 
-    Otherwise the activation would saturate and hide differences between outputs.
+    Without scaling, the activation might saturate and hide differences between outputs.
 
     Args:
         parts: modules, which are changed in place.
-        audio: speech [B, T_audio] of complete frames.
+        audio: speech [B, T_audio] that consists of complete frames.
     """
     codes, _ = parts.quantizer(parts.encoder.encode_frames(audio))
     before: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
 """Check that `transformers` is installed, before other modules import it.
 
 Raises:
-    MissingExtraError: if it is not installed.
+    MissingExtraError: if `transformers` is not installed.
 """
 
 from nemo_lfr.io.shortage import require

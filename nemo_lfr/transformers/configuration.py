@@ -1,4 +1,4 @@
-"""Config of the codec for `transformers`: the keys of a checkpoint's model config that describe the network."""
+"""Config of the codec for `transformers`, with the keys of a checkpoint's config that describe the modules."""
 
 import json
 import math
@@ -15,14 +15,14 @@ _MODULES = next(iter(NEMO_CLASSES)).rpartition(".")[0] + "."
 
 @strict
 class NemoLfrConfig(PreTrainedConfig):
-    """Config of a `NemoLfrModel`; by default that of NVIDIA's released codec.
+    """Config of a `NemoLfrModel`; the defaults describe NVIDIA's released codec.
 
     Args:
-        sample_rate: Hz.
-        samples_per_frame: samples of one frame.
-        audio_encoder: class and arguments of the encoder, as in a model config of NeMo.
-        vector_quantizer: class and arguments of the quantizer.
-        audio_decoder: class and arguments of the decoder.
+        sample_rate: sample rate of the audio, Hz.
+        samples_per_frame: number of samples per frame.
+        audio_encoder: class and arguments of the encoder, as in a NeMo model config.
+        vector_quantizer: class and arguments of the quantizer, as in a NeMo model config.
+        audio_decoder: class and arguments of the decoder, as in a NeMo model config.
     """
 
     model_type = MODEL_TYPE
@@ -34,7 +34,7 @@ class NemoLfrConfig(PreTrainedConfig):
     audio_decoder: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the released codec's modules."""
+        """Use the modules of the released codec for modules that were not passed."""
         for name, default in _released().items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -42,9 +42,9 @@ class NemoLfrConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a config from the content of `config.json`.
+        """Create a config from the content of `config.json`.
 
-        Other keys of NeMo, such as losses and data, are left out; interpolations are resolved.
+        NeMo's other keys, such as losses and data, are left out. Interpolations are resolved.
 
         Raises:
             ConfigError: if the values are not a valid config.
@@ -57,12 +57,12 @@ class NemoLfrConfig(PreTrainedConfig):
 
     @property
     def sampling_rate(self) -> int:
-        """Samples per second, Hz."""
+        """Sample rate of the audio, Hz."""
         return self.sample_rate
 
     @property
     def hop_length(self) -> int:
-        """Samples of one frame."""
+        """Number of samples per frame."""
         return self.samples_per_frame
 
     @property
@@ -72,19 +72,19 @@ class NemoLfrConfig(PreTrainedConfig):
 
     @property
     def num_codebooks(self) -> int:
-        """Tokens of one frame."""
+        """Number of tokens per frame."""
         return int((self.vector_quantizer or {}).get("num_groups", 1))
 
     @property
     def codebook_size(self) -> int:
-        """Entries of one codebook."""
+        """Number of entries in one codebook."""
         quantizer = self.vector_quantizer or {}
         levels = quantizer.get("num_levels_per_group") or quantizer.get("num_levels") or []
         return math.prod(levels)
 
 
 def _released() -> dict[str, dict[str, Any]]:
-    """Return the sections of the released codec, 112.7 M parameters."""
+    """Return the config sections of NVIDIA's released codec, which has 112.7 M parameters."""
     strides = [2, 2, 4, 8, 8]
     encoder = {
         "_target_": _MODULES + "HiFiGANEncoder",

@@ -1,4 +1,4 @@
-"""Feature extractor of the codec: pads clips to a batch with a mask."""
+"""Feature extractor of the codec, which pads clips to a batch and returns a mask."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ logger = logging.get_logger(__name__)
 
 
 class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
-    """Pad clips to a batch of `input_values` with a `padding_mask`.
+    """Feature extractor that pads clips to a batch of `input_values` with a `padding_mask`.
 
     Args:
-        feature_size: number of channels, 1.
-        sampling_rate: Hz of the codec.
-        padding_value: value after a clip's end.
-        hop_length: samples of one frame.
+        feature_size: number of channels, which must be 1.
+        sampling_rate: sample rate of the codec, Hz.
+        padding_value: value of the samples after the end of a clip.
+        hop_length: number of samples per frame.
         kwargs: arguments of `SequenceFeatureExtractor`.
     """
 
@@ -48,23 +48,27 @@ class NemoLfrFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_audio: mono samples in [-1, 1], [T_audio], or a list of such clips.
-            padding: True or "longest", "max_length", or False for clips of their own lengths.
-            truncation: cut clips at `max_length`.
-            max_length: samples.
-            return_tensors: "pt" or "np".
-            sampling_rate: Hz of `raw_audio`, which must be the codec's.
+            padding: True or "longest" pads all clips to the length of the longest one, "max_length" pads them to
+                `max_length`, and False does not pad.
+            truncation: whether to cut clips at `max_length`.
+            max_length: length in samples for `padding` and `truncation`.
+            return_tensors: "pt" or "np"; None for lists of arrays.
+            sampling_rate: sample rate of `raw_audio`, Hz. It must be the codec's sample rate.
 
         Returns:
-            `input_values` [B, 1, T_audio], and with padding `padding_mask` [B, T_audio].
+            `input_values` [B, 1, T_audio] and, if clips are padded, `padding_mask` [B, T_audio].
 
         Raises:
-            AudioError: for another rate, or clips that are not mono.
+            AudioError: for another sample rate, or for clips that are not mono.
         """
         if sampling_rate is None:
-            logger.warning_once(f"pass sampling_rate; audio is assumed to be at {self.sampling_rate} Hz.")
+            logger.warning_once(
+                f"sampling_rate is missing, so audio is assumed to be at {self.sampling_rate} Hz; pass "
+                f"sampling_rate={self.sampling_rate} to confirm."
+            )
         elif sampling_rate != self.sampling_rate:
             raise AudioError(
-                f"sampling_rate is {shorten(repr(sampling_rate))}, but the codec's is {self.sampling_rate} Hz; "
+                f"sampling_rate is {shorten(repr(sampling_rate))}, but the codec runs at {self.sampling_rate} Hz; "
                 "resample the audio first."
             )
         is_batch = isinstance(raw_audio, list | tuple) and len(raw_audio) and np.ndim(raw_audio[0]) > 0

@@ -24,8 +24,8 @@ class NemoLfrEncoderOutput(ModelOutput):
     """Result of `NemoLfrModel.encode`.
 
     Attributes:
-        audio_codes: tokens [B, C, frames] as int64, zero after a clip's end.
-        audio_codes_mask: 1 for frames of a clip, 0 after its end, [B, frames].
+        audio_codes: tokens [B, C, frames] as int64, zero after the end of a clip.
+        audio_codes_mask: mask [B, frames], 1 for the frames of a clip and 0 after its end.
     """
 
     audio_codes: torch.Tensor | None = None
@@ -37,7 +37,7 @@ class NemoLfrDecoderOutput(ModelOutput):
     """Result of `NemoLfrModel.decode`.
 
     Attributes:
-        audio_values: audio [B, 1, T_audio], zero after a clip's end.
+        audio_values: audio [B, 1, T_audio], which is zero after the end of a clip.
     """
 
     audio_values: torch.Tensor | None = None
@@ -45,7 +45,7 @@ class NemoLfrDecoderOutput(ModelOutput):
 
 @dataclass
 class NemoLfrOutput(ModelOutput):
-    """Result of `NemoLfrModel.forward`; see the attributes of the other outputs."""
+    """Result of `NemoLfrModel.forward`, with the attributes of `NemoLfrEncoderOutput` and `NemoLfrDecoderOutput`."""
 
     audio_codes: torch.Tensor | None = None
     audio_values: torch.Tensor | None = None
@@ -56,7 +56,8 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     """Low Frame-rate Speech Codec, for inference.
 
     Args:
-        config: config of the modules, which get random weights; to load weights, call `from_pretrained`.
+        config: config of the modules. The constructor initializes them with random weights; call `from_pretrained` to
+            load a checkpoint.
     """
 
     config_class = NemoLfrConfig
@@ -64,7 +65,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     main_input_name = "input_values"
     input_modalities = "audio"
     _no_split_modules: ClassVar = ["HiFiGANEncoder", "HiFiGANDecoder"]  # type: ignore[misc]
-    # Tokens depend on fp32 weights, so `dtype` of `from_pretrained` does not change them.
+    # Weights stay in fp32 whatever `dtype` is passed to `from_pretrained`, because tokens depend on them.
     _keep_in_fp32_modules: ClassVar = [*PARTS]  # type: ignore[misc]
     _keep_in_fp32_modules_strict: ClassVar = [*PARTS]  # type: ignore[misc]
 
@@ -79,7 +80,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize the weights of a module that a checkpoint does not contain."""
+        """Initialize the weights of a module at random; transformers calls this if a checkpoint does not have them."""
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             norm: Any = module.parametrizations.weight  # type: ignore[union-attr]
             init.kaiming_uniform_(norm.original1, a=math.sqrt(5))
@@ -95,7 +96,7 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
     @property
     def codec(self) -> Codec[torch.Tensor]:
-        """`nemo_lfr.Codec` with this model's modules, for files and streams."""
+        """`nemo_lfr.Codec` that uses this model's modules, for files and streams."""
         modules = (self.audio_encoder, self.vector_quantizer, self.audio_decoder)
         made_of = (*modules, next(self.audio_decoder.parameters()).device)
         if self._codec is None or self._codec[0] != made_of:
@@ -116,12 +117,13 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
 
         Args:
             input_values: audio at the codec's rate, [B, 1, T_audio] or [B, T_audio].
-            padding_mask: 1 for samples of a clip, 0 after its end, [B, T_audio] or [B, 1, T_audio].
-            num_codebooks: return only the first codebooks.
-            return_dict: return an output object (default) or a tuple.
+            padding_mask: mask [B, T_audio] or [B, 1, T_audio], 1 for the samples of a clip and 0 after its end.
+                Default: all samples.
+            num_codebooks: number of codebooks to return, from the first one on. Default: all.
+            return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            AudioError: for another shape, or a mask that is not padded on the right.
+            AudioError: for another shape, or a mask with ones after a zero.
         """
         if input_values.dim() == 3 and input_values.shape[1] == 1:
             input_values = input_values[:, 0]
@@ -145,13 +147,15 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         """Decode tokens to audio.
 
         Args:
-            audio_codes: tokens [B, C, frames]; C may be smaller than the codec's if only the first were encoded.
-            padding_mask: that of the audio before encoding; the result has its length.
-            audio_codes_mask: 1 for frames of a clip, 0 after its end, [B, frames]; not needed with `padding_mask`.
-            return_dict: return an output object (default) or a tuple.
+            audio_codes: tokens [B, C, frames]. C may be smaller than the codec's number of codebooks, if only the
+                first codebooks were encoded.
+            padding_mask: mask that was passed to `encode`; the result then has the same length as the mask.
+            audio_codes_mask: mask [B, frames], 1 for the frames of a clip and 0 after its end; not needed with
+                `padding_mask`.
+            return_dict: whether to return an output object (default) or a tuple.
 
         Raises:
-            TokensError: for another shape, a token outside the codebook, or masks that do not fit.
+            TokensError: for another shape, a token outside the codebook, or a mask that does not fit the tokens.
         """
         if audio_codes.dim() != 3:
             raise TokensError(f"audio_codes has shape {list(audio_codes.shape)}; expected [B, C, frames].")
@@ -177,7 +181,10 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         num_codebooks: int | None = None,
         return_dict: bool | None = None,
     ) -> NemoLfrOutput | tuple[torch.Tensor, ...]:
-        """Encode and decode audio; `audio_values` has the length of `input_values`. See `encode` and `decode`."""
+        """Encode audio to tokens and decode the tokens again; see `encode` for the arguments.
+
+        In the result, `audio_values` has the length of `input_values`.
+        """
         encoded: Any = self.encode(input_values, padding_mask, num_codebooks, return_dict=True)
         if padding_mask is None:
             padding_mask = torch.ones(len(input_values), input_values.shape[-1], dtype=torch.long)
@@ -197,7 +204,7 @@ _KEYS = ("sample_rate", "samples_per_frame", *PARTS)
 
 
 def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Exception]) -> torch.Tensor | None:
-    """Return the number of ones in each row of a mask that is padded on the right, [B]; None without a mask."""
+    """Check a mask and return the number of ones in each row, [B]; None if there is no mask."""
     if mask is None:
         return None
     if mask.dim() == 3 and mask.shape[1] == 1:
@@ -207,5 +214,5 @@ def _lengths(mask: torch.Tensor | None, shape: Any, name: str, error: type[Excep
     is_valid = mask.bool()
     lengths = is_valid.sum(1)
     if not torch.equal(is_valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-        raise error(f"{name} has ones after a zero; pad clips on the right.")
+        raise error(f"{name} has ones after a zero; use masks of clips that are padded on the right.")
     return lengths

@@ -1,4 +1,4 @@
-"""Registration of the codec's classes with the auto classes of `transformers`."""
+"""Register the codec's classes with the auto classes of `transformers`, such as `AutoModel`."""
 
 import transformers
 
@@ -8,7 +8,7 @@ from nemo_lfr.transformers.modeling import NemoLfrModel
 
 
 def register() -> None:
-    """Register the classes; registering them again has no effect."""
+    """Register the classes. Calling this function again has no effect."""
     transformers.AutoConfig.register(NemoLfrConfig.model_type, NemoLfrConfig, exist_ok=True)
     transformers.AutoFeatureExtractor.register(
         NemoLfrConfig, feature_extractor_class=NemoLfrFeatureExtractor, exist_ok=True

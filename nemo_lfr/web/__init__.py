@@ -1,8 +1,8 @@
-"""The page in the browser: its files are in `page/`, for `nemo-lfr serve` and for static sites."""
+"""Web page that encodes and decodes in a browser, for `nemo-lfr serve` and for static sites (files in `page/`)."""
 
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "page"
-INDEX, FOLDER = "index.html", "page"  # a site has the index, and the other files in this folder
-EXAMPLE = "example.flac"  # in the folder of a site: the bundled recording
+INDEX, FOLDER = "index.html", "page"  # a site consists of the index and this folder with all other files
+EXAMPLE = "example.flac"  # name of the bundled recording in this folder
 EXAMPLE_PATH = Path(__file__).parents[1] / "weights" / "speech.flac"

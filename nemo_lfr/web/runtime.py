@@ -1,6 +1,6 @@
-"""The files of onnxruntime-web, from its npm package and checked against their SHA-512.
+"""Read the files of onnxruntime-web from its npm package, and check their SHA-512.
 
-The package is not fetched here: the user installs it with npm, or passes the archive of `npm pack`.
+This module does not download the package. The user installs it with npm, or passes an archive from `npm pack`.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER I
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 _MAX_BYTES = 64 << 20
-_HINT = f"run npm install onnxruntime-web@{VERSION}, or npm pack onnxruntime-web@{VERSION} and pass its file"
+_HINT = f"run npm install onnxruntime-web@{VERSION}, or run npm pack onnxruntime-web@{VERSION} and pass the .tgz file"
 
 
 def read_runtime(source: str | os.PathLike[str]) -> dict[str, bytes]:
@@ -50,10 +50,10 @@ def read_runtime(source: str | os.PathLike[str]) -> dict[str, bytes]:
         source: folder of the installed package, or the `.tgz` file of `npm pack`.
 
     Returns:
-        The content of each file by name.
+        The content of each file, by file name.
 
     Raises:
-        NemoLfrError: if a file is missing, or is not that of `VERSION`.
+        NemoLfrError: if a file is missing, or is not from version `VERSION` of the package.
     """
     source = expand_home(source)
     if source.is_dir():
@@ -91,9 +91,9 @@ def _member_reader(archive: tarfile.TarFile) -> Callable[[str], bytes | None]:
 
 def _checked(source: Path, name: str, data: bytes | None) -> bytes:
     if data is None:
-        raise NemoLfrError(f"{source}: has no dist/{name}; {_HINT}.")
+        raise NemoLfrError(f"{source}: no dist/{name} in this package; {_HINT}.")
     if hashlib.sha512(data).hexdigest() != SHA512[name]:
         raise NemoLfrError(
-            f"{source}: dist/{name} is not that of onnxruntime-web {VERSION} (its SHA-512 differs); {_HINT}."
+            f"{source}: dist/{name} is not the file of onnxruntime-web {VERSION} (the SHA-512 differs); {_HINT}."
         )
     return data

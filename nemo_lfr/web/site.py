@@ -1,9 +1,9 @@
-"""Static site with the page: the codec runs in the browser, without a server.
+"""Write a static site with the web page, in which the codec runs in the browser.
 
 index.html
-page/              modules and style of the page, and the example
+page/              scripts and style of the page, and the example recording
 page/codec/        the files of `nemo-lfr export onnx`
-page/ort/          onnxruntime-web
+page/ort/          the files of onnxruntime-web
 """
 
 import html
@@ -32,12 +32,12 @@ def export_site(
 ) -> list[Path]:
     """Write a static site that encodes and decodes in the browser.
 
-    Any static host can serve the folder. A browser does not run it from `file://`.
+    Any static web host can serve the folder. Browsers do not run the page from a `file://` address.
 
     Args:
-        codec: fp32 codec in PyTorch.
-        folder: created if it does not exist.
-        onnxruntime_web: installed npm package, or the `.tgz` file of `npm pack`.
+        codec: codec with the PyTorch backend, in fp32.
+        folder: folder to write to; created if it does not exist.
+        onnxruntime_web: folder of the installed npm package onnxruntime-web, or its `.tgz` file from `npm pack`.
         name: name of the codec, which the page shows.
         overwrite: replace existing files.
 
@@ -66,10 +66,10 @@ def export_site(
 
 
 def index(name: str) -> str:
-    """Return index.html of a site.
+    """Return the content of index.html for a static site.
 
     Args:
-        name: name of the codec.
+        name: name of the codec, which the page shows.
     """
     text = (PAGE / INDEX).read_text(encoding="utf-8")
     assert _BACKEND in text

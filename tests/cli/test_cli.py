@@ -121,9 +121,9 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["encode", "{folder}/a.wav", "--out", "{folder}/notes.txt"], "notes.txt is a file"),
         (["encode", "{folder}", "--out", "{folder}/t.lfr"], "names one .lfr file, but the input is not a single file"),
         (["encode", "{folder}/a.wav", "{folder}/deep/b.flac", "--out", "t.lfr"], "the input is not a single file"),
-        (["decode", "{folder}/a.wav"], "a.wav: is an audio file, not a token file; nemo-lfr encode reads it"),
+        (["decode", "{folder}/a.wav"], "a.wav: this is an audio file, not a token file; nemo-lfr encode reads it"),
         (["decode", "{folder}/deep/b.flac"], "is an audio file, not a token file"),
-        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "contradicts --format flac"),
+        (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "--format flac name different formats"),
         (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "are mutually exclusive"),
         (["info", "{folder}/none.lfr"], "none.lfr: no such file"),
         (["info", "/dev/zero"], "is a device, not a regular file"),
@@ -265,7 +265,7 @@ def test_decoded_span_equals_slice_of_the_full_decoding(capsys, tmp_path):
     run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "whole")
     run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "part", "--start", 1.5, "--duration", 0.75)
     whole, part = (soundfile.read(tmp_path / name / "a.wav", dtype="int16")[0] for name in ("whole", "part"))
-    # Windows of other lengths add in another order, which changes 16-bit samples by at most one step.
+    # Windows of other lengths add in another order, which changes 16-bit samples by at most 1.
     assert len(part) == 16538
     assert np.abs(whole[33075:][:16538].astype(int) - part).max() <= 1
     code, _, err = run(capsys, "decode", tmp_path / "a.lfr", "--out", tmp_path / "none", "--start", 60)
@@ -381,7 +381,7 @@ def test_a_tilde_is_the_home_directory_in_quotes_and_after_an_equals_sign(capsys
 )
 def test_nan_is_rejected_as_an_option_value(capsys, arguments):
     code, stdout, stderr = run(capsys, *arguments)
-    assert (code, stdout) == (2, "") and "nan is not a number" in stderr
+    assert (code, stdout) == (2, "") and "nan is not a valid number" in stderr
 
 
 @pytest.mark.parametrize("command", ["tokenize", "evaluate"])

@@ -41,7 +41,10 @@ every_command = pytest.mark.parametrize("name", sorted(COMMANDS.keys() - OTHERS)
 
 
 class Case(NamedTuple):
-    """Arguments that succeed, and arguments for which one input fails; {in} and {out} stand for folders."""
+    """Arguments of a command that succeed, and arguments for which one input fails.
+
+    {in} and {out} stand for the input and output folders.
+    """
 
     success: str
     failure: str | None = None
@@ -112,7 +115,7 @@ def arguments_of(name: str, text: str, folder: Path, out: Path) -> list[str]:
 
 
 def problems(value: Any, kind: Any, where: str = "$") -> list[str]:
-    """Return how a JSON value differs from a type (TypedDict, list, dict, union, Literal or plain type)."""
+    """Return the differences between a JSON value and a type (TypedDict, list, dict, union, Literal or plain type)."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if typing.is_typeddict(kind):
         hints = typing.get_type_hints(kind)

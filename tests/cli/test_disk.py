@@ -1,6 +1,6 @@
 """Tests of every command that writes: on a full disk, in an unwritable place, and after a killed run.
 
-A limit on the file size simulates a full disk: a write beyond it also fails, with another error number.
+A limit on the file size simulates a full disk: writes beyond the limit also fail, but with another error number.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def complaints(err: str) -> list[str]:
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @every_command
 def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, command, tmp_path, capsys):
-    """Allow nothing, a quarter of the largest file, and all of it but one byte; then remove the limit."""
+    """Run with three limits (0, a quarter of the largest file, and its size minus one byte), then without a limit."""
     whole, out = tmp_path / "whole", tmp_path / "other"
     assert run(capsys, *command(name, whole))[0] == 0
     expected = results_of(whole)
@@ -139,7 +139,7 @@ def test_full_disk_names_the_file_in_one_line_and_leaves_no_partial_file(name, c
 @every_command
 @pytest.mark.parametrize("place", ["file/out", "file/deeper/out", "/dev/null/out"])
 def test_output_below_a_file_is_a_one_line_error(name, place, command, tmp_path, capsys):
-    """Such a place is unwritable for root too, unlike a read-only folder."""
+    """A path below a file is also unwritable for root; a read-only folder would not be."""
     (tmp_path / "file").write_text("mine")
     out = tmp_path / place
     code, printed, err = run(capsys, *command(name, out))

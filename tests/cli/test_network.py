@@ -59,7 +59,7 @@ RAYS_OWN = (
 
 
 def seen(folder, allowed: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """Return the network access of each command, except for `allowed`; leave out commands without any."""
+    """Return the network accesses of each command, except those in `allowed`, for all commands that have any."""
     logs = {path.stem: path.read_text().splitlines() for path in sorted(folder.glob("*.log"))}
     asked = {name: [line for line in lines if not line.startswith(allowed)] for name, lines in logs.items()}
     return {name: lines for name, lines in asked.items() if lines}

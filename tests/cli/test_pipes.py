@@ -103,7 +103,7 @@ def tokens_of(data: bytes) -> np.ndarray:
 
 
 def samples_of(data: bytes) -> np.ndarray:
-    """Return the samples of a WAV whose header does not state a length."""
+    """Return the samples in a WAV file whose header does not state the length."""
     assert data[:4] == b"RIFF" and data[4:8] == data[40:44] == b"\xff" * 4
     return np.frombuffer(data[44:], "<i2").astype(int)
 
@@ -222,7 +222,7 @@ def test_shorter_lookahead_is_recorded_in_the_file(piped):
     meta: Metadata = TokenStreamReader(io.BytesIO(done.stdout), "stdout").metadata
     assert meta.precision == "fp32, lookahead 2"
     assert piped("decode", "-", "--lookahead", 0, stdin=done.stdout).returncode == 0
-    assert "--lookahead is for pipes" in said(piped("encode", "a.wav", "--lookahead", 2))
+    assert "--lookahead only works with pipes" in said(piped("encode", "a.wav", "--lookahead", 2))
 
 
 def test_a_broken_pipe_is_a_one_line_error(piped):

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not NODE or version() < 20, reason="Node.js 20 o
 
 
 def run(folder: Path, code: str, **values) -> object:
-    """Run a module with the client's names and `values`, and return what it passes to `report`."""
+    """Run a module that may use the client's exports and `values`, and return the value that it passes to `report`."""
     shutil.copy(CLIENT, folder / "client.mjs")
     script = folder / "script.mjs"
     lines = [f"const {name} = {json.dumps(value)};" for name, value in values.items()]

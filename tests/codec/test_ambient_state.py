@@ -1,4 +1,4 @@
-"""Tests that fp32 tokens are the reference tokens in any global state of PyTorch, for every use of the codec."""
+"""Tests that the codec gives the reference tokens in fp32 whatever PyTorch's global settings are."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def default_device(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Use deterministic algorithms, which also fill new memory with NaN."""
+    """Use PyTorch's deterministic algorithms; with this setting, PyTorch also fills new memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,7 +1,7 @@
 """Tests of `encode`, `decode` and `encode_file` with every kind of argument and audio file, one row of a table each.
 
-Stock NeMo silently accepts many of the refused rows: one NaN gives tokens of -2147483648, token values wrap around,
-two clips may come with one length, and 16-bit integers are used as floats without scaling.
+Stock NeMo silently accepts many of the arguments that are refused here: one NaN gives tokens of -2147483648, token
+values wrap around, two clips may have only one length, and 16-bit integers are used as floats without scaling.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""Tests of the registry of backends, and of every registered backend by `testing.BACKEND_CHECKS`.
+"""Tests of the registry of backends, and `testing.BACKEND_CHECKS` for every registered backend.
 
-For a new backend, add a function that makes a model to `MODELS`.
+For a new backend, add a function that creates a model to `MODELS`.
 """
 
 import functools
@@ -53,7 +53,7 @@ def levels() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function from a backend's name to a model that is made once, because an ONNX export takes 10 s."""
+    """Return a function that returns the model for a backend's name; models are cached, as an export takes 10 s."""
     return functools.cache(lambda name: MODELS[name](tmp_path_factory.mktemp(name)))
 
 

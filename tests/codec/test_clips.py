@@ -1,4 +1,4 @@
-"""Forms of audio that `Codec.encode` takes: a table with one row per form, and one of the forms that are refused."""
+"""Tests of the forms of audio that `Codec.encode` accepts or refuses, with one row of a table per form."""
 
 import logging
 import pathlib
@@ -115,7 +115,7 @@ def arrays():
 
 @pytest.fixture
 def warnings(caplog):
-    """Return a function that gives the messages logged so far; warnings of earlier tests are logged again."""
+    """Return a function that returns the logged messages; warnings that earlier tests caused are logged again."""
     clips._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield lambda: [record.getMessage() for record in caplog.records]

@@ -180,7 +180,7 @@ def test_every_length_of_a_two_stage_codec_equals_its_definition():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["symmetric", "two_stages"])
 def test_every_length_up_to_four_frames_has_the_same_tokens_in_ragged_batches_and_alone(kind):
-    """All lengths with short frames; with frames of 1,024 samples, random lengths and those near frame ends."""
+    """Test all lengths with short frames, and random lengths and lengths near frame ends with 1,024-sample frames."""
     codec = cached_codec(kind)
     frame = codec.samples_per_frame
     rng = np.random.default_rng(6)
@@ -597,7 +597,7 @@ def test_no_token_file_is_written_if_the_network_overflows(tmp_path):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_random_codecs_of_these_tests_fill_the_range_of_fsq(kind):
-    """Otherwise equal tokens would prove nothing."""
+    """If all tokens were the same, the tests for equal tokens would prove nothing."""
     codec = cached_codec(kind)
     tokens, _ = codec.encode(synthesize(10, 20)[: 216 * codec.samples_per_frame])
     # A collapsed FSQ gives one token.

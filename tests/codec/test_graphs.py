@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Fake capture that counts, and whose replay runs the function on the memory of the graph."""
+    """Fake capture that counts its calls; a replay calls the function with the tensors of the graph."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -236,7 +236,7 @@ def test_clips_of_all_lengths_equal_single_clips_and_share_few_graphs(kind):
             assert_same_tokens(codec, clip.numpy(), tokens)
             audio = fast.decode(tokens)[0][0]
             assert (audio - reference_decode(codec, tokens)).abs().max() < 1e-5
-    # Two widths (16 and 32 frames) in two directions give 4 graphs.
+    # Two widths (16 and 32 frames), each for the encoder and the decoder, give 4 graphs.
     assert fast.backend.capture.captures == 4 and fast.backend.capture.replays == 2 * 3 * len(frames) - 4
 
 

@@ -32,14 +32,14 @@ CLOSE = {torch.float32: 2e-6, torch.float16: 4e-3}
 
 @pytest.fixture(autouse=True)
 def _exact_references():
-    """Compute fp32 convolutions of cuDNN without TF32."""
+    """Run cuDNN's fp32 convolutions without TF32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _counting_loops(monkeypatch):
-    """Patch Triton 3.6's interpreter, which makes loop counters by a conversion that NumPy 2.4 refuses."""
+    """Patch Triton 3.6's interpreter, whose loop counters need a conversion that NumPy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -53,7 +53,7 @@ def _counting_loops(monkeypatch):
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, ends: torch.Tensor, close: float) -> None:
-    """Compare signals [B, T, H] up to the end of each example."""
+    """Compare the valid time steps of two signals [B, T, H]."""
     assert found.shape == expected.shape and found.dtype == expected.dtype
     for got, want, end in zip(found, expected, ends.tolist(), strict=True):
         got, want = got[:end].float(), want[:end].float()
@@ -196,7 +196,7 @@ SHORT_FRAMES: dict[str, Any] = {
 @pytest.mark.parametrize("way", ["library", f"fused {tuple(LARGE)}"])
 @torch.no_grad()
 def test_every_candidate_gives_the_same_network_output(monkeypatch, kind, way):
-    """Each example of a ragged batch equals the output of the modules for it alone."""
+    """Check that each example in a batch of different lengths equals the output of the modules for it alone."""
     monkeypatch.setattr(kernels, "tiles", lambda *_: [LARGE])
     codec = cached_codec("two_stages") if kind == "two_stages" else build_codec(kind, **SHORT_FRAMES)
     least, rate = max(codec.encoder.min_frames, codec.decoder.min_frames), codec.samples_per_frame

@@ -1,4 +1,4 @@
-"""Vectors before and after FSQ: they fit the tokens, whatever the batch and the windows."""
+"""Tests that the vectors before and after FSQ match the tokens, for all batches and windows."""
 
 import pytest
 import torch

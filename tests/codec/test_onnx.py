@@ -51,7 +51,7 @@ def bundled(tmp_path_factory):
 
 
 def assert_same(codec, exported, waves: list[np.ndarray]) -> None:
-    """Compare results for a ragged batch with noise as padding."""
+    """Compare results for a batch of different lengths with noise as padding."""
     rng = np.random.default_rng(0)
     audio = rng.standard_normal((len(waves), max(map(len, waves)))).astype(np.float32)
     for row, wave in zip(audio, waves, strict=True):
@@ -259,7 +259,7 @@ def set_values(folder: Path, **changes: object) -> None:
 
 
 def forge(folder: Path, **changes: object) -> None:
-    """Change the metadata, and correct the hashes."""
+    """Change the metadata of an ONNX file and the manifest, and correct the hashes."""
     for name in ("encoder.onnx", "decoder.onnx"):
         set_metadata(folder / name, **changes)
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in json_files(folder)}

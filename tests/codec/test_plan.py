@@ -1,4 +1,4 @@
-"""Tests of packed CPU weights: results equal those of the layers, and never those of outdated weights."""
+"""Tests that packed CPU weights give the results of the layers, and are never outdated."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ WIDE = {"audio_encoder": {"base_channels": 32}, "audio_decoder": {"base_channels
 
 
 class Two(torch.nn.Module):
-    """The smallest module that a plan can be made of."""
+    """Smallest module whose weights can be packed."""
 
     def __init__(self, *layers: Conv1d) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests of programs of `torch.export`, and of golden vectors."""
+"""Tests of exports with `torch.export`, and of golden vectors."""
 
 import json
 from pathlib import Path

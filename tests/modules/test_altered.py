@@ -16,7 +16,7 @@ LENGTHS = [40 * 15, 21 * 15 + 4]
 
 
 class Adapter(nn.Module):
-    """Convolution whose output an adapter scales; it lacks the attributes of a convolution."""
+    """Adapter that scales the output of a convolution, and that does not have a convolution's attributes."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests that a stage added to the network runs in every implementation, since all use one description of it."""
+"""Tests that a stage that a subclass adds to the network runs on every backend, because all use the same `run`."""
 
 import copy
 from pathlib import Path

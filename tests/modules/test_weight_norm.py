@@ -1,4 +1,4 @@
-"""Folded weight norm is rounded in the same way on every CPU."""
+"""Tests that folded weight norm is rounded in the same way on every CPU."""
 
 import numpy as np
 import pytest

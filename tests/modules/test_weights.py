@@ -1,4 +1,4 @@
-"""`weights_version` changes with every write to a weight, however it is made, and only then."""
+"""Tests that `weights_version` changes with every kind of write to a weight, and only then."""
 
 import copy
 from collections.abc import Callable

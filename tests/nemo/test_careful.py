@@ -1,4 +1,4 @@
-"""Tests that an invalid line of a manifest, cuts file or Shar skips one clip in training by NeMo's iterators."""
+"""Tests that NeMo's iterators skip only the clip of an invalid line in a manifest, cuts file or Shar."""
 
 import gzip
 import io
@@ -202,7 +202,7 @@ def test_invalid_line_for_a_tar_file_is_named(shards, tmp_path):
 
 
 def test_invalid_line_of_a_parallel_manifest_is_named(tmp_path):
-    """Skipping it would pair all later clips with lines of other clips."""
+    """If the line were skipped, all later clips would be paired with lines of other clips."""
     lines = manifest(tmp_path)
     (tmp_path / "m.json").write_text("\n".join([*lines[:BAD], "not JSON", *lines[BAD:]]) + "\n")
     (tmp_path / "q.txt").write_text("\n".join("abcdef") + "\n")

@@ -1,4 +1,4 @@
-"""Tests of the NeMo integration: construction, restoring, state, the Hub, training hooks."""
+"""Tests of the NeMo integration: construction, restoring, state dicts, the Hub and training hooks."""
 
 import copy
 import importlib
@@ -223,7 +223,7 @@ def test_forward_gives_back_the_length_that_came_in(nemo_file):
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22049, 22050, 24000, 44100, 48000.0, np.int64(16000)])
 def test_other_sample_rates_give_the_tokens_of_the_standalone_api(nemo_file, rate):
-    """Both use the same resampler for all rates; NeMo's takes minutes for 22,049 Hz."""
+    """Both models use the same resampler for all rates; NeMo's own resampler takes minutes for 22,049 Hz."""
     audio, lengths = torch.stack([speech_like(16000), speech_like(16000, 1)]), torch.tensor([16000, 9000])
     expected, expected_len = nemo_lfr.load(nemo_file, device="cpu").encode(audio, lengths, rate)
     model = AudioCodecModel.restore_from(nemo_file, map_location="cpu")

@@ -1,4 +1,4 @@
-"""Tests that the codec gives the tokens and audio of the installed stock NeMo on every path, in both directions.
+"""Tests that every way to encode and decode gives the tokens and audio of the installed stock NeMo.
 
 The reference is stock NeMo, restored by its own reader, on one utterance alone. Tokens must be equal except for
 rounding ties, where stock NeMo's value before rounding is within 1e-4 of a rounding edge.
@@ -181,9 +181,9 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def stock_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, Path], torch.Tensor]]:
-    """Encode a clip with a checkpoint in a process that has only stock.
+    """Encode a clip with a checkpoint in a process that does not import this package.
 
-    One process serves all checkpoints, because importing NeMo takes much longer than opening one.
+    One process serves all checkpoints, because importing NeMo takes much longer than opening a checkpoint.
     """
     folder = tmp_path_factory.mktemp("stock")
     errors = folder / "stderr.txt"
@@ -214,7 +214,7 @@ def test_saved_file_opens_in_nemo_without_this_package(reference, stock_tokens, 
 
 
 def test_the_cards_snippet_runs_as_printed(reference):
-    """It ends with `.cpu().numpy()`, which fails in stock NeMo because the output requires grad."""
+    """The example ends with `.cpu().numpy()`, which fails in stock NeMo because the output requires gradients."""
     model = nemo_lfr.AudioCodecModel.restore_from(str(reference.path), map_location="cpu")
     audio_tensor = reference.clips[0].unsqueeze(dim=0)
     audio_len = torch.tensor([audio_tensor[0].shape[0]])

@@ -72,9 +72,9 @@ def batch(size: int = 2, frames: int = 12, seed: int = 0) -> dict[str, torch.Ten
 
 
 def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Tensor]:
-    """Return the first batch without encoded values within 1e-3 of where their level changes.
+    """Return the first batch in which no encoded value is within 1e-3 of the edge between two levels.
 
-    No rounding error of an encoder turns its tokens.
+    Rounding errors in an encoder then cannot change the tokens of the batch.
     """
     for seed in range(0, 100 * size, size):
         found = batch(size, frames, seed)
@@ -88,9 +88,9 @@ def batch_without_ties(model, frames: int, size: int = 2) -> dict[str, torch.Ten
 
 
 class Recorder(pl.Callback):
-    """What each step logs, and the gradients of each update.
+    """Record of the values that each step logs, and of the gradients of each update.
 
-    It takes WavLM out of training mode, where stock leaves it, masking its input at random.
+    WavLM is set to evaluation mode, because stock NeMo leaves it in training mode, which masks its input at random.
     """
 
     def __init__(self) -> None:

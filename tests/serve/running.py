@@ -75,7 +75,7 @@ def tokens_message(tokens: np.ndarray) -> bytes:
 
 
 def exchange(socket: Any, messages: list[bytes | str]) -> tuple[list[bytes], list[dict[str, Any]], int]:
-    """Send all messages, and return the binary ones, the JSON ones and the close code that arrive."""
+    """Send all messages; return the binary messages, the JSON messages and the close code that arrive."""
     binary, texts = [], []
     with suppress(ConnectionClosedError):
         for message in messages:

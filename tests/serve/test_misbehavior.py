@@ -38,13 +38,13 @@ def target(server):
 
 @pytest.fixture(scope="module")
 def expected(server, target):
-    """Return the audio of an undisturbed stream, and warm up what the server keeps."""
+    """Return the audio of an undisturbed stream, and let the server create the resources that it keeps."""
     asyncio.run(misbehave.misbehave(target, list(misbehave.KINDS), 2 * len(misbehave.KINDS)))
     return asyncio.run(misbehave.decode(target, TOKENS, 0))
 
 
 def resources(server):
-    """Return what connections use; the tasks are those of the server's event loop."""
+    """Return the numbers of resources that connections use; tasks are counted in the server's event loop."""
     return {
         "descriptors": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
         "streams": len(server.app.state.engine),

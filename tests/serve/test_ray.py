@@ -1,4 +1,4 @@
-"""The example for Ray Serve: streams stay on their replica, which may be killed."""
+"""Tests of the example for Ray Serve: streams stay on their replica, and other streams survive a killed replica."""
 
 import os
 import signal

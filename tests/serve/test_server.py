@@ -1,4 +1,4 @@
-"""The server over real sockets: exact results, bad messages, limits, access, files and shutdown."""
+"""Tests of the server over real sockets: exact results, bad messages, limits, access, files and shutdown."""
 
 import io
 import json
@@ -379,4 +379,4 @@ def test_a_port_in_use_is_a_one_line_error(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, out, err = run(capsys, "serve", "--port", port)
-    assert (code, out) == (1, "") and f"127.0.0.1:{port} cannot be bound" in err
+    assert (code, out) == (1, "") and f"the server cannot bind to 127.0.0.1:{port}" in err

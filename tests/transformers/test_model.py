@@ -1,6 +1,6 @@
 """Tests of `nemo_lfr.transformers`.
 
-They repeat assertions of the common model tests of transformers, which its wheel does not contain.
+They repeat assertions from the common model tests of transformers, which are not part of its wheel.
 """
 
 import copy
@@ -184,7 +184,7 @@ def test_wrong_arguments_are_refused_in_one_line(model, name):
 @pytest.mark.parametrize(
     ("audio", "options", "message"),
     [
-        (FIRST.numpy(), {"sampling_rate": 16000}, "sampling_rate is 16000, but the codec's is 22050 Hz"),
+        (FIRST.numpy(), {"sampling_rate": 16000}, "sampling_rate is 16000, but the codec runs at 22050 Hz"),
         ([FIRST.numpy()[None].repeat(2, 0)], {"sampling_rate": RATE}, r"clip 0 has shape \[2, 9000\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The page of the server in Chromium: recordings, files, live streams, access, layout and accessibility."""
+"""Tests of the server's page in Chromium: recordings, files, live streams, access, layout and accessibility."""
 
 import io
 import json
@@ -86,13 +86,13 @@ def played(page, version):
 
 
 def check_decoded(samples, codec, tokens, num_samples):
-    """Check samples of a 16-bit file against Python."""
+    """Compare the samples of a 16-bit file with Python's results."""
     audio = np.asarray(codec.decode(tokens[None])[0][0])[:num_samples].clip(-1, 1)
     np.testing.assert_allclose(samples, audio, atol=2 / 32768)
 
 
 def check_result(page, codec):
-    """Check the tokens and both audio elements against Python."""
+    """Compare the tokens and both audio elements with Python's results."""
     original, rate = played(page, "original")
     tokens, num_samples = tokens_of(saved(page, "tokens"))
     assert np.array_equal(tokens, np.asarray(codec.encode(original, sample_rate=rate)[0][0]))

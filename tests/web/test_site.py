@@ -1,4 +1,4 @@
-"""The static site: its files, the files of onnxruntime-web, and the codec in Chromium."""
+"""Tests of the static site: its files, the files of onnxruntime-web, and the codec in Chromium."""
 
 import functools
 import io
@@ -30,7 +30,7 @@ SHOWN = f"!document.getElementById('results').hidden && {READY}"
 
 
 def package(folder, **changes):
-    """Write a package whose files have other contents; None leaves one out."""
+    """Write an npm package in which some files have other contents, or are missing if the content is None."""
     (folder / "dist").mkdir(parents=True)
     for name in SHA512:
         data = changes.get(name.replace(".", "_").replace("-", "_"), b"another version")
@@ -53,8 +53,11 @@ def text(path):
 BAD_PACKAGES = {
     "missing": (lambda root: root / "node_modules", "no such file or folder"),
     "another version": (lambda root: package(root / "p"), "SHA-512 differs"),
-    "a missing file": (lambda root: package(root / "p", ort_wasm_min_mjs=None), "has no dist/ort.wasm.min.mjs"),
-    "an empty archive": (lambda root: archive(root / "p.tgz"), "has no dist/ort.wasm.min.mjs"),
+    "a missing file": (
+        lambda root: package(root / "p", ort_wasm_min_mjs=None),
+        "no dist/ort.wasm.min.mjs in this package",
+    ),
+    "an empty archive": (lambda root: archive(root / "p.tgz"), "no dist/ort.wasm.min.mjs in this package"),
     "no archive": (lambda root: text(root / "p.tgz"), "not an archive of npm pack"),
 }
 

@@ -53,7 +53,7 @@ class Weights(Protocol):
     def cast(self, hidden: torch.Tensor, layer: Conv1d | None = None) -> torch.Tensor:
         """Convert the input of `layer` to the dtype of its weights.
 
-        If `layer` is None, the dtype is that of all layers except the first and the last one.
+        If `layer` is None, use the dtype that all layers except the first and the last one have.
         """
 
     def convolve(

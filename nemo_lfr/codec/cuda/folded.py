@@ -35,7 +35,7 @@ class Activation:
     """Form of a `CodecActivation` that kernels can use.
 
     Attributes:
-        module: the activation module; its parameters are not copied.
+        module: the activation module, whose parameters are not copied.
         kind: "lrelu" (leaky ReLU); "snake" (snake for the first `len(alpha)` channels, leaky ReLU for the others); or
             "other", which only PyTorch can run.
         slope: slope of the leaky ReLU.

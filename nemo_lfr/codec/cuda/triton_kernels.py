@@ -88,7 +88,7 @@ def convolution_kernel(
 ):
     """Write after(scale * (conv(activation(signal)) + bias + residual + total)) to `out`.
 
-    This is a matrix product of [time, taps * inputs] and the weight. The left matrix is not stored; its values are
+    This is a matrix product of [time, taps * inputs] and the weight. The values of the left matrix are not stored, but
     loaded from the signal as they are needed.
     """
     tiles = tl.cdiv(outputs, tile_channels)
