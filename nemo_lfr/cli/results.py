@@ -122,7 +122,7 @@ class TokenFileFigures(TypedDict):
 
 
 class EntropyModelFigures(TypedDict):
-    """An entropy model, as described by `info`."""
+    """An entropy model, as described by `info`. For its settings, see `nemo_lfr.io.entropy.model`."""
 
     kind: Literal["entropy_model"]
     path: str

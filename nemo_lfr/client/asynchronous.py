@@ -1,4 +1,4 @@
-"""Client for asyncio."""
+"""`AsyncClient`, the client for asyncio, and its streams."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Blocking client."""
+"""`Client`, whose methods block, and its streams."""
 
 import contextlib
 import os
@@ -112,7 +112,7 @@ class Client:
 
 
 class _Stream:
-    """Base class of streams; the constructor connects."""
+    """Base class of streams, whose constructor connects to the server."""
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
         websockets = require_websockets()

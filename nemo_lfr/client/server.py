@@ -53,7 +53,7 @@ class Server:
                 f"{shorten(self.url)} is not the URL of a server; pass a URL such as http://127.0.0.1:8000."
             )
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
-            raise NemoLfrError("the access token is not printable ASCII; pass the token that the server was given.")
+            raise NemoLfrError("the access token is not printable ASCII; pass the value that the server requires.")
         if self.timeout <= 0 or self.retry_s < 0:
             raise NemoLfrError(
                 f"timeout is {self.timeout} and retry_s is {self.retry_s}; pass a positive timeout, and 0 or more as "

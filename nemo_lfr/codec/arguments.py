@@ -243,7 +243,7 @@ def check_decoded(audio: Any, spec: CodecSpec, name: str) -> None:
 
 
 def _within(tokens: Any, codebook_size: int) -> bool:
-    """Return whether tokens are not empty and all in [0, codebook_size)."""
+    """Return whether there is at least one token, and all tokens are in [0, codebook_size)."""
     return math.prod(tokens.shape) > 0 and int(tokens.min()) >= 0 and int(tokens.max()) < codebook_size
 
 

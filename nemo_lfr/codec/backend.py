@@ -174,7 +174,7 @@ class EncoderStream(Stream, Protocol):
     """Streaming encoder for one recording: it takes samples and returns tokens."""
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Push samples [n]; return the tokens [C, k] whose lookahead is complete."""
+        """Add samples [n], and return the tokens [C, k] whose lookahead has arrived; k may be 0."""
 
     def flush(self) -> np.ndarray:
         """End the recording and return the remaining tokens, int32, shape [C, k]."""
@@ -184,7 +184,7 @@ class DecoderStream(Stream, Protocol):
     """Streaming decoder for one recording: it takes tokens and returns samples."""
 
     def push(self, tokens: np.ndarray) -> np.ndarray:
-        """Push tokens [C, k]; return the samples [n] whose lookahead is complete."""
+        """Add tokens [C, k], and return the samples [n] whose lookahead has arrived; n may be 0."""
 
     def flush(self, num_samples: int | None = None) -> np.ndarray:
         """End the recording and return the remaining samples [n].

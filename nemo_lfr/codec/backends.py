@@ -164,7 +164,7 @@ def _check_torch(options: OpenOptions) -> None:
     with _gc_paused():
         try:
             import torch  # noqa: F401
-        except Exception as error:  # importing it may raise anything
+        except Exception as error:  # importing a package may raise any exception
             raise missing_extra(
                 error,
                 "PyTorch",

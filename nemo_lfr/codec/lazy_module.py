@@ -99,7 +99,7 @@ class LazyModule(Generic[M]):
                     stored[0] == loaded[0] and torch.equal(stored[1], loaded[1].to(stored[1]))
                     for stored, loaded in pairs
                 )
-        except (CheckpointError, ValueError, RuntimeError):  # other weights: fewer names, other shapes
+        except (CheckpointError, ValueError, RuntimeError):  # the file has other weights, with other names or shapes
             return None
         return checkpoint if same else None
 

@@ -85,7 +85,7 @@ def _tensor(value: object, name: str, error: type[NemoLfrError]) -> torch.Tensor
     return tensor
 
 
-_computed_in: int | None = None  # process id
+_computed_in: int | None = None  # id of the process that used a network last
 
 
 def guard_after_fork() -> None:

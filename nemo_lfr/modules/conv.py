@@ -264,6 +264,6 @@ def _phase_weight(weight: torch.Tensor, stride: int) -> torch.Tensor:
 def interleave(phases: torch.Tensor, stride: int) -> torch.Tensor:
     """Interleave phases in time: [B, stride * H, T] -> [B, H, T * stride].
 
-    This needs no copy when channels are innermost in memory.
+    If channels are innermost in memory, this needs no copy.
     """
     return torch.unflatten(phases, 1, (stride, -1)).permute(0, 3, 1, 2).flatten(1, 2).transpose(1, 2)

@@ -60,7 +60,7 @@ class WeightAveraging(BaseModel):
         self._use_average(True)
 
     def on_validation_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
-        """Switch back to the trained weights."""
+        """Switch back to the trained weights after validation."""
         # Not in `on_validation_end`, where callbacks write checkpoints before the model's hook runs.
         result = super().on_validation_epoch_end(*args, **kwargs)
         self._use_average(False)

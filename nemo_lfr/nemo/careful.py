@@ -135,9 +135,10 @@ class CarefulLines(LazyJsonlIterator):
 
 
 class StrictLines(CarefulLines):
-    """JSON-lines iterator that raises on a malformed line.
+    """JSON-lines iterator that raises an error for a malformed line.
 
-    It is used for manifests that NeMo reads in parallel with other files, where skipping a line would misalign them.
+    NeMo reads some manifests in parallel with other files, line by line. If a line of such a manifest were skipped,
+    all later lines would be combined with lines of other clips.
     """
 
     advice = "fix or remove it, together with its counterparts in the other files"

@@ -51,7 +51,7 @@ class TrainingSteps(WeightAveraging):
     """
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the discriminators and install atomic checkpoint writing for training.
+        """Build the discriminators, and let Lightning write checkpoints atomically.
 
         Raises:
             ConfigError: if the config sets a loss that this package does not train with, an invalid dropout rate, or

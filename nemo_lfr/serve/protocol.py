@@ -40,7 +40,8 @@ class ProtocolError(NemoLfrError):
 
     Args:
         message: reason for the client.
-        code: close code of the stream. HTTP requests get status 413 for `TOO_BIG` and 400 for other codes.
+        code: close code of the stream. HTTP requests get status 413 for `TOO_BIG`, 408 for `POLICY` and 400 for other
+            codes.
 
     Attributes:
         code: the close code.
@@ -84,7 +85,7 @@ def integer(query: Mapping[str, str], name: str, default: int | None, low: int, 
 
 
 def choice(query: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
-    """Return a URL parameter that must be one of `choices`; the first is the default.
+    """Return a URL parameter that must be one of `choices`. The default is the first choice.
 
     Raises:
         ProtocolError: if the parameter has another value.

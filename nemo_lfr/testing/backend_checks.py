@@ -64,7 +64,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _speech(codec: Codec[Any], num_frames: float, seed: int = 0) -> np.ndarray:
-    """Return synthetic speech of a duration in codec frames, shape [T_audio]."""
+    """Return synthetic speech [T_audio] with a duration of `num_frames` codec frames."""
     num_samples = round(num_frames * codec.samples_per_frame)
     return synthesize(num_samples / SAMPLE_RATE + 0.01, seed)[:num_samples]
 
@@ -93,7 +93,7 @@ def check_spec(codec: Codec[Any]) -> None:
 def check_lengths(codec: Codec[Any]) -> None:
     """Check shapes, types and ranges of results for clips of several lengths.
 
-    The lengths are 0 and 1 samples, and 7 frames minus 1, exactly, and plus 1 sample.
+    The lengths are 0 samples, 1 sample, and 7 frames exactly, minus one sample and plus one sample.
     """
     for length in (0, 1, *(7 * codec.samples_per_frame + extra for extra in (-1, 0, 1))):
         clip = synthesize(length / SAMPLE_RATE)[:length]

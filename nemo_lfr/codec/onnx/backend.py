@@ -35,7 +35,7 @@ class OnnxBackend(NumpyBackend):
     def __init__(self, folder: str | os.PathLike[str], device: str | None = None, name: str | None = None) -> None:
         try:
             import onnxruntime
-        except Exception as error:  # importing it may raise anything
+        except Exception as error:  # importing a package may raise any exception
             message = f"ONNX files need ONNX Runtime: {install_command('onnxruntime')}"
             raise missing_extra(error, "ONNX Runtime", message) from error
         self._folder = Path(folder).absolute()  # files are opened later, perhaps from another working directory

@@ -51,7 +51,7 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  used by torch's exporter
-    except Exception as error:  # importing them may raise anything
+    except Exception as error:  # importing a package may raise any exception
         message = f"exporting to ONNX needs onnx and onnxscript: {install_command('onnx', 'onnxscript')}"
         raise missing_extra(error, "one of onnx and onnxscript", message) from error
     backend = fp32_backend(codec, "ONNX files")
