@@ -14,7 +14,7 @@ NAMES = {"pesq wb": "PESQ-WB", "estoi": "ESTOI", "si sdr": "SI-SDR", "num codebo
 def print_table(values: Mapping[str, Any]) -> None:
     """Print names and values in two columns on stdout, with units; print nothing with --json.
 
-    Values that are None are left out.
+    A value of None is left out.
 
     Args:
         values: values by their keys in the JSON output. The key "bit_rate_bps", for example, is printed as "bit rate",

@@ -48,7 +48,7 @@ class Conversation:
         server: server of the stream.
         kind: "encode" or "decode".
         sample_type: type of the samples in messages.
-        parameters: URL parameters; those that are None are left out.
+        parameters: URL parameters. A parameter with the value None is left out.
 
     Attributes:
         sample_rate: sample rate of the codec, Hz.

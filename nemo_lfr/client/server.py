@@ -79,7 +79,7 @@ class Server:
 
         Args:
             path: path below `url`, such as "/v1/info".
-            parameters: URL parameters; those that are None are left out.
+            parameters: URL parameters. A parameter with the value None is left out.
             scheme: "http", or "ws" for a WebSocket.
         """
         query = urlencode({name: value for name, value in (parameters or {}).items() if value is not None}, safe=",")

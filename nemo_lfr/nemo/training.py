@@ -1,7 +1,4 @@
-"""Training and validation steps of `LFRCodecModel`.
-
-They give the same weight updates as NeMo's steps but avoid redundant work.
-"""
+"""Training and validation steps of `LFRCodecModel`, with the same weight updates as NeMo's but less redundant work."""
 
 import functools
 import logging

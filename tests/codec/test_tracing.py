@@ -50,7 +50,7 @@ COMPILER = ("fake mode", "make_fx", "torch.export")  # these import PyTorch's co
 @pytest.mark.filterwarnings("ignore")
 def test_tracers_raise_and_leave_the_codec_unchanged(tracer):
     expected = Tokens()(AUDIO)
-    with pytest.raises(NemoLfrError, match=r"Call it outside"):
+    with pytest.raises(NemoLfrError, match=r"Call the codec outside"):
         TRACERS[tracer](Tokens())
     assert torch.equal(Tokens()(AUDIO), expected)
 
