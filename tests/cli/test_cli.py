@@ -137,7 +137,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["decode", "{folder}/a.wav", "--start", "soon"], "'soon' is not a valid float"),
         (["decode", "{folder}/a.wav", "--duration", "-1"], "-1"),
         (["encode", "-", "{folder}/a.wav"], "pass `-`, `- -` or `FILE -`"),
-        (["encode", "-", "--out", "{folder}"], "and no --out"),
+        (["encode", "-", "--out", "{folder}"], "without --out"),
         (["info", "{folder}/notes.txt"], "not a token file, checkpoint, audio file or manifest"),
         (["encode", "{folder}/a.wav", "{folder}/deep/../a.wav", "--out", "{folder}/t"], "would both be written"),
     ],
