@@ -713,7 +713,7 @@ def test_a_model_trains_with_codebook_dropout(tmp_path):
 @pytest.mark.parametrize("rate", [1.5, -0.1, True, "often"])
 def test_an_invalid_codebook_dropout_is_refused(rate):
     model = AudioCodecModel(OmegaConf.create(training_config([], codebook_dropout_rate=rate)))
-    with pytest.raises(ConfigError, match="must be a probability"):
+    with pytest.raises(ConfigError, match="use a probability"):
         train(model, [batch()])
 
 
