@@ -25,7 +25,8 @@ class Client:
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: maximum time in seconds to wait for a connection or an answer.
+        timeout: maximum time in seconds to wait for a connection or an answer. A large file may take longer, at
+            64 kB/s or more.
         retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
             full, is shutting down or cannot be reached.
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nemo_lfr.client.server import Server
+from nemo_lfr.client.answers import has_type, parse_object, parse_tokens
+from nemo_lfr.client.server import Server, count_of
 from nemo_lfr.errors import (
     AudioError,
     NemoLfrError,
@@ -91,12 +92,14 @@ class Conversation:
         values = self._control(message)
         if values.get("type") != "ready":
             raise self._unknown()
-        try:
-            self.sample_rate, self.samples_per_frame = values["sample_rate"], values["samples_per_frame"]
-            self.num_codebooks, self.codebook_size = values["num_codebooks"], values["codebook_size"]
-            self.delay_frames = values["lookahead_frames"]
-        except KeyError:
-            raise self._unknown() from None
+        names = ("sample_rate", "samples_per_frame", "num_codebooks", "codebook_size")
+        delay = values.get("lookahead_frames")
+        if not all(has_type(values.get(name), int) for name in names) or not (delay == 0 or has_type(delay, int)):
+            raise self._unknown()
+        self.sample_rate, self.samples_per_frame, self.num_codebooks, self.codebook_size = (
+            int(values[name]) for name in names
+        )
+        self.delay_frames = int(delay or 0)
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
         """Yield the messages for a piece of input, each of at most 64 KiB.
@@ -154,8 +157,9 @@ class Conversation:
         """
         if self._ended:
             raise NemoLfrError("the input of this stream has ended; open another stream.")
+        num_samples = count_of("num_samples", num_samples)
         self._ended = True
-        return json.dumps({"type": "end"} | ({} if num_samples is None else {"num_samples": int(num_samples)}))
+        return json.dumps({"type": "end"} | ({} if num_samples is None else {"num_samples": num_samples}))
 
     def result(self, message: bytes | str) -> np.ndarray | None:
         """Return the result in a message from the server.
@@ -178,7 +182,9 @@ class Conversation:
             return None
         if self.kind == "decode" or "tokens" not in values:
             raise self._unknown()
-        tokens = np.array(values["tokens"], np.int32).reshape(-1, self.num_codebooks).T
+        tokens = parse_tokens(values["tokens"], self.num_codebooks, self.codebook_size)
+        if tokens is None:
+            raise self._unknown()
         self._num_received += tokens.shape[1]
         return tokens
 
@@ -194,11 +200,8 @@ class Conversation:
         Raises:
             ServerError: if the message reports an error.
         """
-        try:
-            values = json.loads(message) if isinstance(message, str) else None
-        except ValueError:
-            values = None
-        if not isinstance(values, dict):
+        values = parse_object(message) if isinstance(message, str) else None
+        if values is None:
             raise self._unknown()
         if values.get("type") == "error":
             code, reason = values.get("code"), shorten(values.get("error", ""), 500)

@@ -1,22 +1,24 @@
 """Encode and decode whole files with HTTP requests."""
 
-import http.client
 import json
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from nemo_lfr.client.server import Server
-from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, TokensError, shorten
+from nemo_lfr.client.answers import audio_problem, has_type, parse_object, parse_tokens
+from nemo_lfr.client.server import Server, count_of
+from nemo_lfr.client.transport import request
+from nemo_lfr.errors import AudioError, NemoLfrError, ServerError, TokensError, shorten
+from nemo_lfr.frames import num_frames
 
-R = TypeVar("R")
 AudioFormat = Literal["wav", "flac", "opus"]
+
+# Limits of answers in bytes, in case of another server.
+_MAX_INFO = 1 << 20
+_MAX_PER_FRAME = 1 << 16  # of audio: 16,384 float samples
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,14 @@ def get_info(server: Server) -> ServerInfo:
     Raises:
         ServerError: if the server fails or cannot be reached.
     """
-    values = _json(server, server.retry(lambda: _request(server, "/v1/info", None)))
-    return _record(server, ServerInfo, values)
+    values = _json(server, "/v1/info", None, _MAX_INFO)
+    kinds = {field.name: field.type for field in fields(ServerInfo)}
+    if missing := [name for name in kinds if name not in values]:
+        raise _stranger(server, f"does not report {', '.join(missing)}")
+    for name, kind in kinds.items():
+        if not has_type(values[name], kind):  # type: ignore[arg-type]
+            raise _stranger(server, f"reports {name} {shorten(repr(values[name]))}")
+    return ServerInfo(**{name: values[name] for name in kinds})
 
 
 def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> EncodedFile:
@@ -87,13 +95,29 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
         audio: path or content of the file.
 
     Raises:
+        AudioError: if `audio` is neither.
         FileNotFoundError: if the file does not exist.
-        ServerError: if the server refuses the file, fails or cannot be reached.
+        ServerError: if the server refuses the file, fails or cannot be reached, or does not answer with its tokens.
     """
-    body = audio if isinstance(audio, bytes) else Path(audio).read_bytes()
-    address = "/v1/encode?format=json"
-    values = _json(server, server.retry(lambda: _request(server, address, body, {"Content-Type": "audio/*"})))
-    return _record(server, EncodedFile, values | {"tokens": _tokens(server, values.get("tokens"))})
+    if not isinstance(audio, bytes | bytearray | str | os.PathLike):
+        raise AudioError(f"audio is {type(audio).__name__}; pass the path or the content of a file.")
+    body = bytes(audio) if isinstance(audio, bytes | bytearray) else Path(audio).read_bytes()
+    # Tokens as text are smaller than most audio files, but silence may be compressed by any factor.
+    values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body))
+    if not isinstance(values.get("tokens"), list):
+        raise _stranger(server, "does not report tokens")
+    info = get_info(server)
+    tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
+    if tokens is None:
+        raise _stranger(server, f"does not report tokens of {info.num_codebooks} x {info.codebook_size}")
+    rates = (info.sample_rate, info.samples_per_frame)
+    if (values.get("sample_rate"), values.get("samples_per_frame")) != rates:
+        raise _stranger(server, "reports tokens at another rate than in its /v1/info")
+    num_samples = values.get("num_samples")
+    is_count = num_samples == 0 or has_type(num_samples, int)
+    if not is_count or num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:  # type: ignore[arg-type]
+        raise _stranger(server, f"reports {tokens.shape[1]} frames for {shorten(repr(num_samples))} samples")
+    return EncodedFile(tokens, num_samples, *rates)  # type: ignore[arg-type]
 
 
 def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_format: AudioFormat) -> bytes:
@@ -107,85 +131,42 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
 
     Raises:
         TokensError: if `tokens` is not a two-dimensional array of integers.
-        ServerError: if the server refuses the tokens, fails or cannot be reached.
+        NemoLfrError: if another argument is not valid.
+        ServerError: if the server refuses the tokens, fails or cannot be reached, or does not answer with such a file.
     """
-    array = np.asarray(tokens)
+    if audio_format not in get_args(AudioFormat):
+        raise NemoLfrError(f"audio_format {shorten(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
+    num_samples = count_of("num_samples", num_samples)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise TokensError(f"tokens are not an array ({shorten(error)}); pass integers [C, T_encoded].") from None
     if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise TokensError(f"tokens are {array.dtype} of shape {list(array.shape)}; pass integers [C, T_encoded].")
     body = json.dumps({"tokens": array.T.tolist(), "num_samples": num_samples}).encode()
     headers = {"Content-Type": "application/json"}
-    return server.retry(lambda: _request(server, f"/v1/decode?format={audio_format}", body, headers))
+    path, limit = f"/v1/decode?format={audio_format}", _MAX_INFO + _MAX_PER_FRAME * array.shape[1]
+    content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=limit))
+    if kind is not None and not kind.startswith(("audio/", "application/o")):  # application/ogg, octet-stream
+        raise _stranger(server, f"answers with {shorten(kind)}, not audio")
+    info = get_info(server)
+    longest = array.shape[1] * info.samples_per_frame
+    expected = longest if num_samples is None else min(num_samples, longest)
+    if problem := audio_problem(content, audio_format, info.sample_rate, expected):
+        raise _stranger(server, f"answers with {problem}")
+    return content
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Handler that follows no redirects.
-
-    urllib would send the access token to the other address, but not the file.
-    """
-
-    def redirect_request(self, *_: Any) -> None:
-        """Return None, so that urllib raises the redirect as an error."""
-
-
-def _request(server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None) -> bytes:
-    request = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
-    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-    handlers += [urllib.request.ProxyHandler({})] if server.is_local else []
-    try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=server.timeout) as response:
-            content: bytes = response.read()
-            return content
-    except urllib.error.HTTPError as error:
-        with error:
-            target = error.headers.get("Location")
-            if target and 300 <= error.code < 400:
-                message = f"{server.url} redirects to {shorten(target, 300)}; pass that address."
-                raise ServerRefusedError(message) from None
-            raise _refusal(server, error.code, error.read(100_000)) from None
-    except urllib.error.URLError as error:
-        raise server.lost(error.reason) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise server.lost(error) from error
-
-
-def _refusal(server: Server, status: int, content: bytes) -> ServerError:
-    """Return the error for a response with another HTTP status than 200."""
-    try:
-        values = json.loads(content)
-        reason, kind = str(values["error"]), values.get("type")
-    except (ValueError, KeyError, TypeError, AttributeError):  # the response of a proxy, for example
-        reason, kind = http.client.responses.get(status, "error") + ".", None
-    message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
-    if status == 503:
-        return ServerShutdownError(message) if kind == "ShutdownError" else ServerFullError(message)
-    return ServerRefusedError(message) if 400 <= status < 500 else ServerError(message)
-
-
-def _json(server: Server, content: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(content)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ServerError(f"{server.url} does not answer with JSON; is it the address of `nemo-lfr serve`?")
+def _json(server: Server, path: str, body: bytes | None, max_bytes: int) -> dict[str, Any]:
+    """Send a request, and return the JSON object of the answer."""
+    headers = None if body is None else {"Content-Type": "audio/*"}
+    content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=max_bytes))
+    values = parse_object(content)
+    if values is None or (kind is not None and "json" not in kind.lower()):
+        raise _stranger(server, "does not answer with JSON")
     return values
 
 
-def _tokens(server: Server, frames: Any) -> np.ndarray:
-    """Convert the list of frames in a response to tokens [C, T_encoded]."""
-    if frames == []:  # an empty recording, where the list does not show the number of codebooks
-        return np.zeros((get_info(server).num_codebooks, 0), np.int32)
-    try:
-        tokens = np.array(frames, np.int32)
-    except (ValueError, TypeError, OverflowError):
-        tokens = np.zeros(0, np.int32)
-    if tokens.ndim != 2:
-        raise ServerError(f"{server.url} does not report tokens; is it the address of `nemo-lfr serve`?")
-    return tokens.T
-
-
-def _record(server: Server, kind: type[R], values: dict[str, Any]) -> R:
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if missing := [name for name in names if name not in values]:
-        raise ServerError(f"{server.url} does not report {', '.join(missing)}; is it the address of `nemo-lfr serve`?")
-    return kind(**{name: values[name] for name in names})
+def _stranger(server: Server, problem: str) -> ServerError:
+    """Return the error for an answer that no `nemo-lfr serve` gives."""
+    return ServerError(f"{server.url} {problem}; is it the address of `nemo-lfr serve`?")

@@ -1,5 +1,8 @@
 """Address of a server, access token, and retries."""
 
+import numbers
+import operator
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +24,9 @@ from nemo_lfr.io.shortage import missing_extra
 T = TypeVar("T")
 
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.1, 2.0
+MAX_SECONDS = 1_000_000  # limit of timeouts; that of the operating system is not much higher
+_USER = re.compile(r"//[^/?#]*@")  # user name and password in a URL
+_CONTROL = re.compile(r"[^\x21-\x7e]")  # http.client sends a path in ASCII
 RETRIED = (ServerFullError, ServerLostError, ServerShutdownError)
 
 
@@ -32,7 +38,8 @@ class Server:
         url: address of the server, such as "http://127.0.0.1:8000", including the path if the server is mounted below
             a path.
         token: access token; None if the server does not require one.
-        timeout: maximum time in seconds to wait for a connection or an answer.
+        timeout: maximum time in seconds to wait for a connection or an answer. A large file may take longer, at
+            64 kB/s or more.
         retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
             full, is shutting down or cannot be reached.
     """
@@ -43,22 +50,25 @@ class Server:
     retry_s: float
 
     def __post_init__(self) -> None:
+        shown = shorten(_USER.sub("//...@", str(self.url)))
         try:
             parts = urlsplit(self.url)
-            is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
+            host = (parts.hostname or "").encode("idna")  # as the system's resolver does
+            is_valid = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+        except (ValueError, TypeError, AttributeError):
             is_valid = False
-        if not is_valid or parts.query or parts.fragment:
-            raise NemoLfrError(
-                f"{shorten(self.url)} is not the URL of a server; pass a URL such as http://127.0.0.1:8000."
-            )
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+        if not is_valid or not isinstance(self.url, str) or parts.query or parts.fragment or _CONTROL.search(self.url):
+            raise NemoLfrError(f"{shown} is not the URL of a server; pass a URL such as http://127.0.0.1:8000.")
+        if parts.username is not None or parts.password is not None:
+            raise NemoLfrError(f"{shown} contains a user name; remove it, and pass the access token as token.")
+        token = self.token
+        if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
             raise NemoLfrError("the access token is not printable ASCII; pass the value that the server requires.")
-        if self.timeout <= 0 or self.retry_s < 0:
-            raise NemoLfrError(
-                f"timeout is {self.timeout} and retry_s is {self.retry_s}; pass a positive timeout, and 0 or more as "
-                "retry_s."
-            )
+        for name, value in (("timeout", self.timeout), ("retry_s", self.retry_s)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= MAX_SECONDS:
+                raise NemoLfrError(f"{name} {shorten(repr(value))} is not a number of seconds up to {MAX_SECONDS}.")
+        if not self.timeout:
+            raise NemoLfrError("timeout is 0; pass a positive number of seconds.")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -118,6 +128,25 @@ class Server:
         """
         text = shorten(" ".join(str(reason).split()) or type(reason).__name__, 200).rstrip(".")
         return ServerLostError(f"{self.url} cannot be reached or does not answer ({text}); {remedy}")
+
+
+def count_of(name: str, value: Any) -> int | None:
+    """Return an optional number of samples as an integer.
+
+    Args:
+        name: name of the argument.
+        value: value of the argument.
+
+    Raises:
+        NemoLfrError: if it is not an integer of at least 0.
+    """
+    try:
+        count = None if value is None else operator.index(value)
+    except TypeError:
+        count = -1
+    if count is not None and count < 0:
+        raise NemoLfrError(f"{name} is {shorten(repr(value))}; pass a number of samples, or None.")
+    return count
 
 
 def require_websockets() -> Any:

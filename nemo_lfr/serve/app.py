@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, QueryParams
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -117,7 +118,7 @@ def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette
             Route("/openapi.json", lambda _: JSONResponse(OPENAPI)),
             *page_routes(),
         ],
-        exception_handlers={NemoLfrError: _report, ClientDisconnect: _drop},
+        exception_handlers={NemoLfrError: _report, HTTPException: _report_path, ClientDisconnect: _drop},
         lifespan=lifespan,
     )
     _control_access(app, settings)
@@ -164,6 +165,12 @@ async def _report(_: Request, error: Exception) -> Response:
         status = {CloseCode.TOO_BIG: 413, CloseCode.POLICY: 408}.get(error.code, status)
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": str(error), "type": type(error).__name__}, status, headers)
+
+
+async def _report_path(_: Request, error: Exception) -> Response:
+    """Return Starlette's errors as JSON: an unknown path or a wrong method."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail, "type": "HTTPException"}, error.status_code, error.headers)
 
 
 async def _drop(_: Request, error: Exception) -> Response:

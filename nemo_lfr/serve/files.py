@@ -87,8 +87,8 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     check_names(request.query_params, {"format", "token"})
     kind = choice(request.query_params, "format", tuple(_FORMATS))
     async with _spooled(request, max_bytes, limits) as path:
-        is_json = request.headers.get("content-type", "").partition(";")[0].strip() == "application/json"
-        read = _read_json if is_json else _read_lfr
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        read = _read_json if media_type == "application/json" else _read_lfr
         tokens, num_samples = await asyncio.to_thread(read, path, engine, limits)
     with engine.decoder(live=False) as session:
         audio = _AudioFile(engine.codec.sample_rate, kind)

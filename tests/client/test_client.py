@@ -2,12 +2,14 @@
 
 import asyncio
 import io
+import json
+import math
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -281,7 +283,7 @@ class OtherServer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.send_response(200 if self.path.startswith(("/mounted/v1/info", "/odd/")) else 404)
-        content = b'{"tokens": [[1], [2, 3]], "num_samples": 9}' if self.path.startswith("/odd/") else b"hi"
+        content = b'{"tokens": [[1], [2, 3]]}' if self.path.startswith("/odd/") else b"hi"
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -322,10 +324,171 @@ def test_another_server_is_recognized(tokens):
             check_all(url, tokens, ServerRefusedError, "404")
             with pytest.raises(ServerError, match="is it the address of"):
                 Client(url + "/mounted/").info()
-            with pytest.raises(ServerError, match="does not report tokens"):
+            with pytest.raises(ServerError, match="does not report version"):
                 Client(url + "/odd").encode_file(b"")
         finally:
             other.shutdown()
+
+
+INFO = {
+    "version": "1", "model": "m", "fingerprint": "f", "sample_rate": 22050, "samples_per_frame": 1024,
+    "frame_rate": 21.5, "num_codebooks": 2, "codebook_size": 16, "bit_rate": 172.0, "max_streams": 1,
+    "max_message_bytes": 1, "max_body_bytes": 1,
+}  # fmt: skip
+ENCODED = {"tokens": [[1, 2], [3, 4]], "num_samples": 2000, "sample_rate": 22050, "samples_per_frame": 1024}
+
+
+def audio_of(audio_format, samples=2048, rate=22050):
+    content = io.BytesIO()
+    kind = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}[audio_format]
+    rate = 24000 if audio_format == "opus" else rate
+    soundfile.write(content, np.zeros(samples), rate, kind[1], format=kind[0])
+    return content.getvalue()
+
+
+def response(body, kind="application/json", status="200 OK", length=None, more=""):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    length = len(body) if length is None else length
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{more}\r\n"
+    return [head.encode() + body]
+
+
+def dripping(head):
+    yield head
+    while True:  # until the client closes the connection
+        time.sleep(0.02)
+        yield b"x"
+
+
+def endless():
+    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    while True:
+        yield bytes(1 << 16)
+
+
+@contextmanager
+def answering(post, info=INFO):
+    """Run a server that gives one answer to all POST requests, and `info` to GET requests."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection):
+        with connection, suppress(OSError):
+            head = connection.recv(1 << 16)
+            for piece in response(info) if head.startswith(b"GET") and info is not None else post():
+                connection.sendall(piece)
+
+    def work():
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+HTML = b"<html>Please log in to the Wi-Fi</html>"
+ANY = {  # wrong for every request
+    "page": lambda: response(HTML, "text/html"),
+    "page without a type": lambda: [b"HTTP/1.1 200 OK\r\n\r\n" + HTML],
+    "list": lambda: response([]),
+    "nothing": lambda: response(b""),
+    "cut status line": lambda: [b"HTTP/1.1 200 O"],
+    "cut body": lambda: response(b"RIFF", "audio/wav", length=5000),
+    "deep": lambda: response(b"[" * 100_000),
+    "slow head": lambda: dripping(b"HTTP/1.1 200 O"),
+    "slow header": lambda: dripping(b"HTTP/1.1 200 OK\r\nA: "),
+    "slow body": lambda: dripping(b"HTTP/1.1 200 OK\r\n\r\n"),
+    "slow error": lambda: dripping(b"HTTP/1.1 500 X\r\n\r\n"),
+    "odd error": lambda: response({"error": {"a": 1}}, status="403 X"),
+    "list of an error": lambda: response([1], status="401 X"),
+    "redirect to a file": lambda: response(b"", status="302 Found", more="Location: file:///etc/passwd\r\n"),
+    "not HTTP": lambda: [b"\0\xff\n\n"],
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_another_program_is_never_taken_for_the_server(name):
+    calls = {
+        "info": (lambda client: client.info(), None),
+        "encode": (lambda client: client.encode_file(b"x"), INFO),
+        "decode": (lambda client: client.decode(np.zeros((2, 2), int)), INFO),
+    }
+    for call, info in calls.values():
+        with answering(ANY[name], info) as url, pytest.raises(ServerError) as caught:
+            call(Client(url, timeout=0.3))
+        assert "\n" not in str(caught.value)
+
+    async def work(url):
+        await AsyncClient(url, timeout=0.3).decode(np.zeros((2, 2), int))
+
+    with answering(ANY[name]) as url, pytest.raises(ServerError):
+        asyncio.run(work(url))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": [[1, -5], [3, 4]]},
+        {"tokens": [[1, 16], [3, 4]]},
+        {"tokens": [[1, 2.5], [3, 4]]},
+        {"tokens": [[1, 10**40], [3, 4]]},
+        {"tokens": [[1, True], [False, 4]], "num_samples": True},
+        {"tokens": [[1, math.nan], [3, 4]]},
+        {"tokens": [[1], [1, 2]]},
+        {"tokens": [[1, 2, 3], [1, 2, 3]]},
+        {"tokens": []},
+        {"tokens": "ab"},
+        {"num_samples": -1},
+        {"num_samples": 99_999},
+        {"num_samples": 1024},
+        {"num_samples": None},
+        {"sample_rate": 44_100},
+        {"samples_per_frame": "1024"},
+    ],
+    ids=str,
+)
+def test_tokens_that_cannot_be_of_the_codec_are_refused(change):
+    with answering(lambda: response(ENCODED | change)) as url, pytest.raises(ServerError, match="is it the address"):
+        Client(url).encode_file(b"x")
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": "a"}, {"num_codebooks": 0}, {"model": None}, {"bit_rate": -1}])
+def test_an_info_of_wrong_types_is_refused(change):
+    with answering(list, INFO | change) as url, pytest.raises(ServerError, match="is it the address"):
+        Client(url).info()
+
+
+@pytest.mark.parametrize("audio_format", ["wav", "flac", "opus"])
+def test_only_the_requested_audio_is_returned(audio_format):
+    def decode(content, num_samples=None, kind="audio/wav"):
+        with answering(lambda: response(content, kind)) as url:
+            return Client(url).decode(np.zeros((2, 2), int), num_samples, audio_format=audio_format)
+
+    right = audio_of(audio_format)
+    assert decode(right) == right and decode(right, 5000) == right
+    wrong = [right[:-9], right[:30], bytes(len(right)), HTML]
+    wrong += [audio_of(other) for other in ("wav", "flac", "opus") if other != audio_format]
+    if audio_format == "flac":
+        wrong = wrong[1:]  # only decoding would find that its end is missing
+    if audio_format != "opus":
+        wrong += [audio_of(audio_format, 2047), audio_of(audio_format, rate=44_100)]
+        with pytest.raises(ServerError, match="2048 samples at 22050 Hz, not 2000"):
+            decode(right, 2000)
+    for content in wrong:
+        with pytest.raises(ServerError, match="is it the address"):
+            decode(content)
+    with pytest.raises(ServerError, match="text/html, not audio"):
+        decode(right, kind="text/html")
+
+
+def test_an_endless_answer_is_refused():
+    with answering(endless) as url, pytest.raises(ServerError, match=r"more than \d+ bytes"):
+        Client(url).decode(np.zeros((2, 2), int))
 
 
 def relay(port, cut):
@@ -412,15 +575,40 @@ def test_an_unresponsive_server_raises_server_lost_error(server, tokens, monkeyp
         {"url": "http://a/?b=c"},
         {"token": "s\u00e9cret"},
         {"token": "a\nb"},
-        {"timeout": 0},
-        {"retry_s": -1},
+        {"url": 5},
+        {"url": None},
+        {"url": "http://a b"},
+        {"url": "http://\u4e2d.invalid"},
+        {"url": "http://" + "a" * 70},
+        {"url": "http://user:secret@127.0.0.1:1"},
+        {"url": "ftp://user:secret@127.0.0.1"},
+        {"token": 5},
+        *({"timeout": value} for value in (0, -1, "5", None, True, math.nan, math.inf, 1e30)),
+        *({"retry_s": value} for value in (-1, "5", math.nan)),
     ],
     ids=str,
 )
 def test_a_bad_argument_of_a_client_is_an_error(arguments):
     for kind in (Client, AsyncClient):
-        with pytest.raises(NemoLfrError):
+        with pytest.raises(NemoLfrError) as caught:
             kind(**arguments)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda client: client.decode(np.zeros((8, 1), int), 1.5), NemoLfrError),
+        (lambda client: client.decode(np.zeros((8, 1), int), -1), NemoLfrError),
+        (lambda client: client.decode(np.zeros((8, 1), int), audio_format="mp3"), NemoLfrError),
+        (lambda client: client.decode([[1], [1, 2]]), TokensError),
+        (lambda client: client.encode_file(5), AudioError),
+    ],
+)
+def test_a_bad_argument_of_a_request_is_an_error(call, error):
+    with pytest.raises(error) as caught:
+        call(Client("http://127.0.0.1:1"))
+    assert not isinstance(caught.value, ServerError)
 
 
 def test_a_flushed_stream_refuses_input(server, tokens):

@@ -218,7 +218,7 @@ def test_files_are_encoded_and_decoded_like_streams(server):
     )
     results = {}
     for kind in ("wav", "flac", "opus"):
-        for body, headers in ((lfr, {}), (text, {"Content-Type": "application/json"})):
+        for body, headers in ((lfr, {}), (text, {"Content-Type": "Application/JSON; charset=utf-8"})):
             status, data = post(server, f"/v1/decode?format={kind}", body, **headers)
             assert status == 200, data
             result, rate = soundfile.read(io.BytesIO(data))
@@ -239,7 +239,8 @@ def test_files_are_encoded_and_decoded_like_streams(server):
     ],
 )
 def test_a_bad_request_is_an_error_of_the_client(server, path, body, status):
-    assert post(server, path, body)[0] == status
+    received, text = post(server, path, body)
+    assert received == status and json.loads(text)["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Checks of what a server answers, which may be another program than `nemo-lfr serve`."""
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+
+
+def parse_object(text: bytes | str) -> dict[str, Any] | None:
+    """Return a JSON object; None for anything else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def has_type(value: object, kind: type) -> bool:
+    """Return whether a value of JSON has a type; numbers must be positive."""
+    if kind is str:
+        return isinstance(value, str)
+    is_number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    return is_number and 0 < value < 2**63  # type: ignore[operator]
+
+
+def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.ndarray | None:
+    """Return the tokens [C, T_encoded] of a list of frames; None if it is not one.
+
+    Args:
+        frames: list of frames, each with one token per codebook.
+        num_codebooks: tokens of a frame.
+        codebook_size: number of values of a token.
+    """
+    if frames == []:
+        return np.zeros((num_codebooks, 0), np.int32)
+    try:
+        tokens = np.array(frames)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    if tokens.ndim != 2 or tokens.shape[1] != num_codebooks or tokens.dtype.kind not in "iu":
+        return None
+    if not 0 <= tokens.min() <= tokens.max() < codebook_size:
+        return None
+    return tokens.T.astype(np.int32)
+
+
+def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_samples: int) -> str | None:
+    """Return why a file is not the audio that was requested; None if it is.
+
+    Args:
+        content: the file.
+        audio_format: "wav", "flac" or "opus".
+        sample_rate: expected rate of WAV and FLAC, Hz.
+        num_samples: expected length of WAV and FLAC in samples.
+    """
+    if audio_format == "opus":
+        return _ogg_problem(content)
+    name = audio_format.upper()
+    figures = _wav_figures(content) if audio_format == "wav" else _flac_figures(content)
+    if figures is None:
+        return f"not a complete {name} file"
+    if figures != (sample_rate, num_samples):
+        return f"{figures[1]} samples at {figures[0]} Hz, not {num_samples} at {sample_rate} Hz"
+    return None
+
+
+def _wav_figures(content: bytes) -> tuple[int, int] | None:
+    """Return the rate and the number of samples of a whole WAV file."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return None
+    position, rate, width = 12, 0, 0
+    while position + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, position)
+        if name == b"fmt " and size >= 16 and position + 24 <= len(content):
+            rate, width = struct.unpack_from("<I4xH", content, position + 12)
+        if name == b"data":
+            is_whole = position + 8 + size <= len(content)
+            return (rate, size // width) if is_whole and width else None
+        position += 8 + size + size % 2
+    return None
+
+
+def _flac_figures(content: bytes) -> tuple[int, int] | None:
+    """Return the rate and the number of samples in the header of a FLAC file."""
+    if content[:4] != b"fLaC" or len(content) < 42:
+        return None
+    bits = int.from_bytes(content[18:26], "big")  # 20 bits of rate, 3 of channels, 5 of sample size, 36 of samples
+    return bits >> 44, bits & ((1 << 36) - 1)
+
+
+def _ogg_problem(content: bytes) -> str | None:
+    """Return why a file is not Ogg Opus whose last page ends the stream."""
+    position, is_last = 0, False
+    while content[position : position + 4] == b"OggS" and position + 27 <= len(content):
+        is_last = bool(content[position + 5] & 4)
+        count = content[position + 26]
+        position += 27 + count + sum(content[position + 27 : position + 27 + count])
+    is_whole = is_last and position == len(content) and content[28:36] == b"OpusHead"
+    return None if is_whole else "not a complete Ogg Opus file"

@@ -1,0 +1,173 @@
+"""HTTP requests with a limit of the time and of the size of the answer."""
+
+import contextlib
+import http.client
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from nemo_lfr.client.answers import parse_object
+from nemo_lfr.client.server import Server
+from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, shorten
+
+# Slowest transfer that is not an error, bytes per second. A large file may take longer than the timeout to arrive.
+MIN_SPEED = 64_000
+_PIECE = 1 << 16  # bytes
+_MAX_ERROR = 100_000  # bytes
+
+
+def request(
+    server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None, *, max_bytes: int
+) -> tuple[bytes, str | None]:
+    """Send a request, and return the body and the content type of the answer.
+
+    Args:
+        server: the server.
+        path: path of the request, with its parameters.
+        body: body; None for a GET request.
+        headers: further headers.
+        max_bytes: limit of the answer.
+
+    Raises:
+        ServerError: if the server refuses the request, fails or cannot be reached, or if the answer is too large or
+            takes too long.
+    """
+    message = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
+    with _Deadline(server.timeout + len(body or b"") / MIN_SPEED) as deadline:
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirects(), _Http(deadline), _Https(deadline)]
+        handlers += [urllib.request.ProxyHandler({})] if server.is_local else []
+        try:
+            with urllib.request.build_opener(*handlers).open(message, timeout=server.timeout) as response:
+                deadline.check()
+                content = _read(server, response, max_bytes)
+                return content, response.headers.get("Content-Type")
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(server, error) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise server.lost(f"no answer for {server.timeout:g} s" if deadline.is_over else reason) from error
+
+
+def _read(server: Server, response: Any, max_bytes: int) -> bytes:
+    """Read the body of a response within its limits.
+
+    Raises:
+        OSError: if the time is over.
+        http.client.IncompleteRead: if the connection ends before the body.
+        ServerError: if the body is too large.
+    """
+    start, size = time.monotonic(), 0
+    pieces = []
+    while piece := response.read1(_PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_bytes:
+            raise ServerError(f"{server.url} answers with more than {max_bytes} bytes; is it `nemo-lfr serve`?")
+        if time.monotonic() - start > server.timeout + size / MIN_SPEED:
+            raise TimeoutError(f"only {size} bytes of the answer arrived within {server.timeout:g} s")
+    content = b"".join(pieces)
+    if response.length:  # as `read` would report
+        raise http.client.IncompleteRead(content, response.length)
+    return content
+
+
+def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
+    """Return the error for a response that is not 200."""
+    target, status = error.headers.get("Location"), error.code
+    if target and 300 <= status < 400:
+        return ServerRefusedError(f"{server.url} redirects to {shorten(target, 300)}; pass that address.")
+    try:
+        values = parse_object(_read(server, error, _MAX_ERROR)) or {}
+    except (OSError, http.client.HTTPException, ServerError):
+        values = {}
+    reason, kind = values.get("error"), values.get("type")
+    if not isinstance(reason, str):  # of a proxy, for example
+        reason, kind = http.client.responses.get(status, "error") + ".", None
+    message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
+    if status == 503:
+        return ServerShutdownError(message) if kind == "ShutdownError" else ServerFullError(message)
+    return ServerRefusedError(message) if 400 <= status < 500 else ServerError(message)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Handler that follows no redirect: urllib would send the access token, but not the file, to the other address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return no request; the response is then an error."""
+
+
+class _Deadline:
+    """Context that ends a connection that gets no answer in time.
+
+    The timeout of a socket restarts with each byte, so that a slow server could hold a client without end.
+
+    Args:
+        seconds: time from the start of the request to the end of the answer's headers.
+
+    Attributes:
+        connection: the connection, once there is one.
+        is_over: whether the time is over.
+    """
+
+    connection: http.client.HTTPConnection | None = None
+
+    def __init__(self, seconds: float) -> None:
+        self.is_over = False
+        self._seconds, self._done = seconds, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Deadline":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+
+    def check(self) -> None:
+        """Stop watching; raise TimeoutError if the time is over."""
+        self._done.set()
+        if self.is_over:
+            raise TimeoutError
+
+    def _watch(self) -> None:
+        if self._done.wait(self._seconds):
+            return
+        self.is_over = True
+        while not self._done.wait(0.05):  # it may be connecting
+            opened = self.connection.sock if self.connection is not None else None
+            if opened is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(opened, socket.SHUT_RDWR)  # SSLSocket's own method is not thread-safe
+
+
+class _Watched:
+    """Mixin of urllib's handlers that tells a deadline the connection."""
+
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **arguments: Any) -> Any:
+        """Send a request; see `urllib.request.AbstractHTTPHandler`."""
+
+        def connect(*place: Any, **options: Any) -> Any:
+            self._deadline.connection = http_class(*place, **options)
+            return self._deadline.connection
+
+        return super().do_open(connect, req, **arguments)  # type: ignore[misc]
+
+
+class _Http(_Watched, urllib.request.HTTPHandler):
+    """Handler of http."""
+
+
+class _Https(_Watched, urllib.request.HTTPSHandler):
+    """Handler of https."""
