@@ -1,4 +1,4 @@
-"""Audio files under their earlier path; see `nemo_lfr.io.audio`."""
+"""Alias of `nemo_lfr.io.audio`, kept for backward compatibility."""
 
 from nemo_lfr.io.audio import AudioReader, AudioWriter
 

@@ -1,6 +1,6 @@
 """Exceptions for bad input, and helpers for their messages.
 
-Each message names the value that was passed, what was expected and what to do.
+A good message names the file or argument, its value, what is wrong with it, and what to do.
 """
 
 import re
@@ -12,11 +12,12 @@ NEMO_PACKAGES = ("nemo_toolkit[tts]", "lightning", "pytorch-lightning")
 
 
 class NemoLfrError(ValueError):
-    """Base class of all errors that this package raises for bad input.
+    """Base class of the errors that this package raises for bad input.
 
-    Control characters in the message, such as those of a file name, are replaced: see `printable`. PyTorch's data
-    loader raises an error of a worker process again with that process's traceback as its message, of which the last
-    line is kept.
+    Control characters in the message, which a file name may contain, are replaced (see `printable`).
+
+    When a worker process of PyTorch's data loader raises an error, the main process raises it again with the worker's
+    traceback as its message. Of such a message, only the last line is kept.
     """
 
     def __init__(self, *args: object) -> None:
@@ -38,11 +39,11 @@ class TokensError(NemoLfrError):
 
 
 class TokenFileError(NemoLfrError):
-    """Token file that is damaged, of an unknown version, or of another codec."""
+    """Token file that is damaged, has an unknown version, or was written by another codec."""
 
 
 class EntropyModelError(TokenFileError):
-    """Entropy model that is damaged, missing, or of another codec."""
+    """Entropy model that is damaged, missing, or made for another codec."""
 
 
 class CheckpointError(NemoLfrError):
@@ -58,11 +59,11 @@ class MissingExtraError(NemoLfrError, ImportError):
 
 
 class ServerError(NemoLfrError):
-    """Failure of a request or stream of `nemo_lfr.client` that the server reports, such as a fault of its own."""
+    """Failure that the server reports for a request or stream of `nemo_lfr.client`, such as an internal error."""
 
 
 class ServerRefusedError(ServerError):
-    """Input, parameter, access token or recording that a server refuses; the same request fails again."""
+    """Input, parameter, access token or recording that a server refuses; retrying the same request does not help."""
 
 
 class ServerFullError(ServerError):
@@ -102,7 +103,7 @@ def failure(source: object, error: BaseException) -> Failure:
 
 
 def message_of(error: BaseException) -> str:
-    """Return an exception's message on one line; that of an OSError names the file first."""
+    """Return an exception's message on one line. The message of an OSError starts with the name of its file."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}." if error.filename is not None else f"{error.strerror}."
@@ -134,8 +135,8 @@ def printable(text: str) -> str:
 def install_command(*packages: str) -> str:
     """Return the pip command that installs optional packages.
 
-    The command names the packages rather than one of our extras, so that it works for an installation from a clone,
-    from a wheel or by hand. Our own version limits are added.
+    The command names the packages rather than an extra of nemo_lfr, so that it works for an installation from a clone,
+    from a wheel or by hand. The version limits of nemo_lfr are added.
 
     Args:
         packages: names on the package index, with their extras, such as "nemo_toolkit[tts]".
@@ -145,7 +146,7 @@ def install_command(*packages: str) -> str:
 
 @cache
 def _requirements() -> dict[str, str]:
-    """Return our distribution's requirements by package name; empty where the package is not installed."""
+    """Return the requirements of nemo_lfr by package name, or nothing if nemo_lfr is not installed."""
     from importlib.metadata import PackageNotFoundError, requires
 
     try:
@@ -160,7 +161,7 @@ def _requirements() -> dict[str, str]:
 
 
 def _key(requirement: str) -> str:
-    """Return the normalized name of the package that a requirement names."""
+    """Return the normalized package name in a requirement, such as "scikit-learn" for "scikit_learn>=1.0"."""
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
 
 

@@ -1,4 +1,4 @@
-"""Length arithmetic for samples, frames and bits; no other module divides lengths."""
+"""Convert lengths between samples, frames and bits, and split long recordings into windows of frames."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def bytes_per_frame(levels: Sequence[int], num_codebooks: int) -> int:
 
 @dataclass(frozen=True)
 class Context:
-    """Numbers of frames before and after a frame that influence its output."""
+    """Number of frames before and after a frame that influence the output for this frame."""
 
     past: int
     future: int
@@ -31,7 +31,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Window:
-    """Frames [start, stop) to compute so that frames [keep_start, keep_stop) are exact."""
+    """Frames [start, stop) to process so that the output for frames [keep_start, keep_stop) is exact."""
 
     start: int
     stop: int
@@ -40,26 +40,26 @@ class Window:
 
     @property
     def num_frames(self) -> int:
-        """Frames to compute."""
+        """Number of frames to process."""
         return self.stop - self.start
 
     @property
     def kept(self) -> slice:
-        """Slice of the exact frames, relative to the first frame of the window."""
+        """Slice of the frames to keep, relative to the first frame of the window."""
         return slice(self.keep_start - self.start, self.keep_stop - self.start)
 
 
 def plan_windows(total: int, chunk: int, context: Context) -> Iterator[Window]:
     """Split `total` frames into chunks and yield a window with context for each.
 
-    Only the first and the last window reach the ends of the recording, so the network's edge padding affects only
-    them, as it does when the recording is computed at once. A last chunk that is not longer than the future context
-    is merged into the previous one.
+    Every window contains the context of its chunk, so the results equal those of processing the recording at once.
+    The network's edge padding affects only the first and the last window, which reach the ends of the recording. A
+    last chunk that is not longer than the future context is merged into the previous one.
 
     Args:
-        total: frames of the recording.
-        chunk: frames to keep from each window.
-        context: frames around a frame that its output depends on.
+        total: number of frames in the recording.
+        chunk: number of frames to keep from each window; the last window may keep fewer or more.
+        context: number of frames around a frame on which the output for this frame depends.
 
     Yields:
         Windows in order; their kept frames cover the recording exactly once.

@@ -1,4 +1,4 @@
-"""Reading of NeMo manifests under its earlier path; see `nemo_lfr.io.manifests`."""
+"""Alias of `nemo_lfr.io.manifests`, kept for backward compatibility."""
 
 from nemo_lfr.io.manifests import read_manifest
 

@@ -1,4 +1,4 @@
-"""Public names of the NeMo integration; see `nemo_lfr.nemo.model`."""
+"""Alias of `nemo_lfr.nemo.model` and `nemo_lfr.nemo.acceleration`, kept for backward compatibility."""
 
 from nemo_lfr.nemo.acceleration import accelerate
 from nemo_lfr.nemo.model import AudioCodecModel, LFRCodecModel

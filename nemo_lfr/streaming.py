@@ -1,4 +1,4 @@
-"""Public names for streaming; see `nemo_lfr.codec.streaming`."""
+"""Public import path of the streaming classes and functions in `nemo_lfr.codec.streaming`."""
 
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 

@@ -161,7 +161,7 @@ def test_a_model_name_that_looks_like_a_path_is_recognized(name, local, tmp_path
 
 
 def test_a_folder_is_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder without a checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: the folder contains no checkpoint"):
         nemo_lfr.load(tmp_path)
 
 
@@ -311,13 +311,13 @@ def test_a_folder_that_holds_a_checkpoint_loads(tmp_path, monkeypatch, place, ho
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.nemo", "b.nemo"], r"contains 2 \.nemo files \(a\.nemo, b\.nemo\); pass one"),
-        (["model_config.yaml"], "but not the model_weights.ckpt"),
-        (["model_weights.ckpt"], "but not the model_config.yaml"),
-        (["model.safetensors"], r"but not the config\.json"),
-        (["config.json"], "a folder without a checkpoint"),
-        (["last.ckpt"], "a folder without a checkpoint"),
-        ([], "a folder without a checkpoint"),
+        (["a.nemo", "b.nemo"], r"contains 2 \.nemo files \(a\.nemo, b\.nemo\); pass the path of one"),
+        (["model_config.yaml"], "but no model_weights.ckpt"),
+        (["model_weights.ckpt"], "but no model_config.yaml"),
+        (["model.safetensors"], r"but no config\.json"),
+        (["config.json"], "the folder contains no checkpoint"),
+        (["last.ckpt"], "the folder contains no checkpoint"),
+        ([], "the folder contains no checkpoint"),
     ],
 )
 def test_incomplete_folder_names_the_missing_file(tmp_path, names, message):
@@ -424,7 +424,7 @@ def test_a_cache_folder_without_one_snapshot_is_refused(tmp_path, count):
     for number in range(count):
         (tmp_path / "models--me--one" / "snapshots" / str(number)).mkdir(parents=True)
     (tmp_path / "models--me--one" / "snapshots").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(CheckpointError, match=f"with {count} snapshots"):
+    with pytest.raises(CheckpointError, match=f"has {count} snapshots"):
         nemo_lfr.load(tmp_path / "models--me--one")
 
 

@@ -1,17 +1,18 @@
-"""Read and write `.nemo` checkpoints safely: in place, and without executing anything in them.
+"""Read and write `.nemo` checkpoints without extracting them or executing code from them.
 
-A `.nemo` is a tar of `model_config.yaml` and `model_weights.ckpt`. The latter is a zip with a pickle of names and one
-record of raw values per tensor. Files are untrusted, so each layer validates its input:
+A `.nemo` is a tar archive of `model_config.yaml` and `model_weights.ckpt`. The latter is a zip archive: a pickle
+describes the tensors, and one record per tensor contains its raw values. Checkpoints are untrusted files, so every
+module of this package validates what it reads:
 
-    archive.py   find the two members of the tar
-    config.py    parse the YAML config and build modules of an allow-list
-    tensors.py   read tensors from the zip, without calling anything in the pickle
-    lightning.py read the config of a training checkpoint (`.ckpt`), which is the zip alone
-    names.py     normalize weight names: wrappers, spellings of weight norm
-    safetensors.py  read tensors from a safetensors file
-    folder.py    write a folder of `config.json` and `model.safetensors`
-    reader.py    load modules; validates every key, shape and value
-    writer.py    write modules to a `.nemo`
+    archive.py      find the config and the weights in the tar archive
+    config.py       parse the YAML config and build modules from an allow-list of classes
+    tensors.py      read tensors from the zip archive without calling anything that the pickle names
+    lightning.py    read the config of a training checkpoint (`.ckpt`), which is a zip archive without the tar
+    names.py        remove wrapper prefixes from weight names, and convert the names of weight norm
+    safetensors.py  read and write safetensors files
+    folder.py       write a folder with `config.json` and `model.safetensors`
+    reader.py       load modules, and validate their keys, shapes and values
+    writer.py       write modules to a `.nemo`
 """
 
 from nemo_lfr.checkpoint.config import (
@@ -22,10 +23,10 @@ from nemo_lfr.checkpoint.config import (
     build_part,
     build_parts,
     codec_values,
-    is_from_file,
-    mark_from_file,
+    is_from_checkpoint,
+    mark_from_checkpoint,
     nemo_config,
-    sections_from_file,
+    sections_from_checkpoint,
 )
 from nemo_lfr.checkpoint.reader import Checkpoint, load_parts, read_checkpoint, read_config
 from nemo_lfr.checkpoint.writer import split_weight_norm, write_checkpoint
@@ -39,13 +40,13 @@ __all__ = [
     "build_part",
     "build_parts",
     "codec_values",
-    "is_from_file",
+    "is_from_checkpoint",
     "load_parts",
-    "mark_from_file",
+    "mark_from_checkpoint",
     "nemo_config",
     "read_checkpoint",
     "read_config",
-    "sections_from_file",
+    "sections_from_checkpoint",
     "split_weight_norm",
     "write_checkpoint",
 ]

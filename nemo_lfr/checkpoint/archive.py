@@ -1,4 +1,4 @@
-"""Find the two members of a `.nemo` tar archive without extracting it."""
+"""Find the config and the weights in a `.nemo` tar archive without extracting it."""
 
 import bz2
 import gzip
@@ -23,12 +23,12 @@ from nemo_lfr.io.locate import (
 from nemo_lfr.io.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
-# Limits against malicious archives. The released file has 7 kB of config and 620 MB of weights.
+# Limits against malicious archives. NVIDIA's released checkpoint has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 8 << 30
 MAX_READ = 4 << 20
-# Weights hardly compress; an archive that expands by more than this factor is a decompression bomb.
+# Weights hardly compress, so an archive that expands by more than this factor is treated as a decompression bomb.
 MAX_EXPANSION = 20
 
 _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
@@ -40,9 +40,12 @@ _DECOMPRESSORS: dict[bytes, Callable[[IO[bytes]], Any]] = {
 
 @dataclass(frozen=True)
 class Members:
-    """Members of a `.nemo`. For a training checkpoint, `weights` is the whole file and `config` is None.
+    """Config and weights of a checkpoint.
 
-    `is_safetensors` is set for a folder with `config.json` and `model.safetensors`.
+    Attributes:
+        config: text of the config, or None for a training checkpoint, which has it among the pickled objects.
+        weights: file or member with the weights; for a training checkpoint, the whole file.
+        is_safetensors: whether the checkpoint is a folder with `config.json` and `model.safetensors`.
     """
 
     config: bytes | None
@@ -51,23 +54,23 @@ class Members:
 
     @property
     def config_name(self) -> str:
-        """Return the name of the config, for messages."""
+        """Return the file name of the config, or "the config" if it is not a file of its own, for messages."""
         if self.is_safetensors:
             return SAFETENSORS_CONFIG
-        return "config" if self.config is None else CONFIG_MEMBER
+        return "the config" if self.config is None else CONFIG_MEMBER
 
 
 def read_members(path: Path) -> Members:
-    """Find the config and the weights of a `.nemo` or a training checkpoint; other members are ignored.
+    """Find the config and the weights of a checkpoint.
 
-    The weights of an uncompressed tar are read on request, so that unused ones, such as discriminators, cost nothing.
+    Other members of a `.nemo` are ignored. The weights in an uncompressed tar archive are not read until they are
+    used, so that unused ones, such as those of discriminators, take no time and memory.
 
     Args:
-        path: the file, or the folder of an unpacked `.nemo`.
+        path: a `.nemo` or `.ckpt` file, or the folder of an unpacked `.nemo` or of a safetensors file.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or not a checkpoint; the message names the file, the member,
-            and what to do.
+        CheckpointError: if the file is missing, damaged or not a checkpoint.
     """
     try:
         if path.is_dir():
@@ -79,14 +82,16 @@ def read_members(path: Path) -> Members:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.") from None
     except PermissionError:
-        raise CheckpointError(f"{path}: permission denied.") from None
+        raise CheckpointError(f"{path}: permission denied; make the file readable.") from None
     except Exception as error:  # damaged headers make tarfile and the decompressors fail in many ways
         reason = str(error) or type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a .nemo archive ({reason}); download it again.") from error
+        raise CheckpointError(
+            f"{path}: the file is damaged or not a .nemo archive ({reason}); download it again."
+        ) from error
 
 
 def _read_folder(folder: Path) -> Members:
-    """Return the members of an unpacked `.nemo`, or of a folder with a safetensors file."""
+    """Return the config and the weights in the folder of an unpacked `.nemo` or of a safetensors file."""
     names = folder_files(os.listdir(folder)) or FOLDERS[0]
     config, weights = (folder / name for name in names)
     for name in names:
@@ -95,7 +100,7 @@ def _read_folder(folder: Path) -> Members:
     with open_regular(config, CheckpointError) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)
     if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{config}: is larger than {MAX_CONFIG_BYTES} bytes.")
+        raise CheckpointError(f"{config}: the file is larger than {MAX_CONFIG_BYTES} bytes, the limit for a config.")
     with open_regular(weights, CheckpointError) as file:
         state = file_state(file.fileno())
         if not state[0]:
@@ -134,21 +139,26 @@ def _find_members(path: Path, stream: "_Bounded") -> dict[str, tarfile.TarInfo]:
     with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
         for count, member in enumerate(archive, start=1):
             if count > MAX_MEMBERS:
-                raise CheckpointError(f"{path}: has more than {MAX_MEMBERS} members; a .nemo archive has two.")
+                raise CheckpointError(
+                    f"{path}: the archive has more than {MAX_MEMBERS} members; a .nemo has {CONFIG_MEMBER} and "
+                    f"{WEIGHTS_MEMBER}."
+                )
             name = member.name.removeprefix("./")
             if name not in (CONFIG_MEMBER, WEIGHTS_MEMBER):
                 continue
             if name in found:
                 raise CheckpointError(f"{path}: {name} occurs twice in the archive; remove one of them.")
             if not member.isreg() or member.issparse():
-                raise CheckpointError(f"{path}: {name} is not a plain file.")
+                raise CheckpointError(f"{path}: {name} is not a regular file in the archive; download it again.")
             limit = MAX_CONFIG_BYTES if name == CONFIG_MEMBER else MAX_WEIGHTS_BYTES
             if not 0 <= member.size <= limit:
-                raise CheckpointError(f"{path}: {name} claims {member.size} bytes, more than {limit}.")
+                raise CheckpointError(
+                    f"{path}: {name} claims a size of {member.size} bytes; at most {limit} are allowed."
+                )
             found[name] = member
     for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
         if name not in found:
-            raise CheckpointError(f"{path}: no {name} in the archive; it is not a .nemo checkpoint.")
+            raise CheckpointError(f"{path}: no {name} in the archive, so this is not a .nemo checkpoint.")
     return found
 
 
@@ -164,7 +174,10 @@ def _contents(stream: "_Bounded", member: tarfile.TarInfo) -> bytearray:
 
 
 class _Bounded:
-    """File wrapper that limits single reads and the total size, against false header sizes and decompression bombs."""
+    """File wrapper that limits the size of a read, and the position in the file.
+
+    The limits protect against false sizes in headers and against decompression bombs.
+    """
 
     def __init__(self, file: Any, limit: int | None) -> None:
         self._file = file
@@ -182,10 +195,10 @@ class _Bounded:
     def read(self, size: int) -> bytes:
         """Read up to `size` bytes."""
         if not 0 <= size <= MAX_READ:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
+            raise tarfile.ReadError(f"a header claims a size of {size} bytes; at most {MAX_READ} are allowed")
         self._check_limit(self.tell() + size)
         return bytes(self._file.read(size))
 
     def _check_limit(self, position: int) -> None:
         if self._limit is not None and position > self._limit:
-            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, more than any checkpoint")
+            raise tarfile.ReadError(f"it unpacks to more than {self._limit} bytes, the limit for its compressed size")

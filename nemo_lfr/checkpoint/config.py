@@ -1,4 +1,4 @@
-"""Parse model configs and build their modules, from an allow-list of classes of this codec family."""
+"""Parse model configs, and build codec modules from an allow-list of classes."""
 
 import contextlib
 import re
@@ -21,7 +21,7 @@ PARTS = ("audio_encoder", "vector_quantizer", "audio_decoder")
 NEMO_MODEL = "nemo.collections.tts.models.audio_codec.AudioCodecModel"
 _NEMO_MODULES = "nemo.collections.tts.modules.audio_codec_modules."
 
-# NeMo's class -> (our class, arguments that NeMo's class implies, defaults that differ from those of our class).
+# For each class of NeMo: our class, the arguments that NeMo's class implies, and the defaults in which they differ.
 NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     _NEMO_MODULES + "HiFiGANEncoder": (HiFiGANEncoder, {}, {}),
     _NEMO_MODULES + "CausalHiFiGANEncoder": (HiFiGANEncoder, {"causal": True}, {"pad_mode": "zeros"}),
@@ -35,12 +35,12 @@ NEMO_CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] 
     _NEMO_MODULES + "GroupFiniteScalarQuantizer": (GroupFiniteScalarQuantizer, {}, {}),
 }
 _OUR_CLASSES = {f"{ours.__module__}.{ours.__name__}": ours for ours, _, _ in NEMO_CLASSES.values()}
-# Configs and checkpoints of older versions use the module paths of those versions.
+# Older versions of this package wrote `nemo_lfr.codec` instead of `nemo_lfr.modules` into configs and checkpoints.
 _OUR_CLASSES |= {name.replace(".modules.", ".codec."): ours for name, ours in _OUR_CLASSES.items()}
 
 
-# Limits against malicious configs. The released codec has 112.7 M parameters, and lists of at most 5 items.
-MAX_CONFIG_EVENTS = 20_000
+# Limits against malicious configs. NVIDIA's released codec has 112.7 M parameters, and lists of at most 5 items.
+MAX_CONFIG_EVENTS = 20_000  # events of the YAML parser: a scalar, or the start or end of a list or mapping
 MAX_CONFIG_DEPTH = 32
 MAX_RESOLVED = 1_000_000  # characters and nodes
 MAX_SIZE = 16384
@@ -48,12 +48,12 @@ MAX_LIST = 32
 MAX_GROUPS = 256
 MAX_PARAMETERS = 2_000_000_000
 
-# Resolvers that NeMo registers with OmegaConf. OmegaConf's built-in ones could read the user's environment variables.
+# Resolvers that NeMo registers with OmegaConf. All others are refused: `oc.env` could read environment variables.
 _RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
 _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
 
-# OmegaConf flag of configs that were read from a file
-_FROM_FILE = "nemo_lfr_from_file"
+# OmegaConf flag of configs that came from a checkpoint. Training checkpoints may contain its value.
+_FROM_CHECKPOINT = "nemo_lfr_from_file"
 
 
 @dataclass
@@ -74,58 +74,61 @@ def parse_config(text: str) -> DictConfig:
     """Parse a model config from YAML, without resolving interpolations.
 
     Raises:
-        ConfigError: if it is not a mapping, expands to an excessive size, or uses a resolver that is not NeMo's.
+        ConfigError: if the config is not a mapping, is too large, or uses an OmegaConf resolver that NeMo does not
+            register.
     """
     try:
         _check_yaml(text)
         config = OmegaConf.create(text)
         if not isinstance(config, DictConfig):
-            raise ConfigError("it is a list, not a mapping.")
+            raise ConfigError("the config is a list, not a mapping.")
         plain = OmegaConf.to_container(config, resolve=False)
         for value in _strings(plain):
             if "${" in value and ":" in _RESOLVERS.sub("", value):
-                raise ConfigError(f"{shorten(value)!r} uses an OmegaConf resolver; only NeMo's are allowed.")
+                raise ConfigError(
+                    f"{shorten(value)!r} uses an OmegaConf resolver other than multiply, sum and gpu_name."
+                )
         expansion = _Expansion(plain)
         for key in config:
             expansion.check(str(key))
-        mark_from_file(config)
+        mark_from_checkpoint(config)
         return config
     except ConfigError:
         raise
-    except Exception as error:  # OmegaConf asserts, and PyYAML's constructors raise whatever Python does
-        reason = " ".join(str(error).split())[:200] or "not a mapping"
-        raise ConfigError(f"it is not a valid config: {reason}") from error
+    except Exception as error:  # OmegaConf raises AssertionError, and PyYAML's constructors any exception of Python
+        reason = " ".join(str(error).split())[:200] or "it is not a mapping"
+        raise ConfigError(f"the config cannot be parsed: {reason}") from error
 
 
-def mark_from_file(config: Any) -> None:
-    """Mark a config and its sections as read from a file; OmegaConf's copies keep the mark."""
+def mark_from_checkpoint(config: Any) -> None:
+    """Mark a config and its sections as coming from a checkpoint; copies by OmegaConf keep the mark."""
     if isinstance(config, DictConfig | ListConfig):
-        config._set_flag(_FROM_FILE, True)
+        config._set_flag(_FROM_CHECKPOINT, True)
         for node in _nodes(config):
-            mark_from_file(node)
+            mark_from_checkpoint(node)
 
 
-def is_from_file(config: Any) -> bool:
-    """Return whether a section of a config, or anything in it, was read from a file and not passed by the user."""
+def is_from_checkpoint(config: Any) -> bool:
+    """Return whether a config, or any section in it, came from a checkpoint rather than from the user."""
     if not isinstance(config, DictConfig | ListConfig):
         return False
-    return bool(config._get_flag(_FROM_FILE)) or any(is_from_file(node) for node in _nodes(config))
+    return bool(config._get_flag(_FROM_CHECKPOINT)) or any(is_from_checkpoint(node) for node in _nodes(config))
 
 
-def sections_from_file(config: Any) -> list[str]:
-    """Return the keys of a model config whose sections were read from a file."""
+def sections_from_checkpoint(config: Any) -> list[str]:
+    """Return the keys of a model config whose sections came from a checkpoint rather than from the user."""
     if not isinstance(config, DictConfig):
         return []
     found = []
     for key in config:
-        with contextlib.suppress(OmegaConfBaseException):  # an interpolation without a value
-            if is_from_file(config.get(key)):
+        with contextlib.suppress(OmegaConfBaseException):  # an interpolation that cannot be resolved
+            if is_from_checkpoint(config.get(key)):
                 found.append(str(key))
     return found
 
 
 def _nodes(config: DictConfig | ListConfig) -> list[Any]:
-    """Return the items of a config without resolving interpolations."""
+    """Return the child nodes of a config without resolving interpolations."""
     if config._is_none() or config._is_missing() or config._is_interpolation():
         return []
     if isinstance(config, ListConfig):
@@ -134,14 +137,20 @@ def _nodes(config: DictConfig | ListConfig) -> list[Any]:
 
 
 def _check_yaml(text: str) -> None:
-    """Refuse aliases and deep nesting before parsing: nine lines of aliases can expand to a billion nodes."""
+    """Raise ConfigError if YAML text has aliases, or is too long or too deeply nested to be parsed safely.
+
+    Nine lines of aliases can expand to a billion nodes.
+    """
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError("it uses YAML aliases, which NeMo never writes.")
+            raise ConfigError("the config uses YAML aliases, which are not allowed; repeat the values instead.")
         if count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
-            raise ConfigError("it is larger or more deeply nested than any model config.")
+            raise ConfigError(
+                f"the config is too large or too deeply nested; at most {MAX_CONFIG_EVENTS} YAML events and "
+                f"{MAX_CONFIG_DEPTH} levels are allowed."
+            )
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -153,14 +162,16 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def codec_values(config: DictConfig) -> dict[str, Any]:
-    """Return the keys of a model config that determine encoding and decoding, as plain values.
+    """Return the config values that determine encoding and decoding, as plain Python values by key.
 
     Raises:
-        ConfigError: if a value cannot be resolved, or a key belongs to another codec family.
+        ConfigError: if a value cannot be resolved, or the config uses a semantic codec, which is not supported.
     """
     for key in ("semantic_codec", "semantic_codec_path"):
         if config.get(key):
-            raise ConfigError(f"{key} is set; nemo_lfr does not build codecs with it. Use NeMo's own AudioCodecModel.")
+            raise ConfigError(
+                f"{key} is set, but nemo_lfr does not support semantic codecs; use NeMo's own AudioCodecModel."
+            )
     values: dict[str, Any] = {}
     for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
         try:
@@ -173,10 +184,10 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
 
 
 class _Expansion:
-    """Compute how long a config's values become when `${...}` interpolations are resolved, without resolving them.
+    """Compute the size of a config's values after resolving `${...}` interpolations, without resolving them.
 
-    Thirty lines that each refer to the previous one twice expand to a billion characters. Nested interpolations are
-    refused, since NeMo's configs have none.
+    Thirty lines that each refer to the previous one twice would expand to a billion characters. An interpolation
+    inside another one is an error.
     """
 
     def __init__(self, config: Any) -> None:
@@ -184,10 +195,10 @@ class _Expansion:
         self._sizes: dict[tuple[str, ...], int | None] = {}
 
     def check(self, key: str) -> None:
-        """Raise ConfigError if the value of a key would become excessively large or refers to itself."""
+        """Raise ConfigError if the value of a key would be larger than MAX_RESOLVED or refers to itself."""
         if self._size((key,)) > MAX_RESOLVED:
             raise ConfigError(
-                f"{key} cannot be resolved: its interpolations expand to a value larger than any model config."
+                f"{key} cannot be resolved: its interpolations expand to more than {MAX_RESOLVED} characters."
             )
 
     def _size(self, path: tuple[str, ...]) -> int:
@@ -210,7 +221,7 @@ class _Expansion:
 
     @staticmethod
     def _target(path: tuple[str, ...], name: str) -> tuple[str, ...]:
-        """Return the path that `${name}` in the value at `path` refers to; leading dots make it relative."""
+        """Return the path that `${name}` in the value at `path` refers to; a name with leading dots is relative."""
         rest = name.strip().lstrip(".")
         up = len(name.strip()) - len(rest)
         base = path[: max(0, len(path) - up)] if up else ()
@@ -233,7 +244,10 @@ class _Expansion:
 
 
 def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, Any]]:
-    """Return our class for a config's `_target_`, the arguments that the name implies, and its defaults.
+    """Return the class that a config's `_target_` selects.
+
+    Returns:
+        Our class, the arguments that NeMo's class implies, and the defaults in which NeMo's class differs from ours.
 
     Raises:
         ConfigError: if the name is not a class of this codec family.
@@ -243,11 +257,11 @@ def our_target(target: str) -> tuple[type[nn.Module], dict[str, Any], dict[str, 
     if target in _OUR_CLASSES:
         return _OUR_CLASSES[target], {}, {}
     known = ", ".join(sorted(name.rpartition(".")[2] for name in NEMO_CLASSES))
-    raise ConfigError(f"_target_ {target!r} is not part of this codec family; known: {known}.")
+    raise ConfigError(f"_target_ {target!r} is not a class of this codec family; use one of {known}.")
 
 
 def nemo_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a module's config with NeMo's class name, so that NeMo can build it without this package."""
+    """Return a module's config with NeMo's class name, so that NeMo can build the module without this package."""
     config = dict(config)
     target = str(config["_target_"])
     if target in NEMO_CLASSES:
@@ -272,7 +286,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
         ConfigError: if a class or argument is unknown, or a value is invalid.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"is {shorten(config)}, not a mapping with a _target_.")
+        raise ConfigError(f"the section is {shorten(config)}, not a mapping with a _target_.")
     arguments = {key: value for key, value in config.items() if not str(key).startswith("_")}
     ours, implied, defaults = our_target(str(config.get("_target_", "")))
     if ours in (HiFiGANEncoder, HiFiGANDecoder):
@@ -284,7 +298,7 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in ours(**arguments).parameters())
             if size > MAX_PARAMETERS:
-                raise ConfigError(f"{size} parameters are more than the limit of {MAX_PARAMETERS}.")
+                raise ConfigError(f"the module has {size} parameters; at most {MAX_PARAMETERS} are allowed.")
         return ours(**arguments)
     except ConfigError:
         raise
@@ -294,28 +308,29 @@ def build_part(config: Mapping[str, Any], *, weight_norm: bool = True) -> nn.Mod
 
 
 def _check_sizes(arguments: Mapping[str, Any]) -> None:
-    """Refuse sizes that would make a constructor allocate or loop without bound."""
+    """Raise ConfigError for sizes that would make a constructor allocate too much memory or run for too long."""
     for key, value in arguments.items():
         if isinstance(value, list | tuple) and not 1 <= len(value) <= MAX_LIST:
             raise ConfigError(f"{key} has {len(value)} items; between 1 and {MAX_LIST} are allowed.")
-        # Every number is a size, except FSQ's eps.
+        # All numbers are sizes, except FSQ's eps.
         least, most = (0, 1) if key == "eps" else (1, MAX_GROUPS if key == "num_groups" else MAX_SIZE)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, bool) or item is None or isinstance(item, str):
                 continue
             if not isinstance(item, int | float) or not least <= item <= most or (key != "eps" and item != int(item)):
-                raise ConfigError(f"{key} is {shorten(value)}; whole numbers from {least} to {most} are allowed.")
+                kind = "numbers" if key == "eps" else "whole numbers"
+                raise ConfigError(f"{key} is {shorten(value)}; {kind} from {least} to {most} are allowed.")
 
 
 def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> CodecModules:
     """Build the three modules of a model config and check that they match.
 
     Raises:
-        ConfigError: if a key is missing or invalid; the message names the key, its value and what is expected.
+        ConfigError: if a key is missing or has an invalid value.
     """
     for key in ("sample_rate", "samples_per_frame", *PARTS):
         if config.get(key) is None:
-            raise ConfigError(f"the config has no {key!r}; it is not a codec of this family.")
+            raise ConfigError(f"the config has no {key!r}, so it does not describe a codec of this family.")
     sections = {}
     for name in PARTS:
         try:
@@ -328,12 +343,20 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
         and isinstance(quantizer, FiniteScalarQuantizer | GroupFiniteScalarQuantizer)
         and isinstance(decoder, HiFiGANDecoder)
     ):
-        raise ConfigError(f"the sections {list(PARTS)} build {[type(part).__name__ for part in sections.values()]}.")
+        raise ConfigError(
+            f"the sections {list(PARTS)} build {[type(part).__name__ for part in sections.values()]}; they must build "
+            "an encoder, a quantizer and a decoder."
+        )
     sample_rate, samples_per_frame = config["sample_rate"], config["samples_per_frame"]
     if not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 192_000:
-        raise ConfigError(f"sample_rate {shorten(sample_rate)} is not a rate in Hz between 1000 and 192000.")
+        raise ConfigError(
+            f"sample_rate is {shorten(sample_rate)}; whole numbers from 1000 to 192000 (Hz) are allowed."
+        )
     if config.get("output_sample_rate", sample_rate) != sample_rate:
-        raise ConfigError("codecs whose output_sample_rate differs from sample_rate are not supported.")
+        raise ConfigError(
+            f"output_sample_rate is {shorten(config['output_sample_rate'])}, but sample_rate is {sample_rate}; codecs "
+            "with two sample rates are not supported."
+        )
     for part in (encoder, decoder):
         if part.samples_per_frame != samples_per_frame:
             raise ConfigError(
@@ -341,5 +364,8 @@ def build_parts(config: Mapping[str, Any], *, weight_norm: bool = True) -> Codec
                 f"{shorten(samples_per_frame)}; make the two agree."
             )
     if encoder.encoded_dim != quantizer.codebook_dim:
-        raise ConfigError(f"encoded_dim {encoder.encoded_dim} differs from the quantizer's {quantizer.codebook_dim}.")
+        raise ConfigError(
+            f"encoded_dim of the encoder is {encoder.encoded_dim}, but the quantizer has {quantizer.codebook_dim} "
+            "dimensions; make the two agree."
+        )
     return CodecModules(encoder, quantizer, decoder, sample_rate)

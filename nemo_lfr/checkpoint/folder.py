@@ -6,8 +6,8 @@
 | `model.safetensors` | tensors with NeMo's names, including weight norm |
 | `preprocessor_config.json` | settings of `AutoFeatureExtractor` |
 
-The codec computes the same tokens and has the same fingerprint. Discriminators and other tensors that inference does
-not use are left out.
+The exported codec produces the same tokens as the original and has the same fingerprint. Discriminators and other
+tensors that inference does not use are not exported.
 """
 
 import json
@@ -38,11 +38,11 @@ def export_safetensors(
 
     Args:
         source: local path of a checkpoint.
-        folder: created if it does not exist.
-        overwrite: replace existing files.
+        folder: output folder, created if it does not exist.
+        overwrite: whether to replace existing files.
 
     Returns:
-        Paths of the three files.
+        Paths of the three files that were written.
 
     Raises:
         CheckpointError: if `source` is damaged.
@@ -56,15 +56,16 @@ def export_safetensors(
 
 
 def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a codec's modules by NeMo's names.
+    """Return the tensors of a codec's modules under the names that NeMo uses.
 
     Args:
         config: model config of the modules.
-        modules: encoder, quantizer and decoder by their names in a checkpoint.
+        modules: encoder, quantizer and decoder by name, such as "audio_encoder".
         name: name of the codec, for messages.
 
     Raises:
-        NemoLfrError: if the modules have other weights than their config describes, such as adapters.
+        NemoLfrError: if the names of the weights differ from those that the config describes, as after adapters were
+            added.
     """
     tensors = {
         f"{part}.{key}": value for part, module in modules.items() for key, value in split_weight_norm(module).items()
@@ -74,8 +75,8 @@ def module_tensors(config: Mapping[str, Any], modules: Mapping[str, nn.Module], 
     expected = {f"{part}.{key}" for part, module in parts.named().items() for key in module.state_dict()}
     if different := sorted(expected.symmetric_difference(tensors)):
         raise NemoLfrError(
-            f"{name}: its modules were changed, so that {len(different)} weights differ from its config, first "
-            f"{different[0]}; merge or remove what was added to them."
+            f"{name}: {len(different)} weights differ by name from those that the config describes, first "
+            f"{different[0]}; merge or remove modules that were added, such as adapters."
         )
     return tensors
 
@@ -87,7 +88,7 @@ def write_folder(
     *,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write a config and tensors; see `export_safetensors`."""
+    """Write a config and tensors to a folder; see `export_safetensors` for the arguments and errors."""
     folder = expand_home(folder)
     paths = [folder / name for name in (SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR)]
     for path in paths:

@@ -1,7 +1,8 @@
-"""Read the model config of Lightning's `.ckpt` without creating the pickled objects.
+"""Read the model config of a Lightning `.ckpt` without creating the pickled objects.
 
-A training checkpoint is a plain PyTorch zip. Its pickle contains the state dict, the config as OmegaConf objects, and
-the state of optimizers and callbacks. All objects of these classes become `Inert`, which only stores its state.
+A training checkpoint is a zip archive that `torch.save` wrote. Its pickle contains the state dict, the config as
+OmegaConf objects, and the state of optimizers and callbacks. In place of each such object, the unpickler creates an
+`Inert` placeholder, which only stores the object's state.
 """
 
 from typing import Any
@@ -13,12 +14,15 @@ from nemo_lfr.errors import ConfigError
 
 
 class Inert:
-    """Placeholder for a pickled object of any class; operations on it have no effect."""
+    """Placeholder for a pickled object of any class.
+
+    The placeholder stores the object's state. Calls and assignments in the pickle have no other effect.
+    """
 
     __slots__ = ("state",)
 
     def __new__(cls, *_: Any) -> "Inert":
-        """Return a placeholder, whatever the arguments."""
+        """Return a new placeholder; the arguments are ignored."""
         inert = super().__new__(cls)
         inert.state = None
         return inert
@@ -34,37 +38,47 @@ class Inert:
         pass
 
     def append(self, item: Any) -> None:
-        """Ignore an item of a pickled list."""
+        """Ignore an item that the pickle appends to a list-like object."""
 
 
 def config_text(checkpoint: Any) -> str:
     """Return the model config of an unpickled training checkpoint as YAML.
 
     Raises:
-        ConfigError: if it has no config, or one that expands to an excessive size.
+        ConfigError: if the checkpoint has no config, or its config is too large or too deeply nested.
     """
     parameters = dict.get(checkpoint, "hyper_parameters") if isinstance(checkpoint, dict) else None
     config = _Plain().of(parameters)
     if isinstance(config, dict) and isinstance(config.get("cfg"), dict):  # the layout that NeMo saves
         config = config["cfg"]
     if not isinstance(config, dict):
-        raise ConfigError("it has no hyper_parameters, so it is not a training checkpoint of NeMo.")
+        raise ConfigError("the file has no hyper_parameters, so it is not a training checkpoint of NeMo.")
     text: str = yaml.safe_dump(config, sort_keys=False)
     return text
 
 
 class _Plain:
-    """Convert OmegaConf's pickled containers to dicts and lists; shared items count each time they occur."""
+    """Convert pickled OmegaConf containers to dicts and lists, and limit the total number of values.
+
+    A value that several containers share counts once for each of them.
+    """
 
     def __init__(self) -> None:
         self.count = 0
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        """Convert a value; raise ConfigError if it is larger or more deeply nested than any model config."""
+        """Convert a value and everything in it.
+
+        Raises:
+            ConfigError: if there are more than MAX_CONFIG_EVENTS values or more than MAX_CONFIG_DEPTH levels.
+        """
         self.count += 1
         if self.count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:
-            raise ConfigError("its hyper_parameters are larger or more deeply nested than any model config.")
-        if isinstance(value, Inert):  # `_content` of DictConfig and ListConfig, `_val` of their leaves
+            raise ConfigError(
+                f"the hyper_parameters are too large or too deeply nested; at most {MAX_CONFIG_EVENTS} values and "
+                f"{MAX_CONFIG_DEPTH} levels are allowed."
+            )
+        if isinstance(value, Inert):  # OmegaConf stores the items of a container as `_content`, a leaf as `_val`
             state = value.state if isinstance(value.state, dict) else {}
             value = dict.get(state, "_content", dict.get(state, "_val"))
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Normalize names of weights: prefixes of wrappers, and the two spellings of weight norm."""
+"""Remove wrapper prefixes from the names of weights, and convert the names that weight norm uses."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
@@ -9,7 +9,8 @@ from torch import nn
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.modules.weight_norm import fold_weight_norm, row_norms
 
-# Weight norm has been spelled two ways: `weight_g`/`weight_v` (NeMo 2.0), and as a parametrization since 2.4.
+# NeMo 2.4 and later name the weights of weight norm as PyTorch's parametrization does; NeMo 2.0 uses `weight_g` and
+# `weight_v`.
 GAIN, DIRECTION = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 # Name components that `torch.compile`, `DistributedDataParallel`, FSDP and activation checkpointing insert into the
 # names of a wrapped module's weights.
@@ -26,7 +27,7 @@ def plain_key(key: str) -> str:
 
 
 def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value]:
-    """Return items by names without the components that wrappers insert.
+    """Return values by weight name, without the name components that wrappers insert.
 
     Args:
         items: pairs of a weight's name and any value.
@@ -47,7 +48,7 @@ def plain_keys(items: Iterable[tuple[str, Value]], what: str) -> dict[str, Value
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside `torch.compile` and `DistributedDataParallel`."""
+    """Return the module inside wrappers such as `torch.compile` and `DistributedDataParallel`."""
     while len(module._modules) == 1:
         (name, inner), *_ = module._modules.items()
         if name not in WRAPPERS or inner is None:
@@ -57,9 +58,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def gain_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return the gain of weight norm: the norm of each slice along the first dimension, with size 1 in the others.
+    """Return the gain of a weight for weight norm: the norm of each slice along the first dimension.
 
-    It is rounded as in folding weight norm, so that plain weights do not change when they are split and folded again.
+    All other dimensions of the gain have size 1. The gain is rounded as when weight norm is folded, so that plain
+    weights do not change when they are split and folded again.
     """
     if weight.is_meta:
         return weight.new_empty(len(weight), *[1] * (weight.dim() - 1))
@@ -67,10 +69,10 @@ def gain_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 def spell_as(expected: Collection[str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Convert weights between plain and weight-normed form to match the names of another state dict.
+    """Convert weights between their plain and weight-normed forms to match the names of another state dict.
 
     Args:
-        expected: names to match. Weights that are not among them stay unchanged.
+        expected: names in the other state dict. A weight that matches none of them stays unchanged.
         state: tensors by name, without the components that wrappers insert.
     """
     spelled: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Load codec modules from a `.nemo` or `.ckpt` file; validates every key, shape and value."""
+"""Load codec modules from a checkpoint, and validate the keys, shapes and values of their weights."""
 
 import os
 import threading
@@ -24,7 +24,7 @@ _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
 
 
 def read_config(path: str | os.PathLike[str]) -> DictConfig:
-    """Read the model config of a `.nemo` file or training checkpoint, without resolving interpolations.
+    """Read the model config of a checkpoint, without resolving interpolations.
 
     Raises:
         CheckpointError: if the file is not a readable checkpoint.
@@ -34,22 +34,23 @@ def read_config(path: str | os.PathLike[str]) -> DictConfig:
 
 
 class Checkpoint:
-    """Open checkpoint of a codec for inference: keys and shapes are validated, weights are loaded on request.
+    """Checkpoint of a codec that is open for inference.
 
-    Weights that inference does not use (discriminators, WavLM, loss buffers) are neither read nor validated.
+    The constructor validates keys and shapes, and loads the quantizer. `load_module` loads the weights of the encoder
+    or the decoder. Weights that inference does not use (discriminators, WavLM, loss buffers) are neither read nor
+    validated.
 
     Args:
-        path: the `.nemo` file, or Lightning's `.ckpt`.
+        path: a `.nemo` file, a Lightning `.ckpt`, or the folder of an unpacked or exported codec.
 
     Attributes:
-        path: the file.
+        path: path of the checkpoint.
         config: the whole model config.
-        parts: modules in eval mode; encoder and decoder have plain fp32 weights, on the meta device until
-            `load_module`.
+        parts: modules in eval mode. Encoder and decoder have plain fp32 weights, which are on the meta device until
+            `load_module` loads them.
 
     Raises:
-        CheckpointError: if the file is damaged or does not match its config; the message names the file, the member or
-            key, and what to do.
+        CheckpointError: if the checkpoint is damaged or does not match its config.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,7 +70,7 @@ class Checkpoint:
         self.load_module("vector_quantizer")
 
     def load_module(self, name: str, device: str | torch.device = "cpu") -> None:
-        """Load the weights of a module; loading them again has no effect.
+        """Load the weights of a module, unless they are already loaded.
 
         Args:
             name: name of the module in the checkpoint, such as "audio_encoder".
@@ -90,7 +91,7 @@ class Checkpoint:
 
         Args:
             name: name of the module in the checkpoint, such as "audio_encoder".
-            order: order of summation in folding weight norm.
+            order: order of summation when weight norm is folded.
 
         Raises:
             CheckpointError: if the weights are damaged, or the file has changed since it was opened.
@@ -100,7 +101,7 @@ class Checkpoint:
             yield key, _read(self._tensors, name, key, names, expected[key], order=order)[key]
 
     def iter_stored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors of all modules as they are stored, by their full names.
+        """Yield the full name and the tensor of each stored weight, without folding weight norm.
 
         Raises:
             CheckpointError: if a tensor is damaged, or the file has changed since it was opened.
@@ -115,7 +116,7 @@ _OPEN: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
 
 
 def _reset_locks() -> None:
-    """Replace all locks in a forked process, since the threads that hold them do not exist there."""
+    """Replace all locks in a forked process, where the threads that hold them do not exist."""
     for checkpoint in list(_OPEN):
         checkpoint._lock = threading.Lock()
 
@@ -139,21 +140,20 @@ def load_parts(
     strict: bool = True,
     others: str | None = None,
 ) -> tuple[CodecModules, dict[str, torch.Tensor]]:
-    """Load a codec for training: modules with weight norm, and the other tensors under a prefix.
+    """Load the modules of a codec for training, with weight norm.
 
     Args:
-        path: the `.nemo` file, or Lightning's `.ckpt`.
-        config: model config; that of the file by default.
-        strict: raise an error for missing and for unknown weights of the modules. Otherwise missing weights are
-            initialized and unknown ones ignored.
-        others: prefix of additional tensors to return unchanged.
+        path: a `.nemo` file, a Lightning `.ckpt`, or the folder of an unpacked or exported codec.
+        config: model config (default: the one in the checkpoint).
+        strict: raise an error for missing and for unknown weights of the modules. Otherwise, missing weights are
+            initialized and unknown ones are ignored.
+        others: prefix of the names of additional tensors to return (default: none).
 
     Returns:
         The modules, and the additional tensors by name.
 
     Raises:
-        CheckpointError: if the file is damaged or does not match the config; the message names the file, the key, and
-            what to do.
+        CheckpointError: if the checkpoint is damaged or does not match the config.
     """
     path = Path(path)
     members = read_members(path)
@@ -178,11 +178,11 @@ def _parse_config(path: Path, members: Members) -> DictConfig:
             return parse_config(config_text(_tensors(path, members).contents))
         return parse_config(members.config.decode())
     except (UnicodeDecodeError, ConfigError) as error:
-        raise CheckpointError(f"{path}: {members.config_name} is refused: {error}") from error
+        raise CheckpointError(f"{path}: {members.config_name} is invalid: {error}") from error
 
 
 def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool, meta: bool = True) -> CodecModules:
-    """Build modules without weights: on the meta device, nothing is allocated or initialized."""
+    """Build modules whose weights are loaded later. On the meta device, the weights use no memory until then."""
     try:
         values = codec_values(config)
         with torch.device("meta" if meta else "cpu"):
@@ -196,7 +196,7 @@ def _empty_parts(path: Path, name: str, config: DictConfig, *, weight_norm: bool
 
 
 def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each weight's name without weight norm, and the keys of the checkpoint that it is computed from."""
+    """Yield each weight's plain name (without weight norm), and the keys in the checkpoint that define the weight."""
     keys = {key.removeprefix(prefix + ".") for key in tensors.entries if key.startswith(prefix + ".")}
     for key in keys:
         for gain, direction in _SPELLINGS:
@@ -211,9 +211,9 @@ def _sources(tensors: Tensors, prefix: str) -> Iterator[tuple[str, tuple[str, ..
 
 
 def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict[str, tuple[str, ...]]:
-    """Map each weight of a module to the checkpoint's keys that it is computed from, and check their shapes.
+    """Map each weight of a module to the keys in the checkpoint that define the weight, and check their shapes.
 
-    With `strict=False`, missing and unknown weights are not errors, but weights of wrong shapes are.
+    With `strict=False`, missing and unknown weights are accepted, but a wrong shape is still an error.
     """
     path, expected = tensors.path, _expected(part)
     sources: dict[str, tuple[str, ...]] = {}
@@ -225,13 +225,13 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
     unexpected = sorted(sources.keys() - expected.keys())
     if missing and strict:
         raise CheckpointError(
-            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; the weights are "
-            "not those of this config, or the file is incomplete."
+            f"{path}: {prefix} lacks {len(missing)} of {len(expected)} weights, first {missing[:5]}; the weights "
+            "belong to another config, or the file is incomplete."
         )
     if unexpected and strict:
         raise CheckpointError(
             f"{path}: {prefix} has {len(unexpected)} weights that are not in its config, first "
-            f"{[shorten(key) for key in unexpected[:5]]}."
+            f"{[shorten(key) for key in unexpected[:5]]}; the weights belong to another config."
         )
     matched = {key: sources[key] for key in expected if key in sources}
     for key, names in matched.items():
@@ -241,7 +241,7 @@ def _match(tensors: Tensors, prefix: str, part: nn.Module, strict: bool) -> dict
 
 
 def _expected(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a module's weights by their names without weight norm, whether or not it was built with weight norm."""
+    """Return a module's weights under their plain names, even if the module was built with weight norm."""
     state = part.state_dict()
     return {key.replace(DIRECTION, ".weight"): value for key, value in state.items() if not key.endswith(GAIN)}
 
@@ -264,14 +264,14 @@ def _read(
     has_norm: bool = False,
     order: SumOrder = CANONICAL,
 ) -> dict[str, torch.Tensor]:
-    """Read one weight, or its gain and direction if `has_norm`, and validate every value."""
+    """Read one weight, or its gain and direction if `has_norm` is set, and validate every value."""
     kept = has_norm or len(names) == 1
     *gains, direction = (_finite(tensors, name, want, kept or name != names[-1]) for name in names)
     # FSQ's buffers follow from the config; other values would produce other tokens.
     if not want.is_floating_point() and not torch.equal(direction, want):
         raise CheckpointError(
-            f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, which differs from the "
-            "config."
+            f"{tensors.path}: {prefix}.{key} is {shorten(direction.flatten().tolist())}, but the config requires "
+            f"{shorten(want.flatten().tolist())}."
         )
     if has_norm:
         stem, norm = key.removesuffix(".weight"), gain_of(direction)
@@ -283,12 +283,17 @@ def _read(
     else:
         weights, is_valid = {key: direction}, True
     if not is_valid:
-        raise CheckpointError(f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction is all zeros.")
+        raise CheckpointError(
+            f"{tensors.path}: {prefix}.{key} is not finite: a row of its direction (weight norm) is all zeros."
+        )
     return weights
 
 
 def _shapes(want: torch.Tensor, count: int) -> list[tuple[int, ...]]:
-    """Return the shapes of the tensors that a weight is computed from: its own, or those of gain and direction."""
+    """Return the shapes of the tensors from which a weight is computed.
+
+    One tensor is the weight itself; two tensors are the gain and the direction of weight norm.
+    """
     shape = tuple(want.shape)
     return [shape] if count == 1 else [(shape[0], *[1] * (len(shape) - 1)), shape]
 
@@ -300,7 +305,7 @@ def _check_entry(tensors: Tensors, name: str, want: torch.Tensor, shape: tuple[i
             f"{tensors.path}: {name} has shape {shorten(list(entry.shape))}, but the config requires {list(shape)}."
         )
     if entry.dtype.is_floating_point != want.is_floating_point() or entry.dtype.is_complex:
-        raise CheckpointError(f"{tensors.path}: {name} is {entry.dtype}, expected {want.dtype}.")
+        raise CheckpointError(f"{tensors.path}: {name} has dtype {entry.dtype}, but the config requires {want.dtype}.")
 
 
 def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torch.Tensor:
@@ -312,5 +317,8 @@ def _finite(tensors: Tensors, name: str, want: torch.Tensor, kept: bool) -> torc
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    """Return whether all values are finite. Checking the sum first, which NaN and infinity survive, is 6x faster."""
+    """Return whether all values are finite.
+
+    If the sum is finite, so are all values, and computing the sum is 6x faster than checking each value.
+    """
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())

@@ -1,8 +1,9 @@
-"""Read the tensors of a safetensors file, with the checks and the interface of `Tensors`, and write such a file.
+"""Read tensors from safetensors files through the interface of `Tensors`, and write safetensors files.
 
-The file is the length of a header (8 bytes, little-endian), the header, and the values. The header is JSON with the
-dtype, the shape and the byte range of every tensor. The format has no checksum. Files of this package have the SHA-256
-of their values in the header's metadata, and it is compared where a file has it.
+A safetensors file consists of the length of a header (8 bytes, little-endian), the header, and the values of all
+tensors. The header is a JSON object with the dtype, the shape and the byte range of each tensor. The format has no
+checksum, so this package stores the SHA-256 of the values in the header's metadata when it writes a file. When a file
+that has this entry is read, the SHA-256 is verified.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CHECKSUM = "sha256_of_values"  # key of the metadata
+CHECKSUM = "sha256_of_values"  # key in the metadata of the header
 PIECE = 1 << 20  # bytes to read at a time for the checksum
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -60,18 +61,20 @@ class SafeTensors(Tensors):
             self._check_values(header.get("__metadata__"))
         except CheckpointError:
             raise
-        except Exception as error:  # wrong types and values of the header raise various exceptions
+        except Exception as error:  # wrong types and values in the header raise various exceptions
             reason = shorten(str(error) or type(error).__name__, 200)
-            raise CheckpointError(f"{path}: damaged, or not a safetensors file ({reason}).") from error
+            raise CheckpointError(
+                f"{path}: the file is damaged, or not a safetensors file ({reason}); download it again."
+            ) from error
         self._check_unchanged()
         if not entries:
-            raise CheckpointError(f"{path}: contains no tensors.")
+            raise CheckpointError(f"{path}: the file contains no tensors.")
         self.entries: Mapping[str, Entry] = plain_keys(entries, str(path))
 
     def _header(self) -> dict[str, Any]:
         length = int.from_bytes(self._bytes(0, LENGTH_BYTES), "little")
         if length > MAX_PICKLE_BYTES:
-            raise ValueError(f"its header claims {length} bytes")
+            raise ValueError(f"its header claims a size of {length} bytes; at most {MAX_PICKLE_BYTES} are allowed")
         self._begin = LENGTH_BYTES + length
         header = json.loads(self._bytes(LENGTH_BYTES, length))
         if not isinstance(header, dict):
@@ -88,7 +91,7 @@ class SafeTensors(Tensors):
             self._source.read_into(offset, piece)
             found.update(piece)
         if found.hexdigest() != expected:
-            raise ValueError("its values do not have the SHA-256 in its header; copy or export it again")
+            raise ValueError("the SHA-256 of its values differs from the one in its header")
 
     def _bytes(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:
@@ -100,9 +103,11 @@ class SafeTensors(Tensors):
     def _entry(self, value: Any) -> Entry:
         dtype, shape, (first, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
         if not all(type(count) is int and 0 <= count < 1 << 62 for count in (first, end, *shape)):
-            raise ValueError("a shape or offset is not a count")
+            raise ValueError("a size or an offset of a tensor is not a whole number from 0 to 2**62 - 1")
         if len(shape) > MAX_DIMENSIONS or end - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"a tensor of shape {shorten(shape)} has {end - first} bytes")
+            raise ValueError(
+                f"its header has a {value['dtype']} tensor of shape {shorten(shape)} in {end - first} bytes"
+            )
         if self._begin + end > self._source.size:
             raise ValueError(f"it ends after {self._source.size} bytes")
         stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -124,8 +129,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
     Args:
         path: output file; an existing file is replaced.
-        tensors: by name, on any device.
-        metadata: text by key, for the header.
+        tensors: tensors by name, on any device.
+        metadata: additional entries for the metadata of the header.
     """
     entries, offset = {}, 0
     for name, tensor in sorted(tensors.items()):
@@ -137,7 +142,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     checksum = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
         checksum.update(_values(tensor))
-    # "format" is what transformers requires. Spaces align the values to 8 bytes.
+    # transformers requires the entry "format". Spaces after the header align the values to 8 bytes.
     details = {"format": "pt", CHECKSUM: checksum.hexdigest()} | dict(metadata or {})
     header = json.dumps({"__metadata__": details} | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % LENGTH_BYTES)

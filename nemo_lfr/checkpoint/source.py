@@ -1,4 +1,4 @@
-"""Random access to the bytes of a checkpoint, in a file or in memory.
+"""Random access to the bytes of a checkpoint in a file or in memory.
 
 Files are not memory-mapped: if another program truncates a mapped file, reading it kills the process.
 """
@@ -13,7 +13,7 @@ from nemo_lfr.errors import CheckpointError
 
 
 def file_state(descriptor: int) -> tuple[int, int]:
-    """Return the size and the time of the last change of an open file."""
+    """Return the size of an open file in bytes, and the time of its last change in nanoseconds."""
     state = os.fstat(descriptor)
     return state.st_size, state.st_mtime_ns
 
@@ -78,10 +78,10 @@ class FileSource:
             while done < len(buffer):
                 count = self._read_some(self._offset + offset + done, buffer[done:])
                 if not count:
-                    raise CheckpointError(f"{self._path}: was truncated while it was open; load it again.")
+                    raise CheckpointError(f"{self._path}: the file was truncated while it was open; load it again.")
                 done += count
         except OSError as error:
-            raise CheckpointError(f"{self._path}: can no longer be read ({error.strerror}).") from error
+            raise CheckpointError(f"{self._path}: the file can no longer be read ({error.strerror}).") from error
 
     def changed(self) -> bool:
         """Return whether the file's size or modification time has changed since it was opened."""

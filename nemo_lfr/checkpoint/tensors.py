@@ -1,7 +1,7 @@
-"""Read tensors by name from a PyTorch zip file, without calling anything in its pickle.
+"""Read tensors by name from a PyTorch zip file, without calling anything that its pickle names.
 
-`torch.load(weights_only=True)` also prevents code execution, but an environment variable turns that off. It does not
-verify checksums, and it reads every tensor of the file.
+`torch.load(weights_only=True)` also prevents code execution, but an environment variable can disable this protection.
+`torch.load` also reads every tensor in the file, and does not verify checksums.
 """
 
 import io
@@ -27,14 +27,14 @@ from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.locate import WEIGHTS_MEMBER
 from nemo_lfr.io.seekable import SeekableBytes
 
-# The released file: 700 tensors, 80 kB of pickle in 20,000 opcodes.
+# Limits against malicious files. NVIDIA's released checkpoint has 700 tensors and a pickle of 80 kB, 20,000 opcodes.
 MAX_PICKLE_BYTES = 4 << 20
 MAX_PICKLE_OPCODES = 400_000
 MAX_DIRECTORY_BYTES = 2 << 20
 MAX_DIMENSIONS = 16
-SINGLE = "the tensor"
+SINGLE = "the tensor"  # name of the tensor in a file that contains one tensor instead of a state dict
 
-_PIECE = 1 << 20  # bytes read at once: their checksum is computed while they are in the CPU cache
+_PIECE = 1 << 20  # bytes to read at a time, few enough that they are still in the CPU cache for the checksum
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 
 _STORAGE_DTYPES = {
@@ -52,7 +52,7 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
-# Opcodes that `torch.save` writes for state dicts. Others create containers of 200 bytes from one byte of the file.
+# Opcodes that `torch.save` writes for state dicts. Others are refused: some create an object of 200 bytes per byte.
 _OPCODES = frozenset(
     """PROTO STOP MARK GLOBAL REDUCE BUILD BINPERSID EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS
     TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE BININT BININT1 BININT2 LONG1 BINFLOAT NEWTRUE NEWFALSE NONE BINPUT
@@ -63,7 +63,15 @@ _TRAINING_OPCODES = _OPCODES | {"NEWOBJ"}
 
 @dataclass(frozen=True)
 class Entry:
-    """Position, dtype, shape and stride of a tensor in the file."""
+    """Position, dtype, shape and stride of a tensor in the file.
+
+    Attributes:
+        record: name of the zip record; empty in a safetensors file.
+        dtype: dtype of the stored values.
+        offset: position of the first value: in values from the start of the record, or in bytes in a safetensors file.
+        shape: size of each dimension.
+        stride: distance between neighbors along each dimension, in values.
+    """
 
     record: str
     dtype: torch.dtype
@@ -73,7 +81,7 @@ class Entry:
 
 
 class _RebuildTensor:
-    # A class without attributes, which a pickle cannot modify: BUILD could set a function's defaults.
+    # A class without attributes instead of a function: the pickle opcode BUILD could replace a function's defaults.
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Entry:
@@ -106,8 +114,8 @@ _NAMES: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Unpickler that creates only dictionaries and tensor entries.
 
-    Any other class in the pickle of a `.nemo` is refused. In a training checkpoint, which has many, it is replaced
-    by `Inert`.
+    In the pickle of a `.nemo`, any other class is an error. A training checkpoint contains objects of many other
+    classes; each of them is replaced by an `Inert` placeholder.
     """
 
     def __init__(self, raw: bytes, training: bool) -> None:
@@ -120,7 +128,7 @@ class _Unpickler(pickle.Unpickler):
             if self._training:
                 return Inert
             raise pickle.UnpicklingError(
-                f"it names {shorten(module)}.{shorten(name)}, which is not allowed in a state dict"
+                f"its pickle names {shorten(module)}.{shorten(name)}, which is not allowed in a state dict"
             )
         return _NAMES[module, name]
 
@@ -128,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
         """Return the record and the dtype of a tensor's storage."""
         kind, dtype, record, *_ = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(record, str):
-            raise pickle.UnpicklingError("it refers to something that is not a tensor's storage")
+            raise pickle.UnpicklingError("its pickle refers to an object that is not a tensor's storage")
         return record, dtype
 
 
@@ -137,9 +145,11 @@ def _unpickle(raw: bytes, training: bool) -> Any:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(raw), start=1):
         if opcode.name not in allowed:
             raise pickle.UnpicklingError(f"its pickle uses {opcode.name}, which is not allowed in a state dict")
-        # The unpickler allocates memory for all memo indexes below the one in use.
-        if count > MAX_PICKLE_OPCODES or (opcode.name == "LONG_BINPUT" and int(argument or 0) > count):
-            raise pickle.UnpicklingError("its pickle is larger than that of any state dict")
+        if count > MAX_PICKLE_OPCODES:
+            raise pickle.UnpicklingError(f"its pickle has more than {MAX_PICKLE_OPCODES} opcodes")
+        # The unpickler allocates memory for all memo indexes up to the largest one.
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > count:
+            raise pickle.UnpicklingError(f"its pickle uses the memo index {argument} after {count} opcodes")
     return _Unpickler(raw, training).load()
 
 
@@ -148,26 +158,28 @@ class Tensors:
 
     Args:
         path: path of the checkpoint, for messages.
-        source: bytes of the weights member, or of a whole training checkpoint.
+        source: bytes of `model_weights.ckpt`, of a whole training checkpoint, or of another file by `torch.save`.
         training: whether `source` is a training checkpoint.
-        single: whether the file contains one tensor instead of a state dict; its name is then `SINGLE`.
+        single: whether `source` contains one tensor instead of a state dict. The tensor then has the name `SINGLE`.
 
     Attributes:
         entries: position, dtype and shape of each tensor by name.
-        contents: the unpickled object.
+        contents: the unpickled object, in which an `Entry` represents each tensor.
 
     Raises:
-        CheckpointError: if `source` is not a PyTorch zip file of a state dict, or contains other objects.
+        CheckpointError: if `source` is not a PyTorch zip file with a state dict (or with one tensor if `single` is
+            set), or is damaged or unsafe.
     """
 
     def __init__(self, path: Path, source: ByteSource, training: bool = False, *, single: bool = False) -> None:
-        what = f"{path}: it" if training or single else f"{path}: {WEIGHTS_MEMBER}"
+        is_file = training or single
+        what = f"{path}: the file" if is_file else f"{path}: {WEIGHTS_MEMBER}"
         head = bytearray(min(4, source.size))
         source.read_into(0, memoryview(head))
         if head != ZIP_MAGIC:
             raise CheckpointError(
-                f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle from before "
-                "PyTorch 1.6, which could run code when read."
+                f"{what} is not a PyTorch zip file; it is damaged, or a bare pickle from before PyTorch 1.6, which "
+                "could run code when read. Save it again with torch.save."
             )
         self.path = path
         self._source = source
@@ -202,7 +214,7 @@ class Tensors:
             raise CheckpointError(f"{what} contains no state dict.")
         items = dict.items(state)
         entries = [(key, value) for key, value in items if isinstance(key, str) and isinstance(value, Entry)]
-        self.entries: Mapping[str, Entry] = plain_keys(entries, what)
+        self.entries: Mapping[str, Entry] = plain_keys(entries, str(path) if is_file else what)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """Read one tensor into new memory and verify its checksum.
@@ -228,7 +240,7 @@ class Tensors:
         if name in self._records and (last >= available or numel > available):
             raise CheckpointError(
                 f"{self.path}: {shorten(key)} has shape {list(entry.shape)}, but its record contains {available} "
-                "values."
+                "values; download the file again."
             )
         # Read from the first to the last value of the tensor only: other tensors may share its record.
         count = last + 1 - entry.offset
@@ -253,7 +265,7 @@ class Tensors:
 
     def _check_unchanged(self, cause: Exception | None = None) -> None:
         if self._source.changed():
-            raise CheckpointError(f"{self.path}: was changed while it was open; load it again.") from cause
+            raise CheckpointError(f"{self.path}: the file was changed while it was open; load it again.") from cause
 
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum."""
@@ -264,10 +276,10 @@ class Tensors:
         header = self._read(place, _LOCAL_HEADER.size + len(info.orig_filename.encode()))
         signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
         if signature != ZIP_MAGIC or header[_LOCAL_HEADER.size :][:name_length] != info.orig_filename.encode():
-            raise zipfile.BadZipFile(f"the zip's directory and record {name} disagree")
+            raise zipfile.BadZipFile(f"the header of record {name} differs from the zip directory")
         stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not stored or info.flag_bits & 0x1:
-            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch never does")
+            raise zipfile.BadZipFile(f"record {name} is compressed or encrypted, which PyTorch does not write")
         place += _LOCAL_HEADER.size + name_length + extra_length
         if place + info.file_size > self._source.size:
             raise zipfile.BadZipFile(f"record {name} extends beyond the end of the file")
@@ -298,7 +310,7 @@ class Tensors:
 
 
 class _SourceFile(SeekableBytes):
-    """File object over a byte source that limits the size of the zip directory that `zipfile` reads."""
+    """File object for `zipfile` over a byte source. It limits the size of a read, and so of the zip directory."""
 
     def __init__(self, source: ByteSource) -> None:
         super().__init__(source.size)
@@ -308,7 +320,7 @@ class _SourceFile(SeekableBytes):
         remaining = max(0, self._length - self._position)
         size = remaining if size < 0 else min(size, remaining)
         if size > MAX_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile("its directory is larger than that of any state dict")
+            raise zipfile.BadZipFile(f"its zip directory is larger than {MAX_DIRECTORY_BYTES} bytes")
         raw = bytearray(size)
         self._source.read_into(self._position, memoryview(raw))
         self._position += size

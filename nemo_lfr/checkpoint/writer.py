@@ -19,7 +19,10 @@ from nemo_lfr.io.tensor_file import save_to_file
 
 
 def split_weight_norm(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict of a module with plain weights, in the names of NeMo's weight-normed convolutions."""
+    """Return the state dict of a module with plain weights, under the names that NeMo uses.
+
+    The weight of each convolution becomes the gain and the direction of weight norm.
+    """
     state = {}
     for key, value in part.state_dict().items():
         if key.endswith(".conv.weight"):
@@ -37,11 +40,11 @@ def write_checkpoint(
 
     Args:
         path: output file; an existing file is replaced.
-        config: model config. Its modules are written under NeMo's class names, so that NeMo 3.0 opens the file.
-        state_dict: tensors by NeMo's keys.
+        config: model config. Class names of this package are replaced by NeMo's, so that NeMo 3.0 can open the file.
+        state_dict: tensors under the names that NeMo uses.
 
     Raises:
-        CheckpointError: if the file cannot be written, as on a full disk; an existing file is kept.
+        CheckpointError: if the file cannot be written, for instance on a full disk. An existing file is then kept.
     """
     path = Path(path)
     config = dict(config) | {"target": NEMO_MODEL}
@@ -50,7 +53,7 @@ def write_checkpoint(
         _write_archive(path, config, state_dict)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
-        raise CheckpointError(f"{path}: cannot be written ({reason}).") from error
+        raise CheckpointError(f"{path}: the file cannot be written ({reason}).") from error
 
 
 def _write_archive(path: Path, config: dict[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:

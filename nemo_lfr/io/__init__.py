@@ -1,1 +1,1 @@
-"""Files in and out: audio, token files, manifests."""
+"""Read and write files: audio, token files, manifests and tables."""

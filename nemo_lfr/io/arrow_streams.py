@@ -1,4 +1,4 @@
-"""Limits on the size of Arrow streams, whose compressed buffers and empty columns expand without bound."""
+"""Limit the size of Arrow streams, whose compressed buffers and empty columns may expand enormously."""
 
 import struct
 from pathlib import Path
@@ -8,17 +8,18 @@ from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.bounded import is_implausible
 from nemo_lfr.io.shortage import require
 
-# Slots of the fields in Arrow's flatbuffers, and types of a message's header.
+# Slots of fields in Arrow's flatbuffers: in a message, in a record batch, and in a dictionary batch.
 HEADER_TYPE, HEADER = 1, 2
 LENGTH, BUFFERS, COMPRESSION = 0, 2, 3
-DATA = 1  # the record batch of a dictionary batch
+DATA = 1
+# Types of the header of a message.
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
 
 
 def check_stream(path: Path) -> None:
-    """Check that the record batches of an Arrow stream do not expand to far more than real ones do.
+    """Check that an Arrow stream does not expand to far more than real data does.
 
-    Only their headers are read, and no buffer is decompressed.
+    Only the headers of its record batches are read. No buffer is decompressed.
 
     Args:
         path: file in Arrow's streaming format.
@@ -35,16 +36,16 @@ def check_stream(path: Path) -> None:
                 batch_rows, batch_bytes = _claims(message)
                 rows, expanded = rows + batch_rows, expanded + batch_bytes
     except (OSError, ValueError, EOFError, struct.error, IndexError) as error:
-        raise NemoLfrError(f"{path}: a damaged Arrow file ({shorten(error, 200)}).") from error
+        raise NemoLfrError(f"{path}: the Arrow file is damaged ({shorten(error, 200)}).") from error
     if is_implausible(rows, expanded, size):
         raise NemoLfrError(
-            f"{path}: claims {rows} rows, and compressed data of {expanded} bytes, in {size} bytes; the file is "
-            "damaged or malicious."
+            f"{path}: the file claims {rows} rows and {expanded} decompressed bytes, but has only {size} bytes; the "
+            "file is damaged or malicious."
         )
 
 
 def _claims(message: Any) -> tuple[int, int]:
-    """Return the rows of a message's batch, and the bytes to which its compressed buffers expand."""
+    """Return the number of rows in a message's batch, and the size in bytes of its buffers after decompression."""
     data = bytes(message.metadata)
     root = _follow(data, 0)
     kind = _field(data, root, HEADER_TYPE)
@@ -64,7 +65,7 @@ def _claims(message: Any) -> tuple[int, int]:
     expanded = 0
     for index in range(struct.unpack_from("<I", data, start)[0]):
         offset, stored = struct.unpack_from("<qq", data, start + 4 + 16 * index)
-        if stored >= 8:  # the size of the content, or -1 if it is stored as it is
+        if stored >= 8:  # a buffer begins with its decompressed size, or with -1 if it is not compressed
             expanded += max(0, struct.unpack_from("<q", message.body, offset)[0])
     return rows, expanded
 
@@ -75,7 +76,7 @@ def _follow(data: bytes, position: int) -> int:
 
 
 def _field(data: bytes, table: int, slot: int) -> int | None:
-    """Return the position of a field in a flatbuffers table; None if the field has its default value."""
+    """Return the position of a field in a flatbuffers table; None if the table omits it (its default applies)."""
     layout = table - struct.unpack_from("<i", data, table)[0]
     if 4 + 2 * slot >= struct.unpack_from("<H", data, layout)[0]:
         return None

@@ -1,8 +1,8 @@
 """Write files atomically, check output paths, and remove temporary files of killed runs.
 
-A result is written to a temporary file `NAME.xxxxxxxx.part`, or inside a temporary folder `.writing-xxxxxxxx`, and
-renamed when it is complete. Temporary files are locked while they are written. One without a lock was left by a killed
-process, and the next run removes it. Temporary files are never opened through a symbolic link.
+A result is written to a temporary file `NAME.xxxxxxxx.part`, or into a temporary folder `.writing-xxxxxxxx`, and
+renamed when it is complete. Temporary files are locked while they are written. A temporary file without a lock was
+left by a killed process, and the next run removes it. Symbolic links in place of a temporary file are not followed.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from nemo_lfr.errors import NemoLfrError
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
-# Characters of the final name that a temporary name keeps, so that it fits a directory entry.
+# Number of characters of the final name in a temporary name, which must not exceed the limit for file names.
 KEPT = 60
-# Errors of file systems without hard links.
+# Error numbers that file systems without hard links report.
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -44,22 +44,22 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
 
 
 def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Check that an output path is not the input file, under any name.
+    """Check that an output path is not the same file as the input, even under another name.
 
     Raises:
-        NemoLfrError: if both paths are the same file, for instance through a link.
+        NemoLfrError: if both paths are the same file, for instance because one is a link to the other.
     """
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise NemoLfrError(f"{target} is the same file as the input {source}; choose another output path.")
 
 
 def open_temporary(path: Path) -> IO[bytes]:
-    """Open a new temporary file in the folder of `path`, locked until it is closed.
+    """Open a new temporary file in the folder of `path`. The file is locked until it is closed.
 
-    Its permissions are those of any new file. The caller renames it to `path`.
+    The caller renames the file to `path`. The file has the permissions of any new file, unlike one from `tempfile`.
 
     Raises:
-        OSError: if it cannot be created; the error names `path`.
+        OSError: if the file cannot be created; the error names `path`.
     """
     while True:
         aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
@@ -67,7 +67,7 @@ def open_temporary(path: Path) -> IO[bytes]:
             file = open(aside, "x+b")  # noqa: SIM115
             if lock(file.fileno()) is not False and os.path.lexists(aside):
                 return file
-            file.close()  # another process removes it as a leftover: it saw the file before the lock was taken
+            file.close()  # another process found the file before it was locked, and removes it as a leftover
 
 
 @contextlib.contextmanager
@@ -75,14 +75,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary file that replaces `path` on success and is removed on error.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; the error names `path`.
+        OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "nt":  # Windows cannot rename an open file, and has no lock that closing would release
+            if os.name == "nt":  # Windows cannot rename an open file; the file is not locked there
                 file.close()
             os.replace(file.name, path)
         finally:
@@ -92,14 +92,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
     """Write a file atomically and return its path.
 
-    Leftovers of killed runs are not removed here: a command calls `sweep` once for all of its files.
+    This function does not remove leftovers of killed runs: a command calls `sweep` once for all of its files.
 
     Args:
-        path: output file; an existing one is replaced.
+        path: output file; an existing file is replaced.
         data: content, as one piece or several.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; the error names `path`.
+        OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with replacing(path) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
@@ -107,17 +107,19 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> Path:
 
 
 def write_new(path: Path, data: bytes) -> bool:
-    """Write a file atomically unless it exists, also if several machines do so at the same time.
+    """Write a file atomically unless it exists. If several machines call this at the same time, one writes the file.
+
+    File systems without hard links do not guarantee this: there, the last of the simultaneous writers wins.
 
     Args:
-        path: output file; an existing one is kept.
+        path: output file; an existing file is kept.
         data: content.
 
     Returns:
         Whether the file was written.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; the error names `path`.
+        OSError: if the file cannot be written, for instance on a full disk; the error names `path`.
     """
     with naming(path), open_temporary(path) as file, naming(path, Path(file.name)):
         try:
@@ -140,9 +142,9 @@ def write_new(path: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def writing_folder(parent: Path) -> Iterator[Path]:
-    """Yield a temporary folder inside `parent` and remove it at the end.
+    """Yield a temporary folder inside `parent`, and remove the folder at the end.
 
-    Temporary folders that killed runs left in `parent` are removed first.
+    Temporary folders that killed runs left in `parent` are removed, too.
 
     Raises:
         OSError: if the folder cannot be created; the error names `parent`.
@@ -168,13 +170,13 @@ def writing_folder(parent: Path) -> Iterator[Path]:
 def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
     """Remove temporary files and folders that killed runs left in a folder.
 
-    Temporary files of running processes are kept, and so is every file that does not follow this module's naming.
-    Files that cannot be removed are ignored.
+    Temporary files of running processes are kept, and so are files whose names do not match the patterns of this
+    module. Files that cannot be removed are ignored.
 
     Args:
-        folder: need not exist.
-        names: final names whose `.part` files are removed; None for all, in a folder that holds only files of this
-            package.
+        folder: folder to search; it need not exist.
+        names: names of output files whose `.part` files are removed. None removes all `.part` files, which is safe
+            only in a folder that this package created.
     """
     shortened = None if names is None else {name[:KEPT] for name in names}
     try:
@@ -187,7 +189,10 @@ def sweep(folder: Path, names: Collection[str] | None = ()) -> None:
 
 
 class Sweeper:
-    """Remove leftovers of killed runs for output files that become known one by one; lists each folder once."""
+    """Remove leftovers of killed runs for output files that become known one by one.
+
+    Each folder is listed only once.
+    """
 
     def __init__(self) -> None:
         self._leftovers: dict[Path, dict[str, list[os.DirEntry[str]]]] = {}
@@ -223,12 +228,12 @@ def _remove(entry: "os.DirEntry[str]") -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Make each OSError raised in this context name the file that the user knows.
+    """Return a context in which each OSError names the file that the user knows.
 
     Args:
-        path: file name for errors without one, such as that of a full disk.
-        temporary: temporary file or folder that becomes `path`; errors that name it, or a file inside it, name `path`
-            instead.
+        path: file name for errors that have none, such as the error of a full disk.
+        temporary: temporary file or folder that becomes `path`. An error with its name, or with the name of a file in
+            it, gets the name `path`.
     """
     try:
         yield
@@ -250,9 +255,10 @@ def _is_leftover(entry: "os.DirEntry[str]", names: Collection[str] | None) -> bo
 def _remove_free_file(path: str) -> None:
     """Remove a temporary file unless another process holds its lock.
 
-    The lock is held until the file is gone: a writer that locks it afterwards sees that its name does not exist.
+    This function holds the lock until the file is removed. A process that has just created the file and locks it
+    afterwards then finds that its name does not exist.
     """
-    if os.name == "nt":  # no such locks, but Windows does not remove open files either
+    if os.name == "nt":  # Windows has no such locks, but does not remove open files
         os.unlink(path)
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -264,7 +270,10 @@ def _remove_free_file(path: str) -> None:
 
 
 def _open_folder(folder: str) -> int | None:
-    """Open and lock a folder; None if another process holds its lock or the system has no such locks."""
+    """Open and lock a folder, and return its descriptor.
+
+    The result is None if another process holds the lock, or the system has no such locks.
+    """
     if os.name == "nt":
         return None
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -278,8 +287,8 @@ def lock(descriptor: int, shared: bool = False) -> bool | None:
     """Try to lock an open file without waiting.
 
     Args:
-        descriptor: the open file.
-        shared: take a lock that other processes may share, instead of an exclusive one.
+        descriptor: descriptor of the open file.
+        shared: whether to take a lock that several processes can hold at the same time, instead of an exclusive one.
 
     Returns:
         True if the lock was acquired, False if another process holds it, None if the system does not support locks.

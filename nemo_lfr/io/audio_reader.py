@@ -1,4 +1,4 @@
-"""Read audio files block by block as mono float32 at any sample rate."""
+"""Read audio files block by block as mono float32 samples at any sample rate."""
 
 import io
 import logging
@@ -21,32 +21,32 @@ from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samp
 logger = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 10
-# Formats that libsndfile reads, but for which FFmpeg supports more codecs and tolerates more damage.
+# Formats that libsndfile reads. If it fails, FFmpeg is tried: it supports more codecs and tolerates more damage.
 FFMPEG_FALLBACK_MAGIC = (b"OggS", b"fLaC", b"RIFF", b"FORM", b".snd", b"caff", b"NIST")
 TO_WAV = "convert it to WAV, for example with ffmpeg"
-# Values read at once over all channels. Bounds memory when a header claims a very high rate or channel count.
+# Maximum number of values, over all channels, to read at a time: a header may claim a very high rate or channel count.
 MAX_BLOCK = 1 << 24
 
 
 class AudioReader:
     """Read an audio file as mono float32 blocks at `sample_rate`.
 
-    All samples that can be decoded are read, even if the header claims fewer, and so are all recordings of a file that
-    was concatenated with `cat`. A truncated stream is an error; the loss of a part of the last frame of MPEG audio is
-    only logged.
+    All samples that can be decoded are read, even if the header claims fewer. In a file that was concatenated with
+    `cat`, all recordings are read. A truncated file is an error, but if only the last frame of MPEG audio is
+    incomplete, a warning is logged instead.
 
     Args:
         path: the file.
-        sample_rate: Hz of the result; None for the file's own rate.
-        data: bytes of the file if it is in memory, or descriptor of a pipe with WAV data, which the reader closes.
+        sample_rate: sample rate of the result in Hz; None for the file's own rate.
+        data: bytes of an audio file in memory, or the descriptor of a pipe with WAV data, which the reader closes.
             `path` is then only a name for messages.
-        name: name of the file for messages; `path` by default.
+        name: name of the file for messages (default: `path`).
 
     Attributes:
-        native_rate: sample rate of the file in Hz; of its first recording if there are several.
-        channels: number of channels of the first recording.
+        native_rate: sample rate of the file (of its first recording if there are several) in Hz.
+        channels: number of channels in the first recording.
         samples_read: number of samples that `blocks` has yielded.
-        problem_at_end: function that returns what is wrong with a pipe's data after all of it was read, or None.
+        problem_at_end: function to call when a pipe has been read; returns what is wrong with its data, or None.
 
     Raises:
         AudioError: if the file is missing, is not audio, is truncated, or contains NaN.
@@ -69,7 +69,7 @@ class AudioReader:
         self._decoder: Decoder | None = None
         self._spooled: tempfile.TemporaryDirectory[str] | None = None
         self._index = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples, and Hz, of a stream
+        self._extents: dict[int, tuple[int, int]] = {}  # cache: number of samples and sample rate of a stream
         try:
             if isinstance(data, int):
                 self._pipe: int | None = data
@@ -111,14 +111,14 @@ class AudioReader:
 
     @property
     def _file_name(self) -> Path | bytes:
-        """The path for libsndfile, as bytes on POSIX, where a file name need not be valid UTF-8."""
+        """The path for libsndfile: bytes on POSIX systems, where a file name need not be valid UTF-8."""
         return self.path if os.name == "nt" else os.fsencode(self.path)
 
     def _open(self, index: int) -> Decoder:
-        """Open the decoder of a stream, at its first sample.
+        """Open a decoder at the first sample of a stream.
 
         Raises:
-            AudioError: if neither libsndfile nor FFmpeg decodes it.
+            AudioError: if neither libsndfile nor FFmpeg can decode the stream.
         """
         if self._decoder is not None:
             self._decoder.close()
@@ -146,7 +146,7 @@ class AudioReader:
         return self._decoder
 
     def _open_mpeg(self, first: SndfileDecoder) -> Decoder:
-        """Open MPEG audio behind other bytes, whose length libsndfile would only estimate."""
+        """Open MPEG audio that follows other bytes. libsndfile would only estimate its length."""
         if self._source is None or not (streams := find_mpeg(self._source)):
             return first
         self._streams = streams
@@ -167,7 +167,7 @@ class AudioReader:
         return path
 
     def _open_with_ffmpeg(self, error: Exception, stream: Stream) -> Decoder:
-        """Open a stream that libsndfile rejects, with FFmpeg."""
+        """Open a stream with FFmpeg after libsndfile failed to open it with `error`."""
         refused = AudioError(f"not an audio file that libsndfile reads ({sndfile_reason(error)}).")
         if self._source is None:
             raise refused from error
@@ -175,7 +175,7 @@ class AudioReader:
         source.seek(0)
         head = source.read(16)
         if name := unchecked_format(head):
-            reason = f"is {name}, which is not supported because truncated files cannot be detected; {TO_WAV}."
+            reason = f"the format {name} is not supported because truncated files cannot be detected; {TO_WAV}."
             raise AudioError(reason) from error
         if not stream.is_checked or not (looks_like_media(head) or head[:4] in FFMPEG_FALLBACK_MAGIC):
             raise refused from error
@@ -186,22 +186,22 @@ class AudioReader:
                 raise refused from error
             if not isinstance(missing.__cause__, ModuleNotFoundError):
                 raise MissingExtraError(
-                    f"libsndfile does not read it ({sndfile_reason(error)}), and {missing}"
+                    f"libsndfile does not read this file ({sndfile_reason(error)}), and {missing}"
                 ) from missing
             raise MissingExtraError(
-                f"libsndfile does not read it ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need PyAV: "
-                f"{install_command('av')}"
+                f"libsndfile does not read this file ({sndfile_reason(error)}); MP4, WebM, AAC, WMA and AMR need "
+                f"PyAV: {install_command('av')}"
             ) from missing
         except AudioError as other:
             raise AudioError(f"not an audio file that libsndfile or FFmpeg reads ({other}).") from error
 
     @property
     def duration(self) -> float:
-        """Duration in seconds, from the headers if they state it, else by decoding the file."""
+        """Duration in seconds. If the headers do not state it, the file is decoded."""
         return sum(count / rate for count, rate in map(self._extent, range(len(self._streams))))
 
     def _extent(self, index: int) -> tuple[int, int]:
-        """Return the number of samples of a stream and its rate in Hz; the result is cached."""
+        """Return the number of samples in a stream and its sample rate in Hz; the result is cached."""
         if index not in self._extents:
             if self._decoder is None or index != self._index:
                 if self._pipe is not None:
@@ -231,11 +231,11 @@ class AudioReader:
         return count
 
     def _decode(self, decoder: Decoder, count: int) -> np.ndarray:
-        """Decode the next samples [up to count, channels]; errors name the file."""
+        """Decode up to `count` samples [n, channels], and add the file's name to errors."""
         try:
             return decoder.read(count)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.name}: damaged audio ({sndfile_reason(error)}).") from error
+            raise AudioError(f"{self.name}: the audio is damaged ({sndfile_reason(error)}).") from error
         except AudioError as error:
             raise AudioError(f"{self.name}: {error}.") from error
 
@@ -243,8 +243,8 @@ class AudioReader:
         """Read a segment of the file as mono samples.
 
         Args:
-            start: seconds.
-            duration: seconds; a segment that exceeds the file ends with it.
+            start: start in seconds.
+            duration: duration in seconds. A segment that extends beyond the end of the file is shortened.
 
         Returns:
             Samples [T_audio] at `sample_rate`.
@@ -262,25 +262,29 @@ class AudioReader:
         """Read a segment of the file without mixing or resampling.
 
         Args:
-            start: seconds.
-            duration: seconds; a segment that exceeds the file ends with it.
+            start: start in seconds.
+            duration: duration in seconds. A segment that extends beyond the end of the file is shortened.
 
         Returns:
             Samples [channels, T_audio] at `native_rate`.
 
         Raises:
-            AudioError: if the audio is damaged or not finite, or if its recordings differ in rate or channels.
+            AudioError: if the audio is damaged or not finite, or has recordings with different sample rates or numbers
+                of channels.
         """
         blocks = [np.zeros((0, self.channels), np.float32)]
         for rate, block in self._read_seconds(start, duration):
             if (rate, block.shape[1]) != (self.native_rate, self.channels):
-                raise AudioError(f"{self.name}: contains recordings of different sample rates or numbers of channels.")
+                raise AudioError(
+                    f"{self.name}: the audio contains recordings with different sample rates or numbers of channels; "
+                    f"{TO_WAV}."
+                )
             check_peak(float(np.abs(block).max(initial=0.0)), f"{self.name}:")
             blocks.append(block)
         return np.concatenate(blocks).T
 
     def _read_seconds(self, start: float, duration: float) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield rate and samples [n, channels] of each recording that overlaps a span of seconds."""
+        """Yield the sample rate and the samples [n, channels] of each recording that overlaps a segment."""
         for index in range(len(self._streams)):
             count, rate = self._extent(index)
             first = min(count_samples(start, rate), count) if start > 0 else 0
@@ -297,7 +301,7 @@ class AudioReader:
         try:
             decoder.seek(first)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.name}: damaged audio ({sndfile_reason(error)}).") from error
+            raise AudioError(f"{self.name}: the audio is damaged ({sndfile_reason(error)}).") from error
         return self._decode(decoder, count)
 
     def _mix(self, block: np.ndarray) -> np.ndarray:
@@ -307,10 +311,10 @@ class AudioReader:
         return wave
 
     def blocks(self, seconds: float = BLOCK_SECONDS) -> Iterator[np.ndarray]:
-        """Yield the whole file as consecutive mono blocks [n]; `samples_read` counts the samples.
+        """Yield the whole file as consecutive mono blocks [n], and count the samples in `samples_read`.
 
         Args:
-            seconds: duration to decode at once. Blocks vary in length, since the resampler delays samples.
+            seconds: duration to decode at a time. The blocks vary in length, since the resampler delays samples.
 
         Raises:
             AudioError: if the audio is damaged, not finite, or shorter than its header claims.
@@ -350,7 +354,7 @@ class AudioReader:
         expected = decoder.num_frames
         share = 1.0 if decoder.is_exact else 0.99
         if expected is not None and num_read < share * expected:
-            raise AudioError(f"{self.name}: was truncated after {num_read} of {expected} samples.")
+            raise AudioError(f"{self.name}: the audio was truncated after {num_read} of {expected} samples.")
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -360,5 +364,7 @@ def _not_a_file(path: Path) -> str | None:
     except (OSError, ValueError) as error:  # a name that is too long or contains NUL
         return getattr(error, "strerror", None) or str(error)
     if path.is_dir():
-        return "is a folder"
-    return "is not a regular file; connect a pipe to stdin: nemo-lfr encode - -" if path.exists() else "no such file"
+        return "not a file but a folder"
+    if path.exists():
+        return "not a regular file; to read a pipe, connect it to stdin: nemo-lfr encode - -"
+    return "no such file"

@@ -16,7 +16,7 @@ from nemo_lfr.io.decoders import sndfile_reason
 
 
 def pcm16(wave: np.ndarray) -> bytes:
-    """Return samples [T] in [-1, 1] as little-endian 16-bit PCM; others are clipped."""
+    """Return samples [T] as little-endian 16-bit PCM; values outside [-1, 1] are clipped."""
     samples: np.ndarray = np.rint(wave.clip(-1, 1) * 32767).astype("<i2")
     return samples.tobytes()
 
@@ -26,8 +26,8 @@ class AudioWriter:
 
     Args:
         path: output file; its suffix determines the format. Missing folders are created.
-        sample_rate: Hz.
-        overwrite: replace an existing file.
+        sample_rate: sample rate in Hz.
+        overwrite: whether to replace an existing file.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set, or if the format is unknown.
@@ -52,7 +52,7 @@ class AudioWriter:
             os.unlink(self._raw.name)
             self._sink.check(self.path)
             raise AudioError(
-                f"{path}: cannot be written as {kind} at {sample_rate} Hz ({sndfile_reason(error)})."
+                f"{path}: the audio cannot be written as {kind} at {sample_rate} Hz ({sndfile_reason(error)})."
             ) from error
 
     def __enter__(self) -> "AudioWriter":
@@ -66,9 +66,11 @@ class AudioWriter:
         """
         try:
             self._file.write(wave)
-        except (AssertionError, soundfile.LibsndfileError) as error:  # how soundfile reports a failed callback
+        except (AssertionError, soundfile.LibsndfileError) as error:  # raised by soundfile if a callback fails
             self._sink.check(self.path)
-            raise AudioError(f"{self.path}: could not be written; the incomplete file was removed.") from error
+            raise AudioError(
+                f"{self.path}: the file could not be written; the incomplete file was removed."
+            ) from error
         self._sink.check(self.path)
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -87,7 +89,7 @@ class AudioWriter:
 
 
 class _SinkFile:
-    """File wrapper that stores the first exception, since libsndfile's callbacks swallow exceptions."""
+    """File wrapper that stores the first exception, since exceptions in libsndfile's callbacks are lost."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -97,7 +99,7 @@ class _SinkFile:
         return self._try(lambda: self._file.write(data))
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._try(lambda: self._file.seek(offset, whence))  # may fail too, since it flushes the buffer
+        return self._try(lambda: self._file.seek(offset, whence))  # seeking flushes the buffer, which may fail
 
     def tell(self) -> int:
         return self._try(lambda: self._file.tell())
@@ -108,12 +110,12 @@ class _SinkFile:
     def _try(self, act: Callable[[], int]) -> int:
         try:
             return act() if self._error is None else 0
-        except BaseException as error:  # also KeyboardInterrupt, which libsndfile would swallow
+        except BaseException as error:  # also KeyboardInterrupt, which would be lost too
             self._error = error
             return 0
 
     def check(self, path: Path) -> None:
-        """Raise the stored exception; an OSError names `path`."""
+        """Raise the stored exception, if there is one. An OSError gets the file name `path`."""
         if isinstance(self._error, OSError):
             raise OSError(self._error.errno, self._error.strerror, str(path)) from self._error
         if self._error is not None:

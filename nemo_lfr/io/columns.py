@@ -1,4 +1,4 @@
-"""Names of columns in third-party tables that contain audio, text, speaker and language."""
+"""Names of the columns with audio, text, speaker and language in tables from other sources."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,13 +6,13 @@ from typing import Any
 
 from nemo_lfr.io.text import is_missing
 
-# Label -> columns that may contain it; the first column with a value is used.
+# For each label, the columns that may contain it. The first column with a value is used.
 LABELS: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_transcription"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "lang": ("lang", "language", "locale"),
 }
-# Columns whose bytes are decoded as text.
+# Columns whose values, if they are bytes, are decoded as text.
 TEXT_COLUMNS = frozenset({"id", *(column for columns in LABELS.values() for column in columns)})
 AUDIO = (
     "audio",
@@ -32,7 +32,8 @@ AUDIO = (
     "filepath",
 )
 CONTEXT = "context_audio"
-# Columns, and keys of manifests and cuts, with another codec's tokens; readers would mistake them for ours.
+# Columns of tables, and keys of manifests and cuts, that contain tokens of another codec. They are dropped, since
+# readers would mistake them for tokens of this codec.
 OTHER_TOKENS = frozenset(
     {
         "target_audio_codes_path",
@@ -47,14 +48,14 @@ OTHER_TOKENS = frozenset(
 
 
 def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the standard labels "text", "speaker" and "lang" to a row's labels.
+    """Add the standard labels "text", "speaker" and "lang" to the labels of a row.
 
-    The values come from the columns listed in `LABELS`. None, NaN, infinity and columns that contain the tokens of
-    another codec are dropped. A number is accepted as text or speaker, and becomes text. It is not accepted as a
-    language: it would be an index into names that are unavailable.
+    The values come from the columns that `LABELS` lists. None, NaN, infinity and columns with the tokens of another
+    codec are dropped. A number is accepted as text or speaker, and converted to text. A number is not accepted as a
+    language, since it would be an index into a list of names that is not available.
 
     Args:
-        labels: the values of a row by column.
+        labels: values of the row by column.
 
     Returns:
         The remaining labels and the standard labels.
@@ -68,19 +69,19 @@ def standard_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, str) or (label != "lang" and isinstance(value, int | float)):
                 kept[label] = str(value)
                 break
-            if value is not None and column == label:  # the label keeps its name
+            if value is not None and column == label:  # keep a label that already has the standard name
                 break
     return kept
 
 
 def repeated_column(columns: Iterable[str]) -> str | None:
-    """Return the first name that two columns have; None if there is none. Empty names do not count."""
+    """Return the first name that occurs in two columns; None if all names differ. Empty names are ignored."""
     counts = Counter(columns)
     return next((name for name, count in counts.items() if name and count > 1), None)
 
 
 def chosen_columns(columns: Iterable[str]) -> dict[str, str]:
-    """Return the labels that come from a column of another name: label -> column."""
+    """Return the column of each label, for labels that come from a column with another name."""
     names = set(columns)
     found = {label: next((name for name in names_ if name in names), None) for label, names_ in LABELS.items()}
     return {label: name for label, name in found.items() if name is not None and name != label}

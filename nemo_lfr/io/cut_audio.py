@@ -1,11 +1,11 @@
-"""Safe reading of the audio of Lhotse cuts: no programs, no unrequested downloads.
+"""Read the audio of Lhotse cuts without starting programs, and without downloads that the user did not allow.
 
 Lhotse itself starts a shell for sources of type "command", for URLs that begin with "pipe:" and for file names that
-end in ".sph", and opens any URL in a manifest. This module accepts only plain files, bytes in memory and, if the
-caller allows it, http(s) URLs. It reads the source and passes only samples to Lhotse. `check_cut` rejects a cut by its
-manifest. `read_cut` opens only sources that `check_source` accepts, even if the cut was not checked before.
+end in ".sph", and opens any URL in a manifest. This module accepts only regular files, bytes in memory and, if the
+caller allows it, http(s) URLs. The module reads these sources itself and passes only samples to Lhotse.
 
-Relative paths of cuts are relative to the current folder, as in Lhotse; `~` is expanded.
+`check_cut` checks the manifest of a cut. `read_cut` opens only sources that `check_source` accepts, even if the cut
+was not checked before. Relative paths in cuts start from the current folder, as in Lhotse, and `~` is expanded.
 """
 
 import dataclasses
@@ -23,32 +23,32 @@ from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 from nemo_lfr.io.manifests import MAX_SECONDS, resolve_audio_path
 from nemo_lfr.io.reading import read_part
 
-# Lhotse storage types for arrays and images in plain files, in memory, or in a Shar. The other types open URLs
-# ("lilcom_url"), run programs ("kaldiio"), or unpickle ("memory_raw").
+# Types of storage in Lhotse for arrays and images in regular files, in memory, or in a Shar. Other types are refused:
+# they open URLs ("lilcom_url"), run programs ("kaldiio"), or unpickle data ("memory_raw").
 ARRAY_STORAGE = {
     "lilcom_files", "lilcom_chunky", "lilcom_hdf5", "chunked_lilcom_hdf5", "numpy_files", "numpy_hdf5",
     "memory_lilcom", "memory_npy", "shar", "pillow_files", "pillow_memory",
 }  # fmt: skip
 URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+://|\s*pipe:")
-# Attributes of cuts, recordings and transforms that are rates in Hz, and the limit of speed and tempo factors.
+# Attributes of cuts, recordings and transforms that are rates in Hz.
 RATE_ATTRIBUTES = ("sampling_rate", "source_sampling_rate", "target_sampling_rate")
-MAX_FACTOR = 20
+MAX_FACTOR = 20  # limit on the factors of speed and tempo transforms, and on their inverses
 # Maximum size of a download in bytes.
 MAX_DOWNLOAD = 1 << 31
-DOWNLOAD_TIMEOUT = 60  # timeout in seconds without data
+DOWNLOAD_TIMEOUT = 60  # seconds after which a download without new data fails
 MAX_DOWNLOAD_SECONDS = 900
 
 
 def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
-    """Reject a cut that would run a program or open a disallowed source.
+    """Raise an error if a cut would run a program or open a source that is not allowed.
 
     Args:
-        manifest: the cut of any type as a dict. The check covers its recording, custom recordings, tracks,
-            supervisions, transforms, features and arrays.
-        allow_url: allow audio from http(s).
+        manifest: cut of any type as a dict. The check covers its recording, custom recordings, tracks, supervisions,
+            transforms, features and arrays.
+        allow_url: whether http(s) URLs are allowed.
 
     Raises:
-        AudioError: if a source is not allowed, with the source and a remedy.
+        AudioError: if a source is not allowed.
     """
     waiting: list[Any] = [manifest]
     while waiting:
@@ -68,53 +68,55 @@ def check_cut(manifest: Mapping[str, Any], allow_url: bool = False) -> None:
 def check_source(kind: object, source: object, allow_url: bool = False) -> None:
     """Raise AudioError unless a Lhotse audio source is allowed.
 
-    Files and data in memory are allowed, and http(s) URLs if `allow_url` is set.
+    Files and bytes in memory are allowed. http(s) URLs are allowed if `allow_url` is set.
     """
     shown = "..." if isinstance(source, bytes) else shorten(source)
     if kind == "command":
         raise AudioError(
-            f"its audio is the output of a command ({shown}), and commands are not run; write the audio to a file."
+            f"the audio is the output of a command ({shown}), and commands are not run; write the audio to a file."
         )
     if kind == "url":
         if not isinstance(source, str) or not source.startswith(("http://", "https://")):
             raise AudioError(
-                f"its audio is at {shown}, but only http(s) URLs can be read; download it, and pass the path of the "
+                f"the audio is at {shown}, but only http(s) URLs can be read; download it, and pass the path of the "
                 "file."
             )
         if not allow_url:
-            raise AudioError(f"its audio is at {shown}; pass --allow-url (allow_url in training) to read URLs.")
+            raise AudioError(f"the audio is at {shown}; pass --allow-url (allow_url in training) to read URLs.")
     elif kind == "file":
         if not isinstance(source, str) or URL.match(source):
-            raise AudioError(f"its audio is at {shown}, which is not a valid file name.")
+            raise AudioError(f"the audio is at {shown}, which is not a valid file name.")
     elif kind not in ("memory", "shar"):
-        raise AudioError(f"its audio has a source of the unknown type {shorten(kind)!r}; expected a file.")
+        raise AudioError(f"the audio has a source of the unknown type {shorten(kind)!r}; expected a file.")
 
 
 def _check_array(item: Mapping[str, Any]) -> None:
     kind = item["storage_type"]
     if kind not in ARRAY_STORAGE:
         raise AudioError(
-            f"it contains an array of storage type {shorten(kind)!r}, which is not opened; drop that field."
+            f"the cut contains an array of storage type {shorten(kind)!r}, which is not allowed; drop that field."
         )
     for key in ("storage_path", "storage_key"):
         if isinstance(item.get(key), str) and URL.match(item[key]):
-            raise AudioError(f"it contains an array at {shorten(item[key])}, which is not opened; drop that field.")
+            raise AudioError(
+                f"the cut contains an array at {shorten(item[key])}, which is not allowed; drop that field."
+            )
 
 
 def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: bool = False) -> np.ndarray:
-    """Read a Lhotse cut or recording, mixed to mono.
+    """Read a Lhotse cut or recording as mono samples.
 
-    A cut of all channels of one source, without augmentation, has the same samples as a manifest entry for the same
-    audio. Lhotse assembles any other cut from samples that this module reads.
+    If a cut consists of all channels of one source without augmentation, its samples equal those of a manifest entry
+    for the same audio. For other cuts, this module reads the sources, and Lhotse assembles the cut from their samples.
 
     Args:
-        cut: a cut of any type, or a recording.
+        cut: cut of any type, or recording.
         sample_rate: sample rate of the result in Hz.
         longest: maximum duration in seconds.
-        allow_url: read http(s) sources.
+        allow_url: whether to read http(s) URLs.
 
     Returns:
-        Samples [T_audio], float32.
+        Mono float32 samples [T_audio].
 
     Raises:
         AudioError: if the cut cannot be read, is not allowed, or lasts more than `longest` seconds.
@@ -123,17 +125,20 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
     try:
         start, duration = float(getattr(cut, "start", 0.0)), float(cut.duration)
         if not 0 <= start <= MAX_SECONDS or not 0 <= duration <= MAX_SECONDS:
-            raise AudioError(f"starts at {start:.10g} and lasts {duration:.10g} seconds.")
+            raise AudioError(
+                f"the cut starts at {start:.10g} s and lasts {duration:.10g} s; expected values from 0 to "
+                f"{MAX_SECONDS:g}."
+            )
         if duration > longest:
-            raise AudioError(f"lasts {duration:.1f} s, more than the {longest:g} s that are allowed.")
+            raise AudioError(f"the cut lasts {duration:.1f} s, more than the limit of {longest:g} s.")
         source = _only_source(cut)
         if source is not None:
             return read_part(_open(source, allow_url), name, start, duration, sample_rate)
         channels = _with_own_sources(cut, allow_url).load_audio()
         if channels is None:
-            raise AudioError("it has no audio.")
+            raise AudioError("the cut has no audio.")
         audio = np.asarray(channels, dtype=np.float32).mean(axis=0)
-        check_peak(float(np.abs(audio).max(initial=0.0)), "its audio")
+        check_peak(float(np.abs(audio).max(initial=0.0)), "the audio")
         rate = int(cut.sampling_rate)
         return resample(audio, rate, sample_rate) if rate != sample_rate and len(audio) else audio
     except Exception as error:  # any part of Lhotse may raise
@@ -142,9 +147,9 @@ def read_cut(cut: Any, sample_rate: int, longest: float = math.inf, allow_url: b
 
 
 def forbid_programs() -> None:
-    """Remove the audio backends that start a shell from Lhotse's defaults.
+    """Remove the audio backends that start a shell from Lhotse's default backends, until this process ends.
 
-    The change lasts until this process ends. NeMo's loaders open the files of their manifests to read the sample rate
+    This is needed besides `read_cut`: NeMo's data loaders open the files in their manifests to read the sample rate
     before a cut reaches this module.
     """
     from lhotse.audio.backend import (
@@ -159,10 +164,10 @@ def forbid_programs() -> None:
 
 
 class OwnSource:
-    """Replacement for an `AudioSource` that does not use Lhotse's audio backends.
+    """Replacement for Lhotse's `AudioSource` that does not use Lhotse's audio backends.
 
     Args:
-        audio: the file, or its bytes.
+        audio: path of the audio file, or its bytes.
         channels: ids of its channels.
     """
 
@@ -178,7 +183,7 @@ class OwnSource:
 
         Args:
             offset: start in seconds.
-            duration: duration in seconds; to the end of the file if None.
+            duration: duration in seconds; None for the rest of the file.
 
         Raises:
             AudioError: if the file cannot be read, or is shorter than requested.
@@ -197,9 +202,9 @@ class OwnSource:
 
 
 def _only_source(cut: Any) -> Any:
-    """Return the source of a cut that is a plain excerpt of one source; else None.
+    """Return the source of a cut if the cut is an unmodified excerpt of all channels of one source.
 
-    For None, Lhotse has to assemble the audio.
+    For any other cut, the result is None, and Lhotse has to assemble the audio.
     """
     if getattr(cut, "tracks", None) is not None:
         return None
@@ -213,7 +218,7 @@ def _only_source(cut: Any) -> Any:
 
 
 def _with_own_sources(item: Any, allow_url: bool) -> Any:
-    """Return a copy of a cut, recording or transform that reads with `OwnSource`."""
+    """Return a copy of a cut, recording or transform in which `OwnSource` replaces every audio source."""
     from lhotse.augmentation import AudioTransform
 
     changes: dict[str, Any] = {}
@@ -232,33 +237,35 @@ def _with_own_sources(item: Any, allow_url: bool) -> Any:
 
 
 def _check_numbers(item: Any) -> None:
-    """Reject rates and factors that would turn seconds of audio into days."""
+    """Raise AudioError for rates and factors that would turn seconds of audio into days."""
     for name in RATE_ATTRIBUTES:
         if (rate := getattr(item, name, None)) is not None:
             check_rate(rate)
     if type(item).__name__ in ("Speed", "Tempo"):
         factor = item.factor
         if not isinstance(factor, int | float) or not 1 / MAX_FACTOR <= factor <= MAX_FACTOR:
-            raise AudioError(f"its speed factor is {shorten(factor)}; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}.")
+            raise AudioError(f"the speed factor is {shorten(factor)}; expected {1 / MAX_FACTOR:g} to {MAX_FACTOR}.")
 
 
 def _open(source: Any, allow_url: bool) -> Path | bytes:
-    """Return the file or the bytes of an allowed audio source; download a URL."""
+    """Check an audio source, and return the path of its file or its bytes. A URL is downloaded."""
     check_source(source.type, source.source, allow_url)
     if source.type == "file":
         return resolve_audio_path("", source.source)
     if source.type == "url":
         return _download(source.source)
     if not isinstance(source.source, bytes) or not source.source:
-        raise AudioError(f"its audio should be in {'a Shar' if source.type == 'shar' else 'memory'}, but is missing.")
+        place = "a Shar" if source.type == "shar" else "memory"
+        raise AudioError(f"the audio should be in {place}, but is missing.")
     return source.source
 
 
 def _download(url: str) -> bytes:
-    """Download a file from http(s); redirects may lead only to http(s).
+    """Download a file from an http(s) URL.
 
     Raises:
-        AudioError: if the file cannot be downloaded, or is larger than `MAX_DOWNLOAD`.
+        AudioError: if the file cannot be downloaded, is larger than `MAX_DOWNLOAD`, takes longer than
+            `MAX_DOWNLOAD_SECONDS`, or if the URL redirects to an address other than http(s).
     """
     import http.client
     import urllib.request
@@ -270,36 +277,38 @@ def _download(url: str) -> bytes:
     try:
         answer = opener.open(url, timeout=DOWNLOAD_TIMEOUT)
         if answer is None:  # the redirect has a scheme without a handler
-            raise AudioError(f"{shorten(url)} redirects to an address other than http(s).")
+            raise AudioError(f"{shorten(url)} redirects to an address that is not an http(s) URL.")
         with answer:
             data = _read_all(answer, url)
     except (OSError, http.client.HTTPException) as error:
-        raise AudioError(f"{shorten(url)} cannot be read: {shorten(error, 200)}.") from error
+        raise AudioError(f"{shorten(url)} cannot be downloaded: {shorten(error, 200)}.") from error
     return data
 
 
 def _read_all(answer: Any, url: str) -> bytes:
-    """Read a response in pieces with a time limit, so that slow servers cannot block."""
+    """Read a response in pieces, with limits on its size and on the time that it takes."""
     end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     pieces, size = [], 0
     while piece := answer.read1(1 << 16):
         pieces.append(piece)
         size += len(piece)
         if size > MAX_DOWNLOAD:
-            raise AudioError(f"{shorten(url)} is larger than {MAX_DOWNLOAD} bytes.")
+            raise AudioError(
+                f"the file at {shorten(url)} is larger than {MAX_DOWNLOAD} bytes, the limit for downloads."
+            )
         if time.monotonic() > end:
-            raise AudioError(f"{shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
-    if answer.length:  # as `read` would report
-        raise AudioError(f"{shorten(url)} ends {answer.length} bytes too early.")
+            raise AudioError(f"the download of {shorten(url)} takes longer than {MAX_DOWNLOAD_SECONDS} s.")
+    if answer.length:  # `read1` does not report this, unlike `read`
+        raise AudioError(f"the download of {shorten(url)} ends {answer.length} bytes too early; try again.")
     return b"".join(pieces)
 
 
 def _check_count(count: int, rate: int, duration: float) -> None:
     if count / rate < duration - 0.025:  # Lhotse's tolerance
-        raise AudioError(f"expected {duration:.2f} s of audio, but the file contains {count / rate:.2f} s.")
+        raise AudioError(f"the file has {count / rate:.2f} s of audio; expected {duration:.2f} s.")
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of a Lhotse error on one line, with the nested reasons."""
+    """Return the message of an error from Lhotse on one line, without the lines that Lhotse appends."""
     text = str(error).partition("\n[extra info]")[0] or type(error).__name__
     return shorten(" ".join(text.split()), 400)

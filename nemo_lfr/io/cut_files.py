@@ -1,7 +1,7 @@
-"""Fault-tolerant readers for Lhotse manifests, Shar and their tar files.
+"""Read the cuts in Lhotse manifests and Shar folders, even if some of them are malformed.
 
-Items are read one by one; a malformed or disallowed item affects only its own clip. Lhotse's readers stop at the first
-item that they cannot read, and end silently where a file of a Shar ends.
+The cuts are read one by one. A cut that is malformed or not allowed does not affect other cuts. Lhotse's own readers
+stop at the first cut that they cannot read, and end without an error if a file of a Shar is truncated.
 """
 
 import codecs
@@ -25,20 +25,20 @@ from nemo_lfr.io.text import UTF16_MARKS
 logger = logging.getLogger(__name__)
 
 CUT_TYPES = ("MonoCut", "MultiCut", "MixedCut", "PaddingCut", "Cut")
-# Attributes of a cut that may be fields of a Shar.
+# Attributes of a cut that a field of a Shar may set.
 CUT_FIELDS = ("recording", "features")
-# Number of leading lines that are searched for the kind of a file.
+# Number of lines at the start of a file that are searched to find its kind.
 FIRST_LINES = 100
 
 
 @dataclass(frozen=True)
 class CutItem:
-    """A cut of a file, or the reason why it is invalid.
+    """A cut in a file, or the reason why the cut is invalid.
 
     Attributes:
-        id: id of the cut, or one derived from its line.
+        id: id of the cut; if it cannot be read, an id derived from the line.
         cut: the Lhotse cut; None if there is a problem.
-        problem: the reason why the cut is invalid; None if it is valid.
+        problem: reason why the cut is invalid; None if it is valid.
     """
 
     id: str
@@ -47,12 +47,10 @@ class CutItem:
 
 
 def json_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a JSON-lines file that are not blank.
-
-    Gzip files are decompressed.
+    """Yield the lines of a JSON-lines file, except blank ones. The file may be compressed with gzip.
 
     Raises:
-        ConfigError: if the file cannot be read, or is truncated.
+        ConfigError: if the file cannot be read, is truncated, or is UTF-16.
     """
     try:
         with open(path, "rb") as raw:
@@ -61,22 +59,24 @@ def json_lines(path: Path) -> Iterator[bytes]:
             for number, line in enumerate(lines(file)):
                 if number == 0:
                     if line.startswith(UTF16_MARKS):
-                        raise ConfigError(f"{path}: UTF-16 text; save it as UTF-8.")
+                        raise ConfigError(f"{path}: the file is UTF-16 text; save it as UTF-8.")
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield line
     except EOFError as error:
-        raise ConfigError(f"{path}: was truncated: its compressed data ends too early; download it again.") from error
+        raise ConfigError(
+            f"{path}: the file was truncated: its compressed data ends too early; download it again."
+        ) from error
     except (OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read ({shorten(reason, 200)}).") from error
+        raise ConfigError(f"{path}: the file cannot be read ({shorten(reason, 200)}).") from error
 
 
 def kind_of(path: Path) -> str | None:
     """Return the kind of a Lhotse JSON-lines file.
 
     Returns:
-        "cuts", "recordings", "supervisions" or "features"; None if the file contains none of these.
+        "cuts", "recordings", "supervisions" or "features"; None for other files.
     """
     for _, line in zip(range(FIRST_LINES), json_lines(path), strict=False):
         try:
@@ -100,15 +100,15 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | None = None) -> Iterator[CutItem]:
-    """Yield the cuts of a cuts file, or a cut per recording of a recordings file.
+    """Yield the cuts in a file of cuts, or one cut for each recording in a file of recordings.
 
-    The supervisions of recordings are read from the accompanying file, if there is one: see `supervisions_beside`.
+    Supervisions of recordings are read from the accompanying file, if it exists (see `supervisions_beside`).
 
     Args:
-        path: the file.
-        allow_url: allow audio from http(s), see `check_cut`.
-        start: first item to yield; earlier ones are not parsed.
-        stop: end of the range; None for the end of the file.
+        path: file of cuts or recordings in JSON lines.
+        allow_url: whether cuts may refer to http(s) URLs, see `check_cut`.
+        start: index of the first item to yield; earlier items are not parsed.
+        stop: index after the last item to yield; None for the end of the file.
 
     Yields:
         Each cut, or the reason why it is invalid.
@@ -132,10 +132,10 @@ def read_cuts(path: Path, allow_url: bool = False, start: int = 0, stop: int | N
 
 
 def check_fields(folder: Path, fields: Iterable[str]) -> None:
-    """Reject a Shar whose fields would replace attributes or methods of a cut.
+    """Raise an error if a field of a Shar would replace an attribute or method of a cut.
 
     Args:
-        folder: the Shar, for messages.
+        folder: folder of the Shar, for messages.
         fields: names of the fields.
 
     Raises:
@@ -153,12 +153,12 @@ def check_fields(folder: Path, fields: Iterable[str]) -> None:
 
 
 def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -> Iterator[CutItem]:
-    """Yield the cuts of one shard of a Lhotse Shar, with the data of its other fields.
+    """Yield the cuts in one shard of a Lhotse Shar, with the data in its other fields.
 
     Args:
-        cuts: the `cuts.*.jsonl.gz` of the shard.
-        fields: the `.tar` or `.jsonl` file of each field.
-        allow_url: allow audio from http(s), see `check_cut`.
+        cuts: `cuts.*.jsonl.gz` file of the shard.
+        fields: `.tar` or `.jsonl` file of each field, by name.
+        allow_url: whether cuts may refer to http(s) URLs, see `check_cut`.
 
     Yields:
         Each cut, or the reason why it is invalid.
@@ -172,7 +172,7 @@ def read_shar(cuts: Path, fields: Mapping[str, Path], allow_url: bool = False) -
                 try:
                     values[name] = next(reader)
                 except StopIteration:
-                    broken[name] = f"{fields[name].name} is truncated here"
+                    broken[name] = f"{fields[name].name} is truncated: it ends before this cut"
                 except Exception as error:  # raised by tarfile, gzip or JSON
                     broken[name] = (
                         f"{fields[name].name} is truncated ({shorten(str(error) or type(error).__name__, 200)})"
@@ -201,12 +201,15 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
     try:
         for name, (of, value) in values.items():
             if of != item.id:
-                raise AudioError(f"{name} contains {shorten(of)!r} here: an item is missing or out of order.")
+                raise AudioError(
+                    f"the item of the field {name} at this position belongs to the cut {shorten(of)!r}: an item is "
+                    "missing or out of order."
+                )
             if value is None:
                 continue
             manifest, data, member = value
             if manifest is None:
-                raise AudioError(f"its manifest in the tar of {name} is not JSON.")
+                raise AudioError(f"the manifest of this cut in the tar file of the field {name} is not JSON.")
             if isinstance(manifest, dict):
                 check_cut(manifest, allow_url)
                 if member is not None or _is_manifest(manifest):
@@ -220,11 +223,11 @@ def _attach(item: CutItem, values: Mapping[str, tuple[str, Any]], allow_url: boo
 
 
 def explain(error: Exception) -> str:
-    """Return a one-line message that explains why a cut is invalid."""
+    """Return one line that explains why a cut is invalid."""
     if isinstance(error, AudioError):
         return shorten(error, 300)
     if isinstance(error, KeyError):
-        return f"it has no key {shorten(error)}"
+        return f"the cut has no key {shorten(error)}"
     return shorten(f"{type(error).__name__}: {' '.join(str(error).split())}", 300)
 
 
@@ -233,9 +236,10 @@ def _is_manifest(value: Mapping[str, Any]) -> bool:
 
 
 def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield the cut id and value of each item in a field's file.
+    """Yield the items in the file of a field.
 
-    The value is a tuple of manifest, data and name of the data; None if the cut has no value.
+    Each item consists of the id of its cut and a value. The value is a tuple of manifest, data and name of the data,
+    or None if the cut has no value for this field.
     """
     if not re.search(r"\.tar(\.gz)?$", path.name):
         for line in json_lines(path):
@@ -248,7 +252,7 @@ def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             data = None if first.name.endswith(".nodata") else member_bytes(tar, first)
             second = next(members, None)
             if second is None:
-                raise AudioError("it ends after the data of an item")
+                raise AudioError("the file ends after the data of an item, without its manifest")
             of = first.name.rpartition(".")[0]
             if data is None or second.name.endswith(".nometa"):
                 yield of, None
@@ -257,10 +261,7 @@ def _field(path: Path, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(data: bytes) -> Any:
-    """Parse a manifest in a tar; return None if it is malformed.
-
-    Such a manifest affects only its own clip.
-    """
+    """Parse a manifest in a tar file; return None if it is malformed, so that other cuts can still be read."""
     try:
         return json.loads(data)
     except NOT_A_LINE:
@@ -271,7 +272,7 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
     from lhotse.cut.set import deserialize_cut
 
     if not isinstance(manifest, dict) or manifest.get("type") not in CUT_TYPES:
-        raise ValueError("it is not an object of the type MonoCut, MultiCut or MixedCut")
+        raise ValueError("the line is not an object of the type MonoCut, MultiCut or MixedCut")
     name = str(manifest["id"])
     try:
         check_cut(manifest, allow_url)
@@ -279,14 +280,14 @@ def _item(manifest: Any, allow_url: bool) -> CutItem:
         return CutItem(name, problem=str(error))
     try:
         if manifest["type"] == "PaddingCut":
-            return CutItem(name, problem="it is a PaddingCut, which contains no audio.")
+            return CutItem(name, problem="the cut is a PaddingCut, which contains no audio.")
         return CutItem(name, deserialize_cut(manifest))
     except Exception as error:  # Lhotse classes may raise anything
         return CutItem(name, problem=f"not a Lhotse cut: {explain(error)}")
 
 
 def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the manifest of a cut that covers an entire recording."""
+    """Return the manifest of a cut that consists of an entire recording."""
     channels = recording.get("channel_ids")
     if channels is None:
         channels = sorted(channel for source in recording["sources"] for channel in source["channels"])
@@ -302,9 +303,9 @@ def _cut_of(recording: Any, supervisions: Mapping[str, Sequence[Any]]) -> dict[s
 
 
 def supervisions_beside(recordings: Path) -> Path | None:
-    """Return the supervisions file that accompanies a recordings file, if it exists.
+    """Return the file of supervisions that accompanies a file of recordings; None if it does not exist.
 
-    Lhotse's recipes write both files to the same folder.
+    Lhotse's recipes write both files to the same folder, with names that differ only in this word.
     """
     head, found, tail = recordings.name.rpartition("recordings")
     path = recordings.with_name(f"{head}supervisions{tail}")

@@ -1,4 +1,4 @@
-"""Interface of audio decoders, and the decoder that uses libsndfile."""
+"""The interface of audio decoders, and the decoder that uses libsndfile."""
 
 from typing import Any, Protocol
 
@@ -14,9 +14,9 @@ class Decoder(Protocol):
     Attributes:
         rate: sample rate in Hz.
         channels: number of channels.
-        num_frames: samples per channel; None if only decoding determines it.
+        num_frames: number of samples per channel; None if it is not known before decoding.
         is_exact: whether `num_frames` is exact rather than an estimate.
-        note: warning about audio that is not read, final when all is read; None if there is none.
+        note: warning about audio that is not read, or None. It may change until the end of the file has been read.
     """
 
     rate: int
@@ -26,7 +26,7 @@ class Decoder(Protocol):
     note: str | None
 
     def read(self, count: int) -> np.ndarray:
-        """Return up to `count` samples, float32, shape [n, channels]; n is 0 at the end."""
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
 
     def seek(self, position: int) -> None:
         """Set the position to a sample."""
@@ -36,7 +36,10 @@ class Decoder(Protocol):
 
 
 class _Sequential(soundfile.SoundFile):  # type: ignore[misc]  # soundfile declares no types
-    """A file in which libsndfile cannot seek, but reports that it can; soundfile would seek after every read."""
+    """File that libsndfile wrongly reports as seekable.
+
+    soundfile seeks after every read of a file that is reported as seekable.
+    """
 
     def seekable(self) -> bool:
         """Return False."""
@@ -47,17 +50,17 @@ class SndfileDecoder:
     """Decoder that uses libsndfile.
 
     Args:
-        source: path as text or bytes, file object, or file descriptor; the decoder closes a descriptor.
+        source: path as text or bytes, file object, or file descriptor. The decoder closes a file descriptor.
 
     Attributes:
-        is_headerless: whether libsndfile chose the encoding by the suffix of the file's name (.gsm, .vox).
+        is_headerless: whether libsndfile found no header and chose the encoding by the file's suffix (.gsm, .vox).
     """
 
     note: str | None = None
 
     def __init__(self, source: Any) -> None:
         self._file = soundfile.SoundFile(source)
-        # libsndfile seeks only to the beginning of DWVW, a codec of AIFF.
+        # In DWVW, a codec for AIFF files, libsndfile can seek only to the beginning.
         self._is_sequential = self._file.subtype.startswith("DWVW")
         if self._is_sequential:
             self._file.__class__ = _Sequential
@@ -65,17 +68,17 @@ class SndfileDecoder:
         self.channels: int = self._file.channels
         unknown = self._file.frames >= UNKNOWN_BYTES // (8 * self.channels)
         self.num_frames: int | None = None if unknown else self._file.frames
-        # MPEG headers hold estimates. `find_streams` has already compared them with the frames.
+        # The length of MPEG audio is an estimate. `find_streams` has already compared it with the frames.
         self.is_exact = self._file.format != "MP3"
         self.is_headerless = self._file.format == "RAW"
-        # libFLAC reports tags and padding behind the last sample as damage, so reading stops before them.
+        # libFLAC reports tags and padding after the last sample as damage, so reading stops before them.
         self._stops_at_end = self._file.format == "FLAC"
 
     def read(self, count: int) -> np.ndarray:
-        """Return up to `count` samples, float32, shape [n, channels]; n is 0 at the end."""
+        """Return up to `count` float32 samples, shape [n, channels]; n is 0 at the end."""
         if self._stops_at_end and self.num_frames is not None:
             count = min(count, self.num_frames - self._file.tell())
-        # Read into a buffer: without one, soundfile returns at most the number of samples that the header claims.
+        # Without a buffer to fill, soundfile would return at most the number of samples that the header claims.
         samples: np.ndarray = self._file.read(out=np.empty((count, self.channels), np.float32))
         return samples
 
@@ -94,5 +97,5 @@ class SndfileDecoder:
 
 
 def sndfile_reason(error: Exception) -> str:
-    """Return the reason that an exception of soundfile reports, without the file name in front of it."""
+    """Return the reason in an exception of soundfile, without the file name in front of it."""
     return str(error).rpartition(": ")[2].rstrip(".")

@@ -13,14 +13,15 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a folder.
+    """Hold a lock on a folder in this context.
 
-    The lock is on the folder itself. Network drives that only lock files get a file `.lock` in it, which stays. The
-    system releases the lock when the process ends in any way. Systems without such locks are not locked.
+    The folder itself is locked. On network drives that can lock only files, the file `.lock` in the folder is locked
+    instead; it is not removed afterwards. The system releases the lock when the process ends for any reason. Nothing
+    is locked on systems without such locks.
 
     Args:
         folder: an existing folder.
-        shared: hold a lock that excludes exclusive locks only.
+        shared: whether to hold a lock that several runs can share; it excludes only exclusive locks.
 
     Raises:
         NemoLfrError: if another run holds the lock.
@@ -33,12 +34,12 @@ def exclusive(folder: Path, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def exclusive_file(path: Path, message: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which is created if it does not exist and stays.
+    """Hold an exclusive lock on a file in this context.
 
-    Network drives share locks on files between machines, but not those on folders.
+    On network drives, other machines see locks on files, but not locks on folders.
 
     Args:
-        path: the file, in an existing folder.
+        path: file in an existing folder. It is created if it does not exist, and is not removed afterwards.
         message: message of the error.
 
     Raises:
@@ -51,7 +52,7 @@ def exclusive_file(path: Path, message: str) -> Iterator[None]:
 
 
 def _lock(folder: Path, stack: ExitStack, shared: bool) -> bool | None:
-    """Try to lock a folder, or else a file in it; see `lock`. The stack closes what was opened."""
+    """Try to lock a folder, or a file in it if folders cannot be locked; see `lock` for the result."""
     for path, flags in ((folder, os.O_RDONLY), (folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)):
         if (locked := _lock_path(path, flags, stack, shared)) is not None:
             return locked

@@ -1,4 +1,4 @@
-"""Recursive file search for all commands, with a report of the skipped files."""
+"""Search folders for files, and report which files were skipped."""
 
 import glob
 import logging
@@ -12,8 +12,8 @@ from nemo_lfr.errors import NemoLfrError, shorten
 
 logger = logging.getLogger(__name__)
 
-# Suffixes that libsndfile reads without other packages. Excluded: .raw, which has no sample rate, and .mat, which is
-# rarely audio.
+# Suffixes of files that libsndfile reads without other packages. .raw is not among them, since such files have no
+# sample rate. Neither is .mat, since such files are rarely audio.
 SOUND_SUFFIXES = frozenset(
     {
         ".wav",
@@ -55,20 +55,20 @@ SOUND_SUFFIXES = frozenset(
         ".xi",
     }
 )
-# Containers and codecs that need the extra `media`; without it, reading one raises an error that names the extra.
-# Excluded: .ts, which is often source code.
+# Suffixes of files that need the extra `media`. Without it, reading such a file raises an error with the command that
+# installs it. .ts is not among them, since such files are often source code.
 MEDIA_SUFFIXES = frozenset(
     {
         *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3gp", ".3ga", ".3g2", ".webm", ".weba", ".mka", ".mkv"),
         *(".aac", ".adts", ".wma", ".wmv", ".asf", ".amr", ".awb", ".avi", ".flv", ".ac3", ".eac3", ".ec3", ".dts"),
         *(".wv", ".tta", ".ape", ".mpc", ".tak", ".thd", ".mlp", ".latm", ".loas", ".ra", ".rm", ".spx", ".ogv"),
         *(".ogx", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob", ".sox"),
-        # Refused, with a message that says to convert them.
+        # Files that cannot be read. The error message says how to convert them.
         *(".dsf", ".dff", ".qcp", ".shn", ".nut", ".oma", ".aa3"),
     }
 )
 AUDIO_SUFFIXES = SOUND_SUFFIXES | MEDIA_SUFFIXES
-# Folders of operating systems, network drives and notebooks, in lower case. Hidden names are always skipped.
+# Names of folders that operating systems, network drives and notebooks create, in lower case.
 SYSTEM_FOLDERS = frozenset(
     {
         "__macosx",
@@ -88,7 +88,7 @@ SYSTEM_FOLDERS = frozenset(
 # Maximum length of a file name in bytes on the file systems of Linux, macOS and Windows.
 MAX_NAME = 255
 _SEPARATORS = {"/", os.sep}
-NAMED = 5  # maximum number of reasons, and of folders, in the report
+NAMED = 5  # maximum number of reasons, and of unreadable folders, that the report lists
 
 
 def find_files(
@@ -98,17 +98,17 @@ def find_files(
     silent_suffixes: Collection[str] = (),
     report: Callable[[str], None] = logger.warning,
 ) -> list[Path]:
-    """Find the files below a folder that have one of some suffixes, in a fixed order.
+    """Find the files below a folder whose names have certain suffixes.
 
     Hidden files and folders and system files (`._*`, `__MACOSX`, `@eaDir` ...) are skipped. Links are followed. A
     folder that is reached more than once, for example by a link to its parent, is read once. A broken link is returned
     too, so that opening it raises an error with its name.
 
     Args:
-        root: the folder; it may itself be hidden.
+        root: folder to search; it may itself be hidden.
         suffixes: suffixes in lower case, with the dot; the comparison ignores case.
-        silent_suffixes: suffixes of companion files, such as transcripts, that are not counted as skipped.
-        report: called at most once, with one line that says how many files were skipped and why.
+        silent_suffixes: suffixes of companion files, such as transcripts, which are not reported as skipped.
+        report: function that is called at most once, with one line that says how many files were skipped and why.
 
     Returns:
         The sorted paths.
@@ -128,9 +128,9 @@ def find_files(
 def find_matches(pattern: str) -> list[str]:
     """Return the paths that match a glob pattern, sorted.
 
-    `**` matches any number of folders, and `FOLDER/**` matches the folder. As in `glob.glob`, a hidden name matches
-    only if the pattern contains its dot. Links to folders are followed. A folder that is reached more than once, for
-    example by a link to its parent, is read once.
+    `**` matches any number of nested folders, and `FOLDER/**` matches only the folder itself. As in `glob.glob`, a
+    hidden name matches only if the pattern contains its dot. Links to folders are followed. A folder that is reached
+    more than once, for example by a link to its parent, is read once.
     """
     head, star, tail = pattern.partition("**")
     if not star or (head and head[-1] not in _SEPARATORS) or (tail and tail[0] not in _SEPARATORS):
@@ -148,7 +148,7 @@ def find_matches(pattern: str) -> list[str]:
 
 
 def _folders_below(root: str) -> Iterator[str]:
-    """Yield a folder and all folders below it that are not hidden, once each."""
+    """Yield a folder and all folders below it once, except hidden ones."""
     seen = {_identity(os.stat(root))}
 
     def is_new(path: str) -> bool:
@@ -179,7 +179,7 @@ class _Walk:
         self.unread: list[str] = []
         self._seen = {_identity(os.stat(root))}
         self._folders = [self.root]
-        # Links are read after all real folders, so that a link never replaces the folder that it refers to.
+        # Links are followed after all folders were read, so that files have the path of the folder, not of the link.
         self._links: deque[str] = deque()
         while self._folders or self._links:
             if self._folders:
@@ -210,13 +210,13 @@ class _Walk:
     def _take(self, entry: "os.DirEntry[str]") -> None:
         suffix = os.path.splitext(entry.name)[1].lower()
         hidden = entry.name.startswith(".")
-        # Most entries are plain files. The folder listing contains their type, which avoids a `stat` call for each.
+        # Most entries are regular files. The folder listing contains their type, so that most need no `stat` call.
         is_file, status = entry.is_file(follow_symlinks=False), None
         if not is_file:
             try:
                 status = entry.stat()
             except OSError as error:
-                if not hidden and suffix in self.suffixes and entry.is_symlink():  # fails with its name when opened
+                if not hidden and suffix in self.suffixes and entry.is_symlink():  # a broken link
                     self.found.append(Path(entry.path))
                 else:
                     self.passed[f"unreadable ({error.strerror})"] += 1
@@ -247,7 +247,7 @@ class _Walk:
             self._folders.append(entry.path)
 
     def passed_over(self) -> str:
-        """Return a one-line report of the skipped files; empty if there are none."""
+        """Return a one-line report of the skipped files, or an empty string if none were skipped."""
         if not self.passed and not self.unread:
             return ""
         order = sorted(self.passed.items(), key=lambda item: (-item[1], item[0]))

@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a local path, the bundled codec, or a repository of the Hugging Face Hub and its cache."""
+"""Find a checkpoint by a local path or a name, or in a repository of the Hugging Face Hub or the Hub's cache."""
 
 import contextlib
 import logging
@@ -19,21 +19,24 @@ from nemo_lfr.io.locate import (
 
 logger = logging.getLogger(__name__)
 
-# Model names in model cards and tutorials, and the Hub repositories that they refer to.
+# Model names in NVIDIA's model cards and tutorials, and the Hub repositories that they refer to.
 ALIASES = {"audio_codec_low_frame_rate_22khz": LFR}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 LICENSES = {LFR: "NVIDIA's NSCLv1 (research and other non-commercial use only)"}
 
 
 def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False) -> Path:
-    """Return the local `.nemo` or checkpoint folder of a path, a Hub id or a known name.
+    """Return the local path of a checkpoint, and download the checkpoint if necessary.
 
     Args:
-        source: path (see `locate_checkpoint`), Hub id or name; None for the bundled codec.
-        refresh: download again, even if the file is in the Hub's cache.
+        source: path (see `locate_checkpoint`), Hub id such as "OWNER/NAME", or model name; None for the bundled codec.
+        refresh: download the checkpoint again, even if it is in the Hub's cache.
+
+    Returns:
+        Path of a `.nemo` or `.ckpt` file, or of a folder with config and weights.
 
     Raises:
-        CheckpointError: if it is neither a file nor a repository that is cached or can be downloaded.
+        CheckpointError: if the path does not exist, or the repository is neither cached nor can be downloaded.
     """
     if source is None:
         return bundled_checkpoint()
@@ -46,7 +49,8 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
     if os.path.splitext(path)[1].lower() in MODEL_SUFFIXES or not HUB_ID.fullmatch(repository):
         raise CheckpointError(f"{shorten(text, 300) or repr(text)}: no such file, and not a Hub id such as {LFR}.")
     if repository not in LICENSES and looks_local(text):
-        # The owner's name is also a local folder. The repository is used only if it is already in the cache.
+        # A local folder has the same name as the owner of the repository, so the user may mean a path. The repository
+        # is therefore used only if it is in the cache.
         if (cached := _cached(repository)) is not None and not refresh:
             return cached
         first = text.partition("/")[0]
@@ -58,7 +62,7 @@ def find_checkpoint(source: str | os.PathLike[str] | None, refresh: bool = False
 
 
 def _cached(repository: str) -> Path | None:
-    """Find the repository's only `.nemo`, or its unpacked checkpoint, in the Hub's cache; None if not found."""
+    """Find a repository's checkpoint in the Hub's cache; None if it is not there, or there are several."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -81,10 +85,13 @@ def _cached(repository: str) -> Path | None:
 
 
 def _in_snapshot(repository: str) -> list[Path]:
-    """List the `.nemo` files of the only snapshot in the Hub's cache, or return the snapshot if it is unpacked.
+    """List the checkpoints in the only snapshot that the Hub's cache has of a repository.
 
-    A snapshot that was downloaded by its commit, or copied without links and references, has no branch name in the
-    cache, so the Hub's client does not find it.
+    The Hub's client does not find a snapshot that was downloaded by its commit, or copied without links and
+    references, since the cache has no branch name for it.
+
+    Returns:
+        The `.nemo` files, or the folder of the snapshot if it contains config and weights.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -99,12 +106,12 @@ def _in_snapshot(repository: str) -> list[Path]:
 
 
 def _usual_name(repository: str) -> str:
-    """Return the usual name of a repository's `.nemo`, as in NeMo's `from_pretrained`."""
+    """Return the usual name of a repository's `.nemo` file, which NeMo's `from_pretrained` expects, too."""
     return repository.partition("/")[2] + ".nemo"
 
 
 def _download(repository: str, refresh: bool) -> Path:
-    """Return the repository's `.nemo` or checkpoint folder, from the Hub's cache or by download."""
+    """Return a repository's checkpoint from the Hub's cache, or download it."""
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -112,7 +119,7 @@ def _download(repository: str, refresh: bool) -> Path:
         if not refresh and (cached := _cached(repository)) is not None:
             return cached
         if repository in LICENSES:
-            logger.warning("%s: these weights are under %s.", repository, LICENSES[repository])
+            logger.warning("%s: the license of these weights is %s.", repository, LICENSES[repository])
         try:
             return Path(hf_hub_download(repository, _usual_name(repository), force_download=refresh))
         except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError: the network is not available
@@ -124,7 +131,8 @@ def _download(repository: str, refresh: bool) -> Path:
                 return Path(snapshot_download(repository, allow_patterns=list(files), force_download=refresh))
             if len(found) != 1:
                 raise CheckpointError(
-                    f"{repository}: contains {len(found)} .nemo files, expected one: {found}."
+                    f"{repository}: the repository contains {len(found)} .nemo files {found}, but one was expected; "
+                    "download one of them and pass its path."
                 ) from None
             return Path(hf_hub_download(repository, found[0], force_download=refresh))
     except CheckpointError:
@@ -133,11 +141,11 @@ def _download(repository: str, refresh: bool) -> Path:
         if len(cached_files := _in_snapshot(repository)) > 1:
             listing = shorten(", ".join(path.name for path in cached_files), 200)
             raise CheckpointError(
-                f"{repository}: its copy in the Hub's cache contains {len(cached_files)} .nemo files ({listing}), and "
+                f"{repository}: the copy in the Hub's cache contains {len(cached_files)} .nemo files ({listing}), and "
                 f"the Hub cannot be reached; pass the path of one of them, in {cached_files[0].parent}."
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{repository}: could not be downloaded from the Hub and is not in the local cache ({reason}); check the "
-            "name and the network, or pass the path of a downloaded .nemo file."
+            f"{repository}: the repository could not be downloaded from the Hub and is not in the local cache "
+            f"({reason}); check the name and the network, or pass the path of a downloaded .nemo file."
         ) from error

@@ -1,4 +1,4 @@
-"""Append-only JSON-lines log for resuming long jobs, and the progress-callback type."""
+"""Append-only log in JSON lines for resuming long jobs, and the type of progress callbacks."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.atomic import naming, write_bytes
 from nemo_lfr.io.regular import open_regular
 
-# File names need not be valid UTF-8. This error handler escapes an invalid byte in such a way that JSON restores it.
+# File names need not be valid UTF-8. This error handler writes an invalid byte as an escape sequence of JSON.
 ANY_NAME = "backslashreplace"
 # `progress(total)` is a context manager that yields `advance(message)`, which is called after each item.
 Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 
 
 class Journal:
-    """Append-only JSON-lines file; each entry is on disk before `add` returns.
+    """Append-only file of JSON lines. Each entry is on disk before `add` returns.
 
-    The caller holds the lock of the output folder (`nemo_lfr.io.exclusive`), so that two jobs cannot write to it at
-    the same time. Reading skips incomplete lines of killed jobs.
+    The caller must hold the lock of the output folder (`nemo_lfr.io.exclusive`), so that two jobs cannot write to the
+    file at the same time. Lines that a killed job left incomplete are skipped when the file is read.
 
     Args:
-        path: the file; it is created if missing.
+        path: the file; it is created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,14 +34,14 @@ class Journal:
     def __enter__(self) -> "Journal":
         if self.path.is_symlink():
             raise NemoLfrError(
-                f"{self.path}: is a link, and links are not followed; remove it, or choose another --out."
+                f"{self.path}: the file is a link, and links are not followed; remove it, or choose another --out."
             )
-        if self.path.exists():  # opening a named pipe for appending would block until a reader opens it
+        if self.path.exists():  # opening a named pipe for appending would block until another process reads from it
             open_regular(self.path, advice="remove it, or choose another --out").close()
         self._file = open(self.path, "a", encoding="utf-8", errors=ANY_NAME)
         try:
             with naming(self.path):
-                self._file.write("\n")  # ends a line that a killed job left incomplete
+                self._file.write("\n")  # ends a line that a killed job may have left incomplete
                 self._file.flush()
         except BaseException:
             self.__exit__(None, None, None)
@@ -51,7 +51,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # the full disk that `add` has already reported
+        with suppress(OSError):  # `add` has already reported a full disk
             self._file.close()
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,13 +62,16 @@ class Journal:
                 continue
 
     def entries(self, length: int) -> Iterator[list[Any]]:
-        """Yield the entries that are lists of this length and start with a string; an edited file may hold others."""
+        """Yield the entries that are lists of this length and start with a string.
+
+        Other entries, which a file may contain if a user edited it, are skipped.
+        """
         for entry in self:
             if isinstance(entry, list) and len(entry) == length and isinstance(entry[0], str):
                 yield entry
 
     def add(self, entry: Any) -> None:
-        """Append an entry, which JSON can represent, and flush it to disk."""
+        """Append an entry, and wait until it is on disk. JSON must be able to represent the entry."""
         with naming(self.path):
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._file.flush()

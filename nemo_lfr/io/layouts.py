@@ -1,7 +1,7 @@
-"""Readers of speech corpora on disk: the layouts of published archives, and plain folders of audio.
+"""List the utterances of a speech corpus on disk: a published corpus, a folder of audio files, or a table.
 
-Lhotse's recipes for the same archives stop at the first file that cannot be read. These readers only list the
-utterances; the caller opens the files and can skip unreadable ones.
+Each function of `LAYOUTS` lists the utterances of one kind of corpus without opening the audio files, so that the
+caller can skip unreadable ones. Lhotse's recipes for the same corpora stop at the first unreadable file.
 """
 
 import logging
@@ -19,20 +19,21 @@ from nemo_lfr.io.text import decode, read_lines
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
-# Maximum characters of a field. A longer one is not a sentence: a closing quote or a line end is missing.
+# Maximum number of characters in a field. A longer field is not a sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
 
 
 @dataclass(frozen=True)
 class CorpusUtterance:
-    """One recording of a corpus.
+    """One utterance that a corpus lists.
 
     Attributes:
-        path: path relative to the corpus.
-        speaker: the corpus's label of the speaker.
-        split: one of `SPLITS`; None if the corpus has no splits.
-        labels: further labels of the corpus: "lang", "text".
-        problem: why it cannot be used, such as a transcript that is not UTF-8; `path` then locates the problem.
+        path: path of the audio file, relative to the folder of the corpus. If there is a problem, it may be the place
+            of the problem instead, such as a line of a table.
+        speaker: name of the speaker in the corpus; empty if unknown.
+        split: one of `SPLITS`; None if the corpus does not assign the utterance to a split.
+        labels: further labels: "lang" and "text".
+        problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
     """
 
     path: Path
@@ -43,7 +44,7 @@ class CorpusUtterance:
 
 
 def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
-    """LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
+    """Read LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
     for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
         for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
@@ -61,7 +62,7 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def mls(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
+    """Read Multilingual LibriSpeech (openslr.org/94): mls_LANGUAGE/SPLIT/transcripts.txt, audio/SPEAKER/BOOK/*."""
     for transcript in _named(corpus, "transcripts.txt"):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
@@ -82,11 +83,11 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
+    """Read Common Voice: LANGUAGE/{train,dev,test}.tsv with clips/*.mp3, or ss-corpus-*.tsv with audios/*.
 
-    Scripted Speech has the columns `client_id`, `path`, `sentence` and `locale`; Spontaneous Speech `client_id`,
-    `audio_file`, `transcription`, `language` and `split`. A row that does not fit its header is an utterance with a
-    problem.
+    Tables of Scripted Speech have the columns `client_id`, `path`, `sentence` and `locale`. Tables of Spontaneous
+    Speech have `client_id`, `audio_file`, `transcription`, `language` and `split`. A row that does not fit the header
+    of its table is an utterance with a problem.
 
     Raises:
         ValueError: if a table lacks one of these columns.
@@ -124,7 +125,7 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
-    """VCTK 0.92 (wav48_silence_trimmed, first microphone) and 0.80 (wav48), with txt/SPEAKER/*.txt."""
+    """Read VCTK 0.92 (wav48_silence_trimmed, first microphone) or 0.80 (wav48), with txt/SPEAKER/*.txt."""
     for path in sorted([*_named(corpus, "wav48_silence_trimmed/*/*_mic1.flac"), *_named(corpus, "wav48/*/*.wav")]):
         speaker = path.parent.name
         text = path.parents[2] / "txt" / speaker / f"{path.stem.removesuffix('_mic1')}.txt"
@@ -133,9 +134,10 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
 
 
 def folder(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Audio files below a folder; subfolders name the speakers, and a .txt file beside a recording has its text.
+    """Read the audio files below a folder.
 
-    Labels in AudioFolder's `metadata.csv`, `.tsv` or `.jsonl` replace these.
+    The name of a subfolder is the speaker. A .txt file beside an audio file contains the text. If there is a table
+    `metadata.csv`, `metadata.tsv` or `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence.
     """
     rows = {row.path: row for row in _metadata(corpus)}
     for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
@@ -148,11 +150,11 @@ def folder(corpus: Path) -> Iterator[CorpusUtterance]:
         else:
             yield replace(row, speaker=row.speaker or speaker)
     for row in rows.values():
-        yield row if row.problem else replace(row, problem="is listed in a table, but does not exist")
+        yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
 
 
 def table(path: Path) -> Iterator[CorpusUtterance]:
-    """CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder."""
+    """Read a CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder."""
     from nemo_lfr.io.manifests import resolve_audio_path  # imports the audio readers, which help texts do not need
 
     for row in read_table(path):
@@ -172,7 +174,7 @@ def table(path: Path) -> Iterator[CorpusUtterance]:
 
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
-    """Yield the rows of AudioFolder's tables below a folder."""
+    """Yield the rows of all tables below a folder that have AudioFolder's names, such as metadata.csv."""
     for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
@@ -193,15 +195,15 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
 
 
 def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
-    """Assign the utterances without a split to "train" or "valid".
+    """Assign each utterance without a split to "train" or "valid".
 
-    Speakers are held out as a whole. If there is only one speaker, files are held out. The choice depends on a hash of
-    the speaker's name or the file's path, so a growing corpus keeps its validation set. With a share between 0 and 1
-    and at least two speakers (or files), both splits get at least one.
+    All utterances of a speaker get the same split. If there is only one speaker, single files are held out. The choice
+    depends on a hash of the speaker's name or the file's path, so that a growing corpus keeps its validation set. If
+    the share is between 0 and 1 and there are at least two speakers (or files), each split gets at least one.
 
     Args:
-        utterances: utterances, whose `split` is None if it is to be assigned.
-        share: fraction of the speakers or files to hold out.
+        utterances: utterances, some of which may have a split already.
+        share: fraction of the speakers or files to assign to "valid".
 
     Returns:
         The utterances in the same order, all with a split.
@@ -228,7 +230,7 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
 
 
 def _named(corpus: Path, pattern: str) -> list[Path]:
-    """Find the files whose last names match a pattern, in folders that `find_files` reads."""
+    """Find the files below a folder whose paths end with a match of a pattern; see `find_files`."""
     suffix = pattern[pattern.rindex(".") :]
     return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
@@ -239,18 +241,25 @@ def _split(name: str) -> str:
 
 
 def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:
-    """Read the text file beside a recording; return its labels, and the reason if it cannot be read."""
+    """Read the text file beside a recording.
+
+    Returns:
+        Labels with the text (empty if the file does not exist), and a problem if the file cannot be read, else None.
+    """
     try:
         if not os.path.lexists(transcript):  # a broken link counts as an unreadable transcript
             return {}, None
         lines = [decode(line) for line in read_lines(transcript)]
     except (OSError, ValueError) as error:
-        return {}, f"its transcript {transcript.name}: {_why(error, transcript)}"
+        return {}, f"the transcript {transcript.name}: {_why(error, transcript)}"
     return {"text": " ".join(line for line in lines if line.strip())}, None
 
 
 def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[str | None, str, str | None]]:
-    """Yield name, text and problem of each line; for an unreadable file, an empty name and the file's location."""
+    """Yield the name, the text and the problem (or None) of each line.
+
+    If the file cannot be read, the only result is None, the path of the file, and the problem.
+    """
     try:
         lines = read_lines(path)
     except (OSError, ValueError) as error:
@@ -263,27 +272,32 @@ def _transcripts(path: Path, corpus: Path, separator: bytes) -> Iterator[tuple[s
         try:
             yield decode(name), decode(text), None
         except ValueError as error:
-            yield shorten(name.decode(errors="replace")), "", f"its line of {path.name}: {error}"
+            yield shorten(name.decode(errors="replace")), "", f"the line in {path.name}: {error}"
 
 
 def _row(line: bytes, columns: list[str]) -> dict[str, str]:
     """Return the fields of a table's line by column. Quotes have no special meaning.
 
     Raises:
-        ValueError: if it is not UTF-8, has another number of fields, or one beyond `MAX_FIELD`.
+        ValueError: if the line is not UTF-8, has another number of fields than the header, or has a field of more than
+            `MAX_FIELD` characters.
     """
     fields = decode(line).split("\t")
     if len(fields) != len(columns):
-        raise ValueError(f"a row of {len(fields)} fields, where the header has {len(columns)}: {shorten(fields)}")
+        raise ValueError(f"the row has {len(fields)} fields, but the header has {len(columns)}: {shorten(fields)}")
     row = dict(zip(columns, fields, strict=True))
     for name, value in row.items():
         if len(value) > MAX_FIELD:
-            raise ValueError(f"its field {name!r} has {len(value)} characters, more than {MAX_FIELD}")
+            raise ValueError(f"the field {name!r} has {len(value)} characters; the limit is {MAX_FIELD}")
     return row
 
 
 def _below(name: str) -> Path:
-    """Return the name of a file in a table; raise unless it is inside the folder of the clips."""
+    """Return the path of a clip that a table names.
+
+    Raises:
+        ValueError: if the path is empty, or is not inside the folder of the clips.
+    """
     path = Path(name)
     if not name.strip() or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{shorten(name)!r} is not the name of a file in the folder of the clips")
@@ -291,11 +305,11 @@ def _below(name: str) -> Path:
 
 
 def _is_file_name(name: str) -> bool:
-    """Return whether a name in a transcript is a plain file name, without folders."""
+    """Return whether a name in a transcript is a valid file name, without folders."""
     return name == Path(name).name and len(os.fsencode(name)) <= MAX_NAME - len(".flac")
 
 
 def _why(error: Exception, path: Path) -> str:
     if isinstance(error, NemoLfrError):  # the message already names the file
         return str(error).removeprefix(f"{printable(str(path))}: ").rstrip(".")
-    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"the file cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)

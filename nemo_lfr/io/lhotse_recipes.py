@@ -1,4 +1,4 @@
-"""Corpora listed by Lhotse's recipes, for `nemo-lfr prepare lhotse:NAME`."""
+"""List the utterances of a corpus with one of Lhotse's recipes, for `nemo-lfr prepare lhotse:NAME`."""
 
 import difflib
 import inspect
@@ -18,23 +18,24 @@ from nemo_lfr.io.shortage import require
 logger = logging.getLogger(__name__)
 
 PREFIX = "lhotse:"
-# First words of the names of splits. Other names, such as languages and microphones, are not splits.
+# First words in the names of splits. Parts of a corpus with other names, such as languages, are not splits.
 _SPLITS = {"train": "train", "dev": "valid", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 
 
 def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
-    """Return a reader of the corpora of a recipe, like those of `nemo_lfr.io.layouts.LAYOUTS`.
+    """Return a function that lists the utterances of a corpus with a Lhotse recipe.
 
-    Each recording is one utterance, with the texts of its supervisions joined in order of start, and the speaker and
-    language of the first one. If the corpus has no validation set, the utterances for training have no split, so that
-    `hold_out` chooses one. The recipe itself stops at the first file that it cannot read.
+    The function has the same form as those in `nemo_lfr.io.layouts.LAYOUTS`. Each recording becomes one utterance. Its
+    text joins the texts of all supervisions of the recording, and its speaker and language are those of the first
+    supervision. If the corpus has no validation set, the utterances for training get no split, so that `hold_out` can
+    assign one. Unlike the functions in `LAYOUTS`, recipes stop at the first file that they cannot read.
 
     Args:
         name: name of the recipe, such as "ljspeech" for `lhotse.recipes.prepare_ljspeech`.
 
     Raises:
-        NemoLfrError: if there is no such recipe, if it needs more than the folder of the corpus, or if it starts other
-            programs, which could run the names of files as commands.
+        NemoLfrError: if Lhotse has no such recipe, if the recipe needs more than the folder of the corpus, or if it
+            starts other programs (a shell could run parts of file names as commands).
         MissingExtraError: if Lhotse is not installed.
     """
     recipes = require("lhotse.recipes")
@@ -69,7 +70,7 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
                     f"{corpus}: Lhotse's recipe {name} failed ({type(error).__name__}: {reason}); check that this is "
                     "the folder that the recipe expects."
                 ) from error
-            utterances = list(_utterances(manifests, corpus, name))  # they may be read from the output folder
+            utterances = list(_utterances(manifests, corpus, name))  # before the temporary output folder is removed
         has_validation = any(utterance.split == "valid" for utterance in utterances)
         for utterance in utterances:
             from_train = utterance.split == "train" and not has_validation
@@ -79,7 +80,10 @@ def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
 
 
 def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = None) -> Iterator[CorpusUtterance]:
-    """Yield the utterances of a recipe's result: recordings and supervisions, or such results by split or language."""
+    """Yield the utterances in the result of a recipe.
+
+    The result contains recordings and supervisions, or maps splits, languages or other parts to such results.
+    """
     if not isinstance(manifests, Mapping):
         kind = type(manifests).__name__
         raise NemoLfrError(f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions.")
@@ -97,7 +101,7 @@ def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = Non
         yield _utterance(recording, own, corpus, split)
     if is_joined:
         logger.warning(
-            "recordings with several supervisions are one utterance each, with their texts joined in order and the "
+            "a recording with several supervisions becomes one utterance, with all texts joined in order and the "
             "speaker of the first supervision"
         )
 
@@ -115,15 +119,17 @@ def _utterance(recording: Any, supervisions: list[Any], corpus: Path, split: str
 
 
 def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
-    """Return the path of a recording relative to the corpus, and the reason if it cannot be used."""
+    """Return the path of a recording relative to the corpus, and a problem if it cannot be used, else None."""
     sources = recording.sources
     if len(sources) != 1 or sources[0].type != "file":
         kinds = shorten([source.type for source in sources])
-        return Path(recording.id), f"has sources of type {kinds}, not one file"
+        return Path(recording.id), f"the recording has sources of type {kinds}; expected one file"
     path = Path(os.path.abspath(sources[0].source))
     if not path.is_relative_to(corpus):
-        return Path(recording.id), f"its file {shorten(path)} is not in the folder of the corpus"
-    return path.relative_to(corpus), "the recipe changes its audio" if recording.transforms else None
+        return Path(recording.id), f"the file {shorten(path)} is not in the folder of the corpus"
+    return path.relative_to(
+        corpus
+    ), "the recipe modifies the audio of this recording" if recording.transforms else None
 
 
 def _split(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Resolution of user paths: `~`, checkpoint files and unpacked checkpoints."""
+"""Resolve paths that users pass: expand `~`, and find the checkpoint in a file or folder."""
 
 import os
 from collections.abc import Collection
@@ -7,26 +7,26 @@ from pathlib import Path
 
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
 
-# Members of a `.nemo` archive, and files of an unpacked one.
+# Members of a `.nemo` archive, and files in the folder of an unpacked one.
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
-# Files of a folder that `nemo-lfr export safetensors` wrote.
+# Files in a folder that `nemo-lfr export safetensors` wrote.
 SAFETENSORS_CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
-PREPROCESSOR = "preprocessor_config.json"  # read by transformers only
-# Folders that are a checkpoint have both files of one of these pairs; the first pair has precedence.
+PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
+# A folder is a checkpoint if it contains both files of a pair. The first pair has precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
-# Suffixes of model files. The name of a Hub repository may contain a dot but does not end with these.
+# Suffixes of model files. The name of a Hub repository may contain a dot, but is expected not to end with these.
 MODEL_SUFFIXES = frozenset(
     [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
 )
 
 
 def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
-    """Reject an argument that is not a path.
+    """Raise an error if an argument is not a path.
 
     Args:
-        path: the argument.
+        path: argument to check.
         error: class of the exception.
 
     Raises:
@@ -36,21 +36,21 @@ def check_path(path: object, error: type[NemoLfrError] = NemoLfrError) -> None:
     if not isinstance(text, str):
         raise error(f"{shorten(repr(path))} is not a path; pass a str or a pathlib.Path.")
     if "\0" in text:
-        raise error(f"{shorten(text, 300)!r} is not a path: it contains a NUL character.")
+        raise error(f"{shorten(text, 300)!r} is not a path, since it contains a NUL character.")
 
 
 def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> Path:
     """Expand `~` and `~user` in a path.
 
-    A name that begins with `~` but is not a home folder is returned unchanged.
+    A name that begins with `~` but is not a home folder is returned unchanged. An empty path is an error, since it
+    would silently become the current folder.
 
     Args:
-        path: the path.
+        path: path to expand.
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is neither text nor a path, or is empty: it would silently become the
-            current folder.
+        NemoLfrError: of class `error`, if `path` is neither text nor a path, or is empty.
     """
     check_path(path, error)
     if not os.fspath(path):
@@ -61,8 +61,8 @@ def expand_home(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLf
 def looks_local(name: str) -> bool:
     """Return whether a name is a local path rather than a Hub repository.
 
-    The path need not exist. A name is local if it has the suffix of a model file, starts like a path, or its first
-    folder exists.
+    The path need not exist. A name is local if it has the suffix of a model file, starts like a path (with `.`, `/` or
+    `~`, for instance), or if its first folder exists.
     """
     path = os.path.expanduser(name)
     if path.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or "\\" in path:
@@ -74,31 +74,31 @@ def looks_local(name: str) -> bool:
 
 
 def check_model_name(name: str, error: type[NemoLfrError] = NemoLfrError) -> None:
-    """Reject a local model path that does not exist.
+    """Raise an error if a model is a local path that does not exist.
 
-    Without this check, another package would request the name from the Hub.
+    Without this check, another package would request the path as a repository from the Hub.
 
     Args:
-        name: the model name or path.
+        name: name of a Hub repository, or local path.
         error: class of the exception.
 
     Raises:
-        NemoLfrError: of class `error`, if the name is empty or the path does not exist.
+        NemoLfrError: of class `error`, if the name is empty, or is a local path that does not exist.
     """
     if not name or (looks_local(name) and not os.path.exists(os.path.expanduser(name))):
         raise error(f"{shorten(name, 300) or repr(name)}: no such file or folder.")
 
 
 def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint that a local path refers to; `~` is expanded.
+    """Return the checkpoint that a local path refers to, and expand `~`.
 
     Args:
-        source: a `.nemo` or `.ckpt` file, the folder of an unpacked `.nemo`, a folder with `config.json` and
-            `model.safetensors`, a folder with one `.nemo` file, as `huggingface_hub.snapshot_download` returns, or a
-            repository's folder in the Hub's cache.
+        source: one of: a `.nemo` or `.ckpt` file; the folder of an unpacked `.nemo`; a folder with `config.json` and
+            `model.safetensors`; a folder with one `.nemo` file, as `huggingface_hub.snapshot_download` returns; the
+            folder of a repository in the Hub's cache.
 
     Returns:
-        The file, or the folder of an unpacked `.nemo` or of a safetensors file.
+        Path of the checkpoint file, or of the folder that contains config and weights.
 
     Raises:
         CheckpointError: if there is no checkpoint, more than one, or the path is not a regular file (a pipe, device or
@@ -110,27 +110,27 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such file.")
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: a link to a missing file; download the file again.")
+        raise CheckpointError(f"{path}: the path is a link to a missing file; download the file again.")
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: not a regular file; pass a .nemo or .ckpt file.")
     return path
 
 
 def folder_files(names: Collection[str]) -> tuple[str, str] | None:
-    """Find the config and the weights among the names in a folder; None unless the folder is a checkpoint."""
+    """Return the names of the config and the weights among the names in a folder; None if it is no checkpoint."""
     return next((pair for pair in FOLDERS if all(name in names for name in pair)), None)
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Return whether a folder is that of an unpacked `.nemo`, or has `config.json` and `model.safetensors`."""
+    """Return whether a folder contains an unpacked `.nemo`, or `config.json` and `model.safetensors`."""
     return any(all(os.path.exists(folder / name) for name in pair) for pair in FOLDERS)
 
 
 def _snapshot(folder: Path) -> Path:
-    """Return the snapshot in a repository's folder of the Hub's cache (`models--OWNER--NAME`): that of `main`.
+    """Return the snapshot of `main` in a repository's folder in the Hub's cache (`models--OWNER--NAME`).
 
     Raises:
-        CheckpointError: if there is none, or several without a reference to one.
+        CheckpointError: if there is no snapshot, or there are several and `main` refers to none of them.
     """
     try:
         snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
@@ -139,10 +139,11 @@ def _snapshot(folder: Path) -> Path:
             if chosen := [path for path in snapshots if path.name == commit]:
                 return chosen[0]
     except OSError as error:
-        raise CheckpointError(f"{folder / 'snapshots'}: cannot be read ({error.strerror}).") from error
+        path = folder / "snapshots"
+        raise CheckpointError(f"{path}: the folder cannot be read ({error.strerror}).") from error
     if len(snapshots) != 1:
         raise CheckpointError(
-            f"{folder}: a folder of the Hub's cache with {len(snapshots)} snapshots and no reference to any of them; "
+            f"{folder}: the folder in the Hub's cache has {len(snapshots)} snapshots and no reference to one of them; "
             "pass the path of a snapshot, or download the repository again."
         )
     return snapshots[0]
@@ -170,13 +171,20 @@ def _in_folder(folder: Path) -> Path:
         return folder
     if archives:
         listing = shorten(", ".join(archives), 200)
-        raise CheckpointError(f"{folder}: contains {len(archives)} .nemo files ({listing}); pass one of them.")
+        raise CheckpointError(
+            f"{folder}: the folder contains {len(archives)} .nemo files ({listing}); pass the path of one of them."
+        )
     if members:
         missing = WEIGHTS_MEMBER if members[0] == CONFIG_MEMBER else CONFIG_MEMBER
-        raise CheckpointError(f"{folder}: has {members[0]}, but not the {missing} that belongs to it.")
+        raise CheckpointError(
+            f"{folder}: the folder has {members[0]}, but no {missing}; unpack or download the checkpoint again."
+        )
     if SAFETENSORS in names:
-        raise CheckpointError(f"{folder}: has {SAFETENSORS}, but not the {SAFETENSORS_CONFIG} that belongs to it.")
+        raise CheckpointError(
+            f"{folder}: the folder has {SAFETENSORS}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
+        )
     pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
-        f"{folder}: a folder without a checkpoint: no .nemo file, {pairs}, no ONNX files; pass a .nemo or .ckpt file."
+        f"{folder}: the folder contains no checkpoint: no .nemo file, {pairs}, no ONNX files; pass a .nemo or .ckpt "
+        "file."
     )

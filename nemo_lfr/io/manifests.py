@@ -1,4 +1,4 @@
-"""Reader for NeMo manifests: JSON lines with one recording each."""
+"""Read NeMo manifests, which list one recording per line as a JSON object."""
 
 import hashlib
 import json
@@ -19,28 +19,36 @@ from nemo_lfr.io.text import decode, is_missing, read_lines
 
 logger = logging.getLogger(__name__)
 
-# Longer than any recording; a larger value is an error.
-MAX_SECONDS = 1e7
+MAX_SECONDS = 1e7  # maximum offset and duration; a larger value in a manifest is an error
 ID_DIGITS = 12  # number of hex digits in the hash that identifies a line
 # Exceptions raised by a malformed manifest line.
 NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 def line_id(line: bytes) -> str:
-    """Return an id for a manifest line that has no usable clip name."""
+    """Return an id for a manifest line from which no clip name can be read."""
     return "line-" + hashlib.sha256(line).hexdigest()[:ID_DIGITS]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One entry of a manifest."""
+    """A recording that a manifest lists.
+
+    Attributes:
+        dataset: name of the dataset.
+        path: path of the audio file.
+        name: `audio_filepath` as the manifest has it.
+        offset: start of the recording in the file, in seconds.
+        duration: duration in seconds.
+        labels: all values of the entry in the manifest.
+    """
 
     dataset: str
     path: Path
-    name: Path  # relative to the dataset's audio_dir
-    offset: float  # seconds
+    name: Path
+    offset: float
     duration: float
-    labels: dict[str, Any] = field(default_factory=dict, compare=False)  # all values of the entry
+    labels: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_manifest(
@@ -49,23 +57,24 @@ def read_manifest(
     dataset: str = "",
     on_bad_line: Callable[[str], None] | None = None,
 ) -> list[Recording]:
-    """Read a NeMo manifest in JSON lines, or a table of `nemo_lfr.io.tables`.
+    """Read a NeMo manifest (JSON lines), or a table that `nemo_lfr.io.tables` reads.
 
-    Entries have `audio_filepath`, and `offset` and `duration` in seconds. A missing duration is read from the header
-    of the audio file. An invalid entry (malformed JSON, an infinite duration, an impossible file name) is skipped and
-    reported once.
+    An entry has `audio_filepath`, and `offset` and `duration` in seconds. If an entry has no duration, the duration of
+    the audio file is used. An invalid entry (malformed JSON, an infinite duration, an impossible file name) is skipped
+    and reported.
 
     Args:
-        path: the manifest; `~` is expanded.
-        audio_dir: folder of relative paths; the manifest's folder if None. See `resolve_audio_path`.
+        path: path of the manifest or table; `~` is expanded.
+        audio_dir: folder that relative paths of audio files start from (default: the folder of the manifest). See
+            `resolve_audio_path`.
         dataset: name of the dataset, stored in each recording.
-        on_bad_line: called with a message for each skipped line; by default the message is logged as a warning.
+        on_bad_line: function that is called with a message for each skipped line (default: log a warning).
 
     Returns:
-        The recordings in order.
+        The recordings, in the order of the manifest.
 
     Raises:
-        ConfigError: if the manifest cannot be read, or none of its lines is valid.
+        ConfigError: if the manifest cannot be read, or has lines but no valid one.
     """
     path = expand_home(path)
     folder = path.parent if audio_dir is None else expand_home(audio_dir)
@@ -102,7 +111,11 @@ def read_manifest(
 def _usable(
     recordings: list[Recording], problems: list[str], kind: str, on_bad_line: Callable[[str], None]
 ) -> list[Recording]:
-    """Report the problems and return the recordings; raise ConfigError if there are only problems."""
+    """Report the problems and return the recordings.
+
+    Raises:
+        ConfigError: if there are problems but no recordings.
+    """
     if problems and not recordings:
         first = problems[0].replace("skipped: ", f"not a {kind}: ", 1)
         raise ConfigError(first + (f" ({len(problems) - 1} more lines cannot be used)" if len(problems) > 1 else ""))
@@ -112,55 +125,54 @@ def _usable(
 
 
 def resolve_audio_path(folder: str | os.PathLike[str], name: object) -> Path:
-    """Return the path of an audio file named in a manifest or table.
+    """Return the path of an audio file that a manifest or table names.
 
-    All commands and training use this rule. An absolute path is returned unchanged. A leading `~` or `~user` is
-    expanded to the home folder, as in NeMo. Any other path is relative to `folder`: --audio-dir (`audio_dir` in
-    training), or by default the folder of the manifest or table.
+    An absolute path is returned unchanged. A leading `~` or `~user` is expanded to the home folder, as in NeMo. Any
+    other path is relative to `folder`.
 
     Args:
-        folder: folder of relative paths.
-        name: the path in the manifest or table.
+        folder: --audio-dir (`audio_dir` in training), or by default the folder of the manifest or table.
+        name: path in the manifest or table.
 
     Raises:
         TypeError: if `name` is not text.
         ValueError: if `name` is not a valid file name.
     """
     if not isinstance(name, str):
-        raise TypeError(f"the path of its audio is {shorten(name)}, not text")
+        raise TypeError(f"the path of the audio file is {shorten(name)}, not text")
     if not name or "\0" in name:
         raise ValueError(f"{shorten(name)!r} is not a valid file name")
     for part in Path(name).parts if len(os.fsencode(name)) > MAX_NAME else ():
         if (length := len(os.fsencode(part))) > MAX_NAME:
             raise ValueError(
-                f"{shorten(part)!r} is not a valid file name: it has {length} bytes, more than {MAX_NAME}"
+                f"{shorten(part)!r} is not a valid file name: it has {length} bytes; the limit is {MAX_NAME}"
             )
     return Path(os.path.join(os.path.expanduser(folder), os.path.expanduser(name)))
 
 
 def seconds(labels: dict[str, Any], key: str) -> float | None:
-    """Return a value of an entry in seconds; None if it is missing.
+    """Return a time from an entry of a manifest, in seconds; None if the entry has no such key.
 
     Args:
-        labels: the values of the entry.
-        key: name of the value.
+        labels: values of the entry.
+        key: "offset" or "duration".
 
     Raises:
-        ValueError: if the value is negative, not finite, or longer than any recording.
-        TypeError: if the value is not a number.
+        ValueError: if the value is not a number from 0 to MAX_SECONDS.
+        TypeError: if the value has a type that cannot be converted to a number.
     """
     if labels.get(key) is None:
         return None
     value = float(labels[key])
     if not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{key} of {value:.10g} seconds is not possible")
+        raise ValueError(f"{key} is {value:.10g} seconds; expected a value from 0 to {MAX_SECONDS:g}")
     return value
 
 
 def describe(error: BaseException) -> str:
-    """Return a one-line message that explains why an entry is invalid."""
+    """Return one line that explains why an entry of a manifest is invalid."""
     if isinstance(error, KeyError):
-        return f"it has no key {error}"
+        return f"the entry has no key {error}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error})"
     if isinstance(error, RecursionError):

@@ -1,4 +1,4 @@
-"""FFmpeg decoder for containers that libsndfile does not read (MP4, WebM ...)."""
+"""Decode files that libsndfile does not read (MP4, WebM and others) with FFmpeg."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -9,33 +9,33 @@ from nemo_lfr.errors import AudioError, install_command, shorten
 from nemo_lfr.io.containers import FRAME_HEAD, PACKET_SIZES, FrameSize
 from nemo_lfr.io.shortage import missing_extra
 
-# FFmpeg names of the allowed demuxers. Excluded are playlists, which refer to other files, and formats without a check
-# in `containers`: FFmpeg reads the available part of a truncated file as if it were complete.
+# FFmpeg's names of the allowed demuxers. Playlists are excluded, since they refer to other files. Formats that
+# `containers` does not check are excluded too: FFmpeg reads a truncated file as if it were complete.
 DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,asf,aac,amr,mp3,ogg,wav,w64,flac,aiff,au,caf,mpegts,avi,flv,mpeg,"
     "ac3,eac3,dts,wv,tta,loas,rm,iff,sox,nistsphere,voc"
 )
-# Demuxers of raw frames, whose duration FFmpeg estimates from the bit rate of the first frames.
+# Demuxers for frames without a container. FFmpeg estimates their duration from the bit rate of the first frames.
 _ESTIMATED = {"aac", "ac3", "eac3", "dts", "loas", "mp3", "amr"}
-# Decoders of frames with checksums. By default FFmpeg ignores wrong ones, or replaces such frames by silence.
+# Decoders of frames with checksums. By default, FFmpeg ignores a wrong checksum or replaces the frame by silence.
 _CHECKED = {"ac3", "eac3", "dca", "flac", "mlp", "truehd", "tta", "wavpack"}
 # Demuxers of streams whose time stamps begin anywhere. FFmpeg determines their duration from the time stamps.
 _RELATIVE = {"mpegts", "mpeg"}
-# Number of packets at the end of a recorded stream that may belong to an incomplete unit.
+# Maximum number of packets at the end of a recorded stream that may be incomplete.
 _MAX_SUSPECTS = 32
 
 
 class MediaDecoder:
-    """Decoder of the first audio track of a file.
+    """Decoder for the first audio track in a file.
 
     Args:
-        source: the file, seekable; the decoder does not close it.
+        source: seekable file; the decoder does not close it.
 
     Attributes:
         rate: sample rate in Hz.
         channels: number of channels.
         num_frames: always None, since the durations in containers are approximate.
-        note: warning about audio that is not read, or None; final when all is read.
+        note: warning about audio that is not read, or None. It may change until the end of the file has been read.
 
     Raises:
         MissingExtraError: if PyAV is not installed.
@@ -63,18 +63,18 @@ class MediaDecoder:
             self._container = self._av.open(self._source, metadata_errors="ignore", container_options=options)
             tracks = self._container.streams.audio
             if not tracks:
-                raise AudioError("it has no audio track")
+                raise AudioError("the file has no audio track")
             track = tracks[0]
             count = len(tracks)
-            self.note = f"contains {count} audio tracks; the first one is read" if count > 1 else None
+            self.note = f"the file contains {count} audio tracks; the first one is read" if count > 1 else None
             if track.codec_context is None:
-                raise AudioError("there is no decoder for its audio track")
+                raise AudioError("FFmpeg has no decoder for the audio track; convert it to WAV")
             track.thread_type = "NONE"
             if track.codec_context.name in _CHECKED:
                 track.codec_context.options = {"err_detect": "crccheck+explode"}
             self.rate, self.channels = int(track.rate or 0), int(track.channels or 0)
             if not self.rate or not self.channels:
-                raise AudioError("its audio track has no sample rate")
+                raise AudioError("the audio track has no sample rate")
             layout = track.layout.name
             self._resampler = self._av.AudioResampler(format="flt", layout=layout, rate=self.rate)
         except (self._av.FFmpegError, ValueError, OSError, MemoryError) as error:
@@ -89,11 +89,13 @@ class MediaDecoder:
         self._position = 0
 
     def _decode(self, track: Any) -> Iterator[np.ndarray]:
-        total, end = 0, 0.0  # samples, and seconds at which they end by the time stamps
+        total, end = 0, 0.0  # number of samples, and time at which they end by the time stamps
         try:
             for frame in self._frames(track):
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                    raise AudioError("changes its sample rate or number of channels; convert it to WAV with ffmpeg")
+                    raise AudioError(
+                        "the audio changes its sample rate or number of channels; convert it to WAV with ffmpeg"
+                    )
                 end = max(end, (frame.time or 0.0) + frame.samples / self.rate)
                 for part in self._resampler.resample(frame):
                     total += part.samples
@@ -104,25 +106,26 @@ class MediaDecoder:
         except (self._av.FFmpegError, ValueError, OSError) as error:
             if isinstance(error, AudioError):
                 raise
-            raise AudioError(f"damaged audio ({_reason(error)})") from error
-        # The duration of a container is approximately that of its longest track, and counts from time 0: audio may
-        # begin later, and pause.
+            raise AudioError(f"the audio is damaged ({_reason(error)})") from error
+        # The duration of a container is approximately that of its longest track. It counts from time 0, but the audio
+        # may begin later and have pauses.
         if self._expected and len(self._container.streams) == 1:
             seconds = self._expected / 1e6
             reached = max(total / self.rate, 0.0 if self._container.format.name in _RELATIVE else end)
             if reached < 0.97 * seconds - 0.5:
-                raise AudioError(f"was truncated after {reached:.1f} of {seconds:.1f} s")
+                raise AudioError(f"the audio was truncated after {reached:.1f} of {seconds:.1f} s")
 
     def _frames(self, track: Any) -> Iterator[Any]:
         """Yield the frames of a track.
 
-        Recorded transport streams end within a frame, which is not decoded. FFmpeg would make up its missing bytes.
+        A recorded transport stream usually ends within a frame. That frame is not decoded, since FFmpeg would invent
+        its missing bytes.
 
         Raises:
-            AudioError: if packets before the last ones are incomplete.
+            AudioError: if packets other than the last ones are incomplete.
         """
         size_of: FrameSize = PACKET_SIZES.get(track.codec_context.name, lambda _: None)
-        suspects: list[Any] = []  # packets from the first incomplete one on
+        suspects: list[Any] = []  # the first incomplete packet and those after it
         for packet in self._container.demux(track):
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD])) if packet.size else None
             packet_is_cut = size is not None and packet.size < size
@@ -132,10 +135,10 @@ class MediaDecoder:
                 continue
             suspects.append(packet)
             if len(suspects) > _MAX_SUSPECTS:
-                raise AudioError("is damaged: an audio packet is incomplete")
+                raise AudioError("the audio is damaged: a packet is incomplete")
 
     def _tail(self, suspects: list[Any], size_of: FrameSize) -> Iterator[Any]:
-        """Yield the frames of the last packets that are complete by their headers; warn about the others."""
+        """Yield the frames of those last packets that are complete by their headers, and warn about the others."""
         lost = 0
         for packet in suspects:
             size = size_of(bytes(memoryview(packet)[:FRAME_HEAD]))
@@ -144,7 +147,7 @@ class MediaDecoder:
             else:
                 yield from packet.decode()
         if lost:
-            self.note = f"ends within a frame, as recorded streams do; its last {lost} bytes are ignored"
+            self.note = f"the audio ends within a frame, as recorded streams do; its last {lost} bytes are ignored"
 
     def read(self, count: int) -> np.ndarray:
         """Return the next samples, float32 [up to count, channels]; empty at the end."""
@@ -160,7 +163,7 @@ class MediaDecoder:
     def seek(self, position: int) -> None:
         """Seek to a sample by decoding everything before it.
 
-        No other method is exact in every container.
+        FFmpeg's own seeking is not exact in every container.
         """
         if position < self._position:
             self.close()

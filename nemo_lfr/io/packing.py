@@ -1,6 +1,7 @@
-"""Pack frames of tokens into bytes: each frame is one mixed-radix number, little-endian, of a fixed number of bytes.
+"""Pack the tokens of each frame into one little-endian number with a fixed number of bytes.
 
-The first codebook is the lowest digit. Eight codebooks of 2016 entries make 2016^8 < 2^88 values: 11 bytes.
+The tokens are the digits of the number in base `codebook_size`, and the first codebook is the lowest digit. Eight
+codebooks of 2016 entries have 2016^8 < 2^88 values, so a frame needs 11 bytes.
 """
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from nemo_lfr.errors import TokensError
 
 LIMB_BITS = 32
-# Up to this many frames, Python integers are faster than NumPy. A live recording has one block for each frame.
+# Up to this many frames, Python integers are faster than NumPy. Blocks of a live recording may have only one frame.
 FEW_FRAMES = 16
 
 
@@ -17,8 +18,8 @@ def pack(tokens: np.ndarray, codebook_size: int, num_bytes: int) -> bytes:
 
     Args:
         tokens: ids in [0, codebook_size), shape [C, T].
-        codebook_size: entries of each codebook.
-        num_bytes: bytes of each frame.
+        codebook_size: number of entries in each codebook.
+        num_bytes: number of bytes for each frame.
 
     Returns:
         T * num_bytes bytes.
@@ -55,18 +56,18 @@ def unpack(data: bytes, codebook_size: int, num_codebooks: int, num_bytes: int) 
 
     Args:
         data: T * num_bytes bytes.
-        codebook_size: entries of each codebook.
+        codebook_size: number of entries in each codebook.
         num_codebooks: number of codebooks C.
-        num_bytes: bytes of each frame.
+        num_bytes: number of bytes for each frame.
 
     Returns:
-        Tokens [C, T] as int32.
+        The int32 tokens [C, T].
 
     Raises:
-        TokensError: if `data` does not consist of complete frames, or the number of a frame is out of range.
+        TokensError: if the last frame of `data` is incomplete, or the number of a frame is out of range.
     """
     if len(data) % num_bytes:
-        raise TokensError(f"{len(data)} bytes are not a multiple of the frame size, {num_bytes} bytes.")
+        raise TokensError(f"the size of {len(data)} bytes is not a multiple of the frame size, {num_bytes} bytes.")
     if len(data) <= FEW_FRAMES * num_bytes:
         frames = [
             _unpack_frame(data[at : at + num_bytes], codebook_size, num_codebooks)
@@ -109,4 +110,6 @@ def _unpack_frame(data: bytes, codebook_size: int, num_codebooks: int) -> list[i
 
 
 def _too_large(codebook_size: int, num_codebooks: int) -> TokensError:
-    return TokensError(f"a frame's value is {codebook_size}^{num_codebooks} or more, so it does not encode tokens.")
+    return TokensError(
+        f"the number of a frame is {codebook_size}^{num_codebooks} or more, so the frame does not encode tokens."
+    )

@@ -1,4 +1,4 @@
-"""Read a clip of a corpus from an audio file, a section of one, encoded bytes, or an array of samples."""
+"""Read a clip of a corpus from an audio file, a section of a file, encoded bytes, or an array of samples."""
 
 import math
 from pathlib import Path
@@ -8,25 +8,25 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 from nemo_lfr.io.audio import AudioReader, check_peak, check_rate, resample
 
-# Durations in manifests are rounded. A file that differs by more than this and 2% is not the one described.
+# Durations in manifests are rounded. A difference of up to this or 2% of the duration, if that is more, is accepted.
 DURATION_SLACK = 0.1  # seconds
-# Rounding of a cut's duration in manifests. A cut that ends this close to the end of its file is the whole file.
+# Durations of cuts are rounded too. A cut from the start that ends this close to the end of the file is all of it.
 ROUNDED = 0.01  # seconds
 
 
 def read_file(
     path: Path, offset: float | None, duration: float | None, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read an audio file, or the section of it that a manifest describes.
+    """Read an audio file, or the section of a file that a manifest describes.
 
-    Without an offset, a duration that differs from the file's by no more than rounding means the whole file.
+    If `offset` is None, and `duration` differs from the duration of the file only by rounding, the whole file is read.
 
     Args:
         path: the file.
         offset: start in seconds; None for the beginning.
         duration: seconds to read; None for the rest of the file.
-        sample_rate: Hz of the result.
-        longest: limit for the clip's duration, in seconds.
+        sample_rate: sample rate of the result in Hz.
+        longest: maximum duration of the clip in seconds.
 
     Returns:
         Mono float32 samples [T].
@@ -40,7 +40,7 @@ def read_file(
 
 
 def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.inf) -> np.ndarray:
-    """Read an encoded audio file from memory, such as a table's cell; see `read_file`."""
+    """Read an encoded audio file from memory, for instance from the cell of a table; see `read_file`."""
     with AudioReader(name, sample_rate, data) as reader:
         return _read(reader, None, None, longest, name)
 
@@ -48,7 +48,7 @@ def read_bytes(data: bytes, name: str, sample_rate: int, longest: float = math.i
 def read_part(
     source: Path | bytes, name: str, offset: float, duration: float, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Read a section of an audio file or of its bytes, such as that of a cut; see `read_file`."""
+    """Read a section of an audio file, such as a cut, from a path or from bytes in memory; see `read_file`."""
     with AudioReader(
         source if isinstance(source, Path) else name, sample_rate, None if isinstance(source, Path) else source
     ) as reader:
@@ -58,33 +58,36 @@ def read_part(
 def read_samples(
     samples: np.ndarray, rate: object, name: str, sample_rate: int, longest: float = math.inf
 ) -> np.ndarray:
-    """Convert decoded samples, such as a table's column, to mono float32 at `sample_rate`.
+    """Convert decoded samples, for instance from a column of a table, to mono float32 samples.
 
-    Integers are divided by the full scale of their type. For int32 and int64, which lists of Python integers become,
-    this is the full scale of 16 bits if all values fit into 16 bits, else of 32 bits.
+    Integers are divided by the full scale of their type. Lists of Python integers become int32 or int64, whatever the
+    original type was. For these types, the full scale is that of 16 bits if all values fit into 16 bits, and otherwise
+    that of 32 bits.
 
     Args:
-        samples: shape [T], [C, T] or [T, C]; the shorter axis is that of the channels.
+        samples: samples [T], [C, T] or [T, C]. Of two axes, the shorter one contains the channels.
         rate: sample rate of `samples` in Hz.
         name: name of the clip for messages.
-        sample_rate: Hz of the result.
-        longest: limit for the clip's duration, in seconds.
+        sample_rate: sample rate of the result in Hz.
+        longest: maximum duration of the clip in seconds.
 
     Returns:
         Mono float32 samples [T].
 
     Raises:
-        AudioError: if `samples` are not audio, have no rate, or last more than `longest` seconds.
+        AudioError: if `samples` are not audio, `rate` is invalid, or the clip lasts more than `longest` seconds.
     """
     if rate is None:
-        raise AudioError(f"{name}: contains decoded samples without a sampling rate.")
+        raise AudioError(f"{name}: the decoded samples have no sampling rate.")
     try:
         check_rate(rate)
     except AudioError as error:
         raise AudioError(f"{name}: {error}") from None
     assert isinstance(rate, int | float | np.number)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.number) or np.iscomplexobj(samples):
-        raise AudioError(f"{name}: contains an array of shape {samples.shape}, {samples.dtype}; expected samples [T].")
+        raise AudioError(
+            f"{name}: the audio is an array of shape {samples.shape}, {samples.dtype}; expected samples [T]."
+        )
     wave: np.ndarray = _to_float(samples)
     if wave.ndim == 2:
         wave = wave.mean(axis=int(np.argmin(wave.shape)))
@@ -113,7 +116,7 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
     rounded, offset = slack if offset is None else ROUNDED, offset or 0.0
     if duration is not None and offset + duration > reader.duration + slack:
         raise AudioError(
-            f"{name}: contains {reader.duration:.2f} s of audio, but its manifest says {offset + duration:.2f} s."
+            f"{name}: the audio lasts {reader.duration:.2f} s, but its manifest requires {offset + duration:.2f} s."
         )
     _check_length(reader.duration - offset if duration is None else duration, longest, name)
     if offset or (duration is not None and duration < reader.duration - rounded):
@@ -123,4 +126,4 @@ def _read(reader: AudioReader, offset: float | None, duration: float | None, lon
 
 def _check_length(duration: float, longest: float, name: str) -> None:
     if duration > longest:
-        raise AudioError(f"{name}: lasts {duration:.1f} s, more than the limit of {longest:g} s.")
+        raise AudioError(f"{name}: the clip lasts {duration:.1f} s, more than the limit of {longest:g} s.")

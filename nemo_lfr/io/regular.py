@@ -1,4 +1,4 @@
-"""Open regular files only: reading a pipe or a device may block or never end."""
+"""Open files, and refuse pipes and devices: reading from them may block or never end."""
 
 import os
 import stat
@@ -15,11 +15,11 @@ def open_regular(
     Args:
         path: the file.
         error: exception class to raise.
-        advice: end of the message: what the user should do.
+        advice: what the user should do, for the end of the error message.
 
     Raises:
         NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder.
-        OSError: if it cannot be opened.
+        OSError: if the file cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -40,4 +40,4 @@ def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError], 
         return
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     kind = next((name for test, name in kinds if test(mode)), "a device")
-    raise error(f"{printable(os.fspath(path))}: is {kind}, not a regular file; {advice}.")
+    raise error(f"{printable(os.fspath(path))}: not a regular file but {kind}; {advice}.")

@@ -1,4 +1,4 @@
-"""Resample audio, convert seconds to samples, and check sample rates and sample values."""
+"""Resample audio, convert seconds to samples, and check sample rates and peaks."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 from nemo_lfr.errors import AudioError
 
 MIN_RATE, MAX_RATE = 100, 1_000_000  # Hz
-# Floating-point recordings overshoot 1 slightly; 16-bit integers that were not divided by 32768 go far beyond it.
+# Floating-point recordings may exceed 1 slightly. 16-bit integers that were not divided by 32768 exceed it by far.
 MAX_PEAK = 64.0
 
 
@@ -16,8 +16,8 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
     Args:
         wave: float32 samples [T].
-        from_rate: Hz of `wave`.
-        to_rate: Hz of the result.
+        from_rate: sample rate of `wave` in Hz.
+        to_rate: sample rate of the result in Hz.
 
     Returns:
         ceil(T * to_rate / from_rate) samples.
@@ -31,11 +31,11 @@ def resample(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
 
 
 class Resampler:
-    """Resampler for one recording, block by block; the result does not depend on the block sizes.
+    """Resample one recording block by block. The result does not depend on the block sizes.
 
     Args:
-        from_rate: Hz of the input.
-        to_rate: Hz of the output.
+        from_rate: sample rate of the input in Hz.
+        to_rate: sample rate of the output in Hz.
     """
 
     def __init__(self, from_rate: int, to_rate: int) -> None:
@@ -53,12 +53,12 @@ class Resampler:
             last: whether this is the last block.
 
         Returns:
-            Output samples [k] that are complete; with `last`, all remaining ones.
+            The output samples [k] that do not depend on later blocks. If `last` is set, all remaining output samples.
         """
         self._num_input += len(wave)
         resampled: np.ndarray = self._stream.resample_chunk(wave.astype(np.float32, copy=False), last=last)
         if last:
-            # The length that librosa computes, with the same floating-point operations; soxr rounds to the nearest.
+            # librosa rounds the length up, with these floating-point operations; soxr rounds it to the nearest.
             missing = math.ceil(self._num_input * self._ratio) - self._num_output - len(resampled)
             resampled = np.pad(resampled, (0, missing)) if missing > 0 else resampled[: len(resampled) + missing]
         self._num_output += len(resampled)
@@ -66,33 +66,32 @@ class Resampler:
 
 
 def count_samples(seconds: float, rate: float) -> int:
-    """Convert a time to the nearest number of samples, as Lhotse does.
+    """Convert a time in seconds to the nearest number of samples, as Lhotse does.
 
-    Seconds in manifests are whole samples except for rounding errors, which must neither add nor drop a sample. Half
-    a sample is rounded up.
+    Times in manifests are rounded, but stand for whole numbers of samples. Half a sample is rounded up.
 
     Args:
-        seconds: time, at least 0.
+        seconds: time in seconds, at least 0.
         rate: sample rate in Hz.
     """
     return math.floor(round(seconds * rate, 8) + 0.5)
 
 
 def check_rate(rate: object) -> None:
-    """Check that a sample rate is a number in [100, 1,000,000] Hz.
+    """Check that a sample rate is a number from 100 to 1,000,000 Hz.
 
     Raises:
-        AudioError: if it is not.
+        AudioError: if the sample rate is not such a number.
     """
     if isinstance(rate, bool) or not isinstance(rate, int | float | np.number) or not MIN_RATE <= rate <= MAX_RATE:
         raise AudioError(f"sample_rate {rate!r} is not a number of Hz between {MIN_RATE} and {MAX_RATE}.")
 
 
 def check_peak(peak: float, what: str) -> None:
-    """Check that the peak of some samples is finite and plausible for audio.
+    """Check that the peak of an audio signal is finite and at most 64.
 
     Args:
-        peak: largest absolute sample.
+        peak: largest absolute value of the samples.
         what: subject of the error message, such as a file name.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Base class of file objects that assemble their bytes from several sources."""
+"""Base class of file objects that read their bytes from another object, such as several ranges of a file."""
 
 import io
 
 
 class SeekableBytes(io.RawIOBase):
-    """Read-only file object over a known number of bytes; a subclass defines `read`.
+    """Read-only file object with a known length. Subclasses implement `read`.
 
     Args:
         length: number of bytes.
@@ -27,9 +27,9 @@ class SeekableBytes(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position and return it; one before the first byte becomes 0.
+        """Set the position and return it.
 
-        An error instead would pass through libsndfile, which cannot report it.
+        A position before the first byte becomes 0. An exception instead would be lost in libsndfile's callback.
         """
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         self._position = max(0, base + offset)

@@ -1,4 +1,4 @@
-"""One-line errors for exhausted system resources and for optional packages that cannot be imported."""
+"""Create one-line errors for exhausted system resources and for optional packages that cannot be imported."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_lfr.errors import MissingExtraError, NemoLfrError, install_command, shorten
 
-# Parts of messages of PyTorch and the C++ library, which raise a plain RuntimeError or ImportError.
+# Phrases in the messages of RuntimeError and ImportError, by which PyTorch and the C++ library report lack of memory.
 NO_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
@@ -21,8 +21,8 @@ NO_MEMORY = (
 )
 NO_THREAD = ("can't start new thread", "Resource temporarily unavailable")
 
-# Address space in bytes that importing PyTorch takes, and that computing takes: in all, and per thread for its stack
-# and its part of the heap. Measured with the bundled codec on long files, and rounded up.
+# Address space in bytes that PyTorch needs to be imported, to run in total, and to run per thread (stack and heap).
+# Measured with the bundled codec on long files, and rounded up.
 _IMPORTED, _COMPUTING, _PER_THREAD = 600 << 20, 256 << 20, 64 << 20
 _MAX_THREADS = 16
 
@@ -30,10 +30,10 @@ _MAX_THREADS = 16
 def check_address_space() -> None:
     """Raise an error if the limit on address space is too low to load and run PyTorch.
 
-    oneDNN does not check all of its allocations and ends the process with a segmentation fault where one fails.
+    Without this check, the process could crash: oneDNN does not check all of its memory allocations.
 
     Raises:
-        NemoLfrError: if the limit (`ulimit -v`) leaves too little.
+        NemoLfrError: if the limit (`ulimit -v`) is too low.
     """
     try:
         import resource
@@ -47,32 +47,32 @@ def check_address_space() -> None:
     needed = used + _COMPUTING + _PER_THREAD * threads + (0 if "torch" in sys.modules else _IMPORTED)
     if limit not in (resource.RLIM_INFINITY, -1) and limit < needed:
         raise NemoLfrError(
-            f"not enough memory: computing needs about {needed >> 20} MB of address space, but the limit is "
+            f"not enough memory: running PyTorch needs about {needed >> 20} MB of address space, but the limit is "
             f"{limit >> 20} MB; raise it with `ulimit -v {needed >> 10}` or more."
         )
 
 
 def shortage_of(error: BaseException) -> str | None:
-    """Return a message if an error means that a system resource is exhausted; None for other errors."""
+    """Return a message if an error means that memory or threads are exhausted; None for other errors."""
     text = " ".join(str(error).split())
     reason = f" ({shorten(text, 120)})" if text else ""
     is_memory_message = isinstance(error, RuntimeError | ImportError) and any(phrase in text for phrase in NO_MEMORY)
     if isinstance(error, MemoryError) or is_memory_message:
-        return f"not enough memory{reason}; process less at a time: a smaller --batch-size or fewer --workers."
+        return f"not enough memory{reason}; use a smaller --batch-size or fewer --workers."
     if isinstance(error, RuntimeError) and any(phrase in text for phrase in NO_THREAD):
-        return f"no more threads can be started{reason}; see `ulimit -u`, or end other processes."
+        return f"no more threads can be started{reason}; raise the limit `ulimit -u`, or end other processes."
     return None
 
 
 @contextmanager
 def sharing(what: str) -> Iterator[None]:
-    """Report a failure to create locks or shared memory, inside this context, in one sentence.
+    """Return a context in which a failure to create locks or shared memory raises a one-line error.
 
     Args:
-        what: subject of the error message, which needs the shared memory.
+        what: plural subject of the error message, such as "several --workers".
 
     Raises:
-        NemoLfrError: if the system cannot provide them.
+        NemoLfrError: if the system cannot provide locks or shared memory.
     """
     try:
         yield
@@ -89,10 +89,10 @@ def missing_extra(error: Exception, package: str, message: str) -> MissingExtraE
     """Return the error for an optional package that could not be imported.
 
     Args:
-        error: exception that the import raised, of any class: an installed package may fail to import too.
+        error: exception that the import raised. It may have any class, since an installed package may fail, too.
         package: name of the package.
-        message: message for a package, or a dependency of it, that is not installed; names the command that installs
-            it.
+        message: message to use if the package or one of its dependencies is not installed. It should contain the
+            command that installs the package.
     """
     if isinstance(error, ModuleNotFoundError | MissingExtraError):
         return MissingExtraError(message)
@@ -109,7 +109,7 @@ def require(module: str) -> Any:
         module: name of the module.
 
     Raises:
-        MissingExtraError: if it is not installed or cannot be imported.
+        MissingExtraError: if the module is not installed or cannot be imported.
     """
     try:
         return import_module(module)

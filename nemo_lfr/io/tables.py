@@ -1,7 +1,7 @@
-"""Tables that name audio files: CSV, TSV, and the `metadata.jsonl` of Hugging Face's AudioFolder.
+"""Read tables that list audio files: CSV, TSV, and the `metadata.jsonl` of Hugging Face's AudioFolder.
 
-A row becomes an entry like that of a NeMo manifest: `audio_filepath`, the standard labels of `nemo_lfr.io.columns`,
-and the other columns. A malformed row affects only its own entry.
+Each row is converted to the form of an entry in a NeMo manifest: `audio_filepath`, the standard labels (see
+`nemo_lfr.io.columns`), and the other columns. A malformed row does not affect other rows.
 """
 
 import csv
@@ -16,9 +16,9 @@ from nemo_lfr.io.columns import AUDIO, repeated_column, standard_labels
 from nemo_lfr.io.text import decode, is_missing, read_lines
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
-# Names of AudioFolder's tables, in the folder of the audio.
+# Names of AudioFolder's tables, which are in the same folder as the audio.
 METADATA_NAMES = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
-# Lines that a quoted field may span.
+# Maximum number of lines that a row with quoted fields may span.
 MAX_LINES = 64
 
 
@@ -31,9 +31,9 @@ class TableRow:
     """A row of a table.
 
     Attributes:
-        line: number of its first line in the file; the first line is 1.
-        values: its entry; empty if there is a problem.
-        problem: why the row cannot be used; None if it can.
+        line: number of the row's first line in the file, counted from 1.
+        values: values by column; empty if there is a problem.
+        problem: reason why the row cannot be used; None if it can.
     """
 
     line: int
@@ -42,7 +42,7 @@ class TableRow:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file is a table, by its suffix or, for JSON lines, by the keys of its first line."""
+    """Return whether a file is a table, by its suffix or (for JSON lines) by the keys in its first line."""
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return path.is_file()
@@ -60,8 +60,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
     """Yield the rows of a table.
 
     Args:
-        path: CSV (delimiter comma; semicolon or tab if the header has no comma), TSV (tab, without quoting, as in
-            Common Voice) or JSON lines, in UTF-8 with or without a byte order mark.
+        path: CSV, TSV or JSON lines in UTF-8, with or without a byte order mark. The delimiter of CSV is a comma, or a
+            semicolon or tab if the header has no comma. In TSV, quotes have no special meaning, as in Common Voice.
 
     Raises:
         ConfigError: if the file cannot be read, no column names the audio, or two columns have the same name.
@@ -72,7 +72,7 @@ def read_table(path: Path) -> Iterator[TableRow]:
         raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read: {reason}.") from error
+        raise ConfigError(f"{path}: the table cannot be read: {reason}.") from error
     rows = _delimited(path, lines) if path.suffix.lower() in TABLE_SUFFIXES else _json_lines(lines)
     for row in rows:
         yield row if row.problem else _entry(row)
@@ -83,11 +83,12 @@ def _entry(row: TableRow) -> TableRow:
     values = {key: value for key, value in row.values.items() if not is_missing(value) and value != ""}
     column = next((name for name in AUDIO if name in row.values), None)
     if column is None:
-        return TableRow(row.line, {}, f"it has no key {'file_name'!r}")
+        return TableRow(row.line, {}, f"the entry has no key {'file_name'!r}")
     name = values.pop(column, None)
     if not isinstance(name, str):
-        return TableRow(row.line, {}, f"its {column!r} is {'empty' if name is None else shorten(name)}")
-    if column != "audio_filepath":  # offset and duration have this meaning only beside NeMo's key
+        value = "empty" if name is None else shorten(name)
+        return TableRow(row.line, {}, f"the column {column!r} is {value}; expected the path of an audio file")
+    if column != "audio_filepath":  # in tables that are not NeMo's, these columns may have another meaning
         values = {key: value for key, value in values.items() if key not in ("offset", "duration")}
     return TableRow(row.line, {"audio_filepath": name, **standard_labels(values)})
 
@@ -136,10 +137,10 @@ def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
             delimiter = next((mark for mark in ",;\t" if mark in text), ",")
         columns = [name.strip() for name in _split([text], delimiter)]
     except (ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: its header cannot be read: {shorten(error, 200)}.") from error
+        raise ConfigError(f"{path}: the header cannot be read: {shorten(error, 200)}.") from error
     if not any(name in columns for name in AUDIO):
         raise ConfigError(
-            f"{path}: no column with the audio; expected one of {', '.join(AUDIO)} in its first line, found "
+            f"{path}: no column contains the audio; expected one of {', '.join(AUDIO)} in the first line, found "
             f"{shorten(columns, 300)}."
         )
     if name := repeated_column(columns):
@@ -150,10 +151,10 @@ def _header(path: Path, line: bytes) -> tuple[str, list[str]]:
 
 
 def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list[str], int]:
-    """Return the fields of the row that begins with the first line, and its number of lines.
+    """Return the fields of the row that begins in the first line, and the number of lines that the row spans.
 
     Raises:
-        ValueError: if the row is not UTF-8, or has another number of fields.
+        ValueError: if the row is not UTF-8, or has another number of fields than the header.
         csv.Error: if a quote is not closed, or a field is too long.
     """
     texts: list[str] = []
@@ -166,13 +167,13 @@ def _fields(lines: Sequence[bytes], delimiter: str, expected: int) -> tuple[list
                 continue
             raise
         if len(fields) != expected:
-            raise ValueError(f"a row of {len(fields)} fields, where the header has {expected}: {shorten(fields)}")
+            raise ValueError(f"the row has {len(fields)} fields, but the header has {expected}: {shorten(fields)}")
         return fields, len(texts)
     raise csv.Error("a quote is not closed")
 
 
 def _split(texts: list[str], delimiter: str) -> list[str]:
-    """Split the lines of one row; an unquoted field may contain quotes."""
+    """Split the lines of one row into fields. A field that is not quoted may contain quotes."""
     if delimiter == "\t":
         return texts[0].rstrip("\r\n").split("\t")
     try:

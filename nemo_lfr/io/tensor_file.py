@@ -1,4 +1,4 @@
-"""Write files of `torch.save` atomically."""
+"""Write files with `torch.save` atomically."""
 
 from pathlib import Path
 from typing import IO, Any
@@ -9,10 +9,11 @@ from nemo_lfr.io.atomic import replacing
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Write a file that `torch.load` reads; an existing file is replaced.
+    """Write a file that `torch.load` reads, and replace an existing file.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; the error names `path`, and an existing file is kept.
+        OSError: if the file cannot be written, for instance on a full disk. The error names `path`, and an existing
+            file is kept.
     """
     with replacing(path) as file:
         save_to_file(value, file)
@@ -22,7 +23,7 @@ def save_to_file(value: Any, file: IO[bytes]) -> None:
     """Call `torch.save`, and raise the original OSError if a write fails.
 
     Raises:
-        OSError: the failed write. PyTorch hides it behind a RuntimeError about positions in its archive.
+        OSError: if a write fails. PyTorch would raise a RuntimeError about positions in its archive instead.
     """
     try:
         torch.save(value, file)

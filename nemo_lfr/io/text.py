@@ -12,10 +12,10 @@ UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decode(data: bytes) -> str:
-    """Decode UTF-8 text, without the byte order mark that Notepad and PowerShell write.
+    """Decode UTF-8 text, and remove the byte order mark that Notepad and PowerShell write.
 
     Raises:
-        ValueError: if `data` is not UTF-8; the message names the likely encoding and what to do.
+        ValueError: if `data` is not UTF-8 text.
     """
     if data.startswith(UTF16_MARKS):
         raise ValueError("UTF-16 text; save it as UTF-8")
@@ -30,8 +30,8 @@ def decode(data: bytes) -> str:
 def read_lines(path: Path, error: type[NemoLfrError] = NemoLfrError) -> list[bytes]:
     """Return the lines of a file as bytes, without line ends.
 
-    Bytes let the caller decode each line separately, so that one invalid line does not affect the others. Only a line
-    feed ends a line, as in JSON lines, since a text may contain Unicode's other separators.
+    The caller decodes each line separately, so that one invalid line does not affect the others. As in JSON lines,
+    only a line feed ends a line: a text may contain other line separators of Unicode.
 
     Args:
         path: the file.
@@ -61,5 +61,5 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a label has no value: None, or the NaN or infinity that pandas writes for it."""
+    """Return whether a label has no value, that is, None, or the NaN or infinity that pandas uses instead."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))

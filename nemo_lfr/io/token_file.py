@@ -1,16 +1,16 @@
-"""The `.lfr` token file: one recording, written as a stream of blocks.
+"""Read and write `.lfr` token files, which contain the tokens of one recording as a sequence of blocks.
 
-All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
+All integers are little-endian. Every CRC is a CRC-32 as in zlib. Version 2 of the format:
 
-    header   4 bytes   magic, "LFRT"
+    header   4 bytes   magic number, "LFRT"
              1 byte    version, 2
              3 bytes   length H of the metadata, at most 65536
-             1 byte    coding of the blocks' payload, 0: packed frames, 1: compressed by an entropy model; a reader
-                       refuses a coding that it does not know
-             H bytes   metadata, a JSON object in UTF-8 (below)
+             1 byte    coding of the blocks' payload: 0 for packed frames, 1 for frames that an entropy model
+                       compressed; a reader rejects any other value
+             H bytes   metadata, a JSON object in UTF-8 (see below)
              4 bytes   CRC of the header before this field
     block    4 bytes   number of frames N, 1 to 65536
-             N * F     payload: frames, each one number (see `packing.py`) of F bytes (11 for 8 x 2016)
+             N * F     payload: N frames, each of which is one number of F bytes, see `packing.py` (11 for 8 x 2016)
              4 bytes   CRC of the previous section's CRC field, followed by this block up to this field
     ...      further blocks
     end      4 bytes   0
@@ -18,26 +18,27 @@ All integers are little-endian; every CRC is CRC-32 (zlib's). Version 2:
              4 bytes   outline: CRC of the header's CRC field, then of N and the CRC field of each block, in order
              4 bytes   CRC of the end section up to this field
 
-Metadata: `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, and for information
-`fingerprint` (of the codec's weights and settings), `precision` and `written_by`.
+The metadata contains `sample_rate`, `samples_per_frame`, `levels` (of one codebook), `num_codebooks`, `fingerprint`
+(of the codec's weights and settings), `precision` and `written_by`.
 
-Coding 1 (`nemo_lfr/io/entropy/`): N is at most 1024, and 4 additional bytes behind N hold the length of the payload.
-The metadata is a list of the same values in the same order, followed by the name of the entropy model.
+In coding 1 (`nemo_lfr/io/entropy/`), N is at most 1024, and 4 additional bytes after N contain the length of the
+payload. The metadata is a list of the same values in the same order, followed by the name of the entropy model.
 
-Version 1 has no outline, its H has 4 bytes and no coding byte follows, and each CRC covers only its own section.
+In version 1, H has 4 bytes, no coding byte follows, each CRC covers only its own section, and there is no outline.
 
-A reader rejects an unknown magic or version, a wrong CRC, a length out of range, a frame whose number is not below
-codebook_size ^ num_codebooks, a missing end section, and bytes after the end section. Nothing in a file is executed.
-The position of the next block follows from the block's length, so that a reader can seek without reading all blocks.
+A reader rejects an unknown magic number or version, a wrong CRC, a length out of range, a frame whose number is not
+below codebook_size ^ num_codebooks, a missing end section, and bytes after the end section. The position of the next
+block follows from the block's length, so that a reader can seek without reading all blocks.
 
-A block's CRC also covers the previous CRC field, in the four bytes in front of the block. A block that was moved,
-repeated, omitted or taken from another file therefore fails its check when blocks are read in order, as from a pipe
-or with `recover`. The outline detects the same when a file is opened, from the lengths and CRC fields alone, so that
-seeking in such a file is refused too. Nothing in a file is random: equal tokens give equal bytes.
+A block's CRC also covers the previous CRC field, in the four bytes in front of the block. If a block was moved,
+repeated, omitted or taken from another file, a check therefore fails when blocks are read in order, as from a pipe or
+with `recover`. The outline detects such changes when a file is opened, from the lengths and CRC fields alone, before a
+reader seeks in the file. The same tokens and metadata always give the same bytes.
 
-Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block reaches the
-file system as it is written. After a crash the `.part` file can be read with `recover=True` up to its last complete
+Files are written to a temporary name, `NAME.????????.part`, and renamed when they are complete. Each block is written
+to the file system immediately. After a crash, the `.part` file can be read with `recover=True` up to its last complete
 block.
+
 `docs/concepts/lfr-format.md` shows a file byte by byte.
 """
 
@@ -80,12 +81,12 @@ CODING = 0  # packed frames
 CODINGS = (CODING, compressed.CODING)
 MAX_METADATA_BYTES = 65536
 MAX_BLOCK_FRAMES = 65536
-BLOCKS_TOGETHER = 16  # compressed blocks that are decoded as one batch
+BLOCKS_TOGETHER = 16  # number of compressed blocks to decode as one batch
 
 
 @dataclass(frozen=True)
 class Metadata(CodecSpec):
-    """Metadata of a token file: the codec's specification and the program that wrote the file.
+    """Specification of the codec that made a token file, and name of the program that wrote it.
 
     Attributes:
         written_by: name and version of the program.
@@ -103,7 +104,7 @@ class Metadata(CodecSpec):
         """Parse the metadata of an uncompressed file.
 
         Raises:
-            ValueError: if it is invalid; also TypeError or KeyError.
+            ValueError: if the metadata is invalid. TypeError and KeyError are possible, too.
         """
         return cls._from_values(json.loads(raw))
 
@@ -111,16 +112,17 @@ class Metadata(CodecSpec):
     def from_list(cls, raw: bytes) -> tuple["Metadata", str]:
         """Parse the metadata of a compressed file, and the name of its entropy model.
 
-        It is a list without the names of the values, which would be 5% of a short file.
+        The metadata is a list of values. Their names are omitted, since they would take 5% of a short file.
 
         Raises:
-            ValueError: if it is invalid; also TypeError or KeyError.
+            ValueError: if the metadata is invalid. TypeError and KeyError are possible, too.
         """
         values = json.loads(raw)
         if not isinstance(values, list):
             raise TypeError(f"expected a list, found {shorten(repr(values))}")
         named = dict(zip((*cls.__dataclass_fields__, "entropy"), values, strict=False))
-        if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):  # it becomes a file name
+        # The name of the model becomes part of a file name, so it must not contain other characters.
+        if not isinstance(named["entropy"], str) or not HASH.fullmatch(named["entropy"]):
             raise ValueError(f"entropy is {shorten(repr(named['entropy']))}, not the name of a model")
         return cls._from_values(named), named["entropy"]
 
@@ -135,14 +137,14 @@ class Metadata(CodecSpec):
 
 
 class TokenStreamWriter:
-    """Write the sections of a token file to an open binary file or pipe, each as soon as possible.
+    """Write a token file to an open binary file or pipe. Each section is written as soon as it is complete.
 
     Args:
         file: binary file or pipe.
         metadata: metadata of the tokens.
-        model: entropy model for compression; None for packed frames.
-        gather: frames per block; the last block may have up to 1.5 times as many. None writes one block for each call
-            of `write`.
+        model: entropy model to compress with; None for packed frames.
+        gather: number of frames per block; the last block may have up to 1.5 times as many. If None, each call of
+            `write` writes a block.
 
     Raises:
         EntropyModelError: if `model` has different levels or codebooks.
@@ -169,7 +171,7 @@ class TokenStreamWriter:
         self._outline = zlib.crc32(self._checksum)
 
     def _write_section(self, data: bytes, before: bytes = b"") -> bytes:
-        """Write a section and its CRC, which also covers `before`; return the CRC field."""
+        """Write a section and the CRC of `before` and the section; return the CRC field."""
         checksum = struct.pack("<I", zlib.crc32(data, zlib.crc32(before)))
         self._file.write(data + checksum)
         self._file.flush()  # so that the block survives if the process is killed
@@ -195,7 +197,7 @@ class TokenStreamWriter:
         check_range(tokens, self.metadata.codebook_size)
         self._pending.append(np.array(tokens))
         num_pending = sum(piece.shape[1] for piece in self._pending)
-        # Half a block is kept back: a short remainder costs less in a longer last block than as a separate block.
+        # Half a block is kept back for the last block: a longer last block costs less than a separate short one.
         if num_pending >= self._gather * 3 // 2:
             self._write_pending((num_pending - self._gather // 2) // self._gather * self._gather)
 
@@ -244,20 +246,20 @@ class TokenStreamWriter:
 
     def _check_open(self) -> None:
         if self._ended:
-            raise TokensError("`finish` was called, so the file is complete; write to another one.")
+            raise TokensError("`finish` was called, so the file is complete; write to another file.")
 
 
 def _integers(tokens: Any) -> np.ndarray:
     """Convert tokens to an array of integers.
 
     Raises:
-        TokensError: if they are of another type, even floats with integral values.
+        TokensError: if the values are not integers; floats with integral values are refused too.
     """
     if isinstance(tokens, np.ma.MaskedArray) and np.ma.is_masked(tokens):
         raise TokensError("tokens are a masked array with masked values; fill them first.")
     try:
         array = np.asarray(tokens)
-    except Exception as error:  # other libraries raise any class, as PyTorch for a tensor on a GPU
+    except Exception as error:  # array classes of other libraries may raise anything, such as tensors on a GPU
         raise TokensError(
             f"tokens are {shorten(type(tokens).__name__)}, not a numpy array ({shorten(error)})."
         ) from error
@@ -272,8 +274,8 @@ class TokenWriter(TokenStreamWriter):
     Args:
         path: output file; missing folders are created.
         metadata: metadata of the tokens.
-        overwrite: replace an existing file.
-        model: entropy model for compression, in blocks of `BLOCK_FRAMES` frames; None for packed frames.
+        overwrite: whether to replace an existing file.
+        model: entropy model to compress with, in blocks of 256 frames; None for packed frames.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.
@@ -318,7 +320,7 @@ class TokenWriter(TokenStreamWriter):
         return self
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append frames [C, T]; see `TokenStreamWriter.write`."""
+        """Append tokens [C, T]; see `TokenStreamWriter.write`."""
         with naming(self.path):
             super().write(tokens)
 
@@ -344,18 +346,18 @@ class TokenWriter(TokenStreamWriter):
 
 
 class _Sections:
-    """Base class of readers, which reads and checks the sections of a token file.
+    """Base class of readers that reads and checks the sections of a token file.
 
     Args:
         file: binary file, open for reading.
         name: name of the file for messages.
-        model: entropy model for a compressed file, or its path; by default `find_model` looks for it.
+        model: entropy model for a compressed file, or its path (default: the one that `find_model` finds).
 
     Attributes:
-        metadata: metadata of the header.
+        metadata: metadata in the header.
         version: version of the format.
-        coding: coding of the blocks' payload.
-        entropy_hash: hash of a compressed file's entropy model, else None.
+        coding: coding of the blocks' payload, 0 for packed or 1 for compressed frames.
+        entropy_hash: hash of the entropy model that the file was compressed with; None for an uncompressed file.
     """
 
     def __init__(
@@ -382,11 +384,11 @@ class _Sections:
     def _take(self, size: int) -> bytes:
         data = self._file.read(size)
         if len(data) != size:
-            raise self._fail("it ends too early")
+            raise self._fail("the data ends too early")
         return data
 
     def _check(self, section: bytes, what: str, before: bytes = b"") -> bytes:
-        """Read and verify the CRC field of a section, which also covers `before`; return the field."""
+        """Read the CRC field of a section, verify it over `before` and the section, and return it."""
         return self._compare(self._take(4), section, what, before)
 
     def _compare(self, checksum: bytes, section: bytes, what: str, before: bytes) -> bytes:
@@ -399,11 +401,11 @@ class _Sections:
         if head[:4] != MAGIC:
             raise TokenFileError(f"{self.path}: not a .lfr token file.")
         if len(head) < 5:
-            raise self._fail("it ends too early")
+            raise self._fail("the data ends too early")
         version = head[4]
         if version not in READABLE_VERSIONS:
             raise TokenFileError(
-                f"{self.path}: format version {version}; this nemo_lfr reads versions "
+                f"{self.path}: the file has format version {version}, but this nemo_lfr reads versions "
                 f"{' and '.join(map(str, READABLE_VERSIONS))}; install a newer nemo_lfr."
             )
         head += self._take(4)
@@ -417,7 +419,7 @@ class _Sections:
         self._checksum = self._check(head + text, "the header")
         if coding not in CODINGS:
             raise TokenFileError(
-                f"{self.path}: its blocks have coding {coding}; this nemo_lfr reads codings "
+                f"{self.path}: its blocks have coding {coding}, but this nemo_lfr reads codings "
                 f"{' and '.join(map(str, CODINGS))}; install a newer nemo_lfr."
             )
         self._outline = zlib.crc32(self._checksum)
@@ -430,7 +432,7 @@ class _Sections:
             raise TokenFileError(f"{self.path}: its metadata is invalid ({shorten(error, 200)}).") from error
 
     def _read_count(self) -> int:
-        """Read the number of frames of the next section; 0 for the end section."""
+        """Read the number of frames in the next block; 0 means that the end section follows."""
         count: int = struct.unpack("<I", self._take(4))[0]
         if count > self._max_block_frames:
             raise self._fail(f"a block has {count} frames; the limit is {self._max_block_frames}")
@@ -438,10 +440,10 @@ class _Sections:
 
     @cached_property
     def entropy_model(self) -> EntropyModel:
-        """The entropy model of a compressed file.
+        """The entropy model that a compressed file needs.
 
         Raises:
-            EntropyModelError: if it is not found, or has different levels or codebooks.
+            EntropyModelError: if the model is not found, or has different levels or codebooks.
         """
         meta = self.metadata
         assert self.entropy_hash is not None
@@ -450,17 +452,26 @@ class _Sections:
         return model
 
     def _read_size(self, count: int) -> tuple[int, bytes]:
-        """Return the payload's length for a block of `count` frames, and the field that stores it, if there is one."""
+        """Return the length of the payload of a block, and the bytes of the field that stores the length, if any."""
         if self.coding == CODING:
             return count * self._bytes_per_frame, b""
         field = self._take(4)
         (size,) = compressed.SIZE.unpack(field)
         if size not in compressed.payload_range(count, self._bytes_per_frame):
-            raise self._fail(f"a block of {count} frames has {size} bytes")
+            raise self._fail(f"a block of {count} frames has a payload of {size} bytes, which is out of range")
         return size, field
 
     def _read_tokens(self, count: int, first: int, before: bytes) -> tuple[np.ndarray, int, bytes]:
-        """Read a block after its count; return tokens [C, count], the payload's length and the CRC field."""
+        """Read the rest of a block after the number of frames.
+
+        Args:
+            count: number of frames in the block.
+            first: index of the first frame, for messages.
+            before: CRC field of the previous section.
+
+        Returns:
+            Tokens [C, count], length of the payload in bytes, and CRC field.
+        """
         size, field = self._read_size(count)
         body = field + self._take(size)
         checksum = self._take(4)
@@ -495,12 +506,12 @@ class _Sections:
             raise self._fail(str(error).rstrip(".")) from error
 
     def _add_to_outline(self, count: int, checksum: bytes) -> None:
-        """Add a block to the outline."""
+        """Update the outline with the number of frames and the CRC field of a block."""
         self._checksum = checksum
         self._outline = zlib.crc32(struct.pack("<I", count) + checksum, self._outline)
 
     def _read_end(self, num_frames: int) -> int:
-        """Read the end section after its zero; return the number of samples."""
+        """Read the end section after its first field, check it, and return the number of samples."""
         fields = self._take(8 if self.version == 1 else 12)
         self._check(bytes(4) + fields, "the end")
         if self._file.read(1):
@@ -516,7 +527,7 @@ class _Sections:
         """Check that `codec` can decode these tokens.
 
         Raises:
-            TokenFileError: if its layout or its weights differ from those of the codec that wrote the file.
+            TokenFileError: if `codec` has another layout or other weights than the codec that made the tokens.
         """
         stored: dict[str, Any] = asdict(self.metadata)
         expected: dict[str, Any] = asdict(Metadata.of(codec))
@@ -524,8 +535,8 @@ class _Sections:
             same = stored[name] == expected[name] or (name == "fingerprint" and codec.made(stored[name]))
             if stored[name] and not same:
                 raise TokenFileError(
-                    f"{self.path}: made by a codec with {name} {stored[name]}, but {codec.name} has {expected[name]}; "
-                    "pass the checkpoint that encoded it as --model."
+                    f"{self.path}: the tokens were made by a codec with {name} {stored[name]}, but {codec.name} has "
+                    f"{expected[name]}; pass the codec that made them as --model."
                 )
 
 
@@ -537,7 +548,7 @@ class TokenStreamReader(_Sections):
         name: name of the file for messages.
 
     Attributes:
-        num_samples: number of samples that were encoded; None until `blocks` has reached the end.
+        num_samples: number of samples that were encoded; None until `blocks` has reached the end of the file.
 
     Raises:
         TokenFileError: if the file is damaged or not a token file.
@@ -546,7 +557,7 @@ class TokenStreamReader(_Sections):
     num_samples: int | None = None
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield int32 tokens [C, T] of each block as soon as it arrives."""
+        """Yield the int32 tokens [C, T] of each block as soon as the block arrives."""
         num_frames = 0
         while count := self._read_count():
             tokens, _, checksum = self._read_tokens(count, num_frames, self._checksum)
@@ -557,21 +568,21 @@ class TokenStreamReader(_Sections):
 
 
 class TokenReader(_Sections):
-    """Read a token file; every section is checked before it is used.
+    """Read a token file. The checksum of every section is verified before the section is used.
 
-    Threads and forked processes may read from one object at the same time.
+    Several threads and forked processes may read from one object at the same time.
 
     Args:
         path: the file.
         recover: read the intact part of a truncated or damaged file instead of raising an error.
-        model: entropy model for a compressed file, or its path; by default `find_model` looks for it.
+        model: entropy model for a compressed file, or its path (default: the one that `find_model` finds).
 
     Attributes:
-        metadata: metadata of the header.
+        metadata: metadata in the header.
         version: version of the format.
-        num_samples: number of samples that were encoded; for a recovered file, num_frames * samples_per_frame.
+        num_samples: number of samples that were encoded; for an incomplete file, num_frames * samples_per_frame.
         complete: whether the end section was read.
-        payload_bytes: total size of the blocks' payloads.
+        payload_bytes: total size of the blocks' payloads in bytes.
 
     Raises:
         TokenFileError: if the file is missing, damaged or not a token file.
@@ -591,11 +602,11 @@ class TokenReader(_Sections):
         try:
             super().__init__(file, path, model)
             self._lock = threading.Lock()
-            # Position and first frame of each block. Compact arrays, since a long live recording has millions.
+            # Position and first frame of each block, in compact arrays: a long live recording has millions of blocks.
             self._positions, self._firsts = array("Q"), array("Q", [0])
             self.complete = True
             self.payload_bytes = 0
-            self._end = 0  # position behind the last block
+            self._end = 0  # position after the last block
             try:
                 self.num_samples = self._read_outline(check=recover)
             except TokenFileError as error:
@@ -622,7 +633,7 @@ class TokenReader(_Sections):
         """Record the position of each block up to the end section, and return the number of samples.
 
         Args:
-            check: read and verify the blocks too, and stop at the first one that is damaged or out of place.
+            check: whether to read and verify the blocks, so that a damaged or misplaced block raises an error.
         """
         position = self._file.tell()
         while count := self._read_count():
@@ -644,7 +655,7 @@ class TokenReader(_Sections):
         payloads = []
         for number in indices:
             first, count = self._firsts[number], self._firsts[number + 1] - self._firsts[number]
-            # CRC field of the previous section, count, body, CRC field.
+            # The data consists of the previous section's CRC field, the block's count and body, and its CRC field.
             begin = self._positions[number]
             end = self._positions[number + 1] if number + 1 < len(self._positions) else self._end
             data = self._read_at(begin - 4, 4 + end - begin)
@@ -662,11 +673,11 @@ class TokenReader(_Sections):
                 self._file.seek(position)
                 data = self._file.read(size)
         if len(data) != size:
-            raise self._fail("it ends too early")
+            raise self._fail("the data ends too early")
         return data
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Yield int32 tokens [C, T] of frames [start, stop), block by block; only their blocks are read."""
+        """Yield the int32 tokens [C, T] of frames [start, stop), block by block. Other blocks are not read."""
         stop = self.num_frames if stop is None else min(stop, self.num_frames)
         number = max(0, bisect_right(self._firsts, start) - 1)
         together = 1 if self.coding == CODING else BLOCKS_TOGETHER
@@ -680,7 +691,7 @@ class TokenReader(_Sections):
             number = last
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return int32 tokens [C, T] of frames [start, stop); all frames by default."""
+        """Return the int32 tokens [C, T] of frames [start, stop) (default: all frames)."""
         empty = np.empty((self.metadata.num_codebooks, 0), dtype=np.int32)
         return np.concatenate([empty, *self.blocks(start, stop)], axis=1)
 
@@ -688,11 +699,12 @@ class TokenReader(_Sections):
         """Convert a segment in seconds to a range of samples [first, last).
 
         Args:
-            start: seconds.
-            duration: seconds, up to the end of the recording at most; None for the rest of it.
+            start: start in seconds.
+            duration: duration in seconds; None for the rest of the recording. A segment that extends beyond the end of
+                the recording is shortened.
 
         Raises:
-            TokenFileError: if the segment is outside the recording.
+            TokenFileError: if `start` is outside the recording, or an argument is not a valid number.
         """
         for name, value in (("start", start), ("duration", duration)):
             if name == "duration" and value is None:

@@ -12,7 +12,14 @@ import copy
 
 from omegaconf import DictConfig, open_dict
 
-from nemo_lfr.checkpoint import NEMO_MODEL, PARTS, build_parts, mark_from_file, nemo_config, sections_from_file
+from nemo_lfr.checkpoint import (
+    NEMO_MODEL,
+    PARTS,
+    build_parts,
+    mark_from_checkpoint,
+    nemo_config,
+    sections_from_checkpoint,
+)
 from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.nemo.base import Trainer, model_utils
 from nemo_lfr.nemo.config import ANY_LOSS, BUILT_IN, IDENTITY, SMALLEST_QUANTIZER, checked_values, target_of
@@ -44,13 +51,14 @@ class LFRCodecModel(Inference, StateDicts, NemoFiles, Copies, TrainingSteps):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        from_file = sections_from_file(cfg)  # read first: NeMo's conversion loses the marks of sections from a file
+        # Read first, since NeMo's conversion loses the marks of sections from a checkpoint.
+        from_checkpoint = sections_from_checkpoint(cfg)
         cfg = model_utils.maybe_update_config_version(model_utils.convert_model_config_to_dict_config(cfg))
         values = checked_values(cfg)
         parts = READ_PARTS.get() or build_parts(values)
         cfg = copy.deepcopy(cfg)
-        for key in cfg if self._is_model_being_restored() else from_file:
-            mark_from_file(cfg._get_node(key))
+        for key in cfg if self._is_model_being_restored() else from_checkpoint:
+            mark_from_checkpoint(cfg._get_node(key))
         import_components(cfg, built_in=BUILT_IN)
         with open_dict(cfg):
             cfg.target = NEMO_MODEL

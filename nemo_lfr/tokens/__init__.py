@@ -1,1 +1,1 @@
-"""Token files under their earlier path; see `nemo_lfr.io.token_file`."""
+"""Alias package of `nemo_lfr.io.token_file`, kept for backward compatibility."""

@@ -1,4 +1,4 @@
-"""Token files under their earlier path; see `nemo_lfr.io.token_file`."""
+"""Alias of `nemo_lfr.io.token_file`, kept for backward compatibility."""
 
 from nemo_lfr.io.token_file import Metadata, TokenReader, TokenWriter
 

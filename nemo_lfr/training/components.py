@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from nemo_lfr.checkpoint import is_from_file
+from nemo_lfr.checkpoint import is_from_checkpoint
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.signal.spectra import Spectra
 
@@ -132,7 +132,7 @@ def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
         section = config.get(key)
         if not OmegaConf.is_config(section):
             return section
-        return None if own and is_from_file(section) else OmegaConf.to_container(section, resolve=True)
+        return None if own and is_from_checkpoint(section) else OmegaConf.to_container(section, resolve=True)
     except OmegaConfBaseException:
         return None
 

@@ -209,7 +209,7 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "./ before the names": lambda: tar_of([(f"./{name}", contents) for name, contents in GOOD]),
     "weights first": lambda: tar_of(GOOD[::-1]),
     "an artifact": lambda: tar_of([*GOOD, ("1234_tokenizer.model", b"abc")]),
-    # Nothing is extracted, so members that would escape a folder do nothing.
+    # The archive is not extracted, so members with paths outside the folder have no effect.
     "../ beside": lambda: tar_of([("../escaped", b"x"), *GOOD]),
     "absolute path beside": lambda: tar_of([("/tmp/escaped", b"x"), *GOOD]),
     "symbolic link beside": lambda: tar_of([("link", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), *GOOD]),
@@ -328,7 +328,7 @@ class Payload:
 
 
 def pickled_in_zip(data: bytes, records: dict[str, bytes] | None = None) -> bytes:
-    """Return a PyTorch archive that contains a given pickle."""
+    """Return a PyTorch zip file that contains this pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("model/data.pkl", data)
@@ -338,7 +338,7 @@ def pickled_in_zip(data: bytes, records: dict[str, bytes] | None = None) -> byte
 
 
 def data_pickle(contents: bytes) -> bytes:
-    """Return the pickle inside a PyTorch archive."""
+    """Return the pickle inside a PyTorch zip file."""
     with zipfile.ZipFile(io.BytesIO(contents)) as archive:
         return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
@@ -346,7 +346,7 @@ def data_pickle(contents: bytes) -> bytes:
 def tensor_pickle(
     shape: tuple, stride: tuple, offset: int = 0, key: str = KEY, storage: str = "FloatStorage"
 ) -> bytes:
-    """Return the pickle of {key: tensor in record 0}, with any sizes."""
+    """Return the pickle of a state dict with one tensor, which is in record 0 and may have an impossible shape."""
 
     def number(value: int) -> bytes:
         return b"\x8a" + bytes([8]) + struct.pack("<q", value)
@@ -521,7 +521,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     **{
         f"{name} is a {kind}": (
             lambda name=name, changes=changes: tar_of([*(m for m in GOOD if m[0] != name), (name, changes)]),
-            f"{name} is not a plain file",
+            f"{name} is not a regular file",
         )
         for name in (CONFIG, WEIGHTS)
         for kind, changes in {
@@ -564,7 +564,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "config is deep": (lambda: with_config(b"a: " + b"[" * 500), "deeply nested"),
     # PyYAML 6.0.4 reaches its own limit first.
     "config is a pit": (lambda: with_config(b"a: " + b"[" * 50_000), "deeply nested|nesting depth"),
-    "config is long": (lambda: with_config(b"a: [" + b"1," * 400_000 + b"]"), "larger"),
+    "config is long": (lambda: with_config(b"a: [" + b"1," * 400_000 + b"]"), "too large"),
     "environment": (lambda: with_config(config(name="${oc.env:HOME}")), "resolver"),
     "environment, spaced": (lambda: with_config(config(name="${ oc.env : HOME }")), "resolver"),
     "environment, escaped": (lambda: with_config(CONFIG_BYTES + b'name: "\\u0024{oc.env:HOME}"\n'), "resolver"),
@@ -719,9 +719,9 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle is empty": (lambda: with_weights(pickled_in_zip(b"")), "damaged or unsafe"),
     "pickle stops": (lambda: with_weights(pickled_in_zip(b"\x80\x02}")), "damaged or unsafe"),
     "pickle takes from an empty stack": (lambda: with_weights(pickled_in_zip(b"\x80\x02R.")), "damaged or unsafe"),
-    "pickle of a million dictionaries": (lambda: with_weights(pickled_in_zip(b"\x80\x02" + b"}" * 10**6 + b".")), "larger"),
+    "pickle of a million dictionaries": (lambda: with_weights(pickled_in_zip(b"\x80\x02" + b"}" * 10**6 + b".")), "more than 400000 opcodes"),
     "pickle of a million sets": (lambda: with_weights(pickled_in_zip(b"\x80\x04" + b"\x8f" * 10**6 + b".")), "EMPTY_SET"),
-    "pickle with a huge index": (lambda: with_weights(pickled_in_zip(b"\x80\x02}r\xff\xff\xff\x7f.")), "larger"),
+    "pickle with a huge index": (lambda: with_weights(pickled_in_zip(b"\x80\x02}r\xff\xff\xff\x7f.")), "memo index"),
     "pickle of 8 MiB": (lambda: with_weights(pickled_in_zip(b"\x80\x02X\0\0\x80\0" + bytes(8 << 20) + b".")), "larger"),
     "pickle with a long text": (lambda: with_weights(pickled_in_zip(b"\x80\x02X\xff\xff\xff\x7fabc.")), "damaged or unsafe"),
     "pickle of itself": (lambda: with_weights(pickled_in_zip(b"\x80\x02]q\0h\0a.")), "no state dict"),
@@ -736,7 +736,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "ckpt of protocol 4": (lambda: pickled_in_zip(pickle.dumps(Payload(), 4)), "FRAME|SHORT_BIN"),
     "ckpt with the environment": (lambda: lightning(config(name="${oc.env:HOME}")), "resolver"),
     "ckpt whose config is deep": (lambda: lightning(None, hyper_parameters=nested(40)), "deeply nested"),
-    "ckpt whose config explodes": (lambda: lightning(None, hyper_parameters=shared(30)), "larger"),
+    "ckpt whose config explodes": (lambda: lightning(None, hyper_parameters=shared(30)), "too large"),
     "ckpt whose config holds itself": (lambda: lightning(None, hyper_parameters=shared(0)), "deeply nested"),
     "ckpt of another model": (lambda: lightning({"encoder": {"_target_": "os.system"}}), "no 'sample_rate'"),
     "ckpt of another config": (lambda: lightning(config(audio_encoder__encoded_dim=31)), "encoded_dim"),
@@ -893,7 +893,7 @@ def test_checksums_are_verified_before_values_are_used(nemo):
 
 
 def test_module_weights_are_read_on_first_use(nemo):
-    """Damage in the decoder does not prevent encoding; decoding reports it."""
+    """Damage in the decoder does not prevent encoding; only decoding fails."""
     decoder = [value for key, value in STATE.items() if key.startswith("audio_decoder.")]
     longest = max(decoder, key=torch.numel).contiguous().numpy().tobytes()
     damaged = nemo_lfr.load(nemo(flipped(GOOD_TAR, GOOD_TAR.index(longest))), device="cpu")
@@ -936,7 +936,9 @@ def test_a_file_that_is_overwritten_after_it_was_opened_is_an_error(nemo, change
         "fingerprint": lambda: codec.fingerprint,
         "pickle": lambda: pickle.dumps(codec),
     }
-    with pytest.raises(CheckpointError, match=r"stranger.nemo: was (changed|truncated) while it was open; load it"):
+    with pytest.raises(
+        CheckpointError, match=r"stranger.nemo: the file was (changed|truncated) while it was open; load it"
+    ):
         uses[use]()
 
 
@@ -970,7 +972,10 @@ for _ in sys.stdin:
 
 @pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_gives_its_tokens_or_an_error(tmp_path):
-    """Truncate, overwrite and restore the file meanwhile; the reader neither crashes nor returns wrong tokens."""
+    """Truncate, overwrite and restore a file while a subprocess reads it.
+
+    The subprocess neither crashes nor gets wrong tokens.
+    """
     path, rounds = tmp_path / "model.nemo", 60
     path.write_bytes(GOOD_TAR)
     reader = subprocess.Popen(
@@ -1064,5 +1069,5 @@ from tests.checkpoint.test_checkpoint import STATE, config
 from nemo_lfr.checkpoint import write_checkpoint
 write_checkpoint({str(path)!r}, config(), STATE)
 """
-    assert "CheckpointError: " + str(path) + ": cannot be written" in on_a_full_disk(script, free=20_000)
+    assert "CheckpointError: " + str(path) + ": the file cannot be written" in on_a_full_disk(script, free=20_000)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

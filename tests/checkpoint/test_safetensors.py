@@ -140,8 +140,8 @@ def test_a_damaged_config_is_refused_by_name(text, folder):
 
 def test_infinite_weights_are_refused_when_they_are_used(folder):
     path = folder / "model.safetensors"
-    data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # and correct the checksum
-    begin = 8 + int.from_bytes(data[:8], "little")  # of the decoder's weights, since names are sorted
+    data = _header(lambda header: header.pop("__metadata__"))(path.read_bytes())  # removes the checksum
+    begin = 8 + int.from_bytes(data[:8], "little")  # first value of the decoder, since names are sorted
     path.write_bytes(data[:begin] + b"\xff" * 1000 + data[begin + 1000 :])
     codec = nemo_lfr.load(folder, "cpu")
     tokens, _ = codec.encode(speech_like(9000))

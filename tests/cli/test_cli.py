@@ -126,7 +126,7 @@ def test_a_bad_file_does_not_stop_the_others(capsys, folder, tmp_path):
         (["decode", "x.lfr", "--out", "b.wav", "--format", "flac"], "--format flac name different formats"),
         (["encode", "{folder}/a.wav", "--overwrite", "--skip-existing"], "are mutually exclusive"),
         (["info", "{folder}/none.lfr"], "none.lfr: no such file"),
-        (["info", "/dev/zero"], "is a device, not a regular file"),
+        (["info", "/dev/zero"], "not a regular file but a device"),
         (["tokenize", "{folder}", "--out", "{folder}/a.wav"], "a.wav' is a file"),
         (["frobnicate"], "frobnicate"),
         (["encode", "{folder}/a.wav", "--precision", "int4"], "int4"),
@@ -279,7 +279,7 @@ def test_truncated_file_is_refused_with_a_hint_to_recover(capsys, tmp_path):
     cut = tmp_path / "cut.lfr"
     cut.write_bytes((tmp_path / "a.lfr").read_bytes()[:3000])
     code, _, err = run(capsys, "decode", cut)
-    assert code == 1 and "cut.lfr: it ends too early" in err and "--recover" in err
+    assert code == 1 and "cut.lfr: the data ends too early" in err and "--recover" in err
     assert run(capsys, "decode", cut, "--recover")[0] == 0
     assert soundfile.info(tmp_path / "cut.wav").frames == BATCHING["cpu"].chunk_frames * 1024  # the first block
 
@@ -398,7 +398,7 @@ def test_pipe_as_a_corpus_is_refused(capsys, command, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     kind = ["folder"] if command == "prepare" else []
     code, stdout, stderr = run(capsys, command, *kind, tmp_path / "pipe.json", "--out", tmp_path / "out")
-    assert (code, stdout) == (2, "") and ("is a pipe" in stderr or "is not a folder" in stderr)
+    assert (code, stdout) == (2, "") and ("not a regular file but a pipe" in stderr or "is not a folder" in stderr)
 
 
 def test_info_describes_readable_files_despite_failures(capsys, tmp_path):

@@ -231,11 +231,11 @@ def test_a_broken_pipe_is_a_one_line_error(piped):
     assert "stdin: not a .lfr token file" in said(piped("decode", "-", stdin=b""))
     data = wav(speech_like(40_000))
     done = piped("encode", "-", stdin=data[: len(data) // 2])
-    assert "stdin: was truncated" in said(done)
+    assert "stdin: the audio was truncated" in said(done)
     with pytest.raises(Exception, match="truncated"):
         tokens_of(done.stdout)
     tokens = piped("encode", "-", stdin=data).stdout
-    assert "stdin: it ends too early; the file is damaged or truncated" in said(
+    assert "stdin: the data ends too early; the file is damaged or truncated" in said(
         piped("decode", "-", stdin=tokens[:-20])
     )
     flipped = bytearray(tokens)
@@ -254,7 +254,9 @@ def test_empty_recording_passes_through_pipes(piped):
 def test_tokens_of_another_codec_are_refused_in_pipes(piped, tmp_path):
     model = write_nemo(tmp_path / "tiny.nemo", codec_config())
     tokens = piped("encode", "-", stdin=wav(speech_like(9000))).stdout
-    assert "stdin: made by a codec with fingerprint" in said(piped("decode", "-", "--model", model, stdin=tokens))
+    assert "stdin: the tokens were made by a codec with fingerprint" in said(
+        piped("decode", "-", "--model", model, stdin=tokens)
+    )
 
 
 PIPED = {
@@ -289,7 +291,9 @@ def test_pipe_and_file_give_the_same_samples(name, piece):
         with AudioReader("a.wav", RATE, data=data) as reader:
             expected = np.concatenate([np.zeros(0, np.float32), *reader.blocks()])
     except AudioError:
-        assert filtered.problem and filtered.problem.startswith(("was truncated", "contains several"))
+        assert filtered.problem and filtered.problem.startswith(
+            ("the audio was truncated", "the audio contains several")
+        )
         return
     assert filtered.problem is None
     wave = np.frombuffer(samples[: len(samples) // 2 * 2], "<i2") / np.float32(32768)
@@ -310,7 +314,7 @@ def test_pipe_gives_the_tokens_of_the_file_or_its_error(piped, tmp_path, name):
     (tmp_path / "a.wav").write_bytes(PIPED[name])
     result = piped("encode", "-", "-", stdin=PIPED[name])
     if name == "cut WAV":
-        assert result.returncode == 1 and "stdin: was truncated" in result.stderr
+        assert result.returncode == 1 and "stdin: the audio was truncated" in result.stderr
         return
     load().encode_file(tmp_path / "a.wav", tmp_path / "a.lfr")
     with TokenReader(tmp_path / "a.lfr") as reader:

@@ -254,7 +254,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "flac truncated": (lambda: sound("flac", wave=np.tile(WAVE, 20))[:9000], "flac", "truncated: its last frame"),
     "flac with a damaged middle": (
         lambda: sound("flac", wave=np.tile(WAVE, 20))[:9000] + bytes(99) + sound("flac", wave=np.tile(WAVE, 20))[9099:],
-        "flac", "damaged audio",
+        "flac", "the audio is damaged",
     ),
     "NaN": (lambda: sound("wav", "FLOAT", np.append(WAVE, np.nan)), "wav", "NaN or infinite"),
     "infinite": (lambda: sound("wav", "FLOAT", np.append(WAVE, np.inf)), "wav", "NaN or infinite"),

@@ -143,7 +143,7 @@ def test_samples_without_a_struct_use_the_rate_column(tmp_path):
     (clip,) = clips_of(write(tmp_path / "a.parquet", {"audio": [WAVE.tolist()], "sampling_rate": [RATE]}))
     assert np.abs(clip.audio(RATE, 100) - WAVE).max() < 1e-6
     (clip,) = clips_of(write(tmp_path / "b.parquet", {"speech": [WAVE.tolist()]}))
-    with pytest.raises(AudioError, match="without a sampling rate"):
+    with pytest.raises(AudioError, match="have no sampling rate"):
         clip.audio(RATE, 100)
 
 
@@ -366,7 +366,7 @@ def test_text_tables_are_read_as_corpora(wav):
     assert len({clip.id for clip in clips}) == 4 and clips[0].id == "a"
     assert [clip.labels.get("text") for clip in clips] == ["hi", "again", None, "x"]
     assert clips[0].labels["speaker"] == "me" and len(clips[0].audio(RATE, 60.0)) == len(WAVE)
-    for clip, reason in ((clips[2], "line 4: a row of 1 fields"), (clips[3], "gone.wav")):
+    for clip, reason in ((clips[2], "line 4: the row has 1 fields"), (clips[3], "gone.wav")):
         with pytest.raises(AudioError, match=reason):
             clip.audio(RATE, 60.0)
     with pytest.raises(ConfigError, match="without rows"):

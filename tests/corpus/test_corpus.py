@@ -467,7 +467,7 @@ def bad_files(root: Path) -> dict[str, str]:
     (root / "loop.wav").symlink_to(root / "loop.wav")
     (root / "dangling.wav").symlink_to(root / "nowhere")
     reasons |= {
-        "folder.wav": "is a folder",
+        "folder.wav": "not a file but a folder",
         "loop.wav": "",
         "dangling.wav": "no such file",
         "missing.wav": "no such file",

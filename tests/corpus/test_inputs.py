@@ -47,7 +47,7 @@ def test_invalid_transcript_fails_only_its_clip(kind, tmp_path):
     )
     for name in "ac":
         assert len(clips[name].audio(RATE, 100)) == len(WAVE)
-    with pytest.raises(AudioError, match=r"b\.wav: its transcript b\.txt: "):
+    with pytest.raises(AudioError, match=r"b\.wav: the transcript b\.txt: "):
         clips["b"].audio(RATE, 100)
 
 

@@ -333,7 +333,7 @@ def test_run_locks_its_folder_until_the_report_is_written(capsys, corpus, tmp_pa
 def test_a_manifest_in_a_pipe_is_refused_with_advice(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     code, _, err = command(capsys, "evaluate", tmp_path / "pipe", "--out", tmp_path / "out")
-    assert code == 2 and "is a pipe, not a regular file; write the manifest to a file and pass its path." in err
+    assert code == 2 and "not a regular file but a pipe; write the manifest to a file and pass its path." in err
     assert not (tmp_path / "out").exists()
 
 

@@ -33,7 +33,7 @@ def test_temporary_files_are_kept_until_their_writer_dies(tmp_path):
     process.kill()
     process.communicate()
     sweep(tmp_path, ["b.lfr"])
-    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # belongs to another final name
+    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]  # temporary file of another output
     sweep(tmp_path, ["a.lfr"])
     assert list(tmp_path.iterdir()) == []
 

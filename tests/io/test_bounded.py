@@ -1,4 +1,4 @@
-"""Tests of small files that expand to large data: they skip one clip or are refused, in bounded memory and time."""
+"""Tests of small files that expand to large data: a clip is skipped or the file is refused, within bounded memory."""
 
 import gzip
 import io
@@ -52,7 +52,7 @@ def sparse_header(name: str, size: int) -> bytes:
 
 
 def pax_header(size: int) -> bytes:
-    """Return an extended header that claims a number of bytes."""
+    """Return an extended header that claims to have a number of bytes."""
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, size
     return info.tobuf(tarfile.GNU_FORMAT)
@@ -229,7 +229,7 @@ def test_non_regular_tar_members_are_not_read(kind, tmp_path):
 
 
 def saved_rows(kind: str) -> tuple["pa.Table", int]:
-    """Rows of an Arrow stream, and how many batches of them to write."""
+    """Return a table for an Arrow stream, and how many times to write it."""
     if kind == "text that expands":
         return pa.table({"audio": ["a.wav"], "text": ["a" * (9 << 25)]}), 1
     if kind == "dictionary that expands":
@@ -247,7 +247,7 @@ def test_an_arrow_stream_that_expands_is_refused_before_it_does(kind, tmp_path):
             writer.write_table(table)
     assert path.stat().st_size < 1 << 17
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
-    with pytest.raises(ConfigError, match=r"state\.arrow: claims \d+ rows.*damaged or malicious"):
+    with pytest.raises(ConfigError, match=r"state\.arrow: the file claims \d+ rows.*damaged or malicious"):
         SavedDataset(tmp_path)
 
 
@@ -272,13 +272,13 @@ def test_a_damaged_arrow_stream_is_an_error_of_this_package(compression, tmp_pat
 
 
 def test_no_row_of_a_damaged_parquet_file_is_lost_without_a_word(tmp_path):
-    """Each of the places that tell how many rows or values there are, with another number."""
+    """Replace each of the numbers of rows or values in a Parquet file by another number."""
     path, rows = tmp_path / "a.parquet", 77
     table = pa.table({"audio": [b"RIFF"] * rows, "text": ["a"] * rows})
     pq.write_table(table, path, store_schema=False, write_statistics=False, use_dictionary=False, compression="none")
-    whole, number = path.read_bytes(), b"\x9a\x01"  # 77 as Thrift writes it
+    whole, number = path.read_bytes(), b"\x9a\x01"  # the number 77 in Thrift's encoding
     places = [at for at in range(len(whole)) if whole.startswith(number, at)]
-    assert len(places) >= 6  # the file, its row group, two columns, and a page of each
+    assert len(places) >= 6  # of the file, its row group, two columns, and one page in each column
     for place in places:
         for other in (b"\x98\x01", b"\x9c\x01", b"\x80\x00"):
             path.write_bytes(whole[:place] + other + whole[place + 2 :])

@@ -159,10 +159,10 @@ def test_a_damaged_payload_raises_or_gives_other_tokens():
             try:
                 assert not np.array_equal(decode(bytes(damaged)), tokens)
             except ValueError as error:
-                assert re.search("coded digits|state|follow", str(error))
+                assert re.search("compressed data|state of the coder", str(error))
     for wrong in (payload[:-1], payload + b"\0", payload[:3], b""):
         for count in (1, 3):
-            with pytest.raises(ValueError, match=r"coded digits|state|follow"):
+            with pytest.raises(ValueError, match=r"compressed data|state of the coder"):
                 decode_blocks(model, [(wrong, 5)] * count)
 
 
@@ -272,7 +272,7 @@ def test_tokens_round_trip_through_digits():
 
 
 def test_the_bundled_model_is_of_the_bundled_codec():
-    """If this fails, the codec was retrained: fit the model again, as described in recipes/bundled_codec."""
+    """If this test fails, the codec was retrained. Fit the model again, as described in recipes/bundled_codec."""
     import nemo_lfr
 
     codec = nemo_lfr.load(device="cpu")

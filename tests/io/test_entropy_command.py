@@ -1,4 +1,4 @@
-"""Tests of compression on the command line: files, pipes, corpora, and entropy models fitted to given tokens."""
+"""Tests of compression on the command line: files, pipes, corpora, and entropy models that are fitted to tokens."""
 
 import io
 import json
@@ -179,7 +179,7 @@ def test_a_corpus_of_compressed_files_carries_its_model(capsys, speech, tmp_path
 
 
 def test_a_model_of_another_codec_with_the_same_levels_still_loses_nothing(tmp_path):
-    """It only compresses less; blocks that would grow are packed instead."""
+    """Such a model only compresses less. Blocks that it would enlarge are packed instead."""
     model = random_model(size=40)
     write_model(model, tmp_path / "m.lfrm")
     codec = nemo_lfr.load(device="cpu")

@@ -183,13 +183,13 @@ def test_hostile_blocks_with_right_checksums_raise(tmp_path):
     payload = encode_block(model, likely_tokens(model, 20))
     cases = {
         "too many frames": (body(1025, bytes(2048)), "1025 frames"),
-        "fewer bytes than a quarter of the frames": (body(20, b"1234"), "20 frames has 4 bytes"),
-        "more bytes than packed": (body(20, bytes(61)), "has 61 bytes"),
+        "fewer bytes than a quarter of the frames": (body(20, b"1234"), "20 frames has a payload of 4 bytes"),
+        "more bytes than packed": (body(20, bytes(61)), "has a payload of 61 bytes"),
         "no state": (body(4, b"123"), "state"),
         "state out of range": (body(20, bytes(len(payload))), "state"),
-        "cut digits": (body(20, payload[:-1]), "coded digits"),
+        "cut digits": (body(20, payload[:-1]), "compressed data"),
         "byte more": (body(20, payload + b"\0"), "follow"),
-        "fewer frames": (body(18, payload), r"coded digits|follow|bytes|does not encode tokens"),
+        "fewer frames": (body(18, payload), r"compressed data|bytes|does not encode tokens"),
         "packed frame too large": (body(2, b"\xff" * 6), "does not encode tokens"),
     }
     for name, (block, message) in cases.items():
@@ -220,7 +220,7 @@ def test_model_is_found_where_the_file_lies(tmp_path):
     tokens = random_tokens(model, 5)
     path = write(folder / "a.lfr", model, [tokens])
     message = rf"entropy model {model.hash}, which was not found.*{model.hash}\.lfrm.*written by|weights/"
-    with TokenReader(path) as reader:  # its header tells what it is
+    with TokenReader(path) as reader:  # the header can be read without the model
         assert reader.num_frames == 5
         with pytest.raises(EntropyModelError, match=message):
             reader.read()
@@ -235,7 +235,7 @@ def test_model_is_found_where_the_file_lies(tmp_path):
         read(path, None)
     write_model(model, tmp_path / "mine.lfrm")
     assert np.array_equal(read(path, tmp_path / "mine.lfrm"), tokens)
-    with pytest.raises(EntropyModelError, match="the one passed is"):
+    with pytest.raises(EntropyModelError, match="the passed model is"):
         read(path, small_model(seed=5))
 
 
@@ -274,7 +274,7 @@ def test_tokens_outside_the_codebook_are_refused(tmp_path):
 
 
 def test_blocks_of_a_killed_writer_can_be_recovered(tmp_path):
-    """A killed process may leave a file that ends at any byte; complete blocks before that are intact."""
+    """A killed process may leave a file that ends at any byte. The complete blocks before that byte are intact."""
     model = small_model()
     parts = [random_tokens(model, 256, seed) for seed in range(3)]
     data = write(tmp_path / "a.lfr", model, parts, gather=256).read_bytes()

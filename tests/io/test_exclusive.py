@@ -43,7 +43,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_a_file_is_locked_where_folders_cannot_be(tmp_path, monkeypatch):
-    """This simulates network drives, which lock only files that are open for writing."""
+    """Simulate a network drive, which can lock only files that are open for writing."""
     descriptors = []
 
     def lock_files(descriptor, shared):

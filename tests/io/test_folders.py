@@ -12,7 +12,7 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, find_files, find_matches
 from nemo_lfr.io.layouts import folder as folder_layout
 
-# Formats of libsndfile that are skipped in folders: they have no header, or are rarely audio.
+# Formats that libsndfile reads, but that are skipped in folders: such files have no header, or are rarely audio.
 NOT_TAKEN = {"RAW", "MAT4", "MAT5", "MPC2K", "SD2"}
 SUFFIXES = {
     "WAV": [".wav", ".wave", ".bwf"],
@@ -132,7 +132,7 @@ class TestLinks:
         tmp_path.joinpath("closed").chmod(0)
         user = os.geteuid()
         if user == 0:
-            for folder in (tmp_path, *tmp_path.parents[:3]):  # pytest's own folders, one more in a parallel run
+            for folder in (tmp_path, *tmp_path.parents[:3]):  # folders of pytest, one more in a parallel run
                 folder.chmod(0o755)
             os.seteuid(65534)
         try:

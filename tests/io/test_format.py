@@ -168,7 +168,7 @@ def test_a_block_of_too_many_frames_is_refused_before_it_is_read(tmp_path):
 
 def test_a_newer_version_is_refused_with_both_versions(tmp_path):
     (tmp_path / "a.lfr").write_bytes(empty(header(version=3)))
-    with pytest.raises(TokenFileError, match=r"a\.lfr: format version 3.*reads versions 1 and 2"):
+    with pytest.raises(TokenFileError, match=r"a\.lfr: the file has format version 3.*reads versions 1 and 2"):
         TokenReader(tmp_path / "a.lfr")
 
 
@@ -365,7 +365,7 @@ def sections(path) -> tuple[bytes, list[bytes], bytes]:
     return head, found, raw[at:]
 
 
-# Sections of two files of one codec with equal first blocks -> a mixed file, and its first wrong frame.
+# From the sections of two files (of one codec, with equal first blocks): a mixed file, and its first wrong frame.
 FORGERIES = {
     "neighbors swapped": (lambda a, b: (a[0], [a[1][0], a[1][2], a[1][1], a[1][3]], a[2]), 5),
     "the ends swapped": (lambda a, b: (a[0], [a[1][3], *a[1][1:3], a[1][0]], a[2]), 0),
@@ -443,7 +443,7 @@ class CountedReads(io.FileIO):
 
 
 class CountedNumbers(list):
-    """Positions of blocks that count every access and copy."""
+    """Sequence of block positions that counts every access and copy."""
 
     touched = 0
 
@@ -580,7 +580,7 @@ def test_invalid_span_in_seconds_is_named(tmp_path, start, duration):
 
 
 def spans(reader: TokenReader, tokens: np.ndarray, seed: int, count: int = 300) -> int:
-    """Read random spans; return how many differ from the file."""
+    """Read random spans, and return the number of spans that differ from the file."""
     starts = np.random.default_rng(seed).integers(0, tokens.shape[1] - 10, count).tolist()
     return sum(not np.array_equal(reader.read(at, at + 10), tokens[:, at : at + 10]) for at in starts)
 

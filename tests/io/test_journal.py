@@ -26,7 +26,7 @@ def test_entries_are_read_back_without_truncated_lines(tmp_path):
 def test_a_journal_that_is_no_regular_file_is_refused_at_once(make, tmp_path):
     make(tmp_path / "journal.jsonl")
     with (
-        pytest.raises(NemoLfrError, match=r"journal\.jsonl: is a (folder|pipe), not a regular file; remove it"),
+        pytest.raises(NemoLfrError, match=r"journal\.jsonl: not a regular file but a (folder|pipe); remove it"),
         Journal(tmp_path / "journal.jsonl"),
     ):
         pass

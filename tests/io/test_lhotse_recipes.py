@@ -1,4 +1,4 @@
-"""`nemo-lfr prepare lhotse:NAME`: Lhotse's own recipes on miniature corpora."""
+"""Tests of `nemo-lfr prepare lhotse:NAME` with Lhotse's own recipes on miniature corpora."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_results_of_other_shapes(tmp_path, caplog):
         ("wavs/LJ000.wav", "train", "", {}),
     ]
     problems = [utterance.problem or "" for utterance in found]
-    expected = ["", "the recipe changes its audio", "is not in the folder", "sources of type ['command']", ""]
+    expected = ["", "the recipe modifies the audio", "is not in the folder", "sources of type ['command']", ""]
     assert all(part in problem for part, problem in zip(expected, problems, strict=True))
     assert "several supervisions" in caplog.text
     with pytest.raises(NemoLfrError, match="returns list, not recordings"):
@@ -113,7 +113,7 @@ def test_refused_recipes(case, tmp_path, capsys):
 
 
 def test_audio_backends_that_start_a_shell_are_removed(tmp_path):
-    """A recipe opens the files of the corpus, and Lhotse would pass the name of an .sph file to a shell."""
+    """A recipe opens the files in the corpus, and Lhotse would pass the name of an .sph file to a shell."""
     corpus = write_ljspeech(tmp_path / "corpus", 1)
     prepare("lhotse:ljspeech", corpus, tmp_path / "out")
     backends = lhotse.audio.backend.get_default_audio_backend().backends

@@ -1,4 +1,4 @@
-"""Tests of containers that are read with FFmpeg: made by FFmpeg, and compared with its own decoding."""
+"""Tests of containers that are read with FFmpeg. FFmpeg makes the files, and its own decoding is the reference."""
 
 import builtins
 import shutil
@@ -106,7 +106,7 @@ LIVE = {
 
 @pytest.mark.parametrize("suffix", LIVE)
 def test_a_file_that_names_no_length_is_refused_where_it_is_cut(tmp_path, suffix):
-    """Browsers and live encoders write such files to a pipe."""
+    """Browsers and live encoders write files without a length to a pipe."""
     pytest.importorskip("av")
     soundfile.write(tmp_path / "source.wav", synthesize(3), RATE)
     data = ffmpeg("-i", tmp_path / "source.wav", *LIVE[suffix], "-")
@@ -138,7 +138,7 @@ def test_joined_mp4_is_refused_as_only_the_first_would_be_read(tmp_path, options
     data = ffmpeg("-i", tmp_path / "a.mov", "-c:a", "aac", *options, tmp_path / "b.mp4")
     data = (tmp_path / "b.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(data + data)
-    with pytest.raises(AudioError, match=r"b\.mp4: contains several recordings"):
+    with pytest.raises(AudioError, match=r"b\.mp4: the audio contains several recordings"):
         read(tmp_path / "b.mp4")
 
 
@@ -156,7 +156,7 @@ def test_aac_that_ends_within_a_frame_is_read_to_its_last_whole_frame_with_a_mes
     whole = read("a.aac", data=data)
     part = read("a.aac", data=data[:-20])
     assert len(part) == len(whole) - 1024 and np.array_equal(part, whole[: len(part)])
-    assert "a.aac: ends within a frame" in caplog.text
+    assert "a.aac: the audio ends within a frame" in caplog.text
 
 
 @pytest.mark.parametrize("codec", ["flac", "libspeex"])
@@ -258,7 +258,7 @@ def test_a_format_whose_truncation_would_not_show_is_refused(tmp_path, kind):
     pytest.importorskip("av")
     data = encoded(tmp_path, kind, options=UNCHECKED)
     with pytest.raises(
-        AudioError, match=r"a: is .*which is not supported because truncated files cannot be detected; convert it"
+        AudioError, match=r"a: the format .* is not supported because truncated files cannot be detected; convert it"
     ):
         read("a", data=data)
 
@@ -335,7 +335,7 @@ def test_a_failed_import_of_the_extra_is_explained(tmp_path, monkeypatch, error,
 
     (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000))
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(MissingExtraError, match=rf"a\.m4a: libsndfile does not read it.*{message}"):
+    with pytest.raises(MissingExtraError, match=rf"a\.m4a: libsndfile does not read this file.*{message}"):
         AudioReader(tmp_path / "a.m4a", RATE)
 
 

@@ -48,7 +48,7 @@ def test_non_regular_path_is_refused_without_blocking(kind, reader, tmp_path, mo
     path = Path("tokens.json")
     KINDS[kind](path)
     link = reader == "journal" and kind == "a device"
-    with pytest.raises(NemoLfrError, match="is a link" if link else rf"tokens\.json: is {kind}, not a regular file"):
+    with pytest.raises(NemoLfrError, match="is a link" if link else rf"tokens\.json: not a regular file but {kind}"):
         READERS[reader](path)
 
 
@@ -56,7 +56,7 @@ def test_non_regular_path_is_refused_without_blocking(kind, reader, tmp_path, mo
 def test_non_regular_transcript_fails_only_its_clip(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     KINDS[kind](Path("a.txt"))
-    assert text_of(Path("a.txt")) == ({}, f"its transcript a.txt: is {kind}, not a regular file; give the file itself")
+    assert text_of(Path("a.txt")) == ({}, f"the transcript a.txt: not a regular file but {kind}; give the file itself")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -140,4 +140,6 @@ def test_a_limit_on_address_space_that_is_too_low_is_a_one_line_error(tmp_path):
     )
     assert result.returncode == 2 and not (tmp_path / "a.lfr").exists()
     error = result.stderr.splitlines()[-1]
-    assert error.startswith("nemo-lfr: error: not enough memory: computing needs about ") and "ulimit -v" in error
+    assert (
+        error.startswith("nemo-lfr: error: not enough memory: running PyTorch needs about ") and "ulimit -v" in error
+    )

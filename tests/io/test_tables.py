@@ -58,17 +58,17 @@ def test_tables_are_read(tmp_path, case):
 
 
 BAD_ROWS: dict[str, tuple[str, bytes, str]] = {
-    "too few fields": ("t.csv", b"a.wav", "a row of 1 fields, where the header has 2"),
-    "too many fields": ("t.csv", b"a.wav,hi,ho", "a row of 3 fields"),
+    "too few fields": ("t.csv", b"a.wav", "the row has 1 fields, but the header has 2"),
+    "too many fields": ("t.csv", b"a.wav,hi,ho", "the row has 3 fields"),
     "Latin-1": ("t.csv", b"a.wav,caf\xe9", "not UTF-8 text"),
     "NUL": ("t.csv", b"a.wav,\0", "NUL"),
     "a quote that is not closed": ("t.csv", b'a.wav,"hi', "quote is not closed"),
     "a field of a megabyte": ("t.csv", b"a.wav," + b"x" * (1 << 20), "field larger than"),
-    "no name": ("t.csv", b",hi", "its 'file_name' is empty"),
-    "TSV": ("t.tsv", b"a.wav\thi\tho", "a row of 3 fields"),
+    "no name": ("t.csv", b",hi", "the column 'file_name' is empty"),
+    "TSV": ("t.tsv", b"a.wav\thi\tho", "the row has 3 fields"),
     "JSON": ("t.jsonl", b'{"file_name"', "not JSON"),
     "JSON, a list": ("t.jsonl", b"[1]", "is not a JSON object"),
-    "JSON, a number": ("t.jsonl", b'{"file_name": 5}', "its 'file_name' is 5"),
+    "JSON, a number": ("t.jsonl", b'{"file_name": 5}', "the column 'file_name' is 5"),
     "JSON, no name": ("t.jsonl", b'{"text": "a"}', "no key 'file_name'"),
 }
 
@@ -88,9 +88,9 @@ def test_invalid_row_skips_only_itself(tmp_path, case):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no column with the audio"),
-        (b"id,text\n1,hi\n", r"no column with the audio.*'id', 'text'"),
-        (b"LJ001|Printing|Printing\n", "no column with the audio"),
+        (b"", "no column contains the audio"),
+        (b"id,text\n1,hi\n", r"no column contains the audio.*'id', 'text'"),
+        (b"LJ001|Printing|Printing\n", "no column contains the audio"),
         (b"\xff\xfef\0i\0", "UTF-16"),
         (b"file_name,\xe9\n", "header cannot be read"),
         (b"file_name,text,text\na.wav,,hi\n", "two columns are named 'text'; rename or remove one of them"),
@@ -132,7 +132,7 @@ def test_recordings_of_a_table_have_paths_relative_to_its_folder(audio_folder):
     assert [recording.path for recording in recordings] == [audio_folder / "wavs/a.wav", audio_folder / "wavs/b.wav"]
     assert [recording.labels["text"] for recording in recordings] == ["hi", "ho"]
     assert recordings[0].duration == pytest.approx(0.2, abs=1e-3)
-    assert len(problems) == 1 and "t.csv, line 3: skipped: a row of 1 fields" in problems[0]
+    assert len(problems) == 1 and "t.csv, line 3: skipped: the row has 1 fields" in problems[0]
     assert read_manifest(path, audio_folder / "wavs" / "..", on_bad_line=lambda _: None)[0].path.exists()
     path.write_text("file_name,sentence\nbad\n")
     with pytest.raises(ConfigError, match="line 2: not a row of a table"):
@@ -152,11 +152,11 @@ def test_labels_of_audio_folders_are_used(audio_folder, name):
     texts = {path: utterance.labels.get("text") for path, utterance in utterances.items() if not utterance.problem}
     assert texts == {"wavs/a.wav": "hi", "wavs/b.wav": "ho", "wavs/c.wav": "from a file"}
     problems = {path: utterance.problem for path, utterance in utterances.items() if utterance.problem}
-    assert problems.pop("wavs/gone.wav") == "is listed in a table, but does not exist"
+    assert problems.pop("wavs/gone.wav") == "the file is listed in a table, but does not exist"
     assert list(problems) == [f"wavs/{name}, line {len(lines)}"]
 
 
 def test_a_metadata_file_of_another_kind_changes_nothing(audio_folder, caplog):
     (audio_folder / "metadata.csv").write_text("LJ001|Printing|Printing\n")
     assert len(list(LAYOUTS["folder"](audio_folder))) == 3
-    assert "no column with the audio" in caplog.text
+    assert "no column contains the audio" in caplog.text

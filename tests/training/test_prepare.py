@@ -270,7 +270,7 @@ def test_invalid_transcript_fails_only_its_clip(tmp_path, kind):
         "c.wav": "text of c",
     }
     (failure,) = manifest(tmp_path / "out" / "failures.jsonl")
-    assert failure["input"] == "b.wav" and failure["error"].startswith("its transcript b.txt: ")
+    assert failure["input"] == "b.wav" and failure["error"].startswith("the transcript b.txt: ")
 
 
 ROWS = {

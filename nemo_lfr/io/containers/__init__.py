@@ -1,8 +1,8 @@
-"""Container parsing: find the audio in a file, and correct wrong headers.
+"""Find the audio in a file, and correct wrong headers.
 
-Decoders trust headers. Killed recorders, pipes and `cat` leave headers with a wrong length: 0, too short, or only that
-of the first of several recordings. `find_streams` compares the container with the bytes in the file and describes each
-recording so that libsndfile decodes all of it.
+Decoders trust headers, but killed recorders, pipes and `cat` leave headers with a wrong length: the length is 0, too
+short, or covers only the first of several recordings. `find_streams` compares the header with the bytes in the file
+and describes each recording in such a way that libsndfile decodes all of it.
 """
 
 import io
@@ -84,7 +84,7 @@ def _mpeg_size(head: bytes) -> int | None:
     return None if frame is None else frame.length
 
 
-# Sizes of the frames in packets, by FFmpeg's names of their decoders.
+# Functions that return the size of a frame, by FFmpeg's name of the decoder.
 PACKET_SIZES: dict[str, FrameSize] = {
     **FRAME_SIZES,
     "eac3": FRAME_SIZES["ac3"],
@@ -94,13 +94,13 @@ PACKET_SIZES: dict[str, FrameSize] = {
 
 
 def find_streams(file: BinaryIO) -> list[Stream]:
-    """Find the recordings of an audio file, in order.
+    """Find the recordings in an audio file, in order.
 
     Args:
-        file: opened for reading, seekable.
+        file: seekable file, open for reading.
 
     Returns:
-        At least one stream. A file of an unsupported format is one stream of the unchanged file.
+        At least one stream. For an unsupported format, the only stream is the unchanged file.
     """
     size = file.seek(0, io.SEEK_END)
     window = Window(file, size)
@@ -131,12 +131,12 @@ def _find(window: Window) -> list[Stream]:
 
 
 def find_mpeg(file: BinaryIO) -> list[Stream]:
-    """Find the recordings of MPEG audio that begins with other data.
+    """Find the recordings in a file that has other data before its MPEG audio.
 
     Bytes that are not part of a frame are skipped.
 
     Args:
-        file: opened for reading, seekable.
+        file: seekable file, open for reading.
 
     Returns:
         The streams; empty if the file has no MPEG audio.
@@ -145,6 +145,6 @@ def find_mpeg(file: BinaryIO) -> list[Stream]:
 
 
 def is_known(head: bytes) -> bool:
-    """Return whether a file has a supported format, by its first few thousand bytes."""
+    """Return whether a file with these first few thousand bytes has a supported format."""
     window = Window(io.BytesIO(head), len(head))
     return any(matches(head[:12], window) for matches, _ in _FORMATS)

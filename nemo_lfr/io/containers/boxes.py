@@ -1,7 +1,7 @@
-"""Completeness checks for Matroska and MP4, which FFmpeg decodes.
+"""Check that Matroska and MP4 files are complete, by their outermost elements.
 
-FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
-These checks look at the outermost elements of a file.
+FFmpeg, which decodes these files, reads the available part of a truncated file, or only the first of several
+concatenated files, without an error.
 """
 
 import re
@@ -12,13 +12,13 @@ from nemo_lfr.io.containers.joined import compare_end, damage_after, find_header
 from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window, cut_short, whole_file
 
 _BOX_NAME = re.compile(rb"[A-Za-z0-9]{3}[A-Za-z0-9 ]")
-_BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # the beginning of a box that belongs to the audio
-# Boxes between which the media data of a fragmented file may be.
+_BOX = re.compile(rb"\0.{3}(?:moof|moov|mdat)", re.DOTALL)  # beginning of a box that belongs to the audio
+# Names of boxes that may precede the media data in a fragmented file.
 _FRAGMENTS = frozenset(b"moof mdat moov ftyp styp sidx ssix emsg prft free skip wide uuid meta".split())
 _EBML, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
-# A Cluster, or a SimpleBlock of one of the first tracks.
+# Beginning of a Cluster, or of a SimpleBlock in one of the first tracks.
 _AUDIO = re.compile(rb"\x1f\x43\xb6\x75|\xa3(?:[\x80-\xff]|[\x40-\x7f].)[\x81-\x84]..[\0\x80]", re.DOTALL)
-# Ids of the elements in a Segment and a Cluster of Matroska and WebM.
+# Ids of the elements that may occur in a Segment and in a Cluster of Matroska and WebM.
 _IN_SEGMENT = {_CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367}
 _IN_CLUSTER = {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0xAF, 0x5854}
 _ANYWHERE = {0xEC, 0xBF}  # Void, CRC-32
@@ -33,8 +33,8 @@ def is_matroska(head: bytes, _: Window) -> bool:
 def matroska_streams(window: Window) -> list[Stream]:
     """Check the elements of a Matroska or WebM file.
 
-    Elements are nested, and the outer ones may have an unknown size. Each recording of a concatenated file begins with
-    an element of its own.
+    Elements are nested, and the outer ones may have an unknown size. In a concatenated file, each recording begins
+    with its own EBML element.
     """
     position, start = 0, 0
     streams: list[Stream] = []
@@ -48,7 +48,7 @@ def matroska_streams(window: Window) -> list[Stream]:
             start = position
         size, begin = _number(head, begin)
         if size is None:
-            return [whole_file(window.size, "was truncated: its last element is incomplete")]
+            return [whole_file(window.size, "the audio was truncated: its last element is incomplete")]
         unknown = size == (1 << 7 * (begin - _width(name))) - 1
         if not unknown and position + begin + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position - begin))]
@@ -102,7 +102,7 @@ def mp4_streams(window: Window) -> list[Stream]:
         if position + size > window.size:
             return [whole_file(window.size, cut_short(size, window.size - position))]
         if name == b"mdat" and is_fragmented and before not in _FRAGMENTS:
-            return [whole_file(window.size, f"is damaged: no index describes the audio at {position}")]
+            return [whole_file(window.size, f"the audio is damaged: no index describes the samples at {position}")]
         indexes += name == b"moov"
         is_fragmented |= name == b"moov" and window.find(b"mvex", position, position + size) >= 0
         before = name

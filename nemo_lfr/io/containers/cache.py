@@ -1,7 +1,7 @@
-"""Cache of scanned recordings for files that are opened repeatedly.
+"""Cache the recordings that were found in files, since training opens a file again for each segment.
 
-Training opens a file for each segment. A scan reads an entire FLAC, MP3 or Ogg file: 0.2 to 1 s for an hour of audio,
-far longer than reading a segment takes.
+Finding the recordings in a FLAC, MP3 or Ogg file requires reading it entirely. That takes 0.2 to 1 s for an hour of
+audio, far longer than reading a segment.
 """
 
 import os
@@ -13,10 +13,10 @@ from nemo_lfr.io.containers.stream import Stream
 
 MAX_FILES = 4096
 MAX_STREAMS = 64
-# A file that changed more recently may change again without a new modification time.
+# A file that changed less than this many nanoseconds ago may change again without a new modification time.
 SETTLED_NS = 2_000_000_000
 
-# Without a lock, which a fork could leave locked: each operation on the dictionary is atomic.
+# No lock protects the dictionary, since a forked process could inherit it locked. Each operation is atomic.
 _found: dict[tuple[int, ...], list[Stream]] = {}
 
 
@@ -24,10 +24,10 @@ def cached_streams(file: BinaryIO) -> list[Stream]:
     """Return the result of `find_streams`, from the cache if the file is unchanged.
 
     Args:
-        file: opened for reading, seekable. An object that is not a file of the file system is scanned every time.
+        file: seekable file, open for reading. An object that is not in the file system is not cached.
 
     Returns:
-        The recordings of the file, see `find_streams`.
+        The recordings in the file, see `find_streams`.
     """
     key = _state(file)
     streams = None if key is None else _found.get(key)
@@ -41,10 +41,10 @@ def cached_streams(file: BinaryIO) -> list[Stream]:
 
 
 def _state(file: BinaryIO) -> tuple[int, ...] | None:
-    """Return a key that identifies a file and its version; None if there is none."""
+    """Return a key that identifies a file and its version; None if the file should not be cached."""
     try:
         state = os.fstat(file.fileno())
-    except OSError:  # not a file of the file system
+    except OSError:  # not a file in the file system
         return None
     if not state.st_ino or time.time_ns() - state.st_mtime_ns < SETTLED_NS:
         return None

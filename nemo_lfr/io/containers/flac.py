@@ -1,4 +1,4 @@
-"""FLAC: concatenated streams, whose length may be unknown."""
+"""Find the FLAC streams in a file. Streams may be concatenated, and their headers may lack the length."""
 
 import functools
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from nemo_lfr.io.containers.joined import next_file
 from nemo_lfr.io.containers.magic import after_tags
 from nemo_lfr.io.containers.stream import HEADER_CUT, JOINED, Stream, Window, without_tags
 
-# The magic and the length of the first block. Compressed audio does not contain these eight bytes by chance.
+# The magic number, and the type and length of the first block. Compressed audio hardly contains all eight bytes.
 HEADS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 FRAME, MAX_FRAME = 1 << 16, 1 << 20  # bytes: typical and maximum
-LAST_FRAME = "was truncated: its last frame is incomplete"
+LAST_FRAME = "the audio was truncated: its last frame is incomplete"
 MAX_SAMPLES = (1 << 36) - 1
 
 
 def flac_streams(window: Window) -> list[Stream]:
-    """Find the FLAC streams of a file."""
+    """Find the FLAC streams in a file."""
     starts, found = [0], 8
     while (found := window.find(b"fLaC", found)) >= 0:
         if window.at(found, 8) in HEADS:
@@ -28,13 +28,13 @@ def flac_streams(window: Window) -> list[Stream]:
 
 
 def _stream(window: Window, start: int, stop: int) -> Stream:
-    """Describe one FLAC stream; its length is taken from the frame numbers."""
+    """Describe one FLAC stream. Its length is computed from the numbers in its frames."""
     info = window.at(start + 8, 34)
     if len(info) < 34 or _after_metadata(window, start, stop) is None:
         return Stream([(start, stop)], problem=HEADER_CUT)
     known = int.from_bytes(info[13:18], "big")
     total = known & MAX_SAMPLES
-    # With a fixed block size, frames are numbered by frame; the sample number then requires the block size.
+    # With a fixed block size, a frame stores its index. Its first sample is the index times the block size.
     block_size = int.from_bytes(info[2:4], "big") if info[:2] == info[2:4] else 0
     end = without_tags(window, start, stop)
     is_file = start == 0 and stop == window.size
@@ -47,8 +47,8 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
         return _before_others(window, Stream([(start, end)], is_file=is_file), total, block_size)
     problem = None if is_whole else LAST_FRAME
     if counted is not None and counted < total:
-        problem = f"was truncated: its header announces {total} samples, but there are {counted}"
-    # If there are more samples than declared, libsndfile would stop at the declared number.
+        problem = f"the audio was truncated: its header announces {total} samples, but there are {counted}"
+    # The header gets the counted number of samples, since libsndfile stops at the number in the header.
     header = window.at(start, 21) + (known - total | (counted or 0)).to_bytes(5, "big")
     return Stream([(start + len(header), end)], header, problem=problem)
 
@@ -56,7 +56,7 @@ def _stream(window: Window, start: int, stop: int) -> Stream:
 def _before_others(window: Window, stream: Stream, total: int, block_size: int) -> Stream:
     """Describe a FLAC stream that does not end with a complete frame.
 
-    It is truncated, or other data follows it.
+    Either the stream is truncated, or other data follows its last frame.
     """
     ((start, stop),) = stream.spans
     first = _after_metadata(window, start, stop)
@@ -71,7 +71,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
                 if ends and not any(after_tags(window, end) >= stop for end in ends):
                     is_joined = any(next_file(window, end) is not None for end in ends)
                     stream.problem = JOINED if is_joined else None
-                    stream.note = "has bytes after its last frame that are not FLAC; they are ignored"
+                    stream.note = "the bytes after the last frame are not FLAC and are ignored"
                 if ends:
                     return stream
         position += 1
@@ -82,7 +82,7 @@ def _before_others(window: Window, stream: Stream, total: int, block_size: int) 
 def _frame_ends(data: bytes) -> Iterator[int]:
     """Yield positions where the frame at the start of `data` may end.
 
-    The CRC of a complete frame is 0; it may be 0 elsewhere by chance.
+    At the end of a frame, the CRC of all bytes including the CRC field is 0. It may be 0 elsewhere by chance.
     """
     table, value = _crc_table(16, 0x8005), 0
     for index, byte in enumerate(data):
@@ -94,7 +94,7 @@ def _frame_ends(data: bytes) -> Iterator[int]:
 def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tuple[int | None, bool]:
     """Return the number of samples of a FLAC stream, and whether its end is intact.
 
-    The number is computed from the first and last frames; it is None if they do not contain it.
+    The number is computed from the numbers in the first and the last frame. It is None if they have none.
     """
     first = _after_metadata(window, start, stop)
     if first is not None and first == stop:
@@ -116,14 +116,14 @@ def _last_sample(window: Window, start: int, stop: int, block_size: int) -> tupl
 def _counted(window: Window, first: int | None, end: int, block_size: int) -> int | None:
     """Return the number of samples, counted from the first frame.
 
-    In an excerpt of a longer stream, the first frame does not have the number 0.
+    The first frame need not have the number 0: the stream may be an excerpt of a longer one.
     """
     span = None if first is None else _frame_span(window.at(first, 32), block_size)
     return None if span is None else end - span[0]
 
 
 def _after_metadata(window: Window, start: int, stop: int) -> int | None:
-    """Return the end of a stream's metadata blocks; None if they exceed the stream."""
+    """Return the position after a stream's metadata blocks; None if they extend beyond the stream."""
     position, last = start + 4, False
     while not last and position + 4 <= stop:
         head = window.at(position, 4)
@@ -132,10 +132,7 @@ def _after_metadata(window: Window, start: int, stop: int) -> int | None:
 
 
 def _frame_span(frame: bytes, block_size: int) -> tuple[int, int] | None:
-    """Return the numbers of a frame's first sample and of the one after its last.
-
-    The result is None if the header is invalid.
-    """
+    """Return the range [first, stop) of samples in a frame; None if the frame's header is invalid."""
     code, rate_code = frame[2] >> 4, frame[2] & 15
     if code == 0 or rate_code == 15 or frame[3] & 1:
         return None

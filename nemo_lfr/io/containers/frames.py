@@ -1,6 +1,6 @@
-"""Completeness checks for files that consist only of codec frames, such as AAC and AC-3.
+"""Check files that consist only of codec frames, such as AAC and AC-3.
 
-FFmpeg reads the available part of a frame without an error, and treats whatever follows the last frame as part of it.
+FFmpeg decodes a truncated frame without an error, and decodes other bytes after the last frame as if they were audio.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,10 @@ _GSM_FRAME, _GSM_RATE, _GSM_SAMPLES = 33, 8000, 160
 
 
 def is_frames(head: bytes, window: Window) -> bool:
-    """Return whether a file consists of frames of AAC, AC-3, E-AC-3, DTS or LOAS, by two consecutive frames."""
+    """Return whether a file begins with a frame of AAC, AC-3, E-AC-3, DTS or LOAS.
+
+    A second frame must follow, unless the file ends within the first frame.
+    """
     return _size_of(head, window) is not None
 
 
@@ -38,10 +41,11 @@ def _walk(window: Window, size_of: FrameSize) -> list[Stream]:
         position += size
     rest = window.at(position, FRAME_HEAD)
     if size is not None or (0 < len(rest) < FRAME_HEAD and rest[:1] == window.at(0, 1)):
-        note = f"ends within a frame, as recorded streams do; its last {window.size - position} bytes are ignored"
+        rest_size = window.size - position
+        note = f"the audio ends within a frame, as recorded streams do; its last {rest_size} bytes are ignored"
         return [Stream([(0, position)], note=note)]
     if next_file(window, position) is None and (again := _resumed(window, position, size_of)) is not None:
-        problem = f"is damaged: {again - position} bytes at {position} are not frames of its codec"
+        problem = f"the audio is damaged: {again - position} bytes at {position} are not frames of its codec"
         return [whole_file(window.size, problem)]
     return compare_end(window, position)
 
@@ -67,9 +71,9 @@ def is_gsm(head: bytes, window: Window) -> bool:
 
 
 def gsm_streams(window: Window) -> list[Stream]:
-    """Check the frames of a GSM 06.10 file, which libsndfile decodes as AIFC.
+    """Check the frames of a GSM 06.10 file, and describe the file with an AIFC header in front of its frames.
 
-    Without a header, libsndfile would recognize the file by its suffix only.
+    GSM files have no header, so libsndfile would recognize this file only by the suffix of its name.
     """
     (stream,) = _walk(window, lambda head: _GSM_FRAME if head[:1] and head[0] >> 4 == 0xD else None)
     size = sum(stop - start for start, stop in stream.spans)

@@ -1,4 +1,4 @@
-"""Detection of another audio file after the samples of one, as `cat` joins files."""
+"""Detect another audio file after the end of the first one, as in files that were joined with `cat`."""
 
 import re
 
@@ -16,16 +16,16 @@ from nemo_lfr.io.containers.stream import (
     without_tags,
 )
 
-# Number of bytes that identify MPEG audio and AAC: three of their largest frames.
+# Number of bytes that suffice to recognize MPEG audio and AAC: three of their largest frames fit.
 LOOK_BYTES = 1 << 15
-# Beginnings of files with at least eight constant bytes, which samples do not contain by chance.
+# Beginnings of files with at least eight constant bytes, which samples are unlikely to contain by chance.
 _HEADERS = re.compile(
     rb"(?:RIFF|RIFX).{4}WAVE(?:fmt |bext|JUNK|LIST|fact)|R[FW]64.{4}WAVEds64|FORM.{4}AIF[FC](?:COMM|FVER)"
     rb"|fLaC[\x00\x80]\0\0\x22|OggS\0\x02.{8}.{4}\0\0\0\0|caff\0\x01\0\0desc|riff\x2e\x91\xcf\x11|NIST_1A\n   1024"
     rb"|\.snd\0\0\0[\x18-\x40].{4}\0\0\0|\0\0\0.ftyp[a-zA-Z0-9 ]{4}|Creative Voice File",
     re.DOTALL,
 )
-HEADER_BYTES = 32  # at least the size of the longest of them
+HEADER_BYTES = 32  # no match of `_HEADERS` is longer
 
 
 def next_file(window: Window, position: int) -> int | None:
@@ -42,19 +42,19 @@ def next_file(window: Window, position: int) -> int | None:
 
 
 def header_in(data: bytes) -> int | None:
-    """Return the position of the header of a file in some bytes; None if there is none."""
+    """Return the position in some bytes where the header of a file begins; None if there is none."""
     match = _HEADERS.search(data)
     return None if match is None else match.start()
 
 
 def find_pattern(window: Window, pattern: re.Pattern[bytes], position: int, longest: int = HEADER_BYTES) -> int | None:
-    """Search for a regular expression.
+    """Search a file for a match of a regular expression.
 
     Args:
         window: the file.
-        pattern: the expression.
+        pattern: regular expression.
         position: start of the search.
-        longest: upper bound of the number of bytes that match.
+        longest: maximum length of a match in bytes.
 
     Returns:
         The position of the first match; None if there is none.
@@ -104,24 +104,24 @@ def compare_end(window: Window, end: int) -> list[Stream]:
 
 
 def damage_after(window: Window, end: int, section: re.Pattern[bytes]) -> str | None:
-    """Return the error message for audio that goes on behind bytes that are not a section of its file.
+    """Return an error message if the audio continues after bytes that are not a section of the file.
 
-    This is for formats whose header does not state where the audio ends.
+    This check is for formats whose header does not state where the audio ends.
 
     Args:
         window: the file.
-        end: end of the sections that were found.
-        section: beginning of a section, distinctive enough that other bytes do not match it.
+        end: position after the last section that was found.
+        section: pattern of the beginning of a section; other bytes must be unlikely to match it.
 
     Returns:
-        The message; None if another file, only tags and padding, or no such section follows.
+        The message; None if another file follows, only tags and padding follow, or the pattern has no match.
     """
     if next_file(window, end) is not None or note_after(window, end) is None:
         return None
     start = after_tags(window, end)
     if find_pattern(window, section, start) is None:
         return None
-    return f"is damaged: the {window.size - start} bytes at {start} do not continue its audio"
+    return f"the audio is damaged: the {window.size - start} bytes at {start} do not continue it"
 
 
 def note_after(window: Window, end: int) -> str | None:

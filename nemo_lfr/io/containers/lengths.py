@@ -1,4 +1,4 @@
-"""AU, AIFF, CAF and Wave64: containers with one length field in their header."""
+"""Find the audio in AU, AIFF, CAF and Wave64 files, and correct the length in their headers."""
 
 import re
 import struct
@@ -24,12 +24,12 @@ AU_HEADER = 24  # size in bytes
 _CAF_CHUNKS = frozenset(b"chan edct free info inst kuki mark midi ovvw pakt peak regn strg umid uuid".split())
 # Name of a chunk of Wave64: letters, and a constant.
 _W64_CHUNK = re.compile(rb"[a-zA-Z0-9 ]{4}\xf3\xac\xd3\x11.{8}", re.DOTALL)
-# Position, format in the notation of `struct`, added number of bytes, and unit in bytes of a length field.
+# A length field: its position, its format in the notation of `struct`, a number to add, and its unit in bytes.
 Field = tuple[int, str, int, int]
 
 
 def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | None = None) -> list[Stream]:
-    """Return a file whose samples extend to its end, with the true length in its header.
+    """Describe a file whose samples extend to its end, and write the true length into its header.
 
     Args:
         window: the file.
@@ -38,26 +38,26 @@ def _to_end(window: Window, begin: int, fields: Sequence[Field], note: str | Non
         note: warning about the header.
     """
     if begin > window.size:
-        return [whole_file(window.size, f"is damaged: its header says that samples begin at byte {begin}")]
+        return [whole_file(window.size, f"the audio is damaged: its header says that samples begin at byte {begin}")]
     end = until_end(window, begin)
     if end is None:
         return [whole_file(window.size, JOINED)]
     header = bytearray(window.at(0, max(position + struct.calcsize(form) for position, form, _, _ in fields)))
     for position, form, added, block in fields:
-        most = (1 << 8 * struct.calcsize(form)) - 1  # a field of 32 bits that is too small says that it is unknown
+        most = (1 << 8 * struct.calcsize(form)) - 1  # maximum of the field, which means an unknown length
         struct.pack_into(form, header, position, min((end - begin) // block + added, most))
     return [Stream([(len(header), end)], bytes(header), note=note)]
 
 
 def au_streams(window: Window) -> list[Stream]:
-    """Find the audio of an AU file; correct the length in its header."""
+    """Find the audio in an AU file, and correct the length in its header."""
     if window.size < AU_HEADER:
         return [whole_file(window.size, HEADER_CUT)]
     order = ">" if window.at(0, 4) == b".snd" else "<"
     offset, length = struct.unpack(f"{order}II", window.at(4, 8))
     available = window.size - offset
     if available < 0:
-        return [whole_file(window.size, f"is damaged: its header says that samples begin at byte {offset}")]
+        return [whole_file(window.size, f"the audio is damaged: its header says that samples begin at byte {offset}")]
     if 0 < length < available and next_file(window, offset + length) is not None:
         return [whole_file(window.size, JOINED)]
     if length != 0xFFFFFFFF and length > available:
@@ -71,7 +71,7 @@ def au_streams(window: Window) -> list[Stream]:
 
 
 def aiff_streams(window: Window) -> list[Stream]:
-    """Find the audio of an AIFF or AIFC file; correct the length in its header."""
+    """Find the audio in an AIFF or AIFC file, and correct the length in its header."""
     position, common, compressed = 12, None, window.at(8, 4) == b"AIFC"
     while position + 8 <= window.size:
         name, length = struct.unpack(">4sI", window.at(position, 8))
@@ -108,7 +108,7 @@ def aiff_streams(window: Window) -> list[Stream]:
 
 
 def caf_streams(window: Window) -> list[Stream]:
-    """Find the audio of a CAF file; correct the length in its header."""
+    """Find the audio in a CAF file, and correct the length in its header."""
     position = 8
     while position + 12 <= window.size:
         name, length = struct.unpack(">4sq", window.at(position, 12))
@@ -131,7 +131,7 @@ def caf_streams(window: Window) -> list[Stream]:
 
 
 def w64_streams(window: Window) -> list[Stream]:
-    """Find the audio of a Wave64 file; correct the length in its header."""
+    """Find the audio in a Wave64 file, and correct the length in its header."""
     position = 40
     while position + 24 <= window.size:
         name, length = window.at(position, 4), struct.unpack("<q", window.at(position + 16, 8))[0]
@@ -151,7 +151,7 @@ def w64_streams(window: Window) -> list[Stream]:
 
 
 def _after_w64_chunks(window: Window, position: int) -> int:
-    """Return the end of the chunks of a Wave64 file that begin at a position, after optional padding."""
+    """Return the end of the Wave64 chunks that begin at a position, after optional padding."""
     padded = position + -position % 8
     position = padded if window.is_zero(position, padded) else position
     while _W64_CHUNK.fullmatch(window.at(position, 16)) and not has_magic(window, position):

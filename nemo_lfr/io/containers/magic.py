@@ -1,11 +1,11 @@
-"""Recognition of the beginning of any audio file, where another file ends."""
+"""Recognize the format of an audio file by its first bytes, and skip tags and padding between files."""
 
 import re
 import struct
 
 from nemo_lfr.io.containers.stream import TAGS, Window
 
-# First 16 bytes of each format. Samples do not contain such bytes by chance.
+# Beginnings of files, at most 16 bytes. They are long enough that samples are unlikely to contain them by chance.
 _MAGIC = re.compile(
     rb"(?:RIFF|RIFX|RF64|BW64).{4}(?:WAVE|AVI )|fLaC[\x00\x80]\x00\x00\x22|OggS\x00[\x02\x06]"
     rb"|FORM.{4}(?:AIFF|AIFC|8SVX|16SV)"
@@ -23,7 +23,7 @@ _MEDIA = (
     *(b"\x0b\x77", b"\x7f\xfe\x80\x01", b"wvpk", b"TTA1", b"\x56\xe0", b"\x56\xe1", b"\x56\xe2", b".RMF"),
     *(b".SoX", b"XoS."),
 )
-# Formats that FFmpeg decodes, but whose end cannot be determined.
+# Formats that are refused: FFmpeg decodes them, but truncated files cannot be detected.
 _UNCHECKED = (
     ((b"nut/multimed",), "NUT"),
     ((b"MAC ",), "Monkey's Audio"),
@@ -38,7 +38,7 @@ _UNCHECKED = (
 
 
 def unchecked_format(head: bytes) -> str | None:
-    """Return the name of a format that is refused since it has no completeness check; else None.
+    """Return the name of a format that is refused because truncated files cannot be detected; None for other formats.
 
     Args:
         head: first 16 bytes of a file.
@@ -63,7 +63,7 @@ def looks_like_media(head: bytes) -> bool:
 
 
 def has_magic(window: Window, position: int) -> bool:
-    """Return whether a file of a format with a unique magic begins at a position."""
+    """Return whether another file begins at a position, by a magic number that samples are unlikely to contain."""
     head = window.at(position, 16)
     return _MAGIC.match(head) is not None or (_SYNC.match(head) is None and looks_like_media(head))
 
@@ -92,7 +92,7 @@ def after_tags(window: Window, position: int) -> int:
 
 
 def after_id3(window: Window, position: int) -> int:
-    """Return the end of the ID3v2 tags at a position; the position if there are none."""
+    """Return the end of the ID3v2 tags at a position, or the position itself if there are none."""
     while (tag := window.at(position, 10))[:3] == b"ID3":
         if len(tag) < 10 or max(tag[6:10]) > 127:
             return position + 3

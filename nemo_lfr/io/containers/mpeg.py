@@ -1,4 +1,8 @@
-"""MPEG audio: consecutive frames, and the silent header frame that encoders write."""
+"""Find the recordings in MPEG audio (MP1, MP2 and MP3) by their frames.
+
+Encoders may write a silent first frame, the Xing header, that declares the number of frames. `mpeg_streams` adds or
+corrects this frame so that libsndfile decodes the whole recording.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -67,12 +71,12 @@ class Piece:
 
     spans: list[Span] = field(default_factory=list)  # byte ranges of the frames, without tags between them
     count: int = 0
-    promised: int | None = None  # number of frames in the Xing header, excluding the header frame
-    first: bytes = b""
+    promised: int | None = None  # number of frames that the Xing header declares, without the header frame
+    first: bytes = b""  # header of the first frame
     first_length: int = 0  # bytes of the first frame
-    problem: str | None = None  # error message, unless the number of frames is as declared
+    problem: str | None = None  # error message; ignored if the number of frames is as declared
     is_joined: bool = False  # whether the problem is another file after the frames
-    note: str | None = None  # warning about an irregularity that loses almost no audio
+    note: str | None = None  # warning about an irregularity by which almost no audio is lost
 
     def add(self, start: int, stop: int) -> None:
         """Add a frame."""
@@ -93,10 +97,7 @@ def is_mpeg(head: bytes, window: Window) -> bool:
 
 
 def is_late(_: bytes, window: Window) -> bool:
-    """Return whether MPEG audio begins after other data.
-
-    A recorded stream may begin with the rest of a frame.
-    """
+    """Return whether MPEG audio begins after other data, such as an incomplete frame in a recorded stream."""
     position = 0
     while (position := window.find(b"\xff", position, MAX_LEAD)) >= 0:
         if read_frame(window.at(position, 4)) is not None and frames_follow(window, position, 8):
@@ -108,7 +109,7 @@ def is_late(_: bytes, window: Window) -> bool:
 def frames_follow(window: Window, position: int, least: int = 3) -> bool:
     """Return whether MPEG audio begins at a position.
 
-    There are `least` frames of one kind, or fewer up to the end of the file.
+    At least `least` frames of one kind must follow each other, or fewer up to the end of the file.
     """
     position = after_id3(window, position)
     kind: Kind | None = None
@@ -148,7 +149,9 @@ def _pieces(window: Window) -> Iterator[Piece]:
         if position + frame.length > window.size:
             if piece is not None:
                 rest = window.size - position
-                piece.note = f"ends within a frame, as recorded streams do; its last {rest} bytes are ignored"
+                piece.note = (
+                    f"the audio ends within a frame, as recorded streams do; its last {rest} bytes are ignored"
+                )
             skipped = None
             break
         if piece is None or promised is not None or _is_same_kind(piece, frame) is False:
@@ -157,7 +160,7 @@ def _pieces(window: Window) -> Iterator[Piece]:
                 yield piece
             piece = Piece(promised=promised, first=head, first_length=frame.length)
         elif skipped is not None and not window.at(skipped, 11).startswith(TAGS):
-            hole = f"is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
+            hole = f"the audio is damaged: {position - skipped} bytes at {skipped} are not MPEG frames"
             piece.problem = piece.problem or hole
         skipped = None
         if promised is None:
@@ -170,16 +173,13 @@ def _pieces(window: Window) -> Iterator[Piece]:
 
 
 def _left_out(window: Window, start: int | None, stop: int) -> str | None:
-    """Return a warning about bytes [start, stop) that are not frames, if any.
-
-    The result is None for tags and short padding, which contain no audio.
-    """
+    """Return a warning about bytes [start, stop) that are not frames; None for tags and short padding."""
     if start is None:
         return None
     begin = min(after_tags(window, start), stop)
     if stop - begin >= FEW_BYTES:
         return f"{stop - begin} bytes at {begin} are not MPEG audio and are ignored"
-    return f"ends in {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
+    return f"the audio ends with {stop - start} bytes of padding" if stop - start > MAX_PADDING else None
 
 
 def _confirmed(window: Window, position: int, frame: Frame) -> bool:
@@ -219,10 +219,7 @@ def _next_sync(window: Window, position: int) -> int:
 
 
 def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
-    """Return the number of frames declared by an encoder's header frame.
-
-    The result is None if the frame contains audio.
-    """
+    """Return the number of frames that an encoder's header frame declares; None if the frame contains audio."""
     if frame.layer != 3:
         return None
     tag = frame_bytes[4 + frame.side : 4 + frame.side + 12]
@@ -235,7 +232,7 @@ def _xing_frames(frame_bytes: bytes, frame: Frame) -> int | None:
 
 
 def mpeg_streams(window: Window) -> list[Stream]:
-    """Find the recordings of MPEG audio."""
+    """Find the recordings in MPEG audio."""
     pieces = [piece for piece in _pieces(window) if piece.count or piece.promised]
     if not pieces and window.at(0, 3) == b"ID3" and after_id3(window, 0) >= window.size:
         return [whole_file(window.size, HEADER_CUT)]
@@ -246,22 +243,22 @@ def mpeg_streams(window: Window) -> list[Stream]:
         stream.problem = piece.problem if piece.is_joined or not is_counted else None
         if piece.promised and piece.count < piece.promised:
             stream.problem = (
-                f"was truncated: its header announces {piece.promised} frames, but there are {piece.count}"
+                f"the audio was truncated: its header announces {piece.promised} frames, but there are {piece.count}"
             )
         if piece.promised and piece.count <= piece.promised:
             stream.is_file = len(pieces) == 1 and _is_plain(window, piece)
             if not stream.is_file:
                 stream.header, stream.spans = _true_header(window, piece)
-        else:  # no length, or only that of the first recording: libsndfile would guess, and stop there
+        else:  # without the right number of frames, libsndfile would estimate the length, and stop there
             stream.header = _xing_header(piece.first, piece.count)
         streams.append(stream)
     return streams
 
 
 def _is_plain(window: Window, piece: Piece) -> bool:
-    """Return whether a file consists of ID3v2 tags, frames and an ID3v1 tag only.
+    """Return whether a file consists only of ID3v2 tags, frames and an ID3v1 tag.
 
-    The declared size must also be correct. libmpg123 prints messages to stderr about other files.
+    The declared size must also be correct within 0.5%. About other files, libmpg123 prints messages to stderr.
     """
     (start, stop), *others = piece.spans
     tag = window.size - 128
@@ -276,7 +273,7 @@ def _is_plain(window: Window, piece: Piece) -> bool:
 
 
 def _xing_bytes(window: Window, piece: Piece) -> int | None:
-    """Return the size in bytes declared by the header frame; None if there is none."""
+    """Return the size in bytes that the header frame declares; None if it declares none."""
     tag = _xing_tag(window, piece)
     return struct.unpack_from(">I", tag, 12)[0] if len(tag) >= 16 and tag[7] & 3 == 3 else None
 
@@ -291,7 +288,7 @@ def _xing_tag(window: Window, piece: Piece) -> bytes:
 
 
 def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
-    """Return the header frame with the correct size, and spans of the other frames."""
+    """Return the header frame with the correct size, and the byte ranges of the other frames."""
     (start, stop), *others = piece.spans
     header = bytearray(window.at(start, piece.first_length))
     frame = read_frame(piece.first)
@@ -302,9 +299,10 @@ def _true_header(window: Window, piece: Piece) -> tuple[bytes, list[Span]]:
 
 
 def _xing_header(head: bytes, count: int) -> bytes:
-    """Return a silent frame that declares `count` frames.
+    """Return a silent header frame that declares `count` frames.
 
-    `head` is the beginning of a frame of the same kind.
+    The header frame has the same kind as the frame that begins with `head`. The result is empty if there is no such
+    frame, as for layers 1 and 2.
     """
     frame = read_frame(head)
     if frame is None or frame.layer != 3:

@@ -1,4 +1,4 @@
-"""Ogg: consecutive logical streams, in numbered pages with checksums."""
+"""Find the recordings in an Ogg file, and verify the numbers and checksums of its pages."""
 
 import struct
 import zlib
@@ -8,7 +8,7 @@ from nemo_lfr.io.containers.stream import JOINED, TAGS, Stream, Window
 
 
 def ogg_streams(window: Window) -> list[Stream]:
-    """Find the recordings of an Ogg file."""
+    """Find the recordings in an Ogg file."""
     links: list[Stream] = []
     open_serials: set[int] = set()
     numbers: dict[int, int] = {}
@@ -23,7 +23,7 @@ def ogg_streams(window: Window) -> list[Stream]:
                 break
             if next_file(window, position) not in (None, found):
                 problem = problem or JOINED
-            problem = problem or f"is damaged: {gap} bytes at {position} are not Ogg pages"
+            problem = problem or f"the audio is damaged: {gap} bytes at {position} are not Ogg pages"
             if found < 0:
                 break
             position = found
@@ -31,11 +31,11 @@ def ogg_streams(window: Window) -> list[Stream]:
         table = window.at(position + 27, page[26]) if len(page) == 27 else b""
         length = 27 + len(table) + sum(table)
         if len(page) < 27 or len(table) < page[26] or position + length > window.size:
-            problem = problem or "was truncated: its last page is incomplete"
+            problem = problem or "the audio was truncated: its last page is incomplete"
             position = window.size
             break
         if _checksum(window.at(position, length)) != struct.unpack_from("<I", page, 22)[0]:
-            problem = problem or f"is damaged: the Ogg page at byte {position} has a wrong checksum"
+            problem = problem or f"the audio is damaged: the Ogg page at byte {position} has a wrong checksum"
         flags, serial, number = page[5], *struct.unpack_from("<II", page, 14)
         if flags & 2:  # the page begins a logical stream
             if not in_heads:  # after pages of other streams: the next recording
@@ -47,7 +47,7 @@ def ogg_streams(window: Window) -> list[Stream]:
         else:
             in_heads = False
             if serial in numbers and number != (numbers[serial] + 1) & 0xFFFFFFFF:
-                problem = problem or f"is damaged: Ogg pages are missing at byte {position}"
+                problem = problem or f"the audio is damaged: Ogg pages are missing at byte {position}"
         numbers[serial] = number
         if flags & 4:
             open_serials.discard(serial)
@@ -62,9 +62,10 @@ _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def _checksum(page: bytes) -> int:
-    """Return the CRC of a page, whose own checksum field counts as zero.
+    """Return the CRC of a page, computed with zeros in the checksum field.
 
-    Ogg's CRC equals that of zlib with the bits of every byte and of the result reversed, and without inversion.
+    Ogg's CRC differs from zlib's in two ways: the bits of each byte and of the result are in reverse order, and the
+    CRC is not inverted at the start and the end.
     """
     cleared = page[:22] + bytes(4) + page[26:]
     inverted = zlib.crc32(cleared.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
@@ -72,4 +73,4 @@ def _checksum(page: bytes) -> int:
 
 
 def _unfinished(open_serials: set[int]) -> str | None:
-    return "was truncated: its last page is missing" if open_serials else None
+    return "the audio was truncated: its last page is missing" if open_serials else None

@@ -1,6 +1,7 @@
-"""Completeness checks for SPHERE, VOC, 8SVX and AVR.
+"""Check that SPHERE, VOC, 8SVX and AVR files are complete.
 
-libsndfile reads the available part of a truncated file, and decodes the headers of concatenated files as samples.
+libsndfile reads the available part of a truncated file without an error, and decodes the headers of concatenated files
+as samples.
 """
 
 import re
@@ -15,9 +16,9 @@ SVX_FORMS = (b"8SVX", b"16SV")
 _SPHERE_FIELD = re.compile(rb"(?m)^(sample_count|sample_n_bytes|channel_count) -i (\d{1,18})\s*$")
 _SPHERE_LAW = re.compile(rb"(?m)^sample_coding -s\d+ (ulaw|mu-law|alaw|pculaw)")
 _SPHERE_HEADER, _MAX_SPHERE_HEADER, _AVR_HEADER = 1024, 1 << 16, 128  # sizes in bytes
-_VOC_SOUND = {1: 2, 9: 12}  # block types that begin sound, with the sizes of their fields
-_VOC_MORE, _VOC_LAST = 2, 9  # block type that continues sound, and the last defined type
-_VOC_REST = re.compile(rb"[^\0\x1a]")  # anything but padding; programs for CP/M and DOS padded files with 0x1A
+_VOC_SOUND = {1: 2, 9: 12}  # types of blocks that begin a sound, and the size of their fields in bytes
+_VOC_MORE, _VOC_LAST = 2, 9  # type of a block that continues a sound, and the highest defined type
+_VOC_REST = re.compile(rb"[^\0\x1a]")  # not padding; programs for CP/M and DOS padded files with 0x1A
 _VOC_CODECS = {0: 1, 4: 1, 6: 6, 7: 7}  # linear, A-law and mu-law, with their WAV format tags
 
 
@@ -36,7 +37,7 @@ def sphere_streams(window: Window) -> list[Stream]:
         return [whole_file(window.size, HEADER_CUT)]
     if b"shorten" in header or b"sample_count" not in fields:
         return []
-    # One byte each, regardless of the field: libsndfile writes it as text.
+    # Such samples have one byte. The field is not used, since libsndfile writes it as text.
     size = 1 if _SPHERE_LAW.search(header) else fields.get(b"sample_n_bytes", 2)
     block = size * fields.get(b"channel_count", 1)
     return compare_size(window, start, fields[b"sample_count"] * block)
@@ -80,7 +81,7 @@ def voc_streams(window: Window) -> list[Stream]:
         return compare_end(window, position)
     form = _voc_format(kinds[0]) if kinds else None
     if form is None:
-        return [whole_file(window.size, "is VOC in several blocks of an unknown encoding; convert it to WAV")]
+        return [whole_file(window.size, "the VOC file has several blocks with an unknown encoding; convert it to WAV")]
     header = WavHeader(b"RIFF", form).rebuilt(sum(stop - start for start, stop in spans))
     return [Stream(spans, header, note=note_after(window, position))]
 

@@ -1,6 +1,6 @@
-"""Completeness checks for AVI, ASF, FLV, AMR, True Audio, WavPack and RealMedia.
+"""Check that AVI, ASF, FLV, AMR, True Audio, WavPack and RealMedia files are complete.
 
-FFmpeg reads the available part of a truncated file, and the first of several concatenated files, without an error.
+FFmpeg reads the available part of a truncated file, or only the first of several concatenated files, without an error.
 """
 
 import re
@@ -17,19 +17,19 @@ _ASF_OBJECTS = (
     tuple(map(bytes.fromhex, ("3626b275", "90080033", "d329e2d6", "f803b1fe", "d03fb73c"))),
 )
 _ASF_FILE = bytes.fromhex("a1dcab8c")  # first four bytes of the object with the size of packets
-# Positions in that object, and sizes in bytes; an FLV tag includes the size field after it.
+# Position of the flags in that object, its size, and the size of a data object before its packets, in bytes.
 _ASF_FLAGS, _ASF_FILE_END, _ASF_PACKETS = 88, 100, 50
-_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15
-# FFmpeg too considers the size of a smaller data object to be unknown.
+_ASF_HEAD, _FLV_HEAD, _FLV_TAG = 24, 13, 15  # sizes in bytes; an FLV tag includes the size field after it
+# The size of a smaller data object counts as unknown, as in FFmpeg.
 _ASF_LEAST_DATA = 100
-_ASF_PACKET = 0x82  # first byte of every packet with error correction data, which all encoders write
+_ASF_PACKET = 0x82  # first byte of a packet with error correction data, which encoders write
 _AMR = (b"#!AMR\n", b"#!AMR-WB\n")
 _AMR_SIZES = {  # frame size in bytes by frame type, including the type byte
     b"#!AMR\n": (13, 14, 16, 18, 20, 21, 27, 32, 6, 1, 1, 1, 1, 1, 1, 1),
     b"#!AMR-WB\n": (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 1, 1, 1, 1, 1, 1),
 }
 _TTA_HEAD = 22
-# Beginnings of sections, which show that the audio goes on after damage.
+# Patterns of the beginnings of sections. A match after other bytes shows that the audio continues after damage.
 _SECTION = {
     "asf": re.compile(rb"\x82\0\0"),
     "flv": re.compile(rb"[\x08\x09\x12].{7}\0\0\0", re.DOTALL),
@@ -46,7 +46,7 @@ def is_avi(head: bytes, _: Window) -> bool:
 
 
 def avi_streams(window: Window) -> list[Stream]:
-    """Check the chunks of an AVI file; large files consist of several RIFF chunks."""
+    """Check the RIFF chunks of an AVI file; large files have several."""
     return _walked(window, _avi_parts(window))
 
 
@@ -66,7 +66,7 @@ def is_asf(head: bytes, _: Window) -> bool:
 def asf_streams(window: Window) -> list[Stream]:
     """Check the objects of an ASF file, and the packets of its data.
 
-    A live recording does not state the size of its data, which then ends with the file.
+    In a live recording, the size of the data is not stated. The data then extends to the end of the file.
     """
     return _walked(window, _asf_parts(window), _SECTION["asf"])
 
@@ -99,7 +99,7 @@ def _asf_parts(window: Window) -> Iterator[int]:
 
 
 def _asf_properties(window: Window, size: int) -> tuple[int, int]:
-    """Return the flags of an ASF file and the size of its packets, which is 0 if it is unknown or varies."""
+    """Return the flags of an ASF file and the size of its packets in bytes (0 if it is unknown or varies)."""
     position = 30
     while position + _ASF_HEAD <= min(size, window.size):
         head = window.at(position, _ASF_FILE_END)
@@ -170,7 +170,7 @@ def _wavpack_parts(window: Window) -> Iterator[int]:
 
 
 def _is_further(window: Window, position: int) -> bool:
-    """Return whether a WavPack block holds other channels of the preceding samples."""
+    """Return whether a WavPack block contains further channels of the samples in the previous block."""
     return not window.at(position + 25, 1)[0] & 8  # bit 11 of the flags marks the first block of a group
 
 
@@ -185,10 +185,7 @@ def tta_streams(window: Window) -> list[Stream]:
 
 
 def _tta_parts(window: Window) -> Iterator[int]:
-    """Yield the sizes of the sections of a True Audio file.
-
-    They are a header, a table of frame sizes with a checksum, and the frames.
-    """
+    """Yield the sizes of a True Audio file's sections: the header, the table of frame sizes, and each frame."""
     yield _TTA_HEAD
     rate, count = struct.unpack("<II", window.at(10, 8))
     num_frames = -(-count * 245 // (256 * rate)) if rate else 0
@@ -228,13 +225,17 @@ def _real_parts(window: Window) -> Iterator[int]:
 
 
 def _walked(window: Window, parts: Iterator[int], section: re.Pattern[bytes] | None = None) -> list[Stream]:
-    """Add up the sizes of sections, and report truncation, damage or other bytes after them.
+    """Compare the sum of the sizes of all sections with the size of the file.
 
     Args:
         window: the file.
-        parts: sizes of the sections; 0 for an unknown size.
-        section: beginning of a section, which shows that the audio goes on after damage; None if a header states
-            the number of sections.
+        parts: size of each section in bytes, in order; 0 if the size is unknown.
+        section: pattern of the beginning of a section. If it matches after the last section, the file is damaged and
+            the audio continues there. None if a header states the number of sections.
+
+    Returns:
+        The file, with a problem if it is truncated, damaged or several files are joined, and a note if other bytes
+        follow.
     """
     position = 0
     for size in parts:

@@ -1,7 +1,7 @@
-"""Completeness checks for MPEG program streams (MPG, VOB) and transport streams (TS, M2TS).
+"""Check that MPEG program streams (MPG, VOB) and transport streams (TS, M2TS) are complete.
 
-Both consist of packets that name the track they belong to. FFmpeg reads the available part of a truncated file, and of
-concatenated files only the tracks that the first one has.
+Both consist of packets, each of which names its track. FFmpeg reads the available part of a truncated file without an
+error. In concatenated files, it reads only the tracks that the first file has.
 """
 
 import numpy as np
@@ -10,16 +10,17 @@ from nemo_lfr.io.containers.joined import compare_end, next_file
 from nemo_lfr.io.containers.magic import after_zeros
 from nemo_lfr.io.containers.stream import JOINED, Stream, Window, cut_short, whole_file
 
-_START = b"\0\0\x01"  # of every packet of a program stream, before its id
+_START = b"\0\0\x01"  # start code of each packet in a program stream, before the packet's id
 _END, _PACK, _PRIVATE, _PADDING = 0xB9, 0xBA, 0xBD, 0xBE
 _HEAD, _LONGEST_HEAD = 14, 266  # size in bytes of the header of a pack, and of the longest header of a packet
-_LEAST = 0xBB  # ids from here on have a length
+_LEAST = 0xBB  # packets with this or a larger id have a length field
 _SYNC, _PACKET = 0x47, 188
-_PACKETS = 1 << 13  # read at once
-# (bytes before the packet, distance of packets): plain, with a time code, with a checksum
+_PACKETS = 1 << 13  # number of packets to read at a time
+# Bytes before each packet, and distance between packets, of streams without extras, with a time code, with a checksum
 _LAYOUTS = ((0, _PACKET), (4, _PACKET + 4), (0, _PACKET + 16))
 _AUDIO_IDS = (*range(0xC0, 0xE0), _PRIVATE, 0xFD)
-_AC3 = 0x0B  # first byte of AC-3 in private packets; AC-3, DTS and PCM have a number from 0x80 on in program streams
+# First byte of AC-3 data in a private packet. In program streams, a number from 0x80 on precedes AC-3, DTS and PCM.
+_AC3 = 0x0B
 
 Extents = dict[int, tuple[int, int]]  # first and last packet of each track
 
@@ -53,7 +54,7 @@ def program_streams(window: Window) -> list[Stream]:
     if next_file(window, position) is None:
         again = window.find(_START + bytes([_PACK]), position)
         if again >= 0:
-            problem = f"is damaged: {again - position} bytes at {position} are not packets of its stream"
+            problem = f"the audio is damaged: {again - position} bytes at {position} are not packets of its stream"
             return [whole_file(window.size, problem)]
         if 0 < window.size - position < _HEAD and window.at(position, 3) == _START:
             return [whole_file(window.size, cut_short(_HEAD, window.size - position))]
@@ -85,7 +86,7 @@ def _note_track(extents: Extents, track: int, position: int) -> None:
 
 
 def _joined(window: Window, extents: Extents) -> list[Stream]:
-    """Report concatenated files, which have tracks of which one ends before another begins."""
+    """Report a problem if one track ends before another begins, as in concatenated files."""
     last = min((last for _, last in extents.values()), default=0)
     is_joined = any(first > last for first, _ in extents.values())
     return [whole_file(window.size, JOINED)] if is_joined else []
@@ -119,16 +120,18 @@ def transport_streams(window: Window) -> list[Stream]:
         if len(wrong):
             break
     if 0 < window.size - position <= lead or window.at(position + lead, 1) == bytes([_SYNC]):
-        return [whole_file(window.size, "was truncated: its last packet is incomplete")]
+        return [whole_file(window.size, "the audio was truncated: its last packet is incomplete")]
     if next_file(window, position) is None and _resumes(window, position, lead, step):
-        return [whole_file(window.size, f"is damaged: the bytes at {position} are not packets of its stream")]
+        return [
+            whole_file(window.size, f"the audio is damaged: the bytes at {position} are not packets of its stream")
+        ]
     return _joined(window, extents) or compare_end(window, position)
 
 
 def _note_tracks(extents: Extents, packets: np.ndarray, index: int) -> None:
-    """Note the tracks that the first packets of audio frames belong to."""
+    """Record the track of each packet in which an audio frame begins."""
     ids = (packets[:, 1] & 0x1F).astype(int) << 8 | packets[:, 2]
-    # A frame begins in a packet with a flag, behind an optional adaptation field.
+    # A flag marks packets in which a frame begins. The frame follows an optional adaptation field.
     for row in np.flatnonzero(packets[:, 1] & 0x40):
         packet = packets[row]
         start = 4 + (1 + int(packet[4]) if packet[3] & 0x20 else 0)

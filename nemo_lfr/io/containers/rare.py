@@ -1,8 +1,7 @@
-"""Size checks for formats with small fixed headers, such as IRCAM, PAF and SDS.
+"""Check the size of IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX and HTK files.
 
-The formats are IRCAM, PAF, PVF, WVE, XI, MPC 2000, MAT 4 and 5, SDS, SoX and HTK. libsndfile reads a truncated file of
-these formats up to its end without an error. IRCAM, PAF and PVF store no length: truncation is detected only by an
-incomplete sample or block.
+libsndfile reads a truncated file in one of these formats up to its end without an error. IRCAM, PAF and PVF store no
+length, so a truncated file is detected only if its last sample or block is incomplete.
 """
 
 import re
@@ -19,7 +18,7 @@ from nemo_lfr.io.containers.stream import (
     whole_file,
 )
 
-_NO_LENGTH = "has no length in its header, so a truncated file cannot be detected"
+_NO_LENGTH = "the format has no length in its header, so a truncated file would not be detected"
 _IRCAM = re.compile(rb"\x64\xa3[\x01-\x04]\0|\0[\x01-\x04]\xa3\x64", re.DOTALL)
 _IRCAM_HEADER, _PAF_HEADER = 1024, 2048  # sizes in bytes
 _PAF_BLOCKS = {0: 2, 1: 32, 2: 1}  # bytes per channel by format; 24-bit samples are stored in blocks of ten
@@ -105,7 +104,7 @@ def xi_streams(window: Window) -> list[Stream]:
 def is_mpc(head: bytes, window: Window) -> bool:
     """Return whether a file is Akai MPC 2000.
 
-    Its magic of two bytes is too short, so the name, volume, tuning and channels must also be valid.
+    The magic number has only two bytes, so the name, volume, tuning and channels must also be valid.
     """
     if not head.startswith(_MPC):
         return False
@@ -229,7 +228,7 @@ def sox_streams(window: Window) -> list[Stream]:
 def is_htk(head: bytes, _: Window) -> bool:
     """Return whether a file is an HTK waveform.
 
-    The format has no magic. The header must declare a waveform of 2-byte samples with a plausible period (in 100 ns).
+    The format has no magic number. The header must declare 2-byte samples with a period from 10 to 100,000 x 100 ns.
     """
     return head[8:12] == b"\0\x02\0\0" and 10 <= int.from_bytes(head[4:8], "big") <= 100_000
 
@@ -242,12 +241,12 @@ def htk_streams(window: Window) -> list[Stream]:
 def _in_blocks(window: Window, start: int, block: int) -> list[Stream]:
     """Check a file whose header stores no length.
 
-    It must end with a complete block, and no other file may follow. Appended tags are not read. A file that is
+    The file must end with a complete block, and no other file may follow. Appended tags are not read. A file that is
     truncated between two blocks cannot be distinguished from a complete one, hence the warning.
     """
     end = until_end(window, start)
     if end is None or window.find(window.at(0, 16), start) >= 0:
         return [whole_file(window.size, JOINED)]
     rest = (end - start) % block if 0 < block < UNKNOWN_BYTES else 0
-    problem = "was truncated: its last sample is incomplete" if rest else None
+    problem = "the audio was truncated: its last sample is incomplete" if rest else None
     return [Stream([(0, end)], is_file=end == window.size, problem=problem, note=_NO_LENGTH)]

@@ -1,12 +1,12 @@
-"""Sizes of codec frames, from their headers."""
+"""Compute the size of a codec frame from its header."""
 
 from collections.abc import Callable
 
 from nemo_lfr.io.containers.stream import Window
 
-# Returns the size of a frame in bytes from the beginning of its header, or None if the bytes are not a header.
+# Function that returns the size of a frame in bytes from the first bytes of its header; None if they are no header.
 FrameSize = Callable[[bytes], int | None]
-FRAME_HEAD = 10  # number of bytes of a header that contain the size
+FRAME_HEAD = 10  # number of bytes that a `FrameSize` needs
 _ADTS_HEAD, _LOAS_HEAD = 7, 3
 # AC-3: kbit/s by size code, and bytes per kbit/s by rate code (48, 44.1 and 32 kHz; 44.1 kHz is rounded).
 _AC3_BITRATES = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640)
@@ -43,9 +43,7 @@ def ac3_size(head: bytes) -> int | None:
 
 
 def dts_size(head: bytes) -> int | None:
-    """Return the size in bytes of a DTS core frame or DTS-HD extension.
-
-    The size is None for other or too few bytes.
+    """Return the size in bytes of a DTS core frame or DTS-HD extension; None if the bytes are neither.
 
     Args:
         head: first bytes of the frame, at least `FRAME_HEAD`.

@@ -1,4 +1,4 @@
-"""Byte ranges of recordings in a container, and file objects over them."""
+"""Describe a recording as byte ranges of a file, and read it through a file object."""
 
 import re
 import struct
@@ -8,11 +8,11 @@ from typing import Any, BinaryIO
 
 from nemo_lfr.io.seekable import SeekableBytes
 
-# Programs that do not know the length of a WAV file yet write this value or a larger one.
+# Programs that do not know the length of the audio yet write this value or a larger one into the header.
 UNKNOWN_BYTES = 0x7FFF0000
-# Name of a chunk. Samples rarely match it: all four bytes would have to be such characters.
+# Name of a chunk. Samples rarely match, since all four bytes must be one of these characters.
 CHUNK_NAME = re.compile(rb"[A-Za-z0-9_ -]{4}")
-# Chunks that programs write after the samples; accepted even if they are truncated.
+# Chunks that programs write after the samples. A truncated chunk with such a name is accepted.
 KNOWN_CHUNKS = frozenset(
     name.ljust(4)
     for name in b"LIST JUNK junk fact cue plst smpl inst bext iXML axml chna cart PEAK PAD FLLR id3 ID3 DISP acid "
@@ -28,16 +28,16 @@ Span = tuple[int, int]
 
 @dataclass
 class Stream:
-    """One recording of a file.
+    """One recording in a file.
 
     Attributes:
         spans: byte ranges [start, stop) of the file that contain the recording, in order.
-        header: bytes to insert before them.
+        header: bytes that a decoder needs before these ranges.
         is_file: whether the stream is the unchanged file, which a decoder can open by itself.
         problem: error message if the recording cannot be read; None if it is complete.
-        note: warning about an irregularity that loses almost no audio; None if there is none.
-        is_checked: whether the format has a completeness check.
-        by_name: whether libsndfile decodes the format (MPEG audio) correctly only from a named file.
+        note: warning about an irregularity by which almost no audio is lost; None if there is none.
+        is_checked: whether the recording was checked for truncation, which depends on the format.
+        by_name: whether libsndfile needs a file name, rather than a file object, to decode the format (MPEG audio).
     """
 
     spans: list[Span]
@@ -50,11 +50,11 @@ class Stream:
 
 
 class Splice(SeekableBytes):
-    """File object over a stream: its header, followed by its spans of a file.
+    """File object that reads one stream: its header, followed by its byte ranges of the file.
 
     Args:
-        file: the file; its position changes.
-        stream: header and spans.
+        file: the file; reading changes its position.
+        stream: the stream.
     """
 
     def __init__(self, file: "BinaryIO | Splice", stream: Stream) -> None:
@@ -95,7 +95,7 @@ class Splice(SeekableBytes):
 
 
 class Window:
-    """Random access to a file in few reads."""
+    """Random access to the bytes of a file, with a buffer that avoids many small reads."""
 
     BLOCK = 1 << 18
 
@@ -157,32 +157,32 @@ def whole_file(size: int, problem: str | None = None) -> Stream:
 
 
 def cut_short(promised: int, available: int) -> str:
-    """Return the error message for a file with fewer samples than its header declares."""
-    return f"was truncated: its header announces {promised} bytes, but there are {available}"
+    """Return the error message for a file that has fewer bytes than its header declares."""
+    return f"the audio was truncated: its header announces {promised} bytes, but there are {available}"
 
 
 def longer(promised: int, available: int) -> str:
-    """Return the warning about a file with more samples than its header declares."""
+    """Return the warning about a file that has more bytes than its header declares."""
     return f"its header announces {promised} bytes, but there are {available}; all of them are read"
 
 
 # Error message for a file that ends before its first sample.
-HEADER_CUT = "was truncated: it ends within its header"
-# Error message for a file of several recordings that cannot be separated.
-JOINED = "contains several recordings, one after the other; convert each of them to WAV"
+HEADER_CUT = "the audio was truncated: it ends within its header"
+# Error message for several recordings in one file that cannot be separated.
+JOINED = "the audio contains several recordings, one after the other; convert each of them to WAV"
 
-# Error message for a file whose header leaves the length open, where only the length would show a truncation.
-NO_LENGTH = "has no length in its header, as after an interrupted recording; convert it to WAV with ffmpeg"
+# Error message for a file without a length in its header, in a format where truncation shows only in the length.
+NO_LENGTH = "the audio has no length in its header, as after an interrupted recording; convert it to WAV with ffmpeg"
 
 
 def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
-    """Return whether a RIFF chunk begins with some bytes.
+    """Return whether some bytes are the beginning of a RIFF chunk.
 
-    Samples may look like the name of a chunk, but seldom like its length.
+    Samples may look like the name of a chunk, but rarely also like a possible length.
 
     Args:
-        rest: the first bytes.
-        left: number of bytes up to the end of the file; None if unknown.
+        rest: the bytes.
+        left: number of bytes from there to the end of the file; None if unknown.
         order: byte order in the notation of `struct`.
     """
     if not CHUNK_NAME.match(rest):
@@ -195,18 +195,23 @@ def is_chunk(rest: bytes, left: int | None = None, order: str = "<") -> bool:
 def goes_on(rest: bytes, left: int | None = None, order: str = "<") -> bool:
     """Return whether more samples follow those that a WAV header declares.
 
-    They do not if a chunk (see `is_chunk`), another file or a tag begins, or if almost no bytes follow.
+    The result is False if a chunk (see `is_chunk`), another file or a tag begins there, or if almost no bytes follow.
 
     Args:
         rest: the first bytes after the declared samples.
-        left: number of bytes up to the end of the file; None if unknown.
+        left: number of bytes from there to the end of the file; None if unknown.
         order: byte order in the notation of `struct`.
     """
     return len(rest) >= FEW_BYTES and not is_chunk(rest, left, order) and not rest.startswith(TAGS)
 
 
 def moved(stream: Stream, spans: Sequence[Span]) -> Stream:
-    """Map a stream found in concatenated spans of a file to the file itself."""
+    """Convert the byte ranges of a stream from positions in an excerpt to positions in the file.
+
+    Args:
+        stream: stream that was found in the excerpt.
+        spans: byte ranges of the file whose concatenation is the excerpt.
+    """
     found: list[Span] = []
     for start, stop in stream.spans:
         at = 0

@@ -1,4 +1,4 @@
-"""WAV: RIFF, RIFX, RF64 and BW64, from a file or a pipe."""
+"""Find the recordings in WAV files (RIFF, RIFX, RF64 and BW64), and extract the samples from WAV data in a pipe."""
 
 import io
 import struct
@@ -27,20 +27,20 @@ from nemo_lfr.io.containers.stream import (
 )
 from nemo_lfr.io.containers.wav_header import WavHeader, is_wav
 
-SEVERAL = "contains several recordings; pass it as a file, or convert each of them to WAV"
+SEVERAL = "the audio contains several recordings; pass it as a file, or convert each of them to WAV"
 # Maximum size in bytes of a chunk before the samples; a damaged header may declare gigabytes.
 MAX_HEADER_CHUNK = 1 << 16
 # Maximum number of bytes buffered from a pipe to distinguish chunks from samples.
 MAX_HELD = 1 << 24
-# First bytes of DTS (16 and 14 bits) and of other coded audio (IEC 61937) in the samples of a CD.
+# First bytes of DTS (16 and 14 bits) and of other compressed audio (IEC 61937) that is stored as samples on a CD.
 CODED = (b"\xfe\x7f\x01\x80", b"\xff\x1f\x00\xe8", b"\x72\xf8\x1f\x4e")
 LINEAR = (b"\x01\0", b"\xfe\xff")  # tags in the `fmt ` chunk
 
 
 class WavSamples:
-    """Filter that extracts the samples of a WAV file from a pipe.
+    """Filter that extracts the samples from WAV data in a pipe.
 
-    It applies the same rules as for files.
+    The rules are the same as in `wav_streams`, which finds the samples in a file.
 
     Args:
         header: the header before the first sample.
@@ -77,7 +77,10 @@ class WavSamples:
         if self._left and not self._done and not counted:
             self.problem = cut_short(self._declared, self._declared - self._left)
         elif self._skip and self._unknown is not None:
-            self.problem = "is longer than its header says, and the rest may be samples or a chunk; pass it as a file"
+            self.problem = (
+                "the audio is longer than its header says, and the remaining bytes may be samples or a chunk; "
+                "pass it as a file"
+            )
         return samples
 
     def _filter(self, data: bytes, last: bool) -> bytes:
@@ -109,7 +112,10 @@ class WavSamples:
         return b"".join(samples)
 
     def _before_header(self, data: bytes, last: bool) -> bytes:
-        """Return samples of unknown length; their end is held, since the header of another file may begin there."""
+        """Return the samples before the header of another file, if the number of samples is unknown.
+
+        The last bytes are kept until more data arrives, since a header may begin in them.
+        """
         if (found := header_in(data)) is not None:
             self._done, self.problem = True, SEVERAL
             return data[:found]
@@ -118,9 +124,9 @@ class WavSamples:
         return data[:count]
 
     def _next_chunk(self, data: bytes, last: bool) -> bytes:
-        """Decide what follows samples or a chunk, and return the unprocessed data.
+        """Identify what follows samples or a chunk, and return the unprocessed data.
 
-        If the decision needs more bytes, all data are kept.
+        If more bytes are needed to identify it, all data is kept until they arrive.
         """
         window = Window(io.BytesIO(data), len(data))
         if not last and len(data) < MAX_HELD and self._is_open(window):
@@ -132,7 +138,7 @@ class WavSamples:
             self._done = True
             self.problem = SEVERAL
             return b""
-        # The remaining size is unknown, but no chunk after the samples is this large.
+        # The number of remaining bytes is unknown. A chunk after the samples is not expected to be larger than this.
         left, order = UNKNOWN_BYTES, self._order
         is_broken = _is_mock_chunk if last else _is_broken_chain
         is_mock = any(is_broken(window, start, order) for start in {0, self._odd})
@@ -156,7 +162,7 @@ class WavSamples:
         return data[8:]
 
     def _is_open(self, window: Window) -> bool:
-        """Return whether only future bytes can distinguish chunks and tags from samples."""
+        """Return whether more bytes are needed to distinguish chunks and tags from samples."""
         for start in {0, self._odd}:
             head = window.at(start, 8)
             if head.startswith(b"ID3") and after_tags(window, start) + LOOK_BYTES > window.size:
@@ -167,7 +173,7 @@ class WavSamples:
 
 
 def wav_streams(window: Window) -> list[Stream]:
-    """Find the recordings of a WAV file."""
+    """Find the recordings in a WAV file."""
     streams: list[Stream] = []
     start: int | None = 0
     while start is not None:
@@ -215,7 +221,10 @@ def _recording(window: Window, start: int) -> tuple[list[Stream], int | None]:
     if header.is_mpeg:
         return _mpeg_inside(window, spans, problem), following
     if header.format[:2] in LINEAR and window.at(after_zeros(window, spans[0][0]), 4) in CODED:
-        problem = problem or "contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
+        problem = (
+            problem
+            or "the audio contains DTS or AC-3, although its header says linear PCM; convert it to WAV with ffmpeg"
+        )
     # libsndfile does not read BW64, which differs from RF64 by its name only.
     if exact and start == 0 and following is None and header.magic != b"BW64":
         return [whole_file(size, problem)], None
@@ -229,21 +238,18 @@ def _is_tag(name: bytes) -> bool:
 
 
 def _no_samples(window: Window, start: int, stop: int, header: WavHeader, spans: list[Span]) -> str:
-    """Return the error message for a WAV file without usable samples.
-
-    Its chunks, up to `stop`, contain no samples or do not describe them.
-    """
+    """Return the error message for a WAV file whose chunks, which end at `stop`, have no samples or no format."""
     declared = int.from_bytes(window.at(start + 4, 4), "big" if header.order == ">" else "little")
     is_whole = stop == window.size and declared in (stop - start, stop - start - 8)
     if not spans and stop + 8 > window.size and not is_whole:
         return HEADER_CUT
-    return f"is damaged: it has no {'data' if header.format else 'fmt'} chunk"
+    return f"the audio is damaged: it has no {'data' if header.format else 'fmt'} chunk"
 
 
 def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list[Stream]:
     """Return the MPEG audio in a WAV file.
 
-    libsndfile would use the estimated length in the header.
+    libsndfile would use the length in the WAV header, which is an estimate.
     """
     inner = Stream(spans)
     streams = [
@@ -254,7 +260,7 @@ def _mpeg_inside(window: Window, spans: list[Span], problem: str | None) -> list
 
 
 def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tuple[int, str | None, bool]:
-    """Return the end of the samples, the problem, and whether the header agrees."""
+    """Return the end of the samples, a problem or None, and whether the length in the header is correct."""
     available, declared = window.size - begin, header.declared
     if header.is_unknown(available):
         return *_to_end(window, begin), False
@@ -269,7 +275,7 @@ def _wav_data(window: Window, header: WavHeader, start: int, begin: int) -> tupl
 
 
 def _to_end(window: Window, position: int) -> tuple[int, str | None]:
-    """Return the end of samples that extend to the next recording or the end of the file, and the problem."""
+    """Return the end of samples that extend to the next recording or the end of the file, and a problem or None."""
     found = find_header(window, position)
     if found is None:
         return window.size, None
@@ -277,10 +283,7 @@ def _to_end(window: Window, position: int) -> tuple[int, str | None]:
 
 
 def _samples_follow(window: Window, stop: int, declared: int, order: str) -> bool:
-    """Return whether more samples follow those that a header declares.
-
-    Otherwise there are chunks, tags or padding.
-    """
+    """Return whether more samples follow those that a header declares, rather than chunks, tags or padding."""
     rest, left, odd = window.at(stop, 256), window.size - stop, declared % 2
     more = goes_on(rest, left, order) and goes_on(rest[odd:], left - odd, order)
     if not more and not any(_is_mock_chunk(window, start, order) for start in (stop, stop + odd)):
@@ -292,7 +295,7 @@ def _samples_follow(window: Window, stop: int, declared: int, order: str) -> boo
 def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
     """Return whether bytes that look like a chunk are samples.
 
-    The name is unknown, and its length leads beyond the end of the file or to unrecognized bytes.
+    They are samples if the name is unknown, and the length leads beyond the end of the file or to unrecognized bytes.
     """
     end = _end_of_chunks(window, position, order)
     is_beyond = end > max(window.size + 1, position) and not window.at(position, 11).startswith(TAGS)
@@ -300,10 +303,7 @@ def _is_mock_chunk(window: Window, position: int, order: str) -> bool:
 
 
 def _is_broken_chain(window: Window, position: int, order: str) -> bool:
-    """Return whether a chain of unknown chunks ends in unrecognized bytes.
-
-    Recognized bytes are a chunk, another file, a tag or padding.
-    """
+    """Return whether something other than a known chunk, another file, a tag or padding follows unknown chunks."""
     if window.at(position, 11).startswith(TAGS):
         return False
     end = _end_of_chunks(window, position, order)

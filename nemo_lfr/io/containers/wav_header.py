@@ -1,4 +1,4 @@
-"""Header of a WAV file: its chunks before the samples."""
+"""Parse and rebuild the header of a WAV file, that is, the chunks before the samples."""
 
 import struct
 from collections.abc import Callable
@@ -17,13 +17,13 @@ def is_wav(head: bytes, _: Window) -> bool:
 
 @dataclass
 class WavHeader:
-    """Chunks of a WAV file before its samples.
+    """Content of the chunks before the samples of a WAV file.
 
     Attributes:
-        magic: the first bytes of the file.
+        magic: the first four bytes of the file.
         format: content of the `fmt ` chunk.
-        data_size: number of bytes of samples, as declared in the header.
-        long_size: the same in the `ds64` chunk of RF64; None if there is none.
+        data_size: size of the samples in bytes, as the `data` chunk declares it.
+        long_size: size of the samples in bytes, as the `ds64` chunk of RF64 declares it; None without this chunk.
     """
 
     magic: bytes
@@ -38,7 +38,7 @@ class WavHeader:
 
     @property
     def declared(self) -> int:
-        """Return the declared number of bytes of samples."""
+        """Return the declared size of the samples in bytes."""
         if self.data_size == 0xFFFFFFFF and self.long_size is not None:
             return self.long_size
         return self.data_size
@@ -49,11 +49,11 @@ class WavHeader:
         return self.order == "<" and self.format[:2] in MPEG_TAGS
 
     def note(self, name: bytes, body: bytes) -> None:
-        """Store what a chunk before the samples says.
+        """Store the content of a `fmt ` or `ds64` chunk; other chunks are ignored.
 
         Args:
             name: name of the chunk.
-            body: its content.
+            body: content of the chunk.
         """
         if name == b"fmt " and not self.format:
             self.format = body
@@ -61,7 +61,7 @@ class WavHeader:
             self.long_size = struct.unpack_from("<Q", body, 8)[0]
 
     def is_unknown(self, available: int | None) -> bool:
-        """Return whether the header leaves the length open.
+        """Return whether the header does not state the length of the samples.
 
         Args:
             available: number of bytes that follow; None if unknown.
@@ -91,10 +91,10 @@ def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, byt
     """Read a WAV file up to its first sample.
 
     Args:
-        read: returns the requested number of bytes, or fewer at the end of the file.
+        read: function that returns the requested number of bytes, or fewer at the end of the file.
 
     Returns:
-        The header, or None if it is invalid or the file has no samples; and all bytes that were read.
+        The header, and all bytes that were read. The header is None if it is invalid or the file has no samples.
     """
     taken = bytearray(read(12))
     header = WavHeader(bytes(taken[:4]))

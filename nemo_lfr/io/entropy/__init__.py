@@ -1,1 +1,1 @@
-"""Lossless entropy coding of FSQ tokens in integer arithmetic (`.lfr` coding 1)."""
+"""Compress FSQ tokens without loss, by entropy coding in integer arithmetic (`.lfr` coding 1)."""

@@ -1,13 +1,22 @@
-"""Conversion of token blocks to bytes with an entropy model, and back.
+"""Encode blocks of tokens to bytes with an entropy model, and decode them.
 
-Blocks are coded independently of each other.
+Each block is encoded independently of the others.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from nemo_lfr.io.entropy.coder import FREQUENCY_BITS, LOW, STATE_BYTES, TOTAL, Decoder, encode_intervals
+from nemo_lfr.io.entropy.coder import (
+    FREQUENCY_BITS,
+    LOW,
+    STATE_BYTES,
+    TOTAL,
+    TRUNCATED,
+    WRONG_END,
+    Decoder,
+    encode_intervals,
+)
 from nemo_lfr.io.entropy.model import HIDDEN_MAX, EntropyModel
 from nemo_lfr.io.entropy.predict import (
     EXPONENTIALS,
@@ -28,7 +37,7 @@ SIDE_BY_SIDE = 3
 def least_bytes(num_frames: int) -> int:
     """Return the minimum payload size of a block in bytes.
 
-    The bound prevents a few bytes from declaring hours of work.
+    With this limit, a file of a few bytes cannot declare so many frames that decoding them takes hours.
 
     Args:
         num_frames: number of frames of the block.
@@ -37,14 +46,14 @@ def least_bytes(num_frames: int) -> int:
 
 
 def intervals(model: EntropyModel, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start and length of the interval of each digit of a block.
+    """Return the interval of frequencies that represents each digit of a block.
 
     Args:
-        model: the entropy model.
+        model: entropy model.
         digits: digits [T, D].
 
     Returns:
-        Two arrays [T, D], int64.
+        Start and length of the intervals, two int64 arrays [T, D].
     """
     sums = hidden_sums(model, block_features(model.spec, digits))
     rows = np.arange(len(digits))
@@ -61,8 +70,8 @@ def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
     """Encode the tokens of a block.
 
     Args:
-        model: the entropy model.
-        tokens: tokens [C, T], integers below the codebook size.
+        model: entropy model.
+        tokens: integers [C, T] below the codebook size.
     """
     starts, lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))
     data = encode_intervals(starts.ravel().tolist(), lengths.ravel().tolist())
@@ -70,11 +79,11 @@ def encode_block(model: EntropyModel, tokens: np.ndarray) -> bytes:
 
 
 def block_bits(model: EntropyModel, tokens: np.ndarray) -> float:
-    """Return the code length of a block in bits, without overhead.
+    """Return the code length of a block in bits, without the overhead of the coder and the file.
 
     Args:
-        model: the entropy model.
-        tokens: tokens [C, T], integers below the codebook size.
+        model: entropy model.
+        tokens: integers [C, T] below the codebook size.
     """
     lengths = intervals(model, tokens_to_digits(tokens, model.spec.levels))[1]
     return float((FREQUENCY_BITS - np.log2(lengths)).sum())
@@ -84,12 +93,12 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
     """Decode a block that `encode_block` encoded.
 
     Args:
-        model: the entropy model.
-        data: the encoded bytes.
-        num_frames: number of frames of the block.
+        model: entropy model.
+        data: encoded bytes.
+        num_frames: number of frames in the block.
 
     Returns:
-        Tokens [C, T], int32.
+        The int32 tokens [C, T].
 
     Raises:
         ValueError: if the bytes are not a valid encoding of that many frames.
@@ -112,7 +121,7 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
             np.floor(units, out=units)
             np.maximum(units, 0, out=units)
             np.minimum(units, HIDDEN_MAX, out=units)
-            # The arrays are small: Python numbers are faster than NumPy. Equivalent to `frequencies`.
+            # The same computation as in `frequencies`. The arrays are so small that Python is faster than NumPy.
             values = np.floor(hidden @ output * third).tolist()
             best = max(values)
             weights = [exponentials[min(int(best - value), MAX_STEPS)] for value in values]
@@ -130,18 +139,18 @@ def decode_block(model: EntropyModel, data: bytes, num_frames: int) -> np.ndarra
 
 def _check_rest(rest: bytes, size: int, num_frames: int) -> None:
     if rest and (size > least_bytes(num_frames) or rest.strip(b"\0")):
-        raise ValueError(f"{len(rest)} bytes follow its coded digits")
+        raise ValueError(f"{len(rest)} bytes follow the compressed data")
 
 
 def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> list[np.ndarray]:
     """Decode several blocks, in parallel where that is faster.
 
     Args:
-        model: the entropy model.
-        blocks: bytes and number of frames of each block.
+        model: entropy model.
+        blocks: for each block, its encoded bytes and its number of frames.
 
     Returns:
-        Tokens [C, T], int32, of each block.
+        The int32 tokens [C, T] of each block.
 
     Raises:
         ValueError: if a block is invalid, see `decode_block`.
@@ -175,7 +184,7 @@ def decode_blocks(model: EntropyModel, blocks: Sequence[tuple[bytes, int]]) -> l
 
 
 class _Tape:
-    """Decoders of several blocks in parallel; see `Decoder`."""
+    """Decoder for several blocks in parallel; see `Decoder` for one block."""
 
     def __init__(self, data: Sequence[bytes]) -> None:
         self._states = np.array([Decoder(part).state for part in data], dtype=np.int64)
@@ -184,9 +193,13 @@ class _Tape:
         self._positions = self._ends - [len(part) - STATE_BYTES for part in data]
 
     def take(self, table: np.ndarray) -> np.ndarray:
-        """Return the next symbols of the first blocks.
+        """Return the next symbol of each of the first B blocks.
 
-        The frequencies have shape [B, levels].
+        Args:
+            table: frequencies of all possible symbols, shape [B, levels].
+
+        Raises:
+            ValueError: if the compressed data of a block is truncated.
         """
         batch = len(table)
         rows = np.arange(batch)
@@ -199,14 +212,14 @@ class _Tape:
         while (short := np.flatnonzero(states < LOW)).size:
             at = self._positions[short]
             if (at >= self._ends[short]).any():
-                raise ValueError("its coded digits end too early")
+                raise ValueError(TRUNCATED)
             states[short] = states[short] << 8 | self._data[at]
             self._positions[short] += 1
         self._states[:batch] = states
         return symbols
 
     def finish(self, row: int) -> bytes:
-        """Return the bytes after the last symbol of a block."""
+        """Return the bytes after the last symbol of a block; see `Decoder.finish`."""
         if self._states[row] != LOW:
-            raise ValueError("its coded digits do not end where they should")
+            raise ValueError(WRONG_END)
         return self._data[self._positions[row] : self._ends[row]].astype(np.uint8).tobytes()

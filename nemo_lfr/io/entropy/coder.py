@@ -1,7 +1,8 @@
-"""rANS coder for symbols with integer frequencies (Duda, arXiv 1311.2540).
+"""Range coder (rANS) for symbols with integer frequencies (Duda, arXiv 1311.2540).
 
-The state is an integer in [2^23, 2^31). The frequencies of a symbol's alternatives sum to 2^15. The encoder processes
-the symbols from last to first, so that the decoder, which mirrors it step by step, returns them from first to last.
+The state of the coder is an integer in [2^23, 2^31). At each step, the frequencies of all possible symbols sum to
+2^15. The decoder undoes the steps of the encoder in reverse order. The encoder therefore processes the symbols from
+last to first, so that the decoder returns them from first to last.
 """
 
 import struct
@@ -11,6 +12,8 @@ FREQUENCY_BITS = 15
 TOTAL = 1 << FREQUENCY_BITS
 LOW = 1 << 23  # minimum and initial value of the state
 STATE_BYTES = 4
+TRUNCATED = "the compressed data ends too early"
+WRONG_END = "the compressed data is wrong: the coder does not end in its initial state"
 
 
 def encode_intervals(starts: list[int], frequencies: list[int]) -> bytes:
@@ -48,10 +51,10 @@ class Decoder:
     def __init__(self, data: bytes) -> None:
         self._data = data
         if len(data) < STATE_BYTES:
-            raise ValueError("it is too short for the coder's state")
+            raise ValueError("the compressed data is too short for the state of the coder")
         self.state = int.from_bytes(data[:STATE_BYTES], "little")
         if not LOW <= self.state < LOW << 8:
-            raise ValueError(f"the coder's state {self.state:#x} is out of range")
+            raise ValueError(f"the state of the coder is {self.state:#x}, which is out of range")
         self._position = STATE_BYTES
 
     def take(self, frequencies: Iterable[int]) -> int:
@@ -61,7 +64,7 @@ class Decoder:
             frequencies: frequency of each possible symbol.
 
         Raises:
-            ValueError: if the data are truncated.
+            ValueError: if the compressed data is truncated.
         """
         state = self.state
         rest = state & (TOTAL - 1)
@@ -74,7 +77,7 @@ class Decoder:
         state = frequency * (state >> FREQUENCY_BITS) + rest
         while state < LOW:
             if self._position == len(self._data):
-                raise ValueError("its coded digits end too early")
+                raise ValueError(TRUNCATED)
             state = state << 8 | self._data[self._position]
             self._position += 1
         self.state = state
@@ -84,8 +87,8 @@ class Decoder:
         """Return the bytes after the last symbol.
 
         Raises:
-            ValueError: if the state is not the encoder's initial one, so the decoded symbols are wrong.
+            ValueError: if the state is not the initial one of the encoder, so that the decoded symbols are wrong.
         """
         if self.state != LOW:
-            raise ValueError("its coded digits do not end where they should")
+            raise ValueError(WRONG_END)
         return self._data[self._position :]

@@ -1,4 +1,4 @@
-"""Coding 1 of `.lfr` files: payloads of compressed frame blocks."""
+"""Encode and decode the payloads of compressed blocks (coding 1 of `.lfr` files)."""
 
 import struct
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from nemo_lfr.io.packing import check_range, pack, unpack
 
 CODING = 1
 MAX_BLOCK_FRAMES = 1024
-BLOCK_FRAMES = 256  # for files that are not live; docs/FORMAT.md compares other sizes
-LEAST_BLOCK_FRAMES = 2  # the first frame of a block saves less than the size of its length field
+BLOCK_FRAMES = 256  # for files that are not written live; `docs/concepts/lfr-format.md` compares other sizes
+LEAST_BLOCK_FRAMES = 2  # a block of one frame would save less than the length field of a compressed block costs
 SIZE = struct.Struct("<I")
 
 
@@ -22,17 +22,17 @@ def payload_range(count: int, bytes_per_frame: int) -> range:
 
 
 def encode_payload(model: EntropyModel, tokens: np.ndarray, bytes_per_frame: int) -> bytes:
-    """Compress tokens, with the length of the result in front.
+    """Compress the tokens of a block.
 
-    Packed frames are used instead if they are not larger, and for very short blocks.
+    The payload contains packed frames instead if they are not larger, or if the block has only one frame.
 
     Args:
-        model: the entropy model.
+        model: entropy model.
         tokens: tokens [C, T].
-        bytes_per_frame: size of a packed frame.
+        bytes_per_frame: size of a packed frame in bytes.
 
     Returns:
-        The payload with its length field.
+        The length of the payload, followed by the payload.
 
     Raises:
         TokensError: if a token is outside the codebook.
@@ -52,12 +52,12 @@ def decode_payloads(
     """Decode the payloads of several blocks.
 
     Args:
-        model: the entropy model.
-        blocks: payload without its length field, and number of frames, of each block.
-        bytes_per_frame: size of a packed frame.
+        model: entropy model.
+        blocks: for each block, its payload (without the length field) and its number of frames.
+        bytes_per_frame: size of a packed frame in bytes.
 
     Returns:
-        Tokens [C, T], int32, of each block.
+        The int32 tokens [C, T] of each block.
 
     Raises:
         TokensError: if a payload contains an invalid token.

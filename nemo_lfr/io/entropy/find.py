@@ -1,4 +1,4 @@
-"""Lookup of entropy models: in the package, by path, or next to the token file."""
+"""Find entropy models: the bundled one, one by its path, or one beside a token file."""
 
 import os
 from functools import lru_cache
@@ -13,34 +13,34 @@ BUNDLED = "default.lfrm"
 
 
 def bundled_model_path() -> Path:
-    """Return the path of the entropy model of the bundled codec."""
+    """Return the path of the entropy model for the bundled codec."""
     return Path(str(files("nemo_lfr") / "weights" / BUNDLED))
 
 
 @lru_cache(maxsize=1)
 def bundled_model() -> EntropyModel:
-    """Load the entropy model of the bundled codec."""
+    """Load the entropy model for the bundled codec."""
     return EntropyModel.read(bundled_model_path())
 
 
 def model_to_write(
     codec: KnownCodec, compress: bool, model: EntropyModel | str | os.PathLike[str] | None
 ) -> EntropyModel | None:
-    """Return the model for a new token file; None for packed frames.
+    """Return the entropy model for a new token file, or None if the file is not compressed.
 
     Args:
-        codec: the codec of the tokens.
-        compress: whether to compress; otherwise the result is None.
-        model: a model or its path; None for the bundled one.
+        codec: codec of the tokens.
+        compress: whether to compress the file. A file is also compressed if `model` is not None.
+        model: entropy model or its path; None for the bundled model.
 
     Raises:
-        EntropyModelError: if there is no suitable model, see `model_for`.
+        EntropyModelError: if no suitable model exists, see `model_for`.
     """
     return model_for(codec, model) if compress or model is not None else None
 
 
 def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyModel | None:
-    """Return a model, reading it if its path is passed.
+    """Return an entropy model, and read it if its path is passed.
 
     Raises:
         EntropyModelError: if the file cannot be read.
@@ -49,14 +49,15 @@ def as_model(model: EntropyModel | str | os.PathLike[str] | None) -> EntropyMode
 
 
 def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | None = None) -> EntropyModel:
-    """Return the entropy model for a codec's tokens: `model` or the bundled one.
+    """Return the entropy model for a codec's tokens, and check that it fits.
 
     Args:
-        codec: the codec of the tokens.
-        model: a model or its path; None for the bundled one.
+        codec: codec of the tokens.
+        model: entropy model or its path; None for the bundled model.
 
     Raises:
-        EntropyModelError: if the model is for other levels, or `model` is None and the package has none for `codec`.
+        EntropyModelError: if the model has other levels or codebooks than the codec, or if `model` is None and the
+            bundled model was fitted to another codec.
     """
     found = as_model(model)
     if found is None:
@@ -71,7 +72,7 @@ def model_for(codec: KnownCodec, model: EntropyModel | str | os.PathLike[str] | 
 
 
 def model_if_any(codec: KnownCodec) -> EntropyModel | None:
-    """Return the bundled model if it is for this codec, else None."""
+    """Return the bundled entropy model if it was fitted to this codec; otherwise None."""
     try:
         return model_for(codec)
     except EntropyModelError:
@@ -83,8 +84,9 @@ def check_layout(model: EntropyModel, levels: tuple[int, ...], num_codebooks: in
     spec = model.spec
     if (spec.levels, spec.num_codebooks) != (tuple(levels), num_codebooks):
         raise EntropyModelError(
-            f"{name}: has {num_codebooks} codebooks with levels {list(levels)}, but the entropy model {model.hash} is "
-            f"for {spec.num_codebooks} with levels {list(spec.levels)}; pass another model as --entropy-model."
+            f"{name}: the tokens have {num_codebooks} codebooks with levels {list(levels)}, but the entropy model "
+            f"{model.hash} has {spec.num_codebooks} codebooks with levels {list(spec.levels)}; pass another model as "
+            "--entropy-model."
         )
 
 
@@ -94,10 +96,10 @@ def find_model(
     """Find the entropy model that a token file was compressed with.
 
     Args:
-        wanted: hash of the model, from the token file.
-        beside: path of the token file; its folder and the parent folder may contain `HASH.lfrm`.
-        written_by: name of the writer in the token file, for messages.
-        passed: a model or its path; if not None, no other place is searched.
+        wanted: hash of the model, as stored in the token file.
+        beside: path of the token file. `HASH.lfrm` is searched in the file's folder and in the parent folder.
+        written_by: program that wrote the token file, for messages.
+        passed: entropy model or its path. If it is not None, no other place is searched.
 
     Raises:
         EntropyModelError: if no model is found, or the model is damaged or has another hash.
@@ -107,8 +109,8 @@ def find_model(
         assert model is not None
         if model.hash != wanted:
             raise EntropyModelError(
-                f"{beside}: compressed with the entropy model {wanted}, but the one passed is {model.hash}; pass "
-                f"{wanted}{SUFFIX}."
+                f"{beside}: the file was compressed with the entropy model {wanted}, but the passed model is "
+                f"{model.hash}; pass {wanted}{SUFFIX}."
             )
         return model
     if bundled_model_path().is_file() and bundled_model().hash == wanted:
@@ -118,10 +120,12 @@ def find_model(
         if path.is_file():
             model = EntropyModel.read(path)
             if model.hash != wanted:
-                raise EntropyModelError(f"{path}: is the entropy model {model.hash}, not {wanted}; replace it.")
+                raise EntropyModelError(
+                    f"{path}: the file contains the entropy model {model.hash}, not {wanted}; replace it."
+                )
             return model
     raise EntropyModelError(
-        f"{beside}: compressed with the entropy model {wanted}, which was not found. Get {wanted}{SUFFIX} from the "
-        "author of the file and pass it as --entropy-model, or put it beside the file. The model of a bundled codec "
-        f"is weights/{BUNDLED} in the nemo_lfr that wrote the file ({written_by})."
+        f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
+        f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. The "
+        f"model for a bundled codec is weights/{BUNDLED} in the nemo_lfr that wrote the file ({written_by})."
     )

@@ -1,7 +1,7 @@
-"""Training of an entropy model: a small PyTorch network that is then quantized.
+"""Train an entropy model as a small PyTorch network, and convert it to integers.
 
-The network is trained twice: first with float weights, then with weights and activations rounded as in the integer
-model, with straight-through gradients. The second stage makes the loss from rounding negligible.
+Training has two stages: first with float weights, then with weights and hidden units that are rounded as in the
+integer model (with straight-through gradients). After the second stage, rounding costs almost nothing.
 """
 
 import math
@@ -21,22 +21,23 @@ from nemo_lfr.io.entropy.predict import block_features, tokens_to_digits
 BLOCK_FRAMES = 256
 BATCH = 192
 WEIGHT_DECAY = 0.03
-# Live streams have short blocks. For every 40 frames, one more block of 8 frames is fitted to match them.
+# Live streams have short blocks, whose frames have little context. To fit these too, a random block of 8 frames is
+# added for every 40 frames.
 START_FRAMES, START_EVERY = 8, 40
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings for fitting a model.
+    """Settings for fitting an entropy model.
 
     Attributes:
-        past: number of past frames, see `ModelSpec`.
+        past: number of past frames that are features, see `ModelSpec`.
         averages: time constants of running averages, see `ModelSpec`.
-        spreads: time constants of running distances, see `ModelSpec`.
-        hidden: units of the two hidden layers.
-        epochs: passes over the data with float weights.
-        rounded_epochs: further passes with rounded weights.
-        max_frames: maximum number of frames to fit; of more frames, a random subset is used.
+        spreads: time constants of running averages of distances, see `ModelSpec`.
+        hidden: number of units in the two hidden layers.
+        epochs: number of passes over the data with float weights.
+        rounded_epochs: number of further passes with rounded weights.
+        max_frames: number of frames after which no further utterances are used; the utterances are in random order.
         valid_share: fraction of the utterances that are held out for validation.
         learning_rate: peak learning rate of Adam.
         seed: random seed.
@@ -66,14 +67,15 @@ def fit(
 
     Args:
         utterances: tokens [C, T] of each utterance.
-        levels: levels of one codebook.
-        num_codebooks: C.
+        levels: number of levels of each dimension of a codebook.
+        num_codebooks: number of codebooks C.
         fingerprint: fingerprint of the codec that produced the tokens.
-        settings: sizes and number of epochs.
-        report: called with progress messages.
+        settings: sizes of the model, and settings of the training.
+        report: function that is called with progress messages.
 
     Returns:
-        The model, and measurements: number of frames, and bits per frame on the held-out utterances.
+        The model, and measurements by name: numbers of utterances and frames, and bits per frame without a model and
+        with the model (on the held-out utterances).
 
     Raises:
         EntropyModelError: if there are too few tokens, or the codec has more levels than models support.
@@ -116,12 +118,12 @@ def fit(
 
 
 def measure(model: EntropyModel, utterances: Sequence[np.ndarray], block_frames: int = BLOCK_FRAMES) -> float:
-    """Return the code length in bits per frame, without the overhead of blocks.
+    """Return the code length in bits per frame, without the overhead of the coder and the file.
 
     Args:
-        model: the entropy model.
+        model: entropy model.
         utterances: tokens [C, T] of each utterance.
-        block_frames: frames per block.
+        block_frames: number of frames per block.
     """
     frames: int = sum(part.shape[1] for part in utterances)
     return sum(block_bits(model, block) for part in utterances for block in _blocks(part, block_frames)) / frames
@@ -135,7 +137,9 @@ def _split(
     utterances: list[np.ndarray], settings: FitSettings, random: np.random.Generator
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if len(utterances) < 2:
-        raise EntropyModelError(f"{len(utterances)} utterances with frames; fitting needs at least 2.")
+        raise EntropyModelError(
+            f"the number of utterances with frames is {len(utterances)}; fitting an entropy model needs at least 2."
+        )
     order = random.permutation(len(utterances))
     num_held = min(len(order) - 1, max(1, round(settings.valid_share * len(order))))
     held = [utterances[number] for number in order[:num_held]]
@@ -152,7 +156,7 @@ def _split(
 def _examples(
     spec: ModelSpec, utterances: list[np.ndarray], random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features [N, F] as int8 and digits [N, D] as int64 of all frames."""
+    """Return the int8 features [N, F] and the int64 digits [N, D] of all frames."""
     features, digits = [], []
     for tokens in utterances:
         blocks = _blocks(tokens, BLOCK_FRAMES)

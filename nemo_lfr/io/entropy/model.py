@@ -1,8 +1,9 @@
 """Entropy model (`.lfrm` file): integer weights that predict a frame's digits.
 
-`docs/FORMAT.md` specifies the file and the arithmetic. All values are integers. They are computed in float32, which is
-exact because no sum of absolute values reaches 2^24: loading rejects a model unless this holds for every input. The
-order of summation therefore does not matter, and any BLAS on any machine gives the same result.
+A token consists of one digit for each FSQ dimension. `docs/concepts/lfr-format.md` specifies the file and the
+arithmetic. All values are integers, but are computed in float32. This is exact because no sum of absolute values
+reaches 2^24; a model for which it could is rejected when it is loaded. The order of summation therefore does not
+matter, and every BLAS library on every machine gives the same result.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ MAX_FILE_BYTES = 1 << 26
 HASH_DIGITS = 16
 HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
-INPUT_MAX = 127  # maximum of a feature
-HIDDEN_MAX = 255  # maximum of a hidden unit
+INPUT_MAX = 127  # maximum absolute value of a feature
+HIDDEN_MAX = 255  # maximum value of a hidden unit
 EXACT_LIMIT = 1 << 24  # integers up to this limit are exact in float32
 AVERAGE_BITS = 8  # fractional bits of a running average
 
@@ -41,18 +42,18 @@ MAX_LEVELS, MAX_DIGITS, MAX_PAST, MAX_AVERAGES, MAX_HIDDEN, MAX_SHIFT = 64, 512,
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a model, and the codec that it belongs to.
+    """Sizes of an entropy model, and the codec that it was fitted to.
 
     Attributes:
-        levels: levels of one codebook, each from 2 to 64.
-        num_codebooks: C; a frame has `C * len(levels)` digits.
+        levels: number of levels of each dimension of a codebook, from 2 to 64.
+        num_codebooks: number of codebooks C; a frame has `C * len(levels)` digits.
         past: number of past frames that are features.
-        averages: time constants of running averages; k means 2^k frames.
-        spreads: the same for running averages of distances from the middle level.
-        hidden: units of the first and the second hidden layer.
-        shifts: right shifts after the first layer, the second layer and the output layer.
-        fingerprint: fingerprint of the codec whose tokens were fitted; informational.
-        written_by: name and version of the writer; informational.
+        averages: time constants of running averages of the digits; k means 2^k frames.
+        spreads: time constants of running averages of the digits' distances from the middle level; k means 2^k frames.
+        hidden: number of units in the first and the second hidden layer.
+        shifts: right shifts after the first layer, the second layer and the output layer, in bits.
+        fingerprint: fingerprint of the codec whose tokens were fitted.
+        written_by: name and version of the program that wrote the model; informational.
     """
 
     levels: tuple[int, ...]
@@ -67,15 +68,12 @@ class ModelSpec:
 
     @property
     def digit_levels(self) -> tuple[int, ...]:
-        """Return the levels of each digit of a frame.
-
-        The order is that of the codebooks, first dimension first.
-        """
+        """Return the number of levels of each digit in a frame, codebook by codebook, first dimension first."""
         return self.levels * self.num_codebooks
 
     @property
     def num_digits(self) -> int:
-        """Return the number of digits of a frame."""
+        """Return the number of digits in a frame."""
         return len(self.levels) * self.num_codebooks
 
     @property
@@ -113,20 +111,23 @@ class ModelSpec:
             if not at_least <= len(values) <= at_most or not all(
                 type(value) is int and low <= value <= high for value in values
             ):
-                raise ValueError(f"{name} are {shorten(repr(values))}")
+                raise ValueError(
+                    f"{name} are {shorten(repr(values))}; expected {at_least} to {at_most} whole numbers from {low} "
+                    f"to {high}"
+                )
         for name, low, high in (("num_codebooks", 1, 256), ("past", 1, MAX_PAST)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {shorten(repr(value))}")
+                raise ValueError(f"{name} is {shorten(repr(value))}; expected a whole number from {low} to {high}")
         if self.num_digits > MAX_DIGITS:
-            raise ValueError(f"{self.num_digits} digits per frame; the limit is {MAX_DIGITS}")
+            raise ValueError(f"a frame has {self.num_digits} digits; the limit is {MAX_DIGITS}")
         for name in ("fingerprint", "written_by"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > 200 or not value.isprintable():
-                raise ValueError(f"{name} is {shorten(repr(value))}")
+                raise ValueError(f"{name} is {shorten(repr(value))}; expected at most 200 printable characters")
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Yield the name, dtype and shape of each tensor, in the order of the file."""
+        """Yield the name, dtype and shape of each tensor, in their order in the file."""
         first, second = self.hidden
         rows = sum(self.digit_levels)
         yield "input_weight", "<i1", (first, self.num_features)
@@ -140,11 +141,11 @@ class ModelSpec:
 
 @dataclass(frozen=True, eq=False)
 class EntropyModel:
-    """Integer weights; `docs/FORMAT.md` describes each tensor.
+    """Entropy model with integer weights; `docs/concepts/lfr-format.md` describes each tensor.
 
     Args:
-        spec: sizes.
-        weights: tensors as listed by `ModelSpec.tensors`.
+        spec: sizes of the model.
+        weights: tensors by name, as listed by `ModelSpec.tensors`.
 
     Raises:
         ValueError: if a tensor is missing or has another shape, or if a sum could reach 2^24.
@@ -185,10 +186,7 @@ class EntropyModel:
 
     @cached_property
     def offsets(self) -> list[int]:
-        """Return the first row of each digit in tensors with a row per level.
-
-        The last item is the number of rows.
-        """
+        """Return the index of each digit's first row in tensors with one row per level, then the number of rows."""
         return [0, *np.cumsum(self.spec.digit_levels).tolist()]
 
     def to_bytes(self) -> bytes:
@@ -200,10 +198,7 @@ class EntropyModel:
 
     @cached_property
     def hash(self) -> str:
-        """Return the id of this model in `.lfr` files.
-
-        It is the first 16 hex digits of the file's SHA-256.
-        """
+        """Return the id of this model in token files: the first 16 hex digits of its `.lfrm` file's SHA-256."""
         return model_hash(self.to_bytes())
 
     @classmethod
@@ -215,7 +210,7 @@ class EntropyModel:
             name: name of the file, for messages.
 
         Raises:
-            EntropyModelError: if the file is damaged, with its name and the reason.
+            EntropyModelError: if the file is damaged or is not an entropy model.
         """
 
         def fail(reason: str) -> EntropyModelError:
@@ -225,17 +220,17 @@ class EntropyModel:
         if data[:4] != MAGIC:
             raise EntropyModelError(f"{name}: not an entropy model ({SUFFIX}).")
         if len(data) < 8:
-            raise fail("it ends too early")
+            raise fail("the data ends too early")
         if data[4] != VERSION:
             raise EntropyModelError(
-                f"{name}: version {data[4]} of entropy models; this nemo_lfr reads version {VERSION}; install a newer "
-                "nemo_lfr."
+                f"{name}: the entropy model has format version {data[4]}, but this nemo_lfr reads version {VERSION}; "
+                "install a newer nemo_lfr."
             )
         length = int.from_bytes(data[5:8], "little")
         if length > MAX_METADATA_BYTES:
             raise fail(f"its metadata length is {length} bytes; the limit is {MAX_METADATA_BYTES}")
         if len(data) < 12 + length:
-            raise fail("it ends too early")
+            raise fail("the data ends too early")
         if struct.pack("<I", zlib.crc32(data[:-4])) != data[-4:]:
             raise fail("its checksum is wrong")
         try:
@@ -270,28 +265,28 @@ class EntropyModel:
         except OSError as error:
             raise EntropyModelError(f"{path}: {error.strerror or error}.") from error
         if len(data) > MAX_FILE_BYTES:
-            raise EntropyModelError(f"{path}: larger than any entropy model ({MAX_FILE_BYTES} bytes).")
+            raise EntropyModelError(
+                f"{path}: the file is larger than {MAX_FILE_BYTES} bytes, the limit for an entropy model."
+            )
         return cls.from_bytes(data, path)
-
-    # Derived tensors, in float32 with exact integer values.
 
     @cached_property
     def layers(self) -> "Layers":
-        """Return the tensors in the layout for inference."""
+        """Return the tensors in float32, in the layout for inference."""
         return Layers(self)
 
 
 class Layers:
-    """Tensors of a model in float32, laid out for matrix multiplication.
+    """Weights of a model in float32, laid out for matrix multiplication.
 
-    Biases are the last row, for an input of 1.
+    The last row of a matrix is the bias: the corresponding input is always 1.
 
     Attributes:
-        first: [F + 1, H1].
-        second: [H1 + F + 1, H2].
-        digits: for each digit, the contribution of its value to the second layer, [levels, H2].
-        outputs: for each digit, [H2 + 1, levels].
-        scales: 2^-shift of the three layers; multiplication by a power of two is exact.
+        first: weights of the first layer [F + 1, H1].
+        second: weights of the second layer [H1 + F + 1, H2].
+        digits: for each digit, what each of its values adds to the sums of the second layer [levels, H2].
+        outputs: for each digit, weights of the output layer [H2 + 1, levels].
+        scales: 2^-shift for each of the three layers; multiplication by a power of two is exact.
     """
 
     def __init__(self, model: EntropyModel) -> None:
@@ -317,9 +312,9 @@ def write_model(model: EntropyModel, path: str | os.PathLike[str], overwrite: bo
     """Write a `.lfrm` file atomically.
 
     Args:
-        model: the model.
-        path: the file.
-        overwrite: replace an existing file.
+        model: model to write.
+        path: output file.
+        overwrite: whether to replace an existing file.
 
     Raises:
         NemoLfrError: if the file exists and `overwrite` is not set.

@@ -1,4 +1,4 @@
-"""The entropy model as a PyTorch network, with float weights or rounded as in `EntropyModel`."""
+"""The entropy model as a PyTorch network for training, with float weights or weights rounded as in `EntropyModel`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ INPUT_BITS = 7  # fractional bits of a feature: the maximum 127 is slightly less
 
 
 class _Chain(torch.autograd.Function):
-    """The second hidden layer and the logits of each digit, computed sequentially.
+    """Compute the second hidden layer and the logits, digit by digit.
 
-    Autograd would compute the same on tensors of [B, D, H2], which exceed the cache, and take three times as long.
+    Autograd would need tensors [B, D, H2] for the same result. They exceed the CPU cache and take three times as long.
     """
 
     @staticmethod
@@ -28,7 +28,13 @@ class _Chain(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute the logits [B, D, L].
 
-        The arguments are sums [B, H2], digit weights [D, L, H2], output weights [D, H2, L] and digits [B, D, L].
+        Args:
+            ctx: context of autograd.
+            sums: sums of the second layer before the first digit, [B, H2].
+            digit: what each value of a digit adds to the sums, [D, L, H2].
+            output: weights of the output layer, [D, H2, L].
+            ones: one-hot encoded digits, [B, D, L].
+            rounded: whether to round the hidden units as in the integer model.
         """
         running = sums.clone()
         logits = torch.empty_like(ones)
@@ -60,14 +66,14 @@ class _Chain(torch.autograd.Function):
 
 
 class _Ordinal(nn.Module):
-    """A weight for each level of each digit, [D, L, H]: a parabola plus a residual.
+    """Weights [D, L, H] for each level of each digit, parametrized as a parabola over the levels plus a residual.
 
-    The levels are steps of one scale. With the parabola, what is learned for one level also applies to its neighbors,
-    which requires fewer tokens.
+    Neighboring levels are similar. With the parabola, what is learned for one level also applies to its neighbors, so
+    that fewer tokens are needed.
 
     Args:
         levels: number of levels of each digit.
-        width: H.
+        width: size H of the layer.
     """
 
     values: torch.Tensor  # [D, L, 1], the levels from -1 to 1
@@ -88,10 +94,10 @@ class _Ordinal(nn.Module):
 
 
 class Network(nn.Module):
-    """The network in float; its logits are in bits.
+    """Entropy model with float weights; its logits are in bits.
 
     Args:
-        spec: sizes.
+        spec: sizes of the model.
     """
 
     mask: torch.Tensor  # [D, L], -1e4 for levels that a digit does not have
@@ -112,7 +118,7 @@ class Network(nn.Module):
         self.exponents: dict[str, int] | None = None  # set by `round_from_here`
 
     def weight(self, name: str) -> torch.Tensor:
-        """Return a weight, rounded as in the integer model after `round_from_here`."""
+        """Return a weight. Once `round_from_here` has been called, it is rounded as in the integer model."""
         module: _Ordinal | nn.Linear = getattr(self, name)
         value: torch.Tensor = module() if isinstance(module, _Ordinal) else module.weight
         value = value.transpose(1, 2) if name == "output" else value
@@ -152,7 +158,7 @@ class Network(nn.Module):
         return bits / math.log(2)
 
     def round_from_here(self) -> None:
-        """Choose the exponents of the integer weights; `forward` rounds from then on."""
+        """Choose the exponents of the integer weights, and round weights and hidden units from now on."""
 
         def exponent(*values: torch.Tensor) -> int:
             """Return the largest exponent for which most weights fit in 8 bits."""
@@ -160,7 +166,7 @@ class Network(nn.Module):
             largest = max(float(value.detach().abs().flatten().kthvalue(_rank(value)).values) for value in values)
             return math.floor(math.log2(127 / max(largest, 1e-3)))
 
-        # Both terms of the second layer are summed in the same unit, though features have two more fractional bits.
+        # The second layer sums hidden units and features in the same unit, but features have two more fractional bits.
         extra = INPUT_BITS - HIDDEN_BITS
         hidden = min(exponent(self.hidden.weight), exponent(self.skip.weight) + extra)
         self.exponents = {
@@ -176,7 +182,7 @@ class Network(nn.Module):
         """Convert the network to an integer model.
 
         Args:
-            spec: sizes.
+            spec: sizes of the model.
 
         Raises:
             ValueError: if float32 arithmetic would not be exact.
@@ -190,8 +196,8 @@ class Network(nn.Module):
             return np.rint(self.weight(name).numpy().astype(np.float64) * 2.0 ** scale[name]).astype(dtype)
 
         def bias(values: torch.Tensor, unit: int, shift: int) -> np.ndarray:
-            # Adding half a unit makes the right shift, which rounds down, round to nearest.
             """Return a bias in integers."""
+            # Right shifts round down. With half a unit added to the bias, they round to the nearest integer.
             half = (1 << shift) >> 1
             return (np.rint(values.numpy().astype(np.float64) * 2.0**unit) + half).astype("<i4")
 

@@ -1,7 +1,7 @@
-"""Integer prediction of the next digit's frequencies from past frames and digits.
+"""Predict the frequencies of the next digit's values from past frames and digits, in integer arithmetic.
 
-All functions work on a batch, whose rows are the frames of one block or the same frame of several blocks. Arrays are
-float32 with integer values; `EntropyModel` verifies that they are exact.
+All functions process a batch. Its rows are all frames of one block, or the frames with the same index in several
+blocks. Arrays are float32 with integer values. `EntropyModel` has verified that the arithmetic is exact.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from nemo_lfr.io.entropy.model import AVERAGE_BITS, HIDDEN_MAX, INPUT_MAX, Entro
 
 STEPS = 16  # logit steps per bit
 MAX_STEPS = 255
-# round(2^16 * 2^(-k / 16)); for each full bit less, the value is shifted right by one.
+# round(2^16 * 2^(-k / 16)) for k from 0 to 15. For each further 16 steps, the value is shifted right by one bit.
 ROOTS = (
     *(65536, 62757, 60097, 57549, 55109, 52773, 50535, 48393),
     *(46341, 44376, 42495, 40693, 38968, 37316, 35734, 34219),
@@ -20,7 +20,7 @@ EXPONENTIALS = np.array([ROOTS[step % STEPS] >> step // STEPS for step in range(
 
 
 def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Split tokens [C, T] into digits [T, C * len(levels)], first dimension first."""
+    """Split tokens [C, T] into digits [T, C * len(levels)], one per FSQ dimension, first dimension first."""
     digits = np.empty((tokens.shape[1], tokens.shape[0], len(levels)), dtype=np.int64)
     rest = tokens.T.astype(np.int64)
     for dimension, level in enumerate(levels):
@@ -29,7 +29,7 @@ def tokens_to_digits(tokens: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
-    """Join digits [T, C * len(levels)] to tokens [C, T], int32.
+    """Join digits [T, C * len(levels)] into int32 tokens [C, T].
 
     This is the inverse of `tokens_to_digits`.
     """
@@ -41,14 +41,16 @@ def digits_to_tokens(digits: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
 
 
 class History:
-    """Features of the next frame: past frames, their validity, averages and spreads.
+    """Features for predicting the next frame.
+
+    The features are the past frames, whether each of them exists, and the running averages that `ModelSpec` describes.
 
     Args:
-        spec: number of features of each kind.
-        batch: B, number of blocks in parallel.
+        spec: sizes of the model.
+        batch: number of blocks B that are processed in parallel.
 
     Attributes:
-        features: features [B, F + 1], float32; the last column is 1, for the bias. Updated in place.
+        features: float32 features [B, F + 1], which `push` updates in place. The last column is 1, for the bias.
     """
 
     def __init__(self, spec: ModelSpec, batch: int) -> None:
@@ -62,7 +64,7 @@ class History:
         self._frames = 0
 
     def push(self, digits: np.ndarray) -> None:
-        """Append a frame of each block, digits [B, D]."""
+        """Append the digits [B, D] of one frame of each block."""
         count, past, features = self._num_digits, self._past, self.features
         values = (2 * digits - self._levels) * self._steps
         features[:, count : past * count] = features[:, : (past - 1) * count].copy()
@@ -76,7 +78,7 @@ class History:
         for number, (average, time) in enumerate(zip(self._averages, self._times, strict=True)):
             if number == self._num_averages:
                 np.abs(values, out=values)
-            # A plain mean at first, so that a block adapts to its recording from its first frames.
+            # The first frames have a plain mean, so that the features adapt to the recording quickly.
             if self._frames < 1 << time:
                 average += (values - average) // self._frames
             else:
@@ -91,14 +93,14 @@ class History:
 
 
 def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
-    """Return the features of each frame of a known block.
+    """Return the features of each frame in a block whose digits are known.
 
     Args:
-        spec: number of features of each kind.
+        spec: sizes of the model.
         digits: digits [T, D].
 
     Returns:
-        Features [T, F + 1], float32.
+        The float32 features [T, F + 1].
     """
     history = History(spec, 1)
     features = np.empty((len(digits), spec.num_features + 1), dtype=np.float32)
@@ -109,10 +111,10 @@ def block_features(spec: ModelSpec, digits: np.ndarray) -> np.ndarray:
 
 
 def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
-    """Compute the second hidden layer's sums before any digit of the frame is known.
+    """Compute the sums of the second hidden layer before any digit of the frame is known.
 
     Args:
-        model: the entropy model.
+        model: entropy model.
         features: features [B, F + 1].
 
     Returns:
@@ -125,7 +127,7 @@ def hidden_sums(model: EntropyModel, features: np.ndarray) -> np.ndarray:
 
 
 def _activate(sums: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Shift right and clip to [0, 255], in place."""
+    """Shift sums right and clip them to [0, 255], in place."""
     sums *= scale
     np.floor(sums, out=sums)
     np.maximum(sums, 0, out=sums)
@@ -137,7 +139,7 @@ def logits(model: EntropyModel, sums: np.ndarray, digit: int) -> np.ndarray:
     """Compute the logits of a digit's levels, in sixteenths of a bit.
 
     Args:
-        model: the entropy model.
+        model: entropy model.
         sums: sums of the second layer [B, H2].
         digit: index of the digit.
 
@@ -164,7 +166,7 @@ def frequencies(steps: np.ndarray) -> np.ndarray:
         steps: logits [B, levels] in sixteenths of a bit.
 
     Returns:
-        Frequencies [B, levels], int64.
+        The int64 frequencies [B, levels].
     """
     best = steps.argmax(axis=1)
     rows = np.arange(len(steps))
