@@ -1,1 +1,1 @@
-"""Conversion of audio corpora to token corpora, shard by shard, and back."""
+"""Tokenize audio corpora shard by shard, read the tokens, and decode them to audio."""

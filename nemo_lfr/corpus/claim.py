@@ -1,8 +1,9 @@
-"""Ownership of an output folder: runs stop before writing to a folder they lost.
+"""Detect that another run has replaced the output folder, and stop before writing to it.
 
-A lock keeps two runs apart only while the lock file exists. If a user removes the folder of an active run, possibly on
-another machine, and starts a second run, both runs hold a lock. The folder therefore also contains a random text that
-is created with it. Every process of a run compares this text before it moves a file into place.
+A lock excludes other runs only while the locked folder exists. If a user removes the folder of an active run, possibly
+on another machine, and starts a second run with the same path, both runs hold a lock. Each run therefore has a random
+ID, the claim, which is stored in the file `claim` of its state folder. Every process of the run checks this file
+before it moves results into place.
 """
 
 import secrets
@@ -18,25 +19,25 @@ LENGTH = 32  # number of hex digits
 
 
 def claim(state: Path) -> str:
-    """Return the random text in an output's state folder that identifies the run that owns the output: its claim.
+    """Return the claim of an output folder: the random ID of the run that owns it.
 
-    The folder and the text are created if they do not exist. The caller must hold the lock of the output. All parts of
-    one run share the lock and get the same text.
+    If the state folder contains no valid claim, a new one is written. The caller must hold the lock of the output. All
+    parts of one run get the same claim.
 
     Args:
         state: the state folder of the output.
 
     Returns:
-        The text that identifies the owner of the output.
+        The claim, 32 hex digits.
 
     Raises:
-        OSError: if the text cannot be written.
+        OSError: if the claim cannot be written.
     """
     text = _read(state)
     if text is None:
         text = secrets.token_hex(LENGTH // 2)
         if not write_new(state / NAME, text.encode()):
-            written = _read(state)  # by another part of the run, unless it is damaged
+            written = _read(state)  # by another part of the run; None if the file is damaged
             if written is not None:
                 return written
             write_text(state / NAME, text)
@@ -44,19 +45,19 @@ def claim(state: Path) -> str:
 
 
 def check_claim(state: Path, text: str) -> None:
-    """Raise NemoLfrError unless the state folder contains the claim text.
+    """Raise NemoLfrError unless the state folder contains the claim of this run.
 
     Args:
         state: the state folder of the output.
-        text: the claim of the run; an empty text disables the check.
+        text: the claim; an empty string disables the check.
 
     Raises:
-        NemoLfrError: if the folder does not exist or belongs to another run.
+        NemoLfrError: if the state folder does not exist or belongs to another run.
     """
     if text and _read(state) != text:
         raise NemoLfrError(
-            f"{state.parent}: was removed or replaced by another run while this one was writing there; stop the other "
-            "run or choose another --out, then start this one again."
+            f"{state.parent}: this folder was removed or replaced during the run; stop any other run that writes to "
+            "it, or choose another --out, and start this run again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Column detection for third-party tables: labels, audio, and audio cell types."""
+"""Find the audio column of a third-party table, and convert its Arrow cells to audio and labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ import numpy as np
 from nemo_lfr.errors import AudioError, shorten
 from nemo_lfr.io.columns import AUDIO, TEXT_COLUMNS
 
-# Fields and columns that contain the sample rate.
+# Names of fields and columns that contain the sample rate.
 RATES = ("sampling_rate", "sample_rate")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded audio of a cell: an array of any shape and dtype, and its rate in Hz."""
+    """Decoded audio in a cell: an array that is not validated yet, and its sample rate in Hz."""
 
     array: np.ndarray
     rate: Any
@@ -25,7 +25,7 @@ class Samples:
 def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
     """Return the name of the audio column of a table.
 
-    Columns with a known name come first, then the first column that contains bytes or decoded samples.
+    A column with a known name is preferred. Otherwise it is the first column that contains bytes or decoded samples.
 
     Args:
         names: names of all columns.
@@ -39,10 +39,10 @@ def audio_column(names: Sequence[str], types: Mapping[str, Any]) -> str | None:
 
 
 def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the class names of integer columns, from features of `datasets` in JSON.
+    """Return the class names of integer columns, from the features that `datasets` stores as JSON.
 
     Args:
-        features: the features by column.
+        features: feature of each column.
 
     Returns:
         The class names of each `ClassLabel` column.
@@ -57,7 +57,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
-    """Return the `datasets` features from Parquet metadata; {} if there are none."""
+    """Return the features that `datasets` stored in Parquet metadata; {} if there are none."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -66,10 +66,9 @@ def parquet_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
-    """Convert the Arrow cell of a label; return None for other than text or numbers.
+    """Convert the Arrow cell of a label to a Python value; return None unless it is text, a number or a boolean.
 
-    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns that are known to contain
-    text.
+    Some databases and TensorFlow export text as bytes. Bytes are decoded only in columns whose names indicate text.
 
     Args:
         cell: the Arrow scalar.
@@ -88,7 +87,7 @@ def label_value(cell: Any, names: Sequence[str] | None, column: str) -> Any:
         if isinstance(value, bytes) and column in TEXT_COLUMNS:
             value = value.decode()
     except UnicodeDecodeError as error:
-        raise AudioError(f"one of its labels is not UTF-8 text ({error.reason})") from error
+        raise AudioError(f"label in column {column!r} is not UTF-8 text ({error.reason})") from error
     except (ValueError, OverflowError, ArithmeticError):  # a date that Python cannot represent
         return None
     if names is not None and isinstance(value, int):
@@ -100,9 +99,9 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     """Return the audio in an Arrow cell: file bytes, a path, or decoded samples.
 
     Args:
-        cell: bytes, text, a list of samples [T] or [C, T], or a struct of `bytes`, `path`, or `array` and
-            `sampling_rate`, as `datasets` writes it.
-        rate: sample rate in Hz of samples that are not in a struct.
+        cell: Arrow scalar: bytes, a path as text, a list of samples [T] or [C, T], or a struct as `datasets` writes
+            it, with the fields `bytes`, `path`, or `array` and `sampling_rate`.
+        rate: sample rate in Hz for samples without a sample rate in the cell.
 
     Raises:
         AudioError: if the cell contains none of these.
@@ -110,7 +109,7 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
     import pyarrow.types as is_
 
     if cell is None or not cell.is_valid:
-        raise AudioError("it contains no audio: the cell is null")
+        raise AudioError("no audio: the cell is null")
     if is_.is_dictionary(cell.type):
         cell = cell.value
     if is_.is_struct(cell.type):
@@ -125,32 +124,32 @@ def audio_cell(cell: Any, rate: Any = None) -> bytes | str | Samples:
         path = parts["path"].as_py() if "path" in parts else None
         if isinstance(path, str):
             return path
-        raise AudioError(f"it contains no audio: of the fields {sorted(fields)}, none has bytes, samples or a path")
+        raise AudioError(f"no audio: none of the fields {sorted(fields)} contains bytes, samples or a path")
     if _is_list(cell.type):
         return Samples(_array(cell), rate)
     value = cell.as_py()
     if isinstance(value, bytes | str) and value:
         return value
-    raise AudioError(f"it contains neither bytes nor samples nor a path, but {shorten(repr(value))}")
+    raise AudioError(f"no audio: expected bytes, samples or a path, found {shorten(repr(value))}")
 
 
 def _array(cell: Any) -> np.ndarray:
     """Convert an Arrow list, or a list of lists of equal length, to an array."""
     if not _is_list(cell.type):
-        raise AudioError(f"its samples are of type {cell.type}, expected a list of numbers")
+        raise AudioError(f"samples have the type {cell.type}; expected a list of numbers")
     values = cell.values
     if not _is_list(values.type):
         return _numbers(values)
     rows = [_numbers(row.values) for row in values if row.is_valid]
     if len({len(row) for row in rows}) > 1 or len(rows) < len(values):
-        raise AudioError("its channels have different lengths")
+        raise AudioError("channels have different lengths")
     return np.stack(rows) if rows else np.zeros(0, np.float32)
 
 
 def _numbers(values: Any) -> np.ndarray:
     array = values.to_numpy(zero_copy_only=False)  # null becomes NaN
     if array.dtype == object:
-        raise AudioError(f"its samples are of type {values.type}, expected numbers")
+        raise AudioError(f"samples have the type {values.type}; expected numbers")
     return np.asarray(array)
 
 

@@ -19,30 +19,32 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """A corpus to tokenize and all options that a worker on any machine needs.
+    """Options of a run: the corpus, the output, and everything else that a worker on any machine needs.
 
     Attributes:
-        source: path of the corpus, see `open_corpus`.
-        out: folder of the tokens; with several machines, all of them must see it.
-        kind: name of the output format, see `nemo_lfr.corpus.formats`.
+        source: path of the corpus; see `open_corpus`.
+        out: output folder. If several machines tokenize the corpus, all of them must have access to this folder.
+        kind: name of the output format; see `nemo_lfr.corpus.formats`.
         model: checkpoint or Hub id; None for the bundled codec.
         precision: precision of the codec.
-        pad: "encode" completes a partial last frame, as `AudioCodecModel.encode` does; "magpie" also appends a frame
-            of silence to clips that fill their frames exactly, as NeMo's Magpie datasets do when they encode audio.
+        pad: "encode" pads a clip with silence to a whole number of frames, as `AudioCodecModel.encode` does. "magpie"
+            also appends a frame of silence to a clip whose length is a whole number of frames, as NeMo's Magpie
+            datasets do when they encode audio.
         context: whether to tokenize context audio too.
-        shard_size: clips per shard.
-        max_duration: maximum duration in seconds; longer clips are failures.
-        audio_dir: folder of the relative paths in a manifest or table; its own folder if None.
-        allow_url: read audio that Lhotse manifests place at an http(s) URL.
+        shard_size: number of clips per shard.
+        max_duration: maximum duration of a clip in seconds; longer clips are reported as failures.
+        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains
+            this manifest or table.
+        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
         dataset: name of the corpus.
-        strict: stop at the first clip that fails.
-        threads: threads of one worker on a CPU.
-        readers: threads that decode and resample audio ahead of the codec.
-        claim: text that identifies the run that owns the output, see `claim`; set by `tokenize`.
-        compress: compress `.lfr` files losslessly.
+        strict: whether to stop at the first clip that fails.
+        threads: number of threads with which a worker on a CPU runs the codec.
+        readers: number of threads per worker that decode and resample audio.
+        claim: random ID of the run that owns the output folder, set by `tokenize`; see `nemo_lfr.corpus.claim`.
+        compress: whether to compress `.lfr` files losslessly.
         entropy_model: path of the entropy model for compression; the codec's bundled model if None.
-        part: the part of the shards to compute, if several processes without a common driver tokenize the corpus; None
-            for all shards. See `nemo_lfr.corpus.part`.
+        part: share of the shards to tokenize, if several independent processes tokenize the corpus; None for all
+            shards. See `nemo_lfr.corpus.part`.
     """
 
     source: str
@@ -74,10 +76,11 @@ class TokenizeConfig:
         """Open the corpus.
 
         Args:
-            relist: list the files of a folder again, as the planning process does.
+            relist: whether to list the files of a folder again. Only the process that plans the run passes True.
         """
         audio_dir = None if self.audio_dir is None else Path(self.audio_dir)
-        # Each part has its own list: a part that finds another list in the folder must not change that of the others
+        # Each part writes a file list of its own. If the corpus has changed since the other parts listed it, the new
+        # list must not replace theirs.
         listing = "folder.json" if self.part is None else f"{PARTS}/{self.part.name}.json"
         return open_corpus(Path(self.source), audio_dir, self.state / listing, relist, self.allow_url)
 
@@ -96,7 +99,7 @@ class TokenizeConfig:
             raise NemoLfrError(f'format "{self.kind}" cannot store contexts; use another format, or remove --context.')
         if (self.compress or self.entropy_model is not None) and not output.supports_compression:
             raise NemoLfrError(
-                f'format "{self.kind}" is not compressed, because trainers read it directly; use format "lfr".'
+                f'format "{self.kind}" is not compressed, because trainers read its files directly; use format "lfr".'
             )
 
     def absolute(self) -> "TokenizeConfig":
@@ -111,6 +114,6 @@ class TokenizeConfig:
         resolved: dict[str, Any] = {
             name: str(expand_home(path).resolve())
             for name, path in paths.items()
-            if path is not None and (name != "model" or expand_home(path).exists())  # a model may be a Hub id
+            if path is not None and (name != "model" or expand_home(path).exists())  # else a Hub id
         }
         return replace(self, **resolved)

@@ -1,4 +1,4 @@
-"""PyTorch dataset over a folder of tokens, for training language models."""
+"""PyTorch dataset that reads a folder of tokens, for training language models."""
 
 import contextlib
 import hashlib
@@ -18,37 +18,38 @@ from nemo_lfr.io.shortage import sharing
 
 __all__ = ["TokenDataset", "TokenizedUtterance", "Utterance", "collate"]
 
-Utterance = TokenizedUtterance  # name in earlier versions
+Utterance = TokenizedUtterance  # name of the class in earlier versions
 
 
 class TokenDataset(IterableDataset[TokenizedUtterance]):
-    """Utterances of a folder of tokens in any format that `nemo-lfr tokenize` writes.
+    """Iterable dataset of the utterances in a folder that `nemo-lfr tokenize` wrote, in any of its formats.
 
-    In distributed training each rank reads its own share. All shares have the same length in every epoch, for any
-    number of data loader workers. Do not add a sampler. With several ranks or data loader workers, call `set_epoch`
-    before each epoch, as for `DistributedSampler`.
+    In distributed training, each rank reads its own share of the utterances, so do not add a sampler. All ranks read
+    the same number of utterances in every epoch, for any number of data loader workers. With several ranks or data
+    loader workers, call `set_epoch` before each epoch, as for `DistributedSampler`.
 
-    `state_dict` and `load_state_dict` resume within an epoch. torchdata's `StatefulDataLoader` calls them, also with
-    workers.
+    Use `state_dict` and `load_state_dict` to resume within an epoch. torchdata's `StatefulDataLoader` calls these
+    methods itself, with or without workers.
 
     Args:
         folder: the folder of tokens.
-        shuffle: read the shards in random order, and shuffle utterances in a buffer.
+        shuffle: read the shards in random order, and shuffle their utterances in a buffer.
         seed: random seed of the order.
         buffer_size: size of the shuffle buffer in utterances.
-        bucket_size: yield utterances of similar length one after another, in groups of this size; pass the batch size
-            of the data loader. The utterances of a buffer are sorted by length. None keeps the order.
-        rank: rank of this process; by default that of `torch.distributed`, or 0. With Accelerate and the Hugging Face
-            Trainer, which split batches themselves, pass 0 and a world size of 1, and `dispatch_batches=False` to
-            them.
-        world_size: number of processes; by default that of `torch.distributed`, or 1.
-        drop_last: drop the last utterances if they do not suffice for every rank; otherwise some utterances are
-            repeated, as in `DistributedSampler`.
+        bucket_size: number of utterances of similar length that are yielded one after another; pass the batch size of
+            the data loader. To form these groups, the utterances in a buffer are sorted by length. None does not group
+            utterances.
+        rank: rank of this process; by default the rank in `torch.distributed`, or 0. Accelerate and the Hugging Face
+            Trainer split batches among processes themselves: with them, pass `rank=0` and `world_size=1`, and
+            configure them with `dispatch_batches=False`.
+        world_size: number of processes; by default the world size of `torch.distributed`, or 1.
+        drop_last: drop the last utterances if the number of utterances is not a multiple of the number of ranks. By
+            default, some utterances are repeated instead, as in `DistributedSampler`.
         verify: compare the hash of every file before reading, not only its size.
 
     Raises:
-        NemoLfrError: if the folder does not contain complete tokens, or shared memory cannot be allocated; while
-            reading, if Accelerate splits what is split already.
+        NemoLfrError: if an argument is invalid, the folder does not contain the tokens of a complete run, or shared
+            memory cannot be allocated; while reading, if Accelerate would split the share of a rank again.
         TokenFileError: while reading, for a damaged or truncated file.
     """
 
@@ -66,14 +67,14 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         verify: bool = False,
     ) -> None:
         if (rank is None) != (world_size is None):
-            raise NemoLfrError(f"rank is {rank} and world_size {world_size}; pass both or none.")
+            raise NemoLfrError(f"rank is {rank} and world_size is {world_size}; pass both or neither.")
         if rank is not None and world_size is not None and not 0 <= rank < world_size:
-            raise NemoLfrError(f"rank {rank} is not between 0 and world_size - 1 ({world_size - 1}).")
+            raise NemoLfrError(f"rank is {rank}; pass a value from 0 to world_size - 1, which is {world_size - 1}.")
         if buffer_size < 1:
-            raise NemoLfrError(f"buffer_size is {buffer_size}; at least 1 utterance must fit.")
+            raise NemoLfrError(f"buffer_size is {buffer_size}; pass 1 or more.")
         if bucket_size is not None and not 1 <= bucket_size <= buffer_size:
             raise NemoLfrError(
-                f"bucket_size is {bucket_size}, but must be between 1 and buffer_size, which is {buffer_size}."
+                f"bucket_size is {bucket_size}; pass a value from 1 to buffer_size, which is {buffer_size}."
             )
         self.tokens = TokenFolder(folder, verify=verify)
         self.folder, self.metadata = self.tokens.path, self.tokens.metadata
@@ -88,19 +89,19 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, with the rank and world size resolved.
 
-        A spawned data loader worker has no process group and could not look them up.
+        A spawned data loader worker has no process group from which it could read them.
         """
         inherited = (*self._place(), _is_accelerated()) if _is_distributed() else self._inherited
         return self.__dict__ | {"_inherited": inherited}
 
     @property
     def num_codebooks(self) -> int:
-        """Return the number of codebooks C, which is the number of tokens per frame."""
+        """Return the number of codebooks C, which equals the number of tokens per frame."""
         return self.tokens.codec.num_codebooks
 
     @property
     def codebook_size(self) -> int:
-        """Return the number of entries of one codebook."""
+        """Return the number of entries in each codebook."""
         return self.tokens.codec.codebook_size
 
     @property
@@ -116,7 +117,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def _place(self) -> tuple[int, int]:
         """Return the rank and the world size.
 
-        They are looked up on use because the process group may be initialized after the dataset is created.
+        They are read on every call, because the process group may be initialized after the dataset is created.
         """
         if self._given is not None:
             return self._given
@@ -125,7 +126,11 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _is_distributed() else (0, 1)
 
     def _share(self, splitter: Any) -> tuple[int, int]:
-        """Return the rank and the world size for a pass that `splitter` iterates.
+        """Return the rank and the world size by which to split the utterances in one pass over the dataset.
+
+        Args:
+            splitter: object that iterates over the dataset. If it is a wrapper of Accelerate or the Trainer, which
+                splits the utterances itself, the result is (0, 1).
 
         Raises:
             NemoLfrError: if the utterances would be split twice.
@@ -135,16 +140,17 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             if self._given is not None and place[1] > 1 and splitter.num_processes > 1:
                 raise NemoLfrError(
                     f"Accelerate would split the utterances of rank {place[0]} of {place[1]} again, among "
-                    f"{splitter.num_processes} processes, and some would never be read; pass rank=0 and world_size=1 "
-                    "to TokenDataset."
+                    f"{splitter.num_processes} processes, so that some utterances are never read; pass rank=0 and "
+                    "world_size=1 to TokenDataset."
                 )
             return 0, 1
         is_accelerated = self._inherited[2] if self._inherited is not None else _is_accelerated()
         if self._given is None and place[1] > 1 and is_accelerated:
             raise NemoLfrError(
-                f"Accelerate is in use with {place[1]} processes, so rank and world_size of TokenDataset must be "
-                "passed: 0 and 1 for a loader that `prepare` or the Trainer splits (with dispatch_batches=False), or "
-                "process_index and num_processes for a loader that is not prepared."
+                f"Accelerate is in use with {place[1]} processes, so pass rank and world_size to TokenDataset: if "
+                "Accelerator.prepare or the Trainer splits its data loader, rank=0 and world_size=1 (and set "
+                "dispatch_batches=False in Accelerate); otherwise rank=accelerator.process_index and "
+                "world_size=accelerator.num_processes."
             )
         return place
 
@@ -165,7 +171,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def __len__(self) -> int:
         """Return the number of utterances that this rank reads in an epoch.
 
-        It is the total over all data loader workers, and the same on every rank.
+        The number includes the utterances of all data loader workers, and is the same on every rank.
         """
         is_split = _is_splitter(sys._getframe(1).f_locals.get("self"))
         return self._length(1 if is_split else self.world_size)
@@ -175,16 +181,19 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return clips // ranks if self.drop_last else -(-clips // ranks)
 
     def __iter__(self) -> Iterator[TokenizedUtterance]:
-        # Accelerate does not tell a dataset that it wraps it; only the calling frame shows that it splits the
+        # Accelerate wraps a dataset without notifying it. Only the calling frame shows that Accelerate will split the
         # utterances.
         rank, ranks = self._share(sys._getframe(1).f_locals.get("self"))
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         state, self._resumed = self._resumed or {"epoch": int(self._epoch), "position": 0}, None
         if state.get("workers", workers) != workers:
-            raise NemoLfrError(f"the state was saved with {state['workers']} workers, but the loader has {workers}.")
+            saved = state["workers"]
+            raise NemoLfrError(
+                f"the state was saved with {saved} data loader workers, but there are {workers}; use {saved} workers."
+            )
         epoch, position = state["epoch"], state["position"]
-        # Ranks must agree on the order, but one of them may have iterated more often than the others.
+        # Several ranks must agree on the epoch, but one of them may have iterated more often than the others.
         if worker is None and self.world_size == 1:
             self._epoch.fill_(epoch + 1)
         shards = list(range(len(self.tokens.counts)))
@@ -206,40 +215,41 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         return _counted(order.read(position), self._progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the current epoch of this process or data loader worker.
+        """Return the position of this process or data loader worker in the current epoch.
 
         Returns:
-            A dictionary of integers, texts and None. A `DataLoader` with workers reads in other processes; use
-            torchdata's `StatefulDataLoader` to save their positions.
+            A dictionary whose values are integers, strings, booleans or None. The workers of a `DataLoader` have
+            positions of their own; use torchdata's `StatefulDataLoader` to save them.
         """
         worker = get_worker_info()
         progress = self._resumed or self._progress or {"epoch": int(self._epoch), "position": 0}
         return self._settings() | {"workers": worker.num_workers if worker else 1} | progress
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the next pass at a saved position; later passes begin at the start of an epoch.
+        """Start the next pass at a saved position. Later passes begin at the start of an epoch.
 
-        A later `set_epoch` with another epoch discards the position.
+        Calling `set_epoch` with another epoch discards the position.
 
         Args:
             state_dict: return value of `state_dict`.
 
         Raises:
-            NemoLfrError: if the state belongs to other tokens, other arguments or another number of processes.
+            NemoLfrError: if the state is invalid, or was saved with other tokens, arguments or numbers of processes.
         """
         for name, value in self._settings().items():
             if name not in state_dict or state_dict[name] != value:
                 raise NemoLfrError(
-                    f"the state was saved with {name} {shorten(repr(state_dict.get(name)))}, but this dataset has "
-                    f"{value!r}; create the dataset with the same value, or start a new epoch without the state."
+                    f"the state was saved with {name}={shorten(repr(state_dict.get(name)))}, but this dataset has "
+                    f"{name}={value!r}; create the dataset with the saved value, or start without the state."
                 )
         for name, least in (("epoch", 0), ("position", 0), ("workers", 1)):
             if type(state_dict.get(name)) is not int or state_dict[name] < least:
-                raise NemoLfrError(f"the state's {name} is {shorten(repr(state_dict.get(name)))}, not a count.")
+                value = shorten(repr(state_dict.get(name)))
+                raise NemoLfrError(f"the state's {name} is {value}; expected an integer of at least {least}.")
         self._resumed = {name: state_dict[name] for name in ("epoch", "position", "workers")}
 
     def _settings(self) -> dict[str, Any]:
-        """Return the values on which the order depends."""
+        """Return the settings on which the order of the utterances depends."""
         names = ("shuffle", "seed", "buffer_size", "bucket_size", "drop_last", "world_size")
         codec = self.tokens.codec.fingerprint
         counts = ",".join(map(str, self.tokens.counts))
@@ -256,8 +266,8 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
     """Collate utterances of different lengths into a padded batch.
 
     Args:
-        utterances: at least one utterance.
-        pad: token that fills shorter utterances.
+        utterances: one utterance or more.
+        pad: token with which shorter utterances are padded.
 
     Returns:
         `id` and `labels` (lists), `tokens` [B, C, T], `tokens_len` [B], `mask` [B, T] (true for valid frames) and
@@ -268,7 +278,7 @@ def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str,
         TokensError: if `utterances` is empty.
     """
     if not utterances:
-        raise TokensError("no utterances to batch; pass at least one.")
+        raise TokensError("no utterances to collate; pass one or more.")
     batch: dict[str, Any] = {
         "id": [utterance.id for utterance in utterances],
         "labels": [utterance.labels for utterance in utterances],
@@ -308,7 +318,7 @@ def _is_accelerated() -> bool:
 
 
 def _is_splitter(caller: Any) -> bool:
-    """Return whether the caller is the wrapper of Accelerate or the Trainer, which drops what other ranks read."""
+    """Return whether the caller is the wrapper with which Accelerate or the Trainer splits an iterable dataset."""
     return any(base.__name__ == "IterableDatasetShard" for base in type(caller).__mro__)
 
 
@@ -318,7 +328,7 @@ def _counted(utterances: Iterator[TokenizedUtterance], progress: dict[str, int])
         yield utterance
 
 
-# A data loader without `collate_fn` selects the function by the type of the items.
+# A data loader without `collate_fn` selects its collate function by the type of the samples.
 with contextlib.suppress(ImportError):
     from torch.utils.data._utils.collate import default_collate_fn_map
 

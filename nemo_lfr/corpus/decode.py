@@ -1,4 +1,4 @@
-"""Decoding of a folder of tokens to one audio file per utterance."""
+"""Decode a folder of tokens to one audio file for each utterance."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,25 +26,26 @@ def decode_folder(
     precision: str = "fp32",
     on_start: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Path | NemoLfrError]:
-    """Decode the utterances of a folder that `tokenize` wrote.
+    """Decode the utterances in a folder that `tokenize` wrote to audio files.
 
     Args:
         tokens: the folder of tokens.
-        out: output folder. Ids are cleaned so that every path is inside this folder and unique.
-        kind: "wav" or "flac".
+        out: output folder. The names of the files are the ids of the utterances, cleaned so that every path is unique
+            and inside this folder.
+        kind: format of the audio files, "wav" or "flac".
         model: checkpoint or Hub id of the codec that produced the tokens; None for the bundled codec.
         device: "cpu" or "cuda"; None for a GPU if one is available.
         limit: maximum number of utterances, including those that fail; None for all.
-        overwrite: decode utterances whose audio file exists again.
+        overwrite: whether to decode utterances whose audio file already exists, and replace the file.
         verify: compare the hash of every file before reading, not only its size.
         precision: precision of the codec; see `nemo_lfr.load`.
-        on_start: called once with the number of utterances to decode, after the folder and the codec were accepted.
+        on_start: callback that receives the number of utterances to decode, after the folder and codec were checked.
 
     Yields:
         The path of each audio file, or the error that prevented its creation.
 
     Raises:
-        NemoLfrError: if the folder cannot be read, or another codec produced its tokens.
+        NemoLfrError: if the folder cannot be read, or its tokens were produced by another codec.
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)
@@ -52,8 +53,9 @@ def decode_folder(
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):
         raise NemoLfrError(
-            f"{tokens}: made by another codec ({shorten(made.get('model'))}, fingerprint {folder.codec.fingerprint}), "
-            f"not {codec.name} ({codec.fingerprint}); pass it as --model."
+            f"{tokens}: the tokens were made by the codec {shorten(made.get('model'))} (fingerprint "
+            f"{folder.codec.fingerprint}), not by {codec.name} (fingerprint {codec.fingerprint}); pass the codec that "
+            "made the tokens as --model."
         )
     out.mkdir(parents=True, exist_ok=True)
     ids, leftovers = UniqueIds(), Sweeper()
@@ -71,9 +73,9 @@ def decode_folder(
             try:
                 path = out / f"{ids.add(utterance.id)}.{kind}"
                 if path_inside(out, str(path.parent.relative_to(out))) is None:
-                    raise NemoLfrError(f"{path}: a link leads out of {out}; remove the link.")
+                    raise NemoLfrError(f"{path}: this path leads out of {out} through a link; remove the link.")
                 if path.exists() and not path.is_file():
-                    raise NemoLfrError(f"{path}: is not a file; remove it, or choose another --out.")
+                    raise NemoLfrError(f"{path}: not a regular file; remove it, or choose another --out.")
                 leftovers.sweep(path)
                 if overwrite or not path.exists():
                     audio, _ = codec.decode(utterance.tokens)

@@ -1,7 +1,7 @@
-"""Executors: compute shards in this process, in local processes, or on Ray.
+"""Executors, which tokenize shards in this process, in local worker processes, or on a Ray cluster.
 
-Each executor takes the shards to compute and yields their records as they are completed. If a worker dies, its shards
-are assigned to another worker. A shard that kills its workers repeatedly stops the run.
+An executor receives the shards to tokenize, and yields a record for each shard when it is complete. If a worker dies,
+its shards are assigned to another worker. If the workers of one shard die repeatedly, the run stops.
 """
 
 import multiprocessing
@@ -37,18 +37,18 @@ Executor = Callable[[Plan, Sequence[Task]], Iterator[ShardRecord]]
 def choose_executor(
     config: TokenizeConfig, num_tasks: int, workers: int | None, device: str | None, ray: str | None
 ) -> Executor:
-    """Choose where shards are computed.
+    """Choose where shards are tokenized.
 
     Args:
         config: options of the run.
-        num_tasks: number of shards to compute, which is also the maximum number of workers.
-        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores,
-            of which the parts on the same machine get equal shares.
+        num_tasks: number of shards to tokenize, which is also the maximum number of workers.
+        workers: number of processes or Ray actors; by default one for each GPU, or one for each `config.threads` CPU
+            cores. Parts that run on the same machine get equal numbers of cores or GPUs.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray; by default local processes are used.
 
     Returns:
-        A function that computes the tasks of a plan and yields their records.
+        A function that tokenizes the shards of a plan and yields their records.
     """
     if ray is not None:
         address = ray
@@ -69,7 +69,7 @@ def choose_executor(
         return lambda plan, tasks: run_in_process(plan.config, tasks, devices[0], plan.codec)
 
     def run(plan: Plan, tasks: Sequence[Task]) -> Iterator[ShardRecord]:
-        plan.codec = None  # frees its memory: each worker loads its own
+        plan.codec = None  # free the memory: each worker loads its own codec
         return run_processes(plan.config, tasks, count, devices, _plugins(plan))
 
     return run
@@ -86,11 +86,11 @@ def _num_cores() -> int:
 def run_in_process(
     config: TokenizeConfig, tasks: Sequence[Task], device: str, codec: "Codec[Any] | None" = None
 ) -> Iterator[ShardRecord]:
-    """Compute shards in this process, one after the other.
+    """Tokenize shards in this process, one after the other.
 
     Args:
         config: options of the run.
-        tasks: shards to compute.
+        tasks: shards to tokenize.
         device: device of the codec.
         codec: a loaded codec to use instead of loading one.
 
@@ -110,8 +110,8 @@ def _start_worker(
 ) -> None:
     """Initialize a worker process.
 
-    The process ignores SIGINT: the driver handles Ctrl-C for the process group. If the worker cannot start, its first
-    shard raises the error. An error raised in this function would end the process and look like a worker death.
+    The process ignores SIGINT, because the driver handles Ctrl-C for the process group. An error that is raised here
+    would end the process and could not be told from a crash, so it is stored and raised when the first shard is run.
     """
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -135,20 +135,20 @@ def run_processes(
     devices: Sequence[str],
     plugins: tuple[type, ...] = (),
 ) -> Iterator[ShardRecord]:
-    """Compute shards in local processes, which are assigned to the devices in turn.
+    """Tokenize shards in local worker processes.
 
     Args:
         config: options of the run.
-        tasks: shards to compute.
+        tasks: shards to tokenize.
         workers: number of processes.
-        devices: devices of the codec.
-        plugins: registered classes that the workers need, see `Worker`.
+        devices: devices, which are assigned to the processes in turn.
+        plugins: registered classes that the workers need; see `Worker`.
 
     Yields:
         The record of each shard, in the order of completion.
 
     Raises:
-        NemoLfrError: if workers die repeatedly.
+        NemoLfrError: if workers die repeatedly, or a worker cannot start.
     """
     remaining = dict(tasks)
     failures = WorkerFailures(config)
@@ -177,10 +177,10 @@ def run_processes(
         except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
             failures.count(running.values(), error)
-        except BaseException:  # an interrupt or a shard's error: do not wait for the shards in progress
+        except BaseException:  # an interrupt, or an error of a shard: do not wait for the shards in progress
             for process in multiprocessing.active_children():
                 if process not in other_processes:
-                    process.kill()  # a stopped process would not terminate
+                    process.kill()  # a suspended process would not react to SIGTERM
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,7 @@
-"""Clip ids: unique relative paths that every file system and archive accepts.
+"""Make clip ids that are unique and can be used as relative paths on Linux, macOS and Windows.
 
-Ids have no file suffix. The same rules apply when tokens are written and when a folder of tokens from another machine
-is read: a path joined from a folder, an id and a suffix never leaves the folder.
+Ids have no file suffix. A clean id contains no `..` and no leading slash, so that a path joined from a folder, an id
+and a suffix is inside the folder. Ids are cleaned when tokens are written, and again when they are decoded to files.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 
-# File systems allow 255 bytes per path component. The remainder is for ".flac" and for temporary suffixes of writers.
+# File systems allow 255 bytes per path component. The other 15 are for ".flac" and for suffixes of temporary files.
 MAX_COMPONENT_BYTES = 240
 MAX_ID_BYTES = 700
 HASH_DIGITS = 12
@@ -17,18 +17,18 @@ HASH_DIGITS = 12
 _NOT_PORTABLE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]',
 )
-# Windows opens a device for these names, with any suffix.
+# Names for which Windows opens a device, with or without a suffix.
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\.|$)", re.IGNORECASE)
-# A folder with such a name could collide with another clip's file.
+# Suffixes that a folder of an id must not have: its name could be that of another clip's file.
 _FILE_SUFFIX = re.compile(r"\.(lfr|pt|wav|flac)$", re.IGNORECASE)
 
 
 def clean_id(name: str) -> str:
     """Return a valid clip id for any name.
 
-    The id is a relative path without traversal, with portable characters and bounded length. Ordinary names and
-    results of this function are returned unchanged. A component or name that is too long is truncated and ends with a
-    hash of the full text, so that different names stay different.
+    The id is a relative path that does not leave its folder, has a bounded length, and consists of characters that
+    Linux, macOS and Windows accept. A name that already is such a path is returned unchanged. A component or name that
+    is too long is truncated and ends with a hash of the full text, so that different names stay different.
     """
     components = [part for part in PurePosixPath(name).parts if part not in ("/", "//", ".", "..")]
     if not components:
@@ -49,19 +49,16 @@ def numbered_id(clip_id: str, number: int) -> str:
 
 
 class UniqueIds:
-    """Counter that makes the ids of clips with the same name unique, in order.
+    """Counter that makes the ids of clips unique by numbering repeated names.
 
-    Ids that a file system could treat as equal are the same: case and Unicode normalization make no difference.
+    Names are compared without regard to case and Unicode normalization, since some file systems ignore these.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def number(self, clip_id: str) -> int:
-        """Register a clean id and return the number that makes it unique.
-
-        See `numbered_id`.
-        """
+        """Register a clean id and return the number with which `numbered_id` makes it unique."""
         key = _collision_key(clip_id)
         number = self._counts.get(key, 0) + 1
         if number > 1:
@@ -72,7 +69,7 @@ class UniqueIds:
         return number
 
     def add(self, name: str) -> str:
-        """Return a clean id for any name that differs from all previous ids."""
+        """Return a clean id for any name. The id differs from all ids that were returned before."""
         clip_id = clean_id(name)
         return numbered_id(clip_id, self.number(clip_id))
 
@@ -80,7 +77,7 @@ class UniqueIds:
 def path_inside(folder: Path, name: str) -> Path | None:
     """Return the path of a file that `name` refers to, if it is inside the folder.
 
-    Absolute paths are allowed if they lead into the folder. Links are resolved before the comparison.
+    An absolute path is accepted if it leads into the folder. Links are resolved before the comparison.
 
     Args:
         folder: the folder.
@@ -92,7 +89,7 @@ def path_inside(folder: Path, name: str) -> Path | None:
     try:
         path = Path(folder, name).resolve()
         return path if path.is_relative_to(folder.resolve()) else None
-    except (OSError, ValueError, RuntimeError):  # a loop of links, a NUL character, or a name that is too long
+    except (OSError, ValueError, RuntimeError):  # a cycle of links, a NUL character, or a name that is too long
         return None
 
 
@@ -106,7 +103,7 @@ def _clean_component(text: str) -> str:
 def _shorten(text: str, of: str | None = None) -> str:
     """Truncate a component to the allowed length, with a hash at the end.
 
-    With `of`, the result always ends with the hash of that text.
+    If `of` is passed, the result always ends with the hash of `of`.
     """
     data = text.encode()
     if of is None and len(data) <= MAX_COMPONENT_BYTES:

@@ -1,7 +1,7 @@
-"""Hashes and change detection for the files that list the clips of a corpus.
+"""Detect changes to the files that list the clips of a corpus, by hashes and modification times.
 
-A run is resumed only with the list of clips that it was planned for. It stops if a file of the list is edited while it
-runs, because clips are located by their position in these files.
+Clips are located by their position in these files. A run is therefore resumed only if the files have the same content
+as when it was planned, and it stops if one of them changes while it runs.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Files up to this size are hashed completely; larger ones at their ends and in evenly spaced blocks.
+# `sampled_digest` hashes files up to WHOLE_BYTES completely. Of larger files, it hashes the first and last END_BYTES,
+# and evenly spaced blocks between them.
 WHOLE_BYTES = 1 << 20
 END_BYTES = 1 << 16
 BLOCK_BYTES, BLOCKS = 1 << 12, 16
@@ -28,8 +29,8 @@ def digest(path: Path) -> str:
 def sampled_digest(path: Path) -> str:
     """Return a hash of a file's size and of some of its blocks, in hex.
 
-    It is fast for audio of any length. The ends of the file, where Parquet stores the sizes and statistics of all
-    columns, are always among the blocks.
+    The hash takes little time even for large files. The blocks include the end of the file, where Parquet stores the
+    sizes and statistics of all columns.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -41,18 +42,18 @@ def sampled_digest(path: Path) -> str:
 
 
 def list_digest(files: Iterable[tuple[str, str]]) -> str:
-    """Return a short hash of a list of file names and their hashes."""
+    """Return a short hash of a list of pairs (file name, hash of the file), 16 hex digits."""
     return hashlib.sha256(json.dumps(list(files)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 class Watch:
-    """Change detection for a set of files, by their size and modification time."""
+    """Watcher that detects changes to files by their size and modification time."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._states = {path: _state(path) for path in files}
 
     def changed(self, files: Iterable[Path]) -> Path | None:
-        """Return the first of these files that has changed; None if none has."""
+        """Return the first of these files that has changed since the watcher was created; None if none has changed."""
         return next((path for path in files if _state(path) != self._states.get(path)), None)
 
 

@@ -1,7 +1,8 @@
-"""Order in which a worker reads the utterances of an epoch: shard by shard, shuffled, grouped by length, resumable.
+"""Order in which a data loader worker reads the utterances of an epoch.
 
-Every stage can start at any utterance without state of an earlier run: the shuffle buffer is simulated with positions
-instead of utterances, and only the utterances that it would contain are read.
+Utterances are read shard by shard, and optionally shuffled in a buffer and grouped by length. An epoch can be resumed
+at any utterance without a saved buffer: shuffling is simulated up to this utterance, with positions in place of
+utterances, and only the utterances that would be in the buffer are read.
 """
 
 import random
@@ -16,18 +17,18 @@ from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Utterances of one worker of one rank in one epoch.
+    """Sequence of the utterances that one data loader worker of one rank reads in one epoch.
 
     Attributes:
         tokens: folder of tokens.
-        shards: numbers of the shards in the order of the epoch.
-        positions: positions that this worker reads, in the sequence of all utterances of `shards`. Positions past the
-            end of the sequence wrap around.
+        shards: indices of the shards, in the order of the epoch.
+        positions: positions of this worker's utterances in the sequence of all utterances of `shards`. Positions past
+            the end of the sequence wrap around.
         shuffle: whether to shuffle the utterances in a buffer.
         buffer_size: size of the buffer in utterances.
-        bucket_size: number of consecutive utterances of similar length; None for no grouping.
-        buffer_seed: random seed of the shuffle buffer.
-        group_seed: random seed of the order of groups.
+        bucket_size: number of utterances in a group of similar length; None for no grouping.
+        buffer_seed: random seed for shuffling utterances in the buffer.
+        group_seed: random seed for shuffling groups.
     """
 
     tokens: TokenFolder
@@ -73,9 +74,10 @@ class EpochOrder:
         yield from buffer[skip:]
 
     def _grouped(self, skip: int, size: int) -> Iterator[TokenizedUtterance]:
-        """Sort the utterances of each full buffer by length, and shuffle groups of `size`.
+        """Sort the utterances of each full buffer by length, and shuffle groups of `size` utterances.
 
-        The order of the groups does not depend on the rank, so all ranks have batches of similar length in a step.
+        The groups are shuffled in the same way on every rank, so that all ranks have batches of similar length in a
+        step.
         """
         pool_size = max(1, self.buffer_size // size) * size
         number, skip = divmod(skip, pool_size)
@@ -91,7 +93,7 @@ class EpochOrder:
             number, skip = number + 1, 0
 
     def _at(self, positions: Sequence[int]) -> list[TokenizedUtterance]:
-        """Read utterances by position relative to the first one, in one run per shard."""
+        """Return the utterances at some indices of `self.positions`, reading each shard in one pass."""
         found: dict[int, TokenizedUtterance] = {}
         wanted = sorted(positions)
         while wanted:
@@ -106,7 +108,7 @@ class EpochOrder:
         return [found[position] for position in positions]
 
     def _spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Yield the ranges (shard, first, end) for positions of an epoch."""
+        """Yield the range of utterances (shard, first, end) in each shard that a range of positions covers."""
         start, stop = positions.start, positions.stop
         ends = np.cumsum([self.tokens.counts[shard] for shard in self.shards])
         while start < stop:

@@ -1,6 +1,7 @@
-"""Cleanup of processes that would outlive the run that started them.
+"""Kill processes that would outlive the run that started them.
 
-This file is also the program of a watcher process. It imports only the standard library so that it starts quickly.
+This file is also run as a script, in a watcher process. It imports only the standard library, so that the watcher
+starts quickly.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.5
-# Processes that were starting when their driver was killed appear within this time.
+# The watcher ends when it has found no process to kill for this long. Processes that were starting when the driver was
+# killed appear within this time.
 QUIET_SECONDS = 3.0
 VARIABLE = "NEMO_LFR_RUN"
 PR_SET_PDEATHSIG = 1
@@ -29,8 +31,8 @@ def die_with(parent: int) -> None:
     """End this process as soon as its parent has ended, or now if it already has.
 
     Args:
-        parent: the parent's process id, as passed by the parent. Reading it in this process would be a race: if the
-            parent has ended, the parent id is that of the process that adopts orphans.
+        parent: process id of the parent, which the parent must pass. `os.getppid()` would be unreliable: if the parent
+            has already ended, it returns the id of the process that adopts orphans.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -55,15 +57,16 @@ def _is_alive(parent: int) -> bool:
 def family() -> Iterator[None]:
     """Kill all processes that are started in this context if this process is killed.
 
-    A watcher in its own session waits for this process to end. It finds the processes by an environment variable,
-    which children inherit. It scans them continuously, since some Ray processes overwrite their environment and lose
-    their parents. On systems without /proc, this context manager does nothing.
+    A watcher process in its own session waits for this process to end. It finds the processes by an environment
+    variable, which children inherit. While it waits, it scans for new processes continuously, because some of Ray's
+    processes later overwrite their environment and lose their parents. On systems without /proc, this context manager
+    does nothing.
     """
     if not Path("/proc/self/environ").exists():
         yield
         return
     token = uuid.uuid4().hex
-    # -S skips site-packages, which speeds up the start.
+    # -S skips site-packages, so that the watcher starts faster.
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, token],
         stdin=subprocess.PIPE,
@@ -86,9 +89,9 @@ def family() -> Iterator[None]:
 
 
 class _Kin:
-    """Processes that carry a token or descend from one that does, tracked over time.
+    """Tracker of the processes of a run: those with the run's token in their environment, and their descendants.
 
-    A process that was seen once stays known even if it overwrites its environment or its parent ends.
+    A process stays known after it was found once, even if it overwrites its environment or its parent ends.
     """
 
     def __init__(self, token: str, head: int) -> None:
@@ -107,7 +110,7 @@ class _Kin:
         self._started = {pid: started for pid, started in self._started.items() if pid in there}
         self._strangers = set() if again else self._strangers & there
         states = {pid: state for pid in there - self._strangers if (state := _state(pid)) is not None}
-        # Drop process ids that were reused by another process.
+        # Drop ids that now belong to another process.
         self._started = {pid: was for pid, was in self._started.items() if pid in states and states[pid][1] == was}
         unknown = {pid: parent for pid, (parent, _) in states.items() if pid not in self._started}
         found = {pid for pid in unknown if self._carries(pid)}
@@ -119,7 +122,7 @@ class _Kin:
         self._strangers |= {pid for pid, parent in unknown.items() if parent != self._head and pid != self._head}
 
     def kill(self) -> bool:
-        """Kill all known processes; return whether any was killed."""
+        """Kill all known processes, and return whether any was killed."""
         killed = False
         for pid, started in self._started.items():
             state = _state(pid)

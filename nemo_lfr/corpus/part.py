@@ -1,8 +1,9 @@
-"""Parts of a run: N processes without a common driver, each of which computes its own shards of one plan.
+"""Divide a run among N independent processes: each tokenizes its own share of the shards, called a part.
 
-Part I of N computes the shards whose number is I modulo N. The parts share the output folder and nothing else. Each
-one plans the run, and the first plan that is stored is the plan of all: see `nemo_lfr.corpus.plan`. The part that
-finds all shards complete writes the summary, and so does the same command without a part.
+Part I of N consists of the shards whose index modulo N is I. The processes have no common driver and share only the
+output folder. Every process plans the run, and all of them use the first plan that was stored in the folder; see
+`nemo_lfr.corpus.plan`. The process that finds all shards complete writes the summary. The same command without a part
+also writes the summary.
 """
 
 import os
@@ -20,18 +21,19 @@ from nemo_lfr.io.regular import open_regular
 AUTO = "auto"
 FOLDER = "parts"  # folder in the state folder of an output
 COUNT_FILE = "count"
-HELP = "I counts from 0 to N - 1, for example 0/4, 1/4, 2/4 and 3/4"
+HELP = "pass I/N with I from 0 to N - 1, for example 0/4, 1/4, 2/4 and 3/4"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of several processes that tokenize a corpus together.
+    """One of several processes that tokenize a corpus together, and which shards it tokenizes.
 
     Attributes:
-        index: number of the process, from 0.
+        index: index of the process, from 0 to `count` - 1.
         count: number of processes.
-        local_index: number of the process among those that share this machine's cores and GPUs.
-        local_count: number of those processes; 1 if the machine is not shared, or if a scheduler divides it.
+        local_index: index of the process among the processes that share this machine's cores and GPUs.
+        local_count: number of processes that share this machine's cores and GPUs. It is 1 if there are no others, or
+            if a scheduler assigns cores and GPUs to each process.
     """
 
     index: int
@@ -42,7 +44,7 @@ class Part:
     def __post_init__(self) -> None:
         pairs = ((self.index, self.count), (self.local_index, self.local_count))
         if any(type(number) is not int for pair in pairs for number in pair):
-            raise NemoLfrError(f"part {self.index!r}/{self.count!r}: pass integers; {HELP}.")
+            raise NemoLfrError(f"part {self.index!r}/{self.count!r}: both values must be integers; {HELP}.")
         if any(not 0 <= index < count for index, count in pairs):
             raise NemoLfrError(f"part {self}: {HELP}.")
 
@@ -51,11 +53,11 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Return the name of the part's files."""
+        """Return the base name of the part's files, for example "0-of-4"."""
         return f"{self.index}-of-{self.count}"
 
     def owns(self, shard: int) -> bool:
-        """Return whether the part computes a shard."""
+        """Return whether the shard with this index belongs to the part."""
         return shard % self.count == self.index
 
 
@@ -63,7 +65,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """Parse the value of `--shard-of`.
 
     Args:
-        text: "I/N", or "auto" for the variables of torchrun or Slurm.
+        text: "I/N", or "auto" to use the variables that torchrun or Slurm sets.
         environment: environment variables.
 
     Raises:
@@ -80,14 +82,15 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
 def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
     """Return the part of a process that torchrun or Slurm started.
 
-    The variables are RANK and WORLD_SIZE of torchrun, else those of a Slurm job array, a Slurm step, or both: each
-    task of an array with M tasks per job is one of M parts of that job.
+    RANK and WORLD_SIZE of torchrun take precedence. Slurm sets variables for a job array, for a job step, or for both:
+    an array of J jobs with M tasks each has J * M parts.
 
     Args:
         environment: environment variables.
 
     Raises:
-        NemoLfrError: if none of the variables is set, one is missing or invalid, or the array has gaps.
+        NemoLfrError: if neither torchrun nor Slurm has set its variables, one of them is missing or invalid, or the
+            indices of the job array are not evenly spaced.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         part = _pair(environment, "RANK", "WORLD_SIZE")
@@ -98,11 +101,11 @@ def part_of_environment(environment: Mapping[str, str] = os.environ) -> Part:
     has_step = "SLURM_PROCID" in environment or "SLURM_NTASKS" in environment
     if not has_array and not has_step:
         raise NemoLfrError(
-            "--shard-of auto: found neither RANK and WORLD_SIZE (torchrun) nor SLURM_PROCID and SLURM_NTASKS or a "
-            f"job array (Slurm); pass I/N, where {HELP}."
+            "--shard-of auto: found neither the variables RANK and WORLD_SIZE (torchrun) nor those of a Slurm step "
+            f"(SLURM_PROCID, SLURM_NTASKS) or job array; {HELP}."
         )
     array = _array(environment) if has_array else Part(0, 1)
-    # A job array without srun may lack the variables of a step
+    # The variables of a step may be missing in a job array that does not use srun
     step = _pair(environment, "SLURM_PROCID", "SLURM_NTASKS") if _has_step(environment, has_array) else Part(0, 1)
     return Part(array.index * step.count + step.index, array.count * step.count)
 
@@ -128,7 +131,7 @@ def _array(environment: Mapping[str, str]) -> Part:
 def _pair(environment: Mapping[str, str], index: str, count: str) -> Part:
     pair = _integer(environment, index), _integer(environment, count)
     if not 0 <= pair[0] < pair[1]:
-        raise NemoLfrError(f"--shard-of auto: {index} is {pair[0]} and {count} is {pair[1]}; {HELP}.")
+        raise NemoLfrError(f"--shard-of auto: {index} is {pair[0]}, but {count} is {pair[1]}; {HELP}.")
     return Part(*pair)
 
 
@@ -144,16 +147,17 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
     """Lock an output for a run, or for one part of a run.
 
-    Parts share the folder with each other and not with a run without parts. On file systems without shared locks, the
-    number of parts is still checked.
+    Several parts may write to the folder at the same time, but not together with a run without parts. The number of
+    parts is checked even on file systems without locks.
 
     Args:
         out: the output folder.
-        state: its state folder.
-        part: the part; None for all shards.
+        state: the state folder of the output.
+        part: the part to tokenize; None for all shards.
 
     Raises:
-        NemoLfrError: if another run, or the same part, is writing to the folder, or the number of parts is another.
+        NemoLfrError: if another run, or another process with the same part, is writing to the folder, or if the run
+            was started with another number of parts.
     """
     if part is None:
         with exclusive(out):
@@ -162,7 +166,7 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
         return
     folder = state / FOLDER
     if folder.is_symlink():
-        raise NemoLfrError(f"{folder}: is a link, and links are not followed; remove it, or choose another --out.")
+        raise NemoLfrError(f"{folder}: is a link, which is not followed; remove the link, or choose another --out.")
     folder.mkdir(exist_ok=True)
     count_file = folder / COUNT_FILE
     write_new(count_file, str(part.count).encode())
@@ -171,18 +175,21 @@ def reserve(out: Path, state: Path, part: Part | None) -> Iterator[None]:
     if stored != str(part.count):
         stored = shorten(stored)
         raise NemoLfrError(
-            f"{out}: is being written in {stored} parts, not {part.count}; pass --shard-of I/{stored}, "
-            "or run the same command without --shard-of to compute what is missing."
+            f"{out}: this run was started with {stored} parts, not {part.count}; pass --shard-of I/{stored}, "
+            "or run the same command without --shard-of to tokenize the missing shards."
         )
     with exclusive(out, shared=True):
-        twice = f"{out}: part {part} is being computed by another process; each process needs its own I of I/N."
+        twice = f"{out}: part {part} is being tokenized by another process; pass another I to --shard-of I/N."
         with exclusive_file(folder / f"{part.name}.lock", twice):
             yield
 
 
 def _check_free(state: Path, out: Path) -> None:
-    """Raise NemoLfrError if a part is being computed on another machine, whose lock of the folder is not visible."""
+    """Raise NemoLfrError if a part is being tokenized, possibly on another machine.
+
+    Locks on folders may not be visible to other machines, but those on the lock files of parts are.
+    """
     for path in sorted((state / FOLDER).glob("*.lock")):
-        message = f"{out}: part {path.stem.replace('-of-', '/')} is being computed; wait for it, or stop it."
+        message = f"{out}: part {path.stem.replace('-of-', '/')} is being tokenized; wait until it ends, or stop it."
         with exclusive_file(path, message):
             pass

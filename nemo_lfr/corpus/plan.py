@@ -1,7 +1,7 @@
-"""The plan of a tokenization run: its options, and how the corpus is split.
+"""Plan a tokenization run: its options, and the shards into which the corpus is split.
 
-A plan is stored in the output folder when a run starts. The same command finds it there, and resumes the run if the
-corpus, the codec and the options that affect the tokens are unchanged.
+The plan is stored in the output folder when a run starts. If the same command runs again, it reads the stored plan and
+resumes the run, provided that the corpus, the codec and the options that affect the tokens are unchanged.
 """
 
 import hashlib
@@ -32,24 +32,24 @@ from nemo_lfr.spec import same_fingerprint
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Options that all shards of one output must agree on; the others may change when a run is resumed.
+# Options that must be the same for all shards of an output. The other options may change when a run is resumed.
 FIXED = ("kind", "precision", "pad", "context", "shard_size", "max_duration", "dataset", "audio_dir")
 
 
 @dataclass
 class Plan:
-    """A run that is ready to be computed.
+    """A planned run: everything that is needed to tokenize its shards.
 
     Attributes:
-        config: the options, with absolute paths and the claim of the output.
+        config: the options, with absolute paths and the claim of the output (see `nemo_lfr.corpus.claim`).
         out: the output folder.
         output: the output format.
-        corpus: the corpus.
-        inputs: detects changes of the corpus's files since they were planned.
+        corpus: reader of the corpus.
+        inputs: watcher that detects changes to the corpus's files since the run was planned.
         spec: description of the codec for `tokens.json`.
         shards: specification of each shard.
-        codec: the codec on the CPU with the precision of the run, for a worker in this process; None if the shards
-            are computed elsewhere.
+        codec: the codec on the CPU, in the precision of the run, for a worker in this process; None if the codec does
+            not run on this machine's CPU.
     """
 
     config: TokenizeConfig
@@ -63,22 +63,22 @@ class Plan:
 
     @property
     def indices(self) -> list[int]:
-        """Return the numbers of the shards to compute: all, or those of a part."""
+        """Return the indices of the shards of this run: all shards, or those of its part."""
         part = self.config.part
         return [index for index in range(len(self.shards)) if part is None or part.owns(index)]
 
 
 @contextmanager
 def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
-    """Plan a run, and lock its output while it is computed.
+    """Plan a run, and lock its output folder while the context is open.
 
     Args:
         config: the options.
         on_cpu: whether the codec will run on this machine's CPU.
 
     Raises:
-        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, or the output is in use or contains
-            other files or the tokens of another run.
+        NemoLfrError: if the corpus or codec cannot be read, an option is invalid, another run is writing to the output
+            folder, or the folder contains other files or the tokens of another run.
     """
     config.validate()
     requested_out = config.out
@@ -90,7 +90,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
     spec, model, codec, made = _load_codec(config, on_cpu)
     for path in (config.state, ShardRecord.folder(out)):
         if path.is_symlink():
-            raise NemoLfrError(f"{path}: is a link, and links are not followed; remove it, or choose another --out.")
+            raise NemoLfrError(f"{path}: is a link, which is not followed; remove the link, or choose another --out.")
     config.state.mkdir(parents=True, exist_ok=True)
     with reserve(out, config.state, config.part):
         output = get_format(config.kind)
@@ -99,7 +99,7 @@ def open_plan(config: TokenizeConfig, on_cpu: bool) -> Iterator[Plan]:
         corpus = config.open(relist=True)
         inputs = Watch(corpus.files)
         shards = load_or_create_plan(config, corpus, spec, None if model is None else model.hash, made)
-        if model is not None:  # a copy of the folder can then be decoded without other files
+        if model is not None:  # so that a copy of the folder can be decoded without other files
             write_model(model, out / f"{model.hash}{SUFFIX}", overwrite=True)
         yield Plan(config, out, output, corpus, inputs, spec, shards, codec)
 
@@ -111,17 +111,17 @@ def load_or_create_plan(
     entropy_model: str | None,
     made: Callable[[str], bool],
 ) -> list[ShardSpec]:
-    """Return the shards of the corpus, from the stored plan of an earlier run if any.
+    """Return the shards of the corpus, from the plan that an earlier run stored if there is one.
 
     Args:
         config: options of the run.
-        corpus: the corpus.
+        corpus: reader of the corpus.
         spec: description of the codec.
         entropy_model: hash of the entropy model; None without compression.
-        made: returns whether the codec produces tokens with a fingerprint.
+        made: the codec's method `made`, which returns whether a fingerprint is one of this codec.
 
     Raises:
-        NemoLfrError: if the stored plan is damaged, or belongs to another corpus or codec or to other options.
+        NemoLfrError: if the stored plan is damaged, or was made for another corpus, codec or options.
     """
     path = config.state / "job.json"
     options = asdict(config)
@@ -131,15 +131,15 @@ def load_or_create_plan(
         shards = corpus.shards(config.shard_size)
         text = json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)})
         if write_new(path, text.encode()):
-            return shards  # else another part of this run has stored its plan meanwhile
+            return shards  # otherwise another part of this run has stored its plan in the meantime
     stored = _read_plan(path, config)
     if (older := _older_fingerprint(stored.get("codec"), spec, made)) is not None:
-        # Token files contain the fingerprint. Their reader accepts different ones of the bundled codec only.
+        # Token files contain the fingerprint, and their reader accepts older fingerprints of the bundled codec only.
         if config.kind == "lfr" and not same_fingerprint(older, spec["fingerprint"]):
             raise NemoLfrError(
-                f"{config.out}: was started by an older version of nemo_lfr, for which this codec has the fingerprint "
-                f"{older}, now {spec['fingerprint']}, and all .lfr files of a run have the same one; resume it "
-                "with that version, or choose another --out."
+                f"{config.out}: an older version of nemo_lfr started this run, with the fingerprint {older} for this "
+                f"codec; this version computes {spec['fingerprint']}. All .lfr files of a run must have the same "
+                "fingerprint: resume the run with the older version, or choose another --out."
             )
         stored["codec"] = spec
     if differ := sorted(key for key in expected if stored.get(key) != expected[key]):
@@ -149,15 +149,15 @@ def load_or_create_plan(
             else f"{key} {stored.get(key)!r}, now {expected[key]!r}"
             for key in differ
         )
-        raise NemoLfrError(f"{config.out}: contains tokens of another job ({reasons}); choose another --out.")
+        raise NemoLfrError(f"{config.out}: contains the tokens of another run ({reasons}); choose another --out.")
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:
-    """Return the fingerprint in a stored description of the codec, if an older version computed it for this codec.
+    """Return the stored fingerprint if an older version of this package computed it for the same codec.
 
-    The result is None if the description is the same as now or differs in anything else.
+    Return None if the stored description of the codec equals the current one, or differs in more than the fingerprint.
     """
     if not isinstance(stored, dict) or stored == spec or stored | {"fingerprint": spec["fingerprint"]} != spec:
         return None
@@ -175,9 +175,9 @@ def _read_plan(path: Path, config: TokenizeConfig) -> dict[str, Any]:
             stored = json.load(file)
         shards = stored["parts"]
         if not isinstance(stored, dict) or not isinstance(shards, list):
-            raise TypeError("expected a JSON object with a list of parts")
+            raise TypeError("expected a JSON object with a list of shards")
         if stored.get("parts_digest") != _shards_digest(shards):
-            raise ValueError("its list of parts has changed since it was written")
+            raise ValueError("the list of shards was changed after it was written")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NemoLfrError(
             f"{path}: is damaged ({shorten(error, 200)}), so the run cannot be resumed; remove {config.out}, or "
@@ -193,10 +193,10 @@ def _shards_digest(shards: list[ShardSpec]) -> str:
 def _load_codec(
     config: TokenizeConfig, on_cpu: bool
 ) -> tuple[dict[str, Any], EntropyModel | None, "Codec[Any] | None", Callable[[str], bool]]:
-    """Return the description of the tokens, the entropy model, the codec, and its method `made`.
+    """Return the description of the tokens, the entropy model, the codec, and the codec's method `made`.
 
-    The entropy model is None without compression. The codec is returned for reuse if it runs on this CPU; otherwise it
-    is None and the workers validate the precision.
+    The entropy model is None without compression. The codec is returned for reuse if the run uses this machine's CPU.
+    Otherwise the returned codec is None, and the workers check that their device supports the precision.
     """
     from nemo_lfr.io.token_file import Metadata
     from nemo_lfr.pretrained import load
@@ -212,7 +212,8 @@ def _load_codec(
 def _remove_leftovers(config: TokenizeConfig, out: Path, output: type[OutputFormat]) -> None:
     """Remove temporary files of killed runs, without following links.
 
-    No other run writes here, since the caller holds the lock. A part of a run removes only those of its own shards.
+    No other run writes to the folder, since the caller holds the lock. A part of a run removes only the files of its
+    own shards.
     """
     staging = config.state / "staging"
     if staging.is_symlink():

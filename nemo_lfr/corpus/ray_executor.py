@@ -1,4 +1,4 @@
-"""Executor that computes shards on a Ray cluster."""
+"""Executor that tokenizes shards on a Ray cluster."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)
 
-_NODE_CHECK_S = 5.0
+_NODE_CHECK_S = 5.0  # how often to check that a node is alive while no result arrives
 
 
 def run_ray(
@@ -29,24 +29,23 @@ def run_ray(
     device: str | None,
     plugins: tuple[type, ...] = (),
 ) -> Iterator[ShardRecord]:
-    """Compute shards on a Ray cluster.
-
-    There is one actor for each GPU, or for each `config.threads` cores.
+    """Tokenize shards on a Ray cluster.
 
     Args:
-        config: options of the run; its paths must lead to the same files on every node.
-        tasks: shards to compute.
-        address: "local" starts Ray on this machine; "auto" uses the Ray that runs on this machine, or starts one;
-            otherwise "HOST:PORT".
-        workers: number of actors; by default as many as the cluster has resources for.
-        device: "cuda" uses a GPU for each actor, "cpu" none; None uses GPUs if the cluster has any.
-        plugins: registered classes that the workers need, see `Worker`.
+        config: options of the run. Its paths must refer to the same files on every node.
+        tasks: shards to tokenize.
+        address: "local" to start Ray on this machine; "auto" to connect to the Ray cluster of this machine, or start
+            Ray if there is none; or the "HOST:PORT" of a cluster.
+        workers: number of actors; by default one for each GPU, or for each `config.threads` CPU cores.
+        device: "cuda" to run each actor on a GPU, "cpu" to run actors on CPU cores; None to use GPUs if the cluster
+            has any.
+        plugins: registered classes that the workers need; see `Worker`.
 
     Yields:
         The record of each shard, in the order of completion.
 
     Raises:
-        NemoLfrError: if the cluster cannot be reached, or workers die repeatedly.
+        NemoLfrError: if the cluster cannot be reached or is lost, or workers cannot start or die repeatedly.
     """
     ray = require("ray")
     started = not ray.is_initialized()
@@ -59,8 +58,8 @@ def run_ray(
         gpu = bool(ray.cluster_resources().get("GPU")) if device is None else device.startswith("cuda")
         cores = config.threads + (config.readers if gpu else 0)
         room = _room(ray, cores, gpu, address)
-        # We replace dead workers ourselves. One that Ray restarts would reject shards until it is ready again, and a
-        # rejected shard would look like another death.
+        # Ray must not restart dead workers: a restarted worker rejects shards until it is ready again, and a rejected
+        # shard could not be told from another death. `_Actors` replaces dead workers instead.
         make = ray.remote(num_cpus=cores, num_gpus=int(gpu), max_restarts=0, max_task_retries=0)(Worker)
         pool = _Actors(ray, lambda: make.remote(config, "cuda" if gpu else "cpu", plugins))
         for _ in range(min(workers or max(1, room), len(tasks))):
@@ -68,7 +67,7 @@ def run_ray(
         yield from _collect(ray, pool, tasks, WorkerFailures(config))
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise NemoLfrError(
-            f"the Ray cluster was lost ({first_line(error)}); the same command resumes the run."
+            f"the connection to the Ray cluster was lost ({first_line(error)}); run the same command again to resume."
         ) from error
     finally:
         with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
@@ -104,7 +103,7 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
                 del remaining[index]
                 failures.since_record = 0
                 yield ShardRecord(**result)
-        # Every actor gets one shard before any gets two.
+        # Assign one shard to every actor before any actor gets a second one.
         for depth in range(1 if pool.starting else QUEUED):
             for number in pool.with_room(depth):
                 if waiting:
@@ -113,9 +112,10 @@ def _collect(ray: Any, pool: "_Actors", tasks: Sequence[Task], failures: WorkerF
 
 
 def _wait(ray: Any, pending: list[Any]) -> Any:
-    """Return the first of several pending results that is available.
+    """Wait for pending results, and return the first one that is available.
 
-    Actors that have not started yet stay pending, without an error, when the last node of their cluster dies.
+    If the last node of a cluster dies, actors that have not started yet stay pending without an error. The nodes are
+    therefore checked while no result arrives.
 
     Raises:
         ConnectionError: if no node of the cluster is alive.
@@ -129,13 +129,13 @@ def _wait(ray: Any, pending: list[Any]) -> Any:
 
 
 class _Actors:
-    """Ray actors by number; a lost actor is replaced by one with a new number.
+    """Pool of numbered Ray actors. A lost actor is replaced by an actor with a new number.
 
     Attributes:
-        starting: number of each actor that is not ready yet, by its pending result. Only a ready actor is assigned
-            shards: one that the cluster has no resources for would keep them indefinitely.
+        starting: dictionary from pending results to the numbers of actors that are not ready yet. Shards are assigned
+            only to ready actors, because an actor for which the cluster has no resources may never start.
         ready: numbers of the actors that are ready.
-        running: (shard, actor) of each pending result.
+        running: dictionary from pending results to pairs (index of the shard, number of the actor).
     """
 
     def __init__(self, ray: Any, make: Callable[[], Any]) -> None:
@@ -154,21 +154,21 @@ class _Actors:
         self._next += 1
 
     def replace(self, number: int) -> bool:
-        """Replace a lost actor; returns False if it has been replaced already.
+        """Replace a lost actor. Return False if it was replaced before.
 
-        Its other shards stay in `running`: their results fail, or arrived before it died.
+        Its other shards stay in `running`, since their results either have arrived or will raise an error.
         """
         actor = self._actors.pop(number, None)
         if actor is None:
             return False
         self.ready.discard(number)
         with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.kill(actor)  # it may be alive if only the connection was lost
+            self._ray.kill(actor)  # the actor may be alive if only the connection was lost
         self.start()
         return True
 
     def with_room(self, depth: int) -> list[int]:
-        """Return the ready actors that have at most `depth` shards."""
+        """Return the numbers of the ready actors to which at most `depth` shards are assigned."""
         loads = Counter(number for _, number in self.running.values())
         return [number for number in sorted(self.ready) if loads[number] <= depth]
 
@@ -183,21 +183,18 @@ class _Actors:
 
 
 def _lost_worker_errors(ray: Any) -> tuple[type[Exception], ...]:
-    """Return the exception classes that mean a lost actor.
-
-    The actor died, cannot be reached, or its result was lost.
-    """
+    """Return the exceptions that Ray raises if an actor died or cannot be reached, or if its result was lost."""
     errors = ray.exceptions
     return errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.OutOfMemoryError
 
 
 def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
-    """Return the number of workers that the cluster has resources for now.
+    """Return the number of workers for which the cluster currently has resources.
 
-    The number may grow later, unless this machine is the entire cluster.
+    Nodes may join a cluster later. If there are resources for no worker, log a warning.
 
     Raises:
-        NemoLfrError: if this machine is the entire cluster and lacks the resources.
+        NemoLfrError: if Ray was started on this machine only, which lacks the resources for a worker.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(int(min(node.get("CPU", 0) // cores, node.get("GPU", 0) if gpu else math.inf)) for node in nodes)
@@ -211,7 +208,7 @@ def _room(ray: Any, cores: int, gpu: bool, address: str) -> int:
 
 
 def _connect(ray: Any, address: str) -> str:
-    """Connect to Ray and return the address: "local" if "auto" started it here."""
+    """Connect to Ray and return the address, which is "local" if "auto" has started Ray on this machine."""
     options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False, "include_dashboard": False}
     try:
         if address == "auto":
@@ -225,5 +222,7 @@ def _connect(ray: Any, address: str) -> str:
         else:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
-        raise NemoLfrError(f"--ray {address}: no Ray cluster is reachable there ({first_line(error)}).") from error
+        raise NemoLfrError(
+            f"--ray {address}: no Ray cluster is reachable at this address ({first_line(error)}); check it."
+        ) from error
     return address

@@ -1,4 +1,4 @@
-"""Records of finished shards, and the names of files that belong to a run."""
+"""Records of finished shards, and the names of a run's metadata file and state folder."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,14 +9,15 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.regular import open_regular
 
 METADATA = "tokens.json"  # written last: its presence means that the output is complete
-STATE = ".tokenize"  # folder in the output folder that contains what a run needs to resume
+STATE = ".tokenize"  # state folder inside the output folder; a run needs it to resume
 
 
 @dataclass
 class ShardRecord:
-    """Record of a finished shard: counts, failures, and each file's hash and size.
+    """Record of a finished shard: counts, failures, and the hash and size of each file.
 
-    A shard that has a record is complete. A shard without one is computed again, with the same bytes as a result.
+    A shard is complete if it has a record. A run that is resumed tokenizes shards without a record again; the result
+    is the same bytes.
     """
 
     index: int
@@ -29,7 +30,7 @@ class ShardRecord:
 
     @staticmethod
     def folder(out: Path) -> Path:
-        """Return the folder of an output's records."""
+        """Return the folder that contains the records of an output."""
         return out / STATE / "done"
 
     @classmethod
@@ -39,7 +40,7 @@ class ShardRecord:
 
     @classmethod
     def read(cls, out: Path, index: int) -> "ShardRecord | None":
-        """Read a shard's record; None if it does not exist or is damaged."""
+        """Return the record of a shard; None if it does not exist or is damaged."""
         path = cls.path(out, index)
         try:
             with open_regular(path) as file:
@@ -56,26 +57,26 @@ class ShardRecord:
 
     @classmethod
     def find(cls, out: Path, index: int, verify: bool = False) -> "ShardRecord | None":
-        """Read a shard's record if its files are intact; return None otherwise.
+        """Return the record of a shard if its files are intact; return None otherwise.
 
         Args:
             out: the output folder.
-            index: number of the shard.
+            index: index of the shard.
             verify: compare the hashes of the files, not only their sizes.
         """
         record = cls.read(out, index)
         return record if record and not any(record.damage(out, name, verify) for name in record.files) else None
 
     def damage(self, out: Path, name: str, verify: bool = False) -> str | None:
-        """Describe how a file differs from what was written; None if it does not."""
+        """Describe how a file differs from its record; return None if it does not."""
         path = out / name
         if not path.is_file():
             return f"{path}: no such file"
         size = path.stat().st_size
         if size != self.sizes.get(name, size):
-            return f"{path}: has {size} bytes, but {self.sizes[name]} were written"
+            return f"{path}: file has {size} bytes, but {self.sizes[name]} were written"
         if verify and digest(path) != self.files[name]:
-            return f"{path}: is damaged: its SHA-256 differs from the recorded one"
+            return f"{path}: file is damaged (its SHA-256 differs from the recorded one)"
         return None
 
     def write(self, out: Path) -> None:

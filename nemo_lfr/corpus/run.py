@@ -1,4 +1,4 @@
-"""Tokenize a corpus: plan the shards, compute them, and write the summary."""
+"""Tokenize a corpus: plan the shards, tokenize them, and write the summary."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ from nemo_lfr.io.journal import write_text
 
 @dataclass
 class Totals:
-    """Counts over the shards that are complete so far."""
+    """Counts for the shards of a run that are complete so far."""
 
     shards: int
     sample_rate: int
@@ -29,11 +29,11 @@ class Totals:
     clips: int = 0
     samples: int = 0
     frames: int = 0
-    computed_samples: int = 0  # in this run only
+    computed_samples: int = 0  # samples in the shards that this run tokenized
     failures: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, record: ShardRecord, computed: bool) -> None:
-        """Add a shard, which this run computed or an earlier run completed."""
+        """Add the record of a complete shard. `computed` is False if an earlier run tokenized the shard."""
         self.done += 1
         self.clips += record.clips
         self.samples += record.samples
@@ -54,30 +54,33 @@ def tokenize(
 ) -> dict[str, Any]:
     """Tokenize a corpus into `config.out`.
 
-    Shards that an earlier run with the same options completed are kept. With `config.part`, only the shards of that
-    part are computed. The part that completes the last shard writes the summary; so does a run without a part, which
-    computes what is missing.
+    Shards that an earlier run with the same options completed are kept. With `config.part`, only the shards of this
+    part are tokenized. The process that finds all shards complete writes the summary. A run without a part tokenizes
+    all missing shards and then writes the summary.
 
     Args:
         config: corpus, output and options.
-        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` cores.
+        workers: number of processes or Ray actors; by default one for each GPU, or for each `config.threads` CPU
+            cores.
         device: "cpu" or "cuda"; by default a GPU if there is one.
         ray: address of Ray: "local", "auto" or "HOST:PORT"; by default local processes are used.
         verify: compare the hashes of existing files, not only their sizes.
-        retry_failed: compute shards with failed clips again.
-        watch: called with the totals, once at the start and after every shard.
+        retry_failed: tokenize shards with failed clips again.
+        watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
-        The content of `tokens.json`: codec, layout, counts and hours. If shards of other parts are not complete, that
-        file does not exist yet, and the result has the counts of this part and also "part" and "missing_shards".
+        The content of `tokens.json`: format, codec, counts and hours. If shards of other parts are not complete yet,
+        `tokens.json` does not exist. The result then contains the counts of this part, "part" and "missing_shards".
 
     Raises:
-        NemoLfrError: if the corpus or codec cannot be read, or the output contains the tokens of another run, or is
-            being written by another run.
+        NemoLfrError: if an option is invalid, the corpus or codec cannot be read, the output folder contains the
+            tokens of another run, or another run is writing to it.
         AudioError: with `config.strict`, for the first clip that fails.
     """
     if ray is not None and config.part is not None:
-        raise NemoLfrError("Ray distributes all shards to its machines; leave out either --ray or --shard-of.")
+        raise NemoLfrError(
+            "--ray and --shard-of cannot be used together, because Ray distributes all shards; remove one of them."
+        )
     on_cpu = ray is None and choose_device(device).type == "cpu"
     with open_plan(config, on_cpu) as plan:
         records = find_records(plan, verify, retry_failed)
@@ -86,7 +89,7 @@ def tokenize(
 
 
 def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, ShardRecord]:
-    """Return the records of the run's shards that need not be computed, by index."""
+    """Return the records of the shards that do not have to be tokenized, by index of the shard."""
     records: dict[int, ShardRecord] = {}
     for index in plan.indices:
         record = ShardRecord.find(plan.out, index, verify)
@@ -98,19 +101,19 @@ def find_records(plan: Plan, verify: bool, retry_failed: bool) -> dict[int, Shar
 def compute(
     plan: Plan, executor: Executor, complete: Mapping[int, ShardRecord], watch: Callable[[Totals], None]
 ) -> list[ShardRecord]:
-    """Compute the shards of a plan, or of its part, that are not complete yet.
+    """Tokenize the shards of a plan, or of its part, that are not complete yet.
 
     Args:
         plan: the plan.
-        executor: where shards are computed.
-        complete: records of complete shards, by index.
-        watch: called with the totals, once at the start and after every shard.
+        executor: function that tokenizes shards; see `choose_executor`.
+        complete: records of complete shards, by index of the shard.
+        watch: callback that receives the totals, at the start and after every shard.
 
     Returns:
-        The records of these shards in order.
+        The records of all shards of the plan, or of its part, in order.
 
     Raises:
-        NemoLfrError: if an input or the output is changed meanwhile, or workers fail repeatedly.
+        NemoLfrError: if the corpus or the output is changed meanwhile, or workers die repeatedly.
     """
     records = dict(complete)
     totals = Totals(len(plan.indices), plan.spec["sample_rate"])
@@ -123,8 +126,8 @@ def compute(
         if ShardRecord.find(plan.out, record.index) is None:
             check_claim(plan.config.state, plan.config.claim)
             raise NemoLfrError(
-                f"{plan.out}: shard {record.index} was written by another machine and is not visible here; --out must "
-                "be on a file system that all machines share."
+                f"{plan.out}: shard {record.index} was written by another machine, but is not visible here; pass "
+                "an --out that is on a file system shared by all machines."
             )
         records[record.index] = record
         totals.add(record, computed=True)
@@ -133,7 +136,9 @@ def compute(
 
 
 def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Write the summary if no shard of another part is missing; parts that end at the same time write the same bytes.
+    """Write the summary if the shards of all parts are complete.
+
+    Parts that end at the same time all write the summary, with the same content.
 
     Args:
         plan: the plan.
@@ -143,14 +148,14 @@ def finish_part(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
         See `tokenize`.
 
     Raises:
-        NemoLfrError: if files of a shard were removed or changed meanwhile.
+        NemoLfrError: if the output was removed or changed meanwhile.
     """
     part = plan.config.part
     if part is None:
         return finish(plan, records)
     everything = range(len(plan.shards))
     missing = sum(not ShardRecord.path(plan.out, index).exists() for index in everything)
-    if not missing:  # else the files need not be looked at
+    if not missing:  # otherwise the files need not be checked
         found = [ShardRecord.find(plan.out, index) for index in everything]
         complete = [record for record in found if record is not None]
         if len(complete) == len(found):
@@ -173,8 +178,8 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     check_claim(config.state, config.claim)
     if damaged := [index for index in range(len(records)) if ShardRecord.find(out, index) is None]:
         raise NemoLfrError(
-            f"{out}: files of {len(damaged)} of {len(records)} shards (the first is {damaged[0]}) were removed or "
-            "changed while this run was writing; run the same command again to recreate them."
+            f"{out}: files of {len(damaged)} of {len(records)} shards (the first is shard {damaged[0]}) were removed "
+            "or changed during the run; run the same command again to create them again."
         )
     plan.output.finish(out, len(records), config.context)
     failures = [failure for record in records for failure in record.failures]
@@ -191,7 +196,7 @@ def finish(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
-    """Return the description of the tokens and the counts of some shards."""
+    """Return the description of the tokens, and the counts for these shards."""
     config = plan.config
     samples = sum(record.samples for record in records)
     return {
@@ -210,7 +215,7 @@ def _counts(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def command(config: TokenizeConfig) -> str:
-    """Return the command line that reproduces these tokens."""
+    """Return a command line that produces the same tokens."""
     words = ["nemo-lfr", "tokenize", config.source, "--out", config.out]
     words += ["--format", config.kind, "--dataset", config.dataset]
     for name, value, default in (
@@ -231,22 +236,22 @@ def command(config: TokenizeConfig) -> str:
 def _check_inputs(
     plan: Plan, computed: Iterator[ShardRecord], tasks: Mapping[int, ShardSpec]
 ) -> Iterator[ShardRecord]:
-    """Yield the records of shards whose inputs did not change during computation.
+    """Yield the records of shards, after checking that the files of the corpus have not changed.
 
     Raises:
-        NemoLfrError: if an input was edited; the shards that were computed since are discarded.
+        NemoLfrError: if a file has changed. The records of all shards in progress are removed.
     """
     waiting = dict(tasks)
     for record in computed:
         if path := plan.inputs.changed(plan.corpus.files_of(waiting[record.index])):
             if isinstance(computed, Generator):
                 computed.close()  # stops the workers
-            check_claim(plan.config.state, plan.config.claim)  # the whole output may have been removed
+            check_claim(plan.config.state, plan.config.claim)  # raises an error if the output was removed
             for index in waiting:
                 ShardRecord.path(plan.out, index).unlink(missing_ok=True)
             raise NemoLfrError(
-                f"{path}: was changed while it was tokenized; restore it and run the same command again, or choose "
-                "another --out."
+                f"{path}: file was changed while it was tokenized; restore the file and run the same command again, "
+                "or choose another --out."
             )
         del waiting[record.index]
         yield record

@@ -1,7 +1,8 @@
-"""Tokenization of one shard, a pure function of its clips, the codec and options.
+"""Tokenize one shard.
 
-A shard's files are written to a separate folder, synchronized to disk and renamed into place. Its record is written
-last and marks the shard as complete.
+The result depends only on the shard's clips, the codec and the options. The files of the shard are written to a
+temporary folder, synchronized to disk and renamed into place. The shard's record is written last, and marks the shard
+as complete.
 """
 
 import json
@@ -35,23 +36,24 @@ from nemo_lfr.io.token_file import Metadata
 if TYPE_CHECKING:
     from nemo_lfr.codec.codec import Codec
 
-# Seconds of audio that are encoded in one batch.
+# Approximate number of seconds of audio in a batch, by type of device.
 BATCH_SECONDS = {"cpu": 60.0, "cuda": 600.0}
-# Size of oneDNN's kernel cache, which has an entry for each layer and shape. The clips of a corpus fill the default
-# size of 1,024 within minutes, with half a megabyte each; the smaller cache is as fast (measured).
+# Number of entries in oneDNN's kernel cache, which has one entry for each layer and input shape. The clips of a corpus
+# fill the default of 1,024 entries within minutes, and an entry takes half a megabyte. The smaller cache was measured
+# to be as fast.
 KERNELS = 384
-# Shards that are queued for each worker, so that it never waits for the driver.
+# Number of shards that are queued for each worker, so that workers do not wait for the driver.
 QUEUED = 2
-# Number and specification of a shard.
+# Index and specification of a shard.
 Task = tuple[int, ShardSpec]
-# A clip with its samples and, if it has one, those of its context.
+# A clip with its samples and, if contexts are tokenized and the clip has one, the samples of its context.
 LoadedClip = tuple[Clip, list[np.ndarray]]
 
 
 def tokenize_shard(
     config: TokenizeConfig, codec: "Codec[Any]", corpus: CorpusReader, shard: ShardSpec, index: int
 ) -> ShardRecord:
-    """Compute a shard and move its files into place.
+    """Tokenize a shard and move its files into the output folder.
 
     Raises:
         AudioError: with `config.strict`, for a clip that cannot be tokenized.
@@ -88,7 +90,7 @@ def tokenize_shard(
                 os.replace(path, out / name)
         record.write(out)
     except OSError:
-        check_claim(config.state, config.claim)  # gives a better message if the folder was removed
+        check_claim(config.state, config.claim)  # raises an error with a better message if the folder was removed
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -98,7 +100,7 @@ def tokenize_shard(
 def _tokenize(
     config: TokenizeConfig, codec: "Codec[Any]", clips: Iterator[Clip], record: ShardRecord
 ) -> Iterator[tuple[Clip, np.ndarray, int, np.ndarray | None]]:
-    """Yield clips with their tokens, in order; failures are added to the record."""
+    """Yield clips with their tokens, in order. Clips that cannot be read are added to the failures of the record."""
     limit = BATCH_SECONDS.get(str(codec.device).partition(":")[0], BATCH_SECONDS["cpu"]) * codec.sample_rate
     with ThreadPoolExecutor(config.readers) as readers:
         loaded = skip_failures(config, prefetch(readers, config, codec.sample_rate, clips), record)
@@ -109,7 +111,7 @@ def _tokenize(
 def skip_failures(
     config: TokenizeConfig, clips: Iterator[tuple[Clip, "Future[list[np.ndarray]]"]], record: ShardRecord
 ) -> Iterator[LoadedClip]:
-    """Yield the clips that can be read; failures are added to the record."""
+    """Yield the clips that can be read. The other clips are added to the failures of the record."""
     for clip, waves in clips:
         try:
             yield clip, waves.result()
@@ -122,9 +124,9 @@ def skip_failures(
 
 
 def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedClip]]:
-    """Yield batches of about `limit` samples.
+    """Yield batches of clips with about `limit` samples in total.
 
-    A batch padded to its longest clip has at most twice as many samples.
+    A batch of several clips, padded to the length of the longest, has at most `2 * limit` samples.
     """
     batch: list[LoadedClip] = []
     lengths: list[int] = []
@@ -145,7 +147,7 @@ def _batches(clips: Iterator[LoadedClip], limit: float) -> Iterator[list[LoadedC
 def prefetch(
     readers: ThreadPoolExecutor, config: TokenizeConfig, sample_rate: int, clips: Iterator[Clip]
 ) -> Iterator[tuple[Clip, "Future[list[np.ndarray]]"]]:
-    """Yield clips with their audio, which is read a few clips ahead in other threads."""
+    """Yield clips with their audio, which other threads read a few clips ahead."""
     waiting: list[tuple[Clip, Future[list[np.ndarray]]]] = []
     for clip in clips:
         waiting.append((clip, readers.submit(_read, clip, config, sample_rate)))
@@ -155,27 +157,27 @@ def prefetch(
 
 
 def _read(clip: Clip, config: TokenizeConfig, sample_rate: int) -> list[np.ndarray]:
-    """Load a clip's samples and, if contexts are tokenized, those of its context."""
+    """Load the samples of a clip and, if contexts are tokenized, the samples of its context."""
     loaders: list[AudioLoader] = [clip.audio]
     if config.context and clip.context is not None:
         loaders.append(clip.context)
     try:
         (clip.id + clip.origin).encode()
     except UnicodeEncodeError:
-        raise AudioError(f"{clip.origin}: its name is not valid UTF-8; rename it.") from None
+        raise AudioError(f"{clip.origin}: name is not valid UTF-8; rename the file.") from None
     try:
         json.dumps([clip.labels, clip.cut], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise AudioError(
-            f"{clip.origin}: one of its labels contains an unpaired surrogate, as in truncated UTF-16 text."
+            f"{clip.origin}: a label contains an unpaired surrogate, as in truncated UTF-16 text; correct the label."
         ) from None
     waves = []
-    for loader, what in zip(loaders, ("", "its context "), strict=False):
+    for loader, what in zip(loaders, ("audio", "context audio"), strict=False):
         wave = loader(sample_rate, config.max_duration)
         if not len(wave):
-            raise AudioError(f"{clip.origin}: {what}contains no samples.")
+            raise AudioError(f"{clip.origin}: {what} contains no samples.")
         if not wave.any():
-            raise AudioError(f"{clip.origin}: {what}is silent: every sample is zero.")
+            raise AudioError(f"{clip.origin}: {what} is silent: every sample is zero.")
         waves.append(wave)
     return waves
 
@@ -199,7 +201,7 @@ def _encode(
 
 
 def _zeros(codec: "Codec[Any]", rows: int, columns: int) -> np.ndarray:
-    """Allocate a batch, in pinned memory if the codec is on a GPU."""
+    """Return a float32 array of zeros [rows, columns], in pinned memory if the codec is on a GPU."""
     if getattr(codec.device, "type", None) != "cuda":  # the device of codecs without torch is a string
         return np.zeros((rows, columns), np.float32)
     import torch
@@ -213,8 +215,9 @@ class Worker:
     Args:
         config: options of the run.
         device: device of the codec.
-        plugins: output format and corpus reader of the run, to register in a process that does not know them.
-        codec: a loaded codec on the CPU to use if `device` is "cpu".
+        plugins: output format and corpus reader of the run. The worker registers them, since its process may not have
+            imported them.
+        codec: a codec on the CPU that is used if `device` is "cpu"; None to load one.
     """
 
     def __init__(
@@ -242,13 +245,13 @@ class Worker:
             codec = load(config.model, device, config.precision)
         self.codec = codec
         if str(self.codec.device) == "cpu":
-            # PyTorch crashes if the process cannot start that many threads.
+            # PyTorch crashes if the process cannot start all threads, so their number is limited to that of the cores.
             torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
         self.corpus = config.open()
 
     def ready(self) -> None:
-        """Do nothing; a returned call means that the worker is ready."""
+        """Do nothing. The call returns when the worker is ready."""
 
     def run(self, index: int, shard: ShardSpec) -> dict[str, Any]:
-        """Compute a shard and return its record as JSON."""
+        """Tokenize a shard and return its record as a JSON-compatible dictionary."""
         return asdict(tokenize_shard(self.config, self.codec, self.corpus, shard, index))

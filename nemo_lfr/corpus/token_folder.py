@@ -1,8 +1,8 @@
 """Read and validate a folder of tokens that `nemo-lfr tokenize` wrote.
 
-The files are compared with the records of `tokenize`: always the number of clips and the size of each file, and with
-`verify` its hash. Damage is yielded as an error in place of the affected utterances, so that a caller can stop or
-continue. Nothing outside the folder is read, even through links, and nothing in it is executed.
+The files are compared with the records of the run: the number of clips and the size of each file, and with `verify`
+also the hash of each file. If utterances are damaged, an error is yielded in their place, so that the caller can stop
+or continue. Files outside the folder are not read, even through links, and no code in the folder is executed.
 """
 
 import json
@@ -24,7 +24,7 @@ from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
 
 MAX_SHARDS, MAX_CLIPS = 10_000_000, 2**48
-# Allowed number of shards without files (missing or empty ones), more than any damage leaves.
+# Number of missing or empty shards up to which a folder is accepted, so that its other shards can be read.
 SPARE_SHARDS = 1000
 
 
@@ -48,7 +48,7 @@ class TokenizedUtterance:
 
 
 class TokenFolder:
-    """A folder of tokens in any format of `tokenize`.
+    """Reader of a folder of tokens, in any format that `tokenize` writes.
 
     Args:
         folder: the folder of tokens.
@@ -57,10 +57,10 @@ class TokenFolder:
     Attributes:
         metadata: content of `tokens.json`.
         codec: metadata of the tokens.
-        counts: number of utterances of each shard.
+        counts: number of utterances in each shard.
 
     Raises:
-        NemoLfrError: if the folder does not contain complete tokens, or its `tokens.json` is damaged.
+        NemoLfrError: if the folder does not contain the tokens of a complete run, or its `tokens.json` is damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -101,13 +101,15 @@ class TokenFolder:
         return Metadata.from_json(json.dumps(values["codec"]).encode())
 
     def _count(self) -> list[int]:
-        """Return the number of utterances of each shard, from records or by counting."""
+        """Return the number of utterances in each shard, from the summary, the records, or by counting them."""
         shards, clips = self.metadata["shards"], self.metadata["clips"]
         counts = self.metadata.get("shard_clips")
         if shards > SPARE_SHARDS:
             there = max(self._reader.num_files(), num_entries(ShardRecord.folder(self.path)))
             if shards > SPARE_SHARDS + 2 * there:
-                raise TokenFileError(f"{self.path}: {METADATA} says {shards} shards, but there are files of {there}.")
+                raise TokenFileError(
+                    f"{self.path}: {METADATA} lists {shards} shards, but there are files of only {there}; {REPAIR}."
+                )
         if counts is None:
             marks = (
                 [ShardRecord.read(self.path, index) for index in range(shards)]
@@ -117,10 +119,10 @@ class TokenFolder:
             known = [mark.clips for mark in marks if mark]
             counts = known if len(known) == shards else self._reader.count_shards()
         if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-            raise TokenFileError(f"{self.path}/{METADATA}: its clip counts are damaged.")
+            raise TokenFileError(f"{self.path}/{METADATA}: invalid number of clips per shard; {REPAIR}.")
         if len(counts) != shards or sum(counts) != clips:
             raise TokenFileError(
-                f"{self.path}: contains {sum(counts)} utterances in {len(counts)} shards, but {METADATA} says {clips} "
+                f"{self.path}: found {sum(counts)} utterances in {len(counts)} shards, but {METADATA} lists {clips} "
                 f"in {shards}; {REPAIR}."
             )
         return counts
@@ -130,8 +132,9 @@ class TokenFolder:
         missing = [index for index in range(self.metadata["shards"]) if ShardRecord.read(self.path, index) is None]
         if missing:
             raise TokenFileError(
-                f"{self.path}: cannot be verified: the hashes of {len(missing)} of {self.metadata['shards']} shards "
-                f"are missing from {ShardRecord.folder(self.path)}; copy that folder too, or read without verifying."
+                f"{self.path}: tokens cannot be verified, because the hashes of {len(missing)} of "
+                f"{self.metadata['shards']} shards are missing from {ShardRecord.folder(self.path)}; copy that folder "
+                "too, or read without verifying."
             )
 
     def read(
@@ -140,12 +143,12 @@ class TokenFolder:
         """Yield the utterances [start, stop) of a shard in order.
 
         Args:
-            shard: number of the shard.
-            start: first utterance.
-            stop: end of the range; the end of the shard if None.
+            shard: index of the shard.
+            start: index of the first utterance in the shard.
+            stop: index after the last utterance; None for the end of the shard.
 
         Yields:
-            Utterances, and an error in place of those that cannot be read.
+            Each utterance, or an error in place of utterances that cannot be read.
         """
         stop = self.counts[shard] if stop is None else min(stop, self.counts[shard])
         files = ShardFiles(self.path, shard, self.verify, self._firsts[shard])
@@ -166,8 +169,8 @@ class TokenFolder:
             if item is None:
                 if not damaged:
                     yield TokenFileError(
-                        f"{self.path}, shard {shard}: ends after {start + seen} of its {self.counts[shard]} "
-                        f"utterances; {REPAIR}."
+                        f"{self.path}, shard {shard}: found only {start + seen} of {self.counts[shard]} utterances; "
+                        f"{REPAIR}."
                     )
                 return
             if isinstance(item, Damage):
@@ -189,34 +192,34 @@ class TokenFolder:
         try:
             more = next(rows, None)
         except Exception as error:
-            yield TokenFileError(f"{self.path}, shard {shard}: is damaged at its end ({reason_of(error)}).")
+            yield TokenFileError(f"{self.path}, shard {shard}: damaged at the end ({reason_of(error)}); {REPAIR}.")
         else:
             if more is not None:
                 yield TokenFileError(
-                    f"{self.path}, shard {shard}: contains more than its {stop} utterances; {REPAIR}."
+                    f"{self.path}, shard {shard}: more than the {stop} recorded utterances were found; {REPAIR}."
                 )
 
     def _utterance(self, row: Row, where: str) -> TokenizedUtterance:
         values = row.load()
         clip_id = values["id"]
         if not isinstance(clip_id, str):
-            raise TokenFileError(f"{where}: its id is {shorten(repr(clip_id))}, not text.")
+            raise TokenFileError(f"{where}: id is {shorten(repr(clip_id))}, not a string.")
         where = f"{where} ({shorten(clip_id)})"
         num_samples, labels, context = values["num_samples"], values["labels"], values.get("context")
         if type(num_samples) is not int or not 0 < num_samples < 2**48:
-            raise TokenFileError(f"{where}: num_samples is {shorten(repr(num_samples))}.")
+            raise TokenFileError(f"{where}: num_samples is {shorten(repr(num_samples))}, not a positive integer.")
         if not isinstance(labels, dict):
-            raise TokenFileError(f"{where}: its labels are {shorten(repr(labels))}, not a JSON object.")
+            raise TokenFileError(f"{where}: labels are {shorten(repr(labels))}, not a JSON object.")
         num_frames = frames.num_frames(num_samples, self.codec.samples_per_frame)
-        tokens = self._tokens(values["tokens"], num_frames, f"{where}: its tokens")
+        tokens = self._tokens(values["tokens"], num_frames, f"{where}: tokens")
         if context is not None:
-            context = self._tokens(context, None, f"{where}: its context's tokens")
+            context = self._tokens(context, None, f"{where}: context tokens")
         return TokenizedUtterance(clip_id, tokens, num_samples, context, labels)
 
     def _tokens(self, value: Any, num_frames: int | None, what: str) -> torch.Tensor:
         """Validate tokens and convert them to int64 [C, T].
 
-        The value in the file may be a tensor, an array, or lists.
+        `value` may be a tensor, an array, or a list of lists. `what` is the subject of error messages.
         """
         if isinstance(value, torch.Tensor):
             is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -236,7 +239,7 @@ class TokenFolder:
         if len(shape) != 2 or shape[0] != self.codec.num_codebooks or shape[1] == 0:
             raise TokenFileError(f"{what} have shape {shape}; expected [{self.codec.num_codebooks}, T].")
         if num_frames is not None and shape[1] != num_frames:
-            raise TokenFileError(f"{what} are {shape[1]} frames, but its num_samples correspond to {num_frames}.")
+            raise TokenFileError(f"{what} have {shape[1]} frames, but num_samples corresponds to {num_frames}.")
         tokens = value.long() if isinstance(value, torch.Tensor) else torch.from_numpy(value.astype(np.int64))
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.codec.codebook_size:
@@ -247,7 +250,7 @@ class TokenFolder:
 
 
 def reason_of(error: BaseException) -> str:
-    """Summarize an error of another library on one line."""
+    """Summarize an exception of another library on one line."""
     if isinstance(error, KeyError):
         return f"{shorten(repr(error.args[0] if error.args else ''))} is missing"
     lines = str(error).strip().splitlines()

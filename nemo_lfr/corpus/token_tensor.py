@@ -1,7 +1,7 @@
-"""Reader for `.pt` token tensors of a NeMo manifest that executes no code.
+"""Read the `.pt` token tensors that a NeMo manifest lists, without executing code from the files.
 
-`torch.load(weights_only=True)` has the same purpose, but several of its versions could be made to run code, and an
-environment variable disables its check.
+`torch.load(weights_only=True)` has the same purpose. However, files could make several versions of it execute code,
+and its check can be disabled by an environment variable.
 """
 
 import os
@@ -14,7 +14,7 @@ from nemo_lfr.checkpoint.tensors import SINGLE, Tensors
 from nemo_lfr.errors import CheckpointError, TokenFileError, shorten
 from nemo_lfr.io.regular import open_regular
 
-# 12 hours of the released codec in int64, and the overhead of the zip archive.
+# Enough for 12 hours of int64 tokens of the released codec, and the overhead of the zip archive.
 MAX_BYTES = 64 << 20
 
 
@@ -40,14 +40,16 @@ def read_token_tensor(path: str | os.PathLike[str]) -> torch.Tensor:
         reason = getattr(error, "strerror", None) or error
         raise TokenFileError(f"{path}: {shorten(reason)}.") from error
     if len(raw) > MAX_BYTES:
-        raise TokenFileError(f"{path}: is larger than {MAX_BYTES} bytes; the tokens of one utterance are not.")
+        raise TokenFileError(
+            f"{path}: file is larger than {MAX_BYTES} bytes, the limit for the tokens of one utterance."
+        )
     try:
         tokens = Tensors(path, MemorySource(raw), single=True)[SINGLE]
     except CheckpointError as error:
         raise TokenFileError(str(error)) from error
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TokenFileError(
-            f"{path}: a tensor of {str(tokens.dtype).removeprefix('torch.')} with shape {list(tokens.shape)}; "
-            "expected tokens, integers [C, T]."
+            f"{path}: found a {str(tokens.dtype).removeprefix('torch.')} tensor with shape {list(tokens.shape)}; "
+            "expected integer tokens [C, T]."
         )
     return tokens.long().clone()

@@ -1,4 +1,4 @@
-"""Counting of workers that die, per shard and per run."""
+"""Count dead workers, and stop the run if workers die repeatedly."""
 
 import shutil
 from collections import Counter
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.errors import NemoLfrError, shorten
 
-# Limit of workers that die over one shard, and of workers that die before any shard is complete.
+# Maximum number of workers that may die with the same shard, and that may die in a row without completing a shard.
 MAX_DEATHS = 20
 
 
 class WorkerFailures:
-    """Counter of dead workers that raises once the run cannot succeed.
+    """Counter of dead workers, which raises an error if too many have died.
 
     Args:
         config: options of the run.
@@ -30,9 +30,9 @@ class WorkerFailures:
         """Count a dead worker, and remove the partial files of its shards.
 
         Args:
-            indices: shards that were assigned to the worker.
-            error: the error that showed its death.
-            is_death: False if another shard has shown the same death before.
+            indices: indices of shards that were assigned to the worker.
+            error: the exception from which the caller learned that the worker is dead.
+            is_death: False if this worker was counted before, for another of its shards.
 
         Raises:
             NemoLfrError: if workers die repeatedly.
@@ -44,25 +44,25 @@ class WorkerFailures:
                 self._of_shard[index] += 1
             if self._of_shard[index] > MAX_DEATHS:
                 raise NemoLfrError(
-                    f"shard {index}: its worker died {MAX_DEATHS + 1} times; a file in it may crash the audio "
-                    "library. Use a smaller --shard-size to find it."
+                    f"shard {index}: its worker died {MAX_DEATHS + 1} times; an audio file of the shard may crash the "
+                    "audio library. To find the file, use a smaller --shard-size and another --out."
                 ) from error
         if self.since_record > MAX_DEATHS:
             raise NemoLfrError(
                 f"workers died {self.since_record} times and finished no shard ({first_line(error)}); the machine may "
-                "lack memory: try fewer --workers."
+                "not have enough memory: use fewer --workers."
             ) from error
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class for an empty message."""
+    """Return the first line of an exception's message, or the name of its class if the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error's message, or its class for an empty message.
+    """Return the last line of an exception's message, or the name of its class if the message is empty.
 
-    This is the relevant line of a traceback.
+    If the message is a traceback, its last line describes the error.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
     return shorten(lines[-1].strip(), 500) if lines else type(error).__name__

@@ -58,7 +58,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-GONE = "was removed or replaced by another run"
+GONE = "was removed or replaced during the run"
 CHANGED = "files of 1 of 4 shards .* were removed or changed"
 MEDDLING: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (shutil.rmtree, GONE),

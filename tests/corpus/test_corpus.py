@@ -280,9 +280,9 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
     tokenize(job_, device="cpu", workers=1)
     before = files_of(tmp_path / "out")
     for change in ({"pad": "magpie"}, {"kind": "lfr"}, {"precision": "bf16"}, {"shard_size": 5}, {"model": None}):
-        with pytest.raises(NemoLfrError, match="contains tokens of another job"):
+        with pytest.raises(NemoLfrError, match="contains the tokens of another run"):
             tokenize(replace(job_, **change), device="cpu", workers=1)
-    with pytest.raises(NemoLfrError, match="contains tokens of another job"):
+    with pytest.raises(NemoLfrError, match="contains the tokens of another run"):
         tokenize(replace(job_, source=str(audio)), device="cpu", workers=1)
     assert files_of(tmp_path / "out") == before
     with pytest.raises(NemoLfrError, match="is not empty and contains no resumable run"):
@@ -549,7 +549,7 @@ def test_a_name_that_is_not_utf8_fails_only_its_clip(kind, audio, model, tmp_pat
     done = tokenize(job(tmp_path / "audio", tmp_path / "out", model, kind), device="cpu", workers=1)
     assert (done["clips"], done["failures"]) == (1, 1)
     (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
-    assert "its name is not valid UTF-8" in json.loads(failure)["error"]
+    assert "name is not valid UTF-8" in json.loads(failure)["error"]
 
 
 def lhotse_cuts(audio: Path, names: list[str]) -> list:
@@ -980,4 +980,4 @@ def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, c
         assert np.abs(got - np.clip(np.round(alone * 32768), -32768, 32767)).max() <= 1
     with pytest.raises(SystemExit) as exit_:
         main([*map(str, arguments[:-4])])  # without --model: the bundled codec
-    assert exit_.value.code == 2 and "made by another codec" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "the tokens were made by the codec" in capsys.readouterr().err

@@ -207,12 +207,17 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         2,
         "outside",
     ),
-    "path: number": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath=7)), 2, "not text"),
+    "path: number": (
+        "lfr",
+        lambda f: edit_manifest(f, lambda line: line.update(tokens_filepath=7)),
+        2,
+        "not a string",
+    ),
     "line: not JSON": ("manifest", lambda f: edit_manifest(f, lambda line: "not json"), 2, "utterance 0"),
     "line: a list": ("lfr", lambda f: edit_manifest(f, lambda line: "[]"), 2, "utterance 0"),
     "line: deep": ("lfr", lambda f: edit_manifest(f, lambda line: "[" * 99999), 2, "utterance 0"),
     "line: no id": ("manifest", lambda f: edit_manifest(f, lambda line: line.pop("id") and None), 2, "missing"),
-    "line: id 7": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(id=7)), 2, "its id is 7"),
+    "line: id 7": ("lfr", lambda f: edit_manifest(f, lambda line: line.update(id=7)), 2, "id is 7, not a string"),
     "line: num_samples x": (
         "manifest",
         lambda f: edit_manifest(f, lambda line: line.update(num_samples="x")),
@@ -231,7 +236,7 @@ CASES: dict[str, tuple[str, Damage, int, str]] = {
         2,
         "missing",
     ),
-    "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "contains 0 lines"),
+    "line: missing": ("lfr", lambda f: (f / "manifest.json").write_text(""), 0, "found 0 lines"),
     "lfr: cut": ("lfr", lambda f: os.truncate(f / "tokens/s0/clip0.lfr", 50), 2, "clip0"),
     "lfr: gone": ("lfr", lambda f: (f / "tokens/s0/clip0.lfr").unlink(), 2, "no such file"),
     "shar: cuts cut": (
@@ -448,4 +453,4 @@ def test_non_regular_audio_target_fails_only_its_utterance(kind, whole, model, t
     place.parent.mkdir(parents=True)
     place.mkdir() if kind == "folder" else os.mkfifo(place)
     code, lines = run(whole["lfr"], out, model, capsys)
-    assert code == 1 and "clip0.wav: is not a file" in lines[0] and (out / "s0" / "clip1.wav").is_file()
+    assert code == 1 and "clip0.wav: not a regular file" in lines[0] and (out / "s0" / "clip1.wav").is_file()

@@ -158,17 +158,20 @@ def test_failures_are_tried_again_by_the_part_that_has_them(audio, model, tmp_pa
 
 
 REFUSED = {
-    "another number of parts": (lambda config: run(config, Part(0, 3)), "written in 2 parts, not 3"),
+    "another number of parts": (lambda config: run(config, Part(0, 3)), "started with 2 parts, not 3"),
     "other options": (
         lambda config: run(replace(config, pad="magpie"), Part(1, 2)),
-        "contains tokens of another job .pad 'encode', now 'magpie'",
+        "contains the tokens of another run .pad 'encode', now 'magpie'",
     ),
     "another corpus": (
         lambda config: run(replace(config, source=str(Path(config.source).parent)), Part(1, 2)),
         "another corpus, or a changed one",
     ),
     "another format": (lambda config: run(replace(config, kind="parquet"), Part(1, 2)), "kind 'lfr', now 'parquet'"),
-    "Ray": (lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"), "leave out either --ray or"),
+    "Ray": (
+        lambda config: tokenize(replace(config, part=Part(1, 2)), ray="local"),
+        "--ray and --shard-of cannot be used",
+    ),
 }
 
 
@@ -204,7 +207,7 @@ def test_a_folder_that_grew_is_refused_and_does_not_disturb_the_running_parts(au
 @pytest.mark.parametrize(
     ("running", "other", "message"),
     [
-        (Part(0, 2), Part(0, 2), "part 0/2 is being computed by another process"),
+        (Part(0, 2), Part(0, 2), "part 0/2 is being tokenized by another process"),
         (Part(0, 2), None, "another run is writing there"),
         (None, Part(0, 2), "another run is writing there"),
     ],
@@ -231,7 +234,7 @@ def test_a_part_on_another_machine_is_detected_without_shared_folder_locks(audio
     script += "; sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline()
-        with pytest.raises(NemoLfrError, match="part 1/2 is being computed"):
+        with pytest.raises(NemoLfrError, match="part 1/2 is being tokenized"):
             run(config)
         holder.communicate(timeout=60)
     assert run(config)["clips"] == CLIPS
@@ -277,15 +280,15 @@ def test_the_tasks_of_a_job_array_cover_each_part_once(tasks):
 @pytest.mark.parametrize(
     ("text", "environment", "message"),
     [
-        ("4/4", {}, "part 4/4: I counts from 0 to N - 1"),
-        ("0/0", {}, "part 0/0: I counts from 0"),
+        ("4/4", {}, "part 4/4: pass I/N with I from 0 to N - 1"),
+        ("0/0", {}, "part 0/0: pass I/N"),
         *(
             (text, {}, "expected I/N or auto")
             for text in ("", "1", "-1/4", "1/4/5", "1 / 4", "\u0661/\u0664", "a/b", "1/1e3")
         ),
-        ("auto", {}, "found neither RANK and WORLD_SIZE"),
+        ("auto", {}, "found neither the variables RANK and WORLD_SIZE"),
         ("auto", {"RANK": "1"}, "variable WORLD_SIZE is not set"),
-        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+        ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
         ("auto", SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many', not a number"),
         ("auto", {"SLURM_PROCID": "0"}, "variable SLURM_NTASKS is not set"),
         ("auto", ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "has 3 tasks from 3 to 6 in unequal steps"),
@@ -335,4 +338,4 @@ def test_the_command_line_reports_each_part(audio, model, tmp_path, capsys, monk
     with pytest.raises(SystemExit) as ended:
         main([*map(str, command), "0/3"])
     captured = capsys.readouterr()
-    assert ended.value.code == 2 and "written in 2 parts, not 3" in captured.err
+    assert ended.value.code == 2 and "started with 2 parts, not 3" in captured.err

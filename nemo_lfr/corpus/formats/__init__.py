@@ -1,10 +1,10 @@
 """Output formats of `tokenize`, one module each.
 
-A module contains the writer, the reader and the summary files of its format. A new format is one subclass of
-`OutputFormat`, decorated with `register_format`. A package lists it in the entry-point group `nemo_lfr.formats`, and
-`nemo-lfr tokenize --format` then accepts it. A built-in format is a module of this folder with the format's name,
-listed in `BUILT_IN`, and is imported on first use. This module imports no format, so that the command line can list
-the formats quickly.
+Each module defines the writer, the reader and the summary files of its format. To add a format, define a subclass of
+`OutputFormat` and decorate it with `register_format`. If an installed package lists the class in the entry-point group
+`nemo_lfr.formats`, `nemo-lfr tokenize --format` accepts its name. A built-in format is a module of this folder with
+the format's name, listed in `BUILT_IN`. Formats are imported on first use, so that the command line can list their
+names quickly.
 """
 
 from importlib import import_module
@@ -22,12 +22,12 @@ _registered: dict[str, "type[OutputFormat]"] = {}
 
 
 def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
-    """Register an output format under its `name`; can be used as a class decorator.
+    """Register an output format under its `name`. This function can be used as a class decorator.
 
     Define the class in a module that worker processes can import.
 
     Args:
-        output: the format.
+        output: class of the format.
 
     Returns:
         The same class.
@@ -37,12 +37,12 @@ def register_format(output: "type[OutputFormat]") -> "type[OutputFormat]":
 
 
 def format_names() -> tuple[str, ...]:
-    """Return the names of all formats, the built-in ones first and those of installed packages last."""
+    """Return the names of all formats: built-in formats first, formats of installed packages last."""
     return tuple(dict.fromkeys((*BUILT_IN, *_registered, *plugin_names(ENTRY_POINTS))))
 
 
 def get_format(name: str) -> "type[OutputFormat]":
-    """Return the output format with a name.
+    """Return the class of the output format with this name.
 
     Args:
         name: value of `--format`.

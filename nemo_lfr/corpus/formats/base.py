@@ -1,6 +1,7 @@
-"""Base classes of output formats: shard writer, shard reader and summary.
+"""Base classes for output formats, and for the writers and readers of their shards.
 
-Tokens are stored as int16 if a codebook has at most 32,768 entries, else as int32. Equal clips produce equal bytes.
+Tokens are stored as int16 if a codebook has at most 32,768 entries, and as int32 otherwise. Every writer must produce
+the same bytes for the same clips.
 """
 
 import json
@@ -27,16 +28,16 @@ REPAIR = "run the same tokenize command again, which repairs it"
 
 
 class FormatWriter(ABC):
-    """Base class of writers, which write the clips of one shard to `folder`.
+    """Base class for writers of one shard.
 
     Args:
-        folder: an empty folder, whose files are moved to `final` when the shard is complete.
-        final: the output folder.
-        index: number of the shard.
+        folder: an empty folder to write to. The caller moves its files to `final` when the shard is complete.
+        final: the output folder of the run.
+        index: index of the shard.
         codec: metadata of the tokens.
         dataset: name of the corpus.
-        context: whether contexts are written.
-        model: entropy model that compresses token files, for formats that support compression.
+        context: whether the tokens of contexts are written.
+        model: entropy model with which formats that support compression compress token files; None for none.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class FormatWriter(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Finish the files; a shard without clips has the same files."""
+        """Finish the files. A shard without clips has the same set of files as any other shard."""
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
-        """Provide the path of a file to write; system errors then show its final path."""
+        """Yield the path at which to write a file. An OSError inside the context names the final path."""
         path = self.folder / name
         with naming(self.final / name, self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +82,11 @@ class FormatWriter(ABC):
 
 
 class Damage(str):
-    """A message about damaged files of a shard, some of which may still be readable."""
+    """Message about damage to the files of a shard. Some utterances of the shard may still be readable."""
 
 
 class Row:
-    """An utterance that is loaded on request, so that its errors do not affect others."""
+    """Utterance that is loaded on request, so that an error affects only this utterance."""
 
     def __init__(self, load: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
@@ -94,18 +95,18 @@ class Row:
         """Load the utterance as a dictionary.
 
         Returns:
-            "id", "tokens" [C, T], "num_samples", "labels" and, if the utterance has a context, "context" [C, T].
+            Keys "id", "tokens" [C, T], "num_samples", "labels" and, if the utterance has a context, "context" [C, T].
         """
         return self._load(*self._arguments)
 
 
 class ShardFiles:
-    """Files of a shard, compared with the shard's record before they are read.
+    """Paths of the files of a shard, each of which is compared with the shard's record first.
 
     Args:
-        folder: the output folder.
-        shard: number of the shard.
-        verify: compare hashes, not only sizes.
+        folder: the output folder of the run.
+        shard: index of the shard.
+        verify: whether to compare hashes, not only sizes.
         first: number of utterances in all shards before this one.
     """
 
@@ -114,10 +115,13 @@ class ShardFiles:
         self._record = ShardRecord.read(folder, shard)
 
     def path(self, name: str) -> Path:
-        """Return the path of a file of the shard by its name.
+        """Return the path of a file if it is intact.
+
+        Args:
+            name: path of the file relative to the output folder.
 
         Raises:
-            TokenFileError: if the file is damaged or outside the folder.
+            TokenFileError: if the file is missing, damaged or outside the folder.
         """
         path, damage = self.path_and_damage(name)
         if damage:
@@ -125,9 +129,15 @@ class ShardFiles:
         return path
 
     def path_and_damage(self, name: str) -> tuple[Path, Damage | None]:
-        """Return the path of a file and, if its size is wrong, a message.
+        """Return the path of a file and, if its size is wrong, a message about the damage.
 
         The beginning of a file with the wrong size may still be readable.
+
+        Args:
+            name: path of the file relative to the output folder.
+
+        Raises:
+            TokenFileError: if the file is missing or outside the folder, or is damaged while hashes are compared.
         """
         path = self._path(name)
         problem = self._damage(path)
@@ -138,7 +148,9 @@ class ShardFiles:
     def _path(self, name: str) -> Path:
         path = path_inside(self.folder, name)
         if path is None:
-            raise TokenFileError(f"{self.folder}: {shorten(name, 200)!r} is outside this folder, so it is not read.")
+            raise TokenFileError(
+                f"{self.folder}: file {shorten(name, 200)!r} is outside this folder and is not read; {REPAIR}."
+            )
         return regular_file(path)
 
     def _damage(self, path: Path) -> str | None:
@@ -152,11 +164,11 @@ class ShardFiles:
 
 
 class FormatReader(ABC):
-    """Base class of readers of one format.
+    """Base class for readers of one format.
 
     Args:
-        folder: the output folder.
-        summary: content of `tokens.json`, validated.
+        folder: the output folder of the run.
+        summary: validated content of `tokens.json`.
         codec: metadata of the tokens.
     """
 
@@ -164,31 +176,31 @@ class FormatReader(ABC):
         self.folder, self.summary, self.codec = folder, summary, codec
 
     def count_shards(self) -> list[int]:
-        """Count the utterances of each shard, for a folder without records; the default reads them."""
+        """Count the utterances in each shard of a folder without records. By default, the utterances are read."""
         return self._shard_counts(
             lambda files: sum(isinstance(row, Row) for row in self.rows(files, 0, self.summary["clips"]))
         )
 
     def num_files(self) -> int:
-        """Return an upper bound on the number of shards, from the number of files; by default of all files."""
+        """Return an upper bound for the number of shards; by default the number of all files in the folder."""
         return sum(path.is_file() for path in self.folder.rglob("*"))
 
     @abstractmethod
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage.
 
-        Utterances of the shard beyond `stop` may follow.
+        The iterator may continue with utterances at or after `stop`.
         """
 
     def _shard_counts(self, count: Callable[[ShardFiles], int]) -> list[int]:
-        """Count the utterances of readable shards, and divide the rest among the others."""
+        """Count the utterances in readable shards, and divide the other utterances among the unreadable shards."""
         counts: list[int | None] = []
         for shard in range(self.summary["shards"]):
             try:
                 counts.append(count(ShardFiles(self.folder, shard, verify=False)))
             except MissingExtraError:
                 raise
-            except Exception:  # reading this shard raises it again
+            except Exception:  # raised again when the shard is read
                 counts.append(None)
         rest = max(0, self.summary["clips"] - sum(known or 0 for known in counts))
         unknown = counts.count(None)
@@ -197,14 +209,14 @@ class FormatReader(ABC):
 
 
 class OutputFormat:
-    """Base class of output formats; register a subclass with `register_format`.
+    """Base class for output formats. Register a subclass with `register_format`.
 
     Attributes:
         name: value of `--format`.
         writer: class that writes one shard.
         reader: class that reads the shards.
-        supports_context: whether context tokens can be stored.
-        supports_compression: whether `writer` uses the entropy model.
+        supports_context: whether the format can store the tokens of contexts.
+        supports_compression: whether `writer` compresses tokens with the entropy model.
         summary_files: names of the files that `finish` writes.
     """
 
@@ -217,25 +229,25 @@ class OutputFormat:
 
     @classmethod
     def finish(cls, out: Path, num_shards: int, context: bool) -> None:
-        """Write the files that summarize all shards; the default writes none.
+        """Write the files that summarize all shards. By default, there are none.
 
         Args:
-            out: the output folder.
-            num_shards: number of shards, all of which are complete.
-            context: whether contexts were written.
+            out: the output folder of the run.
+            num_shards: number of shards. All of them are complete.
+            context: whether the tokens of contexts were written.
         """
 
 
 def num_entries(folder: Path) -> int:
-    """Return the number of entries of a folder; 0 if it does not exist."""
+    """Return the number of entries in a folder; 0 if the folder does not exist."""
     return len(os.listdir(folder)) if folder.is_dir() else 0
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a regular file.
+    """Check that a path is a regular file that can be opened, and return the path.
 
     Raises:
-        TokenFileError: if opening the file would fail or block.
+        TokenFileError: if the path is not a regular file, or cannot be opened.
     """
     try:
         open_regular(path, TokenFileError, REPAIR).close()
@@ -246,14 +258,18 @@ def regular_file(path: Path) -> Path:
 
 
 def read_lines(file: Any, path: Path, keep_empty: bool = False) -> Iterator[bytes]:
-    """Yield the lines of a JSON-lines file; their length is limited."""
+    """Yield the lines of a JSON-lines file.
+
+    Raises:
+        TokenFileError: if a line has `MAX_LINE` bytes or more.
+    """
     while line := file.readline(MAX_LINE):
         if len(line) == MAX_LINE:
-            raise TokenFileError(f"{path}: a line is longer than {MAX_LINE} bytes; it is damaged.")
+            raise TokenFileError(f"{path}: file is damaged: a line has {MAX_LINE} bytes or more; {REPAIR}.")
         if keep_empty or line.strip():
             yield line
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8, with or without a byte order mark."""
+    """Parse JSON text in UTF-8, with or without a byte order mark."""
     return json.loads(data.decode("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""Format `lfr`: a `.lfr` token file per clip, and a manifest with relative paths."""
+"""Output format `lfr`: a `.lfr` token file for each clip, and a manifest with relative paths."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.corpus.formats import register_format
-from nemo_lfr.corpus.formats.base import ShardFiles, parse_json
+from nemo_lfr.corpus.formats.base import REPAIR, ShardFiles, parse_json
 from nemo_lfr.corpus.formats.manifest import ManifestFormat, ManifestReader, ManifestWriter
 from nemo_lfr.corpus.records import METADATA
 from nemo_lfr.corpus.sources.base import Clip
@@ -16,7 +16,7 @@ from nemo_lfr.spec import same_fingerprint
 
 
 class LfrWriter(ManifestWriter):
-    """Writer of a token file for each clip, and of the manifest lines of the shard."""
+    """Writer for the token file of each clip, and for the manifest lines of the shard."""
 
     def write(self, clip: Clip, tokens: np.ndarray, num_samples: int, context: np.ndarray | None) -> None:
         """Write a clip's token file and append its manifest line."""
@@ -29,21 +29,23 @@ class LfrWriter(ManifestWriter):
 
 
 class LfrReader(ManifestReader):
-    """Reader of a manifest of `.lfr` files."""
+    """Reader for a manifest that lists `.lfr` files."""
 
     def _load(self, files: ShardFiles, line: bytes) -> dict[str, Any]:
         labels = parse_json(line)
         name = labels["tokens_filepath"]
         if not isinstance(name, str):
-            raise TokenFileError(f"{self.folder}: a path in the manifest is {shorten(repr(name))}, not text.")
+            raise TokenFileError(
+                f"{self.folder}: a path in the manifest is {shorten(repr(name))}, not a string; {REPAIR}."
+            )
         with TokenReader(files.path(name)) as reader:
             expected, stored = self.codec, reader.metadata
             for key in ("sample_rate", "samples_per_frame", "levels", "num_codebooks", "fingerprint"):
                 values = getattr(expected, key), getattr(stored, key)
                 if values[0] != values[1] and not (key == "fingerprint" and same_fingerprint(*values)):
                     raise TokenFileError(
-                        f"{reader.path}: made by a codec with {key} {getattr(stored, key)}, but {METADATA} says "
-                        f"{getattr(expected, key)}."
+                        f"{reader.path}: made by a codec with {key} {getattr(stored, key)}, but {METADATA} lists "
+                        f"{getattr(expected, key)}; tokenize the corpus again to another --out."
                     )
             tokens = reader.read()
             return {"id": labels["id"], "tokens": tokens, "num_samples": reader.num_samples, "labels": labels}
@@ -51,7 +53,7 @@ class LfrReader(ManifestReader):
 
 @register_format
 class LfrFormat(ManifestFormat):
-    """Token files and a manifest."""
+    """Output format `lfr`."""
 
     name = "lfr"
     writer = LfrWriter
@@ -61,5 +63,5 @@ class LfrFormat(ManifestFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return a shard's lines unchanged: their paths are relative."""
+        """Return the lines of a shard unchanged, since their paths are relative."""
         return lines

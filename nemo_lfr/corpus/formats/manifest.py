@@ -1,7 +1,7 @@
-"""A NeMo manifest and a `.pt` file for each clip.
+"""Output format `manifest`: a `.pt` file for each clip, and a NeMo manifest.
 
-`target_audio_codes_path` and, with contexts, `context_audio_codes_path` are absolute paths of plain tensors [C, T],
-which `torch.load` reads with `weights_only=True`.
+Each line of the manifest contains the absolute path `target_audio_codes_path` and, if the clip has a context,
+`context_audio_codes_path`. The files contain tensors [C, T], which `torch.load` reads with `weights_only=True`.
 """
 
 import io
@@ -32,11 +32,11 @@ from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import TokenFileError, shorten
 from nemo_lfr.io.atomic import write_bytes
 
-LINES = f"{STATE}/lines"  # manifest lines of each shard, which `finish` joins
+LINES = f"{STATE}/lines"  # folder with the manifest lines of each shard, which `finish` concatenates
 
 
 class ManifestWriter(FormatWriter):
-    """Writer of a `.pt` file for each clip, and of the manifest lines of the shard."""
+    """Writer for the `.pt` files of each clip, and for the manifest lines of the shard."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -55,7 +55,7 @@ class ManifestWriter(FormatWriter):
     def _save(self, path: str, tokens: np.ndarray) -> None:
         import torch
 
-        buffer = io.BytesIO()  # torch.save would store the file name in the file
+        buffer = io.BytesIO()  # if it wrote to a path, torch.save would store the file name in the file
         torch.save(torch.from_numpy(tokens.astype(self.dtype)), buffer)
         with self._writing(path) as file:
             file.write_bytes(buffer.getvalue())
@@ -68,22 +68,22 @@ class ManifestWriter(FormatWriter):
 
 
 class ManifestReader(FormatReader):
-    """Reader of a manifest of `.pt` files."""
+    """Reader for a manifest that lists `.pt` files."""
 
-    _is_reported = False  # whether missing lines were reported; they belong to no particular shard
+    _is_reported = False  # whether a wrong number of lines was reported; it concerns no particular shard
 
     def count_shards(self) -> list[int]:
-        """Divide the lines evenly among the shards, since a line does not name its shard."""
+        """Divide the number of clips evenly among the shards, since a line does not name its shard."""
         clips, shards = self.summary["clips"], self.summary["shards"]
         return [clips * (shard + 1) // shards - clips * shard // shards for shard in range(shards)]
 
     def num_files(self) -> int:
-        """Return an upper bound on the number of shards."""
+        """Return an upper bound for the number of shards."""
         return len(self._starts)
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        """Return the offsets of the lines and the end of the last one, int64 [lines + 1]."""
+        """Return the byte offset of each line and the end of the last line, int64 [lines + 1]."""
         starts, position = [], 0
         with open(self._path, "rb") as file:
             for line in read_lines(file, self._path, keep_empty=True):
@@ -100,7 +100,7 @@ class ManifestReader(FormatReader):
         """Yield the utterances [start, stop) of a shard, and messages about damage."""
         lines, clips = len(self._starts) - 1, self.summary["clips"]
         if lines != clips:
-            problem = f"contains {lines} lines, but {METADATA} says {clips} clips; {REPAIR}."
+            problem = f"found {lines} lines, but {METADATA} lists {clips} clips; {REPAIR}."
             yield Damage("" if self._is_reported else f"{self._path}: {problem}")
             self._is_reported = True
         with open(self._path, "rb") as file:
@@ -121,12 +121,14 @@ class ManifestReader(FormatReader):
         return {"id": labels["id"], "labels": labels} | values
 
     def _tensor(self, files: ShardFiles, name: str, text: Any) -> Any:
-        """Read a file by the absolute path at which it was written.
+        """Read a tensor of a clip.
 
-        The folder may have been moved since.
+        `text` is the absolute path at which the file was written. The folder may have been moved since.
         """
         if not isinstance(text, str):
-            raise TokenFileError(f"{self.folder}: a path in the manifest is {shorten(repr(text))}, not text.")
+            raise TokenFileError(
+                f"{self.folder}: a path in the manifest is {shorten(repr(text))}, not a string; {REPAIR}."
+            )
         below = f"/{name}_codes/"
         if path_inside(self.folder, text) is None and below in text:
             text = f"{name}_codes/{text.rpartition(below)[2]}"
@@ -135,7 +137,7 @@ class ManifestReader(FormatReader):
 
 @register_format
 class ManifestFormat(OutputFormat):
-    """NeMo manifest of `.pt` files."""
+    """Output format `manifest`."""
 
     name = "manifest"
     writer = ManifestWriter
@@ -150,7 +152,7 @@ class ManifestFormat(OutputFormat):
 
     @classmethod
     def current_lines(cls, lines: bytes, out: Path) -> bytes:
-        """Return a shard's lines with the current paths of its files, which are in `out`.
+        """Return the lines of a shard, with paths inside `out`.
 
         The folder may have been moved since the lines were written.
         """
@@ -158,7 +160,7 @@ class ManifestFormat(OutputFormat):
 
 
 def _with_current_paths(lines: bytes, out: Path) -> bytes:
-    """Return a shard's lines with the current paths of its files in `out`, which may have been moved."""
+    """Return the lines of a shard, with paths inside `out` in place of the stored paths."""
     moved = []
     for line in lines.decode().split("\n")[:-1]:
         entry = json.loads(line)

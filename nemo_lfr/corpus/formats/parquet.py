@@ -1,7 +1,8 @@
-"""Parquet with one row for each clip.
+"""Output format `parquet`: one Parquet file for each shard, with a row for each clip.
 
-Columns: `id`, `nano_layer_1` ... `nano_layer_C`, with contexts `context_layer_1` ... `context_layer_C`, then
-`encoded_len`, `num_samples`, `text`, `speaker`, and `labels` with all other labels as JSON.
+The columns are `id`, `nano_layer_1` to `nano_layer_C`, `encoded_len` (number of frames), `num_samples`, `text`,
+`speaker`, and `labels`, which contains all other labels as JSON. With contexts, the columns `context_layer_1` to
+`context_layer_C` follow the other layers.
 """
 
 import json
@@ -26,11 +27,11 @@ from nemo_lfr.corpus.sources.base import Clip
 from nemo_lfr.io.bounded import check_columns
 from nemo_lfr.io.shortage import require
 
-ROWS = 64  # number of rows per read
+ROWS = 64  # number of rows to read at a time
 
 
 class ParquetWriter(FormatWriter):
-    """Writer of a Parquet file with a row for each clip."""
+    """Writer for a Parquet file with a row for each clip."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -51,7 +52,7 @@ class ParquetWriter(FormatWriter):
         self._rows.append(row)
 
     def close(self) -> None:
-        """Finish the Parquet file."""
+        """Write the Parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -73,14 +74,14 @@ class ParquetWriter(FormatWriter):
 
 
 class ParquetReader(FormatReader):
-    """Reader of Parquet files."""
+    """Reader for Parquet files."""
 
     def num_files(self) -> int:
-        """Return an upper bound on the number of shards."""
+        """Return an upper bound for the number of shards."""
         return num_entries(self.folder / "data")
 
     def count_shards(self) -> list[int]:
-        """Count the rows of each shard."""
+        """Return the number of rows in each shard."""
         return self._shard_counts(lambda files: self._open(files.path(self._name(files.shard))).metadata.num_rows)
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
@@ -120,7 +121,7 @@ class ParquetReader(FormatReader):
 
 @register_format
 class ParquetFormat(OutputFormat):
-    """Parquet files with a row for each clip."""
+    """Output format `parquet`."""
 
     name = "parquet"
     writer = ParquetWriter

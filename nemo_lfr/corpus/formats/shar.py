@@ -1,9 +1,11 @@
-"""Lhotse Shar, as Lhotse and NeMo's Magpie trainer read it.
+"""Output format `shar`: Lhotse Shar, which Lhotse and NeMo's Magpie trainer read.
 
-Files: `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts, `shar/context_codes.000000.tar`.
-Arrays have shape [C, T]. `CutSet.from_shar(in_dir="OUT/shar")` reads them, and so does NeMo with `input_cfg.yaml`, the
-section of a training config. Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`.
-Such folders are still read, and a run that began with them keeps their names.
+Shard 0 consists of the files `shar/cuts.000000.jsonl.gz`, `shar/target_codes.000000.tar` and, with contexts,
+`shar/context_codes.000000.tar`. Arrays have shape [C, T]. Read the shards with `CutSet.from_shar(in_dir="OUT/shar")`,
+or in NeMo with `input_cfg.yaml`, which is a section of a training config.
+
+Earlier versions wrote `cuts/cuts.000000.jsonl.gz` and `target_codes/codes.000000.tar`. Folders with these names can be
+read, and a run that was started with these names keeps them when it is resumed.
 """
 
 import gzip
@@ -20,6 +22,7 @@ import soundfile
 
 from nemo_lfr.corpus.formats import register_format
 from nemo_lfr.corpus.formats.base import (
+    REPAIR,
     Damage,
     FormatReader,
     FormatWriter,
@@ -37,11 +40,11 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.shortage import require
 
-SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # Magpie's notation of a speaker
+SPEAKER = re.compile(r"\| Language:\w+ Dataset:.+ Speaker:.+ \|", re.DOTALL)  # Magpie's notation for a speaker
 
 
 class Layout:
-    """Names of the files of a Shar, current or of earlier versions.
+    """Names of the files in a Shar: the current names, or those of earlier versions.
 
     Args:
         folder: the output folder.
@@ -56,16 +59,16 @@ class Layout:
         return "cuts" if self._is_earlier else "shar"
 
     def cuts(self, number: str) -> str:
-        """Return the name of the cuts file of a shard, by its number of six digits."""
+        """Return the name of a shard's cuts file. `number` is the index of the shard with six digits."""
         return f"{self.cuts_folder}/cuts.{number}.jsonl.gz"
 
     def tar(self, field: str, number: str) -> str:
-        """Return the name of the array file of a field."""
+        """Return the name of a shard's array file for a field, such as "target_codes"."""
         return f"{field}/codes.{number}.tar" if self._is_earlier else f"shar/{field}.{number}.tar"
 
 
 class SharWriter(FormatWriter):
-    """Writer of a Shar shard: a cuts file, and an array file for each token field."""
+    """Writer for the files of a Shar shard: a cuts file, and an array file for each field of tokens."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -99,14 +102,14 @@ class SharWriter(FormatWriter):
     def _manifest(self, tokens: np.ndarray) -> Any:
         from lhotse.array import Array, TemporalArray
 
-        # The exact frame duration, 1024 / 22050 s; NVIDIA's script first rounds the frame rate to 21.5 Hz.
+        # Exact frame duration, 1024 / 22050 s for the released codec. NVIDIA's script rounds the rate to 21.5 Hz.
         shift = self.codec.samples_per_frame / self.codec.sample_rate
         return TemporalArray(Array("shar", "", "", list(tokens.shape)), temporal_dim=-1, frame_shift=shift, start=0)
 
     def _cut(self, clip: Clip, num_samples: int) -> dict[str, Any]:
-        """Return the clip's cut, or a cut made from its labels.
+        """Return the Lhotse cut of a clip, or a new cut with the clip's labels.
 
-        The speaker is in Magpie's notation.
+        The speaker of the cut is in Magpie's notation.
         """
         duration = self._duration(num_samples)
         default = {"start": 0, "channel": 0, "type": "MonoCut", "supervisions": []}
@@ -133,13 +136,13 @@ class SharWriter(FormatWriter):
         return cut
 
     def _recording(self, path: Path, num_samples: int) -> dict[str, Any]:
-        """Return the clip's file as `target_audio`, for Magpie's speaker model.
+        """Return the clip's audio file as the field `target_audio`, which Magpie's speaker model reads.
 
-        The result is {} for an excerpt of a file.
+        The result is {} if the clip is an excerpt from the file, or if the file is not mono or not readable.
         """
         try:
             info = soundfile.info(str(path))
-        except soundfile.LibsndfileError:  # Lhotse too would need other packages to read it
+        except soundfile.LibsndfileError:  # Lhotse would need other packages to read the file
             return {}
         if info.channels != 1 or abs(info.duration - num_samples / self.codec.sample_rate) > DURATION_SLACK:
             return {}
@@ -158,7 +161,7 @@ class SharWriter(FormatWriter):
         for field, writer in self._arrays.items():
             with self._writing(self._tar(field)) as path:
                 writer.close()
-                if not path.exists():  # Lhotse creates it with the first array
+                if not path.exists():  # Lhotse creates the file when it writes the first array
                     _empty_tar(path)
         text = "".join(json.dumps(cut, ensure_ascii=False) + "\n" for cut in self._cuts)
         packed = gzip.compress(text.encode(), mtime=0)  # no timestamp, so that equal clips give equal bytes
@@ -167,17 +170,17 @@ class SharWriter(FormatWriter):
 
 
 class SharReader(FormatReader):
-    """Reader of Shar shards that does not use Lhotse.
+    """Reader for Shar shards.
 
-    Lhotse silently ignores entries that are missing from a truncated file.
+    Lhotse is not used, since it silently skips the entries that are missing from a truncated file.
     """
 
     def num_files(self) -> int:
-        """Return an upper bound on the number of shards."""
+        """Return an upper bound for the number of shards."""
         return num_entries(self.folder / Layout(self.folder).cuts_folder)
 
     def count_shards(self) -> list[int]:
-        """Count the cuts of each shard."""
+        """Return the number of cuts in each shard."""
         return self._shard_counts(lambda files: sum(1 for _ in self._cuts(files.path(self._cuts_name(files.shard)))))
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
@@ -197,13 +200,13 @@ class SharReader(FormatReader):
                 missing = paths[1 + items.index(None)]
                 if number >= start:
                     raise TokenFileError(
-                        f"{missing}: ends after {number} of {stop} utterances; the file was truncated."
+                        f"{missing}: file is truncated after {number} of {stop} utterances; {REPAIR}."
                     )
                 return
             if number >= start:
                 yield Row(self._load, line, items)
         if any(next(column, None) is not None for column in columns):
-            raise TokenFileError(f"{paths[0]}: ends before its arrays; the file was truncated.")
+            raise TokenFileError(f"{paths[0]}: file is truncated: the array files contain more utterances; {REPAIR}.")
 
     def _fields(self) -> list[str]:
         return ["target_codes", *(["context_codes"] if self.summary.get("context") else [])]
@@ -218,9 +221,9 @@ class SharReader(FormatReader):
 
     @staticmethod
     def _arrays(path: Path) -> Iterator[tuple[str, bytes | None]]:
-        """Yield the names and contents of the arrays in a tar file.
+        """Yield the name and content of each array in a tar file; the content is None for a clip without the array.
 
-        The description that follows each array is redundant.
+        Each array is followed by a description in JSON, which is skipped.
         """
         with open_tar(path) as tar:
             members = iter(tar)
@@ -228,7 +231,7 @@ class SharReader(FormatReader):
                 data = member_bytes(tar, member)
                 if next(members, None) is None:
                     raise TokenFileError(
-                        f"{path}: contains {shorten(member.name)!r}, which is not an array; the file is damaged."
+                        f"{path}: file is damaged: {shorten(member.name)!r} has no description; {REPAIR}."
                     )
                 name, _, kind = member.name.rpartition(".")
                 yield name, None if kind == "nodata" else data
@@ -238,7 +241,7 @@ class SharReader(FormatReader):
         cut = parse_json(line)
         for name, _ in items:
             if name != cut["id"]:
-                raise ValueError(f"the cut {shorten(repr(cut['id']))} is paired with the tokens of {shorten(name)!r}")
+                raise ValueError(f"the tokens of cut {shorten(repr(cut['id']))} have the name {shorten(name)!r}")
         first = cut["supervisions"][0]
         labels = {"text": first.get("text"), "speaker": first.get("speaker"), "lang": first.get("language")}
         arrays = [None if data is None else read_npy(data) for _, data in items]
@@ -253,7 +256,7 @@ class SharReader(FormatReader):
 
 @register_format
 class SharFormat(OutputFormat):
-    """Lhotse Shar."""
+    """Output format `shar`."""
 
     name = "shar"
     writer = SharWriter
@@ -262,11 +265,11 @@ class SharFormat(OutputFormat):
 
     @classmethod
     def finish(cls, out: Path, num_shards: int, context: bool) -> None:
-        """Write the section of a training config that reads all shards."""
+        """Write `input_cfg.yaml`, the section of a training config with which NeMo reads all shards."""
         from omegaconf import OmegaConf
 
         layout, root = Layout(out), out.resolve()
-        numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation of a range
+        numbers = f"_OP_000000..{num_shards - 1:06d}_CL_"  # NeMo's notation for a range
         paths = {"cuts": f"{root}/{layout.cuts(numbers)}"}
         for field in ("target_codes", *(["context_codes"] if context else [])):
             paths[field] = f"{root}/{layout.tar(field, numbers)}"
@@ -275,16 +278,13 @@ class SharFormat(OutputFormat):
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Parse a `.npy` file without copying.
-
-    A header with a huge shape therefore allocates no memory.
-    """
+    """Parse a `.npy` file without copying, so that a header with a huge shape allocates no memory."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(stream)
     if dtype.hasobject:
-        raise ValueError("its array contains Python objects, which are not read")
+        raise ValueError("the array contains Python objects, which are not read")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if is_fortran else "C")
 
 

@@ -1,7 +1,7 @@
-"""Readers of the corpora that `tokenize` accepts: one file for each kind of input.
+"""Readers for the corpora that `tokenize` accepts, with one module for each kind of corpus.
 
-A new kind of input is one subclass of `CorpusReader`, and a line in `SOURCES`, a call of `register_source`, or a
-package's entry point in the group `nemo_lfr.sources`.
+To add a kind of corpus, define a subclass of `CorpusReader`, and register it with `register_source`, in the list
+`SOURCES`, or as an entry point of a package in the group `nemo_lfr.sources`.
 """
 
 from pathlib import Path
@@ -21,14 +21,14 @@ from nemo_lfr.plugins import load_plugin, plugin_names
 __all__ = ["SOURCES", "find_source", "open_corpus", "register_source"]
 
 ENTRY_POINTS = "nemo_lfr.sources"
-# The first one that accepts a path reads it. `Manifest` accepts any file and `Folder` any folder.
+# A corpus is read by the first class that accepts its path. `Manifest` accepts any file, and `Folder` any folder.
 SOURCES: list[type[CorpusReader]] = [Cuts, Shar, SavedDataset, Parquet, TextTable, Manifest, Folder]
 
 
 def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
-    """Register a kind of input; it is tried before earlier ones. Can be used as a class decorator.
+    """Register a corpus reader, which takes precedence over the readers that were registered before.
 
-    Define the class in a module that worker processes can import.
+    This function can be used as a class decorator. Define the class in a module that worker processes can import.
     """
     if source not in SOURCES:
         SOURCES.insert(0, source)
@@ -36,11 +36,11 @@ def register_source(source: type[CorpusReader]) -> type[CorpusReader]:
 
 
 def find_source(path: Path) -> type[CorpusReader]:
-    """Return the reader for a file or folder.
+    """Return the class of the reader for a file or folder.
 
     Raises:
-        NemoLfrError: if the path does not exist or is neither a file nor a folder, or if the source of an installed
-            package cannot be imported.
+        NemoLfrError: if the path does not exist or is neither a file nor a folder, or if the corpus reader of an
+            installed package cannot be imported.
     """
     if not path.exists():
         raise NemoLfrError(f"{path}: no such file or folder.")
@@ -54,14 +54,15 @@ def find_source(path: Path) -> type[CorpusReader]:
 def open_corpus(
     path: Path, audio_dir: Path | None, listing: Path, relist: bool = True, allow_url: bool = False
 ) -> CorpusReader:
-    """Open the corpus at a path with the reader that accepts it.
+    """Open a corpus with the reader that accepts its path.
 
     Args:
         path: file or folder.
-        audio_dir: folder of the relative paths in a manifest or table; its own folder if None.
-        listing: where the file list of a folder is written.
-        relist: list a folder again instead of reading `listing`.
-        allow_url: read audio that Lhotse manifests place at an http(s) URL.
+        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
+            manifest or table.
+        listing: path of the file that stores the list of clips in a folder or table.
+        relist: whether to read the folder or table again and write `listing`, instead of reading `listing`.
+        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
 
     Raises:
         NemoLfrError: if the corpus cannot be read.

@@ -1,7 +1,8 @@
-"""Base classes of corpus readers, the clip, and the shard specification.
+"""Base class for corpus readers, and the types of clips and shard specifications.
 
-Planning reads no audio. A shard specification is a few numbers, from which any worker finds its clips again. Audio is
-opened only on request, so an unreadable file is a failure of its clip alone.
+No audio is read when a corpus is split into shards. The specification of a shard is a small JSON object, with which
+any worker can find the clips of the shard. Audio is opened only when a clip is loaded, so that a file that cannot be
+read affects only its own clip.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ import numpy as np
 from nemo_lfr.corpus.inventory import digest
 from nemo_lfr.errors import AudioError
 
-# (sample rate in Hz, longest duration in seconds) -> samples [T_audio], float32.
+# Function (sample rate in Hz, maximum duration in seconds) -> samples [T_audio], float32.
 AudioLoader = Callable[[int, float], np.ndarray]
-# Which clips of the corpus make one shard; plain JSON.
+# JSON object that specifies which clips of the corpus a shard consists of.
 ShardSpec = dict[str, Any]
 
 
@@ -28,13 +29,13 @@ class Clip:
     """One utterance of a corpus.
 
     Attributes:
-        id: unique in the corpus, and usable as a relative path without suffix.
-        origin: where the clip comes from, for messages.
-        audio: loads the samples; raises AudioError.
-        context: loads the audio that a TTS model is conditioned on; None if the clip has no context.
-        labels: labels of the input ("text", "speaker", "lang", "audio_filepath" ...).
-        cut: the Lhotse cut as a dict, if the clip was one.
-        path: the audio file that contains the clip.
+        id: name that is unique in the corpus, and that can be used as a relative path without suffix.
+        origin: file, and row or cut, from which the clip was read; for messages.
+        audio: function that loads the samples, or raises AudioError.
+        context: function that loads the audio on which a TTS model is conditioned; None if the clip has no context.
+        labels: labels in the corpus ("text", "speaker", "lang", "audio_filepath" ...).
+        cut: Lhotse cut as a dictionary; None if the clip was not read from a cut.
+        path: audio file that contains the clip; None if it is not known.
     """
 
     id: str
@@ -48,14 +49,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """Options for opening a corpus; each reader uses those that apply to it.
+    """Options for opening a corpus. Each reader uses only the options that apply to its kind of corpus.
 
     Attributes:
-        audio_dir: folder of the relative paths in a manifest or table; its own folder if None.
-        listing: path of the file list of a folder of audio.
-        relist: whether to list a folder again instead of reading `listing`. True in the process that plans a run,
-            which also logs warnings about the corpus; False in its workers.
-        allow_url: read audio that Lhotse manifests place at an http(s) URL.
+        audio_dir: folder to which relative paths in a manifest or table refer; None for the folder that contains this
+            manifest or table.
+        listing: path of the file that stores the list of clips in a folder or table.
+        relist: whether to read the folder or table again and write `listing`, instead of reading `listing`. It is True
+            in the process that plans a run, which also logs warnings about the corpus, and False in the workers.
+        allow_url: whether to download audio for which a Lhotse manifest has an http(s) URL.
     """
 
     audio_dir: Path | None
@@ -65,17 +67,17 @@ class OpenOptions:
 
 
 class CorpusReader(ABC):
-    """Base class of corpus readers: clips in a fixed order."""
+    """Base class for corpus readers, which yield the clips of a corpus in a fixed order."""
 
     @classmethod
     @abstractmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether this reader is the one for an existing file or folder."""
+        """Return whether this class reads an existing file or folder."""
 
     @classmethod
     @abstractmethod
     def open(cls, path: Path, options: OpenOptions) -> "CorpusReader":
-        """Open a corpus that `accepts` returned True for.
+        """Open a corpus for whose path `accepts` returned True.
 
         Raises:
             NemoLfrError: if the corpus cannot be read.
@@ -83,7 +85,7 @@ class CorpusReader(ABC):
 
     @property
     def identity(self) -> str:
-        """Return a hash of the list of clips, by default of `files`; a run is not resumed with a changed list."""
+        """Return a hash of the list of clips, by default of `files`. A run is resumed only if it is unchanged."""
         return hashlib.sha256("".join(digest(path) for path in self.files).encode()).hexdigest()[:16]
 
     @property
@@ -91,36 +93,40 @@ class CorpusReader(ABC):
     def files(self) -> list[Path]:
         """Return the files that list the clips.
 
-        A shard locates its clips by their position in these files.
+        Shard specifications refer to clips by their position in these files.
         """
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
-        """Return those of `files` from which a shard is read."""
+        """Return the files among `files` from which a shard is read; by default all of them."""
         return self.files
 
     @abstractmethod
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the corpus into shards of `size` clips; the last one may be smaller."""
+        """Split the corpus into shards of `size` clips. The last shard may be smaller."""
 
     @abstractmethod
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
         """Yield the clips of a shard in order.
 
-        A malformed entry yields a clip whose `audio()` raises AudioError.
+        A malformed entry of the corpus becomes a clip whose `audio` function raises AudioError.
         """
 
 
 def repeat_number(shard: ShardSpec, index: int) -> int:
-    """Return which occurrence of its id a shard's clip is: 1 for the first.
+    """Return the number of times that a clip's name has occurred in the corpus, up to and including this clip.
 
-    See `numbered_id`.
+    The number is 1 unless the name is repeated; see `numbered_id`.
+
+    Args:
+        shard: specification of the shard, with the numbers of repeated names in "repeats".
+        index: index of the clip in the shard.
     """
     number: int = shard.get("repeats", {}).get(str(index), 1)
     return number
 
 
 def unreadable(message: str) -> AudioLoader:
-    """Return a loader that raises AudioError with a message."""
+    """Return an audio loader that raises AudioError with this message."""
     return partial(_raise, message)
 
 

@@ -1,4 +1,4 @@
-"""Lhotse cuts and recordings in a JSON-lines file, and how a cut becomes a clip."""
+"""Reader for a JSON-lines file of Lhotse cuts or recordings, and conversion of cuts to clips."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class Cuts(CorpusReader):
-    """Lhotse cuts in a `.jsonl` or `.jsonl.gz` file, or recordings as one cut each.
+    """Reader for a `.jsonl` or `.jsonl.gz` file of Lhotse cuts or recordings.
 
-    Relative paths are relative to the current folder, as in Lhotse.
+    Each recording becomes one clip. Relative paths refer to the working directory, as in Lhotse.
 
     Args:
         path: the file.
-        allow_url: read audio that is at an http(s) URL.
+        allow_url: whether to download audio that is at an http(s) URL.
     """
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
@@ -35,7 +35,7 @@ class Cuts(CorpusReader):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether the path is a file of Lhotse JSON lines, by name and content."""
+        """Return whether the path is a JSON-lines file of Lhotse, according to its name and content."""
         if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
             return False
         return path.suffix == ".gz" or kind_of(path) is not None
@@ -46,7 +46,7 @@ class Cuts(CorpusReader):
         kind = kind_of(path)
         if kind is None:
             raise ConfigError(
-                f"{path}: contains neither Lhotse cuts nor recordings; if it is a NeMo manifest, decompress it."
+                f"{path}: no Lhotse cuts or recordings in this file; if it is a NeMo manifest, decompress it."
             )
         if kind not in ("cuts", "recordings"):
             raise ConfigError(f"{path}: contains Lhotse {kind}, which refer to no audio; pass cuts or recordings.")
@@ -54,17 +54,17 @@ class Cuts(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return the hash of the file."""
+        """Return a hash of the file, and of the supervisions beside a file of recordings."""
         return list_digest((path.name, digest(path)) for path in self.files)
 
     @property
     def files(self) -> list[Path]:
-        """Return the file."""
+        """Return the file, and the supervisions beside a file of recordings if there are any."""
         beside = supervisions_beside(self.path) if kind_of(self.path) == "recordings" else None
         return [self.path] if beside is None else [self.path, beside]
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the cuts into shards of `size`."""
+        """Split the cuts into shards of `size` cuts."""
         total, repeats = number_cuts([self.path])[0]
         return [
             {
@@ -87,14 +87,15 @@ class Cuts(CorpusReader):
 def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False) -> Clip:
     """Convert a Lhotse cut to a clip.
 
-    `target_audio` replaces the cut's own audio if present, as in NeMo's loaders. Several supervisions are merged into
-    one: their texts in order of start time, with the speaker and language of the first.
+    If the cut has the field `target_audio`, it replaces the audio of the cut, as in NeMo's loaders. If the cut has
+    several supervisions, the clip has their texts joined in order of start time, and the speaker and language of the
+    first supervision.
 
     Args:
         cut: the cut.
         origin: name of the file, for messages.
-        number: which occurrence of its id the cut is, see `numbered_id`.
-        allow_url: read audio that is at an http(s) URL.
+        number: number of times that the cut's id has occurred, including this cut; see `numbered_id`.
+        allow_url: whether to download audio that is at an http(s) URL.
     """
     supervisions = sorted(cut.supervisions, key=lambda supervision: supervision.start)
     labels: dict[str, Any] = {}
@@ -110,7 +111,7 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
     if cut.has_custom("context_audio"):
         context = partial(read_cut, cut.context_audio, allow_url=allow_url)
     manifest = cut.to_dict()
-    # Cuts that are written with the tokens do not refer to audio inside a Shar.
+    # These cuts are written with the tokens, so remove references to audio that is stored inside the input Shar.
     for place in (manifest, manifest.get("custom") or {}):
         for key in [key for key, value in place.items() if key != "supervisions" and _is_data(value)]:
             del place[key]
@@ -129,40 +130,38 @@ def cut_to_clip(cut: Any, origin: str, number: int = 1, allow_url: bool = False)
 
 
 def _joined(supervisions: Sequence[Any], text: str | None) -> dict[str, Any]:
-    """Return the manifest of one supervision that merges several.
-
-    The supervisions are in order of start time.
-    """
+    """Return the manifest of one supervision that replaces several, which are sorted by start time."""
     joined = {key: value for key, value in supervisions[0].to_dict().items() if not is_missing(value)}
     joined |= {} if text is None else {"text": text}
     if isinstance(joined.get("custom"), dict):
         joined["custom"] = {key: value for key, value in joined["custom"].items() if key not in OTHER_TOKENS}
     if len(supervisions) > 1:
         joined["duration"] = max(item.start + item.duration for item in supervisions) - supervisions[0].start
-        joined.pop("alignment", None)  # covers the first supervision only
+        joined.pop("alignment", None)  # belongs to the first supervision only
     return joined
 
 
 def item_to_clip(item: CutItem, origin: str, number: int, allow_url: bool) -> Clip:
-    """Convert a cut of a file to a clip.
+    """Convert a cut in a file to a clip.
 
-    An invalid cut becomes a clip whose `audio()` raises the reason.
+    An invalid cut becomes a clip whose `audio` function raises AudioError with the reason.
     """
     problem = item.problem
     if problem is None:
         try:
             return cut_to_clip(item.cut, origin, number, allow_url)
-        except Exception as error:  # a cut's fields may hold anything
+        except Exception as error:  # the fields of a cut may contain anything
             problem = f"not a Lhotse cut: {explain(error)}"
     place = f"{origin}, cut {shorten(item.id)}"
     return Clip(numbered_id(clean_id(item.id), number), place, unreadable(f"{place}: {problem}"))
 
 
 def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
-    """Count the cuts of each file, and number those whose id occurred before.
+    """Count the cuts in each file, and number the cuts whose id has occurred before.
 
     Returns:
-        For each file, the number of cuts and a mapping: index in the file -> number.
+        For each file, the number of cuts, and a dictionary that maps the index of each cut whose id has occurred
+        before to the number of occurrences so far.
 
     Raises:
         ConfigError: if a file does not contain Lhotse cuts.
@@ -179,13 +178,13 @@ def number_cuts(paths: Sequence[Path]) -> list[tuple[int, dict[int, int]]]:
             num_joined += item.cut is not None and len(item.cut.supervisions) > 1
         counts.append((count, repeats))
     if num_joined:
-        text = "%s: %d cuts have several supervisions: their texts are joined in order, with the speaker of the first."
+        text = "%s: %d cuts have several supervisions; each gets their texts in order, and the speaker of the first."
         logger.warning(text, paths[0], num_joined)
     return counts
 
 
 def _is_data(value: Any) -> bool:
-    """Return whether a value is a recording or array with its bytes in a Shar."""
+    """Return whether a value is a recording or array whose data is stored in a Shar."""
     if not isinstance(value, dict):
         return False
     sources = value.get("sources") or [value.get("array") or value]

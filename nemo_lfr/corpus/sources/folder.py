@@ -1,4 +1,4 @@
-"""Folders of audio files."""
+"""Reader for a folder of audio files."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from nemo_lfr.io.layouts import folder
 
 
 class Folder(Manifest):
-    """A folder of audio files, listed in a manifest that this package writes."""
+    """Reader for a folder of audio files, which are first listed in a manifest."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -24,7 +24,7 @@ class Folder(Manifest):
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Folder":
-        """Open the stored list of the folder, or list it again."""
+        """List the folder in a manifest, or open the stored manifest if `options.relist` is False."""
         return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
@@ -40,10 +40,10 @@ class Folder(Manifest):
 
 
 def list_folder(root: Path, manifest: Path) -> Folder:
-    """Write a manifest of the audio files in a folder and open it.
+    """Write a manifest of the audio files in a folder, and open the manifest.
 
     Raises:
-        NemoLfrError: if the folder contains no audio.
+        NemoLfrError: if the folder contains no audio files.
     """
     lines = []
     for utterance in folder(root):
@@ -52,6 +52,8 @@ def list_folder(root: Path, manifest: Path) -> Folder:
         entry |= {"problem": utterance.problem} if utterance.problem else {}
         lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
-        raise NemoLfrError(f"{root}: no audio file in this folder.")
+        raise NemoLfrError(
+            f"{root}: no audio file in this folder; pass a folder of audio files, or a manifest, cuts or a table."
+        )
     write_text(manifest, "\n".join(lines) + "\n")
     return Folder(manifest, root)

@@ -1,4 +1,4 @@
-"""NeMo manifests: JSON lines that name audio files."""
+"""Reader for NeMo manifests, which list audio files as JSON lines."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,19 @@ from nemo_lfr.io.manifests import NOT_A_LINE, describe, line_id, resolve_audio_p
 from nemo_lfr.io.reading import read_file
 from nemo_lfr.io.text import UTF16_MARKS
 
-# Number of leading lines among which a manifest must have a valid one.
+# At least one of this many first lines of a manifest must be a valid entry.
 FIRST_LINES = 100
 
 
 class Manifest(CorpusReader):
-    """NeMo manifest: JSON lines with `audio_filepath`, `offset` and `duration`.
+    """Reader for a NeMo manifest: JSON lines with `audio_filepath` and, optionally, `offset` and `duration`.
 
     Args:
         path: the file.
-        audio_dir: folder of relative paths; the manifest's folder if None. See `resolve_audio_path`.
+        audio_dir: folder to which relative paths refer; None for the manifest's folder. See `resolve_audio_path`.
 
     Raises:
-        ConfigError: if the file cannot be read, or none of its first lines is a manifest entry.
+        ConfigError: if the file cannot be read, or none of its first 100 lines is a manifest entry.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -38,8 +38,8 @@ class Manifest(CorpusReader):
             with open(path, "rb") as file:
                 lines = list(islice((line for line in file if line.strip()), FIRST_LINES))
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # json.loads would accept each line
+            raise ConfigError(f"{path}: the manifest cannot be read: {error.strerror}.") from error
+        is_utf16 = bool(lines) and lines[0].startswith(UTF16_MARKS)  # which json.loads would accept
         if is_utf16 or not any(_is_entry(line) for line in lines):
             raise ConfigError(f"{path}: not a NeMo manifest: {_describe_content(lines)}.")
 
@@ -55,7 +55,7 @@ class Manifest(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return the hash of the manifest."""
+        """Return a hash of the manifest."""
         return digest(self.path)[:16]
 
     @property
@@ -64,9 +64,9 @@ class Manifest(CorpusReader):
         return [self.path]
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the manifest into byte ranges of `size` clips.
+        """Split the manifest into shards of `size` lines. A shard is specified by the offset of its first line.
 
-        Repeated names are numbered over the entire manifest.
+        Names that are repeated anywhere in the manifest are numbered.
         """
         shards: list[ShardSpec] = []
         ids = UniqueIds()
@@ -118,20 +118,20 @@ def _is_entry(line: bytes) -> bool:
 
 
 def _describe_content(lines: Sequence[bytes]) -> str:
-    """Describe the content of a file that is not a manifest."""
+    """Describe what a file contains instead of manifest lines, for an error message."""
     first = lines[0] if lines else b""
     if first.startswith(UTF16_MARKS):
         return "it is UTF-16 text; save it as UTF-8"
     if b"\0" in b"".join(lines):
-        return "it is not text; pass a manifest, a folder, cuts or a Parquet table, and unpack an archive first"
+        return "it is not text; unpack an archive first, and pass a manifest, a folder, cuts or a Parquet table"
     expected = 'expected {"audio_filepath": ...}'
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return f"it is a JSON list, {expected}, one object per line"
-    return f"its first line is {shorten(first.decode(errors='replace').strip())!r}, {expected}"
+        return f"it is a JSON list; {expected}, one object per line"
+    return f"its first line is {shorten(first.decode(errors='replace').strip())!r}; {expected}"
 
 
 def _name(line: bytes) -> str:
-    """Return a clip's name: the path without suffix, with the offset if there is one."""
+    """Return the name of a clip: the path without suffix, followed by the offset in milliseconds if it is not 0."""
     try:
         labels = json.loads(line)
         name = PurePosixPath(str(labels["audio_filepath"])).with_suffix("")

@@ -1,4 +1,4 @@
-"""Parquet files."""
+"""Reader for Parquet files with a column of audio."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +17,11 @@ from nemo_lfr.io.splits import check_one_split, split_of_parts
 
 
 class Parquet(Table):
-    """A Parquet file or a folder of them; a shard is a range of row groups.
+    """Reader for a Parquet file or a folder of Parquet files. A shard consists of row groups of one file.
 
     Raises:
-        ConfigError: if no file can be read, or a folder contains several splits of a dataset.
+        ConfigError: if no file can be read, no column contains audio, or a folder contains several splits of a
+            dataset.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -42,14 +43,14 @@ class Parquet(Table):
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether the path is a Parquet file or a folder that contains some."""
+        """Return whether the path is a Parquet file, or a folder that contains Parquet files."""
         return path.suffix == ".parquet" if path.is_file() else bool(parquet_files(path))
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "Parquet":
-        """Open the files."""
+        """Open the file or folder."""
         table = cls(path, options.audio_dir)
-        if options.relist:  # log in the driver only, not in each worker
+        if options.relist:  # log in the process that plans the run, not in each worker
             table.log_choices()
         return table
 
@@ -67,7 +68,7 @@ class Parquet(Table):
         return table
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
-        """Return the file from which a shard is read."""
+        """Return the only file from which a shard is read."""
         return [self.files[shard["file"]]]
 
     def shards(self, size: int) -> list[ShardSpec]:
@@ -104,7 +105,7 @@ class Parquet(Table):
             for rows in table.iter_batches(size, row_groups=shard["groups"]):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
-            reason = "its pages end early"  # for the rows that are left, if a page has fewer than its header claims
+            reason = "its pages end early"  # for the remaining rows, if a page has fewer rows than its header states
         except (OSError, ValueError) as error:
             reason = shorten(error, 200)
         for row in range(number, stop):
@@ -113,10 +114,13 @@ class Parquet(Table):
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """Return the Parquet files below a folder, as listed by `find_files`."""
+    """Return the Parquet files in a folder and its subfolders."""
     return find_files(folder, {".parquet"}, report=lambda _: None)
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's path names, as on the Hugging Face Hub; None if it names none."""
+    """Return the split that a file's path names: "train", "validation", "test", or None.
+
+    The path is searched for the same words as on the Hugging Face Hub.
+    """
     return split_of_parts([*path.parts[:-1], path.stem])

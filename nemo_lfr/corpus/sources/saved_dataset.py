@@ -1,4 +1,4 @@
-"""Datasets that Hugging Face `datasets` saved with `save_to_disk`."""
+"""Reader for datasets that Hugging Face `datasets` saved with `save_to_disk`."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,12 @@ from nemo_lfr.io.shortage import require
 
 
 class SavedDataset(Table):
-    """A dataset that Hugging Face `datasets` saved with `save_to_disk`.
+    """Reader for a dataset that Hugging Face `datasets` saved with `save_to_disk`.
 
-    Its audio is decoded by this package, not by `datasets`.
+    This package decodes the audio itself, without `datasets`.
+
+    Raises:
+        ConfigError: if the folder is not a valid dataset, contains several splits, or has no column of audio.
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
@@ -28,7 +31,7 @@ class SavedDataset(Table):
             columns = self.rows.column_names
         except Exception as error:  # `datasets` has many readers, each with its own errors
             raise ConfigError(
-                f"{path}: not a dataset that datasets.load_from_disk reads ({shorten(error, 200)})."
+                f"{path}: datasets.load_from_disk cannot read this folder ({shorten(error, 200)}); save it again."
             ) from error
         if isinstance(columns, dict):
             raise ConfigError(f"{path}: contains the splits {', '.join(sorted(columns))}; pass the folder of one.")
@@ -52,12 +55,12 @@ class SavedDataset(Table):
             splits = sorted(state.parent.name for state in path.glob("*/state.json"))
             raise ConfigError(f"{path}: contains the saved datasets {', '.join(splits)}; pass the folder of one.")
         table = cls(path, options.audio_dir)
-        if options.relist:  # log in the driver only, not in each worker
+        if options.relist:  # log in the process that plans the run, not in each worker
             table.log_choices()
         return table
 
     def shards(self, size: int) -> list[ShardSpec]:
-        """Split the rows into shards of `size` clips."""
+        """Split the rows into shards of `size` rows."""
         total = len(self.rows)
         return [{"start": start, "count": min(size, total - start)} for start in range(0, total, size)]
 
@@ -69,12 +72,11 @@ class SavedDataset(Table):
 
 
 def _check_files(path: Path) -> None:
-    """Reject a saved dataset with files outside its folder, pipes, or files that expand without bound.
-
-    `datasets` would open them.
+    """Check the files of a saved dataset before `datasets` opens them.
 
     Raises:
-        ConfigError: if a file is outside the folder, not a regular file, or implausibly large when it is expanded.
+        ConfigError: if a file is outside the folder, is not a regular file, or would be implausibly large when
+            decompressed.
     """
     state = path / "state.json"
     for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:
@@ -85,12 +87,14 @@ def _check_files(path: Path) -> None:
         named = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
         bad = next((name for name in named if not isinstance(name, str) or Path(name).name != name), None)
     except NOT_A_LINE as error:
-        raise ConfigError(f"{state}: is damaged ({describe(error)}); save the dataset again.") from error
+        raise ConfigError(f"{state}: file is damaged ({describe(error)}); save the dataset again.") from error
     if bad is not None:
-        raise ConfigError(f"{state}: names {shorten(bad)!r}, which is not a file in this folder.")
+        raise ConfigError(f"{state}: {shorten(bad)!r} is not a file in this folder; save the dataset again.")
     for name in named:
         if path_inside(path, name) is None:
-            raise ConfigError(f"{path / name}: is a link to a place outside this folder, and is not followed.")
+            raise ConfigError(
+                f"{path / name}: link to a file outside this folder, which is not read; copy the file here."
+            )
         if (path / name).is_file():
             try:
                 check_stream(path / name)

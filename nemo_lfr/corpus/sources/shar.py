@@ -1,4 +1,4 @@
-"""Lhotse Shar folders."""
+"""Reader for Lhotse Shar folders."""
 
 import re
 from collections.abc import Iterator
@@ -14,17 +14,18 @@ from nemo_lfr.io.shortage import require
 
 
 class Shar(CorpusReader):
-    """Lhotse Shar: a folder with `cuts.*.jsonl.gz` and the files of other fields.
+    """Reader for a Lhotse Shar: `cuts.*.jsonl.gz`, and the files of the other fields.
 
-    The files may also be in one folder for each field. Each input shard
-    becomes one output shard, regardless of the shard size, so that both can be read in parallel.
+    The files may be in one folder, or in a subfolder for each field. Each input shard becomes one output shard,
+    regardless of the shard size, so that the shards of the input and the output can be read together.
 
     Args:
         path: the folder.
-        allow_url: read audio that is at an http(s) URL.
+        allow_url: whether to download audio that is at an http(s) URL.
 
     Raises:
-        ConfigError: if a field is missing or has another number of shards.
+        ConfigError: if the fields have different numbers of shards, a field has a name that is not allowed, or a file
+            is not a regular file.
     """
 
     def __init__(self, path: Path, allow_url: bool = False) -> None:
@@ -42,7 +43,9 @@ class Shar(CorpusReader):
         check_fields(path, self.fields)
         counts = {name: len(files) for name, files in self.fields.items()}
         if len(set(counts.values())) != 1:
-            raise ConfigError(f"{path}: not a complete Lhotse Shar: its fields have {counts} shards.")
+            raise ConfigError(
+                f"{path}: not a complete Lhotse Shar: its fields have {counts} shards; copy the missing files."
+            )
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -56,7 +59,7 @@ class Shar(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return the hash of the files."""
+        """Return a hash of all files."""
         return list_digest((str(file), sampled_digest(file)) for file in self.files)
 
     @property

@@ -1,4 +1,4 @@
-"""Base class for rows with an audio column: Parquet files and saved datasets."""
+"""Base class for readers of tables with a column of audio: Parquet files and saved datasets."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -20,22 +20,22 @@ from nemo_lfr.io.text import is_missing
 
 logger = logging.getLogger(__name__)
 
-# Number of rows whose audio is in memory at a time.
+# Maximum number of rows to read at a time, since their audio is held in memory.
 ROWS = 16
 
 
 class Table(CorpusReader):
-    """Base class of tables with an audio column.
+    """Base class for readers of tables with a column of audio.
 
-    A cell contains a file's bytes, its path, or decoded samples: see `audio_cell`. For the labels see
-    `standard_labels`.
+    A cell of this column contains the bytes of an audio file, its path, or decoded samples; see `audio_cell`. Other
+    columns become labels; see `standard_labels`.
 
     Args:
-        path: file or folder.
+        path: file or folder of the table.
         files: files that contain the rows.
         schema: Arrow schema of the rows.
-        features: features of the columns, as `datasets` writes them.
-        audio_dir: folder of relative paths; the table's folder if None.
+        features: features of the columns, in the form in which `datasets` stores them.
+        audio_dir: folder to which relative paths refer; None for the table's folder.
 
     Raises:
         ConfigError: if no column contains audio.
@@ -58,7 +58,7 @@ class Table(CorpusReader):
 
     @property
     def identity(self) -> str:
-        """Return the hash of the files."""
+        """Return a hash of the files."""
         return list_digest((file.name, sampled_digest(file)) for file in self.files)
 
     @property
@@ -67,16 +67,16 @@ class Table(CorpusReader):
         return self._files
 
     def log_choices(self) -> None:
-        """Log the columns that are renamed to labels, and unreferenced audio files."""
+        """Log which columns were chosen as labels, and that other audio files in the folder are not used."""
         if chosen := chosen_columns(self.columns):
             text = ", ".join(f"{label} from column {column!r}" for label, column in chosen.items())
             logger.warning("%s: %s.", self.path, text)
         if self.path.is_dir() and (audio_files := find_files(self.path, AUDIO_SUFFIXES, report=lambda _: None)):
-            text = "%s: its tables are read; of its %d audio files, only those listed in a table are used."
+            text = "%s: folder with tables: of its %d audio files, only those listed in a table are used."
             logger.warning(text, self.path, len(audio_files))
 
     def _clips(self, rows: Any, number: int) -> Iterator[Clip]:
-        """Yield the clips of an Arrow table or batch; `number` is that of its first row."""
+        """Yield the clips in an Arrow table or batch, whose first row has this number in the corpus."""
         columns = {name: rows.column(index) for index, name in enumerate(rows.schema.names)}
         audio = {name: columns.pop(name) for name in (self.column, CONTEXT) if name in columns}
         for index in range(rows.num_rows):

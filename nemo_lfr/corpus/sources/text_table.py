@@ -1,4 +1,4 @@
-"""CSV and TSV tables, and AudioFolder's `metadata.jsonl`."""
+"""Reader for CSV, TSV and JSON-lines tables, such as the `metadata.jsonl` of an AudioFolder."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ from nemo_lfr.io.tables import is_table, read_table
 
 
 class TextTable(Folder):
-    """A table that names audio files, listed in a manifest that this package writes."""
+    """Reader for a table of audio files, which are first listed in a manifest."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
-        """Return whether the path is a table."""
+        """Return whether the path is a CSV, TSV or JSON-lines table."""
         return is_table(path)
 
     @classmethod
     def open(cls, path: Path, options: OpenOptions) -> "TextTable":
-        """Open the stored list of the table, or read the table again.
+        """List the rows of the table in a manifest, or open the stored manifest if `options.relist` is False.
 
         Raises:
             ConfigError: if the table cannot be read or has no rows.
@@ -32,6 +32,6 @@ class TextTable(Folder):
                 entry = row.values or {"audio_filepath": f"{path.name}, line {row.line}", "problem": row.problem}
                 lines.append(json.dumps(entry, ensure_ascii=False))
             if not lines:
-                raise ConfigError(f"{path}: a table without rows.")
+                raise ConfigError(f"{path}: table without rows; add a row for each audio file.")
             write_text(options.listing, "\n".join(lines) + "\n")
         return cls(options.listing, audio_dir)
