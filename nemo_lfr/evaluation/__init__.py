@@ -1,6 +1,6 @@
-"""Evaluation of codecs with objective metrics, and reports of the results.
+"""Evaluate codecs with objective metrics, and report the results.
 
-A compared codec is one file in `codecs/`, a metric that needs a trained model is one file in `model_metrics/`, and any
-other metric is a function and a row of `METRICS` in `metrics.py`. Other packages register theirs with
-`register_codec`, `register_model_metric` and `register_metric`; see `plugins.py`.
+Each codec that can be compared has a module in `codecs/`, and each metric that needs a trained model has a module in
+`model_metrics/`. Any other metric is a function in `metrics.py` with an entry in `METRICS`. Other packages add codecs
+and metrics with `register_codec`, `register_model_metric` and `register_metric`; see `plugins.py`.
 """

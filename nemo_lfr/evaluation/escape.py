@@ -1,10 +1,10 @@
-"""Escaping of untrusted text in CSV cells and Markdown."""
+"""Escape untrusted text in CSV cells and Markdown."""
 
 import re
 
 from nemo_lfr.errors import printable
 
-# Prefixes that spreadsheets parse as a formula, including full-width characters, after ignored whitespace.
+# Characters at which spreadsheets start to parse a formula, also full-width forms, and also after whitespace.
 FORMULA = re.compile(r"[\s\x00-\x1f\u200b-\u200f\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE | re.ASCII)
 MARKUP = {char: f"\\{char}" for char in "\\`*[]|!~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
@@ -13,8 +13,8 @@ MARKUP = {char: f"\\{char}" for char in "\\`*[]|!~"} | {"<": "&lt;", ">": "&gt;"
 def plain_cell(text: str) -> str:
     """Escape text for a CSV cell so that spreadsheets do not evaluate it.
 
-    A formula is prefixed with an apostrophe; a number is unchanged. Control characters are replaced by "?". Surrogate
-    escapes, which stand for bytes of file names that are not valid UTF-8, are kept.
+    A formula is prefixed with an apostrophe. A number is unchanged. Control characters are replaced by "?". Surrogate
+    escapes are kept, since they represent bytes in file names that are not valid UTF-8.
     """
     formula = FORMULA.match(text) or text[:1] in ("\t", "\r")
     text = "".join(char if char.isprintable() or "\ud800" <= char <= "\udfff" else "?" for char in text)
@@ -22,12 +22,12 @@ def plain_cell(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Escape text so that Markdown shows it literally, on one line.
+    """Escape text so that a Markdown viewer shows the text literally, on one line.
 
-    The result contains no HTML, links, emphasis or table cells.
+    No part of the text is rendered as HTML, a link, emphasis or a table cell.
     """
     text = "".join(MARKUP.get(char, char) for char in printable(text.replace("\n", " ")))
-    # Viewers turn bare addresses into links, and some characters at the start of a line into headings or lists.
+    # Viewers turn plain addresses into links, and some characters at the start of a line into headings or lists.
     text = re.sub(r"(?i)(:)(//)|(www)(\.)", lambda match: "&#58;//" if match[1] else f"{match[3]}&#46;", text)
     text = text.replace("@", "&#64;")
     return re.sub(r"^(\s*\d*)([#+.)-])(?=\s|$)", r"\1\\\2", text)

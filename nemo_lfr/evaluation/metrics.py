@@ -1,7 +1,7 @@
-"""Objective metrics of one pair of recordings, an original and its reconstruction.
+"""Objective metrics that compare a reconstruction with the original recording.
 
-PESQ, STOI and pitch are computed by third-party packages (extra `evaluate`). A metric without a value is reported as a
-`NotMeasured` with the reason; there are no fallback values.
+Third-party packages (extra `evaluate`) compute PESQ, STOI and pitch. If a metric cannot be computed, its value is a
+`NotMeasured` with the reason. No fallback values are used.
 """
 
 import warnings
@@ -16,23 +16,24 @@ from nemo_lfr.errors import AudioError, NemoLfrError, install_command, shorten
 from nemo_lfr.evaluation.plugins import add_entry
 from nemo_lfr.io.audio import check_peak, check_rate, resample
 
-# (n_fft, hop, window) in samples and mel bands of the mel and STFT distances, as in the codec's training config.
+# (n_fft, hop, window) in samples for the mel and STFT distances, and the number of mel bands for each; as in the
+# training config of the codec.
 RESOLUTIONS = tuple((size, size // 4, size) for size in (32, 64, 128, 256, 512, 1024, 2048))
 MEL_DIMS = (5, 10, 20, 40, 80, 160, 320)
-# Least significant bit of 24-bit audio; anything quieter counts as silence.
+# Least significant bit of 24-bit audio. Audio whose peak is lower counts as silent.
 SILENCE = 2.0**-23
-# P.862 is designed for 8 to 20 s, and its reference code uses tables of fixed size.
+# Maximum duration for PESQ. P.862 is designed for 8 to 20 s, and its reference code uses tables of fixed size.
 PESQ_SECONDS = 60
 
 
 class NotMeasured(str):
-    """Placeholder for a missing value, with the reason."""
+    """Placeholder for a missing value. The text is the reason."""
 
 
 class Undefined(NotMeasured):
-    """Placeholder for a metric that is not defined for this pair.
+    """Placeholder for a metric that is not defined for this pair of recordings.
 
-    Repeating the measurement gives the same result, so it is stored like a value.
+    The metric would be undefined in every run, so that the placeholder is stored like a value.
     """
 
 
@@ -42,7 +43,7 @@ def missing(package: str) -> NotMeasured:
 
 
 class Signal:
-    """Mono audio with cached features that several metrics share.
+    """Mono audio, with cached features that several metrics use.
 
     Args:
         wave: samples, shape [T].
@@ -55,13 +56,13 @@ class Signal:
     def __init__(self, wave: np.ndarray, rate: int) -> None:
         check_rate(rate)
         if wave.ndim != 1 or not len(wave):
-            raise AudioError(f"audio of shape {wave.shape}: expected [T] with at least one sample.")
+            raise AudioError(f"audio has shape {wave.shape}; pass mono audio [T] with one sample or more.")
         check_peak(float(np.abs(wave).max()), "the audio")
         self.wave, self.rate = wave.astype(np.float32), rate
 
     @property
     def silent(self) -> bool:
-        """Return whether the peak is below the level of silence."""
+        """Return whether the peak of the audio is lower than `SILENCE`."""
         return float(np.abs(self.wave).max()) < SILENCE
 
     @cached_property
@@ -80,7 +81,7 @@ class Signal:
 
     @cached_property
     def pitch(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return F0 in Hz and the voicing decisions of `estimate_pitch`, each of shape [frames]."""
+        """Return F0 in Hz and voicing decisions from `estimate_pitch`, both of shape [frames]."""
         from nemo_lfr.evaluation.pitch import estimate_pitch
 
         return estimate_pitch(self.at_16k)
@@ -94,7 +95,7 @@ def si_sdr(original: Signal, output: Signal) -> Value:
     from nemo_lfr.signal.distances import si_sdr
 
     if output.silent:
-        return Undefined("the output is silent")  # NeMo's formula gives 0 dB here
+        return Undefined("the output is silent")  # for silence, NeMo's formula would give 0 dB
     return _not_of_silence(original) or float(si_sdr(original.spectra.audio, output.spectra.audio))
 
 
@@ -126,7 +127,7 @@ def _reconstruction(original: Signal, output: Signal, term: str) -> Value:
 
 
 def pesq_wb(original: Signal, output: Signal) -> Value:
-    """Compute wideband PESQ (ITU-T P.862.2) as a MOS, at 16 kHz."""
+    """Compute wideband PESQ (ITU-T P.862.2) at 16 kHz. The result is on the MOS scale."""
     from pesq import PesqError, pesq
 
     if (silent := _not_of_silence(original)) is not None:
@@ -138,7 +139,7 @@ def pesq_wb(original: Signal, output: Signal) -> Value:
     except PesqError as error:
         text = error.args[0] if error.args else error
         return Undefined(text.decode() if isinstance(text, bytes) else str(text))
-    except ValueError:  # raised by pesq's C code when it finds no active speech level
+    except ValueError:  # raised by the C code of pesq if it detects no active speech
         return Undefined("no speech in the output")
 
 
@@ -158,7 +159,7 @@ def _intelligibility(original: Signal, output: Signal, extended: bool) -> Value:
     if (silent := _not_of_silence(original)) is not None:
         return silent
     with warnings.catch_warnings():
-        # pystoi warns and returns 1e-5 when there are fewer than 30 frames of speech.
+        # pystoi warns and returns 1e-5 if there are fewer than 30 frames of speech.
         warnings.simplefilter("error", RuntimeWarning)
         try:
             return float(stoi(original.wave, output.wave, original.rate, extended=extended))
@@ -167,7 +168,7 @@ def _intelligibility(original: Signal, output: Signal, extended: bool) -> Value:
 
 
 def f0_error(original: Signal, output: Signal) -> Value:
-    """Compute the RMS error of F0 in cents, over frames that are voiced in both."""
+    """Compute the RMS error of F0 in cents, over the frames that are voiced in both recordings."""
     (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
     both = voiced & voiced_output
     if not both.any():
@@ -176,15 +177,15 @@ def f0_error(original: Signal, output: Signal) -> Value:
 
 
 def voicing_error(original: Signal, output: Signal) -> Value:
-    """Compute the percentage of frames whose voicing decisions differ."""
+    """Compute the percentage of frames that are voiced in only one of the two recordings."""
     return 100 * float(np.mean(original.pitch[1] != output.pitch[1]))
 
 
 def lag(original: Signal, output: Signal) -> Value:
-    """Compute the delay of the output's envelope in ms.
+    """Compute the delay between the envelopes of the original and the output, in ms.
 
-    The delay is the peak of the cross-correlation of the two envelopes within 100 ms. It is positive if the output is
-    late.
+    The delay is the lag from -100 to 100 ms at which the cross-correlation of the two envelopes is largest. A positive
+    delay means that the output is late.
     """
     from scipy.ndimage import uniform_filter1d
     from scipy.signal import correlate
@@ -212,12 +213,12 @@ class Metric:
 
     Attributes:
         unit: unit for table headers, or an empty string.
-        better: which values are better: "higher", "lower", or None if neither.
-        definition: definition in one sentence, printed with the results.
+        better: "higher" if higher values are better, "lower" if lower values are better, None if neither is the case.
+        definition: short definition, which is printed with the results.
         package: package that the metric needs, or an empty string.
-        function: function of the original and the output, two `Signal`s of equal rate and length; None for a metric
-            that a trained model computes.
-        digits: decimal places in tables.
+        function: function that computes the metric from the original and the output, two `Signal`s with equal rate and
+            length; None for a metric that a trained model computes.
+        digits: number of decimal places in tables.
     """
 
     unit: str
@@ -229,8 +230,8 @@ class Metric:
 
 
 _LOG = (
-    "mean absolute difference of log(x + 1), over windows of 32 to 2,048 samples; depends on level: "
-    "a quieter recording scores better"
+    "mean absolute difference of log(x + 1), over windows of 32 to 2,048 samples. The distance depends on the level: "
+    "quieter recordings get smaller distances"
 )
 METRICS: dict[str, Metric] = {
     "PESQ-WB": Metric("MOS", "higher", "ITU-T P.862.2 at 16 kHz, at most 4.64 (package pesq).", "pesq", pesq_wb, 2),
@@ -240,7 +241,7 @@ METRICS: dict[str, Metric] = {
         "dB",
         "higher",
         "Scale-invariant SDR of zero-mean signals (Le Roux et al. 2019), computed as in NeMo's SISDRLoss. A shift by "
-        "one sample lowers it, a gain does not; identical signals reach about 100 dB.",
+        "one sample lowers the value, a gain does not. Identical signals reach about 100 dB.",
         "",
         si_sdr,
         2,
@@ -254,7 +255,7 @@ METRICS: dict[str, Metric] = {
     "F0 error": Metric(
         "cents",
         "lower",
-        "RMS pitch difference in frames that are voiced in both (pYIN, 20 ms).",
+        "RMS difference of F0 over frames that are voiced in both recordings (pYIN, every 20 ms).",
         "librosa",
         f0_error,
         1,
@@ -262,13 +263,18 @@ METRICS: dict[str, Metric] = {
     "voicing error": Metric(
         "%",
         "lower",
-        "Fraction of frames that are voiced in only one of the two (pYIN, 20 ms).",
+        "Percentage of frames that are voiced in only one of the two recordings (pYIN, every 20 ms).",
         "librosa",
         voicing_error,
         1,
     ),
     "lag": Metric(
-        "ms", None, "Delay of the output's envelope behind the original's, after compensation.", "scipy", lag, 1
+        "ms",
+        None,
+        "Delay of the output's envelope relative to the original's, after the codec's delay was compensated.",
+        "scipy",
+        lag,
+        1,
     ),
 }
 
@@ -278,29 +284,29 @@ def register_metric(name: str, metric: Metric) -> None:
 
     Args:
         name: name of the metric in reports.
-        metric: its description. Define its `function` in a module that worker processes can import.
+        metric: description of the metric. Define the `function` in a module that worker processes can import.
 
     Raises:
         NemoLfrError: if another metric has this name, or the metric has no function.
     """
     if metric.function is None:
-        raise NemoLfrError(f"metric {name!r} has no function; pass function=.")
+        raise NemoLfrError(f"metric {name!r} has no function; pass function= to Metric.")
     add_entry(METRICS, name, metric, "metric")
 
 
-# Metrics of the demo and of validation during training, which take seconds instead of minutes.
+# Metrics for the demo and for validation during training. Computing them takes seconds instead of minutes.
 QUICK = ("ESTOI", "PESQ-WB", "SI-SDR")
 
 
 def measure(
     original: Signal, output: Signal, names: Collection[str] | None = None, table: Mapping[str, Metric] = METRICS
 ) -> dict[str, Value]:
-    """Compute metrics of a pair of recordings.
+    """Compute metrics for a pair of recordings.
 
     Args:
         original: original recording.
-        output: reconstruction, of the same rate and length.
-        names: names in `table`; all of them if None.
+        output: reconstruction, with the same rate and length.
+        names: names of metrics in `table`; None for all metrics.
         table: descriptions of the metrics by name.
 
     Returns:
@@ -311,8 +317,8 @@ def measure(
     """
     if original.rate != output.rate or len(original.wave) != len(output.wave):
         raise AudioError(
-            f"{len(original.wave)} samples at {original.rate} Hz cannot be compared with {len(output.wave)} at "
-            f"{output.rate} Hz."
+            f"original of {len(original.wave)} samples at {original.rate} Hz cannot be compared with output of "
+            f"{len(output.wave)} samples at {output.rate} Hz; pass the same rate and length."
         )
     values: dict[str, Value] = {}
     for name in table if names is None else names:
@@ -329,7 +335,7 @@ def measure(
 
 
 def checked(value: Value) -> Value:
-    """Return a metric's value as a `float`, or else a `NotMeasured`; NaN and infinity are `Undefined`."""
+    """Return the value of a metric as a `float` or `NotMeasured`. NaN and infinity become `Undefined`."""
     if isinstance(value, NotMeasured):
         return value
     return float(value) if np.isfinite(value) else Undefined("not a number")

@@ -1,8 +1,8 @@
-"""F0 by librosa's pYIN.
+"""Estimate F0 with pYIN from librosa.
 
-librosa compiles its kernels with numba, which writes machine code to a cache on disk without a lock. Two processes
-that compile at the same time can leave parts in the cache that do not fit together. From then on, every call ends in a
-segmentation fault. So the kernels are compiled under a lock, into a cache that only nemo_lfr writes to.
+librosa compiles its kernels with numba, which writes machine code to a cache on disk without a lock. If two processes
+compile at the same time, the files in the cache may not match each other, and every later call ends in a segmentation
+fault. This module therefore compiles the kernels under a lock, into a cache of its own.
 """
 
 import os
@@ -29,10 +29,11 @@ def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         audio: float32 [T] at 16 kHz.
 
     Returns:
-        F0 in Hz, NaN in unvoiced frames, and the voicing decisions, bool; both [frames], with a hop of 20 ms.
+        F0 in Hz, which is NaN in unvoiced frames, and the voicing decisions (bool). Both have shape [frames], with a
+        hop of 20 ms.
 
     Raises:
-        ModuleNotFoundError: librosa is not installed.
+        ModuleNotFoundError: if librosa is not installed.
     """
     f0, voiced, _ = _pyin()(np.ascontiguousarray(audio, dtype=np.float32))
     return f0, voiced
@@ -40,7 +41,7 @@ def estimate_pitch(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _pyin() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return pYIN with all of its kernels compiled or read from the cache."""
+    """Return the pYIN function, after its kernels were compiled or loaded from the cache."""
     with _numba_cache():
         import librosa
 
@@ -53,10 +54,11 @@ def _pyin() -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 @contextmanager
 def _numba_cache() -> Iterator[None]:
-    """Hold the lock of the numba cache, and make numba use that cache for modules that are imported meanwhile.
+    """Lock a cache folder, and make numba use it for modules that are imported inside the context.
 
-    The folder is NUMBA_CACHE_DIR if it is set, else `nemo_lfr/numba` in the user's cache folder, or a temporary folder
-    if that one cannot be written to or locked. Modules of librosa that were imported before keep the cache they have.
+    The folder is NUMBA_CACHE_DIR if this variable is set, otherwise `nemo_lfr/numba` in the user's cache folder. If
+    the folder cannot be written to or locked, a temporary folder is used instead. Modules of librosa that were
+    imported before still use their old cache.
     """
     import numba
 

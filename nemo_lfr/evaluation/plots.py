@@ -1,7 +1,7 @@
-"""Plots of the HTML report as SVG: quality against bit rate, distributions, and spectrograms.
+"""Draw the plots of the HTML report as SVG: quality against bit rate, distributions, and spectrograms.
 
-Text stays text, and colors come from the classes `c0` to `c5` of the page, so that the plots follow its dark mode.
-Codecs also differ by the shape of their markers.
+Labels are SVG text, and colors are set by the CSS classes `c0` to `c5` of the page, so that the plots follow its dark
+mode. The markers of different codecs also differ in shape.
 """
 
 import base64
@@ -16,11 +16,11 @@ from nemo_lfr.evaluation import tables
 from nemo_lfr.evaluation.metrics import Metric, NotMeasured
 from nemo_lfr.evaluation.results import Evaluation, Result
 
-WIDTH = 340  # width of a plot in units of its view box, which are about pixels on a phone
-LEFT, RIGHT = 50, 12  # margins beside the axes
-ROW = 34  # height of one codec in a distribution
+WIDTH = 340  # width of a plot in units of its view box; on a phone, a unit is about one pixel
+LEFT, RIGHT = 50, 12  # margins to the left and right of the axes
+ROW = 34  # height of the row of a codec in a plot of distributions
 NUM_COLORS = 6
-MAX_LABEL = 48  # characters of a codec's name that fit into a plot
+MAX_LABEL = 48  # maximum number of characters of a codec's name that fit into a plot
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
     "M-4 -4h8v8h-8z",  # square
@@ -28,13 +28,13 @@ SHAPES = (
     "M0 -5L5 4h-10z",  # triangle
     "M0 5L5 -4h-10z",  # triangle that points down
 )
-SPECTROGRAM_SIZE = 512  # samples of a window
-SPECTROGRAM_COLUMNS = 480  # maximum; a plot is at most 430 pixels wide
+SPECTROGRAM_SIZE = 512  # samples in a window
+SPECTROGRAM_COLUMNS = 480  # approximate maximum, since a plot is at most 430 pixels wide
 DECIBELS = (-105, -30)  # range of a spectrogram's colors
 
 
 def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[str, Metric]) -> list[dict[str, str]]:
-    """Draw one figure for each metric that has values and defines whether higher or lower is better.
+    """Draw a figure for each metric that has values, and for which higher or lower values are better.
 
     Args:
         evaluation: results to draw.
@@ -42,7 +42,7 @@ def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[s
         metrics: descriptions of the metrics by name.
 
     Returns:
-        Title and SVG of each figure. The identity codec "original" is omitted.
+        Title and SVG of each figure. The figures do not show the identity codec "original".
     """
     codecs = [result for result in evaluation.results if result.name != "original"]
     means = [tables.means(result, keys) for result in codecs]
@@ -63,7 +63,7 @@ def metric_plots(evaluation: Evaluation, keys: Sequence[str], metrics: Mapping[s
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return up to `count` + 1 round values in a range, for an axis.
+    """Return about `count` evenly spaced round values in a range, for the ticks of an axis.
 
     Args:
         low: start of the range.
@@ -83,7 +83,7 @@ def _values(result: Result, keys: Sequence[str], name: str) -> list[float]:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """Return a range with a margin, which is never empty."""
+    """Return a range with a margin on both sides, also if `low` equals `high`."""
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
@@ -109,7 +109,7 @@ def _color(index: int) -> str:
 
 
 def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables.Mean]) -> str:
-    """Draw means with their intervals against the bit rate, on a logarithmic axis."""
+    """Draw the mean and confidence interval of each codec against the bit rate, which has a logarithmic axis."""
     top, height = 8, 190
     bottom = height - 34
     low, high = _padded(min(mean.low for mean in means.values()), max(mean.high for mean in means.values()))
@@ -140,7 +140,11 @@ def _rate_plot(name: str, rates: Mapping[int, float], means: Mapping[int, tables
 
 
 def _distribution(name: str, names: Mapping[int, str], values: Mapping[int, Sequence[float]]) -> str:
-    """Draw a box for each codec: quartiles, values within 1.5 interquartile ranges of them, and the values beyond."""
+    """Draw a box plot for each codec.
+
+    The box shows the quartiles. The line extends to the most distant values within 1.5 interquartile ranges of the
+    box, and dots show the values beyond.
+    """
     height = ROW * len(names) + 28
     bottom = height - 22
     limits = [limit(own) for own in values.values() for limit in (min, max)]

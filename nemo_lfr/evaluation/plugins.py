@@ -1,7 +1,7 @@
-"""Discovery of codecs and metrics: the built-in ones, and those of installed packages.
+"""Find the codecs and metrics of this package and of other installed packages.
 
-A codec or metric registers itself when its module is imported. A package lists such a module in the entry-point group
-`nemo_lfr.evaluation`, so that the command line imports it too:
+A codec or metric is registered when its module is imported. To make the command line import such a module, a package
+lists it in the entry-point group `nemo_lfr.evaluation`:
 
     [project.entry-points."nemo_lfr.evaluation"]
     my_codecs = "my_package.codecs"
@@ -32,14 +32,14 @@ def import_submodules(package: str) -> None:
 def load_plugins() -> None:
     """Import the modules that installed packages list in the entry-point group, once per process.
 
-    A module that cannot be imported is reported by a warning, and its codecs and metrics are missing.
+    If a module cannot be imported, a warning is logged, and the codecs and metrics of this module are not available.
     """
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
         except Exception as error:  # another package's module may raise anything
             logger.warning(
-                "the codecs and metrics of %s are not available because it cannot be imported (%s: %s)",
+                "the codecs and metrics of %s are not available, because this module cannot be imported (%s: %s)",
                 point.value, type(error).__name__, shorten(error, 200),
             )  # fmt: skip
 
@@ -47,13 +47,14 @@ def load_plugins() -> None:
 def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
     """Add an entry to a table of codecs or metrics.
 
-    An entry is replaced by a newer version of itself, so that a cell of a notebook can be run again.
+    An entry replaces an earlier one that was defined in the same module with the same name, so that a notebook cell
+    can be run again.
 
     Args:
         table: the table.
         name: name of the entry.
-        value: the entry: a class, or an object with a `function`.
-        kind: kind of the entries, for the error message.
+        value: the entry: a class, or an object with an attribute `function`.
+        kind: noun for the entries in the error message, such as "codec".
 
     Raises:
         NemoLfrError: if another entry has this name.
@@ -64,11 +65,11 @@ def add_entry(table: dict[str, Any], name: str, value: Any, kind: str) -> None:
 
 
 def in_order(table: dict[str, Any], package: str) -> dict[str, Any]:
-    """Return a table of classes in an order that does not depend on which module was imported first.
+    """Return a table of classes in an order that does not depend on the order of imports.
 
     Args:
         table: classes by name.
-        package: package of the built-in classes, which come first.
+        package: name of the package that contains the built-in classes, which come first.
     """
 
     def place(item: tuple[str, Any]) -> tuple[bool, str]:

@@ -1,7 +1,7 @@
-"""Test sets of NVIDIA's model card, read from the extracted public archives.
+"""Test sets from the data sets that NVIDIA's model card names, read from the extracted public archives.
 
-The card names the data sets but not the samples, so these selections are our own. They are deterministic and
-documented. The values of the card are those of the released checkpoint (170k steps).
+The model card does not list the recordings that NVIDIA used, so the selections in this module are our own. They are
+deterministic. The values from the card are those for the released checkpoint (170k steps).
 """
 
 import random
@@ -23,12 +23,13 @@ DAPS_PIECE = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Preset:
-    """Description of a test set.
+    """Test set of an evaluation.
 
     Attributes:
-        recordings: function that selects the recordings, from the folder of the extracted archives and a seed.
-        card: values of the model card, by metric.
-        selection: description of the selection in one sentence.
+        recordings: function that selects the recordings. Its arguments are the folder with the extracted archives and
+            a random seed.
+        card: values from the model card, by metric.
+        selection: description of the selection for the report.
     """
 
     recordings: Callable[[Path, int], list[Recording]]
@@ -37,17 +38,17 @@ class Preset:
 
 
 def card_mls(folder: Path, seed: int) -> list[Recording]:
-    """Select up to 200 utterances of each language's MLS test set.
+    """Select up to 200 utterances from the MLS test set of each language.
 
     Args:
-        folder: folder of the extracted archives.
-        seed: sampling seed.
+        folder: folder with the extracted archives.
+        seed: random seed of the selection.
 
     Returns:
         Recordings, sorted by language and path.
 
     Raises:
-        NemoLfrError: if languages are missing; the message lists them.
+        NemoLfrError: if the test set of a language is missing; the message lists the missing languages.
     """
     by_language: dict[str, list[Recording]] = {}
     for utterance in mls(folder):
@@ -57,8 +58,8 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
             by_language.setdefault(utterance.labels["lang"], []).append(own)
     if absent := sorted(set(MLS_LANGUAGES) - set(by_language)):
         raise NemoLfrError(
-            f"{folder}: no test set of {', '.join(absent)} in this folder; unpack mls_LANGUAGE.tar.gz of "
-            "openslr.org/94 there."
+            f"{folder}: no MLS test set for {', '.join(absent)} in this folder; unpack mls_LANGUAGE.tar.gz from "
+            "openslr.org/94 into the folder."
         )
     chosen = []
     for language in MLS_LANGUAGES:
@@ -69,13 +70,13 @@ def card_mls(folder: Path, seed: int) -> list[Recording]:
 
 
 def card_daps(folder: Path, seed: int) -> list[Recording]:
-    """Select the clean DAPS recordings of speakers F10 and M10 in 10 s segments.
+    """Select the clean DAPS recordings of the speakers F10 and M10, split into segments of 10 s.
 
-    A remainder of less than 10 s at the end of a file is dropped.
+    The end of a file is dropped if it is shorter than 10 s.
 
     Args:
-        folder: folder of the extracted archive.
-        seed: unused, since the selection is not random.
+        folder: folder with the extracted archive.
+        seed: not used, since the selection is not random.
 
     Returns:
         Recordings, sorted by speaker and path.
@@ -87,7 +88,9 @@ def card_daps(folder: Path, seed: int) -> list[Recording]:
     for speaker in DAPS_SPEAKERS:
         paths = sorted(folder.rglob(f"clean/{speaker}_script*_clean.wav"))
         if not paths:
-            raise NemoLfrError(f"{folder}: no clean/{speaker}_script*_clean.wav below; unpack daps.tar.gz there.")
+            raise NemoLfrError(
+                f"{folder}: no clean/{speaker}_script*_clean.wav in this folder; unpack daps.tar.gz into it."
+            )
         for path in paths:
             labels = {"speaker": speaker, "lang": "english"}
             for piece in range(int(soundfile.info(path).duration // DAPS_PIECE)):
@@ -105,14 +108,14 @@ PRESETS = {
     "card-mls": Preset(
         card_mls,
         {"Squim MOS": 4.43, "SI-SDR": 4.77, "mel distance": 0.143, "STFT distance": 0.060, "CER": 2.16},
-        f"{MLS_SAMPLES} utterances of each of {len(MLS_LANGUAGES)} languages' test sets, sampled from the sorted "
-        "paths with the seed; the model card uses another sample of the same size, from MLS at 44.1 kHz, which is not "
-        "published.",
+        f"{MLS_SAMPLES} utterances from the test set of each of {len(MLS_LANGUAGES)} languages, sampled from the "
+        "sorted paths with the seed. The model card uses another sample of the same size, from a version of MLS at "
+        "44.1 kHz that is not published.",
     ),
     "card-daps": Preset(
         card_daps,
         {"Squim MOS": 4.69, "SI-SDR": 8.07, "mel distance": 0.136, "STFT distance": 0.056, "CER": 0.77},
-        f"DAPS clean, speakers F10 and M10, all scripts in consecutive segments of {DAPS_PIECE:g} s; the model card "
-        "does not say how it segments them.",
+        f"Clean DAPS recordings of the speakers F10 and M10: all scripts, in consecutive segments of {DAPS_PIECE:g} "
+        "s. The model card does not describe its segments.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Selection of the recordings of an evaluation, and the record of the folder's contents."""
+"""Select and read the recordings of an evaluation, and record which recordings its folder contains."""
 
 import json
 import random
@@ -16,20 +16,21 @@ from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.manifests import Recording
 from nemo_lfr.io.regular import open_regular
 
-CLAIMS = "recordings.json"
-SOURCE = "source"  # entry of the file that names where the recordings come from; keys of recordings start with digits
+CLAIMS = "recordings.json"  # file that describes the recordings in a folder, by key
+SOURCE = "source"  # key of the entry that names the source; keys of recordings start with digits
 
 
 def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dict[str, Recording]:
     """Select up to `limit` recordings at random.
 
     Args:
-        recordings: recordings of the manifest.
+        recordings: recordings in the order of the manifest.
         limit: maximum number of recordings; None selects all.
-        seed: sampling seed.
+        seed: random seed of the selection.
 
     Returns:
-        Recordings in the order of the manifest, by a key that is unique within it and does not depend on `limit`.
+        The selected recordings, in the order of the manifest. The key of a recording is unique, and does not depend on
+        `limit`.
     """
     indices = range(len(recordings))
     if limit is not None and limit < len(recordings):
@@ -39,7 +40,7 @@ def choose(recordings: Sequence[Recording], limit: int | None, seed: int) -> dic
 
 
 def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
-    """Read a segment of a recording.
+    """Read a segment of an audio file.
 
     Args:
         path: audio file.
@@ -55,24 +56,24 @@ def read(path: Path, rate: int, offset: float, duration: float) -> np.ndarray:
 
 
 def claim(out: Path, recordings: dict[str, Recording], rate: int, source: str = "") -> None:
-    """Record which recordings the keys in `out` stand for.
+    """Record in an evaluation's folder which recording each key refers to.
 
-    One folder contains recordings of one source, such as a manifest. Otherwise its report would cover other recordings
-    than its stored results.
+    All recordings in a folder must come from the same source, such as a manifest. Otherwise the stored results could
+    belong to other recordings than the report.
 
     Args:
         out: folder of the evaluation.
         recordings: recordings by key, from `choose`.
         rate: sample rate of the comparison in Hz.
-        source: where the recordings come from; an empty string if unknown.
+        source: text that identifies the source of the recordings; an empty string if it is unknown.
 
     Raises:
-        NemoLfrError: if `out` contains recordings of another source, or a position in the source already stands for
-            another recording, other contents or another rate.
+        NemoLfrError: if `out` contains recordings from another source or at another rate, or if a recording differs
+            from the one that was recorded for its position in the source.
     """
     path = out / CLAIMS
     sweep(out, [path.name])
-    files = {item.path for item in recordings.values() if item.path.is_file()}  # missing files produce no outputs
+    files = {item.path for item in recordings.values() if item.path.is_file()}  # a missing file has no results
     contents = {file: digest(file)[:16] for file in files}
     claims: dict[str, object] = {
         key: [str(item.path.resolve()), item.offset, item.duration, rate, contents[item.path]]
@@ -101,10 +102,10 @@ def _stored_claims(path: Path) -> dict[str, object]:
         if not isinstance(stored, dict):
             raise ValueError("expected a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise NemoLfrError(f"{path}: is damaged ({shorten(error, 200)}); choose another --out.") from error
+        raise NemoLfrError(f"{path}: file is damaged ({shorten(error, 200)}); choose another --out.") from error
     return stored
 
 
 def _position(key: str) -> str:
-    """Return the part of a recording's key that is its position in the source."""
+    """Return the digits at the start of a recording's key, which are its position in the source."""
     return key.partition("-")[0]

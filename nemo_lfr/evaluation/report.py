@@ -1,4 +1,4 @@
-"""Evaluation reports as a self-contained HTML page, as Markdown and as CSV."""
+"""Write the report of an evaluation as a self-contained HTML page, as Markdown and as CSV files."""
 
 import base64
 import hashlib
@@ -25,21 +25,24 @@ from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.shortage import missing_extra
 
-EXAMPLE_SECONDS = 10.0
-# Packages that the report and its metrics need, for the installation hint.
+EXAMPLE_SECONDS = 10.0  # maximum duration of an audio example
+# Packages that the report and its metrics need, for the installation command in error messages.
 PACKAGES = ("jinja2", "matplotlib", "pystoi", "pesq", "librosa", "scipy", "jiwer")
-INTERVALS = "Means over recordings, with 95 % bootstrap intervals in parentheses. ↑ higher is better, ↓ lower."
+INTERVALS = (
+    "Means over recordings, with 95 % bootstrap confidence intervals in parentheses. ↑: higher is better, ↓: lower is "
+    "better."
+)
 PAIRED = (
-    "Mean of the first codec's value minus the second's, over the recordings that both have a value for, with the "
-    f"95 % bootstrap interval. {tables.FIRST} the first codec is better, {tables.SECOND} the second; without a mark, "
-    "the interval contains zero or there is only one recording."
+    "Value of the first codec minus value of the second: mean over the recordings for which both codecs have a value, "
+    f"with the 95 % bootstrap confidence interval. {tables.FIRST}: the first codec is better, {tables.SECOND}: the "
+    "second codec is better. Without a mark, the interval contains zero, or there is only one recording."
 )
 
 
 def check_packages() -> None:
     """Check that the packages of the report are installed.
 
-    Called before any recording is processed, so that a missing package is reported at once.
+    Call this function before recordings are processed, so that a missing package is reported at once.
 
     Raises:
         MissingExtraError: if jinja2 or matplotlib cannot be imported.
@@ -71,9 +74,10 @@ def write_report(
         out: output folder.
         title: title of the report.
         command: command line that produced the evaluation, shown in the report.
-        by: manifest keys to group the quality table by, such as "lang".
-        examples: number of recordings to plot and play, spaced evenly over the evaluation.
-        card: values from NVIDIA's model card for the same test set, by metric.
+        by: manifest keys, such as "lang". For each value of such a key, the report contains a quality table.
+        examples: number of recordings for which the page has players and spectrograms. They are spaced evenly over the
+            evaluation.
+        card: values from NVIDIA's model card for the same test set, by metric; None for none.
 
     Returns:
         Paths of the files.
@@ -106,10 +110,10 @@ def write_report(
 
 
 def page(**content: Any) -> str:
-    """Return the HTML page, which loads nothing and runs only its own script.
+    """Return the HTML page. The page loads no other files, and runs only its own script.
 
     Args:
-        content: the arguments of `markdown`, and `plots` and `examples`.
+        content: variables of the page template: the arguments of `markdown`, `plots` and `examples`.
     """
     from jinja2 import Environment
 
@@ -117,7 +121,8 @@ def page(**content: Any) -> str:
     template, style, script = (
         (folder / f"report.{suffix}").read_text(encoding="utf-8") for suffix in ("html.jinja", "css", "js")
     )
-    # The labels of a manifest are untrusted. Even if one were not escaped, a browser would run no other script.
+    # The labels of a manifest are untrusted. With this hash, a browser does not run any script that a label contains,
+    # even if the label was not escaped.
     script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -144,9 +149,9 @@ def markdown(
         title: title of the report.
         subtitle: number and duration of the recordings.
         quality: main quality table.
-        differences: paired differences of the codecs, or None.
+        differences: paired differences between codecs, or None.
         tables: additional tables.
-        gaps: failures and undefined metrics, one line each.
+        gaps: failures and missing values, one line each.
         definitions: names and definitions of the metrics.
         command: command line that produced the evaluation.
         versions: package versions and processor, from `versions`.

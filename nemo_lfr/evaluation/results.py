@@ -1,4 +1,4 @@
-"""Results of an evaluation, as its tables and plots read them."""
+"""Results of an evaluation, from which tables and plots are made."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +13,15 @@ class Result:
 
     Attributes:
         name: name of the codec in tables.
-        delay: delay of the codec in seconds, which is compensated.
+        delay: delay of the codec's output in seconds, which was compensated.
         levels: FSQ levels of the codebooks; see `ComparedCodec`.
-        folder: folder of the codec's outputs and journals.
-        round_trips: sizes and times by recording key: seconds, num_bytes, file_bytes, encode_seconds, decode_seconds.
-            If an entropy model is available also frames, compressed_bytes, compressed_file_bytes.
-        values: metrics by recording key.
-        failures: error messages by recording key.
+        folder: folder that contains the codec's outputs and journals.
+        round_trips: for each recording key, a dictionary with the duration in seconds ("seconds"), the sizes in bytes
+            ("num_bytes", "file_bytes") and the times in seconds ("encode_seconds", "decode_seconds"). If an entropy
+            model is available, it also contains the number of frames ("frames") and the sizes "compressed_bytes" and
+            "compressed_file_bytes".
+        values: values of the metrics, by recording key and name of the metric.
+        failures: error message for each recording that failed, by recording key.
     """
 
     name: str
@@ -31,11 +33,11 @@ class Result:
     failures: dict[str, str] = field(default_factory=dict)
 
     def audio(self, key: str) -> Path:
-        """Return the path of the codec's output for a recording."""
+        """Return the path of the audio that the codec produced from a recording."""
         return self.folder / f"{key}.wav"
 
     def tokens(self, key: str) -> Path:
-        """Return the path of the tokens of a recording."""
+        """Return the path of the tokens that the codec produced from a recording."""
         return self.folder / f"{key}.npy"
 
 
@@ -47,9 +49,9 @@ class Evaluation:
         recordings: recordings by key.
         rate: sample rate of the comparison in Hz.
         results: results of each codec.
-        absent: reason for each metric that is not available.
-        models: name of the model for each model-based metric.
-        failed_models: kind of each requested model that could not be loaded, with the reason.
+        absent: for each metric that is not available, the reason.
+        models: for each metric that a model computes, the name of the model.
+        failed_models: for the kind of each requested model that could not be loaded, the reason.
     """
 
     recordings: dict[str, Recording]

@@ -1,8 +1,9 @@
-"""Resumable evaluation of several codecs: `nemo-lfr evaluate` without its report.
+"""Evaluate several codecs, and resume an interrupted evaluation.
 
-OUT/codecs/NAME-IDENTITY/ contains the output of each codec: KEY.wav (float samples), KEY.npy (tokens), and the
-journals `sent.jsonl` (sizes and times) and `metrics.jsonl`, with one more journal for each model-based metric. A run
-that was interrupted, or is repeated with more codecs or recordings, only computes the missing results.
+Each codec has a folder OUT/codecs/NAME-IDENTITY/. For each recording, the folder contains KEY.wav (float samples) and
+KEY.npy (tokens). The journals `sent.jsonl` (sizes and times), `metrics.jsonl`, and one for each model that computes
+metrics contain the results. If a run is repeated after an interruption, or with more codecs or recordings, only the
+missing results are computed.
 """
 
 import hashlib
@@ -49,19 +50,19 @@ def evaluate(
 
     Args:
         recordings: recordings by key, from `choose`.
-        codecs: the codecs, as returned by `open_codec`.
-        out: existing folder of the codecs' outputs and the journals. The caller holds its lock, see
-            `nemo_lfr.io.exclusive`, until it has written the report.
-        rate: sample rate of the comparison in Hz; the output of codecs with another rate is resampled.
-        device: PyTorch device of the models; chosen automatically if None.
-        jobs: number of processes for the metrics. Codecs always run one recording at a time on all threads, so that
-            their times are comparable.
-        models: model for each kind of model metric that is requested; see `open_model_metrics`.
-        source: where the recordings come from; see `claim`.
+        codecs: codecs to compare, from `open_codec`.
+        out: existing folder for the outputs of the codecs and the journals. The caller must hold the lock of the
+            folder until it has written the report; see `nemo_lfr.io.exclusive`.
+        rate: sample rate of the comparison in Hz. The output of a codec with another sample rate is resampled.
+        device: PyTorch device for models that compute metrics; chosen automatically if None.
+        jobs: number of processes that compute metrics. Each codec processes one recording at a time with all threads,
+            so that the times of the codecs are comparable.
+        models: model for each requested kind of model metric; see `open_model_metrics`.
+        source: text that identifies the source of the recordings; see `claim`.
         progress: progress callback; see `nemo_lfr.io.journal`.
 
     Returns:
-        Results of all codecs.
+        The results of all codecs.
 
     Raises:
         NemoLfrError: if `out` contains an evaluation of other recordings, or a kind of model metric is unknown.
@@ -76,7 +77,7 @@ def evaluate(
     names: Counter[str] = Counter()
     with progress(len(codecs) * len(recordings)) as advance:
         for codec in codecs:
-            names[codec.name] += 1  # two checkpoints may have the same file name
+            names[codec.name] += 1  # different checkpoints may have the same file name
             result = _new_result(codec, names[codec.name], out)
             _run_codec(codec, recordings, rate, result, advance)
             results.append(result)
@@ -88,11 +89,11 @@ def evaluate(
 
 
 def _new_result(codec: ComparedCodec, number: int, out: Path) -> Result:
-    """Return an empty result with its folder, which is created.
+    """Return an empty result for a codec, and create its folder.
 
     Args:
         codec: the codec.
-        number: number of codecs with the same name so far, including this one.
+        number: number of codecs so far with the same name, including this codec.
         out: folder of the evaluation.
     """
     digest = hashlib.sha256(codec.identity.encode()).hexdigest()[:8]
@@ -118,12 +119,14 @@ def _run_codec(
                 try:
                     audio = read(recording.path, rate, recording.offset, recording.duration)
                     if not len(audio):
-                        raise NemoLfrError(f"{recording.path}: contains no samples at {recording.offset:g} s.")
-                    if not warm:  # the first call initializes threads and kernels, and is not timed
+                        raise NemoLfrError(
+                            f"{recording.path}: no samples at {recording.offset:g} s; correct the offset."
+                        )
+                    if not warm:  # do not time the first call, which initializes threads and kernels
                         codec.round_trip(audio[:rate], rate)
                         warm = True
                     trip = codec.round_trip(audio, rate)
-                    Signal(trip.audio, rate)  # validates the samples before they are written
+                    Signal(trip.audio, rate)  # validate the samples before they are written
                 except Exception as error:  # third-party codecs can raise anything
                     result.failures[key] = reason = _reason(error)
                     advance(f"{result.name}: {recording.name}: {reason}")
@@ -141,12 +144,12 @@ def _is_round_trip(entry: Any) -> bool:
 
 
 def _store_round_trip(trip: RoundTrip, num_samples: int, rate: int, result: Result, key: str) -> dict[str, float]:
-    """Write the audio and tokens of a recording, and return its journal entry."""
+    """Write the audio and tokens that a codec produced from a recording, and return the journal entry."""
     if trip.tokens is not None:
         array = io.BytesIO()
         np.save(array, trip.tokens.astype(np.int32))
         write_bytes(result.tokens(key), array.getvalue())
-    # Encode in memory first: libsndfile does not report why a write failed, for example on a full disk.
+    # Encode in memory first, since libsndfile does not report why writing failed, for example on a full disk.
     audio = io.BytesIO()
     soundfile.write(audio, trip.audio, rate, subtype="FLOAT", format="WAV")
     write_bytes(result.audio(key), audio.getvalue())
@@ -160,7 +163,7 @@ def _store_round_trip(trip: RoundTrip, num_samples: int, rate: int, result: Resu
     if trip.tokens is not None and trip.compressed_bytes is not None and trip.compressed_file_bytes is not None:
         entry["frames"] = trip.tokens.shape[1]
         entry |= {"compressed_bytes": trip.compressed_bytes, "compressed_file_bytes": trip.compressed_file_bytes}
-    # JSON cannot represent the numbers of numpy, which a codec of another package may return.
+    # JSON cannot represent NumPy scalars, which a codec of another package may return.
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in entry.items()}
 
 
@@ -168,7 +171,7 @@ def _run_model_metric(
     model: ModelMetric, recordings: dict[str, Recording], results: Iterable[Result], rate: int, progress: Progress
 ) -> None:
     for result in results:
-        # Stored results are valid only for the same model and the same text and language.
+        # Stored results are valid only for the same model, text and language.
         with Journal(result.folder / f"{_identity(model.name)}.jsonl") as journal:
             known: dict[str, dict[str, Any]] = {
                 entry[0]: entry[1]
@@ -200,7 +203,7 @@ def _identity(model: str) -> str:
 
 
 def _labels(recording: Recording) -> str:
-    """Return a short hash of the labels that model-based metrics depend on."""
+    """Return a short hash of the labels on which model metrics depend."""
     labels = [str(recording.labels.get(key)) for key in ("text", "lang")]
     return hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
 

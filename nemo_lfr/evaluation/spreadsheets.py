@@ -1,4 +1,4 @@
-"""Results of an evaluation as CSV files."""
+"""Write the results of an evaluation as CSV text."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ SUFFIXES = ("", " low", " high", " n")
 
 
 def per_recording(evaluation: Evaluation) -> str:
-    """Return a CSV with one line per codec and recording, and empty missing values."""
+    """Return CSV text with one line for each codec and recording. Cells of missing values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["codec", "recording", "offset", "seconds", "bytes", "file_bytes", *all_metrics()])
@@ -32,7 +32,11 @@ def per_recording(evaluation: Evaluation) -> str:
 
 
 def summary(evaluation: Evaluation) -> str:
-    """Return a CSV with one line per codec: mean of each metric with its interval."""
+    """Return CSV text with one line for each codec.
+
+    The line contains the mean of each metric over the recordings, the ends of its 95 % confidence interval, and the
+    number of recordings.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [f"{name}{suffix}" for name in all_metrics() for suffix in SUFFIXES]
@@ -49,7 +53,11 @@ def summary(evaluation: Evaluation) -> str:
 
 
 def differences(evaluation: Evaluation) -> str:
-    """Return a CSV with one line per pair of codecs: mean paired difference of each metric with its interval."""
+    """Return CSV text with one line for each pair of codecs.
+
+    For each metric, the line contains the mean of the paired differences (first codec minus second codec), the ends of
+    its 95 % confidence interval, and the number of recordings for which both codecs have a value.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["codec", "minus codec", *(f"{name}{suffix}" for name in all_metrics() for suffix in SUFFIXES)])

@@ -1,6 +1,6 @@
-"""Result tables of an evaluation.
+"""Tables for the report of an evaluation.
 
-The tables contain means with confidence intervals, cost, compression and codebook use.
+The tables contain the means of metrics with confidence intervals, cost, compression and codebook use.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from nemo_lfr.evaluation.results import Evaluation, Result
 RESAMPLES = 10_000
 NONE = "-"
 CARD = "NVIDIA's card, released weights"
-FIRST, SECOND = "◀", "▶"  # which codec of a pair is better
-REFERENCES = ("original", CARD)  # rows that do not compete for the best value
+FIRST, SECOND = "◀", "▶"  # marks: the first or the second codec of a pair is better
+REFERENCES = ("original", CARD)  # names of rows that are never marked as best
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of `count` recordings with its 95 % percentile bootstrap interval."""
+    """Mean over `count` recordings with its 95 % confidence interval (percentile bootstrap)."""
 
     value: float
     low: float
@@ -35,18 +35,18 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """Compute the mean of at least one value and its bootstrap interval."""
+        """Compute the mean of one or more values, and its confidence interval."""
         rng, found = np.random.default_rng(0), np.asarray(values, float)
-        # Resample in blocks: all resamples at once would need gigabytes for a large test set.
+        # Draw the resamples in blocks, since all of them together need gigabytes of memory for a large test set.
         blocks = [rng.choice(found, (RESAMPLES // 50, len(found))).mean(axis=1) for _ in range(50)]
         draws = np.concatenate(blocks)
         low, high = np.quantile(draws, (0.025, 0.975))
         mean = float(np.mean(values))
-        # Rounding may put the mean outside the interval, and matplotlib rejects negative error bars.
+        # Because of rounding, the mean may be slightly outside the interval.
         return cls(mean, min(mean, float(low)), max(mean, float(high)), len(values))
 
     def text(self, digits: int) -> str:
-        """Format the mean and its interval; a single value has no interval."""
+        """Format the mean and its confidence interval, or only the mean if there is a single value."""
         if self.count == 1:
             return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
@@ -59,8 +59,9 @@ class Table:
     Attributes:
         title: title, or an empty string.
         head: names of the columns.
-        rows: rows of cells; the first cell of each is the codec's name.
-        better: for each column "higher" or "lower" if its best value is marked, else None; or an empty list.
+        rows: rows of cells. The first cell in each row is the codec's name.
+        better: for each column, "higher" or "lower" if the best value in the column is marked, otherwise None. An
+            empty list marks no values.
     """
 
     title: str
@@ -70,9 +71,9 @@ class Table:
 
     @cached_property
     def best(self) -> frozenset[tuple[int, int]]:
-        """Return row and column of the best values, as they are displayed.
+        """Return the row and column of the best values, which are compared as they are displayed.
 
-        The rows in `REFERENCES` do not compete, and a column of equal values has no best one.
+        Rows in `REFERENCES` are ignored, and a column in which all values are equal has no best value.
         """
         found = set()
         for column, better in enumerate(self.better):
@@ -101,19 +102,19 @@ class Table:
 
 
 def number(cell: str) -> float | None:
-    """Return the first number in a cell, or None if it has none."""
+    """Return the first number in a cell; None if the cell contains no number."""
     match = re.search(r"[-+]?\d+(\.\d+)?", cell)
     return float(match[0]) if match else None
 
 
 def shorten_name(name: str, length: int) -> str:
-    """Return a name, or its start and end if it is longer than `length` characters."""
+    """Return a name. The middle of a name that is longer than `length` characters is replaced by an ellipsis."""
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def means(result: Result, keys: Iterable[str]) -> dict[str, Mean]:
-    """Compute the mean of each metric over the recordings that have a value."""
+    """Compute the mean of each metric over the recordings for which it has a value."""
     columns: dict[str, list[float]] = {}
     for key in keys:
         for name, value in result.values.get(key, {}).items():
@@ -131,10 +132,10 @@ def quality(
         evaluation: results to tabulate.
         keys: keys of the recordings to include.
         title: title of the table.
-        card: values of NVIDIA's model card for the same test set, by metric, added as a last row.
+        card: values from NVIDIA's model card for the same test set, by metric. They are added as the last row.
 
     Returns:
-        A table with a column for each metric that any codec has.
+        A table with a column for each metric for which any codec has a value.
     """
     found = [means(result, keys) for result in evaluation.results]
     metrics = all_metrics()
@@ -152,18 +153,18 @@ def quality(
 
 
 def heading(name: str, metric: Metric) -> str:
-    """Return the column name of a metric, with its unit and an arrow that says whether higher or lower is better."""
+    """Return the column name of a metric, with its unit, and an arrow up if higher or down if lower is better."""
     arrow = {"higher": " ↑", "lower": " ↓", None: ""}[metric.better]
     return f"{name}{f' ({metric.unit})' if metric.unit else ''}{arrow}"
 
 
 def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
-    """Tabulate the paired differences of each two codecs, over the recordings that both have values for.
+    """Tabulate the paired differences between codecs, with one row for each pair of codecs.
 
     Returns:
-        A table with a row for each pair of codecs, or None if there are fewer than two codecs besides "original". A
-        cell contains the mean of the first codec's value minus the second's and its interval. If the interval excludes
-        zero, FIRST or SECOND says which codec is better.
+        A table, or None if there are fewer than two codecs besides "original". Each cell contains the mean of the
+        differences (first codec minus second codec) over the recordings for which both codecs have a value, and its
+        confidence interval. If the interval excludes zero, the mark FIRST or SECOND shows which codec is better.
     """
     metrics = all_metrics()
     codecs = [result for result in evaluation.results if result.name not in REFERENCES]
@@ -184,16 +185,16 @@ def differences(evaluation: Evaluation, keys: Sequence[str]) -> Table | None:
 
 
 def paired_mean(first: Result, second: Result, keys: Iterable[str], name: str) -> Mean | None:
-    """Compute the mean paired difference of a metric between two codecs.
+    """Compute the mean of the paired differences in a metric, first codec minus second codec.
 
     Args:
         first: results of the first codec.
-        second: results of the second codec, which are subtracted.
+        second: results of the second codec.
         keys: keys of the recordings.
         name: name of the metric.
 
     Returns:
-        The mean with its bootstrap interval, or None if no recording has both values.
+        The mean with its confidence interval, or None if there is no recording for which both codecs have a value.
     """
     pairs = ([result.values.get(key, {}).get(name, NotMeasured()) for result in (first, second)] for key in keys)
     found = [a - b for a, b in pairs if not isinstance(a, NotMeasured) and not isinstance(b, NotMeasured)]
@@ -217,7 +218,7 @@ def _cell(mean: Mean | None, digits: int, count: int) -> str:
 
 
 def cost(evaluation: Evaluation) -> Table:
-    """Tabulate bit rate, delay and speed, with one row for each codec."""
+    """Tabulate the bit rate, delay and speed of each codec."""
     rows = []
     for result in evaluation.results:
         seconds, encode, decode = (
@@ -246,9 +247,9 @@ def cost(evaluation: Evaluation) -> Table:
 
 
 def compression(evaluation: Evaluation) -> Table | None:
-    """Tabulate bit rates with and without entropy coding, one row for each codec.
+    """Tabulate the bit rate of each codec, with and without entropy coding.
 
-    The bits per frame can be compared with the loss of a language model over the same tokens, in bits per frame.
+    The bits per frame can be compared with the loss of a language model on the same tokens, in bits per frame.
 
     Returns:
         The table, or None if no codec has an entropy model.
@@ -282,10 +283,10 @@ def compression(evaluation: Evaluation) -> Table | None:
 
 
 def codebooks(evaluation: Evaluation) -> Table | None:
-    """Tabulate the codebook use of each codec that has tokens.
+    """Tabulate the codebook use of each codec whose tokens are stored.
 
     Returns:
-        The table, or None if no codec has tokens.
+        The table, or None if there are no tokens.
     """
     import torch
 
@@ -318,7 +319,7 @@ def codebooks(evaluation: Evaluation) -> Table | None:
 
 
 def groups(evaluation: Evaluation, label: str) -> list[Table]:
-    """Return a quality table for each value of the manifest key `label`."""
+    """Return a quality table for each value that the manifest key `label` has."""
     by_value: dict[str, list[str]] = {}
     for key, recording in evaluation.recordings.items():
         by_value.setdefault(str(recording.labels.get(label, "(none)")), []).append(key)
@@ -328,7 +329,7 @@ def groups(evaluation: Evaluation, label: str) -> list[Table]:
 def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Return the name and definition of each metric.
 
-    The definition includes the metric's model, or the reason if the metric is missing.
+    The definition also names the model that computed the metric, or the reason why the metric is not available.
     """
     measured = {name for result in evaluation.results for own in result.values.values() for name in own}
     lines = []
@@ -343,7 +344,7 @@ def definitions(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def gaps(evaluation: Evaluation) -> list[str]:
-    """List the failed recordings, and count the undefined metrics by reason."""
+    """List the failed recordings, and the number of missing values for each metric and reason."""
     lines = [
         f"{result.name}: {evaluation.recordings[key].name}: {why}"
         for result in evaluation.results
@@ -359,20 +360,20 @@ def gaps(evaluation: Evaluation) -> list[str]:
 
 
 def kilobits(result: Result, keys: Iterable[str], kind: str = "num_bytes") -> float:
-    """Compute the mean bit rate in kbit/s over recordings.
+    """Compute the mean bit rate of a codec over recordings.
 
     Args:
-        result: results of a codec.
+        result: results of the codec.
         keys: keys of the recordings.
-        kind: size to use, a key of `Result.round_trips`.
+        kind: which size to use, for example "num_bytes"; see `Result.round_trips`.
 
     Returns:
-        Total bits by total duration, in kbit/s.
+        Total size divided by total duration, in kbit/s.
     """
     own = [result.round_trips[key] for key in keys if key in result.round_trips]
     return sum(sent[kind] for sent in own) * 8 / 1000 / max(sum(sent["seconds"] for sent in own), 1e-9)
 
 
 def format_kilobits(result: Result, keys: Iterable[str], kind: str) -> str:
-    """Format the bit rate of `kilobits`; a codec without outputs has none."""
+    """Format the bit rate from `kilobits`, or return a dash for a codec without outputs."""
     return f"{kilobits(result, keys, kind):.2f}" if result.round_trips else NONE

@@ -1,4 +1,4 @@
-"""Computation of the metrics of an evaluation, in several processes."""
+"""Compute the metrics of an evaluation in several processes."""
 
 import os
 import pickle
@@ -29,12 +29,12 @@ MAX_WORKERS = 61  # limit of a process pool on Windows
 
 @dataclass(frozen=True)
 class Output:
-    """Output of one codec whose metrics are missing.
+    """Audio that a codec produced from a recording, and the metrics to compute for it.
 
     Attributes:
-        index: index of the codec in the results.
-        path: file of the output.
-        names: names of the missing metrics.
+        index: index of the codec in the list of results.
+        path: file that contains the audio.
+        names: names of the metrics that are missing.
     """
 
     index: int
@@ -44,14 +44,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Task:
-    """One recording with the outputs of all codecs, so that the features of the original are computed once.
+    """Recording and the outputs of all codecs for it, so that the features of the original are computed only once.
 
     Attributes:
         key: key of the recording.
-        recording: the original.
+        recording: the original recording.
         rate: sample rate of the comparison in Hz.
         outputs: outputs of the codecs.
-        table: descriptions of all metrics, since a worker process has not registered those of other packages.
+        table: descriptions of all metrics. A worker process needs them, because metrics of other packages are not
+            registered there.
     """
 
     key: str
@@ -67,11 +68,11 @@ Measured = tuple[str, list[tuple[int, dict[str, Value]]]]
 def measure_all(
     recordings: dict[str, Recording], results: Sequence[Result], rate: int, jobs: int, progress: Progress
 ) -> None:
-    """Compute the metrics that the journals of the codecs do not contain, and store them.
+    """Compute the metrics that are missing from the journals of the codecs, and add them to the journals.
 
     Args:
         recordings: recordings by key.
-        results: results of each codec; `values` is filled.
+        results: results of each codec. All metrics are added to their `values`.
         rate: sample rate of the comparison in Hz.
         jobs: number of processes.
         progress: progress callback; see `nemo_lfr.io.journal`.
@@ -88,7 +89,7 @@ def measure_all(
         if outputs:
             tasks.append(Task(key, recording, rate, outputs, METRICS))
     with ExitStack() as stack, progress(len(tasks)) as advance:
-        folders = dict.fromkeys(result.folder for result in results)  # two names of the same codec share a folder
+        folders = dict.fromkeys(result.folder for result in results)  # the same codec under two names has one folder
         journals = {folder: stack.enter_context(Journal(folder / JOURNAL)) for folder in folders}
         for key, measured in _in_parallel(tasks, jobs):
             for index, values in measured:
@@ -97,7 +98,7 @@ def measure_all(
 
 
 def are_values(values: Any) -> bool:
-    """Return whether a journal entry maps metric names to values or reasons."""
+    """Return whether a journal entry is a dictionary from metric names to values or reasons."""
     return isinstance(values, dict) and all(isinstance(value, str) or is_number(value) for value in values.values())
 
 
@@ -107,15 +108,12 @@ def is_number(value: Any) -> bool:
 
 
 def values_from_json(values: dict[str, Any]) -> dict[str, Value]:
-    """Convert a journal entry to metric values.
-
-    Text becomes `Undefined` with that reason.
-    """
+    """Convert a journal entry to metric values. A string becomes `Undefined` with this reason."""
     return {name: Undefined(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def read_pair(recording: Recording, output: Path, rate: int) -> tuple[Signal, Signal]:
-    """Read a recording and the output of a codec for it, trimmed or padded to the same length."""
+    """Read a recording, and the output of a codec for it, which is trimmed or padded to the same length."""
     original = Signal(read(recording.path, rate, recording.offset, recording.duration), rate)
     return original, read_output(output, original)
 
@@ -136,7 +134,8 @@ def _load_values(result: Result, recordings: dict[str, Recording]) -> None:
 def _store_values(result: Result, journal: Journal, key: str, values: dict[str, Value]) -> None:
     """Store the metrics of a recording.
 
-    Metrics that need a missing package are not written to the journal, so that the next run computes them.
+    A metric that failed, for example because a package is missing, is not written to the journal, so that the next run
+    computes it.
     """
     result.values.setdefault(key, {}).update(values)
     final = {name: value for name, value in values.items() if isinstance(value, Undefined | float)}
@@ -159,13 +158,13 @@ def _in_parallel(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
 
 
 def _check_functions(table: Mapping[str, Metric]) -> None:
-    """Raise an error for a metric whose function worker processes cannot import."""
+    """Raise NemoLfrError if a metric has a function that worker processes cannot import."""
     for name, metric in table.items():
         try:
             pickle.dumps(metric)
         except Exception as error:  # pickle raises errors of several classes
             raise NemoLfrError(
-                f"metric {name!r} cannot be sent to worker processes ({shorten(error, 200)}); define its function at "
+                f"metric {name!r} cannot be sent to worker processes ({shorten(error, 200)}); define the function at "
                 "the top level of a module, or use --workers 1."
             ) from error
 

@@ -138,17 +138,17 @@ def test_codecs_of_transformers_run_from_a_folder(tmp_path, speech, kind, settin
 def test_missing_weights_are_named_and_not_downloaded(tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="comes with NeMo")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(NemoLfrError, match=r"mimi: no weights in .*; fetch them first: hf download"):
+    with pytest.raises(NemoLfrError, match=r"mimi: no weights in .*; download them first: hf download"):
         open_codec(f"mimi:8:{tmp_path / 'none'}")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mp3:64", "unknown; use codec2:BIT"),
+        ("mp3:64", "unknown codec; use one of codec2:BIT"),
         ("opus", "pass a number of kbit/s from 6 to 256"),
         ("opus:fast", "pass a number"),
-        ("codec2:9600", "unknown mode; use one of 3200"),
+        ("codec2:9600", "unknown bit rate; use one of 3200"),
         ("original:x", "no options"),
         ("none.nemo", "no such file"),
         ("nemo:none.nemo", "no such file"),

@@ -108,7 +108,7 @@ def test_models_that_were_not_requested_are_reported_with_their_option():
 
 @pytest.mark.parametrize("kind", ["asr", "speaker"])
 def test_a_kind_without_a_model_asks_for_one(kind):
-    assert "pass one, as in --" in open_model_metrics({kind: ""}, "cpu").failed[kind]
+    assert "pass one, for example --" in open_model_metrics({kind: ""}, "cpu").failed[kind]
 
 
 def test_unknown_kinds_are_rejected():

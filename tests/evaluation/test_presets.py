@@ -49,7 +49,7 @@ def test_mls_uses_all_recordings_if_there_are_fewer_than_in_the_card(mls):
 
 def test_languages_that_are_missing_are_named(tmp_path, mls):
     (tmp_path / "mls_german").symlink_to(mls / "mls_german")
-    with pytest.raises(NemoLfrError, match=r"no test set of dutch, english, .*spanish in this folder; unpack"):
+    with pytest.raises(NemoLfrError, match=r"no MLS test set for dutch, english, .*spanish in this folder; unpack"):
         PRESETS["card-mls"].recordings(tmp_path, 0)
 
 

@@ -1,7 +1,7 @@
-"""Codecs that an evaluation compares: one file for each.
+"""Codecs that an evaluation can compare, with one module for each.
 
-A codec is a subclass of `ComparedCodec`, decorated with `register_codec`. All modules of this folder are imported when
-the first codec is opened; they import large packages only in functions.
+A codec is a subclass of `ComparedCodec` that is decorated with `register_codec`. When the first codec is opened, all
+modules in this folder are imported. They must therefore import large packages only inside functions.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ _registered: dict[str, "type[ComparedCodec]"] = {}
 
 
 def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
-    """Register a codec under its `kind`; can be used as a class decorator.
+    """Register a codec under its `kind`. This function can be used as a class decorator.
 
     Args:
         codec: class of the codec.
@@ -25,7 +25,7 @@ def register_codec(codec: "type[ComparedCodec]") -> "type[ComparedCodec]":
         The same class.
 
     Raises:
-        NemoLfrError: if another codec has this `kind`.
+        NemoLfrError: if another codec has the same `kind`.
     """
     add_entry(_registered, codec.kind, codec, "codec")
     return codec
@@ -44,18 +44,18 @@ def codec_usage() -> str:
 
 
 def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
-    """Open the codec that `text` names.
+    """Open a codec.
 
     Args:
-        text: one of the forms in `codec_usage()`. A `.nemo` or `.ckpt` file or a Hub id without a prefix is opened as
-            `lfr`.
+        text: value of `--codec`; see `codec_usage`. A `.nemo` or `.ckpt` file or a Hub id without a prefix is opened
+            as `lfr`.
         device: PyTorch device; chosen automatically if None.
 
     Returns:
         The codec.
 
     Raises:
-        NemoLfrError: if the codec is unknown, or a program, package or weights that it needs are missing.
+        NemoLfrError: if the codec is unknown, or if a program, a package or weights that it needs are missing.
     """
     kinds = codec_kinds()
     kind, _, options = text.partition(":")
@@ -63,4 +63,4 @@ def open_codec(text: str, device: str | None = None) -> "ComparedCodec":
         return kinds[kind](options, device)
     if text.endswith((".nemo", ".ckpt")) or "/" in text:
         return kinds["lfr"](text, device)
-    raise NemoLfrError(f"--codec {text}: unknown; use {codec_usage()}.")
+    raise NemoLfrError(f"--codec {text}: unknown codec; use one of {codec_usage()}.")

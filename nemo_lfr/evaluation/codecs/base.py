@@ -1,4 +1,4 @@
-"""Common interface of the codecs that an evaluation compares, and helpers for their implementations."""
+"""Base class for the codecs that an evaluation compares, and helpers for subclasses."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,13 +17,13 @@ class RoundTrip:
 
     Attributes:
         audio: reconstruction, float32, shape [T], with the rate and length of the recording.
-        num_bytes: size of the payload without a container.
-        file_bytes: size of a file in the codec's usual format, including the container.
-        encode_seconds: wall-clock time of encoding; for external programs including their startup.
-        decode_seconds: wall-clock time of decoding, likewise.
-        tokens: token ids, shape [C, T_encoded], or None if the codec has no tokens.
-        compressed_bytes: as `num_bytes` with the tokens compressed by an entropy model, or None without a model.
-        compressed_file_bytes: as `file_bytes` with the tokens compressed by an entropy model, or None without a model.
+        num_bytes: size of the encoded data in bytes, without a container.
+        file_bytes: size in bytes of a file in the codec's usual format, including the container.
+        encode_seconds: wall-clock time of encoding, including the start of external programs.
+        decode_seconds: wall-clock time of decoding, including the start of external programs.
+        tokens: token ids, shape [C, T_encoded]; None if the codec has no tokens.
+        compressed_bytes: size of the encoded data after an entropy model has compressed it; None without such a model.
+        compressed_file_bytes: size of the file with compressed data; None without an entropy model.
     """
 
     audio: np.ndarray
@@ -37,22 +37,22 @@ class RoundTrip:
 
 
 class ComparedCodec(ABC):
-    """Base class of the compared codecs, each at one setting.
+    """Base class for codecs that an evaluation compares. An instance has one setting, such as a bit rate.
 
     Attributes:
         kind: prefix of the codec in `--codec`.
-        usage: form of its `--codec` value, for the help text, such as "opus:KBIT".
-        name: name in tables.
-        identity: string that identifies the weights or the version of the program, and thus the results.
-        delay: delay of the output in seconds, which `round_trip` compensates.
+        usage: form of the codec's `--codec` value for the help text, such as "opus:KBIT".
+        name: name of the codec in tables.
+        identity: text that identifies the weights, or the version of the program. It must change if the results do.
+        delay: delay of the codec's output in seconds. `round_trip` compensates it.
         levels: FSQ levels of each dimension of a codebook; (size,) for codebooks other than FSQ; () without tokens.
 
     Args:
-        options: text after the colon in `--codec`. Unless a subclass reads it, any text is an error.
+        options: text after the colon in `--codec`. It must be empty unless a subclass reads it.
         device: PyTorch device; chosen automatically if None.
 
     Raises:
-        NemoLfrError: if the options are invalid, or a program, package or weights are missing.
+        NemoLfrError: if the options are invalid, or if a program, a package or weights are missing.
     """
 
     kind: ClassVar[str]
@@ -64,7 +64,7 @@ class ComparedCodec(ABC):
 
     def __init__(self, options: str = "", device: str | None = None) -> None:
         if options:
-            raise NemoLfrError(f"{self.kind}:{options}: {self.kind} has no options; use {self.usage}.")
+            raise NemoLfrError(f"--codec {self.kind}:{options}: {self.kind} has no options; use {self.usage}.")
 
     @abstractmethod
     def round_trip(self, audio: np.ndarray, rate: int) -> RoundTrip:
@@ -75,28 +75,28 @@ class ComparedCodec(ABC):
             rate: sample rate of the audio in Hz.
 
         Returns:
-            The reconstruction at the same rate and of the same length, with its sizes in bytes and times in seconds.
+            The reconstruction, with the same rate and length, and the sizes and times.
         """
 
 
 def resample_to(wave: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """Resample audio [T]; equal rates return it unchanged."""
+    """Resample audio [T]. If the rates are equal, return the audio unchanged."""
     return wave if from_rate == to_rate else resample(wave, from_rate, to_rate)
 
 
 def fit(wave: np.ndarray, length: int) -> np.ndarray:
-    """Trim or zero-pad audio [T] to `length` samples, as float32."""
+    """Trim or zero-pad audio [T] to `length` samples, and convert it to float32."""
     return np.pad(wave[:length], (0, max(length - len(wave), 0))).astype(np.float32)
 
 
 def parse_number(text: str, kind: str, low: float, high: float, unit: str) -> float:
-    """Return the number in the options of a codec.
+    """Parse the options of a codec as a number.
 
     Args:
         text: the options.
         kind: `kind` of the codec, for the error message.
-        low: smallest accepted value.
-        high: largest accepted value.
+        low: smallest valid value.
+        high: largest valid value.
         unit: unit of the number, for the error message.
 
     Raises:
@@ -107,5 +107,7 @@ def parse_number(text: str, kind: str, low: float, high: float, unit: str) -> fl
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        raise NemoLfrError(f"{kind}:{text}: pass a number of {unit} from {low:g} to {high:g}, as in {kind}:6.")
+        raise NemoLfrError(
+            f"--codec {kind}:{text}: pass a number of {unit} from {low:g} to {high:g}, for example {kind}:6."
+        )
     return value

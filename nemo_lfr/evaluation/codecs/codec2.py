@@ -1,4 +1,4 @@
-"""Codec2, by its own programs."""
+"""Codec2, run by its command-line programs."""
 
 import tempfile
 from pathlib import Path
@@ -10,8 +10,8 @@ from nemo_lfr.evaluation.codecs import register_codec
 from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip, fit, resample_to
 from nemo_lfr.evaluation.codecs.programs import program_version, run_timed
 
-# Codec2's programs do not compensate their delay. Delays in seconds that give the best ESTOI and mel distance,
-# measured to within 1 ms.
+# Delay of each mode in seconds, which Codec2's programs do not compensate. These values give the best ESTOI and mel
+# distance, and were measured in steps of 1 ms.
 DELAYS = {mode: 0.02 for mode in ("3200", "2400", "1600", "1400", "1300", "1200")} | {"700C": 0.03}
 
 
@@ -19,7 +19,7 @@ DELAYS = {mode: 0.02 for mode in ("3200", "2400", "1600", "1400", "1300", "1200"
 class Codec2(ComparedCodec):
     """Codec2 at a bit rate in bit/s and a sample rate of 8 kHz.
 
-    Runs c2enc and c2dec (codec2).
+    The programs c2enc and c2dec encode and decode (Debian package codec2).
     """
 
     kind = "codec2"
@@ -27,7 +27,7 @@ class Codec2(ComparedCodec):
 
     def __init__(self, options: str = "", device: str | None = None) -> None:
         if options not in DELAYS:
-            raise NemoLfrError(f"codec2:{options}: unknown mode; use one of {', '.join(DELAYS)}.")
+            raise NemoLfrError(f"--codec codec2:{options}: unknown bit rate; use one of {', '.join(DELAYS)}.")
         self.mode, self.delay = options, DELAYS[options]
         self.name = f"Codec2 {options} bit/s"
         self.identity = f"{program_version('c2enc', 'codec2')} {options}"
@@ -36,13 +36,13 @@ class Codec2(ComparedCodec):
         """Encode and decode audio [T] with c2enc and c2dec."""
         with tempfile.TemporaryDirectory() as name:
             source, coded, decoded = (Path(name, file) for file in ("in.raw", "coded.bit", "out.raw"))
-            # The encoder drops an incomplete last frame.
+            # Pad the audio, since the encoder drops an incomplete last frame.
             padded = np.pad(resample_to(audio, rate, 8000), (0, 1000))
             (padded * 32767).clip(-32768, 32767).astype("<i2").tofile(source)
             encode = run_timed("c2enc", self.mode, str(source), str(coded))
             decode = run_timed("c2dec", self.mode, str(coded), str(decoded))
             output = np.fromfile(decoded, "<i2").astype(np.float32)[round(self.delay * 8000) :] / 32768
-            # c2enc pads each frame to whole bytes.
+            # c2enc pads each frame to whole bytes. Count only the used bits.
             bits = {"700C": 28 / 32, "1300": 52 / 56}.get(self.mode, 1.0)
             file_bytes = coded.stat().st_size * len(audio) / rate * 8000 / len(padded)
             size = file_bytes * bits

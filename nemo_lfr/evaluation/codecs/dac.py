@@ -1,4 +1,4 @@
-"""DAC, with a number of codebooks."""
+"""DAC, run by transformers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Dac(TransformersCodec):
-    """DAC, with a number of codebooks."""
+    """DAC with a chosen number of codebooks."""
 
     kind = "dac"
     usage = "dac:CODEBOOKS"

@@ -1,4 +1,4 @@
-"""EnCodec, at a bit rate in kbit/s."""
+"""EnCodec, run by transformers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Encodec(TransformersCodec):
-    """EnCodec, at a bit rate in kbit/s."""
+    """EnCodec at a bit rate in kbit/s."""
 
     kind = "encodec"
     usage = "encodec:KBIT"
@@ -21,7 +21,8 @@ class Encodec(TransformersCodec):
         bandwidths = self.model.config.target_bandwidths
         if self.setting not in bandwidths:
             raise NemoLfrError(
-                f"{self.kind}:{setting}: not a bit rate of this model; use one of {', '.join(map(str, bandwidths))}."
+                f"--codec {self.kind}:{setting}: not a bit rate of this model; use one of "
+                f"{', '.join(map(str, bandwidths))}."
             )
 
     def _encode(self, audio: Any) -> tuple[Any, dict[str, Any]]:

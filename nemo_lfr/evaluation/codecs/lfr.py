@@ -1,4 +1,4 @@
-"""Codecs that this package loads, such as the bundled codec."""
+"""Codecs that this package can load, such as the bundled codec."""
 
 import math
 import tempfile
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @register_codec
 class LFR(ComparedCodec):
-    """Codec loaded by this package."""
+    """Codec that this package loads."""
 
     kind = "lfr"
     usage = "lfr (the bundled codec), lfr:FILE_OR_HUB_ID"
@@ -53,7 +53,7 @@ class LFR(ComparedCodec):
     def _write(
         self, path: Path, tokens: np.ndarray, num_samples: int, model: "EntropyModel | None" = None
     ) -> tuple[int, int]:
-        """Write a token file, and return the bytes of its payload and of the file."""
+        """Write a token file, and return the sizes of its payload and of the file in bytes."""
         from nemo_lfr.io.token_file import TokenReader, TokenWriter
 
         with TokenWriter.for_codec(path, self.codec, model=model) as writer:

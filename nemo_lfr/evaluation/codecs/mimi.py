@@ -1,4 +1,4 @@
-"""Mimi, with a number of codebooks."""
+"""Mimi, run by transformers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.transformers import TransformersCodec
 
 @register_codec
 class Mimi(TransformersCodec):
-    """Mimi, with a number of codebooks."""
+    """Mimi with a chosen number of codebooks."""
 
     kind = "mimi"
     usage = "mimi:CODEBOOKS"

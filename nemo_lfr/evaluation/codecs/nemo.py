@@ -1,4 +1,4 @@
-"""Stock NeMo, for comparison with this package."""
+"""NeMo without this package, for comparison."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from nemo_lfr.io.shortage import missing_extra
 
 @register_codec
 class StockNeMo(ComparedCodec):
-    """NeMo's own `AudioCodecModel`, without any code of this package."""
+    """NeMo's own `AudioCodecModel`, which runs without the implementations in this package."""
 
     kind = "nemo"
     usage = "nemo:FILE"
@@ -26,7 +26,7 @@ class StockNeMo(ComparedCodec):
         from nemo_lfr.io.hub import find_checkpoint
 
         path = find_checkpoint(options or None)
-        read_config(path)  # reports an unsupported checkpoint in one line, where NeMo would fail later
+        read_config(path)  # raises an error with a clear message for an unsupported checkpoint
         try:
             from nemo.collections.tts.models import AudioCodecModel
         except Exception as error:  # a broken installation can raise anything

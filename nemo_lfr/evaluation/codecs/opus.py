@@ -1,4 +1,4 @@
-"""Opus, by the programs of opus-tools."""
+"""Opus, run by the programs of opus-tools."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,7 @@ from nemo_lfr.evaluation.codecs.programs import program_version, run_timed
 class Opus(ComparedCodec):
     """Opus at a variable bit rate in kbit/s.
 
-    Runs opusenc and opusdec (opus-tools) with default settings.
+    The programs opusenc and opusdec (Debian package opus-tools) encode and decode with default settings.
     """
 
     kind = "opus"
@@ -41,14 +41,14 @@ class Opus(ComparedCodec):
 
 
 def ogg_payload(data: bytes) -> int:
-    """Count the bytes of the audio packets of an Ogg Opus file.
+    """Count the bytes of the audio packets in an Ogg Opus file.
 
-    The headers of the pages (RFC 3533) and the first two packets, which hold headers and tags, are not counted.
+    Headers of pages (RFC 3533) are not counted, nor are the first two packets, which contain a header and tags.
     """
     position, packets, size = 0, 0, 0
     while position < len(data):
         if data[position : position + 4] != b"OggS":
-            raise NemoLfrError("opusenc did not write an Ogg file.")
+            raise NemoLfrError("the output of opusenc is not an Ogg file; install opus-tools again.")
         count = data[position + 26]
         for lacing in data[position + 27 : position + 27 + count]:
             if packets >= 2:

@@ -1,4 +1,4 @@
-"""The recording itself, as the upper bound of every metric."""
+"""The original recording, as a reference for the metrics."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from nemo_lfr.evaluation.codecs.base import ComparedCodec, RoundTrip
 
 @register_codec
 class Original(ComparedCodec):
-    """Identity codec, whose metrics are the best possible; sizes are of 16-bit PCM."""
+    """Identity codec, which shows the best value that each metric can have. Its sizes are those of 16-bit PCM."""
 
     kind = usage = "original"
     name, identity = "original", "original"

@@ -1,4 +1,4 @@
-"""External programs that encode and decode."""
+"""Run external programs that encode and decode."""
 
 import shutil
 import subprocess
@@ -9,15 +9,15 @@ from nemo_lfr.errors import NemoLfrError
 
 
 def program_version(program: str, package: str, *arguments: str) -> str:
-    """Return the version of an installed program.
+    """Return a text that identifies the version of an installed program.
 
     Args:
         program: name of the program.
         package: Debian package of the program, for the error message.
-        arguments: arguments that print the version on the first line; none if the program cannot print it.
+        arguments: arguments with which the program prints its version; none if it cannot print the version.
 
     Returns:
-        That line, or else the size of the program.
+        The first line that the program prints, or the size of its file if no arguments are passed.
 
     Raises:
         NemoLfrError: if the program is not installed.
@@ -34,7 +34,7 @@ def run_timed(*command: str) -> float:
     """Run a program and return its wall-clock time in seconds.
 
     Raises:
-        NemoLfrError: if it fails; the message ends with its output on stderr.
+        NemoLfrError: if the program fails. The message contains the end of its output on stderr.
     """
     started = time.perf_counter()
     run = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Base class of the codecs that transformers implements."""
+"""Base class for codecs that transformers implements."""
 
 import math
 import time
@@ -13,15 +13,15 @@ from nemo_lfr.io.shortage import missing_extra
 
 
 class TransformersCodec(ComparedCodec):
-    """Codec of transformers, whose weights must be available locally.
+    """Base class for codecs that transformers implements. The weights must be available locally.
 
     Attributes:
-        class_name: name of the model class.
-        hub_id: Hub id of the weights that are used if the options name no folder.
-        unit: unit of the setting: "kbit/s" or "codebooks".
+        class_name: name of the model class in transformers.
+        hub_id: Hub id of the weights that are used if the options contain no folder.
+        unit: unit of the setting, "kbit/s" or "codebooks".
 
     Args:
-        options: SETTING or SETTING:FOLDER, where the setting is a bit rate in kbit/s or a number of codebooks.
+        options: SETTING or SETTING:FOLDER. The setting is a bit rate in kbit/s or a number of codebooks.
         device: PyTorch device; chosen automatically if None.
     """
 
@@ -45,7 +45,7 @@ class TransformersCodec(ComparedCodec):
             model = model_class.from_pretrained(source or self.hub_id, local_files_only=True)
         except (OSError, ValueError) as error:
             raise NemoLfrError(
-                f"{self.kind}: no weights in {source or 'the Hub cache'}; fetch them first: "
+                f"{self.kind}: no weights in {source or 'the Hub cache'}; download them first: "
                 f"hf download {source or self.hub_id}"
             ) from error
         self.model = model.eval().to(self.device)
@@ -56,14 +56,14 @@ class TransformersCodec(ComparedCodec):
         self._check_setting(setting)
 
     def _check_setting(self, setting: str) -> None:
-        """Raise a `NemoLfrError` if the model does not support the setting."""
+        """Raise NemoLfrError if the model does not support the setting."""
 
     @abstractmethod
     def _encode(self, audio: Any) -> tuple[Any, dict[str, Any]]:
         """Encode audio [1, 1, T].
 
         Returns:
-            Token ids with the frames in the last axis, and the keyword arguments of the model's `decode`.
+            Token ids, whose last axis is time, and the keyword arguments for the model's method `decode`.
         """
 
     def round_trip(self, audio: np.ndarray, rate: int) -> RoundTrip:

@@ -1,7 +1,7 @@
-"""Metrics that third-party trained models compute: one file for each model.
+"""Metrics that third-party trained models compute, with one module for each kind of model.
 
-A model metric is a subclass of `ModelMetric`, decorated with `register_model_metric`. A model that is not available
-never stops an evaluation: its metrics are reported as `NotMeasured` with the reason.
+A model metric is a subclass of `ModelMetric` that is decorated with `register_model_metric`. If a model is not
+available, its metrics are reported as `NotMeasured` with the reason, and the evaluation continues.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ _registered: dict[str, type[ModelMetric]] = {}
 
 
 class OpenedModels(NamedTuple):
-    """Models that were loaded, and why the others were not.
+    """Models that were loaded, and the reasons why other models were not loaded.
 
     Attributes:
         models: the loaded models.
-        absent: reason for each metric that is not available.
-        failed: kind of each requested model that could not be loaded, with the reason.
+        absent: for each metric that is not available, the reason.
+        failed: for the kind of each requested model that could not be loaded, the reason.
     """
 
     models: list[ModelMetric]
@@ -30,7 +30,7 @@ class OpenedModels(NamedTuple):
 
 
 def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
-    """Register a model metric under its `kind`; can be used as a class decorator.
+    """Register a model metric under its `kind`. This function can be used as a class decorator.
 
     Args:
         metric: class of the model metric.
@@ -39,7 +39,8 @@ def register_model_metric(metric: type[ModelMetric]) -> type[ModelMetric]:
         The same class.
 
     Raises:
-        NemoLfrError: if another model metric has this `kind`, or another metric one of its names.
+        NemoLfrError: if another model metric has the same `kind`, or another metric has the same name as one of its
+            metrics.
     """
     others = set(METRICS).union(*(other.metrics for kind, other in _registered.items() if kind != metric.kind))
     if taken := others & set(metric.metrics):
@@ -56,18 +57,18 @@ def model_metric_kinds() -> dict[str, type[ModelMetric]]:
 
 
 def all_metrics() -> dict[str, Metric]:
-    """Return the descriptions of all metrics by name; those of models come last."""
+    """Return the descriptions of all metrics by name. Metrics that models compute come last."""
     kinds = model_metric_kinds()
     return METRICS | {name: metric for kind in kinds.values() for name, metric in kind.metrics.items()}
 
 
 def open_model_metrics(sources: Mapping[str, str], device: str) -> OpenedModels:
-    """Load the models of all requested metrics and of those that need no request.
+    """Load the models of all requested kinds, and of the kinds that are loaded automatically.
 
-    A model that cannot be loaded is reported in the result.
+    If a model cannot be loaded, the result contains the reason.
 
     Args:
-        sources: model to load for each requested `kind`; an empty string for the kind's default.
+        sources: model to load for each requested `kind`; an empty string for the default model of the kind.
         device: PyTorch device.
 
     Returns:

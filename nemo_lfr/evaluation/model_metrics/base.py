@@ -1,4 +1,4 @@
-"""Common interface of the metrics that trained models compute."""
+"""Base class for metrics that trained models compute."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -8,21 +8,21 @@ from nemo_lfr.evaluation.metrics import Metric, Signal, Value
 
 
 class ModelMetric(ABC):
-    """Base class of metrics that are computed by a trained model.
+    """Base class for metrics that a trained model computes.
 
     Attributes:
         kind: name of the model metric in `--model-metric`.
         metrics: description of each metric that the model computes, by name.
-        automatic: whether the model is loaded without being requested.
-        option: option of the command line that requests it, if it has one besides `--model-metric`.
-        name: name of the loaded model, for the report. Results are stored under it.
+        automatic: whether the model is loaded even if it is not requested.
+        option: command-line option that requests the model, besides `--model-metric`; an empty string for none.
+        name: name of the loaded model. The report shows it, and results are stored under this name.
 
     Args:
-        source: model to load, as text whose form the subclass defines; an empty string for its default.
+        source: model to load, in a form that the subclass defines; an empty string for its default model.
         device: PyTorch device.
 
     Raises:
-        Exception: if the model is not available; the exception may be of any class.
+        Exception: if the model is not available. Any class of exception is allowed.
     """
 
     kind: ClassVar[str]
@@ -36,13 +36,13 @@ class ModelMetric(ABC):
 
     @abstractmethod
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
-        """Compute the metrics of one pair of recordings.
+        """Compute the metrics for one pair of recordings.
 
         Args:
             original: original recording.
-            output: reconstruction, of the same rate and length.
-            labels: manifest entry of the recording.
+            output: reconstruction, with the same rate and length.
+            labels: labels of the recording in the manifest.
 
         Returns:
-            The value of each of `metrics`, or a `NotMeasured` with the reason.
+            The value of each metric in `metrics`, or a `NotMeasured` with the reason.
         """

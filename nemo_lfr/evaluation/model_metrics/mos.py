@@ -1,4 +1,4 @@
-"""Mean opinion scores estimated by a model."""
+"""Mean opinion scores that a model estimates."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ WEIGHTS = "squim_subjective_bvcc_daps.pth"
 
 @register_model_metric
 class Squim(ModelMetric):
-    """Mean opinion score estimated by torchaudio's SQUIM_SUBJECTIVE."""
+    """Mean opinion score that torchaudio's SQUIM_SUBJECTIVE estimates."""
 
     kind = "squim"
     automatic = True
@@ -22,7 +22,7 @@ class Squim(ModelMetric):
         SQUIM_MOS: Metric(
             "MOS",
             "higher",
-            "torchaudio's SQUIM_SUBJECTIVE at 16 kHz, with the original as its reference (as in NVIDIA's evaluation).",
+            "torchaudio's SQUIM_SUBJECTIVE at 16 kHz, with the original as reference (as in NVIDIA's evaluation).",
             digits=2,
         )
     }
@@ -33,7 +33,9 @@ class Squim(ModelMetric):
         from torchaudio.pipelines import SQUIM_SUBJECTIVE
 
         if not Path(torch.hub.get_dir(), "checkpoints", WEIGHTS).is_file():
-            raise FileNotFoundError(f"{WEIGHTS} is not in torch.hub's checkpoint folder")
+            raise FileNotFoundError(
+                f"{WEIGHTS} is not in torch.hub's checkpoint folder; download it with SQUIM_SUBJECTIVE.get_model()"
+            )
         self.model, self.device = SQUIM_SUBJECTIVE.get_model().eval().to(device), device
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:

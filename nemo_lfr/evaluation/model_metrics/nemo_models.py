@@ -1,10 +1,10 @@
-"""Loading of NeMo's speech recognition and speaker models."""
+"""Load NeMo's models for speech recognition and speaker verification."""
 
 from typing import Any
 
 
 def is_nemo(source: str) -> bool:
-    """Return whether a model is named as one of NeMo: a `.nemo` file or nemo:HUB_ID."""
+    """Return whether the name of a model is that of a NeMo model: a `.nemo` file or nemo:HUB_ID."""
     return source.startswith("nemo:") or source.endswith(".nemo")
 
 

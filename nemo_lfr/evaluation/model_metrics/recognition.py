@@ -1,4 +1,4 @@
-"""Error rates of a speech recognizer on the output of a codec."""
+"""Error rates of a speech recognition model on the output of a codec."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,10 +14,10 @@ from nemo_lfr.evaluation.model_metrics.nemo_models import is_nemo, open_nemo_mod
 
 @register_model_metric
 class ASRErrorRate(ModelMetric):
-    """Character and word error rates of an ASR model.
+    """Character and word error rates of a speech recognition (ASR) model.
 
     Args:
-        source: `.nemo` file or nemo:HUB_ID for a NeMo model; otherwise a folder or Hub id for transformers.
+        source: `.nemo` file or nemo:HUB_ID of a NeMo model, or folder or Hub id of a transformers model.
         device: PyTorch device.
     """
 
@@ -27,20 +27,20 @@ class ASRErrorRate(ModelMetric):
         "CER": Metric(
             "%",
             "lower",
-            "Character error rate of the ASR model against the manifest's text, mean over recordings.",
+            "Character error rate of the ASR model, with the manifest's text as reference; mean over recordings.",
             digits=2,
         ),
         "WER": Metric(
             "%",
             "lower",
-            "Word error rate of the ASR model against the manifest's text, mean over recordings.",
+            "Word error rate of the ASR model, with the manifest's text as reference; mean over recordings.",
             digits=2,
         ),
     }
 
     def __init__(self, source: str, device: str) -> None:
         if not source:
-            raise ConfigError("no model was passed; pass one, as in --asr openai/whisper-small")
+            raise ConfigError("no ASR model was passed; pass one, for example --asr openai/whisper-small")
         import jiwer
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 

@@ -1,4 +1,4 @@
-"""Similarity of the speaker before and after a codec."""
+"""Similarity between the speaker's voice in the original and in the output of a codec."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -16,10 +16,10 @@ SIMILARITY = "speaker similarity"
 
 @register_model_metric
 class SpeakerSimilarity(ModelMetric):
-    """Speaker similarity of a speaker verification model.
+    """Speaker similarity that a speaker verification model computes.
 
     Args:
-        source: `.nemo` file or nemo:HUB_ID for a NeMo model; otherwise an x-vector model for transformers.
+        source: `.nemo` file or nemo:HUB_ID of a NeMo model, or folder or Hub id of an x-vector model for transformers.
         device: PyTorch device.
     """
 
@@ -31,12 +31,14 @@ class SpeakerSimilarity(ModelMetric):
 
     def __init__(self, source: str, device: str) -> None:
         if not source:
-            raise ConfigError("no model was passed; pass one, as in --speaker-model microsoft/wavlm-base-plus-sv")
+            raise ConfigError(
+                "no speaker model was passed; pass one, for example --speaker-model microsoft/wavlm-base-plus-sv"
+            )
         self.name = source
         self._embed = _nemo_speaker(source, device) if is_nemo(source) else _transformers_speaker(source, device)
 
     def measure(self, original: Signal, output: Signal, labels: Mapping[str, Any]) -> dict[str, Value]:
-        """Compute the cosine similarity of the speaker embeddings of original and output."""
+        """Compute the cosine similarity between the speaker embeddings of original and output."""
         first, second = (self._embed(signal.at_16k).astype(np.float64) for signal in (original, output))
         norms = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
         return {SIMILARITY: float(first @ second) / max(norms, 1e-300)}
@@ -53,7 +55,7 @@ def _transformers_speaker(source: str, device: str) -> Callable[[np.ndarray], np
     import torch
     from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
-    # Transformers declares no types for it
+    # transformers has no type annotations for this method
     extract: Callable[..., Any] = AutoFeatureExtractor.from_pretrained(source)  # type: ignore[no-untyped-call]
     model = AutoModelForAudioXVector.from_pretrained(source).eval().to(device)
 
