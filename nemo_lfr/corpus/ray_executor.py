@@ -223,6 +223,6 @@ def _connect(ray: Any, address: str) -> str:
             ray.init(address, logging_level="error", log_to_driver=False)
     except Exception as error:  # each Ray transport raises its own exceptions
         raise NemoLfrError(
-            f"--ray {address}: no Ray cluster is reachable at this address ({first_line(error)}); check it."
+            f"--ray {address}: no Ray cluster is reachable ({first_line(error)}); start Ray, or check the address."
         ) from error
     return address

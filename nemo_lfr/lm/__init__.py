@@ -1,7 +1,8 @@
-"""Codec tokens for language models.
+"""Arrange codec tokens for language models.
 
-The package provides sequence layouts, per-dimension codes and regrouping. All functions accept NumPy arrays and
-PyTorch tensors, and return the type of their input. Importing this package does not import PyTorch.
+Layouts arrange the tokens of several codebooks in sequences. `unfold` and `fold` convert tokens to one code per FSQ
+dimension and back, and `regroup` changes the number of codebooks. All of them accept NumPy arrays or PyTorch tensors,
+and return arrays of the same type. Importing this package does not import PyTorch.
 """
 
 from nemo_lfr.lm.codes import fold, regroup, unfold

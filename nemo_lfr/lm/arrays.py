@@ -1,4 +1,4 @@
-"""Array operations whose names or semantics differ between NumPy and PyTorch."""
+"""Array operations that have different names or semantics in NumPy and PyTorch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,10 +18,10 @@ def as_integers(value: Any, name: str) -> Any:
 
     Args:
         value: NumPy array or PyTorch tensor.
-        name: name of the argument for error messages.
+        name: name of the argument, for error messages.
 
     Returns:
-        An int64 array of the same library and on the same device.
+        An int64 array or tensor, in the library and on the device of `value`.
 
     Raises:
         TokensError: if `value` is not an array of integers.
@@ -42,7 +42,7 @@ def as_integers(value: Any, name: str) -> Any:
 
 
 def arange(stop: int, like: Array) -> Array:
-    """Return 0 ... stop - 1 as int64, in the library and on the device of `like`."""
+    """Return the integers from 0 to stop - 1 as int64, in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
         return np.arange(stop)
     import torch
@@ -60,7 +60,7 @@ def constant(values: Sequence[int], like: Array) -> Array:
 
 
 def where(condition: Any, value: Any, other: Any) -> Any:
-    """Select `value` where `condition` is true, else `other`; both may be scalars."""
+    """Return `value` where `condition` is true, and `other` elsewhere. Both may be scalars."""
     if isinstance(condition, np.ndarray):
         return np.where(condition, value, other)
     import torch
@@ -69,5 +69,5 @@ def where(condition: Any, value: Any, other: Any) -> Any:
 
 
 def run_length(valid: Any) -> Any:
-    """Count the leading true entries along the last axis, [..., T] -> [...]."""
+    """Count the true entries before the first false one along the last axis, [..., T] -> [...]."""
     return (valid * 1).cumprod(-1).sum(-1)

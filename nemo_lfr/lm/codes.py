@@ -1,8 +1,9 @@
-"""Conversion between FSQ tokens, per-dimension codes and other groupings.
+"""Convert FSQ tokens to one code per dimension, or to another number of codebooks.
 
-A token is a mixed-radix number. Its digits are the codes of the FSQ dimensions, and the first dimension is the least
-significant digit, as in NeMo's `FiniteScalarQuantizer`. Eight codebooks with levels [8, 7, 6, 6] therefore have 32
-digits, which can be regrouped losslessly into 4 codebooks of 8 dimensions or 16 codebooks of 2, without a codec.
+A token is a mixed-radix number. Each digit is the code of one FSQ dimension, and the first dimension is the least
+significant digit, as in NeMo's `FiniteScalarQuantizer`. A frame of eight codebooks with levels [8, 7, 6, 6] therefore
+has 32 digits. Without a codec, the digits can be regrouped losslessly into 4 codebooks with 8 dimensions each, or into
+16 codebooks with 2 dimensions each.
 """
 
 import math
@@ -20,22 +21,24 @@ def unfold(tokens: Any, levels: Levels) -> Any:
 
     Args:
         tokens: ids in [0, codebook_size), shape [..., C, T].
-        levels: FSQ levels of one codebook, such as `codec.levels`, or one sequence for each codebook.
+        levels: FSQ levels of the dimensions of every codebook, such as `codec.levels`, or a sequence of such levels
+            with one entry for each codebook.
 
     Returns:
-        Codes, int64, shape [..., D, T]. D is the total number of dimensions, which is 32 for 8 x [8, 7, 6, 6]. The
-        codes of a dimension are in [0, number of levels).
+        Codes, int64, shape [..., D, T]. D is the total number of dimensions, for example 32 for 8 codebooks with
+        levels [8, 7, 6, 6]. The codes of a dimension with n levels are in [0, n).
 
     Raises:
-        TokensError: if tokens are outside their codebook, or `levels` is for another number of codebooks.
+        TokensError: if a token is outside its codebook, or `levels` has entries for another number of codebooks.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")
     sizes = constant([math.prod(group) for group in groups], tokens)[:, None]
     if bool(((tokens < 0) | (tokens >= sizes)).any()):
         raise TokensError(
-            f"tokens range from {int(tokens.min())} to {int(tokens.max())}; the codebooks have "
-            f"{', '.join(map(str, dict.fromkeys(math.prod(group) for group in groups)))} entries."
+            f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the codebooks have "
+            f"{', '.join(map(str, dict.fromkeys(math.prod(group) for group in groups)))} entries; pass the levels of "
+            "the codec that made the tokens."
         )
     codebooks = [index for index, group in enumerate(groups) for _ in group]
     bases = constant([math.prod(group[:index]) for group in groups for index in range(len(group))], tokens)
@@ -44,17 +47,18 @@ def unfold(tokens: Any, levels: Levels) -> Any:
 
 
 def fold(codes: Any, levels: Levels) -> Any:
-    """Join per-dimension codes into tokens, as the inverse of `unfold`.
+    """Join the codes of all FSQ dimensions into tokens. This is the inverse of `unfold`.
 
     Args:
-        codes: integers in [0, number of levels) of each dimension, shape [..., D, T].
-        levels: as in `unfold`; a single sequence is used for D / len(levels) codebooks.
+        codes: integers, shape [..., D, T]. The codes of a dimension with n levels are in [0, n).
+        levels: levels of the codebooks; see `unfold`. If levels are passed for one codebook, the number of codebooks
+            is D / len(levels).
 
     Returns:
         Tokens, int64, shape [..., C, T].
 
     Raises:
-        TokensError: if codes are outside their levels, or `levels` has another number of dimensions.
+        TokensError: if a code is outside the levels of its dimension, or `levels` has another number of dimensions.
     """
     codes = as_integers(codes, "codes")
     if len(codes.shape) < 2:
@@ -64,16 +68,18 @@ def fold(codes: Any, levels: Levels) -> Any:
         count, rest = divmod(codes.shape[-2], len(groups[0]))
         if rest or not count:
             raise TokensError(
-                f"codes have {codes.shape[-2]} dimensions, which is not a multiple of the {len(levels)} dimensions of "
-                f"levels {list(levels)}."
+                f"codes have {codes.shape[-2]} dimensions; pass a multiple of {len(levels)}, the number of dimensions "
+                f"of levels {list(levels)}."
             )
         groups *= count
     total = sum(map(len, groups))
     if codes.shape[-2] != total:
-        raise TokensError(f"codes have {codes.shape[-2]} dimensions; the levels describe {total}.")
+        raise TokensError(f"codes have {codes.shape[-2]} dimensions, but levels have {total}; pass the same number.")
     radices = constant([level for group in groups for level in group], codes)[:, None]
     if bool(((codes < 0) | (codes >= radices)).any()):
-        raise TokensError("a code lies outside the levels of its dimension.")
+        raise TokensError(
+            "a code is outside the levels of its dimension; pass the levels of the codec that made the codes."
+        )
     bases = constant([math.prod(group[:index]) for group in groups for index in range(len(group))], codes)[:, None]
     digits = codes * bases
     tokens = digits[..., [_first(groups, index) for index in range(len(groups))], :]
@@ -84,21 +90,21 @@ def fold(codes: Any, levels: Levels) -> Any:
 
 
 def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
-    """Convert tokens losslessly to another grouping of the same FSQ dimensions.
+    """Convert tokens losslessly to codebooks that group the same FSQ dimensions differently.
 
-    The result equals that of NeMo's `VectorQuantizerIndexConverter`, which needs two quantizers.
+    NeMo's `VectorQuantizerIndexConverter` gives the same result, but needs two quantizers.
 
     Args:
         tokens: ids in [0, codebook_size), shape [..., C, T].
         levels: levels of the codebooks of `tokens`; see `unfold`.
-        new_levels: levels of the new codebooks. For tokens with levels (8, 7, 6, 6), a value of
-            (8, 7, 6, 6, 8, 7, 6, 6) halves the number of codebooks, and [(8, 7), (6, 6)] * C doubles it.
+        new_levels: levels of the new codebooks. For example, if `levels` is (8, 7, 6, 6), then
+            (8, 7, 6, 6, 8, 7, 6, 6) halves the number of codebooks, and [(8, 7), (6, 6)] * C doubles this number.
 
     Returns:
         Tokens, int64, shape [..., C_new, T].
 
     Raises:
-        TokensError: if the two groupings do not list the same levels in the same order.
+        TokensError: if `levels` and `new_levels` do not contain the same levels in the same order.
     """
     tokens = as_integers(tokens, "tokens")
     groups = _groups(tokens, levels, "tokens")
@@ -109,8 +115,8 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
     new_flat = [level for group in new_groups for level in group]
     if flat != new_flat:
         raise TokensError(
-            f"{len(groups)} codebooks of levels {_shown(groups)} cannot be regrouped into {len(new_groups)} of "
-            f"{_shown(new_groups)}; the levels of all dimensions must be the same, in the same order."
+            f"{len(groups)} codebooks with levels {_shown(groups)} cannot be regrouped into {len(new_groups)} with "
+            f"levels {_shown(new_groups)}; pass the same levels in the same order."
         )
     return fold(unfold(tokens, groups), new_groups)
 
@@ -120,38 +126,41 @@ def _is_nested(levels: Levels) -> bool:
 
 
 def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
-    """Return the levels of each codebook; a flat sequence gives a single one.
+    """Return the levels of each codebook. A flat sequence is returned as the levels of a single codebook.
 
     Raises:
-        TokensError: if levels are missing or below 2, or a codebook has more entries than int64 can index.
+        TokensError: if a codebook has no levels, a level is below 2, or a codebook has 2^63 or more entries.
     """
     nested: Any = levels if _is_nested(levels) else [levels]
     try:
         groups = [tuple(int(level) for level in group) for group in nested]
     except (TypeError, ValueError) as error:
-        raise TokensError(f"levels {levels!r} are not integers.") from error
+        raise TokensError(f"levels {levels!r} are not integers; pass integers.") from error
     for group in groups:
         if not group or min(group) < 2 or math.prod(group) >= 2**63:
             raise TokensError(
-                f"levels {list(group)} do not form a codebook; each must be at least 2, their product below 2^63."
+                f"levels {list(group)} are not valid for a codebook; pass levels of at least 2, with a product below "
+                "2^63."
             )
     return groups
 
 
 def _groups(tokens: Any, levels: Levels, name: str) -> list[tuple[int, ...]]:
-    """Return the levels of each codebook of `tokens`."""
+    """Return the levels of each codebook, after checking the shape of `tokens`."""
     if len(tokens.shape) < 2:
         raise TokensError(f"{name} have shape {list(tokens.shape)}; pass [..., C, T].")
     groups = _as_groups(levels)
     if not _is_nested(levels):
         return groups * int(tokens.shape[-2])
     if len(groups) != tokens.shape[-2]:
-        raise TokensError(f"{name} have {tokens.shape[-2]} codebooks, but levels were passed for {len(groups)}.")
+        raise TokensError(
+            f"{name} have {tokens.shape[-2]} codebooks, but levels have {len(groups)}; pass the same number."
+        )
     return groups
 
 
 def _first(groups: Sequence[Sequence[int]], index: int) -> int:
-    """Return the index of a codebook's first dimension among all dimensions."""
+    """Return the index of the first dimension of a codebook among the dimensions of all codebooks."""
     return sum(map(len, groups[:index]))
 
 

@@ -1,6 +1,6 @@
-"""Sequence layouts of multi-codebook tokens for language models.
+"""Layouts that arrange the tokens of several codebooks in sequences for language models.
 
-A layout arranges the C tokens of each frame as one sequence or as several parallel sequences:
+A layout arranges the C tokens of each frame in one sequence, or in several parallel sequences (streams):
 
     FlatLayout            DelayLayout             StackLayout(2)
     a0 b0 c0 a1 b1 c1     < a0 a1 a2 >  _  _      a0 a2
@@ -10,10 +10,10 @@ A layout arranges the C tokens of each frame as one sequence or as several paral
                                                   b1 b3
                                                   c1 c3
 
-(Codebooks are a, b and c, frames are 0, 1 and 2, < is BOS, > is EOS and _ is padding.)
+In these examples, a1 is the token of codebook a in frame 1, < is BOS, > is EOS, and _ is padding.
 
-The ids of padding, BOS, EOS and mask follow those of the tokens. `restore` is the exact inverse of `arrange`. It also
-accepts sampled ids, of which it keeps the leading complete frames.
+The ids for padding, BOS, EOS and the mask follow the ids of the tokens. `restore` is the exact inverse of `arrange`.
+It also accepts ids that a language model has sampled, and returns the frames before the first incomplete frame.
 """
 
 from abc import ABC, abstractmethod
@@ -29,20 +29,20 @@ NUM_SPECIAL = 4
 
 
 class Layout(ABC):
-    """Base class of all layouts.
+    """Base class for layouts.
 
     Args:
         num_codebooks: number of codebooks, C.
-        codebook_size: number of entries of one codebook.
+        codebook_size: number of entries in each codebook.
         bos: whether sequences begin with BOS.
         eos: whether sequences end with EOS.
-        first_id: id of the first token; 0, or the size of a text vocabulary that precedes the tokens.
+        first_id: smallest id of a token: 0, or the size of a text vocabulary whose ids precede those of the tokens.
 
     Attributes:
         num_streams: number of parallel sequences, S.
 
     Raises:
-        ConfigError: if a size is not a positive integer, or `first_id` is negative.
+        ConfigError: if a size is not a positive integer, or `first_id` is not an integer of at least 0.
     """
 
     num_streams: int = 1
@@ -67,27 +67,27 @@ class Layout(ABC):
 
     @property
     def pad_id(self) -> int:
-        """Padding id, also used for positions without a token."""
+        """Id for padding, and for positions without a token."""
         return self.first_id + self.num_token_ids
 
     @property
     def bos_id(self) -> int:
-        """Beginning-of-sequence id."""
+        """Id of BOS, the beginning of a sequence."""
         return self.pad_id + 1
 
     @property
     def eos_id(self) -> int:
-        """End-of-sequence id."""
+        """Id of EOS, the end of a sequence."""
         return self.pad_id + 2
 
     @property
     def mask_id(self) -> int:
-        """Mask id for masked prediction; `arrange` never produces it."""
+        """Id of the mask for masked prediction. `arrange` does not return this id."""
         return self.pad_id + 3
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of an embedding table, including the ids below `first_id`."""
+        """Number of rows in an embedding table, including the ids below `first_id`."""
         return self.pad_id + NUM_SPECIAL
 
     def arrange(self, tokens: Any, tokens_len: Any = None) -> tuple[Any, Any]:
@@ -95,27 +95,30 @@ class Layout(ABC):
 
         Args:
             tokens: ids in [0, codebook_size), shape [B, C, T], or [C, T] for one utterance.
-            tokens_len: valid frames of each utterance, shape [B]; T by default.
+            tokens_len: number of valid frames of each utterance, shape [B]; by default T.
 
         Returns:
-            Ids, int64, shape [B, L] for `FlatLayout` and [B, S, L] for the other layouts, and their lengths, shape
-            [B]. The lengths include BOS and EOS but not the padding after them. For one utterance both lack B.
+            Ids, int64, shape [B, L] for `FlatLayout` and [B, S, L] for other layouts, and the lengths of the
+            sequences, shape [B]. A length includes BOS and EOS, but not the padding after them. For `tokens` without
+            the dimension B, the results have no dimension B either.
 
         Raises:
-            TokensError: if `tokens` has another shape, or ids are outside the codebook.
+            TokensError: if `tokens` has another shape, or an id is outside the codebook.
         """
         tokens = as_integers(tokens, "tokens")
         batched = len(tokens.shape) == 3
         tokens = tokens if batched else tokens[None]
         if len(tokens.shape) != 3 or tokens.shape[1] != self.num_codebooks:
             shape = list(tokens.shape)[not batched :]
-            raise TokensError(f"tokens have shape {shape}; this layout is for [B, {self.num_codebooks}, T].")
+            raise TokensError(f"tokens have shape {shape}; pass [B, {self.num_codebooks}, T] to this layout.")
         length = self._lengths(tokens, tokens_len)
         width = tokens.shape[2]
         real = arange(width, tokens)[None, None] < length[:, None, None]
         if bool((real & ((tokens < 0) | (tokens >= self.codebook_size))).any()):
-            raise TokensError(f"tokens lie outside [0, {self.codebook_size}).")
-        if width == 0:  # the gather below needs at least one frame
+            raise TokensError(
+                f"a token is outside [0, {self.codebook_size}); create the layout with the codebook_size of the codec."
+            )
+        if width == 0:  # indexing below needs at least one frame
             tokens = constant([0] * tokens.shape[0] * tokens.shape[1], tokens).reshape(*tokens.shape[:2], 1)
         steps = self._num_steps(length)
         longest = int(steps.max()) if len(steps) else 0
@@ -136,17 +139,18 @@ class Layout(ABC):
         return (ids, ids_len) if batched else (ids[0], ids_len[0])
 
     def restore(self, ids: Any) -> tuple[Any, Any]:
-        """Restore tokens from arranged or sampled ids.
+        """Restore tokens from ids that `arrange` returned or a language model sampled.
 
-        An utterance ends before its first incomplete frame, which is a frame with a special id, with an id of another
-        codebook, or beyond the end of truncated ids.
+        An utterance ends before its first incomplete frame. A frame is incomplete if one of its ids is a special id,
+        belongs to another codebook, or is missing because the sequence was truncated.
 
         Args:
-            ids: integers of the shape that `arrange` returns.
+            ids: integers, with the shape that `arrange` returns.
 
         Returns:
-            Tokens, int64, shape [B, C, T], and valid frames, shape [B], as accepted by `Codec.decode`. For one
-            utterance both lack B. Tokens beyond the valid frames are 0.
+            Tokens, int64, shape [B, C, T], and the number of valid frames, shape [B], as `Codec.decode` expects them.
+            Tokens beyond the valid frames are 0. For `ids` without the dimension B, the results have no dimension B
+            either.
 
         Raises:
             TokensError: if `ids` has another shape.
@@ -157,7 +161,7 @@ class Layout(ABC):
         ids = ids if batched else ids[None]
         if len(ids.shape) != dims or (dims == 3 and ids.shape[1] != self.num_streams):
             expected = "[B, L]" if self._is_flat else f"[B, {self.num_streams}, L]"
-            raise TokensError(f"ids have shape {list(ids.shape)[not batched :]}; this layout is for {expected}.")
+            raise TokensError(f"ids have shape {list(ids.shape)[not batched :]}; pass {expected} to this layout.")
         ids = ids[:, None] if self._is_flat else ids
         ids = ids[:, :, int(self.bos) :]
         width = ids.shape[2]
@@ -188,20 +192,20 @@ class Layout(ABC):
         return constant(values, tokens)
 
     def _offset(self, codebook: Any) -> Any:
-        """Return the id offset of a codebook."""
+        """Return the number that is added to the ids of a codebook."""
         return 0
 
     def _is_start(self, at: Any, frame: Any) -> Any:
-        """Return a mask of the BOS ids at positions [1, 1, L], with frames from `_source`."""
+        """Return whether each position is BOS, for positions [1, 1, L] and frames from `_source`."""
         return at < 0
 
     def _is_end(self, at: Any, length: Any, steps: Any) -> Any:
-        """Return a mask of the EOS ids at positions [1, 1, L]."""
+        """Return whether each position is EOS, for positions [1, 1, L]."""
         return at == steps
 
     @abstractmethod
     def _num_steps(self, length: Any) -> Any:
-        """Return the number of steps with tokens for utterances of `length` frames [B]."""
+        """Return the number of steps that contain tokens, [B], for utterances of `length` frames [B]."""
 
     @abstractmethod
     def _source(self, at: Any, length: Any) -> tuple[Any, Any]:
@@ -209,7 +213,7 @@ class Layout(ABC):
 
         Args:
             at: positions, shape [1, 1, L].
-            length: frames of each utterance, shape [B, 1, 1].
+            length: number of frames of each utterance, shape [B, 1, 1].
 
         Returns:
             Codebooks and frames, each of which broadcasts to [B, S, L].
@@ -217,7 +221,7 @@ class Layout(ABC):
 
     @abstractmethod
     def _most_frames(self, width: int) -> int:
-        """Return the maximum number of frames in `width` steps."""
+        """Return the maximum number of frames that `width` steps can contain."""
 
     @abstractmethod
     def _target(self, codebook: Any, frame: Any, ids: Any) -> tuple[Any, Any]:
@@ -234,18 +238,18 @@ class Layout(ABC):
 
 
 class FlatLayout(Layout):
-    """Layout of all tokens in a single sequence.
+    """Layout with all tokens in a single sequence.
 
     Args:
         num_codebooks: number of codebooks, C.
-        codebook_size: number of entries of one codebook.
-        order: "frame" interleaves the codebooks of each frame. "codebook" concatenates all frames of the first
-            codebook, all frames of the second and so on, as coarse-to-fine models do. In this order a sequence that is
-            truncated before its last codebook contains no complete frame.
-        offsets: whether each codebook has its own range of ids; otherwise all codebooks share one range.
+        codebook_size: number of entries in each codebook.
+        order: "frame" arranges the tokens frame by frame. "codebook" arranges all tokens of the first codebook, then
+            all tokens of the second codebook and so on, as coarse-to-fine models do. In this order, a sequence that is
+            truncated before the last codebook contains no complete frame.
+        offsets: whether each codebook has its own range of ids. Otherwise all codebooks share one range.
         bos: whether the sequence begins with BOS.
         eos: whether the sequence ends with EOS.
-        first_id: id of the first token.
+        first_id: smallest id of a token.
     """
 
     _is_flat = True
@@ -265,7 +269,7 @@ class FlatLayout(Layout):
         if order not in ("frame", "codebook"):
             raise ConfigError(f"order is {order!r}; use 'frame' or 'codebook'.")
         if order == "codebook" and not offsets:
-            raise ConfigError("order 'codebook' needs offsets: without them the ends of the codebooks are unknown.")
+            raise ConfigError("order 'codebook' needs offsets=True: otherwise the ends of the codebooks are unknown.")
         self.order, self.offsets = order, offsets
 
     @property
@@ -293,24 +297,24 @@ class FlatLayout(Layout):
             return codebook * 0, frame * self.num_codebooks + codebook
         first = ids[:, 0] - self.first_id
         frames = run_length((first >= 0) & (first < self.codebook_size))[:, None, None]
-        # Frames after the end of the first codebook map to an invalid step.
+        # Frames after the end of the first codebook get a step that does not exist.
         step = where(frame < frames, codebook * frames + frame, ids.shape[2])
         return codebook * 0, step
 
 
 class DelayLayout(Layout):
-    """Layout of one sequence per codebook, each with its own delay.
+    """Layout with one sequence per codebook, each of which has its own delay.
 
-    This is the delay pattern of MusicGen (Copet et al., arXiv 2306.05284). With all delays 0 the codebooks are
-    parallel.
+    This is the delay pattern of MusicGen (Copet et al., arXiv 2306.05284). If all delays are 0, the tokens of a frame
+    are at the same step.
 
     Args:
-        num_codebooks: number of codebooks, C, and of streams.
-        codebook_size: number of entries of one codebook.
-        delays: delay of each codebook in steps; 0, 1, 2 ... by default.
-        bos: whether sequences begin with BOS, which also fills the steps before the first token of a delayed codebook.
+        num_codebooks: number of codebooks C, which is also the number of streams.
+        codebook_size: number of entries in each codebook.
+        delays: delay of each codebook in steps; by default 0, 1, 2 and so on.
+        bos: whether sequences begin with BOS, which also fills the steps before the first token of a codebook.
         eos: whether the tokens of each codebook end with EOS.
-        first_id: id of the first token.
+        first_id: smallest id of a token.
     """
 
     def __init__(
@@ -354,15 +358,15 @@ class DelayLayout(Layout):
 
 
 class StackLayout(Layout):
-    """Layout of frames_per_step x C parallel sequences, with several frames per step.
+    """Layout with several frames per step, in frames_per_step x C parallel sequences.
 
     Args:
         num_codebooks: number of codebooks, C.
-        codebook_size: number of entries of one codebook.
-        frames_per_step: number of frames per step; an incomplete last step is padded.
+        codebook_size: number of entries in each codebook.
+        frames_per_step: number of frames per step. An incomplete last step is padded.
         bos: whether sequences begin with BOS.
         eos: whether sequences end with EOS.
-        first_id: id of the first token.
+        first_id: smallest id of a token.
     """
 
     def __init__(

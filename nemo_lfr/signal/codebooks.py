@@ -1,4 +1,4 @@
-"""Codebook use statistics: perplexity and levels used."""
+"""Statistics of codebook use: perplexity, and the share of FSQ levels in use."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,14 @@ import torch
 
 
 class CodebookUse:
-    """Counter of the tokens of each codebook.
+    """Counter of the tokens in each codebook.
 
     Args:
         num_codebooks: number of codebooks, C.
-        levels: number of FSQ levels of each dimension of a codebook.
+        levels: number of FSQ levels in each dimension of a codebook.
+
+    Attributes:
+        counts: number of occurrences of each token, int64, shape [C, codebook_size].
     """
 
     def __init__(self, num_codebooks: int, levels: Sequence[int]) -> None:
@@ -23,7 +26,7 @@ class CodebookUse:
 
         Args:
             tokens: token ids, shape [B, C, T_encoded].
-            tokens_len: valid frames of each example, shape [B]; frames after them are ignored.
+            tokens_len: number of valid frames in each example, shape [B]. Other frames are ignored.
         """
         for example, length in zip(tokens.cpu().long(), tokens_len.tolist(), strict=True):
             own = example[:, :length]
@@ -33,14 +36,15 @@ class CodebookUse:
         """Compute the perplexity of each codebook.
 
         Returns:
-            Number of equally frequent entries with the same entropy, from 1 to the codebook size, shape [C].
+            Perplexity, shape [C]: the number of equally frequent entries that would have the same entropy. It is
+            between 1 and the codebook size.
         """
         share = self.counts / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
         entropy: torch.Tensor = torch.special.entr(share).sum(dim=1)
         return entropy.exp()
 
     def levels_used(self) -> float:
-        """Return the fraction of the FSQ levels of all dimensions that occur."""
+        """Return the fraction of FSQ levels that occur in at least one token, over all dimensions and codebooks."""
         tokens = torch.arange(self.counts.shape[1])
         seen, base = [], 1
         for size in self.levels:

@@ -1,7 +1,7 @@
-"""Signal distances, used as reconstruction losses and as evaluation metrics.
+"""Distances between signals, which are used as reconstruction losses and as evaluation metrics.
 
-They match NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss` within 1e-5,
-but compute only one STFT per signal and resolution. Means exclude the padding of shorter examples.
+The results match those of NeMo's `MultiResolutionMelLoss`, `MultiResolutionSTFTLoss`, `TimeDomainLoss` and `SISDRLoss`
+within 1e-5. For each signal and resolution, only one STFT is computed. Means exclude the padding of shorter examples.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,16 +13,16 @@ from nemo_lfr.signal.spectra import Spectra
 
 
 class ReconstructionLoss(nn.Module):
-    """Reconstruction losses between a recording and its reconstruction.
+    """Losses between recordings and their reconstructions.
 
     Args:
         sample_rate: sample rate in Hz.
         resolutions: (n_fft, hop, window) of each resolution, in samples.
         mel_dims: number of mel bands at each resolution.
-        mel_guard: constant added to mel magnitudes before the logarithm. With NeMo's value of 1.0 the loss depends on
-            the level and is nearly insensitive to quiet phones.
-        stft_guard: constant added to STFT magnitudes before the logarithm, with the same effect.
-        floor: lower bound of the mel magnitudes in the "log_mel" term, which NeMo does not have.
+        mel_guard: constant that is added to mel magnitudes before the logarithm. With the value 1.0, as in NeMo, the
+            loss depends on the level of the recording, and quiet phones have almost no influence.
+        stft_guard: constant that is added to STFT magnitudes before the logarithm, with the same effect.
+        floor: lower bound for mel magnitudes in the term "log_mel", which does not exist in NeMo.
     """
 
     TERMS = ("mel_l1", "mel_l2", "stft", "log_mel", "time_domain", "si_sdr")
@@ -55,13 +55,13 @@ class ReconstructionLoss(nn.Module):
         """Compute reconstruction losses.
 
         Args:
-            real: spectra of the recording, audio of shape [B, T_audio].
-            gen: spectra of the reconstruction, of the same shape.
-            audio_len: valid samples of each example, shape [B]; None if all samples are valid.
-            terms: names in `TERMS`.
+            real: recordings [B, T_audio] with cached STFTs.
+            gen: reconstructions [B, T_audio] with cached STFTs.
+            audio_len: number of valid samples of each example, shape [B]; None if all samples are valid.
+            terms: names of the losses to compute, from `TERMS`.
 
         Returns:
-            The scalar loss of each term; lower is better, so that "si_sdr" is negated.
+            A dictionary from each name to a scalar. Lower values are better, so that "si_sdr" is the negated ratio.
         """
         totals: dict[str, torch.Tensor] = {}
         for index, resolution in enumerate(self.resolutions):
@@ -114,7 +114,7 @@ def _frames(audio_len: torch.Tensor | None, spectrum: torch.Tensor, hop: int, ex
 
 
 def _mean(values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """Average values [B, D, T] over D, over each example's valid frames, then over B."""
+    """Average values [B, D, T] over D, then over the valid frames of each example, then over B."""
     if lengths is None:
         return values.mean(dim=1).mean(dim=1).mean()
     valid = torch.arange(values.shape[-1], device=values.device) < lengths[:, None]
@@ -129,10 +129,10 @@ def si_sdr(real: torch.Tensor, gen: torch.Tensor, audio_len: torch.Tensor | None
     Args:
         real: recordings, shape [B, T_audio].
         gen: reconstructions, shape [B, T_audio].
-        audio_len: valid samples of each example, shape [B]; None if all samples are valid.
+        audio_len: number of valid samples of each example, shape [B]; None if all samples are valid.
 
     Returns:
-        Mean ratio in dB, a scalar; higher is better.
+        Mean ratio in dB, a scalar. Higher is better.
     """
     real, gen, eps = real.float(), gen.float(), 1e-8
     if audio_len is None:

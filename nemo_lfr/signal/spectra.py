@@ -1,4 +1,4 @@
-"""Cached STFTs of a batch of audio, shared by losses and discriminators."""
+"""STFTs of a batch of audio, cached because losses and discriminators share them."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,15 +9,16 @@ import torch.nn.functional as F
 
 @lru_cache(maxsize=64)
 def hann(length: int, device: torch.device) -> torch.Tensor:
-    """Return a symmetric Hann window [length], cached per length and device."""
+    """Return a symmetric Hann window [length]. Windows are cached by length and device."""
     with torch.inference_mode(False):  # a window cached during validation must also work with autograd
         return torch.hann_window(length, periodic=False, device=device)
 
 
 class Spectra:
-    """Cached short-time spectra of a batch of audio, always computed in fp32.
+    """Short-time spectra of a batch of audio. Spectra are computed in fp32, and cached.
 
-    A resolution is (n_fft, hop, window) in samples. Frames are centered, with reflection padding at both ends.
+    A resolution is a tuple (n_fft, hop, window) in samples. Frames are centered, and the audio is padded by reflection
+    at both ends.
 
     Args:
         audio: samples, shape [B, T_audio].
@@ -38,7 +39,7 @@ class Spectra:
     def magnitude(self, resolution: Sequence[int]) -> torch.Tensor:
         """Return the magnitude sqrt(|STFT|^2 + 1e-5), shape [B, bins, frames].
 
-        As in NeMo, the constant keeps the gradient finite at silence.
+        As in NeMo, the constant keeps the gradient finite for silence.
         """
         key = tuple(resolution)
         if key not in self._magnitudes:
@@ -48,8 +49,8 @@ class Spectra:
     def mel(self, resolution: Sequence[int], filters: torch.Tensor) -> torch.Tensor:
         """Compute mel magnitudes.
 
-        NeMo's mel loss pads the signal with zeros, and its STFT loss by reflection. The cached STFT is therefore
-        reused for all frames except those that overlap the padding.
+        In NeMo, the mel loss pads the signal with zeros, and the STFT loss pads it by reflection. The cached STFT is
+        therefore reused, except for frames that overlap the padding.
 
         Args:
             resolution: (n_fft, hop, window) in samples.

@@ -1,1 +1,1 @@
-"""Training data, discriminators, losses and initialization."""
+"""Training of codecs: data, discriminators, losses and initialization."""

@@ -1,4 +1,4 @@
-"""Base class of discriminators, and checks of their outputs."""
+"""Base class for discriminators, and functions that check their outputs."""
 
 from typing import Any
 
@@ -10,41 +10,42 @@ from nemo_lfr.signal.spectra import Spectra
 from nemo_lfr.training.components import described
 
 Views = list[torch.Tensor]
-# Scores and feature maps, one entry per network
+# Scores and feature maps, with one entry per network
 DiscriminatorOutput = tuple[list[torch.Tensor], list[list[torch.Tensor]]]
 
 
 class AudioDiscriminator(nn.Module):
-    """Base class of discriminators, which consist of one or more networks.
+    """Base class for discriminators, which consist of one or more networks.
 
-    A subclass defines `score`. It also defines `preprocess` if its input is not the waveform, and `num_networks` if it
-    has several networks.
+    A subclass must define `score`. It must also define `preprocess` if the input of its networks is not the waveform,
+    and `num_networks` if it has several networks.
     """
 
     @property
     def num_networks(self) -> int:
-        """Return the number of networks; 1 by default. Each network has one view (its input) and one score."""
+        """Return the number of networks, by default 1. Each network has one view (its input) and one score."""
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Compute the input of each network, without trainable weights.
+        """Compute the view (input) of each network, without trainable weights.
 
         Args:
             audio: signals [B, T_audio] with cached STFTs.
 
         Returns:
-            One tensor [B, ...] per network; the waveform [B, T_audio] by default.
+            A list with one tensor [B, ...] per network; by default the waveform [B, T_audio].
         """
         return [audio.audio]
 
     def score(self, views: Views) -> DiscriminatorOutput:
-        """Score the representations that `preprocess` returned.
+        """Score the views that `preprocess` returned.
 
         Args:
-            views: one tensor per network.
+            views: list with one tensor [B, ...] per network.
 
         Returns:
-            The scores [B, ...] of each network, and the feature maps [B, ...] of each network.
+            A list with the scores [B, ...] of each network, and a list with the feature maps of each network, which
+            are a list of tensors [B, ...].
         """
         raise NotImplementedError
 
@@ -58,7 +59,8 @@ class AudioDiscriminator(nn.Module):
             audio_gen: reconstructions, shape [B, T_audio].
 
         Returns:
-            Scores of real audio, scores of generated audio, and the feature maps of both, in NeMo's order.
+            Scores of real audio, scores of generated audio, feature maps of real audio, and feature maps of generated
+            audio. The order is that of NeMo.
         """
         scores_real, maps_real = score_views(self, preprocess_audio(self, Spectra(audio_real)))
         scores_gen, maps_gen = score_views(self, preprocess_audio(self, Spectra(audio_gen)))
@@ -66,14 +68,14 @@ class AudioDiscriminator(nn.Module):
 
 
 def preprocess_audio(discriminator: AudioDiscriminator, audio: Spectra) -> Views:
-    """Return a discriminator's views of audio, checked.
+    """Compute the views of audio with `preprocess`, and check them.
 
     Args:
         discriminator: any discriminator.
         audio: signals [B, T_audio] with cached STFTs.
 
     Raises:
-        ConfigError: if `preprocess` does not return one tensor [B, ...] per network.
+        ConfigError: if `preprocess` does not return a list with one tensor [B, ...] per network.
     """
     views = discriminator.preprocess(audio)
     _check(discriminator, "preprocess", views, len(audio.audio))
@@ -81,31 +83,38 @@ def preprocess_audio(discriminator: AudioDiscriminator, audio: Spectra) -> Views
 
 
 def score_views(discriminator: AudioDiscriminator, views: Views) -> DiscriminatorOutput:
-    """Return a discriminator's scores and feature maps of its views, checked.
+    """Compute the scores and feature maps of views with `score`, and check them.
 
     Args:
         discriminator: any discriminator.
-        views: one tensor [B, ...] per network.
+        views: list with one tensor [B, ...] per network.
 
     Raises:
-        ConfigError: if `score` does not return one tensor [B, ...] and a list of feature maps [B, ...] per network.
+        ConfigError: if `score` does not return a tensor [B, ...] and a list of feature maps [B, ...] for each network.
     """
     output = discriminator.score(views)
     if not isinstance(output, tuple) or len(output) != 2:
-        raise _wrong(discriminator, "score", "a pair: scores and feature maps", output)
+        raise _wrong(discriminator, "score", "a tuple of scores and feature maps", output)
     scores, feature_maps = output
     batch = len(views[0])
     _check(discriminator, "score", scores, batch)
     if not isinstance(feature_maps, list) or len(feature_maps) != len(scores):
-        raise _wrong(discriminator, "score", f"lists of feature maps of {len(scores)} networks", feature_maps)
+        raise _wrong(
+            discriminator, "score", f"a list with the feature maps of each of {len(scores)} networks", feature_maps
+        )
     for layers in feature_maps:
         if not isinstance(layers, list) or not all(torch.is_tensor(layer) and len(layer) == batch for layer in layers):
-            raise _wrong(discriminator, "score", f"feature maps in a list of tensors with {batch} rows", layers)
+            raise _wrong(
+                discriminator,
+                "score",
+                f"the feature maps of a network as a list of tensors [B, ...] with B = {batch}",
+                layers,
+            )
     return output
 
 
 def _check(discriminator: AudioDiscriminator, method: str, values: Any, batch: int) -> None:
-    """Raise an error unless `values` is a list of tensors with `batch` rows, one per network."""
+    """Raise ConfigError unless `values` is a list with one tensor [batch, ...] per network."""
     count = discriminator.num_networks
     is_list = isinstance(values, list | tuple) and all(isinstance(value, torch.Tensor) for value in values)
     if not is_list or len(values) != count:

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights."""
+"""Exponential moving average of a module's weights."""
 
 import torch
 
@@ -8,11 +8,12 @@ class Average:
 
     Args:
         module: module whose parameters are averaged.
-        decay: fraction of the old average that each update keeps. The first updates keep less, so that the initial
+        decay: factor of the old average in each update. The first updates use a smaller factor, so that the initial
             weights do not dominate.
 
     Attributes:
-        in_use: whether the module holds the averaged weights, and `weights` those of the module.
+        weights: the averaged weights, or the trained weights while `in_use` is True.
+        in_use: whether the averaged weights are in the module.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -30,7 +31,7 @@ class Average:
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in module.parameters()], 1 - decay)
 
     def use(self, module: torch.nn.Module, averaged: bool) -> None:
-        """Give the module the averaged weights, or its own again; no effect if it holds them already."""
+        """Put the averaged weights into the module if `averaged` is True, or put its trained weights back."""
         if averaged == self.in_use:
             return
         self._move(module)
@@ -39,9 +40,9 @@ class Average:
             parameter.data, self.weights[index] = self.weights[index], parameter.data
 
     def _move(self, module: torch.nn.Module) -> None:
-        """Move the averaged weights to the device of the module.
+        """Move `weights` to the device of the module.
 
-        A checkpoint is loaded before the model moves to its GPU.
+        The devices may differ, since a checkpoint is loaded before the model is moved to its GPU.
         """
         with torch.inference_mode(False):  # the first call may be during validation
             pairs = zip(self.weights, module.parameters(), strict=True)

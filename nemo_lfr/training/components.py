@@ -1,9 +1,9 @@
-"""Registry of custom discriminators, losses and metrics for training configs.
+"""Registry of custom discriminators, losses and metrics (components) for training configs.
 
-A training config names a component by `_target_`: the import path of its class, such as
-`my_package.MyDiscriminator`, or a name under which `register_component` has registered it. Only a config that the user
-passes may cause an import (`import_components`). A config that was read from a checkpoint can use only registered and
-built-in components, so a checkpoint cannot choose code to run.
+In a training config, the key `_target_` names the class of a component. Its value is the import path of the class,
+such as `my_package.MyDiscriminator`, or a name under which the class was registered with `register_component`. Only a
+config that the user passes can cause an import (`import_components`). A config from a checkpoint can use only
+registered and built-in components, so that a checkpoint cannot choose which code to run.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.signal.spectra import Spectra
 
 _REGISTERED: dict[str, type[nn.Module]] = {}
-# Keyword arguments of losses and metrics, as in NeMo's losses
+# Names of the keyword arguments of losses and metrics, as in NeMo's losses
 AUDIO_ARGUMENTS = ("audio_real", "audio_gen", "audio_len")
 
 Component = TypeVar("Component", bound=nn.Module)
@@ -34,13 +34,13 @@ def register_component(component: ComponentClass, *, name: str | None = None) ->
 @overload
 def register_component(*, name: str) -> Callable[[ComponentClass], ComponentClass]: ...
 def register_component(component: Any = None, *, name: str | None = None) -> Any:
-    """Register a discriminator, loss or metric; can be used as a class decorator.
+    """Register the class of a discriminator, loss or metric. This function can be used as a class decorator.
 
-    A class replaces an earlier class of the same name.
+    The class replaces a class that was registered under the same name before.
 
     Args:
         component: a subclass of `torch.nn.Module`.
-        name: value of `_target_`; by default the import path of the class.
+        name: value of `_target_` for this class; by default the import path of the class.
 
     Returns:
         The same class, or a decorator if `component` is not passed.
@@ -56,24 +56,24 @@ def register_component(component: Any = None, *, name: str | None = None) -> Any
 
 
 def unregister_component(name: str) -> None:
-    """Remove a component from the registry; unknown names are ignored."""
+    """Remove a component from the registry. An unknown name is ignored."""
     _REGISTERED.pop(name, None)
 
 
 def registered_components(config: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
-    """Return a dict from name to class of the registered components in a model config."""
+    """Return the registered components that a model config uses, as a dictionary from name to class."""
     targets = {target for _, target in _targets(config)}
     return {target: _REGISTERED[target] for target in sorted(targets) if target in _REGISTERED}
 
 
 def import_components(config: Mapping[str, Any], built_in: Collection[str]) -> None:
-    """Import and register the components that a user's training config names.
+    """Import and register the components that a training config uses.
 
-    Sections that were read from a checkpoint are skipped.
+    Sections of the config that were read from a checkpoint are skipped.
 
     Args:
         config: model config.
-        built_in: values of `_target_` that need no import.
+        built_in: values of `_target_` for built-in classes, which are not imported.
 
     Raises:
         ConfigError: if a class cannot be imported or is not a subclass of `torch.nn.Module`.
@@ -87,7 +87,8 @@ def _imported(target: str, where: str) -> type[nn.Module]:
     module, _, name = target.rpartition(".")
     if not module:
         raise ConfigError(
-            f"{where}: _target_ {shorten(target)!r} is not registered; register it, or use package.Class."
+            f"{where}: _target_ {shorten(target)!r} is not registered; register it, or use its import path, "
+            "package.Class."
         )
     try:
         found = getattr(import_module(module), name)
@@ -104,14 +105,14 @@ def _imported(target: str, where: str) -> type[nn.Module]:
 
 def _check_class(component: Any, what: str) -> None:
     if not (isinstance(component, type) and issubclass(component, nn.Module)):
-        raise ConfigError(f"{what} is {described(component)}; a component is a subclass of torch.nn.Module.")
+        raise ConfigError(f"{what} is {described(component)}; pass a subclass of torch.nn.Module.")
 
 
 def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the section and the `_target_` of each component of a model config.
+    """Yield the name of the section and the `_target_` of each component in a model config.
 
     Args:
-        config: model config, or a part of one.
+        config: model config, or a part of a model config.
         own: whether to skip sections that were read from a checkpoint.
     """
     for key in ("discriminator", "generator_loss", "discriminator_loss", "losses", "metrics"):
@@ -124,9 +125,9 @@ def _targets(config: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str
 
 
 def _plain_section(config: Mapping[str, Any], key: str, own: bool) -> Any:
-    """Return a section as plain values, or None if it cannot be resolved.
+    """Return a section as Python values, or None if the section cannot be resolved.
 
-    Building the section reports the error.
+    The error is then raised when the component is built.
     """
     try:
         section = config.get(key)
@@ -151,51 +152,53 @@ def build_component(
     """Build a registered component from its section of a training config.
 
     Args:
-        section: `_target_` and the constructor's arguments.
-        where: name of the section, for messages.
+        section: `_target_` and the arguments of the constructor.
+        where: name of the section, for error messages.
         base: required base class of the component.
-        built_in: built-in values of `_target_` for this section, for messages.
+        built_in: values of `_target_` for built-in classes in this section, for error messages.
 
     Returns:
         The component.
 
     Raises:
-        ConfigError: if the component is not registered, is not derived from `base`, or cannot be built from the
+        ConfigError: if the component is not registered, is not a subclass of `base`, or cannot be built with these
             arguments.
     """
     target = section.get("_target_") if isinstance(section, Mapping) else None
     if not isinstance(target, str):
-        raise ConfigError(f"{where} is {shorten(section)}; it must be a mapping with a _target_.")
+        raise ConfigError(f"{where} is {shorten(section)}; pass a mapping with the key _target_.")
     component = _REGISTERED.get(target)
     if component is None:
         known = ", ".join(sorted(name.rpartition(".")[2] for name in built_in))
         raise ConfigError(
-            f"{where}: _target_ {shorten(target)!r} is not registered. If it is your own class, import it and call "
-            f"nemo_lfr.training.components.register_component on it first.{f' Built in: {known}.' if known else ''}"
+            f"{where}: _target_ {shorten(target)!r} is not registered. If this is your own class, first pass it to "
+            f"nemo_lfr.training.components.register_component.{f' Built-in classes: {known}.' if known else ''}"
         )
     what = f"{where}: {target}"
     if not issubclass(component, base):
-        raise ConfigError(f"{what} is not derived from {base.__module__}.{base.__qualname__}.")
+        raise ConfigError(
+            f"{what} is not a subclass of {base.__module__}.{base.__qualname__}; derive it from this class."
+        )
     arguments = {str(key): value for key, value in section.items() if not str(key).startswith("_")}
     try:
         inspect.signature(component).bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{what} cannot be built: {error}.") from error
+        raise ConfigError(f"{what} cannot be built: {error}; correct the arguments in the config.") from error
     try:
         return component(**arguments)
     except Exception as error:  # custom constructors may raise anything
         reason = shorten(" ".join(str(error).split()), 200)
-        raise ConfigError(f"{what} cannot be built from {shorten(arguments, 200)}: {reason}") from error
+        raise ConfigError(f"{what} cannot be built with the arguments {shorten(arguments, 200)}: {reason}") from error
 
 
 def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str], *positional: str) -> None:
-    """Check that a method of a component accepts the arguments of a call.
+    """Check that a method of a component can be called with certain arguments.
 
     Args:
         method: bound method.
-        what: section and class, for the message.
-        arguments: names of keyword arguments.
-        *positional: names of positional arguments, for the message.
+        what: section and class, for the error message.
+        arguments: names of the keyword arguments.
+        *positional: names of the positional arguments, for the error message.
 
     Raises:
         ConfigError: if the method does not accept the arguments.
@@ -204,7 +207,9 @@ def check_accepts(method: Callable[..., Any], what: str, arguments: Sequence[str
         inspect.signature(method).bind(*positional, **dict.fromkeys(arguments))
     except TypeError as error:
         call = f"{method.__name__}({', '.join([*positional, *(f'{name}=' for name in arguments)])})"
-        raise ConfigError(f"{what} cannot be called as {call}: {error}.") from error
+        raise ConfigError(
+            f"{what} cannot be called as {call}: {error}; define the method with these arguments."
+        ) from error
 
 
 def check_scalar(value: Any, what: str) -> torch.Tensor:
@@ -212,10 +217,10 @@ def check_scalar(value: Any, what: str) -> torch.Tensor:
 
     Args:
         value: result of the component.
-        what: section and class, for the message.
+        what: section and class, for the error message.
 
     Raises:
-        ConfigError: if the result is neither a number nor a tensor without dimensions.
+        ConfigError: if the result is neither a number nor a scalar tensor.
     """
     if isinstance(value, int | float):
         return torch.tensor(float(value))
@@ -241,10 +246,11 @@ class ScoreLoss(nn.Module):
     """Custom loss that is computed from discriminator scores.
 
     Args:
-        section: `_target_` and the constructor's arguments.
-        where: key of the section.
-        arguments: names of the loss's keyword arguments. Each is a list of scores, one tensor [B, ...] per network.
-        built_in: values of `_target_` of the built-in losses, for messages.
+        section: `_target_` and the arguments of the constructor.
+        where: key of the section in the config.
+        arguments: names of the keyword arguments of the loss. The value of each argument is a list of scores with one
+            tensor [B, ...] per network.
+        built_in: values of `_target_` for the built-in losses, for error messages.
 
     Raises:
         ConfigError: see `build_component`.
@@ -262,7 +268,8 @@ class ScoreLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            *scores: lists of scores in the order of `arguments`, one tensor [B, ...] per network.
+            *scores: value of each argument, in the order of `arguments`: a list of scores with one tensor [B, ...] per
+                network.
 
         Returns:
             A scalar.
@@ -277,14 +284,15 @@ class ScoreLoss(nn.Module):
 class AudioTerms(nn.Module):
     """Custom losses or metrics that compare recordings with reconstructions.
 
-    Each is a `torch.nn.Module` with frozen parameters. Like NeMo's losses, it is called as
-    `module(audio_real=..., audio_gen=..., audio_len=...)` with signals [B, T_audio] and lengths in samples [B]. It
-    returns a scalar.
+    Each loss or metric is a `torch.nn.Module`, whose parameters are frozen. It is called in the same way as NeMo's
+    losses, `module(audio_real=..., audio_gen=..., audio_len=...)`, with signals [B, T_audio] and lengths in samples
+    [B], and returns a scalar.
 
     Args:
-        sections: a section with `_target_` and the constructor's arguments for each name; None for no terms.
-        where: key of the sections, "losses" or "metrics".
-        reserved: names of built-in terms, which are not allowed.
+        sections: for the name of each term, a section with `_target_` and the arguments of the constructor; None for
+            no terms.
+        where: key of the sections in the config, "losses" or "metrics".
+        reserved: names of built-in terms, which custom terms must not use.
 
     Raises:
         ConfigError: if a name is reserved or not an identifier, or a component cannot be built.
@@ -294,13 +302,13 @@ class AudioTerms(nn.Module):
         super().__init__()
         sections = {} if sections is None else sections
         if not isinstance(sections, Mapping):
-            raise ConfigError(f"{where} is {shorten(sections)}; it must be a mapping from names to sections.")
+            raise ConfigError(f"{where} is {shorten(sections)}; pass a mapping from names to sections.")
         self.terms = nn.ModuleDict()
         self._what: dict[str, str] = {}
         for name, section in sections.items():
             if not re.fullmatch(r"[A-Za-z]\w*", str(name)) or name in reserved or hasattr(nn.ModuleDict, str(name)):
                 raise ConfigError(
-                    f"{where}: the name {shorten(str(name))!r} is taken or is not an identifier; rename it."
+                    f"{where}: the name {shorten(str(name))!r} is reserved or is not an identifier; choose another."
                 )
             module = build_component(section, f"{where}.{name}", nn.Module).requires_grad_(False)
             self._what[name] = f"{where}.{name}: {section['_target_']}"
@@ -315,15 +323,14 @@ class AudioTerms(nn.Module):
         Args:
             real: recordings [B, T_audio].
             gen: reconstructions [B, T_audio].
-            audio_len: valid samples of each example, shape [B]; None if all samples are valid.
-            names: terms to compute; all by default.
+            audio_len: number of valid samples of each example, shape [B]; None if all samples are valid.
+            names: names of the terms to compute; by default all terms.
 
         Returns:
-            A scalar per term, by name.
+            A dictionary from the name of each term to a scalar.
 
         Raises:
-            ConfigError: if a term is not a scalar, or does not depend differentiably on reconstructions that require
-                gradients.
+            ConfigError: if a term is not a scalar, or has no gradient although the reconstructions require gradients.
         """
         if audio_len is None:
             audio_len = torch.full(real.audio.shape[:1], real.audio.shape[1], device=real.audio.device)
@@ -333,19 +340,22 @@ class AudioTerms(nn.Module):
                 value = module(audio_real=real.audio, audio_gen=gen.audio, audio_len=audio_len)
                 values[name] = check_scalar(value, self._what[name])
                 if torch.is_grad_enabled() and gen.audio.requires_grad and not values[name].requires_grad:
-                    raise ConfigError(f"{self._what[name]} has no gradient with respect to audio_gen.")
+                    raise ConfigError(
+                        f"{self._what[name]} has no gradient with respect to audio_gen; compute it with "
+                        "differentiable operations, and do not detach audio_gen."
+                    )
         return values
 
 
 def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
-    """Separate the weights of custom losses from the constructors' arguments.
+    """Separate the weights of custom losses from the arguments of their constructors.
 
     Args:
-        sections: value of the config's `losses`. The key `scale` of a section is the weight of its loss.
+        sections: value of the key `losses` in the config. In each section, the key `scale` is the weight of the loss.
 
     Returns:
-        The sections without `scale`, and a dict of weights by name. The default weight is 1.0. A value that is not a
-        mapping is returned unchanged, without weights.
+        The sections without `scale`, and a dictionary from names to weights. The default weight is 1.0. If `sections`
+        is not a mapping, it is returned unchanged, with an empty dictionary.
 
     Raises:
         ConfigError: if a scale is not a number.
@@ -360,6 +370,6 @@ def split_scales(sections: Any) -> tuple[Any, dict[str, float]]:
             rest[name] = {key: value for key, value in section.items() if key != "scale"}
             scale = section.get("scale", 1.0)
             if isinstance(scale, bool) or not isinstance(scale, int | float):
-                raise ConfigError(f"losses.{name}: scale is {shorten(scale)}; it must be a number.")
+                raise ConfigError(f"losses.{name}: scale is {shorten(scale)}; pass a number.")
             scales[name] = float(scale)
     return rest, scales

@@ -1,7 +1,8 @@
-"""Training segments from NeMo manifests, in any audio format and sample rate.
+"""Read training segments from the recordings in NeMo manifests, in any audio format and sample rate.
 
-Unreadable files are skipped and logged once. NeMo's `VocoderDataset` reads float files as silence, builds a batch of a
-thousand channels from stereo files, and stops at the first unreadable file.
+Files that cannot be read are skipped, and logged once. This dataset replaces NeMo's `VocoderDataset`, which reads
+float files as silence, interprets the samples of stereo files as a thousand channels, and stops at the first file that
+cannot be read.
 """
 
 import logging
@@ -24,24 +25,25 @@ NEMO_DATASET = "nemo.collections.tts.data.vocoder_dataset.VocoderDataset"
 
 
 class CodecDataset(Dataset[dict[str, Any]]):
-    """Dataset of recordings, or of random segments of them.
+    """Dataset of recordings, or of random segments of recordings.
 
-    Audio is float32, mono, at one sample rate.
+    The audio is float32 and mono, and has the same sample rate for all recordings.
 
     Args:
-        dataset_meta: settings of each dataset by its name: `manifest_path`, `audio_dir` (the manifest's folder by
-            default) and `sample_weight`. Unusable manifest lines are skipped and logged once.
-        sample_rate: sample rate of the audio, Hz.
+        dataset_meta: for the name of each dataset, its `manifest_path`, `audio_dir` (by default the manifest's folder)
+            and `sample_weight` (by default 1). Invalid lines of a manifest are skipped, and logged once.
+        sample_rate: sample rate of the audio in Hz.
         n_samples: length of a segment in samples; None for entire recordings.
-        weighted_sampling_steps_per_epoch: number of batches per epoch, drawn by the datasets' weights; None for one
-            shuffled pass over all recordings.
-        min_duration: minimum duration of a recording, seconds; shorter ones are skipped.
-        max_duration: maximum duration of a recording, seconds; longer ones are skipped.
-        trunc_duration: maximum duration that is read from a recording, seconds.
+        weighted_sampling_steps_per_epoch: number of batches per epoch. Recordings are then drawn at random,
+            proportionally to the `sample_weight` of their dataset. If None, an epoch is one shuffled pass over all
+            recordings.
+        min_duration: minimum duration of a recording in seconds. Shorter recordings are skipped.
+        max_duration: maximum duration of a recording in seconds. Longer recordings are skipped.
+        trunc_duration: maximum duration in seconds that is read from the start of a recording.
         volume_norm: whether to scale the audio to a peak of 0.95, as NeMo does.
 
     Raises:
-        ConfigError: for an unreadable manifest, or if no recording remains.
+        ConfigError: if a manifest cannot be read, or no recording has the required duration.
     """
 
     def __init__(
@@ -70,24 +72,25 @@ class CodecDataset(Dataset[dict[str, Any]]):
                 if (min_duration or 0) <= recording.duration <= (max_duration or float("inf"))
             ]
             hours = sum(recording.duration for recording in kept) / 3600
-            logger.info("%s: %d of %d recordings, %.2f hours", name, len(kept), len(found), hours)
+            logger.info("%s: using %d of %d recordings (%.2f hours of audio)", name, len(kept), len(found), hours)
             self.recordings += kept
             self.weights += [float(meta.get("sample_weight", 1.0))] * len(kept)
         if not self.recordings:
             raise ConfigError(
-                f"the manifests of {sorted(dataset_meta)} contain no recording of the required duration."
+                f"the manifests of {sorted(dataset_meta)} contain no recording of the required duration; change "
+                "min_duration or max_duration, or add recordings."
             )
 
     def get_sampler(self, batch_size: int, world_size: int, rank: int = 0) -> "SegmentSampler | None":
         """Build the sampler of segments for one process.
 
         Args:
-            batch_size: segments of a batch in one process.
+            batch_size: number of segments per batch in one process.
             world_size: number of processes.
             rank: index of this process.
 
         Returns:
-            A sampler, or None for entire recordings, which are read in order.
+            A sampler, or None for a dataset of entire recordings, which are read in order.
         """
         if not self.n_samples:
             return None
@@ -99,13 +102,13 @@ class CodecDataset(Dataset[dict[str, Any]]):
         return len(self.recordings)
 
     def __getitem__(self, draw: "int | tuple[int, float]") -> dict[str, Any]:
-        """Return a recording or a segment of one.
+        """Return a recording, or a segment of a recording.
 
-        An unreadable recording is replaced by the next readable one.
+        If the recording cannot be read, the next recording that can be read is used instead.
 
         Args:
-            draw: index of a recording, or a tuple (index, place). `place`, in [0, 1], selects where the segment starts
-                within the range of possible starts; without it the start is random.
+            draw: index of a recording, or a tuple (index, place). `place` selects the start of the segment: 0 for the
+                first possible start, 1 for the last. Without `place`, the start is random.
 
         Returns:
             `dataset_name`, `audio_filepath`, `audio` (float32, shape [T_audio]) and `audio_len` in samples.
@@ -121,10 +124,10 @@ class CodecDataset(Dataset[dict[str, Any]]):
             recording = self.recordings[(index + step) % len(self.recordings)]
             try:
                 audio = self._read(recording, place)
-            except (NemoLfrError, OSError) as error:  # including a missing extra for the file's format
+            except (NemoLfrError, OSError) as error:  # or MissingExtraError, for the format of the file
                 if recording.path not in self._bad:
                     self._bad.add(recording.path)
-                    logger.warning("skipped, the next recording is used instead: %s", error)
+                    logger.warning("recording is skipped, and the next one is used instead: %s", error)
                 continue
             return {
                 "dataset_name": recording.dataset,
@@ -132,7 +135,7 @@ class CodecDataset(Dataset[dict[str, Any]]):
                 "audio": torch.from_numpy(audio),
                 "audio_len": len(audio),
             }
-        raise AudioError("no recording of the manifests can be read; the warnings above say why.")
+        raise AudioError("no recording in the manifests can be read; see the warnings above for the reasons.")
 
     def _read(self, recording: Recording, place: float | None) -> np.ndarray:
         duration = min(recording.duration, self.trunc_duration or float("inf"))
@@ -141,22 +144,24 @@ class CodecDataset(Dataset[dict[str, Any]]):
             spare = duration - self.n_samples / self.sample_rate
             if spare > 0:
                 start += (float(torch.rand(())) if place is None else place) * spare
-            # Read slightly more than a segment, because resampling may return fewer samples than expected.
+            # Read slightly more than a segment, because resampling may return a few samples less than expected.
             duration = min(duration, self.n_samples / self.sample_rate + 0.01)
         with AudioReader(recording.path, self.sample_rate) as reader:
             audio = reader.segment(start, duration)[: self.n_samples]
         if not len(audio):
-            raise AudioError(f"{recording.path}: contains no samples at {start:.3f} s.")
+            raise AudioError(
+                f"{recording.path}: no samples at {start:.3f} s; correct the offset or duration in the manifest."
+            )
         if self.volume_norm:
             audio = audio * np.float32(0.95 / max(float(np.abs(audio).max()), 1e-5))
         return audio
 
     @staticmethod
     def collate_fn(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate examples to a batch with NeMo's keys.
+        """Collate examples into a batch with the keys that NeMo uses.
 
         Args:
-            examples: items of the dataset.
+            examples: examples from the dataset.
 
         Returns:
             `dataset_names`, `audio_filepaths`, `audio` (float32, shape [B, T_audio], padded with zeros) and
@@ -172,16 +177,16 @@ class CodecDataset(Dataset[dict[str, Any]]):
 
 
 class SegmentSampler(DistributedSampler[tuple[int, float]]):
-    """Sampler of recordings and segment starts that depends on the epoch alone.
+    """Sampler of recordings and starts of segments. Its draws depend only on the seed and the epoch.
 
-    A run that is killed and resumed at an epoch draws the same segments, with any number of worker processes. The
-    sampler is a `DistributedSampler`, so Lightning keeps it and sets its epoch.
+    A run that is resumed at an epoch therefore draws the same segments, with any number of data loader workers. Since
+    the sampler is a `DistributedSampler`, Lightning does not replace it, and sets its epoch.
 
     Args:
         dataset: dataset to sample from.
-        count: number of draws per epoch, in all processes together.
-        weights: weight of each recording, float64, shape [len(dataset)], for draws with replacement; None for one
-            shuffled pass.
+        count: number of draws per epoch, summed over all processes.
+        weights: weight of each recording for draws with replacement, float64, shape [len(dataset)]; None for one
+            shuffled pass over all recordings.
         world_size: number of processes.
         rank: index of this process.
         seed: seed of all draws.
@@ -206,32 +211,33 @@ class SegmentSampler(DistributedSampler[tuple[int, float]]):
         else:
             indices = torch.randperm(self.count, generator=generator)
         places = torch.rand(self.count, generator=generator)
-        # Strategies that fork or spawn build the sampler before ranks are assigned.
+        # With strategies that fork or spawn processes, the sampler is built before the ranks are assigned.
         group = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if group else self.rank
         own = slice(rank, len(self) * self.num_replicas, self.num_replicas)
         return iter(list(zip(indices[own].tolist(), places[own].tolist(), strict=True)))
 
     def __len__(self) -> int:
-        """Return the number of draws per process, which is equal in all processes."""
+        """Return the number of draws per process and epoch, which is equal in all processes."""
         return self.count // self.num_replicas
 
 
 def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoader[dict[str, Any]] | None:
-    """Build the data loader of a config section that uses `CodecDataset`.
+    """Build the data loader for a config section, with `CodecDataset` as its dataset.
 
-    A section that names NeMo's `VocoderDataset` gets `CodecDataset` too.
+    `CodecDataset` is also used if the section names NeMo's `VocoderDataset`.
 
     Args:
-        config: data section with `dataset` and `dataloader_params`.
+        config: section of the training config with the keys `dataset` and `dataloader_params`.
         world_size: number of processes.
         rank: index of this process.
 
     Returns:
-        The loader, or None for another dataset or for options beyond reading audio, which need NeMo's own loader.
+        The data loader. None if the section names another dataset, or sets `feature_processors` or `resample_rate`:
+        such a section needs NeMo's own data loader.
 
     Raises:
-        ConfigError: for an unknown argument of the dataset.
+        ConfigError: if an argument of the dataset is unknown, or the dataset cannot be created.
     """
     arguments = cast(dict[str, Any], OmegaConf.to_container(config.dataset, resolve=True))
     ours = f"{CodecDataset.__module__}.{CodecDataset.__name__}"
@@ -242,7 +248,7 @@ def manifest_loader(config: DictConfig, world_size: int, rank: int) -> DataLoade
     try:
         dataset = CodecDataset(**{key: value for key, value in arguments.items() if value is not None})
     except TypeError as error:
-        raise ConfigError(f"dataset: {error}") from error
+        raise ConfigError(f"dataset: {error}; correct the arguments in the config.") from error
     loader = dict(config.dataloader_params)
     sampler = dataset.get_sampler(loader["batch_size"], world_size, rank)
     if sampler is not None:  # the sampler shuffles

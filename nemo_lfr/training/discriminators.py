@@ -1,10 +1,12 @@
-"""Discriminators: multi-period, multi-resolution complex STFT and WavLM ("SLM").
+"""Discriminators of periods, complex STFTs and hidden states of WavLM ("SLM").
 
-Each discriminator first computes a representation of the audio without trainable weights (`preprocess`: periods,
-spectra or hidden states of WavLM), then scores it (`score`). A training step computes each representation once:
-without gradients for real audio, with gradients for generated audio. The discriminators' own update detaches the
-latter. State-dict keys match those of NeMo's classes with the same names. A custom discriminator is a subclass of
-`AudioDiscriminator`, see `nemo_lfr.training.components`.
+A discriminator first computes a representation of the audio without trainable weights (`preprocess`), and then scores
+it (`score`). The representation consists of folded audio, spectra or hidden states of WavLM. In a training step, each
+representation is computed once: without gradients for real audio, and with gradients for generated audio. It is
+detached to update the discriminators.
+
+State-dict keys are the same as in NeMo's classes of the same names. A custom discriminator is a subclass of
+`AudioDiscriminator`; see `nemo_lfr.training.components`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,18 +37,18 @@ PadMode = Literal["reflect", "zeros"]
 
 
 class Conv2d(nn.Module):
-    """Weight-normed 2-D convolution that keeps the size, apart from its stride.
+    """2-D convolution with weight norm. With a stride of 1, the output is as large as the input.
 
     Args:
-        in_channels: input channels.
-        out_channels: output channels.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
         kernel_size: height and width of the kernel.
         stride: stride in both dimensions.
         dilation: dilation in both dimensions.
         pad_mode: "reflect" or "zeros".
 
     Raises:
-        ConfigError: for an unknown `pad_mode`.
+        ConfigError: if `pad_mode` is unknown.
     """
 
     def __init__(
@@ -72,9 +74,9 @@ class Conv2d(nn.Module):
         if hidden.device.type != "cpu" or conv.kernel_size[1] > 1:
             convolved: torch.Tensor = conv(hidden.contiguous(memory_format=torch.channels_last) if zeros else hidden)
             return convolved
-        # Kernels of width 1 treat columns independently, so the columns can be rows of a matrix product. On a CPU this
-        # runs near peak speed, unlike convolutions over the few rows of deep layers, and it does not copy the weights,
-        # which are larger than the signal there.
+        # A kernel of width 1 processes each column independently, so that the columns can be the rows of a matrix
+        # product. In deep layers, which have few rows and weights that are larger than the signal, this is faster on a
+        # CPU than a convolution: it runs near peak speed, and does not copy the weights.
         columns = hidden.transpose(2, 3).transpose(1, 2).flatten(0, 1)  # [B * W, C, H], C innermost in memory
         mode = "constant" if zeros else "reflect"
         padded = F.pad(columns.unsqueeze(2), (conv.padding[0],) * 2 + (0, 0), mode=mode).squeeze(2)
@@ -83,9 +85,9 @@ class Conv2d(nn.Module):
 
 
 class _Network(nn.Module):
-    """Stack of convolutions with leaky ReLUs, followed by one that scores.
+    """Stack of convolutions with leaky ReLUs, followed by a convolution that computes the scores.
 
-    The outputs of all convolutions are the feature maps.
+    The feature maps are the outputs of all layers.
     """
 
     def __init__(self, conv_layers: Sequence[Conv2d], conv_post: Conv2d, lrelu_slope: float) -> None:
@@ -101,7 +103,7 @@ class _Network(nn.Module):
             view: representation of the audio, shape [B, C, H, W].
 
         Returns:
-            Scores [B, W, H], and the feature maps, each [B, C, H, W].
+            Scores [B, W, H], and a list of feature maps, each [B, C, H, W].
         """
         feature_maps = []
         hidden = view
@@ -114,12 +116,12 @@ class _Network(nn.Module):
 
 
 class PeriodDiscriminator(_Network):
-    """Discriminator of audio folded to a period (HiFi-GAN, arXiv 2010.05646).
+    """Discriminator of audio that is folded into rows of one period (HiFi-GAN, arXiv 2010.05646).
 
     Args:
-        period: number of samples in a row of the folded audio.
+        period: number of samples in a row.
         lrelu_slope: negative slope of the leaky ReLUs.
-        channels: output channels of the first layer; 32 in NeMo.
+        channels: number of output channels of the first layer; 32 in NeMo.
         pad_mode: "reflect" or "zeros".
     """
 
@@ -140,7 +142,7 @@ class PeriodDiscriminator(_Network):
 
 
 class _Networks(AudioDiscriminator):
-    """Base class of discriminators that have one network for each view."""
+    """Base class for discriminators that have one network for each view."""
 
     discriminators: nn.ModuleList
 
@@ -150,18 +152,18 @@ class _Networks(AudioDiscriminator):
         return len(self.discriminators)
 
     def score(self, views: Views) -> DiscriminatorOutput:
-        """Score each view with its network."""
+        """Score each view with the network for this view."""
         outputs = [network(view) for network, view in zip(self.discriminators, views, strict=True)]
         return [score for score, _ in outputs], [maps for _, maps in outputs]
 
 
 class MultiPeriodDiscriminator(_Networks):
-    """Discriminator with one network for each of several prime periods.
+    """Discriminator with one `PeriodDiscriminator` for each of several periods.
 
     Args:
-        periods: period of each network, samples.
+        periods: period of each network in samples.
         lrelu_slope: negative slope of the leaky ReLUs.
-        channels: output channels of each network's first layer; 32 in NeMo.
+        channels: number of output channels of each network's first layer; 32 in NeMo.
         pad_mode: "reflect" or "zeros".
     """
 
@@ -177,14 +179,14 @@ class MultiPeriodDiscriminator(_Networks):
         self.discriminators = nn.ModuleList(networks)
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Fold the audio to each period."""
+        """Fold the audio into rows of each period."""
         return [network.view(audio.audio) for network in cast(Iterable[PeriodDiscriminator], self.discriminators)]
 
 
 def stft_view(audio: Spectra, resolution: Sequence[int]) -> torch.Tensor:
-    """Return the STFT of audio as two channels, scaled to unit energy.
+    """Return the STFT of audio as two channels, scaled by 1 / sqrt(n_fft).
 
-    Real and imaginary parts alternate in memory, which is the channels-last layout.
+    The result has the channels-last memory layout: real and imaginary parts alternate in memory.
 
     Args:
         audio: signals [B, T_audio] with cached STFTs.
@@ -213,16 +215,16 @@ class DiscriminatorSTFT(_Network):
         layers.append(conv(32, 32, kernel_size=(3, 3)))
         super().__init__(layers, conv(32, 1, kernel_size=(3, 3)), lrelu_slope)
         self.resolution = tuple(resolution)
-        # This Hann window is not used (`Spectra` has its own), but NeMo's checkpoints contain it.
+        # This Hann window is not used, since `Spectra` computes the STFT, but NeMo's checkpoints contain it.
         self.register_buffer("window", torch.hann_window(self.resolution[2], periodic=False))
 
     def view(self, audio: Spectra) -> torch.Tensor:
-        """Return the STFT of the audio as channels [B, 2, frames, bins]."""
+        """Return the real and imaginary parts of the STFT, [B, 2, frames, bins]."""
         return stft_view(audio, self.resolution)
 
 
 class MultiResolutionDiscriminatorSTFT(_Networks):
-    """Discriminator with one STFT network for each resolution.
+    """Discriminator with one `DiscriminatorSTFT` for each resolution.
 
     Args:
         resolutions: (n_fft, hop, window) of each network, in samples.
@@ -236,14 +238,14 @@ class MultiResolutionDiscriminatorSTFT(_Networks):
         )
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Return the STFT of the audio at each resolution, shape [B, 2, frames, bins]."""
+        """Return the real and imaginary parts of the STFT at each resolution, [B, 2, frames, bins]."""
         return [network.view(audio) for network in cast(Iterable[DiscriminatorSTFT], self.discriminators)]
 
 
 class MultiBandDiscriminatorSTFT(_Networks):
-    """Discriminator with one network per frequency band of an STFT (DAC).
+    """Discriminator with one network for each frequency band of an STFT (DAC, arXiv 2306.06546).
 
-    See arXiv 2306.06546. NanoCodec is trained with it.
+    NanoCodec was trained with this discriminator.
 
     Args:
         resolution: (n_fft, hop, window) in samples.
@@ -261,7 +263,7 @@ class MultiBandDiscriminatorSTFT(_Networks):
         self.discriminators = nn.ModuleList(_band_network() for _ in self.bands)
 
     def preprocess(self, audio: Spectra) -> Views:
-        """Return the bands of the audio's STFT, each [B, 2, frames, bins of the band]."""
+        """Return the frequency bands of the STFT, each [B, 2, frames, bins of the band]."""
         view = stft_view(audio, self.resolution)
         return [view[..., band] for band in self.bands]
 
@@ -274,7 +276,7 @@ def _band_network() -> _Network:
 
 
 class Discriminator(AudioDiscriminator):
-    """Union of several discriminators.
+    """Combination of several discriminators, with the networks of all of them.
 
     Args:
         discriminators: discriminators to combine.
@@ -289,7 +291,7 @@ class Discriminator(AudioDiscriminator):
 
     @property
     def num_networks(self) -> int:
-        """Return the number of networks of all discriminators."""
+        """Return the total number of networks in all discriminators."""
         return sum(discriminator.num_networks for discriminator in self._each())
 
     def preprocess(self, audio: Spectra) -> Views:
@@ -297,7 +299,7 @@ class Discriminator(AudioDiscriminator):
         return [view for discriminator in self._each() for view in preprocess_audio(discriminator, audio)]
 
     def score(self, views: Views) -> DiscriminatorOutput:
-        """Score each discriminator's views, and concatenate scores and feature maps."""
+        """Score the views of each discriminator, and concatenate all scores and all feature maps."""
         scores: list[torch.Tensor] = []
         feature_maps: list[list[torch.Tensor]] = []
         rest = iter(views)
@@ -311,7 +313,7 @@ class Discriminator(AudioDiscriminator):
 class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
     """Discriminator with one `MultiBandDiscriminatorSTFT` for each resolution.
 
-    It is the counterpart of the `MultiResolutionDiscriminatorSTFT` in NeMo's `audio_codec_modules`.
+    In NeMo, the corresponding class is `audio_codec_modules.MultiResolutionDiscriminatorSTFT`.
 
     Args:
         resolutions: (n_fft, hop, window) of each STFT, in samples.
@@ -324,7 +326,7 @@ class MultiBandMultiResolutionDiscriminatorSTFT(Discriminator):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Freeze a module's parameters within this context.
+    """Freeze the parameters of a module inside this context.
 
     Gradients still flow through the module to its inputs.
 
@@ -342,7 +344,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 _NEMO = "nemo.collections.tts.modules."
-# Class of this package for each NeMo class
+# Class in this package for the import path of each NeMo class
 NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "audio_codec_modules.Discriminator": Discriminator,
     _NEMO + "audio_codec_modules.MultiPeriodDiscriminator": MultiPeriodDiscriminator,
@@ -351,7 +353,7 @@ NEMO_DISCRIMINATORS: dict[str, type[AudioDiscriminator]] = {
     _NEMO + "encodec_modules.MultiResolutionDiscriminatorSTFT": MultiResolutionDiscriminatorSTFT,
 }
 _OUR_DISCRIMINATORS = {f"{ours.__module__}.{ours.__name__}": ours for ours in NEMO_DISCRIMINATORS.values()}
-# Values of `_target_` that need no import
+# Class for each value of `_target_` that needs no import
 BUILT_IN = {**NEMO_DISCRIMINATORS, **_OUR_DISCRIMINATORS}
 
 
@@ -359,14 +361,14 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     """Build the discriminator that a model config describes.
 
     Args:
-        config: the `discriminator` section: `_target_`, which names a class of NeMo or of this package or a registered
-            class, and the constructor's arguments.
+        config: section `discriminator` of the config. It contains the arguments of the constructor and `_target_`,
+            which names a class in NeMo, a class in this package, or a registered class.
 
     Returns:
         The discriminator, with random weights.
 
     Raises:
-        ConfigError: for an unknown class or argument.
+        ConfigError: if the class or an argument is unknown, or the discriminator is not valid.
     """
     ours = BUILT_IN.get(str(config.get("_target_", "")))
     if ours is None:
@@ -377,17 +379,19 @@ def build_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
     try:
         return ours(**arguments)
     except TypeError as error:
-        raise ConfigError(f"discriminator: {ours.__name__} cannot be built: {error}") from error
+        raise ConfigError(
+            f"discriminator: {ours.__name__} cannot be built: {error}; correct its arguments."
+        ) from error
 
 
 def _custom_discriminator(config: Mapping[str, Any]) -> AudioDiscriminator:
-    """Build a registered discriminator."""
+    """Build a registered discriminator, and check its methods and parameters."""
     module = build_component(config, "discriminator", AudioDiscriminator, NEMO_DISCRIMINATORS)
     what = f"discriminator: {config['_target_']}"
     if type(module).score is AudioDiscriminator.score:
-        raise ConfigError(f"{what} does not define score(views).")
+        raise ConfigError(f"{what} does not define score(views); define this method.")
     check_accepts(module.score, what, (), "views")
     check_accepts(module.preprocess, what, (), "audio")
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError(f"{what} has no trainable parameters.")
+        raise ConfigError(f"{what} has no trainable parameters; add layers that can be trained.")
     return module

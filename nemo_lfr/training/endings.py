@@ -1,4 +1,4 @@
-"""One-line error messages for training scripts."""
+"""End training scripts with a one-line error message if a run fails for a reason that the user can fix."""
 
 import errno
 import logging
@@ -8,23 +8,24 @@ from contextlib import contextmanager
 
 from nemo_lfr.errors import NemoLfrError
 
-# Errors of the storage that is written to. Other system errors may be bugs and keep their traceback.
+# System errors that are due to the storage to which a run writes. Other system errors may be bugs, and their traceback
+# is shown.
 PLACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, getattr(errno, "EDQUOT", errno.ENOSPC)}
 ADVICE = "free some space or choose another folder, and run the same command again; no existing file was damaged"
 
 
 @contextmanager
 def ending_in_one_line(folder: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Exit with one line on stderr if a run fails for a reason the user can fix.
+    """Exit with one line on stderr if a run fails for a reason that the user can fix.
 
-    Such reasons are a user's mistake, a full disk and a missing permission. Within this context, log records that
-    cannot be written, for example because the disk is full, print no tracebacks either.
+    Such reasons are invalid input, a full disk and a missing permission. Inside this context, log records that cannot
+    be written, for example because the disk is full, also print no tracebacks.
 
     Args:
-        folder: folder of the run, which the message names if the error does not name a file.
+        folder: folder of the run. The message contains this path if the error does not name a file.
 
     Raises:
-        SystemExit: in place of such an error. Other exceptions propagate.
+        SystemExit: if such an error occurs. Other exceptions are not changed.
     """
     before = logging.raiseExceptions
     logging.raiseExceptions = False

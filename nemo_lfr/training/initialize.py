@@ -1,6 +1,7 @@
-"""Data-dependent initialization of a codec's weights.
+"""Initialize the weights of a codec from data.
 
-Without it, FSQ receives an almost constant encoder output and uses a single code for the first 1,000 steps.
+With the default initialization, the output of the encoder is almost constant, so that FSQ uses a single code for the
+first 1,000 steps of training.
 """
 
 import torch
@@ -21,17 +22,18 @@ def initialize_from_data(
     encoded_spread: float = 0.9,
     output_spread: float = 0.1,
 ) -> None:
-    """Rescale every convolution so that its output on speech has unit scale.
+    """Rescale every convolution so that its output on speech has a standard deviation of 1.
 
-    Convolutions are rescaled in the order of the data path.
+    The convolutions are rescaled one after another, from the input of the encoder to the output of the decoder. The
+    last convolutions of the encoder and the decoder get other standard deviations.
 
     Args:
         encoder: encoder to change in place.
-        quantizer: quantizer between encoder and decoder; not changed.
+        quantizer: quantizer between encoder and decoder, which is not changed.
         decoder: decoder to change in place.
-        audio: batch of speech in complete frames, shape [B, T_audio].
-        encoded_spread: target standard deviation of each encoded dimension, which is also centered.
-        output_spread: target standard deviation of the waveform before the output activation.
+        audio: batch of speech, shape [B, T_audio]. T_audio is a multiple of the number of samples per frame.
+        encoded_spread: standard deviation of each dimension of the encoder output, whose mean becomes 0.
+        output_spread: standard deviation of the waveform before the output activation.
     """
 
     def rescale(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
@@ -61,9 +63,9 @@ def initialize_from_data(
 
 
 def _multiply_weight(conv: nn.Conv1d | nn.ConvTranspose1d, factor: torch.Tensor) -> None:
-    """Scale a convolution's weight, or its gain under weight norm.
+    """Multiply the weight of a convolution by a factor, which is a scalar or has one value per output channel.
 
-    The factor is a scalar or has one value per output channel.
+    With weight norm, the gain is multiplied instead.
     """
     gain = dict(conv.named_parameters()).get(GAIN.removeprefix("."))
     (conv.weight if gain is None else gain).mul_(factor)

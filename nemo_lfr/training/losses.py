@@ -1,4 +1,4 @@
-"""Losses of codec training, as functions of signals or discriminator outputs.
+"""Losses for training a codec, which are computed from signals or from discriminator outputs.
 
 Distances between two signals are in `nemo_lfr.signal.distances`.
 """
@@ -20,11 +20,11 @@ FeatureMaps = Sequence[Sequence[torch.Tensor]]
 
 
 def spread(encoded: torch.Tensor) -> torch.Tensor:
-    """Compute a penalty that keeps each encoded dimension centered and spread out.
+    """Compute a penalty that keeps each dimension of the encoder output centered and spread out.
 
-    It is zero if the mean of a dimension is 0 and its standard deviation at least 0.8. Early in training the codes are
-    noise to the decoder, and the other losses reward an encoder with a constant output: without this term, a new codec
-    uses a single token per codebook after 50 steps.
+    The penalty is zero if every dimension has a mean of 0 and a standard deviation of at least 0.8. Early in training,
+    the decoder cannot use the codes yet, and the other losses favor an encoder whose output is constant. Without this
+    penalty, a new codec uses a single token per codebook after 50 steps.
 
     Args:
         encoded: encoder output, shape [B, D, T_encoded].
@@ -41,17 +41,17 @@ def _average(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def generator_squared(gen: Scores) -> torch.Tensor:
-    """Compute the generator's least-squares GAN loss; its target score is 1."""
+    """Compute the least-squares GAN loss of the generator. The target score is 1."""
     return _average([(1 - score).square().mean() for score in gen])
 
 
 def generator_hinged(gen: Scores) -> torch.Tensor:
-    """Compute the generator's hinge GAN loss; its target score is at least 1."""
+    """Compute the hinge GAN loss of the generator. The target score is 1 or more."""
     return _average([F.relu(1 - score).mean() for score in gen])
 
 
 def discriminator_squared(real: Scores, gen: Scores) -> torch.Tensor:
-    """Compute the discriminators' least-squares GAN loss.
+    """Compute the least-squares GAN loss of the discriminators.
 
     The target score is 1 for real audio and 0 for generated audio.
     """
@@ -59,17 +59,17 @@ def discriminator_squared(real: Scores, gen: Scores) -> torch.Tensor:
 
 
 def discriminator_hinged(real: Scores, gen: Scores) -> torch.Tensor:
-    """Compute the discriminators' hinge GAN loss.
+    """Compute the hinge GAN loss of the discriminators.
 
-    The target score is at least 1 for real audio and at most -1 for generated audio.
+    The target score is 1 or more for real audio, and -1 or less for generated audio.
     """
     return _average([(F.relu(1 - r).mean() + F.relu(1 + g).mean()) / 2 for r, g in zip(real, gen, strict=True)])
 
 
 def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
-    """Compute the mean absolute difference of feature maps (HiFi-GAN).
+    """Compute the mean absolute difference between feature maps of real and generated audio (HiFi-GAN).
 
-    All discriminators have equal weight.
+    All networks of the discriminators have the same weight.
     """
     return _average(
         [
@@ -80,9 +80,9 @@ def feature_matching(real: FeatureMaps, gen: FeatureMaps) -> torch.Tensor:
 
 
 def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float = 1e-3) -> torch.Tensor:
-    """Compute feature matching relative to the size of the real features.
+    """Compute the difference between feature maps relative to the magnitude of the real ones.
 
-    The size is the mean magnitude along the last dimension (EnCodec, arXiv 2210.13438).
+    Difference and magnitude are means over the last dimension (EnCodec, arXiv 2210.13438).
     """
     return _average(
         [
@@ -98,7 +98,7 @@ def relative_feature_matching(real: FeatureMaps, gen: FeatureMaps, guard: float 
 
 
 _NEMO_LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
-# NeMo classes that a config may name
+# Function for the import path of each NeMo class that a config may name
 GENERATOR_LOSSES: dict[str, Callable[[Scores], torch.Tensor]] = {
     _NEMO_LOSSES + "GeneratorSquaredLoss": generator_squared,
     _NEMO_LOSSES + "GeneratorHingedLoss": generator_hinged,
@@ -113,7 +113,7 @@ FEATURE_LOSSES: dict[str, Callable[[FeatureMaps, FeatureMaps], torch.Tensor]] = 
     "relative": relative_feature_matching,
     "absolute": feature_matching,
 }
-# Config key and default weight of each reconstruction term. Keys marked "not in NeMo" belong to this package.
+# Config key and default weight of each reconstruction term. The keys marked "not in NeMo" are additions.
 WEIGHTS = {
     "mel_l1": ("mel_loss_l1_scale", 1.0),
     "mel_l2": ("mel_loss_l2_scale", 1.0),
@@ -123,27 +123,28 @@ WEIGHTS = {
     "si_sdr": ("si_sdr_loss_scale", 0.0),
     "spread": ("spread_loss_scale", 0.0),  # not in NeMo
 }
-# Keyword arguments of NeMo's adversarial losses; custom losses get the same arguments.
+# Names of the keyword arguments of NeMo's adversarial losses. Custom losses get the same arguments.
 _GENERATOR_ARGUMENTS = ("disc_scores_gen",)
 _DISCRIMINATOR_ARGUMENTS = ("disc_scores_real", "disc_scores_gen")
 
 
 class CodecLosses(nn.Module):
-    """Named loss terms of codec training and their weights.
+    """Loss terms for training a codec, and their weights.
 
     Args:
-        config: model config with NeMo's keys. The key `losses` adds custom terms, see `nemo_lfr.training.components`.
+        config: model config with the same keys as in NeMo. The key `losses` adds custom terms; see
+            `nemo_lfr.training.components`.
 
     Attributes:
-        reconstruction: distances between signals.
-        custom: custom loss terms.
-        weights: weight of every term with a nonzero weight.
-        generator: adversarial term of the generator.
-        discriminator: loss of the discriminators.
-        feature: feature-matching term of the generator.
+        reconstruction: module that computes the distances between signals.
+        custom: module that computes the custom terms.
+        weights: weight of each term, without terms whose weight is zero.
+        generator: function that computes the adversarial term of the generator.
+        discriminator: function that computes the loss of the discriminators.
+        feature: function that computes the feature-matching term of the generator.
 
     Raises:
-        ConfigError: for a loss that is neither NeMo's nor registered, or that cannot be built.
+        ConfigError: if a loss is neither one of NeMo's nor registered, or cannot be built.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -171,22 +172,22 @@ class CodecLosses(nn.Module):
         feature = config.get("feature_loss_type", "relative")
         if feature not in FEATURE_LOSSES:
             known = ", ".join(FEATURE_LOSSES)
-            raise ConfigError(f"feature_loss_type {shorten(feature)!r} is unknown; known: {known}.")
+            raise ConfigError(f"feature_loss_type {shorten(feature)!r} is unknown; use one of {known}.")
         self.feature = FEATURE_LOSSES[feature]
 
     def terms(
         self, real: Spectra, gen: Spectra, audio_len: torch.Tensor | None, encoded: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Compute the terms that need no discriminator.
+        """Compute the terms that do not depend on a discriminator.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.
             gen: reconstructions [B, T_audio] with cached STFTs.
-            audio_len: valid samples of each example, shape [B], or None.
+            audio_len: number of valid samples of each example, shape [B]; None if all samples are valid.
             encoded: encoder output, shape [B, D, T_encoded].
 
         Returns:
-            A scalar per term, by name.
+            A dictionary from the name of each term to a scalar.
         """
         wanted = [term for term in ReconstructionLoss.TERMS if term in self.weights]
         terms: dict[str, torch.Tensor] = self.reconstruction(real, gen, audio_len, wanted)
@@ -198,7 +199,7 @@ class CodecLosses(nn.Module):
     def adversarial_terms(
         self, scores_gen: Scores, maps_real: FeatureMaps, maps_gen: FeatureMaps
     ) -> dict[str, torch.Tensor]:
-        """Compute the generator's terms from discriminator outputs.
+        """Compute the terms of the generator that depend on discriminator outputs.
 
         Args:
             scores_gen: scores of generated audio.
@@ -206,7 +207,7 @@ class CodecLosses(nn.Module):
             maps_gen: feature maps of generated audio.
 
         Returns:
-            A scalar per term, by name.
+            A dictionary from the name of each term to a scalar.
         """
         terms = {}
         if "gen" in self.weights:
@@ -216,14 +217,14 @@ class CodecLosses(nn.Module):
         return terms
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the weighted sum of terms, which the generator minimizes."""
+        """Return the weighted sum of the terms, which is the loss of the generator."""
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 
 def _score_loss(
     config: Mapping[str, Any], key: str, table: Mapping[str, Callable[..., torch.Tensor]], arguments: Sequence[str]
 ) -> Callable[..., torch.Tensor]:
-    """Return the adversarial loss that a section of the config names."""
+    """Return the function or module for the adversarial loss that a section of the config names."""
     section = config[key]
     if isinstance(section, Mapping) and section.get("_target_") in table:
         return table[section["_target_"]]

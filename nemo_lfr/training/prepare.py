@@ -1,4 +1,4 @@
-"""Manifest preparation from downloaded corpora, for `nemo-lfr prepare`."""
+"""Write NeMo manifests for downloaded corpora, for `nemo-lfr prepare`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +19,20 @@ from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"
-# Durations of the files opened so far, with size and modification time, for resuming an interrupted run
+# Journal for resuming an interrupted run: durations of the files that were opened, with size and modification time
 JOURNAL = ".opened.jsonl"
 
 
 @dataclass
 class Split:
-    """Manifest of one split: its path, and the number of utterances and speakers and seconds of audio in it."""
+    """Manifest of one split.
+
+    Attributes:
+        manifest: path of the manifest.
+        utterances: number of utterances in the manifest.
+        speakers: number of speakers.
+        duration_s: total duration of the utterances in seconds.
+    """
 
     manifest: Path
     utterances: int
@@ -38,11 +45,11 @@ class Prepared:
     """Result of `prepare`.
 
     Attributes:
-        audio_dir: folder that the paths in the manifests are relative to.
-        splits: the manifests by split; only those with utterances.
+        audio_dir: folder to which the paths in the manifests are relative.
+        splits: manifest of each split that has utterances, by name of the split.
         failures: records of the files, rows and transcripts that cannot be used.
-        failures_file: path of failures.jsonl, which contains these records; None if there are none.
-        kept: manifests and failures.jsonl of earlier runs in the output folder, which this run did not write.
+        failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
+        kept: manifests and failures.jsonl in the output folder that an earlier run wrote and this run did not replace.
     """
 
     audio_dir: Path
@@ -54,7 +61,7 @@ class Prepared:
 
 @contextmanager
 def silent(total: int) -> Iterator[Callable[[str], None]]:
-    """Report no progress; the default of `prepare`."""
+    """Report no progress. This is the default progress callback of `prepare`."""
     yield lambda text: None
 
 
@@ -68,41 +75,40 @@ def prepare(
     check: bool = True,
     progress: Progress = silent,
 ) -> Prepared:
-    """Write NeMo manifests of a corpus: train.json, valid.json and test.json.
+    """Write NeMo manifests for a corpus: train.json, valid.json and test.json.
 
-    Only splits with utterances are written. Existing manifests of other splits are kept and named in the result.
-    Unusable files, rows and transcripts are listed with the reason in failures.jsonl. Each manifest line has
-    `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and `text` if the corpus has
-    them.
+    Each manifest line contains `audio_filepath` relative to `corpus`, `duration` in seconds, `speaker`, and `lang` and
+    `text` if the corpus has these labels. A split without utterances has no manifest. If an earlier run wrote a
+    manifest for such a split, the file is kept and listed in the result. Files, rows and transcripts that cannot be
+    used are listed in failures.jsonl, with the reason.
 
     Args:
         kind: layout of the corpus, a key of `LAYOUTS`, or "lhotse:NAME" for a recipe of Lhotse.
-        corpus: folder of the unpacked archive, or the file of a table; audio files are not copied.
-        out: output folder of the manifests.
-        valid_share: fraction of the speakers to hold out if the corpus has no validation set.
+        corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
+        out: output folder for the manifests.
+        valid_share: fraction of the speakers to use for validation if the corpus has no validation set.
         workers: number of files to open in parallel.
-        check: whether to decode every file to its end, so that truncated and damaged files are found and durations are
-            exact. Otherwise headers are trusted, which is faster.
-        progress: returns a context manager for a number of files; its value is called after each file, with a message
-            that may be empty.
+        check: whether to decode every file completely, which finds truncated and damaged files and gives exact
+            durations. Otherwise the durations are read from the headers, which is faster.
+        progress: progress callback; see `nemo_lfr.io.journal`.
 
     Returns:
-        The manifests, and what failed.
+        The manifests, and the files, rows and transcripts that cannot be used.
 
     Raises:
-        NemoLfrError: if the corpus does not match the layout, or no file can be opened.
-        MissingExtraError: if Lhotse is needed and not installed.
+        NemoLfrError: if the layout is unknown, the corpus does not have this layout, or no file can be opened.
+        MissingExtraError: if Lhotse is needed but not installed.
     """
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)
     if read is None:
-        raise NemoLfrError(f"{shorten(kind)!r} is not a layout; use {', '.join(LAYOUTS)} or {PREFIX}NAME.")
+        raise NemoLfrError(f"layout {shorten(kind)!r} is unknown; use {', '.join(LAYOUTS)} or {PREFIX}NAME.")
     if kind == "table" and not is_table(corpus):
-        problem = "is not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
+        problem = "not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
         raise NemoLfrError(f"{corpus}: {problem}.")
     if kind != "table" and not corpus.is_dir():
-        problem = "is not a folder; unpack an archive first" if corpus.exists() else "no such folder"
+        problem = "not a folder; unpack an archive first" if corpus.exists() else "no such folder"
         if is_table(corpus):
-            problem = "is a table, not a folder; use `nemo-lfr prepare table`"
+            problem = "a table, not a folder; use `nemo-lfr prepare table`"
         raise NemoLfrError(f"{corpus}: {problem}.")
     try:
         utterances = list(read(corpus.resolve()))
@@ -118,7 +124,7 @@ def prepare(
             f"{corpus}: not the published layout of {kind} ({first.path}: {first.problem}); {_expected(kind)}"
         )
     if not utterances:
-        raise NemoLfrError(f"{corpus}: no utterance of {kind} here; {_expected(kind)}")
+        raise NemoLfrError(f"{corpus}: no utterance of {kind} in this folder; {_expected(kind)}")
     utterances = _once(utterances)
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
@@ -146,7 +152,9 @@ def _write_all(
     result.failures += [value for value in found.values() if isinstance(value, dict)]
     if not any(_entry(utterance, found) for utterance in utterances):
         _write(out / FAILURES, result.failures)
-        raise NemoLfrError(f"{corpus}: none of {len(result.failures)} files can be opened; see {out / FAILURES}.")
+        raise NemoLfrError(
+            f"{corpus}: none of {len(result.failures)} files can be used; see {out / FAILURES} for the reasons."
+        )
     for split in SPLITS:
         own = [entry for utterance in utterances if utterance.split == split and (entry := _entry(utterance, found))]
         if own:
@@ -163,16 +171,16 @@ def _write_all(
 
 
 def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Mark repeated files as problems, so that each file is used once.
+    """Mark repeated files as problems, so that each file is used only once.
 
-    Otherwise training would use a file twice, or validation would use a training file.
+    Otherwise a file could be used twice for training, or both for training and for validation.
     """
     seen: set[Path] = set()
     kept = []
     for utterance in utterances:
         if utterance.problem is None:
             if utterance.path in seen:
-                utterance = replace(utterance, problem="is listed more than once; the first row is used")
+                utterance = replace(utterance, problem="listed more than once; the first row is used")
             seen.add(utterance.path)
         kept.append(utterance)
     return kept
@@ -180,7 +188,7 @@ def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
 
 def _expected(kind: str) -> str:
     if kind.startswith(PREFIX):
-        return "see the recipe's documentation for the folder that it expects."
+        return "see the documentation of the Lhotse recipe for the folder that it expects."
     return f"expected: {(LAYOUTS[kind].__doc__ or kind).splitlines()[0]}"
 
 
@@ -193,7 +201,7 @@ def _open_all(
     check: bool,
     progress: Progress,
 ) -> dict[str, float | Failure]:
-    """Return each file's duration in seconds, or why it is unusable."""
+    """Return the duration of each file in seconds, or the record of a failure."""
     mine = {"kind": kind, "corpus": str(corpus.resolve()), "check": check}
     with Journal(journal) as log:
         found: dict[str, float | Failure] = {}
@@ -202,13 +210,13 @@ def _open_all(
         for entry in log:
             if isinstance(entry, dict):
                 ours = entry == mine
-            elif ours and _is_duration(entry):  # failed files are opened again: they may have been repaired
+            elif ours and _is_duration(entry):  # files that failed are opened again, since they may have been repaired
                 known[entry[0]] = entry[1:]
         log.add(mine)
         usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
         states = {path: _state(corpus / path) for path in usable}
         for path, state in states.items():
-            if path in known and known[path][1:] == state:  # else it was replaced since
+            if path in known and known[path][1:] == state:  # otherwise the file was replaced since then
                 found[path] = known[path][0]
         missing = [path for path in usable if path not in found]
         measure = _decoded_duration if check else _duration
@@ -221,7 +229,7 @@ def _open_all(
 
 
 def _state(path: Path) -> list[int]:
-    """Return the size and the modification time of a file; zeros if it does not exist."""
+    """Return the size and the modification time of a file; [0, 0] if it does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -236,7 +244,7 @@ def _is_duration(entry: Any) -> bool:
 
 
 def _duration(corpus: Path, name: str) -> float | Failure:
-    """Return a file's duration in seconds by its header, or why it is unusable."""
+    """Return the duration in a file's header in seconds, or the record of a failure."""
     try:
         with AudioReader(corpus / name, None) as reader:
             if reader.duration <= 0:
@@ -247,7 +255,7 @@ def _duration(corpus: Path, name: str) -> float | Failure:
 
 
 def _decoded_duration(corpus: Path, name: str) -> float | Failure:
-    """Decode a file and return its duration in seconds, or why it is unusable."""
+    """Decode a file and return its duration in seconds, or the record of a failure."""
     try:
         with AudioReader(corpus / name, None) as reader:
             num_samples = sum(len(block) for block in reader.blocks())
@@ -259,7 +267,7 @@ def _decoded_duration(corpus: Path, name: str) -> float | Failure:
 
 
 def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
-    """Return the record of an unusable file, named relative to the corpus."""
+    """Return the record of a failure, in which the path of the file is relative to the corpus."""
     record = failure(name, error)
     record["error"] = record["error"].removeprefix(f"{corpus / name}: ")
     return record

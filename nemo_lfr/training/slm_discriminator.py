@@ -1,4 +1,4 @@
-"""Discriminator of WavLM's hidden states ("SLM")."""
+"""Discriminator of the hidden states of WavLM ("SLM": speech language model)."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -10,17 +10,17 @@ from nemo_lfr.training.wavlm import WavLM
 
 
 class SLMDiscriminator(AudioDiscriminator):
-    """Discriminator of all hidden states of a frozen WavLM.
+    """Discriminator of all hidden states of a frozen WavLM model.
 
-    See StyleTTS 2 (arXiv 2306.07691) and arXiv 2409.12117.
+    See StyleTTS 2 (arXiv 2306.07691), and Low Frame-rate Speech Codec (arXiv 2409.12117).
 
     Args:
         slm_model_name: Hub id of the WavLM model, or a folder that contains it.
-        slm_sr: sample rate of the model, Hz.
-        input_sr: sample rate of the audio, Hz.
-        slm_hidden: hidden size of the model.
-        slm_layers: number of hidden states: one per layer, and the input of the first layer.
-        initial_channel: channels of the discriminator's first layer.
+        slm_sr: sample rate of the WavLM model in Hz.
+        input_sr: sample rate of the audio in Hz.
+        slm_hidden: hidden size of the WavLM model.
+        slm_layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
+        initial_channel: number of output channels of the discriminator's first layer.
         use_spectral_norm: whether to use spectral norm instead of weight norm.
     """
 
@@ -50,7 +50,7 @@ class SLMDiscriminator(AudioDiscriminator):
 
     @property
     def num_networks(self) -> int:
-        """Return 1: all hidden states form one view."""
+        """Return 1, since all hidden states form one view."""
         return 1
 
     def preprocess(self, audio: Spectra) -> Views:

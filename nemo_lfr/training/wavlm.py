@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 class WavLM:
     """Feature extractor that returns all hidden states of a pretrained WavLM.
 
-    The model is loaded on first use. This class is not an `nn.Module`, so that the model is never saved, trained or
-    set to training mode, in which it would drop layers and mask its input.
+    The model is loaded on first use. This class is not an `nn.Module`, so that the model is not saved with the
+    discriminator, is not trained, and is not set to training mode, in which it would drop layers and mask its input.
 
     Args:
         name: Hub id of the model, or a folder that contains it.
         hidden: hidden size of the model.
-        layers: number of hidden states: one per layer, and the input of the first layer.
+        layers: number of hidden states, which is the number of layers plus 1 for the input of the first layer.
 
     Attributes:
-        fallback: function that returns the weights inside a checkpoint, for when `name` is unavailable. Files saved by
-            NeMo 3.0 contain them.
+        fallback: function that returns the weights of the model from a checkpoint, or None. It is used if `name` is
+            not available. Checkpoints that NeMo 3.0 saved contain these weights.
     """
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:
@@ -37,7 +37,7 @@ class WavLM:
         self._model: nn.Module | None = None
 
     def __call__(self, audio: torch.Tensor) -> torch.Tensor:
-        """Compute hidden states; gradients flow to the audio.
+        """Compute hidden states. Gradients flow through the model to the audio.
 
         Args:
             audio: samples at the model's sample rate, shape [B, T_audio].
@@ -46,7 +46,7 @@ class WavLM:
             Hidden states, shape [B, layers * hidden, frames].
 
         Raises:
-            ConfigError: if the model is unavailable, or has another size than configured.
+            ConfigError: if the model is not available, or its size differs from `hidden` or `layers`.
         """
         if self._model is None:
             self._model = self._load().eval().requires_grad_(False)
@@ -59,7 +59,7 @@ class WavLM:
             from transformers import AutoModel
         except Exception as error:  # importing transformers can raise any exception
             needed = f"the SLM discriminator needs transformers: {install_command('transformers')}"
-            message = f"{needed}, or remove the discriminator."
+            message = f"{needed}, or remove the SLM discriminator from the config."
             raise missing_extra(error, "transformers", message) from error
         try:
             check_model_name(self.name, ConfigError)
@@ -72,29 +72,29 @@ class WavLM:
                     f"the SLM discriminator's model {self.name!r} is not a folder and could not be downloaded from "
                     f"the Hub ({reason}); set slm_model_name to a downloaded copy, or remove this discriminator."
                 ) from error
-            logger.warning("%s could not be downloaded; using the copy inside the checkpoint.", self.name)
+            logger.warning("%s could not be downloaded; using the copy of its weights in the checkpoint.", self.name)
             model = build_wavlm(weights, self.layers - 1)
         config: Any = model.config
         if (config.hidden_size, config.num_hidden_layers + 1) != (self.hidden, self.layers):
             raise ConfigError(
-                f"slm_hidden {self.hidden} and slm_layers {self.layers} do not fit {self.name!r}, which has "
-                f"{config.hidden_size} and {config.num_hidden_layers + 1}."
+                f"slm_hidden {self.hidden} and slm_layers {self.layers} do not match {self.name!r}; set slm_hidden to "
+                f"{config.hidden_size} and slm_layers to {config.num_hidden_layers + 1}."
             )
         return model
 
 
 def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
-    """Build a WavLM from weights alone, whose shapes determine its sizes.
+    """Build a WavLM model whose sizes are determined by the shapes of its weights.
 
     Args:
-        weights: state dict of a WavLM of the base kind, with layer norm after each block.
+        weights: state dict of a WavLM "base" model, which has a layer norm after each block.
         layers: number of layers.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: if the weights do not fit such a model.
+        ConfigError: if the weights are not those of such a model.
     """
     from transformers import WavLMConfig, WavLMModel
 
@@ -120,5 +120,8 @@ def build_wavlm(weights: Mapping[str, torch.Tensor], layers: int) -> nn.Module:
         model = WavLMModel(config)
         model.load_state_dict(dict(weights))
     except (KeyError, StopIteration, RuntimeError, ValueError) as error:
-        raise ConfigError(f"the WavLM inside the checkpoint cannot be used: {str(error)[:200]}") from error
+        raise ConfigError(
+            f"the WavLM weights in the checkpoint are not valid ({str(error)[:200]}); set slm_model_name to a "
+            "downloaded copy."
+        ) from error
     return model

@@ -113,7 +113,7 @@ def test_damage_of_a_registered_format_is_found(path_list, tmp_path):
     config = TokenizeConfig(str(path_list), str(tmp_path / "out"), "json", model=str(model), shard_size=2)
     tokenize(config, device="cpu", workers=1)
     (tmp_path / "out" / "1.json").write_text("[]")
-    with pytest.raises(NemoLfrError, match=r"1\.json: has 2 bytes, but \d+ were written"):
+    with pytest.raises(NemoLfrError, match=r"1\.json: file has 2 bytes, but \d+ were written"):
         list(TokenDataset(tmp_path / "out"))
     tokenize(config, device="cpu", workers=1)  # repairs it
     assert len(list(TokenDataset(tmp_path / "out"))) == 3

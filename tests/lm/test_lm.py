@@ -154,7 +154,7 @@ BAD = [
     (lambda: LAYOUTS["delay"].arrange([[0]] * C), TokensError, "list; pass a NumPy array"),
     (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), [5]), TokensError, "between 0 and 4"),
     (lambda: LAYOUTS["delay"].restore(np.zeros((2, 4), int)), TokensError, r"shape \[2, 4\]"),
-    (lambda: LAYOUTS["interleaved"].restore(np.zeros((1, 1, 4), int)), TokensError, "this layout is for"),
+    (lambda: LAYOUTS["interleaved"].restore(np.zeros((1, 1, 4), int)), TokensError, "to this layout"),
     (lambda: unfold(np.zeros((4,), int), LEVELS), TokensError, r"pass \[..., C, T\]"),
     (lambda: unfold(np.full((1, 2), 2016), LEVELS), TokensError, "codebooks have 2016 entries"),
     (lambda: unfold(np.zeros((2, 2), int), [LEVELS] * 3), TokensError, "2 codebooks"),

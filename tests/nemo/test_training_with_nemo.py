@@ -338,7 +338,7 @@ def test_missing_wavlm_is_named_at_the_first_step(wavlm, monkeypatch):
 
 def test_wavlm_of_another_size_is_refused(wavlm):
     model = AudioCodecModel(OmegaConf.create(training_config([wavlm | {"slm_layers": 13}])))
-    with pytest.raises(ConfigError, match="slm_layers 13 do not fit"):
+    with pytest.raises(ConfigError, match="slm_layers 13 do not match"):
         train(model, [batch()])
 
 

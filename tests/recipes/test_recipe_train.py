@@ -281,7 +281,7 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
         ),
         (
             ["train=MANIFEST", "valid=MANIFEST", "out=OUT", "discriminators.custom=[{_target_: tests.crash.ROOT}]"],
-            "discriminator: .* a component is a subclass",
+            "discriminator: .* pass a subclass",
         ),
         (
             ["train=MANIFEST", "valid=MANIFEST", "out=OUT", f"discriminators.custom=[{{_target_: {OWN}Scoreless}}]"],

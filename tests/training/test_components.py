@@ -239,10 +239,10 @@ def test_a_wrong_component_is_named_in_one_line(case):
         ("losses", {"a.b": {"_target_": "envelope"}}, "losses: the name 'a.b'"),
         ("losses", {"keys": {"_target_": "envelope"}}, "losses: the name 'keys'"),
         ("losses", {"mine": {"_target_": "envelope", "scale": "much"}}, "losses.mine: scale is much"),
-        ("losses", {"mine": "envelope"}, "losses.mine is envelope; it must be a mapping with a _target_"),
+        ("losses", {"mine": "envelope"}, "losses.mine is envelope; pass a mapping with the key _target_"),
         ("losses", {"mine": {"window": 3}}, "losses.mine is .*window.*a _target_"),
-        ("losses", ["envelope"], "losses is .*; it must be a mapping from names"),
-        ("generator_loss", "envelope", "generator_loss is envelope; it must be a mapping with a _target_"),
+        ("losses", ["envelope"], "losses is .*; pass a mapping from names"),
+        ("generator_loss", "envelope", "generator_loss is envelope; pass a mapping with the key _target_"),
     ],
 )
 def test_a_malformed_section_is_named(kind, sections, message):

@@ -102,7 +102,7 @@ def test_unreadable_file_is_logged_once_and_replaced(tmp_path, caplog, kind, mon
 
 def test_a_corpus_of_broken_files_is_an_error_not_an_endless_search(tmp_path):
     dataset = CodecDataset(corpus(tmp_path, {"a.wav": b"x", "b.wav": b"y"}), RATE)
-    with pytest.raises(AudioError, match="no recording of the manifests can be read"):
+    with pytest.raises(AudioError, match="no recording in the manifests can be read"):
         dataset[0]
 
 

@@ -469,9 +469,9 @@ def test_a_table_becomes_manifests_that_training_reads(tmp_path):
     ("kind", "name", "message"),
     [
         ("table", "none.csv", "no such file"),
-        ("table", ".", r"is not a \.csv"),
+        ("table", ".", r"not a \.csv"),
         ("folder", "t.csv", "prepare table"),
-        ("table", "t.txt", r"is not a \.csv"),
+        ("table", "t.txt", r"not a \.csv"),
     ],
 )
 def test_a_table_is_not_mistaken_for_a_folder(tmp_path, kind, name, message):
