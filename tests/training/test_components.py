@@ -181,11 +181,16 @@ WRONG = {
     "no such package": ("losses", "no_such_package.Loss", {}, "'no_such_package.Loss' cannot be imported"),
     "no such class": ("losses", OWN + "Absent", {}, "cannot be imported .*has no attribute 'Absent'.*PYTHONPATH"),
     "no path": ("metrics", "Loss", {}, "'Loss' is not registered"),
-    "function": ("losses", OWN + "a_function", {}, "is function a_function; a component is a subclass of torch.nn"),
-    "program": ("discriminator", "os.system", {}, "is function system; a component is a subclass"),
-    "no module": ("metrics", OWN + "NotAModule", {}, "is class NotAModule; a component is a subclass"),
+    "function": ("losses", OWN + "a_function", {}, "is function a_function; pass a subclass of torch.nn"),
+    "program": ("discriminator", "os.system", {}, "is function system; pass a subclass"),
+    "no module": ("metrics", OWN + "NotAModule", {}, "is class NotAModule; pass a subclass"),
     "constructor's arguments": ("losses", OWN + "EnvelopeLoss", {"size": 3}, "losses.mine.*unexpected.*'size'"),
-    "constructor": ("losses", OWN + "Broken", {}, r"tests.own_components.Broken cannot be built from \{\}: .*assign"),
+    "constructor": (
+        "losses",
+        OWN + "Broken",
+        {},
+        r"tests.own_components.Broken cannot be built with the arguments \{\}: .*assign",
+    ),
     "loss's arguments": (
         "losses",
         OWN + "OtherArguments",
@@ -200,12 +205,12 @@ WRONG = {
         "discriminator",
         OWN + "EnvelopeLoss",
         {},
-        "EnvelopeLoss is not derived from nemo_lfr.training.audio_discriminator.AudioDiscriminator",
+        "EnvelopeLoss is not a subclass of nemo_lfr.training.audio_discriminator.AudioDiscriminator",
     ),
     "no score": ("discriminator", OWN + "Scoreless", {}, r"Scoreless does not define score\(views\)"),
     "no weights": ("discriminator", OWN + "Weightless", {}, "Weightless has no trainable parameters"),
     "two signals": ("discriminator", OWN + "ScoresTwoSignals", {}, r"cannot be called as score\(views\): .*'gen'"),
-    "scores only": ("discriminator", OWN + "ScoresOnly", {}, "ScoresOnly.score returned a list of a tensor.*a pair"),
+    "scores only": ("discriminator", OWN + "ScoresOnly", {}, "ScoresOnly.score returned a list of a tensor.*a tuple"),
     "one number": (
         "discriminator",
         OWN + "OneNumber",
@@ -234,13 +239,13 @@ def test_a_wrong_component_is_named_in_one_line(case):
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
-        ("losses", {"mel_l1": {"_target_": "envelope"}}, "losses: the name 'mel_l1' is taken"),
-        ("losses", {"gen": {"_target_": "envelope"}}, "losses: the name 'gen' is taken"),
+        ("losses", {"mel_l1": {"_target_": "envelope"}}, "losses: the name 'mel_l1' is reserved"),
+        ("losses", {"gen": {"_target_": "envelope"}}, "losses: the name 'gen' is reserved"),
         ("losses", {"a.b": {"_target_": "envelope"}}, "losses: the name 'a.b'"),
         ("losses", {"keys": {"_target_": "envelope"}}, "losses: the name 'keys'"),
         ("losses", {"mine": {"_target_": "envelope", "scale": "much"}}, "losses.mine: scale is much"),
         ("losses", {"mine": "envelope"}, "losses.mine is envelope; pass a mapping with the key _target_"),
-        ("losses", {"mine": {"window": 3}}, "losses.mine is .*window.*a _target_"),
+        ("losses", {"mine": {"window": 3}}, "losses.mine is .*window.*the key _target_"),
         ("losses", ["envelope"], "losses is .*; pass a mapping from names"),
         ("generator_loss", "envelope", "generator_loss is envelope; pass a mapping with the key _target_"),
     ],
@@ -254,7 +259,7 @@ def test_a_malformed_section_is_named(kind, sections, message):
 
 
 def test_only_modules_are_registered():
-    with pytest.raises(ConfigError, match="function a_function; a component is a subclass of torch"):
+    with pytest.raises(ConfigError, match="function a_function; pass a subclass of torch"):
         from tests.own_components import a_function
 
         register_component(a_function)  # type: ignore[call-overload]

@@ -154,7 +154,7 @@ def test_an_epoch_is_one_shuffled_pass_or_so_many_steps_by_weight(tmp_path, capl
     drawn = [index for index, _ in dataset.get_sampler(2, 1)]
     assert len(drawn) == 100 and set(drawn) == set(range(4))
     assert CodecDataset(meta, RATE).get_sampler(2, 1) is None
-    assert "rare: 4 of 4 recordings" in caplog.text
+    assert "rare: using 4 of 4 recordings" in caplog.text
 
 
 def test_samples_of_an_epoch_depend_on_its_number_and_are_split_among_ranks(tmp_path):

@@ -193,7 +193,7 @@ def test_a_file_replaced_since_an_interrupted_run_is_opened_again(tmp_path, monk
 def test_failed_files_are_opened_again(tmp_path):
     for index in range(2):
         text(tmp_path / "corpus" / f"{index}.wav", "not yet unpacked")
-    with pytest.raises(NemoLfrError, match="none of 2 files can be opened"):
+    with pytest.raises(NemoLfrError, match="none of 2 files can be used"):
         prepare("folder", tmp_path / "corpus", tmp_path / "out")
     for index in range(2):
         audio(tmp_path / "corpus" / f"{index}.wav")
@@ -362,7 +362,7 @@ def test_growing_corpus_keeps_its_validation_speakers():
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_folder_without_such_a_corpus_is_refused_with_its_layout(tmp_path, kind):
-    with pytest.raises(NemoLfrError, match=f"no utterance of {kind} here"):
+    with pytest.raises(NemoLfrError, match=f"no utterance of {kind} in this folder"):
         prepare(kind, tmp_path, tmp_path / "out")
     with pytest.raises(NemoLfrError, match="no such folder"):
         prepare(kind, tmp_path / "none", tmp_path / "out")
@@ -379,7 +379,7 @@ def test_command_reports_its_output_and_the_failures(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "folder", str(tmp_path / "out"), "--out", str(tmp_path / "new")])
     error = capsys.readouterr().err
-    assert "no utterance of folder here" in error.splitlines()[-1]
+    assert "no utterance of folder in this folder" in error.splitlines()[-1]
 
 
 DAMAGE = {
