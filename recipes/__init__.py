@@ -1,1 +1,1 @@
-"""Recipes that produced the weights shipped with this package."""
+"""Recipes that trained the weights in this package."""

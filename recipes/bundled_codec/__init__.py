@@ -1,1 +1,1 @@
-"""Training recipe of the bundled codec; README.md lists the commands."""
+"""Recipe that trains the bundled codec. README.md lists the commands."""

@@ -1,4 +1,4 @@
-"""Training speech in memory, and batches of random segments."""
+"""Keep training speech in memory, and draw batches of random segments from it."""
 
 import os
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ MAX_PEAK = 0.98
 
 
 def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarray]:
-    """Read every utterance of a NeMo manifest.
+    """Read all utterances in a NeMo manifest.
 
     Args:
         manifest: JSON-lines file with `audio_filepath` and `duration`.
-        audio_dir: base of relative paths; the manifest's folder by default.
+        audio_dir: folder to which relative paths refer; by default the manifest's folder.
 
     Returns:
-        int16 samples at 22.05 kHz, one array [T_audio] per utterance.
+        One array of int16 samples [T_audio] at 22.05 kHz per utterance.
     """
 
     def read(recording: Recording) -> np.ndarray:
@@ -38,15 +38,15 @@ def read_speech(manifest: Path, audio_dir: Path | None = None) -> list[np.ndarra
 
 
 class SpeechSegments:
-    """Utterances in one tensor on a device, from which segments are cut.
+    """Utterances in one tensor on a device, from which random segments are cut.
 
-    A batch depends only on its seed, so a resumed run sees the same data as an uninterrupted one.
+    A batch depends only on its seed. A resumed run therefore sees the same data as a run without interruption.
 
     Args:
-        utterances: int16 samples, one array [T_audio] per utterance. Utterances shorter than a segment are padded with
-            zeros.
-        length: samples per segment.
-        device: device of the samples.
+        utterances: one array of int16 samples [T_audio] per utterance. Utterances that are shorter than a segment are
+            padded with zeros.
+        length: number of samples per segment.
+        device: device for the samples.
     """
 
     def __init__(self, utterances: Sequence[np.ndarray], length: int, device: torch.device) -> None:
@@ -60,20 +60,22 @@ class SpeechSegments:
 
     @property
     def hours(self) -> float:
-        """Return the duration of all utterances in hours."""
+        """Return the total duration of the utterances in hours."""
         return len(self.samples) / SAMPLE_RATE / 3600
 
     def draw(self, size: int, seed: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw random segments and gains.
 
-        Utterances are drawn in proportion to their duration, starts and gains uniformly.
+        The probability of an utterance is proportional to its duration. Starts are drawn uniformly, and gains
+        uniformly in dB.
 
         Args:
-            size: number of segments.
+            size: number of segments, B.
             seed: seed of the draw.
 
         Returns:
-            Index in `samples` of each segment's first sample, and its gain, [B] each, on the CPU.
+            Index in `samples` of the first sample of each segment, and gain of each segment. Both have shape [B], and
+            are on the CPU.
         """
         rng = np.random.default_rng(list(seed))
         utterances = rng.choice(len(self.offsets), size, p=self.probabilities)
@@ -82,10 +84,10 @@ class SpeechSegments:
         return torch.from_numpy(starts), torch.from_numpy(gains.astype(np.float32))
 
     def cut(self, starts: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Cut segments and apply their gains, lowered where a segment would clip.
+        """Cut segments and apply their gains. A gain is reduced if the segment would clip.
 
         Args:
-            starts: index in `samples` of each segment's first sample, shape [B].
+            starts: index in `samples` of the first sample of each segment, shape [B].
             gains: gain of each segment, shape [B].
 
         Returns:

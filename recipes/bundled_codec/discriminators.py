@@ -1,6 +1,7 @@
 """Discriminators for the last phase of a run.
 
-They are small and have their own learning rate. The generator starts to use them after they have trained alone.
+The discriminators are small, and have their own learning rate. They first train alone. After that, the generator uses
+their gradients too.
 """
 
 from collections.abc import Mapping
@@ -28,20 +29,21 @@ MAX_NORM = 10.0
 
 @dataclass
 class DiscriminatorConfig:
-    """Settings of the discriminators, which are off unless `from_update` is set.
+    """Settings of the discriminators, which are used only if `from_update` is set.
 
     Attributes:
-        from_update: update at which they join; choose one after which the log-mel distance no longer falls.
-        lr: learning rate of the discriminators, constant.
-        learn_alone: number of updates before the generator uses their gradients.
-        ramp: number of updates over which the weight of the score grows from zero. Feature matching has its full
-            weight at once.
+        from_update: update from which the discriminators are trained. Choose an update at which the log-mel distance
+            no longer falls.
+        lr: learning rate of the discriminators, which is constant.
+        learn_alone: number of updates for which the discriminators train before the generator uses their gradients.
+        ramp: number of updates, after the discriminators have trained alone, over which the weight of the score term
+            grows from zero. The feature-matching term has its full weight from the start.
         feature: weight of the generator's feature-matching term.
         score: weight of the generator's score term.
-        batch_size: number of segments of a batch that they process; None for all.
-        generator_rate: factor on the generator's learning rate once it uses their gradients.
-        period_channels: channels of the multi-period discriminator; 0 omits it.
-        custom: sections of further discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
+        batch_size: number of segments in a batch that the discriminators process; None for all.
+        generator_rate: factor of the generator's learning rate while the generator uses the discriminators.
+        period_channels: number of channels in the multi-period discriminator; 0 for no such discriminator.
+        custom: sections of additional discriminators, each with a `_target_`; see `nemo_lfr.training.components`.
     """
 
     from_update: int | None = None
@@ -57,14 +59,14 @@ class DiscriminatorConfig:
 
 
 class Adversary:
-    """Discriminators and their optimizer.
+    """Discriminators with their optimizer.
 
     Args:
-        config: sizes and learning rates.
+        config: settings of the discriminators.
         device: device of the discriminators.
 
     Raises:
-        ConfigError: if a discriminator of `config.custom` cannot be built.
+        ConfigError: if a discriminator in `config.custom` cannot be built.
     """
 
     def __init__(self, config: DiscriminatorConfig, device: torch.device) -> None:
@@ -83,29 +85,30 @@ class Adversary:
 
     @property
     def is_heard(self) -> bool:
-        """Return whether the generator uses the discriminators' gradients yet."""
+        """Return whether the generator already uses the gradients of the discriminators."""
         return self.updates >= self.config.learn_alone
 
     def begin_update(self) -> None:
-        """Set the learning rate and the score weight of the next update."""
+        """Set the learning rate and the weight of the score term for the next update."""
         heard = self.updates - self.config.learn_alone
         ramp = min(1.0, max(0.0, heard / self.config.ramp)) if self.config.ramp else 1.0
         self.lr.fill_(self.config.lr)
         self.score_weight.fill_(self.config.score * ramp)
 
     def step(self, real: Spectra, gen: Spectra, heard: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Update the discriminators, and compute the generator's gradient.
+        """Update the discriminators, and compute the gradient for the generator.
 
-        Both use the same forward pass, so the generator's gradient is that of the discriminators before their update.
+        Both use the same forward pass. The gradient for the generator therefore comes from the discriminators before
+        their update.
 
         Args:
             real: recordings [B, T_audio] with cached STFTs.
             gen: reconstructions [B, T_audio] with cached STFTs; `gen.audio` requires a gradient.
-            heard: whether to compute the generator's gradient.
+            heard: whether to compute the gradient for the generator.
 
         Returns:
-            The loss terms by name, and the gradient of the generator's two terms with respect to `gen.audio`, or None
-            unless `heard`.
+            A dictionary from the name of each loss term to a scalar, and the gradient of the weighted sum of the
+            generator's two terms with respect to `gen.audio`. The gradient is None if `heard` is False.
         """
         with torch.autocast(self.device.type, dtype=torch.bfloat16), parametrize.cached():
             with torch.no_grad():
@@ -134,7 +137,7 @@ class Adversary:
         return terms, torch.autograd.grad(views_gen, gen.audio, gradients)[0] if heard else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights, the optimizer's moments and the number of updates."""
+        """Return the weights, the state of the optimizer and the number of updates."""
         return {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

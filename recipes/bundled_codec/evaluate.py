@@ -2,8 +2,9 @@
 
     python -m recipes.bundled_codec.evaluate bundled.nemo runs/bundled/state.pt --valid speech/valid.json
 
-Prints means with 95 % bootstrap intervals over recordings. Training uses the same metrics at each evaluation. For
-Opus, Codec2, recognizers and listening pages, use `nemo-lfr evaluate`.
+The command prints the mean of each metric over the recordings, with a 95 % bootstrap confidence interval. The same
+metrics are computed during training. To compare with other codecs, measure word error rates or listen to examples, use
+`nemo-lfr evaluate`.
 """
 
 import argparse
@@ -24,22 +25,25 @@ from recipes.bundled_codec.model import SAMPLE_RATE, Generator
 from recipes.bundled_codec.states import read_generator
 
 CLOSE_CENTS = 50
-# Decimals of each metric in the table
+# Number of decimal places of each metric in the table
 METRICS = {"pesq": 2, "estoi": 3, "log_mel": 3, "f0_error": 0, "within_50_cents": 1, "voicing_error": 1}
 
-# Other values in a line of the curve
+# Names of the other values in a line of the curve
 CURVE_KEYS = ("step", "minutes", "seconds_per_update", "parts", "training")
 
 
 class Evaluator:
-    """Evaluator on a fixed set of recordings, whose pitch is tracked once.
+    """Evaluator that measures generators on a fixed set of recordings.
+
+    The pitch of the recordings is estimated only once.
 
     Args:
-        clips: int16 samples at 22.05 kHz, one array [T_audio] per recording.
-        custom: sections of further metrics by name, each with a `_target_`; see `nemo_lfr.training.components`.
+        clips: one array of int16 samples [T_audio] at 22.05 kHz per recording.
+        custom: for the name of each additional metric, a section with a `_target_`; see
+            `nemo_lfr.training.components`.
 
     Raises:
-        ConfigError: if a metric of `custom` cannot be built.
+        ConfigError: if a metric in `custom` cannot be built.
     """
 
     def __init__(self, clips: Sequence[np.ndarray], custom: Mapping[str, Any] | None = None) -> None:
@@ -50,13 +54,14 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(self, generator: Generator) -> list[dict[str, float]]:
-        """Return the metrics of each recording, by name.
+        """Compute the metrics of each recording.
 
         Args:
             generator: generator to evaluate.
 
         Returns:
-            One dictionary per recording. A metric that is undefined for a recording is NaN.
+            For each recording, a dictionary from the name of each metric to its value. The value is NaN if the metric
+            is not defined for the recording.
         """
         return [self._compare(original, _reconstruct(generator, original)) for original in self.originals]
 
@@ -76,16 +81,16 @@ class Evaluator:
 
 
 def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -> float:
-    """Return the percentage of voiced frames whose F0 is reproduced closely.
+    """Return the percentage of voiced frames in which the reconstruction has nearly the same F0.
 
     Args:
         original: recording.
         output: reconstruction.
-        cents: largest accepted F0 difference, cents.
+        cents: maximum difference in F0, in cents.
 
     Returns:
-        Percentage of the original's voiced frames that are voiced in the output and have a close F0; NaN if no frame
-        of the original is voiced.
+        Percentage of the voiced frames in the original that are voiced in the output and whose F0 differs by less than
+        `cents`; NaN if no frame in the original is voiced.
     """
     (f0, voiced), (f0_output, voiced_output) = original.pitch, output.pitch
     both = voiced & voiced_output
@@ -94,9 +99,9 @@ def within_cents(original: Signal, output: Signal, cents: float = CLOSE_CENTS) -
 
 
 def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the recordings for which it is defined.
+    """Return the mean of each metric over the recordings for which the metric is defined.
 
-    The mean is NaN if the metric is defined for no recording.
+    The mean is NaN if there is no such recording.
     """
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     return {
@@ -108,14 +113,14 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _reconstruct(generator: Generator, original: Signal) -> Signal:
     """Reconstruct an entire recording in fp32.
 
-    The recording is padded with zeros to complete frames, and the output is trimmed to its length.
+    The recording is padded with zeros to complete frames, and the output is trimmed to the length of the recording.
     """
     device = next(generator.parameters()).device
     samples = len(original.wave)
     num_frames = -(-samples // generator.samples_per_frame)
     audio = torch.zeros(1, num_frames * generator.samples_per_frame)
     audio[0, :samples] = torch.from_numpy(original.wave)
-    # Without benchmark=False, cuDNN would benchmark again for each recording's length.
+    # With benchmark=True, cuDNN would run a benchmark for the length of each recording.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False):
         output, _, _ = generator(audio.to(device))
     return Signal(output[0, :samples].cpu().numpy(), SAMPLE_RATE)
@@ -125,18 +130,18 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "models", type=expand_home, nargs="+", help=".nemo files or state.pt of a run (its averaged weights)"
+        "models", type=expand_home, nargs="+", help=".nemo files, or state.pt of runs (averaged weights)"
     )
-    parser.add_argument("--valid", type=expand_home, required=True, help="manifest of held-out speech")
-    parser.add_argument("--clips", type=int, help="use at most this many recordings, evenly spread")
-    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--valid", type=expand_home, required=True, help="NeMo manifest of held-out speech")
+    parser.add_argument("--clips", type=int, help="maximum number of recordings, evenly spaced (default all)")
+    parser.add_argument("--threads", type=int, help="number of PyTorch threads")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         clips = spread_evenly(read_speech(args.valid), args.clips)
         if not clips:
-            raise ValueError(f"{args.valid}: no usable recordings.")
+            raise ValueError(f"{args.valid}: no usable recordings; write a manifest with `nemo-lfr prepare`.")
         generators = [read_generator(path)[0] for path in args.models]
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -153,7 +158,7 @@ def main() -> None:
 
 
 def spread_evenly(clips: Sequence[np.ndarray], count: int | None) -> list[np.ndarray]:
-    """Return at most `count` of the clips, evenly spaced."""
+    """Return at most `count` clips, evenly spaced in the list; all clips if `count` is None."""
     step = 1 if count is None else max(1, len(clips) // count)
     return list(clips[::step][:count])
 

@@ -2,9 +2,9 @@
 
     python -m recipes.bundled_codec.export runs/bundled/state.pt --out bundled.nemo
 
-Both this package and NeMo 3.0 can open the file. Weights are stored in fp16, which halves the file size and changes no
-metric. Each convolution is stored as weight norm's two tensors (direction and gain), because NeMo's modules expect
-them.
+Both this package and NeMo 3.0 can open the file. Weights are stored in fp16, which halves the size of the file and
+does not change the metrics. The weight of each convolution is stored as two tensors (direction and gain of weight
+norm), because NeMo's modules expect them.
 """
 
 import argparse
@@ -23,14 +23,14 @@ LOSSES = "nemo.collections.tts.losses.audio_codec_loss."
 
 
 def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, Any]:
-    """Build the model config of a `.nemo` file.
+    """Build the model config for a `.nemo` file.
 
     Args:
         network: sizes of the network.
-        samples_per_frame: samples per frame.
+        samples_per_frame: number of samples per frame.
 
     Returns:
-        The config as plain values.
+        The config as a dictionary.
     """
     sizes = asdict(network)
     return {
@@ -44,7 +44,7 @@ def codec_config(network: NetworkConfig, samples_per_frame: int) -> dict[str, An
             "output_activation": "tanh",
         }
         | sizes["audio_decoder"],
-        # NeMo's constructor requires losses even for inference; these are the losses of the released config.
+        # NeMo's constructor requires losses even for inference. These are the losses in the released config.
         "discriminator": None,
         "generator_loss": {"_target_": LOSSES + "GeneratorSquaredLoss"},
         "discriminator_loss": {"_target_": LOSSES + "DiscriminatorSquaredLoss"},
@@ -59,11 +59,11 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
 
     Args:
         generator: trained generator.
-        network: sizes of its network.
+        network: sizes of the generator's network.
         path: file to write.
 
     Raises:
-        ValueError: if a weight is beyond the range of fp16.
+        ValueError: if a weight is outside the range of fp16.
     """
     state = {
         f"{name}.{key}": value.half().contiguous() if value.is_floating_point() else value
@@ -71,22 +71,22 @@ def export(generator: Generator, network: NetworkConfig, path: Path) -> None:
         for key, value in split_weight_norm(module).items()
     }
     for key in [key for key in state if key.endswith(DIRECTION)]:
-        # The initial weights contain filters of zeros, whose direction is undefined. Any direction is correct, because
-        # their gain is zero.
+        # The initial weights contain filters of zeros, whose direction is not defined. Any direction can be stored,
+        # because the gain is zero.
         empty = ~state[key].flatten(1).any(dim=1)
         state[key][empty] = 1
         state[key.removesuffix(DIRECTION) + GAIN][empty] = 0
     for key, value in state.items():
         if not value.isfinite().all():
-            raise ValueError(f"{key} is beyond the range of fp16; train longer, or with another seed.")
+            raise ValueError(f"{key} is outside the range of fp16; train longer, or with another seed.")
     write_checkpoint(path, codec_config(network, generator.samples_per_frame), state)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py, or of the trial script")
-    parser.add_argument("--out", type=expand_home, required=True, help="the .nemo file to write")
+    parser.add_argument("state", type=expand_home, help="state.pt of a run of train.py or of the trial script")
+    parser.add_argument("--out", type=expand_home, required=True, help="output .nemo file")
     args = parser.parse_args()
     try:
         generator, network, updates = read_generator(args.state)

@@ -1,7 +1,8 @@
-"""Distances between a recording and its reconstruction, which training minimizes.
+"""Distances between recordings and reconstructions, which training minimizes.
 
-Each function takes two signals, in most cases as `Spectra` (audio [B, T_audio] with cached STFTs), and returns
-scalars. Gradients flow to the second signal. STFT windows hop by a quarter of their length unless noted.
+The arguments of a distance are two signals, in most cases as `Spectra` (audio [B, T_audio] with cached STFTs), and the
+results are scalars. Gradients flow to the second signal. Unless stated otherwise, the hop of an STFT is a quarter of
+its window.
 """
 
 import math
@@ -20,7 +21,7 @@ from recipes.bundled_codec.model import SAMPLE_RATE
 
 
 def resolution(window: int, hops_per_window: int = 4) -> tuple[int, int, int]:
-    """Return (n_fft, hop, window) of an STFT, in samples."""
+    """Return (n_fft, hop, window) for an STFT, in samples."""
     return window, window // hops_per_window, window
 
 
@@ -30,8 +31,8 @@ class LogMelDistance(nn.Module):
     Args:
         windows: window lengths in samples.
         num_mels: number of mel bands for each window.
-        floor: magnitude below which everything counts as silence, for a window of 1024 samples. Noise magnitudes grow
-            with the square root of the window length, and so does the floor.
+        floor: lower bound for magnitudes at a window of 1024 samples. For other windows, it is scaled in proportion to
+            the square root of the window length, like the magnitudes of noise.
     """
 
     def __init__(self, windows: Sequence[int], num_mels: Sequence[int], floor: float = 1e-2) -> None:
@@ -59,8 +60,8 @@ class LogMelDistance(nn.Module):
 def compressed_distance(real: Spectra, gen: Spectra, windows: Sequence[int], power: float = 0.3) -> torch.Tensor:
     """Return the relative squared error of compressed STFT magnitudes |X|^power.
 
-    It resolves harmonics that mel bands cannot: above about 1 kHz a mel band is wider than the spacing of a voice's
-    harmonics, whereas the STFT separates them at windows of 1024 samples and more.
+    This distance resolves harmonics that mel bands cannot resolve. Above about 1 kHz, a mel band is wider than the
+    distance between the harmonics of a voice, whereas an STFT with a window of 1024 samples or more separates them.
 
     Args:
         real: recordings [B, T_audio] with cached STFTs.
@@ -87,11 +88,11 @@ WAVEFORM_FRAME, WAVEFORM_HOP = 441, 220  # samples: frames of 20 ms with 50 % ov
 
 
 def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
-    """Return the waveform error in low-frequency bands, which preserves the phase.
+    """Return the waveform error in low-frequency bands. Minimizing this error preserves the phase.
 
-    Per band and 20 ms frame it is log(1 + error / energy). The logarithm bounds the cost of a band whose phase is
-    lost, and its gradient. A frame's energy has a floor of a thousandth of the segment's mean energy, so that pauses
-    do not count.
+    The error in each band and 20 ms frame is log(1 + error energy / signal energy). If the phase of a band is lost,
+    the logarithm limits the error and its gradient. A thousandth of the mean energy in the segment is added to the
+    signal energy of each frame, so that pauses have little influence.
 
     Args:
         real: recordings, shape [B, T_audio].
@@ -102,7 +103,7 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
     """
     samples = real.shape[-1]
     frequencies = torch.fft.rfftfreq(2 * samples, 1 / SAMPLE_RATE, device=real.device)
-    # Pad with zeros to twice the length: otherwise the band filters would wrap around the ends of the segment.
+    # Pad with zeros to twice the length, because the band filters would otherwise wrap around the ends of the segment.
     error_spectrum = torch.fft.rfft(F.pad(gen - real, (0, samples)))
     real_spectrum = torch.fft.rfft(F.pad(real, (0, samples)))
     total = torch.zeros((), device=real.device)
@@ -116,27 +117,29 @@ def waveform_distance(real: torch.Tensor, gen: torch.Tensor) -> torch.Tensor:
 
 
 def _frame_energies(audio: torch.Tensor) -> torch.Tensor:
-    """Return the mean squares [B, frames] of audio [B, T_audio]."""
+    """Return the mean square of each frame, [B, frames], for audio [B, T_audio]."""
     return F.avg_pool1d(audio.square().unsqueeze(1), WAVEFORM_FRAME, WAVEFORM_HOP).squeeze(1)
 
 
 class PerceptualDistance(nn.Module):
     """Differentiable distance similar to ITU-T P.862 (PESQ).
 
-    P.862's alignment and level equalization are omitted. Powers in Bark bands are converted to loudness (Zwicker's law
-    above the threshold of hearing). Loudness differences count only outside a dead zone. Differences that add energy
-    to the recording count a second time, in the asymmetric disturbance.
+    The powers in Bark bands are converted to loudness by Zwicker's law above the threshold of hearing. The disturbance
+    is the difference in loudness minus a dead zone, within which differences are ignored. The asymmetric disturbance
+    contains only differences where the reconstruction has additional energy. Alignment and level equalization of P.862
+    are omitted.
 
     Args:
-        window: window length in samples; the default is 32 ms, as in P.862. The hop is half a window.
-        bands: number of bands of equal width on the Bark scale, from 100 Hz to `top_hz`.
-        top_hz: upper end of the bands, Hz; the default is that of P.862.2.
+        window: window length in samples; by default 32 ms, as in P.862. The hop is half of the window.
+        bands: number of bands from 100 Hz to `top_hz`, with equal width on the Bark scale.
+        top_hz: upper end of the bands in Hz; the default is that of P.862.2.
     """
 
     LEVEL_DB = 65.0  # assumed playback level of active speech
     EXPONENT = 0.23  # exponent of loudness as a function of power
-    DEAD_ZONE = 0.25  # share of the smaller loudness
-    ADDED_RATIO = (3.0, 12.0)  # power ratios: below the first no energy was added; the second bounds the asymmetry
+    DEAD_ZONE = 0.25  # width of the dead zone as a fraction of the smaller loudness
+    # Weight of the asymmetric disturbance: 0 below the first value, and at most the second value.
+    ADDED_RATIO = (3.0, 12.0)
 
     def __init__(self, window: int = 704, bands: int = 42, top_hz: float = 8000.0) -> None:
         super().__init__()
@@ -147,13 +150,13 @@ class PerceptualDistance(nn.Module):
         filters = np.clip(1 - np.abs(_bark(hertz) - centers[:, None]) / width, 0, 1) * (hertz >= 50)
         self.register_buffer("filters", torch.from_numpy(filters.astype(np.float32)), persistent=False)
         kilohertz = 600 * np.sinh(centers / 6) / 1000
-        # Terhardt's threshold in quiet, dB SPL.
+        # Terhardt's threshold of hearing in quiet, in dB SPL.
         quiet_db = 3.64 * kilohertz**-0.8 - 6.5 * np.exp(-0.6 * (kilohertz - 3.3) ** 2) + 1e-3 * kilohertz**4
         quiet = torch.from_numpy(10 ** (np.clip(quiet_db, 0, 40) / 10)).float()[None, :, None]
         self.register_buffer("quiet", quiet, persistent=False)
 
     def forward(self, real: Spectra, gen: Spectra) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the symmetric and asymmetric disturbance, a scalar each."""
+        """Return the symmetric and the asymmetric disturbance as scalars."""
         with torch.no_grad():
             powers_real = self._powers(real)
             gain = self._playback_gain(powers_real)
@@ -178,7 +181,7 @@ class PerceptualDistance(nn.Module):
         return self.get_buffer("filters") @ torch.view_as_real(spectra.stft(self.resolution)).square().sum(-1)
 
     def _playback_gain(self, powers: torch.Tensor) -> torch.Tensor:
-        """Return the power gain [B, 1, 1] that brings active speech to `LEVEL_DB`."""
+        """Return the power gain [B, 1, 1] with which active speech has the level `LEVEL_DB`."""
         total = powers.sum(1)
         active = (total > 1e-3 * total.amax(-1, keepdim=True)).float()
         level = (total * active).sum(-1) / active.sum(-1).clamp_min(1)
@@ -194,14 +197,14 @@ def _bark(hertz: np.ndarray) -> np.ndarray:
 
 
 def _bad_frames_mean(disturbance: torch.Tensor) -> torch.Tensor:
-    """Return the batch mean of each example's RMS over frames.
+    """Return the RMS over the frames of each example, averaged over the batch.
 
-    The RMS gives bad frames more weight than a mean would.
+    Compared with a mean, the RMS gives more weight to frames with a large disturbance.
     """
     return (disturbance.square().mean(-1) + 1e-6).sqrt().mean()
 
 
-# Values that an update logs beside the reconstruction terms
+# Names of the values that an update returns in addition to the reconstruction terms
 OTHER_TERMS = ("score", "feature", "discriminator", "adversarial_share", "variance", "gradient_norm", "tokens")
 
 
@@ -218,17 +221,17 @@ class LossConfig:
     asymmetric: float = 0.3
     waveform: float = 0.3
     custom: dict[str, dict[str, Any]] = field(default_factory=dict)  # see `nemo_lfr.training.components`
-    variance: float = 2.0  # variance of the encoder output, see `nemo_lfr.training.losses.spread`
+    variance: float = 2.0  # weight of `nemo_lfr.training.losses.spread`
 
 
 class ReconstructionTerms(nn.Module):
-    """All reconstruction distances by name, and their weighted sum.
+    """Module that computes all reconstruction distances and their weighted sum.
 
     Args:
         config: weights and window lengths.
 
     Raises:
-        ConfigError: if a loss of `config.custom` cannot be built.
+        ConfigError: if a loss in `config.custom` cannot be built.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -244,7 +247,7 @@ class ReconstructionTerms(nn.Module):
         self.perceptual = PerceptualDistance()
 
     def forward(self, real: Spectra, gen: Spectra) -> dict[str, torch.Tensor]:
-        """Return all terms by name, a scalar each."""
+        """Return a dictionary from the name of each term to a scalar."""
         log_mel = self.log_mel(real, gen)
         symmetric, asymmetric = self.perceptual(real, gen)
         return {

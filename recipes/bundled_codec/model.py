@@ -1,6 +1,6 @@
 """Network of the bundled codec: encoder, FSQ and decoder.
 
-Convolutions have no weight norm and pad with zeros.
+The convolutions have no weight norm, and pad with zeros.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class DecoderConfig:
 
 @dataclass
 class NetworkConfig:
-    """Sizes of the encoder, quantizer and decoder, under a codec config's keys."""
+    """Sizes of the encoder, quantizer and decoder, with the same keys as in a codec's config."""
 
     audio_encoder: EncoderConfig = field(default_factory=EncoderConfig)
     vector_quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -61,8 +61,8 @@ class NetworkConfig:
 class Generator(nn.Module):
     """Encoder, FSQ and decoder for training.
 
-    Weight norm would double the cost of small convolutions on a CPU. Zero padding is free inside a convolution,
-    whereas reflection copies the signal of every layer.
+    The network has no weight norm, which would double the cost of small convolutions on a CPU. It pads with zeros,
+    which has no cost inside a convolution, whereas reflection copies the signal in every layer.
 
     Args:
         config: sizes of the network.
@@ -84,7 +84,7 @@ class Generator(nn.Module):
         """Encode and decode audio.
 
         Args:
-            audio: complete frames, shape [B, T_encoded * samples_per_frame].
+            audio: audio in complete frames, shape [B, T_encoded * samples_per_frame].
 
         Returns:
             The reconstruction [B, T_audio], the encoder output [B, D, T_encoded] and the tokens [C, B, T_encoded].
@@ -95,5 +95,5 @@ class Generator(nn.Module):
 
 
 def num_parameters(modules: Sequence[nn.Module]) -> int:
-    """Return the number of trained parameters of all modules."""
+    """Return the number of parameters in all modules."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())

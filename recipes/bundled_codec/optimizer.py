@@ -10,13 +10,13 @@ from nemo_lfr.modules.conv import channels_last
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix view of a convolution's channels-last weight.
+    """Return a view of a convolution's weight as a matrix.
 
     Args:
         weight: weight [H_out, H_in, K] in channels-last layout.
 
     Returns:
-        A view of shape [H_out, K * H_in].
+        A view with shape [H_out, K * H_in].
     """
     return weight.transpose(1, 2).view(weight.shape[0], -1)
 
@@ -24,17 +24,18 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 class Muon:
     """Muon optimizer (Jordan et al., 2024), scaled to the RMS of an AdamW update.
 
-    Its update is the momentum, made orthogonal. `torch.optim.Muon` processes one matrix at a time, which takes 2,000
-    small products per update, and CUDA graphs cannot capture it. This class batches matrices of the same shape and
-    keeps the learning rate in a tensor.
+    Muon orthogonalizes the momentum of each matrix, and uses the result as the update. `torch.optim.Muon` processes
+    one matrix at a time, which takes 2,000 small products per update, and cannot be captured in a CUDA graph. This
+    class processes matrices of the same shape as a batch, and keeps the learning rate in a tensor.
 
     Args:
-        matrices: matrices [H_out, H_in] to update in place.
-        momentum: share of the old momentum that each update keeps.
+        matrices: matrices [H_out, H_in], which are updated in place.
+        momentum: factor of the old momentum in each update.
         weight_decay: weight decay per update, relative to the learning rate.
     """
 
-    # Coefficients of the Newton-Schulz iteration. Singular values do not converge to 1, but get close in five steps.
+    # Coefficients of the Newton-Schulz iteration. The singular values do not converge to 1, but are close to 1 after
+    # five iterations.
     COEFFICIENTS = (3.4445, -4.775, 2.0315)
     ITERATIONS = 5
 
@@ -76,9 +77,9 @@ class Muon:
 
 
 def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW:
-    """Build an AdamW whose learning rate is a tensor.
+    """Build an AdamW optimizer whose learning rate is a tensor.
 
-    A captured update then sees changes of the rate.
+    An update that was captured in a CUDA graph then uses the current value of the tensor.
 
     Args:
         parameters: parameters to optimize.
@@ -93,11 +94,11 @@ def adamw(parameters: list[nn.Parameter], lr: torch.Tensor) -> torch.optim.AdamW
 
 
 def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch.Tensor) -> None:
-    """Load the state of an AdamW and keep its learning-rate tensor.
+    """Load the state of an AdamW optimizer, which keeps its learning-rate tensor.
 
     Args:
         optimizer: optimizer to change in place.
-        state: state dict, saved on any device.
+        state: state dict that was saved on any device.
         lr: learning rate, a scalar tensor.
     """
     optimizer.load_state_dict(dict(state))
@@ -106,15 +107,16 @@ def load_adamw(optimizer: torch.optim.AdamW, state: Mapping[str, Any], lr: torch
 
 
 class GeneratorOptimizer:
-    """Muon and AdamW for a generator, with gradient clipping.
+    """Optimizer of a generator, which combines Muon and AdamW with gradient clipping.
 
-    Muon updates the convolutions with more than one channel at input and output. AdamW updates the other convolutions
-    and the biases, at a third of Muon's learning rate. An update with non-finite gradients changes no parameter.
+    Muon updates the weights of convolutions that have more than one input channel and more than one output channel.
+    AdamW updates the other weights and the biases, with a third of Muon's learning rate. If a gradient is not finite,
+    the parameters are not changed.
 
     Args:
-        parameters: parameters of the generator on their final device. Their weights are changed to channels-last
-            layout in place.
-        max_norm: maximum norm of all gradients together.
+        parameters: parameters of the generator on their final device. The weights of convolutions are changed to
+            channels-last layout in place.
+        max_norm: maximum norm of the concatenated gradients.
     """
 
     ADAM_DIVISOR = 3
@@ -148,7 +150,7 @@ class GeneratorOptimizer:
             grads: gradient of each parameter, in any precision.
 
         Returns:
-            The norm of all gradients before clipping, a scalar tensor.
+            The norm of the concatenated gradients before clipping, a scalar tensor.
         """
         memory = [grad.transpose(1, 2).flatten() if grad.dim() == 3 else grad for grad in grads]
         flat = torch.cat(memory).float()
@@ -171,7 +173,7 @@ class GeneratorOptimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the moments of both optimizers."""
+        """Return the state of both optimizers."""
         return {"moments": self.muon.moments, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -22,25 +22,27 @@ PANELS = {
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Read the points of a run's `curve.jsonl`.
+    """Read the evaluations in a run's `curve.jsonl`.
 
     Args:
         path: the file, or the folder of the run.
 
     Returns:
-        One dictionary per evaluation.
+        A list with one dictionary per evaluation.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is empty or not a curve.
+        ValueError: if the file is empty, or is not in JSON lines.
     """
     file = path / "curve.jsonl" if path.is_dir() else path
     try:
         points = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{file} is not a curve: {error}.") from error
+        raise ValueError(
+            f"{file}: not in JSON lines ({error}); pass the folder of a run, or its curve.jsonl."
+        ) from error
     if not points:
-        raise ValueError(f"{file} has no evaluations yet.")
+        raise ValueError(f"{file}: no evaluations yet; train until the first evaluation.")
     return points
 
 
@@ -48,7 +50,7 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
     """Plot every metric of every run.
 
     Args:
-        curves: points of each run, by its name.
+        curves: evaluations of each run, by name of the run.
         out: image file to write.
         against: quantity on the x axis, "step" or "minutes".
     """
@@ -73,9 +75,9 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, against: 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=expand_home, nargs="+", help="folders of runs, or their curve.jsonl")
-    parser.add_argument("--out", type=expand_home, required=True, help="the PNG to write")
-    parser.add_argument("--against", choices=("step", "minutes"), default="step", help="what the x axis is")
+    parser.add_argument("runs", type=expand_home, nargs="+", help="folders of runs, or their curve.jsonl files")
+    parser.add_argument("--out", type=expand_home, required=True, help="output PNG file")
+    parser.add_argument("--against", choices=("step", "minutes"), default="step", help="x axis (default %(default)s)")
     args = parser.parse_args()
     try:
         draw({str(path): read_curve(path) for path in args.runs}, args.out, args.against)

@@ -1,4 +1,4 @@
-"""Settings of a run: `bundled.yaml` with overrides from the command line."""
+"""Read the settings of a run from `bundled.yaml`, with overrides from the command line."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ DEFAULT_CONFIG = Path(__file__).with_name("bundled.yaml")
 
 @dataclass
 class Settings:
-    """All settings of a run; `bundled.yaml` describes each value."""
+    """All settings of a run. Each setting is described in `bundled.yaml`."""
 
     train: list[str] = MISSING
     valid: str = MISSING
@@ -50,22 +50,22 @@ class Settings:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values, for a state file."""
+        """Return the settings as a dictionary of Python values, for a state file."""
         return asdict(self)
 
 
 def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) -> Settings:
-    """Read a YAML file of settings, apply overrides, and import the components that they name.
+    """Read a YAML file of settings, apply overrides, and import the components that the settings name.
 
     Args:
         config: YAML file.
-        overrides: `key=value` pairs, such as `discriminators.from_update=40000`.
+        overrides: texts of the form `key=value`, such as `discriminators.from_update=40000`.
 
     Returns:
         The validated settings.
 
     Raises:
-        ValueError: for an unknown key, an invalid value or a missing value.
+        ValueError: if a key is unknown, or a value is invalid or missing.
         ConfigError: if a component cannot be imported.
     """
     listed = [
@@ -78,16 +78,16 @@ def read_settings(config: Path = DEFAULT_CONFIG, overrides: Sequence[str] = ()) 
         )
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ValueError(f"no value for {', '.join(missing)}; give it as {missing[0]}=VALUE or in {config}.")
+            raise ValueError(f"no value for {', '.join(missing)}; pass {missing[0]}=VALUE, or set it in {config}.")
         settings = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"{config} with {listed or 'no overrides'}: {str(error).splitlines()[0]}") from error
     assert isinstance(settings, Settings)
     if not settings.out or not settings.valid or not all(settings.train):
-        raise ValueError("out, valid and train must name files or folders; one of them is empty.")
+        raise ValueError("out, valid or train is empty; set each of them to a path.")
     for name in ("updates", "batch_size", "segment_frames", "log_updates", "evaluate_updates", "evaluate_clips"):
         if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+            raise ValueError(f"{name} is {getattr(settings, name)}; pass 1 or more.")
     named = {
         "discriminator": {"_target_": _UNION, "discriminators": settings.discriminators.custom},
         "losses": settings.losses.custom,

@@ -1,36 +1,37 @@
-"""Initial weights that form a filter bank, so that tokens carry the phase.
+"""Initialize the weights as a filter bank, so that the tokens carry the phase of the signal.
 
 **Motivation.** At 21.5 frames/s, a decoder that knows only the pitch cannot place the pitch periods, because the phase
-of a harmonic is the integral of its frequency from the start of the recording. Spectral losses do not teach an encoder
-to transmit this phase within thousands of updates, and a waveform loss with random initial weights converges to an
-output of zero. With the weights of this module the network transmits a waveform before the first update, and the
-losses only have to preserve it.
+of a harmonic is the integral of its frequency from the start of the recording. With spectral losses, an encoder does
+not learn to transmit this phase within thousands of updates. With a waveform loss and random initial weights, the
+output converges to zero. With the weights from this module, the network transmits a waveform before the first update,
+and the losses only have to preserve it.
 
-**Linear network.** Channels come in mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). For a leaky ReLU f
-with slope s, f(u) - f(-u) = (1 + s) u. A convolution with weights [w, -w] / (1 + s) on a pair is therefore the linear
-map w of u, and weights [w; -w] at its output mirror the next pair. Residual branches end in zero weights. Training can
-turn this linear network into any nonlinear one.
+**Linear network.** The channels form mirrored pairs [u, -u] (Balduzzi et al., arXiv 1702.08591). For a leaky ReLU f
+with slope s, f(u) - f(-u) = (1 + s) u. A convolution with the weights [w, -w] / (1 + s) for a pair of input channels
+therefore computes the linear map w of u. Weights [w; -w] for a pair of output channels make the output a mirrored pair
+again. The last weights in residual branches are zero, so that the branches have no effect. During training, this
+linear network becomes nonlinear.
 
-**Filter bank.** With D encoded dimensions at frame rate F, the network can transmit D real coefficients per frame,
-which suffice for a bandwidth of B = D F / 2: 344.5 Hz for D = 32 and F = 21.5 Hz. A stage of stride R with output rate
-f applies one of two operations to the channels that carry the signal:
+**Filter bank.** With D encoded dimensions at frame rate F, the network can transmit D real coefficients per frame.
+These suffice for a bandwidth of B = D F / 2, which is 344.5 Hz for D = 32 and F = 21.5 Hz. A stage with stride R and
+output rate f applies one of two operations to the channels that carry the signal (signal channels):
 
-- As long as one channel suffices for the band (B <= f / 2), the stage decimates. Its low-pass is a Hann window of
+- If one channel suffices for the bandwidth (B <= f / 2), the stage decimates. Its low-pass filter is a Hann window of
   2 R samples.
-- Later stages expand n channels to n P channels, P <= R, by an MDCT of stride R. Its basis of P functions of 2 R
-  samples,
+- Otherwise the stage expands n channels to n P channels, P <= R, by an MDCT with stride R. Its basis consists of P
+  functions with 2 R samples,
 
       b_k(t) = sqrt(2 / R) sin(pi (t + 1/2) / 2R) cos(pi / R (t + 1/2 + R/2) (k + 1/2)),  k < P,
 
-  is orthonormal with overlap R (Princen and Bradley 1986). With P = R it is lossless; with P < R it keeps the lowest
-  P / R of the band.
+  and is orthonormal with overlap R (Princen and Bradley 1986). The MDCT is lossless if P = R. If P < R, it keeps the
+  lowest P / R of the bandwidth.
 
-The decoder uses the same windows and bases, transposed, which is the inverse of an orthonormal transform. Channels
-that do not carry the signal hold random features of it, which the output initially ignores.
+The decoder uses the transposed windows and bases, since the inverse of an orthonormal transform is its transpose. The
+other channels contain random features of the signal, which the output layer initially ignores.
 
-**Scales.** The encoded dimensions of a batch of speech are centered and scaled to a standard deviation of 0.9, which
-FSQ's levels cover. The decoder's first layer divides by that scale. A final gain, fitted by least squares, matches the
-output level to the input level.
+**Scales.** On a batch of speech, each encoded dimension is centered and scaled to a standard deviation of 0.9, a range
+that the FSQ levels cover. The first layer of the decoder divides by this scale. The output is multiplied by a gain
+that is fitted to the input by least squares.
 """
 
 import math
@@ -49,10 +50,10 @@ MIRROR = 1 / (1 + LEAKY_SLOPE)
 
 
 def mdct_basis(stride: int) -> torch.Tensor:
-    """Return the windowed MDCT basis, orthonormal with an overlap of `stride`.
+    """Return the basis of a windowed MDCT, which is orthonormal with an overlap of `stride`.
 
     Args:
-        stride: number of basis functions, and hop in samples.
+        stride: number of basis functions, which is also the hop in samples.
 
     Returns:
         Basis functions, float32, shape [stride, 2 * stride].
@@ -65,15 +66,15 @@ def mdct_basis(stride: int) -> torch.Tensor:
 
 
 def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = SAMPLE_RATE) -> list[int]:
-    """Return the number of signal channels at the input and after each stage.
+    """Return the number of signal channels before and after each stage of the encoder.
 
     Args:
         rates: strides of the encoder's stages.
         encoded_dim: number of encoded dimensions.
-        sample_rate: sample rate of the audio, Hz.
+        sample_rate: sample rate of the audio in Hz.
 
     Returns:
-        The number of channels that carry the signal, for the audio and after each stage of the encoder.
+        The number of channels that carry the signal: 1 for the audio, then the number after each stage.
 
     Raises:
         ValueError: if the strides do not lead to `encoded_dim` channels.
@@ -87,18 +88,18 @@ def signal_channels(rates: Sequence[int], encoded_dim: int, sample_rate: int = S
     if channels[-1] != encoded_dim or any(after % before for before, after in pairwise(channels)):
         raise ValueError(
             f"strides {list(rates)} lead to {channels} signal channels instead of {encoded_dim}; "
-            "let the product of the last strides be encoded_dim, or a multiple of it."
+            "choose strides of which the product of the last ones is encoded_dim, or a multiple of encoded_dim."
         )
     return channels
 
 
 def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """Return the filters of an encoder stage: a low-pass, or an MDCT's lowest bands.
+    """Return the filters of an encoder stage: a low-pass filter, or the lowest bands of an MDCT.
 
     Args:
         stride: stride of the stage.
-        before: number of signal channels at its input.
-        after: number of signal channels at its output.
+        before: number of signal channels at the input of the stage.
+        after: number of signal channels at the output of the stage.
 
     Returns:
         Filters, shape [after, before, 2 * stride].
@@ -115,12 +116,12 @@ def stage_filters(stride: int, before: int, after: int) -> torch.Tensor:
 
 
 def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
-    """Return the filters of a decoder stage: interpolation, or the inverse MDCT.
+    """Return the filters of a decoder stage: interpolation, or an inverse MDCT.
 
     Args:
         stride: stride of the stage.
-        before: number of signal channels at its input.
-        after: number of signal channels at its output.
+        before: number of signal channels at the input of the stage.
+        after: number of signal channels at the output of the stage.
 
     Returns:
         Filters, shape [after, before, 2 * stride].
@@ -139,7 +140,7 @@ def inverse_filters(stride: int, before: int, after: int) -> torch.Tensor:
 def looks_linear_(generator: Generator) -> None:
     """Make a generator linear, in place.
 
-    Channels are mirrored, filters are random and orthogonal, and residual branches add nothing.
+    Channels are mirrored, filters are random and orthogonal, and the output of residual branches is zero.
 
     Args:
         generator: generator with leaky ReLUs and without weight norm.
@@ -169,18 +170,18 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
         audio: batch of speech in complete frames, shape [B, T_audio].
 
     Returns:
-        The SNR of the reconstruction of `audio`, including quantization, in dB.
+        The SNR of the quantized reconstruction of `audio` in dB.
 
     Raises:
-        ValueError: if the network is too small for the filter bank.
+        ValueError: if the network has too few channels or other strides than the filter bank needs.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded_dim = encoder.encoded_dim
     channels = signal_channels(encoder.down_sample_rates, encoded_dim)
     if decoder.up_sample_rates != encoder.down_sample_rates[::-1]:
         raise ValueError(
-            f"up_sample_rates {list(decoder.up_sample_rates)} are not those of the encoder reversed, "
-            f"{list(encoder.down_sample_rates[::-1])}; make them so."
+            f"up_sample_rates are {list(decoder.up_sample_rates)}; pass the reversed rates of the encoder, "
+            f"{list(encoder.down_sample_rates[::-1])}."
         )
     looks_linear_(generator)
 
@@ -196,7 +197,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
     for stage, stride, before, after in stages:
         _put(_convolution(stage), inverse_filters(stride, before, after))
     output = decoder.post_conv.conv
-    output.weight.zero_()  # the output layer reads only the signal channels
+    output.weight.zero_()  # so that the output layer reads only the signal channels
     _put(output, _identity(1, output.kernel_size[0]), mirror_out=False)
 
     _normalize_encoded(generator, audio)
@@ -210,7 +211,7 @@ def transform_start_(generator: Generator, audio: torch.Tensor) -> float:
 def _normalize_encoded(generator: Generator, audio: torch.Tensor) -> None:
     """Center and scale the encoder output for FSQ.
 
-    The decoder's signal channels undo the scale.
+    The first layer of the decoder divides the signal channels by the same scale.
     """
     encoder, decoder = generator.audio_encoder, generator.audio_decoder
     encoded = encoder.encode_frames(audio)
@@ -244,9 +245,9 @@ def _out_in_taps(conv: nn.Conv1d | nn.ConvTranspose1d) -> torch.Tensor:
 
 
 def _fill_orthogonal(conv: nn.Conv1d | nn.ConvTranspose1d, *, mirror_in: bool = True, mirror_out: bool = True) -> None:
-    """Fill a layer with random orthogonal filters between mirrored channels.
+    """Fill a layer with random orthogonal filters for mirrored channels, and set the bias to zero.
 
-    The bias is set to zero.
+    Without `mirror_in` or `mirror_out`, the channels at the input or output are not mirrored.
     """
     weight = _out_in_taps(conv)
     num_out, num_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
@@ -269,9 +270,9 @@ def _zero_bias(conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
 def _put(
     conv: nn.Conv1d | nn.ConvTranspose1d, filters: torch.Tensor, *, mirror_in: bool = True, mirror_out: bool = True
 ) -> None:
-    """Set the filters of the first channels and their mirror images, in place.
+    """Set the filters of a layer for the signal channels and their mirror images, in place.
 
-    These output channels read no other input channels.
+    These output channels do not read any other input channels.
 
     Args:
         conv: layer to change.
@@ -287,8 +288,8 @@ def _put(
     half_out, half_in = weight.shape[0] // (1 + mirror_out), weight.shape[1] // (1 + mirror_in)
     if num_out > half_out or num_in > half_in:
         raise ValueError(
-            f"a layer with {weight.shape[1]} channels in and {weight.shape[0]} out cannot hold {num_in} and {num_out} "
-            "signal channels and their mirror images; use more base_channels."
+            f"a layer with {weight.shape[1]} input and {weight.shape[0]} output channels is too small for {num_in} "
+            f"and {num_out} signal channels and their mirror images; increase base_channels."
         )
     out_signs = ((1, 0), (-1, half_out)) if mirror_out else ((1, 0),)
     in_signs = ((MIRROR, 0), (-MIRROR, half_in)) if mirror_in else ((1.0, 0),)

@@ -1,10 +1,11 @@
-"""Files of a training run: states of this recipe or the trial script, and `.nemo`.
+"""Read and write training states, and read generators from training states and `.nemo` files.
 
-A state is `{"format": 1, "settings", "step", "seconds", "generator", "average", "trainer"}`, readable with
-`weights_only=True`.
+A state of this recipe is a dictionary with the keys "format" (1), "settings", "step", "seconds", "generator",
+"average" and "trainer". `torch.load` reads it with `weights_only=True`.
 
-The trial script preceded this recipe. Its state contains "args" (the command line as a dictionary), "model" and
-"average" (state dicts of a `Generator`), "moments" and "adam" (states of the two optimizers), "step" and "seconds".
+The trial script was used before this recipe existed. Its states contain "args" (the command line as a dictionary),
+"model" and "average" (state dicts of a `Generator`), "moments" and "adam" (states of the two optimizers), "step" and
+"seconds".
 """
 
 import pickle
@@ -28,7 +29,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     Args:
         path: file to write.
-        state: content of the state, without its format number.
+        state: content of the state without the key "format", which is added.
 
     Raises:
         OSError: if the file cannot be written, for example because the disk is full. The error names `path`.
@@ -37,15 +38,17 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path) -> Any:
-    """Load a file of plain values and tensors.
+    """Load a file that contains only tensors and Python values.
 
     Raises:
-        ValueError: for any other file.
+        ValueError: if the file contains anything else, or is damaged.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a training state, or is damaged.") from error
+        raise ValueError(
+            f"{path}: not a training state, or the file is damaged; pass the state.pt of a run."
+        ) from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -58,23 +61,23 @@ def load_state(path: Path) -> dict[str, Any]:
         The state, with tensors on the CPU.
 
     Raises:
-        ValueError: if the file is not such a state.
+        ValueError: if the file is not a state of this recipe.
     """
     state = _load(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a state of this recipe; train in another folder, or use --import-state.")
+        raise ValueError(f"{path}: not a state of this recipe; train in another folder, or use --import-state.")
     return state
 
 
 def network_config(values: Mapping[str, Any]) -> NetworkConfig:
-    """Build a `NetworkConfig` from plain values."""
+    """Build a `NetworkConfig` from a dictionary."""
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(NetworkConfig), dict(values)))
     assert isinstance(config, NetworkConfig)
     return config
 
 
 def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the values of a codec config that a `NetworkConfig` contains.
+    """Return the values in a codec's config that belong to a `NetworkConfig`.
 
     Raises:
         ValueError: if the codec does not pad with zeros.
@@ -83,14 +86,14 @@ def _sizes(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for section in fields(NetworkConfig):
         values = config[section.name]
         if values.get("pad_mode", "zeros") != "zeros":
-            raise ValueError(f"{path}: {section.name} pads with {values['pad_mode']!r}, this recipe with zeros.")
+            raise ValueError(f"{path}: {section.name} has pad_mode {values['pad_mode']!r}; pass a codec with zeros.")
         known = {field.name for field in fields(section.default_factory)}  # type: ignore[arg-type]
         sizes[section.name] = {name: value for name, value in values.items() if name in known}
     return sizes
 
 
 def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
-    """Return the network config that the trial script's arguments describe."""
+    """Return the network config for the arguments of the trial script."""
     return NetworkConfig(
         audio_encoder=EncoderConfig(
             down_sample_rates=list(args["enc_rates"]),
@@ -109,7 +112,8 @@ def trial_network(args: Mapping[str, Any]) -> NetworkConfig:
     )
 
 
-# Setting that corresponds to each argument of the trial script. Equal values continue the trial's updates exactly.
+# Setting that corresponds to each argument of the trial script. With equal values, the run continues the trial
+# exactly.
 TRIAL_SETTINGS: dict[str, tuple[str, ...]] = {
     "seed": ("seed",),
     "batch": ("batch_size",),
@@ -132,23 +136,27 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 
     Args:
         path: `state.pt` of the trial script.
-        settings: settings of the run that continues from it, as plain values.
+        settings: settings of the run that continues from this state, as a dictionary.
 
     Returns:
-        The state, and a line for each setting that differs from the trial's.
+        The state, and a message for each setting that differs from the trial.
 
     Raises:
-        ValueError: if the file is not such a state, contains discriminators, or has another network.
+        ValueError: if the file is not a state of the trial script, contains discriminators, or has another network.
     """
     trial = _load(path)
     keys = {"args", "model", "average", "moments", "adam", "step", "seconds"}
     missing = keys - set(trial) if isinstance(trial, dict) else keys
     if missing:
-        raise ValueError(f"{path} is not a whole state of the trial script: it has no {', '.join(sorted(missing))}.")
+        raise ValueError(f"{path}: not a complete state of the trial script; {', '.join(sorted(missing))} missing.")
     if "d" in trial:
-        raise ValueError(f"{path} has discriminators of the trial script, which cannot be imported.")
+        raise ValueError(
+            f"{path}: contains discriminators of the trial script, which cannot be imported; pass an earlier state."
+        )
     if trial_network(trial["args"]) != network_config(settings["network"]):
-        raise ValueError(f"{path} has another network: {trial_network(trial['args'])}; change the settings' network.")
+        raise ValueError(
+            f"{path} has another network: {trial_network(trial['args'])}; change network in the settings."
+        )
     differences = []
     for name, place in TRIAL_SETTINGS.items():
         ours: Any = settings
@@ -157,7 +165,7 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
         theirs = trial["args"][name]
         theirs = list(theirs) if isinstance(theirs, tuple) else theirs
         if ours != theirs:
-            differences.append(f"{'.'.join(place)} is {ours}, in the trial {theirs}")
+            differences.append(f"{'.'.join(place)} is {ours}, but was {theirs} in the trial")
     state = {
         "step": trial["step"],
         "seconds": trial["seconds"],
@@ -171,18 +179,18 @@ def import_trial(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any
 def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
     """Read a generator from a `.nemo` file or a training state.
 
-    States of this recipe and of the trial script are accepted; their averaged weights are read.
+    The averaged weights in a state are used. The state may be one of this recipe or of the trial script.
 
     Args:
         path: file to read.
 
     Returns:
-        The generator in fp32, its config, and the number of updates. The number is 0 for a `.nemo` file, which does
-        not contain it.
+        The generator in fp32, its config, and the number of updates after which it was saved. The number is 0 for a
+        `.nemo` file, which does not contain it.
 
     Raises:
-        ValueError: for any other file.
-        CheckpointError: for a `.nemo` file that cannot be read.
+        ValueError: if the file is neither a `.nemo` file nor a training state.
+        CheckpointError: if a `.nemo` file cannot be read.
     """
     if path.suffix == ".nemo":
         modules, config = read_checkpoint(path)
@@ -193,7 +201,9 @@ def read_generator(path: Path) -> tuple[Generator, NetworkConfig, int]:
         return generator, network, 0
     state = _load(path)
     if not isinstance(state, dict) or "average" not in state or not {"args", "settings"} & set(state):
-        raise ValueError(f"{path} is neither a .nemo file nor a training state.")
+        raise ValueError(
+            f"{path}: neither a .nemo file nor a training state; pass a .nemo file or the state.pt of a run."
+        )
     network = trial_network(state["args"]) if "args" in state else network_config(state["settings"]["network"])
     generator = Generator(network)
     generator.load_state_dict(state["average"])

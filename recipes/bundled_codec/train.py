@@ -1,11 +1,11 @@
-"""Train the bundled codec; the same command resumes a stopped run.
+"""Train the bundled codec. The same command resumes a run that was stopped.
 
     python -m recipes.bundled_codec.train train=speech/train.json valid=speech/valid.json out=runs/bundled
 
-`bundled.yaml` documents the settings; override any of them with KEY=VALUE. The run writes to the folder OUT:
-`state.pt` (every few minutes and at the end), `settings.yaml` and `curve.jsonl` (one line per evaluation). A resumed
-run makes the same updates as an uninterrupted one, because a batch depends only on the seed and the number of its
-update.
+The settings are documented in `bundled.yaml`, and each of them can be overridden with KEY=VALUE. The folder OUT
+contains the files `state.pt` (saved every few minutes and at the end), `settings.yaml` and `curve.jsonl` (one line per
+evaluation). A resumed run makes the same updates as a run without interruption, because a batch depends only on the
+seed and the number of the update.
 """
 
 import argparse
@@ -37,22 +37,23 @@ from recipes.bundled_codec.start import transform_start_
 from recipes.bundled_codec.states import import_trial, load_state, read_generator, save_state
 from recipes.bundled_codec.trainer import Trainer
 
-AVERAGE_START = 50  # the decay of the average after n updates is n / (n + 50), at most average_decay
+AVERAGE_START = 50  # after n updates, the decay of the average is n / (n + 50), but at most average_decay
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """Training run in a folder.
+    """Training run, whose files are in the folder `settings.out`.
 
     Args:
         settings: settings of the run.
-        utterances: training speech, one array [T_audio] of int16 samples per utterance.
-        clips: held-out speech to evaluate on, in the same form.
-        state: state returned by `Run.state` earlier; None starts a new run.
+        utterances: training speech, with one array of int16 samples [T_audio] per utterance.
+        clips: held-out speech for evaluation, in the same form.
+        state: state from which to resume, as returned by `Run.state`; None to start a new run.
 
     Raises:
-        ConfigError: if a component of the user's own cannot be built.
+        ConfigError: if a custom loss, metric or discriminator cannot be built.
+        ValueError: if the initial weights belong to another network.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Run:
         self.settings, self.out = settings, Path(settings.out)
         self.device = torch.device(settings.device)
         for section in settings.discriminators.custom:
-            build_discriminator(section)  # raises an error now instead of when the discriminators join
+            build_discriminator(section)  # find errors now, not when the discriminators are added
         torch.manual_seed(settings.seed)
         generator = Generator(settings.network)
         length = settings.segment_frames * generator.samples_per_frame
@@ -80,7 +81,7 @@ class Run:
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         length = round(settings.evaluate_seconds * SAMPLE_RATE)
         self.evaluator = Evaluator([clip[:length] for clip in clips], settings.metrics)
-        self.step, self.seconds = 0, 0.0  # completed updates and their duration
+        self.step, self.seconds = 0, 0.0  # number of completed updates, and their total duration
         if state is not None:
             if state["trainer"]["adversary"] is not None:
                 self.trainer.add_adversary(Adversary(settings.discriminators, self.device))
@@ -95,15 +96,15 @@ class Run:
             path = Path(self.settings.init)
             other, network, _ = read_generator(path)
             if network != self.settings.network:
-                raise ValueError(f"{path} has another network: {network}; change the settings' network.")
+                raise ValueError(f"{path} has another network: {network}; change network in the settings.")
             generator.load_state_dict(other.state_dict())
             return
         drawn = segments.draw(self.settings.start_segments, [self.settings.seed, 1])
         batch = segments.cut(*(value.to(self.device) for value in drawn)).cpu()
-        log.info("starting as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
+        log.info("initialized the network as a filter bank, SNR %.2f dB", transform_start_(generator, batch))
 
     def _trim_curve(self) -> None:
-        """Remove evaluations later than the last save, which will be repeated."""
+        """Remove evaluations after the last saved update from the curve, since they will be repeated."""
         path = self.out / "curve.jsonl"
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
@@ -112,12 +113,12 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Return the completed share of the run, by updates or time, whichever is larger."""
+        """Return the completed fraction of the run: that of updates or that of time, whichever is larger."""
         by_time = self.seconds / 60 / self.settings.minutes if self.settings.minutes else 0.0
         return max(self.step / self.settings.updates, by_time)
 
     def learning_rate(self) -> float:
-        """Return the learning rate of the next update."""
+        """Return the learning rate of the generator for the next update."""
         settings = self.settings
         rate = settings.lr * min(1.0, (self.step + 1) / settings.warmup_updates)
         rate *= 1 - (1 - settings.final_lr) * self.progress
@@ -129,7 +130,7 @@ class Run:
         began = time.monotonic()
         first = self.settings.discriminators.from_update
         if first is not None and self.step >= first and self.trainer.adversary is None:
-            torch.manual_seed(self.settings.seed)  # a resumed run initializes them with the same weights
+            torch.manual_seed(self.settings.seed)  # so that a resumed run starts with the same discriminators
             self.trainer.add_adversary(Adversary(self.settings.discriminators, self.device))
         terms = self.trainer.step(self.learning_rate(), [self.settings.seed, self.step])
         self.step += 1
@@ -137,12 +138,12 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), 1 - decay)
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # include queued kernels in this update's time
+            torch.cuda.synchronize()  # so that the time of this update includes queued kernels
         self.seconds += time.monotonic() - began
         return terms
 
     def state(self) -> dict[str, Any]:
-        """Return the state for exact resuming, as plain values and tensors."""
+        """Return the state from which a run can be resumed exactly, as Python values and tensors."""
         return {
             "settings": self.settings.as_dict(),
             "step": self.step,
@@ -153,16 +154,16 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write the state and the settings."""
+        """Write the state and the settings to files."""
         save_state(self.out / "state.pt", self.state())
         text = OmegaConf.to_yaml(OmegaConf.create(self.settings.as_dict()))
         write_text(self.out / "settings.yaml", text)
 
     def evaluate(self, extra: dict[str, Any]) -> None:
-        """Evaluate the averaged weights and append a line to the curve.
+        """Evaluate the averaged weights, and append a line to the curve.
 
         Args:
-            extra: additional values of the line.
+            extra: additional values for the line.
         """
         scores = means(self.evaluator.measure(self.average))
         line = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | extra
@@ -175,7 +176,7 @@ class Run:
     def train(self) -> None:
         """Train until the run is complete, with periodic saves and evaluations.
 
-        SIGTERM stops the run after saving its state.
+        On SIGTERM, the run saves its state and stops.
         """
         settings, stopped = self.settings, False
 
@@ -184,7 +185,7 @@ class Run:
             stopped = True
 
         if self.progress >= 1:
-            log.info("over at update %d; raise `updates` or `minutes` to go on", self.step)
+            log.info("the run is complete at update %d; to continue, increase `updates` or `minutes`", self.step)
         previous = signal.signal(signal.SIGTERM, stop)
         saved, logged = time.monotonic(), (self.step, self.seconds)
         counted = (self.step, self.seconds)
@@ -217,7 +218,7 @@ class Run:
             signal.signal(signal.SIGTERM, previous)
         if stopped:
             self.save()
-            log.info("stopped at update %d; the same command goes on", self.step)
+            log.info("stopped at update %d; run the same command again to resume", self.step)
 
     def _log(self, terms: dict[str, torch.Tensor], seconds_per_update: float) -> None:
         used = [codebook.unique().numel() for codebook in terms["tokens"]]
@@ -229,24 +230,25 @@ class Run:
 
 
 def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | None:
-    """Return the state to resume from, or None for a new run.
-
-    The state in the run's folder has precedence over an imported one.
+    """Return the state from which to resume, or None for a new run.
 
     Raises:
-        ValueError: if the state is unusable or belongs to another network.
+        ValueError: if a state cannot be read or belongs to another network, or if a state is imported although the
+            folder of the run contains one.
     """
     path = Path(settings.out) / "state.pt"
     if path.exists():
         if imported is not None:
-            raise ValueError(f"{path} exists already; leave out --import-state to resume, or train in another folder.")
+            raise ValueError(f"{path} already exists; remove --import-state to resume, or train in another folder.")
         state = load_state(path)
         theirs, ours = state["settings"], settings.as_dict()
         if theirs["network"] != ours["network"]:
-            raise ValueError(f"{path} has another network; train in another folder, or restore the settings' network.")
+            raise ValueError(
+                f"{path} has another network; train in another folder, or restore network in the settings."
+            )
         for key in ours:
             if theirs.get(key) != ours[key]:
-                log.warning("%s is %s, before %s", key, ours[key], theirs.get(key))
+                log.warning("%s is %s, but was %s before", key, ours[key], theirs.get(key))
         log.info("resuming from update %d", state["step"])
         return state
     if imported is None:
@@ -261,12 +263,12 @@ def _read_state(settings: Settings, imported: Path | None) -> dict[str, Any] | N
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings on top of the file's")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the file")
     parser.add_argument(
-        "--config", type=expand_home, default=DEFAULT_CONFIG, help="YAML file of settings (%(default)s)"
+        "--config", type=expand_home, default=DEFAULT_CONFIG, help="YAML file of settings (default %(default)s)"
     )
     parser.add_argument(
-        "--import-state", type=expand_home, metavar="FILE", help="go on from a state.pt of the trial script"
+        "--import-state", type=expand_home, metavar="FILE", help="state.pt of the trial script from which to continue"
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -284,7 +286,7 @@ def main() -> None:
         clips = spread_evenly(read_speech(Path(settings.valid), audio_dir), settings.evaluate_clips)
         for name, found in ((", ".join(settings.train), utterances), (settings.valid, clips)):
             if not found:
-                raise ValueError(f"{name}: no usable recordings; `nemo-lfr prepare` makes manifests.")
+                raise ValueError(f"{name}: no usable recordings; write manifests with `nemo-lfr prepare`.")
         run = Run(settings, utterances, clips, state)
     except (ValueError, OSError) as error:
         parser.error(str(error))

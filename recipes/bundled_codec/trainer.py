@@ -1,4 +1,4 @@
-"""One training update of all networks; on a GPU it is captured as a CUDA graph."""
+"""Run training updates of all networks. On a GPU, an update is captured as a CUDA graph."""
 
 import copy
 import time
@@ -16,16 +16,14 @@ from recipes.bundled_codec.losses import ReconstructionTerms
 from recipes.bundled_codec.model import Generator
 from recipes.bundled_codec.optimizer import GeneratorOptimizer
 
-EAGER_UPDATES = 3  # updates before the capture, in which libraries choose kernels and allocate memory
+EAGER_UPDATES = 3  # number of updates before the capture, in which libraries choose kernels and allocate memory
 
 
 class Stopwatch:
-    """Stopwatch for named sections of an update.
-
-    It is disabled on a GPU, where kernels run later than they are launched.
+    """Stopwatch that measures the time of named sections of an update.
 
     Args:
-        enabled: whether to measure.
+        enabled: whether to measure. Pass False on a GPU, where kernels run later than they are launched.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -34,30 +32,30 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Add the duration of a `with` block to a section."""
+        """Add the duration of a `with` block to the time of a section."""
         began = time.perf_counter()
         yield
         if self.enabled:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
     def pop(self) -> dict[str, float]:
-        """Return the seconds of each section, and reset them to zero."""
+        """Return the time of each section in seconds, and reset all times."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
 class Trainer:
-    """Trainer of a generator and, once they are added, of discriminators.
+    """Trainer of a generator and, if they are added, of discriminators.
 
-    The optimizer updates fp32 weights, and a bf16 copy computes the network. The copy is cast once per update instead
-    of layer by layer. Values that change between updates (segments, gains and learning rates) are in tensors with
-    fixed addresses, as CUDA graphs require.
+    The optimizer updates fp32 weights. The network runs in bf16, with a copy of the weights that is cast once per
+    update instead of layer by layer. Values that change between updates (segments, gains and learning rates) are in
+    tensors with fixed addresses, as CUDA graphs require.
 
     Args:
         generator: generator on its final device. Its weights are changed to channels-last layout in place.
-        segments: training speech on the same device.
-        terms: losses on the same device.
-        batch_size: segments per update.
+        segments: training speech, on the same device.
+        terms: losses, on the same device.
+        batch_size: number of segments per update.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Trainer:
         self._result: dict[str, torch.Tensor] = {}
 
     def add_adversary(self, adversary: Adversary) -> None:
-        """Add discriminators, which take part in all further updates."""
+        """Add discriminators, which are part of all further updates."""
         self.adversary = adversary
         self._forget_graph()
 
@@ -90,8 +88,8 @@ class Trainer:
             seed: seed of the batch.
 
         Returns:
-            The loss terms, the norm of the gradients, and the tokens [C, B, T_encoded]. The next call may overwrite
-            these tensors.
+            A dictionary with the loss terms, the norm of the gradients, and the tokens [C, B, T_encoded]. The next
+            call may overwrite these tensors.
         """
         drawn = self.segments.draw(len(self._starts), seed)
         for place, value in zip((self._starts, self._gains), drawn, strict=True):
@@ -99,7 +97,7 @@ class Trainer:
         self.optimizer.set_rate(lr)
         if self.adversary is not None:
             if self.adversary.updates == self.adversary.config.learn_alone:
-                self._forget_graph()  # from this update on, the generator uses their gradients
+                self._forget_graph()  # from this update on, the generator uses the gradients of the discriminators
             self.adversary.begin_update()
         result = self._update() if self.device.type == "cpu" else self._update_on_gpu()
         if self.adversary is not None:
@@ -136,7 +134,7 @@ class Trainer:
         with self.stopwatch("losses"):
             terms = self.terms(real, gen)
             total = self.terms.total(terms)
-            # Discriminators use the same spectra, so keep the graph for them.
+            # Retain the graph for the discriminators, which use the same spectra.
             (gradient,) = torch.autograd.grad(total, heard, retain_graph=self.adversary is not None)
         if self.adversary is not None:
             with self.stopwatch("discriminators"):
@@ -157,9 +155,9 @@ class Trainer:
     def _judge(
         adversary: Adversary, real: Spectra, gen: Spectra
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Run the discriminators on a batch, or on its first segments.
+        """Run the discriminators on the first segments of a batch, or on all of them.
 
-        The gradient of the remaining segments is zero.
+        The gradient of the other segments is zero.
         """
         size = adversary.config.batch_size or len(real.audio)
         if size >= len(real.audio):
@@ -171,12 +169,12 @@ class Trainer:
         return terms, torch.cat([gradient, gradient.new_zeros(len(real.audio) - size, gradient.shape[1])])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that exact resuming needs, besides the generator's weights."""
+        """Return the state of the optimizer and the discriminators."""
         adversary = None if self.adversary is None else self.adversary.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "adversary": adversary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state dict; its discriminators must have been added before."""
+        """Load a state dict. If it contains discriminators, add them with `add_adversary` first."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.adversary is not None and state["adversary"] is not None:
             self.adversary.load_state_dict(state["adversary"])

@@ -220,7 +220,10 @@ def test_what_cannot_be_imported_is_named_when_the_model_is_built(changes, messa
     [
         ({"losses": {"a": {"_target_": OWN + "OtherArguments"}}}, "losses.a: .* cannot be called as forward"),
         ({"metrics": {"a": {"_target_": OWN + "EnvelopeLoss", "size": 1}}}, "metrics.a: .* cannot be built"),
-        ({"metrics": {"perplexity": {"_target_": OWN + "SignalToNoise"}}}, "metrics: the name 'perplexity' is reserved"),
+        (
+            {"metrics": {"perplexity": {"_target_": OWN + "SignalToNoise"}}},
+            "metrics: the name 'perplexity' is reserved",
+        ),
         ({"discriminator": {"_target_": OWN + "Scoreless"}}, "Scoreless does not define score"),
         ({"losses": {"a": {"_target_": OWN + "PerExample"}}}, "losses.a: .* returned a tensor of shape"),
         ({"discriminator": {"_target_": OWN + "ScoresOnly"}}, "ScoresOnly.score returned"),

@@ -256,7 +256,10 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
     torch.save(trial_state(run_of(settings, manifest)), tmp_path / "trial.pt")
     settings.lr, settings.losses.waveform = 1e-3, 1.0
     _, differences = import_trial(tmp_path / "trial.pt", settings.as_dict())
-    assert differences == ["lr is 0.001, in the trial 0.002", "losses.waveform is 1.0, in the trial 0.3"]
+    assert differences == [
+        "lr is 0.001, but was 0.002 in the trial",
+        "losses.waveform is 1.0, but was 0.3 in the trial",
+    ]
     settings.network.audio_encoder.base_channels = 32
     with pytest.raises(ValueError, match="another network"):
         import_trial(tmp_path / "trial.pt", settings.as_dict())
@@ -272,7 +275,10 @@ def test_importing_names_the_settings_that_differ(manifest, tmp_path):
         (["train=nowhere.json", "valid=x.json", "out=OUT"], "nowhere.json"),
         (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "init=nowhere.nemo"], "nowhere.nemo"),
         (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "nowhere.pt"], "nowhere.pt"),
-        (["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "MANIFEST"], "manifest.json is not a"),
+        (
+            ["train=MANIFEST", "valid=MANIFEST", "out=OUT", "--import-state", "MANIFEST"],
+            "manifest.json: not a training state",
+        ),
         (["train=EMPTY", "valid=MANIFEST", "out=OUT"], "EMPTY|empty.json"),
         (["train=x.json", "valid=x.json", "out=OUT", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (
@@ -307,7 +313,7 @@ def test_a_user_error_is_reported_in_one_line(manifest, tmp_path, monkeypatch, c
     [
         (plot, ["nowhere", "--out", "curve.png"], "nowhere"),
         (plot, ["empty.json", "--out", "curve.png"], "no evaluations"),
-        (plot, ["bad.json", "--out", "curve.png"], "not a curve"),
+        (plot, ["bad.json", "--out", "curve.png"], "not in JSON lines"),
         (export, ["nowhere.pt", "--out", "a.nemo"], "nowhere.pt"),
         (export, ["bad.json", "--out", "a.nemo"], "not a training state"),
         (evaluate, ["nowhere.nemo", "--valid", "MANIFEST"], "nowhere.nemo"),
@@ -333,7 +339,7 @@ def test_finished_run_is_reported_and_unchanged(manifest, tmp_path, caplog):
     before = weights(run)
     with caplog.at_level("INFO"):
         run.train()
-    assert "over at update 1" in caplog.text and run.step == 1
+    assert "complete at update 1" in caplog.text and run.step == 1
     assert_equal(before, weights(run))
 
 
