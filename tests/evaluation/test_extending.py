@@ -111,7 +111,7 @@ def test_an_evaluation_uses_a_codec_and_metrics_of_another_package(plugin, manif
     report = (tmp_path / "out" / "report.md").read_text()
     assert "peak error ↓" in report and "Largest difference of a sample." in report and "Model: ab." in report
     assert "failing of 2 recordings: not measured: KeyError: 'no such feature'" in report
-    assert "dummy_broken are not available because it cannot be imported (ModuleNotFoundError" in caplog.text
+    assert "dummy_broken are not available, because this module cannot be imported (ModuleNotFoundError" in caplog.text
 
 
 def test_help_lists_a_codec_and_a_model_metric_of_another_package(plugin, capsys):

@@ -65,7 +65,7 @@ def test_daps_gives_whole_pieces_of_the_clean_recordings_of_two_speakers(tmp_pat
 
 
 def test_a_folder_without_daps_is_refused(tmp_path):
-    with pytest.raises(NemoLfrError, match=r"clean/f10_script\*_clean.wav below; unpack daps.tar.gz"):
+    with pytest.raises(NemoLfrError, match=r"clean/f10_script\*_clean.wav in this folder; unpack daps.tar.gz"):
         PRESETS["card-daps"].recordings(tmp_path, 0)
 
 

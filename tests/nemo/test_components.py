@@ -148,8 +148,8 @@ def test_a_file_opens_without_the_users_package_and_names_what_training_misses(t
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
-        "discriminator: _target_ 'parts_of_a_test.WaveDiscriminator' is not registered. If it is your own class, "
-        "import it and call nemo_lfr.training.components.register_component on it first."
+        "discriminator: _target_ 'parts_of_a_test.WaveDiscriminator' is not registered. If this is your own class, "
+        "first pass it to nemo_lfr.training.components.register_component."
     ) in done.stdout
     tokens = model.encode(audio=audio, audio_len=torch.tensor([audio.shape[1]]))[0]
     assert torch.equal(torch.load(tmp_path / "tokens.pt"), tokens)
