@@ -7,7 +7,8 @@ random lengths (empty, one sample, one frame, a prime length, up to 0.4 s) throu
 NanoCodec's causal decoder and random weights. Tokens must be equal to offline tokens except for rounding ties, and
 audio within 1e-5. The next table times pushes of 20, 80 and 320 ms for one stream and for 16 streams that are pushed
 together. Speed relative to real time is the total over all streams. The last tables show the effect of `lookahead`:
-the percentage of tokens that equal those with full lookahead, and the SNR and quality of the decoded audio.
+the percentage of tokens that equal those with full lookahead, the SNR and quality of the decoded audio, and the SNR of
+the first frames with `first_lookahead`.
 """
 
 import argparse
@@ -167,6 +168,25 @@ def lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
         print(f"| {frames} | {frames * frame_ms:.0f} ms | {snr} | {values[0]:.3f}, {values[1]:.4f} |", flush=True)
 
 
+def first_lookahead(codec: Codec, waves: list[np.ndarray]) -> None:
+    """Print the loss in the first frames for each `first_lookahead`, for streams that begin within speech."""
+    exact = [codec.encode(wave)[0][0].numpy() for wave in waves]
+    excerpts = [tokens[:, start : start + 24] for tokens in exact for start in range(10, tokens.shape[1] - 24, 20)]
+    wholes = [codec.decode(tokens)[0][0].numpy() for tokens in excerpts]
+    full = codec.decoder.context.future
+    print("\n| first_lookahead | frames before the first audio | approximate frames | their SNR |")
+    print("| --- | --- | --- | --- |")
+    for first in range(full):
+        error = power = 0.0
+        for tokens, whole in zip(excerpts, wholes, strict=True):
+            stream = codec.stream_decoder(first_lookahead=first)
+            heard = np.concatenate([stream.push(tokens[:, n : n + 1]) for n in range(full)])
+            early = whole[: len(heard)]
+            error += float(((heard - early) ** 2).sum())
+            power += float((early**2).sum())
+        print(f"| {first} | {first + 1} | {full - first} | {10 * np.log10(power / error):.1f} dB |", flush=True)
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +209,9 @@ def main() -> None:
         nano = load(write_nemo(Path(folder, "nano.nemo"), codec_config("nano")), "cpu")
         print(check(nano, waves, arguments.chunkings, 1), "with the causal decoder, random weights")
     speed(codec, np.concatenate(waves[:10]))
-    lookahead(codec, waves[:: max(1, len(waves) // arguments.clips)][: arguments.clips])
+    chosen = waves[:: max(1, len(waves) // arguments.clips)][: arguments.clips]
+    lookahead(codec, chosen)
+    first_lookahead(codec, chosen)
 
 
 if __name__ == "__main__":

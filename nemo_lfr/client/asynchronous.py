@@ -40,18 +40,25 @@ class AsyncClient:
         return await asyncio.to_thread(decode_tokens, self._server, tokens, num_samples, audio_format)
 
     def decode_stream(
-        self, *, lookahead: int | None = None, ramp: Sequence[int] = (), sample_type: SampleType = "float32"
+        self,
+        *,
+        lookahead: int | None = None,
+        first_lookahead: int | None = None,
+        ramp: Sequence[int] = (),
+        sample_type: SampleType = "float32",
     ) -> "AsyncDecodeStream":
         """Return a stream that decodes one recording, to open with `async with`.
 
         Args:
             lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
                 gives the same audio as decoding the whole recording.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
-                give the first audio sooner.
+            first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
+                `Codec.stream_decoder`.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). By default, the
+                first chunk has all frames that the first audio depends on.
             sample_type: type of the samples that are received.
         """
-        parameters = {"lookahead": lookahead, "ramp": ramp_of(ramp)}
+        parameters = {"lookahead": lookahead, "first_lookahead": first_lookahead, "ramp": ramp_of(ramp)}
         return AsyncDecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
 
     def encode_stream(self, *, sample_rate: int | None = None, lookahead: int | None = None) -> "AsyncEncodeStream":

@@ -74,22 +74,29 @@ class Client:
         return decode_tokens(self._server, tokens, num_samples, audio_format)
 
     def decode_stream(
-        self, *, lookahead: int | None = None, ramp: Sequence[int] = (), sample_type: SampleType = "float32"
+        self,
+        *,
+        lookahead: int | None = None,
+        first_lookahead: int | None = None,
+        ramp: Sequence[int] = (),
+        sample_type: SampleType = "float32",
     ) -> "DecodeStream":
         """Open a stream that decodes one recording.
 
         Args:
             lookahead: number of later frames that a result may depend on; None for the codec's full lookahead, which
                 gives the same audio as decoding the whole recording.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
-                give the first audio sooner.
+            first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
+                `Codec.stream_decoder`.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). By default, the
+                first chunk has all frames that the first audio depends on.
             sample_type: type of the samples that are received.
 
         Raises:
             MissingExtraError: if websockets is not installed.
             ServerError: if the server refuses the stream, fails or cannot be reached.
         """
-        parameters = {"lookahead": lookahead, "ramp": ramp_of(ramp)}
+        parameters = {"lookahead": lookahead, "first_lookahead": first_lookahead, "ramp": ramp_of(ramp)}
         return self._server.retry(
             lambda: DecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
         )

@@ -213,5 +213,5 @@ class StreamingBackend(Protocol):
     def stream_encoder(self, codec: Any, lookahead: int | None) -> EncoderStream:
         """Return a stream; see `Codec.stream_encoder`."""
 
-    def stream_decoder(self, codec: Any, lookahead: int | None) -> DecoderStream:
+    def stream_decoder(self, codec: Any, lookahead: int | None, first_lookahead: int | None = None) -> DecoderStream:
         """Return a stream; see `Codec.stream_decoder`."""

@@ -245,9 +245,23 @@ class Codec(HubMethods[Array]):
         """
         return self._streaming().stream_encoder(self, lookahead)
 
-    def stream_decoder(self, lookahead: int | None = None) -> DecoderStream:
-        """Return a streaming decoder for one recording; arguments and errors are as in `stream_encoder`."""
-        return self._streaming().stream_decoder(self, lookahead)
+    def stream_decoder(self, lookahead: int | None = None, first_lookahead: int | None = None) -> DecoderStream:
+        """Return a streaming decoder for one recording.
+
+        Args:
+            lookahead: see `stream_encoder`.
+            first_lookahead: a smaller number of frames of lookahead for the first results, so that the audio starts
+                `lookahead - first_lookahead` frames sooner. This many frames of audio are approximate. The audio after
+                them waits for `lookahead` again: it plays without a gap if the first tokens arrive at least twice as
+                fast as they are played, as from most language models.
+
+        Raises:
+            NemoLfrError: if a lookahead is not a number of frames, or the backend does not support streaming.
+        """
+        backend = self._streaming()
+        if first_lookahead is None:
+            return backend.stream_decoder(self, lookahead)
+        return backend.stream_decoder(self, lookahead, first_lookahead)
 
     def _streaming(self) -> StreamingBackend:
         if isinstance(self.backend, StreamingBackend):

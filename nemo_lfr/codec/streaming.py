@@ -36,6 +36,7 @@ class _Stream:
         codec: checks arguments and results; a codec serves any number of streams.
         modules: modules and settings of the codec's backend.
         lookahead: frames of lookahead; None for all that a result depends on.
+        first_lookahead: frames of lookahead of the first results; None for `lookahead`.
     """
 
     def __init__(
@@ -46,12 +47,15 @@ class _Stream:
         min_frames: int,
         items: tuple[int, int],
         lookahead: int | None,
+        first_lookahead: int | None = None,
     ) -> None:
-        if lookahead is not None and (isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 0):
-            raise NemoLfrError(f"lookahead {lookahead!r} is not a number of frames; use 0 to {context}, or None.")
+        for name, value in (("lookahead", lookahead), ("first_lookahead", first_lookahead)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 to {context}, or None.")
         self.codec, self.modules = codec, modules
         self.delay_frames = context if lookahead is None else min(lookahead, context)
-        self.exact = self.delay_frames == context
+        self.first_delay_frames = self.delay_frames if first_lookahead is None else min(first_lookahead, context)
+        self.exact = self.delay_frames == self.first_delay_frames == context
         self._min_frames = min_frames
         self._items_in, self._items_out = items  # of a frame
         self._piece = max(1, codec.chunk_frames // 2) * self._items_in  # items processed at a time
@@ -75,6 +79,12 @@ class _Stream:
     def latency_ms(self) -> float:
         """Milliseconds from a frame's last sample to its result, excluding the computation."""
         return 1000 * self.delay_frames / self.codec.frame_rate
+
+    def _num_due(self) -> int:
+        """Return the number of items of the output whose shortened lookahead is complete."""
+        # As many frames as the first results are early. They are played while the lookahead of the next ones arrives.
+        early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
+        return max(self._num_in - self.delay_frames, early_frames) * self._items_out
 
     def _check_open(self) -> None:
         if self._finished:
@@ -153,10 +163,16 @@ class StreamEncoder(_Stream):
 class StreamDecoder(_Stream):
     """Streaming decoder of one recording; see `Codec.stream_decoder`."""
 
-    def __init__(self, codec: CodecBase[torch.Tensor], modules: StreamModules, lookahead: int | None = None) -> None:
+    def __init__(
+        self,
+        codec: CodecBase[torch.Tensor],
+        modules: StreamModules,
+        lookahead: int | None = None,
+        first_lookahead: int | None = None,
+    ) -> None:
         decoder = modules.decoder
         items = 1, codec.samples_per_frame
-        super().__init__(codec, modules, decoder.context.future, decoder.min_frames, items, lookahead)
+        super().__init__(codec, modules, decoder.context.future, decoder.min_frames, items, lookahead, first_lookahead)
 
     @property
     def _dim(self) -> int:
@@ -362,7 +378,9 @@ def _advance(
     early = [
         number
         for number, stream in enumerate(streams)
-        if not (stream.exact or last or stream._has_more) and inputs[number].numel()
+        if not (stream.exact or last or stream._has_more)
+        and inputs[number].numel()
+        and stream._num_due() > max(computed[number], stream._num_out)
     ]
     if early:
         # With a shorter lookahead, compute the frames that are due as if the recordings ended here.
@@ -375,7 +393,7 @@ def _advance(
             results[number] = torch.cat([results[number], rest], dim=-1)
     returned = []
     for stream, result, whole in zip(streams, results, computed, strict=True):
-        due = whole if stream.exact or stream._has_more else (stream._num_in - stream.delay_frames) * stream._items_out
+        due = whole if stream.exact or last or stream._has_more else stream._num_due()
         stop = max(whole, due, stream._num_out)
         returned.append(
             result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy()

@@ -256,9 +256,11 @@ class TorchBackend:
         """See `Codec.stream_encoder`."""
         return StreamEncoder(codec, self, lookahead)
 
-    def stream_decoder(self, codec: CodecBase[torch.Tensor], lookahead: int | None) -> StreamDecoder:
+    def stream_decoder(
+        self, codec: CodecBase[torch.Tensor], lookahead: int | None, first_lookahead: int | None = None
+    ) -> StreamDecoder:
         """See `Codec.stream_decoder`."""
-        return StreamDecoder(codec, self, lookahead)
+        return StreamDecoder(codec, self, lookahead, first_lookahead)
 
 
 def _ends(num_frames: list[int], width: int, min_frames: int) -> list[int] | None:

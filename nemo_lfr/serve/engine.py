@@ -129,12 +129,18 @@ class Engine:
 
     @contextmanager
     def decoder(
-        self, lookahead: int | None = None, *, ramp: Sequence[int] = (), live: bool = True
+        self,
+        lookahead: int | None = None,
+        first_lookahead: int | None = None,
+        *,
+        ramp: Sequence[int] = (),
+        live: bool = True,
     ) -> Iterator[Session]:
         """Open a session that decodes one recording; it ends with the context.
 
         Args:
-            lookahead: frames of right context, see `Codec.stream_decoder`.
+            lookahead: see `Codec.stream_decoder`.
+            first_lookahead: see `Codec.stream_decoder`.
             ramp: number of frames of each of the first chunks, such as (1, 2, 4). A chunk waits until all of its
                 frames have arrived.
             live: whether the session is a live stream. Background sessions wait for all live streams.
@@ -146,7 +152,7 @@ class Engine:
             OverloadedError: as for `encoder`.
             NemoLfrError: as for `encoder`.
         """
-        yield from self._open(lambda: self.codec.stream_decoder(lookahead), tuple(ramp), live)
+        yield from self._open(lambda: self.codec.stream_decoder(lookahead, first_lookahead), tuple(ramp), live)
 
     def _open(self, open_stream: Callable[[], object], ramp: tuple[int, ...], live: bool) -> Iterator[Session]:
         with self._changed:

@@ -156,10 +156,11 @@ class DecodeProtocol:
     kind = "decode"
 
     def __init__(self, codec: Codec[Any], query: Mapping[str, str]) -> None:
-        check_names(query, {"audio", "lookahead", "ramp", "token"})
+        check_names(query, {"audio", "first_lookahead", "lookahead", "ramp", "token"})
         self.codec = codec
         self.audio = choice(query, "audio", ("pcm_s16le", "pcm_f32le"))
         self.lookahead = integer(query, "lookahead", None, 0, 1000)
+        self.first_lookahead = integer(query, "first_lookahead", None, 0, 1000)
         self.ramp = ramp(query)
 
     def parse(self, message: bytes | str) -> np.ndarray | End:

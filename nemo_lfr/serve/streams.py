@@ -104,7 +104,7 @@ async def serve_stream(
 def _open(engine: Engine, protocol: Protocol) -> Any:
     if isinstance(protocol, EncodeProtocol):
         return engine.encoder(protocol.lookahead)
-    return engine.decoder(protocol.lookahead, ramp=protocol.ramp)
+    return engine.decoder(protocol.lookahead, protocol.first_lookahead, ramp=protocol.ramp)
 
 
 def _ready(engine: Engine, session: Session) -> dict[str, Any]:

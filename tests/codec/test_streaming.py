@@ -110,6 +110,33 @@ def test_frame_is_returned_when_its_lookahead_is_complete(kind):
         assert samples <= frame * number
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "causal"])
+@pytest.mark.parametrize("first", [0, 2, 100])
+def test_first_lookahead_gives_the_first_audio_sooner_and_the_rest_exactly(kind, first):
+    codec = cached_codec(kind)
+    tokens = codec.encode(synthesize(1.5))[0][0].numpy()
+    expected = codec.decode(tokens)[0][0].numpy()
+    decoder = codec.stream_decoder(first_lookahead=first)
+    frame, delay = codec.samples_per_frame, codec.decoder.context.future
+    early = max(0, delay - first)
+    pieces = []
+    for number in range(1, tokens.shape[1] + 1):
+        pieces.append(decoder.push(tokens[:, number - 1 : number]))
+        frames = sum(map(len, pieces)) // frame
+        assert frames >= max(number - delay, min(early, number - first))
+        assert decoder.exact is (early == 0)
+    audio = np.concatenate([*pieces, decoder.flush()])
+    assert audio.shape == expected.shape
+    assert np.abs(audio - expected)[early * frame :].max() < 1e-5
+    assert bool(np.abs(audio - expected)[: early * frame].max(initial=0) > 1e-5) is (early > 0)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "2"])
+def test_invalid_first_lookahead_raises(value):
+    with pytest.raises(NemoLfrError, match="is not a number of frames"):
+        cached_codec("symmetric").stream_decoder(first_lookahead=value)
+
+
 def test_stream_state_does_not_grow(bundled):
     encoder, decoder = bundled.stream_encoder(), bundled.stream_decoder()
     sizes = []

@@ -106,6 +106,18 @@ def test_empty_chunks_are_not_queued():
     with_engine(work)
 
 
+def test_first_lookahead_gives_the_first_audio_before_the_full_lookahead():
+    async def work(engine):
+        with engine.decoder(first_lookahead=1) as session:
+            await session.feed(tokens(2))
+            first = await asyncio.wait_for(session.collect(), 30)
+            await session.feed(tokens(10))
+            session.end()
+            return len(first), len(await collect_all(session))
+
+    assert with_engine(work) == (1024, 11 * 1024)
+
+
 def test_a_ramp_longer_than_the_input_that_may_wait_does_not_block():
     async def work(engine):
         with engine.decoder(ramp=[64]) as session:

@@ -41,8 +41,8 @@ export class Client {
   }
 
   // Open a stream that takes tokens as an Int16Array, frame by frame, and yields samples as Float32Arrays.
-  decodeStream({ ramp = [], lookahead = null } = {}) {
-    return this.#open("decode", { ramp: ramp.join(","), lookahead });
+  decodeStream({ ramp = [], lookahead = null, firstLookahead = null } = {}) {
+    return this.#open("decode", { ramp: ramp.join(","), lookahead, first_lookahead: firstLookahead });
   }
 
   // Open a stream that takes samples as a Float32Array, and yields tokens as Int16Arrays, frame by frame.
