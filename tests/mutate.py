@@ -25,7 +25,7 @@ GUARDS = [
     ("checkpoint/archive.py", "if self._limit is not None and position > self._limit:", "if False:"),
     ("checkpoint/config.py", "if isinstance(event, yaml.AliasEvent):", "if False:"),
     ("checkpoint/config.py", "if count > MAX_CONFIG_EVENTS or depth > MAX_CONFIG_DEPTH:", "if False:"),
-    ("checkpoint/config.py", 'if "${" in value and ":" in _RESOLVERS.sub("", value):', "if False:"),
+    ("checkpoint/config.py", 'if "${" in value and ":" in NEMO_RESOLVERS.sub("", value):', "if False:"),
     ("checkpoint/config.py", "if encoder.encoded_dim != quantizer.codebook_dim:", "if False:"),
     ("checkpoint/tensors.py", "if (module, name) not in _NAMES:", "if False:"),
     ("checkpoint/tensors.py", "if opcode.name not in allowed:", "if False:"),

@@ -6,6 +6,7 @@ module of this package validates what it reads:
 
     archive.py      find the config and the weights in the tar archive
     config.py       parse the YAML config and build modules from an allow-list of classes
+    resolvers.py    compute the OmegaConf resolvers of NeMo without NeMo
     tensors.py      read tensors from the zip archive without calling anything that the pickle names
     lightning.py    read the config of a training checkpoint (`.ckpt`), which is a zip archive without the tar
     names.py        remove wrapper prefixes from weight names, and convert the names of weight norm

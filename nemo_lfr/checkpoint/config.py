@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from nemo_lfr.checkpoint.resolvers import NEMO_RESOLVERS, with_own_resolvers
 from nemo_lfr.errors import ConfigError, shorten
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
@@ -48,9 +49,8 @@ MAX_LIST = 32
 MAX_GROUPS = 256
 MAX_PARAMETERS = 2_000_000_000
 
-# Resolvers that NeMo registers with OmegaConf. All others are refused: `oc.env` could read environment variables.
-_RESOLVERS = re.compile(r"\$\{(multiply|sum|gpu_name):")
 _REFERENCE = re.compile(r"\$\{([^${}:]*)\}")
+_OTHER_FAMILIES = ("semantic_codec", "semantic_codec_path")
 
 # OmegaConf flag of configs that came from a checkpoint. Training checkpoints may contain its value.
 _FROM_CHECKPOINT = "nemo_lfr_from_file"
@@ -84,7 +84,7 @@ def parse_config(text: str) -> DictConfig:
             raise ConfigError("the config is a list, not a mapping.")
         plain = OmegaConf.to_container(config, resolve=False)
         for value in _strings(plain):
-            if "${" in value and ":" in _RESOLVERS.sub("", value):
+            if "${" in value and ":" in NEMO_RESOLVERS.sub("", value):
                 raise ConfigError(
                     f"{shorten(value)!r} uses an OmegaConf resolver other than multiply, sum and gpu_name."
                 )
@@ -167,19 +167,20 @@ def codec_values(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: if a value cannot be resolved, or the config uses a semantic codec, which is not supported.
     """
-    for key in ("semantic_codec", "semantic_codec_path"):
-        if config.get(key):
-            raise ConfigError(
-                f"{key} is set, but nemo_lfr does not support semantic codecs; use NeMo's own AudioCodecModel."
-            )
+    config = with_own_resolvers(config)
     values: dict[str, Any] = {}
-    for key in ("sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
+    for key in (*_OTHER_FAMILIES, "sample_rate", "output_sample_rate", "samples_per_frame", *PARTS):
         try:
             if key in config:
                 item = config[key]
                 values[key] = OmegaConf.to_container(item, resolve=True) if OmegaConf.is_config(item) else item
         except (OmegaConfBaseException, RecursionError) as error:
             raise ConfigError(f"{key} cannot be resolved: {' '.join(str(error).split())[:200]}") from error
+    for key in _OTHER_FAMILIES:
+        if values.pop(key, None):
+            raise ConfigError(
+                f"{key} is set, but nemo_lfr does not support semantic codecs; use NeMo's own AudioCodecModel."
+            )
     return values
 
 

@@ -71,6 +71,7 @@ class Entry:
         offset: position of the first value: in values from the start of the record, or in bytes in a safetensors file.
         shape: size of each dimension.
         stride: distance between neighbors along each dimension, in values.
+        negative: whether the values are stored negated.
     """
 
     record: str
@@ -78,13 +79,14 @@ class Entry:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    negative: bool = False
 
 
 class _RebuildTensor:
     # A class without attributes instead of a function: the pickle opcode BUILD could replace a function's defaults.
     __slots__ = ()
 
-    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Entry:
+    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> Entry:
         record, dtype = storage
         sizes = tuple(shape), tuple(stride)
         counts = [offset, *sizes[0], *sizes[1]]
@@ -92,7 +94,10 @@ class _RebuildTensor:
             raise pickle.UnpicklingError("a tensor's shape is not a list of sizes")
         if len(sizes[0]) != len(sizes[1]) or len(sizes[0]) > MAX_DIMENSIONS:
             raise pickle.UnpicklingError("a tensor's shape and strides disagree")
-        return Entry(record, dtype, offset, *sizes)
+        # The last argument of `_rebuild_tensor_v2`, if there are seven, contains PyTorch's negative bit.
+        metadata = others[2] if len(others) > 2 else None
+        negative = isinstance(metadata, dict) and bool(dict.get(metadata, "neg")) and dtype != torch.bool
+        return Entry(record, dtype, offset, *sizes, negative)
 
 
 class _RebuildParameter:
@@ -256,6 +261,8 @@ class Tensors:
                 f"{self.path}: the values of {shorten(key)} are damaged ({reason}); download it again."
             ) from error
         tensor = flat.as_strided(entry.shape, entry.stride)
+        if entry.negative:
+            return tensor.neg()
         return tensor if numel == len(flat) else tensor.clone()
 
     def _scratch(self, num_bytes: int) -> torch.Tensor:

@@ -201,6 +201,8 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "fp64": lambda: with_weights({k: v.double() if v.is_floating_point() else v for k, v in STATE.items()}),
     "permuted memory": lambda: with_state(**{KEY: STATE[KEY].permute(2, 1, 0).contiguous().permute(2, 1, 0)}),
     "views of one storage": lambda: with_state(**{KEY: torch.stack([STATE[KEY], STATE[KEY]])[1]}),
+    "values stored negated": lambda: with_state(**{key: torch._neg_view(STATE[key].neg()) for key in (KEY, BIAS)}),
+    "parameters stored negated": lambda: with_state(**{KEY: torch.nn.Parameter(torch._neg_view(STATE[KEY].neg()))}),
     "gzip": lambda: tar_of(GOOD, "w:gz"),
     "bzip2": lambda: tar_of(GOOD, "w:bz2"),
     "xz": lambda: tar_of(GOOD, "w:xz"),
