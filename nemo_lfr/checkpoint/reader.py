@@ -3,21 +3,22 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nemo_lfr.checkpoint.archive import Members, read_members
 from nemo_lfr.checkpoint.config import CodecModules, build_part, build_parts, codec_values, parse_config
 from nemo_lfr.checkpoint.lightning import config_text
 from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
-from nemo_lfr.checkpoint.safetensors import SafeTensors
+from nemo_lfr.checkpoint.safetensors import SafeTensors, open_files
 from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.errors import CheckpointError, ConfigError, shorten
-from nemo_lfr.io.locate import SAFETENSORS
+from nemo_lfr.io.locate import SAFETENSORS, SAFETENSORS_CONFIG
 from nemo_lfr.modules.weight_norm import CANONICAL, SumOrder, fold_weight_norm
 
 _SPELLINGS = ((GAIN, DIRECTION), (".weight_g", ".weight_v"))
@@ -164,6 +165,27 @@ def load_parts(
     for name, part in parts.named().items():
         _fill(tensors, name, part, _match(tensors, name, part, strict), strict)
     return parts, {key: tensors[key] for key in tensors.entries if others and key.startswith(others)}
+
+
+def read_weights(files: Sequence[str | os.PathLike[str]], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Read a codec's weights, in the form with weight norm, from safetensors files; each is validated.
+
+    Args:
+        files: one file, or all files of weights that were saved in several.
+        config: model config.
+
+    Returns:
+        fp32 weights and int32 buffers, by their names in a checkpoint.
+
+    Raises:
+        CheckpointError: if a file is damaged or does not match the config; the message names the file, the key, and
+            what to do.
+    """
+    tensors = open_files([Path(file) for file in files])
+    parts = _empty_parts(tensors.path, SAFETENSORS_CONFIG, OmegaConf.create(dict(config)), weight_norm=True)
+    for name, part in parts.named().items():
+        _fill(tensors, name, part, _match(tensors, name, part, strict=True), strict=True)
+    return {f"{name}.{key}": value for name, part in parts.named().items() for key, value in part.state_dict().items()}
 
 
 def _tensors(path: Path, members: Members) -> Tensors:

@@ -9,17 +9,18 @@ that has this entry is read, the SHA-256 is verified.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_lfr.checkpoint.names import plain_keys
-from nemo_lfr.checkpoint.source import ByteSource
+from nemo_lfr.checkpoint.source import ByteSource, FileSource, file_state
 from nemo_lfr.checkpoint.tensors import MAX_DIMENSIONS, MAX_PICKLE_BYTES, Entry, Tensors
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.io.atomic import replacing
+from nemo_lfr.io.regular import open_regular
 
 LENGTH_BYTES = 8
 DTYPES = {
@@ -122,6 +123,39 @@ class SafeTensors(Tensors):
         self._source.read_into(entry.offset, flat.view(torch.uint8).numpy().data)
         self._check_unchanged()
         return flat.view(entry.dtype).reshape(entry.shape)
+
+
+class _Joined(Tensors):
+    """Tensors of several safetensors files."""
+
+    def __init__(self, files: Sequence[SafeTensors]) -> None:
+        self.path = files[0].path.parent
+        self.contents = None
+        self._files = {key: file for file in files for key in file.entries}
+        entries = [item for file in files for item in file.entries.items()]
+        self.entries = plain_keys(entries, str(self.path))
+
+    def _read_tensor(self, key: str, kept: bool) -> torch.Tensor:
+        return self._files[key]._read_tensor(key, kept)
+
+
+def open_files(paths: Sequence[Path]) -> Tensors:
+    """Open safetensors files as one set of tensors.
+
+    Raises:
+        CheckpointError: if a file cannot be read or is damaged, or two files have a tensor of the same name.
+    """
+    files = [_open_file(path) for path in paths]
+    return files[0] if len(files) == 1 else _Joined(files)
+
+
+def _open_file(path: Path) -> SafeTensors:
+    try:
+        with open_regular(path, CheckpointError) as file:
+            state = file_state(file.fileno())
+            return SafeTensors(path, FileSource(path, file, 0, state[0], state))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

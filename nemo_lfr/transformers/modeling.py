@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedAudioTokenizerBase
@@ -12,9 +13,11 @@ from transformers.utils.generic import ModelOutput
 
 from nemo_lfr.checkpoint.config import PARTS, build_parts
 from nemo_lfr.checkpoint.names import gain_of
+from nemo_lfr.checkpoint.reader import read_weights
+from nemo_lfr.codec.ambient import building_state
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
-from nemo_lfr.errors import AudioError, TokensError
+from nemo_lfr.errors import AudioError, CheckpointError, TokensError
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer
 from nemo_lfr.transformers.configuration import NemoLfrConfig
 
@@ -65,9 +68,10 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
     main_input_name = "input_values"
     input_modalities = "audio"
     _no_split_modules: ClassVar = ["HiFiGANEncoder", "HiFiGANDecoder"]  # type: ignore[misc]
-    # Weights stay in fp32 whatever `dtype` is passed to `from_pretrained`, because tokens depend on them.
-    _keep_in_fp32_modules: ClassVar = [*PARTS]  # type: ignore[misc]
-    _keep_in_fp32_modules_strict: ClassVar = [*PARTS]  # type: ignore[misc]
+    # Weights stay in fp32 whatever `dtype` is passed to `from_pretrained`, because tokens depend on them. The
+    # quantizer is not listed, because its buffers are int32.
+    _keep_in_fp32_modules: ClassVar = ["audio_encoder", "audio_decoder"]  # type: ignore[misc]
+    _keep_in_fp32_modules_strict: ClassVar = ["audio_encoder", "audio_decoder"]  # type: ignore[misc]
 
     def __init__(self, config: NemoLfrConfig) -> None:
         super().__init__(config)
@@ -76,7 +80,43 @@ class NemoLfrModel(PreTrainedAudioTokenizerBase):
         self.vector_quantizer = parts.quantizer
         self.audio_decoder = parts.decoder
         self._codec: tuple[Any, Codec[torch.Tensor]] | None = None
+        self._is_validated = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; the arguments are those of `PreTrainedModel.from_pretrained`.
+
+        The files are validated as `nemo_lfr.load` does, so no weight is initialized instead of being read.
+
+        Raises:
+            CheckpointError: if a file is damaged, is not a safetensors file, or does not match the config.
+        """
+        try:
+            result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:  # from the library, which reads headers before `_load_pretrained_model`
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: its safetensors file is damaged ({error}); copy or export it again."
+            ) from error
+        model = result[0] if isinstance(result, tuple) else result
+        if not model._is_validated and kwargs.get("state_dict") is None:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: this way of loading does not validate the weights; use a folder "
+                "with model.safetensors, or call nemo_lfr.load."
+            )
+        return result
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Read the weights with this package's reader, which validates them, instead of that of transformers."""
+        if state_dict is None and checkpoint_files:
+            with building_state():
+                state_dict = read_weights(checkpoint_files, {key: getattr(model.config, key) for key in _KEYS})
+            model._is_validated = True
+        load = PreTrainedAudioTokenizerBase._load_pretrained_model
+        return load(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

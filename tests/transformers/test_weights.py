@@ -1,0 +1,129 @@
+"""Tests of the weights that `AutoModel.from_pretrained` reads: it accepts and refuses what `nemo_lfr.load` does."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nemo_lfr
+from nemo_lfr.checkpoint.folder import export_safetensors
+from nemo_lfr.errors import CheckpointError
+from tests.models import codec_config, speech_like, write_nemo
+
+transformers = pytest.importorskip("transformers", minversion="5.20", reason='pip install "transformers>=5.20"')
+pytest.importorskip("nemo_lfr.transformers")
+
+CLIP = speech_like(9000)
+BIAS, LEVELS, BASE = (
+    "audio_encoder.pre_conv.conv.bias",
+    "vector_quantizer.fsqs.0.num_levels",
+    "vector_quantizer.fsqs.1.dim_base_index",
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    export_safetensors(write_nemo(folder / "tiny.nemo", codec_config("two_stages")), folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def rewrite(folder, edit):
+    """Save the tensors after `edit(tensors)`, without the SHA-256 of the original."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def flip(folder, place):
+    contents = bytearray((folder / "model.safetensors").read_bytes())
+    contents[place] ^= 1
+    (folder / "model.safetensors").write_bytes(contents)
+
+
+def cut(folder, size):
+    contents = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(contents[:size])
+
+
+REFUSED = {
+    "a flipped bit of a value": (lambda f: flip(f, -1000), "SHA-256"),
+    "a flipped bit of the header": (lambda f: flip(f, 8), "safetensors"),
+    "a file that was cut short": (lambda f: cut(f, -100), "safetensors"),
+    "a file of a few bytes": (lambda f: cut(f, 5), "safetensors"),
+    "a missing weight": (lambda f: rewrite(f, lambda t: t.pop(BIAS)), "audio_encoder lacks 1 of"),
+    "a missing module": (
+        lambda f: rewrite(f, lambda t: [t.pop(key) for key in list(t) if key.startswith("audio_decoder")]),
+        "audio_decoder lacks",
+    ),
+    "a missing buffer": (lambda f: rewrite(f, lambda t: t.pop(BASE)), "vector_quantizer lacks 1 of"),
+    "an extra weight": (
+        lambda f: rewrite(f, lambda t: t.update({"audio_encoder.extra": torch.zeros(3)})),
+        "audio_encoder has 1 weights",
+    ),
+    "another shape": (lambda f: rewrite(f, lambda t: t.update({BIAS: torch.zeros(3)})), r"has shape \[3\]"),
+    "NaN": (lambda f: rewrite(f, lambda t: t[BIAS].fill_(torch.nan)), "NaN or infinite"),
+    "another dim_base_index": (lambda f: rewrite(f, lambda t: t[BASE].add_(1)), "differs from the config"),
+    "other levels": (lambda f: rewrite(f, lambda t: t[LEVELS].add_(1)), "differs from the config"),
+    "float levels": (
+        lambda f: rewrite(f, lambda t: t.update({LEVELS: t[LEVELS].float()})),
+        "is torch.float32, expected torch.int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_damaged_folder_is_refused_as_by_load(name, folder):
+    damage, message = REFUSED[name]
+    damage(folder)
+    # `nemo_lfr.load` validates values when a module is first used.
+    for load in (
+        lambda: nemo_lfr.load(folder, "cpu").encode(CLIP, sample_rate=22050),
+        lambda: transformers.AutoModel.from_pretrained(folder),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, "auto", torch.float32, torch.float16, torch.bfloat16])
+def test_buffers_stay_int32_whatever_the_dtype_of_the_file_and_of_the_call(folder, tmp_path, dtype, asked):
+    rewrite(
+        folder, lambda t: t.update({key: value.to(dtype) for key, value in t.items() if value.is_floating_point()})
+    )
+    model = transformers.AutoModel.from_pretrained(folder, **({} if asked is None else {"dtype": asked}))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert {value.dtype for value in model.buffers()} == {torch.int32}
+    model.save_pretrained(tmp_path / "saved")
+    codec = nemo_lfr.load(tmp_path / "saved", "cpu")
+    assert codec.fingerprint == nemo_lfr.load(folder, "cpu").fingerprint
+    tokens = codec.encode(CLIP, sample_rate=22050)[0]
+    assert torch.equal(model.encode(CLIP[None]).audio_codes, tokens.long())
+
+
+def test_weights_in_several_files_are_validated(folder, tmp_path):
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    files = sorted((tmp_path / "saved").glob("model-*.safetensors"))
+    again = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    assert len(files) > 1 and again.codec.fingerprint == model.codec.fingerprint
+    for file in files:
+        tensors = load_file(file)
+        if BASE in tensors:
+            save_file(tensors | {BASE: tensors[BASE] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differs from the config"):
+        transformers.AutoModel.from_pretrained(tmp_path / "saved")
+
+
+def test_a_state_dict_of_the_caller_is_used(folder):
+    model = transformers.AutoModel.from_pretrained(folder)
+    state = model.state_dict() | {BIAS: model.state_dict()[BIAS] + 1}
+    other = type(model).from_pretrained(None, config=model.config, state_dict=state)
+    assert torch.equal(other.state_dict()[BIAS], state[BIAS]) and other.vector_quantizer.num_codebooks == 8
