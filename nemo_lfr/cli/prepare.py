@@ -33,9 +33,23 @@ class Kind(click.Choice):  # type: ignore[type-arg]  # generic in recent release
     show_default=True,
     help="Fraction of the speakers to hold out for validation if the corpus has no validation set.",
 )
+@click.option(
+    "--speaker-level",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="For folder: depth of the folders that are named after speakers; 1 is directly below CORPUS (default: none).",
+)
 @count_option("--workers", "Number of files to read in parallel.", 4, cls=RenamedOption, earlier="--jobs")
 @click.option("--no-check", is_flag=True, help="Trust file headers (default: decode every file to its end).")
-def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int, no_check: bool) -> dict[str, Any]:
+def prepare(
+    kind: str,
+    corpus: Path,
+    out: Path,
+    valid_share: float,
+    speaker_level: int | None,
+    workers: int,
+    no_check: bool,
+) -> dict[str, Any]:
     """Write training manifests for an unpacked corpus. The audio files are not moved or copied.
 
     KIND is the layout of CORPUS: librispeech, mls, commonvoice or vctk for these corpora as published, folder for
@@ -47,7 +61,16 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
     """
     from nemo_lfr.training.prepare import prepare
 
-    done = prepare(kind, corpus, out, valid_share=valid_share, workers=workers, check=not no_check, progress=progress)
+    done = prepare(
+        kind,
+        corpus,
+        out,
+        valid_share=valid_share,
+        speaker_level=speaker_level,
+        workers=workers,
+        check=not no_check,
+        progress=progress,
+    )
     for split, figures in done.splits.items():
         print_line(
             f"{split:<9}  {figures.manifest}  ({figures.utterances} utterances, {figures.speakers} speakers, "
@@ -58,6 +81,8 @@ def prepare(kind: str, corpus: Path, out: Path, valid_share: float, workers: int
     for path in done.kept:
         print_line(f"from another run  {path}")
     print_line(f"audio_dir  {done.audio_dir}")
+    if kind == "folder" and not any(figures.speakers for figures in done.splits.values()):
+        print_line("speakers   unknown: folder names are not used (--speaker-level 1 uses those below CORPUS)")
     session = current()
     session.failures += done.failures
     session.report_failures(shown=0)

@@ -6,6 +6,7 @@ caller can skip unreadable ones. Lhotse's recipes for the same corpora stop at t
 
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,11 @@ from nemo_lfr.io.text import decode, read_lines
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev", "development"), "valid"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 # Maximum number of characters in a field. A longer field is not a sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
 
@@ -34,6 +40,8 @@ class CorpusUtterance:
         split: one of `SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: further labels: "lang" and "text".
         problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
+        offset: start in seconds of the section of the file that is the utterance; None for its beginning.
+        duration: duration of the section in seconds; None for the rest of the file.
     """
 
     path: Path
@@ -41,6 +49,8 @@ class CorpusUtterance:
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
+    offset: float | None = None
+    duration: float | None = None
 
 
 def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -133,44 +143,66 @@ def vctk(corpus: Path) -> Iterator[CorpusUtterance]:
         yield CorpusUtterance(path.relative_to(corpus), speaker, None, {"lang": "en"} | labels, problem)
 
 
-def folder(corpus: Path) -> Iterator[CorpusUtterance]:
+def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtterance]:
     """Read the audio files below a folder.
 
-    The name of a subfolder is the speaker. A .txt file beside an audio file contains the text. If there is a table
-    `metadata.csv`, `metadata.tsv` or `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence.
+    A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
+    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. Folders directly below the corpus
+    are splits if their names are those of at least two splits.
+
+    Args:
+        corpus: the folder.
+        speaker_level: depth of the folders that are named after speakers; 1 is directly below the corpus. None for no
+            speakers, because a folder may also be a split, a chapter or a microphone.
     """
-    rows = {row.path: row for row in _metadata(corpus)}
-    for path in find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"}):
-        own = path.relative_to(corpus)
-        row = rows.pop(own, None)
-        speaker = own.parts[0] if len(own.parts) > 1 else ""
-        if row is None or row.problem:
-            labels, problem = text_of(path.with_suffix(".txt"))
-            yield CorpusUtterance(own, speaker, None, labels, problem)
+    rows: dict[Path, list[CorpusUtterance]] = {}
+    for row in _metadata(corpus):
+        rows.setdefault(row.path, []).append(row)
+    paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"})
+    folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
+    splits = {name: split_of(name) for names in folders.values() for name in names[:1]}
+    has_splits = len(set(splits.values()) - {None}) > 1
+    for path, names in folders.items():
+        speaker = names[speaker_level - 1] if speaker_level and len(names) >= speaker_level else ""
+        split = splits[names[0]] if has_splits and names else None
+        found = rows.pop(path.relative_to(corpus), [])
+        if any(not row.problem for row in found):
+            for row in found:
+                yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
-            yield replace(row, speaker=row.speaker or speaker)
-    for row in rows.values():
+            labels, problem = text_of(path.with_suffix(".txt"))
+            yield CorpusUtterance(path.relative_to(corpus), speaker, split, labels, problem)
+    for row in (row for found in rows.values() for row in found):
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
 
 
 def table(path: Path) -> Iterator[CorpusUtterance]:
     """Read a CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder."""
-    from nemo_lfr.io.manifests import resolve_audio_path  # imports the audio readers, which help texts do not need
+    from nemo_lfr.io.manifests import resolve_audio_path, seconds  # imports the audio readers, unneeded for help
 
     for row in read_table(path):
+        place = Path(f"{path.name}, line {row.line}")
         if row.problem:
-            yield CorpusUtterance(Path(f"{path.name}, line {row.line}"), "", problem=row.problem)
+            yield CorpusUtterance(place, "", problem=row.problem)
             continue
         values = row.values
-        labels = {key: values[key] for key in ("lang", "text") if isinstance(values.get(key), str)}
-        split = _split(values["split"]) if isinstance(values.get("split"), str) else None
+        labels = {key: text for key in ("lang", "text") if (text := _as_text(values.get(key)))}
+        speaker = _as_text(values.get("speaker"))
         try:
+            split = _split_of_row(values.get("split"))
             name = resolve_audio_path("", values["audio_filepath"])
-        except ValueError as error:
-            yield CorpusUtterance(Path(f"{path.name}, line {row.line}"), "", split, problem=str(error))
+            section = (seconds(values, "offset"), seconds(values, "duration"))
+        except (TypeError, ValueError) as error:
+            yield CorpusUtterance(place, speaker, problem=str(error))
             continue
-        speaker = values.get("speaker")
-        yield CorpusUtterance(name, speaker if isinstance(speaker, str) else "", split, labels)
+        yield CorpusUtterance(name, speaker, split, labels, None, *section)
+
+
+def _as_text(value: object) -> str:
+    """Return a label as text; an empty one for anything but text and numbers."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas converts integer columns with missing values to float
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
 def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -197,21 +229,26 @@ LAYOUTS: dict[str, Callable[[Path], Iterator[CorpusUtterance]]] = {
 def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtterance]:
     """Assign each utterance without a split to "train" or "valid".
 
-    All utterances of a speaker get the same split. If there is only one speaker, single files are held out. The choice
-    depends on a hash of the speaker's name or the file's path, so that a growing corpus keeps its validation set. If
-    the share is between 0 and 1 and there are at least two speakers (or files), each split gets at least one.
+    All utterances of a speaker get the same split. If there is only one speaker, single files are held out. If no
+    speaker is known, folders are held out if there are enough of them for the share, and otherwise files. The choice
+    depends on a hash of the name, so that a growing corpus keeps its validation set. If the share is between 0 and 1
+    and there are at least two names, each split gets at least one.
 
     Args:
         utterances: utterances, some of which may have a split already.
-        share: fraction of the speakers or files to assign to "valid".
+        share: fraction of the speakers, folders or files to assign to "valid".
 
     Returns:
         The utterances in the same order, all with a split.
     """
     speakers = {utterance.speaker for utterance in utterances}
+    folders = {utterance.path.parent for utterance in utterances}
 
     def name(utterance: CorpusUtterance) -> str:
-        return utterance.speaker if len(speakers) > 1 else utterance.path.as_posix()
+        if utterance.speaker and len(speakers) > 1:
+            return utterance.speaker
+        path = utterance.path
+        return (path.parent if not utterance.speaker and share * len(folders) >= 1 else path).as_posix()
 
     hashes = {
         name(utterance): zlib.crc32(name(utterance).encode(errors="surrogateescape"))
@@ -235,9 +272,27 @@ def _named(corpus: Path, pattern: str) -> list[Path]:
     return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
 
+def split_of(name: str) -> str | None:
+    """Return the split that a name begins with, such as "dev-clean" or "Validation"; None for another name."""
+    word = re.match(r"[a-z]*", name.strip().lower())
+    return _SPLIT_NAMES.get(word[0]) if word else None
+
+
 def _split(name: str) -> str:
-    kind = name.partition("-")[0]
-    return "valid" if kind == "dev" else kind if kind in SPLITS else "train"
+    return split_of(name) or "train"
+
+
+def _split_of_row(value: object) -> str | None:
+    """Return the split in a row of a table; raise ValueError if it is not one.
+
+    A guess could put test data into the training set.
+    """
+    if value is None or not str(value).strip():
+        return None
+    split = split_of(value) if isinstance(value, str) else None
+    if split is None:
+        raise ValueError(f"its split {shorten(repr(value))} is not one of {', '.join(SPLITS)}")
+    return split
 
 
 def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:

@@ -12,14 +12,12 @@ from typing import Any
 
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.cut_audio import forbid_programs
-from nemo_lfr.io.layouts import CorpusUtterance
+from nemo_lfr.io.layouts import CorpusUtterance, split_of
 from nemo_lfr.io.shortage import require
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "lhotse:"
-# First words in the names of splits. Parts of a corpus with other names, such as languages, are not splits.
-_SPLITS = {"train": "train", "dev": "valid", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 
 
 def lhotse_recipe(name: str) -> Callable[[Path], Iterator[CorpusUtterance]]:
@@ -89,7 +87,7 @@ def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = Non
         raise NemoLfrError(f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions.")
     if "recordings" not in manifests:
         for key, part in manifests.items():
-            yield from _utterances(part, corpus, name, split or _split(str(key)))
+            yield from _utterances(part, corpus, name, split or split_of(str(key)))
         return
     supervisions: dict[str, list[Any]] = {}
     for supervision in manifests.get("supervisions") or ():
@@ -130,7 +128,3 @@ def _path(recording: Any, corpus: Path) -> tuple[Path, str | None]:
     return path.relative_to(
         corpus
     ), "the recipe modifies the audio of this recording" if recording.transforms else None
-
-
-def _split(name: str) -> str | None:
-    return _SPLITS.get(name.replace("_", "-").partition("-")[0].lower())

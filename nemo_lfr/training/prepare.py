@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
-from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, hold_out
+from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, folder, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.manifests import MAX_SECONDS
+from nemo_lfr.io.reading import DURATION_SLACK
 from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"
@@ -71,6 +73,7 @@ def prepare(
     out: Path,
     *,
     valid_share: float = 0.02,
+    speaker_level: int | None = None,
     workers: int = 4,
     check: bool = True,
     progress: Progress = silent,
@@ -87,6 +90,7 @@ def prepare(
         corpus: folder with the unpacked archive, or path of a table. Audio files are not copied.
         out: output folder for the manifests.
         valid_share: fraction of the speakers to use for validation if the corpus has no validation set.
+        speaker_level: for the layout "folder", depth of the folders that are named after speakers; see `folder`.
         workers: number of files to open in parallel.
         check: whether to decode every file completely, which finds truncated and damaged files and gives exact
             durations. Otherwise the durations are read from the headers, which is faster.
@@ -102,6 +106,10 @@ def prepare(
     read = lhotse_recipe(kind.removeprefix(PREFIX)) if kind.startswith(PREFIX) else LAYOUTS.get(kind)
     if read is None:
         raise NemoLfrError(f"layout {shorten(kind)!r} is unknown; use {', '.join(LAYOUTS)} or {PREFIX}NAME.")
+    if speaker_level is not None:
+        if kind != "folder":
+            raise NemoLfrError(f"the layout {kind} has its own speakers; speaker_level is only for the layout folder.")
+        read = partial(folder, speaker_level=speaker_level)
     if kind == "table" and not is_table(corpus):
         problem = "not a .csv, .tsv or metadata.jsonl file" if corpus.exists() else "no such file"
         raise NemoLfrError(f"{corpus}: {problem}.")
@@ -126,6 +134,8 @@ def prepare(
     if not utterances:
         raise NemoLfrError(f"{corpus}: no utterance of {kind} in this folder; {_expected(kind)}")
     utterances = _once(utterances)
+    if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
+        utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
     if any(utterance.split is None for utterance in utterances):
         utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
@@ -145,6 +155,7 @@ def _write_all(
     """Open all files and write the manifests; see `prepare`."""
     sweep(out, [*(f"{split}.json" for split in SPLITS), FAILURES])
     found = _open_all(kind, utterances, corpus, out / JOURNAL, workers, check, progress)
+    utterances = [_fitted(utterance, found) for utterance in utterances]
     result = Prepared(corpus)
     for utterance in utterances:
         if utterance.problem:
@@ -160,7 +171,8 @@ def _write_all(
         if own:
             path = _write(out / f"{split}.json", own)
             seconds = sum(entry["duration"] for entry in own)
-            result.splits[split] = Split(path, len(own), len({entry["speaker"] for entry in own}), round(seconds, 4))
+            speakers = len({entry["speaker"] for entry in own} - {""})
+            result.splits[split] = Split(path, len(own), speakers, round(seconds, 4))
     if result.failures:
         result.failures_file = _write(out / FAILURES, result.failures)
     written = {f"{split}.json" for split in result.splits} | ({FAILURES} if result.failures else set())
@@ -171,17 +183,18 @@ def _write_all(
 
 
 def _once(utterances: list[CorpusUtterance]) -> list[CorpusUtterance]:
-    """Mark repeated files as problems, so that each file is used only once.
+    """Mark repeated files or sections as problems, so that each is used only once.
 
     Otherwise a file could be used twice for training, or both for training and for validation.
     """
-    seen: set[Path] = set()
+    seen: set[tuple[Path, float | None, float | None]] = set()
     kept = []
     for utterance in utterances:
         if utterance.problem is None:
-            if utterance.path in seen:
+            section = (utterance.path, utterance.offset, utterance.duration)
+            if section in seen:
                 utterance = replace(utterance, problem="listed more than once; the first row is used")
-            seen.add(utterance.path)
+            seen.add(section)
         kept.append(utterance)
     return kept
 
@@ -213,7 +226,7 @@ def _open_all(
             elif ours and _is_duration(entry):  # files that failed are opened again, since they may have been repaired
                 known[entry[0]] = entry[1:]
         log.add(mine)
-        usable = [str(utterance.path) for utterance in utterances if not utterance.problem]
+        usable = list(dict.fromkeys(str(utterance.path) for utterance in utterances if not utterance.problem))
         states = {path: _state(corpus / path) for path in usable}
         for path, state in states.items():
             if path in known and known[path][1:] == state:  # otherwise the file was replaced since then
@@ -273,13 +286,31 @@ def _unusable(corpus: Path, name: str, error: Exception) -> Failure:
     return record
 
 
+def _fitted(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> CorpusUtterance:
+    """Return an utterance with the duration of its audio, or with the problem that its section is not in the file."""
+    total = found.get(str(utterance.path))
+    if utterance.problem or not isinstance(total, float | int):
+        return utterance
+    start, duration = utterance.offset or 0.0, utterance.duration
+    slack = max(DURATION_SLACK, 0.02 * (duration or 0.0))
+    if start + (duration or 0.0) > total + slack or start >= total:
+        stop = "the end" if duration is None else f"{start + duration:.2f} s"
+        return replace(
+            utterance, problem=f"contains {total:.2f} s of audio, but the table lists {start:.2f} s to {stop}"
+        )
+    if duration is None or (utterance.offset is None and duration >= total - slack):
+        duration = round(total - start, 4)
+    return replace(utterance, duration=min(duration, total - start))
+
+
 def _entry(utterance: CorpusUtterance, found: dict[str, float | Failure]) -> dict[str, Any] | None:
-    duration = found.get(str(utterance.path))
-    if utterance.problem or duration is None or isinstance(duration, dict):
+    if utterance.problem or not isinstance(found.get(str(utterance.path)), float | int):
         return None
+    section = {} if utterance.offset is None else {"offset": utterance.offset}
     return {
         "audio_filepath": str(utterance.path),
-        "duration": duration,
+        **section,
+        "duration": utterance.duration,
         "speaker": utterance.speaker,
     } | utterance.labels
 

@@ -155,8 +155,10 @@ def test_the_folder_layout_finds_the_same_files_and_their_texts(tmp_path):
     make(tmp_path, "s/a.oga", "__MACOSX/._a.wav", "._a.wav", "s/.ipynb_checkpoints/a.wav")
     soundfile.write(tmp_path / "s" / "a.oga", np.zeros(100), 16000, format="OGG", subtype="VORBIS")
     (tmp_path / "s" / "a.txt").write_text("hello")
-    (utterance,) = folder_layout(tmp_path)
-    assert (utterance.path.as_posix(), utterance.speaker, utterance.labels) == ("s/a.oga", "s", {"text": "hello"})
+    for level, speaker in ((None, ""), (1, "s"), (2, "")):
+        (utterance,) = folder_layout(tmp_path, level)
+        expected = ("s/a.oga", speaker, {"text": "hello"})
+        assert (utterance.path.as_posix(), utterance.speaker, utterance.labels) == expected
 
 
 def test_a_glob_with_two_stars_ends_where_links_lead_back(tmp_path, monkeypatch):

@@ -445,6 +445,134 @@ def test_invalid_entries_of_a_journal_are_ignored(tmp_path):
     assert [entry["duration"] for entry in manifest(out / "train.json")] == [0.5] * 4
 
 
+def splits_of(out: Path) -> dict[str, list[str]]:
+    """Return the names of the files by split."""
+    entries = {path.stem: manifest(path) for path in sorted(out.glob("*.json"))}
+    return {split: [entry["audio_filepath"] for entry in own] for split, own in entries.items()}
+
+
+# Layouts of published corpora, with the depth of the speakers' folders.
+TREES = {
+    "LibriSpeech": (["dev-clean/84/1/a.wav", "dev-clean/84/2/b.wav", "dev-clean/85/1/c.wav"], 2, ["84", "84", "85"]),
+    "VCTK": (["wav48/p225/a.wav", "wav48/p225/b.wav", "wav48/p226/c.wav"], 2, ["p225", "p225", "p226"]),
+    "Common Voice": (["clips/a.wav", "clips/b.wav"], None, ["", ""]),
+    "LJSpeech": (["wavs/a.wav", "wavs/b.wav"], None, ["", ""]),
+    "speakers": (["ann/a.wav", "ben/b.wav", "c.wav"], 1, ["ann", "ben", ""]),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_folder_is_a_speaker_only_on_request(tmp_path, tree, capsys):
+    names, level, speakers = TREES[tree]
+    for name in names:
+        audio(tmp_path / "corpus" / name, 0.05)
+    command = ["prepare", "folder", str(tmp_path / "corpus"), "--valid-share", "0", "--out"]
+    main([*command, str(tmp_path / "out")])
+    assert {entry["speaker"] for entry in manifest(tmp_path / "out" / "train.json")} == {""}
+    assert "0 speakers" in (output := capsys.readouterr().out) and "--speaker-level" in output
+    if level is not None:
+        main([*command, str(tmp_path / "named"), "--speaker-level", str(level)])
+        found = {entry["audio_filepath"]: entry["speaker"] for entry in manifest(tmp_path / "named" / "train.json")}
+        assert found == dict(zip(names, speakers, strict=True))
+        assert "--speaker-level" not in capsys.readouterr().out
+
+
+def test_folders_without_speakers_are_held_out_together():
+    many = [CorpusUtterance(Path(f"{name}/{index}.wav"), "") for name in range(100) for index in range(3)]
+    held = [utterance.path.parent for utterance in hold_out(many, 0.1) if utterance.split == "valid"]
+    assert len(held) == 3 * len(set(held)) and 1 <= len(set(held)) < 30
+    few = [CorpusUtterance(Path(f"{name}/{index}.wav"), "") for name in "ab" for index in range(100)]
+    assert 0 < sum(utterance.split == "valid" for utterance in hold_out(few, 0.02)) < 20
+
+
+def test_speaker_level_is_refused_for_other_layouts(tmp_path):
+    vctk(tmp_path / "corpus")
+    with pytest.raises(NemoLfrError, match="only for the layout folder"):
+        prepare("vctk", tmp_path / "corpus", tmp_path / "out", speaker_level=1)
+
+
+SPLIT_NAMES = {
+    "train": ("train", "TRAIN", "training", "train-clean-100", " train"),
+    "valid": ("valid", "validation", "Validation", "val", "dev", "dev_clean", "development"),
+    "test": ("test", "TEST", " test", "testing", "test-other", "eval", "evaluation"),
+    None: ("other", "validated", "traindata", "7", "trial"),
+}
+
+
+@pytest.mark.parametrize(("split", "name"), [(split, name) for split, names in SPLIT_NAMES.items() for name in names])
+def test_a_split_in_a_table_is_understood_or_refused(tmp_path, split, name):
+    for file in "ab":
+        audio(tmp_path / f"{file}.wav", 0.05)
+    text(tmp_path / "t.csv", f"file_name,split\na.wav,train\nb.wav,{name}\n")
+    result = prepare("table", tmp_path / "t.csv", tmp_path / "out", valid_share=0)
+    found = {file: key for key, files in splits_of(tmp_path / "out").items() for file in files}
+    assert found == {"a.wav": "train"} | ({"b.wav": split} if split else {})
+    assert [failure["input"] for failure in result.failures] == ([] if split else ["t.csv, line 3"])
+
+
+FOLDER_SPLITS = {
+    "AudioFolder": (["train/a.wav", "validation/b.wav", "test/c.wav"], {"train": 1, "valid": 1, "test": 1}),
+    "parts": (["train-clean/1/a.wav", "dev-clean/2/b.wav", "test-other/3/c.wav"], {"train": 1, "valid": 1, "test": 1}),
+    "no validation": (
+        ["train/a.wav", "train/b.wav", "train/d.wav", "test/c.wav"],
+        {"train": 2, "valid": 1, "test": 1},
+    ),
+    "only train": (["train/a.wav", "train/b.wav", "train/c.wav"], {"train": 2, "valid": 1}),
+    "no splits": (["clean/a.wav", "noisy/b.wav", "test/c.wav"], {"train": 2, "valid": 1}),
+}
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize("tree", FOLDER_SPLITS)
+def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
+    names, expected = FOLDER_SPLITS[tree]
+    for name in names:
+        audio(tmp_path / "corpus" / name, 0.05)
+        if metadata:
+            with open((tmp_path / "corpus" / name).parent / "metadata.jsonl", "a") as file:
+                file.write(json.dumps({"file_name": Path(name).name, "text": "t"}) + "\n")
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0.1)
+    found = splits_of(tmp_path / "out")
+    assert {split: len(files) for split, files in found.items()} == expected
+    if "test" in found:
+        assert all(name.startswith("test") for name in found["test"])
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_sections_of_a_table_keep_their_audio(tmp_path, kind):
+    audio(tmp_path / "c" / "long.wav", 1.0)
+    audio(tmp_path / "c" / "b.wav", 0.5)
+    rows = [
+        "long.wav,0.0,0.3,first", "long.wav,0.5,0.25,second", "long.wav,0.75,,rest", "b.wav,,,whole",
+        "long.wav,0.5,0.25,again", "long.wav,0.5,3,beyond", "b.wav,0.6,,after", "b.wav,x,,not a number",
+    ]  # fmt: skip
+    text(tmp_path / "c" / "metadata.csv", "\n".join(["audio_filepath,offset,duration,text", *rows]) + "\n")
+    corpus = tmp_path / "c" / "metadata.csv" if kind == "table" else tmp_path / "c"
+    result = prepare(kind, corpus, tmp_path / "out", valid_share=0)
+    entries = {entry["text"]: entry for entry in manifest(tmp_path / "out" / "train.json")}
+    found = {name: (entry.get("offset"), entry["duration"]) for name, entry in entries.items()}
+    assert found == {"first": (0.0, 0.3), "second": (0.5, 0.25), "rest": (0.75, 0.25), "whole": (None, 0.5)}
+    reasons = sorted(failure["error"] for failure in result.failures)
+    assert len(reasons) == 4 and sum("s of audio, but the table lists" in reason for reason in reasons) == 2
+    assert sum("more than once" in reason for reason in reasons) == 1
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+@pytest.mark.parametrize("column", ["speaker", "speaker_id"])
+def test_a_number_is_a_speaker_in_a_table(tmp_path, kind, column):
+    names = [f"{index}.wav" for index in range(4)]
+    for name in names:
+        audio(tmp_path / "c" / name, 0.05)
+    rows = [{"file_name": name, column: index // 2, "text": 7} for index, name in enumerate(names)]
+    text(tmp_path / "c" / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    corpus = tmp_path / "c" / "metadata.jsonl" if kind == "table" else tmp_path / "c"
+    prepare(kind, corpus, tmp_path / "out", valid_share=0.3)
+    entries = {split: manifest(tmp_path / "out" / f"{split}.json") for split in ("train", "valid")}
+    speakers = [{entry["speaker"] for entry in own} for own in entries.values()]
+    assert sorted(map(sorted, speakers)) == [["0"], ["1"]]
+    assert {entry["text"] for own in entries.values() for entry in own} == {"7"}
+
+
 def test_a_table_becomes_manifests_that_training_reads(tmp_path):
     for name in "abc":
         audio(tmp_path / "corpus" / "wavs" / f"{name}.wav", 0.1)

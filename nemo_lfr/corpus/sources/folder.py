@@ -48,7 +48,9 @@ def list_folder(root: Path, manifest: Path) -> Folder:
     lines = []
     for utterance in folder(root):
         entry = {"audio_filepath": str(utterance.path), **utterance.labels}
-        entry |= {"speaker": utterance.speaker} if utterance.speaker else {}
+        for key in ("speaker", "split", "offset", "duration"):
+            if (value := getattr(utterance, key)) not in ("", None):
+                entry[key] = value
         entry |= {"problem": utterance.problem} if utterance.problem else {}
         lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
