@@ -22,12 +22,12 @@ def silence(sample_rate: int, longest: float) -> np.ndarray:
 
 
 def write_codec(path: Path, kind: str = "symmetric") -> Path:
-    """Write the checkpoint of a tiny codec, by default of the released layout; "two_stages" is the fastest."""
+    """Write the checkpoint of a tiny codec, by default in the released layout. "two_stages" is the fastest layout."""
     return write_nemo(path, codec_config(kind))
 
 
 def codec_metadata(model: Path | None) -> Metadata:
-    """Return the token metadata of a codec, by default of the released layout."""
+    """Return the token metadata of a codec, by default one in the released layout."""
     if model is not None:
         return Metadata.of(load(str(model), "cpu"))
     return Metadata(22050, 1024, (8, 7, 6, 6), 8, "0123456789abcdef")
@@ -36,14 +36,14 @@ def codec_metadata(model: Path | None) -> Metadata:
 def write_tokens(
     out: Path, kind: str, counts: list[int], model: Path | None = None, context: bool = False
 ) -> dict[str, np.ndarray]:
-    """Write shards of random tokens as `tokenize` does.
+    """Write shards of random tokens in the same way as `tokenize`.
 
     Args:
         out: folder to write.
         kind: output format.
         counts: number of clips of each shard.
-        model: checkpoint of the codec; default: the released layout.
-        context: write context tokens for every second clip.
+        model: checkpoint of the codec; by default one in the released layout.
+        context: whether to write context tokens for every second clip.
 
     Returns:
         Tokens [8, T] by clip id.

@@ -1,4 +1,4 @@
-"""Tests of runs whose output is removed, taken over or changed: they report it and claim no missing tokens."""
+"""Tests of runs whose output folder is removed, replaced or changed: they end with an error and no tokens.json."""
 
 import shutil
 from collections.abc import Callable
@@ -37,14 +37,14 @@ def job(audio: Path, out: Path, model: Path) -> TokenizeConfig:
 
 @pytest.fixture(scope="module")
 def whole(audio, model, tmp_path_factory) -> list[bytes]:
-    """Return the token files of an undisturbed run."""
+    """Return the token files of a run that was not disturbed."""
     out = tmp_path_factory.mktemp("whole") / "out"
     tokenize(job(audio, out, model), device="cpu", workers=1)
     return [path.read_bytes() for path in tokens_of(out)]
 
 
 def take_over(out: Path) -> None:
-    """Do what a second run does first, after the folder of the first run was removed."""
+    """Remove the folder of the first run, and claim a new folder, as a second run does at its start."""
     shutil.rmtree(out)
     (out / ".tokenize").mkdir(parents=True)
     claim(out / ".tokenize")
@@ -93,12 +93,12 @@ def test_output_replaced_during_a_run_raises_without_data_loss(meddling, workers
             is_done = True
             meddle(out)
 
-    if workers > 1:  # a worker that starts late does not find the metadata of the folder
+    if workers > 1:  # a worker that starts late may not find the files of the run
         reason += "|a worker cannot start: .*No such file"
     with pytest.raises(NemoLfrError, match=reason):
         tokenize(job(audio, out, model), device="cpu", workers=workers, watch=watch)
     assert is_done and not (out / METADATA).exists()
-    if meddling == "taken over":  # nothing of the first run is in the folder of the second
+    if meddling == "taken over":  # the folder contains only files of the second run
         assert set(files_of(out)) == {f".tokenize/{NAME}"}
         return
     done = tokenize(job(audio, out, model), device="cpu", workers=1)
@@ -110,7 +110,7 @@ def test_resumed_run_keeps_the_existing_claim(tmp_path):
     first = claim(tmp_path)
     assert claim(tmp_path) == first
     check_claim(tmp_path, first)
-    check_claim(tmp_path / "no such folder", "")  # a shard that is computed without a run has no claim
+    check_claim(tmp_path / "no such folder", "")  # a shard that is tokenized outside a run has no claim
     for text in ("", "zz", "\xff" * 32, first * 2):
         (tmp_path / NAME).write_text(text, encoding="utf-8")
         with pytest.raises(NemoLfrError, match=GONE):

@@ -1,4 +1,4 @@
-"""Tests of tables from the Hub and from users: their columns, audio cells and splits."""
+"""Tests of columns, audio cells and splits of tables from the Hugging Face Hub and other sources."""
 
 import json
 import math
@@ -172,7 +172,7 @@ def test_invalid_cell_fails_only_its_clip(kind, wav, tmp_path):
     good = write(tmp_path / "data" / "good.parquet", {"audio": [{"bytes": wav.read_bytes()}], "text": ["g"]})
     first, second = clips_of(bad.parent)
     with pytest.raises(AudioError, match=r"row 0") as error:
-        if not len(first.audio(RATE, 100)):  # as where clips are tokenized
+        if not len(first.audio(RATE, 100)):  # as in the code that tokenizes clips
             raise AudioError("row 0")
     assert "\n" not in str(error.value)
     assert len(second.audio(RATE, 100)) == len(WAVE) and good.exists()
@@ -273,7 +273,7 @@ def test_a_damaged_file_of_several_is_a_failure(wav, tmp_path):
     with pytest.raises(AudioError, match=r"a\.parquet: not a Parquet file"):
         bad.audio(RATE, 100)
     assert len(good) == 3
-    # Damage within a column, where its first page begins: the rows that cannot be read are failures.
+    # Damage the start of a column's first page. The rows that cannot be read are failures.
     (tmp_path / "rows" / "a.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
     clips = clips_of(tmp_path / "rows")
     assert len(clips) == 6

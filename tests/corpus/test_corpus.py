@@ -51,7 +51,7 @@ LENGTHS = [9000, 1, 1024, 4096, 5000, 20480, 12_345, 7000, 3071, 6144, 30_000]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Write a tiny codec of the released layout."""
+    """Write the checkpoint of a tiny codec in the released layout."""
     return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", codec_config())
 
 
@@ -62,7 +62,7 @@ def clips() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory, clips) -> Path:
-    """Write the clips as 16-bit files in folders of three speakers, and their manifest."""
+    """Write the clips as 16-bit files in a folder for each of three speakers, and a manifest of the files."""
     root = tmp_path_factory.mktemp("audio")
     lines = []
     for number, (name, wave) in enumerate(clips.items()):
@@ -87,7 +87,7 @@ def audio(tmp_path_factory, clips) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(model, audio, clips) -> dict[str, torch.Tensor]:
-    """Return the tokens of each file alone."""
+    """Return the tokens of each file when it is encoded alone."""
     codec = load(model, "cpu")
     waves = {name: soundfile.read(audio / f"{name}.wav", dtype="float32")[0] for name in clips}
     return {name: codec.encode(wave)[0][0].long() for name, wave in waves.items()}
@@ -294,7 +294,7 @@ def test_run_with_other_options_refuses_an_existing_output(audio, model, tmp_pat
     [
         ("shar", False, None),
         ("parquet", False, None),
-        ("lfr", False, "older version of nemo_lfr"),  # the files would have two fingerprints, which the reader refuses
+        ("lfr", False, "older version of nemo_lfr"),  # the reader refuses files with two fingerprints
         ("lfr", True, None),  # the reader knows all fingerprints of the bundled codec
     ],
 )
@@ -304,7 +304,7 @@ def test_a_run_that_an_older_version_began_is_resumed_or_refused(audio, model, t
     job_ = replace(job_, model=None) if is_bundled else job_
     tokenize(job_, device="cpu", workers=1)
     expected = read(tmp_path / "out")
-    # What a killed older version leaves: one of the two shards is missing.
+    # State of an older version's run that was killed: one of the two shards is missing.
     now, *_, older = load(job_.model, "cpu").backend.fingerprints()
     older = min(BUNDLED_OLDER) if is_bundled else older
     record = job_.state / "job.json"
@@ -397,7 +397,7 @@ def test_two_runs_at_once_do_not_share_an_output(audio, model, tmp_path):
 
 @pytest.mark.slow
 def test_workers_that_cannot_start_stop_the_run_and_say_why(audio, model, tmp_path):
-    # Remove the checkpoint after the driver has read it and before a worker does.
+    # Remove the checkpoint after the driver and before a worker has read it.
     doomed = tmp_path / "doomed.nemo"
     shutil.copy(model, doomed)
 
@@ -420,7 +420,7 @@ def test_deaths_without_a_shard_stop_the_run(audio, model, tmp_path, monkeypatch
 
 
 def bad_files(root: Path) -> dict[str, str]:
-    """Write files that cannot be tokenized, and return words of the expected reasons."""
+    """Write files that cannot be tokenized, and return a part of the expected reason for each."""
     wave = synthesize(0.5)
     soundfile.write(root / "good.wav", wave, RATE)
     good = (root / "good.wav").read_bytes()
@@ -525,7 +525,7 @@ def test_invalid_clips_are_listed_once_with_their_reasons(model, tmp_path, capsy
     for name, reason in reasons.items():
         assert reason in said[str(root / name)], name
     made = {path.relative_to(tmp_path / "out" / "tokens").as_posix() for path in (tmp_path / "out").rglob("*.lfr")}
-    # Earlier lines, which claim too long a duration of good.wav, already took its id.
+    # The id of good.wav is taken by earlier lines, whose duration exceeds the file.
     assert made == {f"{Path(name).stem}.lfr" for name in odd} | {"good~3.lfr", "good-00000100.lfr"}
     assert f"{len(failures)} failed" in capsys.readouterr().err
     with pytest.raises(AudioError):
@@ -680,7 +680,7 @@ def start(source: Path, out: Path, model: Path, *options: object) -> subprocess.
 
 
 def below(pid: int) -> list[int]:
-    """Return the processes that a process has started, directly or indirectly."""
+    """Return the ids of the processes that a process has started, directly or indirectly."""
     try:
         children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -735,7 +735,7 @@ def test_bad_files_among_many_are_each_listed_once(many, model, tmp_path):
     ],
 )
 def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path):
-    """Ctrl-C reaches the whole process group; `kill` and schedulers end only the driver, and a shard takes minutes."""
+    """Ctrl-C interrupts the whole process group, whereas `kill` and schedulers end only the driver."""
     entry = json.loads(many.read_text().splitlines()[1])
     lines = [json.dumps(entry | {"audio_filepath": str(many.parent / entry["audio_filepath"])})] * 40_000
     (tmp_path / "long.json").write_text("\n".join(lines))
@@ -750,7 +750,7 @@ def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path
         assert driver.poll() is None
         time.sleep(0.1)
     workers = below(driver.pid)
-    for pid in workers if are_stopped else ():  # as by a debugger or a cgroup that was frozen
+    for pid in workers if are_stopped else ():  # like a debugger or a frozen cgroup
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGSTOP)
     number = getattr(signal, name)
@@ -792,7 +792,7 @@ def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, 
                     kills += 1
                     drivers += victim == driver.pid
                 assert_no_half_files(out)
-        # Exit code 1 is for the missing clips; or the driver was killed after its last rename.
+        # The exit code is 1 because clips are missing, unless the driver was killed after its last rename.
         assert driver.returncode in (1, -signal.SIGKILL)
         assert files_of(out) == files_of(tmp_path / "whole")
         assert not list((out / ".tokenize" / "staging").glob("*"))
@@ -801,14 +801,14 @@ def test_killed_workers_and_drivers_neither_lose_nor_repeat_clips(engine, many, 
 
 @pytest.mark.slow
 def test_driver_ends_if_the_last_node_dies_before_the_workers_start(many, model, tmp_path):
-    """Ray itself reports no error then; the actors stay pending."""
+    """Ray itself reports no error in this case, and the actors stay pending."""
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     driver = start(many, tmp_path / "out", model, "--workers", 2, "--ray", "local")
     while driver.poll() is None:
         for pid in below(driver.pid):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{pid}/comm").read_text() == "raylet\n":
-                    time.sleep(2.5)  # it has registered, and starts the first worker
+                    time.sleep(2.5)  # the node has registered, and starts the first worker
                     kill(pid)
                     assert driver.wait(120) == 1
     assert driver.returncode == 1
@@ -895,7 +895,7 @@ def test_unreachable_cluster_is_a_one_line_error(audio, model, tmp_path):
 
 @pytest.fixture(scope="module")
 def characters():
-    """Return a text tokenizer's config, as NeMo's TTS datasets need it."""
+    """Return the config of a text tokenizer for NeMo's TTS datasets."""
     pytest.importorskip("nemo", reason="pip install '.[nemo]'")
     from omegaconf import OmegaConf
 
@@ -979,5 +979,5 @@ def test_detokenize_gives_the_audio_of_the_original_length(kind, audio, model, c
         alone = codec.decode(utterance.tokens)[0][0, : len(got)].numpy()
         assert np.abs(got - np.clip(np.round(alone * 32768), -32768, 32767)).max() <= 1
     with pytest.raises(SystemExit) as exit_:
-        main([*map(str, arguments[:-4])])  # without --model: the bundled codec
+        main([*map(str, arguments[:-4])])  # without --model, so that the bundled codec is used
     assert exit_.value.code == 2 and "the tokens were made by the codec" in capsys.readouterr().err

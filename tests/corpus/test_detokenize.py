@@ -1,4 +1,4 @@
-"""Tests of `nemo-lfr detokenize` on damaged or malicious folders: a line per fault, and the rest is decoded."""
+"""Tests of `nemo-lfr detokenize` with damaged or malicious folders: each fault is one line, the rest is decoded."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> dict[str, Path]:
-    """Write three clips in shards of two and one, in every format; tests change copies."""
+    """Write three clips in a shard of two and a shard of one, in every format. Tests change copies of them."""
     made = {kind: tmp_path_factory.mktemp(kind) for kind in BUILT_IN}
     for kind, folder in made.items():
         write_tokens(folder, kind, [2, 1], model)
@@ -68,7 +68,7 @@ def edit_cuts(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 def edit_tar(folder: Path, change: Callable[[tarfile.TarInfo, bytes], tuple[str, bytes]]) -> None:
-    """Change the first two members, which belong to one clip."""
+    """Change the first two members of a tar file, which belong to one clip."""
     path = folder / "shar" / "target_codes.000000.tar"
     with tarfile.open(path) as old:
         members = [(member, old.extractfile(member).read()) for member in old.getmembers()]
@@ -339,7 +339,7 @@ def test_invalid_utterance_fails_alone_with_one_line(
 ):
     folder, out = tmp_path / "tokens", tmp_path / "out"
     shutil.copytree(whole[kind], folder)
-    if kind == "manifest":  # whose paths are absolute
+    if kind == "manifest":  # the paths in this manifest are absolute
         text = (folder / "manifest.json").read_text()
         (folder / "manifest.json").write_text(text.replace(str(whole[kind].resolve()), str(folder)))
     damage(folder)

@@ -1,4 +1,4 @@
-"""Tests of workers that die, cannot start or start slowly: every executor counts each death once."""
+"""Tests of workers that die, cannot start or start slowly. Every executor must count each death once."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ TASKS = [(index, {"index": index}) for index in range(4)]
 
 
 class Worker:
-    """A worker without a codec, which behaves as the config's dataset says: KIND or KIND:TIMES.
+    """Worker without a codec, whose behavior is set by the config's `dataset`: KIND or KIND:TIMES.
 
     "dies" kills itself in the first TIMES runs of shard 1; "slow" also takes longer for each start after a death;
     "cannot start" raises.
@@ -45,7 +45,7 @@ class Worker:
 
 
 def start(config: TokenizeConfig, devices: Any, driver: int, plugins: tuple[type, ...]) -> None:
-    """Initialize a process with the worker above."""
+    """Initialize a process with the worker of this module."""
     executors.Worker = Worker
     START(config, devices, driver, plugins)
 
@@ -78,7 +78,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="kill
 @pytest.mark.parametrize("name", EXECUTORS)
 @pytest.mark.parametrize("kind", ["dies:2", "slow:2"])
 def test_deaths_are_counted_once_even_if_the_next_start_is_slow(name, kind, computed_shards, monkeypatch):
-    """The limit equals the number of deaths, so counting one twice would end the run."""
+    """The limit equals the number of deaths, so that the run would end if a death was counted twice."""
     monkeypatch.setattr(worker_failures, "MAX_DEATHS", 2)
     assert computed_shards(name, kind) == [0, 1, 2, 3]
 

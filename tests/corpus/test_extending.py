@@ -1,4 +1,4 @@
-"""Output formats and kinds of input that are registered from outside the package."""
+"""Tests of output formats and corpus readers that are registered from outside the package."""
 
 import json
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ class JsonFormat(OutputFormat):
 
 
 class PathList(Manifest):
-    """Input that is a text file with the path of an audio file on each line."""
+    """Reader for a text file with the path of an audio file on each line."""
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -83,7 +83,7 @@ class PathList(Manifest):
 
 @pytest.fixture
 def path_list(tmp_path):
-    """Write three recordings and a list of them, in a kind of input that only this test registers."""
+    """Write three recordings, and a list of them in a format that only this test registers."""
     for number in range(3):
         soundfile.write(tmp_path / f"{number}.wav", synthesize(0.3 + 0.1 * number), RATE)
     (tmp_path / "corpus.list").write_text("0.wav\n1.wav\n2.wav\n")

@@ -1,4 +1,4 @@
-"""Tests of clip ids: any name becomes a portable and unique id, in any order of the clips."""
+"""Tests of clip ids: any name becomes a portable and unique id, whatever the order of the clips."""
 
 import json
 import random
@@ -19,7 +19,7 @@ ORDINARY = [
     "84/121123/84-121123-0000",
     "00000012",
     "common_voice_en_1.2",
-    "Ünïcode 語/هم‌خوانی",  # Persian, with the joiner that its spelling needs
+    "Ünïcode 語/هم‌خوانی",  # Persian, with a zero-width non-joiner, which its spelling requires
     unicodedata.normalize("NFD", "é"),
     "it's (1) [x] {y} #3 & 50% + a=b, ~2",
     ".hidden",
@@ -130,7 +130,7 @@ def test_clip_ids_are_unique(names, expected):
         ("link/x", False),
         ("a\0", False),
         ("loop", False),
-        ("x" * 5000, True),  # opening it later reports the error
+        ("x" * 5000, True),  # the error is reported when the file is opened
     ],
 )
 def test_paths_outside_a_folder_are_noticed_through_links_too(name, is_inside, tmp_path):
@@ -143,7 +143,7 @@ def test_paths_outside_a_folder_are_noticed_through_links_too(name, is_inside, t
 
 @pytest.fixture(scope="module")
 def colliding(tmp_path_factory) -> dict[str, Path]:
-    """Write a corpus of each kind with five names, of which two or three are equal on some file systems."""
+    """Write a corpus of each kind with five names, two or three of which are equal on some file systems."""
     lhotse = pytest.importorskip("lhotse", reason="pip install '.[corpus]'")
     from lhotse.cut import MonoCut
     from lhotse.shar import SharWriter

@@ -1,4 +1,4 @@
-"""Tests of invalid corpora: an invalid entry skips only its clip, and an unusable input is a one-line error."""
+"""Tests of invalid corpora: only the clip of an invalid entry fails, and an invalid file is a one-line error."""
 
 import json
 

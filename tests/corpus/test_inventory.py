@@ -1,4 +1,4 @@
-"""Inputs that are edited between two runs of `tokenize`, or during one, and tokens of another codec beside audio."""
+"""Tests of inputs that are edited between or during runs of `tokenize`, and of inputs that contain other tokens."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Write three recordings, and make their folder the current one."""
+    """Write three recordings, and make their folder the working directory."""
     for number, name in enumerate("abc", start=1):
         wave = 0.3 * np.sin(np.arange(SAMPLES) * 0.02 * number)
         soundfile.write(tmp_path / f"{name}.wav", wave, RATE)
@@ -72,7 +72,7 @@ def write_recordings(folder: Path, texts: str) -> Path:
 
 
 def write_shar(folder: Path, texts: str) -> Path:
-    """Write one shard whose texts are a separate field, so that the cuts file never changes."""
+    """Write one Shar shard whose texts are a separate field, so that the texts can change without the cuts file."""
     shar = folder / "shar"
     shar.mkdir(exist_ok=True)
     lines(shar / "cuts.000000.jsonl.gz", [cut(folder / f"{name}.wav", supervisions=[]) for name in "abc"])
@@ -120,7 +120,7 @@ def test_an_input_edited_while_it_is_read_stops_the_run(kind, folder, model):
         if totals.done == (0 if kind == "shar" else 1):  # this Shar has only one shard
             INPUTS[kind](folder, "pqr")
             for path in originals:
-                os.utime(path, (1e9, 1e9))  # a change that coarse clocks detect too
+                os.utime(path, (1e9, 1e9))  # a change that is detected even if the clock is coarse
 
     with pytest.raises(NemoLfrError, match="was changed while it was tokenized"):
         tokenize(job, workers=1, device="cpu", watch=edit)

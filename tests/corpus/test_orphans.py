@@ -1,4 +1,4 @@
-"""Tests that processes end with the run that started them, and that a run removes leftovers of killed ones."""
+"""Tests that processes end with the run that started them, and that a run removes the files of killed runs."""
 
 import contextlib
 import multiprocessing
@@ -72,7 +72,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def start(command: list[object], run: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a driver with shards of one clip; return it, and the environment variable that marks its processes."""
+    """Start a driver with shards of one clip. Return it and the environment variable that marks its processes."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "nemo_lfr", *map(str, [*command, "--shard-size", 1])],
         cwd=ROOT,
@@ -154,7 +154,7 @@ def test_a_killed_driver_leaves_nothing_of_ray_behind(process, model, audio, tmp
 @pytest.mark.slow
 @in_proc
 def test_orphan_with_an_overwritten_environment_is_still_tracked():
-    """Ray's agents do this: their title overwrites the environment, and they outlive their parent."""
+    """Ray's agents behave like this: their title overwrites the environment, and they outlive their parent."""
     program = (
         "import subprocess, sys, time\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(999)']\n"

@@ -1,4 +1,4 @@
-"""Tests of runs that several processes share without a driver: `tokenize --shard-of I/N`."""
+"""Tests of runs that are divided among independent processes: `tokenize --shard-of I/N`."""
 
 import json
 import multiprocessing
@@ -70,7 +70,7 @@ def test_parts_in_any_order_write_the_bytes_of_one_run(kind, audio, model, tmp_p
         assert not (out / METADATA).exists()
         results.append(run(config, Part(index, 3)))
     assert [result.get("missing_shards", 0) for result in results] == [3, 1, 0]
-    assert [result["shards"] for result in results] == [1, 2, 4]  # of 4; the last part reports the whole run
+    assert [result["shards"] for result in results] == [1, 2, 4]  # the last of the 4 parts reports the whole run
     assert [result["clips"] for result in results] == [2, 4, 7]
     assert results[2] == expected | {"command": expected["command"].replace(str(whole), str(out))}
     assert files_of(out) == files_of(whole) and METADATA in files_of(out)
@@ -88,7 +88,7 @@ def test_each_part_computes_its_own_shards_once(audio, model, tmp_path):
 
 
 def run_part(config: TokenizeConfig, index: int, count: int) -> None:
-    """Compute a part in a separate process."""
+    """Tokenize a part in a separate process."""
     run(config, Part(index, count))
 
 
@@ -111,7 +111,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("finisher", [Part(0, 2), None])
 def test_a_part_that_was_killed_resumes(finisher, audio, model, tmp_path):
-    """Both the same part and the command without a part complete the run."""
+    """The run can be completed by the same part, and by the command without a part."""
     run(job(audio, tmp_path / "whole", model))
     config = job(audio, tmp_path / "out", model)
     state = tmp_path / "out" / ".tokenize"
@@ -184,7 +184,7 @@ def test_a_part_that_does_not_belong_to_the_run_is_refused(name, audio, model, t
     with pytest.raises(NemoLfrError, match=message):
         call(config)
     assert files_of(tmp_path / "out") == before
-    run(config, Part(1, 2))  # the others are not disturbed
+    run(config, Part(1, 2))  # the other parts are not disturbed
     assert (tmp_path / "out" / METADATA).exists()
 
 

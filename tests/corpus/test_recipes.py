@@ -1,4 +1,4 @@
-"""The recipes of docs/guides/token-formats.md, and the layouts of Shar."""
+"""Tests of the recipes in docs/guides/token-formats.md, and of the layouts of Shar."""
 
 import re
 import shutil
@@ -60,7 +60,7 @@ def test_lhotse_reads_a_shar_in_its_first_call(folder):
 
 
 def earlier(folder: Path) -> None:
-    """Rename the files of a Shar to those of earlier versions."""
+    """Rename the files of a Shar to the names in earlier versions."""
     for path in list((folder / "shar").iterdir()):
         field, rest = path.name.split(".", 1)
         target = folder / field / (path.name if field == "cuts" else f"codes.{rest}")

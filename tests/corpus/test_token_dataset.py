@@ -26,7 +26,7 @@ UNEVEN = [5, 5, 2]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Write twelve clips in shards of five, in every format; tests do not change them."""
+    """Write twelve clips in shards of five, in every format. Tests do not change them."""
     made = {}
     for kind in BUILT_IN:
         made[kind] = tmp_path_factory.mktemp(kind)
@@ -43,7 +43,7 @@ def ids_of(dataset: TokenDataset, **options) -> list[str]:
 def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
     context = kind != "lfr"
     made = write_tokens(tmp_path, kind, [3, 0, 70], context=context)
-    if not has_records:  # like a folder of an older version that was copied without `.tokenize`
+    if not has_records:  # like a folder that an older version wrote and that was copied without `.tokenize`
         shutil.rmtree(tmp_path / ".tokenize")
         summary = json.loads((tmp_path / "tokens.json").read_text())
         del summary["shard_clips"]
@@ -64,7 +64,7 @@ def test_every_format_gives_back_what_was_written(kind, has_records, tmp_path):
 
 
 class CutTokens(torch.utils.data.Dataset):
-    """Dataset in Lhotse's style: a batch of cuts in, their ids and tokens out."""
+    """Dataset in the style of Lhotse, which returns the ids and tokens for a batch of cuts."""
 
     def __getitem__(self, cuts) -> list[tuple[str, list]]:
         return [(cut.id, cut.target_codes.load().tolist()) for cut in cuts]
@@ -124,7 +124,7 @@ def test_all_ranks_yield_as_many_utterances_as_len_says(counts, world_size, drop
         most = max((seen.count(name) for name in seen), default=0)
         if drop_last:
             assert most <= 1
-        else:  # as few repeats as DistributedSampler makes
+        else:  # as many repeats as with DistributedSampler
             assert set(seen) == set(made) and most <= -(-world_size // max(1, len(made))) + 1
 
 
@@ -177,7 +177,7 @@ def test_impossible_arguments_are_refused(options, folders):
 
 
 def _train(rank: int, world_size: int, folders: dict[str, Path], store: Path, results: Path) -> None:
-    """Run one rank of a training that reduces at every step; it would hang if another rank had fewer steps."""
+    """Run one rank of a training with an all-reduce in every step, which hangs if another rank has fewer steps."""
     torch.set_num_threads(1)
     before = TokenDataset(folders["lfr"])  # created before the process group
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)

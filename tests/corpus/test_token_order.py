@@ -34,7 +34,7 @@ ORDERS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Write the same clips in every format; tests do not change them."""
+    """Write the same clips in every format. Tests do not change them."""
     made = {}
     for kind in BUILT_IN:
         made[kind] = tmp_path_factory.mktemp(kind)
@@ -196,7 +196,7 @@ def test_an_impossible_group_size_is_refused(size, folders):
 
 
 class IterableDatasetShard(IterableDataset):
-    """Stand-in for the wrapper of Accelerate: reads everything, and yields every n-th batch."""
+    """Replacement for the wrapper of Accelerate, which reads all utterances and yields every n-th batch."""
 
     def __init__(self, dataset, batch_size: int, num_processes: int, process_index: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
@@ -241,7 +241,7 @@ def test_an_inferred_rank_is_refused_when_an_accelerator_may_dispatch(folders, m
 
 
 def _accelerated(rank: int, folder: Path, store: Path, results: Path) -> None:
-    """Read with Accelerate in each documented way and report the ids of this rank."""
+    """Read with Accelerate in each documented way, and report the ids that this rank reads."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,4 +1,4 @@
-"""Tests of the compared codecs, with the real programs and model implementations."""
+"""Tests of the codecs in evaluations, with the real programs and model implementations."""
 
 import math
 import shutil

@@ -49,7 +49,7 @@ def evaluate(capsys, corpus, out, *arguments):
 
 @pytest.fixture(scope="module")
 def report(corpus, tmp_path_factory):
-    """Evaluate the original and the bundled codec, and return the output folder."""
+    """Evaluate the codec "original" and the bundled codec, and return the output folder."""
     out = tmp_path_factory.mktemp("report")
     arguments = ["--codec", "original", "--codec", "lfr", "--by", "lang", "--workers", "1", "--examples", "2"]
     main(["evaluate", str(corpus / "manifest.json"), "--out", str(out), *arguments])
@@ -94,7 +94,7 @@ def test_page_loads_nothing_and_escapes_manifest_labels(report):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
 def test_a_browser_shows_every_picture_and_plays_every_recording(report, tmp_path):
-    """Add a script to a copy of the report, which sends what the browser has rendered."""
+    """Add a script to a copy of the report that sends what the browser has rendered."""
     sent: queue.Queue[bytes] = queue.Queue()
 
     class Listener(BaseHTTPRequestHandler):
@@ -214,7 +214,7 @@ def test_a_wrong_audio_dir_does_not_claim_the_output_folder(capsys, corpus, tmp_
 
 
 class LetterCount(ModelMetric):
-    """Model metric that counts the letters of the text, and fails without text."""
+    """Model metric that counts the letters in the text, and raises an error without text."""
 
     kind = "letters"
     metrics: ClassVar = {"letters": Metric("", None, "Letters of the text.")}
@@ -283,7 +283,7 @@ def test_a_folder_of_other_recordings_is_refused(capsys, corpus, tmp_path):
 
 
 def test_a_manifest_of_other_files_is_refused_in_the_same_folder(capsys, corpus, tmp_path):
-    """The file names differ from those of the first manifest, so no result could be mixed up."""
+    """The file names differ from those in the first manifest, so that results could not be mixed up."""
     other = tmp_path / "other"
     other.mkdir()
     lines = []

@@ -1,4 +1,4 @@
-"""A codec, a metric and a model metric of another package: one file each, found through the entry-point group."""
+"""Tests of a codec, a metric and a model metric that another package provides through the entry-point group."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ class Letters(ModelMetric):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Install a package with a module of each kind, and remove what it registers afterwards."""
+    """Install a package with a module of each kind, and remove its codecs and metrics after the test."""
     site = tmp_path / "site"
     info = site / "dummies-1.0.dist-info"
     info.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tests of model-based metrics, with small random models and without any model."""
+"""Tests of model metrics, with small random models and without models."""
 
 import json
 

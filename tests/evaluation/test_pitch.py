@@ -1,4 +1,4 @@
-"""F0: accuracy, and many processes that compile librosa's kernels at the same time."""
+"""Tests of F0 estimation: accuracy, and processes that compile librosa's kernels at the same time."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests of the model card's test sets, using small archives of the same layout."""
+"""Tests of the test sets from the model card, with small archives in the same layout."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ KEYS = [f"{number:05d}-clip" for number in range(6)]
 
 
 def result(name, folder, shift, size=1000.0, missing=()):
-    """Return results of a codec: those of the first codec plus `shift` and some noise."""
+    """Return the results of a codec: the values of the first codec plus `shift` and noise."""
     rng = np.random.default_rng(len(name))
     trip = {"seconds": 4.0, "num_bytes": size, "file_bytes": size + 9, "encode_seconds": 0.5, "decode_seconds": 0.25}
     values = {}
@@ -133,7 +133,7 @@ def test_every_metric_with_a_better_direction_has_a_plot(evaluation):
 
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_plots_of_any_number_of_codecs_and_equal_values(tmp_path, count):
-    """One codec has no bit-rate plot; an axis for equal values still has a finite length."""
+    """A single codec has no plot against bit rate, and an axis for equal values has a finite length."""
     results = [result(f"codec {number}", tmp_path, 0.0, 1000.0 * (number + 1)) for number in range(count)]
     for own in results:
         own.values = {key: {"ESTOI": 0.0} for key in KEYS}

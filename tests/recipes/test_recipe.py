@@ -31,7 +31,7 @@ from tests.models import RATE, speech_like
 
 
 def tiny_network() -> NetworkConfig:
-    """Return the recipe's layout with two stages and few channels: 8 dimensions at 689 Hz, a band of 2,756 Hz."""
+    """Return a network like the recipe's with two stages and few channels: 8 dimensions at 689 Hz, a 2,756 Hz band."""
     return NetworkConfig(
         EncoderConfig(8, [4, 8], 4, [3], [1]), QuantizerConfig(2), DecoderConfig(8, [8, 4], 16, [3], [1])
     )

@@ -1,4 +1,4 @@
-"""Tests of runs of the bundled codec's recipe at tiny sizes: resuming, importing, exporting and user errors."""
+"""Tests of the bundled codec's recipe with tiny networks: resuming, importing, exporting and user errors."""
 
 import json
 import re
@@ -197,7 +197,7 @@ def test_a_run_may_start_with_other_weights(manifest, tmp_path, monkeypatch, kin
 
 
 def trial_state(run: train.Run) -> dict:
-    """Return the state of a run as the trial script wrote it."""
+    """Return the state of a run in the form in which the trial script wrote it."""
     settings, network = run.settings, run.settings.network
     args = {
         "enc": network.audio_encoder.base_channels,
@@ -229,7 +229,7 @@ def trial_state(run: train.Run) -> dict:
 
 
 def bundled_sizes(overrides: list[str]) -> list[str]:
-    """Set 32 encoded dimensions, as in the trial script; two stages with few channels can hold them too."""
+    """Return settings with 32 encoded dimensions, as in the trial script, for two stages with few channels."""
     return [
         *overrides,
         "network.audio_encoder={encoded_dim: 32, base_channels: 16}",

@@ -1,4 +1,4 @@
-"""Tests of codebook statistics: perplexity and levels of known tokens."""
+"""Tests of codebook statistics for known tokens: perplexity and levels in use."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def registry(monkeypatch):
 
 
 def config_with(kind: str, target: str, **arguments):
-    """Return a model config that names one component."""
+    """Return a model config that uses one component."""
     section = {"_target_": target, **arguments}
     return codec_config(**{kind: {"mine": section} if kind in ("losses", "metrics") else section})
 
@@ -54,7 +54,7 @@ def losses_of(values) -> CodecLosses:
 
 
 def use(kind: str, values):
-    """Build a component and compute with it once, as training does."""
+    """Build a component and use it once, as in training."""
     scores = [torch.ones(2, 3)]
     if kind == "discriminator":
         return build_discriminator(values["discriminator"])(audio().audio, other_audio().audio)

@@ -1,4 +1,4 @@
-"""Tests of training data: recordings that stock NeMo misreads or fails on, and the sampling of an epoch."""
+"""Tests of training data: recordings that stock NeMo cannot read or reads wrongly, and sampling."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.models import RATE, synthesize
 def corpus(
     folder: Path, files: dict[str, bytes | np.ndarray], rate: int = RATE, subtype: str = "PCM_16", **entry
 ) -> dict:
-    """Write files and their manifest, as `dataset_meta` needs them."""
+    """Write audio files and their manifest, and return a `dataset_meta`."""
     lines = []
     for name, contents in files.items():
         if isinstance(contents, bytes):
@@ -86,7 +86,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "truncated"])
 def test_unreadable_file_is_logged_once_and_replaced(tmp_path, caplog, kind, monkeypatch):
-    """Stock NeMo stops, or silently trains on half of a file."""
+    """With such files, stock NeMo stops, or silently trains on half of a file."""
     monkeypatch.setitem(sys.modules, "av", None)
     good = synthesize(1)
     meta = corpus(tmp_path, {"bad.wav": BROKEN.get(kind, good), "good.wav": good}, subtype="FLOAT", duration=1.0)

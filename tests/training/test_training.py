@@ -38,7 +38,7 @@ def distances(loss, real, gen, *args):
 @pytest.mark.parametrize("samples", [1024, 1000, 700, 513, 24576])
 @pytest.mark.parametrize("resolution", [(32, 8, 32), (256, 64, 200), (512, 100, 512), (1024, 256, 1024)])
 def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
-    """Compare with one STFT with zero padding; `Spectra` recomputes only the edges."""
+    """Compare with an STFT of the zero-padded audio, since `Spectra` recomputes only the edges."""
     n_fft, hop, window = resolution
     audio, filters = speech(1.2)[:, :samples], torch.rand(7, n_fft // 2 + 1)
     stft = torch.stft(
@@ -49,7 +49,7 @@ def test_mel_magnitudes_see_zeros_beyond_the_ends(samples, resolution):
 
 
 def test_mel_magnitudes_are_in_fp32_under_autocast():
-    """NeMo does the same; bf16 would lose values much smaller than the log guard."""
+    """NeMo also uses fp32. In bf16, values that are much smaller than the log guard would be lost."""
     resolution, audio, filters = (256, 64, 256), speech(), torch.rand(7, 129)
     with torch.autocast("cpu", torch.bfloat16):
         found = Spectra(audio).mel(resolution, filters)
@@ -98,7 +98,7 @@ def test_closer_signal_has_a_smaller_loss(loss):
 def test_samples_after_a_clips_end_are_ignored(loss):
     real, gen = F.pad(speech(), (0, 4000)), F.pad(speech(seed=1), (0, 4000))
     noisy = gen.clone()
-    noisy[:, speech().shape[-1] + 1100 :] = 1  # further than the longest window reaches
+    noisy[:, speech().shape[-1] + 1100 :] = 1  # farther away than the length of the longest window
     length = torch.tensor([speech().shape[-1]])
     first, second = (distances(loss, real, other, length, TERMS) for other in (gen, noisy))
     assert all(torch.equal(first[name], second[name]) for name in TERMS)
