@@ -22,7 +22,7 @@ from tests.models import synthesize
 from tests.serve.running import running
 
 NODE = shutil.which("node")
-CLIENT = ROOT / "nemo_lfr/serve/static/client.js"
+CLIENT = ROOT / "nemo_lfr/web/page/client.js"
 
 
 def version() -> int:

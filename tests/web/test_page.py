@@ -20,6 +20,7 @@ pytest.importorskip("prometheus_client")
 
 from nemo_lfr.io.token_file import Metadata, TokenStreamReader, TokenStreamWriter
 from nemo_lfr.serve.app import Settings
+from nemo_lfr.serve.session import EngineLimits
 from nemo_lfr.web import EXAMPLE_PATH, PAGE
 from tests.models import RATE, synthesize
 from tests.serve.running import running
@@ -198,6 +199,27 @@ def test_the_microphone_is_heard_through_the_streams(page, server):
     while len(server.app.state.engine):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_loopback_that_the_server_ends_says_why_and_closes_both_streams(tab):
+    status = "document.getElementById('live-status').textContent"
+    with running(Settings(EngineLimits(max_streams=1))) as server:
+        engine = server.app.state.engine
+        tab.open(server.url("/"))
+        tab.wait(READY)
+        tab.click("#live-start")
+        tab.wait(f"{status}.startsWith('The server says: the server is at its limit of 1 ')")
+        end = time.monotonic() + 10
+        while len(engine):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        engine.limits = EngineLimits()
+        tab.click("#live-start")
+        tab.wait("document.getElementById('live-delay').textContent.endsWith(' ms')")
+        engine.close()
+        tab.wait(f"{status}.startsWith('The server says: ')")
+        assert tab.run("document.getElementById('live-label').textContent") == "Start"
+        tab.open("about:blank")
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

@@ -52,7 +52,7 @@ export async function open(base) {
       checkCodec(metadata, manifest);
       return { samples: (await decode(worker, manifest, tokens)).subarray(0, numSamples), sampleRate };
     },
-    openStream: null,
+    client: null,
   };
 }
 

@@ -17,8 +17,8 @@ const SLOW_SECONDS = 1; // beyond the lookahead
  * @param {Backend} backend
  */
 export function showLivePanel(backend) {
-  byId("live").hidden = !backend.openStream;
-  if (backend.openStream) new LivePanel(backend);
+  byId("live").hidden = !backend.client;
+  if (backend.client) new LivePanel(backend);
 }
 
 class LivePanel {

@@ -1,9 +1,11 @@
 /** Live loop-back: microphone, encoder stream, decoder stream, loudspeaker. */
 
 import { Microphone } from "./microphone.js";
+import { explain } from "./server.js";
 import { UserError } from "./types.js";
 
 /** @import { Backend } from "./types.js" */
+/** @import { Stream } from "./client.js" */
 
 const HOLD_FRAMES = 1; // that playing waits for after a gap
 const LIMIT_FRAMES = 9; // that may wait to be played; the server computes up to 4 at a time
@@ -26,8 +28,8 @@ export class Loopback {
     /** @type {(message: string) => void} called once, when the loop-back has ended by itself */
     this.onEnd = () => {};
     this.isClosed = false;
-    /** @type {WebSocket[]} */
-    this.sockets = [];
+    /** @type {Stream<any>[]} */
+    this.streams = [];
   }
 
   /** @returns {number} seconds from a sound at the microphone to the same sound at the loudspeaker */
@@ -38,7 +40,7 @@ export class Loopback {
   /**
    * Start; the user is asked for the microphone.
    *
-   * @throws {UserError} if there is no microphone
+   * @throws {UserError} if there is no microphone, or if the server opens no streams
    */
   async start() {
     const { info } = this.backend;
@@ -52,11 +54,11 @@ export class Loopback {
       const microphone = await Microphone.open((samples) => this.capture(samples));
       if (this.isClosed) return await microphone.close(); // the user pressed Stop before allowing it
       this.microphone = microphone;
-      this.connect(playback, microphone.sampleRate);
-      await this.speaker.resume();
+      await this.connect(playback, microphone.sampleRate);
+      if (!this.isClosed) await this.speaker.resume();
     } catch (error) {
       await this.close();
-      throw error;
+      throw explain(error);
     }
   }
 
@@ -64,37 +66,61 @@ export class Loopback {
   async close() {
     if (this.isClosed) return;
     this.isClosed = true;
-    this.sockets.forEach((socket) => socket.close());
+    this.streams.forEach((stream) => stream.close());
     await this.microphone?.close();
     await this.speaker?.close();
   }
 
   /**
+   * Open both streams, and start to pass on their results.
+   *
    * @param {AudioWorkletNode} playback
    * @param {number} sampleRate of the microphone
    */
-  connect(playback, sampleRate) {
-    const { openStream, info } = this.backend;
-    if (!openStream) throw new UserError("Live streams need a server.");
-    const encoder = openStream("encode", {
-      audio: "pcm_f32le",
-      sample_rate: String(sampleRate),
-      lookahead: String(this.lookahead.encoder),
-    });
-    const decoder = openStream("decode", { audio: "pcm_f32le", lookahead: String(this.lookahead.decoder), ramp: "1,1,1,1" });
-    this.sockets = [encoder, decoder];
-    const frame = 2 * info.numCodebooks;
+  async connect(playback, sampleRate) {
+    const { client, info } = this.backend;
+    if (!client) throw new UserError("Live streams need a server.");
+    const [encoder, decoder] = await Promise.all([
+      this.keep(client.encodeStream({ sampleRate, lookahead: this.lookahead.encoder })),
+      this.keep(client.decodeStream({ lookahead: this.lookahead.decoder, ramp: [1, 1, 1, 1] })),
+    ]);
     const packed = Math.ceil((info.numCodebooks * Math.log2(info.codebookSize)) / 8);
-    encoder.onmessage = ({ data }) => {
-      if (typeof data === "string") return this.control(data);
-      this.numBytes += (data.byteLength / frame) * packed;
-      if (decoder.readyState === WebSocket.OPEN) decoder.send(data);
-    };
-    decoder.onmessage = ({ data }) => {
-      if (typeof data === "string") return this.control(data);
-      playback.port.postMessage(new Float32Array(data));
-    };
-    for (const socket of this.sockets) socket.onclose = () => this.end("The server closed the stream.");
+    this.pass(encoder, (tokens) => {
+      this.numBytes += (tokens.length / info.numCodebooks) * packed;
+      decoder.push(tokens);
+    });
+    this.pass(decoder, (samples) => playback.port.postMessage(samples));
+    this.encoder = encoder;
+  }
+
+  /**
+   * Wait for a stream, which is closed together with the loop-back.
+   *
+   * @template {Float32Array | Int16Array} Result
+   * @param {Promise<Stream<Result>>} opening
+   */
+  async keep(opening) {
+    const stream = await opening;
+    if (this.isClosed) stream.close();
+    this.streams.push(stream);
+    return stream;
+  }
+
+  /**
+   * Pass on the results of a stream until it ends.
+   *
+   * @template {Float32Array | Int16Array} Result
+   * @param {Stream<Result>} stream
+   * @param {(result: Result) => void} use
+   */
+  async pass(stream, use) {
+    try {
+      for await (const result of stream) use(result);
+      this.end("The server ended the stream.");
+    } catch (error) {
+      const shown = explain(error);
+      this.end(shown instanceof UserError ? shown.message : `Something went wrong: ${shown}`);
+    }
   }
 
   /**
@@ -102,19 +128,10 @@ export class Loopback {
    */
   capture(samples) {
     this.onSamples(samples);
-    const [encoder, decoder] = this.sockets;
-    if (encoder?.readyState !== WebSocket.OPEN || decoder?.readyState !== WebSocket.OPEN) return;
-    if (encoder.bufferedAmount > MAX_BUFFERED) return this.end("The connection to the server is too slow.");
-    encoder.send(samples.slice());
+    if (!this.encoder || this.isClosed) return;
+    if (this.encoder.bufferedAmount > MAX_BUFFERED) return this.end("The connection to the server is too slow.");
+    this.encoder.push(samples);
     this.captured += samples.length / (this.microphone?.sampleRate ?? 1);
-  }
-
-  /**
-   * @param {string} message of the server
-   */
-  control(message) {
-    const { type, error } = JSON.parse(message);
-    if (type === "error") this.end(`The server says: ${error}`);
   }
 
   /**

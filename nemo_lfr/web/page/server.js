@@ -1,8 +1,10 @@
 /** Backend that sends files and streams to `nemo-lfr serve`. */
 
-import { readWav, writeWav } from "./wav.js";
+import { Client, ServerError } from "./client.js";
 import { UserError } from "./types.js";
+import { readWav, writeWav } from "./wav.js";
 
+/** @import { ServerInfo } from "./client.js" */
 /** @import { Backend, CodecInfo, Recording } from "./types.js" */
 
 /** The server asks for an access token, or refuses the one it got. */
@@ -17,86 +19,70 @@ export class TokenError extends UserError {}
  * @throws {TokenError} if the server requires another token
  */
 export async function open(base, token) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : undefined;
-  const send = async (/** @type {string} */ path, /** @type {RequestInit} */ options = {}) => {
-    let response;
-    try {
-      response = await fetch(new URL(path, base), { ...options, headers });
-    } catch {
-      throw new UserError("The server does not answer.");
-    }
-    if (response.status === 401) throw new TokenError("This server requires its access token.");
-    if (!response.ok) throw await errorOf(response);
-    return response;
-  };
+  const client = new Client(base.href, { token });
   return {
-    info: infoOf(await (await send("v1/info")).json()),
+    info: infoOf(await client.info().catch(fail)),
     place: "On this server",
-    encode: async (recording) => new Uint8Array(await (await post(send, recording)).arrayBuffer()),
+    encode: async (recording) => new Uint8Array(await (await encode(client, recording).catch(fail)).arrayBuffer()),
     decode: async (file) => {
-      const response = await send("v1/decode", { method: "POST", body: new Blob([file.slice()]) });
-      const audio = readWav(await response.arrayBuffer());
+      const wav = await client.decode(new Blob([file.slice()])).catch(fail);
+      const audio = readWav(await wav.arrayBuffer());
       if (!audio) throw new UserError("The server sent something else than audio.");
       return audio;
     },
-    openStream: (kind, parameters) => {
-      const url = new URL(`v1/${kind}/stream`, base);
-      url.protocol = url.protocol.replace("http", "ws");
-      url.search = new URLSearchParams(token ? { ...parameters, token } : parameters).toString();
-      const socket = new WebSocket(url);
-      socket.binaryType = "arraybuffer";
-      return socket;
-    },
+    client,
   };
 }
 
 /**
- * Post a recording to be encoded: its own file, or as WAV if the server does not know the format.
+ * Encode a recording: its own file, or WAV if the server does not know the format of the file.
  *
- * @param {(path: string, options: RequestInit) => Promise<Response>} send
+ * @param {Client} client
  * @param {Recording} recording
- * @returns {Promise<Response>}
  */
-async function post(send, recording) {
+async function encode(client, recording) {
   try {
-    return await send("v1/encode", { method: "POST", body: recording.file });
+    return await client.encodeToTokenFile(recording.file);
   } catch (error) {
-    if (!(error instanceof FormatError)) throw error;
-    const wav = writeWav(recording.samples, recording.sampleRate, 32);
-    return await send("v1/encode", { method: "POST", body: wav });
+    if (!(error instanceof ServerError && error.code === 400)) throw error;
+    return client.encodeToTokenFile(writeWav(recording.samples, recording.sampleRate, 32));
   }
 }
 
-class FormatError extends UserError {}
-
 /**
- * @param {Response} response
- * @returns {Promise<UserError>}
+ * Return an error of the client as one for the user.
+ *
+ * @param {unknown} error
+ * @returns {unknown} the error itself, if it is another one
  */
-async function errorOf(response) {
-  let message = `The server answered with status ${response.status}.`;
-  try {
-    const { error } = await response.json();
-    if (error) message = `The server says: ${error}`;
-  } catch {
-    // not the server's JSON, but that of a proxy
-  }
-  return response.status === 400 ? new FormatError(message) : new UserError(message);
+export function explain(error) {
+  if (!(error instanceof ServerError)) return error;
+  if (error.code === 401) return new TokenError("This server requires its access token.");
+  if (error.kind === "lost") return new UserError("The server does not answer, or the connection was lost.");
+  return new UserError(`The server says: ${error.message}`);
 }
 
 /**
- * @param {Record<string, any>} found
+ * @param {unknown} error
+ * @returns {never}
+ */
+function fail(error) {
+  throw explain(error);
+}
+
+/**
+ * @param {ServerInfo} info
  * @returns {CodecInfo}
  */
-function infoOf(found) {
+function infoOf(info) {
   return {
-    name: found.model,
-    sampleRate: found.sample_rate,
-    samplesPerFrame: found.samples_per_frame,
-    numCodebooks: found.num_codebooks,
-    codebookSize: found.codebook_size,
-    bitRate: found.bit_rate,
-    encoderLookahead: found.encoder_lookahead,
-    decoderLookahead: found.decoder_lookahead,
+    name: info.model,
+    sampleRate: info.sample_rate,
+    samplesPerFrame: info.samples_per_frame,
+    numCodebooks: info.num_codebooks,
+    codebookSize: info.codebook_size,
+    bitRate: info.bit_rate,
+    encoderLookahead: info.encoder_lookahead,
+    decoderLookahead: info.decoder_lookahead,
   };
 }

@@ -1,3 +1,5 @@
+/** @import { Client } from "./client.js" */
+
 /**
  * Types that the modules of the page share.
  *
@@ -43,8 +45,7 @@
  * @property {string} place where audio is processed, for display
  * @property {(recording: Recording) => Promise<Uint8Array>} encode returns a token file
  * @property {(file: Uint8Array) => Promise<Audio>} decode takes a token file
- * @property {((kind: "encode" | "decode", parameters: Record<string, string>) => WebSocket) | null} openStream opens a
- *   live stream; null if the backend has none
+ * @property {Client | null} client opens live streams; null if the backend has none
  */
 
 /** Error whose message is meant for the user. */
