@@ -522,3 +522,9 @@ def test_a_forked_process_reads_what_a_thread_was_reading(tmp_path, monkeypatch)
     go_on.set()
     thread.join()
     assert status == 0
+
+
+@pytest.mark.parametrize("source", [None, 5, "a\0b"])
+def test_from_pretrained_refuses_what_is_not_a_path(source):
+    with pytest.raises(CheckpointError, match="is not a path"):
+        nemo_lfr.Codec.from_pretrained(source)

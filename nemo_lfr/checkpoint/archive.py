@@ -115,8 +115,6 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
     file.seek(0)
     if not head:
         raise CheckpointError(f"{path}: the file is empty; download it again.")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull`.")
     if head.lstrip().startswith(b"<"):
         raise CheckpointError(f"{path}: this is a web page, not a checkpoint; download the file itself.")
     if head.startswith(ZIP_MAGIC):

@@ -25,7 +25,7 @@ from nemo_lfr.checkpoint.reader import Checkpoint
 from nemo_lfr.checkpoint.safetensors import write_tensors
 from nemo_lfr.checkpoint.writer import split_weight_norm
 from nemo_lfr.errors import NemoLfrError
-from nemo_lfr.io.atomic import check_overwrite, sweep, write_bytes
+from nemo_lfr.io.atomic import check_overwrite, make_folder, sweep, write_bytes
 from nemo_lfr.io.locate import PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, expand_home
 
 MODEL_TYPE = "nemo_lfr"
@@ -93,7 +93,7 @@ def write_folder(
     paths = [folder / name for name in (SAFETENSORS_CONFIG, SAFETENSORS, PREPROCESSOR)]
     for path in paths:
         check_overwrite(path, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     sweep(folder, [path.name for path in paths])
     write_tensors(paths[1], tensors)
     values = codec_values(parse_config(json.dumps(config)))

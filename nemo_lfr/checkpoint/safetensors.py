@@ -59,6 +59,7 @@ class SafeTensors(Tensors):
         try:
             header = self._header()
             entries = [(name, self._entry(value)) for name, value in header.items() if name != "__metadata__"]
+            self._check_layout([entry for _, entry in entries])
             self._check_values(header.get("__metadata__"))
         except CheckpointError:
             raise
@@ -81,6 +82,16 @@ class SafeTensors(Tensors):
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         return header
+
+    def _check_layout(self, entries: list[Entry]) -> None:
+        """Check that the tensors fill the file without gaps and do not overlap, as the format requires."""
+        position = self._begin
+        for entry in sorted(entries, key=lambda entry: (entry.offset, math.prod(entry.shape))):
+            if entry.offset != position:
+                raise ValueError(f"its tensors leave a gap or overlap at byte {min(entry.offset, position)}")
+            position += math.prod(entry.shape) * entry.dtype.itemsize
+        if position != self._source.size:
+            raise ValueError(f"its tensors end at byte {position} of {self._source.size}")
 
     def _check_values(self, metadata: Any) -> None:
         expected = metadata.get(CHECKSUM) if isinstance(metadata, dict) else None

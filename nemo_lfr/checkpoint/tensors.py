@@ -189,12 +189,15 @@ class Tensors:
         self.path = path
         self._source = source
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._verified: set[str] = set()  # records with the right checksum
         try:
             archive = zipfile.ZipFile(_SourceFile(source))
             self._records = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in self._records if name.endswith("/data.pkl")]
             if len(pickles) != 1 or len(self._records) != len(archive.infolist()):
                 raise zipfile.BadZipFile("it is not a single PyTorch archive")
+            # PyTorch computes none where `torch.serialization.set_crc32_options(False)` was called.
+            self._has_checksums = any(info.CRC for info in self._records.values() if info.file_size)
             self._root = pickles[0].removesuffix("data.pkl")
             if self._records[pickles[0]].file_size > MAX_PICKLE_BYTES:
                 raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
@@ -275,7 +278,10 @@ class Tensors:
             raise CheckpointError(f"{self.path}: the file was changed while it was open; load it again.") from cause
 
     def _read_record(self, name: str, begin: int, buffer: memoryview) -> None:
-        """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum."""
+        """Fill a buffer with the bytes of a stored record from `begin`, and verify the whole record's checksum.
+
+        Of a record that several tensors share, the rest is read only once.
+        """
         if name not in self._records:
             raise zipfile.BadZipFile(f"record {name} is missing")
         info = self._records[name]
@@ -290,6 +296,11 @@ class Tensors:
         place += _LOCAL_HEADER.size + name_length + extra_length
         if place + info.file_size > self._source.size:
             raise zipfile.BadZipFile(f"record {name} extends beyond the end of the file")
+        is_part = len(buffer) < info.file_size
+        if not self._has_checksums or (is_part and name in self._verified):
+            self._source.read_into(place + begin, buffer)
+            self._check_unchanged()
+            return
         checksum = self._checksum(place, begin)
         for offset in range(0, len(buffer), _PIECE):
             piece = buffer[offset : offset + _PIECE]
@@ -298,6 +309,9 @@ class Tensors:
         end = begin + len(buffer)
         if self._checksum(place + end, info.file_size - end, checksum) != info.CRC:
             raise zipfile.BadZipFile(f"wrong checksum of record {name}")
+        if is_part:
+            self._check_unchanged()
+            self._verified.add(name)
 
     def _read(self, offset: int, size: int) -> bytes:
         if offset + size > self._source.size:

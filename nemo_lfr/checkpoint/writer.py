@@ -15,6 +15,7 @@ from nemo_lfr.checkpoint.names import DIRECTION, GAIN, gain_of
 from nemo_lfr.errors import CheckpointError
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.locate import CONFIG_MEMBER, WEIGHTS_MEMBER
+from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.io.tensor_file import save_to_file
 
 
@@ -47,6 +48,7 @@ def write_checkpoint(
         CheckpointError: if the file cannot be written, for instance on a full disk. An existing file is then kept.
     """
     path = Path(path)
+    check_replaceable(path, CheckpointError)
     config = dict(config) | {"target": NEMO_MODEL}
     config |= {name: nemo_config(config[name]) for name in PARTS}
     try:

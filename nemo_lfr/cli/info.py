@@ -22,7 +22,7 @@ from nemo_lfr.cli.session import begin_work, fail, print_line
 from nemo_lfr.cli.table import print_table
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.folders import AUDIO_SUFFIXES
-from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.locate import expand_home, folder_files
 
 # Target sample rate in Hz for an `AudioReader` that only reads headers; it has no effect.
 INFO_RATE = 22050
@@ -160,7 +160,8 @@ def _describe_codec(text: str | None) -> CodecFigures:
     path, size, parameters = Path(codec.name), None, (None, None)
     if text is None or not is_exported(text):
         path = find_checkpoint(text)
-        size = path.stat().st_size
+        files = [path / name for name in folder_files(os.listdir(path)) or ()] if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files)
         parameters = tuple(sum(p.numel() for p in part.parameters()) for part in (codec.encoder, codec.decoder))
     quality = BUNDLED_QUALITY if text is None else {}
     return {

@@ -35,7 +35,7 @@ class UserPath(click.Path):
     """Type of an option whose value is a `Path`.
 
     `~` is expanded, because a shell does not expand it in quotes or in `--out=~/tokens`. An empty path is an error: it
-    is usually the result of an unset shell variable.
+    is usually the result of an unset shell variable. So is "-", which stands for stdin or stdout.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -43,6 +43,13 @@ class UserPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value as a `Path` with `~` expanded."""
+        if value == "-":
+            self.fail(
+                "- stands for stdin or stdout, which only `encode FILE -` and `decode FILE -` write; pass a path "
+                "(./- for a file of this name)",
+                param,
+                ctx,
+            )
         try:
             return super().convert(expand_home(value), param, ctx)
         except NemoLfrError as error:

@@ -126,7 +126,12 @@ def reference_state(device: torch.device) -> Iterator[None]:
 
     Args:
         device: device of the codec. Autocast is turned off for this device and for the CPU.
+
+    Raises:
+        NemoLfrError: for the meta device.
     """
+    if device.type == "meta":
+        raise NemoLfrError("the model is on the device 'meta' and has no weights; load it on 'cpu' or 'cuda'.")
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():  # cached tensors must also work outside of inference mode
             stack.enter_context(torch.inference_mode(False))

@@ -167,6 +167,9 @@ def _recording(
 
 def _check_rates(declared: object, passed: object, name: str) -> None:
     """Raise AudioError if a source declares another sample rate than the argument `sample_rate`."""
+    for rate in (declared, passed):
+        if isinstance(rate, str):
+            raise AudioError(f"{name} has the sample rate {shorten(repr(rate))}, a string; pass a number of Hz.")
     if declared is not None and passed is not None and declared != passed:
         raise AudioError(
             f"{name} declares a sample rate of {shorten(declared)} Hz, but sample_rate is {shorten(repr(passed))}; "

@@ -12,7 +12,7 @@ from nemo_lfr.codec.arrays import Array
 from nemo_lfr.codec.backends import open_backend
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.errors import CheckpointError, NemoLfrError, shorten
-from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG
+from nemo_lfr.io.locate import MODEL_SUFFIXES, PREPROCESSOR, SAFETENSORS, SAFETENSORS_CONFIG, check_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +60,7 @@ class HubMethods(CodecBase[Array]):
         Raises:
             CheckpointError: if the checkpoint cannot be found, downloaded or read.
         """
+        check_path(pretrained_model_name_or_path, CheckpointError)
         source = os.path.expanduser(pretrained_model_name_or_path)
         download = {"force_download": force_download, "revision": revision, **download}
         if any(value not in (None, False) for value in download.values()) and not os.path.exists(source):

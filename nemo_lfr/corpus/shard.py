@@ -30,6 +30,7 @@ from nemo_lfr.corpus.sources.base import AudioLoader, Clip, CorpusReader, ShardS
 from nemo_lfr.errors import AudioError, NemoLfrError, failure
 from nemo_lfr.io.atomic import naming
 from nemo_lfr.io.entropy.find import model_to_write
+from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.io.text import without_nonfinite
 from nemo_lfr.io.token_file import Metadata
 
@@ -87,6 +88,7 @@ def tokenize_shard(
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
+                check_replaceable(out / name)
                 os.replace(path, out / name)
         record.write(out)
     except OSError:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.regular import check_replaceable
 
 PART = re.compile(r"(?P<name>.*)\.[0-9a-f]{8}\.part", re.DOTALL)
 WRITING = re.compile(r"\.writing-[a-z0-9_]{8}")
@@ -35,12 +36,26 @@ def check_overwrite(path: Path, overwrite: bool) -> None:
         overwrite: whether an existing file may be replaced.
 
     Raises:
-        NemoLfrError: if `path` is a folder, or exists and `overwrite` is not set.
+        NemoLfrError: if `path` is a folder, pipe, device or socket, or exists and `overwrite` is not set.
     """
     if os.path.isdir(path):
         raise NemoLfrError(f"{path} is a folder, not an output file; choose another name.")
+    check_replaceable(path)
     if os.path.exists(path) and not overwrite:
         raise NemoLfrError(f"{path} exists; pass --overwrite (overwrite=True) to replace it.")
+
+
+def make_folder(path: Path) -> None:
+    """Create an output folder and its parents.
+
+    Raises:
+        NemoLfrError: if one of them is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        place = next((part for part in (path, *path.parents) if os.path.exists(part) and not part.is_dir()), path)
+        raise NemoLfrError(f"{place} is a file, not a folder; choose another name.") from error
 
 
 def check_distinct(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -59,8 +74,10 @@ def open_temporary(path: Path) -> IO[bytes]:
     The caller renames the file to `path`. The file has the permissions of any new file, unlike one from `tempfile`.
 
     Raises:
+        NemoLfrError: if `path` is a pipe, device or socket, which would be replaced.
         OSError: if the file cannot be created; the error names `path`.
     """
+    check_replaceable(path)
     while True:
         aside = path.with_name(f"{path.name[:KEPT]}.{secrets.token_hex(4)}.part")
         with contextlib.suppress(FileExistsError), naming(path, aside):

@@ -16,6 +16,7 @@ from nemo_lfr.io.containers import Splice, Stream, find_mpeg, looks_like_media, 
 from nemo_lfr.io.containers.cache import cached_streams
 from nemo_lfr.io.decoders import Decoder, SndfileDecoder, sndfile_reason
 from nemo_lfr.io.media import MediaDecoder
+from nemo_lfr.io.regular import POINTER, POINTER_PROBLEM
 from nemo_lfr.io.resampling import Resampler, check_peak, check_rate, count_samples, resample
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,10 @@ class AudioReader:
             raise refused from error
         source: Any = self._source if stream.is_file else Splice(self._source, stream)
         source.seek(0)
-        head = source.read(16)
+        head = source.read(max(16, len(POINTER)))
+        if head.startswith(POINTER):
+            raise AudioError(f"{POINTER_PROBLEM}.") from error
+        head = head[:16]
         if name := unchecked_format(head):
             reason = f"the format {name} is not supported because truncated files cannot be detected; {TO_WAV}."
             raise AudioError(reason) from error

@@ -16,6 +16,8 @@ SAFETENSORS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"  # only transformers reads this file
 # A folder is a checkpoint if it contains both files of a pair. The first pair has precedence.
 FOLDERS = ((CONFIG_MEMBER, WEIGHTS_MEMBER), (SAFETENSORS_CONFIG, SAFETENSORS))
+# Suffixes of files in folders that are a checkpoint.
+FOLDER_SUFFIXES = frozenset([".onnx", ".safetensors", ".yaml", ".json"])
 # Suffixes of model files. The name of a Hub repository may contain a dot, but is expected not to end with these.
 MODEL_SUFFIXES = frozenset(
     [".nemo", ".ckpt", ".onnx", ".pt", ".pth", ".bin", ".safetensors", ".tar", ".gz", ".tgz", ".zip", ".yaml", ".json"]
@@ -113,6 +115,10 @@ def locate_checkpoint(source: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{path}: the path is a link to a missing file; download the file again.")
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: not a regular file; pass a .nemo or .ckpt file.")
+    if path.suffix.lower() in FOLDER_SUFFIXES or (
+        path.name == WEIGHTS_MEMBER and os.path.exists(path.with_name(CONFIG_MEMBER))
+    ):
+        raise CheckpointError(f"{path}: one file of a checkpoint that is a folder; pass the folder {path.parent}.")
     return path
 
 
@@ -183,6 +189,8 @@ def _in_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: the folder has {SAFETENSORS}, but no {SAFETENSORS_CONFIG}; download the checkpoint again."
         )
+    if any(name.endswith(".onnx") for name in names):
+        raise CheckpointError(f"{folder}: has ONNX files only; pass the checkpoint that they were exported from.")
     pairs = ", ".join(f"no {config} with {weights}" for config, weights in FOLDERS)
     raise CheckpointError(
         f"{folder}: the folder contains no checkpoint: no .nemo file, {pairs}, no ONNX files; pass a .nemo or .ckpt "

@@ -1,10 +1,16 @@
-"""Open files, and refuse pipes and devices: reading from them may block or never end."""
+"""Open and replace regular files only: reading a pipe or a device may block or never end.
+
+Placeholders that Git LFS leaves for files are refused too.
+"""
 
 import os
 import stat
 from typing import IO
 
 from nemo_lfr.errors import NemoLfrError, printable
+
+POINTER = b"version https://git-lfs"
+POINTER_PROBLEM = "this is a Git LFS pointer, not the file itself; run `git lfs pull`"
 
 
 def open_regular(
@@ -18,7 +24,7 @@ def open_regular(
         advice: what the user should do, for the end of the error message.
 
     Raises:
-        NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder.
+        NemoLfrError: of class `error`, if `path` is a pipe, device, socket or folder, or a Git LFS pointer.
         OSError: if the file cannot be opened.
     """
     try:
@@ -29,10 +35,31 @@ def open_regular(
         raise
     try:
         _refuse(path, os.fstat(descriptor).st_mode, error, advice)
+        if os.read(descriptor, len(POINTER)) == POINTER:
+            raise error(f"{printable(os.fspath(path))}: {POINTER_PROBLEM}.")
+        os.lseek(descriptor, 0, os.SEEK_SET)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_replaceable(path: str | os.PathLike[str], error: type[NemoLfrError] = NemoLfrError) -> None:
+    """Check that an output path is not a pipe, a device or a socket, which a file would replace.
+
+    Args:
+        path: output file; need not exist.
+        error: exception class to raise.
+
+    Raises:
+        NemoLfrError: of class `error`, if it is one of these.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISDIR(mode):  # a folder has its own message
+        _refuse(path, mode, error, "choose another output path")
 
 
 def _refuse(path: str | os.PathLike[str], mode: int, error: type[NemoLfrError], advice: str) -> None:

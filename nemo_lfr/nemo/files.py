@@ -16,6 +16,7 @@ from nemo_lfr.errors import CheckpointError, ConfigError, shorten
 from nemo_lfr.io.atomic import writing_folder
 from nemo_lfr.io.hub import ALIASES, find_checkpoint
 from nemo_lfr.io.locate import expand_home, locate_checkpoint, looks_local
+from nemo_lfr.io.regular import check_replaceable
 from nemo_lfr.nemo.base import (
     DISCRIMINATOR,
     WAVLM,
@@ -212,6 +213,7 @@ class NemoFiles(BaseModel):
         path = expand_home(save_path).absolute()
         if path.is_dir():
             raise CheckpointError(f"{path}: this path is a folder; pass the path of a .nemo file to write.")
+        check_replaceable(path, CheckpointError)
         try:
             self._save_aside(path, *args, **kwargs)
         except OSError as error:

@@ -42,6 +42,8 @@ from nemo_lfr.checkpoint import (
     write_checkpoint,
 )
 from nemo_lfr.checkpoint.names import gain_of
+from nemo_lfr.checkpoint.source import MemorySource
+from nemo_lfr.checkpoint.tensors import Tensors
 from nemo_lfr.codec.codec import Codec
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import CheckpointError
@@ -491,6 +493,66 @@ BAD_CLASSES = [
     "nemo.collections.asr.models.EncDecCTCModel", "nemo_lfr.checkpoint.writer.write_checkpoint", "",
     MODULES + "ResNetSpeakerEncoder", MODULES + "os.system",
 ]  # fmt: skip
+
+
+@pytest.fixture
+def no_crc():
+    torch.serialization.set_crc32_options(False)
+    yield
+    torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize("kind", ["nemo", "ckpt", "ours"])
+def test_files_that_pytorch_wrote_without_checksums_are_read(tmp_path, no_crc, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "ours":
+        write_checkpoint(path, config(), STATE)
+    else:
+        path.write_bytes(with_weights(STATE) if kind == "nemo" else lightning(config()))
+    assert torch.equal(tokens_of(path), EXPECTED_TOKENS)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # everything but the values is checked as before
+    with pytest.raises(CheckpointError):
+        tokens_of(path)
+
+
+def test_one_missing_checksum_among_others_is_damage(tmp_path):
+    raw = bytearray(WEIGHTS_BYTES)
+    with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive:
+        crc = next(info.CRC for info in archive.infolist() if info.filename.endswith("data/0"))
+    (tmp_path / "a.nemo").write_bytes(with_weights(bytes(raw.replace(struct.pack("<I", crc), bytes(4)))))
+    with pytest.raises(CheckpointError, match="wrong checksum"):
+        tokens_of(tmp_path / "a.nemo")
+
+
+class CountingSource(MemorySource):
+    """Bytes in memory that count how many of them are read."""
+
+    count = 0
+
+    def read_into(self, offset, buffer):
+        self.count += len(buffer)
+        super().read_into(offset, buffer)
+
+
+def test_tensors_that_share_a_storage_are_read_in_linear_time():
+    flat = torch.arange(20_000.0)
+    data = zip_of({str(start): flat[start : start + 100] for start in range(0, len(flat), 100)})
+    source = CountingSource(data)
+    tensors = Tensors(Path("a"), source)
+    for start in range(0, len(flat), 100):
+        assert torch.equal(tensors[str(start)], flat[start : start + 100])
+    assert source.count < 4 * len(data)
+
+
+def test_damage_anywhere_in_a_shared_storage_is_found():
+    flat = torch.zeros(1000)
+    data = bytearray(zip_of({"a": flat[:10], "b": flat[10:20]}))
+    data[data.index(b"data/0") + 2000] ^= 1
+    tensors = Tensors(Path("a"), MemorySource(data))
+    for key in "ab" * 2:
+        with pytest.raises(CheckpointError, match="wrong checksum"):
+            tensors[key]
+
 
 # name -> (function that makes the file, regular expression of the message)
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {

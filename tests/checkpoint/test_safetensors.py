@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 import nemo_lfr
 from nemo_lfr.checkpoint.folder import export_safetensors
-from nemo_lfr.cli.main import app
+from nemo_lfr.cli.main import app, main
 from nemo_lfr.errors import CheckpointError, NemoLfrError
+from nemo_lfr.io.hub import find_checkpoint
 from tests.hub_server import HubServer
 from tests.models import KINDS, codec_config, speech_like, write_nemo
 from tests.tiers import slow_except
@@ -93,6 +94,12 @@ def _first(header):
     return next(value for name, value in header.items() if name != "__metadata__")
 
 
+def _overlap(header):
+    header.pop("__metadata__")  # and the checksum
+    first, second = [name for name in header if name.endswith("post_conv.conv.bias")]
+    header[second] = header[first]
+
+
 def _drop(header):
     del header[next(name for name in header if name.startswith("audio_decoder"))]
 
@@ -117,6 +124,8 @@ DAMAGE = {
     "no shape": _header(lambda header: _first(header).pop("shape")),
     "an entry that is a number": _header(lambda header: header.update(x=3)),
     "a missing weight": _header(_drop),
+    "two tensors at one place": _header(_overlap),
+    "a gap between tensors": _header(_drop),
     "a pickle": lambda data: b"\x80\x02}q\x00." + data,
 }
 
@@ -173,3 +182,29 @@ def test_a_folder_needs_both_files(folder):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError):
         nemo_lfr.load(folder, "cpu")
+
+
+def test_info_describes_an_exported_folder(folder, capsys):
+    main(["info", str(folder), "--json"])
+    (described,) = json.loads(capsys.readouterr().out)["items"]
+    assert described["format"] == "checkpoint" and described["fingerprint"] == nemo_lfr.load(folder, "cpu").fingerprint
+    assert described["file_bytes"] == sum(
+        (folder / name).stat().st_size for name in ("config.json", "model.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "encoder.onnx", "codec.json", "model_config.yaml", "model_weights.ckpt"],
+)
+def test_one_file_of_a_folder_is_refused_with_a_hint_to_the_folder(name, tmp_path):
+    (tmp_path / "model_config.yaml").write_bytes(b"x")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{name}: one file of .* pass the folder {tmp_path}"):
+        nemo_lfr.load(tmp_path / name, "cpu")
+
+
+def test_a_folder_of_onnx_files_is_not_exported_again(tmp_path):
+    (tmp_path / "encoder.onnx").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="has ONNX files only; pass the checkpoint"):
+        find_checkpoint(tmp_path)

@@ -96,6 +96,8 @@ REFUSED: dict[str, tuple[Any, Any, Any, str]] = {
     "a negative length": ([FIRST, SECOND], [9, -1], RATE, r"audio_len\[1\] is -1"),
     "an item at another rate": (item(FIRST), None, 16000, "declares a sample rate of 22050 Hz.*sample_rate is 16000"),
     "the second item at another rate": ([FIRST, item(FIRST)], None, 16000, r"audio\[1\] declares .* 22050 Hz"),
+    "an item at a rate in text": (item(FIRST, "22050"), None, RATE, "audio has the sample rate '22050', a string"),
+    "a rate in text": (item(FIRST), None, "22050", "audio has the sample rate '22050', a string; pass a number"),
     "an item at no rate": (item(FIRST, 0), None, None, "sample_rate 0 is not a number of Hz"),
     "an item of integers": (item(FIRST.astype(np.int32)), None, None, r"audio is torch.int32"),
     "a row of a table": ({"audio": item(FIRST), "text": ""}, None, None, r"keys \['audio', 'text'\]; pass 'array'"),

@@ -2,13 +2,32 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
-from nemo_lfr.io.atomic import open_temporary, replacing, sweep, write_bytes, write_new, writing_folder
+from nemo_lfr.checkpoint import write_checkpoint
+from nemo_lfr.checkpoint.folder import write_folder
+from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.atomic import (
+    check_overwrite,
+    make_folder,
+    open_temporary,
+    replacing,
+    sweep,
+    write_bytes,
+    write_new,
+    writing_folder,
+)
+from nemo_lfr.io.tensor_file import save_tensors
+from tests.models import cached_codec, codec_config
 
 HOLD = """
 import sys
@@ -137,3 +156,40 @@ def test_a_new_file_is_written_once_with_and_without_hard_links(tmp_path, monkey
     path = tmp_path / "a"
     assert write_new(path, b"first") and not write_new(path, b"second")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a"]
+
+
+def bind(path):
+    socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+SPECIAL = {"a pipe": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/null"), "a socket": bind}
+WRITERS = {
+    "check_overwrite": lambda path: check_overwrite(path, overwrite=True),
+    "replacing": lambda path: replacing(path).__enter__(),
+    "write_bytes": lambda path: write_bytes(path, b"x"),
+    "write_checkpoint": lambda path: write_checkpoint(path, codec_config(), {}),
+    "encode_file": lambda path: cached_codec().encode_file("a.wav", path, overwrite=True),
+    "save_tensors": lambda path: save_tensors(path, torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_pipe_or_device_is_never_replaced_by_a_file(kind, writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
+    soundfile.write("a.wav", np.zeros(2000), 22050)
+    path = Path("out")
+    SPECIAL[kind](path)
+    before = os.lstat(path)
+    with pytest.raises(NemoLfrError, match=rf"out: not a regular file but {kind}; choose another output path"):
+        WRITERS[writer](path)
+    assert os.lstat(path).st_ino == before.st_ino and sorted(os.listdir()) == ["a.wav", "out"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_place_of_an_output_folder_is_named(tmp_path, name):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NemoLfrError, match="file is a file, not a folder; choose another name"):
+        make_folder(tmp_path / name)
+    with pytest.raises(NemoLfrError, match="is a file, not a folder"):
+        write_folder(tmp_path / name, codec_config(), {})

@@ -1,4 +1,4 @@
-"""Tests that every reader refuses a pipe, device, socket or folder in place of a file without blocking."""
+"""Tests that every reader refuses a pipe, device, socket, folder or Git LFS pointer in place of a file."""
 
 import os
 import socket
@@ -6,16 +6,22 @@ from pathlib import Path
 
 import pytest
 
+import nemo_lfr
+from nemo_lfr.cli.info import describe
+from nemo_lfr.codec.onnx.manifest import read_verified
 from nemo_lfr.corpus.formats.base import regular_file
 from nemo_lfr.corpus.records import ShardRecord
 from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.corpus.token_tensor import read_token_tensor
 from nemo_lfr.errors import NemoLfrError
+from nemo_lfr.io.audio import AudioReader
+from nemo_lfr.io.entropy.model import EntropyModel
 from nemo_lfr.io.journal import Journal
 from nemo_lfr.io.layouts import text_of
 from nemo_lfr.io.manifests import read_manifest
 from nemo_lfr.io.regular import open_regular
 from nemo_lfr.io.text import read_lines
+from nemo_lfr.io.token_file import TokenReader
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 
@@ -65,3 +71,39 @@ def test_non_regular_record_is_ignored(kind, tmp_path, monkeypatch):
     ShardRecord.folder(Path()).mkdir(parents=True)
     KINDS[kind](ShardRecord.path(Path(), 0))
     assert ShardRecord.read(Path(), 0) is None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
+
+
+def load_folder(path: Path) -> None:
+    nemo_lfr.load(path.parent)
+
+
+# name -> (other files of its folder, the pointer, reader of the pointer)
+POINTERS = {
+    "a .nemo": ([], "a.nemo", nemo_lfr.load),
+    "a .ckpt": ([], "a.ckpt", nemo_lfr.load),
+    "the config of an unpacked .nemo": (["model_weights.ckpt"], "model_config.yaml", load_folder),
+    "the weights of an unpacked .nemo": (["model_config.yaml"], "model_weights.ckpt", load_folder),
+    "the config of a safetensors folder": (["model.safetensors"], "config.json", load_folder),
+    "the weights of a safetensors folder": (["config.json"], "model.safetensors", load_folder),
+    "the manifest of ONNX files": (["encoder.onnx"], "codec.json", load_folder),
+    "an ONNX file": ([], "encoder.onnx", lambda path: read_verified(path.parent, path.name, None)),
+    "a token file": ([], "a.lfr", TokenReader),
+    "an entropy model": ([], "a.lfrm", EntropyModel.read),
+    "audio": ([], "a.wav", lambda path: AudioReader(path, None)),
+    "audio that FFmpeg reads": ([], "a.m4a", lambda path: AudioReader(path, None)),
+    "a manifest": ([], "a.jsonl", read_manifest),
+    "info": ([], "b.nemo", lambda path: describe(str(path))),
+}
+
+
+@pytest.mark.parametrize("kind", POINTERS)
+def test_a_git_lfs_pointer_is_named_by_every_reader(kind, tmp_path):
+    others, name, reader = POINTERS[kind]
+    for other in others:
+        (tmp_path / other).write_bytes(b"a: 1")
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(NemoLfrError, match=rf"{name}: this is a Git LFS pointer, not the file itself; run `git lfs"):
+        reader(tmp_path / name)

@@ -22,7 +22,7 @@ from nemo.utils.app_state import AppState
 from omegaconf import OmegaConf
 
 import nemo_lfr
-from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError, MissingExtraError
+from nemo_lfr import AudioCodecModel, AudioError, CheckpointError, ConfigError, MissingExtraError, NemoLfrError
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from tests.checkpoint.test_checkpoint import HOSTILE
 from tests.hub_server import HubServer
@@ -336,6 +336,20 @@ def test_tokens_can_be_saved_and_loaded_with_weights_only(nemo_file, tmp_path):
     tokens, _ = model.encode(speech_like(8192)[None], torch.tensor([8192]))
     torch.save(tokens, tmp_path / "tokens.pt")
     assert torch.equal(torch.load(tmp_path / "tokens.pt", weights_only=True), tokens)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_save_to_never_replaces_a_pipe(nemo_file, tmp_path):
+    os.mkfifo(tmp_path / "a.nemo")
+    with pytest.raises(CheckpointError, match=r"a\.nemo: not a regular file but a pipe"):
+        AudioCodecModel.restore_from(nemo_file, map_location="cpu").save_to(tmp_path / "a.nemo")
+    assert (tmp_path / "a.nemo").is_fifo()
+
+
+def test_a_model_on_the_meta_device_is_refused(nemo_file):
+    model = AudioCodecModel.restore_from(nemo_file, map_location="cpu").to("meta")
+    with pytest.raises(NemoLfrError, match="device 'meta' and has no weights"):
+        model.encode(audio=torch.zeros(1, 4000), audio_len=torch.tensor([4000]))
 
 
 def test_save_to_leaves_the_old_file_when_it_fails(nemo_file, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, METADATA, VERSION
 from nemo_lfr.codec.programs import fp32_backend, graphs
 from nemo_lfr.codec.torch_backend import TorchBackend
 from nemo_lfr.errors import install_command
-from nemo_lfr.io.atomic import check_overwrite, naming, writing_folder
+from nemo_lfr.io.atomic import check_overwrite, make_folder, naming, writing_folder
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.shortage import missing_extra
 
@@ -59,7 +59,7 @@ def export_onnx(codec: CodecBase[Any], folder: str | os.PathLike[str], *, overwr
     targets = [Path(folder, name) for name in (ENCODER, DECODER, MANIFEST)]
     for target in targets:
         check_overwrite(target, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with building_state(torch.device("cpu")), backend.computing():
         _write(backend, targets)
     return targets

@@ -22,6 +22,7 @@ from nemo_lfr.codec.backend import ModuleLimits
 from nemo_lfr.codec.onnx import DECODER, ENCODER, MANIFEST, VERSION
 from nemo_lfr.errors import CheckpointError, shorten
 from nemo_lfr.frames import Context
+from nemo_lfr.io.regular import open_regular
 from nemo_lfr.spec import CodecSpec
 
 MAX_BYTES = 1 << 16
@@ -66,7 +67,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder}: no {MANIFEST} in this folder. An ONNX file needs the {MANIFEST} of its export in the same "
                 f"folder; copy it there, or {AGAIN}."
             )
-        with open(path, "rb") as file:
+        with open_regular(path, CheckpointError) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
@@ -154,7 +155,8 @@ def read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; nemo-lfr export onnx writes it.")
     try:
-        data = path.read_bytes()
+        with open_regular(path, CheckpointError) as file:
+            data = file.read()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({shorten(error.strerror or error)}).") from error
     if hashlib.sha256(data).hexdigest() != manifest.files[name]:
