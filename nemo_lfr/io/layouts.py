@@ -6,25 +6,20 @@ caller can skip unreadable ones. Lhotse's recipes for the same corpora stop at t
 
 import logging
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_lfr.errors import ConfigError, NemoLfrError, printable, shorten
+from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import AUDIO_SUFFIXES, MAX_NAME, find_files
-from nemo_lfr.io.tables import METADATA_NAMES, is_table, read_table
+from nemo_lfr.io.splits import split_label, split_of_name, split_of_parts
+from nemo_lfr.io.tables import METADATA_NAMES, RepeatedColumnError, is_table, read_table
 from nemo_lfr.io.text import decode, read_lines
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid", "test")
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("valid", "validation", "val", "dev", "development"), "valid"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 # Maximum number of characters in a field. A longer field is not a sentence, but the result of a missing line end.
 MAX_FIELD = 1 << 17
 
@@ -37,7 +32,7 @@ class CorpusUtterance:
         path: path of the audio file, relative to the folder of the corpus. If there is a problem, it may be the place
             of the problem instead, such as a line of a table.
         speaker: name of the speaker in the corpus; empty if unknown.
-        split: one of `SPLITS`; None if the corpus does not assign the utterance to a split.
+        split: one of `nemo_lfr.io.splits.SPLITS`; None if the corpus does not assign the utterance to a split.
         labels: further labels: "lang" and "text".
         problem: reason why the utterance cannot be used, such as a transcript that is not UTF-8; None if it can.
         offset: start in seconds of the section of the file that is the utterance; None for its beginning.
@@ -57,18 +52,19 @@ def librispeech(corpus: Path) -> Iterator[CorpusUtterance]:
     """Read LibriSpeech (openslr.org/12): PART/SPEAKER/CHAPTER/*.flac, with one *.trans.txt for each chapter."""
     for transcript in _named(corpus, "*.trans.txt"):
         part, speaker, _ = transcript.parent.parts[-3:]
+        if (split := split_of_name(part)) is None:
+            yield _without_split(transcript, corpus, part)
+            continue
         for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b" "), start=1):
             if name is None:
-                yield CorpusUtterance(Path(text), speaker, _split(part), problem=problem)
+                yield CorpusUtterance(Path(text), speaker, split, problem=problem)
                 continue
             if not _is_file_name(name):
                 place = Path(f"{transcript.relative_to(corpus)}, line {number}")
-                yield CorpusUtterance(
-                    place, speaker, _split(part), problem=f"{shorten(name)!r} is not a valid file name"
-                )
+                yield CorpusUtterance(place, speaker, split, problem=f"{shorten(name)!r} is not a valid file name")
                 continue
             path = (transcript.parent / f"{name}.flac").relative_to(corpus)
-            yield CorpusUtterance(path, speaker, _split(part), {"lang": "en", "text": text}, problem)
+            yield CorpusUtterance(path, speaker, split, {"lang": "en", "text": text}, problem)
 
 
 def mls(corpus: Path) -> Iterator[CorpusUtterance]:
@@ -76,7 +72,9 @@ def mls(corpus: Path) -> Iterator[CorpusUtterance]:
     for transcript in _named(corpus, "transcripts.txt"):
         folder = transcript.parent
         language = folder.parent.name.removeprefix("mls_").removesuffix("_opus")
-        split = _split(folder.name)
+        if (split := split_of_name(folder.name)) is None:
+            yield _without_split(transcript, corpus, folder.name)
+            continue
         for number, (name, text, problem) in enumerate(_transcripts(transcript, corpus, b"\t"), start=1):
             if name is None:
                 yield CorpusUtterance(Path(text), "", split, problem=problem)
@@ -100,14 +98,14 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
     of its table is an utterance with a problem.
 
     Raises:
-        ValueError: if a table lacks one of these columns.
+        ValueError: if a table lacks one of these columns, or has two of the same name.
     """
     for table in _named(corpus, "*.tsv"):
         spontaneous = table.name.startswith("ss-corpus-")
         if not table.is_file() or not (spontaneous or table.stem in ("train", "dev", "test")):
             continue
         place = table.relative_to(corpus)
-        split = None if spontaneous else _split(table.stem)
+        split = None if spontaneous else split_of_name(table.stem)
         try:
             header, *rows = read_lines(table)
             columns = decode(header).split("\t")
@@ -119,18 +117,20 @@ def commonvoice(corpus: Path) -> Iterator[CorpusUtterance]:
         )
         if missing := sorted({"client_id", audio, text} - set(columns)):
             raise ValueError(f"{place} lacks the columns {missing}; it has {columns}")
+        if name := repeated_column(columns):
+            raise ValueError(f"{place} has two columns that are named {shorten(repr(name))}")
         for number, line in enumerate(rows, start=2):
             if not line.strip():
                 continue
             try:
                 row = _row(line, columns)
                 path = _below(row[audio])
+                own = split_label(row.get("split")) if spontaneous else split
             except ValueError as error:
                 yield CorpusUtterance(Path(f"{place}, line {number}"), "", split, problem=str(error))
                 continue
             labels = {"lang": row.get("locale") or row.get("language") or table.parent.name}
             labels |= {"text": row[text]} if row[text] or not spontaneous else {}
-            own = (_split(row["split"]) if row.get("split") else None) if spontaneous else split
             yield CorpusUtterance((table.parent / folder / path).relative_to(corpus), row["client_id"], own, labels)
 
 
@@ -147,8 +147,8 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
     """Read the audio files below a folder.
 
     A .txt file beside an audio file contains the text. If there is a table `metadata.csv`, `metadata.tsv` or
-    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. Folders directly below the corpus
-    are splits if their names are those of at least two splits.
+    `metadata.jsonl`, as in Hugging Face's AudioFolder, its labels have precedence. Folders are splits if their names
+    are those of at least two splits.
 
     Args:
         corpus: the folder.
@@ -160,13 +160,13 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
         rows.setdefault(row.path, []).append(row)
     paths = find_files(corpus, AUDIO_SUFFIXES, silent_suffixes={".txt"})
     folders = {path: path.relative_to(corpus).parts[:-1] for path in paths}
-    splits = {name: split_of(name) for names in folders.values() for name in names[:1]}
+    splits = {names: split_of_parts(names) for names in folders.values()}
     has_splits = len(set(splits.values()) - {None}) > 1
     for path, names in folders.items():
         speaker = names[speaker_level - 1] if speaker_level and len(names) >= speaker_level else ""
-        split = splits[names[0]] if has_splits and names else None
+        split = splits[names] if has_splits else None
         found = rows.pop(path.relative_to(corpus), [])
-        if any(not row.problem for row in found):
+        if found:
             for row in found:
                 yield replace(row, speaker=row.speaker or speaker, split=row.split or split)
         else:
@@ -176,8 +176,13 @@ def folder(corpus: Path, speaker_level: int | None = None) -> Iterator[CorpusUtt
         yield row if row.problem else replace(row, problem="the file is listed in a table, but does not exist")
 
 
-def table(path: Path) -> Iterator[CorpusUtterance]:
-    """Read a CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder."""
+def table(path: Path, *, by_file: bool = False) -> Iterator[CorpusUtterance]:
+    """Read a CSV, TSV or metadata.jsonl file with a column of audio paths, which are relative to the file's folder.
+
+    Args:
+        path: the table.
+        by_file: locate a problem of a row by its audio file if the row names one. Otherwise by the line.
+    """
     from nemo_lfr.io.manifests import resolve_audio_path, seconds  # imports the audio readers, unneeded for help
 
     for row in read_table(path):
@@ -189,11 +194,16 @@ def table(path: Path) -> Iterator[CorpusUtterance]:
         labels = {key: text for key in ("lang", "text") if (text := _as_text(values.get(key)))}
         speaker = _as_text(values.get("speaker"))
         try:
-            split = _split_of_row(values.get("split"))
             name = resolve_audio_path("", values["audio_filepath"])
+        except ValueError as error:
+            yield CorpusUtterance(place, speaker, problem=str(error))
+            continue
+        try:
+            split = split_label(values.get("split"))
             section = (seconds(values, "offset"), seconds(values, "duration"))
         except (TypeError, ValueError) as error:
-            yield CorpusUtterance(place, speaker, problem=str(error))
+            problem = f"{place}: {error}" if by_file else str(error)
+            yield CorpusUtterance(name if by_file else place, speaker, problem=problem)
             continue
         yield CorpusUtterance(name, speaker, split, labels, None, *section)
 
@@ -210,8 +220,11 @@ def _metadata(corpus: Path) -> Iterator[CorpusUtterance]:
     for path in [path for name in METADATA_NAMES for path in _named(corpus, name) if is_table(path)]:
         folder_name = path.parent.relative_to(corpus)
         try:
-            for row in table(path):
+            # A file whose row is refused must not be used without the row.
+            for row in table(path, by_file=True):
                 yield replace(row, path=Path(os.path.normpath(folder_name / row.path)))
+        except RepeatedColumnError:
+            raise
         except ConfigError as error:  # a table of another kind, such as LJSpeech's
             logger.warning("%s Its labels are not used.", error)
 
@@ -272,27 +285,9 @@ def _named(corpus: Path, pattern: str) -> list[Path]:
     return [path for path in find_files(corpus, {suffix}, report=lambda _: None) if path.match(pattern)]
 
 
-def split_of(name: str) -> str | None:
-    """Return the split that a name begins with, such as "dev-clean" or "Validation"; None for another name."""
-    word = re.match(r"[a-z]*", name.strip().lower())
-    return _SPLIT_NAMES.get(word[0]) if word else None
-
-
-def _split(name: str) -> str:
-    return split_of(name) or "train"
-
-
-def _split_of_row(value: object) -> str | None:
-    """Return the split in a row of a table; raise ValueError if it is not one.
-
-    A guess could put test data into the training set.
-    """
-    if value is None or not str(value).strip():
-        return None
-    split = split_of(value) if isinstance(value, str) else None
-    if split is None:
-        raise ValueError(f"its split {shorten(repr(value))} is not one of {', '.join(SPLITS)}")
-    return split
+def _without_split(transcript: Path, corpus: Path, name: str) -> CorpusUtterance:
+    problem = f"its folder {shorten(name)!r} is not a split; expected a name such as train, dev or test"
+    return CorpusUtterance(transcript.relative_to(corpus), "", problem=problem)
 
 
 def text_of(transcript: Path) -> tuple[dict[str, str], str | None]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.io.cut_audio import forbid_programs
-from nemo_lfr.io.layouts import CorpusUtterance, split_of
+from nemo_lfr.io.layouts import CorpusUtterance
 from nemo_lfr.io.shortage import require
+from nemo_lfr.io.splits import split_of_name
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _utterances(manifests: Any, corpus: Path, name: str, split: str | None = Non
         raise NemoLfrError(f"Lhotse's recipe {name} returns {kind}, not recordings and supervisions.")
     if "recordings" not in manifests:
         for key, part in manifests.items():
-            yield from _utterances(part, corpus, name, split or split_of(str(key)))
+            yield from _utterances(part, corpus, name, split or split_of_name(str(key)))
         return
     supervisions: dict[str, list[Any]] = {}
     for supervision in manifests.get("supervisions") or ():

@@ -14,10 +14,11 @@ from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
-from nemo_lfr.io.layouts import LAYOUTS, SPLITS, CorpusUtterance, folder, hold_out
+from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
+from nemo_lfr.io.splits import SPLITS
 from nemo_lfr.io.tables import is_table
 
 FAILURES = "failures.jsonl"

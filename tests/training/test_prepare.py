@@ -518,6 +518,7 @@ FOLDER_SPLITS = {
         {"train": 2, "valid": 1, "test": 1},
     ),
     "only train": (["train/a.wav", "train/b.wav", "train/c.wav"], {"train": 2, "valid": 1}),
+    "below": (["data/train/a.wav", "data/dev/b.wav", "data/test/c.wav"], {"train": 1, "valid": 1, "test": 1}),
     "no splits": (["clean/a.wav", "noisy/b.wav", "test/c.wav"], {"train": 2, "valid": 1}),
 }
 
@@ -535,7 +536,7 @@ def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
     found = splits_of(tmp_path / "out")
     assert {split: len(files) for split, files in found.items()} == expected
     if "test" in found:
-        assert all(name.startswith("test") for name in found["test"])
+        assert all("test" in name for name in found["test"])
 
 
 @pytest.mark.parametrize("kind", ["table", "folder"])
@@ -571,6 +572,84 @@ def test_a_number_is_a_speaker_in_a_table(tmp_path, kind, column):
     speakers = [{entry["speaker"] for entry in own} for own in entries.values()]
     assert sorted(map(sorted, speakers)) == [["0"], ["1"]]
     assert {entry["text"] for own in entries.values() for entry in own} == {"7"}
+
+
+SPLIT_WORDS = {
+    "train": "train",
+    "TRAIN": "train",
+    "training": "train",
+    "train-clean-100": "train",
+    "validation": "valid",
+    "Validation": "valid",
+    "valid": "valid",
+    "val": "valid",
+    "dev_clean": "valid",
+    "train_dev": "valid",
+    "TEST": "test",
+    " test": "test",
+    "test-clean": "test",
+    "testing": "test",
+    "testset": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "other": None,
+    "validated": None,
+    "0": None,
+}
+
+
+@pytest.mark.parametrize("door", ["table", "folder", "commonvoice", "JSON"])
+def test_every_name_of_a_split_is_understood_or_refused_with_its_row(tmp_path, door):
+    rows = [(f"{index}.wav", name, expected) for index, (name, expected) in enumerate(SPLIT_WORDS.items())]
+    root = tmp_path / "corpus"
+    kind, place = door, f"{door}.csv"
+    if door == "commonvoice":
+        place, root = "ss-corpus-en.tsv", root / "en"
+        header = "client_id\taudio_file\ttranscription\tlanguage\tsplit"
+        lines = [header, *(f"s\t{file}\thi\ten\t{name}" for file, name, _ in rows)]
+    else:
+        lines = ["file_name,split", *(f"{file},{name}" for file, name, _ in rows)]
+    if door == "JSON":
+        kind, place = "table", "metadata.jsonl"
+        lines = [json.dumps({"file_name": file, "split": 0 if name == "0" else name}) for file, name, _ in rows]
+    elif door == "folder":
+        place = "metadata.csv"
+    text(root / place, "\n".join(lines))
+    for file, _, _ in rows:
+        audio(root / "audios" / file if door == "commonvoice" else root / file, 0.1)
+    corpus = root / place if kind == "table" else tmp_path / "corpus"
+    result = prepare(kind, corpus, tmp_path / "out", valid_share=0, check=False)
+    splits = {
+        Path(entry["audio_filepath"]).name: split
+        for split in result.splits
+        for entry in manifest(tmp_path / "out" / f"{split}.json")
+    }
+    assert splits == {file: expected for file, _, expected in rows if expected}
+    problems = [f"{entry['input']}: {entry['error']}" for entry in result.failures]
+    assert len(problems) == 3 and all(f"{place}, line " in problem for problem in problems)
+    assert all("is unknown; use train, validation or test" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("kind", ["librispeech", "mls"])
+def test_a_part_of_another_name_is_no_training_data(tmp_path, kind):
+    MAKE[kind](tmp_path / "corpus")
+    part = {"librispeech": "LibriSpeech/test-other", "mls": "mls_german/test"}[kind]
+    (tmp_path / "corpus" / part).rename(tmp_path / "corpus" / part.replace("test", "held"))
+    result = prepare(kind, tmp_path / "corpus", tmp_path / "out")
+    assert list(result.splits) == ["train", "valid"]
+    (failure,) = result.failures
+    assert "is not a split" in failure["error"]
+
+
+@pytest.mark.parametrize("kind", ["table", "folder", "commonvoice"])
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, kind):
+    audio(tmp_path / "c" / "a.wav", 0.1)
+    name = "train.tsv" if kind == "commonvoice" else "metadata.csv"
+    rows = "client_id,path,sentence,sentence\ns,a.wav,,hi\n"
+    text(tmp_path / "c" / name, rows.replace(",", "\t") if kind == "commonvoice" else rows)
+    with pytest.raises(NemoLfrError, match=r"two columns .* 'sentence'"):
+        prepare(kind, tmp_path / "c" / name if kind == "table" else tmp_path / "c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_becomes_manifests_that_training_reads(tmp_path):
