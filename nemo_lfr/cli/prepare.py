@@ -76,6 +76,8 @@ def prepare(
             f"{split:<9}  {figures.manifest}  ({figures.utterances} utterances, {figures.speakers} speakers, "
             f"{figures.duration_s / 3600:.2f} hours)"
         )
+    if done.held_out_by:
+        print_line(f"valid      held out by {done.held_out_by}")
     if done.failures_file is not None:
         print_line(f"failures   {done.failures_file}  ({len(done.failures)})")
     for path in done.kept:
@@ -98,5 +100,6 @@ def prepare(
         },
         "failures_file": None if done.failures_file is None else str(done.failures_file),
         "kept": [str(path) for path in done.kept],
+        "held_out_by": done.held_out_by,
         "audio_dir": str(done.audio_dir),
     }

@@ -238,12 +238,15 @@ class PrepareResult(Result):
         splits: manifest of each split (train, valid or test), by the name of the split.
         failures_file: path of failures.jsonl; None if nothing failed.
         kept: files of earlier runs in the output folder that this run did not write.
+        held_out_by: what was held out for validation: "speaker", "folder", "file", or several of these with "or"
+            between them; empty if nothing was held out.
         audio_dir: folder that the paths in the manifests are relative to.
     """
 
     splits: dict[str, SplitFigures]
     failures_file: str | None
     kept: list[str]
+    held_out_by: str
     audio_dir: str
 
 

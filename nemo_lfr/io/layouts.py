@@ -254,14 +254,12 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
     Returns:
         The utterances in the same order, all with a split.
     """
-    speakers = {utterance.speaker for utterance in utterances}
-    folders = {utterance.path.parent for utterance in utterances}
+    unit = _units(utterances, share)
 
     def name(utterance: CorpusUtterance) -> str:
-        if utterance.speaker and len(speakers) > 1:
-            return utterance.speaker
         path = utterance.path
-        return (path.parent if not utterance.speaker and share * len(folders) >= 1 else path).as_posix()
+        names = {"speaker": utterance.speaker, "folder": path.parent.as_posix(), "file": path.as_posix()}
+        return names[unit(utterance)]
 
     hashes = {
         name(utterance): zlib.crc32(name(utterance).encode(errors="surrogateescape"))
@@ -277,6 +275,26 @@ def hold_out(utterances: list[CorpusUtterance], share: float) -> list[CorpusUtte
         replace(utterance, split=utterance.split or ("valid" if name(utterance) in held else "train"))
         for utterance in utterances
     ]
+
+
+def held_out_by(utterances: list[CorpusUtterance], share: float) -> str:
+    """Return what `hold_out` chooses from, such as "speaker" or "folder"; "" if all utterances have a split."""
+    unit = _units(utterances, share)
+    units = {unit(utterance) for utterance in utterances if utterance.split is None and not utterance.problem}
+    return " or ".join(sorted(units, reverse=True))
+
+
+def _units(utterances: list[CorpusUtterance], share: float) -> Callable[[CorpusUtterance], str]:
+    """Return a function that says what an utterance is held out with: its "speaker", "folder" or "file"."""
+    speakers = {utterance.speaker for utterance in utterances}
+    folders = {utterance.path.parent for utterance in utterances}
+
+    def unit(utterance: CorpusUtterance) -> str:
+        if utterance.speaker and len(speakers) > 1:
+            return "speaker"
+        return "folder" if not utterance.speaker and share * len(folders) >= 1 else "file"
+
+    return unit
 
 
 def _named(corpus: Path, pattern: str) -> list[Path]:

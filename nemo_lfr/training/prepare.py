@@ -14,7 +14,7 @@ from nemo_lfr.io.atomic import sweep
 from nemo_lfr.io.audio import AudioReader
 from nemo_lfr.io.exclusive import exclusive
 from nemo_lfr.io.journal import Journal, Progress, write_text
-from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, hold_out
+from nemo_lfr.io.layouts import LAYOUTS, CorpusUtterance, folder, held_out_by, hold_out
 from nemo_lfr.io.lhotse_recipes import PREFIX, lhotse_recipe
 from nemo_lfr.io.manifests import MAX_SECONDS
 from nemo_lfr.io.reading import DURATION_SLACK
@@ -53,6 +53,8 @@ class Prepared:
         failures: records of the files, rows and transcripts that cannot be used.
         failures_file: path of failures.jsonl, which contains these records; None if there are no failures.
         kept: manifests and failures.jsonl in the output folder that an earlier run wrote and this run did not replace.
+        held_out_by: what was held out for validation: "speaker", "folder", "file", or several of these with "or"
+            between them; empty if nothing was held out.
     """
 
     audio_dir: Path
@@ -60,6 +62,7 @@ class Prepared:
     failures: list[Failure] = field(default_factory=list)
     failures_file: Path | None = None
     kept: list[Path] = field(default_factory=list)
+    held_out_by: str = ""
 
 
 @contextmanager
@@ -137,11 +140,13 @@ def prepare(
     utterances = _once(utterances)
     if kind == "folder" and all(utterance.split != "valid" for utterance in utterances):
         utterances = [replace(item, split=None) if item.split == "train" else item for item in utterances]
-    if any(utterance.split is None for utterance in utterances):
-        utterances = hold_out(utterances, valid_share)
+    units = held_out_by(utterances, valid_share)
+    utterances = hold_out(utterances, valid_share)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
-        return _write_all(kind, utterances, corpus, out, workers, check, progress)
+        result = _write_all(kind, utterances, corpus, out, workers, check, progress)
+    result.held_out_by = units if valid_share and "valid" in result.splits else ""
+    return result
 
 
 def _write_all(

@@ -652,6 +652,31 @@ def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
+SPEAKERS = {
+    "speaker": ["a", "a", "b", "b"],
+    "file": ["", "", "", ""],
+    "file ": ["a", "a", "a", "a"],
+    "speaker or file": ["a", "a", "", ""],
+}
+
+
+@pytest.mark.parametrize("units", SPEAKERS)
+def test_the_command_says_what_is_held_out(tmp_path, capsys, units):
+    for index in range(4):
+        audio(tmp_path / "c" / f"{index}.wav", 0.1)
+    rows = [f"{index}.wav,{speaker}" for index, speaker in enumerate(SPEAKERS[units])]
+    text(tmp_path / "c" / "metadata.csv", "\n".join(["file_name,speaker", *rows]))
+    command = ["prepare", "folder", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--valid-share", "0.5"]
+    for options in ([], ["--json"]):
+        main([*command, *options])
+        out = capsys.readouterr().out
+        assert f"held out by {units.strip()}" in out or json.loads(out)["held_out_by"] == units.strip()
+    sides = [manifest(tmp_path / "out" / f"{split}.json") for split in ("train", "valid")]
+    assert all(sides)
+    if units == "speaker":
+        assert not set.intersection(*({entry["speaker"] for entry in side} for side in sides))
+
+
 def test_a_table_becomes_manifests_that_training_reads(tmp_path):
     for name in "abc":
         audio(tmp_path / "corpus" / "wavs" / f"{name}.wav", 0.1)
