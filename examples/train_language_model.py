@@ -176,7 +176,12 @@ class Trainer:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.out = expand_home(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NemoLfrError(
+                f"{self.out}: cannot be used as a folder ({error.strerror}); choose another out=."
+            ) from error
         self.data = self._open(config.tokens, shuffle=True)
         self.valid = None if config.valid is None else self._open(config.valid, shuffle=False)
         codec = self.data.tokens.codec

@@ -242,6 +242,8 @@ def test_two_ranks_stop_together_and_resume_exactly(undisturbed, tmp_path):
         ("tokens=???", "Missing mandatory value: tokens"),
         ("out=???", "Missing mandatory value: out"),
         ("tokens=nowhere", "nowhere"),
+        ("out={file}", "file: cannot be used as a folder"),
+        ("out={file}/below", "below: cannot be used as a folder"),
         ("steps=many", "steps is 'many'; pass a positive int"),
         ("batch_size=0", "batch_size is 0; pass a positive int"),
         ("model.width=33", "is not a multiple of model.heads"),
@@ -255,7 +257,8 @@ def test_a_user_error_is_a_one_line_error(overrides, message, example, undisturb
 
     keys, out = undisturbed
     write_tokens(tmp_path / "other", "lfr", [2])
-    overrides = overrides.format(other=tmp_path / "other", new=tmp_path / "new")
+    overrides = overrides.format(other=tmp_path / "other", new=tmp_path / "new", file=tmp_path / "file")
+    (tmp_path / "file").touch()
     arguments = [*keys.split(), f"out={out}", "sample_frames=4", *overrides.split()]
     before = weights_of(out)
     assert example.main([*arguments, "steps=1"] if "steps" not in overrides else arguments) == 2

@@ -23,6 +23,7 @@ from nemo_lfr.io.locate import (
 from nemo_lfr.io.regular import open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number as a pickle
 # Limits against malicious archives. NVIDIA's released checkpoint has 7 kB of config and 620 MB of weights.
 MAX_MEMBERS = 64
 MAX_CONFIG_BYTES = 1 << 20
@@ -119,6 +120,11 @@ def _read_members(path: Path, file: IO[bytes]) -> Members:
         raise CheckpointError(f"{path}: this is a web page, not a checkpoint; download the file itself.")
     if head.startswith(ZIP_MAGIC):
         return Members(None, FileSource(path, file, 0, size, state))
+    if head.startswith(LEGACY_MAGIC):
+        raise CheckpointError(
+            f"{path}: this is a bare pickle from before PyTorch 1.6, which could run code when read; load it with "
+            "PyTorch if you trust it, and save it again."
+        )
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
     stream = _Bounded(file, None) if unpack is None else _Bounded(unpack(file), (64 << 20) + MAX_EXPANSION * size)
     found = _find_members(path, stream)

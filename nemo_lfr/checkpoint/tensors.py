@@ -203,6 +203,7 @@ class Tensors:
                 raise zipfile.BadZipFile(f"its pickle is larger than {MAX_PICKLE_BYTES} bytes")
             raw = bytearray(self._records[pickles[0]].file_size)
             self._read_record(pickles[0], 0, memoryview(raw))
+            self._check_byte_order()
             self.contents = state = _unpickle(bytes(raw), training)
         except CheckpointError:
             raise
@@ -267,6 +268,18 @@ class Tensors:
         if entry.negative:
             return tensor.neg()
         return tensor if numel == len(flat) else tensor.clone()
+
+    def _check_byte_order(self) -> None:
+        name = f"{self._root}byteorder"  # absent in files from before PyTorch 2.1
+        size = self._records[name].file_size if name in self._records else 0
+        if 0 < size <= len("little"):
+            raw = bytearray(size)
+            self._read_record(name, 0, memoryview(raw))
+            if raw == b"big":
+                raise CheckpointError(
+                    f"{self.path}: its values have the byte order of a big-endian computer; save it again on a "
+                    "little-endian one."
+                )
 
     def _scratch(self, num_bytes: int) -> torch.Tensor:
         if len(self._buffer) < num_bytes:

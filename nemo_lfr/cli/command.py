@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from nemo_lfr.cli.session import FAILED, Session, current, output_rules, print_json
+from nemo_lfr.cli.session import FAILED, Session, current, fail, output_rules, print_json
+from nemo_lfr.errors import NemoLfrError
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
@@ -61,6 +62,12 @@ class Command(click.Command):
         session.report_failures()
         if values is not None:
             print_json(values)
+        if session.lost_output:
+            closed = (
+                "stdout is closed, so the result was not printed; connect it to a file, a pipe or the null device."
+            )
+            fail("stdout", NemoLfrError(closed))
+            session.report_failures()
         if session.failures:
             sys.exit(FAILED)
 

@@ -34,6 +34,7 @@ class Session:
         started: whether the arguments were accepted and the work has begun. It determines the exit code of an error.
         failures: records of requested work that failed.
         reported: number of failures that `report_failures` has already printed.
+        lost_output: whether a part of the result could not be printed, because stdout was closed.
     """
 
     as_json: bool = False
@@ -42,6 +43,7 @@ class Session:
     started: bool = False
     failures: list[Failure] = field(default_factory=list)
     reported: int = 0
+    lost_output: bool = False
 
     def report_failures(self, total: int = 0, shown: int = SHOWN_FAILURES, see: str = "") -> None:
         """Print failures on stderr that have not been printed yet.
@@ -86,7 +88,7 @@ def print_line(text: object) -> None:
     from nemo_lfr.errors import printable
 
     if not current().as_json:
-        click.echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
+        _echo(printable(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
 
 
 def fail(source: object, error: BaseException) -> None:
@@ -104,7 +106,13 @@ def print_json(values: Any) -> None:
     """Print the result of a command on stdout, if --json was passed."""
     session = current()
     if session.as_json:
-        click.echo(json.dumps({**values, "failures": session.failures}, indent=2))
+        _echo(json.dumps({**values, "failures": session.failures}, indent=2))
+
+
+def _echo(text: str) -> None:
+    if sys.stdout is None:
+        current().lost_output = True
+    click.echo(text)
 
 
 class _StderrHandler(logging.Handler):

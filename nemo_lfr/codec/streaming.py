@@ -51,7 +51,7 @@ class _Stream:
     ) -> None:
         for name, value in (("lookahead", lookahead), ("first_lookahead", first_lookahead)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 to {context}, or None.")
+                raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 or more frames, or None.")
         self.codec, self.modules = codec, modules
         self.delay_frames = context if lookahead is None else min(lookahead, context)
         self.first_delay_frames = self.delay_frames if first_lookahead is None else min(first_lookahead, context)

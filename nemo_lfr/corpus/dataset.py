@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -161,7 +161,12 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
 
         Args:
             epoch: number of the epoch.
+
+        Raises:
+            NemoLfrError: if `epoch` is negative or 2^63 or more.
         """
+        if not 0 <= epoch < 2**63:
+            raise NemoLfrError(f"epoch is {shorten(repr(epoch))}; pass an integer of at least 0 and below 2^63.")
         self._epoch.fill_(epoch)
         self._progress, self._resumed = (
             state if state is not None and state["epoch"] == epoch else None
@@ -236,6 +241,8 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
         Raises:
             NemoLfrError: if the state is invalid, or was saved with other tokens, arguments or numbers of processes.
         """
+        if not isinstance(state_dict, Mapping):
+            raise NemoLfrError(f"the state is {shorten(repr(state_dict))}; pass the return value of state_dict.")
         for name, value in self._settings().items():
             if name not in state_dict or state_dict[name] != value:
                 raise NemoLfrError(
@@ -246,6 +253,11 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
             if type(state_dict.get(name)) is not int or state_dict[name] < least:
                 value = shorten(repr(state_dict.get(name)))
                 raise NemoLfrError(f"the state's {name} is {value}; expected an integer of at least {least}.")
+        if state_dict["position"] > sum(self.tokens.counts):
+            raise NemoLfrError(
+                f"the state's position is {state_dict['position']}, but there are only {sum(self.tokens.counts)} "
+                "utterances; start without the state."
+            )
         self._resumed = {name: state_dict[name] for name in ("epoch", "position", "workers")}
 
     def _settings(self) -> dict[str, Any]:

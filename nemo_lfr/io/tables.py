@@ -110,8 +110,13 @@ def _json_lines(lines: Sequence[bytes]) -> Iterator[TableRow]:
 
 def _delimited(path: Path, lines: Sequence[bytes]) -> Iterator[TableRow]:
     """Yield the rows of a CSV or TSV file."""
-    delimiter, columns = _header(path, lines[0] if lines else b"")
-    index = 1
+    if len(lines) == 1:
+        lines = lines[0].splitlines()  # a file with the line ends of old Macs
+    first = next((index for index, line in enumerate(lines) if line.strip()), None)
+    if first is None:
+        raise ConfigError(f"{path}: the table is empty; its first line must name the columns.")
+    delimiter, columns = _header(path, lines[first])
+    index = first + 1
     while index < len(lines):
         number = index + 1
         if not lines[index].strip():

@@ -7,10 +7,11 @@ has 32 digits. Without a codec, the digits can be regrouped losslessly into 4 co
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_lfr.errors import TokensError
+from nemo_lfr.errors import TokensError, shorten
 from nemo_lfr.lm.arrays import as_integers, constant
 
 Levels = Sequence[int] | Sequence[Sequence[int]]
@@ -122,7 +123,7 @@ def regroup(tokens: Any, levels: Levels, new_levels: Levels) -> Any:
 
 
 def _is_nested(levels: Levels) -> bool:
-    return bool(len(levels)) and not isinstance(levels[0], int) and hasattr(levels[0], "__len__")
+    return bool(len(levels)) and hasattr(levels[0], "__len__")
 
 
 def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
@@ -131,11 +132,13 @@ def _as_groups(levels: Levels) -> list[tuple[int, ...]]:
     Raises:
         TokensError: if a codebook has no levels, a level is below 2, or a codebook has 2^63 or more entries.
     """
-    nested: Any = levels if _is_nested(levels) else [levels]
     try:
-        groups = [tuple(int(level) for level in group) for group in nested]
-    except (TypeError, ValueError) as error:
-        raise TokensError(f"levels {levels!r} are not integers; pass integers.") from error
+        nested: Any = levels if _is_nested(levels) else [levels]
+        groups = [tuple(operator.index(level) for level in group) for group in nested]
+    except (TypeError, KeyError) as error:
+        raise TokensError(
+            f"levels {shorten(repr(levels))} are not integers; pass a sequence of integers, such as codec.levels."
+        ) from error
     for group in groups:
         if not group or min(group) < 2 or math.prod(group) >= 2**63:
             raise TokensError(

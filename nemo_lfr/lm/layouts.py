@@ -186,8 +186,8 @@ class Layout(ABC):
         if tokens_len is None:
             return constant([width] * batch, tokens)
         listed = tokens_len.tolist() if hasattr(tokens_len, "tolist") else tokens_len
-        values = [int(count) for count in np.reshape(listed, -1)]
-        if len(values) != batch or not all(0 <= count <= width for count in values):
+        values = np.reshape(listed, -1).tolist()
+        if len(values) != batch or not all(type(count) is int and 0 <= count <= width for count in values):
             raise TokensError(f"tokens_len is {values[:8]}; pass {batch} numbers of frames between 0 and {width}.")
         return constant(values, tokens)
 

@@ -88,6 +88,15 @@ def zip_of(state: Any, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def with_byte_order(order: bytes) -> bytes:
+    """Return `WEIGHTS_BYTES` with another record `byteorder`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(WEIGHTS_BYTES)) as archive, zipfile.ZipFile(buffer, "w") as changed:
+        for info in archive.infolist():
+            changed.writestr(info, order if info.filename.endswith("/byteorder") else archive.read(info))
+    return buffer.getvalue()
+
+
 def tar_of(members: list[tuple[str, Any]], mode: str = "w", **options: Any) -> bytes:
     """Return a tar of members: (name, contents), or (name, changes to the header) for a member without contents."""
     buffer = io.BytesIO()
@@ -720,6 +729,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "weights are half": (lambda: with_weights(WEIGHTS_BYTES[: len(WEIGHTS_BYTES) // 2]), "model_weights.ckpt"),
     "weights are a bare pickle": (lambda: with_weights(pickle.dumps(Payload())), "bare pickle"),
     "legacy torch file": (lambda: with_weights(zip_of(STATE, _use_new_zipfile_serialization=False)), "bare pickle"),
+    "big-endian values": (lambda: with_weights(with_byte_order(b"big")), "byte order of a big-endian computer"),
     "a list": (lambda: with_weights([1, 2]), "no state dict"),
     "a tensor": (lambda: with_weights(torch.ones(2)), "no state dict"),
     "nothing": (lambda: with_weights({}), "no state dict"),
@@ -792,6 +802,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle of strange storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02(K\x01K\x02K\x03tQ.")), "storage"),
     "pickle of no storage": (lambda: with_weights(pickled_in_zip(b"\x80\x02NQ.")), "damaged or unsafe"),
     # Training checkpoints.
+    "legacy ckpt": (lambda: zip_of(STATE, _use_new_zipfile_serialization=False), "bare pickle from before PyTorch 1.6"),
     "ckpt without a config": (lambda: lightning(None), "no hyper_parameters"),
     "ckpt whose config is an object": (lambda: lightning(Payload()), "no hyper_parameters"),
     "ckpt of a class": (lambda: pickled_in_zip(b"\x80\x02cos\nsystem\n."), "no state dict"),

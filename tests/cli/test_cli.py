@@ -327,6 +327,9 @@ def test_non_utf8_file_name_round_trips_and_is_printed_unchanged(folder, tmp_pat
     [
         ("encode - - <&-", 2, "stdin or stdout is closed"),
         ("decode {folder}/a.lfr - >&-", 2, "stdin or stdout is closed"),
+        ("info {folder}/a.wav --json >&-", 1, "stdout is closed, so the result was not printed"),
+        ("info {folder}/a.wav >&-", 1, "stdout is closed, so the result was not printed"),
+        ("encode {folder}/a.wav --out {folder}/y >&-", 1, "stdout is closed, so the result was not printed"),
         ("encode {folder}/a.wav --out {folder}/x 2>&-", 0, ""),
         ("encode {folder}/nowhere.wav 2>&-", 2, ""),
     ],

@@ -61,7 +61,7 @@ def test_codecs_without_a_config_and_changed_modules_are_not_saved(nemo_file, tm
         build_codec("two_stages").save_pretrained(tmp_path / "out")
     codec = nemo_lfr.load(nemo_file, "cpu")
     codec.encoder.adapter = torch.nn.Linear(2, 2)
-    with pytest.raises(NemoLfrError, match=r"2 weights differ from its config, first audio_encoder\.adapter"):
+    with pytest.raises(NemoLfrError, match=r"2 weights differ by name .*, first audio_encoder\.adapter"):
         codec.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -82,6 +82,20 @@ def test_a_repository_is_loaded_at_a_revision(nemo_file, tmp_path):
         run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == codec.fingerprint
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"], "a\0b", b"a"])
+def test_a_name_that_is_no_path_is_refused(name):
+    with pytest.raises(CheckpointError, match="is not a path"):
+        nemo_lfr.Codec.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_codec_is_not_saved_over_a_file(name, nemo_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NemoLfrError, match="is a file, not a folder; choose another name"):
+        nemo_lfr.load(nemo_file, "cpu").save_pretrained(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["someone/nothing", "nowhere.nemo", ""])

@@ -359,6 +359,17 @@ def test_a_saved_dataset_reads_nothing_outside_of_its_folder(kind, wav, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_a_problem_is_reported_at_the_table_whatever_the_folder_of_the_audio(wav, tmp_path):
+    path = tmp_path / "tables" / "t.csv"
+    path.parent.mkdir()
+    path.write_text("file_name,problem\na.wav,none\nbad\n")  # a column of the user is a label
+    clips = clips_of(path, audio_dir=wav.parent)
+    assert len(clips[0].audio(RATE, 60.0)) == len(WAVE) and clips[0].labels["problem"] == "none"
+    with pytest.raises(AudioError, match="line 3: the row has 1 fields") as error:
+        clips[1].audio(RATE, 60.0)
+    assert str(error.value).startswith(f"{path}, line 3") and clips[1].origin == f"{path}, line 3"
+
+
 def test_text_tables_are_read_as_corpora(wav):
     path = wav.parent / "t.csv"
     path.write_text("file_name,sentence,client_id\na.wav,hi,me\na.wav,again,me\nbad\ngone.wav,x,y\n")

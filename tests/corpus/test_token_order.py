@@ -137,6 +137,7 @@ def test_worker_state_can_be_loaded_by_hand(folders, monkeypatch):
         ({}, {"epoch": True}, "epoch is True; expected an integer"),
         ({}, {"workers": "2"}, "workers is '2'; expected an integer"),
         ({}, {"position": None}, "position is None"),
+        ({}, {"position": 10**9}, "there are only"),
         ({}, {"workers": 2}, "saved with 2 data loader workers, but there are 1"),
     ],
     ids=str,
@@ -147,6 +148,18 @@ def test_a_state_of_another_order_is_refused(options, changes, message, folders)
     with pytest.raises(NemoLfrError, match=message):
         dataset.load_state_dict(state)
         iter(dataset)
+
+
+@pytest.mark.parametrize("state", [None, [], "state", 5])
+def test_a_state_that_is_no_mapping_is_refused(state, folders):
+    with pytest.raises(NemoLfrError, match="pass the return value of state_dict"):
+        TokenDataset(folders["lfr"]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("epoch", [-1, 2**63])
+def test_an_epoch_without_a_number_is_refused(epoch, folders):
+    with pytest.raises(NemoLfrError, match=r"epoch is .*; pass an integer"):
+        TokenDataset(folders["lfr"]).set_epoch(epoch)
 
 
 # Shuffling and grouping.

@@ -25,6 +25,8 @@ GOOD: dict[str, tuple[str, bytes, list[dict]]] = {
     "a byte order mark": ("t.csv", b"\xef\xbb\xbffile_name,text\r\na.wav,hi\r\nb.wav,ho\r\n", TWO),
     "no line end at the end": ("t.csv", b"file_name,text\na.wav,hi\nb.wav,ho", TWO),
     "blank lines": ("t.CSV", b"file_name,text\n\na.wav,hi\n,\nb.wav,ho\n\n", TWO),
+    "blank lines before the header": ("t.csv", b"\n\r\nfile_name,text\na.wav,hi\nb.wav,ho\n", TWO),
+    "line ends of old Macs": ("t.csv", b"file_name,text\ra.wav,hi\rb.wav,ho\r", TWO),
     "semicolons": ("t.csv", b"path;sentence\na.wav;hi\nb.wav;ho\n", SENTENCES),
     "tabs in a CSV": ("t.csv", b"file_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
     "TSV": ("t.tsv", b"file_name\ttext\na.wav\thi\nb.wav\tho\n", TWO),
@@ -88,7 +90,8 @@ def test_invalid_row_skips_only_itself(tmp_path, case):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no column contains the audio"),
+        (b"", "the table is empty"),
+        (b"\n\n \n", "the table is empty"),
         (b"id,text\n1,hi\n", r"no column contains the audio.*'id', 'text'"),
         (b"LJ001|Printing|Printing\n", "no column contains the audio"),
         (b"\xff\xfef\0i\0", "UTF-16"),

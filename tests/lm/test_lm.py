@@ -153,12 +153,26 @@ BAD = [
     (lambda: LAYOUTS["delay"].arrange(np.zeros((C, 4))), TokensError, "float64; pass integers"),
     (lambda: LAYOUTS["delay"].arrange([[0]] * C), TokensError, "list; pass a NumPy array"),
     (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), [5]), TokensError, "between 0 and 4"),
+    (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), [np.nan]), TokensError, "between 0 and 4"),
+    (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), [3.5]), TokensError, "between 0 and 4"),
+    (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), torch.tensor([3.5])), TokensError, "between 0 and 4"),
+    (lambda: LAYOUTS["delay"].arrange(np.zeros((1, C, 4), int), ["3"]), TokensError, "between 0 and 4"),
     (lambda: LAYOUTS["delay"].restore(np.zeros((2, 4), int)), TokensError, r"shape \[2, 4\]"),
     (lambda: LAYOUTS["interleaved"].restore(np.zeros((1, 1, 4), int)), TokensError, "to this layout"),
     (lambda: unfold(np.zeros((4,), int), LEVELS), TokensError, r"pass \[..., C, T\]"),
     (lambda: unfold(np.full((1, 2), 2016), LEVELS), TokensError, "codebooks have 2016 entries"),
     (lambda: unfold(np.zeros((2, 2), int), [LEVELS] * 3), TokensError, "2 codebooks"),
     (lambda: unfold(np.zeros((2, 2), int), (1, 7)), TokensError, "at least 2"),
+    *(
+        (
+            lambda call=call, levels=levels: call(np.zeros((4, 2), int), levels),
+            TokensError,
+            "pass a sequence of integers",
+        )
+        for levels in (8, None, {8: 1}, [8.5, 7], "87", [[8, 7.5]], np.array(8))
+        for call in (unfold, fold)
+    ),
+    (lambda: regroup(np.zeros((2, 2), int), LEVELS, 8), TokensError, "pass a sequence of integers"),
     (lambda: fold(np.full((4, 2), 7), LEVELS), TokensError, "outside the levels"),
     (lambda: fold(np.zeros((6, 2), int), LEVELS), TokensError, "6 dimensions"),
     (lambda: regroup(np.zeros((8, 2), int), LEVELS, (7, 8, 6, 6)), TokensError, "same order"),

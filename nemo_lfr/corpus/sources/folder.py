@@ -13,6 +13,8 @@ from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.layouts import folder
 
+PROBLEM = "nemo_lfr.problem"  # key of an entry that cannot be used: the place of the problem, and the reason
+
 
 class Folder(Manifest):
     """Reader for a folder of audio files, which are first listed in a manifest."""
@@ -28,15 +30,28 @@ class Folder(Manifest):
         return list_folder(path, options.listing) if options.relist else cls(options.listing, path)
 
     def _clip(self, name: str, labels: dict[str, Any]) -> Clip:
-        problem = labels.pop("problem", None)
+        place, problem = labels.pop(PROBLEM, ("", None))
         result = super()._clip(name, labels)
-        return result if problem is None else replace(result, audio=unreadable(f"{result.origin}: {problem}."))
+        if problem is None:
+            return result
+        return replace(result, origin=place, audio=unreadable(f"{place}: {problem}."), path=None)
 
     @property
     def identity(self) -> str:
         """Return a hash of the folder's path and its list of clips, 16 hex digits."""
         folder_and_files = f"{self.audio_dir} {digest(self.path)}".encode(errors="surrogateescape")
         return hashlib.sha256(folder_and_files).hexdigest()[:16]
+
+
+def unusable(name: str, place: str, problem: str) -> dict[str, Any]:
+    """Return an entry for a clip that cannot be used, which is then listed as a failure.
+
+    Args:
+        name: name from which the clip's id is made.
+        place: file, or line of a file, with the problem.
+        problem: reason why the clip cannot be used.
+    """
+    return {"audio_filepath": name, PROBLEM: [place, problem]}
 
 
 def list_folder(root: Path, manifest: Path) -> Folder:
@@ -51,7 +66,8 @@ def list_folder(root: Path, manifest: Path) -> Folder:
         for key in ("speaker", "split", "offset", "duration"):
             if (value := getattr(utterance, key)) not in ("", None):
                 entry[key] = value
-        entry |= {"problem": utterance.problem} if utterance.problem else {}
+        if utterance.problem:
+            entry |= unusable(str(utterance.path), str(root / utterance.path), utterance.problem)
         lines.append(json.dumps(entry, ensure_ascii=False))
     if not lines:
         raise NemoLfrError(

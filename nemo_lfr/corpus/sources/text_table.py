@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from nemo_lfr.corpus.sources.base import OpenOptions
-from nemo_lfr.corpus.sources.folder import Folder
+from nemo_lfr.corpus.sources.folder import Folder, unusable
 from nemo_lfr.errors import ConfigError
 from nemo_lfr.io.journal import write_text
 from nemo_lfr.io.tables import is_table, read_table
@@ -29,7 +29,8 @@ class TextTable(Folder):
         if options.relist:
             lines = []
             for row in read_table(path):
-                entry = row.values or {"audio_filepath": f"{path.name}, line {row.line}", "problem": row.problem}
+                name, place = f"{path.name}, line {row.line}", f"{path}, line {row.line}"
+                entry = unusable(name, place, row.problem) if row.problem else row.values
                 lines.append(json.dumps(entry, ensure_ascii=False))
             if not lines:
                 raise ConfigError(f"{path}: table without rows; add a row for each audio file.")
