@@ -2,13 +2,18 @@
 
     pip install "ray[serve]" starlette "uvicorn[standard]" prometheus_client
     python examples/serve_ray.py --replicas 4 --cpus 2                           # a new cluster on this machine
-    python examples/serve_ray.py --replicas 8 --gpus 1 --address auto --detach   # deploy to a cluster, or scale it
+    python examples/serve_ray.py --replicas 8 --gpus 1 --address auto --detach   # deploy to a cluster
+    python examples/serve_ray.py --replicas 2 --max-replicas 8 --gpus 1 --address auto --detach   # scale with the load
 
 Each replica is a process that runs the application of `nemo-lfr serve`, on a GPU or on a few cores. Ray's proxy
-assigns each stream to a replica, where it stays. If you deploy fewer replicas than before, the removed replicas get no
-new streams, and their open streams have `--drain` seconds to end. If a replica dies, its clients get an error
-(`ServerLostError` in `nemo_lfr.errors`) and have to open another stream. Another replica serves that stream, and Ray
-starts a new replica.
+assigns each stream to a replica, where it stays. With `--max-replicas`, Ray adds replicas when the open streams exceed
+half of `--max-streams` per replica, and removes replicas when fewer are enough. A removed replica gets no new streams,
+and its open streams have `--drain` seconds to end. If you deploy again, Ray replaces all replicas in this manner, even
+if only their number differs, and a single replica is down until its successor has started. If a replica dies, its
+clients get an error (`ServerLostError` in `nemo_lfr.errors`) and have to open another stream. Another replica serves
+that stream, and Ray starts a new replica.
+
+A cluster that a program started may require Ray's token: set RAY_AUTH_MODE=token to deploy to it.
 """
 
 import argparse
@@ -56,9 +61,19 @@ def application(args: argparse.Namespace) -> Any:
             if fault:
                 raise RuntimeError(fault)
 
+    size: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.max_replicas is not None:
+        scaling = {
+            "min_replicas": args.replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": max(1, args.max_streams // 2),
+            "upscale_delay_s": args.scale_delay,
+            "downscale_delay_s": args.scale_delay,
+        }
+        size = {"autoscaling_config": scaling}
     deployment = serve.deployment(
         name=NAME,
-        num_replicas=args.replicas,
+        **size,
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=args.max_streams + 16,  # 16 more for files and for refusals with a reason
         graceful_shutdown_timeout_s=args.drain,
@@ -73,6 +88,10 @@ def main() -> None:
     parser.add_argument("--address", default="local", help="address of a cluster, or auto (default: start one here)")
     parser.add_argument("--detach", action="store_true", help="deploy to a running cluster and exit")
     parser.add_argument("--replicas", type=int, default=2, help="number of replicas")
+    parser.add_argument("--max-replicas", type=int, help="scale from --replicas up to this number with the load")
+    parser.add_argument(
+        "--scale-delay", type=float, default=30, help="seconds that the load must last to add or remove a replica"
+    )
     parser.add_argument("--cpus", type=float, default=1, help="cores per replica")
     parser.add_argument("--gpus", type=float, default=0, help="GPUs per replica")
     parser.add_argument("--max-streams", type=int, default=64, help="maximum number of open streams per replica")
@@ -83,6 +102,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind")
     parser.add_argument("--port", type=int, default=8000, help="TCP port")
     args = parser.parse_args()
+    if args.max_replicas is not None and args.max_replicas < args.replicas:
+        parser.error(f"--max-replicas {args.max_replicas} is less than --replicas {args.replicas}")
     stop = threading.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: stop.set())
