@@ -34,7 +34,7 @@ def codec_metadata(model: Path | None) -> Metadata:
 
 
 def write_tokens(
-    out: Path, kind: str, counts: list[int], model: Path | None = None, context: bool = False
+    out: Path, kind: str, counts: list[int], model: Path | None = None, context: bool = False, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Write shards of random tokens in the same way as `tokenize`.
 
@@ -44,13 +44,14 @@ def write_tokens(
         counts: number of clips of each shard.
         model: checkpoint of the codec; by default one in the released layout.
         context: whether to write context tokens for every second clip.
+        seed: seed of the tokens.
 
     Returns:
         Tokens [8, T] by clip id.
     """
     metadata = codec_metadata(model)
     output = get_format(kind)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}
     for shard, count in enumerate(counts):
         writer = output.writer(out, out, shard, metadata, "made", context)

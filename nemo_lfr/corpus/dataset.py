@@ -1,7 +1,6 @@
 """PyTorch dataset that reads a folder of tokens, for training language models."""
 
 import contextlib
-import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -263,10 +262,7 @@ class TokenDataset(IterableDataset[TokenizedUtterance]):
     def _settings(self) -> dict[str, Any]:
         """Return the settings on which the order of the utterances depends."""
         names = ("shuffle", "seed", "buffer_size", "bucket_size", "drop_last", "world_size")
-        codec = self.tokens.codec.fingerprint
-        counts = ",".join(map(str, self.tokens.counts))
-        digest = hashlib.sha256(f"{codec} {counts}".encode()).hexdigest()[:16]
-        return {"tokens": digest} | {name: getattr(self, name) for name in names}
+        return {"tokens": self.tokens.identity} | {name: getattr(self, name) for name in names}
 
     @staticmethod
     def collate(utterances: Sequence[TokenizedUtterance], pad: int = 0) -> dict[str, Any]:

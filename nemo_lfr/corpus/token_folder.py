@@ -5,9 +5,11 @@ also the hash of each file. If utterances are damaged, an error is yielded in th
 or continue. Files outside the folder are not read, even through links, and no code in the folder is executed.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,20 @@ class TokenFolder:
                 f"in {shards}; {REPAIR}."
             )
         return counts
+
+    @cached_property
+    def identity(self) -> str:
+        """Return a hash of the codec and of the contents of all shards, 16 hex digits.
+
+        The contents are known by the records of the shards. Without records, only the counts of `tokens.json` are
+        hashed.
+        """
+        counts = {key: self.metadata.get(key) for key in ("clips", "frames", "context", "pad")}
+        identity = hashlib.sha256(json.dumps([self.codec.fingerprint, self.counts, counts]).encode())
+        for index in range(self.metadata["shards"]):
+            record = ShardRecord.read(self.path, index)
+            identity.update(json.dumps(record and sorted(record.files.items())).encode())
+        return identity.hexdigest()[:16]
 
     def _check_records(self) -> None:
         """Raise TokenFileError unless the hashes of every shard are recorded."""

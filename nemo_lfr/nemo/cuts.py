@@ -5,7 +5,7 @@ NeMo itself supports Lhotse for training only.
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,11 @@ from nemo_lfr.nemo.careful import careful_iterators
 
 logger = logging.getLogger(__name__)
 
+# Consecutive batches without a readable cut after which reading stops, since training draws cuts without end.
+MAX_UNREADABLE = 1000
 
-class CutDataset(Dataset[dict[str, Any]]):
+
+class CutDataset(Dataset[dict[str, Any] | None]):
     """Dataset that turns Lhotse cuts into batches with NeMo's keys.
 
     Like NeMo's `AudioCodecLhotseDataset`, it uses the audio in a cut's `target_audio` field if there is one, and the
@@ -59,21 +62,19 @@ class CutDataset(Dataset[dict[str, Any]]):
         forbid_programs()  # spawned workers do not inherit the parent's setting
         self.__dict__.update(state)
 
-    def __getitem__(self, cuts: Iterable[Any]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, cuts: Iterable[Any]) -> dict[str, torch.Tensor] | None:
         """Return a batch of audio.
 
         Args:
             cuts: Lhotse cuts of the batch.
 
         Returns:
-            `audio`, float32, shape [B, T_audio], padded with zeros, and `audio_lens`, int32, shape [B].
-
-        Raises:
-            AudioError: if none of the cuts can be read.
+            `audio`, float32, shape [B, T_audio], padded with zeros, and `audio_lens`, int32, shape [B]. None if no
+            cut can be read; `CutLoader` then takes another batch.
         """
         examples = [audio for audio in map(self._read, cuts) if audio is not None]
         if not examples:
-            raise AudioError("no cut in a batch can be read; the warnings above give the reasons.")
+            return None
         return {
             "audio": torch.nn.utils.rnn.pad_sequence(examples, batch_first=True),
             "audio_lens": torch.tensor([len(audio) for audio in examples], dtype=torch.int32),
@@ -94,6 +95,37 @@ class CutDataset(Dataset[dict[str, Any]]):
             start = random.randint(0, len(audio) - self.segment)  # Lhotse seeds `random` in each worker
             audio = audio[start : start + self.segment]
         return torch.from_numpy(np.ascontiguousarray(audio))
+
+
+class CutLoader(DataLoader[dict[str, Any]]):
+    """Data loader that replaces batches without a readable cut by other batches.
+
+    Attributes:
+        keep_count: whether the number of batches stays the same, because all processes need the same number. The
+            readable batch before or after an unreadable one is then used twice. Otherwise the next one is used.
+    """
+
+    keep_count = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch's iterators are not generic
+        last, missing = None, 0
+        for batch in super().__iter__():
+            if batch is None:
+                missing += 1
+                if missing == MAX_UNREADABLE:
+                    break
+                if last is None or not self.keep_count:
+                    continue
+                batch = last
+            else:
+                if last is None and self.keep_count:
+                    yield from [batch] * missing
+                last, missing = batch, 0
+            yield batch
+        if missing == MAX_UNREADABLE or (last is None and missing):
+            raise AudioError(
+                f"no cut in {missing} consecutive batches can be read; the warnings above give the reasons."
+            )
 
 
 def uses_lhotse(config: DictConfig) -> bool:
@@ -155,4 +187,6 @@ def cut_loader(
         batches: DataLoader[dict[str, Any]] = get_lhotse_dataloader_from_config(
             config=loader, global_rank=global_rank, world_size=world_size, dataset=dataset
         )
+    batches.__class__ = CutLoader  # NeMo offers no other way to replace the loader's class
+    batches.keep_count = world_size > 1
     return batches

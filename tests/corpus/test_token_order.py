@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -121,6 +122,17 @@ def test_worker_state_can_be_loaded_by_hand(folders, monkeypatch):
         other = TokenDataset(folders["lfr"], **ORDERS["shuffled"])
         other.load_state_dict(dataset.state_dict())
         assert ids_of(other) == expected[3:]
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_a_state_of_another_corpus_with_equal_shards_is_refused(kind, folders, tmp_path):
+    state = TokenDataset(folders[kind]).state_dict()
+    shutil.copytree(folders[kind], tmp_path / "same")
+    TokenDataset(tmp_path / "same").load_state_dict(state)
+    (tmp_path / "other").mkdir()
+    write_tokens(tmp_path / "other", kind, COUNTS, seed=1)
+    with pytest.raises(NemoLfrError, match="the state was saved with tokens="):
+        TokenDataset(tmp_path / "other").load_state_dict(state)
 
 
 @pytest.mark.parametrize(

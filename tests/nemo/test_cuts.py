@@ -81,8 +81,38 @@ def test_unreadable_cut_is_logged_once_and_skipped(tmp_path, caplog):
         assert len(dataset[some]["audio"]) == 1
     assert caplog.text.count("cut 0 skipped") == 1
     soundfile.write(tmp_path / "1.wav", np.full(RATE, np.nan, np.float32), RATE, subtype="FLOAT")
-    with pytest.raises(AudioError, match="no cut in a batch can be read"):
-        dataset[some]
+    assert dataset[some] is None
+
+
+@pytest.mark.parametrize("bad", [(0,), (2,), (0, 1), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_without_a_readable_cut_is_replaced(tmp_path, bad, batch_size, ranks):
+    some = cuts(tmp_path, custom=False)
+    for index in bad:
+        (tmp_path / f"{index}.wav").unlink()
+    some.to_file(tmp_path / "cuts.jsonl")
+    config = section(tmp_path, cuts_path=str(tmp_path / "cuts.jsonl"), batch_size=batch_size, shuffle=True, seed=0)
+    del config.dataloader_params.shar_path
+    for validation in (False, True):
+        counts = [len(list(cut_loader(config, RATE, rank, ranks, validation=validation))) for rank in range(ranks)]
+        assert len(set(counts)) == 1 and counts[0] > 0
+    if ranks == 1:
+        lengths = [batch["audio_lens"].tolist() for batch in cut_loader(config, RATE, 0, 1, validation=True)]
+        assert sum(map(len, lengths)) == 6 - len(bad)
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_cuts_of_which_none_can_be_read_are_an_error(tmp_path, validation, monkeypatch):
+    monkeypatch.setattr("nemo_lfr.nemo.cuts.MAX_UNREADABLE", 20)
+    some = cuts(tmp_path, 2, custom=False)
+    for index in range(2):
+        (tmp_path / f"{index}.wav").unlink()
+    some.to_file(tmp_path / "cuts.jsonl")
+    config = section(tmp_path, cuts_path=str(tmp_path / "cuts.jsonl"))
+    del config.dataloader_params.shar_path
+    with pytest.raises(AudioError, match=r"no cut in \d+ consecutive batches can be read"):
+        list(cut_loader(config, RATE, 0, 1, validation=validation))
 
 
 @pytest.mark.parametrize("place", ["recording", "target_audio", "track"])
