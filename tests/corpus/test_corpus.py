@@ -757,7 +757,8 @@ def test_sigterm_stops_workers_silently(name, are_stopped, many, model, tmp_path
     os.killpg(driver.pid, number) if name == "SIGINT" else driver.send_signal(number)
     _, said = driver.communicate(timeout=300)
     assert driver.returncode == 128 + number
-    assert said.split("\n") == (
+    # On a busy machine, the run also prints progress lines.
+    assert [line for line in said.split("\n") if "shards" not in line] == (
         ["", "nemo-lfr: interrupted.", ""] if name == "SIGINT" else ["nemo-lfr: stopped by SIGTERM.", ""]
     )
     assert workers
