@@ -195,7 +195,7 @@ def _recording(entry: dict[str, Any], folder: Path, dataset: str) -> Recording:
     if duration is None:
         with AudioReader(full, None) as reader:
             duration = reader.duration
-    labels = dict.fromkeys(key for key, value in entry.items() if is_missing(value)) | standard_labels(entry)
+    labels = {key: None if is_missing(value) else value for key, value in entry.items()} | standard_labels(entry)
     return Recording(dataset, full, Path(entry["audio_filepath"]), seconds(entry, "offset") or 0.0, duration, labels)
 
 
