@@ -1,10 +1,11 @@
-"""Interface of a PyTorch backend that streams use."""
+"""Interface of a PyTorch backend that streams use, and a check of their arguments."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
+from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.modules.decoder import HiFiGANDecoder
 from nemo_lfr.modules.encoder import HiFiGANEncoder
 from nemo_lfr.modules.quantizer import FiniteScalarQuantizer, GroupFiniteScalarQuantizer
@@ -38,3 +39,14 @@ class StreamModules(Protocol):
 
     def computing(self) -> AbstractContextManager[None]:
         """Return a context that isolates the computation from the caller's settings."""
+
+
+def check_lookahead(**values: int | None) -> None:
+    """Check the lookaheads of a stream, by argument name.
+
+    Raises:
+        NemoLfrError: if a value is neither None nor an integer of at least 0.
+    """
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 or more frames, or None.")

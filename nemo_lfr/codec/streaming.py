@@ -19,7 +19,7 @@ from torch import nn
 from nemo_lfr.codec.ambient import check_weights
 from nemo_lfr.codec.base import CodecBase
 from nemo_lfr.codec.cpu.products import stream_weights
-from nemo_lfr.codec.stream_modules import StreamModules
+from nemo_lfr.codec.stream_modules import StreamModules, check_lookahead
 from nemo_lfr.codec.stream_ops import LayerState, State, Step, StreamOps, run_batched
 from nemo_lfr.errors import AudioError, NemoLfrError, TokensError, shorten
 from nemo_lfr.modules.altered import check_unaltered
@@ -47,9 +47,7 @@ class _Stream:
         lookahead: int | None,
         first_lookahead: int | None = None,
     ) -> None:
-        for name, value in (("lookahead", lookahead), ("first_lookahead", first_lookahead)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise NemoLfrError(f"{name} {value!r} is not a number of frames; use 0 or more frames, or None.")
+        check_lookahead(lookahead=lookahead, first_lookahead=first_lookahead)
         self.codec, self.modules = codec, modules
         self.delay_frames = context if lookahead is None else min(lookahead, context)
         self.first_delay_frames = self.delay_frames if first_lookahead is None else min(first_lookahead, context)
@@ -61,8 +59,7 @@ class _Stream:
         self._num_in = 0  # frames
         self._num_computed = 0  # items of the output whose lookahead is complete
         self._num_out = 0  # items of the output that were returned
-        self._finished = False
-        self._has_more = False  # this push has more frames
+        self._finished, self._has_more = False, False  # this push has more frames
         self._in_use = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
