@@ -1,10 +1,9 @@
 """Streaming encoder and decoder.
 
 Results equal those of the whole recording for any chunk size. A frame is returned as soon as its lookahead is
-complete: 6 frames later when encoding and 13 when decoding with the released config, immediately if the network is
-causal. A smaller `lookahead` reduces latency at some cost in quality: a frame is then computed as if the recording
-ended after its lookahead. A stream accepts one push at a time; several threads may push to different streams. A push
-that raises an error leaves all of its streams unchanged.
+complete: 6 frames later when encoding and 13 when decoding with the released config. A smaller `lookahead` reduces
+latency at some cost in quality: a frame is then computed as if the recording ended after its lookahead. A stream
+accepts one push at a time. A push that raises an error leaves all of its streams unchanged.
 """
 
 import threading
