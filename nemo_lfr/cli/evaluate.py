@@ -74,7 +74,7 @@ class RegistryOption(click.Option):
 @click.option(
     "--speaker-model",
     type=PathText("model"),
-    help="Model for speaker similarity, in the same forms as --asr (default: none).",
+    help="Model for speaker similarity; accepts the same values as --asr (default: none).",
 )
 @click.option(
     "--model-metric",

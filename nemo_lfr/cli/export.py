@@ -97,9 +97,9 @@ def export_to_web(out: Path, onnxruntime_web: Path, model: str | None, overwrite
 @model_option("checkpoint (.nemo or .ckpt) or Hub id")
 @overwrite_option
 def export_golden_vectors(out: Path, model: str | None, overwrite: bool) -> dict[str, Any]:
-    """Write a short input, and the outputs of every layer for it, with the tokens and the decoded audio.
+    """Write a file with a short audio signal, its tokens, the decoded audio, and the output of every layer.
 
-    A port of the codec to another runtime is correct if it gives the same values.
+    Use it to test a port of the codec to another runtime: the port should give the same values, up to rounding errors.
     """
     from nemo_lfr.codec.golden import export_golden
 

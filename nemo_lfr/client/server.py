@@ -60,7 +60,7 @@ class Server:
         if not is_valid or not isinstance(self.url, str) or parts.query or parts.fragment or _CONTROL.search(self.url):
             raise NemoLfrError(f"{shown} is not the URL of a server; pass a URL such as http://127.0.0.1:8000.")
         if parts.username is not None or parts.password is not None:
-            raise NemoLfrError(f"{shown} contains a user name; remove it, and pass the access token as token.")
+            raise NemoLfrError(f"{shown} contains a user name or password; remove it, and pass token=... instead.")
         token = self.token
         if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
             raise NemoLfrError("the access token is not printable ASCII; pass the value that the server requires.")

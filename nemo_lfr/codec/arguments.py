@@ -209,8 +209,8 @@ def check_kept_samples(samples: Sequence[int], totals: Sequence[int], samples_pe
             whole = total * samples_per_frame
             low = max(0, whole - samples_per_frame + 1)
             raise TokensError(
-                f"audio_len[{row}] is {count} samples, but utterance {row} has {total} frames; pass the number of "
-                f"samples before encoding, from {low} to {whole}."
+                f"audio_len[{row}] is {count} samples, but utterance {row} has {total} frames, which stand for {low} "
+                f"to {whole} samples; pass the length of the original recording."
             )
 
 

@@ -25,7 +25,7 @@ class Limits(Protocol):
 
     @property
     def context(self) -> Context:
-        """Numbers of frames before and after a frame that its result depends on."""
+        """How many earlier and how many later frames the result of a frame depends on."""
 
     @property
     def min_frames(self) -> int:
@@ -37,7 +37,7 @@ class ModuleLimits:
     """`Limits` as a data class, for backends whose networks are not PyTorch modules.
 
     Attributes:
-        context: numbers of frames before and after a frame that its result depends on.
+        context: how many earlier and how many later frames the result of a frame depends on.
         min_frames: shortest valid input, in frames.
     """
 

@@ -75,7 +75,7 @@ class _Stream:
         return 1000 * self.delay_frames / self.codec.frame_rate
 
     def _num_due(self) -> int:
-        """Return the number of items of the output whose shortened lookahead is complete."""
+        """Return how many output items (tokens or samples) have all the lookahead that this stream waits for."""
         # As many frames as the first results are early. They are played while the lookahead of the next ones arrives.
         early_frames = min(self.delay_frames - self.first_delay_frames, self._num_in - self.first_delay_frames)
         return max(self._num_in - self.delay_frames, early_frames) * self._items_out

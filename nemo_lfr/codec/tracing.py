@@ -1,8 +1,8 @@
 """Errors for PyTorch's tracers and function transforms, under which the codec cannot run.
 
 The codec branches on values in tensors, such as lengths, peaks and changed weights. `torch.compile` therefore breaks
-its graph at each call of the codec (`nemo_lfr.codec.compiling`). Other tracers get an error, because their tensors
-have no values.
+its graph at each call of the codec (`nemo_lfr.codec.compiling`). Other tracers get an error: they would
+record only the branches that were taken, or the values are not available.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def check_not_tracing() -> None:
             what = mode
     if what:
         raise NemoLfrError(
-            f"the codec was called within {what}, where the values of its inputs are not available. Call the codec "
+            f"the codec cannot run within {what}, because it branches on the values of its inputs. Call the codec "
             "outside and pass its results in; to get a graph of the codec, run nemo-lfr export onnx."
         )
 

@@ -113,7 +113,7 @@ def page(**content: Any) -> str:
     """Return the HTML page. The page loads no other files, and runs only its own script.
 
     Args:
-        content: variables of the page template: the arguments of `markdown`, `plots` and `examples`.
+        content: variables of the page template: `plots`, `examples` and all arguments of `markdown`.
     """
     from jinja2 import Environment
 

@@ -57,7 +57,8 @@ def evaluate(
         device: PyTorch device for models that compute metrics; chosen automatically if None.
         jobs: number of processes that compute metrics. Each codec processes one recording at a time with all threads,
             so that the times of the codecs are comparable.
-        models: model for each requested kind of model metric; see `open_model_metrics`.
+        models: for metrics that need a model, the Hub id or path of the model by kind of metric, such as
+            {"asr": "openai/whisper-base"}; an empty string for the default model. See `open_model_metrics`.
         source: text that identifies the source of the recordings; see `claim`.
         progress: progress callback; see `nemo_lfr.io.journal`.
 

@@ -64,7 +64,8 @@ def read_table(path: Path) -> Iterator[TableRow]:
             semicolon or tab if the header has no comma. In TSV, quotes have no special meaning, as in Common Voice.
 
     Raises:
-        ConfigError: if the file cannot be read, no column names the audio, or two columns have the same name.
+        ConfigError: if the file cannot be read, the header of a CSV or TSV file has no audio column, or two columns
+            have the same name.
     """
     try:
         lines = read_lines(path, ConfigError)

@@ -61,5 +61,5 @@ def without_nonfinite(value: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a label has no value, that is, None, or the NaN or infinity that pandas uses instead."""
+    """Return whether a label has no value: it is None, NaN (which pandas writes for missing values) or infinite."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))

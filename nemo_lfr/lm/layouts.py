@@ -269,7 +269,7 @@ class FlatLayout(Layout):
         if order not in ("frame", "codebook"):
             raise ConfigError(f"order is {order!r}; use 'frame' or 'codebook'.")
         if order == "codebook" and not offsets:
-            raise ConfigError("order 'codebook' needs offsets=True: otherwise the ends of the codebooks are unknown.")
+            raise ConfigError("order 'codebook' needs offsets=True, which shows where the tokens of a codebook end.")
         self.order, self.offsets = order, offsets
 
     @property

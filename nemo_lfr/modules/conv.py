@@ -104,7 +104,7 @@ class Conv1d(nn.Module):
         pad: numbers of time steps that are added before and after the signal.
         pad_mode: PyTorch's name of the padding mode.
         stride: time steps between outputs.
-        span: number of padded inputs from the first to the last one that an output depends on.
+        span: receptive field of an output, in time steps: (kernel_size - 1) * dilation + 1.
 
     Raises:
         ConfigError: for an unknown `pad_mode`.

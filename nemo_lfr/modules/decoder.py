@@ -135,7 +135,7 @@ class HiFiGANDecoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of frames before and after a frame that its audio depends on: 13 and 13 for the released config."""
+        """How many earlier and later frames the audio of a frame depends on: 13 and 13 for the released config."""
         return Context(
             num_frames(self._field.past, self.samples_per_frame),
             num_frames(self._field.future, self.samples_per_frame),

@@ -124,7 +124,7 @@ class HiFiGANEncoder(NeuralModule):
 
     @property
     def context(self) -> Context:
-        """Numbers of frames before and after a frame that its encoding depends on: 6 and 6 for the released config."""
+        """How many earlier and later frames the encoding of a frame depends on: 6 and 6 for the released config."""
         # A frame depends on the samples from `field.past` before its first sample to `field.future` after it.
         rate, field = self.samples_per_frame, self._field
         return Context(num_frames(field.past, rate), num_frames(max(0, field.future - (rate - 1)), rate))

@@ -67,7 +67,9 @@ def _is_json_lines(path: Any) -> bool:
 
 
 def make_careful(root: Any) -> None:
-    """Make all line iterators inside a Lhotse or NeMo object skip malformed lines.
+    """Replace the line iterators of manifests inside a Lhotse or NeMo object with careful ones.
+
+    These skip malformed lines, or raise an error that names the line where lines cannot be skipped.
 
     Args:
         root: object to search. The iterators in it are changed in place.

@@ -211,7 +211,7 @@ class DecodeProtocol:
         """
         num_samples = fields.get("num_samples")
         if num_samples is not None and (type(num_samples) is not int or num_samples < 0):
-            raise ProtocolError("num_samples is not a non-negative integer.")
+            raise ProtocolError(f"num_samples is {shorten(repr(num_samples), 40)}; send an integer of at least 0.")
         return End(num_samples)
 
     @staticmethod

@@ -405,7 +405,7 @@ def test_pipe_as_a_corpus_is_refused(capsys, command, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     kind = ["folder"] if command == "prepare" else []
     code, stdout, stderr = run(capsys, command, *kind, tmp_path / "pipe.json", "--out", tmp_path / "out")
-    assert (code, stdout) == (2, "") and ("not a regular file but a pipe" in stderr or "is not a folder" in stderr)
+    assert (code, stdout) == (2, "") and ("not a regular file but a pipe" in stderr or "not a folder" in stderr)
 
 
 def test_info_describes_readable_files_despite_failures(capsys, tmp_path):

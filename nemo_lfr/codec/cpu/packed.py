@@ -84,7 +84,8 @@ class Weights(Protocol):
 
         Args:
             layers: layers for which `use_winograd` is true. If any of `starts` is not 0, their dilation must be 1.
-            padded: [B, H_in, T], channels innermost, followed in memory by `winograd.slack` rows of finite values.
+            padded: input [B, H_in, T], stored in memory as [B, T, H_in]. `winograd.slack` more time steps of finite
+                values must follow it in memory.
             starts: for each layer, the index of the first time step in `padded` that its first output depends on.
             slope: slope of a leaky ReLU after the convolution; 1 for none.
 

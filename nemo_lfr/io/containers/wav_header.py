@@ -94,7 +94,8 @@ def read_wav_header(read: Callable[[int], bytes]) -> tuple[WavHeader | None, byt
         read: function that returns the requested number of bytes, or fewer at the end of the file.
 
     Returns:
-        The header, and all bytes that were read. The header is None if it is invalid or the file has no samples.
+        The header, and all bytes that were read. The header is None if it is invalid, or if no `data` chunk was
+        found near the beginning.
     """
     taken = bytearray(read(12))
     header = WavHeader(bytes(taken[:4]))

@@ -126,6 +126,6 @@ def find_model(
             return model
     raise EntropyModelError(
         f"{beside}: the file was compressed with the entropy model {wanted}, which was not found. Get "
-        f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. The "
-        f"model for a bundled codec is weights/{BUNDLED} in the nemo_lfr that wrote the file ({written_by})."
+        f"{wanted}{SUFFIX} from the author of the file and pass it as --entropy-model, or put it beside the file. If "
+        f"a bundled codec wrote it, the model is weights/{BUNDLED} in the package of that version ({written_by})."
     )
