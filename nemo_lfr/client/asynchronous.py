@@ -77,8 +77,8 @@ class _AsyncStream:
     """Base class of streams.
 
     `async with` opens the connection. It raises the same errors as `Client.decode_stream`. Send the input in one task
-    and receive the results in another one, or use `through`, which does both. If the client does not receive results, the
-    server stops reading the input, and disconnects the client after 20 s (by default).
+    and receive the results in another one, or use `through`, which does both. If the client does not receive results,
+    the server stops reading the input, and disconnects the client after 20 s (by default).
 
     Attributes:
         conversation: parser and formatter for the messages of the stream. It has the codec's properties once the

@@ -150,7 +150,7 @@ def test_output_below_a_file_is_a_one_line_error(name, place, command, tmp_path,
         " cannot be written: .* is not a folder; choose another --out",
         " is a file, not a folder; choose another name",
     )
-    assert re.fullmatch(rf"nemo-lfr: (error|failed): {re.escape(str(out.parent))}[^:]*({'|'.join(reasons)})\\.", line)
+    assert re.fullmatch(rf"nemo-lfr: (error|failed): {re.escape(str(out.parent))}[^:]*({'|'.join(reasons)})\.", line)
     assert (tmp_path / "file").read_text() == "mine"
 
 
