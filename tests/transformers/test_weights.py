@@ -69,11 +69,11 @@ REFUSED = {
     ),
     "another shape": (lambda f: rewrite(f, lambda t: t.update({BIAS: torch.zeros(3)})), r"has shape \[3\]"),
     "NaN": (lambda f: rewrite(f, lambda t: t[BIAS].fill_(torch.nan)), "NaN or infinite"),
-    "another dim_base_index": (lambda f: rewrite(f, lambda t: t[BASE].add_(1)), "differs from the config"),
-    "other levels": (lambda f: rewrite(f, lambda t: t[LEVELS].add_(1)), "differs from the config"),
+    "another dim_base_index": (lambda f: rewrite(f, lambda t: t[BASE].add_(1)), "but the config requires"),
+    "other levels": (lambda f: rewrite(f, lambda t: t[LEVELS].add_(1)), "but the config requires"),
     "float levels": (
         lambda f: rewrite(f, lambda t: t.update({LEVELS: t[LEVELS].float()})),
-        "is torch.float32, expected torch.int32",
+        "has dtype torch.float32, but the config requires torch.int32",
     ),
 }
 
@@ -118,7 +118,7 @@ def test_weights_in_several_files_are_validated(folder, tmp_path):
         tensors = load_file(file)
         if BASE in tensors:
             save_file(tensors | {BASE: tensors[BASE] + 1}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="differs from the config"):
+    with pytest.raises(CheckpointError, match="but the config requires"):
         transformers.AutoModel.from_pretrained(tmp_path / "saved")
 
 
