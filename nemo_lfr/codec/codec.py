@@ -250,10 +250,10 @@ class Codec(HubMethods[Array]):
 
         Args:
             lookahead: see `stream_encoder`.
-            first_lookahead: a smaller number of frames of lookahead for the first results, so that the audio starts
-                `lookahead - first_lookahead` frames sooner. This many frames of audio are approximate. The audio after
-                them waits for `lookahead` again. Playback has no gap if the first tokens arrive at twice the playback
-                rate or faster; most language models are fast enough.
+            first_lookahead: a smaller number of frames of lookahead for the first results, so that the first frame of
+                audio is complete `lookahead - first_lookahead` frames sooner. This many frames of audio are
+                approximate. The audio after them waits for `lookahead` again. Playback has no gap if the first tokens
+                arrive at twice the playback rate or faster; most language models are fast enough.
 
         Raises:
             NemoLfrError: if a lookahead is not a number of frames, or the backend does not support streaming.
