@@ -228,7 +228,16 @@ class Engine:
         ready = sorted((session for session in self._sessions if session._ready()), key=Session._urgency)
         if ready and ready[0]._live:
             ready = [session for session in ready if session._live]
-        return [session for session in ready if session.kind == ready[0].kind][: self.limits.max_batch]
+        chosen: list[Session] = []
+        num_frames = 0
+        for session in ready:
+            if session.kind != ready[0].kind:
+                continue
+            num_frames += session._next_frames()
+            if len(chosen) == self.limits.max_batch or (chosen and num_frames > self.limits.max_frames):
+                break
+            chosen.append(session)
+        return chosen
 
     def _take(self, batch: list[Session]) -> list[np.ndarray]:
         """Take a chunk of each stream, with equal numbers of frames, so that the network runs on one batch."""

@@ -21,6 +21,7 @@ class EngineLimits:
     Attributes:
         max_streams: maximum number of open sessions, including background sessions for files.
         max_batch: maximum number of streams per step.
+        max_frames: maximum number of frames of all streams per step, which limits its memory and duration.
         chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
             other streams wait longer. The chunks of `ramp` do not depend on it.
         max_pending_s: unprocessed input of one stream, in seconds, above which `Session.feed` waits.
@@ -29,6 +30,7 @@ class EngineLimits:
 
     max_streams: int = 64
     max_batch: int = 64
+    max_frames: int = 96
     chunk_frames: int = 4
     max_pending_s: float = 10.0
     max_uncollected_s: float = 10.0
@@ -166,6 +168,10 @@ class Session:
     def _available(self) -> int:
         """Return the number of frames that the next step could process."""
         return min(self._num_pending // self._frame, self._limits.chunk_frames)
+
+    def _next_frames(self) -> int:
+        """Return the largest number of frames that the next step takes from this stream."""
+        return self._ramp[0] if self._ramp else max(1, self._available())
 
     def _take(self, frames: int) -> np.ndarray:
         """Remove and return the next chunk of the input, of `frames` frames or the next number of the ramp."""
