@@ -66,10 +66,8 @@ class Session:
         self._num_pending = 0  # items of the input that are not processed
         self._num_uncollected = 0  # items of the output that were not collected
         # Frames of the next chunks. Without a ramp, the first chunk has all frames that the first result depends on:
-        # smaller chunks would give no result sooner, and need more steps. An exact decoder returns its first samples
-        # before their frame is complete.
-        needed = stream.first_delay_frames + (0 if stream.exact and self.kind == "decode" else 1)
-        self._ramp = deque(ramp or (max(1, needed),))
+        # smaller chunks would give no whole frame sooner, and need more steps.
+        self._ramp = deque(ramp or (stream.first_delay_frames + 1,))
         self._started: float | None = None
         self._played_until: float | None = None  # when the audio so far will have been played
         self._taken_at = 0.0  # when the last step with this stream began
