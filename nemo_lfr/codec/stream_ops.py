@@ -62,15 +62,11 @@ class StreamOps:
     def __init__(self, state: dict[Hashable, LayerState], last: bool, weights: StreamWeights) -> None:
         self.state, self.last, self.weights = state, last, weights
 
-    def conv(self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None) -> torch.Tensor:
-        """Return the outputs whose inputs are complete."""
-        return self._conv(layer, signal, activation)
-
-    def _conv(
-        self, layer: Conv1d, signal: torch.Tensor, before: CodecActivation | None, slope: float = 1.0
+    def conv(
+        self, layer: Conv1d, signal: torch.Tensor, activation: CodecActivation | None = None, slope: float = 1.0
     ) -> torch.Tensor:
-        """Activate and convolve, and apply a leaky ReLU of this slope to the outputs."""
-        hidden, started = self._join(layer, signal if before is None else _activate(before, signal))
+        """Return the outputs whose inputs are complete, after a leaky ReLU of this slope."""
+        hidden, started = self._join(layer, signal if activation is None else _activate(activation, signal))
         stride = layer.conv.stride[0]
         if not started and (self.last or hidden.shape[1] >= layer.min_length):
             started = hidden.shape[1] > 0
@@ -113,13 +109,9 @@ class StreamOps:
 
     def _block(self, block: ResidualBlock, signal: torch.Tensor) -> torch.Tensor:
         """Return the block's result; its input is kept until the convolutions catch up."""
-        slope = slope_of(block.skip_activation)
-        if slope is None:
-            hidden = self._conv(block.input_conv, signal, block.input_activation)
-            added = self._conv(block.skip_conv, hidden, block.skip_activation)
-        else:
-            hidden = self._conv(block.input_conv, signal, block.input_activation, slope)
-            added = self._conv(block.skip_conv, hidden, None)
+        slope = slope_of(block.skip_activation)  # a leaky ReLU is fused into the convolution before it
+        hidden = self.conv(block.input_conv, signal, block.input_activation, 1.0 if slope is None else slope)
+        added = self.conv(block.skip_conv, hidden, block.skip_activation if slope is None else None)
         return self._add_available(block, [signal, added])
 
     def _add_available(self, key: Hashable, terms: Sequence[torch.Tensor]) -> torch.Tensor:
