@@ -1,10 +1,13 @@
 """Checks of what a server answers, which may be another program than `nemo-lfr serve`."""
 
+import io
 import json
 import struct
 from typing import Any
 
 import numpy as np
+
+from nemo_lfr.io.containers.wav_header import read_wav_header
 
 
 def parse_object(text: bytes | str) -> dict[str, Any] | None:
@@ -67,18 +70,12 @@ def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_sampl
 
 def _wav_figures(content: bytes) -> tuple[int, int] | None:
     """Return the rate and the number of samples of a whole WAV file."""
-    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+    header, start = read_wav_header(io.BytesIO(content).read)
+    if header is None or header.magic != b"RIFF" or len(header.format) < 16:
         return None
-    position, rate, width = 12, 0, 0
-    while position + 8 <= len(content):
-        name, size = struct.unpack_from("<4sI", content, position)
-        if name == b"fmt " and size >= 16 and position + 24 <= len(content):
-            rate, width = struct.unpack_from("<I4xH", content, position + 12)
-        if name == b"data":
-            is_whole = position + 8 + size <= len(content)
-            return (rate, size // width) if is_whole and width else None
-        position += 8 + size + size % 2
-    return None
+    rate, width = struct.unpack_from("<I4xH", header.format, 4)
+    is_whole = len(start) + header.data_size <= len(content)
+    return (rate, header.data_size // width) if is_whole and width else None
 
 
 def _flac_figures(content: bytes) -> tuple[int, int] | None:
