@@ -142,14 +142,18 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
     Returns:
         Audio, float32 [T_audio], and its sample rate in Hz. A real application would play each piece when it arrives.
     """
-    pieces, started, first = [], time.monotonic(), None
+    pieces: list[np.ndarray] = []
+    started = time.monotonic()
+
+    def receive(audio: np.ndarray, number: int) -> None:
+        if len(audio) and not any(map(len, pieces)):
+            print(f"first audio after {time.monotonic() - started:.2f} s, at frame {number}", flush=True)
+        pieces.append(audio)
+
     with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
         for number, frame in enumerate(frames, start=1):
-            pieces.append(stream.push(frame.numpy()))
-            if first is None and len(pieces[-1]):
-                first = number
-                print(f"first audio after {time.monotonic() - started:.2f} s, at frame {first}", flush=True)
-        pieces.append(stream.flush())
+            receive(stream.push(frame.numpy()), number)
+        receive(stream.flush(), len(pieces))
         return np.concatenate(pieces), stream.sample_rate
 
 
