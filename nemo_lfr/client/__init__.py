@@ -5,12 +5,12 @@
             play(stream.push(frame))
         play(stream.flush())
 
-The methods of `Client` block; `AsyncClient` is for asyncio. Neither imports PyTorch. Streams need the package
-`websockets`.
+The methods of `Client` block, and `AsyncClient` is for asyncio. Both clients run without PyTorch. Streams need the
+package `websockets`.
 
-A stream cannot be resumed after its connection is lost, because the server holds the state of the stream. The methods
-of the stream then raise `ServerLostError`; open another stream and send the recording again. With `retry_s`, a client
-automatically retries to open a stream or to send a file.
+A stream cannot be resumed after its connection is lost, because the server holds the state of the stream. The
+methods of the stream then raise `ServerLostError`. Open another stream, and send the recording again. If `retry_s` is
+set, a client tries again for that many seconds to open a stream or to send a file.
 """
 
 from nemo_lfr.client.asynchronous import AsyncClient, AsyncDecodeStream, AsyncEncodeStream

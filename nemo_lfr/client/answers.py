@@ -1,4 +1,4 @@
-"""Checks of what a server answers, which may be another program than `nemo-lfr serve`."""
+"""Validate the responses of a server, because the address may belong to a program other than `nemo-lfr serve`."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from nemo_lfr.io.containers.wav_header import read_wav_header
 
 
 def parse_object(text: bytes | str) -> dict[str, Any] | None:
-    """Return a JSON object; None for anything else."""
+    """Parse a JSON object; return None if the text is anything else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -20,7 +20,12 @@ def parse_object(text: bytes | str) -> dict[str, Any] | None:
 
 
 def has_type(value: object, kind: type) -> bool:
-    """Return whether a value of JSON has a type; numbers must be positive."""
+    """Return whether a JSON value is a string, or a positive number below 2**63.
+
+    Args:
+        value: the JSON value.
+        kind: expected type: str, int or float.
+    """
     if kind is str:
         return isinstance(value, str)
     is_number = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
@@ -28,12 +33,12 @@ def has_type(value: object, kind: type) -> bool:
 
 
 def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.ndarray | None:
-    """Return the tokens [C, T_encoded] of a list of frames; None if it is not one.
+    """Convert a list of frames to tokens [C, T_encoded]; return None if it is invalid.
 
     Args:
         frames: list of frames, each with one token per codebook.
-        num_codebooks: tokens of a frame.
-        codebook_size: number of values of a token.
+        num_codebooks: number of tokens per frame.
+        codebook_size: number of entries in a codebook; 0 <= token < codebook_size.
     """
     if frames == []:
         return np.zeros((num_codebooks, 0), np.int32)
@@ -49,13 +54,13 @@ def parse_tokens(frames: object, num_codebooks: int, codebook_size: int) -> np.n
 
 
 def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_samples: int) -> str | None:
-    """Return why a file is not the audio that was requested; None if it is.
+    """Return why a response is not the requested audio file; None if it is.
 
     Args:
-        content: the file.
+        content: content of the file.
         audio_format: "wav", "flac" or "opus".
-        sample_rate: expected rate of WAV and FLAC, Hz.
-        num_samples: expected length of WAV and FLAC in samples.
+        sample_rate: expected sample rate of a WAV or FLAC file, Hz; not checked for Opus.
+        num_samples: expected length of a WAV or FLAC file, in samples; not checked for Opus.
     """
     if audio_format == "opus":
         return _ogg_problem(content)
@@ -69,7 +74,7 @@ def audio_problem(content: bytes, audio_format: str, sample_rate: int, num_sampl
 
 
 def _wav_figures(content: bytes) -> tuple[int, int] | None:
-    """Return the rate and the number of samples of a whole WAV file."""
+    """Return the sample rate and the number of samples of a WAV file; None if it is invalid or truncated."""
     header, start = read_wav_header(io.BytesIO(content).read)
     if header is None or header.magic != b"RIFF" or len(header.format) < 16:
         return None
@@ -79,15 +84,15 @@ def _wav_figures(content: bytes) -> tuple[int, int] | None:
 
 
 def _flac_figures(content: bytes) -> tuple[int, int] | None:
-    """Return the rate and the number of samples in the header of a FLAC file."""
+    """Return the sample rate and the number of samples in the header of a FLAC file; None if it is invalid."""
     if content[:4] != b"fLaC" or len(content) < 42:
         return None
-    bits = int.from_bytes(content[18:26], "big")  # 20 bits of rate, 3 of channels, 5 of sample size, 36 of samples
+    bits = int.from_bytes(content[18:26], "big")  # bits: 20 sample rate, 3 channels, 5 sample size, 36 length
     return bits >> 44, bits & ((1 << 36) - 1)
 
 
 def _ogg_problem(content: bytes) -> str | None:
-    """Return why a file is not Ogg Opus whose last page ends the stream."""
+    """Return a text unless the file is Ogg Opus and its last page has the end-of-stream flag."""
     position, is_last = 0, False
     while content[position : position + 4] == b"OggS" and position + 27 <= len(content):
         is_last = bool(content[position + 5] & 4)

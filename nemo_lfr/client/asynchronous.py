@@ -1,4 +1,4 @@
-"""`AsyncClient`, the client for asyncio, and its streams."""
+"""Client for asyncio (`AsyncClient`), and its streams."""
 
 import asyncio
 import os
@@ -54,9 +54,10 @@ class AsyncClient:
                 gives the same audio as decoding the whole recording.
             first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
                 `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). By default, the
-                first chunk has all frames that the first audio depends on.
-            sample_type: type of the samples that are received.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
+                give the first audio sooner. By default, the first chunk has all frames that the first audio depends
+                on.
+            sample_type: type of the samples that the client receives, "float32" or "int16".
         """
         parameters = {"lookahead": lookahead, "first_lookahead": first_lookahead, "ramp": ramp_of(ramp)}
         return AsyncDecodeStream(self._server, Conversation(self._server, "decode", sample_type, **parameters))
@@ -65,7 +66,7 @@ class AsyncClient:
         """Return a stream that encodes one recording, to open with `async with`.
 
         Args:
-            sample_rate: sample rate of the samples, Hz; None for the sample rate of the codec.
+            sample_rate: sample rate of the samples that you send, Hz; None for the sample rate of the codec.
             lookahead: number of later frames that a token may depend on; None for the codec's full lookahead, which
                 gives the same tokens as encoding the whole recording.
         """
@@ -74,15 +75,14 @@ class AsyncClient:
 
 
 class _AsyncStream:
-    """Base class of streams.
+    """Base class of streams. Open a stream with `async with`, which raises the errors of `Client.decode_stream`.
 
-    `async with` opens the connection. It raises the same errors as `Client.decode_stream`. Send the input in one task
-    and receive the results in another one, or use `through`, which does both. If the client does not receive results,
-    the server stops reading the input, and disconnects the client after 20 s (by default).
+    Send the input in one task and receive the results in another one, or use `through`, which does both. If the client
+    does not receive results, the server stops reading the input. It disconnects the client after 20 s (by default).
 
     Attributes:
-        conversation: parser and formatter for the messages of the stream. It has the codec's properties once the
-            stream is open.
+        conversation: parser and formatter for the messages of the stream. When the stream is open, it also has the
+            properties of the codec, such as `num_codebooks`.
     """
 
     _socket: Any = None
@@ -180,7 +180,7 @@ class _AsyncStream:
             await self._end(num_samples)
 
         sending = asyncio.create_task(send())
-        # If the source raises an error, the connection is cut, so that the loop below ends.
+        # If sending fails, the connection is cut, so that the loop below ends.
         sending.add_done_callback(lambda task: _abort(self._socket) if _error_of(task) else None)
         try:
             async for result in self:
@@ -213,7 +213,7 @@ class _AsyncStream:
 
 
 def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
-    """Return the error with which a task has ended; None if there is none."""
+    """Return the exception that ended a task; None if the task succeeded, was canceled or is running."""
     try:
         return task.exception()
     except (asyncio.CancelledError, asyncio.InvalidStateError):  # canceled, or still running

@@ -1,4 +1,4 @@
-"""`Client`, whose methods block, and its streams."""
+"""Blocking client (`Client`), and its streams."""
 
 import contextlib
 import os
@@ -25,10 +25,10 @@ class Client:
     Args:
         url: address of the server.
         token: access token, if the server requires one.
-        timeout: maximum time in seconds to wait for a connection or an answer. A large file may take longer, at
-            64 kB/s or more.
-        retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
-            full, is shutting down or cannot be reached.
+        timeout: maximum time in seconds to wait for a connection or a response. A large file may take longer if at
+            least 64 kB arrive per second.
+        retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
+            is full, is shutting down or cannot be reached.
 
     Raises:
         NemoLfrError: if an argument is not valid.
@@ -88,9 +88,10 @@ class Client:
                 gives the same audio as decoding the whole recording.
             first_lookahead: a smaller lookahead for the first frames, so that the audio starts sooner; see
                 `Codec.stream_decoder`.
-            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). By default, the
-                first chunk has all frames that the first audio depends on.
-            sample_type: type of the samples that are received.
+            ramp: numbers of frames in the first chunks that the server decodes, such as (1, 2, 4). Small first chunks
+                give the first audio sooner. By default, the first chunk has all frames that the first audio depends
+                on.
+            sample_type: type of the samples that the client receives, "float32" or "int16".
 
         Raises:
             MissingExtraError: if websockets is not installed.
@@ -105,7 +106,7 @@ class Client:
         """Open a stream that encodes one recording.
 
         Args:
-            sample_rate: sample rate of the samples, Hz; None for the sample rate of the codec.
+            sample_rate: sample rate of the samples that you send, Hz; None for the sample rate of the codec.
             lookahead: number of later frames that a token may depend on; None for the codec's full lookahead, which
                 gives the same tokens as encoding the whole recording.
 
@@ -120,7 +121,7 @@ class Client:
 
 
 class _Stream:
-    """Base class of streams, whose constructor connects to the server."""
+    """Base class of streams. The constructor connects to the server."""
 
     def __init__(self, server: Server, conversation: Conversation) -> None:
         websockets = require_websockets()
@@ -128,8 +129,8 @@ class _Stream:
         self._server, self._conversation = server, conversation
         self._closed: Any = websockets.exceptions.ConnectionClosed
         try:
-            # The queue of received messages has no limit. One `push` may cause many results, and the server does not
-            # read the rest of the push while the client does not receive these results.
+            # The queue of received messages is unlimited. Otherwise a large `push` could deadlock: the server stops
+            # reading input while its results are not received, and the client does not receive during the push.
             connection = websockets.sync.client.connect(
                 conversation.address, max_queue=None, **connect_options(server)
             )
@@ -203,7 +204,7 @@ class _Stream:
         try:
             self._socket.send(message)
         except self._closed:
-            while True:  # a message with the server's reason may have arrived; `result` raises it
+            while True:  # the server may have sent the reason; `result` then raises an error with it
                 self._conversation.result(self._receive(self._server.timeout))
 
     def _receive(self, timeout: float) -> bytes | str:

@@ -48,7 +48,7 @@ class Conversation:
     Args:
         server: server of the stream.
         kind: "encode" or "decode".
-        sample_type: type of the samples in messages.
+        sample_type: type of the samples in messages, "float32" or "int16".
         parameters: URL parameters. A parameter with the value None is left out.
 
     Attributes:
@@ -84,7 +84,7 @@ class Conversation:
         self._num_sent = self._num_received = 0  # samples or frames
 
     def open(self, message: bytes | str) -> None:
-        """Read the server's first message.
+        """Read the server's first message, which describes the codec.
 
         Raises:
             ServerError: if the server refuses the stream.
@@ -102,7 +102,7 @@ class Conversation:
         self.delay_frames = int(delay or 0)
 
     def messages(self, items: Any) -> Iterator[bytes | str]:
-        """Yield the messages for a piece of input, each of at most 64 KiB.
+        """Yield messages of at most 64 KiB that contain a piece of input.
 
         Args:
             items: samples [n], tokens [C, k], or the tokens of one frame, [C].
@@ -126,19 +126,20 @@ class Conversation:
         samples = np.asarray(items)
         if samples.ndim != 1 or not (samples.dtype == np.int16 or np.issubdtype(samples.dtype, np.floating)):
             raise AudioError(
-                f"samples are {samples.dtype} of shape {list(samples.shape)}; push float or int16 samples [n]."
+                f"the samples have dtype {samples.dtype} and shape {list(samples.shape)}; push float or int16 "
+                "samples of shape [n]."
             )
         if samples.dtype == np.int16:
             samples = samples / np.float32(1 << 15)
         return samples.astype("<f4")
 
     def _tokens(self, items: Any) -> np.ndarray:
-        """Check tokens and return them as frames [k, C], as int16, or as int64 if the codebook is too large for it."""
+        """Check tokens, and return them as [k, C]: int16 if the codebook has at most 2**15 entries, else int64."""
         tokens = np.asarray(items)
         frames = tokens[None] if tokens.ndim == 1 else tokens.T
         if frames.ndim != 2 or frames.shape[1] != self.num_codebooks or not np.issubdtype(frames.dtype, np.integer):
             raise TokensError(
-                f"tokens are {tokens.dtype} of shape {list(tokens.shape)}; push integers of shape "
+                f"the tokens have dtype {tokens.dtype} and shape {list(tokens.shape)}; push integers of shape "
                 f"[{self.num_codebooks}, k], or [{self.num_codebooks}] for one frame."
             )
         if frames.size and not 0 <= frames.min() <= frames.max() < self.codebook_size:
@@ -189,7 +190,7 @@ class Conversation:
         return tokens
 
     def joined(self, results: list[np.ndarray]) -> np.ndarray:
-        """Return results as one array, which is empty if there are no results."""
+        """Concatenate results; without results, return an empty array."""
         shape = (self.num_codebooks, 0) if self.kind == "encode" else (0,)
         empty = np.zeros(shape, np.int32 if self.kind == "encode" else self._dtype)
         return np.concatenate([empty, *results], axis=-1)
@@ -212,11 +213,11 @@ class Conversation:
         """Return the error for a connection that was closed before the last result.
 
         Args:
-            code: WebSocket close code; None if the connection was cut without a close frame.
-            reason: reason in the close frame, or why the connection was cut.
+            code: WebSocket close code; None if the connection ended without a close frame.
+            reason: reason in the close frame, or another description of what happened.
         """
-        if code in _ERRORS and code != 1011:  # from a proxy: the server itself sends a message with the reason first
-            text = shorten(reason or _REASONS.get(code, f"closed the connection with code {code}."), 500)
+        if code in _ERRORS and code != 1011:  # from a proxy; `nemo-lfr serve` first sends an error message
+            text = shorten(reason or _REASONS.get(code, f"the connection was closed with code {code}."), 500)
             return _ERRORS[code](f"{self._server.url}: {text}")
         unit_in, unit_out = ("samples", "frames") if self.kind == "encode" else ("frames", "samples")
         detail = f"code {code}" if code else "no close frame"

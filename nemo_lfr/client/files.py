@@ -16,9 +16,9 @@ from nemo_lfr.frames import num_frames
 
 AudioFormat = Literal["wav", "flac", "opus"]
 
-# Limits of answers in bytes, in case of another server.
+# Maximum sizes of responses in bytes, in case the address belongs to another kind of server.
 _MAX_INFO = 1 << 20
-_MAX_PER_FRAME = 1 << 16  # of audio: 16,384 float samples
+_MAX_PER_FRAME = 1 << 16  # bytes of audio per frame: 16,384 float samples
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ServerInfo:
     Attributes:
         version: version of nemo_lfr on the server.
         model: name of the codec.
-        fingerprint: fingerprint of the codec.
+        fingerprint: hash of the codec's weights and settings, 16 hex digits.
         sample_rate: sample rate of the codec, Hz.
         samples_per_frame: number of samples per frame.
         frame_rate: frames per second, Hz.
@@ -36,8 +36,8 @@ class ServerInfo:
         codebook_size: number of entries in a codebook; 0 <= token < codebook_size.
         bit_rate: bits per second.
         max_streams: maximum number of open streams.
-        max_message_bytes: maximum size of a message in a stream.
-        max_body_bytes: maximum size of a file.
+        max_message_bytes: maximum size of a message in a stream, in bytes.
+        max_body_bytes: maximum size of a file that is sent to the server, in bytes.
     """
 
     version: str
@@ -92,27 +92,29 @@ def encode_file(server: Server, audio: bytes | str | os.PathLike[str]) -> Encode
 
     Args:
         server: server to send the file to.
-        audio: path or content of the file.
+        audio: path of the file, or its content as bytes.
 
     Raises:
-        AudioError: if `audio` is neither.
+        AudioError: if `audio` is neither a path nor bytes.
         FileNotFoundError: if the file does not exist.
-        ServerError: if the server refuses the file, fails or cannot be reached, or does not answer with its tokens.
+        ServerError: if the server refuses the file, fails, cannot be reached or does not return valid tokens.
     """
     if not isinstance(audio, bytes | bytearray | str | os.PathLike):
         raise AudioError(f"audio is {type(audio).__name__}; pass the path or the content of a file.")
     body = bytes(audio) if isinstance(audio, bytes | bytearray) else Path(audio).read_bytes()
-    # Tokens as text are smaller than most audio files, but silence may be compressed by any factor.
+    # The limit is generous. Tokens as JSON are smaller than most audio files, but not than well compressed silence.
     values = _json(server, "/v1/encode?format=json", body, (1 << 26) + 64 * len(body))
     if not isinstance(values.get("tokens"), list):
         raise _stranger(server, "does not report tokens")
     info = get_info(server)
     tokens = parse_tokens(values["tokens"], info.num_codebooks, info.codebook_size)
     if tokens is None:
-        raise _stranger(server, f"does not report tokens of {info.num_codebooks} x {info.codebook_size}")
+        raise _stranger(
+            server, f"does not report frames of {info.num_codebooks} tokens from 0 to {info.codebook_size - 1}"
+        )
     rates = (info.sample_rate, info.samples_per_frame)
     if (values.get("sample_rate"), values.get("samples_per_frame")) != rates:
-        raise _stranger(server, "reports tokens at another rate than in its /v1/info")
+        raise _stranger(server, "reports another sample rate or frame size for the tokens than in /v1/info")
     num_samples = values.get("num_samples")
     is_count = num_samples == 0 or has_type(num_samples, int)
     if not is_count or num_frames(num_samples, info.samples_per_frame) != tokens.shape[1]:  # type: ignore[arg-type]
@@ -127,12 +129,12 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
         server: server to send the tokens to.
         tokens: integers, shape [C, T_encoded].
         num_samples: length of the recording in samples. The audio is trimmed to this length; None for no trimming.
-        audio_format: format of the audio file.
+        audio_format: format of the audio file: "wav", "flac" or "opus".
 
     Raises:
         TokensError: if `tokens` is not a two-dimensional array of integers.
         NemoLfrError: if another argument is not valid.
-        ServerError: if the server refuses the tokens, fails or cannot be reached, or does not answer with such a file.
+        ServerError: if the server refuses the tokens, fails, cannot be reached or does not return the requested audio.
     """
     if audio_format not in get_args(AudioFormat):
         raise NemoLfrError(f"audio_format {shorten(audio_format)} is not one of {', '.join(get_args(AudioFormat))}.")
@@ -140,9 +142,11 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
     try:
         array = np.asarray(tokens)
     except ValueError as error:
-        raise TokensError(f"tokens are not an array ({shorten(error)}); pass integers [C, T_encoded].") from None
+        raise TokensError(f"the tokens are not an array ({shorten(error)}); pass integers [C, T_encoded].") from None
     if array.ndim != 2 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise TokensError(f"tokens are {array.dtype} of shape {list(array.shape)}; pass integers [C, T_encoded].")
+        raise TokensError(
+            f"the tokens have dtype {array.dtype} and shape {list(array.shape)}; pass integers [C, T_encoded]."
+        )
     body = json.dumps({"tokens": array.T.tolist(), "num_samples": num_samples}).encode()
     headers = {"Content-Type": "application/json"}
     path, limit = f"/v1/decode?format={audio_format}", _MAX_INFO + _MAX_PER_FRAME * array.shape[1]
@@ -158,7 +162,7 @@ def decode_tokens(server: Server, tokens: Any, num_samples: int | None, audio_fo
 
 
 def _json(server: Server, path: str, body: bytes | None, max_bytes: int) -> dict[str, Any]:
-    """Send a request, and return the JSON object of the answer."""
+    """Send a request, and return the JSON object in the response."""
     headers = None if body is None else {"Content-Type": "audio/*"}
     content, kind = server.retry(lambda: request(server, path, body, headers, max_bytes=max_bytes))
     values = parse_object(content)
@@ -168,5 +172,5 @@ def _json(server: Server, path: str, body: bytes | None, max_bytes: int) -> dict
 
 
 def _stranger(server: Server, problem: str) -> ServerError:
-    """Return the error for an answer that no `nemo-lfr serve` gives."""
+    """Return the error for a response that `nemo-lfr serve` would not send."""
     return ServerError(f"{server.url} {problem}; is it the address of `nemo-lfr serve`?")

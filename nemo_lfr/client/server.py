@@ -1,4 +1,4 @@
-"""Address of a server, access token, and retries."""
+"""Settings of a client: the address of the server, the access token, the timeout and retries."""
 
 import numbers
 import operator
@@ -24,7 +24,7 @@ from nemo_lfr.io.shortage import missing_extra
 T = TypeVar("T")
 
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.1, 2.0
-MAX_SECONDS = 1_000_000  # limit of timeouts; that of the operating system is not much higher
+MAX_SECONDS = 1_000_000  # largest timeout; operating systems do not support much larger ones
 _USER = re.compile(r"//[^/?#]*@")  # user name and password in a URL
 _CONTROL = re.compile(r"[^\x21-\x7e]")  # http.client sends a path in ASCII
 RETRIED = (ServerFullError, ServerLostError, ServerShutdownError)
@@ -35,13 +35,13 @@ class Server:
     """Address of a server, and settings for connections to it.
 
     Attributes:
-        url: address of the server, such as "http://127.0.0.1:8000", including the path if the server is mounted below
-            a path.
+        url: address of the server, such as "http://127.0.0.1:8000". If a proxy serves it below a path, include the
+            path: "https://example.org/codec".
         token: access token; None if the server does not require one.
-        timeout: maximum time in seconds to wait for a connection or an answer. A large file may take longer, at
-            64 kB/s or more.
-        retry_s: time in seconds for which the client retries to open a stream or to send a file, if the server is
-            full, is shutting down or cannot be reached.
+        timeout: maximum time in seconds to wait for a connection or a response. A large file may take longer if at
+            least 64 kB arrive per second.
+        retry_s: time in seconds for which the client keeps trying to open a stream or to send a file while the server
+            is full, is shutting down or cannot be reached.
     """
 
     url: str
@@ -77,7 +77,7 @@ class Server:
 
     @property
     def is_local(self) -> bool:
-        """Whether the server is on this machine, in which case no proxy is used."""
+        """Whether the server is on this machine. If so, the client does not use a proxy."""
         host = urlsplit(self.url).hostname or ""
         try:
             return ip_address(host).is_loopback
@@ -97,17 +97,19 @@ class Server:
         return f"{base}{path}?{query}" if query else base + path
 
     def waits(self) -> Iterator[float]:
-        """Yield the time to wait before each new attempt, in seconds, until `retry_s` is over."""
+        """Yield the time to wait before each new attempt, in seconds, until `retry_s` seconds have passed."""
         end, wait = time.monotonic() + self.retry_s, _FIRST_WAIT_S
         while (remaining := end - time.monotonic()) > 0:
             yield min(wait, remaining)
             wait = min(2 * wait, _MAX_WAIT_S)
 
     def retry(self, attempt: Callable[[], T]) -> T:
-        """Call `attempt`, again after each error in `RETRIED` until `retry_s` is over, and return its result.
+        """Call a function until it succeeds or `retry_s` seconds have passed, and return its result.
+
+        Only errors in `RETRIED` lead to another attempt.
 
         Raises:
-            ServerError: the error of the last attempt.
+            ServerError: the error in the last attempt.
         """
         waits = self.waits()
         while True:
@@ -120,25 +122,25 @@ class Server:
             time.sleep(wait)
 
     def lost(self, reason: object, remedy: str = "check its address, or try again later.") -> ServerError:
-        """Return the error for a server that does not answer.
+        """Return the error for a server that does not respond.
 
         Args:
-            reason: exception or text.
-            remedy: what the user can do, for the message.
+            reason: exception or text that says what happened.
+            remedy: advice for the user at the end of the message.
         """
         text = shorten(" ".join(str(reason).split()) or type(reason).__name__, 200).rstrip(".")
         return ServerLostError(f"{self.url} cannot be reached or does not answer ({text}); {remedy}")
 
 
 def count_of(name: str, value: Any) -> int | None:
-    """Return an optional number of samples as an integer.
+    """Check an optional number of samples, and return it as an int or None.
 
     Args:
         name: name of the argument.
         value: value of the argument.
 
     Raises:
-        NemoLfrError: if it is not an integer of at least 0.
+        NemoLfrError: if the value is neither None nor an integer of at least 0.
     """
     try:
         count = None if value is None else operator.index(value)

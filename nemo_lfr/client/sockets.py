@@ -1,4 +1,4 @@
-"""Functions for WebSocket connections that both clients use."""
+"""Helpers for WebSocket connections, which both clients use."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError
 
 
 def connect_options(server: Server) -> dict[str, Any]:
-    """Return the arguments with which `websockets` opens a connection."""
+    """Return the keyword arguments for `connect` of the package `websockets`."""
     options: dict[str, Any] = {
         "additional_headers": server.headers,
         "compression": None,
         "max_size": None,
         "open_timeout": server.timeout,
         "close_timeout": 5,
-        # Pings have no time limit: the server does not answer while it has enough input, which may take long.
+        # No time limit for pings, because the server does not answer them while it has enough input.
         "ping_timeout": None,
     }
     return options | ({"proxy": None} if server.is_local else {})
@@ -44,6 +44,6 @@ def ramp_of(ramp: Sequence[int]) -> str | None:
 
 
 def closed_by(conversation: Conversation, error: Any) -> ServerError:
-    """Return the error for a connection that `websockets` reports as closed (`ConnectionClosed`) too early."""
+    """Convert a `ConnectionClosed` of the package `websockets`, raised before the last result, to our error."""
     frame = error.rcvd
     return conversation.closed(frame and frame.code, frame.reason if frame else "")

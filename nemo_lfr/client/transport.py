@@ -1,4 +1,4 @@
-"""HTTP requests with a limit of the time and of the size of the answer."""
+"""HTTP requests with limits for the time and for the size of the response."""
 
 import contextlib
 import http.client
@@ -15,7 +15,7 @@ from nemo_lfr.client.answers import parse_object
 from nemo_lfr.client.server import Server
 from nemo_lfr.errors import ServerError, ServerFullError, ServerRefusedError, ServerShutdownError, shorten
 
-# Slowest transfer that is not an error, bytes per second. A large file may take longer than the timeout to arrive.
+# Minimum speed of a transfer, in bytes per second. At this speed, a large file may take longer than the timeout.
 MIN_SPEED = 64_000
 _PIECE = 1 << 16  # bytes
 _MAX_ERROR = 100_000  # bytes
@@ -24,17 +24,17 @@ _MAX_ERROR = 100_000  # bytes
 def request(
     server: Server, path: str, body: bytes | None, headers: Mapping[str, str] | None = None, *, max_bytes: int
 ) -> tuple[bytes, str | None]:
-    """Send a request, and return the body and the content type of the answer.
+    """Send a request, and return the body and the content type of the response.
 
     Args:
         server: the server.
-        path: path of the request, with its parameters.
-        body: body; None for a GET request.
-        headers: further headers.
-        max_bytes: limit of the answer.
+        path: path of the request with its URL parameters, such as "/v1/encode?format=json".
+        body: body of a POST request; None for a GET request.
+        headers: headers in addition to those of `server`.
+        max_bytes: maximum size of the response.
 
     Raises:
-        ServerError: if the server refuses the request, fails or cannot be reached, or if the answer is too large or
+        ServerError: if the server refuses the request, fails or cannot be reached, or if the response is too large or
             takes too long.
     """
     message = urllib.request.Request(server.address(path), body, {**server.headers, **(headers or {})})
@@ -55,12 +55,12 @@ def request(
 
 
 def _read(server: Server, response: Any, max_bytes: int) -> bytes:
-    """Read the body of a response within its limits.
+    """Read the body of a response.
 
     Raises:
-        OSError: if the time is over.
-        http.client.IncompleteRead: if the connection ends before the body.
-        ServerError: if the body is too large.
+        TimeoutError: if the body arrives too slowly.
+        http.client.IncompleteRead: if the connection ends before the end of the body.
+        ServerError: if the body has more than `max_bytes`.
     """
     start, size = time.monotonic(), 0
     pieces = []
@@ -72,13 +72,13 @@ def _read(server: Server, response: Any, max_bytes: int) -> bytes:
         if time.monotonic() - start > server.timeout + size / MIN_SPEED:
             raise TimeoutError(f"only {size} bytes of the answer arrived within {server.timeout:g} s")
     content = b"".join(pieces)
-    if response.length:  # as `read` would report
+    if response.length:  # `read1`, unlike `read`, does not raise this error itself
         raise http.client.IncompleteRead(content, response.length)
     return content
 
 
 def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
-    """Return the error for a response that is not 200."""
+    """Convert a response with an error status to our exception."""
     target, status = error.headers.get("Location"), error.code
     if target and 300 <= status < 400:
         return ServerRefusedError(f"{server.url} redirects to {shorten(target, 300)}; pass that address.")
@@ -87,7 +87,7 @@ def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
     except (OSError, http.client.HTTPException, ServerError):
         values = {}
     reason, kind = values.get("error"), values.get("type")
-    if not isinstance(reason, str):  # of a proxy, for example
+    if not isinstance(reason, str):  # the response is from a proxy, for example
         reason, kind = http.client.responses.get(status, "error") + ".", None
     message = f"{server.url}: {shorten(reason, 500)} (HTTP status {status})"
     if status == 503:
@@ -96,23 +96,26 @@ def _refusal(server: Server, error: urllib.error.HTTPError) -> ServerError:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Handler that follows no redirect: urllib would send the access token, but not the file, to the other address."""
+    """Handler that does not follow redirects.
+
+    urllib would send the access token to the other address, but not the file.
+    """
 
     def redirect_request(self, *_: Any) -> None:
-        """Return no request; the response is then an error."""
+        """Return None, so that urllib reports the redirect as an error."""
 
 
 class _Deadline:
-    """Context that ends a connection that gets no answer in time.
+    """Context that closes a connection if the response headers do not arrive in time.
 
-    The timeout of a socket restarts with each byte, so that a slow server could hold a client without end.
+    The timeout of a socket is not enough: it restarts with each byte, so a slow server could block a client forever.
 
     Args:
-        seconds: time from the start of the request to the end of the answer's headers.
+        seconds: maximum time from the start of the request to the end of the response headers.
 
     Attributes:
-        connection: the connection, once there is one.
-        is_over: whether the time is over.
+        connection: the connection to watch; None before it is opened.
+        is_over: whether the time has run out.
     """
 
     connection: http.client.HTTPConnection | None = None
@@ -132,7 +135,7 @@ class _Deadline:
         self._done.set()
 
     def check(self) -> None:
-        """Stop watching; raise TimeoutError if the time is over."""
+        """Stop watching. Raise TimeoutError if the time has run out."""
         self._done.set()
         if self.is_over:
             raise TimeoutError
@@ -141,7 +144,7 @@ class _Deadline:
         if self._done.wait(self._seconds):
             return
         self.is_over = True
-        while not self._done.wait(0.05):  # it may be connecting
+        while not self._done.wait(0.05):  # repeat, because the socket may not be open yet
             opened = self.connection.sock if self.connection is not None else None
             if opened is not None:
                 with contextlib.suppress(OSError):
@@ -149,7 +152,7 @@ class _Deadline:
 
 
 class _Watched:
-    """Mixin of urllib's handlers that tells a deadline the connection."""
+    """Mixin for urllib's handlers that passes each new connection to a `_Deadline`."""
 
     def __init__(self, deadline: _Deadline) -> None:
         super().__init__()
@@ -166,8 +169,8 @@ class _Watched:
 
 
 class _Http(_Watched, urllib.request.HTTPHandler):
-    """Handler of http."""
+    """Handler for http URLs."""
 
 
 class _Https(_Watched, urllib.request.HTTPSHandler):
-    """Handler of https."""
+    """Handler for https URLs."""

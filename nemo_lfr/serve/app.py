@@ -41,13 +41,13 @@ class Settings:
     """Settings of a server.
 
     Attributes:
-        engine: limits of the engine.
+        engine: limits of the engine, which runs the codec for all clients.
         stream: limits of each WebSocket stream; `idle_s` and `max_seconds` also apply to posted files.
         max_body_bytes: maximum size of a posted file.
         max_files: maximum number of files that are received or processed at the same time.
         token: access token, which clients must send in the header `Authorization: Bearer TOKEN` or in the URL
             parameter `token`; None admits every client.
-        origins: origins of other web pages that may connect, such as "https://example.org".
+        origins: origins of the web sites whose pages may connect, such as "https://example.org".
     """
 
     engine: EngineLimits = field(default_factory=EngineLimits)
@@ -61,14 +61,15 @@ class Settings:
 def create_app(codec: Codec[Any], settings: Settings | None = None) -> Starlette:
     """Create the ASGI application that serves a codec.
 
-    This function starts the engine's thread. The application closes the engine when it is shut down.
+    This function starts a thread that runs the codec (see `Engine`). The thread is stopped when the application shuts
+    down.
 
     Args:
         codec: codec with the PyTorch backend.
         settings: limits and access control; default: `Settings()`.
 
     Raises:
-        NemoLfrError: if streams of the codec's backend cannot be batched.
+        NemoLfrError: if the codec's backend cannot process streams in batches.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -168,13 +169,13 @@ async def _report(_: Request, error: Exception) -> Response:
 
 
 async def _report_path(_: Request, error: Exception) -> Response:
-    """Return Starlette's errors as JSON: an unknown path or a wrong method."""
+    """Return an error of Starlette, such as an unknown path or a wrong method, as JSON."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail, "type": "HTTPException"}, error.status_code, error.headers)
 
 
 async def _drop(_: Request, error: Exception) -> Response:
-    """Return a response for a client that has disconnected, so that the disconnect is not logged as a fault."""
+    """Return a dummy response after the client has disconnected. Without it, an error would be logged."""
     return Response(status_code=400)
 
 
@@ -190,8 +191,8 @@ class _Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a connection on to the application, or refuse it.
 
-        An HTTP request is refused with status 401 or 403, and a WebSocket with close code 1008. Requests for `/health`
-        and for the page in the browser are never refused.
+        An HTTP request is refused with status 401 or 403, and a WebSocket with close code 1008. Requests for
+        `/health`, for the web page and for the page's files are never refused.
         """
         if scope["type"] not in ("http", "websocket") or scope["path"] == "/health" or is_page(scope["path"]):
             await self._app(scope, receive, send)

@@ -1,11 +1,11 @@
 """Continuous batching of live streams.
 
-One thread runs the network. At each step it selects the most urgent stream that has input and other streams of the
-same kind, and advances them as one batch. `push_encoders` and `push_decoders` guarantee that each stream gets the
-results that it would get alone.
+One thread runs the codec. At each step, the thread selects the most urgent stream that has input, and other streams of
+the same kind (encode or decode). It processes one chunk of each selected stream, in one batch. `push_encoders` and
+`push_decoders` guarantee that each stream gets the same results as if it were processed alone.
 
-Memory is bounded: `Session.feed` waits while a stream has too much unprocessed input, and a stream with too many
-uncollected results is not advanced.
+The queues of a stream have limits, so that memory is bounded. `Session.feed` waits while a stream has too much
+unprocessed input. The engine pauses a stream while its client has not collected earlier results.
 """
 
 import logging
@@ -31,11 +31,11 @@ SHUTTING_DOWN = "the server is shutting down; connect to another one."
 
 
 class OverloadedError(NemoLfrError):
-    """Error for a new stream when the engine is full or shutting down."""
+    """Error that refuses a new stream, because the engine is full or shutting down."""
 
 
 class ShutdownError(OverloadedError):
-    """Error for a stream when the engine is shutting down."""
+    """Error that refuses or ends a stream, because the engine is shutting down."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,23 @@ class Step:
 
 
 class Engine:
-    """Engine that encodes and decodes the sessions of one codec in a thread.
+    """Thread that encodes and decodes many sessions with one codec.
 
-    The constructor starts the thread, and `close` stops it.
+    A session is a live stream or a posted file. The constructor starts the thread, and `close` stops it.
 
     Args:
-        codec: PyTorch codec; other threads may use it at the same time, but its weights must not change.
+        codec: PyTorch codec. Other threads may use the codec at the same time, but must not change its weights.
         limits: limits of the engine; the defaults of `EngineLimits` if None.
-        on_step: function that the engine's thread calls after each step.
+        on_step: function that the engine's thread calls after each step, with measurements of the step.
 
     Raises:
-        NemoLfrError: if streams of the codec's backend cannot be batched.
+        NemoLfrError: if the codec's backend cannot process streams in batches.
 
     Attributes:
-        draining: whether new sessions are refused. A server sets it to shut down.
+        draining: whether new sessions are refused. The server sets this attribute when it shuts down.
         num_opened: number of sessions opened so far.
-        fault: unexpected error of the last step; None after a step in which a stream advanced.
+        fault: text of the unexpected error that ended all streams of the last step; None if a stream in the last step
+            had no error.
     """
 
     def __init__(
@@ -112,18 +113,18 @@ class Engine:
 
     @contextmanager
     def encoder(self, lookahead: int | None = None, *, live: bool = True) -> Iterator[Session]:
-        """Open a session that encodes one recording; it ends with the context.
+        """Open a session that encodes one recording. The session is closed when the context ends.
 
         Args:
-            lookahead: frames of right context, see `Codec.stream_encoder`.
+            lookahead: number of later frames that a token may depend on; see `Codec.stream_encoder`.
             live: whether the session is a live stream. Background sessions wait for all live streams.
 
         Yields:
-            The session, for samples [n] at the codec's sample rate.
+            A session whose input is samples [n] at the codec's sample rate.
 
         Raises:
             OverloadedError: if the engine has `max_streams` sessions; `ShutdownError` if it is draining.
-            NemoLfrError: if `lookahead` is invalid, or streams of the codec's backend cannot be batched.
+            NemoLfrError: if `lookahead` is invalid, or the codec's backend cannot process streams in batches.
         """
         yield from self._open(lambda: self.codec.stream_encoder(lookahead), (), live)
 
@@ -136,17 +137,17 @@ class Engine:
         ramp: Sequence[int] = (),
         live: bool = True,
     ) -> Iterator[Session]:
-        """Open a session that decodes one recording; it ends with the context.
+        """Open a session that decodes one recording. The session is closed when the context ends.
 
         Args:
-            lookahead: see `Codec.stream_decoder`.
-            first_lookahead: see `Codec.stream_decoder`.
-            ramp: number of frames of each of the first chunks, such as (1, 2, 4). A chunk waits until all of its
-                frames have arrived.
+            lookahead: number of later frames that a sample may depend on; see `Codec.stream_decoder`.
+            first_lookahead: a smaller lookahead for the first frames; see `Codec.stream_decoder`.
+            ramp: numbers of frames in the first chunks, such as (1, 2, 4). Small first chunks give the first audio
+                sooner. A chunk is processed when all of its frames have arrived.
             live: whether the session is a live stream. Background sessions wait for all live streams.
 
         Yields:
-            The session, for tokens [C, k].
+            A session whose input is tokens [C, k].
 
         Raises:
             OverloadedError: as for `encoder`.
@@ -176,7 +177,7 @@ class Engine:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the thread; `collect` of open sessions raises `ShutdownError` after the results so far."""
+        """Stop the thread. Open sessions still return the results so far; then `collect` raises `ShutdownError`."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -212,7 +213,7 @@ class Engine:
                 logger.exception("on_step failed")
 
     def _next_batch(self) -> list[Session]:
-        """Wait for streams to advance, and return them; none when the engine is being closed."""
+        """Wait until streams have input, and return the streams of the next step; [] if the engine is being closed."""
         with self._changed:
             while not self._closing:
                 if batch := self._choose():
@@ -240,7 +241,7 @@ class Engine:
         return chosen
 
     def _take(self, batch: list[Session]) -> list[np.ndarray]:
-        """Take a chunk of each stream, with equal numbers of frames, so that the network runs on one batch."""
+        """Take a chunk from each stream. Chunks have the same number of frames, except for those of a ramp."""
         available = [session._available() for session in batch if not session._ended]
         frames = max(1, min(available, default=self.limits.chunk_frames))
         return [session._take(frames) for session in batch]
@@ -275,7 +276,7 @@ class Engine:
     def _push(batch: list[Session], chunks: list[np.ndarray]) -> list[Any]:
         """Push chunks to all streams, and return a result or an exception for each.
 
-        If the batch fails, each stream is advanced alone, so that only the streams with an error end.
+        If the batch fails, each stream is processed alone, so that only the streams with an error end.
         """
         push: Callable[..., list[np.ndarray]] = push_encoders if batch[0].kind == "encode" else push_decoders
         streams = [session._stream for session in batch]
@@ -303,7 +304,7 @@ class Engine:
 
 
 def _warm_up(stream: StreamEncoder | StreamDecoder) -> None:
-    """Run the network once, so that the first client does not wait for weights to be loaded and kernels compiled."""
+    """Process silence once, so that the first client does not wait for weights to load and kernels to compile."""
     for num_frames in (stream.delay_frames + 1, 1):
         if isinstance(stream, StreamEncoder):
             stream.push(np.zeros(num_frames * stream.codec.samples_per_frame, np.float32))

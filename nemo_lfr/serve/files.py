@@ -72,8 +72,8 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
     """Decode the token file in the body, or JSON with `tokens`, to an audio file.
 
     Args:
-        request: request whose URL parameter `format` is wav (default), flac or opus. A JSON body has the content type
-            application/json.
+        request: request whose URL parameter `format` is wav (default), flac or opus. The body is JSON if the content
+            type is application/json, and a token file otherwise.
         engine: engine that decodes.
         max_bytes: maximum size of the body.
         limits: limits for the duration of the recording and the time without data.
@@ -99,7 +99,7 @@ async def decode_file(request: Request, engine: Engine, max_bytes: int, limits: 
 def _limited(pieces: Iterable[np.ndarray], limits: StreamLimits, rate: float) -> Iterator[np.ndarray]:
     """Yield the pieces [..., k] of a recording unchanged, and check its duration.
 
-    The size of the body is no limit for the duration, because a small compressed file may contain a long recording.
+    The maximum size of a body does not limit the duration, because a small compressed file may contain hours of audio.
 
     Raises:
         ProtocolError: the recording is longer than `max_seconds`.
@@ -142,11 +142,11 @@ def _tokens_response(tokens: np.ndarray, num_samples: int, engine: Engine, kind:
 
 
 class _AudioFile:
-    """Writer that writes audio piece by piece to a temporary file without a name.
+    """Temporary audio file that is written piece by piece. The file has no name, so closing it removes it.
 
     Args:
-        sample_rate: sample rate of the pieces, Hz.
-        kind: format of the file, a key of `_FORMATS`.
+        sample_rate: sample rate of the audio, Hz.
+        kind: format of the file: "wav", "flac" or "opus".
     """
 
     def __init__(self, sample_rate: int, kind: str) -> None:
@@ -183,13 +183,13 @@ async def _through(
     consume: Callable[[np.ndarray], None],
     num_samples: int | None = None,
 ) -> None:
-    """Process a recording in a session.
+    """Send a recording to a session, and pass each result to a function.
 
     Args:
-        request: request, which is watched for a disconnect of the client.
-        session: session to process the recording in.
+        request: the client's request. If the client disconnects, the work is stopped.
+        session: session that encodes or decodes the recording.
         pieces: pieces of the input.
-        consume: function that is called with each result, in a worker thread.
+        consume: function that a worker thread calls with each result.
         num_samples: length of the recording in samples, for decoding; None if unknown.
 
     Raises:
@@ -235,7 +235,7 @@ async def _steps(iterator: Iterator[T]) -> AsyncIterator[T]:
             while not running.done():
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([running])
-            with suppress(BaseException):  # it is too late to report an error of the iterator
+            with suppress(BaseException):  # the caller was canceled and cannot handle an error
                 running.result()
             raise
         if item is end:

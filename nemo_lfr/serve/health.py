@@ -1,4 +1,4 @@
-"""Check the health of an engine, for load balancers and supervisors."""
+"""Check whether an engine works, for the endpoint `/health` that load balancers and supervisors call."""
 
 import asyncio
 from contextlib import suppress
@@ -25,7 +25,7 @@ async def find_fault(engine: Engine) -> str | None:
     if engine.step_s > STALLED_S:
         return f"a step of the engine has not finished for {engine.step_s:.0f} s; restart the server."
     if engine.fault is not None:
-        # Decoding may fail with any error, also because the engine is full. The fault of the engine is reported then.
+        # Success resets `engine.fault`. On any error, even because the engine is full, report the earlier fault.
         with suppress(Exception):
             await asyncio.wait_for(_decode_frame(engine), _PROBE_S)
     return engine.fault

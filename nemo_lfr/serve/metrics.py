@@ -1,4 +1,4 @@
-"""Metrics of a server in the format of Prometheus."""
+"""Metrics of a server, in the text format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,7 +9,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
-    """Metrics of one engine, in a separate registry."""
+    """Metrics of one engine. Each instance has its own registry, so that a process may have several engines."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
         )
 
     def watch(self, engine: Engine) -> None:
-        """Report the number of an engine's open sessions, which are live streams and files."""
+        """Include the number of an engine's open sessions (live streams and files) in the metrics."""
         self._live.set_function(lambda: len(engine))
 
     def on_step(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Routes for the page at `/`, with which the server can be used from a browser."""
+"""Routes for the web page at `/`, which encodes and decodes audio in a browser."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def is_page(path: str) -> bool:
 
 
 class _PageFiles(StaticFiles):
-    """Route for the files of the page, which adds `HEADERS` to the responses."""
+    """Static files of the page. Each response has the headers in `HEADERS`."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Return a file, or status 404."""

@@ -23,12 +23,12 @@ MAX_CHUNK = 64  # maximum number of frames in one of these chunks
 
 
 class CloseCode(IntEnum):
-    """WebSocket close codes that the server sends, as defined in RFC 6455 and IANA's registry."""
+    """WebSocket close codes of the server, as defined in RFC 6455 and IANA's registry."""
 
     DONE = 1000
-    GONE = 1001  # counted in metrics but never sent: the client closed the connection
+    GONE = 1001  # the client closed the connection; this code is counted in metrics but never sent
     INVALID = 1007  # invalid message or parameter
-    POLICY = 1008  # wrong token or origin, or a client that is idle or does not read results for too long
+    POLICY = 1008  # wrong token or origin, or a client that sends nothing or reads nothing for too long
     TOO_BIG = 1009  # message or recording above its limit
     FAULT = 1011  # unexpected error in the server
     RESTART = 1012  # the server is shutting down
@@ -204,10 +204,10 @@ class DecodeProtocol:
 
     @staticmethod
     def end_of(fields: Mapping[str, Any]) -> End:
-        """Return the `End` that a JSON object stands for, with the length in it.
+        """Convert the JSON object of an end message to an `End`.
 
         Raises:
-            ProtocolError: if the length is not valid.
+            ProtocolError: if the value of `num_samples` is not valid.
         """
         num_samples = fields.get("num_samples")
         if num_samples is not None and (type(num_samples) is not int or num_samples < 0):

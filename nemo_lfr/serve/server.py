@@ -1,4 +1,4 @@
-"""Run the application with uvicorn; after SIGTERM or SIGINT, open streams may end before the server stops."""
+"""Run the application with uvicorn. After SIGTERM or SIGINT, the server waits for open streams to end."""
 
 import asyncio
 import logging
@@ -23,15 +23,15 @@ _CLOSE_S = 3  # seconds at the end of the drain time that are reserved for closi
 class _WebSockets(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket protocol, which also disconnects clients that stop reading.
 
-    uvicorn itself waits indefinitely for such a client. It does so even after the application has closed the stream,
-    because the close frame is queued behind data that the client has not read.
+    uvicorn itself waits indefinitely for such a client, even after the application has closed the stream. The close
+    frame is queued behind data that the client has not read.
     """
 
     send_s = 20.0
     _cutoff: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Start a timer when the write buffer is full; the connection is cut after `send_s` seconds."""
+        """Start a timer when the write buffer is full. After `send_s` seconds, the connection is cut."""
         super().pause_writing()
         self._cutoff = asyncio.get_running_loop().call_later(self.send_s, self.transport.abort)
 
@@ -195,6 +195,6 @@ def run(
         on_start(url)
     config = server_config(app, settings)
     logging.getLogger("uvicorn.error").addFilter(_without_traceback)
-    with bound, suppress(KeyboardInterrupt):  # uvicorn raises the signals that it received again after it has stopped
+    with bound, suppress(KeyboardInterrupt):  # after it has stopped, uvicorn raises the signal that stopped it
         Server(config, app, drain_s).run(sockets=[bound])
     return url

@@ -1,4 +1,4 @@
-"""One live stream of an engine: its queues, between an asyncio task and the engine's thread."""
+"""Session of one stream or file. Its queues connect asyncio tasks with the engine's thread."""
 
 import asyncio
 import threading
@@ -21,11 +21,13 @@ class EngineLimits:
     Attributes:
         max_streams: maximum number of open sessions, including background sessions for files.
         max_batch: maximum number of streams per step.
-        max_frames: maximum number of frames of all streams per step, which limits its memory and duration.
+        max_frames: maximum number of frames per step, summed over all streams. This limits the memory and the duration
+            of a step.
         chunk_frames: maximum number of frames of one stream per step. Larger chunks need less computation but make
-            other streams wait longer. The chunks of `ramp` do not depend on it.
-        max_pending_s: unprocessed input of one stream, in seconds, above which `Session.feed` waits.
-        max_uncollected_s: uncollected results of one stream, in seconds, above which it is not advanced.
+            other streams wait longer. The limit does not apply to the chunks of a `ramp`.
+        max_pending_s: maximum unprocessed input of one stream, in seconds of audio. Above it, `Session.feed` waits.
+        max_uncollected_s: maximum uncollected results of one stream, in seconds of audio. Above it, the stream is
+            paused.
     """
 
     max_streams: int = 64
@@ -37,11 +39,11 @@ class EngineLimits:
 
 
 class Session:
-    """One live stream of an engine, used from one asyncio task.
+    """One live stream or file that an engine processes. Use it from the event loop in which it was created.
 
     Attributes:
         kind: "encode" or "decode".
-        first_result_s: seconds from the first input to the first result; None before that.
+        first_result_s: seconds from the first input to the first result; None while there is no result.
     """
 
     def __init__(
@@ -63,10 +65,10 @@ class Session:
         self._room.set()
         # The attributes below are guarded by the engine's lock.
         self._pending: deque[np.ndarray] = deque()
-        self._num_pending = 0  # items of the input that are not processed
-        self._num_uncollected = 0  # items of the output that were not collected
-        # Frames of the next chunks. Without a ramp, the first chunk has all frames that the first result depends on:
-        # smaller chunks would give no whole frame sooner, and need more steps.
+        self._num_pending = 0  # input that is not processed yet, in samples (encoding) or frames (decoding)
+        self._num_uncollected = 0  # results that were not collected, in frames (encoding) or samples (decoding)
+        # Numbers of frames in the next chunks. Without a ramp, the first chunk has all frames that the first result
+        # depends on, because smaller chunks would need more steps without giving a result sooner.
         self._ramp = deque(ramp or (stream.first_delay_frames + 1,))
         self._started: float | None = None
         self._played_until: float | None = None  # when the audio so far will have been played
@@ -76,17 +78,17 @@ class Session:
 
     @property
     def delay_frames(self) -> int:
-        """Frames of lookahead that results wait for."""
+        """Lookahead: number of later frames that must arrive before the result for a frame is returned."""
         return self._stream.delay_frames
 
     @property
     def _frame(self) -> int:
-        """Items of a frame of the input."""
+        """Length of one frame of input: in samples when encoding, 1 when decoding."""
         return self._codec.samples_per_frame if self.kind == "encode" else 1
 
     @property
     def _frame_out(self) -> int:
-        """Items of a frame of the output."""
+        """Length of one frame of output: 1 when encoding, in samples when decoding."""
         return 1 if self.kind == "encode" else self._codec.samples_per_frame
 
     async def feed(self, items: np.ndarray) -> None:
@@ -111,15 +113,15 @@ class Session:
         """Mark the end of the input.
 
         Args:
-            num_samples: when decoding, the length of the recording in samples, to which the audio is trimmed; if
-                None, it is not trimmed.
+            num_samples: for decoding, the length of the recording in samples. The audio is trimmed to this length;
+                None for no trimming.
         """
         with self._changed:
             self._ended, self._num_samples = True, num_samples
             self._changed.notify()
 
     async def collect(self) -> np.ndarray | None:
-        """Return the next result, tokens [C, k] or samples [n], or None after the last one.
+        """Wait for the next result, and return it: tokens [C, k] or samples [n]; None after the last result.
 
         Raises:
             NemoLfrError: the input cannot be encoded or decoded.
@@ -144,22 +146,22 @@ class Session:
         return max(1, int(seconds * self._codec.frame_rate))
 
     def _ready(self) -> bool:
-        """Return whether a step could advance this stream."""
+        """Return whether the next step could process a chunk of this stream."""
         if self._finished or self._num_uncollected > self._limit(self._limits.max_uncollected_s) * self._frame_out:
             return False
         return self._ended or self._is_full() or self._num_pending >= self._wanted() * self._frame
 
     def _is_full(self) -> bool:
-        """Return whether `feed` waits for this stream to be advanced."""
+        """Return whether there is so much unprocessed input that `feed` waits."""
         return self._num_pending > self._limit(self._limits.max_pending_s) * self._frame
 
     def _wanted(self) -> int:
         return self._ramp[0] if self._ramp else 1
 
     def _urgency(self) -> tuple[bool, float]:
-        """Return a key that sorts live streams first, by the time at which they need a result.
+        """Return a sort key. Live streams come first, in the order in which their clients run out of audio.
 
-        Background streams come last and take turns.
+        Background sessions come last, the one that has waited longest first.
         """
         return (False, self._played_until or self._started or 0.0) if self._live else (True, self._taken_at)
 
@@ -168,11 +170,11 @@ class Session:
         return min(self._num_pending // self._frame, self._limits.chunk_frames)
 
     def _next_frames(self) -> int:
-        """Return the largest number of frames that the next step takes from this stream."""
+        """Return the maximum number of frames that the next step takes from this stream."""
         return self._ramp[0] if self._ramp else max(1, self._available())
 
     def _take(self, frames: int) -> np.ndarray:
-        """Remove and return the next chunk of the input, of `frames` frames or the next number of the ramp."""
+        """Remove the next chunk from the queue and return it. While a ramp lasts, it replaces the size `frames`."""
         self._taken_at = time.monotonic()
         wanted = (self._ramp.popleft() if self._ramp else frames) * self._frame
         pieces: list[np.ndarray] = []
@@ -194,7 +196,7 @@ class Session:
         return np.zeros((self._codec.num_codebooks, 0), np.int64)
 
     def _deliver(self, result: np.ndarray) -> None:
-        """Pass a result to the asyncio task."""
+        """Queue a result for `collect`."""
         if not result.shape[-1]:
             return
         now = time.monotonic()

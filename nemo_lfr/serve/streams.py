@@ -1,8 +1,8 @@
 """WebSocket streams: `/v1/encode/stream` and `/v1/decode/stream`.
 
 Each stream has two tasks. The reader passes messages to the engine and pauses while the engine has enough input. The
-writer sends results and pauses while the client does not read. A slow client therefore occupies a bounded amount of
-memory. A client that does not read a message for `StreamLimits.send_s` is disconnected.
+writer sends results and pauses while the client does not read. Therefore a slow client occupies only a limited
+amount of memory. A client that does not read a message within `StreamLimits.send_s` seconds is disconnected.
 """
 
 import asyncio
@@ -30,7 +30,8 @@ class StreamLimits:
     """Limits of a WebSocket stream.
 
     Attributes:
-        idle_s: maximum time in seconds between two messages from the client, until it ends its input.
+        idle_s: maximum time in seconds between two messages from the client. It does not apply after the end of the
+            input.
         send_s: maximum time in seconds that the client may take to receive a message.
         max_seconds: maximum duration of a recording, in seconds.
         max_message_bytes: maximum size of a message from the client, in bytes for binary messages and in characters
@@ -43,14 +44,14 @@ class StreamLimits:
     max_message_bytes: int = 1 << 20
 
     def check_duration(self, num_items: int, rate: float) -> None:
-        """Check the duration of the part of a recording that has arrived.
+        """Check that the audio so far is not longer than `max_seconds`.
 
         Args:
             num_items: number of samples or frames that have arrived.
             rate: samples or frames per second, Hz.
 
         Raises:
-            ProtocolError: if this part is longer than `max_seconds`.
+            ProtocolError: if it is longer.
         """
         if num_items > self.max_seconds * rate:
             raise ProtocolError(
@@ -151,7 +152,8 @@ async def _receive_all(websocket: WebSocket, protocol: Protocol, session: Sessio
         if resampler is None:
             await session.feed(items)
             continue
-        # At a low sample rate one message may contain hours of audio. Resampling it at once would need much memory.
+        # At a low sample rate, one message may contain hours of audio, and resampling all of it at once would need too
+        # much memory.
         second = int(rate)
         for start in range(0, items.shape[-1], second):
             await session.feed(resampler.push(items[start : start + second]))
@@ -196,9 +198,9 @@ async def _send(sending: Any, limits: StreamLimits) -> None:
 
 
 async def _close(websocket: WebSocket, code: CloseCode, reason: str, limits: StreamLimits) -> None:
-    """Close the connection; if there was an error, first send a message with the full reason.
+    """Close the connection. After an error, first send a message with the full reason.
 
-    The reason in a close frame is limited to 123 bytes.
+    The close frame itself has room for only 123 bytes.
     """
     if code != CloseCode.DONE:
         message = json.dumps({"type": "error", "code": int(code), "error": reason})

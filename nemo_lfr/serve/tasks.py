@@ -12,11 +12,11 @@ _AGAIN_S = 0.5
 
 
 async def within(seconds: float, step: Awaitable[T], problem: str) -> T:
-    """Wait for something that the client must do, such as sending a message, and return the result.
+    """Wait until the client has sent or received a message, and return the result.
 
     Args:
         seconds: time limit, in seconds.
-        step: awaitable that ends when the client has done it.
+        step: awaitable that ends when the message was sent or received.
         problem: start of the error message, such as "no message received".
 
     Raises:
