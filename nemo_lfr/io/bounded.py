@@ -2,7 +2,7 @@
 
 import gzip
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,66 +98,3 @@ def is_implausible(
         free_bytes: size of decompressed data that is accepted for any compressed size.
     """
     return values > VALUES_PER_BYTE * size + free_values or expanded > BYTES_PER_BYTE * size + free_bytes
-
-
-def check_columns(metadata: Any, path: Path, *, is_input: bool = False) -> None:
-    """Check the sizes and the numbers of values of all columns in a Parquet file.
-
-    A malicious column may expand to far more than a real one. If a number of values is damaged, readers would silently
-    skip rows.
-
-    Args:
-        metadata: pyarrow's metadata of the file.
-        path: path of the file, for messages.
-        is_input: whether the file is a table of recordings; otherwise its columns contain tokens.
-
-    Raises:
-        NemoLfrError: if a column has an implausible compression ratio, or the number of its values does not match the
-            number of rows.
-    """
-    _check_row_counts(metadata, path)
-    free_values, free_bytes = (FREE_INPUT_VALUES, FREE_INPUT_BYTES) if is_input else (FREE_VALUES, FREE_BYTES)
-    for column in _column_chunks(metadata, range(metadata.num_row_groups)):
-        size = column.total_compressed_size
-        values, expanded = column.num_values, column.total_uncompressed_size
-        if is_implausible(values, expanded, size, free_values, free_bytes):
-            raise NemoLfrError(
-                f"{path}: column {shorten(column.path_in_schema)!r} claims {values} values and {expanded} bytes, but "
-                f"has only {size} compressed bytes; the file is damaged or malicious."
-            )
-
-
-def _check_row_counts(metadata: Any, path: Path) -> None:
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    if metadata.num_rows != sum(group.num_rows for group in groups):
-        raise NemoLfrError(
-            f"{path}: the number of rows differs from the sum over all row groups; the file is damaged."
-        )
-    columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
-    for group in groups:
-        for index, column in enumerate(columns):
-            values, rows = group.column(index).num_values, group.num_rows
-            if values < rows or (column.max_repetition_level == 0 and values > rows):
-                text = f"{path}: column {shorten(column.path)!r} has {values} values for {rows} rows"
-                raise NemoLfrError(f"{text}; the file is damaged.")
-
-
-def rows_at_a_time(metadata: Any, groups: Iterable[int], most: int) -> int:
-    """Return the number of rows to read at a time from some row groups, between 1 and `most`.
-
-    Many rows may refer to one large value. The file contains it once, but memory contains it once for each row read.
-
-    Args:
-        metadata: pyarrow's metadata of a Parquet file.
-        groups: indices of the row groups.
-        most: number of rows to read at a time if all values are small.
-    """
-    largest = max((column.total_uncompressed_size for column in _column_chunks(metadata, groups)), default=0)
-    return max(1, min(most, FREE_INPUT_BYTES // max(1, largest)))
-
-
-def _column_chunks(metadata: Any, groups: Iterable[int]) -> Iterator[Any]:
-    for group in groups:
-        row_group = metadata.row_group(group)
-        for index in range(row_group.num_columns):
-            yield row_group.column(index)

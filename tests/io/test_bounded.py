@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_lfr.corpus.sources.parquet import Parquet
 from nemo_lfr.corpus.sources.saved_dataset import SavedDataset
-from nemo_lfr.corpus.token_folder import TokenFolder, TokenizedUtterance
+from nemo_lfr.corpus.token_folder import TokenFolder
 from nemo_lfr.errors import AudioError, ConfigError, NemoLfrError, TokenFileError
 from nemo_lfr.io import bounded
 from nemo_lfr.io.arrow_streams import check_stream
@@ -107,56 +106,6 @@ def test_endless_line_fails_only_its_clip(tmp_path, monkeypatch):
         assert max(map(len, bounded.lines(file))) == 1 << 16
 
 
-EXPANDING = {  # columns of a table of recordings, whose limits are a MiB and 65,536 values here
-    "a cell of zeros": {"audio": [bytes(4 << 20)]},
-    "a text of blanks": {"audio": [b"x"], "text": [" " * (4 << 20)]},
-    "hours of silence": {"audio": [[0.0] * (1 << 17)] * 4},
-    "rows without a value": {"audio": pa.array([None] * (1 << 20), pa.binary())},
-}
-
-
-@pytest.mark.parametrize("kind", EXPANDING)
-def test_an_expanding_input_table_is_refused_or_skips_only_its_file(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded, "FREE_INPUT_VALUES", 1 << 16)
-    monkeypatch.setattr(bounded, "FREE_INPUT_BYTES", 1 << 20)
-    bad, good = tmp_path / "rows" / "bad.parquet", tmp_path / "rows" / "good.parquet"
-    bad.parent.mkdir()
-    pq.write_table(pa.table(EXPANDING[kind]), bad, compression="zstd")
-    assert bad.stat().st_size < 1 << 14
-    with pytest.raises(ConfigError, match=r"bad\.parquet: column '\w+.*' claims .* damaged or malicious"):
-        Parquet(bad)
-    pq.write_table(pa.table({"audio": [b"x"] * 3}), good)
-    table = Parquet(bad.parent)
-    clips = [clip for shard in table.shards(100) for clip in table.read(shard)]
-    assert len(clips) == 4
-    with pytest.raises(AudioError, match="damaged or malicious"):
-        clips[0].audio(22050, 100)
-
-
-def test_rows_that_share_a_large_value_are_read_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded, "FREE_INPUT_BYTES", 1 << 20)
-    path = tmp_path / "a.parquet"
-    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 40, pa.int32()), pa.array([bytes(1 << 19)]))
-    pq.write_table(pa.table({"audio": shared}), path)
-    metadata = pq.ParquetFile(path).metadata
-    assert [bounded.rows_at_a_time(metadata, [0], most) for most in (1, 2, 16)] == [1, 1, 1]
-    table = Parquet(path)
-    before = pa.total_allocated_bytes()
-    count = 0
-    for _ in table.read(table.shards(100)[0]):
-        count += 1
-        assert pa.total_allocated_bytes() - before < 8 << 20  # all rows at once are 20 MiB
-    assert count == 40
-
-
-def test_silence_is_not_mistaken_for_an_attack(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"audio": [[0.0] * 220500] * 8, "sampling_rate": [22050] * 8}), path)
-    table = Parquet(path)
-    assert bounded.rows_at_a_time(pq.ParquetFile(path).metadata, [0], 16) == 16
-    assert {len(clip.audio(22050, 100)) for clip in table.read(table.shards(100)[0])} == {220500}
-
-
 @pytest.mark.parametrize("kind", ["shar", "manifest", "parquet", "lfr"])
 @pytest.mark.parametrize("keep_records", [False, True])
 def test_missing_shards_are_refused_at_once(kind, keep_records, tmp_path):
@@ -169,25 +118,6 @@ def test_missing_shards_are_refused_at_once(kind, keep_records, tmp_path):
             path.unlink()
     with pytest.raises(TokenFileError, match="10000000 shards"):
         TokenFolder(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_column_that_claims_more_values_than_its_bytes_hold_is_refused(tmp_path):
-    write_tokens(tmp_path, "parquet", [1, 1])
-    path = tmp_path / "data" / "000000.parquet"
-    table = pq.read_table(path)
-    count = 20_000_000
-    values = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(np.zeros(count, np.int16)))
-    for number in range(1, 9):
-        table = table.set_column(table.column_names.index(f"nano_layer_{number}"), f"nano_layer_{number}", values)
-    pq.write_table(table, path, compression="zstd")
-    assert path.stat().st_size < 1 << 20
-    for record in (tmp_path / ".tokenize" / "done").iterdir():
-        record.unlink()
-    folder = TokenFolder(tmp_path)
-    (result,) = folder.read(0)
-    assert isinstance(result, TokenFileError) and "claims 20000000 values" in str(result)
-    assert isinstance(next(folder.read(1)), TokenizedUtterance)
 
 
 TRANSFORMS = {
@@ -269,23 +199,3 @@ def test_a_damaged_arrow_stream_is_an_error_of_this_package(compression, tmp_pat
             refused += 1
             assert "\n" not in str(error)
     assert refused
-
-
-def test_no_row_of_a_damaged_parquet_file_is_lost_without_a_word(tmp_path):
-    """Replace each of the numbers of rows or values in a Parquet file by another number."""
-    path, rows = tmp_path / "a.parquet", 77
-    table = pa.table({"audio": [b"RIFF"] * rows, "text": ["a"] * rows})
-    pq.write_table(table, path, store_schema=False, write_statistics=False, use_dictionary=False, compression="none")
-    whole, number = path.read_bytes(), b"\x9a\x01"  # the number 77 in Thrift's encoding
-    places = [at for at in range(len(whole)) if whole.startswith(number, at)]
-    assert len(places) >= 6  # of the file, its row group, two columns, and one page in each column
-    for place in places:
-        for other in (b"\x98\x01", b"\x9c\x01", b"\x80\x00"):
-            path.write_bytes(whole[:place] + other + whole[place + 2 :])
-            try:
-                corpus = Parquet(path)
-                clips = [clip for shard in corpus.shards(100) for clip in corpus.read(shard)]
-            except NemoLfrError as error:
-                assert str(error).endswith("the file is damaged.") or "not a Parquet file" in str(error)
-            else:
-                assert len(clips) == rows, (place, other)

@@ -7,7 +7,6 @@ The columns are `id`, `nano_layer_1` to `nano_layer_C`, `encoded_len` (number of
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from nemo_lfr.corpus.formats.base import (
     parse_json,
 )
 from nemo_lfr.corpus.sources.base import Clip
-from nemo_lfr.io.bounded import check_columns
+from nemo_lfr.io.parquet import open_parquet, read_footer
 from nemo_lfr.io.shortage import require
 
 ROWS = 64  # number of rows to read at a time
@@ -82,15 +81,15 @@ class ParquetReader(FormatReader):
 
     def count_shards(self) -> list[int]:
         """Return the number of rows in each shard."""
-        return self._shard_counts(lambda files: self._open(files.path(self._name(files.shard))).metadata.num_rows)
+        return self._shard_counts(lambda files: read_footer(files.path(self._name(files.shard))).num_rows)
 
     def rows(self, files: ShardFiles, start: int, stop: int) -> Iterator[Row | Damage]:
         """Yield the utterances [start, stop) of a shard, and messages about damage."""
         path, damage = files.path_and_damage(self._name(files.shard))
         if damage:
             yield damage
-        with self._open(path) as file:
-            check_columns(file.metadata, path)
+        file, _ = open_parquet(path)
+        with file:
             first = 0
             for batch in file.iter_batches(ROWS):
                 for index in range(max(0, start - first), batch.num_rows):
@@ -113,10 +112,6 @@ class ParquetReader(FormatReader):
     @staticmethod
     def _name(shard: int) -> str:
         return f"data/{shard:06d}.parquet"
-
-    @staticmethod
-    def _open(path: Path) -> Any:
-        return require("pyarrow.parquet").ParquetFile(path)
 
 
 @register_format

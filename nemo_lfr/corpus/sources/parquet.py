@@ -8,10 +8,10 @@ from nemo_lfr.corpus.columns import parquet_features
 from nemo_lfr.corpus.ids import clean_id
 from nemo_lfr.corpus.sources.base import Clip, OpenOptions, ShardSpec, unreadable
 from nemo_lfr.corpus.sources.table import ROWS, Table
-from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
-from nemo_lfr.io.bounded import check_columns, rows_at_a_time
+from nemo_lfr.errors import ConfigError, MissingExtraError, NemoLfrError, shorten
 from nemo_lfr.io.columns import repeated_column
 from nemo_lfr.io.folders import find_files
+from nemo_lfr.io.parquet import READ_ERRORS, ParquetFooter, open_parquet
 from nemo_lfr.io.shortage import require
 from nemo_lfr.io.splits import check_one_split, split_of_parts
 
@@ -25,7 +25,7 @@ class Parquet(Table):
     """
 
     def __init__(self, path: Path, audio_dir: Path | None = None) -> None:
-        self.parquet = require("pyarrow.parquet")
+        require("pyarrow.parquet")
         files = [path] if path.is_file() else parquet_files(path)
         if path.is_dir():
             splits = [split_of(file.relative_to(path)) for file in files]
@@ -33,7 +33,7 @@ class Parquet(Table):
         problems = []
         for file in files:
             try:
-                schema = self._open(file).schema_arrow
+                schema = self._open(file)[0].schema_arrow
                 break
             except ConfigError as error:
                 problems.append(error)
@@ -54,18 +54,17 @@ class Parquet(Table):
             table.log_choices()
         return table
 
-    def _open(self, file: Path) -> Any:
+    def _open(self, file: Path) -> tuple[Any, ParquetFooter]:
         try:
-            table = self.parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: not a Parquet file ({shorten(error, 200)}).") from error
-        try:
-            check_columns(table.metadata, file, is_input=True)
-        except NemoLfrError as error:
-            raise ConfigError(str(error)) from error
+            table, footer = open_parquet(file, is_input=True)
+        except (OSError, NemoLfrError) as error:
+            if isinstance(error, MissingExtraError):
+                raise
+            text = f"{file}: cannot be read ({error.strerror})." if isinstance(error, OSError) else str(error)
+            raise ConfigError(text) from error
         if name := repeated_column(table.schema_arrow.names):
             raise ConfigError(f"{file}: two columns are named {shorten(repr(name))}; rename or remove one of them.")
-        return table
+        return table, footer
 
     def files_of(self, shard: ShardSpec) -> list[Path]:
         """Return the only file from which a shard is read."""
@@ -77,18 +76,18 @@ class Parquet(Table):
         number = 0
         for file in range(len(self.files)):
             try:
-                metadata = self._open(self.files[file]).metadata
+                footer = self._open(self.files[file])[1]
             except ConfigError as error:
                 shards.append({"file": file, "groups": [], "start": number, "problem": str(error)})
                 continue
             count = size
-            for group in range(metadata.num_row_groups):
+            for index, group in enumerate(footer.groups):
                 if count >= size:
                     shards.append({"file": file, "groups": [], "start": number})
                     count = 0
-                shards[-1]["groups"].append(group)
-                count += metadata.row_group(group).num_rows
-                number += metadata.row_group(group).num_rows
+                shards[-1]["groups"].append(index)
+                count += group.num_rows
+                number += group.num_rows
         return shards
 
     def read(self, shard: ShardSpec) -> Iterator[Clip]:
@@ -97,16 +96,16 @@ class Parquet(Table):
         if "problem" in shard:
             yield Clip(clean_id(path.stem), str(path), unreadable(shard["problem"]))
             return
-        table = self._open(path)
+        table, footer = self._open(path)
         number = shard["start"]
-        stop = number + sum(table.metadata.row_group(group).num_rows for group in shard["groups"])
+        stop = number + sum(footer.groups[group].num_rows for group in shard["groups"])
         try:
-            size = rows_at_a_time(table.metadata, shard["groups"], ROWS)
+            size = footer.rows_at_a_time(shard["groups"], ROWS)
             for rows in table.iter_batches(size, row_groups=shard["groups"]):
                 yield from self._clips(rows, number)
                 number += rows.num_rows
             reason = "its pages end early"  # for the remaining rows, if a page has fewer rows than its header states
-        except (OSError, ValueError) as error:
+        except READ_ERRORS as error:
             reason = shorten(error, 200)
         for row in range(number, stop):
             origin = f"{self.path}, row {row}"
