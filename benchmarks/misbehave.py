@@ -32,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from nemo_lfr.client import AsyncClient
+from nemo_lfr.serve.engine import TRIM_AFTER_S
 
 STREAM = "/v1/decode/stream"
 END = b'{"type": "end"}'
 FRAME = bytes(16)  # 8 tokens
 TEXT, BINARY, PING = 1, 2, 9
 IDLE_S, DRAIN_S = 5.0, 10.0
+MEMORY_RATIO = 1.25  # memory of the idle server after all connections, relative to that before
 TOLERANCE = 1e-5  # sums of a batch may be in another order
 
 
@@ -356,13 +358,15 @@ def main(arguments: list[str] | None = None) -> int:
         url = next(line for line in process.stderr if "serving at" in line).split()[-1]
         target = Target(int(url.rpartition(":")[2]), "secret")
         expected = asyncio.run(decode(target, tokens, 0.09))
-        asyncio.run(misbehave(target, list(KINDS), 5 * len(KINDS)))  # allocates buffers and starts threads
+        asyncio.run(misbehave(target, list(KINDS), 40 * len(KINDS)))  # fills the allocator's pools and starts threads
         idle = wait_until_idle(url)
+        time.sleep(TRIM_AFTER_S + 2)
         before = state_of(process.pid)
         started = time.monotonic()
         late, results = asyncio.run(beside(target, list(KINDS), count, tokens, 0.09))
         seconds = time.monotonic() - started
         idle &= wait_until_idle(url)
+        time.sleep(TRIM_AFTER_S + 2)
         after = state_of(process.pid)
         error = max(abs(audio - expected).max() if audio.shape == expected.shape else np.inf for audio in results)
         drain = asyncio.run(terminate(process, target))
@@ -374,7 +378,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{count} connections in {seconds:.0f} s, {sum(late.values())} not ended {dict(late)}": not late,
         f"{len(results)} good streams, largest difference {error:.1e}": error <= TOLERANCE,
         f"streams left: {'none' if idle else 'some'}": idle,
-        f"before {before}, after {after}": after["descriptors"] <= before["descriptors"],
+        f"before {before}, after {after}": after["descriptors"] <= before["descriptors"]
+        and after["memory_mb"] <= MEMORY_RATIO * before["memory_mb"],
         f"SIGTERM: exit code {process.returncode} after {drain:.1f} s (drain {DRAIN_S:g} s)": drain <= DRAIN_S + 1,
         f"tracebacks in the log: {out.count('Traceback')}": "Traceback" not in out,
     }

@@ -170,7 +170,7 @@ def run_batched(
         result = step(joined, torch.cat([inputs[number] for number in numbers]), last)
         slots, values = _merge(joined, len(numbers))
         for row, number in enumerate(numbers):
-            # A row is copied: it must not keep the states of the other streams in memory.
+            # A copy: a row would keep the states of the other streams in memory.
             after[number] = State(slots, values[row].clone() if len(numbers) > 1 else values[0])
             results[number] = result[row]
     return after, results

@@ -389,9 +389,8 @@ def _advance(
     for stream, result, whole in zip(streams, results, computed, strict=True):
         due = whole if stream.exact or last or stream._has_more else stream._num_due()
         stop = max(whole, due, stream._num_out)
-        returned.append(
-            result[..., stream._num_out - stream._num_computed : stop - stream._num_computed].cpu().numpy()
-        )
+        new = result[..., stream._num_out - stream._num_computed : stop - stream._num_computed]
+        returned.append(np.array(new.cpu()))  # a copy: a view would keep the results of the whole batch in memory
         stream._num_computed, stream._num_out = whole, stop
         check(returned[-1][None])
     return returned

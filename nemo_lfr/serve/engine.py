@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nemo_lfr.codec.codec import Codec
+from nemo_lfr.codec.cpu.malloc import trim_malloc
 from nemo_lfr.codec.streaming import StreamDecoder, StreamEncoder, push_decoders, push_encoders
 from nemo_lfr.errors import NemoLfrError, shorten
 from nemo_lfr.modules.weights import unchanged_networks
@@ -26,7 +27,7 @@ from nemo_lfr.serve.session import EngineLimits, Session
 
 logger = logging.getLogger(__name__)
 
-
+TRIM_AFTER_S = 10.0  # time without input after which freed memory is returned to the system
 SHUTTING_DOWN = "the server is shutting down; connect to another one."
 
 
@@ -218,7 +219,9 @@ class Engine:
             while not self._closing:
                 if batch := self._choose():
                     return batch
-                self._changed.wait()
+                if not self._changed.wait(TRIM_AFTER_S):
+                    trim_malloc()
+                    self._changed.wait()
         return []
 
     def _choose(self) -> list[Session]:
