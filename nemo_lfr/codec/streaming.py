@@ -390,7 +390,7 @@ def _advance(
         due = whole if stream.exact or last or stream._has_more else stream._num_due()
         stop = max(whole, due, stream._num_out)
         new = result[..., stream._num_out - stream._num_computed : stop - stream._num_computed]
-        returned.append(np.array(new.cpu()))  # a copy: a view would keep the results of the whole batch in memory
+        returned.append(new.cpu().numpy().copy())  # a copy: a view would keep the results of the whole batch in memory
         stream._num_computed, stream._num_out = whole, stop
         check(returned[-1][None])
     return returned

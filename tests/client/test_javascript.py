@@ -1,9 +1,11 @@
 """Tests of the JavaScript client in Node.js against a running server."""
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,40 @@ def test_the_javascript_client_names_the_kind_of_an_error(tmp_path):
     with running(Settings(EngineLimits(max_streams=1), token="secret")) as server:
         kinds = run(tmp_path, ERRORS, url=server.url(""))
     assert kinds == ["refused", "refused", "lost", "lost", "refused", "refused", "full", "refused"]
+
+
+BAD_MESSAGES = """
+const kinds = [];
+for (let number = 0; number < count; number++) {
+  try {
+    const stream = await new Client(url).decodeStream();
+    for await (const _ of stream);
+    kinds.push("none");
+  } catch (error) { kinds.push(error instanceof ServerError ? error.kind : String(error)); }
+}
+report(kinds);
+"""
+READY = json.dumps({"type": "ready", "sample_rate": 22050, "num_codebooks": 8})
+
+
+def test_a_message_outside_the_protocol_ends_the_stream_with_an_error(tmp_path):
+    from websockets.sync.server import serve
+
+    answers = iter([["not json"], ["null"], [READY, "[" * 9999], [READY, b"123"], [READY, "null"]])
+
+    def answer(connection):
+        for message in next(answers):
+            connection.send(message)
+        with contextlib.suppress(Exception):
+            connection.recv(timeout=30)
+
+    with serve(answer, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        kinds = run(tmp_path, BAD_MESSAGES, url=f"http://127.0.0.1:{server.socket.getsockname()[1]}", count=5)
+        server.shutdown()
+        thread.join()
+    assert kinds == ["fault"] * 5
 
 
 def test_the_example_of_the_protocol_page_runs(server, tmp_path):

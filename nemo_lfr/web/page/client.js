@@ -19,7 +19,7 @@
  */
 
 /** @type {Record<number, ErrorKind>} kinds of the server's close codes */
-const KINDS = { 1007: "refused", 1008: "refused", 1009: "refused", 1011: "fault", 1012: "shutdown", 1013: "full" };
+const KINDS = { 1002: "fault", 1007: "refused", 1008: "refused", 1009: "refused", 1011: "fault", 1012: "shutdown", 1013: "full" };
 const MAX_MESSAGE = 1 << 15; // items
 
 /** Error of a request or a stream. */
@@ -191,11 +191,12 @@ export class Stream {
     socket.binaryType = "arraybuffer";
     return new Promise((resolve, reject) => {
       socket.onmessage = ({ data }) => {
-        const message = typeof data === "string" ? JSON.parse(data) : null;
-        if (!message) stream.#results.push(new Output(data));
-        else if (message.type === "ready") resolve(Object.assign(stream, { info: message }));
-        else if (message.type === "error") stream.#fail(message.error, message.code);
-        else if (message.type === "done") stream.#done = true;
+        try {
+          if (stream.#receive(data, Output)) resolve(stream);
+        } catch {
+          lose("the server sent a message that does not follow version 1 of the protocol.", 1002);
+          socket.close();
+        }
         stream.#wake();
       };
       const lose = (/** @type {string} */ text, code = 0) => {
@@ -247,6 +248,23 @@ export class Stream {
       else if (this.#done) return;
       else await new Promise((resolve) => (this.#wake = () => resolve(null)));
     }
+  }
+
+  /**
+   * @param {string | ArrayBuffer} data message of the server
+   * @param {new (data: ArrayBuffer) => Result} Output
+   * @returns {boolean} whether the server has accepted the stream
+   */
+  #receive(data, Output) {
+    if (typeof data !== "string") {
+      this.#results.push(new Output(data));
+      return false;
+    }
+    const message = JSON.parse(data);
+    if (message.type === "ready") this.info = message;
+    else if (message.type === "error") this.#fail(message.error, message.code);
+    else if (message.type === "done") this.#done = true;
+    return message.type === "ready";
   }
 
   /**
