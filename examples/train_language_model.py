@@ -39,14 +39,18 @@ from torch.utils.data import DataLoader
 
 from nemo_lfr import load
 from nemo_lfr.client import Client
+from nemo_lfr.client.server import require_websockets
 from nemo_lfr.corpus.dataset import TokenDataset, collate
 from nemo_lfr.errors import NemoLfrError
 from nemo_lfr.io.locate import expand_home
+from nemo_lfr.io.token_file import Metadata
 from nemo_lfr.lm import DelayLayout
+from nemo_lfr.spec import same_fingerprint
 
 CONFIG = Path(__file__).with_name("language_model.yaml")
 # Options that may change when a run is resumed
 FREE = ("out", "codec", "server", "steps", "valid", "valid_every", "save_every", "sample_frames", "temperature")
+SERVER_WAIT_S = 10  # time for which the server may be starting or full
 ZERO = ("seed", "weight_decay", "sample_frames")  # options that may be 0
 
 
@@ -150,11 +154,29 @@ def speak(frames: Iterator[torch.Tensor], server: str) -> tuple[np.ndarray, int]
             print(f"first audio after {time.monotonic() - started:.2f} s, at frame {number}", flush=True)
         pieces.append(audio)
 
-    with Client(server, retry_s=10).decode_stream(ramp=(1, 2, 4)) as stream:
+    with Client(server, retry_s=SERVER_WAIT_S).decode_stream(ramp=(1, 2, 4)) as stream:
         for number, frame in enumerate(frames, start=1):
             receive(stream.push(frame.numpy()), number)
         receive(stream.flush(), len(pieces))
         return np.concatenate(pieces), stream.sample_rate
+
+
+def check_server(url: str, codec: Metadata) -> None:
+    """Check before the training that a server answers and can decode the tokens.
+
+    Args:
+        url: URL of `nemo-lfr serve`.
+        codec: metadata of the tokens.
+
+    Raises:
+        NemoLfrError: if the server cannot be reached or has another codec, or streams need a missing package.
+    """
+    require_websockets()
+    info = Client(url, timeout=10, retry_s=SERVER_WAIT_S).info()
+    if not same_fingerprint(info.fingerprint, codec.fingerprint):
+        raise NemoLfrError(
+            f"{url}: the codec of this server ({info.model}) did not make the tokens; start it with another --model."
+        )
 
 
 def crop(batch: dict[str, Any], max_frames: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,6 +215,8 @@ class Trainer:
             raise NemoLfrError(
                 f"{config.valid}: the tokens were made by another codec than those in {config.tokens}; use one codec."
             )
+        if config.server is not None and config.sample_frames and self.rank == 0:
+            check_server(config.server, codec)
         self.layout = DelayLayout(codec.num_codebooks, codec.codebook_size)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(self.layout, config.max_frames, **config.model).to(self.device)

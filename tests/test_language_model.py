@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 
+from nemo_lfr import load
 from nemo_lfr.corpus.config import TokenizeConfig
 from nemo_lfr.corpus.run import tokenize
 from nemo_lfr.lm import DelayLayout
@@ -111,16 +112,12 @@ def test_a_server_decodes_the_frames_while_they_are_sampled(example, undisturbed
     from tests.serve.running import running
 
     keys, _ = undisturbed
+    arguments = [*keys.split(), f"out={tmp_path}", "steps=1", "max_frames=32", "sample_frames=32"]
     with running() as server:
-        arguments = [
-            *keys.split(),
-            f"out={tmp_path}",
-            "steps=1",
-            "max_frames=32",
-            "sample_frames=32",
-            f"server={server.url('')}",
-        ]
-        assert example.main(arguments) == 0
+        assert example.main([*arguments, f"server={server.url('')}"]) == 2
+    assert "did not make the tokens" in capsys.readouterr().err
+    with running(codec=load(None, "cpu")) as server:
+        assert example.main([*arguments, f"server={server.url('')}"]) == 0
     assert "first audio after" in capsys.readouterr().out
     audio, rate = soundfile.read(tmp_path / "sample.wav")
     assert rate == RATE and len(audio) == 32 * 1024
@@ -271,3 +268,15 @@ def test_a_damaged_checkpoint_is_named(example, undisturbed, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK")
     assert example.main([*undisturbed[0].split(), f"out={tmp_path}"]) == 2
     assert "checkpoint.pt: damaged checkpoint; remove it" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_reported_before_the_training(example, tokens, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example, "SERVER_WAIT_S", 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    keys = f"tokens={tokens} out={tmp_path} {SMALL} steps=2 sample_frames=4 server={url}"
+    assert example.main(keys.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {url} cannot be reached") and captured.err.count("\n") == 1
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoint.pt").exists()
+    assert example.main([*keys.split(), "sample_frames=0"]) == 0  # the server is not needed

@@ -9,6 +9,7 @@ from nemo_lfr.io.regular import open_regular
 
 TOKEN_SUFFIX = ".lfr"
 CHECKPOINT_SUFFIXES = frozenset({".nemo", ".ckpt", ".pt", ".pth"})
+STATE = ".tokenize"  # as in nemo_lfr.corpus.records, which is imported only where it is needed
 HEAD_BYTES = 512
 
 
@@ -93,11 +94,20 @@ def identify(path: Path) -> Identity:
     return Identity("unknown", "not a token file, checkpoint, audio file or manifest", "nemo-lfr does not read it")
 
 
+def _describe_unfinished(path: Path) -> Identity | None:
+    from nemo_lfr.corpus.records import RESUME, describe_unfinished
+
+    text = describe_unfinished(path)
+    return None if text is None else Identity("unfinished_tokens", f"an unfinished tokenize run: {text}", RESUME)
+
+
 def _folder(path: Path) -> Identity:
     names = set(os.listdir(path))
     for member, identity in MEMBERS:
         if member in names:
             return identity
+    if STATE in names and (unfinished := _describe_unfinished(path)) is not None:
+        return unfinished
     if any(name.startswith("cuts.") for name in names):
         return Identity("corpus", "a folder of Lhotse cuts", "nemo-lfr tokenize reads it")
     if any(name.endswith(".nemo") for name in names):

@@ -165,7 +165,7 @@ class OtherFigures(TypedDict):
         use: text that names the command for it.
     """
 
-    kind: Literal["corpus", "corpus_tokens", "evaluation", "files"]
+    kind: Literal["corpus", "corpus_tokens", "unfinished_tokens", "evaluation", "files"]
     path: str
     description: str
     use: str

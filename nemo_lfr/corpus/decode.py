@@ -45,10 +45,13 @@ def decode_folder(
         The path of each audio file, or the error that prevented its creation.
 
     Raises:
-        NemoLfrError: if the folder cannot be read, or its tokens were produced by another codec.
+        NemoLfrError: if the folder cannot be read or has no utterances, or its tokens were produced by another codec.
         OSError: if audio cannot be written.
     """
     folder, out = TokenFolder(tokens, verify=verify), expand_home(out)
+    total = sum(folder.counts)
+    if not total:
+        raise NemoLfrError(f"{tokens}: this folder has no utterances; failures.jsonl lists the clips that failed.")
     codec = load(model, device, precision)
     made = folder.metadata["codec"]
     if not codec.made(folder.codec.fingerprint):
@@ -59,7 +62,6 @@ def decode_folder(
         )
     out.mkdir(parents=True, exist_ok=True)
     ids, leftovers = UniqueIds(), Sweeper()
-    total = sum(folder.counts)
     on_start(total if limit is None else min(total, limit))
     count = 0
     for shard in range(len(folder.counts)):

@@ -19,9 +19,9 @@ from nemo_lfr.corpus.formats import get_format
 from nemo_lfr.corpus.formats.base import OutputFormat
 from nemo_lfr.corpus.inventory import Watch
 from nemo_lfr.corpus.part import reserve
-from nemo_lfr.corpus.records import METADATA, STATE, ShardRecord
+from nemo_lfr.corpus.records import METADATA, PLAN, STATE, ShardRecord
 from nemo_lfr.corpus.sources.base import CorpusReader, ShardSpec
-from nemo_lfr.errors import NemoLfrError, shorten
+from nemo_lfr.errors import ConfigError, NemoLfrError, shorten
 from nemo_lfr.io.atomic import sweep, write_new
 from nemo_lfr.io.entropy.find import model_to_write
 from nemo_lfr.io.entropy.model import SUFFIX, EntropyModel, write_model
@@ -121,14 +121,16 @@ def load_or_create_plan(
         made: the codec's method `made`, which returns whether a fingerprint is one of this codec.
 
     Raises:
-        NemoLfrError: if the stored plan is damaged, or was made for another corpus, codec or options.
+        NemoLfrError: if the corpus is empty, or the stored plan is damaged, or was made for another corpus, codec or
+            options.
     """
-    path = config.state / "job.json"
+    path = config.state / PLAN
     options = asdict(config)
     expected = {key: options[key] for key in FIXED}
     expected |= {"corpus": corpus.identity, "codec": spec, "entropy model": entropy_model}
     if not path.exists():
         shards = corpus.shards(config.shard_size)
+        _check_not_empty(corpus, shards, config.source)
         text = json.dumps(expected | {"parts": shards, "parts_digest": _shards_digest(shards)})
         if write_new(path, text.encode()):
             return shards  # otherwise another part of this run has stored its plan in the meantime
@@ -152,6 +154,18 @@ def load_or_create_plan(
         raise NemoLfrError(f"{config.out}: contains the tokens of another run ({reasons}); choose another --out.")
     stored_shards: list[dict[str, Any]] = stored["parts"]
     return stored_shards
+
+
+def _check_not_empty(corpus: CorpusReader, shards: list[ShardSpec], source: str) -> None:
+    """Raise ConfigError if a corpus has no clips at all, which is most likely a mistake. No audio is decoded."""
+    for shard in shards:
+        clips = corpus.read(shard)
+        try:
+            if any(True for _ in clips):
+                return
+        except Exception:  # raised again when the shard is tokenized
+            return
+    raise ConfigError(f"{source}: this corpus has no clips; pass one that has at least one clip.")
 
 
 def _older_fingerprint(stored: Any, spec: dict[str, Any], made: Callable[[str], bool]) -> str | None:

@@ -10,6 +10,21 @@ from nemo_lfr.io.regular import open_regular
 
 METADATA = "tokens.json"  # written last: its presence means that the output is complete
 STATE = ".tokenize"  # state folder inside the output folder; a run needs it to resume
+PLAN = "job.json"  # in the state folder: the options and the shards of the run
+RESUME = "run the same nemo-lfr tokenize command again, which resumes the run"
+
+
+def describe_unfinished(out: Path) -> str | None:
+    """Return how many shards of an unfinished run are complete, as text; None if the folder has no unfinished run."""
+    if (out / METADATA).exists() or not (out / STATE).is_dir():
+        return None
+    done = sum(path.stem.isdecimal() for path in ShardRecord.folder(out).glob("*.json"))
+    try:
+        with open_regular(out / STATE / PLAN) as file:
+            shards = len(json.load(file)["parts"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # killed before the plan was written
+        return f"{done} shards are complete"
+    return f"{done} of {shards} shards are complete"
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from nemo_lfr import frames
 from nemo_lfr.corpus.formats import format_names, get_format
 from nemo_lfr.corpus.formats.base import REPAIR, Damage, Row, ShardFiles, num_entries, parse_json, regular_file
-from nemo_lfr.corpus.records import METADATA, ShardRecord
+from nemo_lfr.corpus.records import METADATA, RESUME, ShardRecord, describe_unfinished
 from nemo_lfr.errors import NemoLfrError, TokenFileError, shorten
 from nemo_lfr.io.locate import expand_home
 from nemo_lfr.io.token_file import Metadata
@@ -69,6 +69,8 @@ class TokenFolder:
         self.path = expand_home(folder)
         self.verify = verify
         name = self.path / METADATA
+        if unfinished := describe_unfinished(self.path):
+            raise NemoLfrError(f"{shorten(folder, 300)}: the tokenize run is not finished ({unfinished}); {RESUME}.")
         if not self.path.is_dir() or not name.exists():
             raise NemoLfrError(
                 f"{shorten(folder, 300)}: no {METADATA}; pass the folder of a finished `nemo-lfr tokenize` run."

@@ -42,11 +42,14 @@ class Running:
 
 @contextmanager
 def running(
-    settings: Settings | None = None, kind: str = "symmetric", send_buffer: int | None = None
+    settings: Settings | None = None, kind: str = "symmetric", send_buffer: int | None = None, codec: Any = None
 ) -> Iterator[Running]:
-    """Run a server on a free port, with `send_buffer` bytes for each connection in the kernel."""
+    """Run a server on a free port, with `send_buffer` bytes for each connection in the kernel.
+
+    The server has a tiny codec of this kind unless a codec is passed.
+    """
     settings = settings or Settings()
-    app = create_app(cached_codec(kind), settings)
+    app = create_app(codec or cached_codec(kind), settings)
     bound = socket.create_server(("127.0.0.1", 0))
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -75,8 +75,8 @@ def _check_files(path: Path) -> None:
     """Check the files of a saved dataset before `datasets` opens them.
 
     Raises:
-        ConfigError: if a file is outside the folder, is not a regular file, or would be implausibly large when
-            decompressed.
+        ConfigError: if the dataset has no files of rows, or a file is outside the folder, is not a regular file, or
+            would be implausibly large when decompressed.
     """
     state = path / "state.json"
     for file in [match for name in ("*.json", "*.arrow") for match in sorted(path.glob(name))]:
@@ -90,6 +90,8 @@ def _check_files(path: Path) -> None:
         raise ConfigError(f"{state}: file is damaged ({describe(error)}); save the dataset again.") from error
     if bad is not None:
         raise ConfigError(f"{state}: {shorten(bad)!r} is not a file in this folder; save the dataset again.")
+    if not named:
+        raise ConfigError(f"{path}: the saved dataset has no rows; save one that has rows.")
     for name in named:
         if path_inside(path, name) is None:
             raise ConfigError(
