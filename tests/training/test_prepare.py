@@ -519,7 +519,12 @@ FOLDER_SPLITS = {
     ),
     "only train": (["train/a.wav", "train/b.wav", "train/c.wav"], {"train": 2, "valid": 1}),
     "below": (["data/train/a.wav", "data/dev/b.wav", "data/test/c.wav"], {"train": 1, "valid": 1, "test": 1}),
-    "no splits": (["clean/a.wav", "noisy/b.wav", "test/c.wav"], {"train": 2, "valid": 1}),
+    "no splits": (["clean/a.wav", "noisy/b.wav", "c.wav"], {"train": 2, "valid": 1}),
+    "only test": (["clean/a.wav", "noisy/b.wav", "test/c.wav"], {"train": 1, "valid": 1, "test": 1}),
+    "only valid": (["a.wav", "clean/b.wav", "noisy/c.wav", "dev/d.wav"], {"train": 3, "valid": 1}),
+    "valid and test": (["a.wav", "b/b.wav", "val/c.wav", "test/d.wav"], {"train": 2, "valid": 1, "test": 1}),
+    "train and others": (["train/a.wav", "more/b.wav"], {"train": 1, "valid": 1}),
+    "all in one": (["test/a.wav", "test/b.wav", "test/x/c.wav"], {"train": 2, "valid": 1}),
 }
 
 
@@ -537,6 +542,13 @@ def test_folders_of_splits_are_kept_apart(tmp_path, tree, metadata):
     assert {split: len(files) for split, files in found.items()} == expected
     if "test" in found:
         assert all("test" in name for name in found["test"])
+
+
+def test_a_speaker_whose_name_is_a_split_is_not_held_out(tmp_path):
+    for name in ("ann", "val", "test"):
+        audio(tmp_path / "corpus" / name / "a.wav", 0.05)
+    prepare("folder", tmp_path / "corpus", tmp_path / "out", valid_share=0, speaker_level=1)
+    assert splits_of(tmp_path / "out").keys() == {"train"}
 
 
 @pytest.mark.parametrize("kind", ["table", "folder"])
